@@ -1,0 +1,175 @@
+"""Fitting the codec: PCA, band statistics from two noise draws, and the step that meets a size."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dtcache.codec.fitted import DEAD, FittedTap
+from dtcache.codec.tables import GAIN_RANGE, fit_tables, variance_class
+from dtcache.codec.transform import forward_transform, quantise
+
+CHUNK = 16
+MAX_LEVEL = 6
+"""A band's step grows with the noise in it by half octaves, to at most 2^(6/2) = 8 times."""
+SMOOTHING = 8.0
+"""Weight, in samples, of a ring's pooled variance in the estimate of one coefficient's variance."""
+MAX_SOLVE_VALUES = 40_000_000
+STEP_RANGE = (0.02, 64.0)
+
+Whitened = NDArray[np.float16]
+"""(2, M, C, H, W): whitened features of M views under two noise draws (a memory map, for large teachers)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TapStatistics:
+    """What the bands of one tap look like, before a step is chosen."""
+
+    basis: NDArray[np.float16]
+    """(C, C), components as columns by falling variance."""
+    mean: NDArray[np.float16]
+    """(C,)."""
+    variance: NDArray[np.float64]
+    """(C, H, W): mean square of each coefficient."""
+    noise_share: NDArray[np.float64]
+    """(C, H, W): share of it that a second noise draw changes, in [0, 1]."""
+    coefficients: NDArray[np.float32]
+    """(m, C, H, W): coefficients of some of the fit's views, draw 0, to solve the step on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Solved:
+    """A step, the fits that it gives, and the payload bytes a view that it costs."""
+
+    step: float
+    fit: dict[str, FittedTap]
+    bytes_per_view: float
+
+
+def tap_statistics(whitened: Whitened) -> TapStatistics:
+    """Fit PCA and measure every band. Moments are summed in float64; run it in one thread for one result.
+
+    The covariance is shrunk to its diagonal by 1/M: from one image alone PCA is the identity, up to order.
+    """
+    draws, views, channels, height, width = whitened.shape
+    total, outer = np.zeros(channels), np.zeros((channels, channels))
+    for start in range(0, views, CHUNK):
+        x = np.moveaxis(np.asarray(whitened[:, start : start + CHUNK], np.float64), 2, 0).reshape(channels, -1)
+        total += x.sum(1)
+        outer += x @ x.T
+    count = draws * views * height * width
+    mean = (total / count).astype(np.float16)
+    covariance = outer / count - np.outer(total / count, total / count)
+    covariance = (1 - 1 / views) * covariance + np.diag(np.diag(covariance)) / views
+    eigenvalues, vectors = np.linalg.eigh(covariance)
+    basis = vectors[:, np.argsort(-eigenvalues, kind="stable")]
+    # The sign of an eigenvector is arbitrary; fix it, so that the fit does not hang on the linear algebra library.
+    basis = (basis * np.where(basis[np.abs(basis).argmax(0), np.arange(channels)] < 0, -1, 1)).astype(np.float16)
+
+    square, difference = np.zeros((channels, height, width)), np.zeros((channels, height, width))
+    kept: list[NDArray[np.float32]] = []
+    keep = max(1, min(views, MAX_SOLVE_VALUES // (channels * height * width)))
+    basis_CK, mean_C = torch.from_numpy(basis).float(), torch.from_numpy(mean).float()
+    for start in range(0, views, CHUNK):
+        first, second = (
+            forward_transform(torch.from_numpy(np.asarray(draw[start : start + CHUNK], np.float32)), basis_CK, mean_C)
+            for draw in whitened
+        )
+        square += ((first.double().square() + second.double().square()) / 2).sum(0).numpy()
+        difference += (first.double() - second.double()).square().sum(0).numpy() / 2
+        kept.append(first.numpy()[: max(0, keep - start)])
+    variance = _smooth(square / views, views)
+    noise = _smooth(difference / views, views)
+    share = np.clip(noise / np.maximum(variance, 1e-12), 0.0, 1.0)
+    return TapStatistics(
+        basis=basis, mean=mean, variance=variance, noise_share=share, coefficients=np.concatenate(kept)
+    )
+
+
+def _smooth(moment: NDArray[np.float64], views: int) -> NDArray[np.float64]:
+    """Shrink each coefficient's moment towards its ring's: few views say little about one, more about the ring."""
+    height, width = moment.shape[1:]
+    ring = np.maximum(*np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij"))
+    ring = np.unique(ring, return_inverse=True)[1].reshape(-1)
+    sizes = np.bincount(ring)
+    pooled = np.stack([np.bincount(ring, band.reshape(-1)) / sizes for band in moment])[:, ring].reshape(moment.shape)
+    return (views * moment + SMOOTHING * pooled) / (views + SMOOTHING)
+
+
+def quantised_fit(statistics: TapStatistics, step: float) -> FittedTap:
+    """Return the fit of one tap at a step: classes, their steps and gains, and the probability tables.
+
+    A band's step is step / (share that the image determines): error in a band that is mostly noise costs a student
+    little, so reverse water-filling works on what the image determines.
+    """
+    determined = np.clip(1.0 - statistics.noise_share, 2.0 ** (-MAX_LEVEL / 2), 1.0)
+    level = np.clip(np.rint(-2 * np.log2(determined)), 0, MAX_LEVEL).astype(np.int64)
+    band_step = step * 2.0 ** (level / 2)
+    table = variance_class(np.sqrt(statistics.variance) / band_step)
+    joint, inverse = np.unique(np.where(table < 0, -1, table * (MAX_LEVEL + 1) + level), return_inverse=True)
+    inverse = inverse.reshape(level.shape) - int(joint[0] < 0)
+    joint = joint[joint >= 0]
+    kinds, class_table = np.unique(joint // (MAX_LEVEL + 1), return_inverse=True)
+    class_step = (step * 2.0 ** ((joint % (MAX_LEVEL + 1)) / 2)).astype(np.float32)
+    components = int(np.flatnonzero((inverse >= 0).any((1, 2))).max(initial=-1)) + 1
+    classes = np.where(inverse < 0, DEAD, inverse)[:components].astype(np.uint8)
+
+    gains = np.ones(len(kinds), np.float64)
+    tables, half_width = fit_tables(kinds, _values_by_table(statistics, classes, class_step, class_table, gains))
+    return FittedTap(
+        basis=np.ascontiguousarray(statistics.basis[:, :components]),
+        mean=statistics.mean,
+        classes=classes,
+        class_step=class_step,
+        class_gain=gains[class_table].astype(np.float32),
+        class_table=class_table.astype(np.uint8),
+        tables=tables,
+        half_width=half_width,
+    )
+
+
+def _values_by_table(
+    statistics: TapStatistics,
+    classes: NDArray[np.uint8],
+    class_step: NDArray[np.float32],
+    class_table: NDArray[np.int64],
+    gains: NDArray[np.float64],
+) -> list[NDArray[np.int16]]:
+    """Quantise the kept coefficients, sort them by table, and fill in each table's gain E[c^2] / E[c c_hat]."""
+    flat = classes.reshape(-1)
+    coefficients = statistics.coefficients.reshape(len(statistics.coefficients), -1)
+    values = []
+    for t in range(len(gains)):
+        places = np.flatnonzero((flat != DEAD) & (class_table[np.where(flat == DEAD, 0, flat)] == t))
+        c = torch.from_numpy(coefficients[:, places])
+        steps = torch.from_numpy(class_step[flat[places]])
+        q = quantise(c, steps)
+        met = float((c * q * steps).sum(dtype=torch.float64))
+        gains[t] = np.clip(float(c.square().sum(dtype=torch.float64)) / met, *GAIN_RANGE) if met > 0 else GAIN_RANGE[1]
+        values.append(q.numpy().astype(np.int16).reshape(-1))
+    return values
+
+
+def solve_step(
+    statistics: Mapping[str, TapStatistics], size_of: Callable[[dict[str, FittedTap]], float], target: float
+) -> Solved:
+    """Bisect (in the logarithm) for the step whose payloads cost `target` bytes a view, by `size_of`.
+
+    One step serves all taps: whitened features have unit variance, so equal steps spend bits where they reduce the
+    total error most. Where even the coarsest step costs more, that one is returned.
+    """
+    low, high = np.log(STEP_RANGE[0]), np.log(STEP_RANGE[1])
+    best: Solved | None = None
+    for _ in range(14):
+        step = float(np.float32(np.exp((low + high) / 2)))
+        fit = {name: quantised_fit(s, step) for name, s in statistics.items()}
+        size = size_of(fit)
+        if best is None or abs(np.log(size / target)) < abs(np.log(best.bytes_per_view / target)):
+            best = Solved(step=step, fit=fit, bytes_per_view=size)
+        if abs(size / target - 1) < 0.002:
+            break
+        low, high = (np.log(step), high) if size > target else (low, np.log(step))
+    assert best is not None
+    return best

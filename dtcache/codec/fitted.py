@@ -1,0 +1,85 @@
+"""The fitted numbers of one tap's codec: what the store keeps and a decoder needs."""
+
+import hashlib
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtcache.errors import CodecError
+
+DEAD = 255
+"""Class of a coefficient that is never coded."""
+TABLE_BITS = 11
+TABLE_SIZE = 1 << TABLE_BITS
+MAX_HALF_WIDTH = 127
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedTap:
+    """K live components of C channels; J classes of bands; T probability tables of A symbols each."""
+
+    basis: NDArray[np.float16]
+    """(C, K): PCA components as columns, by falling variance."""
+    mean: NDArray[np.float16]
+    """(C,): channel means of the whitened features."""
+    classes: NDArray[np.uint8]
+    """(K, H, W): class of each DCT coefficient, or 255 where it is dropped. Coefficients are coded by rising class."""
+    class_step: NDArray[np.float32]
+    """(J,): quantiser step."""
+    class_gain: NDArray[np.float32]
+    """(J,): reconstruction is symbol x step x gain; the gain undoes the dead zone's shrinkage."""
+    class_table: NDArray[np.uint8]
+    """(J,): which probability table codes the class."""
+    tables: NDArray[np.uint16]
+    """(T, A): symbol frequencies, each row summing to 2048; symbol s means value s - half_width, the last an escape."""
+    half_width: NDArray[np.uint8]
+    """(T,): table t codes the values -half_width..half_width and, as symbol 2 half_width + 1, an escape."""
+
+    def __post_init__(self) -> None:
+        """Check every bound that a decoder relies on. Raises CodecError."""
+        channels, components = self.basis.shape
+        live = self.classes[self.classes != DEAD]
+        tables, symbols = self.tables.shape
+        checks = (
+            self.mean.shape == (channels,) and components <= channels and len(self.classes) == components,
+            live.size == 0 or int(live.max()) < len(self.class_step),
+            len(self.class_step) == len(self.class_gain) == len(self.class_table),
+            self.class_table.size == 0 or int(self.class_table.max()) < tables == len(self.half_width),
+            bool((self.tables.astype(np.int64).sum(1) == TABLE_SIZE).all()),
+            bool((2 * self.half_width.astype(np.int64) + 2 <= symbols).all()),
+            all(bool(np.isfinite(a).all()) for a in (self.basis, self.mean, self.class_step, self.class_gain)),
+        )
+        if not all(checks):
+            raise CodecError("the fitted codec arrays contradict each other; the cache is damaged: run the extraction again")
+
+    @property
+    def live(self) -> NDArray[np.int64]:
+        """(n,): flat (K, H, W) positions of the coded coefficients, in coding order."""
+        flat = self.classes.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        return order[: int((flat != DEAD).sum())].astype(np.int64)
+
+    @property
+    def payload_bound(self) -> int:
+        """Upper bound of a payload's bytes: header, lane states, and 11 bits and a 16-bit escape a coefficient.
+
+        Rounded up to a multiple of 16, so that rows of payloads are aligned words.
+        """
+        count = int((self.classes != DEAD).sum())
+        bound = 32 + 2 * count + (count * TABLE_BITS + 7) // 8
+        return -(-bound // 16) * 16
+
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """Return the arrays by field name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def sha256_fit(fit: dict[str, FittedTap]) -> str:
+    """Return the SHA-256 over all arrays of all taps: names, dtypes, shapes and bytes (little-endian, C order)."""
+    digest = hashlib.sha256()
+    for tap, fitted in sorted(fit.items()):
+        for name, array in fitted.arrays().items():
+            digest.update(f"{tap}/{name}:{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""The codec's arithmetic on a device: whitening, PCA, DCT and quantiser forwards; their inverse as a torch module."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dtcache.codec.fitted import FittedTap
+
+WHITEN_EPS = 1e-6
+ROUNDING = 0.42
+"""Added before the floor: under 0.5 it widens the dead zone, which pays at low rates (design: codec)."""
+
+
+def whiten(raw_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Non-affine LayerNorm a sample over (C, H, W): return whitened fp32 features, mu (B,) and sigma (B,).
+
+    raw = whitened * sigma + mu, sigma including the epsilon (paper: W, on the teacher only).
+    """
+    flat = raw_BCHW.float().flatten(1)
+    mu_B = flat.mean(1)
+    sigma_B = (flat.var(1, correction=0) + WHITEN_EPS).sqrt()
+    shape = (-1, 1, 1, 1)
+    return (raw_BCHW - mu_B.view(shape)) / sigma_B.view(shape), mu_B, sigma_B
+
+
+def dct_matrix(size: int) -> Tensor:
+    """Return the orthonormal DCT-II as a float64 (size, size) matrix: coefficients = matrix @ signal."""
+    k = torch.arange(size, dtype=torch.float64)[:, None]
+    n = torch.arange(size, dtype=torch.float64)[None, :]
+    matrix = torch.cos(math.pi * (2 * n + 1) * k / (2 * size)) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+def forward_transform(whitened_BCHW: Tensor, basis_CK: Tensor, mean_C: Tensor) -> Tensor:
+    """Return fp32 DCT coefficients (B, K, H, W) of the PCA components of centred features."""
+    height, width = whitened_BCHW.shape[2:]
+    centred = whitened_BCHW - mean_C[:, None, None]
+    components = torch.einsum("bchw,ck->bkhw", centred, basis_CK)
+    rows = dct_matrix(height).to(components)
+    columns = dct_matrix(width).to(components)
+    return rows @ components @ columns.T
+
+
+class Encoder(nn.Module):
+    """Features to quantised coefficients, with the squared error and energy that the quantiser left and met."""
+
+    def __init__(self, fitted: FittedTap) -> None:
+        super().__init__()
+        self.register_buffer("basis_CK", torch.from_numpy(fitted.basis).float())
+        self.register_buffer("mean_C", torch.from_numpy(fitted.mean).float())
+        live = torch.from_numpy(fitted.live)
+        classes = torch.from_numpy(fitted.classes.reshape(-1)[fitted.live]).long()
+        self.register_buffer("live_N", live)
+        self.register_buffer("step_N", torch.from_numpy(fitted.class_step)[classes])
+        self.register_buffer("gain_N", torch.from_numpy(fitted.class_gain)[classes])
+
+    def forward(self, whitened_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return values (B, n) int16, squared error (B,) and energy about the channel means (B,), both float64.
+
+        PCA and DCT are orthonormal, so that errors of coefficients are errors of features (Parseval).
+        """
+        centred = whitened_BCHW - self.mean_C[:, None, None]
+        energy_B = centred.double().square().flatten(1).sum(1)
+        coefficients = forward_transform(whitened_BCHW, self.basis_CK, self.mean_C).flatten(1)[:, self.live_N]
+        values = quantise(coefficients, self.step_N)
+        decoded = values * self.step_N * self.gain_N
+        kept = (coefficients.double() - decoded.double()).square().sum(1)
+        dropped = energy_B - coefficients.double().square().sum(1)
+        return values.to(torch.int16), kept + dropped.clamp_min(0), energy_B
+
+
+def quantise(coefficients: Tensor, step: Tensor) -> Tensor:
+    """Return signed integers (as fp32, within int16) under a dead-zone quantiser with rounding offset 0.42."""
+    scaled = coefficients / step
+    return (scaled.sign() * (scaled.abs() + ROUNDING).floor()).clamp(-32767, 32767)
+
+
+class Decoder(nn.Module):
+    """Quantised coefficients to whitened features, as matrix products on the student's device."""
+
+    def __init__(self, fitted: FittedTap) -> None:
+        super().__init__()
+        components, self.height, self.width = fitted.classes.shape
+        classes = torch.from_numpy(fitted.classes.reshape(-1)[fitted.live]).long()
+        scale = torch.from_numpy(fitted.class_step * fitted.class_gain)[classes]
+        self.register_buffer("basis_CK", torch.from_numpy(fitted.basis).float())
+        self.register_buffer("mean_C", torch.from_numpy(fitted.mean).float())
+        self.register_buffer("live_N", torch.from_numpy(fitted.live))
+        self.register_buffer("scale_N", scale)
+        self.register_buffer("rows_HH", dct_matrix(self.height).float())
+        self.register_buffer("columns_WW", dct_matrix(self.width).float())
+        self.components = components
+
+    @torch.no_grad()
+    def forward(self, values_BN: Tensor) -> Tensor:
+        """Return decoded whitened features, fp32 (B, C, H, W), of int16 values (B, n).
+
+        Always fp32: under autocast the products would round the targets.
+        """
+        with torch.autocast(values_BN.device.type, enabled=False):
+            count = len(values_BN)
+            dense = self.scale_N.new_zeros(count, self.components * self.height * self.width)
+            dense[:, self.live_N] = values_BN * self.scale_N
+            maps = self.rows_HH.T @ dense.view(count, self.components, self.height, self.width) @ self.columns_WW
+            return torch.einsum("bkhw,ck->bchw", maps, self.basis_CK) + self.mean_C[:, None, None]

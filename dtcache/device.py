@@ -1,0 +1,48 @@
+"""Where and in which precision tensors are computed, resolved once at the start of a command."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dtcache.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compute:
+    """A device and the autocast precision used on it."""
+
+    device: torch.device
+    precision: Precision
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the autocast context of the precision; fp32 leaves arithmetic as it is."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def resolve_compute(device: str, precision: str) -> Compute:
+    """Resolve `auto` to CUDA where there is one, and to bf16 where the hardware computes it natively.
+
+    Raises ConfigError for a device that this machine does not have.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        where = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {device}: expected auto, cpu, cuda or cuda:N ({error})") from error
+    if where.type == "cuda" and (not torch.cuda.is_available() or (where.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+    if precision == "auto":
+        precision = "bf16" if _has_native_bf16(where) else "fp32"
+    return Compute(device=where, precision="bf16" if precision == "bf16" else "fp32")
+
+
+def _has_native_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    # oneDNN has fast bf16 convolutions only where the CPU has the instructions; elsewhere it is slower than fp32.
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(probe is not None and probe())

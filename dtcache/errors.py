@@ -1,0 +1,65 @@
+"""Every failure that a user can meet. A message says what, where, expected, got and what to do next."""
+
+
+class DtcacheError(Exception):
+    """Root of all failures that dtcache raises on purpose; the command line prints them as one line."""
+
+
+class ConfigError(DtcacheError, ValueError):
+    """An option, or a combination of options, that cannot work."""
+
+
+class ImagesError(DtcacheError, ValueError):
+    """An image source that cannot be used: empty, ambiguous keys, wrong columns."""
+
+
+class ImagesNotFoundError(ImagesError, FileNotFoundError):
+    """A path that holds no images."""
+
+
+class BadImageError(DtcacheError, ValueError):
+    """One image that cannot be decoded; recorded with its sample, never fatal to a run."""
+
+
+class TeacherError(DtcacheError, ValueError):
+    """A teacher that cannot be used safely or faithfully."""
+
+
+class TeacherNotFoundError(TeacherError, FileNotFoundError):
+    """A teacher directory, or a part of it, that is not there."""
+
+
+class CodecError(DtcacheError, ValueError):
+    """A codec that cannot be fitted, or a payload that does not decode."""
+
+
+class CacheError(DtcacheError):
+    """Anything wrong with a feature cache."""
+
+
+class CacheNotFoundError(CacheError, FileNotFoundError):
+    """A path that holds no cache."""
+
+
+class CacheMismatchError(CacheError, ValueError):
+    """A cache made by another recipe than the one asked for."""
+
+
+class CacheDamagedError(CacheError, OSError):
+    """Bytes in a cache that are missing or are not the ones written."""
+
+
+class CacheIncompleteError(CacheError, ValueError):
+    """A cache that still lacks shards."""
+
+
+class CacheBusyError(CacheError, OSError):
+    """A cache, run or teacher that another process is writing."""
+
+
+class DiskError(DtcacheError, OSError):
+    """The disk refused a write (full, read-only, failing)."""
+
+
+class TrainingError(DtcacheError, RuntimeError):
+    """A training run that cannot go on, such as a loss that is not finite."""

@@ -1,0 +1,1 @@
+"""The cache on disk: layout, manifest, writer and reader. Imports no torch."""

@@ -1,0 +1,106 @@
+"""Commit records: the one file that makes a shard part of the cache."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtcache.errors import CacheDamagedError
+from dtcache.spec import FailedSample, Json, canonical_json, sha256_json
+from dtcache.store.layout import COMMITS
+from dtcache.store.storage import write_file
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardObject:
+    """One file of a shard."""
+
+    path: str
+    """Relative to the cache."""
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecSums:
+    """Float64 sums of one tap over the rows of a shard that the codec was not fitted on."""
+
+    squared_error: float
+    energy: float
+    """About the channel means of the data set, after whitening."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommitRecord:
+    """One finished shard."""
+
+    shard: int
+    fingerprint: str
+    """Of the recipe that it was made by."""
+    objects: tuple[ShardObject, ...]
+    content_sha256: tuple[str | None, ...]
+    """SHA-256 of each row's source bytes; None where the image failed."""
+    failures: tuple[FailedSample, ...]
+    sums: dict[str, CodecSums]
+
+    def to_json(self) -> Json:
+        """Return the record as JSON values, with its own hash."""
+        body: Json = {
+            "shard": self.shard,
+            "fingerprint": self.fingerprint,
+            "objects": [{"path": o.path, "bytes": o.size, "sha256": o.sha256} for o in self.objects],
+            "content_sha256": list(self.content_sha256),
+            "failures": [{"row": f.row, "key": f.key, "reason": f.reason} for f in self.failures],
+            "sums": {n: {"squared_error": s.squared_error, "energy": s.energy} for n, s in self.sums.items()},
+        }
+        return {**body, "sha256": sha256_json(body)}
+
+
+def commit_path(root: Path, shard: int) -> Path:
+    """Return where a shard's record lies."""
+    return root / COMMITS / f"{shard:06d}.json"
+
+
+def write_commit(root: Path, record: CommitRecord) -> None:
+    """Write a commit record atomically; from then on the shard is part of the cache."""
+    write_file(commit_path(root, record.shard), canonical_json(record.to_json()))
+
+
+def read_commits(root: Path) -> dict[int, CommitRecord]:
+    """Read all commit records by shard. Raises CacheDamagedError where one is not as written."""
+    folder = root / COMMITS
+    paths: Iterable[Path] = sorted(folder.glob("[0-9]*.json")) if folder.is_dir() else ()
+    records = (_read(path) for path in paths)
+    return {record.shard: record for record in records}
+
+
+def _read(path: Path) -> CommitRecord:
+    try:
+        value = json.loads(path.read_bytes())
+        if value.pop("sha256") != sha256_json(value):
+            raise ValueError("its own checksum does not match")
+        return CommitRecord(
+            shard=value["shard"],
+            fingerprint=value["fingerprint"],
+            objects=tuple(ShardObject(path=o["path"], size=o["bytes"], sha256=o["sha256"]) for o in value["objects"]),
+            content_sha256=tuple(value["content_sha256"]),
+            failures=tuple(FailedSample(row=f["row"], key=f["key"], reason=f["reason"]) for f in value["failures"]),
+            sums={n: CodecSums(**s) for n, s in value["sums"].items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheDamagedError(
+            f"{path}: not a commit record of dtcache ({error}); delete it and run the extraction again"
+        ) from error
+
+
+def total_sums(records: Iterable[CommitRecord]) -> dict[str, CodecSums]:
+    """Add the sums of records in the order given: floating-point sums hang on it, so give them in shard order."""
+    totals: dict[str, CodecSums] = {}
+    for record in records:
+        for name, sums in record.sums.items():
+            so_far = totals.get(name, CodecSums(squared_error=0.0, energy=0.0))
+            totals[name] = CodecSums(
+                squared_error=so_far.squared_error + sums.squared_error, energy=so_far.energy + sums.energy
+            )
+    return totals

@@ -1,0 +1,117 @@
+"""Where things lie in a cache, and the Zarr nodes that describe them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtcache.spec import Recipe
+
+MANIFEST = "manifest.json"
+SAMPLES = "samples.parquet"
+SHARDS = "shards.parquet"
+COMMITS = "commits"
+LOG = "extraction.log.json"
+DATA = "data.zarr"
+IMAGES = "images"
+ZSTD_LEVEL = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PayloadArray:
+    """A uint8 array of padded payloads: (N, L), or (N, V, L) where every view of a row has one."""
+
+    name: str
+    """Path in data.zarr."""
+    shape: tuple[int, ...]
+    """The last axis is L, the bytes of one padded payload."""
+    shard_rows: int
+    """Rows of one shard."""
+
+    @property
+    def length(self) -> int:
+        """L: bytes of one padded payload."""
+        return self.shape[-1]
+
+    @property
+    def payloads_a_row(self) -> int:
+        """Payloads of one row: V, or 1."""
+        return math.prod(self.shape[1:-1])
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the array."""
+        return -(-self.shape[0] // self.shard_rows)
+
+    def rows_of(self, shard: int) -> range:
+        """Return the rows that a shard holds; the last one may be short."""
+        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.shape[0]))
+
+    def object_path(self, shard: int) -> str:
+        """Return the shard's file, relative to the cache."""
+        return f"{DATA}/{self.name}/c.{shard}{'.0' * (len(self.shape) - 1)}"
+
+
+def tap_name(timestep: int, tap: str) -> str:
+    """Return the array of a tap at a timestep, such as t150/stride8."""
+    return f"t{timestep}/{tap}"
+
+
+def tap_names(recipe: Recipe) -> list[str]:
+    """Return the arrays of all taps, timestep by timestep, finest first."""
+    return [tap_name(t, tap.name) for t in recipe.teacher.timesteps for tap in recipe.teacher.taps]
+
+
+def payload_arrays(recipe: Recipe, image_bound: int, tap_bounds: Mapping[str, int]) -> dict[str, PayloadArray]:
+    """Return all arrays of a cache by name, given the upper bounds of their payloads."""
+    count, rows = recipe.num_samples, recipe.shard_rows
+    arrays = {IMAGES: PayloadArray(name=IMAGES, shape=(count, image_bound), shard_rows=rows)}
+    for name in tap_names(recipe):
+        arrays[name] = PayloadArray(name=name, shape=(count, recipe.num_views, tap_bounds[name]), shard_rows=rows)
+    return arrays
+
+
+def write_zarr_nodes(
+    root: Path, arrays: Mapping[str, PayloadArray], fit: Mapping[str, Mapping[str, NDArray[np.generic]]]
+) -> None:
+    """Write the Zarr v3 group at `root` with zarr-python: the payload arrays' metadata, and the codec's arrays whole."""
+    import zarr
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    group = zarr.create_group(store=root, zarr_format=3)
+    checked = (ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec())
+    separator = {"name": "default", "separator": "."}
+    for array in arrays.values():
+        group.create_array(
+            array.name,
+            shape=array.shape,
+            dtype="uint8",
+            chunks=(1,) * (len(array.shape) - 1) + (array.length,),
+            shards=(array.shard_rows, *array.shape[1:]),
+            compressors=checked,
+            fill_value=0,
+            chunk_key_encoding=separator,
+        )
+    for tap, fitted in fit.items():
+        for name, values in fitted.items():
+            node = group.create_array(
+                f"codec/{tap}/{name}",
+                shape=values.shape,
+                dtype=values.dtype,
+                chunks=values.shape,
+                compressors=checked,
+                chunk_key_encoding=separator,
+                config={"write_empty_chunks": True},
+            )
+            node[...] = values
+
+
+def read_fit(root: Path, tap: str) -> dict[str, NDArray[np.generic]]:
+    """Read one tap's codec arrays, by name, from the Zarr group at `root`."""
+    import zarr
+
+    group = zarr.open_group(root, mode="r", path=f"codec/{tap}", zarr_format=3)
+    return {name: np.asarray(array[...]) for name, array in group.arrays()}

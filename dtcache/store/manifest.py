@@ -1,0 +1,140 @@
+"""The manifest: what the cache is a function of, what files it has, and whether all of them are there."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
+from dtcache.spec import FORMAT_VERSION, Json, Recipe, canonical_json, sha256_json
+from dtcache.store.commits import CodecSums
+from dtcache.store.layout import MANIFEST, PayloadArray
+from dtcache.store.storage import write_file
+
+MAX_MANIFEST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheManifest:
+    """A cache's recipe as JSON, and the hashes of its files; it holds no clock, path, host or worker count."""
+
+    state: Literal["writing", "sealed"]
+    recipe: Json
+    """`Recipe.to_json()`; kept as JSON, so that reading it needs no type of a later version."""
+    fingerprint: str
+    arrays: dict[str, PayloadArray]
+    classes: tuple[str, ...] | None
+    """Class names by label."""
+    files: dict[str, str]
+    """SHA-256 by path of every file but shards: zarr.json, codec arrays, Parquet."""
+    sums: dict[str, CodecSums]
+    """By array, over all rows that the codec was not fitted on; empty until the cache is sealed."""
+
+    def to_json(self) -> Json:
+        """Return the manifest as JSON values, with its own hash."""
+        body: Json = {
+            "format": FORMAT_VERSION,
+            "state": self.state,
+            "recipe": self.recipe,
+            "fingerprint": self.fingerprint,
+            "arrays": {n: {"shape": list(a.shape), "shard_rows": a.shard_rows} for n, a in self.arrays.items()},
+            "classes": list(self.classes) if self.classes is not None else None,
+            "files": self.files,
+            "sums": {n: {"squared_error": s.squared_error, "energy": s.energy} for n, s in self.sums.items()},
+        }
+        return {**body, "sha256": sha256_json(body)}
+
+    def sealed(self, files: dict[str, str], sums: dict[str, CodecSums]) -> "CacheManifest":
+        """Return the manifest of the finished cache, with the hashes of files that changed or came."""
+        return replace(self, state="sealed", files={**self.files, **files}, sums=sums)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of the view, pixels."""
+        return self.recipe["view"]["height"], self.recipe["view"]["width"]
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of the cache."""
+        return int(self.recipe["num_samples"])
+
+    @property
+    def num_views(self) -> int:
+        """Views of a row: 2 with flips, else 1."""
+        return 2 if self.recipe["flips"] else 1
+
+
+def new_manifest(
+    recipe: Recipe, arrays: dict[str, PayloadArray], classes: list[str] | None, files: dict[str, str]
+) -> CacheManifest:
+    """Return the manifest of a cache that is about to be written."""
+    return CacheManifest(
+        state="writing",
+        recipe=recipe.to_json(),
+        fingerprint=recipe.fingerprint,
+        arrays=arrays,
+        classes=tuple(classes) if classes is not None else None,
+        files=files,
+        sums={},
+    )
+
+
+def write_manifest(root: Path, manifest: CacheManifest) -> None:
+    """Write the manifest atomically."""
+    write_file(root / MANIFEST, canonical_json(manifest.to_json()))
+
+
+def read_manifest(root: Path) -> CacheManifest:
+    """Read and check a manifest.
+
+    Raises CacheNotFoundError where there is none, CacheDamagedError where it is not as written, and CacheError where
+    a newer dtcache wrote it.
+    """
+    path = root / MANIFEST
+    if not path.is_file():
+        raise CacheNotFoundError(f"{root} is not a cache: expected {MANIFEST} in it; give a folder made by dtcache extract")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise CacheDamagedError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, got {path.stat().st_size}")
+    try:
+        value = json.loads(path.read_bytes())
+        version = value["format"]
+        if version != FORMAT_VERSION:
+            raise CacheError(
+                f"{path}: expected format {FORMAT_VERSION}, got {version}; install the dtcache that wrote it or a newer one"
+            )
+        claimed = value.pop("sha256")
+        if claimed != sha256_json(value):
+            raise CacheDamagedError(f"{path}: its own checksum does not match; restore it from a copy or extract again")
+        arrays = {
+            name: PayloadArray(name=name, shape=tuple(a["shape"]), shard_rows=a["shard_rows"])
+            for name, a in value["arrays"].items()
+        }
+        return CacheManifest(
+            state=value["state"],
+            recipe=value["recipe"],
+            fingerprint=value["fingerprint"],
+            arrays=arrays,
+            classes=tuple(value["classes"]) if value["classes"] is not None else None,
+            files=value["files"],
+            sums={n: CodecSums(**s) for n, s in value["sums"].items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheDamagedError(f"{path}: not a manifest of dtcache ({error!r}); extract again") from error
+
+
+def require_same(root: Path, found: Json, wanted: Json, where: str = "") -> None:
+    """Raise CacheMismatchError naming the first field of `wanted` that a cache's recipe holds with another value."""
+    for name, value in wanted.items():
+        have: Any = found.get(name)
+        if isinstance(value, dict) and isinstance(have, dict):
+            require_same(root, have, value, f"{where}{name}.")
+        elif have != value:
+            raise CacheMismatchError(
+                f"{root} holds a cache of another recipe: {where}{name} is {_short(have)} there, {_short(value)} was "
+                "asked for; give the same options and images to resume it, or another --out"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,75 @@
+"""The sample index and the shard index, as Parquet with one fixed encoding."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dtcache.spec import Sample, sha256_json
+
+SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.int32()),
+        pa.field("content_sha256", pa.binary(32)),
+        pa.field("failure", pa.string()),
+    ]
+)
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int64(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+
+
+def hash_samples(samples: Sequence[Sample]) -> str:
+    """Return the SHA-256 over keys and labels in row order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.key}\0{sample.label}\n".encode())
+    return digest.hexdigest()
+
+
+def samples_table(
+    keys: Sequence[str], labels: Sequence[int | None], content: Sequence[bytes | None], failures: Sequence[str | None]
+) -> pa.Table:
+    """Return the sample index; content hashes and failures are null while the cache is being written."""
+    return pa.Table.from_arrays(
+        [
+            pa.array(range(len(keys)), pa.int64()),
+            pa.array(keys, pa.string()),
+            pa.array(labels, pa.int32()),
+            pa.array(content, pa.binary(32)),
+            pa.array(failures, pa.string()),
+        ],
+        schema=SCHEMA,
+    )
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Return a table's Parquet file; the same table always gives the same bytes with one version of pyarrow."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_statistics=False)
+    return sink.getvalue()
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a Parquet file of the cache."""
+    return pq.read_table(path)
+
+
+def held_out(keys: Sequence[str]) -> list[int]:
+    """Return the places of the held-out samples: one per cent, at least 64 (but at most half), by hash of the key.
+
+    A key's membership hangs on the set of keys only, never on their order.
+    """
+    count = min(max(64, len(keys) // 100), len(keys) // 2)
+    ranked = sorted(range(len(keys)), key=lambda i: sha256_json(["held-out", keys[i]]))
+    return sorted(ranked[:count])

@@ -1,0 +1,63 @@
+"""The bytes of one Zarr v3 shard (ZEP 2, `sharding_indexed`): checked inner chunks, then their checked index."""
+
+import numpy as np
+from google_crc32c import value as crc32c
+from numcodecs.zstd import compress, decompress
+from numpy.typing import NDArray
+
+from dtcache.errors import CacheDamagedError
+from dtcache.store.layout import ZSTD_LEVEL
+
+CRC_BYTES = 4
+ENTRY_BYTES = 16
+ABSENT = np.uint64(2**64 - 1)
+"""Offset and size of a chunk that the array's edge cuts off."""
+
+
+def build_shard(payloads: list[bytes], length: int, entries: int) -> bytes:
+    """Return a shard of payloads, each padded with zeros to `length`; entries past the last payload are absent.
+
+    Every payload is written, an empty one as zeros: an absent chunk in range means damage.
+    """
+    index = np.full((entries, 2), ABSENT, "<u8")
+    parts: list[bytes] = []
+    offset = 0
+    for i, payload in enumerate(payloads):
+        packed = compress(payload.ljust(length, b"\0"), ZSTD_LEVEL)
+        chunk = packed + crc32c(packed).to_bytes(CRC_BYTES, "little")
+        parts.append(chunk)
+        index[i] = offset, len(chunk)
+        offset += len(chunk)
+    table = index.tobytes()
+    return b"".join([*parts, table, crc32c(table).to_bytes(CRC_BYTES, "little")])
+
+
+def index_bytes(entries: int) -> int:
+    """Return the size of a shard's index."""
+    return entries * ENTRY_BYTES + CRC_BYTES
+
+
+def parse_index(tail: bytes, entries: int, size: int, where: str) -> NDArray[np.uint64]:
+    """Return (entries, 2) offsets and sizes from a shard's last bytes.
+
+    Raises CacheDamagedError where the checksum fails or an entry points outside a shard of `size` bytes.
+    """
+    table, checksum = tail[:-CRC_BYTES], tail[-CRC_BYTES:]
+    if len(tail) != index_bytes(entries) or crc32c(table) != int.from_bytes(checksum, "little"):
+        raise CacheDamagedError(f"{where}: the shard's index is damaged; run the extraction of this cache again")
+    index = np.frombuffer(table, "<u8").reshape(entries, 2)
+    present = index[index[:, 0] != ABSENT]
+    if len(present) and int((present[:, 0] + present[:, 1]).max()) > size - len(tail):
+        raise CacheDamagedError(f"{where}: the shard's index points outside the file; run the extraction again")
+    return index
+
+
+def unpack_chunk(chunk: bytes, out: NDArray[np.uint8], where: str) -> None:
+    """Check one inner chunk and decompress it into `out` (L,). Raises CacheDamagedError where a byte is wrong."""
+    packed, checksum = chunk[:-CRC_BYTES], chunk[-CRC_BYTES:]
+    if len(chunk) <= CRC_BYTES or crc32c(packed) != int.from_bytes(checksum, "little"):
+        raise CacheDamagedError(f"{where}: the checksum of this sample does not match; run the extraction again")
+    try:
+        decompress(packed, out)
+    except (RuntimeError, ValueError) as error:
+        raise CacheDamagedError(f"{where}: the sample does not decompress to {len(out)} bytes ({error})") from error

@@ -1,0 +1,109 @@
+"""The only file-system calls of the store. Files are whole or absent: write beside, fsync, rename, fsync the folder."""
+
+import errno
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+from types import TracebackType
+
+from dtcache.errors import CacheBusyError, DiskError
+
+TEMPORARY = ".tmp-"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable. Raises DiskError."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise _disk_error(folder, 0, error) from error
+
+
+def write_temporary(target: Path, data: bytes) -> Path:
+    """Write and fsync `data` to a temporary file beside `target` and return its path.
+
+    Raises DiskError with what to do; after a failed fsync the file is removed, to be written anew, never retried.
+    """
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _disk_error(target, len(data), error) from error
+    return temporary
+
+
+def publish(temporaries: list[Path]) -> None:
+    """Rename temporary files to their targets, then make the folders durable. Raises DiskError."""
+    for temporary in temporaries:
+        try:
+            os.replace(temporary, temporary.with_name(temporary.name.removeprefix(TEMPORARY)))
+        except OSError as error:
+            raise _disk_error(temporary, 0, error) from error
+    for folder in sorted({temporary.parent for temporary in temporaries}):
+        fsync_folder(folder)
+
+
+def write_file(target: Path, data: bytes) -> None:
+    """Replace `target` by `data`, atomically and durably. Raises DiskError."""
+    publish([write_temporary(target, data)])
+
+
+def fsync_tree(root: Path) -> None:
+    """Make every file and name under a folder durable."""
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        else:
+            fsync_folder(path)
+    fsync_folder(root)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _disk_error(target: Path, size: int, error: OSError) -> DiskError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "free some space and run the same command again: it resumes" if full else "check the disk and its rights"
+    what = f"{target} ({size} bytes)" if size else str(target)
+    return DiskError(f"cannot write {what}: {error.strerror or error}; {advice}")
+
+
+class FolderLock:
+    """An exclusive `flock` on `FOLDER/.lock`: it ends with its process, however that ends."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folder where it is missing and take the lock. Raises CacheBusyError where another process has it."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Python opens files close-on-exec, so that no child keeps the lock alive.
+            self._handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _disk_error(folder, 0, error) from error
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._handle)
+            raise CacheBusyError(f"{folder} is being written by another process; wait for it or stop it") from error
+
+    def __enter__(self) -> "FolderLock":
+        """Return the lock."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of the lock."""
+        os.close(self._handle)

@@ -1,0 +1,196 @@
+"""Writing a cache shard by shard, so that a kill at any moment leaves something that resumes to the same bytes."""
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError
+from dtcache.spec import FailedSample, Recipe, Sample, canonical_json, sha256_json
+from dtcache.store.commits import (
+    CodecSums,
+    CommitRecord,
+    ShardObject,
+    commit_path,
+    read_commits,
+    total_sums,
+    write_commit,
+)
+from dtcache.store.layout import COMMITS, DATA, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray, write_zarr_nodes
+from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
+from dtcache.store.samples import SHARD_SCHEMA, parquet_bytes, read_table, samples_table
+from dtcache.store.shard import build_shard
+from dtcache.store.storage import TEMPORARY, file_sha256, fsync_tree, publish, write_file, write_temporary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardData:
+    """Everything that one shard holds; the lists run over its rows (times views, row by row)."""
+
+    shard: int
+    payloads: dict[str, list[bytes]]
+    """Payloads by array; empty bytes where a row failed."""
+    content_sha256: tuple[str | None, ...]
+    failures: tuple[FailedSample, ...]
+    sums: dict[str, CodecSums]
+
+
+class CacheWriter:
+    """The one writer of a cache; whoever makes it holds the cache's lock."""
+
+    def __init__(self, root: Path, manifest: CacheManifest) -> None:
+        """Go on with the cache that `manifest` describes: drop leftovers of a killed run, read what is committed.
+
+        Raises CacheDamagedError where a committed file is gone and CacheMismatchError for records of another recipe.
+        """
+        self.root = root
+        self.manifest = manifest
+        self._records = read_commits(root)
+        if manifest.state == "writing":
+            self._drop_leftovers()
+        for record in self._records.values():
+            self._check(record)
+
+    @classmethod
+    def create(
+        cls,
+        root: Path,
+        recipe: Recipe,
+        arrays: dict[str, PayloadArray],
+        fit: Mapping[str, Mapping[str, NDArray[np.generic]]],
+        samples: Sequence[Sample],
+        classes: list[str] | None,
+    ) -> "CacheWriter":
+        """Lay out an empty cache. The manifest comes last: without it the folder is not a cache."""
+        require_ours(root)
+        for leftover in (root / DATA, root / f"{TEMPORARY}{DATA}"):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        (root / COMMITS).mkdir(exist_ok=True)
+        nodes = root / f"{TEMPORARY}{DATA}"
+        write_zarr_nodes(nodes, arrays, fit)
+        fsync_tree(nodes)
+        publish([nodes])
+        files = {p.relative_to(root).as_posix(): file_sha256(p) for p in sorted((root / DATA).rglob("*")) if p.is_file()}
+        empty: list[None] = [None] * len(samples)
+        table = samples_table([s.key for s in samples], [s.label for s in samples], empty, empty)
+        write_file(root / SAMPLES, parquet_bytes(table))
+        files[SAMPLES] = file_sha256(root / SAMPLES)
+        manifest = new_manifest(recipe, arrays, classes, files)
+        write_manifest(root, manifest)
+        return cls(root, manifest)
+
+    @classmethod
+    def resume(cls, root: Path) -> "CacheWriter":
+        """Go on with a cache that was begun earlier."""
+        return cls(root, read_manifest(root))
+
+    @property
+    def missing(self) -> list[int]:
+        """Shards that are not committed yet."""
+        if self.manifest.state == "sealed":
+            return []
+        count = next(iter(self.manifest.arrays.values())).num_shards
+        return [shard for shard in range(count) if shard not in self._records]
+
+    @property
+    def failures(self) -> list[FailedSample]:
+        """Samples that have a row but no features, in row order, of everything committed."""
+        if self._records:
+            return [f for shard in sorted(self._records) for f in self._records[shard].failures]
+        table = read_table(self.root / SAMPLES)
+        rows = zip(table["row"].to_pylist(), table["key"].to_pylist(), table["failure"].to_pylist(), strict=True)
+        return [FailedSample(row=row, key=key, reason=reason) for row, key, reason in rows if reason is not None]
+
+    def write_shard(self, data: ShardData) -> int:
+        """Write and commit one shard; return its bytes. Raises DiskError; nothing is committed then."""
+        temporaries, objects = [], []
+        for name, array in self.manifest.arrays.items():
+            entries = array.shard_rows * array.payloads_a_row
+            content = build_shard(data.payloads[name], array.length, entries)
+            path = array.object_path(data.shard)
+            temporaries.append(write_temporary(self.root / path, content))
+            objects.append(ShardObject(path=path, size=len(content), sha256=hashlib.sha256(content).hexdigest()))
+        publish(temporaries)
+        record = CommitRecord(
+            shard=data.shard,
+            fingerprint=self.manifest.fingerprint,
+            objects=tuple(objects),
+            content_sha256=data.content_sha256,
+            failures=data.failures,
+            sums=data.sums,
+        )
+        write_commit(self.root, record)
+        self._records[data.shard] = record
+        return sum(o.size for o in objects)
+
+    def seal(self) -> None:
+        """Finish the cache: indices, then the manifest, then the commit records go. Safe to repeat after a kill."""
+        if self.manifest.state == "writing":
+            if self.missing:
+                raise CacheError(f"{self.root}: cannot seal, {len(self.missing)} shards are missing")
+            records = [self._records[shard] for shard in sorted(self._records)]
+            write_file(self.root / SHARDS, parquet_bytes(_shards_table(records)))
+            write_file(self.root / SAMPLES, parquet_bytes(self._final_samples(records)))
+            files = {name: file_sha256(self.root / name) for name in (SHARDS, SAMPLES)}
+            self.manifest = self.manifest.sealed(files, total_sums(records))
+            write_manifest(self.root, self.manifest)
+        if (self.root / COMMITS).exists():
+            shutil.rmtree(self.root / COMMITS)
+
+    def write_log(self, log: dict[str, object]) -> None:
+        """Write the one volatile file (times, host, versions), with its own checksum."""
+        write_file(self.root / LOG, canonical_json({**log, "sha256": sha256_json(log)}))
+
+    def _final_samples(self, records: list[CommitRecord]) -> pa.Table:
+        table = read_table(self.root / SAMPLES)
+        failures: list[str | None] = [None] * table.num_rows
+        for failed in (f for record in records for f in record.failures):
+            failures[failed.row] = failed.reason
+        content = [bytes.fromhex(sha) if sha else None for record in records for sha in record.content_sha256]
+        return samples_table(table["key"].to_pylist(), table["label"].to_pylist(), content, failures)
+
+    def _drop_leftovers(self) -> None:
+        """Remove temporary files and shards that were renamed but never committed."""
+        committed = {o.path for record in self._records.values() for o in record.objects}
+        for array in self.manifest.arrays.values():
+            for path in (self.root / DATA / array.name).glob("c.*"):
+                if path.relative_to(self.root).as_posix() not in committed:
+                    path.unlink()
+        for path in self.root.rglob(f"{TEMPORARY}*"):
+            path.unlink()
+
+    def _check(self, record: CommitRecord) -> None:
+        if record.fingerprint != self.manifest.fingerprint:
+            raise CacheMismatchError(
+                f"{commit_path(self.root, record.shard)}: expected fingerprint {self.manifest.fingerprint}, got "
+                f"{record.fingerprint}: the record belongs to another cache; delete it and extract again"
+            )
+        for o in record.objects:
+            path = self.root / o.path
+            if not path.is_file() or path.stat().st_size != o.size:
+                got = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
+                raise CacheDamagedError(
+                    f"{path}: expected {o.size} bytes, got {got}; delete {commit_path(self.root, record.shard)} "
+                    "and run the extraction again to write this shard anew"
+                )
+
+
+def require_ours(root: Path) -> None:
+    """Raise CacheMismatchError where a folder holds anything that a begun cache would not."""
+    known = {DATA, COMMITS, SAMPLES, MANIFEST, LOG, ".lock"}
+    foreign = sorted(p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(TEMPORARY))
+    if foreign:
+        raise CacheMismatchError(
+            f"{root} is not empty and not a cache: found {foreign[0]}; give an --out that is new or a cache"
+        )
+
+
+def _shards_table(records: list[CommitRecord]) -> pa.Table:
+    rows = [(record.shard, o.path, o.size, o.sha256) for record in records for o in record.objects]
+    return pa.Table.from_arrays([pa.array(column) for column in zip(*rows, strict=True)], schema=SHARD_SCHEMA)

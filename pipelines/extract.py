@@ -1,0 +1,220 @@
+"""Stage 1: images and a teacher to a sealed cache, one shard after the other."""
+
+import hashlib
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from dtcache._version import __version__
+from dtcache.codec import FeatureEncoder, FittedTap
+from dtcache.device import resolve_compute
+from dtcache.errors import ConfigError
+from dtcache.images import ImageSource, LoadedView, load_views, open_source, permuted
+from dtcache.images.stored import encode_stored, image_bound
+from dtcache.options import ExtractOptions, parse_ints, parse_size
+from dtcache.spec import CodecSpec, FailedSample, Json, Recipe, Sample, ViewSpec
+from dtcache.store.commits import CodecSums
+from dtcache.store.layout import IMAGES, MANIFEST, payload_arrays, read_fit, tap_name
+from dtcache.store.manifest import read_manifest, require_same
+from dtcache.store.samples import hash_samples
+from dtcache.store.storage import FolderLock
+from dtcache.store.writer import CacheWriter, ShardData, require_ours
+from dtcache.teacher import Teacher, load_teacher, native_size, noise_batch, prepare_teacher
+from pipelines.fit import fit_codec
+from pipelines.progress import track
+
+DECODE_THREADS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extracted:
+    """What came of an extraction."""
+
+    root: Path
+    num_done: int
+    failures: tuple[FailedSample, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Everything that turns rows into shards; it knows no scheduler and no writer."""
+
+    source: ImageSource
+    samples: list[Sample]
+    view: ViewSpec
+    teacher: Teacher
+    flips: bool
+    seed: int
+
+    @property
+    def views(self) -> int:
+        """Views of a row."""
+        return 2 if self.flips else 1
+
+    def raw_features(self, loaded: list[LoadedView], rows: list[int], flips: list[bool], draw: int) -> Json:
+        """Return raw features by array name for one view a row; the lists run together."""
+        pixels_BCHW = torch.stack(
+            [torch.from_numpy(v.pixels_CHW).flip(2) if f else torch.from_numpy(v.pixels_CHW)
+             for v, f in zip(loaded, flips, strict=True)]
+        )  # fmt: skip
+        keys = [self.samples[row].key for row in rows]
+        found = {}
+        for t in self.teacher.spec.timesteps:
+            noise_BCHW = noise_batch(keys, flips, self.view, seed=self.seed, timestep=t, draw=draw)
+            features = self.teacher.features(pixels_BCHW, noise_BCHW, t)
+            found.update({tap_name(t, tap): raw_BCHW for tap, raw_BCHW in features.items()})
+        return found
+
+
+def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
+    """Cache a teacher's features of `images` in `out`; goes on with a cache that was begun with the same recipe.
+
+    Raises CacheMismatchError naming the field where `out` holds another cache, and what its parts raise.
+    """
+    started = time.time()
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: expected a folder, got a file")
+    source = open_source(images)
+    job = _job(source, options)
+    with FolderLock(out):
+        if (out / MANIFEST).exists():
+            require_same(out, read_manifest(out).recipe, _asked(job, options))
+            writer = CacheWriter.resume(out)
+        else:
+            require_ours(out)
+            writer = _begin(out, job, options)
+        count = len(job.samples)
+        fit = {name: FittedTap(**read_fit(out / "data.zarr", name)) for name in writer.manifest.arrays if name != IMAGES}
+        encoder = FeatureEncoder(fit, resolve_compute(options.device, options.precision).device)
+        missing = writer.missing
+        array = writer.manifest.arrays[IMAGES]
+        left = sum(len(array.rows_of(shard)) for shard in missing)
+        with track("extract", count, count - left) as progress:
+            todo = (job.samples[row].index for shard in missing for row in array.rows_of(shard))
+            views = load_views(source, todo, job.view, threads=DECODE_THREADS)
+            for shard in missing:
+                data = run_shard(job, encoder, shard, array.rows_of(shard), views, array.length, fit_rows(count))
+                size = writer.write_shard(data)
+                progress.advance(len(array.rows_of(shard)), f"{size / 2**20:.1f} MiB a shard")
+        writer.seal()
+        failures = tuple(f for f in writer.failures)
+        writer.write_log(
+            {"seconds": time.time() - started, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+             "rows_this_run": left, "dtcache": __version__, "torch": torch.__version__, "host": platform.node(),
+             "python": platform.python_version(), "threads": torch.get_num_threads()}
+        )  # fmt: skip
+    return Extracted(root=out, num_done=count - len(failures), failures=failures, seconds=time.time() - started)
+
+
+def fit_rows(count: int) -> int:
+    """Return how many leading rows the codec is fitted on."""
+    return min(256, count)
+
+
+def _job(source: ImageSource, options: ExtractOptions) -> Job:
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit {options.limit}: expected at least 1")
+    loaded = load_teacher(options.teacher)
+    height, width = parse_size(options.size) if options.size else native_size(loaded)
+    view = ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop")
+    teacher = prepare_teacher(
+        loaded,
+        view,
+        strides=parse_ints(options.taps, "--taps") if options.taps else None,
+        timesteps=options.timestep,
+        batch_size=options.batch_size,
+        compute=resolve_compute(options.device, options.precision),
+    )
+    order = permuted(len(source.keys), seed=options.seed, stream="rows")[: options.limit]
+    labels = source.labels
+    samples = [
+        Sample(index=int(i), key=source.keys[i], label=labels[i] if labels is not None else None) for i in order
+    ]
+    return Job(source=source, samples=samples, view=view, teacher=teacher, flips=options.flip, seed=options.seed)
+
+
+def _asked(job: Job, options: ExtractOptions) -> Json:
+    """Return the recipe's fields that options and inputs fix, to be compared with a cache that is there."""
+    anything = CodecSpec(ratio=options.ratio, step=0.0, fit_rows=fit_rows(len(job.samples)), fit_sha256="")
+    asked = _recipe(job, anything, options.shard_rows or 0).to_json()
+    for name in ("step", "fit_sha256"):
+        del asked["codec"][name]
+    if options.shard_rows is None:
+        del asked["shard_rows"]
+    return asked
+
+
+def _recipe(job: Job, codec: CodecSpec, shard_rows: int) -> Recipe:
+    return Recipe(
+        teacher=job.teacher.spec,
+        view=job.view,
+        codec=codec,
+        samples_sha256=hash_samples(job.samples),
+        num_samples=len(job.samples),
+        flips=job.flips,
+        seed=job.seed,
+        shard_rows=shard_rows,
+    )
+
+
+def _begin(out: Path, job: Job, options: ExtractOptions) -> CacheWriter:
+    """Fit the codec once, and lay out the cache that it fixes."""
+    count = len(job.samples)
+    fitted = fit_codec(out, job, fit_rows(count), options.ratio)
+    bytes_a_row = fitted.bytes_per_view * job.views + job.view.height * job.view.width * 2
+    recipe = _recipe(job, fitted.spec, options.shard_rows or _shard_rows(count, bytes_a_row))
+    bounds = {name: tap.payload_bound for name, tap in fitted.fit.items()}
+    arrays = payload_arrays(recipe, image_bound(job.view), bounds)
+    fit = {name: tap.arrays() for name, tap in fitted.fit.items()}
+    return CacheWriter.create(out, recipe, arrays, fit, job.samples, job.source.classes)
+
+
+def _shard_rows(count: int, bytes_a_row: float) -> int:
+    """Return the largest power of two that keeps a shard under 64 MB and the cache at 64 shards, in [256, 4096]."""
+    most = min(64e6 / bytes_a_row, count / 64, 4096)
+    return max(256, 1 << max(0, int(most).bit_length() - 1))
+
+
+def run_shard(
+    job: Job, encoder: FeatureEncoder, shard: int, rows: range, views: Iterator[LoadedView], bound: int, fitted: int
+) -> ShardData:
+    """Compute one shard from `views`, which yields its rows' images in order. Idempotent: a pure function of the job."""
+    names = [tap_name(t, tap.name) for t in job.teacher.spec.timesteps for tap in job.teacher.spec.taps]
+    payloads: dict[str, list[bytes]] = {name: [] for name in [IMAGES, *names]}
+    content: list[str | None] = []
+    failures: list[FailedSample] = []
+    errors, energies = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    step = max(1, job.teacher.spec.batch_size // job.views)
+    for start in range(rows.start, rows.stop, step):
+        batch = list(islice(views, min(step, rows.stop - start)))
+        good = [i for i, v in enumerate(batch) if v.pixels_CHW is not None]
+        encoded = {}
+        if good:
+            flips = [flip for _ in good for flip in (False, True)[: job.views]]
+            doubled = [i for i in good for _ in range(job.views)]
+            raw = job.raw_features([batch[i] for i in doubled], [start + i for i in doubled], flips, draw=0)
+            encoded = {name: encoder.encode(name, raw[name]) for name in names}
+        for i, loaded in enumerate(batch):
+            row = start + i
+            place = slice(good.index(i) * job.views, (good.index(i) + 1) * job.views) if i in good else slice(0, 0)
+            infinite = next((n for n in encoded if not encoded[n].finite[place].all()), None)
+            reason = loaded.failure or (f"teacher output is not finite at {infinite}" if infinite else None)
+            content.append(None if loaded.failure else hashlib.sha256(loaded.source).hexdigest())
+            if reason is not None:
+                failures.append(FailedSample(row=row, key=job.samples[row].key, reason=reason))
+            payloads[IMAGES].append(encode_stored(loaded, bound) if reason is None else b"")
+            for name in names:
+                payloads[name] += encoded[name].payloads[place] if reason is None else [b""] * job.views
+                if reason is None and (row >= fitted or len(job.samples) == fitted):
+                    errors[name] += float(encoded[name].squared_error[place].sum())
+                    energies[name] += float(encoded[name].energy[place].sum())
+    sums = {name: CodecSums(squared_error=errors[name], energy=energies[name]) for name in names}
+    return ShardData(
+        shard=shard, payloads=payloads, content_sha256=tuple(content), failures=tuple(failures), sums=sums
+    )

@@ -1,0 +1,123 @@
+"""Fitting a cache's codec: once, in the coordinating process, in one thread, before the first shard."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numcodecs.zstd import compress
+from threadpoolctl import threadpool_limits
+
+from dtcache.codec import FittedTap, sha256_fit
+from dtcache.codec.fit import TapStatistics, solve_step, tap_statistics
+from dtcache.codec.rans import encode, rans_tables
+from dtcache.codec.transform import quantise, whiten
+from dtcache.errors import CodecError, ImagesError
+from dtcache.images import load_views
+from dtcache.spec import CodecSpec
+from dtcache.store.layout import ZSTD_LEVEL, tap_name
+from dtcache.store.shard import CRC_BYTES, ENTRY_BYTES
+from pipelines.progress import track
+
+if TYPE_CHECKING:
+    from pipelines.extract import Job
+
+DRAWS = 2
+SIZED_VIEWS = 48
+ROW_BYTES = 60
+"""Sample index: a hash, a key and a label, compressed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecFit:
+    """A fitted codec and what it is expected to cost."""
+
+    spec: CodecSpec
+    fit: dict[str, FittedTap]
+    bytes_per_view: float
+
+
+def fit_codec(out: Path, job: "Job", rows: int, ratio: float) -> CodecFit:
+    """Fit every tap on the first rows and two noise draws, and solve the step for the target ratio.
+
+    Raises ImagesError where none of these rows has an image, CodecError where the teacher's output is not finite.
+    """
+    spool = out / ".tmp-fit"
+    shutil.rmtree(spool, ignore_errors=True)
+    spool.mkdir(parents=True)
+    threads = torch.get_num_threads()
+    try:
+        whitened = _spool_features(spool, job, rows)
+        torch.set_num_threads(1)
+        with threadpool_limits(1), track("fit codec", len(whitened) + 1) as progress:
+            statistics = {}
+            for name, maps in whitened.items():
+                statistics[name] = tap_statistics(maps)
+                progress.advance(1, name)
+            fp16 = sum(2 * maps[0, 0].size for maps in whitened.values())
+            target = fp16 / ratio
+            views = len(job.samples) * job.views
+            solved = solve_step(statistics, lambda fit: _bytes_per_view(fit, statistics, target, views), target)
+            progress.advance()
+        del whitened
+    finally:
+        torch.set_num_threads(threads)
+        shutil.rmtree(spool, ignore_errors=True)
+    spec = CodecSpec(ratio=ratio, step=solved.step, fit_rows=rows, fit_sha256=sha256_fit(solved.fit))
+    return CodecFit(spec=spec, fit=solved.fit, bytes_per_view=solved.bytes_per_view)
+
+
+def _spool_features(spool: Path, job: "Job", rows: int) -> dict[str, np.memmap]:
+    """Write whitened features of the fit's rows, two draws each, to fp16 memory maps (2, M, C, H, W) by array.
+
+    Views alternate over the rows, so that the fit sees mirrored images too.
+    """
+    indices = [job.samples[row].index for row in range(rows)]
+    loaded = list(load_views(job.source, indices, job.view, threads=2))
+    good = [row for row in range(rows) if loaded[row].pixels_CHW is not None]
+    if not good:
+        raise ImagesError(f"none of the first {rows} images can be decoded ({loaded[0].failure}); check the source")
+    spec = job.teacher.spec
+    maps = {}
+    for t in spec.timesteps:
+        for tap in spec.taps:
+            path = spool / f"t{t}-{tap.name}"
+            shape = (DRAWS, len(good), tap.channels, tap.height, tap.width)
+            maps[tap_name(t, tap.name)] = np.memmap(path, np.float16, "w+", shape=shape)
+    with track("fit features", DRAWS * len(good)) as progress:
+        for draw in range(DRAWS):
+            for start in range(0, len(good), spec.batch_size):
+                batch = good[start : start + spec.batch_size]
+                flips = [job.flips and row % 2 == 1 for row in batch]
+                raw = job.raw_features([loaded[row] for row in batch], batch, flips, draw)
+                for name, raw_BCHW in raw.items():
+                    maps[name][draw, start : start + len(batch)] = whiten(raw_BCHW)[0].half().cpu().numpy()
+                progress.advance(len(batch))
+    for name, array in maps.items():
+        if not np.isfinite(array).all():
+            raise CodecError(f"the teacher's output is not finite at {name}; try --precision fp32")
+    return maps
+
+
+def _bytes_per_view(
+    fit: dict[str, FittedTap], statistics: dict[str, TapStatistics], target: float, views: int
+) -> float:
+    """Return all stored bytes a view but images: chunks and index entries as written, and a share of the rest.
+
+    The fit's own bytes count for at most half the target: a cache of few images cannot pay for them.
+    """
+    chunks = 0.0
+    for name, fitted in fit.items():
+        tables, live, bound = rans_tables(fitted), fitted.live, fitted.payload_bound
+        kept = statistics[name].coefficients[:SIZED_VIEWS]
+        flat = torch.from_numpy(kept.reshape(len(kept), -1)[:, live])
+        step = torch.from_numpy(fitted.class_step[fitted.classes.reshape(-1)[live]])
+        values = quantise(flat, step).numpy().astype(np.int16)
+        payloads = [encode(v, 0.01, 1.01, tables, bound) for v in values]
+        packed = sum(len(compress(p.ljust(bound, b"\0"), ZSTD_LEVEL)) for p in payloads)
+        chunks += packed / len(kept) + CRC_BYTES + ENTRY_BYTES
+    arrays = [array for fitted in fit.values() for array in fitted.arrays().values()]
+    side = sum(len(compress(np.ascontiguousarray(a).tobytes(), ZSTD_LEVEL)) + 900 for a in arrays)
+    return chunks + min(side / views + ROW_BYTES / 2, target / 2)

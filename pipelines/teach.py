@@ -1,0 +1,173 @@
+"""Stage 0: fit an unconditional DDPM on a user's own images and save it as a diffusers directory."""
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dtcache.store.storage import write_file
+from dtcache.device import Compute, resolve_compute
+from dtcache.errors import CacheMismatchError, ConfigError, TrainingError
+from dtcache.images import load_views, open_source, permuted
+from dtcache.options import TeachOptions, parse_ints, parse_size
+from dtcache.spec import ViewSpec, sha256_json
+from dtcache.teacher.build import TRAIN_STEPS, build_unet, ddpm_loss, ddpm_scheduler, sample_images, save_teacher
+from pipelines.plots import plot_curves
+from pipelines.progress import track
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taught:
+    """What a finished run left behind."""
+
+    out: Path
+    steps: int
+    final_loss: float
+
+
+def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
+    """Fit a DDPM on `images`; resumes a run in `out` made with the same options and images.
+
+    Raises CacheMismatchError where `out` holds a run of other options, TrainingError where the loss diverges.
+    """
+    source = open_source(images)
+    height, width = parse_size(options.size or "64")
+    view = ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop")
+    rows = permuted(len(source.keys), seed=options.seed, stream="teach")[: options.limit]
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, options, sha256_json([source.keys[i] for i in rows]))
+
+    compute = resolve_compute(options.device, options.precision)
+    torch.manual_seed(options.seed)
+    unet = build_unet(height, width, parse_ints(options.channels, "--channels"), options.layers, options.attention)
+    unet = unet.to(compute.device, memory_format=torch.channels_last)
+    ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, options))
+    state = {"unet": unet, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+    first, losses = _resume(out, state)
+
+    def batches() -> Iterator[Tensor]:
+        stream = _row_stream(rows, first * options.batch_size, options.steps * options.batch_size, options.seed)
+        batch: list[np.ndarray] = []
+        for count, loaded in enumerate(load_views(source, stream, view, threads=2), 1):
+            if loaded.pixels_CHW is not None:
+                batch.append(loaded.pixels_CHW)
+            if count % options.batch_size == 0:
+                if not batch:
+                    raise ConfigError(f"{images}: no image of a whole batch could be read ({loaded.failure})")
+                yield torch.from_numpy(np.stack(batch))
+                batch = []
+
+    with track("teach", options.steps, first) as progress:
+        for step, pixels_BCHW in enumerate(batches(), first):
+            loss = _train_step(unet, optimizer, pixels_BCHW, step, options.seed, compute)
+            if not math.isfinite(loss):
+                raise TrainingError(f"teach: the loss is {loss} at step {step}; lower --lr or use --precision fp32")
+            schedule.step()
+            ema.update_parameters(unet)
+            losses.append(loss)
+            progress.advance(1, f"loss {np.mean(losses[-100:]):.4f}")
+            if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+                _save(out, state, step + 1, losses, options)
+    if first < options.steps:
+        _write_pictures(out, ema.module, losses, options)
+    return Taught(out=out, steps=options.steps, final_loss=float(np.mean(losses[-100:])))
+
+
+def _claim(out: Path, options: TeachOptions, images_sha256: str) -> None:
+    """Record what the run is, or refuse a folder that holds another run, naming the field that differs."""
+    wanted = {**asdict(options), "images_sha256": images_sha256}
+    volatile = ("device", "save_every", "samples")
+    path = out / "teach.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        for name in wanted:
+            if name not in volatile and found.get(name) != wanted[name]:
+                raise CacheMismatchError(
+                    f"{out} holds a run with another {name}: expected {wanted[name]!r}, got {found.get(name)!r}; "
+                    "give the same options to resume it, or another --out"
+                )
+    else:
+        write_file(path, json.dumps(wanted, indent=1).encode())
+
+
+def _row_stream(rows: np.ndarray, start: int, stop: int, seed: int) -> Iterator[int]:
+    """Yield the source indices of draws [start, stop): a fresh permutation an epoch, a function of the seed alone."""
+    epoch, order = -1, rows
+    for position in range(start, stop):
+        if position // len(rows) != epoch:
+            epoch = position // len(rows)
+            order = rows[permuted(len(rows), seed=seed, stream=f"teach-epoch-{epoch}")]
+        yield int(order[position % len(rows)])
+
+
+def _lr_factor(step: int, options: TeachOptions) -> float:
+    """Linear warm-up, then a cosine to zero at the last step."""
+    if step < options.warmup:
+        return (step + 1) / options.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - options.warmup) / max(1, options.steps - options.warmup)))
+
+
+def _train_step(
+    unet: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pixels_BCHW: Tensor,
+    step: int,
+    seed: int,
+    compute: Compute,
+) -> float:
+    """Take one step; flips, timesteps and noise depend on (seed, step) alone, so that a resumed run is the same run."""
+    draw = torch.Generator().manual_seed((seed << 32) + step)
+    mirrored = torch.rand(len(pixels_BCHW), generator=draw) < 0.5
+    pixels_BCHW = torch.where(mirrored[:, None, None, None], pixels_BCHW.flip(3), pixels_BCHW)
+    t_B = torch.randint(0, TRAIN_STEPS, (len(pixels_BCHW),), generator=draw)
+    noise_BCHW = torch.randn(pixels_BCHW.shape, generator=draw)
+    where = {"device": compute.device}
+    with compute.autocast():
+        loss = ddpm_loss(unet, ddpm_scheduler(), pixels_BCHW.to(**where), noise_BCHW.to(**where), t_B.to(**where))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def _resume(out: Path, state: dict) -> tuple[int, list[float]]:
+    """Load the last checkpoint, if there is one, and return (finished steps, losses so far)."""
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return 0, []
+    saved = torch.load(path, weights_only=True, map_location="cpu")
+    for name, part in state.items():
+        part.load_state_dict(saved[name])
+    return saved["step"], saved["losses"]
+
+
+def _save(out: Path, state: dict, step: int, losses: list[float], options: TeachOptions) -> None:
+    """Checkpoint atomically, and refresh the diffusers directory from the averaged weights."""
+    temporary = out / ".tmp-checkpoint.pt"
+    torch.save({**{name: part.state_dict() for name, part in state.items()}, "step": step, "losses": losses}, temporary)
+    temporary.replace(out / "checkpoint.pt")
+    dtype = torch.float16 if options.weights == "float16" else torch.float32
+    save_teacher(copy.deepcopy(state["ema"].module), out, dtype)
+
+
+def _write_pictures(out: Path, unet: torch.nn.Module, losses: list[float], options: TeachOptions) -> None:
+    """Write the loss curve, and a grid of samples where any are asked for."""
+    from torchvision.utils import save_image
+
+    (out / "losses.json").write_text(json.dumps([round(x, 5) for x in losses]))
+    plot_curves({"loss": losses}, out / "loss.png", title="DDPM loss", xlabel="step", smooth=50)
+    if options.samples:
+        with track("samples", 1) as progress:
+            grid = sample_images(unet, options.samples, options.seed)
+            save_image(grid, out / "samples.png", nrow=max(1, round(math.sqrt(options.samples))))
+            progress.advance()
