@@ -13,9 +13,11 @@ import click
 
 from dtcache._version import __version__
 from dtcache.errors import DtcacheError
-from dtcache.options import ExtractOptions, TeachOptions
+from dtcache.options import ExtractOptions, TeachOptions, TrainOptions
 
 EXISTING = click.Path(exists=False, path_type=Path)
+
+JSON_FLAG = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
 
 
 class Group(click.Group):
@@ -90,6 +92,27 @@ def main() -> None:
 
 
 @main.command()
+@click.option("--count", type=click.IntRange(min=1), required=True, help="Number of scenes.")
+@click.option("--start", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the first scene.")
+@click.option("--size", type=click.IntRange(min=16), default=64, show_default=True, help="Side in pixels.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the stream of scenes.")
+@_out("Folder for images/<class>/, masks/<class>/ and boxes.json.")
+def scenes(count: int, start: int, size: int, seed: int, out: Path) -> None:
+    """Generate small labelled scenes, with masks and boxes, for demonstrations and tests.
+
+    \b
+    Example:
+      dtcache scenes --count 2000 --out scenes/
+    """
+    from dtcache.images.scenes import write_scenes
+    from pipelines.progress import track
+
+    with track("scenes", count) as progress:
+        write_scenes(out, seed=seed, size=size, count=count, start=start, on_progress=progress.advance)
+    click.echo(f"{out / 'images'}: {count} scenes")
+
+
+@main.command()
 @click.argument("images", type=EXISTING)
 @_out("Directory of the teacher; a run found there is resumed.")
 @options_of(TeachOptions)
@@ -125,6 +148,47 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> None:
         click.echo(f"  failed: {failed.key}: {failed.reason}", err=True)
     if done.failures:
         click.echo(f"{len(done.failures)} images failed; samples.parquet has every reason", err=True)
+
+
+@main.command()
+@click.argument("cache", type=EXISTING)
+@JSON_FLAG
+def inspect(cache: Path, as_json: bool) -> None:
+    """Show what CACHE holds, what it costs and whether it is complete; never writes.
+
+    \b
+    Example:
+      dtcache inspect church.cache --json | jq .ratio
+    """
+    from rich.console import Console
+
+    from pipelines.report import inspect_cache, render
+
+    report = inspect_cache(cache)
+    if as_json:
+        _print_json(report)
+    else:
+        Console().print(render(report, cache))
+
+
+@main.command()
+@click.argument("cache", type=EXISTING)
+@_out("Folder of the run; one found there is resumed if it was begun with the same options.")
+@options_of(TrainOptions)
+def train(cache: Path, out: Path, options: TrainOptions) -> None:
+    """Train a student on CACHE (stage 2) and export its backbone for timm.
+
+    \b
+    Example:
+      dtcache train church.cache --student resnet50 --epochs 100 --out runs/resnet50
+    """
+    from pipelines.train import train as run
+
+    done = run(cache, out, options)
+    click.echo(
+        f"{done.out / 'backbone'}: {done.steps} steps, held-out loss {done.held_out_loss:.4f}, "
+        f"{done.wait_share:.1%} of the time waiting for data"
+    )
 
 
 if __name__ == "__main__":

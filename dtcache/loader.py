@@ -51,6 +51,11 @@ class Cache:
             raise CacheDamagedError(f"{root}: the codec's arrays are not the fitted ones; extract this cache again")
         self._host = HostDecoder(self.fit)
 
+    def shape(self, name: str) -> tuple[int, int, int]:
+        """Return (C, H, W) of a tap's maps."""
+        _, height, width = self.fit[name].classes.shape
+        return len(self.fit[name].mean), height, width
+
     def decoder(self, names: Sequence[str]) -> FeatureDecoder:
         """Return a new device-side decoder of some taps."""
         return FeatureDecoder({name: self.fit[name] for name in names})

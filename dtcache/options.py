@@ -71,11 +71,15 @@ class TrainOptions:
     clip_grad: float | None = option(None, "Clip the gradient's norm [default: no clipping].")
     at_weight: float = option(10.0, "Weight of the attention-transfer loss beside the MSE.")
     fpn_width: int = option(256, "Channels of the regressor's pyramid.")
-    student_size: str | None = option(None, "Student input size [default: view x max(1, 4/finest stride)].", metavar="H[xW]")
+    student_size: str | None = option(
+        None, "Student input size [default: view x max(1, 4/finest stride)].", metavar="H[xW]"
+    )
     taps: str | None = option(None, "Strides to train on [default: all in the cache].", metavar="S,S,...")
     timestep: int | None = option(None, "Timestep to train on [default: all in the cache].")
     limit: int | None = option(None, "Train on the first N rows.")
-    init: str | None = option(None, "Start from timm's pretrained weights or from a backbone.", metavar="pretrained|PATH")
+    init: str | None = option(
+        None, "Start from timm's pretrained weights or from a backbone.", metavar="pretrained|PATH"
+    )
     seed: int = option(0, "Seed of weights, order and flips.")
     threads: int = option(2, "Threads that read and decode the cache.")
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")

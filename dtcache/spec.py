@@ -97,6 +97,8 @@ class CodecSpec:
     """The fit read rows [0, fit_rows)."""
     fit_sha256: str
     """SHA-256 over the fitted arrays."""
+    noise_share: dict[str, float]
+    """By array: the share of the whitened variance that a second noise draw changes, the floor of a student's MSE."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,18 +14,18 @@ from dtcache._version import __version__
 from dtcache.codec import FeatureEncoder, FittedTap
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
-from dtcache.images import ImageSource, LoadedView, load_views, open_source, permuted
+from dtcache.images import LoadedView, load_views, open_source
 from dtcache.images.stored import encode_stored, image_bound
-from dtcache.options import ExtractOptions, parse_ints, parse_size
-from dtcache.spec import CodecSpec, FailedSample, Json, Recipe, Sample, ViewSpec
+from dtcache.options import ExtractOptions
+from dtcache.spec import CodecSpec, FailedSample, Json, Recipe
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import IMAGES, MANIFEST, payload_arrays, read_fit, tap_name
 from dtcache.store.manifest import read_manifest, require_same
 from dtcache.store.samples import hash_samples
 from dtcache.store.storage import FolderLock
 from dtcache.store.writer import CacheWriter, ShardData, require_ours
-from dtcache.teacher import Teacher, load_teacher, native_size, noise_batch, prepare_teacher
 from pipelines.fit import fit_codec
+from pipelines.job import Job, make_job
 from pipelines.progress import track
 
 DECODE_THREADS = 2
@@ -41,37 +41,6 @@ class Extracted:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """Everything that turns rows into shards; it knows no scheduler and no writer."""
-
-    source: ImageSource
-    samples: list[Sample]
-    view: ViewSpec
-    teacher: Teacher
-    flips: bool
-    seed: int
-
-    @property
-    def views(self) -> int:
-        """Views of a row."""
-        return 2 if self.flips else 1
-
-    def raw_features(self, loaded: list[LoadedView], rows: list[int], flips: list[bool], draw: int) -> Json:
-        """Return raw features by array name for one view a row; the lists run together."""
-        pixels_BCHW = torch.stack(
-            [torch.from_numpy(v.pixels_CHW).flip(2) if f else torch.from_numpy(v.pixels_CHW)
-             for v, f in zip(loaded, flips, strict=True)]
-        )  # fmt: skip
-        keys = [self.samples[row].key for row in rows]
-        found = {}
-        for t in self.teacher.spec.timesteps:
-            noise_BCHW = noise_batch(keys, flips, self.view, seed=self.seed, timestep=t, draw=draw)
-            features = self.teacher.features(pixels_BCHW, noise_BCHW, t)
-            found.update({tap_name(t, tap): raw_BCHW for tap, raw_BCHW in features.items()})
-        return found
-
-
 def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
     """Cache a teacher's features of `images` in `out`; goes on with a cache that was begun with the same recipe.
 
@@ -81,7 +50,7 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: expected a folder, got a file")
     source = open_source(images)
-    job = _job(source, options)
+    job = make_job(source, options)
     with FolderLock(out):
         if (out / MANIFEST).exists():
             require_same(out, read_manifest(out).recipe, _asked(job, options))
@@ -90,7 +59,9 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
             require_ours(out)
             writer = _begin(out, job, options)
         count = len(job.samples)
-        fit = {name: FittedTap(**read_fit(out / "data.zarr", name)) for name in writer.manifest.arrays if name != IMAGES}
+        fit = {
+            name: FittedTap(**read_fit(out / "data.zarr", name)) for name in writer.manifest.arrays if name != IMAGES
+        }
         encoder = FeatureEncoder(fit, resolve_compute(options.device, options.precision).device)
         missing = writer.missing
         array = writer.manifest.arrays[IMAGES]
@@ -117,33 +88,13 @@ def fit_rows(count: int) -> int:
     return min(256, count)
 
 
-def _job(source: ImageSource, options: ExtractOptions) -> Job:
-    if options.limit is not None and options.limit < 1:
-        raise ConfigError(f"--limit {options.limit}: expected at least 1")
-    loaded = load_teacher(options.teacher)
-    height, width = parse_size(options.size) if options.size else native_size(loaded)
-    view = ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop")
-    teacher = prepare_teacher(
-        loaded,
-        view,
-        strides=parse_ints(options.taps, "--taps") if options.taps else None,
-        timesteps=options.timestep,
-        batch_size=options.batch_size,
-        compute=resolve_compute(options.device, options.precision),
-    )
-    order = permuted(len(source.keys), seed=options.seed, stream="rows")[: options.limit]
-    labels = source.labels
-    samples = [
-        Sample(index=int(i), key=source.keys[i], label=labels[i] if labels is not None else None) for i in order
-    ]
-    return Job(source=source, samples=samples, view=view, teacher=teacher, flips=options.flip, seed=options.seed)
-
-
 def _asked(job: Job, options: ExtractOptions) -> Json:
     """Return the recipe's fields that options and inputs fix, to be compared with a cache that is there."""
-    anything = CodecSpec(ratio=options.ratio, step=0.0, fit_rows=fit_rows(len(job.samples)), fit_sha256="")
+    anything = CodecSpec(
+        ratio=options.ratio, step=0.0, fit_rows=fit_rows(len(job.samples)), fit_sha256="", noise_share={}
+    )
     asked = _recipe(job, anything, options.shard_rows or 0).to_json()
-    for name in ("step", "fit_sha256"):
+    for name in ("step", "fit_sha256", "noise_share"):
         del asked["codec"][name]
     if options.shard_rows is None:
         del asked["shard_rows"]
@@ -215,6 +166,4 @@ def run_shard(
                     errors[name] += float(encoded[name].squared_error[place].sum())
                     energies[name] += float(encoded[name].energy[place].sum())
     sums = {name: CodecSums(squared_error=errors[name], energy=energies[name]) for name in names}
-    return ShardData(
-        shard=shard, payloads=payloads, content_sha256=tuple(content), failures=tuple(failures), sums=sums
-    )
+    return ShardData(shard=shard, payloads=payloads, content_sha256=tuple(content), failures=tuple(failures), sums=sums)

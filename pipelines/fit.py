@@ -3,7 +3,6 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,10 +18,8 @@ from dtcache.images import load_views
 from dtcache.spec import CodecSpec
 from dtcache.store.layout import ZSTD_LEVEL, tap_name
 from dtcache.store.shard import CRC_BYTES, ENTRY_BYTES
+from pipelines.job import Job
 from pipelines.progress import track
-
-if TYPE_CHECKING:
-    from pipelines.extract import Job
 
 DRAWS = 2
 SIZED_VIEWS = 48
@@ -39,7 +36,7 @@ class CodecFit:
     bytes_per_view: float
 
 
-def fit_codec(out: Path, job: "Job", rows: int, ratio: float) -> CodecFit:
+def fit_codec(out: Path, job: Job, rows: int, ratio: float) -> CodecFit:
     """Fit every tap on the first rows and two noise draws, and solve the step for the target ratio.
 
     Raises ImagesError where none of these rows has an image, CodecError where the teacher's output is not finite.
@@ -65,11 +62,14 @@ def fit_codec(out: Path, job: "Job", rows: int, ratio: float) -> CodecFit:
     finally:
         torch.set_num_threads(threads)
         shutil.rmtree(spool, ignore_errors=True)
-    spec = CodecSpec(ratio=ratio, step=solved.step, fit_rows=rows, fit_sha256=sha256_fit(solved.fit))
+    shares = {name: float((s.noise_share * s.variance).sum() / s.variance.sum()) for name, s in statistics.items()}
+    spec = CodecSpec(
+        ratio=ratio, step=solved.step, fit_rows=rows, fit_sha256=sha256_fit(solved.fit), noise_share=shares
+    )
     return CodecFit(spec=spec, fit=solved.fit, bytes_per_view=solved.bytes_per_view)
 
 
-def _spool_features(spool: Path, job: "Job", rows: int) -> dict[str, np.memmap]:
+def _spool_features(spool: Path, job: Job, rows: int) -> dict[str, np.memmap]:
     """Write whitened features of the fit's rows, two draws each, to fp16 memory maps (2, M, C, H, W) by array.
 
     Views alternate over the rows, so that the fit sees mirrored images too.

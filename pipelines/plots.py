@@ -6,9 +6,7 @@ from pathlib import Path
 import numpy as np
 
 
-def plot_curves(
-    curves: Mapping[str, Sequence[float]], path: Path, *, title: str, xlabel: str, smooth: int = 1
-) -> None:
+def plot_curves(curves: Mapping[str, Sequence[float]], path: Path, *, title: str, xlabel: str, smooth: int = 1) -> None:
     """Draw named curves on a logarithmic axis; `smooth` is the width of a running mean."""
     from matplotlib.figure import Figure
 

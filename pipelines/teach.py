@@ -6,21 +6,25 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dtcache.store.storage import write_file
 from dtcache.device import Compute, resolve_compute
-from dtcache.errors import CacheMismatchError, ConfigError, TrainingError
+from dtcache.errors import ConfigError, TrainingError
 from dtcache.images import load_views, open_source, permuted
 from dtcache.options import TeachOptions, parse_ints, parse_size
 from dtcache.spec import ViewSpec, sha256_json
 from dtcache.teacher.build import TRAIN_STEPS, build_unet, ddpm_loss, ddpm_scheduler, sample_images, save_teacher
 from pipelines.plots import plot_curves
 from pipelines.progress import track
+from pipelines.run import claim_run, load_checkpoint, save_checkpoint
+from pipelines.schedule import warmup_cosine
+
+VOLATILE = ("device", "save_every", "samples")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +45,7 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
     height, width = parse_size(options.size or "64")
     view = ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop")
     rows = permuted(len(source.keys), seed=options.seed, stream="teach")[: options.limit]
-    out.mkdir(parents=True, exist_ok=True)
-    _claim(out, options, sha256_json([source.keys[i] for i in rows]))
+    claim_run(out, {**asdict(options), "images": sha256_json([source.keys[i] for i in rows])}, VOLATILE)
 
     compute = resolve_compute(options.device, options.precision)
     torch.manual_seed(options.seed)
@@ -50,7 +53,9 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
     unet = unet.to(compute.device, memory_format=torch.channels_last)
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, options))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(step, options.warmup, options.steps)
+    )
     state = {"unet": unet, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     first, losses = _resume(out, state)
 
@@ -82,23 +87,6 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
     return Taught(out=out, steps=options.steps, final_loss=float(np.mean(losses[-100:])))
 
 
-def _claim(out: Path, options: TeachOptions, images_sha256: str) -> None:
-    """Record what the run is, or refuse a folder that holds another run, naming the field that differs."""
-    wanted = {**asdict(options), "images_sha256": images_sha256}
-    volatile = ("device", "save_every", "samples")
-    path = out / "teach.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        for name in wanted:
-            if name not in volatile and found.get(name) != wanted[name]:
-                raise CacheMismatchError(
-                    f"{out} holds a run with another {name}: expected {wanted[name]!r}, got {found.get(name)!r}; "
-                    "give the same options to resume it, or another --out"
-                )
-    else:
-        write_file(path, json.dumps(wanted, indent=1).encode())
-
-
 def _row_stream(rows: np.ndarray, start: int, stop: int, seed: int) -> Iterator[int]:
     """Yield the source indices of draws [start, stop): a fresh permutation an epoch, a function of the seed alone."""
     epoch, order = -1, rows
@@ -107,13 +95,6 @@ def _row_stream(rows: np.ndarray, start: int, stop: int, seed: int) -> Iterator[
             epoch = position // len(rows)
             order = rows[permuted(len(rows), seed=seed, stream=f"teach-epoch-{epoch}")]
         yield int(order[position % len(rows)])
-
-
-def _lr_factor(step: int, options: TeachOptions) -> float:
-    """Linear warm-up, then a cosine to zero at the last step."""
-    if step < options.warmup:
-        return (step + 1) / options.warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - options.warmup) / max(1, options.steps - options.warmup)))
 
 
 def _train_step(
@@ -140,22 +121,19 @@ def _train_step(
     return float(loss.detach())
 
 
-def _resume(out: Path, state: dict) -> tuple[int, list[float]]:
+def _resume(out: Path, state: dict[str, Any]) -> tuple[int, list[float]]:
     """Load the last checkpoint, if there is one, and return (finished steps, losses so far)."""
-    path = out / "checkpoint.pt"
-    if not path.exists():
+    saved = load_checkpoint(out)
+    if saved is None:
         return 0, []
-    saved = torch.load(path, weights_only=True, map_location="cpu")
     for name, part in state.items():
         part.load_state_dict(saved[name])
     return saved["step"], saved["losses"]
 
 
-def _save(out: Path, state: dict, step: int, losses: list[float], options: TeachOptions) -> None:
+def _save(out: Path, state: dict[str, Any], step: int, losses: list[float], options: TeachOptions) -> None:
     """Checkpoint atomically, and refresh the diffusers directory from the averaged weights."""
-    temporary = out / ".tmp-checkpoint.pt"
-    torch.save({**{name: part.state_dict() for name, part in state.items()}, "step": step, "losses": losses}, temporary)
-    temporary.replace(out / "checkpoint.pt")
+    save_checkpoint(out, {**{n: part.state_dict() for n, part in state.items()}, "step": step, "losses": losses})
     dtype = torch.float16 if options.weights == "float16" else torch.float32
     save_teacher(copy.deepcopy(state["ema"].module), out, dtype)
 

@@ -51,7 +51,9 @@ class FittedTap:
             all(bool(np.isfinite(a).all()) for a in (self.basis, self.mean, self.class_step, self.class_gain)),
         )
         if not all(checks):
-            raise CodecError("the fitted codec arrays contradict each other; the cache is damaged: run the extraction again")
+            raise CodecError(
+                "the fitted codec arrays contradict each other; the cache is damaged: run the extraction again"
+            )
 
     @property
     def live(self) -> NDArray[np.int64]:

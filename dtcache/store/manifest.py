@@ -92,7 +92,9 @@ def read_manifest(root: Path) -> CacheManifest:
     """
     path = root / MANIFEST
     if not path.is_file():
-        raise CacheNotFoundError(f"{root} is not a cache: expected {MANIFEST} in it; give a folder made by dtcache extract")
+        raise CacheNotFoundError(
+            f"{root} is not a cache: expected {MANIFEST} in it; give a folder made by dtcache extract"
+        )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise CacheDamagedError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, got {path.stat().st_size}")
     try:

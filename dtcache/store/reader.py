@@ -31,7 +31,9 @@ class CacheReader:
         self.root = root
         self.manifest: CacheManifest = read_manifest(root)
         if self.manifest.state != "sealed":
-            raise CacheIncompleteError(f"{root}: the cache is not complete; run its dtcache extract command again to finish it")
+            raise CacheIncompleteError(
+                f"{root}: the cache is not complete; run its dtcache extract command again to finish it"
+            )
         for name, sha256 in self.manifest.files.items():
             path = root / name
             if not path.is_file() or file_sha256(path) != sha256:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dtcache.spec import Sample, sha256_json
+from dtcache.spec import FailedSample, Sample, sha256_json
 
 SCHEMA = pa.schema(
     [
@@ -63,6 +63,13 @@ def parquet_bytes(table: pa.Table) -> bytes:
 def read_table(path: Path) -> pa.Table:
     """Read a Parquet file of the cache."""
     return pq.read_table(path)
+
+
+def read_failures(path: Path) -> list[FailedSample]:
+    """Return the samples of an index that have a row but no features, in row order."""
+    table = read_table(path)
+    rows = zip(table["row"].to_pylist(), table["key"].to_pylist(), table["failure"].to_pylist(), strict=True)
+    return [FailedSample(row=row, key=key, reason=reason) for row, key, reason in rows if reason is not None]
 
 
 def held_out(keys: Sequence[str]) -> list[int]:

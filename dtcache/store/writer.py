@@ -23,7 +23,7 @@ from dtcache.store.commits import (
 )
 from dtcache.store.layout import COMMITS, DATA, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray, write_zarr_nodes
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
-from dtcache.store.samples import SHARD_SCHEMA, parquet_bytes, read_table, samples_table
+from dtcache.store.samples import SHARD_SCHEMA, parquet_bytes, read_failures, read_table, samples_table
 from dtcache.store.shard import build_shard
 from dtcache.store.storage import TEMPORARY, file_sha256, fsync_tree, publish, write_file, write_temporary
 
@@ -76,7 +76,9 @@ class CacheWriter:
         write_zarr_nodes(nodes, arrays, fit)
         fsync_tree(nodes)
         publish([nodes])
-        files = {p.relative_to(root).as_posix(): file_sha256(p) for p in sorted((root / DATA).rglob("*")) if p.is_file()}
+        files = {
+            p.relative_to(root).as_posix(): file_sha256(p) for p in sorted((root / DATA).rglob("*")) if p.is_file()
+        }
         empty: list[None] = [None] * len(samples)
         table = samples_table([s.key for s in samples], [s.label for s in samples], empty, empty)
         write_file(root / SAMPLES, parquet_bytes(table))
@@ -103,9 +105,7 @@ class CacheWriter:
         """Samples that have a row but no features, in row order, of everything committed."""
         if self._records:
             return [f for shard in sorted(self._records) for f in self._records[shard].failures]
-        table = read_table(self.root / SAMPLES)
-        rows = zip(table["row"].to_pylist(), table["key"].to_pylist(), table["failure"].to_pylist(), strict=True)
-        return [FailedSample(row=row, key=key, reason=reason) for row, key, reason in rows if reason is not None]
+        return read_failures(self.root / SAMPLES)
 
     def write_shard(self, data: ShardData) -> int:
         """Write and commit one shard; return its bytes. Raises DiskError; nothing is committed then."""

@@ -48,7 +48,9 @@ def ddpm_scheduler() -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=TRAIN_STEPS)
 
 
-def ddpm_loss(unet: torch.nn.Module, scheduler: DDPMScheduler, pixels_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
+def ddpm_loss(
+    unet: torch.nn.Module, scheduler: DDPMScheduler, pixels_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor
+) -> Tensor:
     """Return the simple loss of Ho et al. 2020, eq. 14: mean squared error of the predicted noise (fp32 scalar).
 
     `pixels_BCHW` are uint8; noise is fp32 of the same shape; `t_B` int64 in [0, 1000).

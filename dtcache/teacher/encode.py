@@ -85,9 +85,7 @@ def native_size(loaded: LoadedTeacher) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def noise_batch(
-    keys: list[str], flips: list[bool], view: ViewSpec, *, seed: int, timestep: int, draw: int
-) -> Tensor:
+def noise_batch(keys: list[str], flips: list[bool], view: ViewSpec, *, seed: int, timestep: int, draw: int) -> Tensor:
     """Return fp32 noise (B, 3, H, W) of samples and their flips, each drawn from its own key."""
     shape = (3, view.height, view.width)
     maps = [

@@ -1,0 +1,249 @@
+"""Scenes: small generated colour images with a class, a segmentation mask and boxes, free of any licence or download.
+
+A scene shows one main object in front of one to three smaller ones of other classes, all textured, lit and casting
+shadows on a varied background. The class is the main object's shape and nothing else: colour, texture, light,
+position, scale, turn and background are drawn without regard to it. Nothing drawn at random depends on the size, so
+a scene is the same at every size; arithmetic and square roots paint the pixels, so every machine rounds them alike.
+"""
+
+import colorsys
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dtcache.errors import ConfigError
+
+_Floats = NDArray[np.floating]
+_MIN_SIZE = 16
+_REACH = 2.4  # no shape, stretched and with its shadow, ends farther than this many scales from its centre
+_OBJECT_TEXTURES = ("gradient", "stripes", "checks", "dots", "noise")
+_BACKGROUND_TEXTURES = ("gradient", "stripes", "noise", "horizon")
+
+
+def _length(x: _Floats, y: _Floats) -> _Floats:
+    return np.asarray(np.sqrt(x * x + y * y))
+
+
+def _star(x: _Floats, y: _Floats) -> _Floats:
+    # Mirrored at the tips' axes until one half tip is left, whose single straight edge bounds the star.
+    x, y = np.abs(x), -y
+    for mirror in (0.809, -0.809):
+        over = 2 * np.maximum(mirror * x - 0.588 * y, 0)
+        x, y = x - over * mirror, y + over * 0.588
+    return np.asarray(0.728 * np.abs(x) + 0.588 * (y - 1.28))
+
+
+# Distances to an outline, negative inside, y down. Each shape has about the area of the unit disc, so that size does
+# not tell the classes apart; the order is the alphabet's, so that labels agree with those read off a folder tree.
+_SHAPES: dict[str, Callable[[_Floats, _Floats], _Floats]] = {
+    "crescent": lambda x, y: np.maximum(_length(x - 0.15, y) - 1.33, 1.05 - _length(x - 0.93, y)),
+    "cross": lambda x, y: np.maximum(np.maximum(abs(x), abs(y)) - 1.19, np.minimum(abs(x), abs(y)) - 0.4),
+    "disc": lambda x, y: _length(x, y) - 1,
+    "heart": lambda x, y: np.minimum(0.707 * (abs(x) + abs(y - 0.1)), _length(abs(x) - 0.467, y + 0.367)) - 0.66,
+    "ring": lambda x, y: abs(_length(x, y) - 0.83) - 0.3,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.886,
+    "star": _star,
+    "triangle": lambda x, y: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.777,
+}
+CLASSES: tuple[str, ...] = tuple(_SHAPES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """One image with everything known about it.
+
+    pixels: uint8 [H, W, 3], RGB. label: the main object's class, an index into CLASSES.
+    mask: uint8 [H, W], 0 for background, else 1 + the class of the front-most object there.
+    boxes: int32 [n, 4], x0 y0 x1 y1 in pixels (x1, y1 exclusive), around the visible part of each object that has
+    one, back to front, so the main object is last. box_labels: int32 [n], their classes.
+    """
+
+    pixels: NDArray[np.uint8]
+    label: int
+    mask: NDArray[np.uint8]
+    boxes: NDArray[np.int32]
+    box_labels: NDArray[np.int32]
+
+
+def scene(seed: int, index: int, size: int = 64) -> Scene:
+    """Scene `index` of stream `seed` at size x size pixels: a pure function of the three.
+
+    The same seed and index give the same layout at every size. Raises ConfigError when size is under 16.
+    """
+    _check_size(size)
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:16], "little")
+    rng = np.random.Generator(np.random.Philox(key=key))
+    # Other classes, none twice, and under 0.4 of the main area each: the mask's largest class is always the label.
+    labels = rng.permutation(len(CLASSES)).astype(np.int32)[: 2 + rng.integers(3)]
+    ticks = ((np.arange(2 * size) + 0.5) / (2 * size)).astype(np.float32)
+    background = _draw_colours(rng)
+    canvas = _texture(rng, _BACKGROUND_TEXTURES, (0.5, 3.0), background, ticks[None, :], ticks[:, None])
+    owner = np.full((size, size), -1)
+    light, shadow = rng.uniform(0, 2 * math.pi), rng.uniform(0.15, 0.6)
+    for number, (x, y, scale) in enumerate(_draw_places(rng, len(labels))):
+        reach = _REACH * scale  # only so much is painted, which is what makes scenes cheap
+        columns, rows = (slice(max(0, int((at - reach) * size)), int((at + reach) * size) + 1) for at in (x, y))
+        across, down = (slice(2 * part.start, 2 * part.stop) for part in (columns, rows))
+        local = (ticks[None, across] - x) / scale, (ticks[down, None] - y) / scale
+        # An object coloured like its background would have no outline to learn from: the farthest of six is taken.
+        choices = [_draw_colours(rng) for _ in range(6)]
+        colours = max(choices, key=lambda pair: float(abs(pair - background.mean(axis=0)).sum(axis=1).min()))
+        alpha = _paint_object(rng, canvas[:, down, across], CLASSES[labels[number]], colours, light, shadow, *local)
+        owner[rows, columns][_shrink(alpha) >= 0.5] = number
+    visible = np.unique(owner[owner >= 0])
+    return Scene(
+        pixels=np.ascontiguousarray((_shrink(canvas) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)),
+        label=int(labels[-1]),
+        mask=np.where(owner < 0, 0, 1 + labels[owner]).astype(np.uint8),
+        boxes=np.array([Image.fromarray(owner == number).getbbox() for number in visible], np.int32),
+        box_labels=labels[visible],
+    )
+
+
+def write_scenes(
+    root: Path, *, seed: int, size: int, count: int, start: int = 0, masks: bool = True,
+    on_progress: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
+    """Write scenes start .. start + count - 1 as images/<class>/<index>.png, masks/<class>/<index>.png and boxes.json.
+
+    boxes.json maps each index to its "label", "boxes" [n][4] and "labels" [n]. Finished scenes are skipped, so a run
+    cut short can be repeated and a set can grow; one process at a time may write to a root. on_progress gets the
+    number of scenes done so far. Raises ConfigError when size is under 16, count or start is negative, or root holds
+    scenes of another seed or size; OSError when the disk refuses.
+    """
+    _check_size(size)
+    if count < 0 or start < 0:
+        raise ConfigError(f"scene range: expected start and count of 0 or more, got start {start}, count {count}")
+    boxes_path, recipe_path, recipe = root / "boxes.json", root / "scenes.json", {"seed": seed, "size": size}
+    # Skipping finished files is only right when they show the scenes asked for.
+    if recipe_path.exists() and (found := json.loads(recipe_path.read_text())) != recipe:
+        raise ConfigError(f"{root} holds other scenes: expected {recipe}, got {found}; choose another directory")
+    _write(recipe_path, json.dumps(recipe).encode())
+    entries = json.loads(boxes_path.read_text()) if boxes_path.exists() else {}
+    for done, index in enumerate(range(start, start + count), start=1):
+        entry = entries.get(str(index))
+        if entry is None or not all(path.exists() for path in _paths(root, index, entry["label"], masks)):
+            item = scene(seed, index, size)
+            for path, array in zip(_paths(root, index, item.label, masks), (item.pixels, item.mask), strict=False):
+                if not path.exists():
+                    Image.fromarray(array).save(png := io.BytesIO(), format="PNG")
+                    _write(path, png.getvalue())
+            entry = {"label": item.label, "boxes": item.boxes.tolist(), "labels": item.box_labels.tolist()}
+            entries[str(index)] = entry
+        if on_progress is not None:
+            on_progress(done)
+    _write(boxes_path, json.dumps(entries).encode())
+
+
+def _check_size(size: int) -> None:
+    if size < _MIN_SIZE:
+        raise ConfigError(f"scene size: expected at least {_MIN_SIZE} pixels, got {size}")
+
+
+def _paths(root: Path, index: int, label: int, masks: bool) -> list[Path]:
+    return [root / kind / CLASSES[label] / f"{index:06d}.png" for kind in ("images", "masks")[: 1 + masks]]
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")  # which no reader of images takes for one
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def _shrink(planes: _Floats) -> _Floats:
+    rows = planes[..., ::2, :] + planes[..., 1::2, :]
+    return np.asarray((rows[..., ::2] + rows[..., 1::2]) / 4)
+
+
+def _draw_places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
+    """Draw each object's x, y and scale (radius of the disc of its area) in frames: clutter, then the main object."""
+    x, y, scale = rng.uniform(0.46, 0.54), rng.uniform(0.46, 0.54), rng.uniform(0.22, 0.27)
+    places = [(x, y, scale)]
+    for _ in range(count - 1):
+        angle, distance = rng.uniform(0, 2 * math.pi), scale * rng.uniform(1.2, 2.2)
+        beside = np.clip((x + distance * math.cos(angle), y + distance * math.sin(angle)), 0.06, 0.94).tolist()
+        places.insert(0, (*beside, scale * rng.uniform(0.35, 0.55)))
+    return places
+
+
+def _draw_colours(rng: np.random.Generator) -> _Floats:
+    """Draw two related colours, [2, 3] in 0..1."""
+    hue, saturation, value = rng.random(), rng.uniform(0.1, 0.8), rng.uniform(0.25, 1.0)
+    other_value = value + rng.uniform(0.1, 0.3) * (1 if value < 0.6 else -1)
+    other = colorsys.hsv_to_rgb((hue + rng.normal(0, 0.12)) % 1, saturation * rng.uniform(0.5, 1.1), other_value)
+    return np.array([colorsys.hsv_to_rgb(hue, saturation, value), other], np.float32)
+
+
+def _paint_object(
+    rng: np.random.Generator, canvas: _Floats, shape: str, colours: _Floats, light: float, shadow: float,
+    across: _Floats, down: _Floats,
+) -> _Floats:  # fmt: skip
+    """Paint on canvas [3, H, W], across and down in scales; return the object's coverage [H, W] in 0..1."""
+    turn, stretch, gloss = rng.uniform(-0.3, 0.3), math.exp(rng.uniform(-0.13, 0.13)), rng.uniform(-0.2, 0.55)
+    # The object's reach, about -2 to 2 scales, is its texture's 0 to 1.
+    colour = _texture(rng, _OBJECT_TEXTURES, (3.0, 10.0), colours, 0.5 + across / 4, 0.5 + down / 4)
+    light_x, light_y, cos, sin = math.cos(light), math.sin(light), math.cos(turn), math.sin(turn)
+    # The far one of the two outlines is the shadow's.
+    inside, far = (
+        -_SHAPES[shape]((x * cos + y * sin) / stretch, (y * cos - x * sin) * stretch)
+        for x, y in ((across, down), (across + 0.22 * light_x, down + 0.22 * light_y))
+    )
+    canvas *= 1 - shadow * np.clip(0.5 + 2.5 * far, 0, 1)
+    alpha = np.clip(0.5 + inside / (across[0, 1] - across[0, 0]), 0, 1)
+    rim = np.clip(1 - inside * 4, 0, 1)
+    shade = (1 + 0.2 * (across * light_x + down * light_y)) * (1 - 0.4 * rim * rim)
+    spot = np.clip(1 - 2 * ((across - 0.5 * light_x) ** 2 + (down - 0.5 * light_y) ** 2), 0, 1)
+    canvas += alpha * (np.clip(colour * shade + max(0.0, gloss) * spot * spot, 0, 1) - canvas)
+    return np.asarray(alpha)
+
+
+def _texture(
+    rng: np.random.Generator, kinds: tuple[str, ...], frequencies: tuple[float, float], colours: _Floats,
+    x: _Floats, y: _Floats,
+) -> _Floats:  # fmt: skip
+    """Mix two colours by a random pattern into [3, H, W] at columns x [1, W] and rows y [H, 1], both about 0..1."""
+    kind, frequency, phase = kinds[rng.integers(len(kinds))], rng.uniform(*frequencies), rng.random()
+    angle = rng.uniform(0, 2 * math.pi)
+    cos, sin = math.cos(angle), math.sin(angle)
+    along, sideways = (x - 0.5) * cos + (y - 0.5) * sin, (y - 0.5) * cos - (x - 0.5) * sin
+    periods = along * frequency + phase, sideways * frequency
+    u, v = (np.abs(t - np.floor(t) - 0.5) * 4 - 1 for t in periods)  # triangle waves in -1..1
+    below = y - 0.35 - 0.3 * phase + 0.25 * cos * (x - 0.5)
+    match kind:
+        case "gradient":
+            mix: _Floats = 0.5 + along * (0.5 + 0.2 * frequency)
+        case "stripes":
+            mix = 0.5 + u * 2
+        case "checks":
+            mix = 0.5 + u * v * 6
+        case "dots":
+            mix = 2.5 - 2.5 * ((u - 1) ** 2 + (v - 1) ** 2)
+        case "horizon":
+            mix = np.clip(below * 40, 0, 1) * (1 - below)
+        case _:
+            coarse, middle, fine = (_noise(rng, cells, x, y) for cells in (3, 6, 12))
+            mix = 0.57 * coarse + 0.29 * middle + 0.14 * fine
+    first, second = colours[:, :, None, None]
+    return np.asarray(first + np.clip(mix, 0, 1) * (second - first))
+
+
+def _noise(rng: np.random.Generator, cells: int, x: _Floats, y: _Floats) -> _Floats:
+    """Value noise [H, W] in 0..1: random knots laid over 0..1, blended smoothly along one axis at a time."""
+    values: _Floats = rng.random((cells + 1, cells + 1), dtype=np.float32)
+    for ticks in (y, x):
+        place = np.clip(ticks.ravel()[:, None], 0, 0.999) * cells
+        knot = place.astype(np.intp)
+        offset = (place - knot).astype(np.float32)
+        low, high = values[knot[:, 0]], values[knot[:, 0] + 1]
+        values = (low + offset * offset * (3 - 2 * offset) * (high - low)).T
+    return values

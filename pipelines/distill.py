@@ -1,0 +1,74 @@
+"""One step of distillation: cached targets, predictions, losses. Shared by training and held-out evaluation."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dtcache.device import Compute
+from dtcache.loader import Cache, TrainBatch
+from dtcache.losses import at_loss, mse_loss, unwhiten
+from dtcache.options import TrainOptions
+from dtcache.student import Student
+
+
+def losses_of(
+    student: Student, decoder: nn.Module, batch: TrainBatch, at_weight: float, compute: Compute
+) -> dict[str, Tensor]:
+    """Return `loss` (the mean over taps of MSE + weight x AT) and both parts a tap, fp32 scalars."""
+    device = compute.device
+    coefficients = {name: values.to(device, non_blocking=True) for name, values in batch.coefficients.items()}
+    targets = decoder(coefficients)
+    with compute.autocast():
+        predicted = student(batch.images_BCHW.to(device, non_blocking=True))
+    parts: dict[str, Tensor] = {}
+    for name, whitened_BCHW in targets.items():
+        raw_BCHW = unwhiten(whitened_BCHW, batch.scalars[name].to(device))
+        parts[f"mse/{name}"] = mse_loss(predicted[name], whitened_BCHW)
+        parts[f"at/{name}"] = at_loss(predicted[name], raw_BCHW)
+    per_tap = [parts[f"mse/{name}"] + at_weight * parts[f"at/{name}"] for name in targets]
+    return {"loss": torch.stack(per_tap).mean(), **parts}
+
+
+def train_step(
+    student: Student,
+    decoder: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: TrainBatch,
+    rate: float,
+    options: TrainOptions,
+    compute: Compute,
+) -> dict[str, float]:
+    """Take one optimizer step at a learning rate and return the losses before it."""
+    student.train()
+    losses = losses_of(student, decoder, batch, options.at_weight, compute)
+    losses["loss"].backward()
+    if options.clip_grad is not None:
+        nn.utils.clip_grad_norm_(student.parameters(), options.clip_grad)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {name: float(value.detach()) for name, value in losses.items()}
+
+
+@torch.no_grad()
+def held_out_losses(
+    student: Student,
+    decoder: nn.Module,
+    cache: Cache,
+    rows: np.ndarray,
+    names: Sequence[str],
+    options: TrainOptions,
+    compute: Compute,
+) -> dict[str, float]:
+    """Return mean losses over the held-out samples' unmirrored views, as `held_out/...`."""
+    student.eval()
+    sums: dict[str, float] = {}
+    for start in range(0, len(rows), options.batch_size):
+        part = rows[start : start + options.batch_size]
+        batch = cache.batch(part, [0] * len(part), names)
+        for name, value in losses_of(student, decoder, batch, options.at_weight, compute).items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(part)
+    return {f"held_out/{name}": total / len(rows) for name, total in sums.items()}

@@ -1,0 +1,68 @@
+"""What an extraction computes: samples, view, teacher and noise; it knows no shard, no scheduler and no store."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtcache.device import resolve_compute
+from dtcache.errors import ConfigError
+from dtcache.images import ImageSource, LoadedView, permuted
+from dtcache.options import ExtractOptions, parse_ints, parse_size
+from dtcache.spec import Sample, ViewSpec
+from dtcache.store.layout import tap_name
+from dtcache.teacher import Teacher, load_teacher, native_size, noise_batch, prepare_teacher
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Everything that turns rows into shards; it knows no scheduler and no writer."""
+
+    source: ImageSource
+    samples: list[Sample]
+    view: ViewSpec
+    teacher: Teacher
+    flips: bool
+    seed: int
+
+    @property
+    def views(self) -> int:
+        """Views of a row."""
+        return 2 if self.flips else 1
+
+    def raw_features(
+        self, loaded: list[LoadedView], rows: list[int], flips: list[bool], draw: int
+    ) -> dict[str, Tensor]:
+        """Return raw features by array name for one view a row; the lists run together."""
+        pixels_BCHW = torch.stack(
+            [torch.from_numpy(v.pixels_CHW).flip(2) if f else torch.from_numpy(v.pixels_CHW)
+             for v, f in zip(loaded, flips, strict=True)]
+        )  # fmt: skip
+        keys = [self.samples[row].key for row in rows]
+        found = {}
+        for t in self.teacher.spec.timesteps:
+            noise_BCHW = noise_batch(keys, flips, self.view, seed=self.seed, timestep=t, draw=draw)
+            features = self.teacher.features(pixels_BCHW, noise_BCHW, t)
+            found.update({tap_name(t, tap): raw_BCHW for tap, raw_BCHW in features.items()})
+        return found
+
+
+def make_job(source: ImageSource, options: ExtractOptions) -> Job:
+    """Load the teacher and order the samples. Raises ConfigError, TeacherError."""
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit {options.limit}: expected at least 1")
+    loaded = load_teacher(options.teacher)
+    height, width = parse_size(options.size) if options.size else native_size(loaded)
+    view = ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop")
+    teacher = prepare_teacher(
+        loaded,
+        view,
+        strides=parse_ints(options.taps, "--taps") if options.taps else None,
+        timesteps=options.timestep,
+        batch_size=options.batch_size,
+        compute=resolve_compute(options.device, options.precision),
+    )
+    order = permuted(len(source.keys), seed=options.seed, stream="rows")[: options.limit]
+    labels = source.labels
+    samples = [Sample(index=int(i), key=source.keys[i], label=labels[i] if labels is not None else None) for i in order]
+    return Job(source=source, samples=samples, view=view, teacher=teacher, flips=options.flip, seed=options.seed)

@@ -1,0 +1,143 @@
+"""What `dtcache inspect` shows: what was asked of a cache, what is there, whether it is complete. Never writes."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from dtcache.spec import FailedSample, Json
+from dtcache.store.commits import CodecSums, read_commits, total_sums
+from dtcache.store.layout import DATA, IMAGES, SAMPLES, SHARDS, tap_name
+from dtcache.store.manifest import CacheManifest, read_manifest
+from dtcache.store.samples import read_failures, read_table
+
+
+def inspect_cache(root: Path) -> Json:
+    """Describe a cache, sealed or still being written, from its manifest and indices alone.
+
+    Returns JSON values; docs/inspect.md explains each key. Raises CacheNotFoundError, CacheDamagedError.
+    """
+    manifest = read_manifest(root)
+    failures, sums, shard_bytes, rows = _progress(root, manifest)
+    files = {p.relative_to(root).as_posix(): p.stat().st_size for p in root.rglob("*") if p.is_file()}
+    recipe, count = manifest.recipe, manifest.num_samples
+    done = rows - len(failures)
+    image_bytes = shard_bytes.get(IMAGES, 0)
+    stored = sum(files.values()) - image_bytes
+    taps = [
+        _tap(manifest, tap, t, files, shard_bytes, sums, done)
+        for t in recipe["teacher"]["timesteps"]
+        for tap in recipe["teacher"]["taps"]
+    ]
+    fp16 = sum(tap["channels"] * tap["height"] * tap["width"] for tap in taps) * 2 * manifest.num_views
+    return {
+        "complete": manifest.state == "sealed",
+        "num_images": count,
+        "num_done": done,
+        "num_failed": len(failures),
+        "num_missing": count - rows,
+        "num_views": manifest.num_views,
+        "bytes_on_disk": sum(files.values()),
+        "image_bytes": image_bytes,
+        "bytes_per_image": stored / done if done else None,
+        "fp16_bytes_per_image": fp16,
+        "ratio": fp16 * done / stored if done else None,
+        "fingerprint": manifest.fingerprint,
+        "taps": taps,
+        "failures": dict(Counter(f.reason for f in failures).most_common()),
+        "classes": manifest.classes,
+        "recipe": recipe,
+    }
+
+
+def _progress(
+    root: Path, manifest: CacheManifest
+) -> tuple[list[FailedSample], dict[str, CodecSums], dict[str, int], int]:
+    """Return failures, codec sums, bytes of shards by array, and finished rows."""
+    if manifest.state == "sealed":
+        table = read_table(root / SHARDS)
+        objects = list(zip(table["path"].to_pylist(), table["bytes"].to_pylist(), strict=True))
+        failures, sums, rows = read_failures(root / SAMPLES), manifest.sums, manifest.num_samples
+    else:
+        records = [record for _, record in sorted(read_commits(root).items())]
+        objects = [(o.path, o.size) for record in records for o in record.objects]
+        failures, sums = [f for record in records for f in record.failures], total_sums(records)
+        rows = sum(len(record.content_sha256) for record in records)
+    sizes: Counter[str] = Counter()
+    for path, size in objects:
+        sizes[path.removeprefix(f"{DATA}/").rpartition("/")[0]] += size
+    return failures, sums, dict(sizes), rows
+
+
+def _tap(
+    manifest: CacheManifest,
+    tap: Json,
+    timestep: int,
+    files: Mapping[str, int],
+    shard_bytes: Mapping[str, int],
+    sums: Mapping[str, CodecSums],
+    done: int,
+) -> Json:
+    """Describe one tap at one timestep; its bytes are its shards and its codec arrays."""
+    name = tap_name(timestep, tap["name"])
+    side = sum(size for path, size in files.items() if path.startswith(f"{DATA}/codec/{name}/"))
+    size = shard_bytes.get(name, 0) + side
+    values = tap["channels"] * tap["height"] * tap["width"] * manifest.num_views * done
+    met = sums.get(name)
+    return {
+        "name": tap["name"],
+        "stride": tap["stride"],
+        "timestep": timestep,
+        "channels": tap["channels"],
+        "height": tap["height"],
+        "width": tap["width"],
+        "bytes": size,
+        "bits_per_value": 8 * size / values if values else None,
+        "relative_mse": met.squared_error / met.energy if met is not None and met.energy > 0 else None,
+        "noise_share": manifest.recipe["codec"]["noise_share"][name],
+    }
+
+
+def render(report: Json, root: Path) -> RenderableType:
+    """Return the report as narrow tables for a terminal."""
+    recipe = report["recipe"]
+    facts = Table(title=str(root), show_header=False, title_justify="left")
+    state = "complete" if report["complete"] else f"INCOMPLETE: {report['num_missing']} images missing"
+    rows = {
+        "state": state,
+        "images": f"{report['num_done']} done, {report['num_failed']} failed of {report['num_images']}",
+        "views": "2 (flips)" if report["num_views"] == 2 else "1",
+        "view": f"{recipe['view']['height']}x{recipe['view']['width']}, {recipe['view']['fit']}",
+        "teacher": f"{recipe['teacher']['architecture']} {recipe['teacher']['weights_sha256'][:12]}",
+        "fingerprint": report["fingerprint"][:16],
+        "on disk": f"{_size(report['bytes_on_disk'])} ({_size(report['image_bytes'])} images)",
+        "an image": f"{_size(report['bytes_per_image'])} of features, {_size(report['fp16_bytes_per_image'])} in fp16",
+        "ratio": f"{report['ratio']:.1f}x under fp16" if report["ratio"] else "-",
+    }
+    for name, value in rows.items():
+        facts.add_row(name, value)
+    taps = Table()
+    for column in ("tap", "t", "shape", "bytes", "bits/value", "rel. MSE", "noise"):
+        taps.add_column(column, justify="left" if column == "tap" else "right")
+    for tap in report["taps"]:
+        shape = f"{tap['channels']}x{tap['height']}x{tap['width']}"
+        numbers = (_number(tap["bits_per_value"]), _number(tap["relative_mse"]), f"{tap['noise_share']:.0%}")
+        taps.add_row(tap["name"], str(tap["timestep"]), shape, _size(tap["bytes"]), *numbers)
+    failed = [f"{count} failed: {reason}" for reason, count in list(report["failures"].items())[:5]]
+    return Group(facts, taps, *failed)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _size(value: float | None) -> str:
+    if value is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

@@ -1,0 +1,191 @@
+"""Stage 2: a student regresses the cached features of a teacher that is not there any more."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dtcache.device import resolve_compute
+from dtcache.errors import ConfigError, TrainingError
+from dtcache.loader import Cache, EpochLoader, TrainBatch
+from dtcache.options import TrainOptions, parse_ints, parse_size
+from dtcache.store.layout import tap_name
+from dtcache.store.samples import held_out
+from dtcache.store.storage import FolderLock, write_file
+from dtcache.student import Student, build_student, save_backbone
+from pipelines.distill import held_out_losses, train_step
+from pipelines.plots import plot_curves
+from pipelines.progress import track
+from pipelines.run import Clock, MetricsFile, claim_run, load_checkpoint, save_checkpoint
+from pipelines.schedule import warmup_cosine
+
+BETAS = (0.9, 0.95)
+VOLATILE = ("device", "threads", "save_every", "log_every")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What a finished run left behind."""
+
+    out: Path
+    steps: int
+    held_out_loss: float
+    seconds: float
+    wait_share: float
+
+
+def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
+    """Train a student on a sealed cache and export its backbone; resumes a run in `out` made with the same options.
+
+    Raises TrainingError where the loss is not finite, naming the samples, and what its parts raise.
+    """
+    cache = Cache(cache_root)
+    names = chosen_taps(cache, options)
+    train_rows, held_rows = split_rows(cache, options.limit)
+    loader = EpochLoader(
+        cache, train_rows, names, batch_size=options.batch_size, seed=options.seed, threads=options.threads
+    )
+    total = options.epochs * loader.num_batches
+    compute = resolve_compute(options.device, options.precision)
+    with FolderLock(out):
+        fingerprint = cache.reader.manifest.fingerprint
+        claim_run(out, {**asdict(options), "precision": compute.precision, "cache": fingerprint}, VOLATILE)
+        student = build_student(
+            options.student,
+            {name: cache.shape(name) for name in names},
+            cache.view,
+            size=parse_size(options.student_size) if options.student_size else None,
+            width=options.fpn_width,
+            init=options.init,
+            seed=options.seed,
+        ).to(compute.device, memory_format=torch.channels_last)
+        for name in student.regressor.resized:
+            print(f"{name}: no pyramid level has its grid; its prediction is resized bilinearly", file=sys.stderr)
+        decoder = cache.decoder(names).to(compute.device)
+        optimizer = make_optimizer(student, options)
+        if not (out / "init" / "config.json").exists():
+            save_backbone(student.backbone, out / "init", input_size=student.input_size, view=cache.view)
+        step = _restore(out, student, optimizer)
+        metrics = MetricsFile(out, step)
+        clock = Clock()
+        with track(f"train {options.student}", total, step) as progress:
+            while step < total:
+                epoch, start = divmod(step, loader.num_batches)
+                for batch in clock.waiting(loader.epoch(epoch, start)):
+                    rate = peak_lr(options) * warmup_cosine(
+                        step, round(options.warmup_epochs * loader.num_batches), total
+                    )
+                    losses = train_step(student, decoder, optimizer, batch, rate, options, compute)
+                    _require_finite(losses, step, batch, cache)
+                    step += 1
+                    clock.count(len(batch.rows))
+                    progress.advance(
+                        1, f"loss {losses['loss']:.4f}, {clock.rate:.0f} images/s, {clock.share:.0%} waiting"
+                    )
+                    if step % options.log_every == 0 or step == total:
+                        metrics.write({"step": step, "epoch": epoch, "lr": rate, **losses, **clock.line()})
+                    if step % options.save_every == 0 and step % loader.num_batches:
+                        _save(out, student, optimizer, step)
+                held = held_out_losses(student, decoder, cache, held_rows, names, options, compute)
+                metrics.write({"step": step, "epoch": epoch, **held})
+                _save(out, student, optimizer, step)
+        save_backbone(student.backbone, out / "backbone", input_size=student.input_size, view=cache.view)
+        return _finish(out, metrics, cache, names, step, clock)
+
+
+def chosen_taps(cache: Cache, options: TrainOptions) -> list[str]:
+    """Return the arrays that --taps and --timestep ask for. Raises ConfigError naming what the cache has."""
+    teacher = cache.reader.manifest.recipe["teacher"]
+    timesteps, strides = teacher["timesteps"], [tap["stride"] for tap in teacher["taps"]]
+    wanted_t = [options.timestep] if options.timestep is not None else timesteps
+    wanted_s = list(parse_ints(options.taps, "--taps")) if options.taps else strides
+    for flag, wanted, have in (("--timestep", wanted_t, timesteps), ("--taps", wanted_s, strides)):
+        missing = [w for w in wanted if w not in have]
+        if missing:
+            raise ConfigError(f"{flag} {missing[0]}: the cache has {', '.join(map(str, have))}; choose among these")
+    return [tap_name(t, f"stride{s}") for t in timesteps if t in wanted_t for s in strides if s in wanted_s]
+
+
+def split_rows(cache: Cache, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows to train on and the rows held out, by hash of the key, without failed samples."""
+    rows = cache.reader.usable_rows[:limit]
+    keys = cache.reader.samples["key"].take(rows).to_pylist()
+    held = np.zeros(len(rows), bool)
+    held[held_out(keys)] = True
+    return rows[~held], rows[held]
+
+
+def peak_lr(options: TrainOptions) -> float:
+    """Return the peak learning rate: the paper's 4e-3, scaled with the batch unless given."""
+    if options.lr is not None:
+        return options.lr
+    return 4e-3 * options.batch_size / (256 if options.optimizer == "adamw" else 2048)
+
+
+def make_optimizer(student: Student, options: TrainOptions) -> torch.optim.Optimizer:
+    """Return AdamW or LAMB with the paper's betas, without decay on norms and biases."""
+    decayed = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
+    plain = [p for p in student.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=peak_lr(options), betas=BETAS)
+    from timm.optim import Lamb
+
+    # timm's default clips at norm 1, which the paper does not.
+    return Lamb(groups, lr=peak_lr(options), betas=BETAS, max_grad_norm=None)
+
+
+def _require_finite(losses: dict[str, float], step: int, batch: TrainBatch, cache: Cache) -> None:
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
+    if bad:
+        keys = ", ".join(cache.reader.samples["key"].take(batch.rows[:3]).to_pylist())
+        raise TrainingError(
+            f"the loss is not finite at step {step} ({', '.join(bad)}; samples {keys}, ...); lower --lr, set --clip-grad "
+            "or use --precision fp32, and delete the run to start anew"
+        )
+
+
+def _restore(out: Path, student: Student, optimizer: torch.optim.Optimizer) -> int:
+    """Load the last checkpoint, if there is one, and return the steps done."""
+    state = load_checkpoint(out)
+    if state is None:
+        return 0
+    student.load_state_dict(state["student"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return int(state["step"])
+
+
+def _save(out: Path, student: Student, optimizer: torch.optim.Optimizer, step: int) -> None:
+    state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    save_checkpoint(out, {**state, "step": step})
+
+
+def _finish(out: Path, metrics: MetricsFile, cache: Cache, names: Sequence[str], step: int, clock: Clock) -> Trained:
+    """Write summary.json, curves.png and TensorBoard events from the metrics."""
+    lines = metrics.read()
+    trained = [line for line in lines if "loss" in line]
+    held = [line for line in lines if "held_out/loss" in line]
+    floor = cache.reader.manifest.recipe["codec"]["noise_share"]
+    summary = {
+        "steps": step,
+        "loss": trained[-1]["loss"],
+        "held_out": {
+            key.removeprefix("held_out/"): value for key, value in held[-1].items() if key.startswith("held_out/")
+        },
+        "noise_floor": {name: floor[name] for name in names},
+        "seconds": trained[-1]["seconds"],
+        "images_per_second": trained[-1]["images_per_second"],
+        "wait_share": trained[-1]["wait_share"],
+    }
+    write_file(out / "summary.json", json.dumps(summary, indent=1).encode())
+    taps = {name: [line[f"held_out/mse/{name}"] for line in held] for name in names}
+    plot_curves(taps, out / "curves.png", title="Held-out whitened MSE", xlabel="epoch")
+    return Trained(
+        out=out, steps=step, held_out_loss=held[-1]["held_out/loss"], seconds=clock.seconds, wait_share=clock.share
+    )

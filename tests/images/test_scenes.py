@@ -1,0 +1,239 @@
+"""Scenes: reproducible, labelled by shape alone, and consistent with their own masks and boxes."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from dtcache.errors import ConfigError
+from dtcache.images.scenes import CLASSES, Scene, scene, write_scenes
+
+_DIGEST = """
+import hashlib
+from dtcache.images.scenes import scene
+digest = hashlib.sha256()
+for index in range(40):
+    item = scene(5, index, 48)
+    for array in (item.pixels, item.mask, item.boxes, item.box_labels):
+        digest.update(array.tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def some_scenes() -> list[Scene]:
+    """The first 600 scenes of one stream."""
+    return [scene(3, index) for index in range(600)]
+
+
+def test_another_process_makes_the_same_scenes() -> None:
+    """A scene depends on seed, index and size only, not on the process or its hash seed."""
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", _DIGEST],
+            env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for hash_seed in ("1", "2")
+    ]
+    assert len(digests[0].strip()) == 64
+    assert digests[0] == digests[1]
+
+
+def test_a_scene_does_not_depend_on_those_made_before(some_scenes: list[Scene]) -> None:
+    """Scene 400 made alone is scene 400 of a run over 600."""
+    alone = scene(3, 400)
+    assert np.array_equal(alone.pixels, some_scenes[400].pixels)
+    assert np.array_equal(alone.mask, some_scenes[400].mask)
+    assert np.array_equal(alone.boxes, some_scenes[400].boxes)
+
+
+def test_seed_and_index_each_change_the_scene(some_scenes: list[Scene]) -> None:
+    """No two of 600 scenes are alike, and another seed gives other scenes."""
+    digests = {hashlib.sha256(item.pixels.tobytes()).digest() for item in some_scenes}
+    assert len(digests) == 600
+    assert not np.array_equal(scene(4, 0).pixels, some_scenes[0].pixels)
+    assert not np.array_equal(scene(1, 11).pixels, scene(11, 1).pixels)
+
+
+@pytest.mark.parametrize("size", [16, 33, 96])
+def test_shapes_and_types_at_every_size(size: int) -> None:
+    """Every field has the documented shape, type and range, at odd sizes and the smallest too."""
+    for index in range(60):
+        item = scene(0, index, size)
+        assert (item.pixels.shape, item.pixels.dtype) == ((size, size, 3), np.uint8)
+        assert (item.mask.shape, item.mask.dtype) == ((size, size), np.uint8)
+        assert item.boxes.dtype == item.box_labels.dtype == np.int32
+        assert item.boxes.shape == (len(item.box_labels), 4)
+        assert 1 <= len(item.boxes) <= 4
+        assert 0 <= item.label < len(CLASSES)
+
+
+def test_the_layout_is_the_same_at_every_size() -> None:
+    """A scene at 128 pixels, averaged down to 32, is nearly the scene at 32, and its boxes are four times as large."""
+    for index in range(20):
+        small, large = scene(0, index, 32), scene(0, index, 128)
+        averaged = large.pixels.reshape(32, 4, 32, 4, 3).mean(axis=(1, 3))
+        assert np.abs(averaged - small.pixels).mean() < 4
+        assert small.label == large.label
+        assert np.abs(large.boxes[-1] / 4 - small.boxes[-1]).max() <= 1
+
+
+def test_the_label_is_the_class_with_the_largest_visible_area(some_scenes: list[Scene]) -> None:
+    """The main object hides the others and is the largest, in every scene."""
+    for item in some_scenes:
+        areas = np.bincount(item.mask.ravel(), minlength=1 + len(CLASSES))[1:]
+        assert areas.argmax() == item.label
+
+
+def test_every_class_is_about_as_frequent(some_scenes: list[Scene]) -> None:
+    """Each class has its share of 600 labels, within what chance allows."""
+    counts = np.bincount([item.label for item in some_scenes], minlength=len(CLASSES))
+    assert counts.min() > 0.6 * 600 / len(CLASSES)
+    assert counts.max() < 1.4 * 600 / len(CLASSES)
+
+
+def test_boxes_enclose_the_mask_of_their_class_exactly(some_scenes: list[Scene]) -> None:
+    """As no class occurs twice in a scene, each box is the tight box around its class in the mask."""
+    for item in some_scenes:
+        assert set(item.box_labels + 1) == set(np.unique(item.mask)) - {0}
+        assert item.box_labels[-1] == item.label
+        for (left, top, right, bottom), label in zip(item.boxes, item.box_labels, strict=True):
+            rows, columns = np.nonzero(item.mask == label + 1)
+            assert (left, top, right, bottom) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+
+
+def test_the_main_object_lies_within_the_frame_and_stands_out(some_scenes: list[Scene]) -> None:
+    """The main object is hardly ever cut by the frame and nearly always differs in colour from its background."""
+    boxes = np.array([item.boxes[-1] for item in some_scenes])
+    assert np.mean((boxes[:, :2] > 0).all(axis=1) & (boxes[:, 2:] < 64).all(axis=1)) > 0.95
+    contrasts = [
+        np.abs(item.pixels[item.mask == item.label + 1].mean(axis=0) - item.pixels[item.mask == 0].mean(axis=0)).max()
+        for item in some_scenes
+    ]
+    assert np.mean(np.array(contrasts) > 20) > 0.95
+
+
+def test_colour_statistics_tell_next_to_nothing_about_the_class(some_scenes: list[Scene]) -> None:
+    """A linear classifier on the mean and spread of the colours stays within a few points of one in eight."""
+    pixels = np.stack([item.pixels for item in some_scenes]).reshape(600, -1, 3) / 255
+    labels = np.array([item.label for item in some_scenes])
+    statistics = np.concatenate([pixels.mean(axis=1), pixels.std(axis=1)], axis=1)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(statistics[:400], labels[:400])
+    assert model.score(statistics[400:], labels[400:]) < 1 / len(CLASSES) + 0.08
+
+
+def test_the_silhouette_alone_tells_the_class(some_scenes: list[Scene]) -> None:
+    """The main object's outline, cut to its box, is enough for a nearest-neighbour rule: the label is the shape."""
+    outlines = []
+    for item in some_scenes:
+        shape = Image.fromarray(((item.mask == item.label + 1) * 255).astype(np.uint8))
+        cut = shape.crop(tuple(item.boxes[-1].tolist())).resize((16, 16), Image.Resampling.BOX)
+        outlines.append(np.asarray(cut, np.float32).ravel())
+    known, asked = np.stack(outlines[:400]), np.stack(outlines[400:])
+    labels = np.array([item.label for item in some_scenes])
+    nearest = ((asked[:, None] - known[None]) ** 2).sum(axis=2).argmin(axis=1)
+    assert np.mean(labels[:400][nearest] == labels[400:]) > 0.9
+
+
+def test_class_names_are_in_the_order_a_folder_tree_gives() -> None:
+    """The class names are eight, distinct and sorted, so labels agree with those read off the written folders."""
+    assert len(CLASSES) == 8
+    assert list(CLASSES) == sorted(set(CLASSES))
+
+
+def test_written_files_hold_the_scenes(tmp_path: Path) -> None:
+    """Images, masks and boxes on disk are those of scene(), under the class's folder, and nothing else is there."""
+    write_scenes(tmp_path, seed=2, size=32, count=6, start=10)
+    entries = json.loads((tmp_path / "boxes.json").read_text())
+    expected = {"boxes.json", "scenes.json"}
+    for index in range(10, 16):
+        item = scene(2, index, 32)
+        name = f"{CLASSES[item.label]}/{index:06d}.png"
+        expected |= {f"images/{name}", f"masks/{name}"}
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "images" / name)), item.pixels)
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "masks" / name)), item.mask)
+        assert entries[str(index)] == {
+            "label": item.label,
+            "boxes": item.boxes.tolist(),
+            "labels": item.box_labels.tolist(),
+        }
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == expected
+    assert len(entries) == 6
+
+
+def test_writing_without_masks_leaves_them_out_and_a_later_run_adds_them(tmp_path: Path) -> None:
+    """masks=False writes images only; asking for masks later adds them and leaves the images alone."""
+    write_scenes(tmp_path, seed=0, size=16, count=3, masks=False)
+    images = {path: path.stat().st_mtime_ns for path in tmp_path.glob("images/*/*.png")}
+    assert len(images) == 3
+    assert not (tmp_path / "masks").exists()
+    write_scenes(tmp_path, seed=0, size=16, count=3)
+    assert len(list(tmp_path.glob("masks/*/*.png"))) == 3
+    assert {path: path.stat().st_mtime_ns for path in images} == images
+
+
+def test_writing_again_skips_finished_files_and_mends_missing_ones(tmp_path: Path) -> None:
+    """A second run touches no finished image, writes a lost one anew, extends the set and keeps the older boxes."""
+    write_scenes(tmp_path, seed=0, size=16, count=5)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*.png")}
+    lost = next(iter(before))
+    content = lost.read_bytes()
+    lost.unlink()
+    done: list[int] = []
+    write_scenes(tmp_path, seed=0, size=16, count=8, on_progress=done.append)
+    assert done == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert lost.read_bytes() == content
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path != lost)
+    assert len(json.loads((tmp_path / "boxes.json").read_text())) == 8
+
+
+def test_a_run_cut_short_is_finished_by_the_next(tmp_path: Path) -> None:
+    """After a failure between two scenes, running again gives the files that one whole run gives."""
+
+    def stop(done: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_scenes(tmp_path / "cut", seed=0, size=16, count=4, on_progress=stop)
+    write_scenes(tmp_path / "cut", seed=0, size=16, count=4)
+    write_scenes(tmp_path / "whole", seed=0, size=16, count=4)
+    files = [
+        {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "cut", tmp_path / "whole")
+    ]
+    assert files[0] == files[1]
+
+
+def test_a_root_with_other_scenes_is_refused(tmp_path: Path) -> None:
+    """Scenes of another seed or size are not mixed into a root."""
+    write_scenes(tmp_path, seed=0, size=16, count=1)
+    with pytest.raises(ConfigError, match=r"holds other scenes: expected .*'seed': 1.*, got .*'seed': 0"):
+        write_scenes(tmp_path, seed=1, size=16, count=1)
+    with pytest.raises(ConfigError, match="holds other scenes"):
+        write_scenes(tmp_path, seed=0, size=32, count=1)
+
+
+def test_impossible_requests_say_what_was_expected(tmp_path: Path) -> None:
+    """Sizes under 16 and negative counts or starts are refused before anything is written."""
+    with pytest.raises(ConfigError, match="scene size: expected at least 16 pixels, got 15"):
+        scene(0, 0, 15)
+    with pytest.raises(ConfigError, match="scene size: expected at least 16 pixels, got 8"):
+        write_scenes(tmp_path / "new", seed=0, size=8, count=0)
+    with pytest.raises(ConfigError, match="expected start and count of 0 or more, got start 0, count -1"):
+        write_scenes(tmp_path / "new", seed=0, size=16, count=-1)
+    with pytest.raises(ConfigError, match="got start -2, count 1"):
+        write_scenes(tmp_path / "new", seed=0, size=16, count=1, start=-2)
+    assert not (tmp_path / "new").exists()
