@@ -13,7 +13,7 @@ import click
 
 from dtcache._version import __version__
 from dtcache.errors import DtcacheError
-from dtcache.options import ExtractOptions, TeachOptions, TrainOptions
+from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TeachOptions, TrainOptions
 
 EXISTING = click.Path(exists=False, path_type=Path)
 
@@ -65,7 +65,9 @@ def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
     if hint is bool:
         return click.option(f"--{name}/--no-{name}", **shape)
     if f.default == "":
-        shape |= {"required": True, "default": None}
+        # click 8.3 takes an explicit default of None for a value and then misses nothing.
+        del shape["default"]
+        shape["required"] = True
     kind = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else EXISTING if hint is Path else hint
     return click.option(f"--{name}", type=kind, **shape)
 
@@ -189,6 +191,51 @@ def train(cache: Path, out: Path, options: TrainOptions) -> None:
         f"{done.out / 'backbone'}: {done.steps} steps, held-out loss {done.held_out_loss:.4f}, "
         f"{done.wait_share:.1%} of the time waiting for data"
     )
+
+
+@main.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of a table.")
+@options_of(EvaluateOptions)
+def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
+    """Probe the features of MODEL with k-NN and a linear classifier on labelled images.
+
+    MODEL is a backbone folder, a timm name (random weights), a cache (every tap) or the word pixels.
+
+    \b
+    Example:
+      dtcache evaluate runs/resnet50/backbone --train labelled/train --test labelled/test --json
+    """
+    from pipelines.evaluate import evaluate as run
+    from pipelines.evaluate import results_json, results_table
+
+    results = run(model, options)
+    if as_json:
+        _print_json(results_json(model, results))
+    else:
+        from rich.console import Console
+
+        Console().print(results_table(model, results))
+
+
+@main.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("dtcache-demo"), show_default=True, help="Folder for everything."
+)
+@options_of(DemoOptions)
+def demo(out: Path, options: DemoOptions) -> None:
+    """Run the whole way on generated scenes, offline: cache, two students, one table.
+
+    \b
+    Example:
+      dtcache demo --out demo
+    """
+    from rich.console import Console
+
+    from pipelines.demo import demo as run
+    from pipelines.demo import render_demo
+
+    Console().print(render_demo(run(out, options)))
 
 
 if __name__ == "__main__":

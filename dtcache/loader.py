@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,12 @@ class TrainBatch:
     """(B, 2) fp32 sigma and mu by array: raw = whitened * sigma + mu."""
 
 
+def load_fit(root: Path, names: Sequence[str]) -> dict[str, FittedTap]:
+    """Read the fitted codec of some taps from a cache. Raises CodecError where its arrays contradict each other."""
+    found: dict[str, dict[str, Any]] = {name: read_fit(root / DATA, name) for name in names}
+    return {name: FittedTap(**arrays) for name, arrays in found.items()}
+
+
 class Cache:
     """A sealed cache: its samples, its images, its features."""
 
@@ -45,8 +52,8 @@ class Cache:
         self.reader = CacheReader(root)
         recipe = self.reader.manifest.recipe
         self.view = ViewSpec(**recipe["view"])
-        self.names = [name for name in self.reader.manifest.arrays if name != IMAGES]
-        self.fit = {name: FittedTap(**read_fit(root / DATA, name)) for name in self.names}
+        self.names = self.reader.manifest.tap_names
+        self.fit = load_fit(root, self.names)
         if sha256_fit(self.fit) != recipe["codec"]["fit_sha256"]:
             raise CacheDamagedError(f"{root}: the codec's arrays are not the fitted ones; extract this cache again")
         self._host = HostDecoder(self.fit)
@@ -94,7 +101,8 @@ class EpochLoader:
         """Serve `rows` of a cache. Raises ConfigError where they do not fill one batch."""
         if not 0 < batch_size <= len(rows):
             raise ConfigError(
-                f"--batch-size {batch_size}: expected 1 to {len(rows)}, the samples left for training; lower it or cache more images"
+                f"--batch-size {batch_size}: expected 1 to {len(rows)}, the samples left for training; "
+                "lower it or cache more images"
             )
         self._cache, self._rows, self._names = cache, rows, list(names)
         self._batch_size, self._seed, self._threads = batch_size, seed, threads

@@ -92,15 +92,33 @@ class TrainOptions:
 class EvaluateOptions:
     """Options of `dtcache evaluate`."""
 
-    train: Path | None = option(None, "Labelled training images (folder tree or Parquet).", metavar="IMAGES")
-    test: Path | None = option(None, "Labelled test images.", metavar="IMAGES")
-    size: str | None = option(None, "Input size [default: the one trained with].", metavar="H[xW]")
+    train: Path = option("", "Labelled training images (folder tree or Parquet).", metavar="IMAGES")  # noqa: RUF009
+    test: Path | None = option(None, "Labelled test images [default: a fifth of --train].", metavar="IMAGES")  # noqa: RUF009
+    size: str | None = option(None, "Input size [default: the one trained with; 32 for raw pixels].", metavar="H[xW]")
     limit_train: int | None = option(None, "Use N training images of the permuted order.")
     limit_test: int | None = option(None, "Use N test images of the permuted order.")
     neighbours: int = option(20, "k of k-NN.")
-    teacher: str | None = option(None, "Teacher for the test images when MODEL is a cache.", metavar="DIR_OR_ID")
+    teacher: str | None = option(
+        None, "Teacher for images that are not in the cache, when MODEL is one.", metavar="DIR_OR_ID"
+    )
     batch_size: int = option(128, "Images a forward pass.")
     seed: int = option(0, "Seed of random weights and splits.")
+    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
+    precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoOptions:
+    """Options of `dtcache demo`."""
+
+    train_images: int = option(1500, "Scenes to cache and to train on.")
+    test_images: int = option(500, "Scenes to test on.")
+    students: str = option("resnet18,resnet10t", "Students to train from the one cache.", metavar="NAME,NAME")
+    epochs: int = option(12, "Epochs of each student.")
+    batch_size: int = option(64, "Samples a step.")
+    fpn_width: int = option(64, "Channels of the regressor's pyramid.")
+    timestep: int = option(50, "Diffusion step of the cache.")
+    seed: int = option(0, "Seed of scenes, cache and students.")
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
 

@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 
 from dtcache._version import __version__
-from dtcache.codec import FeatureEncoder, FittedTap
+from dtcache.codec import FeatureEncoder
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import LoadedView, load_views, open_source
 from dtcache.images.stored import encode_stored, image_bound
+from dtcache.loader import load_fit
 from dtcache.options import ExtractOptions
 from dtcache.spec import CodecSpec, FailedSample, Json, Recipe
 from dtcache.store.commits import CodecSums
-from dtcache.store.layout import IMAGES, MANIFEST, payload_arrays, read_fit, tap_name
+from dtcache.store.layout import IMAGES, MANIFEST, payload_arrays, tap_name
 from dtcache.store.manifest import read_manifest, require_same
 from dtcache.store.samples import hash_samples
 from dtcache.store.storage import FolderLock
@@ -59,9 +60,7 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
             require_ours(out)
             writer = _begin(out, job, options)
         count = len(job.samples)
-        fit = {
-            name: FittedTap(**read_fit(out / "data.zarr", name)) for name in writer.manifest.arrays if name != IMAGES
-        }
+        fit = load_fit(out, writer.manifest.tap_names)
         encoder = FeatureEncoder(fit, resolve_compute(options.device, options.precision).device)
         missing = writer.missing
         array = writer.manifest.arrays[IMAGES]
@@ -94,11 +93,14 @@ def _asked(job: Job, options: ExtractOptions) -> Json:
         ratio=options.ratio, step=0.0, fit_rows=fit_rows(len(job.samples)), fit_sha256="", noise_share={}
     )
     asked = _recipe(job, anything, options.shard_rows or 0).to_json()
-    for name in ("step", "fit_sha256", "noise_share"):
-        del asked["codec"][name]
+    # Not asked for, or derived from what is compared already.
+    for part, names in {"codec": ("step", "fit_rows", "fit_sha256", "noise_share"), "teacher": ("alpha_bars",)}.items():
+        for name in names:
+            del asked[part][name]
     if options.shard_rows is None:
         del asked["shard_rows"]
-    return asked
+    # Another seed or count changes the sample list too: name the cause before its effect.
+    return {name: asked[name] for name in ("seed", "num_samples")} | asked
 
 
 def _recipe(job: Job, codec: CodecSpec, shard_rows: int) -> Recipe:
@@ -135,7 +137,7 @@ def _shard_rows(count: int, bytes_a_row: float) -> int:
 def run_shard(
     job: Job, encoder: FeatureEncoder, shard: int, rows: range, views: Iterator[LoadedView], bound: int, fitted: int
 ) -> ShardData:
-    """Compute one shard from `views`, which yields its rows' images in order. Idempotent: a pure function of the job."""
+    """Compute one shard from `views`, which yields its rows' images in order; a pure function of the job."""
     names = [tap_name(t, tap.name) for t in job.teacher.spec.timesteps for tap in job.teacher.spec.taps]
     payloads: dict[str, list[bytes]] = {name: [] for name in [IMAGES, *names]}
     content: list[str | None] = []

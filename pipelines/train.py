@@ -17,14 +17,13 @@ from dtcache.options import TrainOptions, parse_ints, parse_size
 from dtcache.store.layout import tap_name
 from dtcache.store.samples import held_out
 from dtcache.store.storage import FolderLock, write_file
-from dtcache.student import Student, build_student, save_backbone
+from dtcache.student import Student, build_student, make_optimizer, save_backbone
 from pipelines.distill import held_out_losses, train_step
 from pipelines.plots import plot_curves
 from pipelines.progress import track
 from pipelines.run import Clock, MetricsFile, claim_run, load_checkpoint, save_checkpoint
 from pipelines.schedule import warmup_cosine
 
-BETAS = (0.9, 0.95)
 VOLATILE = ("device", "threads", "save_every", "log_every")
 
 
@@ -67,7 +66,7 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
         for name in student.regressor.resized:
             print(f"{name}: no pyramid level has its grid; its prediction is resized bilinearly", file=sys.stderr)
         decoder = cache.decoder(names).to(compute.device)
-        optimizer = make_optimizer(student, options)
+        optimizer = make_optimizer(student, options.optimizer, peak_lr(options), options.weight_decay)
         if not (out / "init" / "config.json").exists():
             save_backbone(student.backbone, out / "init", input_size=student.input_size, view=cache.view)
         step = _restore(out, student, optimizer)
@@ -127,26 +126,13 @@ def peak_lr(options: TrainOptions) -> float:
     return 4e-3 * options.batch_size / (256 if options.optimizer == "adamw" else 2048)
 
 
-def make_optimizer(student: Student, options: TrainOptions) -> torch.optim.Optimizer:
-    """Return AdamW or LAMB with the paper's betas, without decay on norms and biases."""
-    decayed = [p for p in student.parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for p in student.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    if options.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=peak_lr(options), betas=BETAS)
-    from timm.optim import Lamb
-
-    # timm's default clips at norm 1, which the paper does not.
-    return Lamb(groups, lr=peak_lr(options), betas=BETAS, max_grad_norm=None)
-
-
 def _require_finite(losses: dict[str, float], step: int, batch: TrainBatch, cache: Cache) -> None:
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     if bad:
         keys = ", ".join(cache.reader.samples["key"].take(batch.rows[:3]).to_pylist())
         raise TrainingError(
-            f"the loss is not finite at step {step} ({', '.join(bad)}; samples {keys}, ...); lower --lr, set --clip-grad "
-            "or use --precision fp32, and delete the run to start anew"
+            f"the loss is not finite at step {step} ({', '.join(bad)}; samples {keys}, ...); lower --lr, set "
+            "--clip-grad or use --precision fp32, and delete the run to start anew"
         )
 
 

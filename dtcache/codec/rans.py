@@ -38,12 +38,12 @@ class RansTables:
 def rans_tables(fitted: FittedTap) -> RansTables:
     """Lay out a fit's tables for the kernels."""
     cumulative = np.cumsum(fitted.tables.astype(np.int64), axis=1)
-    slots = np.stack([np.searchsorted(row, np.arange(TABLE_SIZE), side="right") for row in cumulative])
+    slots = [np.searchsorted(row, np.arange(TABLE_SIZE), side="right") for row in cumulative]
     classes = np.sort(fitted.classes[fitted.classes != DEAD])
     return RansTables(
         frequency=fitted.tables,
         start=(cumulative - fitted.tables).astype(np.uint16),
-        symbol_at=slots.astype(np.uint8),
+        symbol_at=np.array(slots, np.uint8).reshape(len(slots), TABLE_SIZE),
         half_width=fitted.half_width.astype(np.int16),
         table=fitted.class_table[classes],
     )
@@ -62,7 +62,7 @@ def decode_batch(payloads_BL: NDArray[np.uint8], tables: RansTables) -> tuple[ND
 
     Raises CodecError naming the place in the batch of a payload that no encoder wrote.
     """
-    count, length = payloads_BL.shape
+    count = len(payloads_BL)
     values = np.empty((count, len(tables.table)), np.int16)
     words = np.ascontiguousarray(payloads_BL).view(np.uint16)
     bad = _decode(words, tables.table, tables.frequency, tables.start, tables.symbol_at, tables.half_width, values)

@@ -42,4 +42,5 @@ def normalise(counts: NDArray[np.float64]) -> NDArray[np.uint16]:
     whole = np.floor(exact)
     short = TABLE_SIZE - len(counts) - int(whole.sum())
     whole[np.argsort(whole - exact, kind="stable")[:short]] += 1
-    return (whole + 1).astype(np.uint16)
+    frequencies: NDArray[np.uint16] = (whole + 1).astype(np.uint16)
+    return frequencies

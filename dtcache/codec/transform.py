@@ -46,6 +46,12 @@ def forward_transform(whitened_BCHW: Tensor, basis_CK: Tensor, mean_C: Tensor) -
 class Encoder(nn.Module):
     """Features to quantised coefficients, with the squared error and energy that the quantiser left and met."""
 
+    basis_CK: Tensor
+    mean_C: Tensor
+    live_N: Tensor
+    step_N: Tensor
+    gain_N: Tensor
+
     def __init__(self, fitted: FittedTap) -> None:
         super().__init__()
         self.register_buffer("basis_CK", torch.from_numpy(fitted.basis).float())
@@ -79,6 +85,13 @@ def quantise(coefficients: Tensor, step: Tensor) -> Tensor:
 
 class Decoder(nn.Module):
     """Quantised coefficients to whitened features, as matrix products on the student's device."""
+
+    basis_CK: Tensor
+    mean_C: Tensor
+    live_N: Tensor
+    scale_N: Tensor
+    rows_HH: Tensor
+    columns_WW: Tensor
 
     def __init__(self, fitted: FittedTap) -> None:
         super().__init__()

@@ -96,8 +96,8 @@ def _read_columns(file: Path) -> pa.Table:
     try:
         schema = pq.read_schema(file)
         names = [name for name in ("image", "label") if name in schema.names]
-        image = schema.field("image").type if "image" in names else None
-        if not (pa.types.is_struct(image) and {"bytes", "path"} <= {f.name for f in image}):
+        image = schema.field("image").type if "image" in names else pa.null()
+        if not (pa.types.is_struct(image) and {"bytes", "path"} <= {f.name for f in image.fields}):
             raise ImagesError(
                 f"{file}: expected a column image: struct<bytes, path> (the Hugging Face layout), "
                 f"got columns {', '.join(schema.names)}; rewrite the file or give a folder of images"

@@ -77,13 +77,14 @@ def payload_arrays(recipe: Recipe, image_bound: int, tap_bounds: Mapping[str, in
 def write_zarr_nodes(
     root: Path, arrays: Mapping[str, PayloadArray], fit: Mapping[str, Mapping[str, NDArray[np.generic]]]
 ) -> None:
-    """Write the Zarr v3 group at `root` with zarr-python: the payload arrays' metadata, and the codec's arrays whole."""
+    """Write the Zarr v3 group at `root`: the payload arrays' metadata, and the codec's arrays whole."""
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
+    from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
 
     group = zarr.create_group(store=root, zarr_format=3)
     checked = (ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec())
-    separator = {"name": "default", "separator": "."}
+    separator = DefaultChunkKeyEncoding(separator=".")
     for array in arrays.values():
         group.create_array(
             array.name,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
 from dtcache.spec import FORMAT_VERSION, Json, Recipe, canonical_json, sha256_json
 from dtcache.store.commits import CodecSums
-from dtcache.store.layout import MANIFEST, PayloadArray
+from dtcache.store.layout import IMAGES, MANIFEST, PayloadArray
 from dtcache.store.storage import write_file
 
 MAX_MANIFEST_BYTES = 64 << 20
@@ -49,9 +49,9 @@ class CacheManifest:
         return replace(self, state="sealed", files={**self.files, **files}, sums=sums)
 
     @property
-    def image_shape(self) -> tuple[int, int]:
-        """(height, width) of the view, pixels."""
-        return self.recipe["view"]["height"], self.recipe["view"]["width"]
+    def tap_names(self) -> list[str]:
+        """The arrays of features, timestep by timestep, finest tap first."""
+        return [name for name in self.arrays if name != IMAGES]
 
     @property
     def num_samples(self) -> int:
@@ -102,7 +102,8 @@ def read_manifest(root: Path) -> CacheManifest:
         version = value["format"]
         if version != FORMAT_VERSION:
             raise CacheError(
-                f"{path}: expected format {FORMAT_VERSION}, got {version}; install the dtcache that wrote it or a newer one"
+                f"{path}: expected format {FORMAT_VERSION}, got {version}; install the dtcache "
+                "that wrote it, or a newer one"
             )
         claimed = value.pop("sha256")
         if claimed != sha256_json(value):

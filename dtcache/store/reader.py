@@ -91,7 +91,10 @@ class _OpenShard:
 
     def __init__(self, path: Path, size: int, entries: int) -> None:
         self.path = path
-        self._handle = os.open(path, os.O_RDONLY)
+        try:
+            self._handle = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CacheDamagedError(f"{path}: {error.strerror}, but it was there when the cache was opened") from error
         tail = index_bytes(entries)
         self._index = parse_index(os.pread(self._handle, tail, size - tail), entries, size, str(path))
 

@@ -46,8 +46,9 @@ def parse_index(tail: bytes, entries: int, size: int, where: str) -> NDArray[np.
     if len(tail) != index_bytes(entries) or crc32c(table) != int.from_bytes(checksum, "little"):
         raise CacheDamagedError(f"{where}: the shard's index is damaged; run the extraction of this cache again")
     index = np.frombuffer(table, "<u8").reshape(entries, 2)
-    present = index[index[:, 0] != ABSENT]
-    if len(present) and int((present[:, 0] + present[:, 1]).max()) > size - len(tail):
+    offsets, sizes = index[index[:, 0] != ABSENT].T
+    end = np.uint64(max(0, size - len(tail)))
+    if bool(((offsets > end) | (sizes > end - np.minimum(offsets, end))).any()):
         raise CacheDamagedError(f"{where}: the shard's index points outside the file; run the extraction again")
     return index
 
@@ -58,6 +59,10 @@ def unpack_chunk(chunk: bytes, out: NDArray[np.uint8], where: str) -> None:
     if len(chunk) <= CRC_BYTES or crc32c(packed) != int.from_bytes(checksum, "little"):
         raise CacheDamagedError(f"{where}: the checksum of this sample does not match; run the extraction again")
     try:
-        decompress(packed, out)
+        # Not into `out`: a shorter frame would leave the rest of it as it was, without a word.
+        data = decompress(packed)
+        if len(data) != len(out):
+            raise ValueError(f"it holds {len(data)}")
     except (RuntimeError, ValueError) as error:
         raise CacheDamagedError(f"{where}: the sample does not decompress to {len(out)} bytes ({error})") from error
+    out[:] = np.frombuffer(data, np.uint8)

@@ -4,6 +4,8 @@ import errno
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -58,14 +60,23 @@ def write_file(target: Path, data: bytes) -> None:
 
 
 def fsync_tree(root: Path) -> None:
-    """Make every file and name under a folder durable."""
+    """Make every file and name under a folder durable. Raises DiskError."""
     for path in sorted(root.rglob("*")):
         if path.is_file():
-            with open(path, "rb") as file:
+            with disk_errors(path), open(path, "rb") as file:
                 os.fsync(file.fileno())
         else:
             fsync_folder(path)
     fsync_folder(root)
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Raise any OSError of the block, such as one of another library's, as DiskError about `target`."""
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(target, 0, error) from error
 
 
 def file_sha256(path: Path) -> str:

@@ -25,7 +25,7 @@ from dtcache.store.layout import COMMITS, DATA, LOG, MANIFEST, SAMPLES, SHARDS, 
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
 from dtcache.store.samples import SHARD_SCHEMA, parquet_bytes, read_failures, read_table, samples_table
 from dtcache.store.shard import build_shard
-from dtcache.store.storage import TEMPORARY, file_sha256, fsync_tree, publish, write_file, write_temporary
+from dtcache.store.storage import TEMPORARY, disk_errors, file_sha256, fsync_tree, publish, write_file, write_temporary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +73,8 @@ class CacheWriter:
                 shutil.rmtree(leftover)
         (root / COMMITS).mkdir(exist_ok=True)
         nodes = root / f"{TEMPORARY}{DATA}"
-        write_zarr_nodes(nodes, arrays, fit)
+        with disk_errors(nodes):
+            write_zarr_nodes(nodes, arrays, fit)
         fsync_tree(nodes)
         publish([nodes])
         files = {
@@ -103,7 +104,7 @@ class CacheWriter:
     @property
     def failures(self) -> list[FailedSample]:
         """Samples that have a row but no features, in row order, of everything committed."""
-        if self._records:
+        if self.manifest.state == "writing":  # a sealed cache may have lost some of its records
             return [f for shard in sorted(self._records) for f in self._records[shard].failures]
         return read_failures(self.root / SAMPLES)
 

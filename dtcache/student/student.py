@@ -20,7 +20,8 @@ class Student(nn.Module):
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """Return predictions (B, C, H, W) by tap array."""
         x_BCHW = student_input(images_BCHW, self.input_size, self.backbone.mean, self.backbone.std)
-        return self.regressor(self.backbone(x_BCHW.contiguous(memory_format=torch.channels_last)))
+        predictions: dict[str, Tensor] = self.regressor(self.backbone(x_BCHW.contiguous(memory_format=torch.channels_last)))
+        return predictions
 
 
 def build_student(

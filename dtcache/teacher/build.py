@@ -76,4 +76,5 @@ def sample_images(unet: UNet2DModel, count: int, seed: int, steps: int = 50) -> 
 
 def save_teacher(unet: UNet2DModel, out: Path, dtype: torch.dtype) -> None:
     """Write a standard diffusers directory (unet/, scheduler/, model_index.json; safetensors only)."""
-    DDPMPipeline(unet.to(dtype), ddpm_scheduler()).save_pretrained(out, safe_serialization=True)
+    # torch's own `to`: diffusers' warns of modules to keep in fp32 even where there are none.
+    DDPMPipeline(torch.nn.Module.to(unet, dtype), ddpm_scheduler()).save_pretrained(out, safe_serialization=True)

@@ -20,7 +20,7 @@ class Teacher:
         self._compute = compute
         self._alpha_bars = loaded.alpha_bars.to(compute.device)
         network = TappedUNet(loaded.unet, tuple(tap.block for tap in taps))
-        self._network = network.to(compute.device, memory_format=torch.channels_last).eval()
+        self._network = network.to(compute.device).to(memory_format=torch.channels_last).eval()
 
     @torch.inference_mode()
     def features(self, pixels_BCHW: Tensor, noise_BCHW: Tensor, timestep: int) -> dict[str, Tensor]:

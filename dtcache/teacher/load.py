@@ -68,7 +68,7 @@ def load_teacher(where: str) -> LoadedTeacher:
     if wrong:
         kind, keys = next(iter(wrong.items()))
         raise TeacherError(
-            f"{weights}: the weights do not fit {folder / 'config.json'}: {len(keys)} {kind}, such as {list(keys)[0]}; "
+            f"{weights}: the weights do not fit {folder / 'config.json'}: {len(keys)} {kind}, such as {next(iter(keys))}; "
             "the two files belong to different models"
         )
     scheduler = DDPMScheduler.from_config(schedule)

@@ -1,0 +1,26 @@
+"""The student: a timm backbone, and the regressor that reads the teacher's features off its pyramid."""
+
+from dtcache.student.backbone import (
+    Backbone,
+    load_backbone,
+    make_backbone,
+    recalibrate_batch_norm,
+    save_backbone,
+    student_input,
+)
+from dtcache.student.optimizer import make_optimizer
+from dtcache.student.regressor import FeatureRegressor
+from dtcache.student.student import Student, build_student
+
+__all__ = [
+    "Backbone",
+    "FeatureRegressor",
+    "Student",
+    "build_student",
+    "load_backbone",
+    "make_backbone",
+    "make_optimizer",
+    "recalibrate_batch_norm",
+    "save_backbone",
+    "student_input",
+]

@@ -1,0 +1,148 @@
+"""The main job, offline, on generated scenes with the bundled teacher: every stage once, and one table at the end."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dtcache.images.scenes import write_scenes
+from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TrainOptions
+from dtcache.spec import Json
+from dtcache.store.storage import write_file
+from pipelines.evaluate import evaluate
+from pipelines.extract import extract
+from pipelines.progress import track
+from pipelines.report import inspect_cache, render
+from pipelines.run import claim_run
+from pipelines.train import train
+
+SCENE_SIZE = 64
+TEST_START = 1_000_000
+"""Number of the first test scene: far from every training scene of the stream."""
+
+
+def demo(out: Path, options: DemoOptions) -> Json:
+    """Run every stage that `out` does not hold yet; return and write `summary.json`.
+
+    Raises CacheMismatchError where `out` holds a demonstration of other options.
+    """
+    claim_run(out, asdict(options), volatile=("device",))
+    names = options.students.split(",")
+    stages = Stages(out)
+    stages.run("scenes", lambda: _write_scenes(out, options))
+    stages.run("extract", lambda: _extract(out, options))
+    report = inspect_cache(out / "cache")
+    Console(stderr=True).print(render(report, out / "cache"))
+    for name in names:
+        stages.run(f"train {name}", lambda name=name: _train(out, name, options))
+    models = {f"{names[0]}, random init": out / names[0] / "init"}
+    models |= {f"{name}, from the cache": out / name / "backbone" for name in names}
+    students = [stages.run(f"evaluate {name}", lambda m=model, n=name: _evaluate(out, n, m, options)) for name, model in models.items()]
+    summary = {
+        "bytes_per_image": report["bytes_per_image"],
+        "fp16_bytes_per_image": report["fp16_bytes_per_image"],
+        "ratio": report["ratio"],
+        "num_images": report["num_done"],
+        "seconds": stages.seconds,
+        "students": students,
+    }
+    write_file(out / "summary.json", json.dumps(summary, indent=1).encode())
+    return summary
+
+
+class Stages:
+    """Runs each named stage once: what it returned and how long it took is kept in the folder."""
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / "stages.json"
+        self._done: dict[str, Json] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def run(self, name: str, work: Callable[[], Json]) -> Json:
+        """Return the stage's result, running it where it has not finished before."""
+        if name not in self._done:
+            started = time.monotonic()
+            result = work()
+            self._done[name] = {"seconds": round(time.monotonic() - started, 1), "result": result}
+            write_file(self._path, json.dumps(self._done, indent=1).encode())
+        result = self._done[name]["result"]
+        return dict(result)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each stage took when it ran."""
+        return {name: stage["seconds"] for name, stage in self._done.items()}
+
+
+def _write_scenes(out: Path, options: DemoOptions) -> Json:
+    splits = {"train": (0, options.train_images), "test": (TEST_START, options.test_images)}
+    with track("scenes", options.train_images + options.test_images) as progress:
+        for split, (start, count) in splits.items():
+            write_scenes(
+                out / "scenes" / split, seed=options.seed, size=SCENE_SIZE, count=count, start=start,
+                on_progress=progress.advance,
+            )  # fmt: skip
+    return {}
+
+
+def _extract(out: Path, options: DemoOptions) -> Json:
+    with as_file(files("dtcache") / "assets" / "scenes-teacher") as teacher:
+        extract(
+            out / "scenes" / "train" / "images",
+            out / "cache",
+            ExtractOptions(
+                teacher=str(teacher), timestep=(options.timestep,), seed=options.seed,
+                device=options.device, precision=options.precision,
+            ),
+        )  # fmt: skip
+    return {}
+
+
+def _train(out: Path, name: str, options: DemoOptions) -> Json:
+    chosen = TrainOptions(
+        student=name,
+        epochs=options.epochs,
+        warmup_epochs=1.0,
+        batch_size=options.batch_size,
+        fpn_width=options.fpn_width,
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
+    )
+    trained = train(out / "cache", out / name, chosen)
+    return {"held_out_loss": trained.held_out_loss}
+
+
+def _evaluate(out: Path, name: str, model: Path, options: DemoOptions) -> Json:
+    images = out / "scenes"
+    chosen = EvaluateOptions(
+        train=images / "train" / "images",
+        test=images / "test" / "images",
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
+    )
+    (row,) = evaluate(str(model), chosen)
+    return {"name": name, "knn_top1": row.knn_top1, "linear_top1": row.linear_top1}
+
+
+def render_demo(summary: Json) -> Table:
+    """Return the demonstration's table."""
+    table = Table(
+        title=f"{summary['num_images']} images: {summary['bytes_per_image']:.0f} bytes an image, "
+        f"{summary['fp16_bytes_per_image']} in fp16: {summary['ratio']:.0f} times smaller"
+    )
+    for column in ("student", "k-NN top-1 %", "linear top-1 %", "seconds"):
+        table.add_column(column, justify="left" if column == "student" else "right")
+    seconds = summary["seconds"]
+    for student in summary["students"]:
+        name = student["name"].split(",")[0]
+        spent = seconds[f"train {name}"] if "cache" in student["name"] else 0.0
+        table.add_row(student["name"], f"{student['knn_top1']:.1f}", f"{student['linear_top1']:.1f}", f"{spent:.0f}")
+    rest = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if not name.startswith("train"))
+    table.caption = f"{rest}; in all {sum(seconds.values()):.0f} s"
+    return table

@@ -1,0 +1,170 @@
+"""Judging frozen features by probes on labelled images: of a backbone, of a cache's taps, of raw pixels."""
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from dtcache.device import resolve_compute
+from dtcache.errors import ConfigError, ImagesError
+from dtcache.images import ImageSource, open_source, permuted
+from dtcache.options import EvaluateOptions
+from dtcache.spec import Json
+from pipelines.pooled import ALL_TAPS, Extractor, LabelledImages, load_batches, open_model
+from pipelines.probe import Features, Labels, knn_predict, linear_predict
+from pipelines.progress import track
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeResult:
+    """What the probes found on one kind of features."""
+
+    name: str
+    """The backbone, `pixels`, a tap's array such as t150/stride8, or `all` for all taps side by side."""
+    knn_top1: float
+    """Test images that k-NN gets right, per cent."""
+    linear_top1: float
+    """Test images that the linear probe gets right, per cent."""
+    num_train: int
+    num_test: int
+    feature_dim: int
+    linear_c: float
+    """The inverse strength of the linear probe's L2 penalty, chosen on training images."""
+
+    def to_json(self) -> Json:
+        """Return the result as JSON values."""
+        return {
+            "name": self.name, "knn_top1": self.knn_top1, "linear_top1": self.linear_top1, "num_train": self.num_train,
+            "num_test": self.num_test, "feature_dim": self.feature_dim, "linear_C": self.linear_c,
+        }  # fmt: skip
+
+
+def evaluate(model: str, options: EvaluateOptions) -> list[ProbeResult]:
+    """Probe the pooled features of a backbone folder, a timm name (random weights), a cache or `pixels`.
+
+    Every row of the result saw the same images, a pure function of keys, options and seed. Raises ConfigError for a
+    model that is none of these, ImagesError for images without labels, and what the model's parts raise.
+    """
+    compute = resolve_compute(options.device, options.precision)
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size {options.batch_size}: expected at least 1")
+    train, test = split_images(options)
+    extractor = open_model(model, options, compute)
+    extractor.prepare(train, test)
+    train_features, train_labels = pooled_features(extractor, train, options.batch_size)
+    test_features, test_labels = pooled_features(extractor, test, options.batch_size)
+    results = []
+    with track("probe", len(train_features)) as progress:
+        for name, train_ND in train_features.items():
+            test_MD = test_features[name]
+            knn = knn_predict(train_ND, train_labels, test_MD, options.neighbours, compute.device)
+            linear, c = linear_predict(train_ND, train_labels, test_MD)
+            results.append(
+                ProbeResult(
+                    name=name,
+                    knn_top1=100 * int((knn == test_labels).sum()) / len(test_labels),
+                    linear_top1=100 * int((linear == test_labels).sum()) / len(test_labels),
+                    num_train=len(train_ND),
+                    num_test=len(test_MD),
+                    feature_dim=train_ND.shape[1],
+                    linear_c=c,
+                )
+            )
+            progress.advance(1, name)
+    return results
+
+
+def split_images(options: EvaluateOptions) -> tuple[LabelledImages, LabelledImages]:
+    """Return the training and the test images. Without --test, the last fifth of the permuted training images is it.
+
+    Raises ImagesError where labels are missing or the class names differ, ConfigError for limits under 1.
+    """
+    if not options.train or not str(options.train):
+        raise ConfigError("--train: expected labelled training images (a folder tree of classes, or Parquet)")
+    for flag, limit in (("--limit-train", options.limit_train), ("--limit-test", options.limit_test)):
+        if limit is not None and limit < 1:
+            raise ConfigError(f"{flag} {limit}: expected at least 1")
+    train = _open_labelled(options.train)
+    order = permuted(len(train.keys), seed=options.seed, stream="evaluate-train").tolist()
+    if options.test is not None:
+        test = _open_labelled(options.test)
+        if train.classes and test.classes and train.classes != test.classes:
+            odd = sorted(set(train.classes) ^ set(test.classes))
+            raise ImagesError(
+                f"{options.test}: expected the classes of {options.train}, got others: {', '.join(odd[:5])} are in one "
+                "of them only; labels are places in the sorted class names, so both must have the same"
+            )
+        test_order = permuted(len(test.keys), seed=options.seed, stream="evaluate-test").tolist()
+    else:
+        held = len(order) // 5
+        test, test_order, order = train, order[len(order) - held :], order[: len(order) - held]
+        print(f"no --test: {held} of {len(train.keys)} training images are held out as test images", file=sys.stderr)
+    return (
+        LabelledImages(title="training images", source=train, indices=order[: options.limit_train]),
+        LabelledImages(title="test images", source=test, indices=test_order[: options.limit_test]),
+    )
+
+
+def _open_labelled(path: Path) -> ImageSource:
+    source = open_source(path)
+    if source.labels is None or any(label is None or label < 0 for label in source.labels):
+        raise ImagesError(
+            f"{path}: expected a label for every image, got images without; give a folder with one sub-folder a class, "
+            "or Parquet with a column label: int (0 or more)"
+        )
+    return source
+
+
+def pooled_features(
+    extractor: Extractor, images: LabelledImages, batch_size: int
+) -> tuple[dict[str, Features], Labels]:
+    """Return features (N, D) by name and labels (N,), leaving out, with a warning, images that cannot be used."""
+    found: dict[str, list[Features]] = defaultdict(list)
+    labels, reasons = [], []
+    with track(images.title, len(images.indices)) as progress:
+        for batch in load_batches(images, extractor.view, batch_size):
+            good = [loaded for loaded in batch if loaded.pixels_CHW is not None]
+            reasons += [str(loaded.failure) for loaded in batch if loaded.pixels_CHW is None]
+            if good:
+                vectors = extractor(good, [images.source.keys[loaded.index] for loaded in good])
+                finite_B = torch.stack([x_BD.isfinite().all(1) for x_BD in vectors.values()]).all(0).numpy()
+                reasons += ["features that are not finite"] * int((~finite_B).sum())
+                for name, x_BD in vectors.items():
+                    found[name].append(x_BD.numpy()[finite_B])
+                every = np.array([(images.source.labels or [])[loaded.index] for loaded in good], np.int64)
+                labels.append(every[finite_B])
+            progress.advance(len(batch))
+    if reasons:
+        print(f"{len(reasons)} of {len(images.indices)} {images.title} left out ({reasons[0]})", file=sys.stderr)
+    if len(reasons) == len(images.indices):
+        why = f"; all failed ({reasons[0]})" if reasons else ""
+        raise ImagesError(f"expected {images.title} that can be used, got none{why}; give other images")
+    return {name: np.concatenate(parts) for name, parts in found.items()}, np.concatenate(labels)
+
+
+def results_json(model: str, results: Sequence[ProbeResult]) -> Json:
+    """Return all rows, and the best single one by the linear probe also at the top level, as JSON values."""
+    best = _best(results).to_json()
+    return {"model": model, "best": best.pop("name"), **best, "rows": [result.to_json() for result in results]}
+
+
+def results_table(model: str, results: Sequence[ProbeResult]) -> Table:
+    """Return a table for people; the best single row is bold."""
+    first = results[0]
+    table = Table(title=f"{model}: {first.num_train} training, {first.num_test} test images")
+    for heading in ("features", "dims", "k-NN top-1 %", "linear top-1 %", "C"):
+        table.add_column(heading, justify="left" if heading == "features" else "right")
+    for result in results:
+        style = "bold" if len(results) > 1 and result is _best(results) else ""
+        cells = (f"{result.knn_top1:.2f}", f"{result.linear_top1:.2f}", f"{result.linear_c:g}")
+        table.add_row(result.name, str(result.feature_dim), *cells, style=style)
+    return table
+
+
+def _best(results: Sequence[ProbeResult]) -> ProbeResult:
+    return max((r for r in results if r.name != ALL_TAPS), key=lambda r: r.linear_top1)

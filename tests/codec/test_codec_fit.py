@@ -1,0 +1,187 @@
+"""The fit against planted structure, and the fitted arrays against contradiction."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from codec.codec_samples import random_fit
+
+from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
+from dtcache.codec.fit import quantised_fit, solve_step, tap_statistics
+from dtcache.codec.transform import Encoder
+from dtcache.errors import CodecError
+
+DEVIATIONS = np.array([3.0, 2.0, 1.4, 1.0, 0.7, 0.4])
+
+
+def planted(views: int, shares: np.ndarray, seed: int, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Return (2, M, 6, H, W) features of a planted basis whose components change by `shares` from draw to draw."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    signal, first, second = rng.normal(size=(3, views, 6, size, size)) * DEVIATIONS[:, None, None]
+    share = shares[:, None, None]
+    draws = np.stack([np.sqrt(1 - share) * signal + np.sqrt(share) * noise for noise in (first, second)])
+    return np.einsum("dmkhw,ck->dmchw", draws, basis).astype(np.float16), basis
+
+
+def test_pca_finds_a_planted_basis() -> None:
+    """PCA recovers planted directions by falling variance, up to sign, and fixes the sign by the largest entry."""
+    whitened, basis = planted(96, np.zeros(6), seed=0)
+    found = tap_statistics(whitened).basis.astype(np.float64)
+    assert np.abs((found * basis).sum(0)).min() > 0.995
+    np.testing.assert_allclose(found.T @ found, np.eye(6), atol=3e-3)
+    assert (found[np.abs(found).argmax(0), np.arange(6)] > 0).all()
+
+
+def test_pca_of_one_view_is_the_identity_reordered() -> None:
+    """From one view the basis is a permutation of the identity, by falling channel variance."""
+    whitened, _ = planted(1, np.full(6, 0.2), seed=1)
+    basis = tap_statistics(whitened).basis
+    np.testing.assert_array_equal(np.sort(basis, axis=None), [0] * 30 + [1] * 6)
+    assert (basis.sum(0) == 1).all() and (basis.sum(1) == 1).all()
+    variance = whitened.astype(np.float64).var(axis=(0, 1, 3, 4))
+    np.testing.assert_array_equal(basis.argmax(0), np.argsort(-variance))
+
+
+def test_moments_are_numpys() -> None:
+    """Means are the features' own, and the bands' mean squares sum to the variance (Parseval)."""
+    whitened, _ = planted(50, np.full(6, 0.3), seed=2)
+    whitened = (whitened + np.arange(6, dtype=np.float16)[:, None, None]).astype(np.float16)
+    found = tap_statistics(whitened)
+    x = whitened.astype(np.float64)
+    np.testing.assert_allclose(found.mean.astype(np.float64), x.mean((0, 1, 3, 4)), rtol=2e-3, atol=2e-3)
+    total = np.square(x - x.mean((0, 1, 3, 4), keepdims=True)).sum((2, 3, 4)).mean()
+    np.testing.assert_allclose(found.variance.sum(), total, rtol=3e-3)
+    assert found.coefficients.shape == (50, 6, 8, 8)
+
+
+def test_noise_share_is_the_planted_one() -> None:
+    """The share of each component's variance that a second draw changes is found within 0.06."""
+    shares = np.array([0.05, 0.2, 0.4, 0.6, 0.8, 1.0])
+    whitened, _ = planted(96, shares, seed=3)
+    found = tap_statistics(whitened).noise_share
+    assert found.min() >= 0 and found.max() <= 1
+    np.testing.assert_allclose(found.mean((1, 2)), shares, atol=0.06)
+
+
+def test_a_smaller_step_gives_a_smaller_error() -> None:
+    """Error falls and payloads grow with every smaller step."""
+    whitened, _ = planted(64, np.full(6, 0.3), seed=4)
+    statistics = tap_statistics(whitened)
+    x = torch.from_numpy(whitened[0].astype(np.float32))
+    errors, sizes = [], []
+    for step in (4.0, 2.0, 1.0, 0.5, 0.25, 0.1):
+        fitted = quantised_fit(statistics, step)
+        errors.append(float(Encoder(fitted)(x)[1].sum()))
+        encoder = FeatureEncoder({"t1/stride1": fitted}, torch.device("cpu"))
+        sizes.append(sum(len(p) for p in encoder.encode("t1/stride1", x).payloads))
+    assert (np.diff(errors) < 0).all()
+    assert (np.diff(sizes) > 0).all()
+    assert errors[-1] < 0.01 * float((x**2).sum())
+
+
+def test_noisy_bands_get_wider_steps() -> None:
+    """A band's step is the global one over the share that the image determines, by half octaves, at most 8 times."""
+    shares = np.array([0.0, 0.0, 0.5, 0.75, 1.0, 1.0])
+    whitened, _ = planted(96, shares, seed=5)
+    fitted = quantised_fit(tap_statistics(whitened), 0.02)
+    steps = fitted.class_step[fitted.classes] / np.float32(0.02)
+    np.testing.assert_allclose(np.log2(np.median(steps, axis=(1, 2))), [0, 0, 1, 2, 3, 3], atol=0.3)
+    np.testing.assert_allclose(2 * np.log2(steps), np.rint(2 * np.log2(steps)), atol=1e-5)
+
+
+def test_gains_undo_shrinkage_within_their_range() -> None:
+    """Every class's gain lies in [1, 2.5], and a fine step needs next to none."""
+    whitened, _ = planted(64, np.full(6, 0.1), seed=6)
+    statistics = tap_statistics(whitened)
+    coarse, fine = (quantised_fit(statistics, step).class_gain for step in (3.0, 0.02))
+    assert coarse.min() >= 1 and coarse.max() <= 2.5
+    assert coarse.max() > 1.2
+    assert fine.max() < 1.02
+
+
+@pytest.mark.parametrize("ratio", [4.0, 12.0])
+def test_solve_step_meets_a_target_in_real_payloads(ratio: float) -> None:
+    """The solved step's real payloads cost the target within 5 %, over two taps that share the step."""
+    taps = {"t1/stride1": planted(24, np.full(6, 0.3), seed=7)[0], "t1/stride2": planted(24, np.zeros(6), seed=8)[0]}
+    statistics = {name: tap_statistics(x) for name, x in taps.items()}
+
+    def size_of(fit: dict[str, FittedTap]) -> float:
+        encoder = FeatureEncoder(fit, torch.device("cpu"))
+        return sum(
+            float(np.mean([len(p) for p in encoder.encode(name, torch.from_numpy(x[0].astype(np.float32))).payloads]))
+            for name, x in taps.items()
+        )
+
+    target = sum(2 * x[0, 0].size for x in taps.values()) / ratio
+    solved = solve_step(statistics, size_of, target)
+    assert abs(size_of(solved.fit) / target - 1) < 0.05
+    assert solved.bytes_per_view == size_of(solved.fit)
+    assert sha256_fit(solved.fit) == sha256_fit({n: quantised_fit(s, solved.step) for n, s in statistics.items()})
+
+
+def test_solve_step_returns_the_coarsest_for_an_impossible_target() -> None:
+    """Where even the coarsest step costs more than the target, that step comes back with its true cost."""
+    statistics = {"t1/stride1": tap_statistics(planted(8, np.zeros(6), seed=9)[0])}
+    solved = solve_step(statistics, lambda fit: 100.0 + len(fit["t1/stride1"].live), 1.0)
+    assert solved.bytes_per_view == 100.0
+    assert len(solved.fit["t1/stride1"].live) == 0
+
+
+def test_fitting_twice_gives_the_same_bytes() -> None:
+    """Two fits of the same features agree in every bit."""
+    whitened, _ = planted(40, np.full(6, 0.3), seed=10)
+    first, second = ({"t1/stride1": quantised_fit(tap_statistics(whitened.copy()), 0.37)} for _ in range(2))
+    assert sha256_fit(first) == sha256_fit(second)
+
+
+CONTRADICTIONS = {
+    "mean of another length": {"mean": np.zeros(2, np.float16)},
+    "more components than channels": {"basis": np.ones((1, 2), np.float16)},
+    "classes of another component count": {"classes": np.zeros((2, 1, 5), np.uint8)},
+    "a class without a step": {"classes": np.full((1, 1, 5), 3, np.uint8)},
+    "fewer gains than steps": {"class_gain": np.ones(2, np.float32)},
+    "fewer table numbers than steps": {"class_table": np.zeros(2, np.uint8)},
+    "a class without a table": {"class_table": np.array([0, 1, 3], np.uint8)},
+    "fewer half widths than tables": {"half_width": np.ones(2, np.uint8)},
+    "a table that sums to 2047": {"tables": np.array([[1023, 500, 500, 24]] * 3, np.uint16)},
+    "a half width beyond its table": {"half_width": np.full(3, 127, np.uint8)},
+    "a step that is not finite": {"class_step": np.array([1, np.nan, 1], np.float32)},
+    "a gain that is not finite": {"class_gain": np.array([1, np.inf, 1], np.float32)},
+    "a basis that is not finite": {"basis": np.full((1, 1), np.nan, np.float16)},
+    "a mean that is not finite": {"mean": np.full(1, np.inf, np.float16)},
+}
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+def test_contradicting_arrays_are_refused(what: str) -> None:
+    """Arrays that a decoder could not rely on raise CodecError before any payload is read."""
+    with pytest.raises(CodecError, match=r"codec arrays contradict each other; the cache is damaged"):
+        FittedTap(**{**random_fit(5, 0).arrays(), **CONTRADICTIONS[what]})
+
+
+def test_fit_hash_covers_every_array() -> None:
+    """Changing one entry, the dtype's reading or the tap's name changes the hash; equal copies do not."""
+    fitted = random_fit(20, 4)
+    hashes = {sha256_fit({"t1/stride1": fitted}), sha256_fit({"t1/stride2": fitted})}
+    assert len(hashes) == 2
+    assert sha256_fit({"t1/stride1": FittedTap(**{n: a.copy() for n, a in fitted.arrays().items()})}) in hashes
+    for field in fields(FittedTap):
+        changed = getattr(fitted, field.name).copy()
+        if field.name == "tables":
+            row, most = changed[0], int(changed[0].argmax())
+            row[most] -= 1
+            row[(most + 1) % 3] += 1
+        elif field.name == "classes":
+            changed[0, 0, 0] = (changed[0, 0, 0] + 1) % 3
+        elif field.name == "class_table":
+            changed[0] = (changed[0] + 1) % 3
+        elif field.name == "half_width":
+            changed[0] -= 1
+        else:
+            changed.reshape(-1)[0] += 0.5
+        hashes.add(sha256_fit({"t1/stride1": FittedTap(**{**fitted.arrays(), field.name: changed})}))
+    assert len(hashes) == 2 + len(fields(FittedTap))
+    both = {"a": fitted, "b": random_fit(20, 5)}
+    assert sha256_fit(both) == sha256_fit(dict(reversed(both.items())))

@@ -1,0 +1,190 @@
+"""The entropy coder against a second decoder written from its specification, and against damage."""
+
+import math
+
+import numpy as np
+import pytest
+from codec.codec_samples import coded_tables, draw_values, random_fit, reference_decode
+
+from dtcache.codec import FittedTap
+from dtcache.codec.rans import decode_batch, encode, rans_tables
+from dtcache.errors import CodecError
+
+
+def padded(*payloads: bytes, length: int) -> np.ndarray:
+    """Return payloads as the store serves them: rows of one length, padded with zeros."""
+    return np.stack([np.frombuffer(p.ljust(length, b"\0"), np.uint8) for p in payloads])
+
+
+def encoded(fitted: FittedTap, values: np.ndarray, mu: float = -0.5, sigma: float = 1.25) -> bytes:
+    """Encode one sample within the fit's own bound."""
+    return encode(values, mu, sigma, rans_tables(fitted), fitted.payload_bound)
+
+
+@pytest.mark.parametrize("count", [*range(10), 63, 500])
+def test_round_trip_on_random_tables(count: int) -> None:
+    """Any number of coefficients, escapes included, decodes to itself beside exact scalars, in a batch of payloads."""
+    for seed in range(6):
+        fitted = random_fit(count, seed)
+        values = np.stack([draw_values(fitted, 100 * seed + i) for i in range(3)]).reshape(3, count)
+        payloads = [encoded(fitted, v, mu=0.1 * i, sigma=3.7) for i, v in enumerate(values)]
+        found, scalars = decode_batch(padded(*payloads, length=fitted.payload_bound), rans_tables(fitted))
+        np.testing.assert_array_equal(found, values)
+        np.testing.assert_array_equal(scalars, np.array([[3.7, 0.0], [3.7, 0.1], [3.7, 0.2]], np.float32))
+
+
+@pytest.mark.parametrize("count", [*range(10), 200])
+def test_reference_decoder_reads_the_same(count: int) -> None:
+    """A decoder of Python integers, written from the documented layout, reads what the numba encoder wrote."""
+    for seed in range(4):
+        fitted = random_fit(count, 50 + seed)
+        values = draw_values(fitted, seed)
+        found, sigma, mu = reference_decode(encoded(fitted, values), fitted)
+        assert found == values.tolist()
+        assert (sigma, mu) == (1.25, -0.5)
+
+
+@pytest.mark.parametrize("max_half", [1, 127])
+@pytest.mark.parametrize("count", [0, 1, 5, 400, 5000])
+def test_extremes_stay_within_the_bound(count: int, max_half: int) -> None:
+    """Payloads of nothing but the dearest symbols or +-32767 round-trip and never exceed payload_bound."""
+    fitted = random_fit(count, 3 * count + max_half, tables=2, max_half=max_half)
+    tables, room = rans_tables(fitted), 4 * fitted.payload_bound
+    table = coded_tables(fitted)
+    half = fitted.half_width[table].astype(np.int64)
+    rarest = np.array([fitted.tables[t, : 2 * int(fitted.half_width[t]) + 1].argmin() for t in table], np.int64) - half
+    cases = [np.full(count, 32767), np.full(count, -32767), half, -half, half + 1, -half - 1, rarest]
+    for case in cases:
+        values = case.astype(np.int16)
+        payload = encode(values, 0.0, 1.0, tables, room)
+        assert len(payload) <= fitted.payload_bound
+        assert encoded(fitted, values, 0.0, 1.0) == payload
+        found, _ = decode_batch(padded(payload, length=fitted.payload_bound), tables)
+        np.testing.assert_array_equal(found[0], values)
+
+
+def test_bound_is_whole_aligned_words() -> None:
+    """payload_bound is a multiple of 16 that counts live coefficients alone."""
+    for count in range(40):
+        fitted = random_fit(count, count)
+        assert fitted.payload_bound % 16 == 0
+        assert 0 <= fitted.payload_bound - (32 + 2 * count + 11 * count / 8) < 17
+
+
+@pytest.mark.parametrize("count", [0, 7, 300, 4000])
+def test_size_is_the_cross_entropy(count: int) -> None:
+    """Past its header and escapes, a payload is within 2 % + 16 bytes of the tables' cross-entropy."""
+    for seed in range(3):
+        fitted = random_fit(count, 7 + seed)
+        values = draw_values(fitted, seed)
+        bits, escapes = 0.0, 0
+        for value, t in zip(values.tolist(), coded_tables(fitted), strict=True):
+            half = int(fitted.half_width[t])
+            symbol = value + half if abs(value) <= half else 2 * half + 1
+            escapes += symbol == 2 * half + 1
+            bits += math.log2(2048 / int(fitted.tables[t, symbol]))
+        coded = len(encoded(fitted, values)) - 10 - 2 * escapes
+        assert bits / 8 <= coded + 1 <= 1.02 * bits / 8 + 17
+
+
+def test_flipped_bits_of_states_and_words() -> None:
+    """A flipped bit of states or words raises CodecError, but for < 2 % that turn a symbol into one of equal frequency.
+
+    Two symbols of one frequency lead to one next state: the coder alone cannot tell; the store's crc32c does.
+    """
+    flips, missed = 0, 0
+    for seed in range(8):
+        fitted = random_fit(150, 900 + seed)
+        values, tables = draw_values(fitted, seed), rans_tables(fitted)
+        payload = encoded(fitted, values)
+        start = 10 + 2 * int.from_bytes(payload[8:10], "little")
+        frequency = fitted.tables[coded_tables(fitted)]
+        half = fitted.half_width[coded_tables(fitted)].astype(np.int64)
+        for bit in range(8 * start, 8 * len(payload)):
+            damaged = bytearray(payload)
+            damaged[bit // 8] ^= 1 << bit % 8
+            flips += 1
+            try:
+                found, _ = decode_batch(padded(bytes(damaged), length=fitted.payload_bound), tables)
+            except CodecError:
+                continue
+            missed += 1
+            places = np.flatnonzero(found[0] != values)
+            symbols = [np.where(np.abs(v) <= half, v + half, 2 * half + 1) for v in (found[0].astype(np.int64), values)]
+            assert len(places) == 1
+            assert len({int(frequency[places[0], s[places[0]]]) for s in symbols}) == 1
+    assert flips > 3000
+    assert missed / flips < 0.02
+
+
+def test_flipped_scalars_and_escapes_are_not_the_coders_to_find() -> None:
+    """A flipped bit of sigma, mu or an escape's value decodes to another number: only the store's crc32c finds it."""
+    fitted = random_fit(40, 5)
+    values = draw_values(fitted, 1)
+    values[[3, 30]] = 32000, -32000
+    payload, tables = bytearray(encoded(fitted, values)), rans_tables(fitted)
+    payload[0] ^= 1
+    payload[10] ^= 1
+    found, scalars = decode_batch(padded(bytes(payload), length=fitted.payload_bound), tables)
+    assert int((found[0] != values).sum()) == 1
+    assert scalars[0, 0] != np.float32(1.25)
+
+
+def test_truncated_payloads_raise() -> None:
+    """A payload cut short anywhere past its header, padded with zeros or bare, raises CodecError."""
+    for seed in range(4):
+        fitted = random_fit(60, 300 + seed)
+        tables = rans_tables(fitted)
+        payload = encoded(fitted, draw_values(fitted, seed))
+        for size in range(10, len(payload) - 1, 2):
+            if not any(payload[size:]):
+                continue
+            with pytest.raises(CodecError, match=r"payload 0 of the batch does not decode"):
+                decode_batch(padded(payload[:size], length=size), tables)
+            with pytest.raises(CodecError, match=r"payload 0 of the batch does not decode"):
+                decode_batch(padded(payload[:size], length=fitted.payload_bound), tables)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 100])
+def test_all_zero_payload_raises(count: int) -> None:
+    """The empty payload of a failed row is never mistaken for features; the message names its place in the batch."""
+    fitted = random_fit(count, count)
+    good = encoded(fitted, draw_values(fitted, 0))
+    with pytest.raises(CodecError, match=r"payload 1 of the batch does not decode: .* not ones that the encoder wrote"):
+        decode_batch(padded(good, b"", good, length=fitted.payload_bound), rans_tables(fitted))
+
+
+def test_more_escapes_than_the_header_counts() -> None:
+    """65535 escapes round-trip; one more wraps the payload's uint16 count, and the decoder refuses it."""
+    for count in (65_535, 65_536, 65_540):
+        fitted = random_fit(count, 2)
+        values = np.full(count, 30_000, np.int16)
+        rows = padded(encoded(fitted, values), length=fitted.payload_bound)
+        if count == 65_535:
+            np.testing.assert_array_equal(decode_batch(rows, rans_tables(fitted))[0][0], values)
+        else:
+            with pytest.raises(CodecError, match="does not decode"):
+                decode_batch(rows, rans_tables(fitted))
+
+
+def test_random_bytes_never_decode() -> None:
+    """Noise in place of a payload raises CodecError, whatever escape count it claims."""
+    fitted = random_fit(100, 1)
+    noise = np.random.default_rng(0).integers(0, 256, (200, fitted.payload_bound), np.uint8)
+    noise[:100, 8:10] = 0
+    for row in noise:
+        with pytest.raises(CodecError, match="does not decode"):
+            decode_batch(row[None], rans_tables(fitted))
+
+
+def test_a_tap_without_live_coefficients_round_trips() -> None:
+    """Where the step drops every band and no table is left, a payload is its scalars alone."""
+    fitted = FittedTap(
+        basis=np.zeros((3, 0), np.float16), mean=np.zeros(3, np.float16), classes=np.zeros((0, 4, 4), np.uint8),
+        class_step=np.zeros(0, np.float32), class_gain=np.zeros(0, np.float32), class_table=np.zeros(0, np.uint8),
+        tables=np.zeros((0, 2), np.uint16), half_width=np.zeros(0, np.uint8),
+    )  # fmt: skip
+    payload = encoded(fitted, np.zeros(0, np.int16))
+    found, scalars = decode_batch(padded(payload, length=fitted.payload_bound), rans_tables(fitted))
+    assert found.shape == (1, 0)
+    assert scalars.tolist() == [[1.25, -0.5]]

@@ -1,0 +1,42 @@
+"""Small inputs that several tests share: scenes as PNG files, and a teacher saved by save_pretrained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtcache.images.scenes import write_scenes
+from dtcache.teacher.build import build_unet, save_teacher
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs ../shared/data where that folder does not exist."""
+    if not SHARED.is_dir():
+        for item in items:
+            if item.get_closest_marker("shared"):
+                item.add_marker(pytest.mark.skip(reason="../shared/data is not here"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images."""
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder tree of 40 scenes of 32 px in class folders."""
+    root = tmp_path_factory.mktemp("scenes")
+    write_scenes(root, seed=7, size=32, count=40)
+    return root / "images"
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 32 px U-Net of four levels in diffusers' sub-folder layout."""
+    torch.manual_seed(3)
+    root = tmp_path_factory.mktemp("teacher")
+    save_teacher(build_unet(32, 32, (16, 16, 32, 32), layers=1, attention=1), root, torch.float32)
+    return root

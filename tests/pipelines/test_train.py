@@ -1,0 +1,288 @@
+"""Stage 2 through the command line: golden losses, resume to the bit, and a backbone that timm loads."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from cli import main
+from dtcache.device import resolve_compute
+from dtcache.loader import Cache, EpochLoader
+from dtcache.options import TrainOptions
+from dtcache.store.samples import held_out
+from dtcache.student import build_student
+from pipelines.distill import losses_of
+from pipelines.train import peak_lr, split_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = (
+    "--student", "resnet10t", "--epochs", "3", "--batch-size", "8", "--warmup-epochs", "1", "--fpn-width", "16",
+    "--precision", "fp32", "--device", "cpu", "--log-every", "1", "--save-every", "2", "--student-size", "32",
+    "--taps", "4,8",
+)  # fmt: skip
+
+
+def run(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def losses(run_folder: Path) -> list[dict]:
+    """Return the metrics that must not vary: everything but times."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    times = ("seconds", "images_per_second", "wait_share")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 40 scenes."""
+    out = tmp_path_factory.mktemp("train") / "cache"
+    flags = ("--precision", "fp32", "--device", "cpu", "--batch-size", "8", "--shard-rows", "8", "--ratio", "20")
+    result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", out, *flags)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    result = run("train", cache, "--out", out, *FLAGS)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_every_loss_is_logged(trained: Path) -> None:
+    """Every step and every epoch's held-out losses are in the metrics, a tap each, and add up to the loss."""
+    lines = losses(trained)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 7))
+    assert [line["epoch"] for line in lines if "held_out/loss" in line] == [0, 1, 2]
+    for line in steps:
+        parts = [line[f"mse/t150/{tap}"] + 10 * line[f"at/t150/{tap}"] for tap in ("stride4", "stride8")]
+        assert line["loss"] == pytest.approx(np.mean(parts), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_the_loss_falls(cache: Path, tmp_path: Path, optimizer: str) -> None:
+    """Both optimizers learn: the last training losses are well under the first."""
+    rate = "3e-3" if optimizer == "adamw" else "1e-2"
+    flags = (*FLAGS, "--epochs", 15, "--lr", rate, "--optimizer", optimizer)
+    assert run("train", cache, "--out", tmp_path / "r", *flags).exit_code == 0
+    got = [line["loss"] for line in losses(tmp_path / "r") if "loss" in line]
+    assert np.mean(got[-4:]) < 0.8 * np.mean(got[:4])
+
+
+def test_the_first_loss_is_the_formulas(cache: Path, trained: Path) -> None:
+    """The golden first loss: an untouched student, the first batch, MSE + 10 AT computed in NumPy from decoded maps."""
+    opened = Cache(cache)
+    names = ["t150/stride4", "t150/stride8"]
+    rows, _ = split_rows(opened, None)
+    batch = next(iter(EpochLoader(opened, rows, names, batch_size=8, seed=0, threads=1).epoch(0)))
+    student = build_student(
+        "resnet10t", {n: opened.shape(n) for n in names}, opened.view, size=(32, 32), width=16, init=None, seed=0
+    ).train()
+    with torch.no_grad():
+        predicted = {n: p.double().numpy() for n, p in student(batch.images_BCHW).items()}
+    targets = {n: t.double().numpy() for n, t in opened.decoder(names)(batch.coefficients).items()}
+    total = []
+    for name in names:
+        p, t = predicted[name], targets[name]
+        sigma, mu = (batch.scalars[name].double().numpy()[:, k, None, None, None] for k in (0, 1))
+        q = [np.square(x).sum(1).reshape(8, -1) for x in (p, t * sigma + mu)]
+        q = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in q]
+        total.append(np.square(p - t).mean() + 10 * np.linalg.norm(q[0] - q[1], axis=1).mean())
+    logged = next(line for line in losses(trained) if line["step"] == 1)
+    assert logged["loss"] == pytest.approx(np.mean(total), rel=1e-4)
+
+
+def test_the_schedule_is_warm_up_and_cosine(trained: Path) -> None:
+    """Rates rise linearly over one epoch to 4e-3 x 8 / 256, then fall by a cosine."""
+    peak = 4e-3 * 8 / 256
+    expected = [peak / 2, peak] + [peak * 0.5 * (1 + np.cos(np.pi * k / 4)) for k in range(4)]
+    got = [line["lr"] for line in losses(trained) if "lr" in line]
+    assert got == pytest.approx(expected)
+    assert peak_lr(TrainOptions(optimizer="lamb", batch_size=2048)) == pytest.approx(4e-3)
+    assert peak_lr(TrainOptions(lr=0.5)) == 0.5
+
+
+def test_held_out_samples_are_never_trained_on(cache: Path) -> None:
+    """The split is by key hash: training and held-out rows are disjoint and complete."""
+    opened = Cache(cache)
+    rows, held = split_rows(opened, None)
+    assert sorted([*rows, *held]) == list(range(40))
+    assert held.tolist() == held_out(opened.reader.samples["key"].to_pylist())
+
+
+def test_a_finished_run_is_not_repeated(cache: Path, trained: Path) -> None:
+    """The same command again leaves metrics and weights as they are."""
+    before = (losses(trained), (trained / "backbone" / "model.safetensors").read_bytes())
+    assert run("train", cache, "--out", trained, *FLAGS).exit_code == 0
+    assert (losses(trained), (trained / "backbone" / "model.safetensors").read_bytes()) == before
+
+
+def test_the_export_loads_in_timm(trained: Path) -> None:
+    """timm loads the backbone strictly, with our weights, in both of its forms; the starting weights differ."""
+    folder = trained / "backbone"
+    ours = load_file(folder / "model.safetensors")
+    plain = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, ours[name]), name
+    pyramid = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
+    for name, value in pyramid.state_dict().items():
+        assert torch.equal(value, ours[name]), name
+    assert list(plain.pretrained_cfg["input_size"]) == [3, 32, 32]
+    start = load_file(trained / "init" / "model.safetensors")
+    assert start.keys() == ours.keys()
+    assert not torch.equal(start["conv1.0.weight"], ours["conv1.0.weight"])
+
+
+def test_an_interrupted_run_resumes_to_the_bit(
+    cache: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after five of six steps, then the same command: the same losses and the same weights."""
+    from pipelines import train as stage
+
+    real, calls = stage.train_step, []
+
+    def interrupted(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(stage, "train_step", interrupted)
+    out = tmp_path / "run"
+    result = run("train", cache, "--out", out, *FLAGS)
+    assert result.exit_code == 130
+    assert run("train", cache, "--out", out, *FLAGS).exit_code == 0
+    assert len(calls) == 6 + 2
+    assert losses(out) == losses(trained)
+    assert (out / "backbone" / "model.safetensors").read_bytes() == (
+        trained / "backbone" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_runs_resume_to_the_same_curve(cache: Path, tmp_path: Path) -> None:
+    """SIGKILL at random steps of a subprocess, several times: the loss curve of an uninterrupted one."""
+    rng, flags = random.Random(1), [*FLAGS, "--epochs", "8"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "cli.py"), "train", str(cache), *flags, "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
+    out, kills = tmp_path / "killed", 0
+    for _ in range(5):
+        process = subprocess.Popen(
+            [*command, str(out)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        metrics = out / "metrics.jsonl"
+        before, deadline = metrics.stat().st_size if metrics.exists() else 0, time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and metrics.stat().st_size > before:
+                break
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    subprocess.run([*command, str(out)], env=environment, check=True, capture_output=True)
+    assert kills >= 2
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_two_students_share_one_cache(cache: Path, tmp_path: Path) -> None:
+    """A different backbone trains from the same cache, which is not written to."""
+    stamps = {p: p.stat().st_mtime_ns for p in cache.rglob("*") if p.is_file()}
+    result = run("train", cache, "--out", tmp_path / "r", *FLAGS, "--student", "mobilenetv3_small_100", "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "r" / "backbone" / "model.safetensors").exists()
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*") if p.is_file()} == stamps
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--taps", "16"), "--taps 16: the cache has 1, 2, 4, 8; choose among these"),
+        (("--timestep", "50"), "--timestep 50: the cache has 150; choose among these"),
+        (("--batch-size", "64"), "--batch-size 64: expected 1 to 20, the samples left for training"),
+        (("--student", "resnet5000"), "has no network of this name"),
+        (("--student", "vit_tiny_patch16_224"), "expected a backbone with a feature pyramid"),
+        (("--init", "nowhere"), "nowhere/config.json"),
+    ],
+)
+def test_bad_options_are_one_clear_line(cache: Path, tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    """Options that cannot work are named, with what can."""
+    result = run("train", cache, "--out", tmp_path / "r", *FLAGS, *flags)
+    assert result.exit_code == 1
+    assert message in result.output.replace("\n", "")
+    assert "Traceback" not in result.output
+
+
+def test_a_run_of_other_options_is_refused(cache: Path, trained: Path) -> None:
+    """A run folder belongs to its options; the field that differs is named."""
+    result = run("train", cache, "--out", trained, *FLAGS, "--seed", 1)
+    assert result.exit_code == 1
+    assert "holds a run with another seed: 0 there, 1 was asked for" in result.output
+
+
+def test_an_incomplete_or_absent_cache_is_refused(cache: Path, tmp_path: Path) -> None:
+    """Training needs a sealed cache, and says so."""
+    assert "is not a cache: expected manifest.json" in run("train", tmp_path, "--out", tmp_path / "r", *FLAGS).output
+    broken = Path(shutil.copytree(cache, tmp_path / "c"))
+    shard = next((broken / "data.zarr" / "t150" / "stride8").glob("c.*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "expected" in run("train", broken, "--out", tmp_path / "r", *FLAGS).output
+
+
+def test_damaged_features_stop_the_run_naming_the_sample(cache: Path, tmp_path: Path) -> None:
+    """A flipped byte is never trained on."""
+    broken = Path(shutil.copytree(cache, tmp_path / "c"))
+    for shard in (broken / "data.zarr" / "t150" / "stride8").glob("c.*"):
+        data = bytearray(shard.read_bytes())
+        data[10] ^= 1
+        shard.write_bytes(data)
+    result = run("train", broken, "--out", tmp_path / "r", *FLAGS)
+    assert result.exit_code == 1
+    assert "the checksum of this sample does not match" in result.output.replace("\n", " ")
+    assert ".png of t150/stride8" in result.output.replace("\n", "")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN is reported with its step, its part and samples; no checkpoint of it is written."""
+    from pipelines import distill
+
+    monkeypatch.setattr(distill, "at_loss", lambda a, b: (a * float("nan")).mean())
+    result = run("train", cache, "--out", tmp_path / "r", *FLAGS)
+    assert result.exit_code == 1
+    assert "the loss is not finite at step 0 (loss, at/t150/stride4, at/t150/stride8" in result.output
+    assert not (tmp_path / "r" / "checkpoint.pt").exists()
+
+
+def test_losses_of_every_tap_reach_the_backbone(cache: Path) -> None:
+    """The summed loss has a gradient in the stem and in every head."""
+    opened = Cache(cache)
+    targets = {n: opened.shape(n) for n in opened.names}
+    student = build_student("resnet10t", targets, opened.view, size=None, width=16, init=None, seed=0).train()
+    assert student.input_size == (128, 128)
+    batch = opened.batch([0, 1], [0, 1], opened.names)
+    loss = losses_of(student, opened.decoder(opened.names), batch, 10.0, resolve_compute("cpu", "fp32"))["loss"]
+    loss.backward()
+    assert student.backbone.model.conv1[0].weight.grad.abs().sum() > 0
+    assert all(head.weight.grad.abs().sum() > 0 for head in student.regressor.heads)

@@ -1,0 +1,175 @@
+"""The manifest and commit records: round trips, damage, versions and mismatches."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from store.builders import tiny_plan
+
+from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
+from dtcache.spec import canonical_json, sha256_json
+from dtcache.store.commits import (
+    CodecSums,
+    CommitRecord,
+    ShardObject,
+    commit_path,
+    read_commits,
+    total_sums,
+    write_commit,
+)
+from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, require_same, write_manifest
+
+
+def tiny_manifest() -> CacheManifest:
+    """Return the manifest of the tiny plan's cache, sealed."""
+    plan = tiny_plan()
+    manifest = new_manifest(plan.recipe, plan.arrays, ["red", "grün"], {"samples.parquet": "0" * 64})
+    return manifest.sealed({"shards.parquet": "1" * 64}, {"t150/stride2": CodecSums(squared_error=0.1, energy=3.0)})
+
+
+def tiny_record(shard: int = 0) -> CommitRecord:
+    """Return a commit record with every kind of field filled."""
+    return CommitRecord(
+        shard=shard, fingerprint="f" * 64,
+        objects=(ShardObject(path="data.zarr/images/c.0.0", size=5, sha256="e" * 64),),
+        content_sha256=("d" * 64, None), failures=tiny_plan().shards[1].failures,
+        sums={"t150/stride2": CodecSums(squared_error=0.1 + shard, energy=1e-3)},
+    )  # fmt: skip
+
+
+def test_manifest_round_trips(tmp_path: Path) -> None:
+    """A manifest reads back equal, with its derived numbers, and as canonical JSON without a clock or a path."""
+    write_manifest(tmp_path, tiny_manifest())
+    found = read_manifest(tmp_path)
+    assert found == tiny_manifest()
+    assert (found.num_samples, found.num_views) == (10, 2)
+    assert found.files == {"samples.parquet": "0" * 64, "shards.parquet": "1" * 64}
+    text = (tmp_path / "manifest.json").read_bytes()
+    assert canonical_json(json.loads(text)) == text
+    assert str(tmp_path).encode() not in text
+    assert found.fingerprint == sha256_json(found.recipe) == tiny_plan().recipe.fingerprint
+
+
+def test_every_flipped_character_of_a_manifest_is_found(tmp_path: Path) -> None:
+    """Flipping a bit of every other byte of a manifest raises CacheDamagedError, or CacheError for another format."""
+    write_manifest(tmp_path, tiny_manifest())
+    path = tmp_path / "manifest.json"
+    text = path.read_bytes()
+    for place in range(0, len(text), 2):
+        damaged = bytearray(text)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(CacheError, match=r"checksum does not match|not a manifest of dtcache|expected format 1"):
+            read_manifest(tmp_path)
+
+
+def test_every_truncated_manifest_is_found(tmp_path: Path) -> None:
+    """A manifest cut short anywhere raises CacheDamagedError."""
+    write_manifest(tmp_path, tiny_manifest())
+    path = tmp_path / "manifest.json"
+    text = path.read_bytes()
+    for size in range(0, len(text), 17):
+        path.write_bytes(text[:size])
+        with pytest.raises(CacheDamagedError, match="not a manifest of dtcache"):
+            read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["[]", "3", "null", '{"format":1}', '{"format":1,"sha256":3}', '{"format":[]}'])
+def test_json_that_is_no_manifest(tmp_path: Path, value: str) -> None:
+    """JSON of another kind raises CacheError, never a bare KeyError or TypeError."""
+    (tmp_path / "manifest.json").write_text(value)
+    with pytest.raises(CacheError, match=r"not a manifest of dtcache|checksum does not match|expected format 1"):
+        read_manifest(tmp_path)
+
+
+def test_newer_format_is_refused(tmp_path: Path) -> None:
+    """A manifest of a newer format is refused with the number and the next step, though its fields be unknown."""
+    (tmp_path / "manifest.json").write_text('{"format":2,"unknown":true}')
+    with pytest.raises(CacheError, match=r"manifest.json: expected format 1, got 2; install the dtcache that wrote it"):
+        read_manifest(tmp_path)
+
+
+def test_missing_manifest(tmp_path: Path) -> None:
+    """A folder without a manifest is not a cache."""
+    with pytest.raises(
+        CacheNotFoundError, match=r"is not a cache: expected manifest.json in it; give a folder made by"
+    ):
+        read_manifest(tmp_path)
+
+
+def test_require_same_names_the_dotted_field(tmp_path: Path) -> None:
+    """The first differing field is named with its path and both values; equal and partial recipes pass."""
+    found = tiny_plan().recipe.to_json()
+    require_same(tmp_path, found, copy.deepcopy(found))
+    require_same(tmp_path, found, {"view": {"height": 8}, "seed": 3})
+    for path, value, message in (
+        (("seed",), 4, r"another recipe: seed is 3 there, 4 was asked for; give the same options"),
+        (("view", "fit"), "stretch", r'view\.fit is "crop" there, "stretch" was asked for'),
+        (("teacher", "weights_sha256"), "c" * 64, r'teacher\.weights_sha256 is "a{56}\.\.\. there, "c{56}\.\.\. was'),
+        (("codec", "noise_share", "t150/stride2"), 0.5, r"codec\.noise_share\.t150/stride2 is 0\.1 there, 0\.5 was"),
+        (("new",), 1, r"new is null there, 1 was asked for"),
+    ):  # fmt: skip
+        wanted = copy.deepcopy(found)
+        place = wanted
+        for name in path[:-1]:
+            place = place[name]
+        place[path[-1]] = value
+        with pytest.raises(CacheMismatchError, match=message):
+            require_same(tmp_path, found, wanted)
+
+
+def test_fingerprint_covers_every_field() -> None:
+    """Changing any field of the recipe changes its fingerprint."""
+    recipe = tiny_plan().recipe
+    others = [
+        replace(recipe, seed=4), replace(recipe, flips=False), replace(recipe, shard_rows=8),
+        replace(recipe, num_samples=11), replace(recipe, samples_sha256=""), replace(recipe, noise="other"),
+        replace(recipe, view=replace(recipe.view, fit="stretch")),
+        replace(recipe, codec=replace(recipe.codec, fit_sha256="")),
+        replace(recipe, teacher=replace(recipe.teacher, timesteps=(151,))),
+        replace(recipe, teacher=replace(recipe.teacher, device_type="cuda")),
+    ]  # fmt: skip
+    assert len({recipe.fingerprint, *(o.fingerprint for o in others)}) == 11
+
+
+def test_commit_records_round_trip(tmp_path: Path) -> None:
+    """Commit records read back equal, by shard."""
+    (tmp_path / "commits").mkdir()
+    assert read_commits(tmp_path) == {}
+    for shard in (2, 0):
+        write_commit(tmp_path, tiny_record(shard))
+    assert read_commits(tmp_path) == {0: tiny_record(0), 2: tiny_record(2)}
+    assert commit_path(tmp_path, 2) == tmp_path / "commits" / "000002.json"
+    assert read_commits(tmp_path / "nowhere") == {}
+
+
+def test_every_flipped_character_of_a_commit_record_is_found(tmp_path: Path) -> None:
+    """Flipping a bit of every other byte of a commit record raises CacheDamagedError that says to delete it."""
+    (tmp_path / "commits").mkdir()
+    write_commit(tmp_path, tiny_record())
+    path = commit_path(tmp_path, 0)
+    text = path.read_bytes()
+    for place in range(0, len(text), 2):
+        damaged = bytearray(text)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(
+            CacheDamagedError, match=r"000000.json: not a commit record of dtcache .*; delete it and run"
+        ):
+            read_commits(tmp_path)
+
+
+def test_sums_add_in_the_order_given() -> None:
+    """Totals are plain left-to-right float64 sums by array, so that shard order fixes every bit."""
+    sums = [0.1, 0.2, 0.3, 1e16, 1.0, -1e16]
+    small = {"b": CodecSums(squared_error=1.0, energy=0.0)}
+    records = [
+        replace(tiny_record(), sums={"a": CodecSums(squared_error=s, energy=1.0), **(small if 0 < s < 1 else {})})
+        for s in sums
+    ]
+    found = total_sums(records)
+    assert found["a"] == CodecSums(squared_error=0.1 + 0.2 + 0.3 + 1e16 + 1.0 - 1e16, energy=6.0)
+    assert found["b"] == CodecSums(squared_error=3.0, energy=0.0)
+    assert total_sums([]) == {}

@@ -1,0 +1,325 @@
+"""The reader against zarr-python, and against every kind of damage that a disk can do."""
+
+import json
+import os
+import pickle
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from store.builders import COARSE, FAILED_ROW, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
+
+from dtcache.errors import CacheDamagedError, CacheIncompleteError, CacheNotFoundError
+from dtcache.spec import canonical_json
+from dtcache.store import reader as reader_module
+from dtcache.store.layout import IMAGES, PayloadArray, read_fit
+from dtcache.store.reader import CacheReader
+from dtcache.store.samples import parquet_bytes
+from dtcache.store.storage import file_sha256
+
+NAMES = (IMAGES, FINE, COARSE)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sealed cache that no test changes."""
+    return write_cache(tmp_path_factory.mktemp("shared") / "cache", tiny_plan())
+
+
+@pytest.fixture
+def root(shared: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny cache, to be damaged."""
+    return Path(shutil.copytree(shared, tmp_path / "cache"))
+
+
+def views_of(name: str) -> int:
+    """Return how many payloads a row of an array has."""
+    return 1 if name == IMAGES else VIEWS
+
+
+def shard_files(root: Path) -> list[tuple[str, PayloadArray, int, Path]]:
+    """Return every shard's array name, array, number and file."""
+    arrays = tiny_plan().arrays
+    return [(n, a, s, root / a.object_path(s)) for n, a in arrays.items() for s in range(a.num_shards)]
+
+
+def read_all(reader: CacheReader) -> dict[str, np.ndarray]:
+    """Read every payload of a cache, array by array."""
+    return {
+        name: reader.payloads(
+            name, [r for r in range(ROWS) for _ in range(views_of(name))], list(range(views_of(name))) * ROWS
+        )
+        for name in NAMES
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zarr_reads_the_same(shared: Path, name: str) -> None:
+    """zarr-python and the reader give the same bytes for every row and view, and those are the ones handed in."""
+    plan = tiny_plan()
+    group = zarr.open_group(shared / "data.zarr", mode="r")
+    whole = np.asarray(group[name][...]).reshape(ROWS, views_of(name), -1)
+    reader = CacheReader(shared)
+    for row in range(ROWS):
+        for view in range(views_of(name)):
+            found = reader.payloads(name, [row], [view])
+            np.testing.assert_array_equal(found, whole[row, view][None])
+            assert found.tobytes() == plan.payload(name, row, view).ljust(plan.arrays[name].length, b"\0")
+    rng = np.random.default_rng(0)
+    rows, views = rng.integers(0, ROWS, 50), rng.integers(0, views_of(name), 50)
+    np.testing.assert_array_equal(reader.payloads(name, rows.tolist(), views.tolist()), whole[rows, views])
+
+
+def test_zarr_sees_nothing_foreign(shared: Path) -> None:
+    """The group holds exactly the payload arrays and the codec's, which read back as fitted, without a warning."""
+    group = zarr.open_group(shared / "data.zarr", mode="r")
+    plan = tiny_plan()
+    arrays = {name for name, node in group.members(max_depth=None) if isinstance(node, zarr.Array)}
+    assert arrays == {*NAMES, *(f"codec/{tap}/{a}" for tap, fitted in plan.fit.items() for a in fitted)}
+    for tap, fitted in plan.fit.items():
+        found = read_fit(shared / "data.zarr", tap)
+        assert {n: (a.dtype, a.tolist()) for n, a in found.items()} == {
+            n: (a.dtype, a.tolist()) for n, a in fitted.items()
+        }
+
+
+def test_failed_row_is_not_usable(shared: Path) -> None:
+    """The failed row keeps its place, reads as zeros, and is the only one that is not usable."""
+    reader = CacheReader(shared)
+    assert reader.usable_rows.tolist() == [row for row in range(ROWS) if row != FAILED_ROW]
+    for name in NAMES:
+        assert not reader.payloads(name, [FAILED_ROW], [0]).any()
+
+
+def test_flipped_bytes_of_every_shard_are_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flipped byte makes its own sample raise CacheDamagedError by name; others stay right, or raise with it."""
+    monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", 0)
+    reader = CacheReader(root)
+    wanted = read_all(reader)
+    for name, array, shard, path in shard_files(root):
+        content = path.read_bytes()
+        index_at = len(content) - (16 * array.shard_rows * array.payloads_a_row + 4)
+        pairs = [(row, view) for row in array.rows_of(shard) for view in range(views_of(name))]
+        # tests/store/test_shard.py flips every single byte; every sample's chunk and the index are met here too.
+        for place in range(shard, len(content), 11 if name == IMAGES else 3):
+            with open(path, "r+b") as file:
+                file.seek(place)
+                file.write(bytes([content[place] ^ (1 << place % 8)]))
+            messages = {}
+            for row, view in pairs:
+                try:
+                    found = reader.payloads(name, [row], [view])
+                except CacheDamagedError as error:
+                    messages[row, view] = str(error)
+                else:
+                    assert (found[0] == wanted[name][row * views_of(name) + view]).all()
+            if place >= index_at:
+                assert len(messages) == len(pairs)
+                assert all(f"{path}: the shard's index is damaged" in m for m in messages.values())
+            else:
+                [((row, view), message)] = messages.items()
+                key = tiny_plan().samples[row].key
+                assert f"{path} sample {key} of {name}, view {view}: the checksum of this sample" in message
+            path.write_bytes(content)
+    np.testing.assert_equal(read_all(reader), wanted)
+
+
+@pytest.mark.parametrize("what", ["gone", "empty", "one byte short", "one byte long", "a folder"])
+def test_missing_and_resized_shards_are_found_at_open(root: Path, what: str) -> None:
+    """Every shard that is gone, empty or of another size is named when the cache is opened."""
+    for _, _, _, path in shard_files(root):
+        content = path.read_bytes()
+        path.unlink()
+        if what == "a folder":
+            path.mkdir()
+        elif what != "gone":
+            path.write_bytes({"empty": b"", "one byte short": content[:-1], "one byte long": content + b"\0"}[what])
+        got = {"gone": "no file", "a folder": "no file", "empty": "0 bytes"}.get(what, r"\d+ bytes")
+        with pytest.raises(CacheDamagedError, match=rf"{path}: expected {len(content)} bytes, got {got}; extract this"):
+            CacheReader(root)
+        if what == "a folder":
+            path.rmdir()
+        path.write_bytes(content)
+    CacheReader(root)
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["before its index is read", "after its index is read"])
+@pytest.mark.parametrize("what", ["gone", "empty", "short", "zeros"])
+def test_damage_after_open_is_found_at_read(root: Path, what: str, opened: bool) -> None:
+    """A shard that changes after the cache was opened raises CacheDamagedError at the next read of it."""
+    reader = CacheReader(root)
+    if opened:
+        reader.payloads(FINE, [0], [0])
+    path = root / "data.zarr" / FINE / "c.0.0.0"
+    size = path.stat().st_size
+    if what == "gone":
+        path.unlink()
+        if opened:  # POSIX: an open file outlives its name
+            assert reader.payloads(FINE, [3], [1]).any()
+            return
+    else:
+        with open(path, "r+b") as file:
+            file.truncate({"empty": 0, "short": 40, "zeros": 0}[what])
+            if what == "zeros":
+                file.truncate(size)
+    with pytest.raises(CacheDamagedError, match=r"c\.0\.0\.0"):
+        reader.payloads(FINE, [3], [1])
+
+
+def test_swapped_shards_are_found_when_they_differ_in_size(root: Path) -> None:
+    """Two shards of different size exchanged, within or across arrays, are found at open."""
+    files = [path for *_, path in shard_files(root)]
+    for first in files:
+        for second in files:
+            if first < second and first.stat().st_size != second.stat().st_size:
+                a, b = first.read_bytes(), second.read_bytes()
+                first.write_bytes(b)
+                second.write_bytes(a)
+                with pytest.raises(
+                    CacheDamagedError, match=r"expected .* bytes, got .* bytes; extract this cache again"
+                ):
+                    CacheReader(root)
+                first.write_bytes(a)
+                second.write_bytes(b)
+
+
+def with_equal_shards(root: Path) -> Path:
+    """Write a cache whose first two shards of the coarse tap have equal sizes and different payloads."""
+    plan = tiny_plan()
+    mirrored = [bytes(reversed(p[:8])) + p[8:] for p in plan.shards[0].payloads[COARSE]]
+    second = replace(plan.shards[1], payloads={**plan.shards[1].payloads, COARSE: mirrored})
+    return write_cache(root, replace(plan, shards=[plan.shards[0], second, plan.shards[2]]))
+
+
+def test_swapped_shards_of_equal_size_pass_the_reader_but_not_their_hash(tmp_path: Path) -> None:
+    """Two intact shards of one size exchanged read without an error: only the SHA-256 in shards.parquet tells.
+
+    A checksum does not know its place; no single fault of a disk does this. `dtcache verify` compares the hashes.
+    """
+    root = with_equal_shards(tmp_path / "cache")
+    first, second = (root / "data.zarr" / COARSE / f"c.{shard}.0.0" for shard in range(2))
+    a, b = first.read_bytes(), second.read_bytes()
+    assert len(a) == len(b) and a != b
+    before = CacheReader(root).payloads(COARSE, [0], [0])
+    first.write_bytes(b)
+    second.write_bytes(a)
+    reader = CacheReader(root)
+    assert (reader.payloads(COARSE, [0], [0]) != before).any()
+    assert (reader.payloads(COARSE, [4], [0]) == before).all()
+    table = reader_module.read_table(root / "shards.parquet")
+    wanted = dict(zip(table["path"].to_pylist(), table["sha256"].to_pylist(), strict=True))
+    wrong = [path for path, sha256 in wanted.items() if file_sha256(root / path) != sha256]
+    assert sorted(root / path for path in wrong) == [first, second]
+
+
+def test_every_other_file_is_hashed_at_open(root: Path) -> None:
+    """A flipped bit in, or the loss of, any zarr.json, codec array or Parquet file is found at open by its name."""
+    files = [name for name in CacheReader(root).manifest.files]
+    assert len(files) > 30
+    for name in files:
+        path = root / name
+        content = path.read_bytes()
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        with pytest.raises(
+            CacheDamagedError, match=rf"{name}: missing or not as the manifest says; extract this cache"
+        ):
+            CacheReader(root)
+        path.unlink()
+        with pytest.raises(CacheDamagedError, match=rf"{name}: missing or not as the manifest says"):
+            CacheReader(root)
+        path.write_bytes(content)
+
+
+def test_reading_changes_nothing(root: Path) -> None:
+    """Opening and reading a cache leaves every byte and every name as it was."""
+    before = tree(root)
+    read_all(CacheReader(root))
+    assert tree(root) == before
+
+
+def test_incomplete_and_missing_caches(tmp_path: Path) -> None:
+    """A cache that is still being written, and a folder that is none, are told apart, each with the next step."""
+    begin(tmp_path / "cache", tiny_plan())
+    with pytest.raises(CacheIncompleteError, match="the cache is not complete; run its dtcache extract command again"):
+        CacheReader(tmp_path / "cache")
+    with pytest.raises(CacheNotFoundError, match=r"is not a cache: expected manifest\.json in it"):
+        CacheReader(tmp_path)
+    with pytest.raises(CacheNotFoundError, match="nowhere is not a cache"):
+        CacheReader(tmp_path / "nowhere")
+
+
+def test_absent_chunk_in_range_is_damage(tmp_path: Path) -> None:
+    """A shard whose intact index lacks a chunk in range raises: absence never reads as zeros."""
+    plan = tiny_plan()
+    short = replace(plan.shards[2], payloads={**plan.shards[2].payloads, FINE: plan.shards[2].payloads[FINE][:-1]})
+    root = write_cache(tmp_path / "cache", replace(plan, shards=[*plan.shards[:2], short]))
+    reader = CacheReader(root)
+    assert reader.payloads(FINE, [9], [0]).any()
+    with pytest.raises(
+        CacheDamagedError, match=rf"sample {plan.samples[9].key} of {FINE}, view 1: the shard holds no such"
+    ):
+        reader.payloads(FINE, [9], [1])
+
+
+def test_a_replaced_shard_index_is_found(root: Path) -> None:
+    """A valid shards.parquet with other rows does not match the manifest, and an adjusted manifest not its own hash."""
+    table = reader_module.read_table(root / "shards.parquet")
+    (root / "shards.parquet").write_bytes(parquet_bytes(table.slice(0, 6)))
+    with pytest.raises(CacheDamagedError, match=r"shards\.parquet: missing or not as the manifest says"):
+        CacheReader(root)
+    manifest = json.loads((root / "manifest.json").read_bytes())
+    manifest["files"]["shards.parquet"] = file_sha256(root / "shards.parquet")
+    (root / "manifest.json").write_bytes(canonical_json(manifest))
+    with pytest.raises(CacheDamagedError, match="its own checksum does not match"):
+        CacheReader(root)
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_more_shards_than_open_files(shared: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """With nine shards and fewer open files all reads are right, and no more descriptors stay open than allowed."""
+    wanted = read_all(CacheReader(shared))
+    monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", most)
+    before = len(os.listdir("/proc/self/fd"))
+    reader = CacheReader(shared)
+    rng = np.random.default_rng(most)
+    for _ in range(100):
+        name = NAMES[rng.integers(3)]
+        row, view = int(rng.integers(ROWS)), int(rng.integers(views_of(name)))
+        found = reader.payloads(name, [row], [view])
+        np.testing.assert_array_equal(found[0], wanted[name][row * views_of(name) + view])
+        assert len(os.listdir("/proc/self/fd")) - before <= most
+    del reader
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("most", [2, 128])
+def test_threads_share_one_reader(shared: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Eight threads at once read the right bytes from one reader, also while shards are being closed under them."""
+    wanted = read_all(CacheReader(shared))
+    monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", most)
+    reader = CacheReader(shared)
+    start = threading.Barrier(8)
+
+    def work(seed: int) -> int:
+        rng = np.random.default_rng(seed)
+        start.wait()
+        for _ in range(40):
+            name = NAMES[rng.integers(3)]
+            rows, views = rng.integers(0, ROWS, 6), rng.integers(0, views_of(name), 6)
+            found = reader.payloads(name, rows.tolist(), views.tolist())
+            np.testing.assert_array_equal(found, wanted[name][rows * views_of(name) + views])
+        return seed
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(work, range(8))) == list(range(8))
+
+
+def test_a_reader_does_not_travel(shared: Path) -> None:
+    """Pickling a reader raises TypeError that says what to do instead."""
+    with pytest.raises(TypeError, match="holds open files; open the cache again in the other process"):
+        pickle.dumps(CacheReader(shared))

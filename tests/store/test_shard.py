@@ -1,0 +1,127 @@
+"""One shard's bytes against zarr-python, and against every flipped byte."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from google_crc32c import value as crc32c
+from numcodecs.zstd import compress
+
+from dtcache.errors import CacheDamagedError
+from dtcache.store.layout import PayloadArray, write_zarr_nodes
+from dtcache.store.shard import ABSENT, build_shard, index_bytes, parse_index, unpack_chunk
+
+LENGTH = 48
+
+
+def random_payloads(count: int, seed: int) -> list[bytes]:
+    """Return payloads of every size from nothing to the whole length, some all zeros."""
+    rng = np.random.default_rng(seed)
+    payloads = [rng.bytes(int(rng.integers(1, LENGTH + 1))) for _ in range(count)]
+    payloads[0], payloads[-1] = b"", rng.bytes(LENGTH)
+    return payloads
+
+
+def read_all(shard: bytes, count: int, entries: int) -> list[bytes]:
+    """Read the first `count` payloads of a shard with dtcache's own functions."""
+    found = []
+    index = parse_index(shard[-index_bytes(entries) :], entries, len(shard), "here")
+    for offset, size in index[:count].tolist():
+        if offset == int(ABSENT):
+            raise CacheDamagedError("absent")
+        out = np.full(LENGTH, 0xAA, np.uint8)
+        unpack_chunk(shard[offset : offset + size], out, "here")
+        found.append(out.tobytes())
+    return found
+
+
+def with_index(chunks: bytes, entries: list[tuple[int, int]]) -> bytes:
+    """Return a shard of `chunks` whose index is intact but says what `entries` say."""
+    table = np.array(entries, "<u8").tobytes()
+    return chunks + table + crc32c(table).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize(("rows", "views"), [(10, (2,)), (8, (2,)), (3, (1,)), (9, ())])
+def test_zarr_reads_what_build_shard_wrote(tmp_path: Path, rows: int, views: tuple[int, ...]) -> None:
+    """zarr-python reads the same payloads, in ragged last shards and all-zero chunks too."""
+    array = PayloadArray(name="t1/stride2", shape=(rows, *views, LENGTH), shard_rows=4)
+    payloads = random_payloads(rows * array.payloads_a_row, seed=rows)
+    write_zarr_nodes(tmp_path / "data.zarr", {array.name: array}, {})
+    for shard in range(array.num_shards):
+        part = array.rows_of(shard)
+        mine = payloads[part.start * array.payloads_a_row : part.stop * array.payloads_a_row]
+        path = tmp_path / array.object_path(shard)
+        path.write_bytes(build_shard(mine, LENGTH, 4 * array.payloads_a_row))
+    found = zarr.open_array(tmp_path / "data.zarr", path=array.name, mode="r")
+    wanted = np.frombuffer(b"".join(p.ljust(LENGTH, b"\0") for p in payloads), np.uint8).reshape(array.shape)
+    np.testing.assert_array_equal(found[...], wanted)
+    np.testing.assert_array_equal(found[rows - 1], wanted[rows - 1])
+
+
+def test_a_shard_that_zarr_wrote_reads(tmp_path: Path) -> None:
+    """dtcache's functions read a shard of zarr-python's: the layout is the standard one, not a look-alike."""
+    array = PayloadArray(name="t1/stride2", shape=(4, 2, LENGTH), shard_rows=4)
+    write_zarr_nodes(tmp_path / "data.zarr", {array.name: array}, {})
+    payloads = [bytes([1 + i]) * (5 * i + 1) for i in range(8)]
+    wanted = [p.ljust(LENGTH, b"\0") for p in payloads]
+    node = zarr.open_array(tmp_path / "data.zarr", path=array.name, mode="r+")
+    node[...] = np.frombuffer(b"".join(wanted), np.uint8).reshape(4, 2, LENGTH)
+    assert read_all((tmp_path / array.object_path(0)).read_bytes(), 8, 8) == wanted
+
+
+def test_every_flipped_byte_is_found() -> None:
+    """Any change of any byte of a ragged shard, absent entries included, raises CacheDamagedError."""
+    payloads = random_payloads(6, seed=1)
+    shard = build_shard(payloads, LENGTH, 8)
+    assert read_all(shard, 6, 8) == [p.ljust(LENGTH, b"\0") for p in payloads]
+    for place in range(len(shard)):
+        for mask in (0x01, 0x10, 0x80, 0xFF):
+            damaged = bytearray(shard)
+            damaged[place] ^= mask
+            with pytest.raises(
+                CacheDamagedError, match=r"^here: the (shard's index is damaged|checksum of this sample)"
+            ):
+                read_all(bytes(damaged), 6, 8)
+
+
+def test_every_truncation_is_found() -> None:
+    """A shard cut short anywhere raises CacheDamagedError."""
+    shard = build_shard(random_payloads(6, seed=2), LENGTH, 8)
+    for size in range(len(shard)):
+        with pytest.raises(CacheDamagedError, match=r"^here: the shard's index is damaged"):
+            read_all(shard[:size], 6, 8)
+
+
+@pytest.mark.parametrize("entry", [(0, 1000), (1000, 8), (40, 1), (2**64 - 10, 20), (8, 2**64 - 1), (2**63, 2**63)])
+def test_an_index_that_points_outside_raises(entry: tuple[int, int]) -> None:
+    """An intact index whose entry leaves the chunks' part of the file raises, sums beyond 2^64 included."""
+    shard = with_index(b"x" * 40, [(0, 8), entry])
+    with pytest.raises(CacheDamagedError, match=r"^here: the shard's index points outside the file"):
+        parse_index(shard[-index_bytes(2) :], 2, len(shard), "here")
+
+
+@pytest.mark.parametrize("size", [0, 8, LENGTH - 1, LENGTH + 1, 4 * LENGTH])
+def test_a_chunk_of_another_length_raises(size: int) -> None:
+    """An intact chunk that decompresses to another length than the array's raises; nothing is left unwritten."""
+    packed = compress(b"\x05" * size, 1)
+    chunk = packed + crc32c(packed).to_bytes(4, "little")
+    with pytest.raises(CacheDamagedError, match=rf"^here: the sample does not decompress to {LENGTH} bytes"):
+        unpack_chunk(chunk, np.full(LENGTH, 0xAA, np.uint8), "here")
+
+
+def test_a_chunk_that_is_no_zstd_raises() -> None:
+    """Bytes with a right checksum that are no zstd frame raise CacheDamagedError, not a codec's own error."""
+    for packed in (b"", b"\x01", b"not zstd at all", compress(b"y" * LENGTH, 1)[:-2]):
+        chunk = packed + crc32c(packed).to_bytes(4, "little")
+        with pytest.raises(CacheDamagedError, match=r"^here: the (sample does not decompress|checksum of this sample)"):
+            unpack_chunk(chunk, np.zeros(LENGTH, np.uint8), "here")
+
+
+def test_array_layout() -> None:
+    """Shards cover all rows once, the last one short, and their files carry one zero an inner axis."""
+    array = PayloadArray(name="t1/stride2", shape=(10, 2, 48), shard_rows=4)
+    assert [list(array.rows_of(s)) for s in range(array.num_shards)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert (array.length, array.payloads_a_row) == (48, 2)
+    assert array.object_path(2) == "data.zarr/t1/stride2/c.2.0.0"
+    assert PayloadArray(name="images", shape=(10, 48), shard_rows=4).object_path(1) == "data.zarr/images/c.1.0"

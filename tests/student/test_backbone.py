@@ -1,0 +1,268 @@
+"""The backbone: timm's own network, its pyramid, and a folder that timm reads back bit by bit."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dtcache.errors import ConfigError
+from dtcache.spec import ViewSpec
+from dtcache.student import (
+    Backbone,
+    load_backbone,
+    make_backbone,
+    recalibrate_batch_norm,
+    save_backbone,
+    student_input,
+)
+
+NAMES = ("resnet18", "resnet50", "convnext_atto", "mobilenetv3_small_100", "efficientnet_b0", "regnetx_002")
+VIEW = ViewSpec(height=24, width=48, fit="stretch")
+SMALL = "resnet10t"
+
+
+@cache
+def backbone_of(name: str) -> Backbone:
+    """Return one random network a name, shared by the tests; none of them may change it."""
+    return make_backbone(name, init=None, seed=3).eval()
+
+
+def images(count: int = 2, height: int = 64, width: int = 96) -> Tensor:
+    """Return normalised random images."""
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Return a backbone's folder."""
+    save_backbone(backbone_of(SMALL), tmp_path / "backbone", input_size=(48, 96), view=VIEW)
+    return tmp_path / "backbone"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pyramid_has_the_channels_and_strides_that_it_announces(name: str) -> None:
+    """Maps come finest first, from stride 4 on, with the announced channels on the announced grids."""
+    backbone = backbone_of(name)
+    with torch.no_grad():
+        maps = backbone(images())
+    assert backbone.reductions == [4, 8, 16, 32]
+    assert [x.shape[1] for x in maps] == backbone.channels
+    assert [x.shape[2:] for x in maps] == [(64 // r, 96 // r) for r in backbone.reductions]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_timm_reads_the_folder_back_exactly(name: str, tmp_path: Path) -> None:
+    """timm's local-dir gives the same weights and outputs, as a plain network and as a feature pyramid."""
+    backbone = backbone_of(name)
+    save_backbone(backbone, tmp_path, input_size=(64, 96), view=VIEW)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    ours, theirs = backbone.model.state_dict(), plain.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    pyramid = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()
+    with torch.no_grad():
+        assert torch.equal(plain(images()), backbone.pooled(images()))
+        coarse = [x for x, r in zip(pyramid(images()), pyramid.feature_info.reduction(), strict=True) if r >= 4]
+        assert all(torch.equal(a, b) for a, b in zip(coarse, backbone(images()), strict=True))
+
+
+def test_timm_learns_how_to_normalise_and_resize(saved: Path) -> None:
+    """The folder's pretrained_cfg names the input size, mean and std trained with, and hides dtcache's own key."""
+    model = timm.create_model(f"local-dir:{saved}", pretrained=True, num_classes=0)
+    data = timm.data.resolve_model_data_config(model)
+    assert (tuple(data["input_size"]), data["crop_mode"]) == ((3, 48, 96), "squash")
+    assert (tuple(data["mean"]), tuple(data["std"])) == (backbone_of(SMALL).mean, backbone_of(SMALL).std)
+    assert "dtcache" not in model.pretrained_cfg
+
+
+def test_channels_last_and_training_weights_are_saved_too(tmp_path: Path) -> None:
+    """A backbone in channels-last memory and training mode saves the same bytes as one that is not."""
+    backbone = make_backbone(SMALL, init=None, seed=3)
+    save_backbone(backbone, tmp_path / "a", input_size=(32, 32), view=VIEW)
+    save_backbone(backbone.to(memory_format=torch.channels_last), tmp_path / "b", input_size=(32, 32), view=VIEW)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_random_weights_are_a_function_of_the_seed() -> None:
+    """One seed gives one network, another seed another, and the caller's random numbers are left alone."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one, same, other = (make_backbone(SMALL, init=None, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    weights = [net.model.state_dict()["layer1.0.conv1.weight"] for net in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_saved_folder_starts_another_backbone(saved: Path) -> None:
+    """load_backbone gives size, view, normalisation and weights back; init takes the folder for the same name only."""
+    loaded, size, view = load_backbone(saved)
+    assert (size, view, loaded.name) == ((48, 96), VIEW, SMALL)
+    assert (loaded.mean, loaded.std) == (backbone_of(SMALL).mean, backbone_of(SMALL).std)
+    again = make_backbone(SMALL, init=str(saved), seed=99)
+    for net in (loaded, again):
+        expected = backbone_of(SMALL).model.state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in net.model.state_dict().items())
+    with pytest.raises(ConfigError, match=r"--init .*backbone: expected a backbone of resnet18, got one of resnet10t"):
+        make_backbone("resnet18", init=str(saved), seed=0)
+
+
+def test_names_that_cannot_serve_are_refused_with_advice() -> None:
+    """A misspelt name gets suggestions, a wrong tag its name, a plain ViT an explanation."""
+    with pytest.raises(ConfigError, match=r"resnet5O: timm .* has no network of this name; did you mean resnet5"):
+        make_backbone("resnet5O", init=None, seed=0)
+    with pytest.raises(ConfigError, match=r"\?{9}: .*resnet50 is one"):
+        make_backbone("?????????", init=None, seed=0)
+    with pytest.raises(ConfigError, match=r"timm cannot make resnet18\.nope with random weights .*nope"):
+        make_backbone("resnet18.nope", init=None, seed=0)
+    with pytest.raises(ConfigError, match=r"expected a backbone with a feature pyramid .* got strides 16; .*resnet50"):
+        make_backbone("vit_tiny_patch16_224", init=None, seed=0)
+
+
+def test_a_network_of_one_input_size_says_so() -> None:
+    """Swin serves 224 pixels only; another size is refused instead of a traceback out of timm."""
+    backbone = make_backbone("swin_tiny_patch4_window7_224", init=None, seed=0)
+    with pytest.raises(ConfigError, match=r"swin_tiny.*expected images of 224x224 pixels.*got 64x96; give that size"):
+        backbone(images())
+
+
+def _edited(**changes: object) -> bytes:
+    config = {
+        "architecture": SMALL,
+        "pretrained_cfg": {"input_size": [3, 48, 96], "mean": [0.5] * 3, "std": [0.5] * 3},
+        "dtcache": {"view": {"height": 24, "width": 48, "fit": "crop"}},
+    }
+    config["pretrained_cfg"].update({k: v for k, v in changes.items() if k in config["pretrained_cfg"]})  # type: ignore[attr-defined]
+    config.update({k: v for k, v in changes.items() if k in config})
+    return json.dumps(config).encode()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (_edited(architecture="os.system"), "architecture 'os.system' is none of timm"),
+        (_edited(architecture=["resnet18"]), "is none of timm"),
+        (_edited(input_size=[1, 48, 96]), r"not \(3, height, width\)"),
+        (_edited(input_size=[3, 10**9, 96]), "a side of 1000000000 is not a number of pixels from 1 to"),
+        (_edited(input_size=[3, 48.0, 96]), r"a side of 48\.0"),
+        (_edited(mean=[0.5, 0.5]), "not enough values"),
+        (_edited(mean=[0.5, 0.5, float("nan")]), "not three finite numbers"),
+        (_edited(std=[0.5, 0.5, 0.0]), "is not positive"),
+        (_edited(dtcache={"view": {"height": 24, "width": 48, "fit": "zoom"}}), "'zoom' is neither crop nor stretch"),
+        (_edited(dtcache=[]), "not the configuration of a backbone"),
+        (b"[1]", "expected a JSON object, got list"),
+        (b"{", "not JSON"),
+        (b"[" * 500_000, "not JSON"),
+        (b" " * (1 << 20), "expected less than 1048576 bytes"),
+    ],
+)
+def test_a_doctored_configuration_is_refused(saved: Path, config: bytes, message: str) -> None:
+    """Whatever a config.json says, it is bounded and whitelisted before anything is built from it."""
+    (saved / "config.json").write_bytes(config)
+    with pytest.raises(ConfigError, match=message):
+        load_backbone(saved)
+
+
+def test_weights_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> None:
+    """Truncated, foreign and missing weights each stop the load; a pickle beside them is never opened."""
+    weights = saved / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ConfigError, match=r"model\.safetensors: not the weights of resnet10t"):
+        load_backbone(saved)
+    save_backbone(backbone_of("resnet18"), tmp_path / "other", input_size=(32, 32), view=VIEW)
+    weights.write_bytes((tmp_path / "other/model.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match=r"not the weights of resnet10t \(Error.*(Missing|Unexpected) key"):
+        load_backbone(saved)
+    weights.unlink()
+    (saved / "pytorch_model.bin").write_bytes(b"\x80\x04garbage")
+    with pytest.raises(ConfigError, match=r"model\.safetensors: the weights are missing"):
+        load_backbone(saved)
+    with pytest.raises(ConfigError, match=r"nowhere/config\.json: missing; expected a backbone folder"):
+        load_backbone(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("size", [(16, 24), (32, 48), (40, 33), (8, 10)])
+def test_student_input_resizes_as_pillow_does(size: tuple[int, int]) -> None:
+    """Enlarging is plain bilinear, shrinking antialiased, both as in Pillow's float images; then mean and std."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 24), np.uint8)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.5)
+    got = student_input(torch.from_numpy(pixels), size, mean, std).numpy()
+    for b, c in np.ndindex(2, 3):
+        plane = Image.fromarray(pixels[b, c].astype(np.float32) / 255)
+        expected = np.asarray(plane.resize(size[::-1], Image.Resampling.BILINEAR))
+        np.testing.assert_allclose(got[b, c], (expected - mean[c]) / std[c], atol=2e-5)
+
+
+class LinearNet(nn.Module):
+    """Two batch normalisations behind a 1x1 convolution and dropout, in timm's clothes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pretrained_cfg = {"architecture": "linear", "input_size": (3, 8, 8)}
+        self.feature_info = [{"num_chs": 4, "reduction": 4}, {"num_chs": 4, "reduction": 8}]
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.first, self.drop, self.second = nn.BatchNorm2d(4), nn.Dropout(0.5), nn.BatchNorm2d(4, momentum=0.3)
+
+    def forward_intermediates(self) -> None:
+        """Exist, as a pyramid does."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return (B, 4)."""
+        return self.second(self.drop(self.first(self.conv(x_BCHW)))).mean((2, 3))
+
+
+def linear_backbone() -> Backbone:
+    """Return LinearNet as a backbone."""
+    torch.manual_seed(0)
+    return Backbone(LinearNet(), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def test_batch_norm_statistics_are_averages_over_batches() -> None:
+    """Running mean and variance equal NumPy's averages of the batches' own, and only they change."""
+    backbone = linear_backbone()
+    net = backbone.model
+    batches = [images(5, 8, 8) * 2 + 1, images(3, 8, 8) - 4, images(4, 8, 8) * 0.5]
+    weight, bias = net.conv.weight.detach().numpy()[:, :, 0, 0].copy(), net.conv.bias.detach().numpy().copy()
+    backbone.train()
+    recalibrate_batch_norm(backbone, batches)
+    maps = [np.einsum("oc,bchw->obhw", weight, x.numpy()).reshape(4, -1) + bias[:, None] for x in batches]
+    np.testing.assert_allclose(net.first.running_mean, np.mean([m.mean(1) for m in maps], 0), rtol=1e-5)
+    np.testing.assert_allclose(net.first.running_var, np.mean([m.var(1, ddof=1) for m in maps], 0), rtol=1e-5)
+    # Normalised by the batch and with dropout off, the second norm sees zero mean and unit variance.
+    np.testing.assert_allclose(net.second.running_mean, 0, atol=1e-5)
+    np.testing.assert_allclose(net.second.running_var, 1, atol=1e-2)
+    assert (net.first.momentum, net.second.momentum) == (0.1, 0.3)
+    assert all(module.training for module in backbone.modules())
+    assert backbone.fresh_batch_norms == []
+    np.testing.assert_array_equal(net.conv.weight.detach().numpy()[:, :, 0, 0], weight)
+
+
+def test_only_the_named_batch_norms_are_recalibrated() -> None:
+    """A trained norm keeps its statistics while a fresh one behind it is calibrated."""
+    backbone = linear_backbone()
+    net = backbone.model
+    net.first.running_mean += 1
+    net.first.num_batches_tracked += 7
+    assert backbone.fresh_batch_norms == [net.second]
+    recalibrate_batch_norm(backbone.eval(), [images(5, 8, 8)], backbone.fresh_batch_norms)
+    np.testing.assert_array_equal(net.first.running_mean, 1)
+    assert int(net.first.num_batches_tracked) == 7
+    assert float(net.second.running_mean.abs().min()) > 0.1
+    assert not backbone.training
+
+
+def test_a_network_without_batch_norm_draws_no_batch() -> None:
+    """ConvNeXt has layer norms only, so that recalibration asks for no image at all."""
+    before = {key: value.clone() for key, value in backbone_of("convnext_atto").model.state_dict().items()}
+    recalibrate_batch_norm(backbone_of("convnext_atto"), (pytest.fail("a batch was drawn") for _ in range(1)))
+    after = backbone_of("convnext_atto").model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)

@@ -1,0 +1,93 @@
+"""The regressor: which level serves which tap, and that the pyramid is the paper's."""
+
+import pytest
+import torch
+
+from dtcache.student.regressor import FeatureRegressor, PyramidPooling
+
+CHANNELS = (8, 16, 32, 64)
+GRIDS = ((32, 32), (16, 16), (8, 8), (4, 4))
+
+
+def maps() -> list[torch.Tensor]:
+    """Random maps of a backbone at 128 px."""
+    return [torch.randn(2, c, *grid) for c, grid in zip(CHANNELS, GRIDS, strict=True)]
+
+
+def test_each_tap_gets_a_head_on_the_level_of_its_grid() -> None:
+    """Taps on the four grids use the four levels, and predictions have the teacher's shapes."""
+    targets = {f"tap{i}": (5 + i, *grid) for i, grid in enumerate(GRIDS)}
+    regressor = FeatureRegressor(CHANNELS, GRIDS, targets, width=16)
+    assert regressor.level_of == {"tap0": 0, "tap1": 1, "tap2": 2, "tap3": 3}
+    assert regressor.resized == []
+    assert {name: tuple(p.shape[1:]) for name, p in regressor(maps()).items()} == targets
+
+
+def test_two_timesteps_of_one_tap_share_a_level_but_not_a_head() -> None:
+    """Every (tap, timestep) has its own 1x1 head."""
+    regressor = FeatureRegressor(CHANNELS, GRIDS, {"t50/a": (5, 8, 8), "t150/a": (5, 8, 8)}, width=16)
+    first, second = regressor(maps()).values()
+    assert list(regressor.smooth) == ["2"]
+    assert not torch.equal(first, second)
+
+
+def test_a_coarser_tap_gets_an_extra_pooled_level() -> None:
+    """A 2x2 and a 1x1 tap under a 4x4 coarsest level are served by pooled levels of exactly their grids."""
+    regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 2, 2), "b": (5, 1, 1)}, width=16)
+    assert regressor.level_of == {"a": 4, "b": 5}
+    assert regressor.resized == []
+    assert [tuple(p.shape[1:]) for p in regressor(maps()).values()] == [(5, 2, 2), (5, 1, 1)]
+
+
+def test_a_grid_that_no_level_has_is_resized_and_named() -> None:
+    """A 12x12 tap is predicted on the 16x16 level and resized bilinearly."""
+    regressor = FeatureRegressor(CHANNELS, GRIDS, {"odd": (5, 12, 12), "even": (5, 16, 16)}, width=16)
+    assert regressor.level_of == {"odd": 1, "even": 1}
+    assert regressor.resized == ["odd"]
+    assert regressor(maps())["odd"].shape == (2, 5, 12, 12)
+
+
+def test_a_level_without_a_tap_has_no_weights() -> None:
+    """Only levels with a target get a smoothing convolution and a head."""
+    regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 8, 8)}, width=16)
+    assert list(regressor.smooth) == ["2"]
+    assert len(regressor.heads) == 1
+
+
+def test_the_pyramid_carries_the_coarsest_map_down() -> None:
+    """A finest-level prediction depends on the coarsest map, through pooling and the top-down path."""
+    regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 32, 32)}, width=16).eval()
+    xs = maps()
+    before = regressor(xs)["a"]
+    after = regressor([*xs[:3], xs[3] + 1])["a"]
+    assert not torch.allclose(before, after)
+
+
+def test_the_top_down_path_is_the_fpns_sum() -> None:
+    """Level i is its lateral plus the level above, enlarged; checked by composing the modules by hand."""
+    regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 16, 16)}, width=16).eval()
+    xs = maps()
+    level = regressor.pooling(xs[3])
+    for i in (2, 1):
+        size = xs[i].shape[2:]
+        level = regressor.laterals[i](xs[i]) + torch.nn.functional.interpolate(
+            level, size, mode="bilinear", align_corners=False
+        )
+    torch.testing.assert_close(regressor(xs)["a"], regressor.heads[0](regressor.smooth["1"](level)))
+
+
+def test_pyramid_pooling_sees_the_whole_map() -> None:
+    """A change in one corner reaches the opposite corner, which a 3x3 convolution alone cannot do."""
+    pooling = PyramidPooling(4, 8).eval()
+    x = torch.randn(1, 4, 12, 12)
+    changed = x.clone()
+    changed[..., 0, 0] += 100
+    assert not torch.allclose(pooling(x)[..., -1, -1], pooling(changed)[..., -1, -1])
+
+
+@pytest.mark.parametrize("width", [8, 24])
+def test_width_is_the_pyramids_width(width: int) -> None:
+    """All levels have `width` channels."""
+    regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 8, 8)}, width=width)
+    assert regressor.heads[0].in_channels == width
+    assert {lateral[0].out_channels for lateral in regressor.laterals} == {width}

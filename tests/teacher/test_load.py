@@ -1,0 +1,185 @@
+"""Loading a teacher: both layouts, safely, and never one whose weights do not fit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dtcache.errors import TeacherError, TeacherNotFoundError
+from dtcache.teacher import load_teacher
+from dtcache.teacher.load import WEIGHTS
+
+
+@pytest.fixture
+def teacher_copy(teacher_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the teacher that a test may damage."""
+    return Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
+
+
+def edit(path: Path, change: Callable[[dict], None]) -> None:
+    """Change a JSON file."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_both_layouts_load_the_same_network(teacher_dir: Path, tmp_path: Path) -> None:
+    """The flat google/ddpm-* layout and the sub-folder layout give equal weights, schedule and hashes."""
+    shutil.copy(teacher_dir / "unet" / "config.json", tmp_path)
+    shutil.copy(teacher_dir / "unet" / WEIGHTS, tmp_path)
+    shutil.copy(teacher_dir / "scheduler" / "scheduler_config.json", tmp_path)
+    nested, flat = load_teacher(str(teacher_dir)), load_teacher(str(tmp_path))
+    assert (nested.weights_sha256, nested.config_sha256) == (flat.weights_sha256, flat.config_sha256)
+    assert torch.equal(nested.alpha_bars, flat.alpha_bars)
+    for a, b in zip(nested.unet.parameters(), flat.unet.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_weights_are_the_files(teacher_dir: Path) -> None:
+    """Every tensor of the file is in the network, bit for bit, and the network is frozen in evaluation mode."""
+    loaded = load_teacher(str(teacher_dir))
+    state = loaded.unet.state_dict()
+    for name, tensor in load_file(teacher_dir / "unet" / WEIGHTS).items():
+        assert torch.equal(state[name], tensor)
+    assert not loaded.unet.training
+    assert not any(p.requires_grad for p in loaded.unet.parameters())
+
+
+def test_the_schedule_is_the_ddpm_formula(teacher_dir: Path) -> None:
+    """alpha_bar_t is the product of 1 - beta over Ho et al.'s linear betas, whatever sampler the file names."""
+    expected = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    torch.testing.assert_close(load_teacher(str(teacher_dir)).alpha_bars.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_other_samplers_give_the_same_schedule(teacher_dir: Path, teacher_copy: Path) -> None:
+    """An Euler scheduler's file, with the same betas, gives DDPM's noise levels."""
+    edit(teacher_copy / "scheduler" / "scheduler_config.json", lambda c: c.update(_class_name="EulerDiscreteScheduler"))
+    assert torch.equal(load_teacher(str(teacher_copy)).alpha_bars, load_teacher(str(teacher_dir)).alpha_bars)
+
+
+def remove_weights(root: Path) -> None:
+    (root / "unet" / WEIGHTS).unlink()
+
+
+def misname_weights(root: Path) -> None:
+    (root / "unet" / WEIGHTS).rename(root / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+
+
+def pickle_weights(root: Path) -> None:
+    remove_weights(root)
+    torch.save({}, root / "unet" / "diffusion_pytorch_model.bin")
+
+
+def drop_a_tensor(root: Path) -> None:
+    path = root / "unet" / WEIGHTS
+    tensors = load_file(path)
+    del tensors["conv_in.weight"]
+    save_file(tensors, path)
+
+
+def add_a_tensor(root: Path) -> None:
+    path = root / "unet" / WEIGHTS
+    save_file({**load_file(path), "extra.weight": torch.zeros(1)}, path)
+
+
+def other_class(root: Path) -> None:
+    edit(root / "unet" / "config.json", lambda c: c.update(_class_name="UNet2DConditionModel"))
+
+
+def conditional(root: Path) -> None:
+    edit(root / "unet" / "config.json", lambda c: c.update(num_class_embeds=10))
+
+
+def other_schedule(root: Path) -> None:
+    edit(root / "scheduler" / "scheduler_config.json", lambda c: c.update(_class_name="ScoreSdeVeScheduler"))
+
+
+def no_schedule(root: Path) -> None:
+    (root / "scheduler" / "scheduler_config.json").unlink()
+
+
+def no_config(root: Path) -> None:
+    (root / "unet" / "config.json").unlink()
+
+
+def broken_config(root: Path) -> None:
+    (root / "unet" / "config.json").write_text("{")
+
+
+def list_config(root: Path) -> None:
+    (root / "unet" / "config.json").write_text("[]")
+
+
+def huge_config(root: Path) -> None:
+    (root / "unet" / "config.json").write_text(" " * (1 << 20) + "{}")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_weights, "the weights are missing"),
+        (misname_weights, r"the weights are missing; found diffusion_pytorch_model\.fp16\.safetensors: rename"),
+        (pickle_weights, r"only pickled weights \(diffusion_pytorch_model\.bin\), which dtcache never loads"),
+        (drop_a_tensor, "1 missing_keys, such as conv_in.weight"),
+        (add_a_tensor, "1 unexpected_keys, such as extra.weight"),
+        (other_class, "expected _class_name UNet2DModel, got 'UNet2DConditionModel'"),
+        (conditional, "expected an unconditional model of RGB pixels, got in_channels=3, num_class_embeds=10"),
+        (other_schedule, "expected the scheduler of a variance-preserving model, got 'ScoreSdeVeScheduler'"),
+        (no_schedule, r"scheduler_config\.json: the noise schedule is missing"),
+        (no_config, r"config\.json: the U-Net's configuration is missing"),
+        (broken_config, r"config\.json: not JSON"),
+        (list_config, r"config\.json: expected a JSON object, got list"),
+        (huge_config, "expected at most 1048576 bytes of JSON"),
+    ],
+)
+def test_a_bad_directory_is_refused(teacher_copy: Path, damage: Callable[[Path], None], message: str) -> None:
+    """Whatever is missing, misnamed, pickled or of another model is named, and nothing is loaded."""
+    damage(teacher_copy)
+    with pytest.raises(TeacherError, match=message):
+        load_teacher(str(teacher_copy))
+
+
+def test_a_missing_directory_is_refused() -> None:
+    """A path that is neither a directory nor a hub id says what was expected."""
+    with pytest.raises(TeacherNotFoundError, match=r"teacher \./nowhere: no such directory; expected a diffusers dir"):
+        load_teacher("./nowhere")
+
+
+def test_a_hub_id_is_downloaded_as_json_and_safetensors_only(
+    teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub id asks for no other kind of file, and what comes is loaded as a directory is."""
+    asked = {}
+
+    def snapshot(repo: str, *, allow_patterns: list[str]) -> str:
+        asked[repo] = allow_patterns
+        return str(teacher_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert load_teacher("google/ddpm-church-256").weights_sha256 == load_teacher(str(teacher_dir)).weights_sha256
+    assert asked == {"google/ddpm-church-256": ["*.json", "*diffusion_pytorch_model.safetensors"]}
+
+
+def test_a_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network is reported with the name that was asked for."""
+
+    def snapshot(repo: str, *, allow_patterns: list[str]) -> str:
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(TeacherNotFoundError, match=r"teacher google/x: neither a directory here nor .*\(offline\)"):
+        load_teacher("google/x")
+
+
+def test_code_in_the_directory_is_never_run(teacher_copy: Path) -> None:
+    """A model_index.json that names a Python file, and that file, have no effect."""
+    mark = teacher_copy / "ran"
+    (teacher_copy / "evil.py").write_text(f"open({str(mark)!r}, 'w')")
+    edit(teacher_copy / "model_index.json", lambda c: c.update(_class_name=["evil", "Evil"], unet=["evil", "Evil"]))
+    load_teacher(str(teacher_copy))
+    assert not mark.exists()

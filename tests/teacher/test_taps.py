@@ -1,0 +1,159 @@
+"""Taps: where they are, and that cutting the network off changes no bit of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtcache.device import resolve_compute
+from dtcache.errors import ConfigError
+from dtcache.spec import TapSpec, ViewSpec
+from dtcache.teacher import load_teacher, native_size, noise_batch, prepare_teacher
+from dtcache.teacher.build import build_unet
+from dtcache.teacher.taps import TappedUNet, choose_taps, find_taps
+
+CPU = resolve_compute("cpu", "fp32")
+
+
+def tap(stride: int) -> TapSpec:
+    """A tap of some stride."""
+    return TapSpec(name=f"stride{stride}", block=0, stride=stride, channels=1, height=1, width=1)
+
+
+def test_taps_are_found_before_the_upsamplers(teacher_dir: Path) -> None:
+    """Each level's map is at that level's own stride, with its own channels, finest first."""
+    taps = find_taps(load_teacher(str(teacher_dir)).unet, 32, 32)
+    found = [(t.name, t.block, t.stride, t.channels, t.height, t.width) for t in taps]
+    assert found == [
+        ("stride1", 3, 1, 16, 32, 32),
+        ("stride2", 2, 2, 16, 16, 16),
+        ("stride4", 1, 4, 32, 8, 8),
+        ("stride8", 0, 8, 32, 4, 4),
+    ]
+
+
+def test_strides_hold_on_a_non_square_view(teacher_dir: Path) -> None:
+    """A 16x64 view has the same strides, and maps of its shape."""
+    taps = find_taps(load_teacher(str(teacher_dir)).unet, 16, 64)
+    assert [(t.stride, t.height, t.width) for t in taps] == [(1, 16, 64), (2, 8, 32), (4, 4, 16), (8, 2, 8)]
+
+
+def test_a_size_the_network_cannot_halve_is_refused(teacher_dir: Path) -> None:
+    """The multiple that both sides must be is named."""
+    with pytest.raises(ConfigError, match="--size 36x32: this U-Net halves the image 3 times.*multiples of 8"):
+        find_taps(load_teacher(str(teacher_dir)).unet, 36, 32)
+
+
+@pytest.mark.parametrize(
+    ("offered", "asked", "chosen"),
+    [
+        ((1, 2, 4, 8, 16, 32), None, (4, 8, 16, 32)),
+        ((1, 2, 4, 8), None, (1, 2, 4, 8)),
+        ((1, 2, 4, 8, 16), None, (2, 4, 8, 16)),
+        ((1, 2), None, (1, 2)),
+        ((1, 2, 4, 8), (8, 2), (2, 8)),
+    ],
+)
+def test_default_taps(offered: tuple[int, ...], asked: tuple[int, ...] | None, chosen: tuple[int, ...]) -> None:
+    """Strides 4 to 32 where all exist, else the four coarsest, else what is asked for."""
+    assert tuple(t.stride for t in choose_taps(tuple(map(tap, offered)), asked)) == chosen
+
+
+def test_a_stride_that_is_not_offered_is_refused() -> None:
+    """The strides on offer are named."""
+    with pytest.raises(ConfigError, match="no map of stride 16 at this size; it offers 4, 8"):
+        choose_taps((tap(4), tap(8)), (16,))
+
+
+@pytest.mark.parametrize("blocks", [(0,), (0, 1), (1, 2), (0, 1, 2, 3)])
+def test_truncation_changes_no_bit(blocks: tuple[int, ...]) -> None:
+    """The taps of the cut network equal those of the whole one, recorded where the upsamplers read them."""
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return build_unet(32, 32, (16, 16, 32, 32), layers=1, attention=2).eval()
+
+    whole, seen = network(), {}
+    for block in blocks:
+        layer = whole.up_blocks[block]
+        if block < 3:
+            layer.upsamplers[0].register_forward_pre_hook(lambda m, args, b=block: seen.__setitem__(b, args[0]))
+        else:
+            layer.register_forward_hook(lambda m, args, out, b=block: seen.__setitem__(b, out))
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([150, 150])
+    with torch.inference_mode():
+        whole(x, t)
+        cut = TappedUNet(network(), blocks)(x, t)
+    assert set(cut) == set(blocks)
+    for block in blocks:
+        assert torch.equal(cut[block], seen[block])
+
+
+def test_truncation_drops_the_layers_after_the_last_tap() -> None:
+    """A tap of the coarsest level leaves a fraction of the decoder's weights."""
+    unet = build_unet(32, 32, (16, 16, 32, 32), layers=1, attention=1)
+    before = sum(p.numel() for p in unet.parameters())
+    after = sum(p.numel() for p in TappedUNet(unet, (0,)).parameters())
+    assert after < 0.8 * before
+
+
+def test_features_do_not_depend_on_the_rest_of_the_batch(teacher_dir: Path) -> None:
+    """A short batch is padded to the recipe's shape: a sample's features are the same alone and in company."""
+    view = ViewSpec(height=32, width=32)
+    teacher = prepare_teacher(
+        load_teacher(str(teacher_dir)), view, strides=None, timesteps=(150,), batch_size=4, compute=CPU
+    )
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    noise = noise_batch(["a", "b", "c"], [False, True, False], view, seed=0, timestep=150, draw=0)
+    together, alone = teacher.features(pixels, noise, 150), teacher.features(pixels[:1], noise[:1], 150)
+    for name in together:
+        assert together[name].dtype == torch.float32
+        torch.testing.assert_close(together[name][:1], alone[name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_noised_input_is_the_papers_formula(teacher_dir: Path) -> None:
+    """The network sees sqrt(a) x + sqrt(1 - a) noise with x in [-1, 1], and the timestep."""
+    view = ViewSpec(height=32, width=32)
+    teacher = prepare_teacher(
+        load_teacher(str(teacher_dir)), view, strides=None, timesteps=(50,), batch_size=1, compute=CPU
+    )
+    seen = []
+    teacher._network.unet.register_forward_pre_hook(lambda m, args: seen.append(args))
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    noise = noise_batch(["a"], [False], view, seed=0, timestep=50, draw=0)
+    teacher.features(pixels, noise, 50)
+    a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[50]
+    expected = a.sqrt() * (pixels.double() / 127.5 - 1) + (1 - a).sqrt() * noise.double()
+    torch.testing.assert_close(seen[0][0].double(), expected, rtol=1e-5, atol=1e-5)
+    assert seen[0][1].tolist() == [50]
+    assert teacher.spec.alpha_bars[0] == pytest.approx(float(a), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "batch_size", "message"),
+    [
+        ((1000,), 4, r"--timestep 1000: this teacher was trained with steps 0 to 999"),
+        ((50, 50), 4, r"--timestep: expected one or several different steps, got \[50, 50\]"),
+        ((50,), 0, r"--batch-size 0: expected at least 1"),
+    ],
+)
+def test_bad_constants_are_refused(
+    teacher_dir: Path, timesteps: tuple[int, ...], batch_size: int, message: str
+) -> None:
+    """A timestep or batch size that cannot be used is named."""
+    with pytest.raises(ConfigError, match=message):
+        prepare_teacher(
+            load_teacher(str(teacher_dir)), ViewSpec(height=32, width=32), strides=None,
+            timesteps=timesteps, batch_size=batch_size, compute=CPU,
+        )  # fmt: skip
+
+
+def test_native_size_reads_both_forms() -> None:
+    """A square sample size is one number, another is a pair."""
+    from types import SimpleNamespace
+
+    def sized(size: object) -> object:
+        return SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(sample_size=size)))
+
+    assert native_size(sized(64)) == (64, 64)
+    assert native_size(sized([32, 64])) == (32, 64)

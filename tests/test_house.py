@@ -1,0 +1,69 @@
+"""The house: imports go only downwards, and the names at the top level are the agreed ones."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = [
+    {"dtcache._version", "dtcache.errors"},
+    {"dtcache.spec", "dtcache.options"},
+    {"dtcache.device", "dtcache.images", "dtcache.teacher", "dtcache.codec", "dtcache.losses", "dtcache.student"},
+    {"dtcache.store"},
+    {"dtcache.loader"},
+    {"pipelines"},
+    {"cli"},
+]
+SOURCES = [p for folder in ("dtcache", "pipelines") for p in sorted((ROOT / folder).rglob("*.py"))] + [ROOT / "cli.py"]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def floor_of(module: str) -> int | None:
+    """Return the floor of one of our modules, or None for one of others."""
+    for floor, rooms in enumerate(FLOORS):
+        if any(module == room or module.startswith(f"{room}.") for room in rooms):
+            return floor
+    return None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_go_only_downwards(path: Path) -> None:
+    """A module imports nothing from a floor above its own."""
+    module = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+    own = floor_of(module)
+    for imported in imports_of(path):
+        theirs = floor_of(imported)
+        assert own is None or theirs is None or theirs <= own, f"{module} imports {imported} from above"
+
+
+@pytest.mark.parametrize(("library", "homes"), [("diffusers", "dtcache/teacher"), ("timm", "dtcache/student"), ("click", "cli.py")])
+def test_a_library_is_imported_in_one_place_only(library: str, homes: str) -> None:
+    """Only teacher imports diffusers, only student imports timm, only the command line imports click."""
+    users = {
+        p.relative_to(ROOT).as_posix() for p in SOURCES if any(m.split(".")[0] == library for m in imports_of(p))
+    }
+    assert users
+    assert all(user.startswith(homes) for user in users)
+
+
+@pytest.mark.parametrize("code", ["import cli", "import pipelines.report", "import dtcache.store.reader"])
+def test_looking_loads_no_heavy_library(code: str) -> None:
+    """--help and inspect start without torch, diffusers, timm or numba."""
+    heavy = "[m for m in ('torch', 'diffusers', 'timm', 'numba') if m in sys.modules]"
+    out = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}; print({heavy})"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert out.stdout.strip() == "[]"
