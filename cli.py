@@ -220,7 +220,11 @@ def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
 
 @main.command()
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("dtcache-demo"), show_default=True, help="Folder for everything."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("dtcache-demo"),
+    show_default=True,
+    help="Folder for everything.",
 )
 @options_of(DemoOptions)
 def demo(out: Path, options: DemoOptions) -> None:

@@ -42,7 +42,10 @@ def demo(out: Path, options: DemoOptions) -> Json:
         stages.run(f"train {name}", lambda name=name: _train(out, name, options))
     models = {f"{names[0]}, random init": out / names[0] / "init"}
     models |= {f"{name}, from the cache": out / name / "backbone" for name in names}
-    students = [stages.run(f"evaluate {name}", lambda m=model, n=name: _evaluate(out, n, m, options)) for name, model in models.items()]
+    students = [
+        stages.run(f"evaluate {name}", lambda m=model, n=name: _evaluate(out, n, m, options))
+        for name, model in models.items()
+    ]
     summary = {
         "bytes_per_image": report["bytes_per_image"],
         "fp16_bytes_per_image": report["fp16_bytes_per_image"],

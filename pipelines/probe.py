@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dtcache.errors import ConfigError, ImagesError
 
-C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+C_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Inverse strengths of the linear probe's L2 penalty that are tried."""
 HELD_OUT_SHARE = 10
 """One training image in so many is kept out while C is chosen."""

@@ -17,7 +17,8 @@ from dtcache.store.samples import read_failures, read_table
 def inspect_cache(root: Path) -> Json:
     """Describe a cache, sealed or still being written, from its manifest and indices alone.
 
-    Returns JSON values; docs/inspect.md explains each key. Raises CacheNotFoundError, CacheDamagedError.
+    Returns JSON values; bytes are as on disk, `ratio` leaves the stored images out. Raises CacheNotFoundError or
+    CacheDamagedError.
     """
     manifest = read_manifest(root)
     failures, sums, shard_bytes, rows = _progress(root, manifest)

@@ -49,12 +49,12 @@ def test_imports_go_only_downwards(path: Path) -> None:
         assert own is None or theirs is None or theirs <= own, f"{module} imports {imported} from above"
 
 
-@pytest.mark.parametrize(("library", "homes"), [("diffusers", "dtcache/teacher"), ("timm", "dtcache/student"), ("click", "cli.py")])
+@pytest.mark.parametrize(
+    ("library", "homes"), [("diffusers", "dtcache/teacher"), ("timm", "dtcache/student"), ("click", "cli.py")]
+)
 def test_a_library_is_imported_in_one_place_only(library: str, homes: str) -> None:
     """Only teacher imports diffusers, only student imports timm, only the command line imports click."""
-    users = {
-        p.relative_to(ROOT).as_posix() for p in SOURCES if any(m.split(".")[0] == library for m in imports_of(p))
-    }
+    users = {p.relative_to(ROOT).as_posix() for p in SOURCES if any(m.split(".")[0] == library for m in imports_of(p))}
     assert users
     assert all(user.startswith(homes) for user in users)
 
@@ -64,6 +64,10 @@ def test_looking_loads_no_heavy_library(code: str) -> None:
     """--help and inspect start without torch, diffusers, timm or numba."""
     heavy = "[m for m in ('torch', 'diffusers', 'timm', 'numba') if m in sys.modules]"
     out = subprocess.run(
-        [sys.executable, "-c", f"import sys; {code}; print({heavy})"], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-c", f"import sys; {code}; print({heavy})"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
     )
     assert out.stdout.strip() == "[]"

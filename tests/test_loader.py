@@ -1,5 +1,6 @@
 """The loader: every usable row once an epoch, in an order that is a pure function of (seed, epoch)."""
 
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,12 @@ from dtcache.images.source import permuted
 from dtcache.loader import Cache, EpochLoader, TrainBatch
 
 NAMES = [FINE, COARSE]
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the disk: no test here pulls the plug."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")

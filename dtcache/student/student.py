@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-from dtcache.student.backbone import Backbone, make_backbone, student_input
 from torch import Tensor, nn
 
 from dtcache.spec import ViewSpec
+from dtcache.student.backbone import Backbone, make_backbone, student_input
 from dtcache.student.regressor import FeatureRegressor
 
 
@@ -20,7 +20,9 @@ class Student(nn.Module):
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """Return predictions (B, C, H, W) by tap array."""
         x_BCHW = student_input(images_BCHW, self.input_size, self.backbone.mean, self.backbone.std)
-        predictions: dict[str, Tensor] = self.regressor(self.backbone(x_BCHW.contiguous(memory_format=torch.channels_last)))
+        predictions: dict[str, Tensor] = self.regressor(
+            self.backbone(x_BCHW.contiguous(memory_format=torch.channels_last))
+        )
         return predictions
 
 

@@ -68,8 +68,8 @@ def load_teacher(where: str) -> LoadedTeacher:
     if wrong:
         kind, keys = next(iter(wrong.items()))
         raise TeacherError(
-            f"{weights}: the weights do not fit {folder / 'config.json'}: {len(keys)} {kind}, such as {next(iter(keys))}; "
-            "the two files belong to different models"
+            f"{weights}: the weights do not fit {folder / 'config.json'}: {len(keys)} {kind}, such as "
+            f"{next(iter(keys))}; the two files belong to different models"
         )
     scheduler = DDPMScheduler.from_config(schedule)
     return LoadedTeacher(

@@ -126,7 +126,9 @@ def test_rows_are_the_permuted_sample_list(cache: Path, scene_folder: Path) -> N
     assert samples["content_sha256"].to_pylist() == [hashlib.sha256(source.read(i)).digest() for i in order]
 
 
-def test_limit_takes_the_first_rows_of_the_same_order(cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
+def test_limit_takes_the_first_rows_of_the_same_order(
+    cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
     """--limit 10 caches the rows that the full cache has first."""
     assert extract(scene_folder, teacher_dir, tmp_path / "c", "--limit", 10).exit_code == 0
     few = Cache(tmp_path / "c").reader.samples["key"].to_pylist()
@@ -164,7 +166,9 @@ def test_another_recipe_is_refused(
     assert tree(cache) == before
 
 
-def test_another_teacher_or_image_set_is_refused(cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
+def test_another_teacher_or_image_set_is_refused(
+    cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
     """Other weights and a changed image list are noticed."""
     from safetensors.torch import load_file, save_file
 
@@ -200,12 +204,16 @@ def test_bad_images_keep_their_rows(scene_folder: Path, teacher_dir: Path, tmp_p
     assert len(opened.reader.usable_rows) == 37
 
 
-def test_the_bytes_do_not_depend_on_who_asks(cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
+def test_the_bytes_do_not_depend_on_who_asks(
+    cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
     """A second process, from another folder, makes the same bytes."""
     out = tmp_path / "c"
     command = [sys.executable, str(ROOT / "cli.py"), "extract", str(scene_folder), "--teacher", str(teacher_dir)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
-    subprocess.run([*command, "--out", str(out), *FLAGS], check=True, cwd=tmp_path, env=environment, capture_output=True)
+    subprocess.run(
+        [*command, "--out", str(out), *FLAGS], check=True, cwd=tmp_path, env=environment, capture_output=True
+    )
     assert tree(out) == tree(cache)
 
 

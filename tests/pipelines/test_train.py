@@ -262,9 +262,7 @@ def test_damaged_features_stop_the_run_naming_the_sample(cache: Path, tmp_path: 
     assert ".png of t150/stride8" in result.output.replace("\n", "")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN is reported with its step, its part and samples; no checkpoint of it is written."""
     from pipelines import distill
 

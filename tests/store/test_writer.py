@@ -29,6 +29,12 @@ from dtcache.store.storage import FolderLock, file_sha256
 from dtcache.store.writer import CacheWriter, require_ours
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the disk: no test here pulls the plug."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 def test_create_write_seal(tmp_path: Path) -> None:
     """A cache is begun with all shards missing, loses one at a time, and when sealed names and hashes all its files."""
     plan = tiny_plan()

@@ -32,26 +32,31 @@ class Snapshots:
         self.root, self.into = root, into
         self.seen: set[str] = set()
         self._lock = threading.RLock()  # zarr-python writes in threads of its own
+        self._busy = False
+        self._operations = 0
         for name in ("replace", "rename", "mkdir", "rmdir", "unlink"):
             patch.setattr(os, name, self._before(getattr(os, name)))
         patch.setattr(os, "fsync", self._before(lambda handle: None))
         patch.setattr(storage, "open", self._open, raising=False)
 
     def take(self) -> None:
-        """Copy the folder if no equal copy was taken."""
-        digest = hashlib.sha256(repr(sorted(state(self.root).items())).encode()).hexdigest()
-        if digest not in self.seen:
-            self.seen.add(digest)
-            target = self.into / f"{len(self.seen):04}"
-            with pytest.MonkeyPatch.context() as quiet:
-                for name, function in REAL.items():
-                    quiet.setattr(os, name, function)
-                shutil.copytree(self.root, target, copy_function=shutil.copyfile)
+        """Copy the folder if no equal copy was taken; while zarr-python lays out its nodes, every seventh time."""
+        self._operations += 1
+        if self._operations % 7 and (self.root / ".tmp-data.zarr").exists():
+            return
+        with self._lock:
+            self._busy = True  # the copy's own operations are not the writer's
+            digest = hashlib.sha256(repr(sorted(state(self.root).items())).encode()).hexdigest()
+            if digest not in self.seen:
+                self.seen.add(digest)
+                shutil.copytree(self.root, self.into / f"{len(self.seen):04}", copy_function=shutil.copyfile)
+            self._busy = False
 
     def _before(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             with self._lock:
-                self.take()
+                if not self._busy:
+                    self.take()
                 return function(*args, **options)
 
         return call
@@ -84,9 +89,6 @@ class Torn:
             self._take()
 
 
-REAL = {name: getattr(os, name) for name in ("replace", "rename", "mkdir", "rmdir", "unlink", "fsync")}
-
-
 def state(root: Path) -> dict[str, bytes | None]:
     """Return everything in a folder, temporary files too."""
     return {p.relative_to(root).as_posix(): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
@@ -106,13 +108,11 @@ def test_a_kill_before_any_operation_resumes_to_the_same_bytes(tmp_path: Path, m
     left = sorted(into.iterdir())
     begun = [(p / "manifest.json").exists() for p in left]
     # All phases are among the states: nothing yet, half a layout, some shards, all of them, half of the records gone.
-    assert len(left) > 80 and 20 < sum(begun) < len(left) - 20
+    assert sum(begun) > 40 and len(left) - sum(begun) > 10
     assert {len(list((p / "commits").glob("0*"))) for p in left if (p / "commits").exists()} == {0, 1, 2, 3}
     assert any(b'"sealed"' in (p / "manifest.json").read_bytes() for p, b in zip(left, begun, strict=True) if b)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    # Without a manifest a run starts anew, so that of those many states some are enough.
-    anew = [p for p, b in zip(left, begun, strict=True) if not b]
-    for killed in [*anew[::6], *anew[-6:], *(p for p, b in zip(left, begun, strict=True) if b)]:
+    for killed in left:
         assert tree(write_cache(killed, plan)) == wanted, f"state {killed.name} of {len(left)}"
 
 

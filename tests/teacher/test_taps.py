@@ -40,7 +40,7 @@ def test_strides_hold_on_a_non_square_view(teacher_dir: Path) -> None:
 
 def test_a_size_the_network_cannot_halve_is_refused(teacher_dir: Path) -> None:
     """The multiple that both sides must be is named."""
-    with pytest.raises(ConfigError, match="--size 36x32: this U-Net halves the image 3 times.*multiples of 8"):
+    with pytest.raises(ConfigError, match=r"--size 36x32: this U-Net halves the image 3 times.*multiples of 8"):
         find_taps(load_teacher(str(teacher_dir)).unet, 36, 32)
 
 

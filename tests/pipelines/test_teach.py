@@ -1,0 +1,160 @@
+"""Stage 0 through the command line: a directory that diffusers and extract load, and exact resume."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from diffusers import UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from cli import main
+from dtcache.errors import ConfigError
+from dtcache.teacher import load_teacher
+from dtcache.teacher.build import build_unet, ddpm_loss, ddpm_scheduler, sample_images
+
+FLAGS = (
+    "--size", "16", "--channels", "8,16", "--steps", "6", "--batch-size", "4", "--warmup", "2", "--samples", "4",
+    "--save-every", "2", "--device", "cpu", "--precision", "fp32", "--attention", "1",
+)  # fmt: skip
+
+
+def teach(images: Path, out: Path, *more: object) -> Result:
+    """Fit a tiny DDPM."""
+    return CliRunner().invoke(main, [str(a) for a in ("teach", images, "--out", out, *FLAGS, *more)])
+
+
+@pytest.fixture(scope="module")
+def taught(scene_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    out = tmp_path_factory.mktemp("teach") / "teacher"
+    result = teach(scene_folder, out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """Return the saved weights."""
+    return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_directory_is_standard_and_holds_no_pickle_but_the_checkpoint(taught: Path) -> None:
+    """diffusers and our loader read the same weights; pictures and losses lie beside them."""
+    unet = UNet2DModel.from_pretrained(taught / "unet", use_safetensors=True)
+    ours = load_teacher(str(taught)).unet.state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in unet.state_dict().items())
+    assert not list(taught.rglob("*.bin"))
+    assert len(json.loads((taught / "losses.json").read_text())) == 6
+    for name in ("samples.png", "loss.png"):
+        with Image.open(taught / name) as picture:
+            assert min(picture.size) > 16
+            assert np.asarray(picture.convert("L")).std() > 1
+
+
+def test_a_taught_teacher_can_be_extracted_from(taught: Path, scene_folder: Path, tmp_path: Path) -> None:
+    """The output of teach is an input of extract, at its own size."""
+    flags = ("--limit", "4", "--device", "cpu", "--batch-size", "4", "--out", str(tmp_path / "c"))
+    result = CliRunner().invoke(main, ["extract", str(scene_folder), "--teacher", str(taught), *flags])
+    assert result.exit_code == 0, result.output
+
+
+def test_an_interrupted_run_resumes_to_the_bit(
+    taught: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in step 6, then the same command: the same losses and weights as without."""
+    from pipelines import teach as stage
+
+    real, calls = stage._train_step, []
+
+    def interrupted(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(stage, "_train_step", interrupted)
+    out = tmp_path / "teacher"
+    result = teach(scene_folder, out)
+    assert result.exit_code == 130
+    assert "run the same command again to resume" in result.output
+    assert teach(scene_folder, out).exit_code == 0
+    assert len(calls) == 6 + 2
+    assert (out / "losses.json").read_text() == (taught / "losses.json").read_text()
+    theirs = weights(taught)
+    assert all(torch.equal(value, theirs[name]) for name, value in weights(out).items())
+
+
+def test_a_run_of_other_options_is_refused(taught: Path, scene_folder: Path) -> None:
+    """The option that differs is named."""
+    result = teach(scene_folder, taught, "--lr", "1")
+    assert result.exit_code == 1
+    assert "holds a run with another lr: 0.0004 there, 1.0 was asked for" in result.output
+
+
+def test_half_precision_weights_are_half_the_size(taught: Path, scene_folder: Path, tmp_path: Path) -> None:
+    """--weights float16 stores fp16 tensors, which load as fp32."""
+    assert teach(scene_folder, tmp_path / "t", "--weights", "float16", "--samples", 0).exit_code == 0
+    assert {value.dtype for value in weights(tmp_path / "t").values()} == {torch.float16}
+    assert next(load_teacher(str(tmp_path / "t")).unet.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--size", "17"), "--size 17x17: 2 levels halve the image 1 times, so both sides must be multiples of 2"),
+        (("--channels", "6,10"), "expected multiples of 4"),
+        (("--channels", "8,x"), "--channels 8,x: expected positive integers separated by commas"),
+        (("--attention", "3"), "--attention 3: expected 0 to 2, the number of levels"),
+    ],
+)
+def test_bad_options_are_one_clear_line(
+    scene_folder: Path, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    """Options that cannot work are named."""
+    result = teach(scene_folder, tmp_path / "t", *flags)
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(scene_folder: Path, tmp_path: Path) -> None:
+    """An absurd learning rate is reported with the step."""
+    result = teach(scene_folder, tmp_path / "t", "--lr", "1e30", "--steps", "30")
+    assert result.exit_code == 1
+    assert "the loss is nan at step" in result.output
+
+
+def test_the_loss_is_the_simple_objective() -> None:
+    """eq. 14 of Ho et al.: the mean squared error of the predicted noise at x_t = sqrt(a) x + sqrt(1 - a) e."""
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    noise, t = torch.randn(2, 3, 8, 8), torch.tensor([10, 900])
+    seen = {}
+
+    class Predictor(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> object:
+            seen["x"] = x
+            return type("Output", (), {"sample": x * 0.5})
+
+    loss = ddpm_loss(Predictor(), ddpm_scheduler(), pixels, noise, t)
+    a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t][:, None, None, None]
+    x = a.sqrt() * (pixels.double() / 127.5 - 1) + (1 - a).sqrt() * noise.double()
+    torch.testing.assert_close(seen["x"].double(), x, rtol=1e-4, atol=1e-4)
+    assert float(loss) == pytest.approx(float((0.5 * x - noise.double()).square().mean()), rel=1e-4)
+
+
+def test_samples_are_images_of_the_seed() -> None:
+    """Samples have the network's size, lie in [0, 1] and are a function of the seed; non-square networks work."""
+    unet = build_unet(8, 16, (8, 8), layers=1, attention=0).eval()
+    first, again, other = (sample_images(unet, 2, seed, steps=3) for seed in (0, 0, 1))
+    assert first.shape == (2, 3, 8, 16)
+    assert float(first.min()) >= 0 and float(first.max()) <= 1
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_level_needs_channels_in_groups() -> None:
+    """Channels that share no group size are refused before any training."""
+    with pytest.raises(ConfigError, match="expected multiples of 4"):
+        build_unet(16, 16, (8, 9), layers=1, attention=0)
