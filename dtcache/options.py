@@ -92,8 +92,8 @@ class TrainOptions:
 class EvaluateOptions:
     """Options of `dtcache evaluate`."""
 
-    train: Path = option("", "Labelled training images (folder tree or Parquet).", metavar="IMAGES")  # noqa: RUF009
-    test: Path | None = option(None, "Labelled test images [default: a fifth of --train].", metavar="IMAGES")  # noqa: RUF009
+    train: Path = option("", "Labelled training images (folder tree or Parquet).", metavar="IMAGES")
+    test: Path | None = option(None, "Labelled test images [default: a fifth of --train].", metavar="IMAGES")
     size: str | None = option(None, "Input size [default: the one trained with; 32 for raw pixels].", metavar="H[xW]")
     limit_train: int | None = option(None, "Use N training images of the permuted order.")
     limit_test: int | None = option(None, "Use N test images of the permuted order.")

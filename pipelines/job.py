@@ -51,6 +51,8 @@ def make_job(source: ImageSource, options: ExtractOptions) -> Job:
     """Load the teacher and order the samples. Raises ConfigError, TeacherError."""
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit {options.limit}: expected at least 1")
+    if options.flip and options.batch_size < 2:
+        raise ConfigError(f"--batch-size {options.batch_size}: expected at least 2, both flips of an image")
     loaded = load_teacher(options.teacher)
     height, width = parse_size(options.size) if options.size else native_size(loaded)
     view = ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop")

@@ -94,7 +94,7 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
                 metrics.write({"step": step, "epoch": epoch, **held})
                 _save(out, student, optimizer, step)
         save_backbone(student.backbone, out / "backbone", input_size=student.input_size, view=cache.view)
-        return _finish(out, metrics, cache, names, step, clock)
+        return _finish(out, metrics, cache, names, step)
 
 
 def chosen_taps(cache: Cache, options: TrainOptions) -> list[str]:
@@ -152,8 +152,8 @@ def _save(out: Path, student: Student, optimizer: torch.optim.Optimizer, step: i
     save_checkpoint(out, {**state, "step": step})
 
 
-def _finish(out: Path, metrics: MetricsFile, cache: Cache, names: Sequence[str], step: int, clock: Clock) -> Trained:
-    """Write summary.json, curves.png and TensorBoard events from the metrics."""
+def _finish(out: Path, metrics: MetricsFile, cache: Cache, names: Sequence[str], step: int) -> Trained:
+    """Write summary.json and curves.png from the metrics."""
     lines = metrics.read()
     trained = [line for line in lines if "loss" in line]
     held = [line for line in lines if "held_out/loss" in line]
@@ -173,5 +173,9 @@ def _finish(out: Path, metrics: MetricsFile, cache: Cache, names: Sequence[str],
     taps = {name: [line[f"held_out/mse/{name}"] for line in held] for name in names}
     plot_curves(taps, out / "curves.png", title="Held-out whitened MSE", xlabel="epoch")
     return Trained(
-        out=out, steps=step, held_out_loss=held[-1]["held_out/loss"], seconds=clock.seconds, wait_share=clock.share
+        out=out,
+        steps=step,
+        held_out_loss=held[-1]["held_out/loss"],
+        seconds=trained[-1]["seconds"],
+        wait_share=trained[-1]["wait_share"],
     )

@@ -1,6 +1,7 @@
 """The manifest: what the cache is a function of, what files it has, and whether all of them are there."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,9 @@ from dtcache.store.layout import IMAGES, MANIFEST, PayloadArray
 from dtcache.store.storage import write_file
 
 MAX_MANIFEST_BYTES = 64 << 20
+MAX_PAYLOAD_BYTES = 1 << 28
+MAX_SHARD_ROWS = 1 << 20
+ARRAY_NAME = re.compile(r"[a-z0-9]+(/[a-z0-9]+)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,10 +112,7 @@ def read_manifest(root: Path) -> CacheManifest:
         claimed = value.pop("sha256")
         if claimed != sha256_json(value):
             raise CacheDamagedError(f"{path}: its own checksum does not match; restore it from a copy or extract again")
-        arrays = {
-            name: PayloadArray(name=name, shape=tuple(a["shape"]), shard_rows=a["shard_rows"])
-            for name, a in value["arrays"].items()
-        }
+        arrays = {name: _payload_array(name, a) for name, a in value["arrays"].items()}
         return CacheManifest(
             state=value["state"],
             recipe=value["recipe"],
@@ -123,6 +124,15 @@ def read_manifest(root: Path) -> CacheManifest:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheDamagedError(f"{path}: not a manifest of dtcache ({error!r}); extract again") from error
+
+
+def _payload_array(name: str, value: Json) -> PayloadArray:
+    """Return an array's description, its sizes within bounds. Raises ValueError."""
+    array = PayloadArray(name=name, shape=tuple(map(int, value["shape"])), shard_rows=int(value["shard_rows"]))
+    sane = len(array.shape) in (2, 3) and min(array.shape) > 0 and array.length <= MAX_PAYLOAD_BYTES
+    if not (sane and 0 < array.shard_rows <= MAX_SHARD_ROWS and ARRAY_NAME.fullmatch(name)):
+        raise ValueError(f"array {name[:40]!r} of shape {value['shape']} in shards of {value['shard_rows']} rows")
+    return array
 
 
 def require_same(root: Path, found: Json, wanted: Json, where: str = "") -> None:

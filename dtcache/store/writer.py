@@ -163,7 +163,7 @@ class CacheWriter:
             for path in (self.root / DATA / array.name).glob("c.*"):
                 if path.relative_to(self.root).as_posix() not in committed:
                     path.unlink()
-        for path in self.root.rglob(f"{TEMPORARY}*"):
+        for path in [p for p in self.root.rglob(f"{TEMPORARY}*") if p.is_file()]:
             path.unlink()
 
     def _check(self, record: CommitRecord) -> None:

@@ -1,7 +1,7 @@
 """The paper's optimizers."""
 
 import torch
-from timm.optim import Lamb
+from timm.optim.lamb import Lamb
 from torch import nn
 
 BETAS = (0.9, 0.95)

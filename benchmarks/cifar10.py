@@ -1,0 +1,141 @@
+"""A student from a cache of CIFAR-10 against its own starting weights, every tap of its teacher, and raw pixels.
+
+    python benchmarks/cifar10.py --data ../shared/data [--work runs/cifar10] [--seeds 3] [--table]
+
+Every run writes its own JSON to docs/results/cifar10/ and a finished run is skipped, so that the work adds up over
+interruptions. The table is written to docs/results/cifar10.md from those files.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results" / "cifar10"
+TEACHER = ROOT / "benchmarks" / "teachers" / "cifar10"
+TIMESTEPS = (10, 25, 50, 100, 150, 250)
+TEACH = ["--size", "32", "--channels", "32,96,128,128", "--weights", "float16", "--steps", "4500"]
+EXTRACT = ["--limit", "20000"]
+TRAIN = ["--student", "resnet18", "--fpn-width", "64", "--epochs", "8", "--batch-size", "64", "--warmup-epochs", "1"]
+EVALUATE = ["--limit-train", "20000", "--batch-size", "256"]
+
+
+def main() -> None:
+    """Run what is not finished, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with cifar10-{train,test}.parquet")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "cifar10", help="caches and runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--table", action="store_true", help="write the table from the results that are there")
+    asked = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not asked.table:
+        run_all(asked.data, asked.work, asked.seeds)
+    write_table()
+
+
+def run_all(data: Path, work: Path, seeds: int) -> None:
+    """Teacher, timestep, cache, students, probes."""
+    train, test = data / "cifar10-train.parquet", data / "cifar10-test.parquet"
+    probes = ["--train", train, "--test", test, *EVALUATE]
+    if not TEACHER.exists():
+        step("teacher", ["teach", train, *TEACH, "--out", TEACHER])
+    levels = [flag for t in TIMESTEPS for flag in ("--timestep", t)]
+    small = work / "timesteps.cache"
+    step("timesteps-extract", ["extract", train, "--teacher", TEACHER, "--limit", 512, *levels, "--out", small])
+    held_out = ["--train", train, "--limit-train", 4000, "--limit-test", 1000]
+    chosen = step("timesteps", ["evaluate", small, "--teacher", TEACHER, *held_out])
+    timestep = int(chosen["best"].split("/")[0].removeprefix("t"))
+    cache = work / "cache"
+    step("extract", ["extract", train, "--teacher", TEACHER, "--timestep", timestep, *EXTRACT, "--out", cache])
+    step("inspect", ["inspect", cache])
+    for seed in range(seeds):
+        run = work / f"seed{seed}"
+        step(f"train-{seed}", ["train", cache, *TRAIN, "--seed", seed, "--out", run], summary=run / "summary.json")
+        step(f"student-{seed}", ["evaluate", run / "backbone", *probes])
+        step(f"init-{seed}", ["evaluate", run / "init", *probes])
+    step("taps", ["evaluate", cache, "--teacher", TEACHER, *probes])
+    step("pixels", ["evaluate", "pixels", *probes])
+
+
+def step(name: str, arguments: list[Any], summary: Path | None = None) -> dict[str, Any]:
+    """Run one command unless its result is there; return the result, which names machine, command and commit."""
+    path = RESULTS / f"{name}.json"
+    if path.exists():
+        return json.loads(path.read_text())["result"]
+    words = [str(a) for a in arguments]
+    as_json = ["--json"] if words[0] in ("evaluate", "inspect") else []
+    shown = " ".join(["dtcache", *words]).replace(str(ROOT) + "/", "")
+    print(shown, file=sys.stderr, flush=True)
+    started = time.time()
+    command = [sys.executable, str(ROOT / "cli.py"), *words, *as_json]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    result = json.loads(summary.read_text() if summary else done.stdout) if summary or as_json else {}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    record = {
+        "command": shown,
+        "seconds": round(time.time() - started, 1),
+        "machine": f"{os.cpu_count()} {platform.machine()} cores",
+        "commit": commit.stdout.strip(),
+        "result": result,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return result
+
+
+def write_table() -> None:
+    """Write docs/results/cifar10.md from the results that are there."""
+    records = {p.stem: json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))}
+    rows = ["| features | dims | k-NN top-1 % | linear top-1 % |", "|---|---|---|---|"]
+    for kind, title in (("init", "ResNet-18, its own starting weights"), ("student", "**ResNet-18, from the cache**")):
+        runs = [r["result"] for n, r in records.items() if n.startswith(f"{kind}-")]
+        if runs:
+            spread = (f"{mean_and_spread([r[k] for r in runs])}" for k in ("knn_top1", "linear_top1"))
+            rows.append(f"| {title}, {len(runs)} seeds | {runs[0]['feature_dim']} | {' | '.join(spread)} |")
+    for name in ("taps", "pixels"):
+        for row in records.get(name, {"result": {"rows": []}})["result"]["rows"]:
+            title = f"teacher {row['name']}" if name == "taps" else "raw pixels"
+            rows.append(f"| {title} | {row['feature_dim']} | {row['knn_top1']:.2f} | {row['linear_top1']:.2f} |")
+    commands = [f"{r['command']}    # {r['seconds']:.0f} s, commit {r['commit']}" for r in records.values()]
+    head = (RESULTS.parent / "cifar10.head.md").read_text() if (RESULTS.parent / "cifar10.head.md").exists() else ""
+    text = [head, "## Table", "", *rows, "", *gap(records), "## Commands", "", "```", *commands, "```", ""]
+    (RESULTS.parent / "cifar10.md").write_text("\n".join(text))
+
+
+def gap(records: dict[str, Any]) -> list[str]:
+    """Say how much of the way from random init to the best single tap the students go."""
+    seeds = [n.removeprefix("student-") for n in records if n.startswith("student-")]
+    if not seeds or "taps" not in records:
+        return []
+    best = records["taps"]["result"]["linear_top1"]
+    pairs = [
+        (records[f"init-{s}"]["result"]["linear_top1"], records[f"student-{s}"]["result"]["linear_top1"]) for s in seeds
+    ]
+    closed = [100 * (student - init) / (best - init) for init, student in pairs]
+    gained = [student - init for init, student in pairs]
+    return [
+        f"The best single tap is {records['taps']['result']['best']} with {best:.2f} %. The students close "
+        f"{mean_and_spread(closed)} % of the gap between their own starting weights and it (linear probe), and are "
+        f"{mean_and_spread(gained)} points over those.",
+        "",
+    ]
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Return the mean and, of several values, their standard deviation."""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    main()
