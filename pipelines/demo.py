@@ -13,7 +13,7 @@ from rich.table import Table
 from dtcache.images.scenes import write_scenes
 from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TrainOptions
 from dtcache.spec import Json
-from dtcache.store.storage import write_file
+from dtcache.storage import write_file
 from pipelines.evaluate import evaluate
 from pipelines.extract import extract
 from pipelines.progress import track

@@ -19,11 +19,11 @@ from dtcache.images.stored import encode_stored, image_bound
 from dtcache.loader import load_fit
 from dtcache.options import ExtractOptions
 from dtcache.spec import CodecSpec, FailedSample, Json, Recipe
+from dtcache.storage import FolderLock
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import IMAGES, MANIFEST, payload_arrays, tap_name
 from dtcache.store.manifest import read_manifest, require_same
 from dtcache.store.samples import hash_samples
-from dtcache.store.storage import FolderLock
 from dtcache.store.writer import CacheWriter, ShardData, require_ours
 from pipelines.fit import fit_codec
 from pipelines.job import Job, make_job

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dtcache.errors import CacheDamagedError, CacheMismatchError
 from dtcache.spec import Json
-from dtcache.store.storage import write_file
+from dtcache.storage import write_file
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"

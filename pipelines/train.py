@@ -14,9 +14,9 @@ from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.loader import Cache, EpochLoader, TrainBatch
 from dtcache.options import TrainOptions, parse_ints, parse_size
+from dtcache.storage import FolderLock, write_file
 from dtcache.store.layout import tap_name
 from dtcache.store.samples import held_out
-from dtcache.store.storage import FolderLock, write_file
 from dtcache.student import Student, build_student, make_optimizer, save_backbone
 from pipelines.distill import held_out_losses, train_step
 from pipelines.plots import plot_curves

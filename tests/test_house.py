@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"dtcache._version", "dtcache.errors"},
-    {"dtcache.spec", "dtcache.options"},
+    {"dtcache.spec", "dtcache.options", "dtcache.storage"},
     {"dtcache.device", "dtcache.images", "dtcache.teacher", "dtcache.codec", "dtcache.losses", "dtcache.student"},
     {"dtcache.store"},
     {"dtcache.loader"},

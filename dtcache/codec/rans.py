@@ -15,6 +15,7 @@ from dtcache.errors import CodecError
 
 HEADER = 10
 LANES = 4
+MAX_ESCAPES = 0xFFFF
 LOW = 1 << 16
 """Lane states stay in [2^16, 2^32)."""
 
@@ -50,7 +51,10 @@ def rans_tables(fitted: FittedTap) -> RansTables:
 
 
 def encode(values_N: NDArray[np.int16], mu: float, sigma: float, tables: RansTables, bound: int) -> bytes:
-    """Encode one sample's quantised coefficients and its two whitening scalars."""
+    """Encode one sample's quantised coefficients and its two whitening scalars.
+
+    Of more than 65,535 values without a symbol of their own, those past it are clipped to the widest symbol.
+    """
     words = np.zeros(bound // 2, np.uint16)
     words[:4] = np.array([sigma, mu], np.float32).view(np.uint16)
     used = _encode(values_N, tables.table, tables.frequency, tables.start, tables.half_width, words)
@@ -76,9 +80,14 @@ def decode_batch(payloads_BL: NDArray[np.uint8], tables: RansTables) -> tuple[ND
 def _encode(values, table, frequency, start, half_width, out):  # type: ignore[no-untyped-def]
     """Write the payload after its scalars into uint16 words; return the number of words used."""
     count = len(values)
+    values = values.copy()
     escapes = 0
     for i in range(count):
-        if abs(np.int32(values[i])) > half_width[table[i]]:
+        h = half_width[table[i]]
+        if abs(np.int32(values[i])) > h:
+            if escapes == MAX_ESCAPES:
+                values[i] = h if values[i] > 0 else -h
+                continue
             out[5 + escapes] = np.uint16(values[i] & 0xFFFF)
             escapes += 1
     out[4] = escapes

@@ -65,16 +65,21 @@ class Encoder(nn.Module):
     def forward(self, whitened_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return values (B, n) int16, squared error (B,) and energy about the channel means (B,), both float64.
 
-        PCA and DCT are orthonormal, so that errors of coefficients are errors of features (Parseval).
+        The error is |x - B c|^2 of the decoded coefficients c. DCT is orthonormal, so that it is computed on
+        coefficients; B, the basis as stored in fp16, is not quite, so that its Gram matrix comes in.
         """
         centred = whitened_BCHW - self.mean_C[:, None, None]
         energy_B = centred.double().square().flatten(1).sum(1)
-        coefficients = forward_transform(whitened_BCHW, self.basis_CK, self.mean_C).flatten(1)[:, self.live_N]
+        maps_BKHW = forward_transform(whitened_BCHW, self.basis_CK, self.mean_C).contiguous()
+        coefficients = maps_BKHW.flatten(1)[:, self.live_N]
         values = quantise(coefficients, self.step_N)
         decoded = values * self.step_N * self.gain_N
-        kept = (coefficients.double() - decoded.double()).square().sum(1)
-        dropped = energy_B - coefficients.double().square().sum(1)
-        return values.to(torch.int16), kept + dropped.clamp_min(0), energy_B
+        dense_BKHW = torch.zeros_like(maps_BKHW)
+        dense_BKHW.flatten(1)[:, self.live_N] = decoded
+        again_BKHW = torch.einsum("bkhw,kj->bjhw", dense_BKHW, self.basis_CK.T @ self.basis_CK)
+        squared_B = (again_BKHW * dense_BKHW).double().flatten(1).sum(1)
+        error_B = energy_B - 2 * (coefficients * decoded).double().sum(1) + squared_B
+        return values.to(torch.int16), error_B.clamp_min(0), energy_B
 
 
 def quantise(coefficients: Tensor, step: Tensor) -> Tensor:

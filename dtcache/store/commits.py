@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dtcache.errors import CacheDamagedError
 from dtcache.spec import FailedSample, Json, canonical_json, sha256_json
+from dtcache.storage import write_file
 from dtcache.store.layout import COMMITS
-from dtcache.store.storage import write_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

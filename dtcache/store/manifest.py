@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
 from dtcache.spec import FORMAT_VERSION, Json, Recipe, canonical_json, sha256_json
+from dtcache.storage import write_file
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import IMAGES, MANIFEST, PayloadArray
-from dtcache.store.storage import write_file
 
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_PAYLOAD_BYTES = 1 << 28

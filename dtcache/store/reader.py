@@ -11,11 +11,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dtcache.errors import CacheDamagedError, CacheIncompleteError
+from dtcache.storage import file_sha256
 from dtcache.store.layout import SAMPLES, SHARDS, PayloadArray
 from dtcache.store.manifest import CacheManifest, read_manifest
 from dtcache.store.samples import read_table
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
-from dtcache.store.storage import file_sha256
 
 MAX_OPEN_FILES = 128
 
@@ -55,9 +55,12 @@ class CacheReader:
     def payloads(self, name: str, rows: Sequence[int], views: Sequence[int]) -> NDArray[np.uint8]:
         """Return the padded payloads (B, L) of (row, view) pairs of one array; images have the one view 0.
 
-        Raises CacheDamagedError naming the sample and array where a byte is not the one written.
+        Raises CacheDamagedError naming the sample and array where a byte is not the one written, IndexError for a
+        view that the array does not have.
         """
         array = self.manifest.arrays[name]
+        if any(not 0 <= view < array.payloads_a_row for view in views):
+            raise IndexError(f"{name} has views 0 to {array.payloads_a_row - 1}, got {max(views)}")
         out = np.empty((len(rows), array.length), np.uint8)
         for place, (row, view) in enumerate(zip(rows, views, strict=True)):
             shard, inner = divmod(int(row), array.shard_rows)
@@ -96,7 +99,7 @@ class _OpenShard:
         except OSError as error:
             raise CacheDamagedError(f"{path}: {error.strerror}, but it was there when the cache was opened") from error
         tail = index_bytes(entries)
-        self._index = parse_index(os.pread(self._handle, tail, size - tail), entries, size, str(path))
+        self._index = parse_index(self._pread(tail, max(0, size - tail)), entries, size, str(path))
 
     def __del__(self) -> None:
         if hasattr(self, "_handle"):
@@ -106,7 +109,13 @@ class _OpenShard:
         offset, size = self._index[entry]
         if offset == ABSENT:
             raise CacheDamagedError(f"{where}: the shard holds no such chunk; extract this cache again")
-        unpack_chunk(os.pread(self._handle, int(size), int(offset)), out, where)
+        unpack_chunk(self._pread(int(size), int(offset)), out, where)
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._handle, size, offset)
+        except OSError as error:
+            raise CacheDamagedError(f"{self.path}: {error.strerror} at byte {offset}; check the disk") from error
 
 
 def _check_sizes(root: Path) -> dict[str, int]:

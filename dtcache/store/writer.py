@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError
 from dtcache.spec import FailedSample, Recipe, Sample, canonical_json, sha256_json
+from dtcache.storage import TEMPORARY, disk_errors, file_sha256, fsync_tree, publish, write_file, write_temporary
 from dtcache.store.commits import (
     CodecSums,
     CommitRecord,
@@ -25,7 +26,6 @@ from dtcache.store.layout import COMMITS, DATA, LOG, MANIFEST, SAMPLES, SHARDS, 
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
 from dtcache.store.samples import SHARD_SCHEMA, parquet_bytes, read_failures, read_table, samples_table
 from dtcache.store.shard import build_shard
-from dtcache.store.storage import TEMPORARY, disk_errors, file_sha256, fsync_tree, publish, write_file, write_temporary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

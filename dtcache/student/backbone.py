@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtcache.errors import ConfigError
 from dtcache.spec import Json, ViewSpec
-from dtcache.store.storage import write_file
+from dtcache.storage import write_file
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"

@@ -261,7 +261,7 @@ def test_a_full_disk_is_one_clear_line(
     def full(target: Path, data: bytes) -> Path:
         calls.append(target)
         if len(calls) == 8:
-            from dtcache.store.storage import _disk_error
+            from dtcache.storage import _disk_error
 
             raise _disk_error(target, len(data), OSError(errno.ENOSPC, "No space left on device"))
         return real(target, data)

@@ -17,11 +17,11 @@ from store.builders import COARSE, FAILED_ROW, FINE, ROWS, VIEWS, begin, tiny_pl
 
 from dtcache.errors import CacheDamagedError, CacheIncompleteError, CacheNotFoundError
 from dtcache.spec import canonical_json
+from dtcache.storage import file_sha256
 from dtcache.store import reader as reader_module
 from dtcache.store.layout import IMAGES, PayloadArray, read_fit
 from dtcache.store.reader import CacheReader
 from dtcache.store.samples import parquet_bytes
-from dtcache.store.storage import file_sha256
 
 NAMES = (IMAGES, FINE, COARSE)
 

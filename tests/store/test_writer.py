@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from store.builders import FAILED_ROW, FINE, begin, tiny_plan, tree, write_cache
 
+from dtcache import storage
 from dtcache.errors import (
     CacheBusyError,
     CacheDamagedError,
@@ -21,11 +22,10 @@ from dtcache.errors import (
     DiskError,
 )
 from dtcache.spec import sha256_json
-from dtcache.store import storage
+from dtcache.storage import FolderLock, file_sha256
 from dtcache.store.commits import read_commits, total_sums, write_commit
 from dtcache.store.manifest import read_manifest
 from dtcache.store.samples import read_table
-from dtcache.store.storage import FolderLock, file_sha256
 from dtcache.store.writer import CacheWriter, require_ours
 
 
@@ -344,7 +344,7 @@ def test_data_is_durable_before_its_commit_record(tmp_path: Path, monkeypatch: p
 _HOLDER = """
 import sys, time
 from pathlib import Path
-from dtcache.store.storage import FolderLock
+from dtcache.storage import FolderLock
 with FolderLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

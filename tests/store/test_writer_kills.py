@@ -19,7 +19,7 @@ import pytest
 from store.builders import begin, tiny_plan, tree, write_cache
 
 import dtcache
-from dtcache.store import storage
+from dtcache import storage
 
 
 class Snapshots:
@@ -120,7 +120,7 @@ _WRITER = """
 import pickle, sys, time
 from pathlib import Path
 from store.builders import begin
-from dtcache.store.storage import FolderLock
+from dtcache.storage import FolderLock
 plan = pickle.loads(Path(sys.argv[2]).read_bytes())
 with FolderLock(Path(sys.argv[1])):
     print("begin", flush=True)

@@ -1,4 +1,4 @@
-"""The only file-system calls of the store. Files are whole or absent: write beside, fsync, rename, fsync the folder."""
+"""The only file-system writes. Files are whole or absent: write beside, fsync, rename, fsync the folder."""
 
 import errno
 import fcntl
@@ -107,6 +107,8 @@ class FolderLock:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._handle)
+            if error.errno != errno.EWOULDBLOCK:
+                raise _disk_error(folder / ".lock", 0, error) from error
             raise CacheBusyError(f"{folder} is being written by another process; wait for it or stop it") from error
 
     def __enter__(self) -> "FolderLock":
