@@ -10,7 +10,7 @@ from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, Ca
 from dtcache.spec import FORMAT_VERSION, Json, Recipe, canonical_json, sha256_json
 from dtcache.storage import write_file
 from dtcache.store.commits import CodecSums
-from dtcache.store.layout import IMAGES, MANIFEST, PayloadArray
+from dtcache.store.layout import MANIFEST, PayloadArray, tap_name
 
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_PAYLOAD_BYTES = 1 << 28
@@ -55,7 +55,8 @@ class CacheManifest:
     @property
     def tap_names(self) -> list[str]:
         """The arrays of features, timestep by timestep, finest tap first."""
-        return [name for name in self.arrays if name != IMAGES]
+        teacher = self.recipe["teacher"]
+        return [tap_name(t, tap["name"]) for t in teacher["timesteps"] for tap in teacher["taps"]]
 
     @property
     def num_samples(self) -> int:
