@@ -1,7 +1,8 @@
 """Four-lane interleaved range asymmetric numeral systems (Duda 2014) with static tables, as numba kernels.
 
-A payload is little-endian: sigma and mu (float32), escape count (uint16), escapes (int16 each), four lane states
-(uint32), then 16-bit words. Coefficient i belongs to lane i mod 4. docs/format.md is the specification.
+A payload is little-endian: sigma and mu (float32), four lane states (uint32), then 16-bit words. Coefficient i belongs
+to lane i mod 4. A value without a symbol of its own follows, as one int16 word, the words of its escape symbol.
+docs/format.md is the specification.
 """
 
 from dataclasses import dataclass
@@ -13,9 +14,8 @@ from numpy.typing import NDArray
 from dtcache.codec.fitted import DEAD, TABLE_BITS, TABLE_SIZE, FittedTap
 from dtcache.errors import CodecError
 
-HEADER = 10
+HEADER_WORDS = 4
 LANES = 4
-MAX_ESCAPES = 0xFFFF
 LOW = 1 << 16
 """Lane states stay in [2^16, 2^32)."""
 
@@ -51,12 +51,9 @@ def rans_tables(fitted: FittedTap) -> RansTables:
 
 
 def encode(values_N: NDArray[np.int16], mu: float, sigma: float, tables: RansTables, bound: int) -> bytes:
-    """Encode one sample's quantised coefficients and its two whitening scalars.
-
-    Of more than 65,535 values without a symbol of their own, those past it are clipped to the widest symbol.
-    """
+    """Encode one sample's quantised coefficients and its two whitening scalars."""
     words = np.zeros(bound // 2, np.uint16)
-    words[:4] = np.array([sigma, mu], np.float32).view(np.uint16)
+    words[:HEADER_WORDS] = np.array([sigma, mu], np.float32).view(np.uint16)
     used = _encode(values_N, tables.table, tables.frequency, tables.start, tables.half_width, words)
     return words[:used].tobytes()
 
@@ -66,7 +63,9 @@ def decode_batch(payloads_BL: NDArray[np.uint8], tables: RansTables) -> tuple[ND
 
     Raises CodecError naming the place in the batch of a payload that no encoder wrote.
     """
-    count = len(payloads_BL)
+    count, length = payloads_BL.shape
+    if length < 2 * (HEADER_WORDS + 2 * LANES):
+        raise CodecError(f"payloads of {length} bytes are too short for the lane states")
     values = np.empty((count, len(tables.table)), np.int16)
     words = np.ascontiguousarray(payloads_BL).view(np.uint16)
     bad = _decode(words, tables.table, tables.frequency, tables.start, tables.symbol_at, tables.half_width, values)
@@ -80,26 +79,19 @@ def decode_batch(payloads_BL: NDArray[np.uint8], tables: RansTables) -> tuple[ND
 def _encode(values, table, frequency, start, half_width, out):  # type: ignore[no-untyped-def]
     """Write the payload after its scalars into uint16 words; return the number of words used."""
     count = len(values)
-    values = values.copy()
-    escapes = 0
-    for i in range(count):
-        h = half_width[table[i]]
-        if abs(np.int32(values[i])) > h:
-            if escapes == MAX_ESCAPES:
-                values[i] = h if values[i] > 0 else -h
-                continue
-            out[5 + escapes] = np.uint16(values[i] & 0xFFFF)
-            escapes += 1
-    out[4] = escapes
-    head = 5 + escapes
     states = np.full(LANES, LOW, np.uint64)
-    words = np.empty(count + 1, np.uint16)
+    # Coding runs backwards, so that decoding runs forwards; at most a state's word and an escape a coefficient.
+    words = np.empty(2 * count, np.uint16)
     used = 0
     for i in range(count - 1, -1, -1):
         t = table[i]
         h = np.int32(half_width[t])
         v = np.int32(values[i])
-        symbol = v + h if abs(v) <= h else 2 * h + 1
+        symbol = v + h
+        if abs(v) > h:
+            symbol = 2 * h + 1
+            words[used] = np.uint16(v & 0xFFFF)
+            used += 1
         f = np.uint64(frequency[t, symbol])
         x = states[i % LANES]
         if x >= (f << np.uint64(32 - TABLE_BITS)):
@@ -107,10 +99,11 @@ def _encode(values, table, frequency, start, half_width, out):  # type: ignore[n
             used += 1
             x >>= np.uint64(16)
         states[i % LANES] = ((x // f) << np.uint64(TABLE_BITS)) + x % f + np.uint64(start[t, symbol])
+    head = HEADER_WORDS
     for lane in range(LANES):
-        out[head + 2 * lane] = states[lane] & np.uint64(0xFFFF)
-        out[head + 2 * lane + 1] = states[lane] >> np.uint64(16)
-    head += 2 * LANES
+        out[head] = states[lane] & np.uint64(0xFFFF)
+        out[head + 1] = states[lane] >> np.uint64(16)
+        head += 2
     for k in range(used):
         out[head + k] = words[used - 1 - k]
     return head + used
@@ -123,16 +116,11 @@ def _decode(words, table, frequency, start, symbol_at, half_width, values):  # t
     length = words.shape[1]
     states = np.empty(LANES, np.uint32)
     for row in range(words.shape[0]):
-        escapes = np.int64(words[row, 4])
-        head = 5 + escapes
-        if head + 2 * LANES > length:
-            return row
+        position = HEADER_WORDS
         for lane in range(LANES):
-            states[lane] = np.uint32(words[row, head + 2 * lane]) | (
-                np.uint32(words[row, head + 2 * lane + 1]) << np.uint32(16)
-            )
-        position = head + 2 * LANES
-        taken = 0
+            low, high = words[row, position], words[row, position + 1]
+            states[lane] = np.uint32(low) | (np.uint32(high) << np.uint32(16))
+            position += 2
         for i in range(count):
             t = table[i]
             x = states[i & 3]
@@ -147,14 +135,14 @@ def _decode(words, table, frequency, start, symbol_at, half_width, values):  # t
             states[i & 3] = x
             value = np.int32(symbol) - np.int32(half_width[t])
             if value > half_width[t]:
-                if taken >= escapes:
+                if position >= length:
                     return row
-                value = np.int32(np.int16(words[row, 5 + taken]))
-                taken += 1
+                value = np.int32(np.int16(words[row, position]))
+                position += 1
+                if abs(value) <= half_width[t]:
+                    return row
             values[row, i] = value
         # The decoder must end where the encoder began; anything else is damage that got past the checksums.
-        if taken != escapes:
-            return row
         for lane in range(LANES):
             if states[lane] != np.uint32(LOW):
                 return row

@@ -44,10 +44,8 @@ def draw_values(fitted: FittedTap, seed: int, escape_values: bool = True) -> NDA
 
 def reference_decode(payload: bytes, fitted: FittedTap) -> tuple[list[int], float, float]:
     """Decode with Python integers alone; return values, sigma and mu. Raises ValueError unless it ends exactly."""
-    sigma, mu, escapes = struct.unpack_from("<ffH", payload)
-    escaped = list(struct.unpack_from(f"<{escapes}h", payload, 10))
-    states = list(struct.unpack_from("<4I", payload, 10 + 2 * escapes))
-    rest = payload[26 + 2 * escapes :]
+    sigma, mu, *states = struct.unpack_from("<ff4I", payload)
+    rest = payload[24:]
     words = list(struct.unpack(f"<{len(rest) // 2}H", rest))
     values = []
     for i, t in enumerate(coded_tables(fitted)):
@@ -59,7 +57,8 @@ def reference_decode(payload: bytes, fitted: FittedTap) -> tuple[list[int], floa
             state = state * 65536 + words.pop(0)
         states[i % 4] = state
         half = int(fitted.half_width[t])
-        values.append(symbol - half if symbol <= 2 * half else escaped.pop(0))
-    if words or escaped or states != [1 << 16] * 4:
-        raise ValueError(f"{len(words)} words, {len(escaped)} escapes and states {states} are left")
+        # An escaped value is one more word, read as a signed number.
+        values.append(symbol - half if symbol <= 2 * half else (words.pop(0) + 32768) % 65536 - 32768)
+    if words or states != [1 << 16] * 4:
+        raise ValueError(f"{len(words)} words and states {states} are left")
     return values, sigma, mu
