@@ -15,7 +15,7 @@ from dtcache._version import __version__
 from dtcache.errors import DtcacheError
 from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TeachOptions, TrainOptions
 
-EXISTING = click.Path(exists=False, path_type=Path)
+PATH = click.Path(path_type=Path)
 
 JSON_FLAG = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
 
@@ -68,7 +68,7 @@ def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
         # click 8.3 takes an explicit default of None for a value and then misses nothing.
         del shape["default"]
         shape["required"] = True
-    kind = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else EXISTING if hint is Path else hint
+    kind = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else PATH if hint is Path else hint
     return click.option(f"--{name}", type=kind, **shape)
 
 
@@ -115,7 +115,7 @@ def scenes(count: int, start: int, size: int, seed: int, out: Path) -> None:
 
 
 @main.command()
-@click.argument("images", type=EXISTING)
+@click.argument("images", type=PATH)
 @_out("Directory of the teacher; a run found there is resumed.")
 @options_of(TeachOptions)
 def teach(images: Path, out: Path, options: TeachOptions) -> None:
@@ -132,7 +132,7 @@ def teach(images: Path, out: Path, options: TeachOptions) -> None:
 
 
 @main.command()
-@click.argument("images", type=EXISTING)
+@click.argument("images", type=PATH)
 @_out("Folder of the cache; one found there is resumed if it was begun with the same recipe.")
 @options_of(ExtractOptions)
 def extract(images: Path, out: Path, options: ExtractOptions) -> None:
@@ -153,7 +153,7 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> None:
 
 
 @main.command()
-@click.argument("cache", type=EXISTING)
+@click.argument("cache", type=PATH)
 @JSON_FLAG
 def inspect(cache: Path, as_json: bool) -> None:
     """Show what CACHE holds, what it costs and whether it is complete; never writes.
@@ -174,7 +174,7 @@ def inspect(cache: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("cache", type=EXISTING)
+@click.argument("cache", type=PATH)
 @_out("Folder of the run; one found there is resumed if it was begun with the same options.")
 @options_of(TrainOptions)
 def train(cache: Path, out: Path, options: TrainOptions) -> None:

@@ -45,8 +45,7 @@ def run_all(data: Path, work: Path, seeds: int) -> None:
     """Teacher, timestep, cache, students, probes."""
     train, test = data / "cifar10-train.parquet", data / "cifar10-test.parquet"
     probes = ["--train", train, "--test", test, *EVALUATE]
-    if not TEACHER.exists():
-        step("teacher", ["teach", train, *TEACH, "--out", TEACHER])
+    step("teacher", ["teach", train, *TEACH, "--out", TEACHER])
     levels = [flag for t in TIMESTEPS for flag in ("--timestep", t)]
     small = work / "timesteps.cache"
     step("timesteps-extract", ["extract", train, "--teacher", TEACHER, "--limit", 512, *levels, "--out", small])

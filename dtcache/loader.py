@@ -18,6 +18,7 @@ from dtcache.images.source import permuted
 from dtcache.images.stored import decode_stored
 from dtcache.spec import ViewSpec
 from dtcache.store.layout import DATA, IMAGES, read_fit
+from dtcache.store.manifest import CacheManifest
 from dtcache.store.reader import CacheReader
 
 LOOKAHEAD = 4
@@ -38,10 +39,20 @@ class TrainBatch:
     """(B, 2) fp32 sigma and mu by array: raw = whitened * sigma + mu."""
 
 
-def load_fit(root: Path, names: Sequence[str]) -> dict[str, FittedTap]:
-    """Read the fitted codec of some taps from a cache. Raises CodecError where its arrays contradict each other."""
-    found: dict[str, dict[str, Any]] = {name: read_fit(root / DATA, name) for name in names}
-    return {name: FittedTap(**arrays) for name, arrays in found.items()}
+def load_fit(root: Path, manifest: CacheManifest) -> dict[str, FittedTap]:
+    """Read a cache's fitted codec by array. Raises CacheDamagedError where it is not the one that the recipe names."""
+    try:
+        arrays: dict[str, dict[str, Any]] = {name: read_fit(root / DATA, name) for name in manifest.tap_names}
+        fit = {name: FittedTap(**found) for name, found in arrays.items()}
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CacheDamagedError(
+            f"{root}: the codec's arrays are damaged ({error}); delete this cache and extract it again"
+        ) from error
+    if sha256_fit(fit) != manifest.recipe["codec"]["fit_sha256"]:
+        raise CacheDamagedError(
+            f"{root}: the codec's arrays are not the fitted ones; delete this cache and extract it again"
+        )
+    return fit
 
 
 class Cache:
@@ -53,9 +64,7 @@ class Cache:
         recipe = self.reader.manifest.recipe
         self.view = ViewSpec(**recipe["view"])
         self.names = self.reader.manifest.tap_names
-        self.fit = load_fit(root, self.names)
-        if sha256_fit(self.fit) != recipe["codec"]["fit_sha256"]:
-            raise CacheDamagedError(f"{root}: the codec's arrays are not the fitted ones; extract this cache again")
+        self.fit = load_fit(root, self.reader.manifest)
         self._host = HostDecoder(self.fit)
 
     def shape(self, name: str) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """The options of each command: frozen dataclasses that cli.py turns into flags and Python callers pass as they are."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +11,54 @@ AUTO_DEVICE = "auto, cpu, cuda or cuda:N"
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
-def option(default: Any, text: str, *, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
-    """Return a dataclass field that carries its help text, choices and metavar for the command line."""
-    return field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar})
+def option(
+    default: Any, text: str, *, choices: tuple[str, ...] = (), metavar: str = "", minimum: float | None = None
+) -> Any:
+    """Return a dataclass field that carries its help text, choices, metavar and least value."""
+    return field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar, "minimum": minimum})
+
+
+class Options:
+    """Checks the bounds of every option, for Python callers and the command line alike."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError naming the first option that is out of bounds."""
+        for f in fields(self):  # type: ignore[arg-type]
+            value, least, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
+            flag = f"--{f.name.replace('_', '-')}"
+            if choices and value not in choices:
+                raise ConfigError(f"{flag} {value}: expected one of {', '.join(choices)}")
+            if least is not None and value is not None and not value >= least:
+                raise ConfigError(f"{flag} {value}: expected at least {least:g}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TeachOptions:
+class TeachOptions(Options):
     """Options of `dtcache teach`."""
 
-    size: str | None = option(None, "View size in pixels [default: 64].", metavar="H[xW]")
+    size: str = option("64", "View size in pixels.", metavar="H[xW]")
     fit: str = option("crop", "How an image meets the view.", choices=("crop", "stretch"))
-    steps: int = option(50_000, "Optimizer steps in all.")
-    batch_size: int = option(64, "Images a step.")
+    steps: int = option(50_000, "Optimizer steps in all.", minimum=1)
+    batch_size: int = option(64, "Images a step.", minimum=1)
     lr: float = option(4e-4, "Peak learning rate of AdamW.")
-    warmup: int = option(200, "Steps of linear warm-up; cosine decay after it.")
+    warmup: int = option(200, "Steps of linear warm-up; cosine decay after it.", minimum=0)
     channels: str = option("64,128,128,128", "U-Net channels a level, finest first.", metavar="C,C,...")
-    layers: int = option(1, "Residual blocks a level.")
-    attention: int = option(2, "Number of coarsest levels that have attention.")
-    ema: float = option(0.999, "Decay of the weight average that is saved.")
+    layers: int = option(1, "Residual blocks a level.", minimum=1)
+    attention: int = option(2, "Number of coarsest levels that have attention.", minimum=0)
+    ema: float = option(0.999, "Decay of the weight average that is saved.", minimum=0)
     weights: str = option("float32", "Type of the saved weights.", choices=("float32", "float16"))
-    seed: int = option(0, "Seed of weights, order and noise.")
+    seed: int = option(0, "Seed of weights, order and noise.", minimum=0)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
-    save_every: int = option(500, "Steps between checkpoints.")
-    samples: int = option(36, "Images in the sample grid.")
-    limit: int | None = option(None, "Use the first N images of the permuted order.")
+    save_every: int = option(500, "Steps between checkpoints.", minimum=1)
+    samples: int = option(36, "Images in the sample grid.", minimum=0)
+    limit: int | None = option(None, "Use the first N images of the permuted order.", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExtractOptions:
+class ExtractOptions(Options):
     """Options of `dtcache extract`."""
 
     teacher: str = option("", "Directory or Hugging Face id of a diffusers UNet2DModel.", metavar="DIR_OR_ID")
@@ -47,93 +66,94 @@ class ExtractOptions:
     fit: str = option("crop", "How an image meets the view.", choices=("crop", "stretch"))
     taps: str | None = option(None, "Strides to cache, such as 4,8,16,32 [default: 4..32, else the four coarsest].")
     timestep: tuple[int, ...] = option((150,), "Diffusion step T at which the image is noised; may be repeated.")
-    ratio: float = option(50.0, "Target of fp16 bytes over all stored bytes but images.")
-    seed: int = option(0, "Seed of row order and noise.")
+    ratio: float = option(50.0, "Target of fp16 bytes over all stored bytes but images.", minimum=1)
+    seed: int = option(0, "Seed of row order and noise.", minimum=0)
     flip: bool = option(True, "Cache the mirrored view too.")
-    batch_size: int = option(32, "Images a teacher pass, views counted; a constant of the recipe.")
-    limit: int | None = option(None, "Cache the first N images of the permuted order.")
-    shard_rows: int | None = option(None, "Rows a shard [default: by payload size, 256 to 4096].")
+    batch_size: int = option(32, "Images a teacher pass, views counted; a constant of the recipe.", minimum=1)
+    limit: int | None = option(None, "Cache the first N images of the permuted order.", minimum=1)
+    shard_rows: int | None = option(None, "Rows a shard [default: by payload size, 256 to 4096].", minimum=1)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainOptions:
+class TrainOptions(Options):
     """Options of `dtcache train`."""
 
     student: str = option("resnet50", "Any timm backbone with a feature pyramid.", metavar="NAME")
-    epochs: int = option(100, "Passes over the training samples.")
-    warmup_epochs: float = option(5.0, "Epochs of linear warm-up; cosine decay after it.")
-    batch_size: int = option(256, "Samples a step.")
+    epochs: int = option(100, "Passes over the training samples.", minimum=1)
+    warmup_epochs: float | None = option(
+        None, "Epochs of linear warm-up, cosine decay after it [default: a tenth of --epochs].", minimum=0
+    )
+    batch_size: int = option(256, "Samples a step.", minimum=2)
     optimizer: str = option("adamw", "Optimizer.", choices=("adamw", "lamb"))
     lr: float | None = option(None, "Peak rate [default: 4e-3 x batch/256 for adamw, 4e-3 x batch/2048 for lamb].")
-    weight_decay: float = option(0.05, "Weight decay; none on norms and biases.")
-    clip_grad: float | None = option(None, "Clip the gradient's norm [default: no clipping].")
-    at_weight: float = option(10.0, "Weight of the attention-transfer loss beside the MSE.")
-    fpn_width: int = option(256, "Channels of the regressor's pyramid.")
+    weight_decay: float = option(0.05, "Weight decay; none on norms and biases.", minimum=0)
+    clip_grad: float | None = option(None, "Clip the gradient's norm [default: no clipping].", minimum=1e-12)
+    at_weight: float = option(10.0, "Weight of the attention-transfer loss beside the MSE.", minimum=0)
+    fpn_width: int = option(256, "Channels of the regressor's pyramid.", minimum=1)
     student_size: str | None = option(
         None, "Student input size [default: view x max(1, 4/finest stride)].", metavar="H[xW]"
     )
     taps: str | None = option(None, "Strides to train on [default: all in the cache].", metavar="S,S,...")
     timestep: int | None = option(None, "Timestep to train on [default: all in the cache].")
-    limit: int | None = option(None, "Train on the first N rows.")
+    limit: int | None = option(None, "Train on the first N rows.", minimum=1)
     init: str | None = option(
         None, "Start from timm's pretrained weights or from a backbone.", metavar="pretrained|PATH"
     )
-    seed: int = option(0, "Seed of weights, order and flips.")
-    threads: int = option(2, "Threads that read and decode the cache.")
+    seed: int = option(0, "Seed of weights, order and flips.", minimum=0)
+    threads: int = option(2, "Threads that read and decode the cache.", minimum=1)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
-    save_every: int = option(200, "Steps between checkpoints.")
-    log_every: int = option(20, "Steps between metric lines.")
+    save_every: int = option(200, "Steps between checkpoints.", minimum=1)
+    log_every: int = option(20, "Steps between metric lines.", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """Options of `dtcache evaluate`."""
 
     train: Path = option("", "Labelled training images (folder tree or Parquet).", metavar="IMAGES")
     test: Path | None = option(None, "Labelled test images [default: a fifth of --train].", metavar="IMAGES")
     size: str | None = option(None, "Input size [default: the one trained with; 32 for raw pixels].", metavar="H[xW]")
-    limit_train: int | None = option(None, "Use N training images of the permuted order.")
-    limit_test: int | None = option(None, "Use N test images of the permuted order.")
-    neighbours: int = option(20, "k of k-NN.")
+    limit_train: int | None = option(None, "Use N training images of the permuted order.", minimum=1)
+    limit_test: int | None = option(None, "Use N test images of the permuted order.", minimum=1)
+    neighbours: int = option(20, "k of k-NN.", minimum=1)
     teacher: str | None = option(
         None, "Teacher for images that are not in the cache, when MODEL is one.", metavar="DIR_OR_ID"
     )
-    batch_size: int = option(128, "Images a forward pass.")
-    seed: int = option(0, "Seed of random weights and splits.")
+    batch_size: int = option(128, "Images a forward pass.", minimum=1)
+    seed: int = option(0, "Seed of random weights and splits.", minimum=0)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DemoOptions:
+class DemoOptions(Options):
     """Options of `dtcache demo`."""
 
-    train_images: int = option(1500, "Scenes to cache and to train on.")
-    test_images: int = option(500, "Scenes to test on.")
+    train_images: int = option(1500, "Scenes to cache and to train on.", minimum=1)
+    test_images: int = option(500, "Scenes to test on.", minimum=1)
     students: str = option("resnet18,resnet10t", "Students to train from the one cache.", metavar="NAME,NAME")
-    epochs: int = option(12, "Epochs of each student.")
-    batch_size: int = option(64, "Samples a step.")
-    fpn_width: int = option(64, "Channels of the regressor's pyramid.")
+    epochs: int = option(12, "Epochs of each student.", minimum=1)
+    batch_size: int = option(64, "Samples a step.", minimum=2)
+    fpn_width: int = option(64, "Channels of the regressor's pyramid.", minimum=1)
     timestep: int = option(50, "Diffusion step of the cache.")
-    seed: int = option(0, "Seed of scenes, cache and students.")
+    seed: int = option(0, "Seed of scenes, cache and students.", minimum=0)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Parse `H` or `HxW` into (height, width), pixels. Raises ConfigError where it is neither."""
-    parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise ConfigError(f"--size {text}: expected H or HxW in pixels, such as 256 or 128x256")
-    return int(parts[0]), int(parts[-1])
+def parse_size(text: str, flag: str = "--size") -> tuple[int, int]:
+    """Parse `H` or `HxW` into (height, width), pixels. Raises ConfigError, naming the flag, where it is neither."""
+    found = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?", text.lower())
+    if found is None:
+        raise ConfigError(f"{flag} {text}: expected H or HxW in pixels, such as 256 or 128x256")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def parse_ints(text: str, flag: str) -> tuple[int, ...]:
     """Parse comma-separated positive integers. Raises ConfigError, naming the flag, where it is something else."""
-    parts = text.split(",")
-    if not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+    if not re.fullmatch(r" *[1-9][0-9]{0,8} *(, *[1-9][0-9]{0,8} *)*", text):
         raise ConfigError(f"{flag} {text}: expected positive integers separated by commas, such as 8,16,32")
-    return tuple(int(p) for p in parts)
+    return tuple(int(part) for part in text.split(","))

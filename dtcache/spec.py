@@ -98,12 +98,14 @@ class CodecSpec:
     fit_sha256: str
     """SHA-256 over the fitted arrays."""
     noise_share: dict[str, float]
-    """By array: the share of the whitened variance that a second noise draw changes, the floor of a student's MSE."""
+    """By array: the share of the variance about the channel means that a second noise draw changes."""
+    noise_floor: dict[str, float]
+    """By array: that variance, a value of the uncompressed whitened map: the least MSE that its student can reach."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """Everything that a cache is a function of."""
+    """Everything that a cache is a function of, but the images' bytes: samples.parquet has their hashes."""
 
     teacher: TeacherSpec
     view: ViewSpec
@@ -135,7 +137,7 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON: two caches with equal fingerprints hold equal bytes on one machine type."""
+        """SHA-256 of the canonical JSON: with the same images it gives the same bytes on one machine type."""
         return sha256_json(self.to_json())
 
 

@@ -26,7 +26,7 @@ def fsync_folder(folder: Path) -> None:
         raise _disk_error(folder, 0, error) from error
 
 
-def write_temporary(target: Path, data: bytes) -> Path:
+def write_temporary(target: Path, data: bytes | memoryview) -> Path:
     """Write and fsync `data` to a temporary file beside `target` and return its path.
 
     Raises DiskError with what to do; after a failed fsync the file is removed, to be written anew, never retried.
@@ -54,7 +54,7 @@ def publish(temporaries: list[Path]) -> None:
         fsync_folder(folder)
 
 
-def write_file(target: Path, data: bytes) -> None:
+def write_file(target: Path, data: bytes | memoryview) -> None:
     """Replace `target` by `data`, atomically and durably. Raises DiskError."""
     publish([write_temporary(target, data)])
 

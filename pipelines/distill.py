@@ -18,10 +18,10 @@ def losses_of(
 ) -> dict[str, Tensor]:
     """Return `loss` (the mean over taps of MSE + weight x AT) and both parts a tap, fp32 scalars."""
     device = compute.device
-    coefficients = {name: values.to(device, non_blocking=True) for name, values in batch.coefficients.items()}
+    coefficients = {name: values.to(device) for name, values in batch.coefficients.items()}
     targets = decoder(coefficients)
     with compute.autocast():
-        predicted = student(batch.images_BCHW.to(device, non_blocking=True))
+        predicted = student(batch.images_BCHW.to(device))
     parts: dict[str, Tensor] = {}
     for name, whitened_BCHW in targets.items():
         raw_BCHW = unwhiten(whitened_BCHW, batch.scalars[name].to(device))
@@ -36,11 +36,16 @@ def train_step(
     decoder: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: TrainBatch,
+    step: int,
     rate: float,
     options: TrainOptions,
     compute: Compute,
 ) -> dict[str, float]:
-    """Take one optimizer step at a learning rate and return the losses before it."""
+    """Take one optimizer step at a learning rate and return the losses before it.
+
+    What a backbone draws at random (dropout, dropped paths) depends on (seed, step) alone.
+    """
+    torch.manual_seed((options.seed << 32) + step)
     student.train()
     losses = losses_of(student, decoder, batch, options.at_weight, compute)
     losses["loss"].backward()

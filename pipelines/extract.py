@@ -3,7 +3,7 @@
 import hashlib
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from dtcache._version import __version__
 from dtcache.codec import FeatureEncoder
 from dtcache.device import resolve_compute
-from dtcache.errors import ConfigError
+from dtcache.errors import CacheMismatchError, ConfigError
 from dtcache.images import LoadedView, load_views, open_source
 from dtcache.images.stored import encode_stored, image_bound
 from dtcache.loader import load_fit
@@ -21,7 +21,7 @@ from dtcache.options import ExtractOptions
 from dtcache.spec import CodecSpec, FailedSample, Json, Recipe
 from dtcache.storage import FolderLock
 from dtcache.store.commits import CodecSums
-from dtcache.store.layout import IMAGES, MANIFEST, payload_arrays, tap_name
+from dtcache.store.layout import IMAGES, MANIFEST, payload_arrays
 from dtcache.store.manifest import read_manifest, require_same
 from dtcache.store.samples import hash_samples
 from dtcache.store.writer import CacheWriter, ShardData, require_ours
@@ -30,6 +30,7 @@ from pipelines.job import Job, make_job
 from pipelines.progress import track
 
 DECODE_THREADS = 2
+CHECKED_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,33 +53,40 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
         raise ConfigError(f"--out {out}: expected a folder, got a file")
     source = open_source(images)
     job = make_job(source, options)
+    if out.is_dir() and not (out / MANIFEST).exists():
+        require_ours(out)
     with FolderLock(out):
         if (out / MANIFEST).exists():
             require_same(out, read_manifest(out).recipe, _asked(job, options))
             writer = CacheWriter.resume(out)
+            _require_same_images(job, writer)
         else:
-            require_ours(out)
             writer = _begin(out, job, options)
         count = len(job.samples)
-        fit = load_fit(out, writer.manifest.tap_names)
+        fit = load_fit(out, writer.manifest)
         encoder = FeatureEncoder(fit, resolve_compute(options.device, options.precision).device)
         missing = writer.missing
         array = writer.manifest.arrays[IMAGES]
         left = sum(len(array.rows_of(shard)) for shard in missing)
+        written = 0
         with track("extract", count, count - left) as progress:
             todo = (job.samples[row].index for shard in missing for row in array.rows_of(shard))
             views = load_views(source, todo, job.view, threads=DECODE_THREADS)
             for shard in missing:
-                data = run_shard(job, encoder, shard, array.rows_of(shard), views, array.length, fit_rows(count))
-                size = writer.write_shard(data)
-                progress.advance(len(array.rows_of(shard)), f"{size / 2**20:.1f} MiB a shard")
+                note = f"{written / 2**20:.1f} MiB written, {len(writer.failures)} failed"
+                work = run_shard(
+                    job, encoder, shard, array.rows_of(shard), views, array.length, fit_rows(count),
+                    lambda done, note=note: progress.advance(done, note),
+                )  # fmt: skip
+                written += writer.write_shard(work)
         writer.seal()
-        failures = tuple(f for f in writer.failures)
-        writer.write_log(
-            {"seconds": time.time() - started, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-             "rows_this_run": left, "dtcache": __version__, "torch": torch.__version__, "host": platform.node(),
-             "python": platform.python_version(), "threads": torch.get_num_threads()}
-        )  # fmt: skip
+        failures = tuple(writer.failures)
+        if missing:
+            writer.write_log(
+                {"seconds": time.time() - started, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                 "rows_this_run": left, "dtcache": __version__, "torch": torch.__version__, "host": platform.node(),
+                 "python": platform.python_version(), "threads": torch.get_num_threads()}
+            )  # fmt: skip
     return Extracted(root=out, num_done=count - len(failures), failures=failures, seconds=time.time() - started)
 
 
@@ -90,11 +98,19 @@ def fit_rows(count: int) -> int:
 def _asked(job: Job, options: ExtractOptions) -> Json:
     """Return the recipe's fields that options and inputs fix, to be compared with a cache that is there."""
     anything = CodecSpec(
-        ratio=options.ratio, step=0.0, fit_rows=fit_rows(len(job.samples)), fit_sha256="", noise_share={}
+        ratio=options.ratio,
+        step=0.0,
+        fit_rows=fit_rows(len(job.samples)),
+        fit_sha256="",
+        noise_share={},
+        noise_floor={},
     )
     asked = _recipe(job, anything, options.shard_rows or 0).to_json()
     # Not asked for, or derived from what is compared already.
-    for part, names in {"codec": ("step", "fit_rows", "fit_sha256", "noise_share"), "teacher": ("alpha_bars",)}.items():
+    for part, names in {
+        "codec": ("step", "fit_rows", "fit_sha256", "noise_share", "noise_floor"),
+        "teacher": ("alpha_bars",),
+    }.items():
         for name in names:
             del asked[part][name]
     if options.shard_rows is None:
@@ -134,11 +150,37 @@ def _shard_rows(count: int, bytes_a_row: float) -> int:
     return max(256, 1 << max(0, int(most).bit_length() - 1))
 
 
+def _require_same_images(job: Job, writer: CacheWriter) -> None:
+    """Compare some committed rows' image bytes with the source. Raises CacheMismatchError naming one that changed."""
+    count = len(job.samples)
+    for row in range(0, count, max(1, count // CHECKED_ROWS)):
+        known = writer.content_sha256(row)
+        if known is None:
+            continue
+        sample = job.samples[row]
+        try:
+            same = hashlib.sha256(job.source.read(sample.index)).hexdigest() == known
+        except OSError:
+            same = False
+        if not same:
+            raise CacheMismatchError(
+                f"{writer.root} was made from another image {sample.key}: its bytes have changed since; give the "
+                "images that the cache was begun with, or another --out"
+            )
+
+
 def run_shard(
-    job: Job, encoder: FeatureEncoder, shard: int, rows: range, views: Iterator[LoadedView], bound: int, fitted: int
+    job: Job,
+    encoder: FeatureEncoder,
+    shard: int,
+    rows: range,
+    views: Iterator[LoadedView],
+    bound: int,
+    fitted: int,
+    on_rows: Callable[[int], None],
 ) -> ShardData:
     """Compute one shard from `views`, which yields its rows' images in order; a pure function of the job."""
-    names = [tap_name(t, tap.name) for t in job.teacher.spec.timesteps for tap in job.teacher.spec.taps]
+    names = job.names
     payloads: dict[str, list[bytes]] = {name: [] for name in [IMAGES, *names]}
     content: list[str | None] = []
     failures: list[FailedSample] = []
@@ -167,5 +209,6 @@ def run_shard(
                 if reason is None and (row >= fitted or len(job.samples) == fitted):
                     errors[name] += float(encoded[name].squared_error[place].sum())
                     energies[name] += float(encoded[name].energy[place].sum())
+        on_rows(len(batch))
     sums = {name: CodecSums(squared_error=errors[name], energy=energies[name]) for name in names}
     return ShardData(shard=shard, payloads=payloads, content_sha256=tuple(content), failures=tuple(failures), sums=sums)

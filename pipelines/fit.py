@@ -1,5 +1,7 @@
 """Fitting a cache's codec: once, in the coordinating process, in one thread, before the first shard."""
 
+import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from dtcache.codec.transform import quantise, whiten
 from dtcache.errors import CodecError, ImagesError
 from dtcache.images import load_views
 from dtcache.spec import CodecSpec
+from dtcache.storage import disk_errors
 from dtcache.store.layout import ZSTD_LEVEL, tap_name
 from dtcache.store.shard import CRC_BYTES, ENTRY_BYTES
 from pipelines.job import Job
@@ -43,7 +46,8 @@ def fit_codec(out: Path, job: Job, rows: int, ratio: float) -> CodecFit:
     """
     spool = out / ".tmp-fit"
     shutil.rmtree(spool, ignore_errors=True)
-    spool.mkdir(parents=True)
+    with disk_errors(spool):
+        spool.mkdir(parents=True)
     threads = torch.get_num_threads()
     try:
         whitened = _spool_features(spool, job, rows)
@@ -64,7 +68,12 @@ def fit_codec(out: Path, job: Job, rows: int, ratio: float) -> CodecFit:
         shutil.rmtree(spool, ignore_errors=True)
     shares = {name: float((s.noise_share * s.variance).sum() / s.variance.sum()) for name, s in statistics.items()}
     spec = CodecSpec(
-        ratio=ratio, step=solved.step, fit_rows=rows, fit_sha256=sha256_fit(solved.fit), noise_share=shares
+        ratio=ratio,
+        step=solved.step,
+        fit_rows=rows,
+        fit_sha256=sha256_fit(solved.fit),
+        noise_share=shares,
+        noise_floor={name: float((s.noise_share * s.variance).mean()) for name, s in statistics.items()},
     )
     return CodecFit(spec=spec, fit=solved.fit, bytes_per_view=solved.bytes_per_view)
 
@@ -85,7 +94,10 @@ def _spool_features(spool: Path, job: Job, rows: int) -> dict[str, np.memmap]:
         for tap in spec.taps:
             path = spool / f"t{t}-{tap.name}"
             shape = (DRAWS, len(good), tap.channels, tap.height, tap.width)
-            maps[tap_name(t, tap.name)] = np.memmap(path, np.float16, "w+", shape=shape)
+            # Reserved: a page of a sparse file that finds the disk full kills the process without a word.
+            with disk_errors(path), open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
+            maps[tap_name(t, tap.name)] = np.memmap(path, np.float16, "r+", shape=shape)
     with track("fit features", DRAWS * len(good)) as progress:
         for draw in range(DRAWS):
             for start in range(0, len(good), spec.batch_size):

@@ -30,6 +30,11 @@ class Job:
         """Views of a row."""
         return 2 if self.flips else 1
 
+    @property
+    def names(self) -> list[str]:
+        """The arrays of features, timestep by timestep, finest tap first."""
+        return [tap_name(t, tap.name) for t in self.teacher.spec.timesteps for tap in self.teacher.spec.taps]
+
     def raw_features(
         self, loaded: list[LoadedView], rows: list[int], flips: list[bool], draw: int
     ) -> dict[str, Tensor]:
@@ -49,8 +54,6 @@ class Job:
 
 def make_job(source: ImageSource, options: ExtractOptions) -> Job:
     """Load the teacher and order the samples. Raises ConfigError, TeacherError."""
-    if options.limit is not None and options.limit < 1:
-        raise ConfigError(f"--limit {options.limit}: expected at least 1")
     if options.flip and options.batch_size < 2:
         raise ConfigError(f"--batch-size {options.batch_size}: expected at least 2, both flips of an image")
     loaded = load_teacher(options.teacher)

@@ -9,9 +9,9 @@ from rich.table import Table
 
 from dtcache.spec import FailedSample, Json
 from dtcache.store.commits import CodecSums, read_commits, total_sums
-from dtcache.store.layout import DATA, IMAGES, SAMPLES, SHARDS, tap_name
+from dtcache.store.layout import DATA, IMAGES, SAMPLES, tap_name
 from dtcache.store.manifest import CacheManifest, read_manifest
-from dtcache.store.samples import read_failures, read_table
+from dtcache.store.samples import damaged_objects, read_failures, read_objects
 
 
 def inspect_cache(root: Path) -> Json:
@@ -21,10 +21,10 @@ def inspect_cache(root: Path) -> Json:
     CacheDamagedError.
     """
     manifest = read_manifest(root)
-    failures, sums, shard_bytes, rows = _progress(root, manifest)
+    failures, sums, shard_bytes, missing = _progress(root, manifest)
     files = {p.relative_to(root).as_posix(): p.stat().st_size for p in root.rglob("*") if p.is_file()}
     recipe, count = manifest.recipe, manifest.num_samples
-    done = rows - len(failures)
+    done = count - missing - len(failures)
     image_bytes = shard_bytes.get(IMAGES, 0)
     stored = sum(files.values()) - image_bytes
     taps = [
@@ -34,11 +34,11 @@ def inspect_cache(root: Path) -> Json:
     ]
     fp16 = sum(tap["channels"] * tap["height"] * tap["width"] for tap in taps) * 2 * manifest.num_views
     return {
-        "complete": manifest.state == "sealed",
+        "complete": manifest.state == "sealed" and not missing,
         "num_images": count,
         "num_done": done,
         "num_failed": len(failures),
-        "num_missing": count - rows,
+        "num_missing": missing,
         "num_views": manifest.num_views,
         "bytes_on_disk": sum(files.values()),
         "image_bytes": image_bytes,
@@ -56,20 +56,25 @@ def inspect_cache(root: Path) -> Json:
 def _progress(
     root: Path, manifest: CacheManifest
 ) -> tuple[list[FailedSample], dict[str, CodecSums], dict[str, int], int]:
-    """Return failures, codec sums, bytes of shards by array, and finished rows."""
+    """Return failures, codec sums, bytes of shards by array, and rows that are not there."""
     if manifest.state == "sealed":
-        table = read_table(root / SHARDS)
-        objects = list(zip(table["path"].to_pylist(), table["bytes"].to_pylist(), strict=True))
-        failures, sums, rows = read_failures(root / SAMPLES), manifest.sums, manifest.num_samples
+        objects = {path: size for path, size, _ in read_objects(root)}
+        failures, sums = read_failures(root / SAMPLES), manifest.sums
     else:
         records = [record for _, record in sorted(read_commits(root).items())]
-        objects = [(o.path, o.size) for record in records for o in record.objects]
+        objects = {o.path: o.size for record in records for o in record.objects}
         failures, sums = [f for record in records for f in record.failures], total_sums(records)
-        rows = sum(len(record.content_sha256) for record in records)
+    damaged = damaged_objects(root, objects)
     sizes: Counter[str] = Counter()
-    for path, size in objects:
-        sizes[path.removeprefix(f"{DATA}/").rpartition("/")[0]] += size
-    return failures, sums, dict(sizes), rows
+    for path, size in objects.items():
+        sizes[path.removeprefix(f"{DATA}/").rpartition("/")[0]] += 0 if path in damaged else size
+    # A row is there when all its arrays are.
+    whole = set(objects) - set(damaged)
+    arrays = manifest.arrays.values()
+    shards = range(next(iter(arrays)).num_shards)
+    gone = [shard for shard in shards if not {a.object_path(shard) for a in arrays} <= whole]
+    missing = {row for shard in gone for row in next(iter(arrays)).rows_of(shard)}
+    return [f for f in failures if f.row not in missing], sums, dict(sizes), len(missing)
 
 
 def _tap(
@@ -97,6 +102,7 @@ def _tap(
         "bytes": size,
         "bits_per_value": 8 * size / values if values else None,
         "relative_mse": met.squared_error / met.energy if met is not None and met.energy > 0 else None,
+        "relative_mse_on_fit": manifest.num_samples == manifest.recipe["codec"]["fit_rows"],
         "noise_share": manifest.recipe["codec"]["noise_share"][name],
     }
 

@@ -14,16 +14,18 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dtcache.device import Compute, resolve_compute
-from dtcache.errors import ConfigError, TrainingError
-from dtcache.images import load_views, open_source, permuted
+from dtcache.errors import ImagesError, TrainingError
+from dtcache.images import ImageSource, load_views, open_source, permuted
 from dtcache.options import TeachOptions, parse_ints, parse_size
 from dtcache.spec import ViewSpec, sha256_json
+from dtcache.storage import FolderLock, disk_errors, write_file
 from dtcache.teacher.build import TRAIN_STEPS, build_unet, ddpm_loss, ddpm_scheduler, sample_images, save_teacher
 from pipelines.plots import plot_curves
 from pipelines.progress import track
-from pipelines.run import claim_run, load_checkpoint, save_checkpoint
+from pipelines.run import CHECKPOINT, claim_run, load_checkpoint, save_checkpoint
 from pipelines.schedule import warmup_cosine
 
+LOSSES = "losses.json"
 VOLATILE = ("device", "save_every", "samples")
 
 
@@ -42,14 +44,29 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
     Raises CacheMismatchError where `out` holds a run of other options, TrainingError where the loss diverges.
     """
     source = open_source(images)
-    height, width = parse_size(options.size or "64")
+    height, width = parse_size(options.size)
     view = ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop")
     rows = permuted(len(source.keys), seed=options.seed, stream="teach")[: options.limit]
-    claim_run(out, {**asdict(options), "images": sha256_json([source.keys[i] for i in rows])}, VOLATILE)
-
     compute = resolve_compute(options.device, options.precision)
+    with FolderLock(out):
+        images_sha256 = sha256_json([source.keys[i] for i in rows])
+        wanted = {**asdict(options), "precision": compute.precision, "images": images_sha256}
+        claim_run(out, wanted, VOLATILE)
+        losses_path = out / LOSSES
+        if not losses_path.exists():
+            _fit(source, rows, view, out, options, compute)
+        losses = json.loads(losses_path.read_text())
+    return Taught(out=out, steps=options.steps, final_loss=float(np.mean(losses[-100:])))
+
+
+def _fit(
+    source: ImageSource, rows: np.ndarray, view: ViewSpec, out: Path, options: TeachOptions, compute: Compute
+) -> None:
+    """Train from the last checkpoint on; losses.json comes last and marks the run as finished."""
     torch.manual_seed(options.seed)
-    unet = build_unet(height, width, parse_ints(options.channels, "--channels"), options.layers, options.attention)
+    unet = build_unet(
+        view.height, view.width, parse_ints(options.channels, "--channels"), options.layers, options.attention
+    )
     unet = unet.to(compute.device, memory_format=torch.channels_last)
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.99))
@@ -67,7 +84,7 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
                 batch.append(loaded.pixels_CHW)
             if count % options.batch_size == 0:
                 if not batch:
-                    raise ConfigError(f"{images}: no image of a whole batch could be read ({loaded.failure})")
+                    raise ImagesError(f"no image of a whole batch could be read ({loaded.failure}); check the source")
                 yield torch.from_numpy(np.stack(batch))
                 batch = []
 
@@ -82,9 +99,9 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
             progress.advance(1, f"loss {np.mean(losses[-100:]):.4f}")
             if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
                 _save(out, state, step + 1, losses, options)
-    if first < options.steps:
-        _write_pictures(out, ema.module, losses, options)
-    return Taught(out=out, steps=options.steps, final_loss=float(np.mean(losses[-100:])))
+    _write_pictures(out, ema.module, losses, options)
+    write_file(out / LOSSES, json.dumps([round(x, 5) for x in losses]).encode())
+    (out / CHECKPOINT).unlink()
 
 
 def _row_stream(rows: np.ndarray, start: int, stop: int, seed: int) -> Iterator[int]:
@@ -132,20 +149,21 @@ def _resume(out: Path, state: dict[str, Any]) -> tuple[int, list[float]]:
 
 
 def _save(out: Path, state: dict[str, Any], step: int, losses: list[float], options: TeachOptions) -> None:
-    """Checkpoint atomically, and refresh the diffusers directory from the averaged weights."""
-    save_checkpoint(out, {**{n: part.state_dict() for n, part in state.items()}, "step": step, "losses": losses})
+    """Refresh the diffusers directory from the averaged weights, then checkpoint: a kill between repeats both."""
     dtype = torch.float16 if options.weights == "float16" else torch.float32
-    save_teacher(copy.deepcopy(state["ema"].module), out, dtype)
+    with disk_errors(out):
+        save_teacher(copy.deepcopy(state["ema"].module), out, dtype)
+    save_checkpoint(out, {**{n: part.state_dict() for n, part in state.items()}, "step": step, "losses": losses})
 
 
 def _write_pictures(out: Path, unet: torch.nn.Module, losses: list[float], options: TeachOptions) -> None:
     """Write the loss curve, and a grid of samples where any are asked for."""
     from torchvision.utils import save_image
 
-    (out / "losses.json").write_text(json.dumps([round(x, 5) for x in losses]))
-    plot_curves({"loss": losses}, out / "loss.png", title="DDPM loss", xlabel="step", smooth=50)
-    if options.samples:
-        with track("samples", 1) as progress:
-            grid = sample_images(unet, options.samples, options.seed)
-            save_image(grid, out / "samples.png", nrow=max(1, round(math.sqrt(options.samples))))
-            progress.advance()
+    with disk_errors(out):
+        plot_curves({"loss": losses}, out / "loss.png", title="DDPM loss", xlabel="step", smooth=50)
+        if options.samples:
+            with track("samples", 1) as progress:
+                grid = sample_images(unet, options.samples, options.seed)
+                save_image(grid, out / "samples.png", nrow=max(1, round(math.sqrt(options.samples))))
+                progress.advance()

@@ -14,8 +14,8 @@ from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.loader import Cache, EpochLoader, TrainBatch
 from dtcache.options import TrainOptions, parse_ints, parse_size
-from dtcache.storage import FolderLock, write_file
-from dtcache.store.layout import tap_name
+from dtcache.storage import FolderLock, disk_errors, write_file
+from dtcache.store.layout import SAMPLES, tap_name
 from dtcache.store.samples import held_out
 from dtcache.student import Student, build_student, make_optimizer, save_backbone
 from pipelines.distill import held_out_losses, train_step
@@ -34,7 +34,6 @@ class Trained:
     out: Path
     steps: int
     held_out_loss: float
-    seconds: float
     wait_share: float
 
 
@@ -49,16 +48,17 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
     loader = EpochLoader(
         cache, train_rows, names, batch_size=options.batch_size, seed=options.seed, threads=options.threads
     )
-    total = options.epochs * loader.num_batches
+    total, warmup = options.epochs * loader.num_batches, warmup_steps(options, loader.num_batches)
     compute = resolve_compute(options.device, options.precision)
     with FolderLock(out):
         fingerprint = cache.reader.manifest.fingerprint
-        claim_run(out, {**asdict(options), "precision": compute.precision, "cache": fingerprint}, VOLATILE)
+        made_from = {"cache": fingerprint, "samples": cache.reader.manifest.files[SAMPLES]}
+        claim_run(out, {**asdict(options), "precision": compute.precision, **made_from}, VOLATILE)
         student = build_student(
             options.student,
             {name: cache.shape(name) for name in names},
             cache.view,
-            size=parse_size(options.student_size) if options.student_size else None,
+            size=parse_size(options.student_size, "--student-size") if options.student_size else None,
             width=options.fpn_width,
             init=options.init,
             seed=options.seed,
@@ -69,17 +69,15 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
         optimizer = make_optimizer(student, options.optimizer, peak_lr(options), options.weight_decay)
         if not (out / "init" / "config.json").exists():
             save_backbone(student.backbone, out / "init", input_size=student.input_size, view=cache.view)
-        step = _restore(out, student, optimizer)
-        metrics = MetricsFile(out, step)
         clock = Clock()
+        step = _restore(out, student, optimizer, clock)
+        metrics = MetricsFile(out, step)
         with track(f"train {options.student}", total, step) as progress:
             while step < total:
                 epoch, start = divmod(step, loader.num_batches)
                 for batch in clock.waiting(loader.epoch(epoch, start)):
-                    rate = peak_lr(options) * warmup_cosine(
-                        step, round(options.warmup_epochs * loader.num_batches), total
-                    )
-                    losses = train_step(student, decoder, optimizer, batch, rate, options, compute)
+                    rate = peak_lr(options) * warmup_cosine(step, warmup, total)
+                    losses = train_step(student, decoder, optimizer, batch, step, rate, options, compute)
                     _require_finite(losses, step, batch, cache)
                     step += 1
                     clock.count(len(batch.rows))
@@ -89,10 +87,10 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
                     if step % options.log_every == 0 or step == total:
                         metrics.write({"step": step, "epoch": epoch, "lr": rate, **losses, **clock.line()})
                     if step % options.save_every == 0 and step % loader.num_batches:
-                        _save(out, student, optimizer, step)
+                        _save(out, student, optimizer, clock, metrics, step)
                 held = held_out_losses(student, decoder, cache, held_rows, names, options, compute)
                 metrics.write({"step": step, "epoch": epoch, **held})
-                _save(out, student, optimizer, step)
+                _save(out, student, optimizer, clock, metrics, step)
         save_backbone(student.backbone, out / "backbone", input_size=student.input_size, view=cache.view)
         return _finish(out, metrics, cache, names, step)
 
@@ -111,12 +109,25 @@ def chosen_taps(cache: Cache, options: TrainOptions) -> list[str]:
 
 
 def split_rows(cache: Cache, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows to train on and the rows held out, by hash of the key, without failed samples."""
+    """Return the rows to train on and the rows held out, by hash of the key, without failed samples.
+
+    Raises ConfigError where there are too few for both.
+    """
     rows = cache.reader.usable_rows[:limit]
+    if len(rows) < 4:
+        raise ConfigError(f"expected at least 4 usable samples, some of them to be held out, got {len(rows)}")
     keys = cache.reader.samples["key"].take(rows).to_pylist()
     held = np.zeros(len(rows), bool)
     held[held_out(keys)] = True
     return rows[~held], rows[held]
+
+
+def warmup_steps(options: TrainOptions, num_batches: int) -> int:
+    """Return the steps of linear warm-up, by default a tenth of all. Raises ConfigError where none would be left."""
+    epochs = options.epochs / 10 if options.warmup_epochs is None else options.warmup_epochs
+    if epochs >= options.epochs:
+        raise ConfigError(f"--warmup-epochs {epochs:g}: expected fewer than the {options.epochs} --epochs")
+    return round(epochs * num_batches)
 
 
 def peak_lr(options: TrainOptions) -> float:
@@ -136,20 +147,23 @@ def _require_finite(losses: dict[str, float], step: int, batch: TrainBatch, cach
         )
 
 
-def _restore(out: Path, student: Student, optimizer: torch.optim.Optimizer) -> int:
+def _restore(out: Path, student: Student, optimizer: torch.optim.Optimizer, clock: Clock) -> int:
     """Load the last checkpoint, if there is one, and return the steps done."""
     state = load_checkpoint(out)
     if state is None:
         return 0
     student.load_state_dict(state["student"])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
+    clock.load_state_dict(state["clock"])
     return int(state["step"])
 
 
-def _save(out: Path, student: Student, optimizer: torch.optim.Optimizer, step: int) -> None:
-    state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-    save_checkpoint(out, {**state, "step": step})
+def _save(
+    out: Path, student: Student, optimizer: torch.optim.Optimizer, clock: Clock, metrics: MetricsFile, step: int
+) -> None:
+    metrics.flush()
+    parts = {"student": student, "optimizer": optimizer, "clock": clock}
+    save_checkpoint(out, {**{name: part.state_dict() for name, part in parts.items()}, "step": step})
 
 
 def _finish(out: Path, metrics: MetricsFile, cache: Cache, names: Sequence[str], step: int) -> Trained:
@@ -157,7 +171,7 @@ def _finish(out: Path, metrics: MetricsFile, cache: Cache, names: Sequence[str],
     lines = metrics.read()
     trained = [line for line in lines if "loss" in line]
     held = [line for line in lines if "held_out/loss" in line]
-    floor = cache.reader.manifest.recipe["codec"]["noise_share"]
+    floor = cache.reader.manifest.recipe["codec"]["noise_floor"]
     summary = {
         "steps": step,
         "loss": trained[-1]["loss"],
@@ -171,11 +185,11 @@ def _finish(out: Path, metrics: MetricsFile, cache: Cache, names: Sequence[str],
     }
     write_file(out / "summary.json", json.dumps(summary, indent=1).encode())
     taps = {name: [line[f"held_out/mse/{name}"] for line in held] for name in names}
-    plot_curves(taps, out / "curves.png", title="Held-out whitened MSE", xlabel="epoch")
+    with disk_errors(out):
+        plot_curves(taps, out / "curves.png", title="Held-out whitened MSE", xlabel="epoch")
     return Trained(
         out=out,
         steps=step,
         held_out_loss=held[-1]["held_out/loss"],
-        seconds=trained[-1]["seconds"],
         wait_share=trained[-1]["wait_share"],
     )

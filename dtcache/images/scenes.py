@@ -1,6 +1,6 @@
 """Scenes: small generated colour images with a class, a segmentation mask and boxes, free of any licence or download.
 
-A scene shows one main object in front of one to three smaller ones of other classes, all textured, lit and casting
+A scene shows one main object in front of up to two small ones of other classes, all textured, lit and casting
 shadows on a varied background. The class is the main object's shape and nothing else: colour, texture, light,
 position, scale, turn and background are drawn without regard to it. Nothing drawn at random depends on the size, so
 a scene is the same at every size; arithmetic and square roots paint the pixels, so every machine rounds them alike.
@@ -82,11 +82,11 @@ def scene(seed: int, index: int, size: int = 64) -> Scene:
     _check_size(size)
     key = int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:16], "little")
     rng = np.random.Generator(np.random.Philox(key=key))
-    # Other classes, none twice, and under 0.4 of the main area each: the mask's largest class is always the label.
-    labels = rng.permutation(len(CLASSES)).astype(np.int32)[: 2 + rng.integers(3)]
+    # Other classes, none twice, and under 0.2 of the main area each: the mask's largest class is always the label.
+    labels = rng.permutation(len(CLASSES)).astype(np.int32)[: 1 + rng.integers(3)]
     ticks = ((np.arange(2 * size) + 0.5) / (2 * size)).astype(np.float32)
     background = _draw_colours(rng)
-    canvas = _texture(rng, _BACKGROUND_TEXTURES, (0.5, 3.0), background, ticks[None, :], ticks[:, None])
+    canvas = _texture(rng, _BACKGROUND_TEXTURES, (0.3, 1.5), background, ticks[None, :], ticks[:, None])
     owner = np.full((size, size), -1)
     light, shadow = rng.uniform(0, 2 * math.pi), rng.uniform(0.15, 0.6)
     for number, (x, y, scale) in enumerate(_draw_places(rng, len(labels))):
@@ -94,8 +94,8 @@ def scene(seed: int, index: int, size: int = 64) -> Scene:
         columns, rows = (slice(max(0, int((at - reach) * size)), int((at + reach) * size) + 1) for at in (x, y))
         across, down = (slice(2 * part.start, 2 * part.stop) for part in (columns, rows))
         local = (ticks[None, across] - x) / scale, (ticks[down, None] - y) / scale
-        # An object coloured like its background would have no outline to learn from: the farthest of six is taken.
-        choices = [_draw_colours(rng) for _ in range(6)]
+        # An object coloured like its background would have no outline to learn from: the farthest of 16 is taken.
+        choices = [_draw_colours(rng) for _ in range(16)]
         colours = max(choices, key=lambda pair: float(abs(pair - background.mean(axis=0)).sum(axis=1).min()))
         alpha = _paint_object(rng, canvas[:, down, across], CLASSES[labels[number]], colours, light, shadow, *local)
         owner[rows, columns][_shrink(alpha) >= 0.5] = number
@@ -116,8 +116,8 @@ def write_scenes(
     """Write scenes start .. start + count - 1 as images/<class>/<index>.png, masks/<class>/<index>.png and boxes.json.
 
     boxes.json maps each index to its "label", "boxes" [n][4] and "labels" [n]. Finished scenes are skipped, so a run
-    cut short can be repeated and a set can grow; one process at a time may write to a root. on_progress gets the
-    number of scenes done so far. Raises ConfigError when size is under 16, count or start is negative, or root holds
+    cut short can be repeated and a set can grow; one process at a time may write to a root. on_progress gets
+    1 for each scene finished. Raises ConfigError when size is under 16, count or start is negative, or root holds
     scenes of another seed or size; OSError when the disk refuses.
     """
     _check_size(size)
@@ -129,7 +129,7 @@ def write_scenes(
         raise ConfigError(f"{root} holds other scenes: expected {recipe}, got {found}; choose another directory")
     _write(recipe_path, json.dumps(recipe).encode())
     entries = json.loads(boxes_path.read_text()) if boxes_path.exists() else {}
-    for done, index in enumerate(range(start, start + count), start=1):
+    for index in range(start, start + count):
         entry = entries.get(str(index))
         if entry is None or not all(path.exists() for path in _paths(root, index, entry["label"], masks)):
             item = scene(seed, index, size)
@@ -140,7 +140,7 @@ def write_scenes(
             entry = {"label": item.label, "boxes": item.boxes.tolist(), "labels": item.box_labels.tolist()}
             entries[str(index)] = entry
         if on_progress is not None:
-            on_progress(done)
+            on_progress(1)
     _write(boxes_path, json.dumps(entries).encode())
 
 
@@ -167,20 +167,20 @@ def _shrink(planes: _Floats) -> _Floats:
 
 def _draw_places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
     """Draw each object's x, y and scale (radius of the disc of its area) in frames: clutter, then the main object."""
-    x, y, scale = rng.uniform(0.46, 0.54), rng.uniform(0.46, 0.54), rng.uniform(0.22, 0.27)
+    x, y, scale = rng.uniform(0.46, 0.54), rng.uniform(0.46, 0.54), rng.uniform(0.25, 0.31)
     places = [(x, y, scale)]
     for _ in range(count - 1):
-        angle, distance = rng.uniform(0, 2 * math.pi), scale * rng.uniform(1.2, 2.2)
+        angle, distance = rng.uniform(0, 2 * math.pi), scale * rng.uniform(1.5, 2.3)
         beside = np.clip((x + distance * math.cos(angle), y + distance * math.sin(angle)), 0.06, 0.94).tolist()
-        places.insert(0, (*beside, scale * rng.uniform(0.35, 0.55)))
+        places.insert(0, (*beside, scale * rng.uniform(0.2, 0.35)))
     return places
 
 
 def _draw_colours(rng: np.random.Generator) -> _Floats:
-    """Draw two related colours, [2, 3] in 0..1."""
+    """Draw two colours, [2, 3] in 0..1, near each other: strong textures keep small diffusion models from shapes."""
     hue, saturation, value = rng.random(), rng.uniform(0.1, 0.8), rng.uniform(0.25, 1.0)
-    other_value = value + rng.uniform(0.1, 0.3) * (1 if value < 0.6 else -1)
-    other = colorsys.hsv_to_rgb((hue + rng.normal(0, 0.12)) % 1, saturation * rng.uniform(0.5, 1.1), other_value)
+    other_value = value + rng.uniform(0.05, 0.14) * (1 if value < 0.6 else -1)
+    other = colorsys.hsv_to_rgb((hue + rng.normal(0, 0.05)) % 1, saturation * rng.uniform(0.78, 1.05), other_value)
     return np.array([colorsys.hsv_to_rgb(hue, saturation, value), other], np.float32)
 
 
@@ -189,9 +189,9 @@ def _paint_object(
     across: _Floats, down: _Floats,
 ) -> _Floats:  # fmt: skip
     """Paint on canvas [3, H, W], across and down in scales; return the object's coverage [H, W] in 0..1."""
-    turn, stretch, gloss = rng.uniform(-0.3, 0.3), math.exp(rng.uniform(-0.13, 0.13)), rng.uniform(-0.2, 0.55)
+    turn, stretch, gloss = rng.uniform(-0.2, 0.2), math.exp(rng.uniform(-0.13, 0.13)), rng.uniform(-0.2, 0.55)
     # The object's reach, about -2 to 2 scales, is its texture's 0 to 1.
-    colour = _texture(rng, _OBJECT_TEXTURES, (3.0, 10.0), colours, 0.5 + across / 4, 0.5 + down / 4)
+    colour = _texture(rng, _OBJECT_TEXTURES, (1.0, 4.0), colours, 0.5 + across / 4, 0.5 + down / 4)
     light_x, light_y, cos, sin = math.cos(light), math.sin(light), math.cos(turn), math.sin(turn)
     # The far one of the two outlines is the shadow's.
     inside, far = (

@@ -40,6 +40,9 @@ class FolderSource:
         self.root = root
         paths = (p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
         self.keys = sorted(p.relative_to(root).as_posix() for p in paths)
+        odd = next((key for key in self.keys if not key.isprintable()), None)
+        if odd is not None:
+            raise ImagesError(f"{root}: expected printable UTF-8 file names, got {odd!r}; rename the file")
         if not self.keys:
             raise ImagesNotFoundError(
                 f"no images under {root}: expected files ending in {', '.join(sorted(EXTENSIONS))}; "
@@ -102,8 +105,12 @@ def _read_columns(file: Path) -> pa.Table:
                 f"{file}: expected a column image: struct<bytes, path> (the Hugging Face layout), "
                 f"got columns {', '.join(schema.names)}; rewrite the file or give a folder of images"
             )
+        if "label" in names and not pa.types.is_integer(schema.field("label").type):
+            raise ImagesError(
+                f"{file}: expected a column label of integers, got {schema.field('label').type}; number the classes"
+            )
         return pq.read_table(file, columns=names)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ImagesError(f"{file}: not a readable Parquet file ({error}); give it again or leave it out") from error
 
 

@@ -38,5 +38,7 @@ def decode_stored(payload_L: NDArray[np.uint8], view: ViewSpec) -> NDArray[np.ui
     length = int.from_bytes(payload_L[:LENGTH_BYTES].tobytes(), "little")
     if not 0 < length <= len(payload_L) - LENGTH_BYTES:
         raise BadImageError(f"a stored image of {length} bytes does not fit a payload of {len(payload_L)}")
-    pixels_CHW, _ = decode_view(payload_L[LENGTH_BYTES : LENGTH_BYTES + length].tobytes(), view)
+    pixels_CHW, unchanged = decode_view(payload_L[LENGTH_BYTES : LENGTH_BYTES + length].tobytes(), view)
+    if not unchanged:
+        raise BadImageError(f"a stored image is not of the view's size, {view.height}x{view.width}")
     return pixels_CHW

@@ -1,7 +1,6 @@
 """From encoded bytes to the view's pixels: decoding, resizing, and loading many with threads."""
 
 import io
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,8 @@ from dtcache.errors import BadImageError
 from dtcache.images.source import ImageSource
 from dtcache.spec import ViewSpec
 
+MAX_PIXELS = 89_478_485
+"""Larger images are failures: the limit at which Pillow, too, begins to suspect a decompression bomb."""
 LOOKAHEAD = 256
 """Views that may wait decoded, so that memory is flat however far a consumer falls behind."""
 
@@ -45,16 +46,26 @@ def decode_view(data: bytes, view: ViewSpec) -> tuple[NDArray[np.uint8], bool]:
     if not data:
         raise BadImageError("empty file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImageError(str(error).replace(" <_io.BytesIO object at", "").split(" 0x")[0]) from error
+        with Image.open(io.BytesIO(data)) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise BadImageError(f"{opened.width}x{opened.height} pixels, over the limit of {MAX_PIXELS}")
+            image = _rgb(ImageOps.exif_transpose(opened))
+    except BadImageError:
+        raise
+    except Exception as error:  # damaged files raise nearly anything: struct.error, TypeError, AttributeError, ...
+        reason = str(error).replace(" <_io.BytesIO object at", "").split(" 0x")[0]
+        raise BadImageError(reason or type(error).__name__) from error
     unchanged = image.size == (view.width, view.height)
     if not unchanged:
         image = _resize(image, view)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)), unchanged
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return 8-bit RGB; 16-bit greyscale is scaled down, where Pillow's own conversion would clip it to white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _resize(image: Image.Image, view: ViewSpec) -> Image.Image:

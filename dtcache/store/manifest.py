@@ -15,6 +15,10 @@ from dtcache.store.layout import MANIFEST, PayloadArray, tap_name
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_PAYLOAD_BYTES = 1 << 28
 MAX_SHARD_ROWS = 1 << 20
+MAX_VIEWS = 64
+MAX_SIDE = 1 << 14
+FITS = ("crop", "stretch")
+CODEC = "pca-dct-rans"
 ARRAY_NAME = re.compile(r"[a-z0-9]+(/[a-z0-9]+)?")
 
 
@@ -114,6 +118,7 @@ def read_manifest(root: Path) -> CacheManifest:
         if claimed != sha256_json(value):
             raise CacheDamagedError(f"{path}: its own checksum does not match; restore it from a copy or extract again")
         arrays = {name: _payload_array(name, a) for name, a in value["arrays"].items()}
+        _check_recipe(value["recipe"])
         return CacheManifest(
             state=value["state"],
             recipe=value["recipe"],
@@ -131,9 +136,29 @@ def _payload_array(name: str, value: Json) -> PayloadArray:
     """Return an array's description, its sizes within bounds. Raises ValueError."""
     array = PayloadArray(name=name, shape=tuple(map(int, value["shape"])), shard_rows=int(value["shard_rows"]))
     sane = len(array.shape) in (2, 3) and min(array.shape) > 0 and array.length <= MAX_PAYLOAD_BYTES
+    sane = sane and array.payloads_a_row <= MAX_VIEWS
     if not (sane and 0 < array.shard_rows <= MAX_SHARD_ROWS and ARRAY_NAME.fullmatch(name)):
         raise ValueError(f"array {name[:40]!r} of shape {value['shape']} in shards of {value['shard_rows']} rows")
     return array
+
+
+def _check_recipe(recipe: Json) -> None:
+    """Check what readers rely on. Raises KeyError, TypeError or ValueError."""
+    view, teacher, codec = recipe["view"], recipe["teacher"], recipe["codec"]
+    sides = (view["height"], view["width"])
+    if not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in sides) or view["fit"] not in FITS:
+        raise ValueError(f"view {view}")
+    for tap in teacher["taps"]:
+        if not all(isinstance(tap[k], int) and 0 < tap[k] <= MAX_SIDE for k in ("channels", "height", "width")):
+            raise ValueError(f"tap {tap}")
+    names = [tap_name(t, tap["name"]) for t in teacher["timesteps"] for tap in teacher["taps"]]
+    if not (set(codec["noise_share"]) == set(codec["noise_floor"]) == set(names)):
+        raise ValueError("the codec's taps are not the teacher's")
+    if codec["name"] != CODEC:
+        raise ValueError(f"codec {codec['name']!r}; this dtcache reads {CODEC}")
+    for name in ("num_samples", "flips", "seed", "shard_rows"):
+        if not isinstance(recipe[name], int):
+            raise ValueError(f"{name} {recipe[name]!r}")
 
 
 def require_same(root: Path, found: Json, wanted: Json, where: str = "") -> None:

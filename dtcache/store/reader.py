@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from dtcache.errors import CacheDamagedError, CacheIncompleteError
 from dtcache.storage import file_sha256
-from dtcache.store.layout import SAMPLES, SHARDS, PayloadArray
+from dtcache.store.layout import SAMPLES, PayloadArray
 from dtcache.store.manifest import CacheManifest, read_manifest
-from dtcache.store.samples import read_table
+from dtcache.store.samples import damaged_objects, read_objects, read_table
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 
-MAX_OPEN_FILES = 128
+MAX_OPEN_FILES = 256
+AGAIN = "delete this cache and extract it again"
 
 
 class CacheReader:
@@ -37,10 +38,13 @@ class CacheReader:
         for name, sha256 in self.manifest.files.items():
             path = root / name
             if not path.is_file() or file_sha256(path) != sha256:
-                raise CacheDamagedError(f"{path}: missing or not as the manifest says; extract this cache again")
+                raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
         self.samples: pa.Table = read_table(root / SAMPLES)
-        self._sizes = _check_sizes(root)
-        self._shards: OrderedDict[tuple[str, int], _OpenShard] = OrderedDict()
+        self._objects = {path: size for path, size, _ in read_objects(root)}
+        for name, got in damaged_objects(root, self._objects).items():
+            raise CacheDamagedError(f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}")
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._indices: dict[str, NDArray[np.uint64]] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
@@ -64,67 +68,58 @@ class CacheReader:
         out = np.empty((len(rows), array.length), np.uint8)
         for place, (row, view) in enumerate(zip(rows, views, strict=True)):
             shard, inner = divmod(int(row), array.shard_rows)
-            opened = self._open(array, shard)
-            entry = inner * array.payloads_a_row + int(view)
-            opened.read(entry, out[place], where=f"{opened.path} sample {self._key(row)} of {name}, view {view}")
+            path = array.object_path(shard)
+            try:
+                self._read(path, array, inner * array.payloads_a_row + int(view), out[place])
+            except CacheDamagedError as error:
+                key = self.samples["key"][int(row)]
+                raise CacheDamagedError(
+                    f"{self.root / path}: sample {key} of {name}, view {view}: {error}; {AGAIN}"
+                ) from error
         return out
 
-    def _key(self, row: int) -> str:
-        return str(self.samples["key"][int(row)])
-
-    def _open(self, array: PayloadArray, shard: int) -> "_OpenShard":
-        """Return an open shard with its index, keeping the most recently used ones open."""
-        with self._lock:
-            found = self._shards.get((array.name, shard))
-            if found is not None:
-                self._shards.move_to_end((array.name, shard))
-                return found
-            path = array.object_path(shard)
+    def _read(self, path: str, array: PayloadArray, entry: int, out: NDArray[np.uint8]) -> None:
+        file = self._open(path)
+        index = self._indices.get(path)
+        if index is None:
+            # 16 bytes a chunk, kept for good: two threads that race here read the same index.
             entries = array.shard_rows * array.payloads_a_row
-            opened = _OpenShard(self.root / path, self._sizes[path], entries)
-            self._shards[(array.name, shard)] = opened
-            if len(self._shards) > MAX_OPEN_FILES:
-                # Not closed here: another thread may be reading it; it closes when the last user lets go.
-                self._shards.popitem(last=False)
-            return opened
+            size, tail = self._objects[path], index_bytes(entries)
+            index = self._indices[path] = parse_index(file.read(max(0, size - tail), tail), entries, size)
+        offset, size = (int(value) for value in index[entry])
+        if offset == ABSENT:
+            raise CacheDamagedError("the shard holds no such chunk")
+        unpack_chunk(file.read(offset, size), out)
+
+    def _open(self, path: str) -> "_OpenFile":
+        """Return an open shard, keeping the most recently used ones open."""
+        with self._lock:
+            found = self._files.get(path)
+            if found is None:
+                found = self._files[path] = _OpenFile(self.root / path)
+                if len(self._files) > MAX_OPEN_FILES:
+                    # Not closed here: another thread may be reading it; it closes when the last user lets go.
+                    self._files.popitem(last=False)
+            else:
+                self._files.move_to_end(path)
+            return found
 
 
-class _OpenShard:
-    """One shard's file and index."""
+class _OpenFile:
+    """A file for reading at places; it closes when nobody holds it."""
 
-    def __init__(self, path: Path, size: int, entries: int) -> None:
-        self.path = path
+    def __init__(self, path: Path) -> None:
         try:
             self._handle = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise CacheDamagedError(f"{path}: {error.strerror}, but it was there when the cache was opened") from error
-        tail = index_bytes(entries)
-        self._index = parse_index(self._pread(tail, max(0, size - tail)), entries, size, str(path))
+            raise CacheDamagedError(f"{error.strerror}, but it was there when the cache was opened") from error
 
     def __del__(self) -> None:
         if hasattr(self, "_handle"):
             os.close(self._handle)
 
-    def read(self, entry: int, out: NDArray[np.uint8], where: str) -> None:
-        offset, size = self._index[entry]
-        if offset == ABSENT:
-            raise CacheDamagedError(f"{where}: the shard holds no such chunk; extract this cache again")
-        unpack_chunk(self._pread(int(size), int(offset)), out, where)
-
-    def _pread(self, size: int, offset: int) -> bytes:
+    def read(self, offset: int, size: int) -> bytes:
         try:
             return os.pread(self._handle, size, offset)
         except OSError as error:
-            raise CacheDamagedError(f"{self.path}: {error.strerror} at byte {offset}; check the disk") from error
-
-
-def _check_sizes(root: Path) -> dict[str, int]:
-    """Return every shard's size by path. Raises CacheDamagedError where a file is missing or of another size."""
-    table = read_table(root / SHARDS)
-    sizes = dict(zip(table["path"].to_pylist(), table["bytes"].to_pylist(), strict=True))
-    for name, size in sizes.items():
-        path = root / name
-        if not path.is_file() or path.stat().st_size != size:
-            got = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
-            raise CacheDamagedError(f"{path}: expected {size} bytes, got {got}; extract this cache again")
-    return sizes
+            raise CacheDamagedError(f"{error.strerror} at byte {offset}; check the disk") from error

@@ -2,13 +2,15 @@
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dtcache.errors import CacheDamagedError
 from dtcache.spec import FailedSample, Sample, sha256_json
+from dtcache.store.layout import SHARDS
 
 SCHEMA = pa.schema(
     [
@@ -61,8 +63,31 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read a Parquet file of the cache."""
-    return pq.read_table(path)
+    """Read a Parquet file of the cache. Raises CacheDamagedError where it is missing or not one."""
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise CacheDamagedError(
+            f"{path}: missing or damaged ({error}); delete this cache and extract it again"
+        ) from error
+
+
+def read_objects(root: Path) -> list[tuple[str, int, str]]:
+    """Return (path, bytes, SHA-256) of every shard of a sealed cache. Raises CacheDamagedError."""
+    table = read_table(root / SHARDS)
+    return list(zip(*(table[name].to_pylist() for name in ("path", "bytes", "sha256")), strict=True))
+
+
+def damaged_objects(root: Path, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Return those of some files that are missing or of another size than the one given, and what is there instead."""
+    found = {}
+    for name, size in sizes.items():
+        path = root / name
+        if not path.is_file():
+            found[name] = "no file"
+        elif path.stat().st_size != size:
+            found[name] = f"{path.stat().st_size} bytes"
+    return found
 
 
 def read_failures(path: Path) -> list[FailedSample]:

@@ -2,10 +2,11 @@
 
 import numpy as np
 from google_crc32c import value as crc32c
-from numcodecs.zstd import compress, decompress
+from numcodecs.zstd import compress
 from numpy.typing import NDArray
+from zstandard import ZstdDecompressor, ZstdError, get_frame_parameters
 
-from dtcache.errors import CacheDamagedError
+from dtcache.errors import CacheDamagedError, CodecError
 from dtcache.store.layout import ZSTD_LEVEL
 
 CRC_BYTES = 4
@@ -17,8 +18,12 @@ ABSENT = np.uint64(2**64 - 1)
 def build_shard(payloads: list[bytes], length: int, entries: int) -> bytes:
     """Return a shard of payloads, each padded with zeros to `length`; entries past the last payload are absent.
 
-    Every payload is written, an empty one as zeros: an absent chunk in range means damage.
+    Every payload is written, an empty one as zeros: an absent chunk in range means damage. Raises CodecError for a
+    payload longer than `length`.
     """
+    longest = max(map(len, payloads), default=0)
+    if longest > length or len(payloads) > entries:
+        raise CodecError(f"a shard of {len(payloads)} payloads of up to {longest} bytes exceeds {entries} of {length}")
     index = np.full((entries, 2), ABSENT, "<u8")
     parts: list[bytes] = []
     offset = 0
@@ -37,32 +42,32 @@ def index_bytes(entries: int) -> int:
     return entries * ENTRY_BYTES + CRC_BYTES
 
 
-def parse_index(tail: bytes, entries: int, size: int, where: str) -> NDArray[np.uint64]:
+def parse_index(tail: bytes, entries: int, size: int) -> NDArray[np.uint64]:
     """Return (entries, 2) offsets and sizes from a shard's last bytes.
 
     Raises CacheDamagedError where the checksum fails or an entry points outside a shard of `size` bytes.
     """
     table, checksum = tail[:-CRC_BYTES], tail[-CRC_BYTES:]
     if len(tail) != index_bytes(entries) or crc32c(table) != int.from_bytes(checksum, "little"):
-        raise CacheDamagedError(f"{where}: the shard's index is damaged; run the extraction of this cache again")
+        raise CacheDamagedError("the shard's index is damaged")
     index = np.frombuffer(table, "<u8").reshape(entries, 2)
     offsets, sizes = index[index[:, 0] != ABSENT].T
     end = np.uint64(max(0, size - len(tail)))
     if bool(((offsets > end) | (sizes > end - np.minimum(offsets, end))).any()):
-        raise CacheDamagedError(f"{where}: the shard's index points outside the file; run the extraction again")
+        raise CacheDamagedError("the shard's index points outside the file")
     return index
 
 
-def unpack_chunk(chunk: bytes, out: NDArray[np.uint8], where: str) -> None:
+def unpack_chunk(chunk: bytes, out: NDArray[np.uint8]) -> None:
     """Check one inner chunk and decompress it into `out` (L,). Raises CacheDamagedError where a byte is wrong."""
     packed, checksum = chunk[:-CRC_BYTES], chunk[-CRC_BYTES:]
     if len(chunk) <= CRC_BYTES or crc32c(packed) != int.from_bytes(checksum, "little"):
-        raise CacheDamagedError(f"{where}: the checksum of this sample does not match; run the extraction again")
+        raise CacheDamagedError("the checksum does not match")
     try:
-        # Not into `out`: a shorter frame would leave the rest of it as it was, without a word.
-        data = decompress(packed)
-        if len(data) != len(out):
-            raise ValueError(f"it holds {len(data)}")
-    except (RuntimeError, ValueError) as error:
-        raise CacheDamagedError(f"{where}: the sample does not decompress to {len(out)} bytes ({error})") from error
-    out[:] = np.frombuffer(data, np.uint8)
+        # Before any memory is taken for it: a small frame can claim any size.
+        size = get_frame_parameters(packed).content_size
+        if size != len(out):
+            raise CacheDamagedError(f"it decompresses to {size} bytes instead of {len(out)}")
+        out[:] = np.frombuffer(ZstdDecompressor().decompress(packed), np.uint8)
+    except ZstdError as error:
+        raise CacheDamagedError(f"it does not decompress ({error})") from error

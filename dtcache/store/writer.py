@@ -24,7 +24,15 @@ from dtcache.store.commits import (
 )
 from dtcache.store.layout import COMMITS, DATA, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray, write_zarr_nodes
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
-from dtcache.store.samples import SHARD_SCHEMA, parquet_bytes, read_failures, read_table, samples_table
+from dtcache.store.samples import (
+    SHARD_SCHEMA,
+    damaged_objects,
+    parquet_bytes,
+    read_failures,
+    read_objects,
+    read_table,
+    samples_table,
+)
 from dtcache.store.shard import build_shard
 
 
@@ -51,7 +59,13 @@ class CacheWriter:
         self.root = root
         self.manifest = manifest
         self._records = read_commits(root)
-        if manifest.state == "writing":
+        if manifest.state == "sealed":
+            sizes = {path: size for path, size, _ in read_objects(root)}
+            for path, got in damaged_objects(root, sizes).items():
+                raise CacheDamagedError(
+                    f"{root / path}: expected {sizes[path]} bytes, got {got}; delete this cache and extract it again"
+                )
+        else:
             self._drop_leftovers()
         for record in self._records.values():
             self._check(record)
@@ -107,6 +121,14 @@ class CacheWriter:
         if self.manifest.state == "writing":  # a sealed cache may have lost some of its records
             return [f for shard in sorted(self._records) for f in self._records[shard].failures]
         return read_failures(self.root / SAMPLES)
+
+    def content_sha256(self, row: int) -> str | None:
+        """Return the SHA-256 of a committed row's source bytes; None where it failed or is not committed."""
+        if self.manifest.state == "sealed":
+            found = read_table(self.root / SAMPLES)["content_sha256"][row].as_py()
+            return found.hex() if found is not None else None
+        shard, place = divmod(row, next(iter(self.manifest.arrays.values())).shard_rows)
+        return self._records[shard].content_sha256[place] if shard in self._records else None
 
     def write_shard(self, data: ShardData) -> int:
         """Write and commit one shard; return its bytes. Raises DiskError; nothing is committed then."""

@@ -82,8 +82,11 @@ class Backbone(nn.Module):
 
     @property
     def fresh_batch_norms(self) -> list[_BatchNorm]:
-        """Batch normalisations that have seen no batch: their running statistics are still 0 and 1."""
-        return [norm for norm in _batch_norms(self) if norm.num_batches_tracked == 0]
+        """Batch normalisations that have seen no batch: their running statistics are still 0 and 1.
+
+        The counter alone does not tell: weights saved without it load as 0.
+        """
+        return [norm for norm in _batch_norms(self) if _is_fresh(norm)]
 
 
 def make_backbone(name: str, *, init: str | None, seed: int) -> Backbone:
@@ -220,6 +223,12 @@ def recalibrate_batch_norm(
 
 def _batch_norms(backbone: Backbone) -> list[_BatchNorm]:
     return [m for m in backbone.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def _is_fresh(norm: _BatchNorm) -> bool:
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None and var is not None, "only norms that track statistics are asked about"
+    return not norm.num_batches_tracked and not mean.any() and bool((var == 1).all())
 
 
 def _require_known(name: str) -> None:

@@ -80,8 +80,10 @@ def prepare_teacher(
 
 
 def native_size(loaded: LoadedTeacher) -> tuple[int, int]:
-    """Return the (height, width) that the teacher was trained at, pixels."""
+    """Return the (height, width) that the teacher was trained at, pixels. Raises ConfigError where it names none."""
     size = loaded.unet.config.sample_size
+    if size is None:
+        raise ConfigError("this teacher's configuration names no sample_size: give --size")
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 

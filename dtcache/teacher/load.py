@@ -60,9 +60,17 @@ def load_teacher(where: str) -> LoadedTeacher:
         )
     schedule = _scheduler_config(root)
     weights = _weights(folder)
-    unet, info = UNet2DModel.from_pretrained(
-        str(folder), use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32, local_files_only=True
-    )
+    try:
+        unet, info = UNet2DModel.from_pretrained(
+            str(folder), use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32,
+            local_files_only=True,
+        )  # fmt: skip
+        alpha_bars = DDPMScheduler.from_config(schedule).alphas_cumprod.float()
+    except Exception as error:  # whatever diffusers makes of a truncated or contradictory directory
+        reason = " ".join(str(error).split())[:300]
+        raise TeacherError(
+            f"{root}: diffusers cannot load this teacher ({reason}); save or download it again"
+        ) from error
     # A missing key would leave uninitialised memory in the network, without a word (design: trap 1).
     wrong = {kind: keys for kind, keys in info.items() if keys}
     if wrong:
@@ -71,10 +79,9 @@ def load_teacher(where: str) -> LoadedTeacher:
             f"{weights}: the weights do not fit {folder / 'config.json'}: {len(keys)} {kind}, such as "
             f"{next(iter(keys))}; the two files belong to different models"
         )
-    scheduler = DDPMScheduler.from_config(schedule)
     return LoadedTeacher(
         unet=unet.eval().requires_grad_(False),
-        alpha_bars=scheduler.alphas_cumprod.float(),
+        alpha_bars=alpha_bars,
         architecture=name,
         weights_sha256=_sha256_file(weights),
         config_sha256=sha256_json([config, schedule]),

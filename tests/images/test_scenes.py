@@ -76,7 +76,7 @@ def test_shapes_and_types_at_every_size(size: int) -> None:
         assert (item.mask.shape, item.mask.dtype) == ((size, size), np.uint8)
         assert item.boxes.dtype == item.box_labels.dtype == np.int32
         assert item.boxes.shape == (len(item.box_labels), 4)
-        assert 1 <= len(item.boxes) <= 4
+        assert 1 <= len(item.boxes) <= 3
         assert 0 <= item.label < len(CLASSES)
 
 
@@ -193,7 +193,7 @@ def test_writing_again_skips_finished_files_and_mends_missing_ones(tmp_path: Pat
     lost.unlink()
     done: list[int] = []
     write_scenes(tmp_path, seed=0, size=16, count=8, on_progress=done.append)
-    assert done == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert done == [1] * 8
     assert lost.read_bytes() == content
     assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path != lost)
     assert len(json.loads((tmp_path / "boxes.json").read_text())) == 8
@@ -202,8 +202,11 @@ def test_writing_again_skips_finished_files_and_mends_missing_ones(tmp_path: Pat
 def test_a_run_cut_short_is_finished_by_the_next(tmp_path: Path) -> None:
     """After a failure between two scenes, running again gives the files that one whole run gives."""
 
-    def stop(done: int) -> None:
-        if done == 2:
+    done: list[int] = []
+
+    def stop(finished: int) -> None:
+        done.append(finished)
+        if len(done) == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

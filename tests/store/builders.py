@@ -91,7 +91,8 @@ def tiny_plan() -> Plan:
         ),
         view=VIEW,
         codec=CodecSpec(
-            ratio=8.0, step=STEP, fit_rows=4, fit_sha256=sha256_fit(fit), noise_share=dict.fromkeys(fit, 0.1)
+            ratio=8.0, step=STEP, fit_rows=4, fit_sha256=sha256_fit(fit),
+            noise_share=dict.fromkeys(fit, 0.1), noise_floor=dict.fromkeys(fit, 0.1),
         ),
         samples_sha256=hash_samples(samples), num_samples=ROWS, flips=True, seed=3, shard_rows=SHARD_ROWS,
     )  # fmt: skip
