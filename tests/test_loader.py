@@ -233,7 +233,7 @@ def test_codec_arrays_of_another_fit_are_refused(tmp_path: Path) -> None:
     plan = tiny_plan()
     recipe = replace(plan.recipe, codec=replace(plan.recipe.codec, fit_sha256="0" * 64))
     root = write_cache(tmp_path / "cache", replace(plan, recipe=recipe))
-    with pytest.raises(CacheDamagedError, match="the codec's arrays are not the fitted ones; delete this cache and extract it again"):
+    with pytest.raises(CacheDamagedError, match="the codec's arrays are not the fitted ones; delete this cache"):
         Cache(root)
 
 

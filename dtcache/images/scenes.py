@@ -23,6 +23,7 @@ from PIL import Image
 from dtcache.errors import ConfigError
 
 _Floats = NDArray[np.floating]
+_VERSION = 1  # of the generator: raise it with every change of a pixel, so that old folders are not taken for new
 _MIN_SIZE = 16
 _REACH = 2.4  # no shape, stretched and with its shadow, ends farther than this many scales from its centre
 _OBJECT_TEXTURES = ("gradient", "stripes", "checks", "dots", "noise")
@@ -123,7 +124,8 @@ def write_scenes(
     _check_size(size)
     if count < 0 or start < 0:
         raise ConfigError(f"scene range: expected start and count of 0 or more, got start {start}, count {count}")
-    boxes_path, recipe_path, recipe = root / "boxes.json", root / "scenes.json", {"seed": seed, "size": size}
+    boxes_path, recipe_path = root / "boxes.json", root / "scenes.json"
+    recipe = {"seed": seed, "size": size, "version": _VERSION}
     # Skipping finished files is only right when they show the scenes asked for.
     if recipe_path.exists() and (found := json.loads(recipe_path.read_text())) != recipe:
         raise ConfigError(f"{root} holds other scenes: expected {recipe}, got {found}; choose another directory")

@@ -234,9 +234,7 @@ def test_every_other_file_is_hashed_at_open(root: Path) -> None:
         path = root / name
         content = path.read_bytes()
         path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-        with pytest.raises(
-            CacheDamagedError, match=rf"{name}: missing or not as the manifest says; delete this cache"
-        ):
+        with pytest.raises(CacheDamagedError, match=rf"{name}: missing or not as the manifest says; delete this cache"):
             CacheReader(root)
         path.unlink()
         with pytest.raises(CacheDamagedError, match=rf"{name}: missing or not as the manifest says"):

@@ -79,9 +79,7 @@ def test_every_flipped_byte_is_found() -> None:
         for mask in (0x01, 0x10, 0x80, 0xFF):
             damaged = bytearray(shard)
             damaged[place] ^= mask
-            with pytest.raises(
-                CacheDamagedError, match=r"^the (shard's index is damaged|checksum does not match)"
-            ):
+            with pytest.raises(CacheDamagedError, match=r"^the (shard's index is damaged|checksum does not match)"):
                 read_all(bytes(damaged), 6, 8)
 
 
@@ -114,7 +112,7 @@ def test_a_chunk_that_is_no_zstd_raises() -> None:
     """Bytes with a right checksum that are no zstd frame raise CacheDamagedError, not a codec's own error."""
     for packed in (b"", b"\x01", b"not zstd at all", compress(b"y" * LENGTH, 1)[:-2]):
         chunk = packed + crc32c(packed).to_bytes(4, "little")
-        with pytest.raises(CacheDamagedError, match=r"^(it does not decompress|it decompresses|the checksum does not match)"):
+        with pytest.raises(CacheDamagedError, match=r"^(it (does not )?decompress|the checksum does not)"):
             unpack_chunk(chunk, np.zeros(LENGTH, np.uint8))
 
 

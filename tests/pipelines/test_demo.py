@@ -1,0 +1,51 @@
+"""The demonstration: every stage once, one table, and nothing twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cli import main
+
+FLAGS = (
+    "--train-images", "70", "--test-images", "40", "--epochs", "2", "--batch-size", "16", "--fpn-width", "8",
+    "--students", "resnet10t,mobilenetv3_small_100",
+)  # fmt: skip
+
+
+def demo(out: Path, *more: str) -> Result:
+    """Run the demonstration, much smaller."""
+    return CliRunner().invoke(main, ["demo", "--out", str(out), *FLAGS, *more])
+
+
+@pytest.mark.slow
+def test_demo_runs_every_stage_and_resumes(tmp_path: Path) -> None:
+    """The summary has sizes, seconds and a row for random init and each student; a second run repeats nothing."""
+    out = tmp_path / "demo"
+    result = demo(out)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((out / "summary.json").read_text())
+    names = ["resnet10t, random init", "resnet10t, from the cache", "mobilenetv3_small_100, from the cache"]
+    assert [student["name"] for student in summary["students"]] == names
+    for student in summary["students"]:
+        assert 0 <= student["knn_top1"] <= 100
+        assert 0 <= student["linear_top1"] <= 100
+    assert summary["num_images"] == 70
+    assert summary["ratio"] == pytest.approx(summary["fp16_bytes_per_image"] / summary["bytes_per_image"])
+    assert {"scenes", "extract", "train resnet10t", "train mobilenetv3_small_100"} <= set(summary["seconds"])
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != "summary.json"}
+    again = demo(out)
+    assert again.exit_code == 0
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    assert json.loads((out / "summary.json").read_text()) == summary
+    for name in names:
+        assert name in again.output
+
+
+def test_demo_refuses_a_folder_of_other_options(tmp_path: Path) -> None:
+    """A folder belongs to its options; a foreign folder is not written into."""
+    (tmp_path / "thesis.tex").write_text("precious")
+    result = demo(tmp_path)
+    assert result.exit_code == 1
+    assert "is not empty and holds no run: found thesis.tex" in result.output

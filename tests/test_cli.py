@@ -1,0 +1,88 @@
+"""The command line: help with an example for every verb, bounds, and one line an error."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cli import main
+from dtcache.errors import ConfigError
+from dtcache.options import EvaluateOptions, ExtractOptions, TeachOptions, TrainOptions, parse_ints, parse_size
+
+
+@pytest.mark.parametrize("verb", sorted(main.commands))
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    """--help says what the verb does and shows a command that uses it, and every option is described."""
+    result = CliRunner().invoke(main, [verb, "--help"])
+    assert result.exit_code == 0
+    assert f"dtcache {verb}" in result.output.split("Example:")[1]
+    assert all(parameter.help for parameter in main.commands[verb].params if hasattr(parameter, "help"))
+
+
+def test_the_verbs_are_the_documented_ones() -> None:
+    """README names every verb."""
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    assert set(main.commands) == {"demo", "evaluate", "extract", "inspect", "scenes", "teach", "train"}
+    assert all(f"dtcache {verb}" in readme for verb in main.commands)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainOptions(batch_size=1), r"--batch-size 1: expected at least 2"),
+        (lambda: TrainOptions(epochs=0), r"--epochs 0: expected at least 1"),
+        (lambda: TrainOptions(limit=-5), r"--limit -5: expected at least 1"),
+        (lambda: TrainOptions(log_every=0), r"--log-every 0: expected at least 1"),
+        (lambda: TrainOptions(threads=0), r"--threads 0: expected at least 1"),
+        (lambda: TrainOptions(optimizer="sgd"), r"--optimizer sgd: expected one of adamw, lamb"),
+        (lambda: TeachOptions(save_every=0), r"--save-every 0: expected at least 1"),
+        (lambda: TeachOptions(steps=0), r"--steps 0: expected at least 1"),
+        (lambda: ExtractOptions(ratio=float("nan")), r"--ratio nan: expected at least 1"),
+        (lambda: ExtractOptions(ratio=0.0), r"--ratio 0.0: expected at least 1"),
+        (lambda: ExtractOptions(shard_rows=0), r"--shard-rows 0: expected at least 1"),
+        (lambda: EvaluateOptions(train=Path("x"), neighbours=0), r"--neighbours 0: expected at least 1"),
+    ],
+)
+def test_options_have_bounds(make: object, message: str) -> None:
+    """Values that cannot work are refused with the flag, for Python callers too."""
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("text", "size"), [("64", (64, 64)), ("128x256", (128, 256)), ("8X4", (8, 4))])
+def test_sizes_are_height_by_width(text: str, size: tuple[int, int]) -> None:
+    """H is a square, HxW is rows by columns."""
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "0", "64x", "64x64x3", "-1", "6.4", "²", "999999"])
+def test_other_sizes_are_refused(text: str) -> None:
+    """Anything else names the flag it was given to."""
+    with pytest.raises(ConfigError, match=r"--student-size .*: expected H or HxW in pixels, such as 256 or 128x256"):
+        parse_size(text, "--student-size")
+
+
+@pytest.mark.parametrize("text", ["", "4,", "a", "0", "4;8", "²"])
+def test_other_lists_are_refused(text: str) -> None:
+    """Lists of strides are positive integers between commas."""
+    assert parse_ints("4, 8", "--taps") == (4, 8)
+    with pytest.raises(ConfigError, match=r"--taps .*: expected positive integers separated by commas"):
+        parse_ints(text, "--taps")
+
+
+def test_scenes_are_written_with_progress(tmp_path: Path) -> None:
+    """The verb writes images, masks and boxes, and says where."""
+    result = CliRunner().invoke(main, ["scenes", "--count", "5", "--size", "16", "--out", str(tmp_path / "s")])
+    assert result.exit_code == 0, result.output
+    assert "5 scenes" in result.output
+    assert len(list((tmp_path / "s" / "images").rglob("*.png"))) == 5
+    assert len(json.loads((tmp_path / "s" / "boxes.json").read_text())) == 5
+
+
+def test_a_missing_cache_is_one_line(tmp_path: Path) -> None:
+    """inspect of something else says what was expected, and exits with 1."""
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: {tmp_path} is not a cache: expected manifest.json")
+    assert result.output.count("\n") == 1
