@@ -97,22 +97,14 @@ def fit_rows(count: int) -> int:
 
 def _asked(job: Job, options: ExtractOptions) -> Json:
     """Return the recipe's fields that options and inputs fix, to be compared with a cache that is there."""
-    anything = CodecSpec(
-        ratio=options.ratio,
-        step=0.0,
-        fit_rows=fit_rows(len(job.samples)),
-        fit_sha256="",
-        noise_share={},
-        noise_floor={},
-    )
-    asked = _recipe(job, anything, options.shard_rows or 0).to_json()
-    # Not asked for, or derived from what is compared already.
-    for part, names in {
-        "codec": ("step", "fit_rows", "fit_sha256", "noise_share", "noise_floor"),
-        "teacher": ("alpha_bars",),
-    }.items():
-        for name in names:
-            del asked[part][name]
+    rows = fit_rows(len(job.samples))
+    unfitted = CodecSpec(
+        ratio=options.ratio, step=0.0, fit_rows=rows, fit_sha256="", noise_share={}, noise_floor={}
+    )  # fmt: skip
+    asked = _recipe(job, unfitted, options.shard_rows or 0).to_json()
+    # The rest of these is fitted, or follows from what is compared already.
+    asked["codec"] = {name: asked["codec"][name] for name in ("name", "whitening", "ratio")}
+    del asked["teacher"]["alpha_bars"]
     if options.shard_rows is None:
         del asked["shard_rows"]
     # Another seed or count changes the sample list too: name the cause before its effect.

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -17,7 +18,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
     result = CliRunner().invoke(main, [verb, "--help"])
     assert result.exit_code == 0
     assert f"dtcache {verb}" in result.output.split("Example:")[1]
-    assert all(parameter.help for parameter in main.commands[verb].params if hasattr(parameter, "help"))
+    assert all(option.help for option in main.commands[verb].params if isinstance(option, click.Option))
 
 
 def test_the_verbs_are_the_documented_ones() -> None:
