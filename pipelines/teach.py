@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from dtcache.device import Compute, resolve_compute
 from dtcache.errors import ImagesError, TrainingError
@@ -68,7 +68,7 @@ def _fit(
         view.height, view.width, parse_ints(options.channels, "--channels"), options.layers, options.attention
     )
     unet = unet.to(compute.device, memory_format=torch.channels_last)
-    ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
+    ema = AveragedModel(unet, multi_avg_fn=warmed_up_ema(options.ema))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, options.warmup, options.steps)
@@ -102,6 +102,20 @@ def _fit(
     _write_pictures(out, ema.module, losses, options)
     write_file(out / LOSSES, json.dumps([round(x, 5) for x in losses]).encode())
     (out / CHECKPOINT).unlink()
+
+
+def warmed_up_ema(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None]:
+    """Return an update of averaged weights whose decay rises as (1 + n) / (10 + n) up to `decay`.
+
+    A constant decay would leave the random starting weights in the average of a short run.
+    """
+
+    @torch.no_grad()
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor) -> None:
+        n = int(num_averaged)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
 
 
 def _row_stream(rows: np.ndarray, start: int, stop: int, seed: int) -> Iterator[int]:
