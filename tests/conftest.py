@@ -1,5 +1,6 @@
 """Small inputs that several tests share: scenes as PNG files, and a teacher saved by save_pretrained."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,10 @@ import torch
 
 from dtcache.images.scenes import write_scenes
 from dtcache.teacher.build import build_unet, save_teacher
+
+# Tiny tensors gain nothing from threads, and on a busy machine wait for each other; subprocesses inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

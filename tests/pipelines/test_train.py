@@ -180,7 +180,7 @@ def test_an_interrupted_run_resumes_to_the_bit(
 def test_killed_runs_resume_to_the_same_curve(cache: Path, tmp_path: Path) -> None:
     """SIGKILL at random steps of a subprocess, several times: the loss curve of an uninterrupted one."""
     rng, flags = random.Random(1), [*FLAGS, "--epochs", "8"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "cli.py"), "train", str(cache), *flags, "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
     out, kills = tmp_path / "killed", 0
