@@ -20,7 +20,8 @@ from dtcache.options import EvaluateOptions, parse_size
 from dtcache.spec import ViewSpec
 from dtcache.store.layout import MANIFEST, tap_name
 from dtcache.student import load_backbone, make_backbone, recalibrate_batch_norm, student_input
-from dtcache.student.backbone import CONFIG, Backbone
+from dtcache.student.backbone import Backbone
+from dtcache.student.folder import CONFIG
 from dtcache.teacher import Teacher, load_teacher, noise_batch, prepare_teacher
 
 PIXELS = "pixels"

@@ -1,13 +1,7 @@
 """The student: a timm backbone, and the regressor that reads the teacher's features off its pyramid."""
 
-from dtcache.student.backbone import (
-    Backbone,
-    load_backbone,
-    make_backbone,
-    recalibrate_batch_norm,
-    save_backbone,
-    student_input,
-)
+from dtcache.student.backbone import Backbone, recalibrate_batch_norm, student_input
+from dtcache.student.folder import load_backbone, make_backbone, save_backbone
 from dtcache.student.optimizer import make_optimizer
 from dtcache.student.regressor import FeatureRegressor
 from dtcache.student.student import Student, build_student

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dtcache.spec import ViewSpec
-from dtcache.student.backbone import Backbone, make_backbone, student_input
+from dtcache.student.backbone import Backbone, student_input
+from dtcache.student.folder import make_backbone
 from dtcache.student.regressor import FeatureRegressor
 
 

@@ -1,0 +1,163 @@
+"""Backbones made by timm's names, and kept in folders that timm reads back."""
+
+import difflib
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import split_model_name_tag
+
+from dtcache.errors import ConfigError
+from dtcache.spec import Json, ViewSpec
+from dtcache.storage import write_file
+from dtcache.student.backbone import Backbone, Rgb
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+MAX_CONFIG_BYTES = 1 << 20
+MAX_SIDE = 1 << 14
+"""Pixels a side that a folder's configuration may ask for."""
+
+
+def make_backbone(name: str, *, init: str | None, seed: int) -> Backbone:
+    """Make a backbone by its timm name.
+
+    `init`: None for random weights, a function of `seed`; "pretrained" for timm's; else a folder of `save_backbone`.
+    Raises ConfigError for an unknown name, a network without a pyramid, or an `init` that does not serve.
+    """
+    _require_known(name)
+    if init not in (None, "pretrained"):
+        loaded, _, _ = load_backbone(Path(init))
+        if loaded.name != split_model_name_tag(name)[0]:
+            raise ConfigError(f"--init {init}: expected a backbone of {name}, got one of {loaded.name}")
+        return loaded
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = timm.create_model(name, pretrained=init == "pretrained", num_classes=0)
+        except (RuntimeError, ValueError, OSError, HfHubHTTPError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"timm cannot make {name} with {init or 'random'} weights ({reason}); check the name's tag and the "
+                "network, or leave --init out"
+            ) from error
+    timm_config = cast(Any, model).pretrained_cfg
+    return Backbone(model, mean=_rgb(timm_config["mean"]), std=_rgb(timm_config["std"]))
+
+
+def save_backbone(backbone: Backbone, folder: Path, *, input_size: tuple[int, int], view: ViewSpec) -> None:
+    """Write `model.safetensors` and `config.json`, which timm reads as `local-dir:FOLDER` with pretrained=True.
+
+    `input_size` (height, width) and `view` are what the backbone was trained with. Raises DiskError.
+    """
+    timm_config = cast(Any, backbone.model).pretrained_cfg
+    config: Json = {
+        "architecture": backbone.name,
+        "num_classes": 0,
+        "pretrained_cfg": {
+            # Equal numbers of classes, here and asked for, are what makes timm load strictly.
+            "num_classes": 0,
+            "input_size": [3, *input_size],
+            "fixed_input_size": backbone._fixed_size,
+            "crop_pct": 1.0,
+            "crop_mode": "squash" if view.fit == "stretch" else "center",
+            "interpolation": "bicubic",
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+            "first_conv": timm_config.get("first_conv"),
+            "classifier": timm_config.get("classifier"),
+        },
+        "dtcache": {"view": {"height": view.height, "width": view.width, "fit": view.fit}},
+    }
+    weights = {name: value.detach().cpu().contiguous() for name, value in backbone.model.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / WEIGHTS, safetensors.torch.save(weights, {"format": "pt"}))
+    write_file(folder / CONFIG, json.dumps(config, indent=1).encode())
+
+
+def load_backbone(folder: Path) -> tuple[Backbone, tuple[int, int], ViewSpec | None]:
+    """Read a folder of `save_backbone`: the backbone, its input size (height, width) and the view it was trained with.
+
+    Reads JSON and safetensors only. Raises ConfigError where a part is missing, does not fit or is out of bounds.
+    """
+    config = _read_config(folder / CONFIG)
+    try:
+        name, cfg = config["architecture"], config["pretrained_cfg"]
+        if not isinstance(name, str) or name not in timm.list_models():
+            raise ValueError(f"architecture {str(name)[:60]!r} is none of timm {timm.__version__}")
+        channels, *sides = cfg["input_size"]
+        if channels != 3:
+            raise ValueError(f"input_size {cfg['input_size']} is not (3, height, width)")
+        input_size = _side(sides[0]), _side(sides[1])
+        mean, std = _rgb(cfg["mean"]), _rgb(cfg["std"])
+        if min(std) <= 0:
+            raise ValueError(f"std {std} is not positive")
+        view = _view(config.get("dtcache"))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ConfigError(
+            f"{folder / CONFIG}: not the configuration of a backbone ({error}); expected one written by dtcache train"
+        ) from error
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ConfigError(f"{path}: the weights are missing; expected the folder that dtcache train wrote")
+    model = timm.create_model(name, num_classes=0)
+    try:
+        model.load_state_dict(safetensors.torch.load_file(path), strict=True)
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{path}: not the weights of {name} ({reason}); export the backbone again") from error
+    return Backbone(model, mean=mean, std=std), input_size, view
+
+
+def _require_known(name: str) -> None:
+    """Raise ConfigError, with the closest names, where timm has no such network; a tag may follow a dot."""
+    known = timm.list_models()
+    if split_model_name_tag(name)[0] in known:
+        return
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists them, resnet50 is one"
+    raise ConfigError(f"{name[:80]}: timm {timm.__version__} has no network of this name; {hint}")
+
+
+def _read_config(path: Path) -> Json:
+    if not path.is_file():
+        raise ConfigError(f"{path}: missing; expected a backbone folder written by dtcache train, such as RUN/backbone")
+    if path.stat().st_size >= MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: expected less than {MAX_CONFIG_BYTES} bytes of JSON, got {path.stat().st_size}")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({error}); export the backbone again") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(value).__name__}; export the backbone again")
+    return value
+
+
+def _rgb(values: Any) -> Rgb:
+    red, green, blue = (float(value) for value in values)
+    if not all(math.isfinite(value) for value in (red, green, blue)):
+        raise ValueError(f"{values} are not three finite numbers")
+    return red, green, blue
+
+
+def _side(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_SIDE:
+        raise ValueError(f"a side of {value!r} is not a number of pixels from 1 to {MAX_SIDE}")
+    return value
+
+
+def _view(ours: Any) -> ViewSpec | None:
+    """Return the view that a configuration records; None where it is not dtcache's."""
+    if ours is None:
+        return None
+    view = ours["view"]
+    if view["fit"] not in ("crop", "stretch"):
+        raise ValueError(f"fit {view['fit']!r} is neither crop nor stretch")
+    return ViewSpec(height=_side(view["height"]), width=_side(view["width"]), fit=view["fit"])
