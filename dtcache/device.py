@@ -1,8 +1,10 @@
 """Where and in which precision tensors are computed, resolved once at the start of a command."""
 
+import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -38,6 +40,24 @@ def resolve_compute(device: str, precision: str) -> Compute:
     if precision == "auto":
         precision = "bf16" if _has_native_bf16(where) else "fp32"
     return Compute(device=where, precision="bf16" if precision == "bf16" else "fp32")
+
+
+def compiled(module: torch.nn.Module) -> Callable[..., Any]:
+    """Return torch.compile's version of a module, which shares its weights.
+
+    Its first call raises ConfigError where the machine has no compiler that works.
+    """
+    network = torch.compile(module)
+
+    def call(*arguments: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch")  # of caches in diffusers, which change no result
+            try:
+                return network(*arguments)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                raise ConfigError(f"--compile: {str(error).splitlines()[0]}; run without it") from error
+
+    return call
 
 
 def _has_native_bf16(device: torch.device) -> bool:

@@ -52,6 +52,7 @@ class TeachOptions(Options):
     seed: int = option(0, "Seed of weights, order and noise.", minimum=0)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
+    compile: bool = option(False, "Compile the U-Net first (torch.compile): minutes once, then faster steps.")
     save_every: int = option(500, "Steps between checkpoints.", minimum=1)
     samples: int = option(36, "Images in the sample grid.", minimum=0)
     limit: int | None = option(None, "Use the first N images of the permuted order.", minimum=1)

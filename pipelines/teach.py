@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from dtcache.device import Compute, resolve_compute
+from dtcache.device import Compute, compiled, resolve_compute
 from dtcache.errors import ImagesError, TrainingError
 from dtcache.images import ImageSource, load_views, open_source, permuted
 from dtcache.options import TeachOptions, parse_ints, parse_size
@@ -73,6 +73,7 @@ def _fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, options.warmup, options.steps)
     )
+    network = compiled(unet) if options.compile else unet
     state = {"unet": unet, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     first, losses = _resume(out, state)
 
@@ -90,7 +91,7 @@ def _fit(
 
     with track("teach", options.steps, first) as progress:
         for step, pixels_BCHW in enumerate(batches(), first):
-            loss = _train_step(unet, optimizer, pixels_BCHW, step, options.seed, compute)
+            loss = _train_step(network, optimizer, pixels_BCHW, step, options.seed, compute)
             if not math.isfinite(loss):
                 raise TrainingError(f"teach: the loss is {loss} at step {step}; lower --lr or use --precision fp32")
             schedule.step()
@@ -129,7 +130,7 @@ def _row_stream(rows: np.ndarray, start: int, stop: int, seed: int) -> Iterator[
 
 
 def _train_step(
-    unet: torch.nn.Module,
+    network: Callable[..., Any],
     optimizer: torch.optim.Optimizer,
     pixels_BCHW: Tensor,
     step: int,
@@ -144,9 +145,9 @@ def _train_step(
     noise_BCHW = torch.randn(pixels_BCHW.shape, generator=draw)
     where = {"device": compute.device}
     with compute.autocast():
-        loss = ddpm_loss(unet, ddpm_scheduler(), pixels_BCHW.to(**where), noise_BCHW.to(**where), t_B.to(**where))
+        loss = ddpm_loss(network, ddpm_scheduler(), pixels_BCHW.to(**where), noise_BCHW.to(**where), t_B.to(**where))
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
     optimizer.zero_grad()
     return float(loss.detach())

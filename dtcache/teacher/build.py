@@ -1,7 +1,9 @@
 """Making an unconditional pixel DDPM: the network, its loss, its samples, its directory."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -49,7 +51,7 @@ def ddpm_scheduler() -> DDPMScheduler:
 
 
 def ddpm_loss(
-    unet: torch.nn.Module, scheduler: DDPMScheduler, pixels_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor
+    unet: Callable[..., Any], scheduler: DDPMScheduler, pixels_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor
 ) -> Tensor:
     """Return the simple loss of Ho et al. 2020, eq. 14: mean squared error of the predicted noise (fp32 scalar).
 
