@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"dtcache._version", "dtcache.errors"},
-    {"dtcache.spec", "dtcache.options", "dtcache.storage"},
+    {"dtcache.spec", "dtcache.options", "dtcache.payloads", "dtcache.storage"},
     {"dtcache.device", "dtcache.images", "dtcache.teacher", "dtcache.codec", "dtcache.losses", "dtcache.student"},
     {"dtcache.store"},
     {"dtcache.loader"},
@@ -59,7 +59,9 @@ def test_a_library_is_imported_in_one_place_only(library: str, homes: str) -> No
     assert all(user.startswith(homes) for user in users)
 
 
-@pytest.mark.parametrize("code", ["import cli", "import pipelines.report", "import dtcache.store.reader"])
+@pytest.mark.parametrize(
+    "code", ["import cli", "import pipelines.report", "import dtcache.store.reader"]
+)
 def test_looking_loads_no_heavy_library(code: str) -> None:
     """--help and inspect start without torch, diffusers, timm or numba."""
     heavy = "[m for m in ('torch', 'diffusers', 'timm', 'numba') if m in sys.modules]"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dtcache.codec.fitted import FittedTap
 from dtcache.codec.rans import RansTables, decode_batch, encode, rans_tables
 from dtcache.codec.transform import Decoder, Encoder, whiten
+from dtcache.payloads import Payloads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,14 +53,14 @@ class FeatureEncoder:
 
 
 class HostDecoder:
-    """Entropy decoding, the only codec work on the host: padded payloads to coefficients and scalars."""
+    """Entropy decoding, the only codec work on the host: payloads to coefficients and scalars."""
 
     def __init__(self, fit: Mapping[str, FittedTap]) -> None:
         self._tables: dict[str, RansTables] = {name: rans_tables(fitted) for name, fitted in fit.items()}
 
-    def decode(self, name: str, payloads_BL: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    def decode(self, name: str, payloads: Payloads) -> tuple[Tensor, Tensor]:
         """Return coefficients (B, n) int16 and (sigma, mu) (B, 2) fp32. Raises CodecError."""
-        values, scalars = decode_batch(payloads_BL, self._tables[name])
+        values, scalars = decode_batch(payloads, self._tables[name])
         return torch.from_numpy(values), torch.from_numpy(scalars)
 
 

@@ -9,6 +9,7 @@ from codec.codec_samples import random_fit
 from dtcache.codec import FeatureDecoder, FeatureEncoder, FittedTap, HostDecoder
 from dtcache.codec.fit import quantised_fit, tap_statistics
 from dtcache.codec.transform import WHITEN_EPS, Decoder, Encoder, dct_matrix, quantise, whiten
+from dtcache.payloads import pack
 
 
 def features(count: int, shape: tuple[int, int, int], seed: int) -> np.ndarray:
@@ -129,8 +130,7 @@ def test_a_tap_without_live_coefficients_decodes_to_its_mean() -> None:
     raw = torch.from_numpy(features(3, (4, 4, 4), 2))
     fit = {"t1/stride4": fitted}
     encoded = FeatureEncoder(fit, torch.device("cpu")).encode("t1/stride4", raw)
-    rows = np.stack([np.frombuffer(p.ljust(fitted.payload_bound, b"\0"), np.uint8) for p in encoded.payloads])
-    values, _ = HostDecoder(fit).decode("t1/stride4", rows)
+    values, _ = HostDecoder(fit).decode("t1/stride4", pack(encoded.payloads))
     found = FeatureDecoder(fit)({"t1/stride4": values})["t1/stride4"]
     np.testing.assert_array_equal(
         found.numpy(), np.broadcast_to(fitted.mean.astype(np.float32)[:, None, None], (3, 4, 4, 4))
@@ -144,9 +144,7 @@ def test_feature_encoder_to_feature_decoder() -> None:
     encoder, host, decoder = FeatureEncoder(fit, torch.device("cpu")), HostDecoder(fit), FeatureDecoder(fit)
     for name, x in raw.items():
         encoded = encoder.encode(name, torch.from_numpy(x))
-        bound = fit[name].payload_bound
-        rows = np.stack([np.frombuffer(p.ljust(bound, b"\0"), np.uint8) for p in encoded.payloads])
-        values, scalars = host.decode(name, rows)
+        values, scalars = host.decode(name, pack(encoded.payloads))
         whitened = decoder({name: values})[name].numpy().astype(np.float64)
         sigma, mu = scalars.numpy().T[:, :, None, None, None]
         met = np.square((whitened * sigma + mu - x) / sigma).sum((1, 2, 3))
