@@ -1,5 +1,21 @@
 """dtcache: cache a diffusion teacher's features once, train any number of students from them."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from dtcache._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from dtcache.cache import Cache
+
+__all__ = ["__version__", "open"]
+
+
+def open(path: str | Path) -> "Cache":
+    """Open a sealed cache for reading. Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError.
+
+    Only here are the libraries loaded that reading takes.
+    """
+    from dtcache.cache import Cache
+
+    return Cache(Path(path))

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtcache.cache import Cache
 from dtcache.codec import FeatureEncoder, HostDecoder
 from dtcache.device import Compute
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.images import ImageSource, LoadedView, load_views
-from dtcache.loader import Cache
 from dtcache.options import EvaluateOptions, parse_size
 from dtcache.payloads import pack
 from dtcache.spec import ViewSpec

@@ -13,7 +13,7 @@ FLOORS = [
     {"dtcache.spec", "dtcache.options", "dtcache.payloads", "dtcache.storage"},
     {"dtcache.device", "dtcache.images", "dtcache.teacher", "dtcache.codec", "dtcache.losses", "dtcache.student"},
     {"dtcache.store"},
-    {"dtcache.loader"},
+    {"dtcache.cache", "dtcache.loader", "dtcache.stack"},
     {"pipelines"},
     {"cli"},
 ]
@@ -60,7 +60,7 @@ def test_a_library_is_imported_in_one_place_only(library: str, homes: str) -> No
 
 
 @pytest.mark.parametrize(
-    "code", ["import cli", "import pipelines.report", "import dtcache.store.reader"]
+    "code", ["import cli", "import dtcache; dtcache.open", "import pipelines.report", "import dtcache.store.reader"]
 )
 def test_looking_loads_no_heavy_library(code: str) -> None:
     """--help and inspect start without torch, diffusers, timm or numba."""

@@ -18,10 +18,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from cli import main
+from dtcache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError, TeacherError
 from dtcache.images import FolderSource, load_views
-from dtcache.loader import Cache
 from dtcache.options import EvaluateOptions, ExtractOptions
 from dtcache.spec import ViewSpec
 from dtcache.student import make_backbone, save_backbone

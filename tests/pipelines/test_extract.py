@@ -18,9 +18,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from cli import main
+from dtcache.cache import Cache
 from dtcache.codec.transform import whiten
 from dtcache.images import FolderSource, decode_view, permuted
-from dtcache.loader import Cache
 from dtcache.teacher import load_teacher
 from dtcache.teacher.noise import sample_noise
 

@@ -18,8 +18,9 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from cli import main
+from dtcache.cache import Cache
 from dtcache.device import resolve_compute
-from dtcache.loader import Cache, EpochLoader
+from dtcache.loader import EpochLoader
 from dtcache.options import TrainOptions
 from dtcache.store.samples import held_out
 from dtcache.student import build_student
