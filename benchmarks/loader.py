@@ -130,7 +130,8 @@ def loaders(root: Path, pyramid: Pyramid) -> dict[str, Read]:
     halves = {name: np.load(root / f"{name.split('/')[1]}.npy", mmap_mode="r") for name in names}
     arrays = {name: zarr.open_array(root / "int8.zarr", path=name, mode="r") for name in names}
     context = tensorstore.Context({"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}})
-    specs = {name: {"driver": "zarr3", "kvstore": f"file://{(root / 'int8.zarr' / name).resolve()}/"} for name in names}
+    specs = {name: {"driver": "file", "path": f"{root}/int8.zarr/{name}"} for name in names}
+    specs = {name: {"driver": "zarr3", "kvstore": place} for name, place in specs.items()}
     stores = {n: tensorstore.open(spec, open=True, read=True, context=context).result() for n, spec in specs.items()}
     served = chain.from_iterable(repeat(StreamingDataset(str(root / "litdata"), shuffle=True)))
 
