@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtcache.codec import FeatureDecoder, FittedTap, HostDecoder, sha256_fit
+from dtcache.codec import FeatureDecoder, FittedTap, HalfTap, HostDecoder, TapFit, sha256_fit
 from dtcache.errors import BadImageError, CacheDamagedError, CodecError, ConfigError
-from dtcache.images.source import permuted
+from dtcache.images import LinkedImages, permuted
 from dtcache.images.stored import decode_stored
 from dtcache.spec import ViewSpec
 from dtcache.store.layout import DATA, IMAGES, read_fit
@@ -34,16 +34,17 @@ class TrainBatch:
     images_BCHW: Tensor
     """uint8 RGB; already mirrored where the view is."""
     coefficients: dict[str, Tensor]
-    """(B, n) int16 by array."""
+    """(B, n) by array: int16, or fp16 where features are stored so."""
     scalars: dict[str, Tensor]
     """(B, 2) fp32 sigma and mu by array: raw = whitened * sigma + mu."""
 
 
-def load_fit(root: Path, manifest: CacheManifest) -> dict[str, FittedTap]:
+def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapFit]:
     """Read a cache's fitted codec by array. Raises CacheDamagedError where it is not the one that the recipe names."""
     try:
         arrays: dict[str, dict[str, Any]] = {name: read_fit(root / DATA, name) for name in manifest.tap_names}
-        fit = {name: FittedTap(**found) for name, found in arrays.items()}
+        kind = HalfTap if manifest.recipe["codec"]["name"] == "float16" else FittedTap
+        fit: dict[str, TapFit] = {name: kind(**found) for name, found in arrays.items()}
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CacheDamagedError(
             f"{root}: the codec's arrays are damaged ({error}); delete this cache and extract it again"
@@ -58,19 +59,25 @@ def load_fit(root: Path, manifest: CacheManifest) -> dict[str, FittedTap]:
 class Cache:
     """A sealed cache: its samples, its images, its features."""
 
-    def __init__(self, root: Path) -> None:
-        """Open and check a cache. Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError."""
+    def __init__(self, root: Path, images: Path | None = None) -> None:
+        """Open and check a cache, with the source of its images where it stores none.
+
+        Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError for another source.
+        """
         self.reader = CacheReader(root)
         recipe = self.reader.manifest.recipe
         self.view = ViewSpec(**recipe["view"])
         self.names = self.reader.manifest.tap_names
         self.fit = load_fit(root, self.reader.manifest)
         self._host = HostDecoder(self.fit)
+        self._linked: LinkedImages | None = None
+        if images is not None:
+            keys, hashes = (self.reader.samples[name].to_pylist() for name in ("key", "content_sha256"))
+            self._linked = LinkedImages(images, keys, hashes, self.view)
 
     def shape(self, name: str) -> tuple[int, int, int]:
         """Return (C, H, W) of a tap's maps."""
-        _, height, width = self.fit[name].classes.shape
-        return len(self.fit[name].mean), height, width
+        return self.fit[name].shape
 
     def decoder(self, names: Sequence[str]) -> FeatureDecoder:
         """Return a new device-side decoder of some taps."""
@@ -78,27 +85,48 @@ class Cache:
 
     def batch(self, rows: Sequence[int], views: Sequence[int], names: Sequence[str]) -> TrainBatch:
         """Read (row, view) pairs. Raises CacheDamagedError naming the sample where a byte is wrong."""
-        keys = self.reader.samples["key"]
-        pixels = []
-        for row, view, payload in zip(rows, views, self.reader.payloads(IMAGES, rows, [0] * len(rows)), strict=True):
-            try:
-                image = decode_stored(payload, self.view)
-            except BadImageError as error:
-                raise CacheDamagedError(f"{self.reader.root}: image {keys[int(row)]}: {error}") from error
-            pixels.append(image[:, :, ::-1] if view else image)
-        coefficients, scalars = {}, {}
-        for name in names:
-            try:
-                coefficients[name], scalars[name] = self._host.decode(name, self.reader.payloads(name, rows, views))
-            except CodecError as error:
-                some = ", ".join(str(keys[int(row)]) for row in rows[:3])
-                raise CacheDamagedError(f"{self.reader.root}: {name} of a batch with {some}: {error}") from error
+        images = self.images(rows)
+        coefficients, scalars = self.coefficients(rows, views, names)
+        mirrored = [self.reader.manifest.is_mirrored(int(view)) for view in views]
+        pixels = [image[:, :, ::-1] if flip else image for image, flip in zip(images, mirrored, strict=True)]
         return TrainBatch(
             rows=np.asarray(rows, np.int64),
             images_BCHW=torch.from_numpy(np.stack(pixels)),
             coefficients=coefficients,
             scalars=scalars,
         )
+
+    def images(self, rows: Sequence[int]) -> list[NDArray[np.uint8]]:
+        """Return unmirrored views (3, H, W) of rows.
+
+        Raises CacheDamagedError naming the sample where a byte is wrong, ConfigError where the cache stores no images
+        and was opened without their source.
+        """
+        if self._linked is not None:
+            return [self._linked.pixels(int(row)) for row in rows]
+        if IMAGES not in self.reader.manifest.arrays:
+            raise ConfigError(f"{self.reader.root} stores no images: give those that it was extracted from (--images)")
+        found = []
+        for row, payload in zip(rows, self.reader.payloads(IMAGES, rows, [0] * len(rows)), strict=True):
+            try:
+                found.append(decode_stored(payload, self.view))
+            except BadImageError as error:
+                key = self.reader.samples["key"][int(row)]
+                raise CacheDamagedError(f"{self.reader.root}: image {key}: {error}") from error
+        return found
+
+    def coefficients(
+        self, rows: Sequence[int], views: Sequence[int], names: Sequence[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return coefficients (B, n) and (sigma, mu) pairs (B, 2) by array. Raises CacheDamagedError."""
+        coefficients, scalars = {}, {}
+        for name in names:
+            try:
+                coefficients[name], scalars[name] = self._host.decode(name, self.reader.payloads(name, rows, views))
+            except CodecError as error:
+                some = ", ".join(str(self.reader.samples["key"][int(row)]) for row in rows[:3])
+                raise CacheDamagedError(f"{self.reader.root}: {name} of a batch with {some}: {error}") from error
+        return coefficients, scalars
 
 
 class EpochLoader:
@@ -120,9 +148,8 @@ class EpochLoader:
     def order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return rows and views of an epoch, in order: a pure function of (seed, epoch)."""
         rows = self._rows[permuted(len(self._rows), seed=self._seed, stream=f"epoch-{epoch}")]
-        if self._cache.reader.manifest.num_views == 1:
-            return rows, np.zeros(len(rows), np.int64)
-        return rows, permuted(len(self._rows), seed=self._seed, stream=f"views-{epoch}") % 2
+        views = permuted(len(self._rows), seed=self._seed, stream=f"views-{epoch}")
+        return rows, views % self._cache.reader.manifest.num_views
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[TrainBatch]:
         """Yield the batches of an epoch from batch `start` on."""

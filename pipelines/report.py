@@ -104,6 +104,7 @@ def _tap(
         "relative_mse": met.squared_error / met.energy if met is not None and met.energy > 0 else None,
         "relative_mse_on_fit": manifest.num_samples == manifest.recipe["codec"]["fit_rows"],
         "noise_share": manifest.recipe["codec"]["noise_share"][name],
+        "determined_error": manifest.recipe["codec"]["determined_error"][name],
     }
 
 
@@ -115,7 +116,7 @@ def render(report: Json, root: Path) -> RenderableType:
     rows = {
         "state": state,
         "images": f"{report['num_done']} done, {report['num_failed']} failed of {report['num_images']}",
-        "views": "2 (flips)" if report["num_views"] == 2 else "1",
+        "views": _views(recipe),
         "view": f"{recipe['view']['height']}x{recipe['view']['width']}, {recipe['view']['fit']}",
         "teacher": f"{recipe['teacher']['architecture']} {recipe['teacher']['weights_sha256'][:12]}",
         "fingerprint": report["fingerprint"][:16],
@@ -126,14 +127,23 @@ def render(report: Json, root: Path) -> RenderableType:
     for name, value in rows.items():
         facts.add_row(name, value)
     taps = Table()
-    for column in ("tap", "t", "shape", "bytes", "bits/value", "rel. MSE", "noise"):
+    for column in ("tap", "t", "shape", "bytes", "bits/value", "rel. MSE", "noise", "lost"):
         taps.add_column(column, justify="left" if column == "tap" else "right")
     for tap in report["taps"]:
         shape = f"{tap['channels']}x{tap['height']}x{tap['width']}"
-        numbers = (_number(tap["bits_per_value"]), _number(tap["relative_mse"]), f"{tap['noise_share']:.0%}")
+        numbers = (_number(tap["bits_per_value"]), _number(tap["relative_mse"]), f"{tap['noise_share']:.0%}",
+                   f"{tap['determined_error']:.0%}")  # fmt: skip
         taps.add_row(tap["name"], str(tap["timestep"]), shape, _size(tap["bytes"]), *numbers)
     failed = [f"{count} failed: {reason}" for reason, count in list(report["failures"].items())[:5]]
     return Group(facts, taps, *failed)
+
+
+def _views(recipe: Json) -> str:
+    """Say what the views of an image are."""
+    draws, flips = recipe["draws"], "both flips" if recipe["flips"] else "no flip"
+    if draws == 1:
+        return flips
+    return f"{flips}, mean of {draws} noise draws" if recipe["average"] else f"{flips} x {draws} noise draws"
 
 
 def _number(value: float | None) -> str:
