@@ -42,6 +42,7 @@ def inspect_cache(root: Path) -> Json:
         "num_views": manifest.num_views,
         "bytes_on_disk": sum(files.values()),
         "image_bytes": image_bytes,
+        "codec_bytes": sum(size for path, size in files.items() if path.startswith(f"{DATA}/codec/")),
         "bytes_per_image": stored / done if done else None,
         "fp16_bytes_per_image": fp16,
         "ratio": fp16 * done / stored if done else None,
@@ -118,6 +119,7 @@ def render(report: Json, root: Path) -> RenderableType:
         "images": f"{report['num_done']} done, {report['num_failed']} failed of {report['num_images']}",
         "views": _views(recipe),
         "view": f"{recipe['view']['height']}x{recipe['view']['width']}, {recipe['view']['fit']}",
+        "codec": _codec(report),
         "teacher": f"{recipe['teacher']['architecture']} {recipe['teacher']['weights_sha256'][:12]}",
         "fingerprint": report["fingerprint"][:16],
         "on disk": f"{_size(report['bytes_on_disk'])} ({_size(report['image_bytes'])} images)",
@@ -136,6 +138,14 @@ def render(report: Json, root: Path) -> RenderableType:
         taps.add_row(tap["name"], str(tap["timestep"]), shape, _size(tap["bytes"]), *numbers)
     failed = [f"{count} failed: {reason}" for reason, count in list(report["failures"].items())[:5]]
     return Group(facts, taps, *failed)
+
+
+def _codec(report: Json) -> str:
+    """Say how features are stored and what the fit was made from and costs."""
+    codec, fit = report["recipe"]["codec"], _size(report["codec_bytes"])
+    if codec["ratio"] is None:
+        return f"float16 (statistics of {codec['fit_rows']} images, {fit})"
+    return f"{codec['ratio']:g}x aimed at, step {codec['step']:.3f} (fit of {codec['fit_rows']} images, {fit})"
 
 
 def _views(recipe: Json) -> str:
