@@ -132,10 +132,10 @@ def teach(images: Path, out: Path, options: TeachOptions) -> None:
 
 
 @main.command()
-@click.argument("images", type=PATH)
+@click.argument("source", metavar="IMAGES", type=PATH)
 @_out("Folder of the cache; one found there is resumed if it was begun with the same recipe.")
 @options_of(ExtractOptions)
-def extract(images: Path, out: Path, options: ExtractOptions) -> None:
+def extract(source: Path, out: Path, options: ExtractOptions) -> None:
     """Cache the teacher's decoder features of IMAGES (stage 1).
 
     \b
@@ -144,7 +144,7 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> None:
     """
     from pipelines.extract import extract as run
 
-    done = run(images, out, options)
+    done = run(source, out, options)
     click.echo(f"{done.root}: {done.num_done} images cached in {done.seconds:.0f} s")
     for failed in done.failures[:10]:
         click.echo(f"  failed: {failed.key}: {failed.reason}", err=True)

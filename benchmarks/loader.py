@@ -91,7 +91,7 @@ def make(root: Path, pyramid: Pyramid) -> None:
     group = zarr.create_group(root / "int8.zarr", zarr_format=3, overwrite=True)
     for place, (name, shape) in enumerate(zip(names_of(pyramid.shapes), pyramid.shapes, strict=True)):
         maps = features(shape, pyramid.distinct, seed=1000 + place)
-        payloads[name] = encoder.encode(name, maps).payloads
+        payloads[name] = [view.payload for view in encoder.encode(name, maps)]
         scale = maps.abs().amax((0, 2, 3), keepdim=True) / 127
         int8[name] = (maps / scale).round().to(torch.int8).numpy()
         half = np.lib.format.open_memmap(
@@ -136,7 +136,7 @@ def loaders(root: Path, pyramid: Pyramid) -> dict[str, Read]:
     served = chain.from_iterable(repeat(StreamingDataset(str(root / "litdata"), shuffle=True)))
 
     def coefficients(rows: np.ndarray) -> dict[str, torch.Tensor]:
-        return {name: cache.coefficients(name, rows, np.zeros_like(rows))[0] for name in names}
+        return cache.coefficients(rows, np.zeros_like(rows), names)[0]
 
     def lit_batch(rows: np.ndarray) -> dict[str, np.ndarray]:
         items = list(islice(served, len(rows)))

@@ -82,7 +82,8 @@ def encode(fit: dict[str, FittedTap]) -> dict[str, list[bytes]]:
     """Return some payloads a tap, which rows share."""
     encoder = FeatureEncoder(fit, torch.device("cpu"))
     shapes = enumerate(zip(names_of(SHAPES), SHAPES, strict=True))
-    return {name: encoder.encode(name, features(shape, DISTINCT, 1000 + i)).payloads for i, (name, shape) in shapes}
+    encoded = {name: encoder.encode(name, features(shape, DISTINCT, 1000 + i)) for i, (name, shape) in shapes}
+    return {name: [view.payload for view in views] for name, views in encoded.items()}
 
 
 def payload_of(payloads: dict[str, list[bytes]]) -> Any:
@@ -156,8 +157,7 @@ def probe(root: Path) -> dict[str, float]:
 
 def read(cache: Cache, rows: np.ndarray) -> None:
     """Decode all taps of some rows."""
-    for name in cache.names:
-        cache.coefficients(name, rows, np.zeros_like(rows))
+    cache.coefficients(rows, np.zeros_like(rows), cache.names)
 
 
 def resident() -> int:

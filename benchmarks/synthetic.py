@@ -73,8 +73,8 @@ def fit_pyramid(shapes: Sequence[Shape], views: int, ratio: float) -> dict[str, 
 
     def size_of(fit: dict[str, FittedTap]) -> float:
         encoder = FeatureEncoder(fit, torch.device("cpu"))
-        encoded = [encoder.encode(name, probe).payloads for name, probe in probes.items()]
-        return sum(sum(map(len, payloads)) / len(payloads) for payloads in encoded)
+        encoded = [encoder.encode(name, probe) for name, probe in probes.items()]
+        return sum(sum(len(view.payload) for view in views) / len(views) for views in encoded)
 
     return solve_step(statistics, size_of, 2 * sum(map(np.prod, shapes)) / ratio).fit
 
@@ -109,6 +109,7 @@ def begin_cache(
         codec=CodecSpec(
             ratio=50.0, step=1.0, fit_rows=0, fit_sha256=sha256_fit(fit),
             noise_share=dict.fromkeys(fit, 0.1), noise_floor=dict.fromkeys(fit, 0.1),
+            determined_error=dict.fromkeys(fit, 0.1),
         ),
         samples_sha256=hash_samples(samples), num_samples=rows, flips=False, seed=0, shard_rows=shard_rows,
     )  # fmt: skip

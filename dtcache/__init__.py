@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "open"]
 
 
-def open(path: str | Path) -> "Cache":
-    """Open a sealed cache for reading. Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError.
+def open(path: str | Path, images: str | Path | None = None) -> "Cache":
+    """Open a sealed cache for reading, with the source of its images where it stores none.
 
-    Only here are the libraries loaded that reading takes.
+    Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError for another source. Only here
+    are the libraries loaded that reading takes.
     """
     from dtcache.cache import Cache
 
-    return Cache(Path(path))
+    return Cache(Path(path), Path(images) if images is not None else None)

@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dtcache.codec import FeatureDecoder, FittedTap, HostDecoder, sha256_fit
+from dtcache.codec import FeatureDecoder, FittedTap, HalfTap, HostDecoder, TapFit, sha256_fit
 from dtcache.errors import BadImageError, CacheDamagedError, CodecError, ConfigError, UnknownSampleError
+from dtcache.images import LinkedImages
 from dtcache.images.stored import decode_stored
 from dtcache.losses import unwhiten
 from dtcache.spec import ViewSpec
@@ -26,25 +27,29 @@ if TYPE_CHECKING:
     import dask.array as da
 
 
+Rows = NDArray[np.int64]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainBatch:
     """One batch on the host, entropy-decoded; a FeatureDecoder turns its coefficients into targets."""
 
-    rows: NDArray[np.int64]
+    rows: Rows
     """(B,): rows of the cache."""
     images_BCHW: Tensor
     """uint8 RGB; already mirrored where the view is."""
     coefficients: dict[str, Tensor]
-    """(B, n) int16 by array."""
+    """(B, n) by array: int16, or fp16 where features are stored so."""
     scalars: dict[str, Tensor]
     """(B, 2) fp32 sigma and mu by array: raw = whitened * sigma + mu."""
 
 
-def load_fit(root: Path, manifest: CacheManifest) -> dict[str, FittedTap]:
+def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapFit]:
     """Read a cache's fitted codec by array. Raises CacheDamagedError where it is not the one that the recipe names."""
     try:
         arrays: dict[str, dict[str, Any]] = {name: read_fit(root / DATA, name) for name in manifest.tap_names}
-        fit = {name: FittedTap(**found) for name, found in arrays.items()}
+        kind = HalfTap if manifest.recipe["codec"]["name"] == "float16" else FittedTap
+        fit: dict[str, TapFit] = {name: kind(**found) for name, found in arrays.items()}
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CacheDamagedError(
             f"{root}: the codec's arrays are damaged ({error}); delete this cache and extract it again"
@@ -74,18 +79,26 @@ class Cache:
     It travels to other processes as its path and is opened again there; a forked process is refused.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Open and check a cache. Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError."""
+    def __init__(self, root: Path, images: Path | None = None) -> None:
+        """Open and check a cache, with the source of its images where it stores none.
+
+        Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError for another source.
+        """
         self.reader = CacheReader(root)
         recipe = self.reader.manifest.recipe
         self.view = ViewSpec(**recipe["view"])
         self.names = self.reader.manifest.tap_names
         self.fit = load_fit(root, self.reader.manifest)
         self._host = HostDecoder(self.fit)
+        self._source = images
+        self._linked: LinkedImages | None = None
+        if images is not None:
+            keys, hashes = (self.reader.samples[name].to_pylist() for name in ("key", "content_sha256"))
+            self._linked = LinkedImages(images, keys, hashes, self.view)
 
-    def __reduce__(self) -> tuple[type["Cache"], tuple[Path]]:
-        """Travel as a path."""
-        return Cache, (self.reader.root,)
+    def __reduce__(self) -> tuple[type["Cache"], tuple[Path, Path | None]]:
+        """Travel as paths."""
+        return Cache, (self.reader.root, self._source)
 
     @property
     def samples(self) -> pa.Table:
@@ -104,7 +117,7 @@ class Cache:
         self._require_usable(rows)
         key, label = (self.samples[name][int(rows[0])].as_py() for name in ("key", "label"))
         features = {name: self.raw(name, rows)[0] for name in self.names}
-        return CachedSample(key=key, label=label, image_CHW=self.images(rows, [0])[0], features=features)
+        return CachedSample(key=key, label=label, image_CHW=torch.from_numpy(self.images(rows)[0]), features=features)
 
     def features(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """Return the decoded features of B samples by array: fp32 (B, V, C, H, W) in the teacher's own scale.
@@ -153,62 +166,72 @@ class Cache:
 
     def shape(self, name: str) -> tuple[int, int, int]:
         """Return (C, H, W) of a tap's maps."""
-        _, height, width = self.fit[name].classes.shape
-        return len(self.fit[name].mean), height, width
+        return self.fit[name].shape
 
     def decoder(self, names: Sequence[str]) -> FeatureDecoder:
         """Return a new device-side decoder of some taps."""
         return FeatureDecoder({name: self.fit[name] for name in names})
 
-    def batch(self, rows: ArrayLike, views: ArrayLike, names: Sequence[str]) -> TrainBatch:
+    def batch(self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows, names: Sequence[str]) -> TrainBatch:
         """Read B (row, view) pairs. Raises CacheDamagedError naming the sample where a byte is wrong."""
-        images = self.images(rows, views)
-        coefficients, scalars = {}, {}
-        for name in names:
-            coefficients[name], scalars[name] = self.coefficients(name, rows, views)
+        images = self.images(rows)
+        coefficients, scalars = self.coefficients(rows, views, names)
+        pixels = np.empty((len(images), 3, self.view.height, self.view.width), np.uint8)
+        for place, (image, view) in enumerate(zip(images, views, strict=True)):
+            pixels[place] = image[:, :, ::-1] if self.reader.manifest.is_mirrored(int(view)) else image
         return TrainBatch(
             rows=np.asarray(rows, np.int64),
-            images_BCHW=images,
+            images_BCHW=torch.from_numpy(pixels),
             coefficients=coefficients,
             scalars=scalars,
         )
 
-    def images(self, rows: ArrayLike, views: ArrayLike) -> Tensor:
-        """Return the images of (row, view) pairs, uint8 (B, 3, H, W), mirrored where the view is."""
-        rows, views = np.asarray(rows, np.int64), np.asarray(views, np.int64)
-        pixels = np.empty((len(rows), 3, self.view.height, self.view.width), np.uint8)
-        for place, payload in enumerate(self.reader.payloads(IMAGES, rows, np.zeros_like(rows))):
+    def images(self, rows: Sequence[int] | Rows) -> list[NDArray[np.uint8]]:
+        """Return unmirrored views (3, H, W) of rows.
+
+        Raises CacheDamagedError naming the sample where a byte is wrong, ConfigError where the cache stores no images
+        and was opened without their source.
+        """
+        if self._linked is not None:
+            return [self._linked.pixels(int(row)) for row in rows]
+        if IMAGES not in self.reader.manifest.arrays:
+            raise ConfigError(f"{self.reader.root} stores no images: give those that it was extracted from (--images)")
+        found = []
+        for row, payload in zip(rows, self.reader.payloads(IMAGES, rows, np.zeros(len(rows))), strict=True):
             try:
-                image = decode_stored(payload, self.view)
+                found.append(decode_stored(payload, self.view))
             except BadImageError as error:
-                key = self.samples["key"][int(rows[place])]
+                key = self.samples["key"][int(row)]
                 raise CacheDamagedError(f"{self.reader.root}: image {key}: {error}") from error
-            pixels[place] = image[:, :, ::-1] if views[place] else image
-        return torch.from_numpy(pixels)
+        return found
 
-    def coefficients(self, name: str, rows: ArrayLike, views: ArrayLike) -> tuple[Tensor, Tensor]:
-        """Return one array's coefficients (B, n) int16 and scalars (B, 2) fp32 of (row, view) pairs, checked."""
-        payloads = self.reader.payloads(name, rows, views)
-        try:
-            return self._host.decode(name, payloads)
-        except CodecError as error:
-            some = ", ".join(self.samples["key"].take(np.asarray(rows, np.int64)[:3]).to_pylist())
-            raise CacheDamagedError(f"{self.reader.root}: {name} of a batch with {some}: {error}") from error
+    def coefficients(
+        self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows, names: Sequence[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return coefficients (B, n) and (sigma, mu) pairs (B, 2) by array. Raises CacheDamagedError."""
+        coefficients, scalars = {}, {}
+        for name in names:
+            try:
+                coefficients[name], scalars[name] = self._host.decode(name, self.reader.payloads(name, rows, views))
+            except CodecError as error:
+                some = ", ".join(str(self.samples["key"][int(row)]) for row in rows[:3])
+                raise CacheDamagedError(f"{self.reader.root}: {name} of a batch with {some}: {error}") from error
+        return coefficients, scalars
 
-    def will_need(self, rows: NDArray[np.int64], names: Sequence[str]) -> None:
+    def will_need(self, rows: Rows, names: Sequence[str]) -> None:
         """Tell the disk of rows that will be read soon."""
-        for name in (IMAGES, *names):
+        for name in {IMAGES, *names} & set(self.reader.manifest.arrays):
             self.reader.will_need(name, rows)
 
-    def raw(self, name: str, rows: NDArray[np.int64]) -> Tensor:
+    def raw(self, name: str, rows: Rows) -> Tensor:
         """Return one array's decoded features of all views of rows, fp32 (B, V, C, H, W) in the teacher's own scale."""
         views = self.reader.manifest.num_views
         pairs = np.repeat(rows, views), np.tile(np.arange(views), len(rows))
-        values, scalars = self.coefficients(name, *pairs)
-        raw = unwhiten(self._decoder({name: values})[name], scalars)
+        values, scalars = self.coefficients(*pairs, [name])
+        raw = unwhiten(self._decoder(values)[name], scalars[name])
         return raw.view(len(rows), views, *self.shape(name))
 
-    def _require_usable(self, rows: NDArray[np.int64]) -> None:
+    def _require_usable(self, rows: Rows) -> None:
         for sample in self.samples.select(["key", "failure"]).take(rows).to_pylist():
             if sample["failure"] is not None:
                 raise UnknownSampleError(

@@ -71,10 +71,8 @@ class EpochLoader:
         rows = self._rows[permuted(len(self._rows), seed=self._seed, stream=f"epoch-{epoch}")]
         if self._shuffle == "block":
             rows = rows[np.argsort(self._mix_of(rows, epoch), kind="stable")]
-        views = self._cache.reader.manifest.num_views
-        if views == 1:
-            return rows, np.zeros(len(rows), np.int64)
-        return rows, permuted(len(rows), seed=self._seed, stream=f"views-{epoch}") % views
+        views = permuted(len(rows), seed=self._seed, stream=f"views-{epoch}")
+        return rows, views % self._cache.reader.manifest.num_views
 
     def _mix_of(self, rows: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         """Return the number of the mix that each row is dealt to, with all of its block."""

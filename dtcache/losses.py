@@ -5,6 +5,7 @@ from torch import Tensor
 
 EPS = 1e-12
 """Under every root, so that its gradient exists where the argument is zero."""
+WHITEN_EPS = 1e-6
 
 
 def mse_loss(predicted_BCHW: Tensor, whitened_BCHW: Tensor) -> Tensor:
@@ -28,3 +29,12 @@ def unwhiten(whitened_BCHW: Tensor, scalars_B2: Tensor) -> Tensor:
     """Return the raw feature from the whitened one and its (sigma, mu) pairs."""
     sigma_B, mu_B = scalars_B2.float().unbind(1)
     return torch.addcmul(mu_B[:, None, None, None], whitened_BCHW, sigma_B[:, None, None, None])
+
+
+def whiten_positions(raw_BCHW: Tensor) -> Tensor:
+    """Return fp32 features under a non-affine LayerNorm a position over C: the other reading of the paper's W.
+
+    An ablation: every position then has the same energy, which the attention loss contradicts (design: losses).
+    """
+    centred_BCHW = raw_BCHW.float() - raw_BCHW.float().mean(1, keepdim=True)
+    return centred_BCHW / (centred_BCHW.square().mean(1, keepdim=True) + WHITEN_EPS).sqrt()

@@ -9,6 +9,8 @@ from dtcache.errors import ConfigError
 
 AUTO_DEVICE = "auto, cpu, cuda or cuda:N"
 PRECISIONS = ("auto", "fp32", "bf16")
+QUALITY_RATIOS = {"high": 10.0, "default": 50.0, "small": 100.0, "fp16": None}
+"""Times that the features' bytes, everything on disk but images, lie under fp16."""
 
 
 def option(
@@ -67,9 +69,21 @@ class ExtractOptions(Options):
     fit: str = option("crop", "How an image meets the view.", choices=("crop", "stretch"))
     taps: str | None = option(None, "Strides to cache, such as 4,8,16,32 [default: 4..32, else the four coarsest].")
     timestep: tuple[int, ...] = option((150,), "Diffusion step T at which the image is noised; may be repeated.")
-    ratio: float = option(50.0, "Target of fp16 bytes over all stored bytes but images.", minimum=1)
+    quality: str = option(
+        "default",
+        "Size of the features: 10 (high), 50 (default) or 100 (small) times under fp16; fp16 stores them as they are.",
+        choices=tuple(QUALITY_RATIOS),
+    )
+    bytes_per_image: float | None = option(
+        None, "Size of the features instead: bytes of an image's views, everything on disk but images.", minimum=1
+    )
     seed: int = option(0, "Seed of row order and noise.", minimum=0)
     flip: bool = option(True, "Cache the mirrored view too.")
+    draws: int = option(1, "Noise draws of each flip, cached as views.", minimum=1)
+    average: bool = option(False, "Cache the mean of the draws as one view instead.")
+    images: str = option(
+        "view", "Store the view's pixels, or none: train --images then reads the source.", choices=("view", "none")
+    )
     batch_size: int = option(32, "Images a teacher pass, views counted; a constant of the recipe.", minimum=1)
     limit: int | None = option(None, "Cache the first N images of the permuted order.", minimum=1)
     shard_rows: int | None = option(None, "Rows a shard [default: by payload size, 256 to 4096].", minimum=1)
@@ -92,6 +106,11 @@ class TrainOptions(Options):
     weight_decay: float = option(0.05, "Weight decay; none on norms and biases.", minimum=0)
     clip_grad: float | None = option(None, "Clip the gradient's norm [default: no clipping].", minimum=1e-12)
     at_weight: float = option(10.0, "Weight of the attention-transfer loss beside the MSE.", minimum=0)
+    whitening: str = option(
+        "sample",
+        "LayerNorm of the MSE's target: a sample over (C, H, W), as cached, or a position over C (fp16 caches only).",
+        choices=("sample", "position"),
+    )
     fpn_width: int = option(256, "Channels of the regressor's pyramid.", minimum=1)
     student_size: str | None = option(
         None, "Student input size [default: view x max(1, 4/finest stride)].", metavar="H[xW]"
@@ -99,6 +118,9 @@ class TrainOptions(Options):
     taps: str | None = option(None, "Strides to train on [default: all in the cache].", metavar="S,S,...")
     timestep: int | None = option(None, "Timestep to train on [default: all in the cache].")
     limit: int | None = option(None, "Train on the first N rows.", minimum=1)
+    images: Path | None = option(
+        None, "The images that the cache was extracted from, where it stores none.", metavar="IMAGES"
+    )
     init: str | None = option(
         None, "Start from timm's pretrained weights or from a backbone.", metavar="pretrained|PATH"
     )

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Fit = Literal["crop", "stretch"]
+CodecName = Literal["pca-dct-rans", "float16"]
 Json = dict[str, Any]
 
 FORMAT_VERSION = 1
@@ -85,14 +86,14 @@ class TeacherSpec:
 class CodecSpec:
     """How features become bytes; the fitted numbers live in the store and are hashed into the recipe."""
 
-    name: str = "pca-dct-rans"
+    name: CodecName = "pca-dct-rans"
     """The codec family; a reader refuses one that it does not know."""
     whitening: Literal["sample-chw"] = "sample-chw"
     """LayerNorm, non-affine, a sample over (C, H, W)."""
-    ratio: float
-    """Target of fp16 bytes over all stored bytes but images."""
-    step: float
-    """Quantiser step of a band that the image determines fully, in units of the whitened feature."""
+    ratio: float | None
+    """Target of fp16 bytes over all stored bytes but images; None where features are stored as float16."""
+    step: float | None
+    """Quantiser step of a band that the image determines fully, in units of the whitened feature; None for float16."""
     fit_rows: int
     """The fit read rows [0, fit_rows)."""
     fit_sha256: str
@@ -101,6 +102,8 @@ class CodecSpec:
     """By array: the share of the variance about the channel means that a second noise draw changes."""
     noise_floor: dict[str, float]
     """By array: that variance, a value of the uncompressed whitened map: the least MSE that its student can reach."""
+    determined_error: dict[str, float]
+    """By array: the codec's error in what the image determines over that part's variance, on the fit's rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,20 +118,24 @@ class Recipe:
     num_samples: int
     """Rows of the cache."""
     flips: bool
-    """Whether the mirrored view is cached too, as view 1."""
+    """Whether mirrored views are cached too: the odd ones."""
+    draws: int = 1
+    """Noise draws of each flip."""
+    average: bool = False
+    """Whether the draws are stored as one view, their mean, or as views of their own."""
     seed: int
     """Seed of the row order and of the noise."""
     shard_rows: int
     """Rows a shard holds, all arrays alike."""
-    images: Literal["view"] = "view"
-    """The view's own pixels are stored."""
+    images: Literal["view", "none"] = "view"
+    """Whether the view's own pixels are stored, or left to the source."""
     noise: str = NOISE_SCHEME
     """How noise is made from (seed, key, timestep, draw, flip)."""
 
     @property
     def num_views(self) -> int:
-        """Views a sample has: 2 with flips, else 1."""
-        return 2 if self.flips else 1
+        """Views a sample has: draws x flips, one after the other."""
+        return (1 if self.average else self.draws) * (2 if self.flips else 1)
 
     def to_json(self) -> Json:
         """Return the recipe as JSON values."""

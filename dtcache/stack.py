@@ -21,10 +21,11 @@ def lazy_stack(cache: Cache, name: str) -> da.Array:
     chunks = (rows, *shape[1:])
     # Tasks name the cache, so that workers in other processes open it once each.
     root, fingerprint = str(cache.reader.root.resolve()), cache.reader.manifest.fingerprint
+    whole = da.core.normalize_chunks(chunks, shape)  # type: ignore[no-untyped-call]
     numbers = da.arange(len(cache), chunks=rows, dtype=np.int64)[:, None, None, None, None]
-    stacked: da.Array = da.map_blocks(
+    stacked: da.Array = da.map_blocks(  # type: ignore[no-untyped-call]
         _decoded, numbers, root=root, fingerprint=fingerprint, tap=name,
-        dtype=np.float32, chunks=da.core.normalize_chunks(chunks, shape), meta=np.empty((0,) * 5, np.float32),
+        dtype=np.float32, chunks=whole, meta=np.empty((0,) * 5, np.float32),
         name=f"dtcache-{fingerprint[:16]}-{name}-{rows}",
     )  # fmt: skip
     return stacked

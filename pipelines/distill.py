@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from dtcache.cache import Cache, TrainBatch
 from dtcache.device import Compute
-from dtcache.losses import at_loss, mse_loss, unwhiten
+from dtcache.losses import at_loss, mse_loss, unwhiten, whiten_positions
 from dtcache.options import TrainOptions
 from dtcache.student import Student
 
 
 def losses_of(
-    student: Student, decoder: nn.Module, batch: TrainBatch, at_weight: float, compute: Compute
+    student: Student, decoder: nn.Module, batch: TrainBatch, options: TrainOptions, compute: Compute
 ) -> dict[str, Tensor]:
     """Return `loss` (the mean over taps of MSE + weight x AT) and both parts a tap, fp32 scalars."""
     device = compute.device
@@ -25,9 +25,10 @@ def losses_of(
     parts: dict[str, Tensor] = {}
     for name, whitened_BCHW in targets.items():
         raw_BCHW = unwhiten(whitened_BCHW, batch.scalars[name].to(device))
-        parts[f"mse/{name}"] = mse_loss(predicted[name], whitened_BCHW)
+        target_BCHW = whiten_positions(raw_BCHW) if options.whitening == "position" else whitened_BCHW
+        parts[f"mse/{name}"] = mse_loss(predicted[name], target_BCHW)
         parts[f"at/{name}"] = at_loss(predicted[name], raw_BCHW)
-    per_tap = [parts[f"mse/{name}"] + at_weight * parts[f"at/{name}"] for name in targets]
+    per_tap = [parts[f"mse/{name}"] + options.at_weight * parts[f"at/{name}"] for name in targets]
     return {"loss": torch.stack(per_tap).mean(), **parts}
 
 
@@ -47,7 +48,7 @@ def train_step(
     """
     torch.manual_seed((options.seed << 32) + step)
     student.train()
-    losses = losses_of(student, decoder, batch, options.at_weight, compute)
+    losses = losses_of(student, decoder, batch, options, compute)
     losses["loss"].backward()
     if options.clip_grad is not None:
         nn.utils.clip_grad_norm_(student.parameters(), options.clip_grad)
@@ -74,6 +75,6 @@ def held_out_losses(
     for start in range(0, len(rows), options.batch_size):
         part = rows[start : start + options.batch_size]
         batch = cache.batch(part, [0] * len(part), names)
-        for name, value in losses_of(student, decoder, batch, options.at_weight, compute).items():
+        for name, value in losses_of(student, decoder, batch, options, compute).items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(part)
     return {f"held_out/{name}": total / len(rows) for name, total in sums.items()}

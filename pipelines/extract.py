@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,12 +13,12 @@ import torch
 
 from dtcache._version import __version__
 from dtcache.cache import load_fit
-from dtcache.codec import FeatureEncoder
+from dtcache.codec import EncodedView, FeatureEncoder
 from dtcache.device import resolve_compute
 from dtcache.errors import CacheMismatchError, ConfigError
 from dtcache.images import LoadedView, load_views, open_source
 from dtcache.images.stored import encode_stored, image_bound
-from dtcache.options import ExtractOptions
+from dtcache.options import QUALITY_RATIOS, ExtractOptions
 from dtcache.spec import CodecSpec, FailedSample, Json, Recipe
 from dtcache.storage import FolderLock
 from dtcache.store.commits import CodecSums
@@ -31,6 +32,8 @@ from pipelines.progress import track
 
 DECODE_THREADS = 2
 CHECKED_ROWS = 64
+BAD_ERROR = 0.5
+"""Of the variance that the image determines: a tap that loses more of it is warned of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +69,7 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
         fit = load_fit(out, writer.manifest)
         encoder = FeatureEncoder(fit, resolve_compute(options.device, options.precision).device)
         missing = writer.missing
-        array = writer.manifest.arrays[IMAGES]
+        array = next(iter(writer.manifest.arrays.values()))
         left = sum(len(array.rows_of(shard)) for shard in missing)
         written = 0
         with track("extract", count, count - left) as progress:
@@ -75,7 +78,7 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
             for shard in missing:
                 note = f"{written / 2**20:.1f} MiB written, {len(writer.failures)} failed"
                 work = run_shard(
-                    job, encoder, shard, array.rows_of(shard), views, array.length, fit_rows(count),
+                    job, encoder, shard, array.rows_of(shard), views, fit_rows(count),
                     lambda done, note=note: progress.advance(done, note),
                 )  # fmt: skip
                 written += writer.write_shard(work)
@@ -95,11 +98,25 @@ def fit_rows(count: int) -> int:
     return min(256, count)
 
 
+def target_ratio(job: Job, options: ExtractOptions) -> float | None:
+    """Return how many times under fp16 the features shall lie, None to keep them float16. Raises ConfigError."""
+    if options.bytes_per_image is None:
+        return QUALITY_RATIOS[options.quality]
+    fp16 = 2 * job.views * sum(tap.values for tap in job.teacher.spec.taps) * len(job.teacher.spec.timesteps)
+    if options.quality != "default" or options.bytes_per_image >= fp16:
+        raise ConfigError(
+            f"--bytes-per-image {options.bytes_per_image:g}: expected fewer than the {fp16} bytes of float16, and no "
+            f"--quality beside it; leave it out, or use --quality fp16 to store features as they are"
+        )
+    return fp16 / options.bytes_per_image
+
+
 def _asked(job: Job, options: ExtractOptions) -> Json:
     """Return the recipe's fields that options and inputs fix, to be compared with a cache that is there."""
-    rows = fit_rows(len(job.samples))
+    ratio = target_ratio(job, options)
     unfitted = CodecSpec(
-        ratio=options.ratio, step=0.0, fit_rows=rows, fit_sha256="", noise_share={}, noise_floor={}
+        name="float16" if ratio is None else "pca-dct-rans", ratio=ratio, step=None,
+        fit_rows=fit_rows(len(job.samples)), fit_sha256="", noise_share={}, noise_floor={}, determined_error={},
     )  # fmt: skip
     asked = _recipe(job, unfitted, options.shard_rows or 0).to_json()
     # The rest of these is fitted, or follows from what is compared already.
@@ -107,8 +124,8 @@ def _asked(job: Job, options: ExtractOptions) -> Json:
     del asked["teacher"]["alpha_bars"]
     if options.shard_rows is None:
         del asked["shard_rows"]
-    # Another seed or count changes the sample list too: name the cause before its effect.
-    return {name: asked[name] for name in ("seed", "num_samples")} | asked
+    # Another seed changes the sample list too, other taps or views the ratio of a size: name causes before effects.
+    return {name: asked[name] for name in ("seed", "num_samples", "flips", "draws", "average", "teacher")} | asked
 
 
 def _recipe(job: Job, codec: CodecSpec, shard_rows: int) -> Recipe:
@@ -118,22 +135,37 @@ def _recipe(job: Job, codec: CodecSpec, shard_rows: int) -> Recipe:
         codec=codec,
         samples_sha256=hash_samples(job.samples),
         num_samples=len(job.samples),
-        flips=job.flips,
+        flips=len(job.flips) == 2,
+        draws=job.draws,
+        average=job.average,
         seed=job.seed,
         shard_rows=shard_rows,
+        images="view" if job.stores_images else "none",
     )
 
 
 def _begin(out: Path, job: Job, options: ExtractOptions) -> CacheWriter:
     """Fit the codec once, and lay out the cache that it fixes."""
     count = len(job.samples)
-    fitted = fit_codec(out, job, fit_rows(count), options.ratio)
-    bytes_a_row = fitted.bytes_per_view * job.views + job.view.height * job.view.width * 2
+    fitted = fit_codec(out, job, fit_rows(count), target_ratio(job, options))
+    _warn_of_bias(fitted.spec)
+    bytes_a_row = fitted.bytes_per_view * job.views + job.view.height * job.view.width * 2 * job.stores_images
     recipe = _recipe(job, fitted.spec, options.shard_rows or _shard_rows(count, bytes_a_row))
     bounds = {name: tap.payload_bound for name, tap in fitted.fit.items()}
     arrays = payload_arrays(recipe, image_bound(job.view), bounds)
     fit = {name: tap.arrays() for name, tap in fitted.fit.items()}
     return CacheWriter.create(out, recipe, arrays, fit, job.samples, job.source.classes)
+
+
+def _warn_of_bias(spec: CodecSpec) -> None:
+    """Say where the codec distorts what a student could learn; it costs bytes to mend, so that the user decides."""
+    for name, error in spec.determined_error.items():
+        if error > BAD_ERROR:
+            print(
+                f"warning: {name}: {error:.0%} of what the image determines is lost at this size; raise --quality or "
+                "--bytes-per-image, or leave the tap out with --taps",
+                file=sys.stderr,
+            )
 
 
 def _shard_rows(count: int, bytes_a_row: float) -> int:
@@ -167,7 +199,6 @@ def run_shard(
     shard: int,
     rows: range,
     views: Iterator[LoadedView],
-    bound: int,
     fitted: int,
     on_rows: Callable[[int], None],
 ) -> ShardData:
@@ -177,30 +208,44 @@ def run_shard(
     content: list[str | None] = []
     failures: list[FailedSample] = []
     errors, energies = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    step = max(1, job.teacher.spec.batch_size // job.views)
+    bound = image_bound(job.view)
+    step = max(1, job.teacher.spec.batch_size // len(job.flips))
     for start in range(rows.start, rows.stop, step):
         batch = list(islice(views, min(step, rows.stop - start)))
         good = [i for i, v in enumerate(batch) if v.pixels_CHW is not None]
-        encoded = {}
-        if good:
-            flips = [flip for _ in good for flip in (False, True)[: job.views]]
-            doubled = [i for i in good for _ in range(job.views)]
-            raw = job.raw_features([batch[i] for i in doubled], [start + i for i in doubled], flips, draw=0)
-            encoded = {name: encoder.encode(name, raw[name]) for name in names}
+        encoded = _encode(job, encoder, [batch[i] for i in good], [start + i for i in good]) if good else {}
         for i, loaded in enumerate(batch):
-            row = start + i
-            place = slice(good.index(i) * job.views, (good.index(i) + 1) * job.views) if i in good else slice(0, 0)
-            infinite = next((n for n in encoded if not encoded[n].finite[place].all()), None)
+            row, place = start + i, good.index(i) if i in good else -1
+            found = {name: views_of[place] for name, views_of in encoded.items()} if place >= 0 else {}
+            infinite = next((name for name, views_of in found.items() if not all(v.finite for v in views_of)), None)
             reason = loaded.failure or (f"teacher output is not finite at {infinite}" if infinite else None)
             content.append(None if loaded.failure else hashlib.sha256(loaded.source).hexdigest())
             if reason is not None:
                 failures.append(FailedSample(row=row, key=job.samples[row].key, reason=reason))
-            payloads[IMAGES].append(encode_stored(loaded, bound) if reason is None else b"")
+            payloads[IMAGES].append(encode_stored(loaded, bound) if reason is None and job.stores_images else b"")
             for name in names:
-                payloads[name] += encoded[name].payloads[place] if reason is None else [b""] * job.views
+                payloads[name] += [v.payload for v in found[name]] if reason is None else [b""] * job.views
                 if reason is None and (row >= fitted or len(job.samples) == fitted):
-                    errors[name] += float(encoded[name].squared_error[place].sum())
-                    energies[name] += float(encoded[name].energy[place].sum())
+                    errors[name] += sum(v.squared_error for v in found[name])
+                    energies[name] += sum(v.energy for v in found[name])
         on_rows(len(batch))
+    if not job.stores_images:
+        del payloads[IMAGES]
     sums = {name: CodecSums(squared_error=errors[name], energy=energies[name]) for name in names}
     return ShardData(shard=shard, payloads=payloads, content_sha256=tuple(content), failures=tuple(failures), sums=sums)
+
+
+def _encode(
+    job: Job, encoder: FeatureEncoder, loaded: list[LoadedView], rows: list[int]
+) -> dict[str, list[list[EncodedView]]]:
+    """Return, by array and image, the views in their order: draw by draw, each as it is and mirrored."""
+    flips = [flip for _ in loaded for flip in job.flips]
+    views, view_rows = ([x for x in every for _ in job.flips] for every in (loaded, rows))
+    draws = [job.raw_features(views, view_rows, flips, draw) for draw in range(job.draws)]
+    encoded: dict[str, list[list[EncodedView]]] = {}
+    for name in job.names:
+        raws = [raw[name] for raw in draws]
+        stored = [encoder.encode(name, *raws)] if job.average else [encoder.encode(name, raw) for raw in raws]
+        count = len(job.flips)
+        encoded[name] = [[v for part in stored for v in part[i * count : (i + 1) * count]] for i in range(len(loaded))]
+    return encoded

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import torch
 from numcodecs.zstd import compress
 from threadpoolctl import threadpool_limits
 
-from dtcache.codec import FittedTap, sha256_fit
-from dtcache.codec.fit import TapStatistics, solve_step, tap_statistics
+from dtcache.codec import FittedTap, TapFit, sha256_fit
+from dtcache.codec.fit import Solved, TapStatistics, half_fits, solve_step, tap_statistics
 from dtcache.codec.rans import encode, rans_tables
 from dtcache.codec.transform import quantise, whiten
 from dtcache.errors import CodecError, ImagesError
@@ -35,12 +36,15 @@ class CodecFit:
     """A fitted codec and what it is expected to cost."""
 
     spec: CodecSpec
-    fit: dict[str, FittedTap]
+    fit: Mapping[str, TapFit]
     bytes_per_view: float
 
 
-def fit_codec(out: Path, job: Job, rows: int, ratio: float) -> CodecFit:
+def fit_codec(out: Path, job: Job, rows: int, ratio: float | None) -> CodecFit:
     """Fit every tap on the first rows and two noise draws, and solve the step for the target ratio.
+
+    Without a ratio features stay float16, and only their statistics are fitted. Averaged draws are fitted on two
+    averages of draws of their own.
 
     Raises ImagesError where none of these rows has an image, CodecError where the teacher's output is not finite.
     """
@@ -57,10 +61,7 @@ def fit_codec(out: Path, job: Job, rows: int, ratio: float) -> CodecFit:
             for name, maps in whitened.items():
                 statistics[name] = tap_statistics(maps)
                 progress.advance(1, name)
-            fp16 = sum(2 * maps[0, 0].size for maps in whitened.values())
-            target = fp16 / ratio
-            views = len(job.samples) * job.views
-            solved = solve_step(statistics, lambda fit: _bytes_per_view(fit, statistics, target, views), target)
+            solved = _solve(statistics, ratio, len(job.samples) * job.views)
             progress.advance()
         del whitened
     finally:
@@ -68,14 +69,24 @@ def fit_codec(out: Path, job: Job, rows: int, ratio: float) -> CodecFit:
         shutil.rmtree(spool, ignore_errors=True)
     shares = {name: float((s.noise_share * s.variance).sum() / s.variance.sum()) for name, s in statistics.items()}
     spec = CodecSpec(
+        name="float16" if ratio is None else "pca-dct-rans",
         ratio=ratio,
         step=solved.step,
         fit_rows=rows,
         fit_sha256=sha256_fit(solved.fit),
         noise_share=shares,
         noise_floor={name: float((s.noise_share * s.variance).mean()) for name, s in statistics.items()},
+        determined_error=solved.determined_error,
     )
     return CodecFit(spec=spec, fit=solved.fit, bytes_per_view=solved.bytes_per_view)
+
+
+def _solve(statistics: dict[str, TapStatistics], ratio: float | None, views: int) -> Solved:
+    """Return the codec of a ratio, or float16 where there is none."""
+    if ratio is None:
+        return half_fits(statistics)
+    target = sum(2 * s.variance.size for s in statistics.values()) / ratio
+    return solve_step(statistics, lambda fit: _bytes_per_view(fit, statistics, target, views), target)
 
 
 def _spool_features(spool: Path, job: Job, rows: int) -> dict[str, np.memmap]:
@@ -102,10 +113,15 @@ def _spool_features(spool: Path, job: Job, rows: int) -> dict[str, np.memmap]:
         for draw in range(DRAWS):
             for start in range(0, len(good), spec.batch_size):
                 batch = good[start : start + spec.batch_size]
-                flips = [job.flips and row % 2 == 1 for row in batch]
-                raw = job.raw_features([loaded[row] for row in batch], batch, flips, draw)
-                for name, raw_BCHW in raw.items():
-                    maps[name][draw, start : start + len(batch)] = whiten(raw_BCHW)[0].half().cpu().numpy()
+                flips = [job.flips[row % len(job.flips)] for row in batch]
+                averaged = job.draws if job.average else 1
+                draws = [
+                    job.raw_features([loaded[row] for row in batch], batch, flips, draw * averaged + k)
+                    for k in range(averaged)
+                ]
+                for name in draws[0]:
+                    mean_BCHW = torch.stack([whiten(raw[name])[0] for raw in draws]).mean(0)
+                    maps[name][draw, start : start + len(batch)] = mean_BCHW.half().cpu().numpy()
                 progress.advance(len(batch))
     for name, array in maps.items():
         if not np.isfinite(array).all():
@@ -123,7 +139,7 @@ def _bytes_per_view(
     chunks = 0.0
     for name, fitted in fit.items():
         tables, live, bound = rans_tables(fitted), fitted.live, fitted.payload_bound
-        kept = statistics[name].coefficients[:SIZED_VIEWS]
+        kept = statistics[name].coefficients[0, :SIZED_VIEWS]
         flat = torch.from_numpy(kept.reshape(len(kept), -1)[:, live])
         step = torch.from_numpy(fitted.class_step[fitted.classes.reshape(-1)[live]])
         values = quantise(flat, step).numpy().astype(np.int16)

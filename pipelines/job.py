@@ -22,13 +22,18 @@ class Job:
     samples: list[Sample]
     view: ViewSpec
     teacher: Teacher
-    flips: bool
+    flips: tuple[bool, ...]
+    """Which mirrorings are cached: (False,) or (False, True)."""
+    draws: int
+    average: bool
+    """Whether the draws become one view, their mean."""
+    stores_images: bool
     seed: int
 
     @property
     def views(self) -> int:
         """Views of a row."""
-        return 2 if self.flips else 1
+        return len(self.flips) * (1 if self.average else self.draws)
 
     @property
     def names(self) -> list[str]:
@@ -54,6 +59,8 @@ class Job:
 
 def make_job(source: ImageSource, options: ExtractOptions) -> Job:
     """Load the teacher and order the samples. Raises ConfigError, TeacherError."""
+    if options.average and options.draws < 2:
+        raise ConfigError(f"--average: expected at least 2 --draws to take the mean of, got {options.draws}")
     if options.flip and options.batch_size < 2:
         raise ConfigError(f"--batch-size {options.batch_size}: expected at least 2, both flips of an image")
     loaded = load_teacher(options.teacher)
@@ -70,4 +77,14 @@ def make_job(source: ImageSource, options: ExtractOptions) -> Job:
     order = permuted(len(source.keys), seed=options.seed, stream="rows")[: options.limit]
     labels = source.labels
     samples = [Sample(index=int(i), key=source.keys[i], label=labels[i] if labels is not None else None) for i in order]
-    return Job(source=source, samples=samples, view=view, teacher=teacher, flips=options.flip, seed=options.seed)
+    return Job(
+        source=source,
+        samples=samples,
+        view=view,
+        teacher=teacher,
+        flips=(False, True) if options.flip else (False,),
+        draws=options.draws,
+        average=options.average,
+        stores_images=options.images == "view",
+        seed=options.seed,
+    )

@@ -175,19 +175,19 @@ class CacheFeatures:
         cached = [i for i, row in enumerate(row_of) if row is not None]
         if cached:
             rows = [row for row in row_of if row is not None]
-            coefficients = self._cache.batch(rows, [0] * len(rows), names).coefficients
+            coefficients, _ = self._cache.coefficients(rows, [0] * len(rows), names)
             for name in names:
                 pooled[name][cached] = self._pool(name, coefficients[name])
         missing = [i for i, row in enumerate(row_of) if row is None]
         step = self._teacher.spec.batch_size if self._teacher else len(batch)
         for start in range(0, len(missing), step):
             part = missing[start : start + step]
-            raw = self._raw_features([batch[i] for i in part], [keys[i] for i in part])
+            draws = self._raw_draws([batch[i] for i in part], [keys[i] for i in part])
             for name in names:
-                encoded = self._encoder.encode(name, raw[name])
-                good = [place for place, finite in enumerate(encoded.finite) if finite]
+                encoded = self._encoder.encode(name, *(raw[name] for raw in draws))
+                good = [place for place, view in enumerate(encoded) if view.finite]
                 if good:
-                    values, _ = self._host.decode(name, pack([encoded.payloads[place] for place in good]))
+                    values, _ = self._host.decode(name, pack([encoded[place].payload for place in good]))
                     pooled[name][[part[place] for place in good]] = self._pool(name, values)
         return {**pooled, ALL_TAPS: torch.cat(list(pooled.values()), 1)} if len(names) > 1 else pooled
 
@@ -195,16 +195,18 @@ class CacheFeatures:
         decoded = self._decoder({name: coefficients_BN.to(self._compute.device)})
         return decoded[name].mean((2, 3)).cpu()  # type: ignore[no-any-return]
 
-    def _raw_features(self, batch: Sequence[LoadedView], keys: Sequence[str]) -> dict[str, Tensor]:
-        """Return the teacher's raw features by array, under the cache's recipe (draw 0, not mirrored)."""
+    def _raw_draws(self, batch: Sequence[LoadedView], keys: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return the teacher's raw features by array under the cache's recipe: draw 0, or all that it averages."""
         assert self._teacher is not None, "prepare() refuses images that neither cache nor teacher serve"
-        seed, pixels_BCHW = self._cache.reader.manifest.recipe["seed"], _stack(batch)
-        found = {}
-        for t in self._teacher.spec.timesteps:
-            noise_BCHW = noise_batch(list(keys), [False] * len(keys), self.view, seed=seed, timestep=t, draw=0)
-            features = self._teacher.features(pixels_BCHW, noise_BCHW, t)
-            found.update({tap_name(t, tap): raw_BCHW for tap, raw_BCHW in features.items()})
-        return found
+        recipe, pixels_BCHW, plain = self._cache.reader.manifest.recipe, _stack(batch), [False] * len(keys)
+        draws: list[dict[str, Tensor]] = []
+        for draw in range(recipe["draws"] if recipe["average"] else 1):
+            draws.append({})
+            for t in self._teacher.spec.timesteps:
+                noise_BCHW = noise_batch(list(keys), plain, self.view, seed=recipe["seed"], timestep=t, draw=draw)
+                features = self._teacher.features(pixels_BCHW, noise_BCHW, t)
+                draws[-1].update({tap_name(t, tap): raw_BCHW for tap, raw_BCHW in features.items()})
+        return draws
 
 
 def _content(loaded: LoadedView) -> bytes:

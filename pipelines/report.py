@@ -42,6 +42,7 @@ def inspect_cache(root: Path) -> Json:
         "num_views": manifest.num_views,
         "bytes_on_disk": sum(files.values()),
         "image_bytes": image_bytes,
+        "codec_bytes": sum(size for path, size in files.items() if path.startswith(f"{DATA}/codec/")),
         "bytes_per_image": stored / done if done else None,
         "fp16_bytes_per_image": fp16,
         "ratio": fp16 * done / stored if done else None,
@@ -104,6 +105,7 @@ def _tap(
         "relative_mse": met.squared_error / met.energy if met is not None and met.energy > 0 else None,
         "relative_mse_on_fit": manifest.num_samples == manifest.recipe["codec"]["fit_rows"],
         "noise_share": manifest.recipe["codec"]["noise_share"][name],
+        "determined_error": manifest.recipe["codec"]["determined_error"][name],
     }
 
 
@@ -115,8 +117,9 @@ def render(report: Json, root: Path) -> RenderableType:
     rows = {
         "state": state,
         "images": f"{report['num_done']} done, {report['num_failed']} failed of {report['num_images']}",
-        "views": "2 (flips)" if report["num_views"] == 2 else "1",
+        "views": _views(recipe),
         "view": f"{recipe['view']['height']}x{recipe['view']['width']}, {recipe['view']['fit']}",
+        "codec": _codec(report),
         "teacher": f"{recipe['teacher']['architecture']} {recipe['teacher']['weights_sha256'][:12]}",
         "fingerprint": report["fingerprint"][:16],
         "on disk": f"{_size(report['bytes_on_disk'])} ({_size(report['image_bytes'])} images)",
@@ -126,14 +129,31 @@ def render(report: Json, root: Path) -> RenderableType:
     for name, value in rows.items():
         facts.add_row(name, value)
     taps = Table()
-    for column in ("tap", "t", "shape", "bytes", "bits/value", "rel. MSE", "noise"):
+    for column in ("tap", "t", "shape", "bytes", "bits/value", "rel. MSE", "noise", "lost"):
         taps.add_column(column, justify="left" if column == "tap" else "right")
     for tap in report["taps"]:
         shape = f"{tap['channels']}x{tap['height']}x{tap['width']}"
-        numbers = (_number(tap["bits_per_value"]), _number(tap["relative_mse"]), f"{tap['noise_share']:.0%}")
+        numbers = (_number(tap["bits_per_value"]), _number(tap["relative_mse"]), f"{tap['noise_share']:.0%}",
+                   f"{tap['determined_error']:.0%}")  # fmt: skip
         taps.add_row(tap["name"], str(tap["timestep"]), shape, _size(tap["bytes"]), *numbers)
     failed = [f"{count} failed: {reason}" for reason, count in list(report["failures"].items())[:5]]
     return Group(facts, taps, *failed)
+
+
+def _codec(report: Json) -> str:
+    """Say how features are stored and what the fit was made from and costs."""
+    codec, fit = report["recipe"]["codec"], _size(report["codec_bytes"])
+    if codec["ratio"] is None:
+        return f"float16 (statistics of {codec['fit_rows']} images, {fit})"
+    return f"{codec['ratio']:g}x aimed at, step {codec['step']:.3f} (fit of {codec['fit_rows']} images, {fit})"
+
+
+def _views(recipe: Json) -> str:
+    """Say what the views of an image are."""
+    draws, flips = recipe["draws"], "both flips" if recipe["flips"] else "no flip"
+    if draws == 1:
+        return flips
+    return f"{flips}, mean of {draws} noise draws" if recipe["average"] else f"{flips} x {draws} noise draws"
 
 
 def _number(value: float | None) -> str:

@@ -25,7 +25,7 @@ from pipelines.progress import track
 from pipelines.run import Clock, MetricsFile, claim_run, load_checkpoint, save_checkpoint
 from pipelines.schedule import warmup_cosine
 
-VOLATILE = ("device", "threads", "save_every", "log_every")
+VOLATILE = ("images", "device", "threads", "save_every", "log_every")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +43,9 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
 
     Raises TrainingError where the loss is not finite, naming the samples, and what its parts raise.
     """
-    cache = Cache(cache_root)
+    cache = Cache(cache_root, options.images)
+    if options.whitening == "position" and cache.reader.manifest.recipe["codec"]["name"] != "float16":
+        raise ConfigError("--whitening position: expected a cache of --quality fp16, whose features are exact")
     names = chosen_taps(cache, options)
     train_rows, held_rows = split_rows(cache, options.limit)
     loader = EpochLoader(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtcache.losses import at_loss, attention_map, mse_loss, unwhiten
+from dtcache.losses import at_loss, attention_map, mse_loss, unwhiten, whiten_positions
 
 RNG = np.random.default_rng(0)
 P, T = (RNG.standard_normal((3, 5, 4, 6)) for _ in range(2))
@@ -76,3 +76,10 @@ def test_unwhiten_inverts_layer_norm() -> None:
     raw = tensor(3 * T + 2)
     whitened, mu, sigma = whiten(raw)
     torch.testing.assert_close(unwhiten(whitened, torch.stack([sigma, mu], 1)), raw, rtol=1e-5, atol=1e-5)
+
+
+def test_position_whitening_is_layer_norm_over_channels() -> None:
+    """It agrees with torch's LayerNorm over C without affine, at every position."""
+    raw = torch.randn(3, 5, 4, 6, generator=torch.Generator().manual_seed(0)) * 7 + 2
+    wanted = torch.nn.functional.layer_norm(raw.permute(0, 2, 3, 1), (5,), eps=1e-6).permute(0, 3, 1, 2)
+    torch.testing.assert_close(whiten_positions(raw), wanted)

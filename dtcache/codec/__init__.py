@@ -1,6 +1,16 @@
 """The feature codec: whitening, PCA over channels, full-frame DCT, one global step, static-table rANS."""
 
-from dtcache.codec.codec import EncodedTap, FeatureDecoder, FeatureEncoder, HostDecoder
-from dtcache.codec.fitted import FittedTap, sha256_fit
+from dtcache.codec.codec import EncodedView, FeatureDecoder, FeatureEncoder, HostDecoder, TapFit, sha256_fit
+from dtcache.codec.fitted import FittedTap
+from dtcache.codec.half import HalfTap
 
-__all__ = ["EncodedTap", "FeatureDecoder", "FeatureEncoder", "FittedTap", "HostDecoder", "sha256_fit"]
+__all__ = [
+    "EncodedView",
+    "FeatureDecoder",
+    "FeatureEncoder",
+    "FittedTap",
+    "HalfTap",
+    "HostDecoder",
+    "TapFit",
+    "sha256_fit",
+]

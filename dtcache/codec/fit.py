@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dtcache.codec.codec import TapFit
 from dtcache.codec.fitted import DEAD, FittedTap
+from dtcache.codec.half import HalfTap
 from dtcache.codec.tables import GAIN_RANGE, fit_tables, variance_class
 from dtcache.codec.transform import forward_transform, quantise
 
@@ -36,16 +38,19 @@ class TapStatistics:
     noise_share: NDArray[np.float64]
     """(C, H, W): share of it that a second noise draw changes, in [0, 1]."""
     coefficients: NDArray[np.float32]
-    """(m, C, H, W): coefficients of some of the fit's views, draw 0, to solve the step on."""
+    """(2, m, C, H, W): coefficients of some of the fit's views under both draws; the step is solved on draw 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solved:
-    """A step, the fits that it gives, and the payload bytes a view that it costs."""
+    """A step, the fits that it gives, and what they cost."""
 
-    step: float
-    fit: dict[str, FittedTap]
+    step: float | None
+    """None where features stay float16."""
+    fit: Mapping[str, TapFit]
     bytes_per_view: float
+    determined_error: dict[str, float]
+    """By tap: see `determined_error`."""
 
 
 def tap_statistics(whitened: Whitened) -> TapStatistics:
@@ -70,7 +75,7 @@ def tap_statistics(whitened: Whitened) -> TapStatistics:
 
     square, difference = np.zeros((channels, height, width)), np.zeros((channels, height, width))
     kept: list[NDArray[np.float32]] = []
-    keep = max(1, min(views, MAX_SOLVE_VALUES // (channels * height * width)))
+    keep = max(1, min(views, MAX_SOLVE_VALUES // (draws * channels * height * width)))
     basis_CK, mean_C = torch.from_numpy(basis).float(), torch.from_numpy(mean).float()
     for start in range(0, views, CHUNK):
         first, second = (
@@ -79,12 +84,12 @@ def tap_statistics(whitened: Whitened) -> TapStatistics:
         )
         square += ((first.double().square() + second.double().square()) / 2).sum(0).numpy()
         difference += (first.double() - second.double()).square().sum(0).numpy() / 2
-        kept.append(first.numpy()[: max(0, keep - start)])
+        kept.append(np.stack([first.numpy(), second.numpy()])[:, : max(0, keep - start)])
     variance = _smooth(square / views, views)
     noise = _smooth(difference / views, views)
     share = np.clip(noise / np.maximum(variance, 1e-12), 0.0, 1.0)
     return TapStatistics(
-        basis=basis, mean=mean, variance=variance, noise_share=share, coefficients=np.concatenate(kept)
+        basis=basis, mean=mean, variance=variance, noise_share=share, coefficients=np.concatenate(kept, 1)
     )
 
 
@@ -139,7 +144,7 @@ def _values_by_table(
 ) -> list[NDArray[np.int16]]:
     """Quantise the kept coefficients, sort them by table, and fill in each table's gain E[c^2] / E[c c_hat]."""
     flat = classes.reshape(-1)
-    coefficients = statistics.coefficients.reshape(len(statistics.coefficients), -1)
+    coefficients = statistics.coefficients[0].reshape(statistics.coefficients.shape[1], -1)
     values = []
     for t in range(len(gains)):
         places = np.flatnonzero((flat != DEAD) & (class_table[np.where(flat == DEAD, 0, flat)] == t))
@@ -152,6 +157,28 @@ def _values_by_table(
     return values
 
 
+def determined_error(statistics: TapStatistics, fitted: FittedTap) -> float:
+    """Return the codec's error in what the image determines of a tap, over the variance of that part.
+
+    What two noise draws of one image share is what the image determines, so that products between the draws estimate
+    both without bias: sum E[e_1 e_2] / sum E[c_1 c_2], e = c - decoded c. It is the bias that a student learns; what
+    the codec does to the noise is left out (design: codec).
+    """
+    both = torch.from_numpy(statistics.coefficients).flatten(2)
+    live = torch.from_numpy(fitted.live)
+    classes = torch.from_numpy(fitted.classes.reshape(-1)).long()[live]
+    step = torch.from_numpy(fitted.class_step)[classes]
+    scale = step * torch.from_numpy(fitted.class_gain)[classes]
+    error, variance = 0.0, 0.0
+    for first, second in zip(*both, strict=True):
+        variance += float((first * second).sum(dtype=torch.float64))
+        e_1, e_2 = first.clone(), second.clone()
+        for c, e in ((first, e_1), (second, e_2)):
+            e[live] -= quantise(c[live], step) * scale
+        error += float((e_1 * e_2).sum(dtype=torch.float64))
+    return max(0.0, error) / variance if variance > 0 else 0.0
+
+
 def solve_step(
     statistics: Mapping[str, TapStatistics], size_of: Callable[[dict[str, FittedTap]], float], target: float
 ) -> Solved:
@@ -161,15 +188,23 @@ def solve_step(
     total error most. Where even the coarsest step costs more, that one is returned.
     """
     low, high = np.log(STEP_RANGE[0]), np.log(STEP_RANGE[1])
-    best: Solved | None = None
+    tried: list[tuple[float, float]] = []
     for _ in range(14):
         step = float(np.float32(np.exp((low + high) / 2)))
         fit = {name: quantised_fit(s, step) for name, s in statistics.items()}
         size = size_of(fit)
-        if best is None or abs(np.log(size / target)) < abs(np.log(best.bytes_per_view / target)):
-            best = Solved(step=step, fit=fit, bytes_per_view=size)
+        tried.append((size, step))
         if abs(size / target - 1) < 0.002:
             break
         low, high = (np.log(step), high) if size > target else (low, np.log(step))
-    assert best is not None
-    return best
+    size, step = min(tried, key=lambda t: abs(np.log(t[0] / target)))
+    fit = {name: quantised_fit(s, step) for name, s in statistics.items()}
+    errors = {name: determined_error(s, fit[name]) for name, s in statistics.items()}
+    return Solved(step=step, fit=fit, bytes_per_view=size, determined_error=errors)
+
+
+def half_fits(statistics: Mapping[str, TapStatistics]) -> Solved:
+    """Return the fits of features that stay float16."""
+    fit = {name: HalfTap(mean=s.mean, grid=np.array(s.variance.shape[1:], np.int32)) for name, s in statistics.items()}
+    size = float(sum(tap.payload_bound for tap in fit.values()))
+    return Solved(step=None, fit=fit, bytes_per_view=size, determined_error=dict.fromkeys(fit, 0.0))

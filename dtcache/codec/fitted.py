@@ -1,6 +1,5 @@
 """The fitted numbers of one tap's codec: what the store keeps and a decoder needs."""
 
-import hashlib
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -56,6 +55,11 @@ class FittedTap:
             )
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the tap's maps."""
+        return len(self.mean), self.classes.shape[1], self.classes.shape[2]
+
+    @property
     def live(self) -> NDArray[np.int64]:
         """(n,): flat (K, H, W) positions of the coded coefficients, in coding order."""
         flat = self.classes.reshape(-1)
@@ -75,13 +79,3 @@ class FittedTap:
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """Return the arrays by field name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
-
-
-def sha256_fit(fit: dict[str, FittedTap]) -> str:
-    """Return the SHA-256 over all arrays of all taps: names, dtypes, shapes and bytes (little-endian, C order)."""
-    digest = hashlib.sha256()
-    for tap, fitted in sorted(fit.items()):
-        for name, array in fitted.arrays().items():
-            digest.update(f"{tap}/{name}:{array.dtype.str}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()

@@ -68,7 +68,9 @@ def tap_names(recipe: Recipe) -> list[str]:
 def payload_arrays(recipe: Recipe, image_bound: int, tap_bounds: Mapping[str, int]) -> dict[str, PayloadArray]:
     """Return all arrays of a cache by name, given the upper bounds of their payloads."""
     count, rows = recipe.num_samples, recipe.shard_rows
-    arrays = {IMAGES: PayloadArray(name=IMAGES, shape=(count, image_bound), shard_rows=rows)}
+    arrays = {}
+    if recipe.images == "view":
+        arrays[IMAGES] = PayloadArray(name=IMAGES, shape=(count, image_bound), shard_rows=rows)
     for name in tap_names(recipe):
         arrays[name] = PayloadArray(name=name, shape=(count, recipe.num_views, tap_bounds[name]), shard_rows=rows)
     return arrays

@@ -4,10 +4,10 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
-from dtcache.spec import FORMAT_VERSION, Json, Recipe, canonical_json, sha256_json
+from dtcache.spec import FORMAT_VERSION, CodecName, Json, Recipe, canonical_json, sha256_json
 from dtcache.storage import write_file
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import MANIFEST, PayloadArray, tap_name
@@ -18,7 +18,8 @@ MAX_SHARD_ROWS = 1 << 20
 MAX_VIEWS = 64
 MAX_SIDE = 1 << 14
 FITS = ("crop", "stretch")
-CODEC = "pca-dct-rans"
+STORED = ("view", "none")
+CODECS = get_args(CodecName)
 ARRAY_NAME = re.compile(r"[a-z0-9]+(/[a-z0-9]+)?")
 
 
@@ -69,8 +70,12 @@ class CacheManifest:
 
     @property
     def num_views(self) -> int:
-        """Views of a row: 2 with flips, else 1."""
-        return 2 if self.recipe["flips"] else 1
+        """Views of a row: view = draw x flips + flip, where draws are not averaged."""
+        return (1 if self.recipe["average"] else int(self.recipe["draws"])) * (2 if self.recipe["flips"] else 1)
+
+    def is_mirrored(self, view: int) -> bool:
+        """Return whether a view shows the mirrored image."""
+        return bool(self.recipe["flips"]) and view % 2 == 1
 
 
 def new_manifest(
@@ -152,11 +157,13 @@ def _check_recipe(recipe: Json) -> None:
         if not all(isinstance(tap[k], int) and 0 < tap[k] <= MAX_SIDE for k in ("channels", "height", "width")):
             raise ValueError(f"tap {tap}")
     names = [tap_name(t, tap["name"]) for t in teacher["timesteps"] for tap in teacher["taps"]]
-    if not (set(codec["noise_share"]) == set(codec["noise_floor"]) == set(names)):
+    if not all(set(codec[field]) == set(names) for field in ("noise_share", "noise_floor", "determined_error")):
         raise ValueError("the codec's taps are not the teacher's")
-    if codec["name"] != CODEC:
-        raise ValueError(f"codec {codec['name']!r}; this dtcache reads {CODEC}")
-    for name in ("num_samples", "flips", "seed", "shard_rows"):
+    if codec["name"] not in CODECS:
+        raise ValueError(f"codec {codec['name']!r}; this dtcache reads {' and '.join(CODECS)}")
+    if not (isinstance(recipe["draws"], int) and 0 < recipe["draws"] <= MAX_VIEWS) or recipe["images"] not in STORED:
+        raise ValueError(f"{recipe['draws']!r} draws, images {recipe['images']!r}")
+    for name in ("num_samples", "flips", "average", "seed", "shard_rows"):
         if not isinstance(recipe[name], int):
             raise ValueError(f"{name} {recipe[name]!r}")
 

@@ -51,8 +51,8 @@ class CacheReader:
             raise CacheDamagedError(f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}")
         arrays = self.manifest.arrays
         self._paths = {name: [a.object_path(shard) for shard in range(a.num_shards)] for name, a in arrays.items()}
-        for path in (path for paths in self._paths.values() for path in paths if path not in self._objects):
-            raise CacheDamagedError(f"{root / path}: {SHARDS} does not list it; {AGAIN}")
+        for missing in (path for paths in self._paths.values() for path in paths if path not in self._objects):
+            raise CacheDamagedError(f"{root / missing}: {SHARDS} does not list it; {AGAIN}")
         self._files = OpenFiles(root, open_limit())
         self._indices = {name: _Index(array) for name, array in arrays.items()}
         self._process = os.getpid()

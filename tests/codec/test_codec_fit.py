@@ -8,8 +8,8 @@ import torch
 from codec.codec_samples import random_fit
 
 from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
-from dtcache.codec.fit import quantised_fit, solve_step, tap_statistics
-from dtcache.codec.transform import Encoder
+from dtcache.codec.fit import determined_error, half_fits, quantised_fit, solve_step, tap_statistics
+from dtcache.codec.transform import Decoder, Encoder
 from dtcache.errors import CodecError
 
 DEVIATIONS = np.array([3.0, 2.0, 1.4, 1.0, 0.7, 0.4])
@@ -53,7 +53,7 @@ def test_moments_are_numpys() -> None:
     np.testing.assert_allclose(found.mean.astype(np.float64), x.mean((0, 1, 3, 4)), rtol=2e-3, atol=2e-3)
     total = np.square(x - x.mean((0, 1, 3, 4), keepdims=True)).sum((2, 3, 4)).mean()
     np.testing.assert_allclose(found.variance.sum(), total, rtol=3e-3)
-    assert found.coefficients.shape == (50, 6, 8, 8)
+    assert found.coefficients.shape == (2, 50, 6, 8, 8)
 
 
 def test_noise_share_is_the_planted_one() -> None:
@@ -75,7 +75,7 @@ def test_a_smaller_step_gives_a_smaller_error() -> None:
         fitted = quantised_fit(statistics, step)
         errors.append(float(Encoder(fitted)(x)[1].sum()))
         encoder = FeatureEncoder({"t1/stride1": fitted}, torch.device("cpu"))
-        sizes.append(sum(len(p) for p in encoder.encode("t1/stride1", x).payloads))
+        sizes.append(sum(len(v.payload) for v in encoder.encode("t1/stride1", x)))
     assert (np.diff(errors) < 0).all()
     assert (np.diff(sizes) > 0).all()
     assert errors[-1] < 0.01 * float((x**2).sum())
@@ -110,7 +110,7 @@ def test_solve_step_meets_a_target_in_real_payloads(ratio: float) -> None:
     def size_of(fit: dict[str, FittedTap]) -> float:
         encoder = FeatureEncoder(fit, torch.device("cpu"))
         return sum(
-            float(np.mean([len(p) for p in encoder.encode(name, torch.from_numpy(x[0].astype(np.float32))).payloads]))
+            float(np.mean([len(v.payload) for v in encoder.encode(name, torch.from_numpy(x[0].astype(np.float32)))]))
             for name, x in taps.items()
         )
 
@@ -119,6 +119,32 @@ def test_solve_step_meets_a_target_in_real_payloads(ratio: float) -> None:
     assert abs(size_of(solved.fit) / target - 1) < 0.05
     assert solved.bytes_per_view == size_of(solved.fit)
     assert sha256_fit(solved.fit) == sha256_fit({n: quantised_fit(s, solved.step) for n, s in statistics.items()})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("step", [0.3, 1.0])
+def test_determined_error_is_the_bias_given_the_image(share: float, step: float) -> None:
+    """It agrees with the error of what very many draws of the same images decode to in the mean, over the signal."""
+    rng = np.random.default_rng(11)
+    signal, *noise = rng.normal(size=(3, 600, 1, 4, 4)) * np.sqrt([1 - share, share, share])[:, None, None, None, None]
+    statistics = tap_statistics(np.stack([signal + n for n in noise]).astype(np.float16))
+    fitted = quantised_fit(statistics, step)
+    encoder, decoder = Encoder(fitted), Decoder(fitted)
+    error = np.zeros((2, *signal.shape))
+    for k in range(200):
+        x = torch.from_numpy((signal + rng.normal(size=signal.shape) * np.sqrt(share)).astype(np.float32))
+        error[k % 2] += (decoder(encoder(x)[0]).numpy() - signal) / 100
+    wanted = (error[0] * error[1]).sum() / np.square(signal).sum()
+    assert determined_error(statistics, fitted) == pytest.approx(wanted, abs=0.04)
+
+
+def test_half_fits_cost_what_float16_costs() -> None:
+    """Features that stay float16 have no step, no error, and the size of their padded payloads."""
+    statistics = {"t1/stride1": tap_statistics(planted(8, np.zeros(6), seed=12)[0])}
+    solved = half_fits(statistics)
+    assert (solved.step, solved.determined_error) == (None, {"t1/stride1": 0.0})
+    assert solved.fit["t1/stride1"].shape == (6, 8, 8)
+    assert solved.bytes_per_view == solved.fit["t1/stride1"].payload_bound == 8 + 2 * 6 * 8 * 8 + 8
 
 
 def test_solve_step_returns_the_coarsest_for_an_impossible_target() -> None:

@@ -56,7 +56,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save_teacher(build_unet(SIZE, SIZE, (8, 16, 16), 1, 0), root / "teacher", torch.float32)
     taken = ExtractOptions(
-        teacher=str(root / "teacher"), taps="2,4", timestep=(50,), ratio=3.0, batch_size=8, device="cpu",
+        teacher=str(root / "teacher"), taps="2,4", timestep=(50,), bytes_per_image=1700.0, batch_size=8, device="cpu",
         precision="fp32",
     )  # fmt: skip
     extract(root / "train", root / "cache", taken)

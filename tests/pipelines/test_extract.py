@@ -26,7 +26,18 @@ from dtcache.teacher.noise import sample_noise
 
 ROOT = Path(__file__).resolve().parents[2]
 VOLATILE = {"extraction.log.json", ".lock"}
-FLAGS = ("--precision", "fp32", "--device", "cpu", "--batch-size", "8", "--shard-rows", "8", "--ratio", "20")
+FLAGS = (
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "8",
+    "--shard-rows",
+    "8",
+    "--bytes-per-image",
+    "4608",
+)
 
 
 def run(*arguments: object) -> Result:
@@ -82,6 +93,7 @@ def test_inspect_without_json_fits_a_narrow_terminal(cache: Path) -> None:
     assert result.exit_code == 0
     assert "stride8" in result.output
     assert "under fp16" in result.output
+    assert "fit of 40 images" in result.output
     body = result.output.splitlines()[1:]
     assert max(map(len, body)) <= 80
 
@@ -151,7 +163,7 @@ def test_a_second_run_changes_nothing(cache: Path, scene_folder: Path, teacher_d
         (("--taps", "4,8"), "teacher.taps"),
         (("--limit", 20), "num_samples"),
         (("--fit", "stretch"), "view.fit"),
-        (("--ratio", 30), "codec.ratio"),
+        (("--bytes-per-image", 3000), "codec.ratio"),
     ],
 )
 def test_another_recipe_is_refused(

@@ -61,6 +61,32 @@ def test_a_taught_teacher_can_be_extracted_from(taught: Path, scene_folder: Path
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
+def test_a_compiled_network_takes_the_same_steps(taught: Path, scene_folder: Path, tmp_path: Path) -> None:
+    """--compile changes the losses by rounding alone, and leaves the same kind of directory."""
+    assert teach(scene_folder, tmp_path / "t", "--compile").exit_code == 0
+    plain, compiled = (json.loads((out / "losses.json").read_text()) for out in (taught, tmp_path / "t"))
+    np.testing.assert_allclose(compiled, plain, rtol=1e-3)
+    assert weights(tmp_path / "t").keys() == weights(taught).keys()
+
+
+def test_a_machine_without_a_compiler_is_told_so(
+    scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where compilation fails the command ends with one clear line."""
+
+    def refuse(module: torch.nn.Module) -> object:
+        def call(*arguments: object) -> object:
+            raise torch._dynamo.exc.TorchDynamoException("no C++ compiler was found")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    result = teach(scene_folder, tmp_path / "t", "--compile")
+    assert result.exit_code == 1
+    assert "--compile: no C++ compiler was found; run without it" in result.output
+
+
 def test_an_interrupted_run_resumes_to_the_bit(
     taught: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,18 @@ def losses(run_folder: Path) -> list[dict]:
 def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of 40 scenes."""
     out = tmp_path_factory.mktemp("train") / "cache"
-    flags = ("--precision", "fp32", "--device", "cpu", "--batch-size", "8", "--shard-rows", "8", "--ratio", "20")
+    flags = (
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "8",
+        "--shard-rows",
+        "8",
+        "--bytes-per-image",
+        "4608",
+    )
     result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", out, *flags)
     assert result.exit_code == 0, result.output
     return out

@@ -93,6 +93,7 @@ def tiny_plan() -> Plan:
         codec=CodecSpec(
             ratio=8.0, step=STEP, fit_rows=4, fit_sha256=sha256_fit(fit),
             noise_share=dict.fromkeys(fit, 0.1), noise_floor=dict.fromkeys(fit, 0.1),
+            determined_error=dict.fromkeys(fit, 0.1),
         ),
         samples_sha256=hash_samples(samples), num_samples=ROWS, flips=True, seed=3, shard_rows=SHARD_ROWS,
     )  # fmt: skip
@@ -111,7 +112,7 @@ def tiny_plan() -> Plan:
         good = [row for row in rows if row != FAILED_ROW]
         payloads = {
             name: [
-                encoded[name].payloads[row * VIEWS + view] if row != FAILED_ROW else b""
+                encoded[name][row * VIEWS + view].payload if row != FAILED_ROW else b""
                 for row in rows for view in range(VIEWS)
             ]
             for name in tap_names(recipe)
@@ -137,7 +138,7 @@ def tiny_plan() -> Plan:
                 ),
                 sums={
                     name: CodecSums(
-                        squared_error=float(e.squared_error[places].sum()), energy=float(e.energy[places].sum())
+                        squared_error=sum(e[i].squared_error for i in places), energy=sum(e[i].energy for i in places)
                     )
                     for name, e in encoded.items()
                 },

@@ -1,0 +1,110 @@
+"""How to keep a view's pixels: bytes, decoding time and error of each container, on photographs that must be resized.
+
+    python benchmarks/stored_images.py --images ../shared/data/camvid/images/train [--count 64] [--size 256]
+
+Where the view changes no pixel the source's own bytes are kept and no container is needed. Times are medians of
+rounds in which every container decodes every image once, in one thread. Results: docs/results/stored_images.json.
+"""
+
+import argparse
+import io
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from records import ROOT, once
+
+from dtcache.images import load_views, open_source, permuted
+from dtcache.options import parse_size
+from dtcache.spec import ViewSpec
+
+CONTAINERS: dict[str, dict[str, Any]] = {
+    "PNG": {"format": "PNG", "optimize": True},
+    "WebP lossless": {"format": "WEBP", "lossless": True, "method": 4, "quality": 60},
+    "JPEG 95, 4:4:4": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    "JPEG 90, 4:2:0": {"format": "JPEG", "quality": 90, "subsampling": 2},
+    "WebP 95": {"format": "WEBP", "quality": 95, "method": 4},
+}
+ROUNDS = 7
+
+
+def main() -> None:
+    """Measure, print, and keep the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--size", default="256", metavar="H[xW]")
+    asked = parser.parse_args()
+    command = f"python benchmarks/stored_images.py --images IMAGES --count {asked.count} --size {asked.size}"
+    result = once(
+        ROOT / "docs" / "results" / f"stored_images-{asked.size}.json",
+        command,
+        lambda: measure(asked.images, asked.count, asked.size),
+    )
+    print(f"{'container':16} {'bytes':>8} {'of PNG':>7} {'decode ms':>9} {'encode ms':>9} {'PSNR dB':>8}")
+    png = result["containers"]["PNG"]["bytes"]
+    for name, row in result["containers"].items():
+        psnr = "exact" if row["psnr"] is None else f"{row['psnr']:.1f}"
+        times = f"{row['decode_ms']:9.2f} {row['encode_ms']:9.2f}"
+        print(f"{name:16} {row['bytes']:8.0f} {row['bytes'] / png:7.2f} {times} {psnr:>8}")
+
+
+def measure(images: Path, count: int, size: str) -> dict[str, Any]:
+    """Return bytes an image, milliseconds an image, and the error of each container."""
+    source = open_source(images)
+    height, width = parse_size(size)
+    view = ViewSpec(height=height, width=width)
+    rows = permuted(len(source.keys), seed=0, stream="stored-images")[:count]
+    loaded = [v.pixels_CHW for v in load_views(source, rows.tolist(), view, threads=1) if v.pixels_CHW is not None]
+    views = [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in loaded]
+    encoded: dict[str, list[bytes]] = {}
+    encode_ms = {}
+    for name, flags in CONTAINERS.items():
+        started = time.perf_counter()
+        encoded[name] = [encode(view, flags) for view in views]
+        encode_ms[name] = 1000 * (time.perf_counter() - started) / len(views)
+    times: dict[str, list[float]] = {name: [] for name in CONTAINERS}
+    for _ in range(ROUNDS):
+        for name, files in encoded.items():
+            started = time.perf_counter()
+            for data in files:
+                decode(data)
+            times[name].append(1000 * (time.perf_counter() - started) / len(files))
+    return {
+        "images": len(views),
+        "containers": {
+            name: {
+                "bytes": statistics.mean(map(len, files)),
+                "decode_ms": statistics.median(times[name]),
+                "encode_ms": encode_ms[name],
+                "psnr": psnr(views, files),
+            }
+            for name, files in encoded.items()
+        },
+    }
+
+
+def encode(view: Image.Image, flags: dict[str, Any]) -> bytes:
+    """Return a view in a container."""
+    sink = io.BytesIO()
+    view.save(sink, **flags)
+    return sink.getvalue()
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Return a container's pixels."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def psnr(views: list[Image.Image], files: list[bytes]) -> float | None:
+    """Return the peak signal-to-noise ratio over all images, dB; None where every pixel is exact."""
+    pairs = zip(views, files, strict=True)
+    error = statistics.mean(float(np.square(np.asarray(v, np.float64) - decode(f)).mean()) for v, f in pairs)
+    return None if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""What a student loses by a smaller cache: paired runs of one student on caches of 1, 10, 50 and 100 times under fp16.
+
+    python benchmarks/student_vs_size.py --train cifar10-train.parquet --test cifar10-test.parquet --teacher DIR \
+        --timestep T [--work runs/student_vs_size] [--device cuda --student resnet50 ...] [--table]
+
+Quality is the whitened MSE on images that no cache held, against UNcompressed targets, mean over taps; the attention
+loss and a linear probe stand apart. Runs of one seed share their starting weights, order and views, so that their
+differences are the codec's alone. Every run writes its own JSON and a finished run is skipped: the table grows over
+interruptions. It is written to docs/results/student_vs_size.md.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from paired import bounds, interval
+from records import ROOT, once
+
+from dtcache.cache import Cache
+from dtcache.device import Compute, resolve_compute
+from dtcache.options import EvaluateOptions, ExtractOptions, TrainOptions
+from dtcache.student import Student, build_student
+from pipelines.distill import held_out_losses
+from pipelines.evaluate import evaluate
+from pipelines.extract import extract
+from pipelines.report import inspect_cache
+from pipelines.run import load_checkpoint
+from pipelines.train import train
+
+RESULTS = ROOT / "docs" / "results" / "student_vs_size"
+ARMS = {"fp16": "fp16", "10x": "high", "50x": "default", "100x": "small"}
+GOALS = {"50x": 1.0, "100x": 2.0}
+"""Most that the MSE may rise, per cent, at the upper end of the interval."""
+PROBE_GOAL = -1.0
+"""Least of the linear probe's difference at the lower end of the interval, points."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One experiment; its name keeps the results of different ones apart."""
+
+    train: Path
+    test: Path
+    teacher: str
+    timestep: int
+    work: Path
+    name: str
+    images: int
+    held_out: int
+    probe_images: int
+    student: str
+    student_size: int
+    fpn_width: int
+    epochs: int
+    batch_size: int
+    seeds: int
+    device: str
+
+
+def main() -> None:
+    """Run what is not finished, then write the table."""
+    plan, table_only = parse()
+    if not table_only:
+        run_all(plan)
+    write_table(plan)
+
+
+def parse() -> tuple[Plan, bool]:
+    """Return the plan and whether only the table is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train", type=Path, required=True, help="images to cache")
+    parser.add_argument("--test", type=Path, required=True, help="images that no cache holds")
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--timestep", type=int, required=True)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "student_vs_size", help="caches and runs")
+    parser.add_argument("--name", default="cifar10-narrow", help="folder of the results")
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--held-out", type=int, default=1000, help="test images of the reference")
+    parser.add_argument("--probe-images", type=int, default=10_000, help="training images of the linear probe")
+    parser.add_argument("--student", default="resnet10t")
+    parser.add_argument("--student-size", type=int, default=64)
+    parser.add_argument("--fpn-width", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--table", action="store_true", help="write the table from the results that are there")
+    asked = vars(parser.parse_args())
+    table_only = asked.pop("table")
+    return Plan(**asked), table_only
+
+
+def run_all(plan: Plan) -> None:
+    """Extract every arm and the uncompressed reference, then train and judge seed by seed, so that pairs grow."""
+    RESULTS.joinpath(plan.name).mkdir(parents=True, exist_ok=True)
+    for arm, quality in ARMS.items():
+        once(result_path(plan, f"cache-{arm}"), shown(plan), lambda q=quality, a=arm: cache_of(plan, a, q))
+    reference = plan.work / "reference"
+    options = ExtractOptions(**common(plan), quality="fp16", flip=False, limit=plan.held_out)
+    extract(plan.test, reference, options)
+    for seed in range(plan.seeds):
+        for arm in ARMS:
+            path = result_path(plan, f"seed{seed}-{arm}")
+            once(path, shown(plan), lambda a=arm, s=seed: judged(plan, a, s, reference))
+        write_table(plan)
+
+
+def common(plan: Plan) -> dict[str, Any]:
+    """Return what all extractions share."""
+    return {"teacher": plan.teacher, "timestep": (plan.timestep,), "batch_size": 64, "device": plan.device}
+
+
+def cache_of(plan: Plan, arm: str, quality: str) -> dict[str, Any]:
+    """Extract one arm's cache and return what it costs."""
+    out = plan.work / f"cache-{arm}"
+    extract(plan.train, out, ExtractOptions(**common(plan), quality=quality, limit=plan.images))
+    report = inspect_cache(out)
+    return {key: report[key] for key in ("bytes_per_image", "ratio", "taps")}
+
+
+def judged(plan: Plan, arm: str, seed: int, reference: Path) -> dict[str, Any]:
+    """Train one student and return its quality on images and targets that no cache held."""
+    out = plan.work / f"run-{arm}-seed{seed}"
+    options = TrainOptions(
+        student=plan.student, student_size=str(plan.student_size), fpn_width=plan.fpn_width, epochs=plan.epochs,
+        batch_size=plan.batch_size, seed=seed, device=plan.device,
+    )  # fmt: skip
+    train(plan.work / f"cache-{arm}", out, options)
+    compute = resolve_compute(plan.device, "auto")
+    losses = reference_losses(
+        trained_student(plan, out, Cache(plan.work / f"cache-{arm}")), reference, options, compute
+    )
+    probe = EvaluateOptions(
+        train=plan.train, test=plan.test, limit_train=plan.probe_images, device=plan.device, batch_size=256
+    )
+    probed = evaluate(str(out / "backbone"), probe)[0]
+    taps = Cache(reference).names
+    curve = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "mse": statistics.mean(losses[f"held_out/mse/{name}"] for name in taps),
+        "at": statistics.mean(losses[f"held_out/at/{name}"] for name in taps),
+        "linear_top1": probed.linear_top1,
+        "knn_top1": probed.knn_top1,
+        "losses": losses,
+        "held_out_curve": [line["held_out/loss"] for line in curve if "held_out/loss" in line],
+        "images_per_second": json.loads((out / "summary.json").read_text())["images_per_second"],
+    }
+
+
+def trained_student(plan: Plan, out: Path, cache: Cache) -> Student:
+    """Return the student of a finished run, its regressor included."""
+    shapes = {name: cache.shape(name) for name in cache.names}
+    size = (plan.student_size, plan.student_size)
+    student = build_student(plan.student, shapes, cache.view, size=size, width=plan.fpn_width, init=None, seed=0)
+    state = load_checkpoint(out)
+    assert state is not None, "a finished run keeps its checkpoint"
+    student.load_state_dict(state["student"])
+    return student
+
+
+def reference_losses(student: Student, reference: Path, options: TrainOptions, compute: Compute) -> dict[str, float]:
+    """Return the losses against uncompressed targets, mean over all images of the reference."""
+    cache = Cache(reference)
+    decoder = cache.decoder(cache.names).to(compute.device)
+    student = student.to(compute.device).to(memory_format=torch.channels_last)
+    return held_out_losses(student, decoder, cache, cache.reader.usable_rows, cache.names, options, compute)
+
+
+def result_path(plan: Plan, name: str) -> Path:
+    """Return where one run's result lies."""
+    return RESULTS / plan.name / f"{name}.json"
+
+
+def shown(plan: Plan) -> str:
+    """Return the command that makes the results."""
+    values = {k: v for k, v in asdict(plan).items() if k not in ("train", "test", "teacher", "work")}
+    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in values.items())
+    return f"python benchmarks/student_vs_size.py --train TRAIN --test TEST --teacher TEACHER {flags}"
+
+
+def write_table(plan: Plan) -> None:
+    """Write the page of one experiment from the results that are there."""
+    found = {p.stem: json.loads(p.read_text()) for p in sorted((RESULTS / plan.name).glob("*.json"))}
+    runs = {name: record["result"] for name, record in found.items() if name.startswith("seed")}
+    seeds = sorted({name.split("-")[0] for name in runs})
+    rows = [
+        "| cache | bytes an image | ratio | MSE | MSE, paired | AT, paired | linear probe | paired, points | goal |"
+    ]
+    rows.append("|---|---|---|---|---|---|---|---|---|")
+    for arm in ARMS:
+        pairs = [(runs[f"{s}-fp16"], runs[f"{s}-{arm}"]) for s in seeds if {f"{s}-fp16", f"{s}-{arm}"} <= set(runs)]
+        if pairs and f"cache-{arm}" in found:
+            rows.append(table_row(arm, found[f"cache-{arm}"]["result"], pairs))
+    text = [
+        f"# Student quality against cache size: {plan.name}",
+        "",
+        f"{plan.student} at {plan.student_size} px, fpn-width {plan.fpn_width}, {plan.epochs} epochs of {plan.images} "
+        f"images (both flips cached), batch {plan.batch_size}, t = {plan.timestep}; {len(seeds)} seeds, paired: the "
+        "same weights, order and views at the start. MSE and AT against the uncompressed features of "
+        f"{plan.held_out} test images, mean over taps; differences from the fp16 arm of the same seed with their 95 % "
+        "interval (Student's t).",
+        "",
+        *rows,
+        "",
+        "```",
+        *sorted({r["command"] for r in found.values()}),
+        "```",
+        "",
+    ]
+    (RESULTS / f"{plan.name}.md").write_text("\n".join(text))
+
+
+def table_row(arm: str, cost: dict[str, Any], pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """Return one arm's line."""
+    mse = [100 * (b["mse"] / a["mse"] - 1) for a, b in pairs]
+    at = [100 * (b["at"] / a["at"] - 1) for a, b in pairs]
+    probe = [b["linear_top1"] - a["linear_top1"] for a, b in pairs]
+    level, accuracy = (statistics.mean(b[key] for _, b in pairs) for key in ("mse", "linear_top1"))
+    cells = [
+        arm, f"{cost['bytes_per_image']:.0f}", f"{cost['ratio']:.1f}", f"{level:.4f}",
+        interval(mse, "%"), interval(at, "%"), f"{accuracy:.2f}",
+        interval(probe, ""), verdict(arm, mse, probe),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def verdict(arm: str, mse: Sequence[float], probe: Sequence[float]) -> str:
+    """Return met, missed or undecided: an interval on both sides of the goal decides nothing."""
+    if arm not in GOALS:
+        return "-"
+    _, mse_low, mse_high = bounds(mse)
+    _, probe_low, probe_high = bounds(probe)
+    if mse_high <= GOALS[arm] and probe_low >= PROBE_GOAL:
+        return "met"
+    return "missed" if mse_low > GOALS[arm] or probe_high < PROBE_GOAL else "undecided"
+
+
+if __name__ == "__main__":
+    main()

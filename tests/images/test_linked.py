@@ -1,0 +1,61 @@
+"""Images that a cache does not hold come from their source, and only the very ones that were extracted."""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dtcache.errors import ImagesError
+from dtcache.images import LinkedImages, decode_view
+from dtcache.spec import ViewSpec
+
+VIEW = ViewSpec(height=8, width=12)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of three images of 20 px."""
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 20, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def linked(folder: Path) -> LinkedImages:
+    """Link rows in another order than the source's; row 1 failed."""
+    keys = ["2.png", "gone.png", "0.png"]
+    hashes = [hashlib.sha256((folder / k).read_bytes()).digest() if k != "gone.png" else None for k in keys]
+    return LinkedImages(folder, keys, hashes, VIEW)
+
+
+def test_rows_find_their_images_by_key(folder: Path) -> None:
+    """A row's pixels are the view of the image of its key, whatever the source's order; failed rows need none."""
+    for row, key in ((0, "2.png"), (2, "0.png")):
+        np.testing.assert_array_equal(linked(folder).pixels(row), decode_view((folder / key).read_bytes(), VIEW)[0])
+
+
+def test_a_missing_image_is_named(folder: Path) -> None:
+    """A source that lacks images of the cache is refused at once, with a count and a key."""
+    with pytest.raises(ImagesError, match=r"1 of 2 images of the cache are not there, such as x\.png"):
+        LinkedImages(folder, ["0.png", "x.png"], [b"a" * 32, b"b" * 32], VIEW)
+
+
+def test_a_changed_image_is_refused(folder: Path) -> None:
+    """An image of the right name but with other bytes is never served."""
+    images = linked(folder)
+    sink = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(sink, "PNG")
+    (folder / "2.png").write_bytes(sink.getvalue())
+    with pytest.raises(ImagesError, match=r"2\.png is not the image that the cache was extracted from \(SHA-256"):
+        images.pixels(0)
+
+
+def test_an_image_that_went_away_is_named(folder: Path) -> None:
+    """An image deleted after the start is one clear error."""
+    images = linked(folder)
+    (folder / "0.png").unlink()
+    with pytest.raises(ImagesError, match=r"0\.png: .*No such file.* could be read when the cache was made"):
+        images.pixels(2)
