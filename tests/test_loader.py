@@ -1,5 +1,6 @@
 """The loader: every usable row once an epoch, in an order that is a pure function of (seed, epoch)."""
 
+import multiprocessing
 import os
 import pickle
 import threading
@@ -344,6 +345,19 @@ def test_an_open_cache_travels_to_a_spawned_process(cache: Cache) -> None:
     travelled = pickle.loads(pickle.dumps(loader(cache)))
     for found, wanted in zip(travelled.epoch(3), loader(cache).epoch(3), strict=True):
         assert_same(found, wanted)
+
+
+def first_batch(batches: EpochLoader) -> TrainBatch:
+    """Return a loader's first batch, in whatever process this runs."""
+    return next(batches.epoch(0))
+
+
+@pytest.mark.slow
+def test_a_spawned_worker_reads(cache: Cache) -> None:
+    """A worker started with the spawn method serves the batch that this process would."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(first_batch, (loader(cache),))
+    assert_same(found, first_batch(loader(cache)))
 
 
 def test_permuted_is_a_permutation_of_its_own_stream() -> None:
