@@ -100,7 +100,8 @@ class CacheWriter:
         files[SAMPLES] = file_sha256(root / SAMPLES)
         manifest = new_manifest(recipe, arrays, classes, files)
         write_manifest(root, manifest)
-        return cls(root, manifest)
+        # As a resume reads it: commit records list objects in the manifest's order, which JSON sorts by name.
+        return cls.resume(root)
 
     @classmethod
     def resume(cls, root: Path) -> "CacheWriter":
