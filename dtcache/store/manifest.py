@@ -107,15 +107,16 @@ def read_manifest(root: Path) -> CacheManifest:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise CacheDamagedError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, got {path.stat().st_size}")
     try:
-        value = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        value = json.loads(content)
         version = value["format"]
         if version != FORMAT_VERSION:
             raise CacheError(
                 f"{path}: expected format {FORMAT_VERSION}, got {version}; install the dtcache "
                 "that wrote it, or a newer one"
             )
-        claimed = value.pop("sha256")
-        if claimed != sha256_json(value):
+        # The bytes too: JSON has many spellings of one value, and only one of them was written.
+        if content != canonical_json(value) or value.pop("sha256") != sha256_json(value):
             raise CacheDamagedError(f"{path}: its own checksum does not match; restore it from a copy or extract again")
         arrays = {name: _payload_array(name, a) for name, a in value["arrays"].items()}
         _check_recipe(value["recipe"])

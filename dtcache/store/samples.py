@@ -33,9 +33,14 @@ SHARD_SCHEMA = pa.schema(
 
 def hash_samples(samples: Sequence[Sample]) -> str:
     """Return the SHA-256 over keys and labels in row order."""
+    return hash_keys([sample.key for sample in samples], [sample.label for sample in samples])
+
+
+def hash_keys(keys: Sequence[str], labels: Sequence[int | None]) -> str:
+    """Return the SHA-256 over keys and labels that run together."""
     digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(f"{sample.key}\0{sample.label}\n".encode())
+    for key, label in zip(keys, labels, strict=True):
+        digest.update(f"{key}\0{label}\n".encode())
     return digest.hexdigest()
 
 

@@ -27,6 +27,7 @@ from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, w
 from dtcache.store.samples import (
     SHARD_SCHEMA,
     damaged_objects,
+    hash_keys,
     parquet_bytes,
     read_failures,
     read_objects,
@@ -34,6 +35,8 @@ from dtcache.store.samples import (
     samples_table,
 )
 from dtcache.store.shard import build_shard
+
+AGAIN = "delete this cache and extract it again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,17 +57,17 @@ class CacheWriter:
     def __init__(self, root: Path, manifest: CacheManifest) -> None:
         """Go on with the cache that `manifest` describes: drop leftovers of a killed run, read what is committed.
 
-        Raises CacheDamagedError where a committed file is gone and CacheMismatchError for records of another recipe.
+        Raises CacheDamagedError where a committed file is gone or another file is not as written, before anything is
+        removed, and CacheMismatchError for records of another recipe.
         """
         self.root = root
         self.manifest = manifest
         self._records = read_commits(root)
+        self._check_files()
         if manifest.state == "sealed":
             sizes = {path: size for path, size, _ in read_objects(root)}
             for path, got in damaged_objects(root, sizes).items():
-                raise CacheDamagedError(
-                    f"{root / path}: expected {sizes[path]} bytes, got {got}; delete this cache and extract it again"
-                )
+                raise CacheDamagedError(f"{root / path}: expected {sizes[path]} bytes, got {got}; {AGAIN}")
         else:
             self._drop_leftovers()
         for record in self._records.values():
@@ -173,11 +176,25 @@ class CacheWriter:
 
     def _final_samples(self, records: list[CommitRecord]) -> pa.Table:
         table = read_table(self.root / SAMPLES)
+        keys, labels = table["key"].to_pylist(), table["label"].to_pylist()
+        if hash_keys(keys, labels) != self.manifest.recipe["samples_sha256"]:
+            raise CacheDamagedError(f"{self.root / SAMPLES}: not the samples that the recipe names; {AGAIN}")
         failures: list[str | None] = [None] * table.num_rows
         for failed in (f for record in records for f in record.failures):
             failures[failed.row] = failed.reason
         content = [bytes.fromhex(sha) if sha else None for record in records for sha in record.content_sha256]
-        return samples_table(table["key"].to_pylist(), table["label"].to_pylist(), content, failures)
+        return samples_table(keys, labels, content, failures)
+
+    def _check_files(self) -> None:
+        """Check all files but shards, so that nothing is computed from, or sealed with, a byte that nobody wrote.
+
+        A kill between samples.parquet and the manifest of a seal leaves the new one of the two: it is written anew.
+        """
+        for name, sha256 in self.manifest.files.items():
+            path = self.root / name
+            half_sealed = name == SAMPLES and not self.missing and self.manifest.state == "writing"
+            if not path.is_file() or (file_sha256(path) != sha256 and not half_sealed):
+                raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
 
     def _drop_leftovers(self) -> None:
         """Remove temporary files and shards that were renamed but never committed."""

@@ -25,7 +25,7 @@ from dtcache.spec import sha256_json
 from dtcache.storage import FolderLock, file_sha256
 from dtcache.store.commits import read_commits, total_sums, write_commit
 from dtcache.store.manifest import read_manifest
-from dtcache.store.samples import read_table
+from dtcache.store.samples import parquet_bytes, read_table
 from dtcache.store.writer import CacheWriter, require_ours
 
 
@@ -169,6 +169,50 @@ def test_missing_or_short_committed_object_is_reported(tmp_path: Path) -> None:
         CacheWriter.resume(root)
     (root / "commits" / "000000.json").unlink()
     assert tree(write_cache(root, plan)) == tree(tmp_path / "whole")
+
+
+def test_a_resume_removes_nothing_from_a_damaged_cache(tmp_path: Path) -> None:
+    """Damage outside the shards, or the manifest of before the seal, stops a resume before it drops or writes a file.
+
+    That manifest knows no commit record of a sealed cache: a resume that trusted it would delete every shard.
+    """
+    plan = tiny_plan()
+    root = tmp_path / "cache"
+    begin(root, plan)
+    stale = (root / "manifest.json").read_bytes()
+    begin(root, plan).write_shard(plan.shards[0])
+    (root / "data.zarr" / FINE / "c.1.0.0").write_bytes(b"renamed, never committed")
+    for name in ("data.zarr/zarr.json", f"data.zarr/codec/{FINE}/basis/c.0.0", "samples.parquet"):
+        content = (root / name).read_bytes()
+        (root / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        before = tree(root)
+        with pytest.raises(CacheDamagedError, match=rf"{name}: missing or not as the manifest says; delete this"):
+            CacheWriter.resume(root)
+        assert tree(root) == before
+        (root / name).write_bytes(content)
+    write_cache(root, plan)
+    (root / "manifest.json").write_bytes(stale)
+    before = tree(root)
+    with pytest.raises(CacheDamagedError, match=r"samples\.parquet: missing or not as the manifest says"):
+        CacheWriter.resume(root)
+    assert tree(root) == before
+
+
+def test_seal_refuses_samples_that_the_recipe_does_not_name(tmp_path: Path) -> None:
+    """An intact samples.parquet of other keys, in place of a half-done seal's, is never sealed with a fresh hash."""
+    plan = tiny_plan()
+    writer = begin(tmp_path, plan)
+    for data in plan.shards:
+        writer.write_shard(data)
+    table = read_table(tmp_path / "samples.parquet")
+    keys = ["another.png", *table["key"].to_pylist()[1:]]
+    other = table.set_column(1, table.schema.field("key"), [keys])
+    (tmp_path / "samples.parquet").write_bytes(parquet_bytes(other))
+    with pytest.raises(
+        CacheDamagedError, match=r"samples\.parquet: not the samples that the recipe names; delete this"
+    ):
+        CacheWriter.resume(tmp_path).seal()
+    assert read_manifest(tmp_path).state == "writing"
 
 
 def test_commit_record_of_another_recipe_is_refused(tmp_path: Path) -> None:
