@@ -61,5 +61,9 @@ class DiskError(DtcacheError, OSError):
     """The disk refused a write (full, read-only, failing)."""
 
 
+class ExtractionError(DtcacheError, RuntimeError):
+    """An extraction that should not go on, such as one of which too many images fail."""
+
+
 class TrainingError(DtcacheError, RuntimeError):
     """A training run that cannot go on, such as a loss that is not finite."""

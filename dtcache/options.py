@@ -72,6 +72,7 @@ class ExtractOptions(Options):
     flip: bool = option(True, "Cache the mirrored view too.")
     batch_size: int = option(32, "Images a teacher pass, views counted; a constant of the recipe.", minimum=1)
     limit: int | None = option(None, "Cache the first N images of the permuted order.", minimum=1)
+    max_failures: str = option("1%", "Stop when more images than this fail; up to nine never stop it.", metavar="SHARE")
     shard_rows: int | None = option(None, "Rows a shard [default: by payload size, 256 to 4096].", minimum=1)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
@@ -158,3 +159,12 @@ def parse_ints(text: str, flag: str) -> tuple[int, ...]:
     if not re.fullmatch(r" *[1-9][0-9]{0,8} *(, *[1-9][0-9]{0,8} *)*", text):
         raise ConfigError(f"{flag} {text}: expected positive integers separated by commas, such as 8,16,32")
     return tuple(int(part) for part in text.split(","))
+
+
+def parse_share(text: str, flag: str) -> float:
+    """Parse a percentage such as 5% into a share in (0, 1]. Raises ConfigError, naming the flag, where it is none."""
+    found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", text.strip())
+    share = float(found[1]) / 100 if found is not None else 0.0
+    if not 0 < share <= 1:
+        raise ConfigError(f"{flag} {text}: expected a percentage over 0 and up to 100, such as 5%")
+    return share
