@@ -41,6 +41,10 @@ class CacheNotFoundError(CacheError, FileNotFoundError):
     """A path that holds no cache."""
 
 
+class CacheFormatError(CacheError, NotImplementedError):
+    """A cache of a format that this dtcache does not read."""
+
+
 class CacheMismatchError(CacheError, ValueError):
     """A cache made by another recipe than the one asked for."""
 

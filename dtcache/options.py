@@ -112,6 +112,18 @@ class TrainOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyOptions(Options):
+    """Options of `dtcache verify`."""
+
+    sample: str = option("100%", "Check this share of the shards, whole, and all other files.", metavar="SHARE")
+    seed: int = option(0, "Seed of the choice that --sample makes.", minimum=0)
+    repair: bool = option(False, "Show what a repair would do; nothing is written without --yes.")
+    images: Path | None = option(None, "Repair: the images that the cache was extracted from.")
+    teacher: str | None = option(None, "Repair: the teacher that it was extracted with.", metavar="DIR_OR_ID")
+    yes: bool = option(False, "Repair: do it. Only bytes whose SHA-256 is the recorded one are written.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateOptions(Options):
     """Options of `dtcache evaluate`."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
+from dtcache.errors import CacheDamagedError, CacheFormatError, CacheMismatchError, CacheNotFoundError
 from dtcache.spec import FORMAT_VERSION, Json, Recipe, canonical_json, sha256_json
 from dtcache.storage import write_file
 from dtcache.store.commits import CodecSums
@@ -96,8 +96,8 @@ def write_manifest(root: Path, manifest: CacheManifest) -> None:
 def read_manifest(root: Path) -> CacheManifest:
     """Read and check a manifest.
 
-    Raises CacheNotFoundError where there is none, CacheDamagedError where it is not as written, and CacheError where
-    a newer dtcache wrote it.
+    Raises CacheNotFoundError where there is none, CacheDamagedError where it is not as written, and CacheFormatError
+    where a newer dtcache wrote it.
     """
     path = root / MANIFEST
     if not path.is_file():
@@ -111,7 +111,7 @@ def read_manifest(root: Path) -> CacheManifest:
         value = json.loads(content)
         version = value["format"]
         if version != FORMAT_VERSION:
-            raise CacheError(
+            raise CacheFormatError(
                 f"{path}: expected format {FORMAT_VERSION}, got {version}; install the dtcache "
                 "that wrote it, or a newer one"
             )

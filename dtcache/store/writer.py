@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError
@@ -25,14 +24,14 @@ from dtcache.store.commits import (
 from dtcache.store.layout import COMMITS, DATA, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray, write_zarr_nodes
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
 from dtcache.store.samples import (
-    SHARD_SCHEMA,
     damaged_objects,
-    hash_keys,
     parquet_bytes,
     read_failures,
     read_objects,
     read_table,
     samples_table,
+    sealed_samples,
+    shards_table,
 )
 from dtcache.store.shard import build_shard
 
@@ -162,9 +161,14 @@ class CacheWriter:
             if self.missing:
                 raise CacheError(f"{self.root}: cannot seal, {len(self.missing)} shards are missing")
             records = [self._records[shard] for shard in sorted(self._records)]
-            write_file(self.root / SHARDS, parquet_bytes(_shards_table(records)))
-            write_file(self.root / SAMPLES, parquet_bytes(self._final_samples(records)))
-            files = {name: file_sha256(self.root / name) for name in (SHARDS, SAMPLES)}
+            samples = sealed_samples(self.root / SAMPLES, self.manifest.recipe["samples_sha256"], records)
+            contents = {
+                SHARDS: parquet_bytes(shards_table((r.shard, o) for r in records for o in r.objects)),
+                SAMPLES: parquet_bytes(samples),
+            }
+            for name, content in contents.items():
+                write_file(self.root / name, content)
+            files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
             self.manifest = self.manifest.sealed(files, total_sums(records))
             write_manifest(self.root, self.manifest)
         if (self.root / COMMITS).exists():
@@ -173,17 +177,6 @@ class CacheWriter:
     def write_log(self, log: dict[str, object]) -> None:
         """Write the one volatile file (times, host, versions), with its own checksum."""
         write_file(self.root / LOG, canonical_json({**log, "sha256": sha256_json(log)}))
-
-    def _final_samples(self, records: list[CommitRecord]) -> pa.Table:
-        table = read_table(self.root / SAMPLES)
-        keys, labels = table["key"].to_pylist(), table["label"].to_pylist()
-        if hash_keys(keys, labels) != self.manifest.recipe["samples_sha256"]:
-            raise CacheDamagedError(f"{self.root / SAMPLES}: not the samples that the recipe names; {AGAIN}")
-        failures: list[str | None] = [None] * table.num_rows
-        for failed in (f for record in records for f in record.failures):
-            failures[failed.row] = failed.reason
-        content = [bytes.fromhex(sha) if sha else None for record in records for sha in record.content_sha256]
-        return samples_table(keys, labels, content, failures)
 
     def _check_files(self) -> None:
         """Check all files but shards, so that nothing is computed from, or sealed with, a byte that nobody wrote.
@@ -230,8 +223,3 @@ def require_ours(root: Path) -> None:
         raise CacheMismatchError(
             f"{root} is not empty and not a cache: found {foreign[0]}; give an --out that is new or a cache"
         )
-
-
-def _shards_table(records: list[CommitRecord]) -> pa.Table:
-    rows = [(record.shard, o.path, o.size, o.sha256) for record in records for o in record.objects]
-    return pa.Table.from_arrays([pa.array(column) for column in zip(*rows, strict=True)], schema=SHARD_SCHEMA)
