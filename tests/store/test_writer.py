@@ -364,6 +364,43 @@ def test_failing_disk_gives_other_advice(tmp_path: Path, monkeypatch: pytest.Mon
     assert writer.missing == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_any_failing_fsync_or_rename_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """EIO at any fsync or rename is DiskError; what a resume makes of it, or the same writer, is exact."""
+    plan = tiny_plan()
+    wanted = tree(write_cache(tmp_path / "undisturbed", plan))
+    real, calls = getattr(os, name), 0
+    fail_at, failed = 0, True
+    while failed:
+        fail_at, failed, calls = fail_at + 1, False, 0
+        root = tmp_path / f"{fail_at}"
+        writer = begin(root, plan)
+
+        def failing(*arguments: Any, fail_at: int = fail_at) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == fail_at:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, failing)
+            try:
+                writer.write_shard(plan.shards[0])
+            except DiskError as error:
+                failed = True
+                assert "Input/output error; check the disk and its rights" in str(error)
+                assert writer.missing == [0, 1, 2]
+        if fail_at % 2:
+            writer = CacheWriter.resume(root)
+        for shard in writer.missing:
+            writer.write_shard(plan.shards[shard])
+        writer.seal()
+        assert tree(root) == wanted
+    # Three arrays and a commit record; one fsync a file and one a folder.
+    assert fail_at == {"fsync": 8, "replace": 4}[name] + 1
+
+
 def test_data_is_durable_before_its_commit_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each file is fsynced before its rename, and each folder after it, before the commit record is begun."""
     plan = tiny_plan()
