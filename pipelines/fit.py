@@ -67,7 +67,9 @@ def fit_codec(out: Path, job: Job, rows: int, ratio: float | None) -> CodecFit:
     finally:
         torch.set_num_threads(threads)
         shutil.rmtree(spool, ignore_errors=True)
-    shares = {name: float((s.noise_share * s.variance).sum() / s.variance.sum()) for name, s in statistics.items()}
+    # A tap that is the same everywhere has no variance; its share of noise is none, not NaN.
+    energy = {name: max(float(s.variance.sum()), 1e-12) for name, s in statistics.items()}
+    shares = {name: float((s.noise_share * s.variance).sum()) / energy[name] for name, s in statistics.items()}
     spec = CodecSpec(
         name="float16" if ratio is None else "pca-dct-rans",
         ratio=ratio,

@@ -45,13 +45,16 @@ def _codec_arrays(root: Path, manifest: CacheManifest, name: str, tap: Json) -> 
     for array, dtype in DTYPES.items():
         folder = f"{DATA}/codec/{name}/{array}/"
         chunk = next((path for path in manifest.files if path.startswith(f"{folder}c.")), None)
-        if chunk is None or file_problem(root / chunk, manifest.files[chunk]) is not None:
+        if chunk is None:  # an array of no values, of a tap that is never coded
+            flat[array] = np.zeros(0, dtype)
+            continue
+        if file_problem(root / chunk, manifest.files[chunk]) is not None:
             return None
         packed = (root / chunk).read_bytes()[:-CRC_BYTES]
         flat[array] = np.frombuffer(ZstdDecompressor().decompress(packed), dtype)
     shapes = {
         "basis": (tap["channels"], -1),
         "classes": (-1, tap["height"], tap["width"]),
-        "tables": (len(flat["half_width"]), -1),
+        "tables": (len(flat["half_width"]), -1) if len(flat["half_width"]) else (0, 2),
     }
     return {array: values.reshape(shapes.get(array, (-1,))) for array, values in flat.items()}

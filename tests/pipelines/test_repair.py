@@ -7,9 +7,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 from cli import main
+from dtcache.loader import Cache
 from dtcache.options import ExtractOptions
 from dtcache.storage import FolderLock
 from dtcache.store.manifest import read_manifest
@@ -215,6 +218,26 @@ def test_nodes_are_the_writers_own(root: Path) -> None:
     wanted = {name: content for name, content in tree(root).items() if name.endswith("zarr.json")}
     assert len(wanted) > 20
     assert zarr_nodes(root, read_manifest(root)) == wanted
+
+
+def test_a_teacher_whose_features_are_all_zero(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    """Its cache is whole, decodes to zeros, and its empty codec arrays' nodes are made anew like any other."""
+    teacher = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
+    weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}, weights)
+    out = tmp_path / "cache"
+    command = ["extract", str(scene_folder), "--teacher", str(teacher), "--out", str(out), *FLAGS]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    wanted = tree(out)
+    opened = Cache(out)
+    decoded = opened.decoder(opened.names)(opened.batch([0, 1], [0, 1], opened.names).coefficients)
+    assert all(torch.equal(maps, torch.zeros_like(maps)) for maps in decoded.values())
+    for path in [*(out / "data.zarr").rglob("zarr.json"), out / "data.zarr/t150/stride8/c.1.0.0"]:
+        path.unlink()
+    result, said = repair(out, scene_folder, teacher)
+    assert result.exit_code == 0, said
+    assert tree(out) == wanted
 
 
 def test_every_option_follows_from_the_recipe(shared: Path) -> None:
