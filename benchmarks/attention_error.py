@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from records import ROOT, once
 
+from dtcache.cache import Cache
 from dtcache.codec import FeatureDecoder
 from dtcache.codec.transform import Encoder
-from dtcache.loader import Cache
 from dtcache.losses import at_loss, attention_map, unwhiten
 from dtcache.options import ExtractOptions
 from pipelines.extract import extract

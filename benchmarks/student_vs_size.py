@@ -21,8 +21,8 @@ import torch
 from paired import bounds, interval
 from records import ROOT, once
 
+from dtcache.cache import Cache
 from dtcache.device import Compute, resolve_compute
-from dtcache.loader import Cache
 from dtcache.options import EvaluateOptions, ExtractOptions, TrainOptions
 from dtcache.student import Student, build_student
 from pipelines.distill import held_out_losses

@@ -57,6 +57,10 @@ class CacheIncompleteError(CacheError, ValueError):
     """A cache that still lacks shards."""
 
 
+class UnknownSampleError(CacheError, LookupError):
+    """A sample that a cache does not have, or has no features of."""
+
+
 class CacheBusyError(CacheError, OSError):
     """A cache, run or teacher that another process is writing."""
 

@@ -1,169 +1,106 @@
-"""A sealed cache as batches for training: order and views are pure functions of (seed, epoch)."""
+"""A sealed cache as batches: the order is a pure function of (rows, seed, epoch), whoever reads which part of it."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dtcache.codec import FeatureDecoder, FittedTap, HalfTap, HostDecoder, TapFit, sha256_fit
-from dtcache.errors import BadImageError, CacheDamagedError, CodecError, ConfigError
-from dtcache.images import LinkedImages, permuted
-from dtcache.images.stored import decode_stored
-from dtcache.spec import ViewSpec
-from dtcache.store.layout import DATA, IMAGES, read_fit
-from dtcache.store.manifest import CacheManifest
-from dtcache.store.reader import CacheReader
+from dtcache.cache import Cache, TrainBatch
+from dtcache.errors import ConfigError
+from dtcache.images.source import permuted
 
+SHUFFLES = ("full", "block")
 LOOKAHEAD = 4
 """Batches read ahead of the student."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainBatch:
-    """One batch on the host, entropy-decoded; a FeatureDecoder turns its coefficients into targets."""
-
-    rows: NDArray[np.int64]
-    """(B,): rows of the cache."""
-    images_BCHW: Tensor
-    """uint8 RGB; already mirrored where the view is."""
-    coefficients: dict[str, Tensor]
-    """(B, n) by array: int16, or fp16 where features are stored so."""
-    scalars: dict[str, Tensor]
-    """(B, 2) fp32 sigma and mu by array: raw = whitened * sigma + mu."""
-
-
-def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapFit]:
-    """Read a cache's fitted codec by array. Raises CacheDamagedError where it is not the one that the recipe names."""
-    try:
-        arrays: dict[str, dict[str, Any]] = {name: read_fit(root / DATA, name) for name in manifest.tap_names}
-        kind = HalfTap if manifest.recipe["codec"]["name"] == "float16" else FittedTap
-        fit: dict[str, TapFit] = {name: kind(**found) for name, found in arrays.items()}
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CacheDamagedError(
-            f"{root}: the codec's arrays are damaged ({error}); delete this cache and extract it again"
-        ) from error
-    if sha256_fit(fit) != manifest.recipe["codec"]["fit_sha256"]:
-        raise CacheDamagedError(
-            f"{root}: the codec's arrays are not the fitted ones; delete this cache and extract it again"
-        )
-    return fit
-
-
-class Cache:
-    """A sealed cache: its samples, its images, its features."""
-
-    def __init__(self, root: Path, images: Path | None = None) -> None:
-        """Open and check a cache, with the source of its images where it stores none.
-
-        Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError for another source.
-        """
-        self.reader = CacheReader(root)
-        recipe = self.reader.manifest.recipe
-        self.view = ViewSpec(**recipe["view"])
-        self.names = self.reader.manifest.tap_names
-        self.fit = load_fit(root, self.reader.manifest)
-        self._host = HostDecoder(self.fit)
-        self._linked: LinkedImages | None = None
-        if images is not None:
-            keys, hashes = (self.reader.samples[name].to_pylist() for name in ("key", "content_sha256"))
-            self._linked = LinkedImages(images, keys, hashes, self.view)
-
-    def shape(self, name: str) -> tuple[int, int, int]:
-        """Return (C, H, W) of a tap's maps."""
-        return self.fit[name].shape
-
-    def decoder(self, names: Sequence[str]) -> FeatureDecoder:
-        """Return a new device-side decoder of some taps."""
-        return FeatureDecoder({name: self.fit[name] for name in names})
-
-    def batch(self, rows: Sequence[int], views: Sequence[int], names: Sequence[str]) -> TrainBatch:
-        """Read (row, view) pairs. Raises CacheDamagedError naming the sample where a byte is wrong."""
-        images = self.images(rows)
-        coefficients, scalars = self.coefficients(rows, views, names)
-        mirrored = [self.reader.manifest.is_mirrored(int(view)) for view in views]
-        pixels = [image[:, :, ::-1] if flip else image for image, flip in zip(images, mirrored, strict=True)]
-        return TrainBatch(
-            rows=np.asarray(rows, np.int64),
-            images_BCHW=torch.from_numpy(np.stack(pixels)),
-            coefficients=coefficients,
-            scalars=scalars,
-        )
-
-    def images(self, rows: Sequence[int]) -> list[NDArray[np.uint8]]:
-        """Return unmirrored views (3, H, W) of rows.
-
-        Raises CacheDamagedError naming the sample where a byte is wrong, ConfigError where the cache stores no images
-        and was opened without their source.
-        """
-        if self._linked is not None:
-            return [self._linked.pixels(int(row)) for row in rows]
-        if IMAGES not in self.reader.manifest.arrays:
-            raise ConfigError(f"{self.reader.root} stores no images: give those that it was extracted from (--images)")
-        found = []
-        for row, payload in zip(rows, self.reader.payloads(IMAGES, rows, [0] * len(rows)), strict=True):
-            try:
-                found.append(decode_stored(payload, self.view))
-            except BadImageError as error:
-                key = self.reader.samples["key"][int(row)]
-                raise CacheDamagedError(f"{self.reader.root}: image {key}: {error}") from error
-        return found
-
-    def coefficients(
-        self, rows: Sequence[int], views: Sequence[int], names: Sequence[str]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return coefficients (B, n) and (sigma, mu) pairs (B, 2) by array. Raises CacheDamagedError."""
-        coefficients, scalars = {}, {}
-        for name in names:
-            try:
-                coefficients[name], scalars[name] = self._host.decode(name, self.reader.payloads(name, rows, views))
-            except CodecError as error:
-                some = ", ".join(str(self.reader.samples["key"][int(row)]) for row in rows[:3])
-                raise CacheDamagedError(f"{self.reader.root}: {name} of a batch with {some}: {error}") from error
-        return coefficients, scalars
+BLOCK_ROWS = 256
+"""Rows of a block: one stretch of a shard, which a cold disk reads in one go."""
+MIXED_BLOCKS = 64
+"""Blocks whose rows are mixed with each other."""
 
 
 class EpochLoader:
-    """Batches of an epoch, read ahead in threads; each row once, the short last batch dropped."""
+    """Batches of an epoch, read ahead in threads; each row once.
+
+    The order and its cut into global batches hang on neither ranks nor threads: rank r of w takes the r-th of w equal
+    slices of every global batch. So a run resumes from one number, the global batches done, under any world size.
+    """
 
     def __init__(
-        self, cache: Cache, rows: NDArray[np.int64], names: Sequence[str], *, batch_size: int, seed: int, threads: int
+        self,
+        cache: Cache,
+        rows: NDArray[np.int64],
+        names: Sequence[str],
+        *,
+        batch_size: int,
+        seed: int,
+        threads: int,
+        shuffle: str = "full",
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        """Serve `rows` of a cache. Raises ConfigError where they do not fill one batch."""
+        """Serve `rows` of a cache in global batches of `batch_size`; `drop_last` leaves out a short last one.
+
+        `shuffle` is full, or block: stretches of shards, mixed. Raises ConfigError for another one, where the rows do
+        not fill one batch, or where the ranks do not divide it.
+        """
+        if shuffle not in SHUFFLES:
+            raise ConfigError(f"--shuffle {shuffle}: expected one of {', '.join(SHUFFLES)}")
         if not 0 < batch_size <= len(rows):
             raise ConfigError(
                 f"--batch-size {batch_size}: expected 1 to {len(rows)}, the samples left for training; "
                 "lower it or cache more images"
             )
+        if not 0 <= rank < world_size or batch_size % world_size:
+            raise ConfigError(
+                f"--batch-size {batch_size}: expected a multiple of the {world_size} processes that share it (this is "
+                f"number {rank}, from 0)"
+            )
         self._cache, self._rows, self._names = cache, rows, list(names)
-        self._batch_size, self._seed, self._threads = batch_size, seed, threads
-        self.num_batches = len(rows) // batch_size
+        self._batch_size, self._seed, self._threads, self._shuffle = batch_size, seed, threads, shuffle
+        self._rank, self._world_size = rank, world_size
+        self.num_batches = len(rows) // batch_size if drop_last else -(-len(rows) // batch_size)
 
     def order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return rows and views of an epoch, in order: a pure function of (seed, epoch)."""
+        """Return rows and views of an epoch, in order: a pure function of (rows, seed, epoch).
+
+        A full shuffle permutes all rows. A block shuffle deals blocks to mixes, and permutes the rows of each mix.
+        """
         rows = self._rows[permuted(len(self._rows), seed=self._seed, stream=f"epoch-{epoch}")]
-        views = permuted(len(self._rows), seed=self._seed, stream=f"views-{epoch}")
+        if self._shuffle == "block":
+            rows = rows[np.argsort(self._mix_of(rows, epoch), kind="stable")]
+        views = permuted(len(rows), seed=self._seed, stream=f"views-{epoch}")
         return rows, views % self._cache.reader.manifest.num_views
 
+    def _mix_of(self, rows: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Return the number of the mix that each row is dealt to, with all of its block."""
+        shard_rows = int(self._cache.reader.manifest.recipe["shard_rows"])
+        shards, inner = np.divmod(rows, shard_rows)
+        blocks = np.unique(shards * shard_rows + inner // BLOCK_ROWS, return_inverse=True)[1]
+        dealt = permuted(int(blocks.max()) + 1, seed=self._seed, stream=f"blocks-{epoch}")
+        mixes: NDArray[np.int64] = dealt[blocks] // MIXED_BLOCKS
+        return mixes
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[TrainBatch]:
-        """Yield the batches of an epoch from batch `start` on."""
+        """Yield this rank's part of the global batches of an epoch, from global batch `start` on."""
         rows, views = self.order(epoch)
+        ahead = self._ahead(rows, epoch, start) if self._shuffle == "block" else deque()
 
         def read(index: int) -> TrainBatch:
-            part = slice(index * self._batch_size, (index + 1) * self._batch_size)
-            return self._cache.batch(rows[part], views[part], self._names)  # type: ignore[arg-type]
+            first = index * self._batch_size
+            size = min(self._batch_size, len(rows) - first)
+            begin, end = (first + size * rank // self._world_size for rank in (self._rank, self._rank + 1))
+            return self._cache.batch(rows[begin:end], views[begin:end], self._names)
 
-        todo = iter(range(start, self.num_batches))
         with ThreadPoolExecutor(max_workers=self._threads, thread_name_prefix="cache") as pool:
             waiting: deque[Future[TrainBatch]] = deque()
             try:
-                for index in todo:
+                for index in range(start, self.num_batches):
+                    while ahead and ahead[0][0] <= index * self._batch_size:
+                        # What fails here fails again, by name, when it is read.
+                        pool.submit(self._cache.will_need, ahead.popleft()[1], self._names)
                     waiting.append(pool.submit(read, index))
                     if len(waiting) >= LOOKAHEAD:
                         yield waiting.popleft().result()
@@ -172,3 +109,10 @@ class EpochLoader:
             finally:
                 for future in waiting:
                     future.cancel()
+
+    def _ahead(self, rows: NDArray[np.int64], epoch: int, start: int) -> deque[tuple[int, NDArray[np.int64]]]:
+        """Return the mixes that are still to come, each with the place in the order where the disk is told of it."""
+        edges = np.flatnonzero(np.diff(self._mix_of(rows, epoch), prepend=-1, append=-1)).tolist()
+        begun = [0, *edges]
+        mixes = zip(begun, edges[:-1], edges[1:], strict=False)
+        return deque((told, rows[first:last]) for told, first, last in mixes if last > start * self._batch_size)

@@ -126,6 +126,9 @@ class TrainOptions(Options):
         None, "Start from timm's pretrained weights or from a backbone.", metavar="pretrained|PATH"
     )
     seed: int = option(0, "Seed of weights, order and flips.", minimum=0)
+    shuffle: str = option(
+        "full", "full: permute all samples. block: mix stretches of shards, for a cold disk.", choices=("full", "block")
+    )
     threads: int = option(2, "Threads that read and decode the cache.", minimum=1)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)

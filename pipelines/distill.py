@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dtcache.cache import Cache, TrainBatch
 from dtcache.device import Compute
-from dtcache.loader import Cache, TrainBatch
 from dtcache.losses import at_loss, mse_loss, unwhiten, whiten_positions
 from dtcache.options import TrainOptions
 from dtcache.student import Student

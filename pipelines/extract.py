@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from dtcache._version import __version__
+from dtcache.cache import load_fit
 from dtcache.codec import EncodedView, FeatureEncoder
 from dtcache.device import resolve_compute
 from dtcache.errors import CacheMismatchError, ConfigError, ExtractionError
 from dtcache.images import LoadedView, load_views, open_source
 from dtcache.images.stored import encode_stored, image_bound
-from dtcache.loader import load_fit
 from dtcache.options import QUALITY_RATIOS, ExtractOptions, parse_share
 from dtcache.spec import CodecSpec, FailedSample, Json, Recipe
 from dtcache.storage import FolderLock

@@ -21,6 +21,7 @@ from dtcache.images import load_views
 from dtcache.spec import CodecSpec
 from dtcache.storage import disk_errors
 from dtcache.store.layout import ZSTD_LEVEL, tap_name
+from dtcache.store.frame import pack_frame
 from dtcache.store.shard import CRC_BYTES, ENTRY_BYTES
 from pipelines.job import Job
 from pipelines.progress import track
@@ -146,7 +147,7 @@ def _bytes_per_view(
         step = torch.from_numpy(fitted.class_step[fitted.classes.reshape(-1)[live]])
         values = quantise(flat, step).numpy().astype(np.int16)
         payloads = [encode(v, 0.01, 1.01, tables, bound) for v in values]
-        packed = sum(len(compress(p.ljust(bound, b"\0"), ZSTD_LEVEL)) for p in payloads)
+        packed = sum(len(pack_frame(p, bound)) for p in payloads)
         chunks += packed / len(kept) + CRC_BYTES + ENTRY_BYTES
     arrays = [array for fitted in fit.values() for array in fitted.arrays().values()]
     side = sum(len(compress(np.ascontiguousarray(a).tobytes(), ZSTD_LEVEL)) + 900 for a in arrays)

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtcache.cache import Cache
 from dtcache.codec import FeatureEncoder, HostDecoder
 from dtcache.device import Compute
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.images import ImageSource, LoadedView, load_views
-from dtcache.loader import Cache
 from dtcache.options import EvaluateOptions, parse_size
+from dtcache.payloads import pack
 from dtcache.spec import ViewSpec
 from dtcache.store.layout import MANIFEST, tap_name
 from dtcache.student import load_backbone, make_backbone, recalibrate_batch_norm, student_input
@@ -185,10 +186,8 @@ class CacheFeatures:
             for name in names:
                 encoded = self._encoder.encode(name, *(raw[name] for raw in draws))
                 good = [place for place, view in enumerate(encoded) if view.finite]
-                bound = self._cache.fit[name].payload_bound
-                padded = [np.frombuffer(encoded[place].payload.ljust(bound, b"\0"), np.uint8) for place in good]
                 if good:
-                    values, _ = self._host.decode(name, np.stack(padded))
+                    values, _ = self._host.decode(name, pack([encoded[place].payload for place in good]))
                     pooled[name][[part[place] for place in good]] = self._pool(name, values)
         return {**pooled, ALL_TAPS: torch.cat(list(pooled.values()), 1)} if len(names) > 1 else pooled
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dtcache.cache import load_fit
 from dtcache.codec import FeatureEncoder
 from dtcache.device import resolve_compute
 from dtcache.errors import CacheDamagedError
 from dtcache.images import load_views, open_source
-from dtcache.loader import load_fit
 from dtcache.options import ExtractOptions
 from dtcache.spec import Json
 from dtcache.storage import FolderLock, file_sha256, make_folders, write_file

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dtcache.cache import Cache, TrainBatch
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, TrainingError
-from dtcache.loader import Cache, EpochLoader, TrainBatch
+from dtcache.loader import EpochLoader
 from dtcache.options import TrainOptions, parse_ints, parse_size
 from dtcache.storage import FolderLock, disk_errors, write_file
 from dtcache.store.layout import SAMPLES, tap_name
@@ -48,7 +49,13 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
     names = chosen_taps(cache, options)
     train_rows, held_rows = split_rows(cache, options.limit)
     loader = EpochLoader(
-        cache, train_rows, names, batch_size=options.batch_size, seed=options.seed, threads=options.threads
+        cache,
+        train_rows,
+        names,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        threads=options.threads,
+        shuffle=options.shuffle,
     )
     total, warmup = options.epochs * loader.num_batches, warmup_steps(options, loader.num_batches)
     compute = resolve_compute(options.device, options.precision)

@@ -11,10 +11,10 @@ from store.builders import tiny_plan, write_cache
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"dtcache._version", "dtcache.errors"},
-    {"dtcache.spec", "dtcache.options", "dtcache.storage"},
+    {"dtcache.spec", "dtcache.options", "dtcache.payloads", "dtcache.storage"},
     {"dtcache.device", "dtcache.images", "dtcache.teacher", "dtcache.codec", "dtcache.losses", "dtcache.student"},
     {"dtcache.store"},
-    {"dtcache.loader"},
+    {"dtcache.cache", "dtcache.loader", "dtcache.stack"},
     {"pipelines"},
     {"cli"},
 ]
@@ -69,7 +69,10 @@ except SystemExit as done:
 """
 
 
-@pytest.mark.parametrize("code", ["import cli", "import pipelines.report", "import dtcache.store.reader", "verify"])
+@pytest.mark.parametrize(
+    "code",
+    ["import cli", "import dtcache; dtcache.open", "import pipelines.report", "import dtcache.store.reader", "verify"],
+)
 def test_looking_loads_no_heavy_library(code: str, tmp_path: Path) -> None:
     """--help, inspect and a whole verify, with the plan of a repair, run without torch, diffusers, timm or numba."""
     if code == "verify":

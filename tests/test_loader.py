@@ -1,6 +1,7 @@
 """The loader: every usable row once an epoch, in an order that is a pure function of (seed, epoch)."""
 
 import os
+import pickle
 import shutil
 import threading
 from dataclasses import replace
@@ -11,10 +12,12 @@ import pytest
 import torch
 from store.builders import COARSE, FAILED_ROW, FINE, ROWS, begin, tiny_plan, write_cache
 
+from dtcache import loader as loader_module
+from dtcache.cache import Cache, TrainBatch
 from dtcache.codec.transform import whiten
 from dtcache.errors import CacheDamagedError, CacheIncompleteError, CacheNotFoundError, ConfigError
 from dtcache.images.source import permuted
-from dtcache.loader import Cache, EpochLoader, TrainBatch
+from dtcache.loader import EpochLoader
 from dtcache.store.layout import IMAGES
 from dtcache.store.shard import index_bytes, parse_index
 
@@ -283,6 +286,103 @@ def test_no_cache_and_no_complete_cache(tmp_path: Path) -> None:
     begin(tmp_path / "cache", tiny_plan())
     with pytest.raises(CacheIncompleteError, match="the cache is not complete"):
         Cache(tmp_path / "cache")
+
+
+def served_by(cache: Cache, world_size: int, batch_size: int = 4, epoch: int = 1, start: int = 0, **how: str) -> list:
+    """Return the rows of each global batch, ranks one after the other."""
+    ranks = [
+        EpochLoader(
+            cache, cache.reader.usable_rows, [COARSE], batch_size=batch_size, seed=5, threads=1, drop_last=False,
+            rank=rank, world_size=world_size, **how,
+        ).epoch(epoch, start)
+        for rank in range(world_size)
+    ]  # fmt: skip
+    return [np.concatenate([batch.rows for batch in parts]).tolist() for parts in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize("shuffle", ["full", "block"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_any_number_of_ranks_serves_each_row_once(cache: Cache, world_size: int, shuffle: str) -> None:
+    """Global batches are the same for any world size, cover every usable row exactly once, the short last one too."""
+    batches = served_by(cache, world_size, shuffle=shuffle)
+    assert batches == served_by(cache, 1, shuffle=shuffle)
+    assert [len(batch) for batch in batches] == [4, 4, 1]
+    assert sorted(row for batch in batches for row in batch) == cache.reader.usable_rows.tolist()
+
+
+def test_a_run_resumes_under_another_world_size(cache: Cache) -> None:
+    """The global batches after k are the same whoever read the first k: one number is all that a resume needs."""
+    whole = served_by(cache, 1)
+    for done in range(len(whole) + 1):
+        for world_size in (1, 2, 4):
+            assert served_by(cache, world_size, start=done) == whole[done:]
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 3), (2, 2), (-1, 2), (0, 0)])
+def test_ranks_must_share_a_batch_evenly(cache: Cache, rank: int, world_size: int) -> None:
+    """A world size that does not divide the batch, or a rank outside it, is refused."""
+    with pytest.raises(ConfigError, match=rf"--batch-size 4: expected a multiple of the {world_size} processes"):
+        EpochLoader(
+            cache, cache.reader.usable_rows, NAMES, batch_size=4, seed=0, threads=1, rank=rank, world_size=world_size
+        )
+
+
+def test_an_unknown_shuffle_is_refused(cache: Cache) -> None:
+    """A shuffle of another name raises ConfigError with the names there are."""
+    with pytest.raises(ConfigError, match="--shuffle blocks: expected one of full, block"):
+        EpochLoader(cache, cache.reader.usable_rows, NAMES, batch_size=2, seed=0, threads=1, shuffle="blocks")
+
+
+def test_a_block_shuffle_keeps_mixes_together(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks lie inside shards; the rows of a mix come one after the other, shuffled; mixes differ between epochs."""
+    monkeypatch.setattr(loader_module, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(loader_module, "MIXED_BLOCKS", 2)
+    blocks_of = EpochLoader(cache, cache.reader.usable_rows, NAMES, batch_size=1, seed=0, threads=1, shuffle="block")
+    orders = set()
+    for epoch in range(20):
+        rows = blocks_of.order(epoch)[0]
+        assert sorted(rows.tolist()) == cache.reader.usable_rows.tolist()
+        mixes = blocks_of._mix_of(rows, epoch)
+        assert (np.diff(mixes) >= 0).all()
+        blocks = [{int(row) // 2 for row in rows[mixes == mix]} for mix in range(3)]
+        assert sorted(block for some in blocks for block in some) == list(range(5))
+        assert [len(some) for some in blocks] == [2, 2, 1]
+        orders.add((*rows.tolist(),))
+    assert len(orders) == 20
+
+
+def test_a_block_shuffle_tells_the_disk_a_mix_ahead(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row is announced before it is read, each once, and after a resume only what is still to come."""
+    monkeypatch.setattr(loader_module, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(loader_module, "MIXED_BLOCKS", 2)
+    told: list[int] = []
+    opened = Cache(cache.reader.root)
+    monkeypatch.setattr(opened, "will_need", lambda rows, names: told.extend(rows.tolist()))
+    for start in (0, 5):
+        told.clear()
+        blocks = EpochLoader(opened, opened.reader.usable_rows, NAMES, batch_size=1, seed=0, threads=1, shuffle="block")
+        for place, batch in enumerate(blocks.epoch(0, start)):
+            assert int(batch.rows[0]) in told
+            assert start or len(told) <= place + loader_module.LOOKAHEAD + 4
+        assert len(told) == len(set(told)) and len(told) >= 9 - start
+
+
+def test_the_disk_is_told_of_whole_stretches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbouring chunks are announced as one stretch, which covers every chunk of the rows asked for."""
+    calls: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *call: calls.append(call[:3]))
+    reader = Cache(root).reader
+    reader.will_need(FINE, np.array([0, 1, 2, 8]))
+    assert [length for _, _, length in calls] == [
+        int(reader._indices[FINE].table[0, :6, 1].sum()), int(reader._indices[FINE].table[2, :2, 1].sum())
+    ]  # fmt: skip
+
+
+def test_an_open_cache_travels_to_a_spawned_process(cache: Cache) -> None:
+    """A loader that is pickled opens its cache by path in the other process and serves the same batches."""
+    travelled = pickle.loads(pickle.dumps(loader(cache)))
+    for found, wanted in zip(travelled.epoch(3), loader(cache).epoch(3), strict=True):
+        assert_same(found, wanted)
 
 
 def test_permuted_is_a_permutation_of_its_own_stream() -> None:

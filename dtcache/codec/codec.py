@@ -14,6 +14,7 @@ from dtcache.codec.fitted import FittedTap
 from dtcache.codec.half import HalfDecoder, HalfEncoder, HalfTap, pack_half, unpack_half
 from dtcache.codec.rans import RansTables, decode_batch, encode, rans_tables
 from dtcache.codec.transform import Decoder, Encoder, whiten
+from dtcache.payloads import Payloads
 
 TapFit = FittedTap | HalfTap
 """The fit of one tap, of either codec."""
@@ -76,7 +77,7 @@ def _rans_packer(fitted: FittedTap) -> Callable[[NDArray[Any], float, float], by
 
 
 class HostDecoder:
-    """Entropy decoding, the only codec work on the host: padded payloads to coefficients and scalars."""
+    """Entropy decoding, the only codec work on the host: payloads to coefficients and scalars."""
 
     def __init__(self, fit: Mapping[str, TapFit]) -> None:
         self._tables: dict[str, RansTables | int] = {
@@ -84,10 +85,10 @@ class HostDecoder:
             for name, fitted in fit.items()
         }
 
-    def decode(self, name: str, payloads_BL: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    def decode(self, name: str, payloads: Payloads) -> tuple[Tensor, Tensor]:
         """Return coefficients (B, n), int16 (fp16 of a float16 tap), and (sigma, mu) (B, 2) fp32. Raises CodecError."""
         tables = self._tables[name]
-        unpacked = unpack_half(payloads_BL, tables) if isinstance(tables, int) else decode_batch(payloads_BL, tables)
+        unpacked = unpack_half(payloads, tables) if isinstance(tables, int) else decode_batch(payloads, tables)
         return torch.from_numpy(unpacked[0]), torch.from_numpy(unpacked[1])
 
 

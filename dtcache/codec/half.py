@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dtcache.errors import CodecError
+from dtcache.payloads import Payloads
 
 HEADER_BYTES = 8
 
@@ -69,13 +70,18 @@ def pack_half(values_N: NDArray[np.float16], mu: float, sigma: float) -> bytes:
     return np.array([sigma, mu], "<f4").tobytes() + planes.tobytes()
 
 
-def unpack_half(payloads_BL: NDArray[np.uint8], count: int) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
-    """Return values (B, n) and (sigma, mu) pairs (B, 2) of padded payloads. Raises CodecError for short ones."""
-    if payloads_BL.shape[1] < HEADER_BYTES + 2 * count:
-        raise CodecError(f"payloads of {payloads_BL.shape[1]} bytes are too short for {count} float16 values")
-    planes = payloads_BL[:, HEADER_BYTES : HEADER_BYTES + 2 * count].reshape(-1, 2, count)
-    values = np.ascontiguousarray(planes.transpose(0, 2, 1)).view("<f2")[..., 0]
-    return values, np.ascontiguousarray(payloads_BL[:, :HEADER_BYTES]).view("<f4")
+def unpack_half(payloads: Payloads, count: int) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+    """Return values (B, n) and (sigma, mu) pairs (B, 2) of payloads. Raises CodecError for a short one."""
+    size = HEADER_BYTES + 2 * count
+    short = np.flatnonzero(payloads.sizes < size)
+    if len(short):
+        got = payloads.sizes[short[0]]
+        raise CodecError(f"payload {short[0]} of the batch has {got} bytes, too short for {count} float16 values")
+    values, scalars = np.empty((len(payloads), count), "<f2"), np.empty((len(payloads), 2), "<f4")
+    for place, payload in enumerate(payloads):
+        scalars[place] = payload[:HEADER_BYTES].view("<f4")
+        values[place].view(np.uint8).reshape(-1, 2)[:] = payload[HEADER_BYTES:size].reshape(2, -1).T
+    return values, scalars
 
 
 class HalfDecoder(nn.Module):

@@ -8,16 +8,21 @@ docs/format.md is the specification.
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
+from numba import int16, int32, njit, uint64
 from numpy.typing import NDArray
 
 from dtcache.codec.fitted import DEAD, TABLE_BITS, TABLE_SIZE, FittedTap
 from dtcache.errors import CodecError
+from dtcache.payloads import Payloads
 
 HEADER_WORDS = 4
 LANES = 4
-LOW = 1 << 16
+LOW = uint64(1 << 16)
 """Lane states stay in [2^16, 2^32)."""
+ESCAPE = -32768
+"""What no coded value is."""
+SLOT_BITS = uint64(TABLE_BITS)
+SLOT_MASK = uint64(TABLE_SIZE - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,25 +33,43 @@ class RansTables:
     """(T, A): frequency of each symbol, of 2048."""
     start: NDArray[np.uint16]
     """(T, A): sum of the frequencies before it."""
-    symbol_at: NDArray[np.uint8]
-    """(T, 2048): symbol that owns each slot."""
     half_width: NDArray[np.int16]
     """(T,): values -half_width..half_width have symbols of their own."""
     table: NDArray[np.uint8]
     """(n,): table of each coded coefficient, in coding order."""
+    runs: NDArray[np.int64]
+    """(R + 1,): coefficients runs[r] up to runs[r + 1] have one table."""
+    slots: NDArray[np.uint32]
+    """(T * 2048 * 2,): by slot, the frequency of the symbol that owns it (0 for the escape), and the slot's place."""
+    value_at: NDArray[np.int16]
+    """(T * 2048,): by slot, the value, or ESCAPE."""
+    escape: NDArray[np.uint32]
+    """(T,): frequency of the escape."""
 
 
 def rans_tables(fitted: FittedTap) -> RansTables:
     """Lay out a fit's tables for the kernels."""
     cumulative = np.cumsum(fitted.tables.astype(np.int64), axis=1)
-    slots = [np.searchsorted(row, np.arange(TABLE_SIZE), side="right") for row in cumulative]
-    classes = np.sort(fitted.classes[fitted.classes != DEAD])
+    start = cumulative - fitted.tables
+    half = fitted.half_width.astype(np.int64)
+    table = fitted.class_table[np.sort(fitted.classes[fitted.classes != DEAD])]
+    slots = np.zeros((len(half), TABLE_SIZE, 2), np.uint32)
+    value_at = np.zeros((len(half), TABLE_SIZE), np.int16)
+    for t, h in enumerate(half):
+        symbol = np.searchsorted(cumulative[t], np.arange(TABLE_SIZE), side="right")
+        escaped = symbol == 2 * h + 1
+        slots[t, :, 0] = np.where(escaped, 0, fitted.tables[t, symbol])
+        slots[t, :, 1] = np.arange(TABLE_SIZE) - start[t, symbol]
+        value_at[t] = np.where(escaped, ESCAPE, symbol - h)
     return RansTables(
         frequency=fitted.tables,
-        start=(cumulative - fitted.tables).astype(np.uint16),
-        symbol_at=np.array(slots, np.uint8).reshape(len(slots), TABLE_SIZE),
+        start=start.astype(np.uint16),
         half_width=fitted.half_width.astype(np.int16),
-        table=fitted.class_table[classes],
+        table=table,
+        runs=np.append(np.flatnonzero(np.diff(table.astype(np.int64), prepend=-1)), len(table)),
+        slots=slots.reshape(-1),
+        value_at=value_at.reshape(-1),
+        escape=fitted.tables[np.arange(len(half)), 2 * half + 1].astype(np.uint32),
     )
 
 
@@ -58,20 +81,20 @@ def encode(values_N: NDArray[np.int16], mu: float, sigma: float, tables: RansTab
     return words[:used].tobytes()
 
 
-def decode_batch(payloads_BL: NDArray[np.uint8], tables: RansTables) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
-    """Decode padded payloads (B, L) to coefficients (B, n) and (sigma, mu) pairs (B, 2).
+def decode_batch(payloads: Payloads, tables: RansTables) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+    """Decode B payloads to coefficients (B, n) and (sigma, mu) pairs (B, 2).
 
     Raises CodecError naming the place in the batch of a payload that no encoder wrote.
     """
-    count, length = payloads_BL.shape
-    if length < 2 * (HEADER_WORDS + 2 * LANES):
-        raise CodecError(f"payloads of {length} bytes are too short for the lane states")
-    values = np.empty((count, len(tables.table)), np.int16)
-    words = np.ascontiguousarray(payloads_BL).view(np.uint16)
-    bad = _decode(words, tables.table, tables.frequency, tables.start, tables.symbol_at, tables.half_width, values)
+    values = np.empty((len(payloads), len(tables.table)), np.int16)
+    scalars = np.empty((len(payloads), 2), np.float32)
+    bad = _decode(
+        payloads.data[: len(payloads.data) // 2 * 2].view(np.uint16), payloads.starts // 2, payloads.sizes // 2,
+        tables.slots, tables.value_at, tables.escape, tables.half_width, tables.runs, tables.table, values,
+        scalars.view(np.uint16),
+    )  # fmt: skip
     if bad >= 0:
         raise CodecError(f"payload {bad} of the batch does not decode: the bytes are not ones that the encoder wrote")
-    scalars = np.ascontiguousarray(payloads_BL[:, :8]).view(np.float32)
     return values, scalars
 
 
@@ -110,40 +133,75 @@ def _encode(values, table, frequency, start, half_width, out):  # type: ignore[n
 
 
 @njit(cache=True, nogil=True)
-def _decode(words, table, frequency, start, symbol_at, half_width, values):  # type: ignore[no-untyped-def]
-    """Decode every row; return the first row that is not a payload, or -1."""
-    count = values.shape[1]
-    length = words.shape[1]
-    states = np.empty(LANES, np.uint32)
-    for row in range(words.shape[0]):
-        position = HEADER_WORDS
-        for lane in range(LANES):
-            low, high = words[row, position], words[row, position + 1]
-            states[lane] = np.uint32(low) | (np.uint32(high) << np.uint32(16))
-            position += 2
-        for i in range(count):
-            t = table[i]
-            x = states[i & 3]
-            slot = x & np.uint32(TABLE_SIZE - 1)
-            symbol = symbol_at[t, slot]
-            x = np.uint32(frequency[t, symbol]) * (x >> np.uint32(TABLE_BITS)) + slot - np.uint32(start[t, symbol])
-            if x < np.uint32(LOW):
-                if position >= length:
-                    return row
-                x = (x << np.uint32(16)) | np.uint32(words[row, position])
-                position += 1
-            states[i & 3] = x
-            value = np.int32(symbol) - np.int32(half_width[t])
-            if value > half_width[t]:
-                if position >= length:
-                    return row
-                value = np.int32(np.int16(words[row, position]))
-                position += 1
-                if abs(value) <= half_width[t]:
-                    return row
-            values[row, i] = value
+def _decode(words, starts, sizes, slots, value_at, escape, half_width, runs, table, values, scalars):  # type: ignore[no-untyped-def]
+    """Decode payloads two by two, so that their eight lanes run side by side; return the first bad one, or -1.
+
+    Words may be read, but are not used, up to SLACK bytes after a payload's end. All indices are unsigned: signed ones
+    are tested for wrapping.
+    """
+    out, count = values.reshape(-1), uint64(values.shape[1])
+    for first in range(0, len(starts), 2):
+        second = min(first + 1, len(starts) - 1)
+        if min(sizes[first], sizes[second]) < HEADER_WORDS + 2 * LANES:
+            return first if sizes[first] < HEADER_WORDS + 2 * LANES else second
+        p, q = uint64(starts[first]), uint64(starts[second])
+        end_p, end_q = p + uint64(sizes[first]), q + uint64(sizes[second])
+        at_p, at_q = uint64(first) * count, uint64(second) * count
+        for k in range(HEADER_WORDS):
+            scalars[first, k], scalars[second, k] = words[p], words[q]
+            p, q = p + uint64(1), q + uint64(1)
+        a, b, c, d = _lane(words, p, 0), _lane(words, p, 1), _lane(words, p, 2), _lane(words, p, 3)
+        e, f, g, h = _lane(words, q, 0), _lane(words, q, 1), _lane(words, q, 2), _lane(words, q, 3)
+        p, q = p + uint64(2 * LANES), q + uint64(2 * LANES)
+        for r in range(len(runs) - 1):
+            t = uint64(table[runs[r]])
+            base, rare, half = t * uint64(TABLE_SIZE), uint64(escape[t]), half_width[t]
+            for i in range(uint64(runs[r]), uint64(runs[r + 1])):
+                slot = base + (a & SLOT_MASK)
+                place = uint64(slots[slot + slot + uint64(1)])
+                x, value = uint64(slots[slot + slot]) * (a >> SLOT_BITS) + place, value_at[slot]
+                if x < LOW:
+                    x, value, p = _refill(a, x, value, words[p], words[p + uint64(1)], p, end_p, place, rare, half)
+                out[at_p + i] = value
+                a, b, c, d = b, c, d, x
+
+                slot = base + (e & SLOT_MASK)
+                place = uint64(slots[slot + slot + uint64(1)])
+                x, value = uint64(slots[slot + slot]) * (e >> SLOT_BITS) + place, value_at[slot]
+                if x < LOW:
+                    x, value, q = _refill(e, x, value, words[q], words[q + uint64(1)], q, end_q, place, rare, half)
+                out[at_q + i] = value
+                e, f, g, h = f, g, h, x
         # The decoder must end where the encoder began; anything else is damage that got past the checksums.
-        for lane in range(LANES):
-            if states[lane] != np.uint32(LOW):
-                return row
+        if p > end_p or a != LOW or b != LOW or c != LOW or d != LOW:
+            return first
+        if q > end_q or e != LOW or f != LOW or g != LOW or h != LOW:
+            return second
     return -1
+
+
+@njit(cache=True, nogil=True)
+def _lane(words, at, lane):  # type: ignore[no-untyped-def]
+    """Return a lane's first state."""
+    low = at + uint64(2 * lane)
+    return uint64(words[low]) | uint64(words[low + uint64(1)]) << uint64(16)
+
+
+@njit(cache=True, nogil=True)
+def _refill(state, x, value, word, after, at, end, place, rare, half):  # type: ignore[no-untyped-def]
+    """Finish the few coefficients whose state needs a word or that are escapes; return state, value and position.
+
+    A position of end + 1 marks a payload that no encoder wrote.
+    """
+    if value == ESCAPE:
+        x = rare * (state >> SLOT_BITS) + place
+    if x < LOW:
+        x = x << uint64(16) | uint64(word)
+        word = after
+        at += uint64(1)
+    if value == ESCAPE:
+        value = int16(word)
+        at += uint64(1)
+        if abs(int32(value)) <= half:
+            at = end + uint64(1)
+    return x, value, min(at, end + uint64(1))

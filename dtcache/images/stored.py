@@ -34,7 +34,7 @@ def encode_stored(loaded: LoadedView, bound: int) -> bytes:
 
 
 def decode_stored(payload_L: NDArray[np.uint8], view: ViewSpec) -> NDArray[np.uint8]:
-    """Return the view's uint8 pixels (3, H, W) from a padded payload. Raises BadImageError where it holds none."""
+    """Return the view's uint8 pixels (3, H, W) from a payload, padded or not. Raises BadImageError."""
     length = int.from_bytes(payload_L[:LENGTH_BYTES].tobytes(), "little")
     if not 0 < length <= len(payload_L) - LENGTH_BYTES:
         raise BadImageError(f"a stored image of {length} bytes does not fit a payload of {len(payload_L)}")

@@ -1,23 +1,29 @@
 """Reading a cache: checked at open, every chunk checked when it is read."""
 
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from dtcache.errors import CacheDamagedError, CacheIncompleteError
+from dtcache.errors import CacheDamagedError, CacheError, CacheIncompleteError
+from dtcache.payloads import SLACK, Payloads
 from dtcache.storage import file_sha256
-from dtcache.store.layout import SAMPLES, PayloadArray
+from dtcache.store.files import OpenFile, OpenFiles, open_limit
+from dtcache.store.frame import BLOCK_HEADER, frame_header
+from dtcache.store.layout import SAMPLES, SHARDS, PayloadArray
 from dtcache.store.manifest import CacheManifest, read_manifest
 from dtcache.store.samples import damaged_objects, read_objects, read_table
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 
-MAX_OPEN_FILES = 256
+HELD_FILES = 64
+"""Shards that one call holds open at a time, beyond those that are kept."""
+STRETCH_GAP = 1 << 16
+"""Bytes between two chunks over which a disk rather reads on."""
 AGAIN = "delete this cache and extract it again"
 
 
@@ -43,83 +49,167 @@ class CacheReader:
         self._objects = {path: size for path, size, _ in read_objects(root)}
         for name, got in damaged_objects(root, self._objects).items():
             raise CacheDamagedError(f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}")
-        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
-        self._indices: dict[str, NDArray[np.uint64]] = {}
-        self._lock = threading.Lock()
+        arrays = self.manifest.arrays
+        self._paths = {name: [a.object_path(shard) for shard in range(a.num_shards)] for name, a in arrays.items()}
+        for missing in (path for paths in self._paths.values() for path in paths if path not in self._objects):
+            raise CacheDamagedError(f"{root / missing}: {SHARDS} does not list it; {AGAIN}")
+        self._files = OpenFiles(root, open_limit())
+        self._indices = {name: _Index(array) for name, array in arrays.items()}
+        self._process = os.getpid()
 
-    def __getstate__(self) -> dict[str, object]:
-        """Refuse to travel: open a cache in the process that reads it."""
-        raise TypeError("a CacheReader holds open files; open the cache again in the other process")
+    def __reduce__(self) -> tuple[type["CacheReader"], tuple[Path]]:
+        """Travel as a path: the other process opens the cache, and checks it, by itself."""
+        return CacheReader, (self.root,)
 
     @property
     def usable_rows(self) -> NDArray[np.int64]:
         """Rows whose image did not fail."""
         return np.flatnonzero(self.samples["failure"].is_null().to_numpy()).astype(np.int64)
 
-    def payloads(self, name: str, rows: Sequence[int], views: Sequence[int]) -> NDArray[np.uint8]:
-        """Return the padded payloads (B, L) of (row, view) pairs of one array; images have the one view 0.
+    def payloads(self, name: str, rows: ArrayLike, views: ArrayLike) -> Payloads:
+        """Return the payloads of B (row, view) pairs of one array; images have the one view 0.
 
         Raises CacheDamagedError naming the sample and array where a byte is not the one written, IndexError for a
-        view that the array does not have.
+        row or view that the array does not have, CacheError in a forked process.
         """
+        if os.getpid() != self._process:
+            raise CacheError(
+                f"{self.root}: this cache was opened in another process and then forked; start workers with the spawn "
+                "method, or open the cache in each of them"
+            )
+        chunks = self._locate(self.manifest.arrays[name], np.asarray(rows, np.int64), np.asarray(views, np.int64))
+        return self._gather(chunks)
+
+    def will_need(self, name: str, rows: NDArray[np.int64]) -> None:
+        """Tell the disk of rows whose payloads, all views, will be read soon: it fetches them in stretches."""
         array = self.manifest.arrays[name]
-        if any(not 0 <= view < array.payloads_a_row for view in views):
-            raise IndexError(f"{name} has views 0 to {array.payloads_a_row - 1}, got {max(views)}")
-        out = np.empty((len(rows), array.length), np.uint8)
-        for place, (row, view) in enumerate(zip(rows, views, strict=True)):
-            shard, inner = divmod(int(row), array.shard_rows)
-            path = array.object_path(shard)
+        views = np.tile(np.arange(array.payloads_a_row), len(rows))
+        chunks = self._locate(array, np.repeat(rows, array.payloads_a_row), views)
+        for places, shards, counts in chunks.by_shards(HELD_FILES):
+            for shard, part in zip(shards, np.split(places, np.cumsum(counts)[:-1]), strict=True):
+                begin = chunks.offsets[part]
+                end = begin + chunks.sizes[part]
+                first = np.flatnonzero(begin > np.append(-STRETCH_GAP, end[:-1]) + STRETCH_GAP - 1)
+                last = np.append(first[1:], len(part)) - 1
+                self._open(chunks, shard).will_need(begin[first], end[last] - begin[first])
+
+    def _locate(self, array: PayloadArray, rows: NDArray[np.int64], views: NDArray[np.int64]) -> "_Chunks":
+        """Return where the chunks of (row, view) pairs lie; reads the indices of shards met for the first time."""
+        _require_within(array, rows, views)
+        shards, inner = np.divmod(rows, array.shard_rows)
+        index = self._indices[array.name]
+        for number, place in zip(*(found.tolist() for found in np.unique(shards, return_index=True)), strict=True):
             try:
-                self._read(path, array, inner * array.payloads_a_row + int(view), out[place])
+                if not index.loaded[number]:
+                    path = self._paths[array.name][number]
+                    index.load(number, self._files.open(path), self._objects[path])
             except CacheDamagedError as error:
-                key = self.samples["key"][int(row)]
-                raise CacheDamagedError(
-                    f"{self.root / path}: sample {key} of {name}, view {view}: {error}; {AGAIN}"
-                ) from error
-        return out
+                raise self._damaged(array, rows[place], views[place], str(error)) from error
+        entries = index.table[shards, inner * array.payloads_a_row + views]
+        for place in np.flatnonzero(entries[:, 0] == ABSENT):
+            raise self._damaged(array, rows[place], views[place], "the shard holds no such chunk")
+        offsets, sizes = entries.T.astype(np.int64)
+        return _Chunks(array=array, rows=rows, views=views, shards=shards, offsets=offsets, sizes=sizes)
 
-    def _read(self, path: str, array: PayloadArray, entry: int, out: NDArray[np.uint8]) -> None:
-        file = self._open(path)
-        index = self._indices.get(path)
-        if index is None:
-            # 16 bytes a chunk, kept for good: two threads that race here read the same index.
-            entries = array.shard_rows * array.payloads_a_row
-            size, tail = self._objects[path], index_bytes(entries)
-            index = self._indices[path] = parse_index(file.read(max(0, size - tail), tail), entries, size)
-        offset, size = (int(value) for value in index[entry])
-        if offset == ABSENT:
-            raise CacheDamagedError("the shard holds no such chunk")
-        unpack_chunk(file.read(offset, size), out)
+    def _gather(self, chunks: "_Chunks") -> Payloads:
+        """Read chunks: the kernel takes those whose frame is ours and intact, the general way the rest."""
+        from dtcache.store.gather import gather
 
-    def _open(self, path: str) -> "_OpenFile":
-        """Return an open shard, keeping the most recently used ones open."""
-        with self._lock:
-            found = self._files.get(path)
-            if found is None:
-                found = self._files[path] = _OpenFile(self.root / path)
-                if len(self._files) > MAX_OPEN_FILES:
-                    # Not closed here: another thread may be reading it; it closes when the last user lets go.
-                    self._files.popitem(last=False)
-            else:
-                self._files.move_to_end(path)
-            return found
+        length = chunks.array.length
+        head = np.frombuffer(frame_header(length), np.uint8)
+        skip = len(head) + BLOCK_HEADER
+        # Every chunk begins `skip` before a multiple of 8, so that payloads, not chunks, are aligned.
+        ends = _aligned(skip) + np.cumsum(_aligned(np.maximum(chunks.sizes, skip)))
+        starts = np.concatenate([np.full(1, _aligned(skip)), ends])
+        data = np.empty(int(starts[-1]) + SLACK, np.uint8)
+        starts = starts[:-1]
+        done, used = np.zeros(len(starts), np.bool_), np.zeros(len(starts), np.int64)
+        for todo, shards, counts in chunks.by_shards(HELD_FILES):
+            files = [self._open(chunks, shard) for shard in shards]
+            handles = np.repeat(np.array([file.handle for file in files], np.int32), counts)
+            gather(todo, handles, chunks.offsets, chunks.sizes, starts - skip, head, length, data, done, used)
+        rest = np.flatnonzero(~done)
+        if len(rest):
+            starts[rest] = len(data) + _aligned(length) * np.arange(len(rest))
+            used[rest] = length
+            data = np.concatenate([data, self._unpack(chunks, rest), np.empty(SLACK, np.uint8)])
+        return Payloads(data=data, starts=starts, sizes=used)
 
+    def _unpack(self, chunks: "_Chunks", rest: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Read some chunks in whatever frame they are, whole and one after the other. Raises CacheDamagedError."""
+        length = chunks.array.length
+        out = np.empty((len(rest), _aligned(length)), np.uint8)
+        for row, place in zip(out, rest.tolist(), strict=True):
+            file = self._open(chunks, int(chunks.shards[place]))
+            try:
+                unpack_chunk(file.read(int(chunks.offsets[place]), int(chunks.sizes[place])), row[:length])
+            except CacheDamagedError as error:
+                raise self._damaged(chunks.array, chunks.rows[place], chunks.views[place], str(error)) from error
+        return out.reshape(-1)
 
-class _OpenFile:
-    """A file for reading at places; it closes when nobody holds it."""
-
-    def __init__(self, path: Path) -> None:
+    def _open(self, chunks: "_Chunks", shard: int) -> OpenFile:
         try:
-            self._handle = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise CacheDamagedError(f"{error.strerror}, but it was there when the cache was opened") from error
+            return self._files.open(self._paths[chunks.array.name][shard])
+        except CacheDamagedError as error:
+            place = int(np.flatnonzero(chunks.shards == shard)[0])
+            raise self._damaged(chunks.array, chunks.rows[place], chunks.views[place], str(error)) from error
 
-    def __del__(self) -> None:
-        if hasattr(self, "_handle"):
-            os.close(self._handle)
+    def _damaged(self, array: PayloadArray, row: np.int64, view: np.int64, what: str) -> CacheDamagedError:
+        path = self.root / self._paths[array.name][int(row) // array.shard_rows]
+        key = self.samples["key"][int(row)]
+        return CacheDamagedError(f"{path}: sample {key} of {array.name}, view {view}: {what}; {AGAIN}")
 
-    def read(self, offset: int, size: int) -> bytes:
-        try:
-            return os.pread(self._handle, size, offset)
-        except OSError as error:
-            raise CacheDamagedError(f"{error.strerror} at byte {offset}; check the disk") from error
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Chunks:
+    """Where the chunks of B (row, view) pairs of an array lie."""
+
+    array: PayloadArray
+    rows: NDArray[np.int64]
+    views: NDArray[np.int64]
+    shards: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+    def by_shards(self, most: int) -> Iterator[tuple[NDArray[np.int64], list[int], NDArray[np.int64]]]:
+        """Yield places in the order of the disk, with the shards (`most` at a time) and how many places each has."""
+        order = np.lexsort((self.offsets, self.shards))
+        numbers, first = np.unique(self.shards[order], return_index=True)
+        ends = np.append(first, len(order))
+        for start in range(0, len(numbers), most):
+            stop = min(start + most, len(numbers))
+            some = numbers[start:stop].tolist()
+            yield order[ends[start] : ends[stop]], some, np.diff(ends[start : stop + 1])
+
+
+def _aligned(size: Any) -> Any:
+    """Return a size, or an array of sizes, rounded up to whole words of eight bytes."""
+    return (size + 7) // 8 * 8
+
+
+def _require_within(array: PayloadArray, rows: NDArray[np.int64], views: NDArray[np.int64]) -> None:
+    if rows.shape != views.shape or rows.ndim != 1:
+        raise IndexError(f"{array.name}: expected as many views as rows, got {views.shape} and {rows.shape}")
+    for what, found, count in (("rows", rows, array.shape[0]), ("views", views, array.payloads_a_row)):
+        if len(found) and not 0 <= found.min() <= found.max() < count:
+            wrong = found.min() if found.min() < 0 else found.max()
+            raise IndexError(f"{array.name} has {what} 0 to {count - 1}, got {wrong}")
+
+
+class _Index:
+    """The shard indices of one array, each read and checked when its shard is first met: 16 bytes a chunk."""
+
+    def __init__(self, array: PayloadArray) -> None:
+        self._entries = array.shard_rows * array.payloads_a_row
+        # Memory comes when a page is first written to, not here.
+        self.table = np.zeros((array.num_shards, self._entries, 2), np.uint64)
+        self.loaded = np.zeros(array.num_shards, np.bool_)
+
+    def load(self, shard: int, file: OpenFile, size: int) -> None:
+        """Read a shard's index; `size` is that of the file. Raises CacheDamagedError.
+
+        Two threads that race here write the same bytes.
+        """
+        tail = index_bytes(self._entries)
+        self.table[shard] = parse_index(file.read(max(0, size - tail), tail), self._entries, size)
+        self.loaded[shard] = True

@@ -2,12 +2,11 @@
 
 import numpy as np
 from google_crc32c import value as crc32c
-from numcodecs.zstd import compress
 from numpy.typing import NDArray
 from zstandard import ZstdDecompressor, ZstdError, get_frame_parameters
 
 from dtcache.errors import CacheDamagedError, CodecError
-from dtcache.store.layout import ZSTD_LEVEL
+from dtcache.store.frame import pack_frame
 
 CRC_BYTES = 4
 ENTRY_BYTES = 16
@@ -28,7 +27,7 @@ def build_shard(payloads: list[bytes], length: int, entries: int) -> bytes:
     parts: list[bytes] = []
     offset = 0
     for i, payload in enumerate(payloads):
-        packed = compress(payload.ljust(length, b"\0"), ZSTD_LEVEL)
+        packed = pack_frame(payload, length)
         chunk = packed + crc32c(packed).to_bytes(CRC_BYTES, "little")
         parts.append(chunk)
         index[i] = offset, len(chunk)
@@ -43,7 +42,7 @@ def index_bytes(entries: int) -> int:
 
 
 def parse_index(tail: bytes, entries: int, size: int) -> NDArray[np.uint64]:
-    """Return (entries, 2) offsets and sizes from a shard's last bytes.
+    """Return (entries, 2) offsets and sizes from a shard's last bytes; an entry may be ABSENT.
 
     Raises CacheDamagedError where the checksum fails or an entry points outside a shard of `size` bytes.
     """

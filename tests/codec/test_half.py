@@ -8,6 +8,7 @@ from dtcache.codec import FeatureDecoder, FeatureEncoder, HalfTap, HostDecoder, 
 from dtcache.codec.half import pack_half, unpack_half
 from dtcache.codec.transform import whiten
 from dtcache.errors import CodecError
+from dtcache.payloads import pack
 
 SHAPE = (3, 4, 6)
 TAP = "t1/stride4"
@@ -23,16 +24,11 @@ def raw_maps(count: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(3, 7, (count, *SHAPE)).astype(np.float32))
 
 
-def padded(payloads: list[bytes]) -> np.ndarray:
-    """Return payloads as the store hands them back."""
-    return np.stack([np.frombuffer(p.ljust(fit()[TAP].payload_bound, b"\0"), np.uint8) for p in payloads])
-
-
 def test_features_come_back_as_float16_of_the_whitened_map() -> None:
     """Encoding and decoding is exactly NumPy's float16 of the whitened feature, and the scalars are exact."""
     raw = raw_maps(5, 0)
     encoded = FeatureEncoder(fit(), torch.device("cpu")).encode(TAP, raw)
-    values, scalars = HostDecoder(fit()).decode(TAP, padded([v.payload for v in encoded]))
+    values, scalars = HostDecoder(fit()).decode(TAP, pack([v.payload for v in encoded]))
     found = FeatureDecoder(fit())({TAP: values})[TAP]
     whitened, mu, sigma = whiten(raw)
     np.testing.assert_array_equal(found.numpy(), whitened.numpy().astype(np.float16).astype(np.float32))
@@ -60,8 +56,8 @@ def test_error_and_energy_are_numpys() -> None:
 
 def test_short_payloads_are_refused() -> None:
     """Payloads that cannot hold the values raise CodecError before anything is read."""
-    with pytest.raises(CodecError, match="payloads of 40 bytes are too short for 72 float16 values"):
-        unpack_half(np.zeros((2, 40), np.uint8), 72)
+    with pytest.raises(CodecError, match="payload 1 of the batch has 40 bytes, too short for 72 float16 values"):
+        unpack_half(pack([bytes(160), bytes(40)]), 72)
 
 
 def test_a_grid_that_contradicts_itself_is_refused() -> None:

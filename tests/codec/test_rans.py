@@ -9,11 +9,12 @@ from codec.codec_samples import coded_tables, draw_values, random_fit, reference
 from dtcache.codec import FittedTap
 from dtcache.codec.rans import decode_batch, encode, rans_tables
 from dtcache.errors import CodecError
+from dtcache.payloads import Payloads, pack
 
 
-def padded(*payloads: bytes, length: int) -> np.ndarray:
-    """Return payloads as the store serves them: rows of one length, padded with zeros."""
-    return np.stack([np.frombuffer(p.ljust(length, b"\0"), np.uint8) for p in payloads])
+def padded(*payloads: bytes, length: int) -> Payloads:
+    """Return payloads as the store serves those of frames that it does not know: padded with zeros to one length."""
+    return pack([p.ljust(length, b"\0") for p in payloads])
 
 
 def encoded(fitted: FittedTap, values: np.ndarray, mu: float = -0.5, sigma: float = 1.25) -> bytes:
@@ -28,9 +29,10 @@ def test_round_trip_on_random_tables(count: int) -> None:
         fitted = random_fit(count, seed)
         values = np.stack([draw_values(fitted, 100 * seed + i) for i in range(3)]).reshape(3, count)
         payloads = [encoded(fitted, v, mu=0.1 * i, sigma=3.7) for i, v in enumerate(values)]
-        found, scalars = decode_batch(padded(*payloads, length=fitted.payload_bound), rans_tables(fitted))
-        np.testing.assert_array_equal(found, values)
-        np.testing.assert_array_equal(scalars, np.array([[3.7, 0.0], [3.7, 0.1], [3.7, 0.2]], np.float32))
+        for served in (pack(payloads), padded(*payloads, length=fitted.payload_bound)):
+            found, scalars = decode_batch(served, rans_tables(fitted))
+            np.testing.assert_array_equal(found, values)
+            np.testing.assert_array_equal(scalars, np.array([[3.7, 0.0], [3.7, 0.1], [3.7, 0.2]], np.float32))
 
 
 @pytest.mark.parametrize("count", [*range(10), 200])
@@ -163,9 +165,28 @@ def test_any_number_of_escapes_round_trips() -> None:
 
 
 def test_payloads_too_short_for_the_states_are_refused() -> None:
-    """Rows of fewer than 24 bytes are refused before anything is read."""
-    with pytest.raises(CodecError, match="payloads of 22 bytes are too short"):
-        decode_batch(np.zeros((1, 22), np.uint8), rans_tables(random_fit(3, 0)))
+    """Payloads of fewer than 24 bytes are refused by their place in the batch before a word is read."""
+    fitted = random_fit(3, 0)
+    good = encoded(fitted, draw_values(fitted, 0))
+    for size in (0, 2, 22):
+        with pytest.raises(CodecError, match=r"payload 2 of the batch does not decode"):
+            decode_batch(pack([good, good, good[:size], good]), rans_tables(fitted))
+
+
+def test_an_empty_batch_decodes_to_nothing() -> None:
+    """No payloads give no coefficients."""
+    found, scalars = decode_batch(pack([]), rans_tables(random_fit(3, 0)))
+    assert (found.shape, scalars.shape) == ((0, 3), (0, 2))
+
+
+@pytest.mark.parametrize("wrong", range(5))
+def test_the_bad_one_of_a_batch_is_named(wrong: int) -> None:
+    """Payloads are decoded two by two; the place that the message gives is that of the one damaged payload."""
+    fitted = random_fit(80, 4)
+    payloads = [encoded(fitted, draw_values(fitted, i, escape_values=False)) for i in range(5)]
+    payloads[wrong] = payloads[wrong][:-2]
+    with pytest.raises(CodecError, match=rf"payload {wrong} of the batch does not decode"):
+        decode_batch(pack(payloads), rans_tables(fitted))
 
 
 def test_random_bytes_never_decode() -> None:
@@ -174,7 +195,7 @@ def test_random_bytes_never_decode() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (200, fitted.payload_bound), np.uint8)
     for row in noise:
         with pytest.raises(CodecError, match="does not decode"):
-            decode_batch(row[None], rans_tables(fitted))
+            decode_batch(pack([row.tobytes()]), rans_tables(fitted))
 
 
 def test_a_tap_without_live_coefficients_round_trips() -> None:

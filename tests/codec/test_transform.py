@@ -9,6 +9,7 @@ from codec.codec_samples import random_fit
 from dtcache.codec import FeatureDecoder, FeatureEncoder, FittedTap, HostDecoder
 from dtcache.codec.fit import quantised_fit, tap_statistics
 from dtcache.codec.transform import WHITEN_EPS, Decoder, Encoder, dct_matrix, quantise, whiten
+from dtcache.payloads import pack
 
 
 def features(count: int, shape: tuple[int, int, int], seed: int) -> np.ndarray:
@@ -129,10 +130,7 @@ def test_a_tap_without_live_coefficients_decodes_to_its_mean() -> None:
     raw = torch.from_numpy(features(3, (4, 4, 4), 2))
     fit = {"t1/stride4": fitted}
     encoded = FeatureEncoder(fit, torch.device("cpu")).encode("t1/stride4", raw)
-    rows = np.stack(
-        [np.frombuffer(p.ljust(fitted.payload_bound, b"\0"), np.uint8) for p in (v.payload for v in encoded)]
-    )
-    values, _ = HostDecoder(fit).decode("t1/stride4", rows)
+    values, _ = HostDecoder(fit).decode("t1/stride4", pack([view.payload for view in encoded]))
     found = FeatureDecoder(fit)({"t1/stride4": values})["t1/stride4"]
     np.testing.assert_array_equal(
         found.numpy(), np.broadcast_to(fitted.mean.astype(np.float32)[:, None, None], (3, 4, 4, 4))
@@ -146,9 +144,7 @@ def test_feature_encoder_to_feature_decoder() -> None:
     encoder, host, decoder = FeatureEncoder(fit, torch.device("cpu")), HostDecoder(fit), FeatureDecoder(fit)
     for name, x in raw.items():
         encoded = encoder.encode(name, torch.from_numpy(x))
-        bound = fit[name].payload_bound
-        rows = np.stack([np.frombuffer(p.ljust(bound, b"\0"), np.uint8) for p in (v.payload for v in encoded)])
-        values, scalars = host.decode(name, rows)
+        values, scalars = host.decode(name, pack([view.payload for view in encoded]))
         whitened = decoder({name: values})[name].numpy().astype(np.float64)
         sigma, mu = scalars.numpy().T[:, :, None, None, None]
         met = np.square((whitened * sigma + mu - x) / sigma).sum((1, 2, 3))
@@ -164,9 +160,7 @@ def test_several_draws_are_coded_as_their_mean() -> None:
     encoder, host, decoder = FeatureEncoder(fit, torch.device("cpu")), HostDecoder(fit), FeatureDecoder(fit)
     draws = [torch.from_numpy(features(3, (6, 4, 4), seed) * seed) for seed in (5, 6, 7)]
     encoded = encoder.encode("t1/stride4", *draws)
-    bound = fit["t1/stride4"].payload_bound
-    rows = np.stack([np.frombuffer(v.payload.ljust(bound, b"\0"), np.uint8) for v in encoded])
-    values, scalars = host.decode("t1/stride4", rows)
+    values, scalars = host.decode("t1/stride4", pack([view.payload for view in encoded]))
     maps = np.stack([x.numpy().astype(np.float64) for x in draws])
     mu, sigma = maps.mean((2, 3, 4)), np.sqrt(maps.var((2, 3, 4)) + 1e-6)
     mean = ((maps - mu[..., None, None, None]) / sigma[..., None, None, None]).mean(0)

@@ -18,10 +18,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from cli import main
+from dtcache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError, TeacherError
 from dtcache.images import FolderSource, load_views
-from dtcache.loader import Cache
 from dtcache.options import EvaluateOptions, ExtractOptions
 from dtcache.spec import ViewSpec
 from dtcache.student import make_backbone, save_backbone
@@ -346,14 +346,14 @@ def test_a_teacher_with_another_noise_schedule_is_refused(shelf: Path, tmp_path:
 def test_features_that_are_not_finite_are_left_out(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A teacher that overflows on one image costs that image alone."""
     extractor = CacheFeatures(Cache(shelf / "cache"), str(shelf / "teacher"), CPU)
-    plain = extractor._raw_features
+    plain = extractor._raw_draws
 
     def overflowing(batch, keys):  # type: ignore[no-untyped-def]
-        raw = plain(batch, keys)
-        raw["t50/stride4"][0, 0, 0, 0] = torch.inf
-        return raw
+        draws = plain(batch, keys)
+        draws[0]["t50/stride4"][0, 0, 0, 0] = torch.inf
+        return draws
 
-    extractor._raw_features = overflowing  # type: ignore[method-assign]
+    extractor._raw_draws = overflowing  # type: ignore[method-assign]
     _, test = split_images(options_for(shelf))
     features, labels = pooled_features(extractor, test, 12)
     # Twelve images in passes of eight: the first of either pass overflows.

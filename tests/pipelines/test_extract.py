@@ -19,10 +19,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from cli import main
+from dtcache.cache import Cache
 from dtcache.codec.transform import whiten
 from dtcache.errors import ExtractionError
 from dtcache.images import FolderSource, decode_view, permuted
-from dtcache.loader import Cache
 from dtcache.spec import FailedSample
 from dtcache.storage import FolderLock
 from dtcache.teacher import load_teacher

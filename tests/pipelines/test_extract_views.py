@@ -9,10 +9,10 @@ import torch
 from click.testing import CliRunner, Result
 
 from cli import main
+from dtcache.cache import Cache
 from dtcache.codec.transform import whiten
 from dtcache.device import resolve_compute
 from dtcache.images import FolderSource, decode_view
-from dtcache.loader import Cache
 from dtcache.teacher import load_teacher, noise_batch, prepare_teacher
 
 FLAGS = ("--precision", "fp32", "--device", "cpu", "--batch-size", "4", "--shard-rows", "8", "--limit", "12")

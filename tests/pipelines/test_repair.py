@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from cli import main
-from dtcache.loader import Cache
+from dtcache.cache import Cache
 from dtcache.options import ExtractOptions
 from dtcache.storage import FolderLock
 from dtcache.store.manifest import read_manifest

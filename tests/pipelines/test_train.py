@@ -18,8 +18,9 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from cli import main
+from dtcache.cache import Cache
 from dtcache.device import resolve_compute
-from dtcache.loader import Cache, EpochLoader
+from dtcache.loader import EpochLoader
 from dtcache.options import TrainOptions
 from dtcache.store.samples import held_out
 from dtcache.student import build_student
@@ -291,7 +292,9 @@ def test_losses_of_every_tap_reach_the_backbone(cache: Path) -> None:
     student = build_student("resnet10t", targets, opened.view, size=None, width=16, init=None, seed=0).train()
     assert student.input_size == (128, 128)
     batch = opened.batch([0, 1], [0, 1], opened.names)
-    loss = losses_of(student, opened.decoder(opened.names), batch, 10.0, resolve_compute("cpu", "fp32"))["loss"]
+    loss = losses_of(student, opened.decoder(opened.names), batch, TrainOptions(), resolve_compute("cpu", "fp32"))[
+        "loss"
+    ]
     loss.backward()
     assert student.backbone.model.conv1[0].weight.grad.abs().sum() > 0
     assert all(head.weight.grad.abs().sum() > 0 for head in student.regressor.heads)

@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from numcodecs.zstd import compress
+from numpy.typing import ArrayLike
 from store.builders import COARSE, FAILED_ROW, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
 
-from dtcache.errors import CacheDamagedError, CacheIncompleteError, CacheNotFoundError
+from dtcache.errors import CacheDamagedError, CacheError, CacheIncompleteError, CacheNotFoundError
 from dtcache.spec import canonical_json
 from dtcache.storage import file_sha256
+from dtcache.store import frame, shard
 from dtcache.store import reader as reader_module
 from dtcache.store.layout import IMAGES, PayloadArray, read_fit
 from dtcache.store.reader import CacheReader
@@ -55,14 +58,15 @@ def shard_files(root: Path) -> list[tuple[str, PayloadArray, int, Path]]:
     return [(n, a, s, root / a.object_path(s)) for n, a in arrays.items() for s in range(a.num_shards)]
 
 
+def read(reader: CacheReader, name: str, rows: ArrayLike, views: ArrayLike) -> np.ndarray:
+    """Return padded payloads (B, L)."""
+    return reader.payloads(name, rows, views).padded(tiny_plan().arrays[name].length)
+
+
 def read_all(reader: CacheReader) -> dict[str, np.ndarray]:
     """Read every payload of a cache, array by array."""
-    return {
-        name: reader.payloads(
-            name, [r for r in range(ROWS) for _ in range(views_of(name))], list(range(views_of(name))) * ROWS
-        )
-        for name in NAMES
-    }
+    pairs = {name: [(row, view) for row in range(ROWS) for view in range(views_of(name))] for name in NAMES}
+    return {name: read(reader, name, *zip(*pairs[name], strict=True)) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,12 +78,12 @@ def test_zarr_reads_the_same(shared: Path, name: str) -> None:
     reader = CacheReader(shared)
     for row in range(ROWS):
         for view in range(views_of(name)):
-            found = reader.payloads(name, [row], [view])
+            found = read(reader, name, [row], [view])
             np.testing.assert_array_equal(found, whole[row, view][None])
             assert found.tobytes() == plan.payload(name, row, view).ljust(plan.arrays[name].length, b"\0")
     rng = np.random.default_rng(0)
     rows, views = rng.integers(0, ROWS, 50), rng.integers(0, views_of(name), 50)
-    np.testing.assert_array_equal(reader.payloads(name, rows.tolist(), views.tolist()), whole[rows, views])
+    np.testing.assert_array_equal(read(reader, name, rows, views), whole[rows, views])
 
 
 def test_zarr_sees_nothing_foreign(shared: Path) -> None:
@@ -100,28 +104,29 @@ def test_failed_row_is_not_usable(shared: Path) -> None:
     reader = CacheReader(shared)
     assert reader.usable_rows.tolist() == [row for row in range(ROWS) if row != FAILED_ROW]
     for name in NAMES:
-        assert not reader.payloads(name, [FAILED_ROW], [0]).any()
+        assert not read(reader, name, [FAILED_ROW], [0]).any()
 
 
 def test_flipped_bytes_of_every_shard_are_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flipped byte makes its own sample raise CacheDamagedError by name; others stay right, or raise with it."""
-    monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", 0)
+    monkeypatch.setattr(reader_module, "open_limit", lambda: 0)
     reader = CacheReader(root)
     wanted = read_all(reader)
-    for name, array, shard, path in shard_files(root):
+    for name, array, number, path in shard_files(root):
         content = path.read_bytes()
         index_at = len(content) - (16 * array.shard_rows * array.payloads_a_row + 4)
-        pairs = [(row, view) for row in array.rows_of(shard) for view in range(views_of(name))]
+        pairs = [(row, view) for row in array.rows_of(number) for view in range(views_of(name))]
         # tests/store/test_shard.py flips every single byte; every sample's chunk and the index are met here too.
-        for place in range(shard, len(content), 11 if name == IMAGES else 3):
+        for place in range(number, len(content), 11 if name == IMAGES else 3):
             with open(path, "r+b") as file:
                 file.seek(place)
                 file.write(bytes([content[place] ^ (1 << place % 8)]))
             messages = {}
-            reader._indices.clear()
+            for index in reader._indices.values():
+                index.loaded[:] = False
             for row, view in pairs:
                 try:
-                    found = reader.payloads(name, [row], [view])
+                    found = read(reader, name, [row], [view])
                 except CacheDamagedError as error:
                     messages[row, view] = str(error)
                 else:
@@ -163,13 +168,13 @@ def test_damage_after_open_is_found_at_read(root: Path, what: str, opened: bool)
     """A shard that changes after the cache was opened raises CacheDamagedError at the next read of it."""
     reader = CacheReader(root)
     if opened:
-        reader.payloads(FINE, [0], [0])
+        read(reader, FINE, [0], [0])
     path = root / "data.zarr" / FINE / "c.0.0.0"
     size = path.stat().st_size
     if what == "gone":
         path.unlink()
         if opened:  # POSIX: an open file outlives its name
-            assert reader.payloads(FINE, [3], [1]).any()
+            assert read(reader, FINE, [3], [1]).any()
             return
     else:
         with open(path, "r+b") as file:
@@ -177,7 +182,7 @@ def test_damage_after_open_is_found_at_read(root: Path, what: str, opened: bool)
             if what == "zeros":
                 file.truncate(size)
     with pytest.raises(CacheDamagedError, match=r"c\.0\.0\.0"):
-        reader.payloads(FINE, [3], [1])
+        read(reader, FINE, [3], [1])
 
 
 def test_swapped_shards_are_found_when_they_differ_in_size(root: Path) -> None:
@@ -214,12 +219,12 @@ def test_swapped_shards_of_equal_size_pass_the_reader_but_not_their_hash(tmp_pat
     first, second = (root / "data.zarr" / COARSE / f"c.{shard}.0.0" for shard in range(2))
     a, b = first.read_bytes(), second.read_bytes()
     assert len(a) == len(b) and a != b
-    before = CacheReader(root).payloads(COARSE, [0], [0])
+    before = read(CacheReader(root), COARSE, [0], [0])
     first.write_bytes(b)
     second.write_bytes(a)
     reader = CacheReader(root)
-    assert (reader.payloads(COARSE, [0], [0]) != before).any()
-    assert (reader.payloads(COARSE, [4], [0]) == before).all()
+    assert (read(reader, COARSE, [0], [0]) != before).any()
+    assert (read(reader, COARSE, [4], [0]) == before).all()
     table = reader_module.read_table(root / "shards.parquet")
     wanted = dict(zip(table["path"].to_pylist(), table["sha256"].to_pylist(), strict=True))
     wrong = [path for path, sha256 in wanted.items() if file_sha256(root / path) != sha256]
@@ -266,11 +271,11 @@ def test_absent_chunk_in_range_is_damage(tmp_path: Path) -> None:
     short = replace(plan.shards[2], payloads={**plan.shards[2].payloads, FINE: plan.shards[2].payloads[FINE][:-1]})
     root = write_cache(tmp_path / "cache", replace(plan, shards=[*plan.shards[:2], short]))
     reader = CacheReader(root)
-    assert reader.payloads(FINE, [9], [0]).any()
+    assert read(reader, FINE, [9], [0]).any()
     with pytest.raises(
         CacheDamagedError, match=rf"sample {plan.samples[9].key} of {FINE}, view 1: the shard holds no such"
     ):
-        reader.payloads(FINE, [9], [1])
+        read(reader, FINE, [9], [1])
 
 
 def test_a_replaced_shard_index_is_found(root: Path) -> None:
@@ -297,14 +302,14 @@ def open_below(root: Path) -> list[str]:
 def test_more_shards_than_open_files(shared: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """With nine shards and fewer open files all reads are right, and no more descriptors stay open than allowed."""
     wanted = read_all(CacheReader(shared))
-    monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", most)
+    monkeypatch.setattr(reader_module, "open_limit", lambda: most)
     gc.collect()
     reader = CacheReader(shared)
     rng = np.random.default_rng(most)
     for _ in range(100):
         name = NAMES[rng.integers(3)]
         row, view = int(rng.integers(ROWS)), int(rng.integers(views_of(name)))
-        found = reader.payloads(name, [row], [view])
+        found = read(reader, name, [row], [view])
         np.testing.assert_array_equal(found[0], wanted[name][row * views_of(name) + view])
         assert len(open_below(shared / "data.zarr")) <= most
     del reader
@@ -315,7 +320,7 @@ def test_more_shards_than_open_files(shared: Path, monkeypatch: pytest.MonkeyPat
 def test_threads_share_one_reader(shared: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Eight threads at once read the right bytes from one reader, also while shards are being closed under them."""
     wanted = read_all(CacheReader(shared))
-    monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", most)
+    monkeypatch.setattr(reader_module, "open_limit", lambda: most)
     reader = CacheReader(shared)
     start = threading.Barrier(8)
 
@@ -325,7 +330,7 @@ def test_threads_share_one_reader(shared: Path, monkeypatch: pytest.MonkeyPatch,
         for _ in range(40):
             name = NAMES[rng.integers(3)]
             rows, views = rng.integers(0, ROWS, 6), rng.integers(0, views_of(name), 6)
-            found = reader.payloads(name, rows.tolist(), views.tolist())
+            found = read(reader, name, rows, views)
             np.testing.assert_array_equal(found, wanted[name][rows * views_of(name) + views])
         return seed
 
@@ -333,7 +338,50 @@ def test_threads_share_one_reader(shared: Path, monkeypatch: pytest.MonkeyPatch,
         assert sorted(pool.map(work, range(8))) == list(range(8))
 
 
-def test_a_reader_does_not_travel(shared: Path) -> None:
-    """Pickling a reader raises TypeError that says what to do instead."""
-    with pytest.raises(TypeError, match="holds open files; open the cache again in the other process"):
-        pickle.dumps(CacheReader(shared))
+def test_a_reader_travels_as_a_path(shared: Path) -> None:
+    """A pickled reader opens the cache again where it arrives and reads the same."""
+    reader = CacheReader(shared)
+    read(reader, FINE, [0], [0])
+    message = pickle.dumps(reader)
+    assert len(message) < 1000
+    np.testing.assert_equal(read_all(pickle.loads(message)), read_all(reader))
+
+
+def test_a_forked_reader_is_refused(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another process than the one that opened it, a reader raises with what to do instead."""
+    reader = CacheReader(shared)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(CacheError, match=r"opened in another process and then forked; start workers with the spawn"):
+        read(reader, FINE, [0], [0])
+
+
+def test_rows_and_views_out_of_range(shared: Path) -> None:
+    """A row or view that the array does not have raises IndexError with the range; nothing wraps around."""
+    reader = CacheReader(shared)
+    for rows, views, message in (
+        ([ROWS], [0], rf"{FINE} has rows 0 to {ROWS - 1}, got {ROWS}"),
+        ([0, -1], [0, 0], rf"{FINE} has rows 0 to {ROWS - 1}, got -1"),
+        ([0], [VIEWS], rf"{FINE} has views 0 to {VIEWS - 1}, got {VIEWS}"),
+        ([0, 1], [0], r"expected as many views as rows"),
+    ):
+        with pytest.raises(IndexError, match=message):
+            read(reader, FINE, rows, views)
+    assert len(reader.payloads(FINE, [], [])) == 0
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_frames_of_other_writers_read_the_same(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """Frames of a real compressor, in all chunks or in some among ours, read as the same payloads."""
+    made = 0
+
+    def pack_frame(payload: bytes, length: int) -> bytes:
+        nonlocal made
+        made += 1
+        return compress(payload.ljust(length, b"\0"), 1) if made % every == 0 else frame.pack_frame(payload, length)
+
+    monkeypatch.setattr(shard, "pack_frame", pack_frame)
+    root = write_cache(tmp_path / "cache", tiny_plan())
+    assert made and tree(root) != tree(shared)
+    np.testing.assert_equal(read_all(CacheReader(root)), read_all(CacheReader(shared)))

@@ -1,0 +1,48 @@
+"""A tap of a whole cache as a lazy dask array."""
+
+import functools
+from pathlib import Path
+
+import dask.array as da
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from dtcache.cache import Cache
+
+CHUNK_VALUES = 1 << 23
+"""Most values of a chunk, 32 MiB of fp32."""
+
+
+def lazy_stack(cache: Cache, name: str) -> da.Array:
+    """Return an array's decoded features, fp32 (N, V, C, H, W); chunks are rows, NaN where an image failed."""
+    shape = (len(cache), cache.reader.manifest.num_views, *cache.shape(name))
+    rows = max(1, CHUNK_VALUES // int(np.prod(shape[1:])))
+    chunks = (rows, *shape[1:])
+    # Tasks name the cache, so that workers in other processes open it once each.
+    root, fingerprint = str(cache.reader.root.resolve()), cache.reader.manifest.fingerprint
+    whole = da.core.normalize_chunks(chunks, shape)  # type: ignore[no-untyped-call]
+    numbers = da.arange(len(cache), chunks=rows, dtype=np.int64)[:, None, None, None, None]
+    stacked: da.Array = da.map_blocks(  # type: ignore[no-untyped-call]
+        _decoded, numbers, root=root, fingerprint=fingerprint, tap=name,
+        dtype=np.float32, chunks=whole, meta=np.empty((0,) * 5, np.float32),
+        name=f"dtcache-{fingerprint[:16]}-{name}-{rows}",
+    )  # fmt: skip
+    return stacked
+
+
+def _decoded(numbers: NDArray[np.int64], root: str, fingerprint: str, tap: str) -> NDArray[np.float32]:
+    """Decode the rows of a chunk."""
+    cache = _opened(root, fingerprint)
+    rows = numbers.reshape(-1)
+    good = pc.is_null(cache.samples["failure"].take(rows)).to_numpy(zero_copy_only=False)
+    shape = cache.reader.manifest.num_views, *cache.shape(tap)
+    out = np.full((len(rows), *shape), np.nan, np.float32)
+    out[good] = cache.raw(tap, rows[good]).numpy()
+    return out
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(root: str, fingerprint: str) -> Cache:
+    """Open a cache once a process; the fingerprint tells a cache from another one made later in its place."""
+    return Cache(Path(root))

@@ -1,0 +1,79 @@
+"""Stock zarr-python, zarrs and TensorStore open the arrays of a cache and see the bytes that were handed in."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+import zarrs  # noqa: F401  (registers its codec pipeline)
+from store.builders import COARSE, FINE, ROWS, VIEWS, tiny_plan, write_cache
+
+from dtcache.store.frame import MAX_BLOCK
+from dtcache.store.layout import IMAGES, PayloadArray, write_zarr_nodes
+from dtcache.store.shard import build_shard
+
+Read = Callable[[Path, str], np.ndarray]
+
+
+def read_zarr(root: Path, name: str) -> np.ndarray:
+    """Read a whole array with zarr-python."""
+    return np.asarray(zarr.open_array(root, path=name, mode="r")[...])
+
+
+def read_zarrs(root: Path, name: str) -> np.ndarray:
+    """Read a whole array with zarr-python over the Rust codecs of zarrs."""
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+        return np.asarray(zarr.open_array(root, path=name, mode="r")[...])
+
+
+def read_tensorstore(root: Path, name: str) -> np.ndarray:
+    """Read a whole array with TensorStore."""
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{root}/{name}"}}
+    return np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())
+
+
+READERS = pytest.mark.parametrize("read", [read_zarr, read_zarrs, read_tensorstore])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Zarr group of a tiny sealed cache."""
+    return write_cache(tmp_path_factory.mktemp("readers") / "cache", tiny_plan()) / "data.zarr"
+
+
+@READERS
+@pytest.mark.parametrize("name", [IMAGES, FINE, COARSE])
+def test_payloads_of_a_cache(data: Path, name: str, read: Read) -> None:
+    """Every payload of every array comes out as it was handed in, padded with zeros, the failed row's too."""
+    plan = tiny_plan()
+    array, views = plan.arrays[name], 1 if name == IMAGES else VIEWS
+    wanted = [plan.payload(name, row, view).ljust(array.length, b"\0") for row in range(ROWS) for view in range(views)]
+    found = read(data, name)
+    assert found.shape == array.shape
+    assert found.tobytes() == b"".join(wanted)
+
+
+@READERS
+def test_codec_arrays_of_a_cache(data: Path, read: Read) -> None:
+    """The codec's arrays come out as fitted."""
+    for tap, fitted in tiny_plan().fit.items():
+        for name, values in fitted.items():
+            np.testing.assert_array_equal(read(data, f"codec/{tap}/{name}"), values)
+
+
+@READERS
+@pytest.mark.parametrize("length", [16, 255, 256, 65_792, 2 * MAX_BLOCK + 16])
+def test_frames_of_every_shape(tmp_path: Path, length: int, read: Read) -> None:
+    """Headers of one, two and four bytes, payloads and paddings of several blocks, and real compressor's frames."""
+    rng = np.random.default_rng(length)
+    payloads = [rng.bytes(size) for size in (0, 1, length // 2, length - 1, length, min(length, MAX_BLOCK + 1))]
+    payloads += [b"teacher " * (length // 8), bytes(range(16))]
+    array = PayloadArray(name="t1/stride2", shape=(len(payloads) // 2, 2, length), shard_rows=3)
+    write_zarr_nodes(tmp_path, {array.name: array}, {})
+    for shard in range(array.num_shards):
+        rows = array.rows_of(shard)
+        content = build_shard(payloads[2 * rows.start : 2 * rows.stop], length, 6)
+        (tmp_path / array.name / f"c.{shard}.0.0").write_bytes(content)
+    assert read(tmp_path, array.name).tobytes() == b"".join(p.ljust(length, b"\0") for p in payloads)
