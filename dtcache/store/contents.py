@@ -88,7 +88,7 @@ def read_contents(root: Path) -> Contents:
     else:
         records, damage = _committed(root, manifest)
         listed = {o.path: o for record in records.values() for o in record.objects}
-        missing = shards - set(records) - {int(path.stem) for path in commit_files(root)}
+        missing = shards - set(records) - {int(path.stem) for path in commit_files(root) if path.stem.isdecimal()}
     problem = samples_problem(root, manifest, records)
     if problem:
         damage.append(Damage(path=SAMPLES, reason=problem))

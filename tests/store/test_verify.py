@@ -319,6 +319,10 @@ def test_a_commit_record_of_another_cache_is_damage(begun: Path) -> None:
         [damage] = verify(begun).damage
         assert (damage.path, damage.reason) == ("commits/000001.json", "the record belongs to another cache")
         path.write_bytes(content)
+    path.rename(path.with_name("1of2.json"))
+    found = verify(begun)
+    assert [damage.path for damage in found.damage] == ["commits/1of2.json"]
+    assert found.contents.missing == (1, 2)
 
 
 def test_a_sample_is_a_seeded_share_of_whole_shards(root: Path) -> None:
