@@ -8,7 +8,6 @@ from dtcache.codec.fitted import MAX_HALF_WIDTH, TABLE_SIZE
 DEAD_RATIO = 2.0**-2.25
 """Bands whose standard deviation is under this many steps almost never leave the dead zone: they are dropped."""
 LOWEST, HIGHEST = -4, 16
-GAIN_RANGE = (1.0, 2.5)
 PRIOR_COUNT = 64.0
 """Weight of the Laplace prior in a table, in observations, so that small fits and rare symbols are priced sanely."""
 
