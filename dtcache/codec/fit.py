@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcache.codec.fitted import DEAD, FittedTap
-from dtcache.codec.tables import fit_tables, variance_class
+from dtcache.codec.tables import DEAD_RATIO, fit_tables, variance_class
 from dtcache.codec.transform import forward_transform, quantise
 
 CHUNK = 16
@@ -21,6 +21,7 @@ SMOOTHING = 8.0
 MAX_SOLVE_VALUES = 40_000_000
 STEP_RANGE = (0.02, 64.0)
 GAIN_RANGE = (1.0, 2.5)
+DEAD_RATIO_FOR_DISTORTION = 2.0**-1.5
 
 Objective = Literal["student", "distortion"]
 """What a fit is best at: teaching a student, or the squared error (only to compare codecs: design, codec)."""
@@ -109,13 +110,15 @@ def quantised_fit(statistics: TapStatistics, step: float, objective: Objective =
 
     student: a band's step is step / (share that the image determines): error in a band that is mostly noise costs a
     student little, so reverse water-filling works on what the image determines. The gain undoes the shrinkage.
-    distortion: every band has the same step, and the gain is the one of least squared error.
+    distortion: every band has the same step, the gain is the one of least squared error, and bands are dropped whose
+    few nonzero values would cost more than a finer step of the others (4 % of the bytes at 50x; students lose by it).
     """
+    dead = DEAD_RATIO if objective == "student" else DEAD_RATIO_FOR_DISTORTION
     share = statistics.noise_share if objective == "student" else np.zeros_like(statistics.noise_share)
     determined = np.clip(1.0 - share, 2.0 ** (-MAX_LEVEL / 2), 1.0)
     level = np.clip(np.rint(-2 * np.log2(determined)), 0, MAX_LEVEL).astype(np.int64)
     band_step = step * 2.0 ** (level / 2)
-    table = variance_class(np.sqrt(statistics.variance) / band_step)
+    table = variance_class(np.sqrt(statistics.variance) / band_step, dead)
     joint, inverse = np.unique(np.where(table < 0, -1, table * (MAX_LEVEL + 1) + level), return_inverse=True)
     inverse = inverse.reshape(level.shape) - int(joint[0] < 0)
     joint = joint[joint >= 0]
