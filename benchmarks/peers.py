@@ -141,3 +141,10 @@ def bytes_at(points: list[Point], distortion: float) -> float | None:
     share = np.log(distortion / below.distortion) / np.log(above.distortion / below.distortion)
     between = below.bytes_per_image * (above.bytes_per_image / below.bytes_per_image) ** share
     return min(*better, float(between))
+
+
+def bytes_near(points: list[Point], distortion: float) -> float:
+    """Return the bytes on the line, logarithm over logarithm, through the two settings nearest to a distortion."""
+    a, b = sorted(points, key=lambda p: abs(np.log(p.distortion / distortion)))[:2]
+    slope = np.log(b.bytes_per_image / a.bytes_per_image) / np.log(b.distortion / a.distortion)
+    return float(a.bytes_per_image * (distortion / a.distortion) ** slope)

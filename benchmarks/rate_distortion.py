@@ -4,27 +4,30 @@
 
 D = sum of squared errors / sum of squares about the per-channel means of the counted images, both over all whitened
 features of all taps, so that a tap weighs as its variance. Features are those of benchmarks/features.py: whitened as
-the codec does and rounded to fp16, one view an image; every codec gets the same. The table goes to
-docs/results/rate_distortion.json and .png.
+the codec does and rounded to fp16, one view an image; every codec gets the same. The tables go
+to docs/results/rate_distortion.md, .json and .png.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from bound import band_variances, bound_bytes, energy_per_image
 from counted import COUNTED, count_ours, flat_fits, leading, stored_bytes
 from features import FeatureSet, adm_features, cifar10_features
-from peers import bytes_at, peer_curves
+from peers import bytes_at, bytes_near, peer_curves
 
 from dtcache.codec.fit import TapStatistics, solve_step, tap_statistics
 from pipelines.progress import track
@@ -44,31 +47,50 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, default=ROOT / "benchmarks" / "teachers" / "cifar10")
     parser.add_argument("--timestep", type=int, default=50)
     parser.add_argument("--count", type=int, default=10_000, help="CIFAR-10 images counted")
-    parser.add_argument("--peer-count", type=int, default=256, help="of these, how many the peers see")
-    parser.add_argument("--adm-count", type=int, default=8, help="images that the ADM shape is fitted and counted on")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peer-count", type=int, default=128, help="of these, how many the peers see")
+    parser.add_argument("--adm-fit", type=int, default=8, help="images that the ADM shape's codec is fitted on")
+    parser.add_argument("--adm-count", type=int, default=4, help="images of the ADM shape counted")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes of one thread; 1: one teacher after the other"
+    )
     asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
     started = time.time()
-    results = {}
+    parts = [_cifar10] * bool(asked.data and asked.count) + [_adm] * bool(asked.adm_count)
+    with ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        results = {part.__name__.strip("_"): pool.submit(part, asked) for part in parts}
+        found = {name: result.result() for name, result in results.items()}
+    print("\n".join(line for result in found.values() for line in table(result)))
+    write(found, time.time() - started)
+
+
+def _cifar10(asked: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        if asked.data and asked.count:
-            found = cifar10_features(Path(folder), asked.data, asked.teacher, asked.timestep, 256, asked.count)
-            results["cifar10"] = measure(found, asked.peer_count, few=False)
-        if asked.adm_count:
-            found = adm_features(Path(folder), asked.data, asked.timestep, asked.adm_count, asked.adm_count)
-            results["adm"] = measure(found, asked.adm_count, few=True)
-    for result in results.values():
-        print_table(result)
-    write(results, time.time() - started)
+        found = cifar10_features(Path(folder), asked.data, asked.teacher, asked.timestep, 256, asked.count)
+        return measure(found, asked.peer_count, few=False)
+
+
+def _adm(asked: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = adm_features(Path(folder), asked.data, asked.timestep, asked.adm_fit, asked.adm_count)
+        return measure(found, max(2, asked.adm_count // 2), few=True)
 
 
 def measure(features: FeatureSet, peer_count: int, few: bool) -> dict[str, Any]:
-    """Return all codecs' bytes an image at every distortion; with few images the bound takes the fit's own PCA."""
+    """Return all codecs' bytes an image at every distortion.
+
+    With few images the bound takes the fit's PCA, and band variances over the fit's views too: over the counted ones
+    alone they would be too small in the logarithm.
+    """
     statistics = fit_statistics(features)
     maps = features.counted
     with track("bound", 1) as progress:
-        variances = band_variances(maps, {n: s.basis for n, s in statistics.items()} if few else None)
+        if few:
+            pooled = {name: np.concatenate([*features.fit[name], values]) for name, values in maps.items()}
+            variances = band_variances(pooled, {n: s.basis for n, s in statistics.items()})
+        else:
+            variances = band_variances(maps, None)
         progress.advance()
     count = len(next(iter(maps.values())))
     energy = energy_per_image(maps)
@@ -81,13 +103,14 @@ def measure(features: FeatureSet, peer_count: int, few: bool) -> dict[str, Any]:
     peers = peer_curves(some, energy_per_image(some))
     rows = {
         BOUND: [bound_bytes(variances, d) for d in DISTORTIONS],
-        OURS: [bytes_at([o.point for o in ours], d) for d in DISTORTIONS],
+        OURS: [bytes_near([o.point for o in ours], d) for d in DISTORTIONS],
     }
     for name, by_chunk in peers.items():
         found = [[b for points in by_chunk.values() if (b := bytes_at(points, d)) is not None] for d in DISTORTIONS]
         rows[name] = [min(values, default=None) for values in found]
     return {
         "about": features.about,
+        "processor_seconds": round(time.process_time(), 1),
         "fp16_bytes": fp16,
         "images": count,
         "images_peers": len(next(iter(some.values()))),
@@ -111,19 +134,27 @@ def fit_statistics(features: FeatureSet) -> dict[str, TapStatistics]:
     return statistics
 
 
-def print_table(result: dict[str, Any]) -> None:
-    """Print bytes an image and, in brackets, how many times smaller than fp16 that is."""
-    print(f"\n{result['about']}; fp16: {result['fp16_bytes']} bytes an image")
-    print("| bytes an image (times smaller than fp16) at D = | " + " | ".join(f"{d:g}" for d in DISTORTIONS) + " |")
-    print("|---" * (1 + len(DISTORTIONS)) + "|")
-    for name, row in result["bytes_per_image"].items():
-        cells = ["-" if b is None else f"{b:.0f} ({result['fp16_bytes'] / b:.1f})" for b in row]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    bound, ours = (result["bytes_per_image"][name] for name in (BOUND, OURS))
-    print("| over the bound | " + " | ".join(f"{o / b:.2f}x" for o, b in zip(ours, bound, strict=True)) + " |")
+def table(result: dict[str, Any]) -> list[str]:
+    """Return a Markdown table of bytes an image and, in brackets, how many times smaller than fp16 that is."""
+    fp16, rows = result["fp16_bytes"], result["bytes_per_image"]
+    seen = f"the peers saw {result['images_peers']} of the images counted"
+    lines = [f"{result['about']}; {seen}. fp16: {fp16} bytes an image.", ""]
+    lines += ["| bytes an image at D = | " + " | ".join(f"{d:g}" for d in DISTORTIONS) + " |"]
+    lines += ["|---" * (1 + len(DISTORTIONS)) + "|"]
+    for name, row in rows.items():
+        cells = ["-" if b is None else f"{b:.0f} ({fp16 / b:.1f}x)" for b in row]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    over = (f"{ours / bound:.2f}" for ours, bound in zip(rows[OURS], rows[BOUND], strict=True))
+    lines.append(f"| {OURS} / bound | " + " | ".join(over) + " |")
+    peers = (
+        min(row[i] for n, row in rows.items() if n not in (OURS, BOUND) and row[i]) for i in range(len(rows[OURS]))
+    )
+    under = (f"{peer / ours:.1f}" for peer, ours in zip(peers, rows[OURS], strict=True))
+    lines.append(f"| smallest peer / {OURS} | " + " | ".join(under) + " |")
     default = result["default_at_50x"]["point"]
-    ratio = result["fp16_bytes"] / default["bytes_per_image"]
-    print(f"default (noise-aware) fit: D = {default['distortion']:.4f} at {ratio:.1f}x")
+    size = default["bytes_per_image"]
+    lines += ["", f"The default fit, for students, has D = {default['distortion']:.3f} at {size:.0f} bytes."]
+    return [*lines, ""]
 
 
 def write(results: dict[str, Any], seconds: float) -> None:
@@ -134,7 +165,8 @@ def write(results: dict[str, Any], seconds: float) -> None:
     record = {
         "command": " ".join(["python", "benchmarks/rate_distortion.py", *sys.argv[1:]]),
         "seconds": round(seconds, 1),
-        "machine": f"{os.cpu_count()} {platform.machine()} cores, {torch.get_num_threads()} used",
+        "processor_seconds": {name: result.pop("processor_seconds") for name, result in results.items()},
+        "machine": f"{os.cpu_count()} {platform.machine()} cores",
         "commit": commit.stdout.strip(),
         "distortion": " ".join(__doc__.split("\n\n")[2].split()),
         "counted": COUNTED,
@@ -142,6 +174,9 @@ def write(results: dict[str, Any], seconds: float) -> None:
     }
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    head = ["# Bytes at equal distortion", "", f"`{record['command']}`: {record['distortion']}", "", COUNTED, ""]
+    lines = [line for result in results.values() for line in table(result)]
+    OUT.with_suffix(".md").write_text("\n".join([*head, *lines, "![bits a value](rate_distortion.png)", ""]))
     plot(results, OUT.with_suffix(".png"))
 
 
