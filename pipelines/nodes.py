@@ -13,9 +13,13 @@ from dtcache.store.manifest import CacheManifest
 from dtcache.store.shard import CRC_BYTES
 
 DTYPES = {
-    "basis": "<f2", "mean": "<f2", "classes": "|u1", "class_step": "<f4", "class_gain": "<f4", "class_table": "|u1",
-    "tables": "<u2", "half_width": "|u1",
+    "pca-dct-rans": {
+        "basis": "<f2", "mean": "<f2", "classes": "|u1", "class_step": "<f4", "class_gain": "<f4",
+        "class_table": "|u1", "tables": "<u2", "half_width": "|u1",
+    },
+    "float16": {"mean": "<f2", "grid": "<i4"},
 }  # fmt: skip
+"""Types of each codec's arrays."""
 
 
 def zarr_nodes(root: Path, manifest: CacheManifest) -> dict[str, bytes]:
@@ -42,7 +46,7 @@ def zarr_nodes(root: Path, manifest: CacheManifest) -> dict[str, bytes]:
 def _codec_arrays(root: Path, manifest: CacheManifest, name: str, tap: Json) -> dict[str, NDArray[np.generic]] | None:
     """Return a tap's codec arrays, shaped as docs/format.md says; None where a chunk is damaged."""
     flat = {}
-    for array, dtype in DTYPES.items():
+    for array, dtype in DTYPES[manifest.recipe["codec"]["name"]].items():
         folder = f"{DATA}/codec/{name}/{array}/"
         chunk = next((path for path in manifest.files if path.startswith(f"{folder}c.")), None)
         if chunk is None:  # an array of no values, of a tap that is never coded
@@ -52,9 +56,10 @@ def _codec_arrays(root: Path, manifest: CacheManifest, name: str, tap: Json) -> 
             return None
         packed = (root / chunk).read_bytes()[:-CRC_BYTES]
         flat[array] = np.frombuffer(ZstdDecompressor().decompress(packed), dtype)
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "basis": (tap["channels"], -1),
         "classes": (-1, tap["height"], tap["width"]),
-        "tables": (len(flat["half_width"]), -1) if len(flat["half_width"]) else (0, 2),
     }
+    if "tables" in flat:
+        shapes["tables"] = (len(flat["half_width"]), -1) if len(flat["half_width"]) else (0, 2)
     return {array: values.reshape(shapes.get(array, (-1,))) for array, values in flat.items()}

@@ -220,6 +220,16 @@ def test_nodes_are_the_writers_own(root: Path) -> None:
     assert zarr_nodes(root, read_manifest(root)) == wanted
 
 
+def test_nodes_of_a_float16_cache_are_the_writers_own(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    """The codec that stores features as they are has other arrays, and its nodes are made anew as well."""
+    flags = ["--quality", "fp16", "--limit", "4", "--taps", "4,8", "--device", "cpu", "--precision", "fp32"]
+    out = tmp_path / "cache"
+    command = ["extract", str(scene_folder), "--teacher", str(teacher_dir), "--out", str(out), *flags]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    wanted = {name: content for name, content in tree(out).items() if name.endswith("zarr.json")}
+    assert zarr_nodes(out, read_manifest(out)) == wanted
+
+
 def test_a_teacher_whose_features_are_all_zero(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
     """Its cache is whole, decodes to zeros, and its empty codec arrays' nodes are made anew like any other."""
     teacher = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
