@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from dtcache._version import __version__
-from dtcache.errors import DtcacheError
-from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TeachOptions, TrainOptions
+from dtcache.errors import CacheFormatError, CacheNotFoundError, DtcacheError
+from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TeachOptions, TrainOptions, VerifyOptions
 
 PATH = click.Path(path_type=Path)
 
@@ -63,7 +63,7 @@ def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
     if typing.get_origin(hint) is tuple:
         return click.option(f"--{name}", type=typing.get_args(hint)[0], multiple=True, **shape)
     if hint is bool:
-        return click.option(f"--{name}/--no-{name}", **shape)
+        return click.option(f"--{name}/--no-{name}" if f.default else f"--{name}", is_flag=True, **shape)
     if f.default == "":
         # click 8.3 takes an explicit default of None for a value and then misses nothing.
         del shape["default"]
@@ -171,6 +171,40 @@ def inspect(cache: Path, as_json: bool) -> None:
         _print_json(report)
     else:
         Console().print(render(report, cache))
+
+
+@main.command()
+@click.argument("cache", type=PATH)
+@JSON_FLAG
+@options_of(VerifyOptions)
+@click.pass_context
+def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOptions) -> None:
+    """Check every byte of CACHE, finished or not, and say which samples a damage takes away; can repair it.
+
+    \b
+    Exit codes: 0 good, 3 damaged, 4 whole but unfinished, 5 not a cache that this
+    dtcache reads, 1 any other failure, 2 wrong usage, 130 interrupted.
+
+    \b
+    Example:
+      dtcache verify church.cache
+      dtcache verify church.cache --repair --images photos/ --teacher google/ddpm-ema-church-256 --yes
+    """
+    from rich.console import Console
+
+    from pipelines.verify import EXIT_CODES, NOT_A_CACHE, render_verified, verified_json
+    from pipelines.verify import verify as run
+
+    try:
+        verified = run(cache, options)
+    except (CacheNotFoundError, CacheFormatError) as error:
+        click.echo(f"Error: {error}", err=True)
+        ctx.exit(NOT_A_CACHE)
+    if as_json:
+        _print_json(verified_json(verified))
+    else:
+        Console().print(render_verified(verified, cache))
+    ctx.exit(EXIT_CODES[verified.found.state])
 
 
 @main.command()

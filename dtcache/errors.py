@@ -41,6 +41,10 @@ class CacheNotFoundError(CacheError, FileNotFoundError):
     """A path that holds no cache."""
 
 
+class CacheFormatError(CacheError, NotImplementedError):
+    """A cache of a format that this dtcache does not read."""
+
+
 class CacheMismatchError(CacheError, ValueError):
     """A cache made by another recipe than the one asked for."""
 
@@ -63,6 +67,10 @@ class CacheBusyError(CacheError, OSError):
 
 class DiskError(DtcacheError, OSError):
     """The disk refused a write (full, read-only, failing)."""
+
+
+class ExtractionError(DtcacheError, RuntimeError):
+    """An extraction that should not go on, such as one of which too many images fail."""
 
 
 class TrainingError(DtcacheError, RuntimeError):

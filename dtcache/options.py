@@ -86,6 +86,7 @@ class ExtractOptions(Options):
     )
     batch_size: int = option(32, "Images a teacher pass, views counted; a constant of the recipe.", minimum=1)
     limit: int | None = option(None, "Cache the first N images of the permuted order.", minimum=1)
+    max_failures: str = option("1%", "Stop when more images than this fail; up to nine never stop it.", metavar="SHARE")
     shard_rows: int | None = option(None, "Rows a shard [default: by payload size, 256 to 4096].", minimum=1)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
@@ -136,6 +137,18 @@ class TrainOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyOptions(Options):
+    """Options of `dtcache verify`."""
+
+    sample: str = option("100%", "Check this share of the shards, whole, and all other files.", metavar="SHARE")
+    seed: int = option(0, "Seed of the choice that --sample makes.", minimum=0)
+    repair: bool = option(False, "Show what a repair would do; nothing is written without --yes.")
+    images: Path | None = option(None, "Repair: the images that the cache was extracted from.")
+    teacher: str | None = option(None, "Repair: the teacher that it was extracted with.", metavar="DIR_OR_ID")
+    yes: bool = option(False, "Repair: do it. Only bytes whose SHA-256 is the recorded one are written.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateOptions(Options):
     """Options of `dtcache evaluate`."""
 
@@ -183,3 +196,12 @@ def parse_ints(text: str, flag: str) -> tuple[int, ...]:
     if not re.fullmatch(r" *[1-9][0-9]{0,8} *(, *[1-9][0-9]{0,8} *)*", text):
         raise ConfigError(f"{flag} {text}: expected positive integers separated by commas, such as 8,16,32")
     return tuple(int(part) for part in text.split(","))
+
+
+def parse_share(text: str, flag: str) -> float:
+    """Parse a percentage such as 5% into a share in (0, 1]. Raises ConfigError, naming the flag, where it is none."""
+    found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", text.strip())
+    share = float(found[1]) / 100 if found is not None else 0.0
+    if not 0 < share <= 1:
+        raise ConfigError(f"{flag} {text}: expected a percentage over 0 and up to 100, such as 5%")
+    return share

@@ -59,6 +59,15 @@ def write_file(target: Path, data: bytes | memoryview) -> None:
     publish([write_temporary(target, data)])
 
 
+def make_folders(folder: Path) -> None:
+    """Make a folder and its parents where they are missing, durably. Raises DiskError."""
+    if not folder.is_dir():
+        make_folders(folder.parent)
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+
+
 def fsync_tree(root: Path) -> None:
     """Make every file and name under a folder durable. Raises DiskError."""
     for path in sorted(root.rglob("*")):

@@ -4,7 +4,8 @@ import hashlib
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,10 +16,10 @@ from dtcache._version import __version__
 from dtcache.cache import load_fit
 from dtcache.codec import EncodedView, FeatureEncoder
 from dtcache.device import resolve_compute
-from dtcache.errors import CacheMismatchError, ConfigError
+from dtcache.errors import CacheMismatchError, ConfigError, ExtractionError
 from dtcache.images import LoadedView, load_views, open_source
 from dtcache.images.stored import encode_stored, image_bound
-from dtcache.options import QUALITY_RATIOS, ExtractOptions
+from dtcache.options import QUALITY_RATIOS, ExtractOptions, parse_share
 from dtcache.spec import CodecSpec, FailedSample, Json, Recipe
 from dtcache.storage import FolderLock
 from dtcache.store.commits import CodecSums
@@ -34,6 +35,8 @@ DECODE_THREADS = 2
 CHECKED_ROWS = 64
 BAD_ERROR = 0.5
 """Of the variance that the image determines: a tap that loses more of it is warned of."""
+LEAST_FAILURES = 10
+"""Fewer failed images never stop an extraction."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,13 +57,14 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
     started = time.time()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: expected a folder, got a file")
+    most = parse_share(options.max_failures, "--max-failures")
     source = open_source(images)
     job = make_job(source, options)
     if out.is_dir() and not (out / MANIFEST).exists():
         require_ours(out)
     with FolderLock(out):
         if (out / MANIFEST).exists():
-            require_same(out, read_manifest(out).recipe, _asked(job, options))
+            require_same(out, read_manifest(out).recipe, asked(job, options))
             writer = CacheWriter.resume(out)
             _require_same_images(job, writer)
         else:
@@ -81,6 +85,7 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
                     job, encoder, shard, array.rows_of(shard), views, fit_rows(count),
                     lambda done, note=note: progress.advance(done, note),
                 )  # fmt: skip
+                require_few_failures([*writer.failures, *work.failures], count, most)
                 written += writer.write_shard(work)
         writer.seal()
         failures = tuple(writer.failures)
@@ -91,6 +96,22 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
                  "python": platform.python_version(), "threads": torch.get_num_threads()}
             )  # fmt: skip
     return Extracted(root=out, num_done=count - len(failures), failures=failures, seconds=time.time() - started)
+
+
+def require_few_failures(failures: Sequence[FailedSample], count: int, most: float) -> None:
+    """Raise ExtractionError where more than the share `most` of `count` images, and ten or more, have failed.
+
+    It comes before the shard that exceeds it is committed: where a disk was unmounted, a resume tries it again.
+    """
+    if len(failures) < LEAST_FAILURES or len(failures) <= most * count:
+        return
+    first = {failed.reason: failed.key for failed in reversed(failures)}
+    reasons = Counter(failed.reason for failed in failures).most_common(3)
+    some = "; ".join(f"{times} x {reason} (first {first[reason]})" for reason, times in reasons)
+    raise ExtractionError(
+        f"{len(failures)} of {count} images failed, --max-failures allows {most:.4%}: {some}. What is committed stays: "
+        "see that the images can be read and run the same command again to resume, or allow more"
+    )
 
 
 def fit_rows(count: int) -> int:
@@ -111,21 +132,21 @@ def target_ratio(job: Job, options: ExtractOptions) -> float | None:
     return fp16 / options.bytes_per_image
 
 
-def _asked(job: Job, options: ExtractOptions) -> Json:
+def asked(job: Job, options: ExtractOptions) -> Json:
     """Return the recipe's fields that options and inputs fix, to be compared with a cache that is there."""
     ratio = target_ratio(job, options)
     unfitted = CodecSpec(
         name="float16" if ratio is None else "pca-dct-rans", ratio=ratio, step=None,
         fit_rows=fit_rows(len(job.samples)), fit_sha256="", noise_share={}, noise_floor={}, determined_error={},
     )  # fmt: skip
-    asked = _recipe(job, unfitted, options.shard_rows or 0).to_json()
+    fixed = _recipe(job, unfitted, options.shard_rows or 0).to_json()
     # The rest of these is fitted, or follows from what is compared already.
-    asked["codec"] = {name: asked["codec"][name] for name in ("name", "whitening", "ratio")}
-    del asked["teacher"]["alpha_bars"]
+    fixed["codec"] = {name: fixed["codec"][name] for name in ("name", "whitening", "ratio")}
+    del fixed["teacher"]["alpha_bars"]
     if options.shard_rows is None:
-        del asked["shard_rows"]
+        del fixed["shard_rows"]
     # Another seed changes the sample list too, other taps or views the ratio of a size: name causes before effects.
-    return {name: asked[name] for name in ("seed", "num_samples", "flips", "draws", "average", "teacher")} | asked
+    return {name: fixed[name] for name in ("seed", "num_samples", "flips", "draws", "average", "teacher")} | fixed
 
 
 def _recipe(job: Job, codec: CodecSpec, shard_rows: int) -> Recipe:

@@ -20,6 +20,7 @@ from dtcache.errors import CodecError, ImagesError
 from dtcache.images import load_views
 from dtcache.spec import CodecSpec
 from dtcache.storage import disk_errors
+from dtcache.store.frame import pack_frame
 from dtcache.store.layout import ZSTD_LEVEL, tap_name
 from dtcache.store.shard import CRC_BYTES, ENTRY_BYTES
 from pipelines.job import Job
@@ -67,7 +68,9 @@ def fit_codec(out: Path, job: Job, rows: int, ratio: float | None) -> CodecFit:
     finally:
         torch.set_num_threads(threads)
         shutil.rmtree(spool, ignore_errors=True)
-    shares = {name: float((s.noise_share * s.variance).sum() / s.variance.sum()) for name, s in statistics.items()}
+    # A tap that is the same everywhere has no variance; its share of noise is none, not NaN.
+    energy = {name: max(float(s.variance.sum()), 1e-12) for name, s in statistics.items()}
+    shares = {name: float((s.noise_share * s.variance).sum()) / energy[name] for name, s in statistics.items()}
     spec = CodecSpec(
         name="float16" if ratio is None else "pca-dct-rans",
         ratio=ratio,
@@ -144,7 +147,7 @@ def _bytes_per_view(
         step = torch.from_numpy(fitted.class_step[fitted.classes.reshape(-1)[live]])
         values = quantise(flat, step).numpy().astype(np.int16)
         payloads = [encode(v, 0.01, 1.01, tables, bound) for v in values]
-        packed = sum(len(compress(p.ljust(bound, b"\0"), ZSTD_LEVEL)) for p in payloads)
+        packed = sum(len(pack_frame(p, bound)) for p in payloads)
         chunks += packed / len(kept) + CRC_BYTES + ENTRY_BYTES
     arrays = [array for fitted in fit.values() for array in fitted.arrays().values()]
     side = sum(len(compress(np.ascontiguousarray(a).tobytes(), ZSTD_LEVEL)) + 900 for a in arrays)

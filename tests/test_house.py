@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from store.builders import tiny_plan, write_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
@@ -59,17 +60,31 @@ def test_a_library_is_imported_in_one_place_only(library: str, homes: str) -> No
     assert all(user.startswith(homes) for user in users)
 
 
+VERIFY = """
+import cli
+try:
+    cli.main(["verify", {folder!r}, "--repair"])
+except SystemExit as done:
+    assert done.code == {code}
+"""
+
+
 @pytest.mark.parametrize(
-    "code", ["import cli", "import dtcache; dtcache.open", "import pipelines.report", "import dtcache.store.reader"]
+    "code",
+    ["import cli", "import dtcache; dtcache.open", "import pipelines.report", "import dtcache.store.reader", "verify"],
 )
-def test_looking_loads_no_heavy_library(code: str) -> None:
-    """--help and inspect start without torch, diffusers, timm or numba."""
+def test_looking_loads_no_heavy_library(code: str, tmp_path: Path) -> None:
+    """--help, inspect and a whole verify, with the plan of a repair, run without torch, diffusers, timm or numba."""
+    if code == "verify":
+        root = write_cache(tmp_path / "cache", tiny_plan())
+        (root / "shards.parquet").unlink()
+        code = VERIFY.format(folder=str(root), code=3)
     heavy = "[m for m in ('torch', 'diffusers', 'timm', 'numba') if m in sys.modules]"
     out = subprocess.run(
-        [sys.executable, "-c", f"import sys; {code}; print({heavy})"],
+        [sys.executable, "-c", f"import sys\n{code}\nprint({heavy})"],
         capture_output=True,
         text=True,
         cwd=ROOT,
         check=True,
     )
-    assert out.stdout.strip() == "[]"
+    assert out.stdout.splitlines()[-1] == "[]"

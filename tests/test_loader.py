@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from dtcache.codec.transform import whiten
 from dtcache.errors import CacheDamagedError, CacheIncompleteError, CacheNotFoundError, ConfigError
 from dtcache.images.source import permuted
 from dtcache.loader import EpochLoader
+from dtcache.store.layout import IMAGES
+from dtcache.store.shard import index_bytes, parse_index
 
 NAMES = [FINE, COARSE]
 
@@ -202,6 +205,42 @@ def test_damage_reaches_the_consumer(tmp_path: Path) -> None:
     ):
         for epoch in range(20):
             list(damaged.epoch(epoch))
+
+
+def test_no_damaged_chunk_is_ever_served(root: Path, tmp_path: Path) -> None:
+    """With a bit flipped in any chunk or index, what comes before the error is right, and it names a sample of it."""
+    plan = tiny_plan()
+    damaged = Path(shutil.copytree(root, tmp_path / "cache"))
+    whole = list(loader(Cache(root), batch_size=1).epoch(0))
+    served = {int(batch.rows[0]) for batch in whole}
+    views = dict(zip(*(part.tolist() for part in loader(Cache(root)).order(0)), strict=True))
+    for name, array in plan.arrays.items():
+        for shard in range(array.num_shards):
+            path = damaged / array.object_path(shard)
+            content = path.read_bytes()
+            entries = array.shard_rows * array.payloads_a_row
+            index = parse_index(content[-index_bytes(entries) :], entries, len(content))
+            rows = list(array.rows_of(shard))
+            chunks = [(entry, int(index[entry, 0])) for entry in range(len(rows) * array.payloads_a_row)]
+            for entry, place in [*chunks, (None, len(content) - 9)]:
+                path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+                hit = set(rows) & served
+                if entry is not None:
+                    row, view = rows[entry // array.payloads_a_row], entry % array.payloads_a_row
+                    hit &= {row} if name == IMAGES or views.get(row) == view else set()
+                got: list[TrainBatch] = []
+                failure = ""
+                try:
+                    for batch in loader(Cache(damaged), batch_size=1).epoch(0):
+                        got.append(batch)
+                except CacheDamagedError as error:
+                    failure = str(error)
+                for found, wanted in zip(got, whole, strict=False):
+                    assert_same(found, wanted)
+                assert not hit & {int(batch.rows[0]) for batch in got}
+                assert bool(hit) == bool(failure) == (len(got) < len(whole))
+                assert not hit or any(f"sample {plan.samples[row].key} of {name}, view" in failure for row in hit)
+            path.write_bytes(content)
 
 
 @pytest.mark.parametrize(

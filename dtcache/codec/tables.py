@@ -8,15 +8,14 @@ from dtcache.codec.fitted import MAX_HALF_WIDTH, TABLE_SIZE
 DEAD_RATIO = 2.0**-2.25
 """Bands whose standard deviation is under this many steps almost never leave the dead zone: they are dropped."""
 LOWEST, HIGHEST = -4, 16
-GAIN_RANGE = (1.0, 2.5)
 PRIOR_COUNT = 64.0
 """Weight of the Laplace prior in a table, in observations, so that small fits and rare symbols are priced sanely."""
 
 
-def variance_class(ratio: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the class (0..20, half octaves) of bands by standard deviation over step, or -1 for dead ones."""
+def variance_class(ratio: NDArray[np.float64], dead: float = DEAD_RATIO) -> NDArray[np.int64]:
+    """Return the class (0..20, half octaves) of bands by standard deviation over step, or -1 under a dead ratio."""
     octaves = np.rint(2 * np.log2(np.maximum(ratio, 1e-9)))
-    return np.where(ratio < DEAD_RATIO, -1, np.clip(octaves, LOWEST, HIGHEST) - LOWEST).astype(np.int64)
+    return np.where(ratio < dead, -1, np.clip(octaves, LOWEST, HIGHEST) - LOWEST).astype(np.int64)
 
 
 def fit_tables(

@@ -69,17 +69,25 @@ def write_commit(root: Path, record: CommitRecord) -> None:
 
 def read_commits(root: Path) -> dict[int, CommitRecord]:
     """Read all commit records by shard. Raises CacheDamagedError where one is not as written."""
-    folder = root / COMMITS
-    paths: Iterable[Path] = sorted(folder.glob("[0-9]*.json")) if folder.is_dir() else ()
-    records = (_read(path) for path in paths)
+    records = (read_commit(path) for path in commit_files(root))
     return {record.shard: record for record in records}
 
 
-def _read(path: Path) -> CommitRecord:
+def commit_files(root: Path) -> list[Path]:
+    """Return the files of all commit records, by shard."""
+    folder = root / COMMITS
+    return sorted(folder.glob("[0-9]*.json")) if folder.is_dir() else []
+
+
+def read_commit(path: Path) -> CommitRecord:
+    """Read one commit record. Raises CacheDamagedError where it is not, byte for byte, as written."""
     try:
-        value = json.loads(path.read_bytes())
-        if value.pop("sha256") != sha256_json(value):
+        content = path.read_bytes()
+        value = json.loads(content)
+        if content != canonical_json(value) or value.pop("sha256") != sha256_json(value):
             raise ValueError("its own checksum does not match")
+        if path.name != f"{value['shard']:06d}.json":
+            raise ValueError(f"it is of shard {value['shard']}")
         return CommitRecord(
             shard=value["shard"],
             fingerprint=value["fingerprint"],
@@ -88,7 +96,7 @@ def _read(path: Path) -> CommitRecord:
             failures=tuple(FailedSample(row=f["row"], key=f["key"], reason=f["reason"]) for f in value["failures"]),
             sums={n: CodecSums(**s) for n, s in value["sums"].items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CacheDamagedError(
             f"{path}: not a commit record of dtcache ({error}); delete it and run the extraction again"
         ) from error

@@ -4,11 +4,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtcache.spec import Recipe
+
+if TYPE_CHECKING:
+    from zarr.storage import MemoryStore
 
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
@@ -77,7 +81,9 @@ def payload_arrays(recipe: Recipe, image_bound: int, tap_bounds: Mapping[str, in
 
 
 def write_zarr_nodes(
-    root: Path, arrays: Mapping[str, PayloadArray], fit: Mapping[str, Mapping[str, NDArray[np.generic]]]
+    root: "Path | MemoryStore",
+    arrays: Mapping[str, PayloadArray],
+    fit: Mapping[str, Mapping[str, NDArray[np.generic]]],
 ) -> None:
     """Write the Zarr v3 group at `root`: the payload arrays' metadata, and the codec's arrays whole."""
     import zarr

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
+from dtcache.errors import CacheDamagedError, CacheFormatError, CacheMismatchError, CacheNotFoundError
 from dtcache.spec import FORMAT_VERSION, CodecName, Json, Recipe, canonical_json, sha256_json
 from dtcache.storage import write_file
 from dtcache.store.commits import CodecSums
@@ -101,8 +101,8 @@ def write_manifest(root: Path, manifest: CacheManifest) -> None:
 def read_manifest(root: Path) -> CacheManifest:
     """Read and check a manifest.
 
-    Raises CacheNotFoundError where there is none, CacheDamagedError where it is not as written, and CacheError where
-    a newer dtcache wrote it.
+    Raises CacheNotFoundError where there is none, CacheDamagedError where it is not as written, and CacheFormatError
+    where a newer dtcache wrote it.
     """
     path = root / MANIFEST
     if not path.is_file():
@@ -112,15 +112,16 @@ def read_manifest(root: Path) -> CacheManifest:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise CacheDamagedError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, got {path.stat().st_size}")
     try:
-        value = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        value = json.loads(content)
         version = value["format"]
         if version != FORMAT_VERSION:
-            raise CacheError(
+            raise CacheFormatError(
                 f"{path}: expected format {FORMAT_VERSION}, got {version}; install the dtcache "
                 "that wrote it, or a newer one"
             )
-        claimed = value.pop("sha256")
-        if claimed != sha256_json(value):
+        # The bytes too: JSON has many spellings of one value, and only one of them was written.
+        if content != canonical_json(value) or value.pop("sha256") != sha256_json(value):
             raise CacheDamagedError(f"{path}: its own checksum does not match; restore it from a copy or extract again")
         arrays = {name: _payload_array(name, a) for name, a in value["arrays"].items()}
         _check_recipe(value["recipe"])

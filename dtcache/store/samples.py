@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from dtcache.errors import CacheDamagedError
 from dtcache.spec import FailedSample, Sample, sha256_json
+from dtcache.store.commits import CommitRecord, ShardObject
 from dtcache.store.layout import SHARDS
 
 SCHEMA = pa.schema(
@@ -33,9 +34,14 @@ SHARD_SCHEMA = pa.schema(
 
 def hash_samples(samples: Sequence[Sample]) -> str:
     """Return the SHA-256 over keys and labels in row order."""
+    return hash_keys([sample.key for sample in samples], [sample.label for sample in samples])
+
+
+def hash_keys(keys: Sequence[str], labels: Sequence[int | None]) -> str:
+    """Return the SHA-256 over keys and labels that run together."""
     digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(f"{sample.key}\0{sample.label}\n".encode())
+    for key, label in zip(keys, labels, strict=True):
+        digest.update(f"{key}\0{label}\n".encode())
     return digest.hexdigest()
 
 
@@ -70,6 +76,33 @@ def read_table(path: Path) -> pa.Table:
         raise CacheDamagedError(
             f"{path}: missing or damaged ({error}); delete this cache and extract it again"
         ) from error
+
+
+def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitRecord]) -> pa.Table:
+    """Return the finished sample index: the begun one at `path`, with what the records of all shards, in order, add.
+
+    Raises CacheDamagedError where its keys and labels are not the ones that the recipe's `samples_sha256` names.
+    """
+    table = read_table(path)
+    try:
+        keys, labels = table["key"].to_pylist(), table["label"].to_pylist()
+    except KeyError as error:
+        raise CacheDamagedError(f"{path}: expected a column {error}; delete this cache and extract it again") from error
+    if hash_keys(keys, labels) != samples_sha256:
+        raise CacheDamagedError(
+            f"{path}: not the samples that the recipe names; delete this cache and extract it again"
+        )
+    failures: list[str | None] = [None] * len(keys)
+    for failed in (f for record in records for f in record.failures):
+        failures[failed.row] = failed.reason
+    content = [bytes.fromhex(sha) if sha else None for record in records for sha in record.content_sha256]
+    return samples_table(keys, labels, content, failures)
+
+
+def shards_table(objects: Iterable[tuple[int, ShardObject]]) -> pa.Table:
+    """Return the shard index of (shard, object) pairs, given in shard order."""
+    rows = [(shard, o.path, o.size, o.sha256) for shard, o in objects]
+    return pa.Table.from_arrays([pa.array(column) for column in zip(*rows, strict=True)], schema=SHARD_SCHEMA)
 
 
 def read_objects(root: Path) -> list[tuple[str, int, str]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError
@@ -25,15 +24,18 @@ from dtcache.store.commits import (
 from dtcache.store.layout import COMMITS, DATA, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray, write_zarr_nodes
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
 from dtcache.store.samples import (
-    SHARD_SCHEMA,
     damaged_objects,
     parquet_bytes,
     read_failures,
     read_objects,
     read_table,
     samples_table,
+    sealed_samples,
+    shards_table,
 )
 from dtcache.store.shard import build_shard
+
+AGAIN = "delete this cache and extract it again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,17 +56,17 @@ class CacheWriter:
     def __init__(self, root: Path, manifest: CacheManifest) -> None:
         """Go on with the cache that `manifest` describes: drop leftovers of a killed run, read what is committed.
 
-        Raises CacheDamagedError where a committed file is gone and CacheMismatchError for records of another recipe.
+        Raises CacheDamagedError where a committed file is gone or another file is not as written, before anything is
+        removed, and CacheMismatchError for records of another recipe.
         """
         self.root = root
         self.manifest = manifest
         self._records = read_commits(root)
+        self._check_files()
         if manifest.state == "sealed":
             sizes = {path: size for path, size, _ in read_objects(root)}
             for path, got in damaged_objects(root, sizes).items():
-                raise CacheDamagedError(
-                    f"{root / path}: expected {sizes[path]} bytes, got {got}; delete this cache and extract it again"
-                )
+                raise CacheDamagedError(f"{root / path}: expected {sizes[path]} bytes, got {got}; {AGAIN}")
         else:
             self._drop_leftovers()
         for record in self._records.values():
@@ -100,7 +102,8 @@ class CacheWriter:
         files[SAMPLES] = file_sha256(root / SAMPLES)
         manifest = new_manifest(recipe, arrays, classes, files)
         write_manifest(root, manifest)
-        return cls(root, manifest)
+        # As a resume reads it: commit records list objects in the manifest's order, which JSON sorts by name.
+        return cls.resume(root)
 
     @classmethod
     def resume(cls, root: Path) -> "CacheWriter":
@@ -158,9 +161,14 @@ class CacheWriter:
             if self.missing:
                 raise CacheError(f"{self.root}: cannot seal, {len(self.missing)} shards are missing")
             records = [self._records[shard] for shard in sorted(self._records)]
-            write_file(self.root / SHARDS, parquet_bytes(_shards_table(records)))
-            write_file(self.root / SAMPLES, parquet_bytes(self._final_samples(records)))
-            files = {name: file_sha256(self.root / name) for name in (SHARDS, SAMPLES)}
+            samples = sealed_samples(self.root / SAMPLES, self.manifest.recipe["samples_sha256"], records)
+            contents = {
+                SHARDS: parquet_bytes(shards_table((r.shard, o) for r in records for o in r.objects)),
+                SAMPLES: parquet_bytes(samples),
+            }
+            for name, content in contents.items():
+                write_file(self.root / name, content)
+            files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
             self.manifest = self.manifest.sealed(files, total_sums(records))
             write_manifest(self.root, self.manifest)
         if (self.root / COMMITS).exists():
@@ -170,13 +178,16 @@ class CacheWriter:
         """Write the one volatile file (times, host, versions), with its own checksum."""
         write_file(self.root / LOG, canonical_json({**log, "sha256": sha256_json(log)}))
 
-    def _final_samples(self, records: list[CommitRecord]) -> pa.Table:
-        table = read_table(self.root / SAMPLES)
-        failures: list[str | None] = [None] * table.num_rows
-        for failed in (f for record in records for f in record.failures):
-            failures[failed.row] = failed.reason
-        content = [bytes.fromhex(sha) if sha else None for record in records for sha in record.content_sha256]
-        return samples_table(table["key"].to_pylist(), table["label"].to_pylist(), content, failures)
+    def _check_files(self) -> None:
+        """Check all files but shards, so that nothing is computed from, or sealed with, a byte that nobody wrote.
+
+        A kill between samples.parquet and the manifest of a seal leaves the new one of the two: it is written anew.
+        """
+        for name, sha256 in self.manifest.files.items():
+            path = self.root / name
+            half_sealed = name == SAMPLES and not self.missing and self.manifest.state == "writing"
+            if not path.is_file() or (file_sha256(path) != sha256 and not half_sealed):
+                raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
 
     def _drop_leftovers(self) -> None:
         """Remove temporary files and shards that were renamed but never committed."""
@@ -212,8 +223,3 @@ def require_ours(root: Path) -> None:
         raise CacheMismatchError(
             f"{root} is not empty and not a cache: found {foreign[0]}; give an --out that is new or a cache"
         )
-
-
-def _shards_table(records: list[CommitRecord]) -> pa.Table:
-    rows = [(record.shard, o.path, o.size, o.sha256) for record in records for o in record.objects]
-    return pa.Table.from_arrays([pa.array(column) for column in zip(*rows, strict=True)], schema=SHARD_SCHEMA)

@@ -1,6 +1,6 @@
 """The fit against planted structure, and the fitted arrays against contradiction."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -99,6 +99,20 @@ def test_gains_undo_shrinkage_within_their_range() -> None:
     assert coarse.min() >= 1 and coarse.max() <= 2.5
     assert coarse.max() > 1.2
     assert fine.max() < 1.02
+
+
+def test_a_fit_for_distortion_has_flat_steps_and_the_least_error() -> None:
+    """Every band has the one step whatever its noise, and scaling any class's gain by 5 % raises the squared error."""
+    whitened, _ = planted(64, np.array([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]), seed=11)
+    fitted = quantised_fit(tap_statistics(whitened), 1.5, "distortion")
+    assert len(fitted.class_step) > 3
+    assert (fitted.class_step == np.float32(1.5)).all()
+    x = torch.from_numpy(whitened[0].astype(np.float32))
+    least = float(Encoder(fitted)(x)[1].sum())
+    for j in range(len(fitted.class_gain)):
+        for factor in (0.95, 1.05):
+            gain = fitted.class_gain * np.where(np.arange(len(fitted.class_gain)) == j, factor, 1).astype(np.float32)
+            assert float(Encoder(replace(fitted, class_gain=gain))(x)[1].sum()) > least
 
 
 @pytest.mark.parametrize("ratio", [4.0, 12.0])

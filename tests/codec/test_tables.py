@@ -27,12 +27,13 @@ def test_normalise_keeps_the_order_of_counts() -> None:
 
 
 def test_variance_class_is_monotone() -> None:
-    """The class never falls as the ratio grows, covers -1..20, and is -1 exactly under the dead ratio."""
+    """The class never falls as the ratio grows, covers -1..20, and is -1 exactly under the dead ratio asked for."""
     ratio = np.geomspace(1e-12, 1e6, 4001)
     found = variance_class(ratio)
     assert (np.diff(found) >= 0).all()
     np.testing.assert_array_equal(np.unique(found), np.arange(-1, 21))
     np.testing.assert_array_equal(found == -1, ratio < DEAD_RATIO)
+    np.testing.assert_array_equal(variance_class(ratio, 1.3), np.where(ratio < 1.3, -1, found))
     assert variance_class(np.zeros(3)).tolist() == [-1, -1, -1]
 
 

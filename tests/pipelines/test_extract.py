@@ -1,5 +1,6 @@
 """Stage 1 through the command line: the cache is a function of its recipe, however often the run is killed."""
 
+import errno
 import io
 import json
 import os
@@ -20,9 +21,13 @@ from PIL import Image
 from cli import main
 from dtcache.cache import Cache
 from dtcache.codec.transform import whiten
+from dtcache.errors import ExtractionError
 from dtcache.images import FolderSource, decode_view, permuted
+from dtcache.spec import FailedSample
+from dtcache.storage import FolderLock
 from dtcache.teacher import load_teacher
 from dtcache.teacher.noise import sample_noise
+from pipelines.extract import require_few_failures
 
 ROOT = Path(__file__).resolve().parents[2]
 VOLATILE = {"extraction.log.json", ".lock"}
@@ -216,6 +221,60 @@ def test_bad_images_keep_their_rows(scene_folder: Path, teacher_dir: Path, tmp_p
     assert len(opened.reader.usable_rows) == 37
 
 
+def test_a_disk_that_goes_away_stops_the_extraction(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its failures are not committed, so that the same command, once it is back, makes an undisturbed run's bytes."""
+    keys = FolderSource(scene_folder).keys
+    gone = {int(i) for i in permuted(40, seed=0, stream="rows")[16:]}
+    first = keys[permuted(40, seed=0, stream="rows")[16]]
+    real, reads = FolderSource.read, []
+
+    def read(source: FolderSource, index: int) -> bytes:
+        reads.append(index)
+        if len(reads) > 40 and index in gone:  # the fit has read all 40 by then
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        return real(source, index)
+
+    out = tmp_path / "c"
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "read", read)
+        result = extract(scene_folder, teacher_dir, out, "--shard-rows", 16)
+    reason = f"16 x unreadable: Transport endpoint is not connected (first {first})"
+    assert result.exit_code == 1
+    assert f"16 of 40 images failed, --max-failures allows 1.0000%: {reason}. What is committed stays" in result.output
+    report = inspect(out)
+    assert (report["num_done"], report["num_failed"], report["num_missing"]) == (16, 0, 24)
+    assert extract(scene_folder, teacher_dir, out, "--shard-rows", 16).exit_code == 0
+    assert extract(scene_folder, teacher_dir, tmp_path / "d", "--shard-rows", 16).exit_code == 0
+    assert tree(out) == tree(tmp_path / "d")
+
+
+def test_how_many_failures_are_too_many() -> None:
+    """Ten or more and over the share stop an extraction; fewer, or a larger share allowed, do not."""
+    failures = [
+        FailedSample(row=row, key=f"k{row}", reason="teacher output is not finite at t1/s8") for row in range(11)
+    ]
+    require_few_failures(failures[:9], 9, 0.01)
+    require_few_failures(failures[:10], 1000, 0.01)
+    require_few_failures(failures, 20, 0.6)
+    message = r"^11 of 1000 images failed, .* 1\.0000%: 11 x teacher output is not finite at t1/s8 \(first k0\)\. What"
+    with pytest.raises(ExtractionError, match=message):
+        require_few_failures(failures, 1000, 0.01)
+    with pytest.raises(ExtractionError, match="10 of 10 images failed"):
+        require_few_failures(failures[:10], 10, 0.01)
+
+
+def test_a_second_writer_is_refused(cache: Path, scene_folder: Path, teacher_dir: Path) -> None:
+    """While one process writes a cache, another extraction into it says so and changes nothing."""
+    before = tree(cache)
+    with FolderLock(cache):
+        result = extract(scene_folder, teacher_dir, cache)
+    assert result.exit_code == 1
+    assert "is being written by another process; wait for it or stop it" in result.output
+    assert tree(cache) == before
+
+
 def test_the_bytes_do_not_depend_on_who_asks(
     cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
@@ -264,8 +323,6 @@ def test_a_full_disk_is_one_clear_line(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     """ENOSPC in mid-run says what to do, and the same command afterwards finishes to the same bytes."""
-    import errno
-
     from dtcache.store import writer
 
     real, calls = writer.write_temporary, []

@@ -161,6 +161,15 @@ def test_every_flipped_character_of_a_commit_record_is_found(tmp_path: Path) -> 
             read_commits(tmp_path)
 
 
+def test_a_commit_record_under_another_name_is_found(tmp_path: Path) -> None:
+    """An intact record at the place of another shard's raises CacheDamagedError that says whose it is."""
+    (tmp_path / "commits").mkdir()
+    write_commit(tmp_path, tiny_record(2))
+    commit_path(tmp_path, 2).rename(commit_path(tmp_path, 1))
+    with pytest.raises(CacheDamagedError, match=r"000001.json: not a commit record of dtcache \(it is of shard 2\)"):
+        read_commits(tmp_path)
+
+
 def test_sums_add_in_the_order_given() -> None:
     """Totals are plain left-to-right float64 sums by array, so that shard order fixes every bit."""
     sums = [0.1, 0.2, 0.3, 1e16, 1.0, -1e16]

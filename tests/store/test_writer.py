@@ -4,6 +4,7 @@ import builtins
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,7 +26,7 @@ from dtcache.spec import sha256_json
 from dtcache.storage import FolderLock, file_sha256
 from dtcache.store.commits import read_commits, total_sums, write_commit
 from dtcache.store.manifest import read_manifest
-from dtcache.store.samples import read_table
+from dtcache.store.samples import parquet_bytes, read_table
 from dtcache.store.writer import CacheWriter, require_ours
 
 
@@ -82,6 +83,14 @@ def test_order_of_shards_changes_no_byte(tmp_path: Path) -> None:
         begin(tmp_path / "a", plan).write_shard(plan.shards[shard])
     begin(tmp_path / "a", plan).seal()
     assert tree(tmp_path / "a") == tree(write_cache(tmp_path / "b", plan))
+
+
+def test_order_of_arrays_changes_no_byte(tmp_path: Path) -> None:
+    """Taps whose names sort otherwise than their strides (stride4, stride16) give one tree, resumed or not."""
+    plan = tiny_plan()
+    plan = replace(plan, arrays=dict(reversed(plan.arrays.items())))
+    begin(tmp_path / "a", plan).write_shard(plan.shards[0])
+    assert tree(write_cache(tmp_path / "a", plan)) == tree(write_cache(tmp_path / "b", plan))
 
 
 def test_writing_a_shard_again_changes_no_byte(tmp_path: Path) -> None:
@@ -161,6 +170,50 @@ def test_missing_or_short_committed_object_is_reported(tmp_path: Path) -> None:
         CacheWriter.resume(root)
     (root / "commits" / "000000.json").unlink()
     assert tree(write_cache(root, plan)) == tree(tmp_path / "whole")
+
+
+def test_a_resume_removes_nothing_from_a_damaged_cache(tmp_path: Path) -> None:
+    """Damage outside the shards, or the manifest of before the seal, stops a resume before it drops or writes a file.
+
+    That manifest knows no commit record of a sealed cache: a resume that trusted it would delete every shard.
+    """
+    plan = tiny_plan()
+    root = tmp_path / "cache"
+    begin(root, plan)
+    stale = (root / "manifest.json").read_bytes()
+    begin(root, plan).write_shard(plan.shards[0])
+    (root / "data.zarr" / FINE / "c.1.0.0").write_bytes(b"renamed, never committed")
+    for name in ("data.zarr/zarr.json", f"data.zarr/codec/{FINE}/basis/c.0.0", "samples.parquet"):
+        content = (root / name).read_bytes()
+        (root / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        before = tree(root)
+        with pytest.raises(CacheDamagedError, match=rf"{name}: missing or not as the manifest says; delete this"):
+            CacheWriter.resume(root)
+        assert tree(root) == before
+        (root / name).write_bytes(content)
+    write_cache(root, plan)
+    (root / "manifest.json").write_bytes(stale)
+    before = tree(root)
+    with pytest.raises(CacheDamagedError, match=r"samples\.parquet: missing or not as the manifest says"):
+        CacheWriter.resume(root)
+    assert tree(root) == before
+
+
+def test_seal_refuses_samples_that_the_recipe_does_not_name(tmp_path: Path) -> None:
+    """An intact samples.parquet of other keys, in place of a half-done seal's, is never sealed with a fresh hash."""
+    plan = tiny_plan()
+    writer = begin(tmp_path, plan)
+    for data in plan.shards:
+        writer.write_shard(data)
+    table = read_table(tmp_path / "samples.parquet")
+    keys = ["another.png", *table["key"].to_pylist()[1:]]
+    other = table.set_column(1, table.schema.field("key"), [keys])
+    (tmp_path / "samples.parquet").write_bytes(parquet_bytes(other))
+    with pytest.raises(
+        CacheDamagedError, match=r"samples\.parquet: not the samples that the recipe names; delete this"
+    ):
+        CacheWriter.resume(tmp_path).seal()
+    assert read_manifest(tmp_path).state == "writing"
 
 
 def test_commit_record_of_another_recipe_is_refused(tmp_path: Path) -> None:
@@ -311,6 +364,43 @@ def test_failing_disk_gives_other_advice(tmp_path: Path, monkeypatch: pytest.Mon
     assert writer.missing == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_any_failing_fsync_or_rename_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """EIO at any fsync or rename is DiskError; what a resume makes of it, or the same writer, is exact."""
+    plan = tiny_plan()
+    wanted = tree(write_cache(tmp_path / "undisturbed", plan))
+    real, calls = getattr(os, name), 0
+    fail_at, failed = 0, True
+    while failed:
+        fail_at, failed, calls = fail_at + 1, False, 0
+        root = tmp_path / f"{fail_at}"
+        writer = begin(root, plan)
+
+        def failing(*arguments: Any, fail_at: int = fail_at) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == fail_at:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, failing)
+            try:
+                writer.write_shard(plan.shards[0])
+            except DiskError as error:
+                failed = True
+                assert "Input/output error; check the disk and its rights" in str(error)
+                assert writer.missing == [0, 1, 2]
+        if fail_at % 2:
+            writer = CacheWriter.resume(root)
+        for shard in writer.missing:
+            writer.write_shard(plan.shards[shard])
+        writer.seal()
+        assert tree(root) == wanted
+    # Three arrays and a commit record; one fsync a file and one a folder.
+    assert fail_at == {"fsync": 8, "replace": 4}[name] + 1
+
+
 def test_data_is_durable_before_its_commit_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each file is fsynced before its rename, and each folder after it, before the commit record is begun."""
     plan = tiny_plan()
@@ -342,27 +432,33 @@ def test_data_is_durable_before_its_commit_record(tmp_path: Path, monkeypatch: p
 
 
 _HOLDER = """
-import sys, time
+import subprocess, sys, time
 from pathlib import Path
 from dtcache.storage import FolderLock
 with FolderLock(Path(sys.argv[1])):
-    print("held", flush=True)
+    child = subprocess.Popen(["sleep", "60"], close_fds=False)
+    print("held", child.pid, flush=True)
     time.sleep(60)
 """
 
 
 def test_lock_admits_one_and_dies_with_its_process(tmp_path: Path) -> None:
-    """A second holder gets CacheBusyError while the first lives; SIGKILL of the first frees the lock at once."""
+    """A second holder gets CacheBusyError while the first lives; SIGKILL of the first frees the lock at once.
+
+    A child of the first that outlives it, and inherits what it may, does not keep it.
+    """
     folder = tmp_path / "new" / "cache"
     with subprocess.Popen([sys.executable, "-c", _HOLDER, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+        held, child = holder.stdout.readline().split()
+        assert held == "held"
         with pytest.raises(CacheBusyError, match="cache is being written by another process; wait for it or stop it"):
             FolderLock(folder)
         holder.kill()
         holder.wait()
     with FolderLock(folder), pytest.raises(CacheBusyError, match="another process"):
         FolderLock(folder)
+    os.kill(int(child), signal.SIGKILL)  # it was alive all the while
     with FolderLock(folder):
         pass
 

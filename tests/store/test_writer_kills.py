@@ -1,6 +1,6 @@
-"""Kills: whatever operation a writer dies before, a resume ends in the bytes of a run that nobody disturbed."""
+"""Kills and power cuts: wherever a writer stops, a resume ends in the bytes of a run that nobody disturbed."""
 
-import builtins
+import contextlib
 import hashlib
 import os
 import pickle
@@ -9,172 +9,178 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from store.builders import begin, tiny_plan, tree, write_cache
+from store.builders import Plan, begin, tiny_plan, tree, write_cache
+from store.operations import Disk, Operation, Recorder, Tree, lay_out
 
 import dtcache
-from dtcache import storage
+from dtcache.store.contents import read_contents
+from dtcache.store.verify import chosen_objects, verify_contents
+
+CRASHES = {
+    "killed": {"writes": True, "names": True},
+    "power cut, un-fsynced writes lost": {"writes": False, "names": True},
+    "power cut, un-fsynced names lost": {"writes": True, "names": False},
+    "power cut, both lost": {"writes": False, "names": False},
+}
 
 
-class Snapshots:
-    """Copies a folder before every operation that changes a file system, as a SIGKILL at that moment would leave it.
+def crashed_states(before: Tree, log: list[Operation]) -> dict[str, tuple[str, Tree]]:
+    """Return every different state that a crash after any prefix of a log leaves, with how it came about.
 
-    A write is cut in half: there is a moment at which only its first half is in the file. Equal states are kept once.
+    States that differ in nothing but what lies below .tmp-data.zarr count as few: the next run deletes it unread.
     """
-
-    def __init__(self, root: Path, into: Path, patch: pytest.MonkeyPatch) -> None:
-        self.root, self.into = root, into
-        self.seen: set[str] = set()
-        self._lock = threading.RLock()  # zarr-python writes in threads of its own
-        self._busy = False
-        self._operations = 0
-        for name in ("replace", "rename", "mkdir", "rmdir", "unlink"):
-            patch.setattr(os, name, self._before(getattr(os, name)))
-        patch.setattr(os, "fsync", self._before(lambda handle: None))
-        patch.setattr(storage, "open", self._open, raising=False)
-
-    def take(self) -> None:
-        """Copy the folder if no equal copy was taken; while zarr-python lays out its nodes, every seventh time."""
-        self._operations += 1
-        if self._operations % 7 and (self.root / ".tmp-data.zarr").exists():
-            return
-        with self._lock:
-            self._busy = True  # the copy's own operations are not the writer's
-            digest = hashlib.sha256(repr(sorted(state(self.root).items())).encode()).hexdigest()
-            if digest not in self.seen:
-                self.seen.add(digest)
-                shutil.copytree(self.root, self.into / f"{len(self.seen):04}", copy_function=shutil.copyfile)
-            self._busy = False
-
-    def _before(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            with self._lock:
-                if not self._busy:
-                    self.take()
-                return function(*args, **options)
-
-        return call
-
-    def _open(self, path: Path, mode: str) -> Any:
-        self.take()
-        return Torn(path, self.take) if "w" in mode else builtins.open(path, mode)
+    disk, states = Disk(before), dict[str, tuple[str, Tree]]()
+    for place in range(len(log) + 1):
+        for crash, lost in CRASHES.items():
+            left = disk.left(**lost)
+            layout = [path for path in left if path.startswith(".tmp-data.zarr/")]
+            essence = sorted((path, data) for path, data in left.items() if path not in set(layout))
+            digest = hashlib.sha256(repr((essence, len(layout) // 40)).encode()).hexdigest()
+            states.setdefault(digest, (f"{crash} after operation {place} of {len(log)}", left))
+        if place < len(log):
+            disk.apply(log[place])
+    return states
 
 
-class Torn:
-    """A file whose writes arrive in two halves, with a snapshot after each."""
-
-    def __init__(self, path: Path, take: Callable[[], None]) -> None:
-        self._file = builtins.open(path, "wb", buffering=0)  # noqa: SIM115
-        self._take = take
-
-    def __enter__(self) -> "Torn":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def write(self, data: bytes) -> None:
-        """Write one half, then the other."""
-        for half in (data[: len(data) // 2], data[len(data) // 2 :]):
-            self._file.write(half)
-            self._take()
+def assert_resumes(states: dict[str, tuple[str, Tree]], folder: Path, plan: Plan, wanted: Tree) -> None:
+    """Check that a whole cache comes out of every state, and that verify calls none of them damaged."""
+    for number, (how, left) in enumerate(states.values()):
+        root = lay_out(left, folder / f"{number:04}")
+        if "manifest.json" in left:
+            contents = read_contents(root)
+            found = verify_contents(root, contents, chosen_objects(contents, 1.0, 0), lambda wanted: None)
+            assert found.damage == (), how
+        assert tree(write_cache(root, plan)) == wanted, how
+        shutil.rmtree(root)
 
 
-def state(root: Path) -> dict[str, bytes | None]:
-    """Return everything in a folder, temporary files too."""
-    return {p.relative_to(root).as_posix(): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
-
-
-def test_a_kill_before_any_operation_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From every state that a kill can leave, of creating, writing, sealing and cleaning up, a resume is exact."""
+def test_a_crash_after_any_operation_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From every prefix of the operation log of three shards, whatever no fsync kept lost or not, a resume is exact."""
     plan = tiny_plan()
-    root, into = tmp_path / "cache", tmp_path / "killed"
+    root = tmp_path / "cache"
     root.mkdir()
-    into.mkdir()
     with monkeypatch.context() as patch:
-        snapshots = Snapshots(root, into, patch)
+        recorder = Recorder(root, patch)
         write_cache(root, plan)
-        snapshots.take()
-    wanted = tree(root)
-    left = sorted(into.iterdir())
-    begun = [(p / "manifest.json").exists() for p in left]
+    wanted, log = tree(root), recorder.log
+    disk = Disk({})
+    for operation in log:
+        disk.apply(operation)
+    assert disk.left(writes=True, names=True) == wanted  # the log misses nothing
+    states = crashed_states({}, log)
+    begun = [left for _, left in states.values() if "manifest.json" in left]
     # All phases are among the states: nothing yet, half a layout, some shards, all of them, half of the records gone.
-    assert sum(begun) > 40 and len(left) - sum(begun) > 10
-    assert {len(list((p / "commits").glob("0*"))) for p in left if (p / "commits").exists()} == {0, 1, 2, 3}
-    assert any(b'"sealed"' in (p / "manifest.json").read_bytes() for p, b in zip(left, begun, strict=True) if b)
+    assert len(begun) > 60 and len(states) - len(begun) > 5
+    assert {sum(path.startswith("commits/0") for path in left) for left in begun} == {0, 1, 2, 3}
+    assert any(b'"sealed"' in (left["manifest.json"] or b"") for left in begun)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    for killed in left:
-        assert tree(write_cache(killed, plan)) == wanted, f"state {killed.name} of {len(left)}"
+    assert_resumes(states, tmp_path, plan, wanted)
 
 
-_WRITER = """
-import pickle, sys, time
+def test_a_crash_without_any_fsync_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulation has teeth: without the fsyncs, power cuts leave committed shards that are not as written."""
+    plan = tiny_plan()
+    root = tmp_path / "cache"
+    root.mkdir()
+    with monkeypatch.context() as patch:
+        recorder = Recorder(root, patch)
+        write_cache(root, plan)
+    files = {o.path for o in recorder.log if o.kind == "create" and "c.1" in o.path and "codec" not in o.path}
+    careless = [o for o in recorder.log if o.kind != "fsync" or o.path not in files]
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    with pytest.raises(AssertionError, match="un-fsynced writes lost after operation"):
+        assert_resumes(crashed_states({}, careless), tmp_path, plan, tree(root))
+
+
+def test_a_second_crash_while_resuming_is_no_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume that is cut short itself, at any operation, leaves a state that the next resume finishes exactly."""
+    plan = tiny_plan()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        wanted = tree(write_cache(tmp_path / "undisturbed", plan))
+        root = tmp_path / "cache"
+        begin(root, plan).write_shard(plan.shards[0])
+    for path in ("data.zarr/images/c.1.0", "data.zarr/images/.tmp-c.2.0", "commits/.tmp-000001.json"):
+        (root / path).write_bytes(b"left by the first kill")
+    before = tree(root)
+    with monkeypatch.context() as patch:
+        recorder = Recorder(root, patch)
+        begin(root, plan)
+    assert [operation.kind for operation in recorder.log] == ["unlink"] * 3
+    states = crashed_states(before, recorder.log)
+    assert len(states) == 4
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    assert_resumes(states, tmp_path, plan, wanted)
+
+
+_WRITERS = """
+import os, pickle, sys
 from pathlib import Path
+import zarr
 from store.builders import begin
 from dtcache.storage import FolderLock
-plan = pickle.loads(Path(sys.argv[2]).read_bytes())
-with FolderLock(Path(sys.argv[1])):
-    print("begin", flush=True)
-    writer = begin(Path(sys.argv[1]), plan)
-    for shard in writer.missing:
-        print("shard", flush=True)
-        writer.write_shard(plan.shards[shard])
-        time.sleep(0.01)
-    print("seal", flush=True)
-    writer.seal()
+plan, root = pickle.loads(Path(sys.argv[2]).read_bytes()), Path(sys.argv[1])
 print("torch" in sys.modules or "numba" in sys.modules, flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        with FolderLock(root):
+            writer = begin(root, plan)
+            for shard in writer.missing:
+                writer.write_shard(plan.shards[shard])
+            writer.seal()
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def test_sigkill_and_resume_gives_the_same_bytes(tmp_path: Path) -> None:
-    """A real torch-free process, killed at random moments of each phase and resumed, ends in undisturbed bytes."""
+def kill_and_resume(folder: Path, kills: int) -> None:
+    """Kill real torch-free writers at random moments, `kills` times; what is finished must be as if undisturbed.
+
+    One warm process forks them: each takes milliseconds, so that the moments fall into its work, not into imports.
+    """
     plan = tiny_plan()
-    (tmp_path / "plan.pickle").write_bytes(pickle.dumps(plan))
-    root = tmp_path / "cache"
+    (folder / "plan.pickle").write_bytes(pickle.dumps(plan))
+    root, wanted = folder / "cache", tree(write_cache(folder / "undisturbed", plan))
     where = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(dtcache.__file__).parents[1])])
-    command = [sys.executable, "-c", _WRITER, str(root), str(tmp_path / "plan.pickle")]
-    moments = random.Random(5)
-    for phase in ("begin", "shard", "shard", "seal", None):
-        environment = {**os.environ, "PYTHONPATH": where}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-            assert process.stdout is not None
-            if phase is None:
-                said = process.stdout.read().split()
-                assert process.wait() == 0
-                assert said[-1] == "False"
-                break
-            for line in process.stdout:
-                if line.strip() == phase:
-                    break
-            time.sleep(moments.uniform(0, 0.02))
-            process.send_signal(signal.SIGKILL)
-    wanted = tree(write_cache(tmp_path / "undisturbed", plan))
-    assert tree(root) == wanted
+    command = [sys.executable, "-c", _WRITERS, str(root), str(folder / "plan.pickle")]
+    moments, done, killed, seconds = random.Random(5), False, 0, 0.0
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": where}
+    ) as server:
+        assert server.stdin is not None and server.stdout is not None
+        assert server.stdout.readline() == "False\n"
+        while killed < kills or not done:
+            server.stdin.write("\n")
+            server.stdin.flush()
+            child, began = int(server.stdout.readline()), time.monotonic()
+            if seconds and killed < kills:
+                time.sleep(moments.uniform(0, seconds))
+                with contextlib.suppress(ProcessLookupError):  # it was done by then
+                    os.kill(child, signal.SIGKILL)
+            code = int(server.stdout.readline())
+            assert code in (0, -signal.SIGKILL)
+            killed += code != 0
+            if code == 0:
+                seconds = seconds or time.monotonic() - began
+                assert tree(root) == wanted
+                done = killed == kills
+                shutil.rmtree(root)
+        server.stdin.close()
+    assert killed == kills
 
 
-def test_a_second_kill_while_resuming_is_no_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resume that is killed itself, at any operation, leaves a state that the next resume finishes exactly."""
-    plan = tiny_plan()
-    wanted = tree(write_cache(tmp_path / "undisturbed", plan))
-    root, into = tmp_path / "cache", tmp_path / "killed"
-    begin(root, plan).write_shard(plan.shards[0])
-    for path in ("data.zarr/images/c.1.0", "data.zarr/images/.tmp-c.2.0", "commits/.tmp-000001.json"):
-        (root / path).write_bytes(b"left by the first kill")
-    into.mkdir()
-    with monkeypatch.context() as patch:
-        snapshots = Snapshots(root, into, patch)
-        begin(root, plan)
-        snapshots.take()
-    left = sorted(into.iterdir())
-    assert len(left) == 4
-    for killed in left:
-        assert tree(write_cache(killed, plan)) == wanted
+def test_twenty_sigkills_and_resumes_give_the_same_bytes(tmp_path: Path) -> None:
+    """Twenty SIGKILLs at random moments of a write, each followed by a resume, change no byte."""
+    kill_and_resume(tmp_path, 20)
+
+
+@pytest.mark.slow
+def test_three_hundred_sigkills_and_resumes_give_the_same_bytes(tmp_path: Path) -> None:
+    """Three hundred SIGKILLs change no byte either."""
+    kill_and_resume(tmp_path, 300)

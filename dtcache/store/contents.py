@@ -1,0 +1,195 @@
+"""What a cache should hold: every file that its manifest, its shard index or its commit records name."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dtcache.errors import CacheDamagedError
+from dtcache.storage import TEMPORARY, file_sha256
+from dtcache.store.commits import CommitRecord, ShardObject, commit_files, read_commit
+from dtcache.store.layout import COMMITS, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray
+from dtcache.store.manifest import CacheManifest, read_manifest
+from dtcache.store.samples import parquet_bytes, read_objects, read_table, sealed_samples
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplePlace:
+    """A sample that a damage takes away."""
+
+    row: int
+    key: str | None
+    """None where samples.parquet itself cannot be trusted."""
+    view: int | None
+    """None: every view."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Damage:
+    """One file that is not as it was written."""
+
+    path: str
+    """Relative to the cache."""
+    reason: str
+    array: str | None = None
+    """images, or a tap such as t150/stride8, where the file is one of its shards."""
+    shard: int | None = None
+    samples: tuple[SamplePlace, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WantedObject:
+    """A shard file as it was recorded."""
+
+    path: str
+    array: PayloadArray
+    shard: int
+    size: int | None
+    """Bytes; None where the record is damaged, so that only checksums inside the file are left."""
+    sha256: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents:
+    """Everything that should be in a cache, as far as the files that say so can be trusted."""
+
+    manifest: CacheManifest | None
+    """None where it is damaged: then nothing else is known."""
+    objects: tuple[WantedObject, ...] = ()
+    """Shard by shard."""
+    missing: tuple[int, ...] = ()
+    """Shards that were never committed."""
+    records: dict[int, CommitRecord] = field(default_factory=dict)
+    """By shard, while the cache is being written."""
+    keys: tuple[str, ...] | None = None
+    """Sample keys by row; None where samples.parquet cannot be trusted."""
+    damage: tuple[Damage, ...] = ()
+    """What is wrong with manifest, shard index, sample index and commit records."""
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the cache was finished."""
+        return self.manifest is not None and self.manifest.state == "sealed"
+
+
+def read_contents(root: Path) -> Contents:
+    """Read what a cache should hold, finished or not.
+
+    Raises CacheNotFoundError where there is no cache and CacheFormatError where a newer dtcache wrote it.
+    """
+    try:
+        manifest = read_manifest(root)
+    except CacheDamagedError as error:
+        return Contents(manifest=None, damage=(Damage(path=MANIFEST, reason=_bare(root / MANIFEST, error)),))
+    records: dict[int, CommitRecord] = {}
+    shards = set(range(next(iter(manifest.arrays.values())).num_shards))
+    if manifest.state == "sealed":
+        listed, damage, missing = *_listed(root, manifest), set()
+    else:
+        records, damage = _committed(root, manifest)
+        listed = {o.path: o for record in records.values() for o in record.objects}
+        missing = shards - set(records) - {int(path.stem) for path in commit_files(root) if path.stem.isdecimal()}
+    problem = samples_problem(root, manifest, records)
+    if problem:
+        damage.append(Damage(path=SAMPLES, reason=problem))
+    return Contents(
+        manifest=manifest,
+        objects=tuple(
+            _wanted(array, shard, listed.get(array.object_path(shard)))
+            for shard in sorted(shards - missing)
+            for array in manifest.arrays.values()
+        ),
+        missing=tuple(sorted(missing)),
+        records=records,
+        keys=None if problem else tuple(read_table(root / SAMPLES)["key"].to_pylist()),
+        damage=tuple(damage),
+    )
+
+
+def _listed(root: Path, manifest: CacheManifest) -> tuple[dict[str, ShardObject], list[Damage]]:
+    """Return what the shard index of a sealed cache lists."""
+    problem = file_problem(root / SHARDS, manifest.files.get(SHARDS))
+    if problem is None:
+        listed = {path: ShardObject(path=path, size=size, sha256=sha) for path, size, sha in read_objects(root)}
+        wanted = {array.object_path(s) for array in manifest.arrays.values() for s in range(array.num_shards)}
+        if listed.keys() == wanted:
+            return listed, []
+        problem = f"expected one row for every shard of every array, got {min(listed.keys() ^ wanted)}"
+    return {}, [Damage(path=SHARDS, reason=problem)]
+
+
+def _committed(root: Path, manifest: CacheManifest) -> tuple[dict[int, CommitRecord], list[Damage]]:
+    """Return the commit records of an unfinished cache, and those that are damaged or another cache's."""
+    records, damage = {}, []
+    for path in commit_files(root):
+        try:
+            record = read_commit(path)
+            wanted = {array.object_path(record.shard) for array in manifest.arrays.values()}
+            if record.fingerprint != manifest.fingerprint or {o.path for o in record.objects} != wanted:
+                raise CacheDamagedError(f"{path}: the record belongs to another cache")
+        except CacheDamagedError as error:
+            damage.append(Damage(path=path.relative_to(root).as_posix(), reason=_bare(path, error)))
+        else:
+            records[record.shard] = record
+    return records, damage
+
+
+def _wanted(array: PayloadArray, shard: int, listed: ShardObject | None) -> WantedObject:
+    size, sha256 = (listed.size, listed.sha256) if listed is not None else (None, None)
+    return WantedObject(path=array.object_path(shard), array=array, shard=shard, size=size, sha256=sha256)
+
+
+def samples_problem(root: Path, manifest: CacheManifest, records: dict[int, CommitRecord]) -> str | None:
+    """Return what is wrong with samples.parquet, None where it is as the manifest says.
+
+    While the cache is being written it may also be, byte for byte, the one that its commit records seal to.
+    """
+    path = root / SAMPLES
+    problem = file_problem(path, manifest.files.get(SAMPLES))
+    all_there = len(records) == next(iter(manifest.arrays.values())).num_shards
+    if problem is None or manifest.state == "sealed" or not all_there:
+        return problem
+    try:
+        table = sealed_samples(path, manifest.recipe["samples_sha256"], [r for _, r in sorted(records.items())])
+        return None if parquet_bytes(table) == path.read_bytes() else problem
+    except CacheDamagedError:
+        return problem
+
+
+def file_problem(path: Path, sha256: str | None) -> str | None:
+    """Return what is wrong with a file of which a SHA-256 is recorded, None where it is the one recorded."""
+    if not path.is_file():
+        return "no file"
+    try:
+        got = file_sha256(path)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+    return None if got == sha256 else f"expected SHA-256 {str(sha256)[:16]}..., got {got[:16]}..."
+
+
+def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
+    """Return every file in the cache's folder that the cache does not name, and what is known of it."""
+    if contents.manifest is None:
+        return {}
+    named = {MANIFEST, LOG, LOCK, *contents.manifest.files, *(o.path for o in contents.objects)}
+    if not contents.sealed:
+        named |= {path.relative_to(root).as_posix() for path in commit_files(root)}
+    uncommitted = {array.object_path(s) for array in contents.manifest.arrays.values() for s in contents.missing}
+    found = {}
+    for path in sorted(p for p in root.rglob("*") if p.is_symlink() or not p.is_dir()):
+        name = path.relative_to(root).as_posix()
+        if name in named:
+            continue
+        if TEMPORARY in name:
+            found[name] = "left by a run that was cut short"
+        elif name in uncommitted:
+            found[name] = "never committed; the next extraction writes it anew"
+        elif (name == SHARDS) or name.startswith(f"{COMMITS}/"):
+            found[name] = "left by a seal that was cut short; the next extraction finishes it"
+        else:
+            found[name] = "not part of the cache"
+    return found
+
+
+def _bare(path: Path, error: Exception) -> str:
+    return str(error).removeprefix(f"{path}: ")

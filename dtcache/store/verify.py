@@ -1,0 +1,178 @@
+"""Checking every byte of a cache against the hashes that were recorded when it was written; never writes."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dtcache.errors import CacheBusyError, CacheDamagedError
+from dtcache.images.source import permuted
+from dtcache.spec import canonical_json, sha256_json
+from dtcache.storage import file_sha256
+from dtcache.store.contents import Contents, Damage, SamplePlace, WantedObject, file_problem, unnamed_files
+from dtcache.store.layout import IMAGES, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray
+from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
+
+THREADS = 4
+"""Files that are hashed at once: hashing lets other threads run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """What a check of a cache found."""
+
+    contents: Contents
+    damage: tuple[Damage, ...]
+    unnamed: dict[str, str]
+    """Files that the cache does not name, and what is known of them: no damage."""
+    checked: tuple[WantedObject, ...]
+    """The shard files of which every byte was read."""
+
+    @property
+    def state(self) -> Literal["good", "damaged", "incomplete"]:
+        """The verdict; damage outweighs what is missing."""
+        if self.damage:
+            return "damaged"
+        return "good" if self.contents.sealed else "incomplete"
+
+
+def chosen_objects(contents: Contents, share: float, seed: int) -> list[WantedObject]:
+    """Return the objects of a share (0 to 1] of the shards, at least one: a pure function of its arguments."""
+    shards = sorted({wanted.shard for wanted in contents.objects})
+    count = min(len(shards), max(1, math.ceil(share * len(shards))))
+    places = permuted(len(shards), seed=seed, stream="verify")[:count]
+    chosen = {shards[place] for place in places}
+    return [wanted for wanted in contents.objects if wanted.shard in chosen]
+
+
+def verify_contents(
+    root: Path, contents: Contents, chosen: Sequence[WantedObject], on_object: Callable[[WantedObject], None]
+) -> Verification:
+    """Check all files of a cache but shards, the chosen shard files, and the size of the others.
+
+    Raises CacheBusyError where the cache was sealed meanwhile.
+    """
+    damage = list(contents.damage)
+    if contents.manifest is not None:
+        damage += _file_damage(root, contents)
+        homes = {wanted.sha256: wanted.path for wanted in contents.objects if wanted.sha256 is not None}
+        whole = {wanted.path for wanted in chosen}
+        damage += [
+            found
+            for wanted in contents.objects
+            if wanted.path not in whole and (found := _size_damage(root, wanted, contents.keys))
+        ]
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="verify") as pool:
+            try:
+                checks = pool.map(lambda wanted: check_object(root, wanted, contents.keys, homes), chosen)
+                for wanted, found in zip(chosen, checks, strict=True):
+                    damage += [found] if found is not None else []
+                    on_object(wanted)
+            finally:
+                pool.shutdown(cancel_futures=True)
+        if not contents.sealed and b'"state":"sealed"' in (root / MANIFEST).read_bytes():
+            raise CacheBusyError(f"{root}: the cache was finished while it was being checked; check it again")
+    unnamed = unnamed_files(root, contents)
+    return Verification(contents=contents, damage=tuple(damage), unnamed=unnamed, checked=tuple(chosen))
+
+
+def check_object(
+    root: Path, wanted: WantedObject, keys: Sequence[str] | None, homes: Mapping[str, str]
+) -> Damage | None:
+    """Check every byte of one shard file; where it is not the recorded one, find out which samples are affected.
+
+    `homes` gives the path of every recorded hash, so that a shard that lies in another's place is told by its name.
+    """
+    found = _size_damage(root, wanted, keys)
+    if found is not None:
+        return found
+    path = root / wanted.path
+    try:
+        got = file_sha256(path)
+        if got == wanted.sha256:
+            return None
+        bad = bad_entries(path.read_bytes(), wanted.array, wanted.shard)
+    except CacheDamagedError as error:
+        return _damage(wanted, str(error), None, keys)
+    except OSError as error:
+        return _damage(wanted, f"it cannot be read ({error.strerror})", None, keys)
+    if bad:
+        reasons = ", ".join(dict.fromkeys(bad.values()))
+        return _damage(wanted, f"{len(bad)} of its chunks: {reasons}", bad, keys)
+    if wanted.sha256 is None:
+        return None
+    what = f"it is {homes[got]}" if got in homes else f"got {got[:16]}..., every chunk intact"
+    return _damage(wanted, f"expected SHA-256 {wanted.sha256[:16]}..., {what}", None, keys)
+
+
+def bad_entries(content: bytes, array: PayloadArray, shard: int) -> dict[int, str]:
+    """Return what is wrong with each chunk of a shard that is not intact, by its place in the index.
+
+    Raises CacheDamagedError where the index itself is damaged, and nothing in the file can be found.
+    """
+    entries = array.shard_rows * array.payloads_a_row
+    index = parse_index(content[-index_bytes(entries) :], entries, len(content))
+    out = np.empty(array.length, np.uint8)
+    bad = {}
+    for entry in range(len(array.rows_of(shard)) * array.payloads_a_row):
+        offset, size = (int(value) for value in index[entry])
+        try:
+            if offset == ABSENT:
+                raise CacheDamagedError("the shard holds no such chunk")
+            unpack_chunk(content[offset : offset + size], out)
+        except CacheDamagedError as error:
+            bad[entry] = str(error)
+    return bad
+
+
+def _size_damage(root: Path, wanted: WantedObject, keys: Sequence[str] | None) -> Damage | None:
+    path = root / wanted.path
+    if not path.is_file():
+        return _damage(wanted, "no file", None, keys)
+    size = path.stat().st_size
+    if wanted.size is not None and size != wanted.size:
+        return _damage(wanted, f"expected {wanted.size} bytes, got {size}", None, keys)
+    return None
+
+
+def _damage(wanted: WantedObject, reason: str, entries: Iterable[int] | None, keys: Sequence[str] | None) -> Damage:
+    """Describe a damaged shard file by the samples of its `entries`, None for all of them."""
+    array, rows = wanted.array, wanted.array.rows_of(wanted.shard)
+    places: list[tuple[int, int | None]] = [(row, None) for row in rows]
+    if entries is not None:
+        places = [(rows[entry // array.payloads_a_row], entry % array.payloads_a_row) for entry in entries]
+    samples = tuple(
+        SamplePlace(row=row, key=keys[row] if keys is not None else None, view=None if array.name == IMAGES else view)
+        for row, view in places
+    )
+    return Damage(path=wanted.path, reason=reason, array=array.name, shard=wanted.shard, samples=samples)
+
+
+def _file_damage(root: Path, contents: Contents) -> list[Damage]:
+    """Check the files that hold no shard, but for those that `read_contents` has checked already."""
+    assert contents.manifest is not None
+    problems = {
+        name: file_problem(root / name, sha256)
+        for name, sha256 in contents.manifest.files.items()
+        if name not in (SAMPLES, SHARDS)
+    }
+    problems[LOG] = log_problem(root / LOG)
+    return [Damage(path=name, reason=reason) for name, reason in problems.items() if reason is not None]
+
+
+def log_problem(path: Path) -> str | None:
+    """Return what is wrong with the one volatile file, which carries its own checksum; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        content = path.read_bytes()
+        value = json.loads(content)
+        same = content == canonical_json(value) and value.pop("sha256") == sha256_json(value)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"not an extraction log ({error})"
+    return None if same else "its own checksum does not match"

@@ -1,0 +1,182 @@
+"""What `dtcache verify` does and shows: every byte of a cache against its recorded hashes; writes only to repair."""
+
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dtcache.errors import ConfigError
+from dtcache.options import VerifyOptions, parse_share
+from dtcache.spec import Json
+from dtcache.store.contents import Damage, WantedObject, read_contents
+from dtcache.store.layout import COMMITS, LOG, SHARDS
+from dtcache.store.verify import Verification, chosen_objects, verify_contents
+from pipelines.progress import track
+
+EXIT_CODES = {"good": 0, "damaged": 3, "incomplete": 4}
+NOT_A_CACHE = 5
+SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Repair:
+    """What a repair would do, or did, about one damaged file."""
+
+    path: str
+    outcome: Literal["planned", "repaired", "refused", "impossible"]
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verified:
+    """What `dtcache verify` found and did."""
+
+    found: Verification
+    """After the repair, where there was one."""
+    repairs: tuple[Repair, ...] | None
+    """By damaged file; None where none was asked for."""
+
+
+def verify(root: Path, options: VerifyOptions) -> Verified:
+    """Check a cache, finished or not, and repair it or show what a repair would do where that is asked for.
+
+    Raises CacheNotFoundError, CacheFormatError, ConfigError, CacheBusyError where the cache was finished meanwhile,
+    and what `repair_cache` raises.
+    """
+    share = parse_share(options.sample, "--sample")
+    if not options.yes:
+        found = verify_cache(root, share, options.seed)
+        return Verified(found=found, repairs=tuple(planned_repairs(found)) if options.repair else None)
+    if not (options.repair and options.images and options.teacher):
+        raise ConfigError("--yes: expected --repair, --images and --teacher beside it, to make damaged shards anew")
+    from pipelines.repair import repair_cache  # loads torch, as verifying alone must not
+
+    found, repairs = repair_cache(root, options.images, options.teacher, share, options.seed)
+    return Verified(found=found, repairs=tuple(repairs))
+
+
+def verify_cache(root: Path, share: float, seed: int) -> Verification:
+    """Check a share of a cache's shards, chosen by `seed`, and all its other files, showing progress."""
+    contents = read_contents(root)
+    chosen = chosen_objects(contents, share, seed)
+    done = 0
+    with track("verify", len(chosen)) as progress:
+
+        def on_object(wanted: WantedObject) -> None:
+            nonlocal done
+            done += wanted.size or 0
+            progress.advance(1, f"{done / 2**20:.1f} MiB")
+
+        return verify_contents(root, contents, chosen, on_object)
+
+
+def repairable(damage: Damage) -> bool:
+    """Return whether `--repair` can make the file anew: what it held follows from the recipe and a recorded hash."""
+    return damage.shard is not None or damage.path == SHARDS or damage.path.endswith("zarr.json")
+
+
+def remedy(damage: Damage) -> str:
+    """Return what to do about one damage."""
+    if repairable(damage):
+        return "run dtcache verify with --repair --images IMAGES --teacher TEACHER"
+    if damage.path == LOG:
+        return "delete it: it only tells how the extraction went"
+    if damage.path.startswith(f"{COMMITS}/"):
+        return "delete it and run the extraction again: it computes the shard anew"
+    return "restore it from a copy, or delete this cache and extract it again"
+
+
+def planned_repairs(found: Verification) -> list[Repair]:
+    """Return what `--repair --yes` would try, file by file; nothing is computed or written for it."""
+    plan = []
+    for damage in found.damage:
+        if not repairable(damage):
+            plan.append(Repair(path=damage.path, outcome="impossible", note=remedy(damage)))
+        elif damage.shard is None:
+            plan.append(Repair(path=damage.path, outcome="planned", note="make it from the other files"))
+        else:
+            note = f"compute shard {damage.shard} ({len(rows_of(found, damage))} images) again with the teacher"
+            plan.append(Repair(path=damage.path, outcome="planned", note=note))
+    return plan
+
+
+def rows_of(found: Verification, damage: Damage) -> range:
+    """Return the rows of the shard that a damaged file belongs to."""
+    assert found.contents.manifest is not None and damage.array is not None and damage.shard is not None
+    return found.contents.manifest.arrays[damage.array].rows_of(damage.shard)
+
+
+def verified_json(verified: Verified) -> Json:
+    """Return a verification as JSON values; `view` is null where all views of a sample are affected."""
+    found, repairs = verified.found, verified.repairs
+    contents = found.contents
+    return {
+        "state": found.state,
+        "sealed": contents.sealed,
+        "fingerprint": contents.manifest.fingerprint if contents.manifest is not None else None,
+        "num_objects": len(contents.objects),
+        "num_checked": len(found.checked),
+        "bytes_checked": sum(wanted.size or 0 for wanted in found.checked),
+        "missing_shards": list(contents.missing),
+        "damage": [
+            {
+                "path": damage.path,
+                "reason": damage.reason,
+                "remedy": remedy(damage),
+                "shard": damage.shard,
+                "array": damage.array,
+                "samples": [{"row": s.row, "key": s.key, "view": s.view} for s in damage.samples],
+            }
+            for damage in found.damage
+        ],
+        "unnamed": found.unnamed,
+        **({"repair": [asdict(repair) for repair in repairs]} if repairs is not None else {}),
+    }
+
+
+def render_verified(verified: Verified, root: Path) -> RenderableType:
+    """Return a verification as narrow lines for a terminal."""
+    found, contents = verified.found, verified.found.contents
+    facts = Table(title=Text(str(root)), show_header=False, title_justify="left")
+    everything = len(found.checked) == len(contents.objects)
+    size = sum(wanted.size or 0 for wanted in found.checked) / 2**20
+    share = "every byte" if everything else f"A SAMPLE: {len(found.checked)} of {len(contents.objects)} shard files"
+    facts.add_row("state", {"good": "good", "damaged": "DAMAGED", "incomplete": "INCOMPLETE"}[found.state])
+    facts.add_row("checked", f"{share}, {size:.1f} MiB of shards")
+    if contents.missing:
+        facts.add_row("missing", f"{len(contents.missing)} shards; run the extraction again to finish it")
+    elif not contents.sealed and contents.manifest is not None:
+        facts.add_row("missing", "the seal; run the extraction again to finish it")
+    facts.add_row("damaged", f"{len(found.damage)} files")
+    lines = [line for damage in islice(found.damage, SHOWN) for line in _lines(damage)]
+    lines += _rest(len(found.damage))
+    lines += [f"not named: {name}: {why}" for name, why in islice(found.unnamed.items(), SHOWN)]
+    lines += _rest(len(found.unnamed))
+    if verified.repairs is not None:
+        lines += [f"{repair.outcome}: {repair.path}: {repair.note}" for repair in verified.repairs]
+        if not verified.repairs:
+            lines.append("nothing to repair")
+        elif any(repair.outcome == "planned" for repair in verified.repairs):
+            lines.append("nothing was written: add --images, --teacher and --yes to do what is planned")
+    return Group(facts, *map(Text, lines))
+
+
+def _rest(count: int) -> list[str]:
+    return [f"... and {count - SHOWN} more; --json has all"] if count > SHOWN else []
+
+
+def _lines(damage: Damage) -> list[str]:
+    """Describe one damage: the file, the samples, what to do."""
+    lines = [f"{damage.path}: {damage.reason}"]
+    if damage.shard is not None:
+        some = ", ".join(
+            (s.key if s.key is not None else f"row {s.row}") + (f" view {s.view}" if s.view is not None else "")
+            for s in damage.samples[:3]
+        )
+        more = f" and {len(damage.samples) - 3} more" if len(damage.samples) > 3 else ""
+        lines.append(f"  shard {damage.shard} of {damage.array}: {some}{more}")
+    return [*lines, f"  {remedy(damage)}"]

@@ -1,0 +1,176 @@
+"""The operation log of a writer, and what a disk holds after any part of it: with a kill, or with the power gone."""
+
+import builtins
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtcache import storage
+from dtcache.store import writer
+
+Tree = dict[str, bytes | None]
+"""Bytes of every file by path, None for a folder."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One change of a file system, or one fsync; paths are relative to the recorded folder."""
+
+    kind: str
+    path: str
+    target: str = ""
+    data: bytes = b""
+
+
+class Recorder:
+    """Records every write, fsync, rename, unlink, mkdir and rmdir below a folder, and lets all but the fsync happen.
+
+    Writes of dtcache.storage arrive in two halves. zarr-python's layout is recorded as it lies once it is done: until
+    its fsync no part of it counts, whatever their order.
+    """
+
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
+        self.root, self.log = root, list[Operation]()
+        self._quiet = False
+        for kind, name in (("rename", "replace"), ("mkdir", "mkdir"), ("unlink", "unlink"), ("rmdir", "rmdir")):
+            patch.setattr(os, name, self._recorded(kind, getattr(os, name)))
+        patch.setattr(os, "fsync", lambda handle: self.add("fsync", os.readlink(f"/proc/self/fd/{handle}")))
+        patch.setattr(storage, "open", self._open, raising=False)
+        patch.setattr(writer, "write_zarr_nodes", self._nodes(writer.write_zarr_nodes))
+
+    def add(self, kind: str, path: Any, target: Any = None, data: bytes = b"") -> None:
+        """Append one operation."""
+        names = ["" if p is None else Path(p).relative_to(self.root).as_posix() for p in (path, target)]
+        self.log.append(Operation(kind, *names, data))
+
+    def _recorded(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *rest: Any, **options: Any) -> Any:
+            result = function(path, *rest, **options)  # one that fails is no operation
+            if not self._quiet:
+                folder = options.get("dir_fd")
+                whole = Path(path if folder is None else f"{os.readlink(f'/proc/self/fd/{folder}')}/{path}")
+                self.add(kind, whole, rest[0] if kind == "rename" else None)
+            return result
+
+        return call
+
+    def _open(self, path: Path, mode: str) -> Any:
+        if "w" not in mode:
+            return builtins.open(path, mode)
+        self.add("create", path)
+        return Written(self, path)
+
+    def _nodes(self, function: Callable[..., None]) -> Callable[..., None]:
+        def call(nodes: Path, *rest: Any) -> None:
+            self._quiet = True  # zarr-python writes in threads of its own
+            function(nodes, *rest)
+            self._quiet = False
+            self.add("mkdir", nodes)
+            for path in sorted(nodes.rglob("*")):
+                self.add("mkdir" if path.is_dir() else "create", path)
+                if path.is_file():
+                    self.add("write", path, data=path.read_bytes())
+
+        return call
+
+
+class Written:
+    """A file whose writes are recorded in two halves."""
+
+    def __init__(self, recorder: Recorder, path: Path) -> None:
+        self._recorder, self._path = recorder, path
+        self._file = builtins.open(path, "wb")  # noqa: SIM115
+
+    def __enter__(self) -> "Written":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: bytes) -> None:
+        """Write and record both halves."""
+        for half in (data[: len(data) // 2], data[len(data) // 2 :]):
+            self._recorder.add("write", self._path, data=bytes(half))
+        self._file.write(data)
+
+
+@dataclass
+class Node:
+    """A file or a folder: as processes see it, and as the last fsync of itself left it on the disk."""
+
+    is_folder: bool
+    data: bytes = b""
+    kept_data: bytes = b""
+    names: dict[str, "Node"] = field(default_factory=dict)
+    kept_names: dict[str, "Node"] = field(default_factory=dict)
+
+
+class Disk:
+    """A file system that promises no more than POSIX: an fsync keeps a file's bytes, or a folder's names; no others."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._root = Node(is_folder=True)
+        for path, data in sorted(tree.items()):
+            folder, name = self._place(path)
+            folder.names[name] = Node(is_folder=data is None, data=data or b"", kept_data=data or b"")
+            folder.kept_names = dict(folder.names)
+
+    def apply(self, operation: Operation) -> None:
+        """Do one operation."""
+        if operation.kind == "fsync":
+            node = self._node(operation.path)
+            node.kept_data, node.kept_names = node.data, dict(node.names)
+            return
+        folder, name = self._place(operation.path)
+        if operation.kind == "mkdir":
+            folder.names[name] = Node(is_folder=True)
+        elif operation.kind == "create":
+            folder.names.setdefault(name, Node(is_folder=False)).data = b""
+        elif operation.kind == "write":
+            folder.names[name].data += operation.data
+        elif operation.kind == "rename":
+            node = folder.names.pop(name)
+            other, new = self._place(operation.target)
+            other.names[new] = node
+        else:
+            del folder.names[name]
+
+    def left(self, *, writes: bool, names: bool) -> Tree:
+        """Return what is there after a crash, un-fsynced `writes` kept or lost, and un-fsynced `names` likewise."""
+        found: Tree = {}
+
+        def walk(folder: Node, prefix: str) -> None:
+            for name, node in sorted((folder.names if names else folder.kept_names).items()):
+                found[prefix + name] = None if node.is_folder else node.data if writes else node.kept_data
+                walk(node, f"{prefix}{name}/")
+
+        walk(self._root, "")
+        return found
+
+    def _node(self, path: str) -> Node:
+        node = self._root
+        for part in () if path == "." else path.split("/"):
+            node = node.names[part]
+        return node
+
+    def _place(self, path: str) -> tuple[Node, str]:
+        folder, _, name = path.rpartition("/")
+        return self._node(folder or "."), name
+
+
+def lay_out(tree: Tree, root: Path) -> Path:
+    """Write a tree into a new folder."""
+    root.mkdir()
+    for path, data in sorted(tree.items()):
+        if data is None:
+            (root / path).mkdir()
+        else:
+            (root / path).write_bytes(data)
+    return root

@@ -1,0 +1,400 @@
+"""Verify: every wrong byte of every file is found and told by its sample; nothing that is right is called damage."""
+
+import errno
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from store.builders import COARSE, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
+
+from dtcache.errors import CacheBusyError, CacheFormatError, CacheNotFoundError
+from dtcache.spec import canonical_json, sha256_json
+from dtcache.store import contents as contents_module
+from dtcache.store import verify as verify_module
+from dtcache.store.contents import Damage, SamplePlace, read_contents
+from dtcache.store.layout import IMAGES
+from dtcache.store.samples import hash_samples
+from dtcache.store.shard import index_bytes, parse_index
+from dtcache.store.verify import Verification, check_object, chosen_objects, log_problem, verify_contents
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the disk: no test here pulls the plug."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sealed cache with a log, that no test changes."""
+    root = write_cache(tmp_path_factory.mktemp("verify") / "cache", tiny_plan())
+    begin(root, tiny_plan()).write_log({"seconds": 0.1 + 0.2, "host": "somewhere"})
+    return root
+
+
+@pytest.fixture
+def root(shared: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny cache, to be damaged."""
+    return Path(shutil.copytree(shared, tmp_path / "cache"))
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A cache of which the first two of three shards are committed."""
+    root = tmp_path / "begun"
+    for shard in range(2):
+        begin(root, tiny_plan()).write_shard(tiny_plan().shards[shard])
+    return root
+
+
+def verify(root: Path, share: float = 1.0, seed: int = 0) -> Verification:
+    """Check a cache."""
+    contents = read_contents(root)
+    return verify_contents(root, contents, chosen_objects(contents, share, seed), lambda wanted: None)
+
+
+def flip(path: Path, place: int) -> None:
+    """Flip one bit of one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << place % 8
+    path.write_bytes(content)
+
+
+def swap(first: Path, second: Path) -> None:
+    """Let two files change places."""
+    a, b = first.read_bytes(), second.read_bytes()
+    first.write_bytes(b)
+    second.write_bytes(a)
+
+
+def test_a_whole_cache_is_good(root: Path) -> None:
+    """All shard files are read, nothing is damaged or unnamed, and checking changes no byte."""
+    before = tree(root)
+    found = verify(root)
+    assert (found.state, found.damage, found.unnamed) == ("good", (), {})
+    assert {wanted.path for wanted in found.checked} == {
+        a.object_path(s) for a in tiny_plan().arrays.values() for s in range(3)
+    }
+    assert tree(root) == before
+
+
+def problem_of(root: Path, name: str) -> Callable[[], object]:
+    """Return the check that verify makes of one file, alone; it returns or raises something where the file is wrong."""
+    contents = read_contents(root)
+    assert contents.manifest is not None
+    wanted = next((o for o in contents.objects if o.path == name), None)
+    if wanted is not None:
+        return functools.partial(check_object, root, wanted, contents.keys, {})
+    if name == "extraction.log.json":
+        return functools.partial(log_problem, root / name)
+    if name in contents.manifest.files:
+        return functools.partial(contents_module.file_problem, root / name, contents.manifest.files[name])
+    assert name == "manifest.json" or name.startswith("commits/")
+    return lambda: read_contents(root).damage
+
+
+def found_by(check: Callable[[], object]) -> bool:
+    """Return whether a check finds anything."""
+    try:
+        return bool(check())
+    except (CacheFormatError, CacheNotFoundError):
+        return True
+
+
+@pytest.mark.parametrize("state", ["sealed", "begun"])
+def test_every_flipped_byte_and_every_truncation_of_every_file_is_found(root: Path, begun: Path, state: str) -> None:
+    """One bit flipped in any byte of any file, and any file cut short anywhere, is found; a whole file never is."""
+    folder = {"sealed": root, "begun": begun}[state]
+    names = [name for name, content in tree(folder).items() if content is not None]
+    names += ["extraction.log.json"] * (state == "sealed")
+    assert len(names) > 45
+    for name in names:
+        path, check = folder / name, problem_of(folder, name)
+        content = path.read_bytes()
+        assert not found_by(check)
+        # tests/store/test_manifest.py flips every other byte of what is parsed anew each time: every tenth here.
+        places = range(0, len(content), 10 if name == "manifest.json" or name.startswith("commits/") else 1)
+        with open(path, "r+b", buffering=0) as file:
+            for place in places:
+                os.pwrite(file.fileno(), bytes([content[place] ^ (1 << place % 8)]), place)
+                assert found_by(check), f"{name}: byte {place} flipped"
+                os.pwrite(file.fileno(), content[place : place + 1], place)
+            for place in reversed(places):
+                file.truncate(place)
+                assert found_by(check), f"{name}: cut to {place} bytes"
+        path.write_bytes(content)
+        assert not found_by(check)
+
+
+@pytest.mark.parametrize("state", ["sealed", "begun"])
+@pytest.mark.parametrize("what", ["flipped", "empty", "gone", "longer"])
+def test_each_damaged_file_is_named_and_no_other(root: Path, begun: Path, state: str, what: str) -> None:
+    """A whole check after any one file was damaged reports just that file."""
+    folder = {"sealed": root, "begun": begun}[state]
+    for name, content in tree(folder).items():
+        path = folder / name
+        if content is None or (what == "gone" and name == "manifest.json"):
+            continue
+        if what == "flipped":
+            flip(path, len(content) // 2)
+        elif what == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(b"" if what == "empty" else content + b"\0")
+        found = verify(folder)
+        if what == "gone" and name.startswith("commits/"):
+            # Without its record a shard was never written: a resume makes it anew.
+            assert (found.state, found.contents.missing) == ("incomplete", (int(name[8:14]), 2))
+        else:
+            assert found.state == "damaged"
+            assert {damage.path for damage in found.damage} == {name}
+        path.write_bytes(content)
+    assert verify(folder).damage == ()
+
+
+def test_a_damaged_chunk_is_told_by_shard_tap_key_and_view(root: Path) -> None:
+    """A flip in a chunk of a tap names its sample and view, in an image the sample, in the index every sample."""
+    keys = [s.key for s in tiny_plan().samples]
+    wanted = next(o for o in read_contents(root).objects if (o.array.name, o.shard) == (FINE, 1))
+    flip(root / wanted.path, 3)
+    [damage] = verify(root).damage
+    assert damage == Damage(
+        path="data.zarr/t150/stride2/c.1.0.0", reason="1 of its chunks: the checksum does not match", array=FINE,
+        shard=1, samples=(SamplePlace(row=4, key=keys[4], view=0),),
+    )  # fmt: skip
+    flip(root / wanted.path, 3)
+    flip(root / "data.zarr/images/c.2.0", 3)
+    [damage] = verify(root).damage
+    assert (damage.array, damage.shard) == (IMAGES, 2)
+    assert damage.samples == (SamplePlace(row=8, key=keys[8], view=None),)
+    flip(root / "data.zarr/images/c.2.0", 3)
+    flip(root / "data.zarr/t150/stride4/c.2.0.0", -2)
+    [damage] = verify(root).damage
+    assert damage.reason == "the shard's index is damaged"
+    assert damage.samples == tuple(SamplePlace(row=row, key=keys[row], view=None) for row in (8, 9))
+
+
+def test_every_chunk_of_a_shard_is_located(root: Path) -> None:
+    """The first byte of each chunk, flipped, is told by its own row and view."""
+    array = tiny_plan().arrays[COARSE]
+    path = root / array.object_path(0)
+    content = path.read_bytes()
+    entries = array.shard_rows * array.payloads_a_row
+    offsets = parse_index(content[-index_bytes(entries) :], entries, len(content))[:, 0].tolist()
+    for entry, offset in enumerate(offsets):
+        flip(path, offset)
+        [damage] = verify(root).damage
+        assert [(s.row, s.view) for s in damage.samples] == [divmod(entry, VIEWS)]
+        path.write_bytes(content)
+
+
+def with_equal_shards(root: Path) -> Path:
+    """Write a cache whose first two shards of the coarse tap have equal sizes and different payloads."""
+    plan = tiny_plan()
+    mirrored = [bytes(reversed(p[:8])) + p[8:] for p in plan.shards[0].payloads[COARSE]]
+    second = replace(plan.shards[1], payloads={**plan.shards[1].payloads, COARSE: mirrored})
+    return write_cache(root, replace(plan, shards=[plan.shards[0], second, plan.shards[2]]))
+
+
+def test_two_intact_shards_of_one_size_that_are_swapped(tmp_path: Path) -> None:
+    """Both are found, each with the name of the other, although every checksum inside them is right."""
+    root = with_equal_shards(tmp_path / "cache")
+    names = [f"data.zarr/{COARSE}/c.{shard}.0.0" for shard in range(2)]
+    assert (root / names[0]).stat().st_size == (root / names[1]).stat().st_size
+    swap(root / names[0], root / names[1])
+    found = verify(root).damage
+    assert [damage.path for damage in found] == names
+    assert found[0].reason.endswith(f"it is {names[1]}") and found[1].reason.endswith(f"it is {names[0]}")
+    assert [s.row for s in found[0].samples] == [0, 1, 2, 3]
+
+
+def test_files_of_another_cache_or_another_tap(root: Path, tmp_path: Path) -> None:
+    """Intact files of a cache with other numbers, or of another tap of this one, are found wherever they are put."""
+    plan = tiny_plan()
+    shards = [
+        replace(s, payloads={**s.payloads, FINE: [p[:-1] + bytes([p[-1] ^ 1]) if p else p for p in s.payloads[FINE]]})
+        for s in plan.shards
+    ]
+    other = write_cache(tmp_path / "other", replace(plan, shards=shards, recipe=replace(plan.recipe, seed=9)))
+    for name in (f"data.zarr/{FINE}/c.0.0.0", "shards.parquet"):
+        shutil.copy(other / name, root / name)
+        assert {damage.path for damage in verify(root).damage} == {name}
+        shutil.copytree(other, tmp_path / name.replace("/", "-"))
+        shutil.copy(write_cache(tmp_path / "again", plan) / name, root / name)
+    for name in (f"data.zarr/{FINE}/c.1.0.0", f"data.zarr/{FINE}/zarr.json", f"data.zarr/codec/{FINE}/mean/c.0"):
+        shutil.copy(root / name.replace(FINE, COARSE), root / name)
+        assert {damage.path for damage in verify(root).damage} == {name}
+        shutil.copy(tmp_path / "again" / name, root / name)
+    assert verify(root).state == "good"
+
+
+def test_the_manifest_of_another_cache_and_of_another_time(root: Path, begun: Path, tmp_path: Path) -> None:
+    """A manifest that is whole, but not this cache's or no longer, does not make the cache good."""
+    plan = tiny_plan()
+    stale = (begun / "manifest.json").read_bytes()
+    (root / "manifest.json").write_bytes(stale)
+    found = verify(root)
+    assert {damage.path for damage in found.damage} == {"samples.parquet"}
+    assert found.contents.missing == (0, 1, 2)
+    shards = [plan.shards[0], replace(plan.shards[1], failures=()), plan.shards[2]]
+    other = write_cache(tmp_path / "other", replace(plan, shards=shards))
+    shutil.copy(other / "manifest.json", root / "manifest.json")
+    assert "samples.parquet" in {damage.path for damage in verify(root).damage}
+
+
+def test_a_damaged_manifest_is_all_that_is_said(root: Path) -> None:
+    """Nothing is concluded from a manifest that is not as written."""
+    flip(root / "manifest.json", 40)
+    found = verify(root)
+    assert [damage.path for damage in found.damage] == ["manifest.json"]
+    assert (found.checked, found.unnamed, found.contents.manifest) == ((), {}, None)
+
+
+def test_without_a_shard_index_damage_is_still_located(root: Path) -> None:
+    """Where shards.parquet is gone, the checksums inside the shards still name the sample."""
+    (root / "shards.parquet").unlink()
+    flip(root / f"data.zarr/{FINE}/c.0.0.0", 3)
+    first, second = verify(root).damage
+    assert (first.path, first.reason) == ("shards.parquet", "no file")
+    assert [(s.row, s.view) for s in second.samples] == [(0, 0)]
+
+
+def test_without_a_sample_index_rows_are_named(root: Path) -> None:
+    """Where samples.parquet is damaged, its keys are not trusted: damage elsewhere is told by row."""
+    flip(root / "samples.parquet", 99)
+    flip(root / f"data.zarr/{FINE}/c.0.0.0", 3)
+    damage = {d.path: d for d in verify(root).damage}
+    assert damage[f"data.zarr/{FINE}/c.0.0.0"].samples == (SamplePlace(row=0, key=None, view=0),)
+    assert damage["samples.parquet"].reason.startswith("expected SHA-256 ")
+
+
+def test_files_that_nothing_names_are_reported(root: Path) -> None:
+    """Strangers, leftovers and links are listed with what they are, and are no damage."""
+    (root / "notes.txt").write_text("mine")
+    (root / "data.zarr" / FINE / "c.7.0.0").write_bytes(b"x")
+    (root / "data.zarr" / ".tmp-x").write_bytes(b"")
+    (root / "commits").mkdir()
+    (root / "commits" / "000001.json").write_bytes(b"{}")
+    (root / "nowhere").symlink_to(root / "gone")
+    found = verify(root)
+    assert found.state == "good"
+    assert found.unnamed == {
+        "notes.txt": "not part of the cache",
+        f"data.zarr/{FINE}/c.7.0.0": "not part of the cache",
+        "data.zarr/.tmp-x": "left by a run that was cut short",
+        "commits/000001.json": "left by a seal that was cut short; the next extraction finishes it",
+        "nowhere": "not part of the cache",
+    }
+
+
+def test_an_unfinished_cache_is_incomplete_not_damaged(begun: Path) -> None:
+    """What a kill leaves behind, temporary files and shards without a record, is reported and is no damage."""
+    (begun / "data.zarr" / FINE / ".tmp-c.2.0.0").write_bytes(b"half")
+    (begun / "data.zarr" / FINE / "c.2.0.0").write_bytes(b"renamed, never committed")
+    found = verify(begun)
+    assert (found.state, found.damage, found.contents.missing) == ("incomplete", (), (2,))
+    assert len(found.checked) == 6
+    assert found.unnamed == {
+        f"data.zarr/{FINE}/.tmp-c.2.0.0": "left by a run that was cut short",
+        f"data.zarr/{FINE}/c.2.0.0": "never committed; the next extraction writes it anew",
+    }
+    flip(begun / "data.zarr" / FINE / "c.1.0.0", 5)
+    assert [d.path for d in verify(begun).damage] == [f"data.zarr/{FINE}/c.1.0.0"]
+
+
+def test_a_commit_record_of_another_cache_is_damage(begun: Path) -> None:
+    """An intact record with another fingerprint, or one that lists other files, is reported by its name."""
+    path = begun / "commits" / "000001.json"
+    for field, value in (("fingerprint", "0" * 64), ("objects", [])):
+        content = path.read_bytes()
+        record = json.loads(content)
+        record[field] = value
+        del record["sha256"]
+        path.write_bytes(canonical_json({**record, "sha256": sha256_json(record)}))
+        [damage] = verify(begun).damage
+        assert (damage.path, damage.reason) == ("commits/000001.json", "the record belongs to another cache")
+        path.write_bytes(content)
+    path.rename(path.with_name("1of2.json"))
+    found = verify(begun)
+    assert [damage.path for damage in found.damage] == ["commits/1of2.json"]
+    assert found.contents.missing == (1, 2)
+
+
+def test_a_sample_is_a_seeded_share_of_whole_shards(root: Path) -> None:
+    """A third of three shards is one of them, the seed says which; sizes and all other files are checked anyway."""
+    contents = read_contents(root)
+    picked = {seed: {o.shard for o in chosen_objects(contents, 0.05, seed)} for seed in range(20)}
+    assert all(len(shards) == 1 for shards in picked.values())
+    assert set().union(*picked.values()) == {0, 1, 2}
+    assert picked[3] == {o.shard for o in chosen_objects(contents, 0.05, 3)}
+    assert {len(chosen_objects(contents, share, 0)) for share in (0.34, 2 / 3)} == {6}
+    seed = next(s for s, shards in picked.items() if shards == {1})
+    flip(root / f"data.zarr/{FINE}/c.0.0.0", 3)
+    assert verify(root, 0.05, seed).state == "good"
+    assert len(verify(root, 0.05, seed).checked) == 3
+    (root / f"data.zarr/{FINE}/c.0.0.0").write_bytes(b"")
+    assert verify(root, 0.05, seed).state == "damaged"
+
+
+def test_a_disk_that_fails_to_read_is_damage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EIO of one file is reported with its name, and the check goes on."""
+    real = contents_module.file_sha256
+
+    def failing(path: Path) -> str:
+        if path.name in ("c.1.0.0", "zarr.json") and path.parent.name == "stride2":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr(contents_module, "file_sha256", failing)
+    monkeypatch.setattr(verify_module, "file_sha256", failing)
+    found = {damage.path: damage.reason for damage in verify(root).damage}
+    assert found == {
+        f"data.zarr/{FINE}/c.1.0.0": "it cannot be read (Input/output error)",
+        f"data.zarr/{FINE}/zarr.json": "it cannot be read (Input/output error)",
+        f"data.zarr/codec/{FINE}/zarr.json": "it cannot be read (Input/output error)",
+    }
+
+
+def test_a_cache_that_is_finished_meanwhile(begun: Path) -> None:
+    """A seal during the check is told as such, not as damage."""
+    contents = read_contents(begun)
+    write_cache(begun, tiny_plan())
+    with pytest.raises(CacheBusyError, match="finished while it was being checked; check it again"):
+        verify_contents(begun, contents, chosen_objects(contents, 1.0, 0), lambda wanted: None)
+
+
+def test_no_cache_and_a_newer_one(tmp_path: Path, root: Path) -> None:
+    """A folder without a manifest and a format of later are errors, not damage."""
+    with pytest.raises(CacheNotFoundError, match=r"is not a cache: expected manifest\.json in it"):
+        verify(tmp_path)
+    (root / "manifest.json").write_text('{"format":2}')
+    with pytest.raises(CacheFormatError, match="expected format 1, got 2; install the dtcache that wrote it"):
+        verify(root)
+
+
+@pytest.mark.parametrize("what", ["one image", "all zeros"])
+def test_small_and_empty_caches_are_good(tmp_path: Path, what: str) -> None:
+    """A cache of one row, and one whose payloads are all zeros, are good, and a flip in either is found."""
+    plan = tiny_plan()
+    shards = plan.shards
+    if what == "all zeros":
+        shards = [replace(s, payloads={n: [b""] * len(p) for n, p in s.payloads.items()}) for s in shards]
+    else:
+        first = shards[0]
+        payloads = {n: p[: 1 if n == IMAGES else VIEWS] for n, p in first.payloads.items()}
+        shards = [replace(first, payloads=payloads, content_sha256=first.content_sha256[:1])]
+        samples = plan.samples[:1]
+        recipe = replace(plan.recipe, num_samples=1, samples_sha256=hash_samples(samples))
+        arrays = {n: replace(a, shape=(1, *a.shape[1:])) for n, a in plan.arrays.items()}
+        plan = replace(plan, recipe=recipe, arrays=arrays, samples=samples)
+    root = write_cache(tmp_path / "cache", replace(plan, shards=shards))
+    assert verify(root).state == "good"
+    assert len(verify(root).checked) == 3 * (1 if what == "one image" else -(-ROWS // 4))
+    flip(root / f"data.zarr/{FINE}/c.0.0.0", 0)
+    [damage] = verify(root).damage
+    assert [(s.row, s.view) for s in damage.samples] == [(0, 0)]
