@@ -27,7 +27,8 @@ import torch
 import zarr
 from litdata.streaming import Cache as LitCache
 from litdata.streaming import StreamingDataset
-from synthetic import LARGE, SMALL, Shape, features, fit_pyramid, names_of, write_record, write_synthetic_cache
+from records import RESULTS, write
+from synthetic import LARGE, SMALL, Shape, features, fit_pyramid, names_of, write_synthetic_cache
 from zarr.codecs import Crc32cCodec
 
 from dtcache.cache import Cache
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/loader"))
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
+    begun = time.time()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     result = {}
@@ -79,7 +81,8 @@ def main() -> None:
             (root / "done").touch()
         result[pyramid.name] = measure(root, pyramid, asked.rounds)
         show(pyramid, result[pyramid.name])
-    write_record("loader", result)
+    command = f"python benchmarks/loader.py --rounds {asked.rounds}"
+    write(RESULTS / "loader.json", command, result, time.time() - begun)
 
 
 def make(root: Path, pyramid: Pyramid) -> None:

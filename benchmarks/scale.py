@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from records import RESULTS, write
 from synthetic import (
     SMALL,
     begin_cache,
@@ -28,7 +29,6 @@ from synthetic import (
     fit_pyramid,
     names_of,
     shard_data,
-    write_record,
     write_synthetic_cache,
 )
 
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    begun = time.time()
     torch.set_num_threads(1)
     if asked.probe:
         print(json.dumps(probe(asked.probe)))
@@ -75,7 +76,8 @@ def main() -> None:
         "read": {**probed, str(LARGE): probed_apart(large)},
     }
     print(json.dumps(result, indent=1))
-    write_record("scale", result)
+    command = f"python benchmarks/scale.py --rounds {asked.rounds}"
+    write(RESULTS / "scale.json", command, result, time.time() - begun)
 
 
 def encode(fit: dict[str, FittedTap]) -> dict[str, list[bytes]]:

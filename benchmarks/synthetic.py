@@ -1,15 +1,9 @@
-"""Synthetic pyramids like a diffusion teacher's, caches of them, and the records of benchmarks."""
+"""Synthetic pyramids like a diffusion teacher's, and caches of them."""
 
 import functools
 import io
-import json
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +18,6 @@ from dtcache.store.layout import IMAGES, payload_arrays
 from dtcache.store.samples import hash_samples
 from dtcache.store.writer import CacheWriter, ShardData
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "results"
 TIMESTEP = 150
 # (C, H, W), finest first, of 67,584 and of 2.95 million values a view: a CIFAR-10 DDPM, and ADM at 256 pixels.
 SMALL = ((32, 32, 32), (96, 16, 16), (128, 8, 8), (128, 4, 4))
@@ -142,20 +134,3 @@ def blank(shapes: tuple[Shape, ...]) -> bytes:
     sink = io.BytesIO()
     Image.new("RGB", shapes[0][:0:-1]).save(sink, "PNG")
     return len(sink.getvalue()).to_bytes(4, "little") + sink.getvalue()
-
-
-def write_record(name: str, result: dict[str, Any]) -> None:
-    """Write docs/results/NAME.json: the result with its machine, command and commit."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    words = {1: "one", 2: "two", 4: "four", 8: "eight", 16: "sixteen"}
-    cores = os.cpu_count() or 0
-    record = {
-        "command": "python " + " ".join(sys.argv).replace(f"{ROOT}/", ""),
-        "machine": f"{words.get(cores, cores)} {platform.machine().replace('_', '-')} cores",
-        "commit": commit.stdout.strip(),
-        "result": result,
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
