@@ -41,7 +41,7 @@ def write(path: Path, command: str, result: Any, seconds: float) -> None:
 def machine() -> str:
     """Return the machine in words."""
     words = {1: "one", 2: "two", 4: "four", 8: "eight", 16: "sixteen"}
-    count = len(os.sched_getaffinity(0))
+    count = os.cpu_count() or 0
     cores = f"{words.get(count, count)} {platform.machine().replace('_', '-')} cores"
     return f"{cores}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cores
 

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcache.codec import FeatureDecoder, FittedTap, HalfTap, HostDecoder, TapFit, sha256_fit
-from dtcache.errors import BadImageError, CacheDamagedError, CodecError, ConfigError, UnknownSampleError
+from dtcache.errors import (
+    AGAIN,
+    BadImageError,
+    CacheDamagedError,
+    ConfigError,
+    PayloadError,
+    UnknownSampleError,
+)
 from dtcache.images import LinkedImages
 from dtcache.images.stored import decode_stored
 from dtcache.losses import unwhiten
@@ -51,13 +58,9 @@ def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapFit]:
         kind = HalfTap if manifest.recipe["codec"]["name"] == "float16" else FittedTap
         fit: dict[str, TapFit] = {name: kind(**found) for name, found in arrays.items()}
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CacheDamagedError(
-            f"{root}: the codec's arrays are damaged ({error}); delete this cache and extract it again"
-        ) from error
+        raise CacheDamagedError(f"{root}: the codec's arrays are damaged ({error}); {AGAIN}") from error
     if sha256_fit(fit) != manifest.recipe["codec"]["fit_sha256"]:
-        raise CacheDamagedError(
-            f"{root}: the codec's arrays are not the fitted ones; delete this cache and extract it again"
-        )
+        raise CacheDamagedError(f"{root}: the codec's arrays are not the fitted ones; {AGAIN}")
     return fit
 
 
@@ -70,7 +73,10 @@ class CachedSample:
     image_CHW: Tensor
     """uint8 RGB, not mirrored."""
     features: dict[str, Tensor]
-    """By array, such as t150/stride8: fp32 (V, C, H, W) in the teacher's own scale; view 1 is the mirrored image's."""
+    """By array, such as t150/stride8: fp32 (V, C, H, W) in the teacher's own scale.
+
+    With flips, odd views are the mirrored image's.
+    """
 
 
 class Cache:
@@ -92,6 +98,8 @@ class Cache:
         self._host = HostDecoder(self.fit)
         self._source = images
         self._linked: LinkedImages | None = None
+        if images is not None and IMAGES in self.reader.manifest.arrays:
+            raise ConfigError(f"{root} stores its images: open it without others")
         if images is not None:
             keys, hashes = (self.reader.samples[name].to_pylist() for name in ("key", "content_sha256"))
             self._linked = LinkedImages(images, keys, hashes, self.view)
@@ -195,7 +203,7 @@ class Cache:
         if self._linked is not None:
             return [self._linked.pixels(int(row)) for row in rows]
         if IMAGES not in self.reader.manifest.arrays:
-            raise ConfigError(f"{self.reader.root} stores no images: give those that it was extracted from (--images)")
+            raise ConfigError(f"{self.reader.root} stores no images: open it with those that it was extracted from")
         found = []
         for row, payload in zip(rows, self.reader.payloads(IMAGES, rows, np.zeros(len(rows))), strict=True):
             try:
@@ -213,9 +221,9 @@ class Cache:
         for name in names:
             try:
                 coefficients[name], scalars[name] = self._host.decode(name, self.reader.payloads(name, rows, views))
-            except CodecError as error:
-                some = ", ".join(str(self.samples["key"][int(row)]) for row in rows[:3])
-                raise CacheDamagedError(f"{self.reader.root}: {name} of a batch with {some}: {error}") from error
+            except PayloadError as error:
+                key = self.samples["key"][int(rows[error.place])]
+                raise CacheDamagedError(f"{self.reader.root}: {name} of sample {key}: {error}; {AGAIN}") from error
         return coefficients, scalars
 
     def will_need(self, rows: Rows, names: Sequence[str]) -> None:

@@ -1,5 +1,8 @@
 """Every failure that a user can meet. A message says what, where, expected, got and what to do next."""
 
+AGAIN = "run dtcache verify on the cache: it says what is damaged and whether --repair can mend it"
+"""What to do about a damaged cache."""
+
 
 class DtcacheError(Exception):
     """Root of all failures that dtcache raises on purpose; the command line prints them as one line."""
@@ -31,6 +34,15 @@ class TeacherNotFoundError(TeacherError, FileNotFoundError):
 
 class CodecError(DtcacheError, ValueError):
     """A codec that cannot be fitted, or a payload that does not decode."""
+
+
+class PayloadError(CodecError):
+    """A payload of a batch that does not decode."""
+
+    def __init__(self, message: str, place: int) -> None:
+        super().__init__(message)
+        self.place = place
+        """Which one of the batch."""
 
 
 class CacheError(DtcacheError):

@@ -10,6 +10,10 @@ CodecName = Literal["pca-dct-rans", "float16"]
 Json = dict[str, Any]
 
 FORMAT_VERSION = 1
+MAX_VIEWS = 64
+MAX_SIDE = 1 << 14
+MAX_SHARD_ROWS = 1 << 20
+"""Bounds of a cache, which its writer keeps and its reader insists on."""
 NOISE_SCHEME = "philox4x64-sha256-boxmuller-1"
 
 

@@ -20,20 +20,20 @@ def lazy_stack(cache: Cache, name: str) -> da.Array:
     rows = max(1, CHUNK_VALUES // int(np.prod(shape[1:])))
     chunks = (rows, *shape[1:])
     # Tasks name the cache, so that workers in other processes open it once each.
-    root, fingerprint = str(cache.reader.root.resolve()), cache.reader.manifest.fingerprint
+    root, identity = str(cache.reader.root.resolve()), cache.reader.manifest.identity
     whole = da.core.normalize_chunks(chunks, shape)  # type: ignore[no-untyped-call]
     numbers = da.arange(len(cache), chunks=rows, dtype=np.int64)[:, None, None, None, None]
     stacked: da.Array = da.map_blocks(  # type: ignore[no-untyped-call]
-        _decoded, numbers, root=root, fingerprint=fingerprint, tap=name,
+        _decoded, numbers, root=root, identity=identity, tap=name,
         dtype=np.float32, chunks=whole, meta=np.empty((0,) * 5, np.float32),
-        name=f"dtcache-{fingerprint[:16]}-{name}-{rows}",
+        name=f"dtcache-{identity[:16]}-{name}-{rows}",
     )  # fmt: skip
     return stacked
 
 
-def _decoded(numbers: NDArray[np.int64], root: str, fingerprint: str, tap: str) -> NDArray[np.float32]:
+def _decoded(numbers: NDArray[np.int64], root: str, identity: str, tap: str) -> NDArray[np.float32]:
     """Decode the rows of a chunk."""
-    cache = _opened(root, fingerprint)
+    cache = _opened(root, identity)
     rows = numbers.reshape(-1)
     good = pc.is_null(cache.samples["failure"].take(rows)).to_numpy(zero_copy_only=False)
     shape = cache.reader.manifest.num_views, *cache.shape(tap)
@@ -43,6 +43,6 @@ def _decoded(numbers: NDArray[np.int64], root: str, fingerprint: str, tap: str) 
 
 
 @functools.lru_cache(maxsize=4)
-def _opened(root: str, fingerprint: str) -> Cache:
-    """Open a cache once a process; the fingerprint tells a cache from another one made later in its place."""
+def _opened(root: str, identity: str) -> Cache:
+    """Open a cache once a process; the identity tells a cache from another one made later in its place."""
     return Cache(Path(root))

@@ -69,7 +69,7 @@ def held_out_losses(
     options: TrainOptions,
     compute: Compute,
 ) -> dict[str, float]:
-    """Return mean losses over the held-out samples' unmirrored views, as `held_out/...`."""
+    """Return mean losses over the held-out samples' first views (draw 0, not mirrored), as `held_out/...`."""
     student.eval()
     sums: dict[str, float] = {}
     for start in range(0, len(rows), options.batch_size):

@@ -5,31 +5,30 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
 
 from dtcache._version import __version__
 from dtcache.cache import load_fit
-from dtcache.codec import EncodedView, FeatureEncoder
+from dtcache.codec import FeatureEncoder
 from dtcache.device import resolve_compute
 from dtcache.errors import CacheMismatchError, ConfigError, ExtractionError
-from dtcache.images import LoadedView, load_views, open_source
-from dtcache.images.stored import encode_stored, image_bound
+from dtcache.images import load_views, open_source
+from dtcache.images.stored import image_bound
 from dtcache.options import QUALITY_RATIOS, ExtractOptions, parse_share
 from dtcache.spec import CodecSpec, FailedSample, Json, Recipe
 from dtcache.storage import FolderLock
-from dtcache.store.commits import CodecSums
-from dtcache.store.layout import IMAGES, MANIFEST, payload_arrays
+from dtcache.store.layout import MANIFEST, payload_arrays
 from dtcache.store.manifest import read_manifest, require_same
 from dtcache.store.samples import hash_samples
-from dtcache.store.writer import CacheWriter, ShardData, require_ours
+from dtcache.store.writer import CacheWriter, require_ours
 from pipelines.fit import fit_codec
 from pipelines.job import Job, make_job
 from pipelines.progress import track
+from pipelines.shard import run_shard
 
 DECODE_THREADS = 2
 CHECKED_ROWS = 64
@@ -190,9 +189,12 @@ def _warn_of_bias(spec: CodecSpec) -> None:
 
 
 def _shard_rows(count: int, bytes_a_row: float) -> int:
-    """Return the largest power of two that keeps a shard under 64 MB and the cache at 64 shards, in [256, 4096]."""
-    most = min(64e6 / bytes_a_row, count / 64, 4096)
-    return max(256, 1 << max(0, int(most).bit_length() - 1))
+    """Return the largest power of two that keeps a shard under 64 MB and the cache at 64 shards, in [256, 4096].
+
+    Fewer where even 256 rows take over 512 MB, as large float16 features do: a shard is built in memory.
+    """
+    most = max(min(64e6 / bytes_a_row, count / 64, 4096), min(256, 512e6 / bytes_a_row))
+    return 1 << max(0, int(most).bit_length() - 1)
 
 
 def _require_same_images(job: Job, writer: CacheWriter) -> None:
@@ -212,61 +214,3 @@ def _require_same_images(job: Job, writer: CacheWriter) -> None:
                 f"{writer.root} was made from another image {sample.key}: its bytes have changed since; give the "
                 "images that the cache was begun with, or another --out"
             )
-
-
-def run_shard(
-    job: Job,
-    encoder: FeatureEncoder,
-    shard: int,
-    rows: range,
-    views: Iterator[LoadedView],
-    fitted: int,
-    on_rows: Callable[[int], None],
-) -> ShardData:
-    """Compute one shard from `views`, which yields its rows' images in order; a pure function of the job."""
-    names = job.names
-    payloads: dict[str, list[bytes]] = {name: [] for name in [IMAGES, *names]}
-    content: list[str | None] = []
-    failures: list[FailedSample] = []
-    errors, energies = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    bound = image_bound(job.view)
-    step = max(1, job.teacher.spec.batch_size // len(job.flips))
-    for start in range(rows.start, rows.stop, step):
-        batch = list(islice(views, min(step, rows.stop - start)))
-        good = [i for i, v in enumerate(batch) if v.pixels_CHW is not None]
-        encoded = _encode(job, encoder, [batch[i] for i in good], [start + i for i in good]) if good else {}
-        for i, loaded in enumerate(batch):
-            row, place = start + i, good.index(i) if i in good else -1
-            found = {name: views_of[place] for name, views_of in encoded.items()} if place >= 0 else {}
-            infinite = next((name for name, views_of in found.items() if not all(v.finite for v in views_of)), None)
-            reason = loaded.failure or (f"teacher output is not finite at {infinite}" if infinite else None)
-            content.append(None if loaded.failure else hashlib.sha256(loaded.source).hexdigest())
-            if reason is not None:
-                failures.append(FailedSample(row=row, key=job.samples[row].key, reason=reason))
-            payloads[IMAGES].append(encode_stored(loaded, bound) if reason is None and job.stores_images else b"")
-            for name in names:
-                payloads[name] += [v.payload for v in found[name]] if reason is None else [b""] * job.views
-                if reason is None and (row >= fitted or len(job.samples) == fitted):
-                    errors[name] += sum(v.squared_error for v in found[name])
-                    energies[name] += sum(v.energy for v in found[name])
-        on_rows(len(batch))
-    if not job.stores_images:
-        del payloads[IMAGES]
-    sums = {name: CodecSums(squared_error=errors[name], energy=energies[name]) for name in names}
-    return ShardData(shard=shard, payloads=payloads, content_sha256=tuple(content), failures=tuple(failures), sums=sums)
-
-
-def _encode(
-    job: Job, encoder: FeatureEncoder, loaded: list[LoadedView], rows: list[int]
-) -> dict[str, list[list[EncodedView]]]:
-    """Return, by array and image, the views in their order: draw by draw, each as it is and mirrored."""
-    flips = [flip for _ in loaded for flip in job.flips]
-    views, view_rows = ([x for x in every for _ in job.flips] for every in (loaded, rows))
-    draws = [job.raw_features(views, view_rows, flips, draw) for draw in range(job.draws)]
-    encoded: dict[str, list[list[EncodedView]]] = {}
-    for name in job.names:
-        raws = [raw[name] for raw in draws]
-        stored = [encoder.encode(name, *raws)] if job.average else [encoder.encode(name, raw) for raw in raws]
-        count = len(job.flips)
-        encoded[name] = [[v for part in stored for v in part[i * count : (i + 1) * count]] for i in range(len(loaded))]
-    return encoded

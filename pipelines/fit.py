@@ -62,7 +62,7 @@ def fit_codec(out: Path, job: Job, rows: int, ratio: float | None) -> CodecFit:
             for name, maps in whitened.items():
                 statistics[name] = tap_statistics(maps)
                 progress.advance(1, name)
-            solved = _solve(statistics, ratio, len(job.samples) * job.views)
+            solved = _solve(statistics, ratio, len(job.samples), job.views)
             progress.advance()
         del whitened
     finally:
@@ -84,12 +84,12 @@ def fit_codec(out: Path, job: Job, rows: int, ratio: float | None) -> CodecFit:
     return CodecFit(spec=spec, fit=solved.fit, bytes_per_view=solved.bytes_per_view)
 
 
-def _solve(statistics: dict[str, TapStatistics], ratio: float | None, views: int) -> Solved:
+def _solve(statistics: dict[str, TapStatistics], ratio: float | None, images: int, views: int) -> Solved:
     """Return the codec of a ratio, or float16 where there is none."""
     if ratio is None:
         return half_fits(statistics)
     target = sum(2 * s.variance.size for s in statistics.values()) / ratio
-    return solve_step(statistics, lambda fit: _bytes_per_view(fit, statistics, target, views), target)
+    return solve_step(statistics, lambda fit: _bytes_per_view(fit, statistics, target, images, views), target)
 
 
 def _spool_features(spool: Path, job: Job, rows: int) -> dict[str, np.memmap]:
@@ -133,7 +133,7 @@ def _spool_features(spool: Path, job: Job, rows: int) -> dict[str, np.memmap]:
 
 
 def _bytes_per_view(
-    fit: dict[str, FittedTap], statistics: dict[str, TapStatistics], target: float, views: int
+    fit: dict[str, FittedTap], statistics: dict[str, TapStatistics], target: float, images: int, views: int
 ) -> float:
     """Return all stored bytes a view but images: chunks and index entries as written, and a share of the rest.
 
@@ -151,4 +151,4 @@ def _bytes_per_view(
         chunks += packed / len(kept) + CRC_BYTES + ENTRY_BYTES
     arrays = [array for fitted in fit.values() for array in fitted.arrays().values()]
     side = sum(len(compress(np.ascontiguousarray(a).tobytes(), ZSTD_LEVEL)) + 900 for a in arrays)
-    return chunks + min(side / views + ROW_BYTES / 2, target / 2)
+    return chunks + min((side / images + ROW_BYTES) / views, target / 2)

@@ -9,7 +9,7 @@ from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import ImageSource, LoadedView, permuted
 from dtcache.options import ExtractOptions, parse_ints, parse_size
-from dtcache.spec import Sample, ViewSpec
+from dtcache.spec import MAX_SHARD_ROWS, MAX_SIDE, MAX_VIEWS, Sample, ViewSpec
 from dtcache.store.layout import tap_name
 from dtcache.teacher import Teacher, load_teacher, native_size, noise_batch, prepare_teacher
 
@@ -63,8 +63,15 @@ def make_job(source: ImageSource, options: ExtractOptions) -> Job:
         raise ConfigError(f"--average: expected at least 2 --draws to take the mean of, got {options.draws}")
     if options.flip and options.batch_size < 2:
         raise ConfigError(f"--batch-size {options.batch_size}: expected at least 2, both flips of an image")
+    views = options.draws * (2 if options.flip else 1)
+    if max(options.draws, 1 if options.average else views) > MAX_VIEWS:
+        raise ConfigError(f"--draws {options.draws}: expected at most {MAX_VIEWS} draws, and as many views an image")
+    if options.shard_rows is not None and options.shard_rows > MAX_SHARD_ROWS:
+        raise ConfigError(f"--shard-rows {options.shard_rows}: expected at most {MAX_SHARD_ROWS}")
     loaded = load_teacher(options.teacher)
     height, width = parse_size(options.size) if options.size else native_size(loaded)
+    if max(height, width) > MAX_SIDE:
+        raise ConfigError(f"--size {height}x{width}: expected at most {MAX_SIDE} pixels a side")
     view = ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop")
     teacher = prepare_teacher(
         loaded,

@@ -14,17 +14,18 @@ from dtcache.options import ExtractOptions
 from dtcache.spec import Json
 from dtcache.storage import FolderLock, file_sha256, make_folders, write_file
 from dtcache.store.commits import ShardObject
-from dtcache.store.contents import Contents, Damage, WantedObject, file_problem
+from dtcache.store.contents import Contents, Damage, WantedObject, file_problem, read_contents
 from dtcache.store.layout import SAMPLES, SHARDS
 from dtcache.store.manifest import CacheManifest, require_same
 from dtcache.store.samples import parquet_bytes, read_table, shards_table
 from dtcache.store.shard import build_shard
 from dtcache.store.verify import Verification
 from dtcache.store.writer import ShardData
-from pipelines.extract import DECODE_THREADS, asked, fit_rows, run_shard
+from pipelines.extract import DECODE_THREADS, asked, fit_rows
 from pipelines.job import Job, make_job
 from pipelines.nodes import zarr_nodes
 from pipelines.progress import track
+from pipelines.shard import run_shard
 from pipelines.verify import Repair, remedy, repairable, verify_cache
 
 OTHER_BYTES = (
@@ -40,6 +41,7 @@ def repair_cache(root: Path, images: Path, teacher: str, share: float, seed: int
     CacheBusyError where another process writes the cache, CacheMismatchError where images or teacher are others,
     DiskError, and what verifying raises.
     """
+    read_contents(root)  # locking would make the folder
     with FolderLock(root):
         found = verify_cache(root, share, seed)
         outcomes = [

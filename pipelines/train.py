@@ -16,7 +16,7 @@ from dtcache.errors import ConfigError, TrainingError
 from dtcache.loader import EpochLoader
 from dtcache.options import TrainOptions, parse_ints, parse_size
 from dtcache.storage import FolderLock, disk_errors, write_file
-from dtcache.store.layout import SAMPLES, tap_name
+from dtcache.store.layout import IMAGES, SAMPLES, tap_name
 from dtcache.store.samples import held_out
 from dtcache.student import Student, build_student, make_optimizer, save_backbone
 from pipelines.distill import held_out_losses, train_step
@@ -46,6 +46,8 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
     cache = Cache(cache_root, options.images)
     if options.whitening == "position" and cache.reader.manifest.recipe["codec"]["name"] != "float16":
         raise ConfigError("--whitening position: expected a cache of --quality fp16, whose features are exact")
+    if IMAGES not in cache.reader.manifest.arrays and options.images is None:
+        raise ConfigError(f"{cache_root} stores no images: give those that it was extracted from (--images)")
     names = chosen_taps(cache, options)
     train_rows, held_rows = split_rows(cache, options.limit)
     loader = EpochLoader(
@@ -101,7 +103,7 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
                 metrics.write({"step": step, "epoch": epoch, **held})
                 _save(out, student, optimizer, clock, metrics, step)
         save_backbone(student.backbone, out / "backbone", input_size=student.input_size, view=cache.view)
-        return _finish(out, metrics, cache, names, step)
+        return _finish(out, metrics, cache, names, step, options)
 
 
 def chosen_taps(cache: Cache, options: TrainOptions) -> list[str]:
@@ -175,19 +177,23 @@ def _save(
     save_checkpoint(out, {**{name: part.state_dict() for name, part in parts.items()}, "step": step})
 
 
-def _finish(out: Path, metrics: MetricsFile, cache: Cache, names: Sequence[str], step: int) -> Trained:
+def _finish(
+    out: Path, metrics: MetricsFile, cache: Cache, names: Sequence[str], step: int, options: TrainOptions
+) -> Trained:
     """Write summary.json and curves.png from the metrics."""
     lines = metrics.read()
     trained = [line for line in lines if "loss" in line]
     held = [line for line in lines if "held_out/loss" in line]
     floor = cache.reader.manifest.recipe["codec"]["noise_floor"]
+    # The fit's floor is in the unit of the whitening a sample; it says nothing of the one a position.
+    known = names if options.whitening == "sample" else []
     summary = {
         "steps": step,
         "loss": trained[-1]["loss"],
         "held_out": {
             key.removeprefix("held_out/"): value for key, value in held[-1].items() if key.startswith("held_out/")
         },
-        "noise_floor": {name: floor[name] for name in names},
+        "noise_floor": {name: floor[name] for name in known},
         "seconds": trained[-1]["seconds"],
         "images_per_second": trained[-1]["images_per_second"],
         "wait_share": trained[-1]["wait_share"],

@@ -48,6 +48,8 @@ def verify(root: Path, options: VerifyOptions) -> Verified:
     and what `repair_cache` raises.
     """
     share = parse_share(options.sample, "--sample")
+    if not options.repair and (options.images or options.teacher):
+        raise ConfigError("--images and --teacher: expected --repair beside them; a verification alone needs neither")
     if not options.yes:
         found = verify_cache(root, share, options.seed)
         return Verified(found=found, repairs=tuple(planned_repairs(found)) if options.repair else None)
@@ -82,7 +84,7 @@ def repairable(damage: Damage) -> bool:
 def remedy(damage: Damage) -> str:
     """Return what to do about one damage."""
     if repairable(damage):
-        return "run dtcache verify with --repair --images IMAGES --teacher TEACHER"
+        return "run dtcache verify with --repair --images IMAGES --teacher TEACHER --yes"
     if damage.path == LOG:
         return "delete it: it only tells how the extraction went"
     if damage.path.startswith(f"{COMMITS}/"):

@@ -246,7 +246,7 @@ def test_no_damaged_chunk_is_ever_served(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (FINE, rf"{FINE} of a batch with {tiny_plan().samples[2].key}: payload 0 of the batch does not decode"),
+        (FINE, rf"{FINE} of sample {tiny_plan().samples[2].key}: a payload does not decode.*; run dtcache verify"),
         ("images", rf"image {tiny_plan().samples[2].key}: a stored image of \d+ bytes does not fit a payload"),
     ],
 )
@@ -276,7 +276,7 @@ def test_codec_arrays_of_another_fit_are_refused(tmp_path: Path) -> None:
     plan = tiny_plan()
     recipe = replace(plan.recipe, codec=replace(plan.recipe.codec, fit_sha256="0" * 64))
     root = write_cache(tmp_path / "cache", replace(plan, recipe=recipe))
-    with pytest.raises(CacheDamagedError, match="the codec's arrays are not the fitted ones; delete this cache"):
+    with pytest.raises(CacheDamagedError, match="the codec's arrays are not the fitted ones; run dtcache verify"):
         Cache(root)
 
 

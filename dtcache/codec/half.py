@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dtcache.errors import CodecError
+from dtcache.errors import CodecError, PayloadError
 from dtcache.payloads import Payloads
 
 HEADER_BYTES = 8
@@ -76,7 +76,7 @@ def unpack_half(payloads: Payloads, count: int) -> tuple[NDArray[np.float16], ND
     short = np.flatnonzero(payloads.sizes < size)
     if len(short):
         got = payloads.sizes[short[0]]
-        raise CodecError(f"payload {short[0]} of the batch has {got} bytes, too short for {count} float16 values")
+        raise PayloadError(f"a payload has {got} bytes, too short for {count} float16 values", int(short[0]))
     values, scalars = np.empty((len(payloads), count), "<f2"), np.empty((len(payloads), 2), "<f4")
     for place, payload in enumerate(payloads):
         scalars[place] = payload[:HEADER_BYTES].view("<f4")

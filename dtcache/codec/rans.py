@@ -12,7 +12,7 @@ from numba import int16, int32, njit, uint64
 from numpy.typing import NDArray
 
 from dtcache.codec.fitted import DEAD, TABLE_BITS, TABLE_SIZE, FittedTap
-from dtcache.errors import CodecError
+from dtcache.errors import PayloadError
 from dtcache.payloads import Payloads
 
 HEADER_WORDS = 4
@@ -94,7 +94,7 @@ def decode_batch(payloads: Payloads, tables: RansTables) -> tuple[NDArray[np.int
         scalars.view(np.uint16),
     )  # fmt: skip
     if bad >= 0:
-        raise CodecError(f"payload {bad} of the batch does not decode: the bytes are not ones that the encoder wrote")
+        raise PayloadError("a payload does not decode: its bytes are not ones that the encoder wrote", int(bad))
     return values, scalars
 
 

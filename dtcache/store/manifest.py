@@ -7,16 +7,23 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dtcache.errors import CacheDamagedError, CacheFormatError, CacheMismatchError, CacheNotFoundError
-from dtcache.spec import FORMAT_VERSION, CodecName, Json, Recipe, canonical_json, sha256_json
+from dtcache.spec import (
+    FORMAT_VERSION,
+    MAX_SHARD_ROWS,
+    MAX_SIDE,
+    MAX_VIEWS,
+    CodecName,
+    Json,
+    Recipe,
+    canonical_json,
+    sha256_json,
+)
 from dtcache.storage import write_file
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import MANIFEST, PayloadArray, tap_name
 
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_PAYLOAD_BYTES = 1 << 28
-MAX_SHARD_ROWS = 1 << 20
-MAX_VIEWS = 64
-MAX_SIDE = 1 << 14
 FITS = ("crop", "stretch")
 STORED = ("view", "none")
 CODECS = get_args(CodecName)
@@ -56,6 +63,11 @@ class CacheManifest:
     def sealed(self, files: dict[str, str], sums: dict[str, CodecSums]) -> "CacheManifest":
         """Return the manifest of the finished cache, with the hashes of files that changed or came."""
         return replace(self, state="sealed", files={**self.files, **files}, sums=sums)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the whole manifest: with the recipe it covers, once sealed, every file, so the images too."""
+        return sha256_json(self.to_json())
 
     @property
     def tap_names(self) -> list[str]:

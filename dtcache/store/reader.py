@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from dtcache.errors import CacheDamagedError, CacheError, CacheIncompleteError
+from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheIncompleteError
 from dtcache.payloads import SLACK, Payloads
 from dtcache.storage import file_sha256
 from dtcache.store.files import OpenFile, OpenFiles, open_limit
@@ -24,7 +24,6 @@ HELD_FILES = 64
 """Shards that one call holds open at a time, beyond those that are kept."""
 STRETCH_GAP = 1 << 16
 """Bytes between two chunks over which a disk rather reads on."""
-AGAIN = "delete this cache and extract it again"
 
 
 class CacheReader:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError
+from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheMismatchError
 from dtcache.spec import FailedSample, Recipe, Sample, canonical_json, sha256_json
 from dtcache.storage import TEMPORARY, disk_errors, file_sha256, fsync_tree, publish, write_file, write_temporary
 from dtcache.store.commits import (
@@ -34,8 +34,6 @@ from dtcache.store.samples import (
     shards_table,
 )
 from dtcache.store.shard import build_shard
-
-AGAIN = "delete this cache and extract it again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

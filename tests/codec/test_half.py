@@ -7,7 +7,7 @@ import torch
 from dtcache.codec import FeatureDecoder, FeatureEncoder, HalfTap, HostDecoder, sha256_fit
 from dtcache.codec.half import pack_half, unpack_half
 from dtcache.codec.transform import whiten
-from dtcache.errors import CodecError
+from dtcache.errors import CodecError, PayloadError
 from dtcache.payloads import pack
 
 SHAPE = (3, 4, 6)
@@ -56,8 +56,9 @@ def test_error_and_energy_are_numpys() -> None:
 
 def test_short_payloads_are_refused() -> None:
     """Payloads that cannot hold the values raise CodecError before anything is read."""
-    with pytest.raises(CodecError, match="payload 1 of the batch has 40 bytes, too short for 72 float16 values"):
+    with pytest.raises(PayloadError, match="a payload has 40 bytes, too short for 72 float16 values") as caught:
         unpack_half(pack([bytes(160), bytes(40)]), 72)
+    assert caught.value.place == 1
 
 
 def test_a_grid_that_contradicts_itself_is_refused() -> None:

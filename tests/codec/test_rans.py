@@ -8,7 +8,7 @@ from codec.codec_samples import coded_tables, draw_values, random_fit, reference
 
 from dtcache.codec import FittedTap
 from dtcache.codec.rans import decode_batch, encode, rans_tables
-from dtcache.errors import CodecError
+from dtcache.errors import PayloadError
 from dtcache.payloads import Payloads, pack
 
 
@@ -107,7 +107,7 @@ def test_flipped_bits_of_states_and_words() -> None:
             flips += 1
             try:
                 found, _ = decode_batch(padded(bytes(damaged), length=fitted.payload_bound), tables)
-            except CodecError:
+            except PayloadError:
                 continue
             missed += 1
             places = np.flatnonzero(found[0] != values)
@@ -141,10 +141,12 @@ def test_truncated_payloads_raise() -> None:
         for size in range(24, len(payload) - 1, 2):
             if not any(payload[size:]):
                 continue
-            with pytest.raises(CodecError, match=r"payload 0 of the batch does not decode"):
+            with pytest.raises(PayloadError, match=r"a payload does not decode") as caught:
                 decode_batch(padded(payload[:size], length=size), tables)
-            with pytest.raises(CodecError, match=r"payload 0 of the batch does not decode"):
+            assert caught.value.place == 0
+            with pytest.raises(PayloadError, match=r"a payload does not decode") as caught:
                 decode_batch(padded(payload[:size], length=fitted.payload_bound), tables)
+            assert caught.value.place == 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 100])
@@ -152,8 +154,11 @@ def test_all_zero_payload_raises(count: int) -> None:
     """The empty payload of a failed row is never mistaken for features; the message names its place in the batch."""
     fitted = random_fit(count, count)
     good = encoded(fitted, draw_values(fitted, 0))
-    with pytest.raises(CodecError, match=r"payload 1 of the batch does not decode: .* not ones that the encoder wrote"):
+    with pytest.raises(
+        PayloadError, match=r"a payload does not decode: its bytes are not ones that the encoder wrote"
+    ) as caught:
         decode_batch(padded(good, b"", good, length=fitted.payload_bound), rans_tables(fitted))
+    assert caught.value.place == 1
 
 
 def test_any_number_of_escapes_round_trips() -> None:
@@ -169,8 +174,9 @@ def test_payloads_too_short_for_the_states_are_refused() -> None:
     fitted = random_fit(3, 0)
     good = encoded(fitted, draw_values(fitted, 0))
     for size in (0, 2, 22):
-        with pytest.raises(CodecError, match=r"payload 2 of the batch does not decode"):
+        with pytest.raises(PayloadError, match=r"a payload does not decode") as caught:
             decode_batch(pack([good, good, good[:size], good]), rans_tables(fitted))
+        assert caught.value.place == 2
 
 
 def test_an_empty_batch_decodes_to_nothing() -> None:
@@ -185,8 +191,9 @@ def test_the_bad_one_of_a_batch_is_named(wrong: int) -> None:
     fitted = random_fit(80, 4)
     payloads = [encoded(fitted, draw_values(fitted, i, escape_values=False)) for i in range(5)]
     payloads[wrong] = payloads[wrong][:-2]
-    with pytest.raises(CodecError, match=rf"payload {wrong} of the batch does not decode"):
+    with pytest.raises(PayloadError, match=r"a payload does not decode") as caught:
         decode_batch(pack(payloads), rans_tables(fitted))
+    assert caught.value.place == wrong
 
 
 def test_random_bytes_never_decode() -> None:
@@ -194,7 +201,7 @@ def test_random_bytes_never_decode() -> None:
     fitted = random_fit(100, 1)
     noise = np.random.default_rng(0).integers(0, 256, (200, fitted.payload_bound), np.uint8)
     for row in noise:
-        with pytest.raises(CodecError, match="does not decode"):
+        with pytest.raises(PayloadError, match="does not decode"):
             decode_batch(pack([row.tobytes()]), rans_tables(fitted))
 
 

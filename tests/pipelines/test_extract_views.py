@@ -12,8 +12,9 @@ from cli import main
 from dtcache.cache import Cache
 from dtcache.codec.transform import whiten
 from dtcache.device import resolve_compute
-from dtcache.images import FolderSource, decode_view
+from dtcache.images import FolderSource, decode_view, load_views
 from dtcache.teacher import load_teacher, noise_batch, prepare_teacher
+from pipelines.pooled import CacheFeatures
 
 FLAGS = ("--precision", "fp32", "--device", "cpu", "--batch-size", "4", "--shard-rows", "8", "--limit", "12")
 
@@ -92,6 +93,8 @@ def test_float16_caches_say_so(scene_folder: Path, teacher_dir: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--draws", 33), "--draws 33: expected at most 64 draws, and as many views an image"),
+        (("--shard-rows", 2_000_000), "--shard-rows 2000000: expected at most 1048576"),
         (("--average",), "--average: expected at least 2 --draws to take the mean of, got 1"),
         (("--bytes-per-image", 10**6), "expected fewer than the 92160 bytes of float16"),
         (("--bytes-per-image", 900, "--quality", "small"), "and no --quality beside it"),
@@ -135,6 +138,10 @@ def test_a_cache_without_images_trains_from_their_source(scene_folder: Path, tea
     result = run("train", tmp_path / "none", "--out", tmp_path / "run-without", *flags)
     assert result.exit_code == 1
     assert "stores no images: give those that it was extracted from (--images)" in result.output
+    assert not (tmp_path / "run-without").exists()
+    result = run("train", tmp_path / "view", "--out", tmp_path / "run-both", *flags, "--images", scene_folder)
+    assert result.exit_code == 1
+    assert "stores its images: open it without others" in result.output
 
 
 def test_position_whitening_needs_exact_features(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
@@ -143,3 +150,18 @@ def test_position_whitening_needs_exact_features(scene_folder: Path, teacher_dir
     result = run("train", tmp_path / "c", "--out", tmp_path / "r", "--whitening", "position")
     assert result.exit_code == 1
     assert "--whitening position: expected a cache of --quality fp16" in result.output
+
+
+@pytest.mark.parametrize("flags", [("--draws", 2, "--average"), ("--draws", 2), ("--quality", "fp16")])
+def test_the_teacher_recomputes_what_such_a_cache_holds(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path, flags: tuple[object, ...]
+) -> None:
+    """evaluate pools the same features from the cache and, for images outside it, from the teacher by its recipe."""
+    cache = extracted(scene_folder, teacher_dir, tmp_path / "c", "--images", "none", *flags)
+    source, keys = FolderSource(scene_folder), cache.samples["key"].to_pylist()[:5]
+    batch = list(load_views(source, [source.keys.index(key) for key in keys], cache.view, threads=1))
+    pooled = CacheFeatures(cache, str(teacher_dir), resolve_compute("cpu", "fp32"))
+    stored = pooled(batch, keys)
+    pooled._row_of.clear()
+    for name, vectors in pooled(batch, keys).items():
+        torch.testing.assert_close(vectors, stored[name], atol=2e-3, rtol=0)

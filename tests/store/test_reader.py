@@ -154,7 +154,7 @@ def test_missing_and_resized_shards_are_found_at_open(root: Path, what: str) -> 
         elif what != "gone":
             path.write_bytes({"empty": b"", "one byte short": content[:-1], "one byte long": content + b"\0"}[what])
         got = {"gone": "no file", "a folder": "no file", "empty": "0 bytes"}.get(what, r"\d+ bytes")
-        with pytest.raises(CacheDamagedError, match=rf"{path}: expected {len(content)} bytes, got {got}; delete this"):
+        with pytest.raises(CacheDamagedError, match=rf"{path}: expected {len(content)} bytes, got {got}; run dtcache"):
             CacheReader(root)
         if what == "a folder":
             path.rmdir()
@@ -195,7 +195,7 @@ def test_swapped_shards_are_found_when_they_differ_in_size(root: Path) -> None:
                 first.write_bytes(b)
                 second.write_bytes(a)
                 with pytest.raises(
-                    CacheDamagedError, match=r"expected .* bytes, got .* bytes; delete this cache and extract it again"
+                    CacheDamagedError, match=r"expected .* bytes, got .* bytes; run dtcache verify on the cache"
                 ):
                     CacheReader(root)
                 first.write_bytes(a)
@@ -239,7 +239,7 @@ def test_every_other_file_is_hashed_at_open(root: Path) -> None:
         path = root / name
         content = path.read_bytes()
         path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-        with pytest.raises(CacheDamagedError, match=rf"{name}: missing or not as the manifest says; delete this cache"):
+        with pytest.raises(CacheDamagedError, match=rf"{name}: missing or not as the manifest says; run dtcache"):
             CacheReader(root)
         path.unlink()
         with pytest.raises(CacheDamagedError, match=rf"{name}: missing or not as the manifest says"):
