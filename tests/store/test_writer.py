@@ -187,7 +187,7 @@ def test_a_resume_removes_nothing_from_a_damaged_cache(tmp_path: Path) -> None:
         content = (root / name).read_bytes()
         (root / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         before = tree(root)
-        with pytest.raises(CacheDamagedError, match=rf"{name}: missing or not as the manifest says; delete this"):
+        with pytest.raises(CacheDamagedError, match=rf"{name}: missing or not as the manifest says; run dtcache"):
             CacheWriter.resume(root)
         assert tree(root) == before
         (root / name).write_bytes(content)
