@@ -20,6 +20,16 @@ from records import ROOT, once
 
 RESULTS = ROOT / "docs" / "results" / "cifar10"
 TEACHER = ROOT / "benchmarks" / "teachers" / "cifar10"
+HEAD = """# CIFAR-10
+
+Written by `python benchmarks/cifar10.py --data ../shared/data`; each run has its own JSON beside this page.
+Two x86-64 cores without a GPU; the seconds are wall times of runs that shared the cores with each other and with other
+work. The teacher (`benchmarks/teachers/cifar10`, [samples](../../benchmarks/teachers/cifar10/samples.png),
+[loss](../../benchmarks/teachers/cifar10/loss.png)) is a small one of an hour on such a machine: what counts is how much
+of it students take over. Students train on strides 2, 4 and 8: the finest tap is half noise, and without it they enter
+at 64 px instead of 128. All rows see the same 20,000 labelled training images and the 10,000 test images; student and
+random init pool 512 values, a tap its channels, so that a student may read better than any one tap it learned from.
+"""
 TIMESTEPS = (20, 50, 100, 200)
 TEACH = ["--size", "32", "--channels", "32,96,128,128", "--weights", "float16", "--steps", "3000", "--compile"]
 EXTRACT = ["--limit", "20000"]
@@ -103,9 +113,64 @@ def write_table() -> None:
             title = f"teacher {row['name']}" if name == "taps" else "raw pixels"
             rows.append(f"| {title} | {row['feature_dim']} | {row['knn_top1']:.2f} | {row['linear_top1']:.2f} |")
     commands = [f"{r['command']}    # {r['seconds']:.0f} s, commit {r['commit']}" for r in records.values()]
-    head = "# CIFAR-10\n\nWritten by `python benchmarks/cifar10.py --data ../shared/data`; each run has its own JSON.\n"
-    text = [head, "## Table", "", *rows, "", *gap(records), "## Commands", "", "```", *commands, "```", ""]
+    text = [HEAD, "## Table", "", *rows, "", *gap(records), *choice(records), *cache(records), *losses(records)]
+    text += ["## Commands", "", "```", *commands, "```", ""]
     (RESULTS.parent / "cifar10.md").write_text("\n".join(text))
+
+
+def choice(records: dict[str, Any]) -> list[str]:
+    """Show what the timestep was chosen from."""
+    if "timesteps" not in records:
+        return []
+    result = records["timesteps"]["result"]
+    found = {row["name"]: row["linear_top1"] for row in result["rows"] if "/" in row["name"]}
+    taps = list(dict.fromkeys(name.split("/")[1] for name in found))
+    rows = [f"| {t} | " + " | ".join(f"{found[f't{t}/{tap}']:.1f}" for tap in taps) + " |" for t in TIMESTEPS]
+    head = [f"| T | {' | '.join(taps)} |", "|---" * (len(taps) + 1) + "|"]
+    return [
+        "## The timestep",
+        "",
+        f"Chosen by the teacher's own linear probe on training images alone ({result['num_train']} to fit, "
+        f"{result['num_test']} held out): {result['best']}.",
+        "",
+        *head,
+        *rows,
+        "",
+    ]
+
+
+def cache(records: dict[str, Any]) -> list[str]:
+    """Show what the cache holds and costs."""
+    if "inspect" not in records:
+        return []
+    report = records["inspect"]["result"]
+    rows = ["| tap | shape | bits a value | noise share | lost of what the image determines |", "|---|---|---|---|---|"]
+    for tap in report["taps"]:
+        shape = f"{tap['channels']} x {tap['height']} x {tap['width']}"
+        shares = f"{tap['noise_share']:.0%} | {tap['determined_error']:.0%}"
+        rows.append(f"| {tap['name']} | {shape} | {tap['bits_per_value']:.3f} | {shares} |")
+    return [
+        "## The cache",
+        "",
+        f"{report['num_done']} images, both flips: {report['bytes_per_image']:.0f} bytes an image, "
+        f"{report['ratio']:.1f} times under fp16 ({report['fp16_bytes_per_image']} bytes), everything on disk but the "
+        f"stored images (the source's own JPEG files, {report['image_bytes'] / report['num_done']:.0f} bytes each).",
+        "",
+        *rows,
+        "",
+    ]
+
+
+def losses(records: dict[str, Any]) -> list[str]:
+    """Show what the students ended with on held-out images of the cache."""
+    runs = [r["result"] for name, r in records.items() if name.startswith("train-")]
+    if not runs:
+        return []
+    rows = ["| held out, last epoch | mean of the seeds | noise floor |", "|---|---|---|"]
+    for name in [n for n in runs[0]["held_out"] if n.startswith("mse/")]:
+        mean = mean_and_spread([run["held_out"][name] for run in runs])
+        rows.append(f"| {name} | {mean} | {runs[0]['noise_floor'][name.removeprefix('mse/')]:.3f} |")
+    return ["## Losses", "", *rows, "", "![held-out losses of seed 0](cifar10/curves-seed0.png)", ""]
 
 
 def gap(records: dict[str, Any]) -> list[str]:
