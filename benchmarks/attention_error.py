@@ -5,8 +5,8 @@
 
 Takes the codecs of the caches of student_vs_size.py, passes uncompressed features of images that no codec was fitted
 on through them, and prints AT(decoded, exact) a tap. What another noise draw of the same image does to the target,
-AT(draw 0, draw 1), is the scale: an error far under it is nothing that a student could notice. A map of log-energies
-beside the payload would cost at least the bytes that are printed last. Results: docs/results/attention_error.json.
+AT(draw 0, draw 1), is the scale. A map of log-energies beside the payload, rounded to so many decibels, would have the
+errors and cost at least the bytes (its entropy) that are printed last. Results: docs/results/attention_error.json.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from dtcache.options import ExtractOptions
 from pipelines.extract import extract
 
 ARMS = ("10x", "50x", "100x")
-STEP_DB = 3.0
-"""Resolution of the map that is priced, decibels of energy: a factor of two."""
+STEPS_DB = (3.0, 1.0, 0.5)
+"""Resolutions of the maps that are priced, decibels of energy."""
 
 
 def main() -> None:
@@ -42,13 +42,15 @@ def main() -> None:
         f"--timestep {asked.timestep} --count {asked.count}"
     )
     result = once(ROOT / "docs" / "results" / "attention_error.json", command, lambda: measure(asked))
-    print(f"{'tap':14} {'draws':>7} " + " ".join(f"{arm:>7}" for arm in ARMS) + f" {'map bytes':>10}")
+    maps = [f"map {step:g} dB" for step in STEPS_DB]
+    print(f"{'tap':14} " + " ".join(f"{name:>16}" for name in ("draws", *ARMS, *maps)))
     for name, row in result.items():
-        errors = " ".join(f"{row[arm]:7.4f}" for arm in ARMS)
-        print(f"{name:14} {row['draws']:7.4f} {errors} {row['map_bytes']:10.0f}")
+        errors = [f"{row[key]:.4f}" for key in ("draws", *ARMS)]
+        errors += [f"{row[key]['error']:.4f} ({row[key]['bytes']:.0f} B)" for key in maps]
+        print(f"{name:14} " + " ".join(f"{cell:>16}" for cell in errors))
 
 
-def measure(asked: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Return, a tap, the attention loss between two draws and between decoded and exact features of each arm."""
     exact = asked.caches / "exact"
     options = ExtractOptions(
@@ -66,7 +68,7 @@ def measure(asked: argparse.Namespace) -> dict[str, dict[str, float]]:
         found[name] = {
             "draws": float(at_loss(unwhiten(*both[1][name]), raw)),
             **{arm: float(at_loss(unwhiten(passed(c, name, whitened), scalars), raw)) for arm, c in arms.items()},
-            "map_bytes": map_bytes(raw),
+            **{f"map {step:g} dB": log_energy_map(raw, step) for step in STEPS_DB},
         }
     return found
 
@@ -85,12 +87,16 @@ def passed(cache: Cache, name: str, whitened_BCHW: torch.Tensor) -> torch.Tensor
     return FeatureDecoder({name: fitted})({name: values})[name]
 
 
-def map_bytes(raw_BCHW: torch.Tensor) -> float:
-    """Return the empirical entropy of an image's log-energy map at a resolution of 3 dB, bytes."""
-    levels = (10 * attention_map(raw_BCHW).clamp_min(1e-9).log10() / STEP_DB).round().long()
-    counts = torch.unique(levels, return_counts=True)[1].double()
+def log_energy_map(raw_BCHW: torch.Tensor, step: float) -> dict[str, float]:
+    """Return the attention loss of maps rounded to `step` decibels and their empirical entropy, bytes an image."""
+    exact_BP = attention_map(raw_BCHW)
+    levels_BP = (10 * exact_BP.clamp_min(1e-9).log10() / step).round()
+    counts = torch.unique(levels_BP, return_counts=True)[1].double()
     bits = -(counts / counts.sum() * (counts / counts.sum()).log2()).sum()
-    return float(bits) * levels.shape[1] / 8
+    # attention_map squares what it is given, so that it normalises the rounded map as it does a feature's.
+    rounded_BP = attention_map((10 ** (levels_BP * step / 10)).sqrt()[:, None, :, None])
+    error = float((rounded_BP - exact_BP).norm(dim=1).mean())
+    return {"error": error, "bytes": float(bits) * levels_BP.shape[1] / 8}
 
 
 if __name__ == "__main__":
