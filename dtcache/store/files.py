@@ -1,5 +1,6 @@
 """Open shard files, a bounded number at a time."""
 
+import errno
 import os
 import resource
 import threading
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dtcache.errors import CacheDamagedError
+from dtcache.errors import CacheDamagedError, CacheError
 
 
 def open_limit() -> int:
@@ -27,7 +28,10 @@ class OpenFiles:
         self._lock = threading.Lock()
 
     def open(self, path: str) -> "OpenFile":
-        """Return an open file; it stays open for as long as the caller holds it. Raises CacheDamagedError."""
+        """Return an open file; it stays open for as long as the caller holds it.
+
+        Raises CacheDamagedError, and CacheError where the process may open no more files.
+        """
         with self._lock:
             found = self._files.get(path)
             if found is None:
@@ -47,6 +51,8 @@ class OpenFile:
         try:
             self.handle = os.open(path, os.O_RDONLY)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise CacheError(f"{path}: {error.strerror}; raise the limit (ulimit -n)") from error
             raise CacheDamagedError(f"{error.strerror}, but it was there when the cache was opened") from error
 
     def __del__(self) -> None:

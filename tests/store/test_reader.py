@@ -1,5 +1,6 @@
 """The reader against zarr-python, and against every kind of damage that a disk can do."""
 
+import errno
 import gc
 import json
 import os
@@ -385,3 +386,16 @@ def test_frames_of_other_writers_read_the_same(
     root = write_cache(tmp_path / "cache", tiny_plan())
     assert made and tree(root) != tree(shared)
     np.testing.assert_equal(read_all(CacheReader(root)), read_all(CacheReader(shared)))
+
+
+def test_a_process_that_may_open_no_more_files_is_told_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running out of file descriptors is no damage: the message names the limit, not a repair."""
+    reader = CacheReader(root)
+
+    def refuse(path: object, flags: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CacheError, match=r"c\.0.*: Too many open files; raise the limit \(ulimit -n\)") as caught:
+        reader.payloads(FINE, [0], [0])
+    assert not isinstance(caught.value, CacheDamagedError)
