@@ -14,10 +14,10 @@ from dtcache.device import resolve_compute
 from dtcache.images import load_views, open_source, permuted
 from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
-from dtcache.spec import Sample, TapSpec, TeacherSpec, ViewSpec
-from dtcache.store.layout import tap_name
+from dtcache.spec import Sample, TapSpec, TeacherSpec, ViewSpec, tap_name
 from dtcache.teacher import LoadedTeacher, Teacher
 from dtcache.teacher.build import build_unet, ddpm_scheduler
+from dtcache.teacher.unet import UNetDenoiser
 from pipelines.job import Job, make_job
 from pipelines.progress import track
 
@@ -84,14 +84,18 @@ def _adm_teacher(timestep: int) -> Teacher:
     )
     compute = resolve_compute("auto", "auto")
     loaded = LoadedTeacher(
-        unet=unet, alpha_bars=alpha_bars, architecture="UNet2DModel", weights_sha256="", config_sha256=""
+        denoiser=UNetDenoiser(unet),
+        alpha_bars=alpha_bars,
+        architecture="UNet2DModel",
+        weights_sha256="",
+        config_sha256="",
     )
     spec = TeacherSpec(
         architecture="UNet2DModel", weights_sha256="", config_sha256="", timesteps=(timestep,),
         alpha_bars=(float(alpha_bars[timestep]),), taps=taps, precision=compute.precision, batch_size=ADM_BATCH,
         device_type=compute.device.type,
     )  # fmt: skip
-    return Teacher(loaded, taps, spec, compute)
+    return Teacher(loaded, taps, spec, ViewSpec(height=256, width=256), compute)
 
 
 def _feature_set(folder: Path, fit: Job, counted: Job, about: str) -> FeatureSet:
@@ -118,7 +122,8 @@ def _spool(folder: Path, job: Job, draw: int) -> Maps:
     with track(f"{folder.parent.name} {folder.name} features", count) as progress:
         for start in range(0, count, spec.batch_size):
             rows = list(range(start, min(start + spec.batch_size, count)))
-            raw = job.raw_features([next(loaded) for _ in rows], rows, [False] * len(rows), draw)
+            batch = job.batch([next(loaded) for _ in rows], rows, [False] * len(rows), [draw])
+            (raw,) = job.teacher.features(batch)
             for name, raw_BCHW in raw.items():
                 maps[name][rows[0] : rows[-1] + 1] = whiten(raw_BCHW)[0].half().numpy(force=True)
             progress.advance(len(rows))

@@ -25,8 +25,8 @@ from dtcache.errors import (
 from dtcache.images import LinkedImages
 from dtcache.images.stored import decode_stored
 from dtcache.losses import unwhiten
-from dtcache.spec import ViewSpec
-from dtcache.store.layout import DATA, IMAGES, read_fit, tap_name
+from dtcache.spec import ViewSpec, tap_name
+from dtcache.store.layout import DATA, IMAGES, read_fit
 from dtcache.store.manifest import CacheManifest
 from dtcache.store.reader import CacheReader
 

@@ -27,6 +27,11 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+def tap_name(timestep: int, tap: str) -> str:
+    """Return the array of a tap at a timestep, such as t150/stride8."""
+    return f"t{timestep}/{tap}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewSpec:
     """The deterministic geometry between an image file and what teacher and students see."""

@@ -18,10 +18,10 @@ from dtcache.codec.rans import encode, rans_tables
 from dtcache.codec.transform import quantise, whiten
 from dtcache.errors import CodecError, ImagesError
 from dtcache.images import load_views
-from dtcache.spec import CodecSpec
+from dtcache.spec import CodecSpec, tap_name
 from dtcache.storage import disk_errors
 from dtcache.store.frame import pack_frame
-from dtcache.store.layout import ZSTD_LEVEL, tap_name
+from dtcache.store.layout import ZSTD_LEVEL
 from dtcache.store.shard import CRC_BYTES, ENTRY_BYTES
 from pipelines.job import Job
 from pipelines.progress import track
@@ -118,10 +118,8 @@ def _spool_features(spool: Path, job: Job, rows: int) -> dict[str, np.memmap]:
                 batch = good[start : start + spec.batch_size]
                 flips = [job.flips[row % len(job.flips)] for row in batch]
                 averaged = job.draws if job.average else 1
-                draws = [
-                    job.raw_features([loaded[row] for row in batch], batch, flips, draw * averaged + k)
-                    for k in range(averaged)
-                ]
+                numbers = range(draw * averaged, (draw + 1) * averaged)
+                draws = list(job.teacher.features(job.batch([loaded[row] for row in batch], batch, flips, numbers)))
                 for name in draws[0]:
                     mean_BCHW = torch.stack([whiten(raw[name])[0] for raw in draws]).mean(0)
                     maps[name][draw, start : start + len(batch)] = mean_BCHW.half().cpu().numpy()

@@ -1,17 +1,14 @@
 """What an extraction computes: samples, view, teacher and noise; it knows no shard, no scheduler and no store."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import ImageSource, LoadedView, permuted
 from dtcache.options import ExtractOptions, parse_ints, parse_size
-from dtcache.spec import MAX_SHARD_ROWS, MAX_SIDE, MAX_VIEWS, Sample, ViewSpec
-from dtcache.store.layout import tap_name
-from dtcache.teacher import Teacher, load_teacher, native_size, noise_batch, prepare_teacher
+from dtcache.spec import MAX_SHARD_ROWS, MAX_SIDE, MAX_VIEWS, Sample, ViewSpec, tap_name
+from dtcache.teacher import Teacher, TeacherBatch, load_teacher, native_size, prepare_teacher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,21 +37,13 @@ class Job:
         """The arrays of features, timestep by timestep, finest tap first."""
         return [tap_name(t, tap.name) for t in self.teacher.spec.timesteps for tap in self.teacher.spec.taps]
 
-    def raw_features(
-        self, loaded: list[LoadedView], rows: list[int], flips: list[bool], draw: int
-    ) -> dict[str, Tensor]:
-        """Return raw features by array name for one view a row; the lists run together."""
-        pixels_BCHW = torch.stack(
-            [torch.from_numpy(v.pixels_CHW).flip(2) if f else torch.from_numpy(v.pixels_CHW)
-             for v, f in zip(loaded, flips, strict=True)]
-        )  # fmt: skip
+    def batch(
+        self, loaded: Sequence[LoadedView], rows: Sequence[int], flips: Sequence[bool], draws: Sequence[int]
+    ) -> TeacherBatch:
+        """Return the teacher's input for one view a row, and several draws; the first three lists run together."""
+        pixels = [v.pixels_CHW for v in loaded if v.pixels_CHW is not None]
         keys = [self.samples[row].key for row in rows]
-        found = {}
-        for t in self.teacher.spec.timesteps:
-            noise_BCHW = noise_batch(keys, flips, self.view, seed=self.seed, timestep=t, draw=draw)
-            features = self.teacher.features(pixels_BCHW, noise_BCHW, t)
-            found.update({tap_name(t, tap): raw_BCHW for tap, raw_BCHW in features.items()})
-        return found
+        return self.teacher.batch(pixels, keys, flips, seed=self.seed, draws=draws)
 
 
 def make_job(source: ImageSource, options: ExtractOptions) -> Job:

@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from zstandard import ZstdDecompressor
 
-from dtcache.spec import Json
+from dtcache.spec import Json, tap_name
 from dtcache.store.contents import file_problem
-from dtcache.store.layout import DATA, tap_name, write_zarr_nodes
+from dtcache.store.layout import DATA, write_zarr_nodes
 from dtcache.store.manifest import CacheManifest
 from dtcache.store.shard import CRC_BYTES
 

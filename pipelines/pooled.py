@@ -19,11 +19,11 @@ from dtcache.images import ImageSource, LoadedView, load_views
 from dtcache.options import EvaluateOptions, parse_size
 from dtcache.payloads import pack
 from dtcache.spec import ViewSpec
-from dtcache.store.layout import MANIFEST, tap_name
+from dtcache.store.layout import MANIFEST
 from dtcache.student import load_backbone, make_backbone, recalibrate_batch_norm, student_input
 from dtcache.student.backbone import Backbone
 from dtcache.student.folder import CONFIG
-from dtcache.teacher import Teacher, load_teacher, noise_batch, prepare_teacher
+from dtcache.teacher import Teacher, load_teacher, prepare_teacher
 
 PIXELS = "pixels"
 PIXELS_SIZE = (32, 32)
@@ -198,15 +198,11 @@ class CacheFeatures:
     def _raw_draws(self, batch: Sequence[LoadedView], keys: Sequence[str]) -> list[dict[str, Tensor]]:
         """Return the teacher's raw features by array under the cache's recipe: draw 0, or all that it averages."""
         assert self._teacher is not None, "prepare() refuses images that neither cache nor teacher serve"
-        recipe, pixels_BCHW, plain = self._cache.reader.manifest.recipe, _stack(batch), [False] * len(keys)
-        draws: list[dict[str, Tensor]] = []
-        for draw in range(recipe["draws"] if recipe["average"] else 1):
-            draws.append({})
-            for t in self._teacher.spec.timesteps:
-                noise_BCHW = noise_batch(list(keys), plain, self.view, seed=recipe["seed"], timestep=t, draw=draw)
-                features = self._teacher.features(pixels_BCHW, noise_BCHW, t)
-                draws[-1].update({tap_name(t, tap): raw_BCHW for tap, raw_BCHW in features.items()})
-        return draws
+        recipe = self._cache.reader.manifest.recipe
+        pixels = [v.pixels_CHW for v in batch if v.pixels_CHW is not None]
+        draws = range(recipe["draws"] if recipe["average"] else 1)
+        inputs = self._teacher.batch(pixels, keys, [False] * len(keys), seed=recipe["seed"], draws=draws)
+        return list(self._teacher.features(inputs))
 
 
 def _content(loaded: LoadedView) -> bytes:

@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from dtcache.spec import FailedSample, Json
+from dtcache.spec import FailedSample, Json, tap_name
 from dtcache.store.commits import CodecSums, read_commits, total_sums
-from dtcache.store.layout import DATA, IMAGES, SAMPLES, tap_name
+from dtcache.store.layout import DATA, IMAGES, SAMPLES
 from dtcache.store.manifest import CacheManifest, read_manifest
 from dtcache.store.samples import damaged_objects, read_failures, read_objects
 

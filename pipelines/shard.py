@@ -62,7 +62,7 @@ def _encode(
     """Return, by array and image, the views in their order: draw by draw, each as it is and mirrored."""
     flips = [flip for _ in loaded for flip in job.flips]
     views, view_rows = ([x for x in every for _ in job.flips] for every in (loaded, rows))
-    draws = (job.raw_features(views, view_rows, flips, draw) for draw in range(job.draws))
+    draws = job.teacher.features(job.batch(views, view_rows, flips, range(job.draws)))
     # One draw at a time, unless they are averaged: raw maps of all taps are large.
     groups = [list(draws)] if job.average else ([raw] for raw in draws)
     encoded: dict[str, list[list[EncodedView]]] = {name: [[] for _ in loaded] for name in job.names}

@@ -15,8 +15,9 @@ from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.loader import EpochLoader
 from dtcache.options import TrainOptions, parse_ints, parse_size
+from dtcache.spec import tap_name
 from dtcache.storage import FolderLock, disk_errors, write_file
-from dtcache.store.layout import IMAGES, SAMPLES, tap_name
+from dtcache.store.layout import IMAGES, SAMPLES
 from dtcache.store.samples import held_out
 from dtcache.student import Student, build_student, make_optimizer, save_backbone
 from pipelines.distill import held_out_losses, train_step

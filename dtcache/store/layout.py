@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dtcache.spec import Recipe
+from dtcache.spec import Recipe, tap_name
 
 if TYPE_CHECKING:
     from zarr.storage import MemoryStore
@@ -57,11 +57,6 @@ class PayloadArray:
     def object_path(self, shard: int) -> str:
         """Return the shard's file, relative to the cache."""
         return f"{DATA}/{self.name}/c.{shard}{'.0' * (len(self.shape) - 1)}"
-
-
-def tap_name(timestep: int, tap: str) -> str:
-    """Return the array of a tap at a timestep, such as t150/stride8."""
-    return f"t{timestep}/{tap}"
 
 
 def tap_names(recipe: Recipe) -> list[str]:

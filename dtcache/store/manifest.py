@@ -17,10 +17,11 @@ from dtcache.spec import (
     Recipe,
     canonical_json,
     sha256_json,
+    tap_name,
 )
 from dtcache.storage import write_file
 from dtcache.store.commits import CodecSums
-from dtcache.store.layout import MANIFEST, PayloadArray, tap_name
+from dtcache.store.layout import MANIFEST, PayloadArray
 
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_PAYLOAD_BYTES = 1 << 28

@@ -12,6 +12,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from dtcache.errors import TeacherError, TeacherNotFoundError
 from dtcache.spec import sha256_json
+from dtcache.teacher.denoiser import Denoiser
+from dtcache.teacher.unet import UNetDenoiser
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
@@ -30,7 +32,7 @@ SCHEDULERS = frozenset(
 class LoadedTeacher:
     """A network and its noise schedule, with the hashes that name them."""
 
-    unet: UNet2DModel
+    denoiser: Denoiser
     """fp32, in evaluation mode, on the CPU."""
     alpha_bars: torch.Tensor
     """fp32 (steps,): cumulative product of 1 - beta."""
@@ -80,7 +82,7 @@ def load_teacher(where: str) -> LoadedTeacher:
             f"{next(iter(keys))}; the two files belong to different models"
         )
     return LoadedTeacher(
-        unet=unet.eval().requires_grad_(False),
+        denoiser=UNetDenoiser(unet.eval().requires_grad_(False)),
         alpha_bars=alpha_bars,
         architecture=name,
         weights_sha256=_sha256_file(weights),

@@ -109,7 +109,7 @@ def test_cached_features_are_the_teachers(cache: Path, scene_folder: Path, teach
     The oracle builds noise, noising, U-Net and whitening from the issue's definition, without our teacher class.
     """
     opened, source = Cache(cache), FolderSource(scene_folder)
-    unet = load_teacher(str(teacher_dir)).unet
+    unet = load_teacher(str(teacher_dir)).denoiser.unet
     alpha = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[150]
     seen = {}
     unet.up_blocks[0].upsamplers[0].register_forward_pre_hook(lambda m, args: seen.update(x=args[0]))

@@ -13,7 +13,7 @@ from dtcache.cache import Cache
 from dtcache.codec.transform import whiten
 from dtcache.device import resolve_compute
 from dtcache.images import FolderSource, decode_view, load_views
-from dtcache.teacher import load_teacher, noise_batch, prepare_teacher
+from dtcache.teacher import load_teacher, prepare_teacher
 from pipelines.pooled import CacheFeatures
 
 FLAGS = ("--precision", "fp32", "--device", "cpu", "--batch-size", "4", "--shard-rows", "8", "--limit", "12")
@@ -39,9 +39,8 @@ def wanted_maps(cache: Cache, images: Path, teacher: Path, row: int, draw: int, 
     )
     source, key = FolderSource(images), cache.reader.samples["key"][row].as_py()
     pixels = decode_view(source.read(source.keys.index(key)), cache.view)[0]
-    x = torch.from_numpy(pixels[:, :, ::-1].copy() if flip else pixels)[None]
-    noise = noise_batch([key], [flip], cache.view, seed=0, timestep=150, draw=draw)
-    return {f"t150/{tap}": whiten(raw)[0][0].numpy() for tap, raw in made.features(x, noise, 150).items()}
+    (raw,) = made.features(made.batch([pixels], [key], [flip], seed=0, draws=[draw]))
+    return {name: whiten(maps)[0][0].numpy() for name, maps in raw.items()}
 
 
 def decoded(cache: Cache, row: int, view: int) -> dict[str, np.ndarray]:

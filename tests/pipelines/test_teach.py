@@ -44,7 +44,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def test_the_directory_is_standard_and_holds_no_pickle_but_the_checkpoint(taught: Path) -> None:
     """diffusers and our loader read the same weights; pictures and losses lie beside them."""
     unet = UNet2DModel.from_pretrained(taught / "unet", use_safetensors=True)
-    ours = load_teacher(str(taught)).unet.state_dict()
+    ours = load_teacher(str(taught)).denoiser.unet.state_dict()
     assert all(torch.equal(value, ours[name]) for name, value in unet.state_dict().items())
     assert not list(taught.rglob("*.bin"))
     assert len(json.loads((taught / "losses.json").read_text())) == 6
@@ -124,7 +124,7 @@ def test_half_precision_weights_are_half_the_size(taught: Path, scene_folder: Pa
     """--weights float16 stores fp16 tensors, which load as fp32."""
     assert teach(scene_folder, tmp_path / "t", "--weights", "float16", "--samples", 0).exit_code == 0
     assert {value.dtype for value in weights(tmp_path / "t").values()} == {torch.float16}
-    assert next(load_teacher(str(tmp_path / "t")).unet.parameters()).dtype == torch.float32
+    assert next(load_teacher(str(tmp_path / "t")).denoiser.unet.parameters()).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

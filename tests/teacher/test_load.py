@@ -35,18 +35,18 @@ def test_both_layouts_load_the_same_network(teacher_dir: Path, tmp_path: Path) -
     nested, flat = load_teacher(str(teacher_dir)), load_teacher(str(tmp_path))
     assert (nested.weights_sha256, nested.config_sha256) == (flat.weights_sha256, flat.config_sha256)
     assert torch.equal(nested.alpha_bars, flat.alpha_bars)
-    for a, b in zip(nested.unet.parameters(), flat.unet.parameters(), strict=True):
+    for a, b in zip(nested.denoiser.unet.parameters(), flat.unet.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_the_weights_are_the_files(teacher_dir: Path) -> None:
     """Every tensor of the file is in the network, bit for bit, and the network is frozen in evaluation mode."""
     loaded = load_teacher(str(teacher_dir))
-    state = loaded.unet.state_dict()
+    state = loaded.denoiser.unet.state_dict()
     for name, tensor in load_file(teacher_dir / "unet" / WEIGHTS).items():
         assert torch.equal(state[name], tensor)
-    assert not loaded.unet.training
-    assert not any(p.requires_grad for p in loaded.unet.parameters())
+    assert not loaded.denoiser.unet.training
+    assert not any(p.requires_grad for p in loaded.denoiser.unet.parameters())
 
 
 def test_the_schedule_is_the_ddpm_formula(teacher_dir: Path) -> None:

@@ -1,5 +1,6 @@
-"""Tapping decoder features: where the taps are, and a U-Net that stops after the last of them."""
+"""Diffusers' U-Nets as denoisers: where their taps are, and a U-Net that stops after the last of them."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,24 @@ from torch import Tensor, nn
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.spec import TapSpec
 
-PREFERRED_STRIDES = (4, 8, 16, 32)
+
+class UNetDenoiser:
+    """An unconditional UNet2DModel."""
+
+    def __init__(self, unet: UNet2DModel) -> None:
+        """Take over `unet`: fp32, in evaluation mode, on the CPU."""
+        self.unet = unet
+        self.channels: int = unet.config.in_channels
+        size = unet.config.sample_size
+        self.native_size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])) if size else None
+
+    def find_taps(self, height: int, width: int) -> tuple[TapSpec, ...]:
+        """Return every decoder level's tap, before its upsampler. Raises ConfigError for a size it cannot halve."""
+        return find_taps(self.unet, height, width)
+
+    def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
+        """Return the U-Net cut off after the last tap; the taps stay bit-identical."""
+        return TappedUNet(self.unet, {tap.block: tap.name for tap in taps})
 
 
 class TappedUNet(nn.Module):
@@ -18,36 +36,36 @@ class TappedUNet(nn.Module):
     Everything after the last tapped block is cut off, which leaves the taps bit-identical.
     """
 
-    def __init__(self, unet: UNet2DModel, blocks: tuple[int, ...]) -> None:
-        """Truncate `unet` in place after block max(blocks)."""
+    def __init__(self, unet: UNet2DModel, name_of: Mapping[int, str]) -> None:
+        """Truncate `unet` in place after the last block of `name_of`, which names the taps by block."""
         super().__init__()
-        last = max(blocks)
+        last = max(name_of)
         unet.up_blocks = unet.up_blocks[: last + 1]
         unet.up_blocks[last].upsamplers = None
         unet.conv_norm_out = unet.conv_act = unet.conv_out = nn.Identity()
         self.unet = unet
-        self._found: dict[int, Tensor] = {}
-        for block in blocks:
+        self._found: dict[str, Tensor] = {}
+        for block, name in name_of.items():
             module = unet.up_blocks[block]
             if getattr(module, "upsamplers", None):
-                module.upsamplers[0].register_forward_pre_hook(self._before_upsampler(block))
+                module.upsamplers[0].register_forward_pre_hook(self._before_upsampler(name))
             else:
-                module.register_forward_hook(self._after_block(block))
+                module.register_forward_hook(self._after_block(name))
 
-    def _before_upsampler(self, block: int) -> Any:
+    def _before_upsampler(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._found[block] = args[0]
+            self._found[name] = args[0]
 
         return hook
 
-    def _after_block(self, block: int) -> Any:
+    def _after_block(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._found[block] = output[0] if isinstance(output, tuple) else output
+            self._found[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
-    def forward(self, noisy_BCHW: Tensor, t_B: Tensor) -> dict[int, Tensor]:
-        """Return the tapped maps by block index, each (B, C_block, H_block, W_block)."""
+    def forward(self, noisy_BCHW: Tensor, t_B: Tensor) -> dict[str, Tensor]:
+        """Return the tapped maps by name, each (B, C_block, H_block, W_block)."""
         self._found = {}
         self.unet(noisy_BCHW, t_B)
         return self._found
@@ -89,18 +107,3 @@ def _record(shapes: dict[int, tuple[int, int, int]], index: int) -> Any:
         shapes[index] = (output.shape[1], output.shape[2], output.shape[3])
 
     return hook
-
-
-def choose_taps(taps: tuple[TapSpec, ...], strides: tuple[int, ...] | None) -> tuple[TapSpec, ...]:
-    """Return the taps at `strides`; by default strides 4, 8, 16 and 32 where all exist, else the four coarsest.
-
-    Raises ConfigError naming the strides that the teacher offers where one is asked for that it does not.
-    """
-    offered = {tap.stride: tap for tap in taps}
-    if strides is None:
-        strides = PREFERRED_STRIDES if set(PREFERRED_STRIDES) <= set(offered) else tuple(sorted(offered))[-4:]
-    missing = sorted(set(strides) - set(offered))
-    if missing:
-        have = ", ".join(map(str, sorted(offered)))
-        raise ConfigError(f"--taps: the teacher has no map of stride {missing[0]} at this size; it offers {have}")
-    return tuple(offered[stride] for stride in sorted(set(strides)))

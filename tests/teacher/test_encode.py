@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.spec import TapSpec, ViewSpec
-from dtcache.teacher import load_teacher, native_size, noise_batch, prepare_teacher
+from dtcache.teacher import load_teacher, prepare_teacher
 from dtcache.teacher.build import build_unet
-from dtcache.teacher.taps import TappedUNet, choose_taps, find_taps
+from dtcache.teacher.denoiser import choose_taps
+from dtcache.teacher.noise import sample_noise
+from dtcache.teacher.unet import TappedUNet, UNetDenoiser
 
 CPU = resolve_compute("cpu", "fp32")
 
@@ -22,7 +25,7 @@ def tap(stride: int) -> TapSpec:
 
 def test_taps_are_found_before_the_upsamplers(teacher_dir: Path) -> None:
     """Each level's map is at that level's own stride, with its own channels, finest first."""
-    taps = find_taps(load_teacher(str(teacher_dir)).unet, 32, 32)
+    taps = load_teacher(str(teacher_dir)).denoiser.find_taps(32, 32)
     found = [(t.name, t.block, t.stride, t.channels, t.height, t.width) for t in taps]
     assert found == [
         ("stride1", 3, 1, 16, 32, 32),
@@ -34,14 +37,14 @@ def test_taps_are_found_before_the_upsamplers(teacher_dir: Path) -> None:
 
 def test_strides_hold_on_a_non_square_view(teacher_dir: Path) -> None:
     """A 16x64 view has the same strides, and maps of its shape."""
-    taps = find_taps(load_teacher(str(teacher_dir)).unet, 16, 64)
+    taps = load_teacher(str(teacher_dir)).denoiser.find_taps(16, 64)
     assert [(t.stride, t.height, t.width) for t in taps] == [(1, 16, 64), (2, 8, 32), (4, 4, 16), (8, 2, 8)]
 
 
 def test_a_size_the_network_cannot_halve_is_refused(teacher_dir: Path) -> None:
     """The multiple that both sides must be is named."""
     with pytest.raises(ConfigError, match=r"--size 36x32: this U-Net halves the image 3 times.*multiples of 8"):
-        find_taps(load_teacher(str(teacher_dir)).unet, 36, 32)
+        load_teacher(str(teacher_dir)).denoiser.find_taps(36, 32)
 
 
 @pytest.mark.parametrize(
@@ -83,17 +86,17 @@ def test_truncation_changes_no_bit(blocks: tuple[int, ...]) -> None:
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([150, 150])
     with torch.inference_mode():
         whole(x, t)
-        cut = TappedUNet(network(), blocks)(x, t)
-    assert set(cut) == set(blocks)
+        cut = TappedUNet(network(), {b: f"block{b}" for b in blocks})(x, t)
+    assert set(cut) == {f"block{b}" for b in blocks}
     for block in blocks:
-        assert torch.equal(cut[block], seen[block])
+        assert torch.equal(cut[f"block{block}"], seen[block])
 
 
 def test_truncation_drops_the_layers_after_the_last_tap() -> None:
     """A tap of the coarsest level leaves a fraction of the decoder's weights."""
     unet = build_unet(32, 32, (16, 16, 32, 32), layers=1, attention=1)
     before = sum(p.numel() for p in unet.parameters())
-    after = sum(p.numel() for p in TappedUNet(unet, (0,)).parameters())
+    after = sum(p.numel() for p in TappedUNet(unet, {0: "stride8"}).parameters())
     assert after < 0.8 * before
 
 
@@ -103,9 +106,11 @@ def test_features_do_not_depend_on_the_rest_of_the_batch(teacher_dir: Path) -> N
     teacher = prepare_teacher(
         load_teacher(str(teacher_dir)), view, strides=None, timesteps=(150,), batch_size=4, compute=CPU
     )
-    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    noise = noise_batch(["a", "b", "c"], [False, True, False], view, seed=0, timestep=150, draw=0)
-    together, alone = teacher.features(pixels, noise, 150), teacher.features(pixels[:1], noise[:1], 150)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
+    (together,) = teacher.features(
+        teacher.batch(list(pixels), ["a", "b", "c"], [False, True, False], seed=0, draws=[0])
+    )
+    (alone,) = teacher.features(teacher.batch([pixels[0]], ["a"], [False], seed=0, draws=[0]))
     for name in together:
         assert together[name].dtype == torch.float32
         torch.testing.assert_close(together[name][:1], alone[name], rtol=1e-5, atol=1e-5)
@@ -119,11 +124,12 @@ def test_the_noised_input_is_the_papers_formula(teacher_dir: Path) -> None:
     )
     seen = []
     teacher._network.unet.register_forward_pre_hook(lambda m, args: seen.append(args))
-    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    noise = noise_batch(["a"], [False], view, seed=0, timestep=50, draw=0)
-    teacher.features(pixels, noise, 50)
+    pixels_CHW = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)
+    list(teacher.features(teacher.batch([pixels_CHW], ["a"], [True], seed=0, draws=[0])))
+    mirrored_BCHW = torch.from_numpy(pixels_CHW.copy()).flip(2)[None]
+    noise_BCHW = torch.from_numpy(sample_noise((3, 32, 32), seed=0, key="a", timestep=50, draw=0, flip=True))[None]
     a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[50]
-    expected = a.sqrt() * (pixels.double() / 127.5 - 1) + (1 - a).sqrt() * noise.double()
+    expected = a.sqrt() * (mirrored_BCHW.double() / 127.5 - 1) + (1 - a).sqrt() * noise_BCHW.double()
     torch.testing.assert_close(seen[0][0].double(), expected, rtol=1e-5, atol=1e-5)
     assert seen[0][1].tolist() == [50]
     assert teacher.spec.alpha_bars[0] == pytest.approx(float(a), rel=1e-5)
@@ -150,10 +156,5 @@ def test_bad_constants_are_refused(
 
 def test_native_size_reads_both_forms() -> None:
     """A square sample size is one number, another is a pair."""
-    from types import SimpleNamespace
-
-    def sized(size: object) -> object:
-        return SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(sample_size=size)))
-
-    assert native_size(sized(64)) == (64, 64)
-    assert native_size(sized([32, 64])) == (32, 64)
+    assert UNetDenoiser(build_unet(32, 32, (16, 16), layers=1, attention=1)).native_size == (32, 32)
+    assert UNetDenoiser(build_unet(16, 32, (16, 16), layers=1, attention=1)).native_size == (16, 32)
