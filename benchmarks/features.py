@@ -122,8 +122,8 @@ def _spool(folder: Path, job: Job, draw: int) -> Maps:
     with track(f"{folder.parent.name} {folder.name} features", count) as progress:
         for start in range(0, count, spec.batch_size):
             rows = list(range(start, min(start + spec.batch_size, count)))
-            batch = job.batch([next(loaded) for _ in rows], rows, [False] * len(rows), [draw])
-            (raw,) = job.teacher.features(batch)
+            inputs = [job.input(next(loaded), row, False, [draw]) for row in rows]
+            (raw,) = job.teacher.features(job.teacher.batch(inputs))
             for name, raw_BCHW in raw.items():
                 maps[name][rows[0] : rows[-1] + 1] = whiten(raw_BCHW)[0].half().numpy(force=True)
             progress.advance(len(rows))

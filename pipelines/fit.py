@@ -119,7 +119,8 @@ def _spool_features(spool: Path, job: Job, rows: int) -> dict[str, np.memmap]:
                 flips = [job.flips[row % len(job.flips)] for row in batch]
                 averaged = job.draws if job.average else 1
                 numbers = range(draw * averaged, (draw + 1) * averaged)
-                draws = list(job.teacher.features(job.batch([loaded[row] for row in batch], batch, flips, numbers)))
+                inputs = [job.input(loaded[r], r, flip, numbers) for r, flip in zip(batch, flips, strict=True)]
+                draws = list(job.teacher.features(job.teacher.batch(inputs)))
                 for name in draws[0]:
                     mean_BCHW = torch.stack([whiten(raw[name])[0] for raw in draws]).mean(0)
                     maps[name][draw, start : start + len(batch)] = mean_BCHW.half().cpu().numpy()

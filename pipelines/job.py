@@ -8,7 +8,7 @@ from dtcache.errors import ConfigError
 from dtcache.images import ImageSource, LoadedView, permuted
 from dtcache.options import ExtractOptions, parse_ints, parse_size
 from dtcache.spec import MAX_SHARD_ROWS, MAX_SIDE, MAX_VIEWS, Sample, ViewSpec, tap_name
-from dtcache.teacher import Teacher, TeacherBatch, load_teacher, native_size, prepare_teacher
+from dtcache.teacher import Teacher, TeacherInput, load_teacher, native_size, prepare_teacher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,13 +37,10 @@ class Job:
         """The arrays of features, timestep by timestep, finest tap first."""
         return [tap_name(t, tap.name) for t in self.teacher.spec.timesteps for tap in self.teacher.spec.taps]
 
-    def batch(
-        self, loaded: Sequence[LoadedView], rows: Sequence[int], flips: Sequence[bool], draws: Sequence[int]
-    ) -> TeacherBatch:
-        """Return the teacher's input for one view a row, and several draws; the first three lists run together."""
-        pixels = [v.pixels_CHW for v in loaded if v.pixels_CHW is not None]
-        keys = [self.samples[row].key for row in rows]
-        return self.teacher.batch(pixels, keys, flips, seed=self.seed, draws=draws)
+    def input(self, loaded: LoadedView, row: int, flip: bool, draws: Sequence[int]) -> TeacherInput:
+        """Return what the teacher needs of a row's image, mirrored or not, and several draws."""
+        assert loaded.pixels_CHW is not None, "a failed image has no view"
+        return self.teacher.input(loaded.pixels_CHW, self.samples[row].key, flip, seed=self.seed, draws=draws)
 
 
 def make_job(source: ImageSource, options: ExtractOptions) -> Job:

@@ -199,10 +199,13 @@ class CacheFeatures:
         """Return the teacher's raw features by array under the cache's recipe: draw 0, or all that it averages."""
         assert self._teacher is not None, "prepare() refuses images that neither cache nor teacher serve"
         recipe = self._cache.reader.manifest.recipe
-        pixels = [v.pixels_CHW for v in batch if v.pixels_CHW is not None]
         draws = range(recipe["draws"] if recipe["average"] else 1)
-        inputs = self._teacher.batch(pixels, keys, [False] * len(keys), seed=recipe["seed"], draws=draws)
-        return list(self._teacher.features(inputs))
+        inputs = [
+            self._teacher.input(v.pixels_CHW, key, False, seed=recipe["seed"], draws=draws)
+            for v, key in zip(batch, keys, strict=True)
+            if v.pixels_CHW is not None
+        ]
+        return list(self._teacher.features(self._teacher.batch(inputs)))
 
 
 def _content(loaded: LoadedView) -> bytes:

@@ -1,17 +1,54 @@
-"""One shard of a cache: its rows' images through teacher and codec; it knows no scheduler and no writer."""
+"""One shard of a cache: its rows' images through teacher and codec; it knows no scheduler and no writer.
+
+The calling thread drives the teacher and the quantiser. Noise is made before a batch, and payloads after it, in
+threads: beside other batches' passes on a GPU, between them on a CPU, where both would fight for the same cores.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from itertools import islice
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
-from dtcache.codec import EncodedView, FeatureEncoder
+import torch
+
+from dtcache.codec import EncodedView, FeatureEncoder, QuantisedMaps
 from dtcache.images import LoadedView
 from dtcache.images.stored import encode_stored, image_bound
 from dtcache.spec import FailedSample
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import IMAGES
 from dtcache.store.writer import ShardData
+from dtcache.teacher import TeacherInput
 from pipelines.job import Job
+from pipelines.overlap import in_threads
+
+AHEAD = 2
+"""Batches that a GPU finds ready, and batches that may wait for the entropy coder."""
+MAX_THREADS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedRow:
+    """One row's image before the teacher."""
+
+    row: int
+    loaded: LoadedView
+    inputs: tuple[TeacherInput, ...]
+    """One a flip; none where the image failed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedRow:
+    """One row as it is written."""
+
+    content_sha256: str | None
+    reason: str | None
+    """Why the row failed."""
+    image: bytes
+    views: dict[str, list[EncodedView]]
+    """By array: draw by draw, each as it is and mirrored."""
 
 
 def run_shard(
@@ -25,50 +62,83 @@ def run_shard(
 ) -> ShardData:
     """Compute one shard from `views`, which yields its rows' images in order; a pure function of the job."""
     names = job.names
-    payloads: dict[str, list[bytes]] = {name: [] for name in [IMAGES, *names]}
+    payloads: dict[str, list[bytes]] = {name: [] for name in ([IMAGES] if job.stores_images else []) + names}
     content: list[str | None] = []
     failures: list[FailedSample] = []
     errors, energies = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    bound = image_bound(job.view)
-    step = max(1, job.teacher.spec.batch_size // len(job.flips))
-    for start in range(rows.start, rows.stop, step):
-        batch = list(islice(views, min(step, rows.stop - start)))
-        good = [i for i, v in enumerate(batch) if v.pixels_CHW is not None]
-        encoded = _encode(job, encoder, [batch[i] for i in good], [start + i for i in good]) if good else {}
-        for i, loaded in enumerate(batch):
-            row, place = start + i, good.index(i) if i in good else -1
-            found = {name: views_of[place] for name, views_of in encoded.items()} if place >= 0 else {}
-            infinite = next((name for name, views_of in found.items() if not all(v.finite for v in views_of)), None)
-            reason = loaded.failure or (f"teacher output is not finite at {infinite}" if infinite else None)
-            content.append(None if loaded.failure else hashlib.sha256(loaded.source).hexdigest())
-            if reason is not None:
-                failures.append(FailedSample(row=row, key=job.samples[row].key, reason=reason))
-            payloads[IMAGES].append(encode_stored(loaded, bound) if reason is None and job.stores_images else b"")
-            for name in names:
-                payloads[name] += [v.payload for v in found[name]] if reason is None else [b""] * job.views
-                if reason is None and (row >= fitted or len(job.samples) == fitted):
-                    errors[name] += sum(v.squared_error for v in found[name])
-                    energies[name] += sum(v.energy for v in found[name])
-        on_rows(len(batch))
-    if not job.stores_images:
-        del payloads[IMAGES]
+    for row, packed in zip(rows, packed_rows(job, encoder, rows, views, on_rows), strict=True):
+        content.append(packed.content_sha256)
+        if packed.reason is not None:
+            failures.append(FailedSample(row=row, key=job.samples[row].key, reason=packed.reason))
+        if job.stores_images:
+            payloads[IMAGES].append(packed.image)
+        for name in names:
+            encoded = packed.views.get(name, [])
+            payloads[name] += [v.payload for v in encoded] if encoded else [b""] * job.views
+            if row >= fitted or len(job.samples) == fitted:
+                errors[name] += sum(v.squared_error for v in encoded)
+                energies[name] += sum(v.energy for v in encoded)
     sums = {name: CodecSums(squared_error=errors[name], energy=energies[name]) for name in names}
     return ShardData(shard=shard, payloads=payloads, content_sha256=tuple(content), failures=tuple(failures), sums=sums)
 
 
-def _encode(
-    job: Job, encoder: FeatureEncoder, loaded: list[LoadedView], rows: list[int]
-) -> dict[str, list[list[EncodedView]]]:
-    """Return, by array and image, the views in their order: draw by draw, each as it is and mirrored."""
-    flips = [flip for _ in loaded for flip in job.flips]
-    views, view_rows = ([x for x in every for _ in job.flips] for every in (loaded, rows))
-    draws = job.teacher.features(job.batch(views, view_rows, flips, range(job.draws)))
-    # One draw at a time, unless they are averaged: raw maps of all taps are large.
-    groups = [list(draws)] if job.average else ([raw] for raw in draws)
-    encoded: dict[str, list[list[EncodedView]]] = {name: [[] for _ in loaded] for name in job.names}
-    for group in groups:
-        for name, images in encoded.items():
-            found = iter(encoder.encode(name, *(raw[name] for raw in group)))
-            for image in images:
-                image += islice(found, len(job.flips))
-    return encoded
+def packed_rows(
+    job: Job, encoder: FeatureEncoder, rows: range, views: Iterator[LoadedView], on_rows: Callable[[int], None]
+) -> Iterator[PackedRow]:
+    """Yield the rows in order; `on_rows` hears of every finished batch."""
+    on_gpu = job.teacher.device.type == "cuda"
+    ahead, stream = (AHEAD, torch.cuda.Stream(job.teacher.device)) if on_gpu else (0, None)
+    size = max(1, job.teacher.spec.batch_size // len(job.flips))
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "host") as pool:
+        preparing = (
+            [partial(_prepare, job, row, loaded) for row, loaded in zip(rows[at : at + size], views, strict=False)]
+            for at in range(0, len(rows), size)
+        )
+        packing = (_pack_tasks(job, encoder, batch, stream) for batch in in_threads(pool, preparing, ahead=ahead))
+        for batch in in_threads(pool, packing, ahead=ahead):
+            yield from batch
+            on_rows(len(batch))
+
+
+def _prepare(job: Job, row: int, loaded: LoadedView) -> PreparedRow:
+    failed = loaded.pixels_CHW is None
+    flips = () if failed else job.flips
+    inputs = tuple(job.input(loaded, row, flip, range(job.draws)) for flip in flips)
+    return PreparedRow(row=row, loaded=loaded, inputs=inputs)
+
+
+def _pack_tasks(
+    job: Job, encoder: FeatureEncoder, batch: Sequence[PreparedRow], stream: torch.cuda.Stream | None
+) -> list[Callable[[], PackedRow]]:
+    """Run the teacher and the quantiser on a batch and return what is left to do for each of its rows."""
+    inputs = [view for prepared in batch for view in prepared.inputs]
+    groups: list[dict[str, QuantisedMaps]] = []
+    if inputs:
+        draws = job.teacher.features(job.teacher.batch(inputs))
+        # One draw at a time, unless they are averaged: raw maps of all taps are large.
+        for group in [list(draws)] if job.average else ([raw] for raw in draws):
+            maps = {name: encoder.quantise(name, *(raw[name] for raw in group)) for name in job.names}
+            groups.append({name: quantised.to_host(stream) for name, quantised in maps.items()})
+    tasks, place = [], 0
+    for prepared in batch:
+        places = range(place, place + len(prepared.inputs))
+        tasks.append(partial(_pack, job, encoder, prepared, groups, places))
+        place = places.stop
+    return tasks
+
+
+def _pack(
+    job: Job, encoder: FeatureEncoder, prepared: PreparedRow, groups: Sequence[dict[str, QuantisedMaps]], places: range
+) -> PackedRow:
+    """Entropy-code a row's views, which lie at `places` of every group, and encode its image."""
+    loaded = prepared.loaded
+    if loaded.failure is not None:
+        return PackedRow(content_sha256=None, reason=loaded.failure, image=b"", views={})
+    content = hashlib.sha256(loaded.source).hexdigest()
+    views = {name: [v for maps in groups for v in encoder.pack(name, maps[name], places)] for name in job.names}
+    infinite = next((name for name, found in views.items() if not all(v.finite for v in found)), None)
+    if infinite is not None:
+        reason = f"teacher output is not finite at {infinite}"
+        return PackedRow(content_sha256=content, reason=reason, image=b"", views={})
+    image = encode_stored(loaded, image_bound(job.view)) if job.stores_images else b""
+    return PackedRow(content_sha256=content, reason=None, image=image, views=views)

@@ -1,6 +1,14 @@
 """The feature codec: whitening, PCA over channels, full-frame DCT, one global step, static-table rANS."""
 
-from dtcache.codec.codec import EncodedView, FeatureDecoder, FeatureEncoder, HostDecoder, TapFit, sha256_fit
+from dtcache.codec.codec import (
+    EncodedView,
+    FeatureDecoder,
+    FeatureEncoder,
+    HostDecoder,
+    QuantisedMaps,
+    TapFit,
+    sha256_fit,
+)
 from dtcache.codec.fitted import FittedTap
 from dtcache.codec.half import HalfTap
 
@@ -11,6 +19,7 @@ __all__ = [
     "FittedTap",
     "HalfTap",
     "HostDecoder",
+    "QuantisedMaps",
     "TapFit",
     "sha256_fit",
 ]

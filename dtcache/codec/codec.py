@@ -1,7 +1,7 @@
 """All taps' codecs together: raw features to payloads in stage 1, payloads to targets in stage 2."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,34 @@ class EncodedView:
     """Whether the teacher's map was finite."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantisedMaps:
+    """One tap of B views after the quantiser, before the entropy coder."""
+
+    values_BN: Tensor
+    """int16, or fp16 of a float16 tap."""
+    measures_5B: Tensor
+    """fp64: mu, sigma, squared error, energy, and whether the map was finite."""
+    copied: torch.cuda.Event | None = None
+    """Set where the tensors are still on their way to the host."""
+
+    def to_host(self, stream: torch.cuda.Stream | None) -> "QuantisedMaps":
+        """Return the maps on the host; with a CUDA stream the copy runs there, beside what the device computes."""
+        if stream is None:
+            return self
+        stream.wait_stream(torch.cuda.current_stream(self.values_BN.device))
+        with torch.cuda.stream(stream):
+            host = [torch.empty_like(x, device="cpu", pin_memory=True) for x in (self.values_BN, self.measures_5B)]
+            for there, here in zip((self.values_BN, self.measures_5B), host, strict=True):
+                here.copy_(there, non_blocking=True)
+                there.record_stream(stream)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record(stream)
+        return QuantisedMaps(values_BN=host[0], measures_5B=host[1], copied=copied)
+
+
 class FeatureEncoder:
-    """Encodes raw features of named taps on the device that they lie on."""
+    """Encodes raw features of named taps: quantised on the device that they lie on, entropy-coded on the host."""
 
     def __init__(self, fit: Mapping[str, TapFit], device: torch.device) -> None:
         self._encoders: dict[str, nn.Module] = {}
@@ -47,28 +73,36 @@ class FeatureEncoder:
                 self._encoders[name], self._packers[name] = Encoder(fitted).to(device), _rans_packer(fitted)
 
     @torch.inference_mode()
-    def encode(self, name: str, *raw_draws_BCHW: Tensor) -> list[EncodedView]:
-        """Whiten, transform, quantise and entropy-code one tap's maps, each by itself.
+    def quantise(self, name: str, *raw_draws_BCHW: Tensor) -> QuantisedMaps:
+        """Whiten, transform and quantise one tap's maps, each by itself.
 
         Of several draws it is their mean that is coded: of the whitened maps, and of the scalars that whitened them.
         """
         draws = [whiten(raw_BCHW) for raw_BCHW in raw_draws_BCHW]
-        whitened_BCHW, mu_B, sigma_B = (torch.stack(parts).mean(0) for parts in zip(*draws, strict=True))
-        finite = torch.isfinite(whitened_BCHW).flatten(1).all(1)
+        whitened_BCHW, mu_B, sigma_B = draws[0]
+        if len(draws) > 1:
+            whitened_BCHW, mu_B, sigma_B = (torch.stack(parts).mean(0) for parts in zip(*draws, strict=True))
+        finite_B = torch.isfinite(whitened_BCHW).flatten(1).all(1)
         values_BN, error_B, energy_B = self._encoders[name](torch.nan_to_num(whitened_BCHW, 0.0, 0.0, 0.0))
-        pack = self._packers[name]
-        values, mu, sigma, errors, energies, good = (
-            x.cpu().numpy() for x in (values_BN, mu_B, sigma_B, error_B, energy_B, finite)
-        )
-        return [
-            EncodedView(
-                payload=pack(values[i], mu[i], sigma[i]) if good[i] else b"",
-                squared_error=float(errors[i]),
-                energy=float(energies[i]),
-                finite=bool(good[i]),
-            )
-            for i in range(len(values))
-        ]
+        measures_5B = torch.stack([x.double() for x in (mu_B, sigma_B, error_B, energy_B, finite_B)])
+        return QuantisedMaps(values_BN=values_BN, measures_5B=measures_5B)
+
+    def pack(self, name: str, maps: QuantisedMaps, places: Iterable[int]) -> list[EncodedView]:
+        """Entropy-code some of the views; threads may pack different ones at once."""
+        if maps.copied is not None:
+            maps.copied.synchronize()
+        values, measures = maps.values_BN.numpy(force=True), maps.measures_5B.numpy(force=True)
+        packer, views = self._packers[name], []
+        for i in places:
+            mu, sigma, error, energy, finite = measures[:, i].tolist()
+            payload = packer(values[i], mu, sigma) if finite else b""
+            views.append(EncodedView(payload=payload, squared_error=error, energy=energy, finite=bool(finite)))
+        return views
+
+    def encode(self, name: str, *raw_draws_BCHW: Tensor) -> list[EncodedView]:
+        """Quantise and pack one tap's maps."""
+        maps = self.quantise(name, *raw_draws_BCHW)
+        return self.pack(name, maps, range(len(maps.values_BN)))
 
 
 def _rans_packer(fitted: FittedTap) -> Callable[[NDArray[Any], float, float], bytes]:

@@ -1,7 +1,8 @@
 """One denoising pass: uint8 views in, decoder features out (paper: feature dataset, stochastic encoding)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +18,23 @@ from dtcache.teacher.noise import sample_noise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherInput:
+    """What the passes over one view need; threads can make it ahead of them."""
+
+    pixels_CHW: NDArray[np.uint8]
+    """RGB, mirrored where the view is."""
+    noise: tuple[dict[int, NDArray[np.float32]], ...]
+    """A draw: by timestep, of the network's input shape (C, H, W)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherBatch:
-    """What the passes over B views need, on the host: it can be made ahead of them, in threads."""
+    """The inputs of B views side by side, on the host."""
 
     pixels_BCHW: Tensor
     """uint8 RGB, mirrored where the view is."""
     noise: tuple[dict[int, Tensor], ...]
-    """A draw: by timestep, fp32 of the network's input shape (B, C, H, W)."""
+    """A draw: by timestep, fp32 (B, C, H, W)."""
 
 
 class Teacher:
@@ -33,36 +44,41 @@ class Teacher:
         self, loaded: LoadedTeacher, taps: tuple[TapSpec, ...], spec: TeacherSpec, view: ViewSpec, compute: Compute
     ) -> None:
         self.spec = spec
+        self.device = compute.device
         self._compute = compute
         self._noise_shape = (loaded.denoiser.channels, view.height, view.width)
         self._alpha_bars = loaded.alpha_bars.to(compute.device)
         self._network = loaded.denoiser.tapped(taps).to(compute.device).to(memory_format=torch.channels_last).eval()
 
-    def batch(
-        self,
-        pixels: Sequence[NDArray[np.uint8]],
-        keys: Sequence[str],
-        flips: Sequence[bool],
-        *,
-        seed: int,
-        draws: Sequence[int],
-    ) -> TeacherBatch:
-        """Return B views, each mirrored where its flip says so, with the noise of every draw and timestep.
+    def input(
+        self, pixels_CHW: NDArray[np.uint8], key: str, flip: bool, *, seed: int, draws: Sequence[int]
+    ) -> TeacherInput:
+        """Return one view, mirrored where `flip` says so, with the noise of every draw and timestep.
 
-        `pixels` are uint8 (3, H, W), not mirrored. Noise belongs to (seed, key, timestep, draw, flip): see `noise`.
+        `pixels_CHW` are uint8 RGB, not mirrored. Noise belongs to (seed, key, timestep, draw, flip): see `noise`.
         """
-        views = [np.ascontiguousarray(p[:, :, ::-1]) if flip else p for p, flip in zip(pixels, flips, strict=True)]
 
-        def noise(timestep: int, draw: int) -> Tensor:
-            maps = [
-                sample_noise(self._noise_shape, seed=seed, key=key, timestep=timestep, draw=draw, flip=flip)
-                for key, flip in zip(keys, flips, strict=True)
-            ]
-            return self._pinned(torch.from_numpy(np.stack(maps)))
+        def noise(timestep: int, draw: int) -> NDArray[np.float32]:
+            return sample_noise(self._noise_shape, seed=seed, key=key, timestep=timestep, draw=draw, flip=flip)
+
+        return TeacherInput(
+            pixels_CHW=np.ascontiguousarray(pixels_CHW[:, :, ::-1]) if flip else pixels_CHW,
+            noise=tuple({t: noise(t, draw) for t in self.spec.timesteps} for draw in draws),
+        )
+
+    def batch(self, inputs: Sequence[TeacherInput]) -> TeacherBatch:
+        """Return views of the same draws as one batch."""
+
+        def stacked(maps: Iterable[NDArray[Any]]) -> Tensor:
+            host = torch.from_numpy(np.stack(list(maps)))
+            return host.pin_memory() if self._compute.device.type == "cuda" else host  # fetched beside computing
 
         return TeacherBatch(
-            pixels_BCHW=self._pinned(torch.from_numpy(np.stack(views))),
-            noise=tuple({t: noise(t, draw) for t in self.spec.timesteps} for draw in draws),
+            pixels_BCHW=stacked(view.pixels_CHW for view in inputs),
+            noise=tuple(
+                {t: stacked(view.noise[draw][t] for view in inputs) for t in self.spec.timesteps}
+                for draw in range(len(inputs[0].noise))
+            ),
         )
 
     @torch.inference_mode()
@@ -92,10 +108,6 @@ class Teacher:
         with self._compute.autocast():
             found = self._network(noisy_BCHW.contiguous(memory_format=torch.channels_last), t_B)
         return {tap.name: found[tap.name][:count].float() for tap in self.spec.taps}
-
-    def _pinned(self, host: Tensor) -> Tensor:
-        """Return a tensor that a CUDA device can fetch while it computes."""
-        return host.pin_memory() if self._compute.device.type == "cuda" else host
 
 
 def prepare_teacher(

@@ -39,7 +39,7 @@ def wanted_maps(cache: Cache, images: Path, teacher: Path, row: int, draw: int, 
     )
     source, key = FolderSource(images), cache.reader.samples["key"][row].as_py()
     pixels = decode_view(source.read(source.keys.index(key)), cache.view)[0]
-    (raw,) = made.features(made.batch([pixels], [key], [flip], seed=0, draws=[draw]))
+    (raw,) = made.features(made.batch([made.input(pixels, key, flip, seed=0, draws=[draw])]))
     return {name: whiten(maps)[0][0].numpy() for name, maps in raw.items()}
 
 

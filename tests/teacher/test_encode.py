@@ -107,10 +107,9 @@ def test_features_do_not_depend_on_the_rest_of_the_batch(teacher_dir: Path) -> N
         load_teacher(str(teacher_dir)), view, strides=None, timesteps=(150,), batch_size=4, compute=CPU
     )
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
-    (together,) = teacher.features(
-        teacher.batch(list(pixels), ["a", "b", "c"], [False, True, False], seed=0, draws=[0])
-    )
-    (alone,) = teacher.features(teacher.batch([pixels[0]], ["a"], [False], seed=0, draws=[0]))
+    flips = (False, True, False)
+    inputs = [teacher.input(p, key, flip, seed=0, draws=[0]) for p, key, flip in zip(pixels, "abc", flips, strict=True)]
+    (together,), (alone,) = (teacher.features(teacher.batch(part)) for part in (inputs, inputs[:1]))
     for name in together:
         assert together[name].dtype == torch.float32
         torch.testing.assert_close(together[name][:1], alone[name], rtol=1e-5, atol=1e-5)
@@ -125,7 +124,7 @@ def test_the_noised_input_is_the_papers_formula(teacher_dir: Path) -> None:
     seen = []
     teacher._network.unet.register_forward_pre_hook(lambda m, args: seen.append(args))
     pixels_CHW = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)
-    list(teacher.features(teacher.batch([pixels_CHW], ["a"], [True], seed=0, draws=[0])))
+    list(teacher.features(teacher.batch([teacher.input(pixels_CHW, "a", True, seed=0, draws=[0])])))
     mirrored_BCHW = torch.from_numpy(pixels_CHW.copy()).flip(2)[None]
     noise_BCHW = torch.from_numpy(sample_noise((3, 32, 32), seed=0, key="a", timestep=50, draw=0, flip=True))[None]
     a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[50]
