@@ -82,8 +82,9 @@ class FeatureEncoder:
         whitened_BCHW, mu_B, sigma_B = draws[0]
         if len(draws) > 1:
             whitened_BCHW, mu_B, sigma_B = (torch.stack(parts).mean(0) for parts in zip(*draws, strict=True))
-        finite_B = torch.isfinite(whitened_BCHW).flatten(1).all(1)
-        values_BN, error_B, energy_B = self._encoders[name](torch.nan_to_num(whitened_BCHW, 0.0, 0.0, 0.0))
+        # A value that is not finite makes both scalars so, and spoils no other view.
+        finite_B = torch.isfinite(mu_B) & torch.isfinite(sigma_B)
+        values_BN, error_B, energy_B = self._encoders[name](whitened_BCHW)
         measures_5B = torch.stack([x.double() for x in (mu_B, sigma_B, error_B, energy_B, finite_B)])
         return QuantisedMaps(values_BN=values_BN, measures_5B=measures_5B)
 

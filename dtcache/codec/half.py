@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dtcache.codec.transform import energy_about, square_norms
 from dtcache.errors import CodecError, PayloadError
 from dtcache.payloads import Payloads
 
@@ -56,9 +57,8 @@ class HalfEncoder(nn.Module):
     def forward(self, whitened_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return values (B, n) float16, squared error (B,) and energy (B,), both float64."""
         values_BCHW = whitened_BCHW.half()
-        error_B = (whitened_BCHW - values_BCHW.float()).double().square().flatten(1).sum(1)
-        energy_B = (whitened_BCHW - self.mean_C[:, None, None]).double().square().flatten(1).sum(1)
-        return values_BCHW.flatten(1), error_B, energy_B
+        error_B = square_norms(whitened_BCHW - values_BCHW.float())
+        return values_BCHW.flatten(1), error_B, energy_about(whitened_BCHW, self.mean_C)
 
 
 def pack_half(values_N: NDArray[np.float16], mu: float, sigma: float) -> bytes:

@@ -1,5 +1,6 @@
 """The codec's arithmetic on a device: whitening, PCA, DCT and quantiser forwards; their inverse as a torch module."""
 
+import functools
 import math
 
 import torch
@@ -17,11 +18,12 @@ def whiten(raw_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     raw = whitened * sigma + mu, sigma including the epsilon (paper: W, on the teacher only).
     """
-    flat = raw_BCHW.float().flatten(1)
-    mu_B = flat.mean(1)
-    sigma_B = (flat.var(1, correction=0) + WHITEN_EPS).sqrt()
-    shape = (-1, 1, 1, 1)
-    return (raw_BCHW - mu_B.view(shape)) / sigma_B.view(shape), mu_B, sigma_B
+    raw_BCHW = raw_BCHW.float()
+    count = raw_BCHW[0].numel()
+    mu_B = raw_BCHW.sum((1, 2, 3)) / count
+    centred_BCHW = raw_BCHW - mu_B[:, None, None, None]
+    sigma_B = (square_norms(centred_BCHW) / count + WHITEN_EPS).sqrt().float()
+    return centred_BCHW.div_(sigma_B[:, None, None, None]), mu_B, sigma_B
 
 
 def dct_matrix(size: int) -> Tensor:
@@ -36,11 +38,20 @@ def dct_matrix(size: int) -> Tensor:
 def forward_transform(whitened_BCHW: Tensor, basis_CK: Tensor, mean_C: Tensor) -> Tensor:
     """Return fp32 DCT coefficients (B, K, H, W) of the PCA components of centred features."""
     height, width = whitened_BCHW.shape[2:]
-    centred = whitened_BCHW - mean_C[:, None, None]
-    components = torch.einsum("bchw,ck->bkhw", centred, basis_CK)
-    rows = dct_matrix(height).to(components)
-    columns = dct_matrix(width).to(components)
-    return rows @ components @ columns.T
+    # As a batched product it takes channels-last maps, a convolution's natural output, without a copy.
+    basis_BKC = basis_CK.T.expand(len(whitened_BCHW), -1, -1)
+    components = torch.bmm(basis_BKC, whitened_BCHW.flatten(2)).unflatten(2, (height, width))
+    rows_HH, columns_WW = _dct_on(height, whitened_BCHW.device), _dct_on(width, whitened_BCHW.device)
+    coefficients = rows_HH @ (components @ columns_WW.T)
+    # A constant has no coefficient but the first, so that this centres the features without a pass over them.
+    coefficients[:, :, 0, 0] -= math.sqrt(height * width) * (mean_C @ basis_CK)
+    return coefficients
+
+
+@functools.cache
+def _dct_on(size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return dct_matrix(size).float().to(device)
 
 
 class Encoder(nn.Module):
@@ -51,35 +62,50 @@ class Encoder(nn.Module):
     live_N: Tensor
     step_N: Tensor
     gain_N: Tensor
+    norm_N: Tensor
 
     def __init__(self, fitted: FittedTap) -> None:
         super().__init__()
-        self.register_buffer("basis_CK", torch.from_numpy(fitted.basis).float())
+        basis_CK = torch.from_numpy(fitted.basis).float()
+        self.register_buffer("basis_CK", basis_CK)
         self.register_buffer("mean_C", torch.from_numpy(fitted.mean).float())
         live = torch.from_numpy(fitted.live)
         classes = torch.from_numpy(fitted.classes.reshape(-1)[fitted.live]).long()
         self.register_buffer("live_N", live)
         self.register_buffer("step_N", torch.from_numpy(fitted.class_step)[classes])
         self.register_buffer("gain_N", torch.from_numpy(fitted.class_gain)[classes])
+        norms_K = basis_CK.double().square().sum(0).float()
+        self.register_buffer("norm_N", norms_K[live // (fitted.classes.shape[1] * fitted.classes.shape[2])])
 
     def forward(self, whitened_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return values (B, n) int16, squared error (B,) and energy about the channel means (B,), both float64.
 
         The error is |x - B c|^2 of the decoded coefficients c. DCT is orthonormal, so that it is computed on
-        coefficients; B, the basis as stored in fp16, is not quite, so that its Gram matrix comes in.
+        coefficients; B, the basis as stored in fp16, is not quite. Its columns' lengths come in; their remaining
+        angles (1e-4) do not, as components are uncorrelated over the data set.
         """
-        centred = whitened_BCHW - self.mean_C[:, None, None]
-        energy_B = centred.double().square().flatten(1).sum(1)
-        maps_BKHW = forward_transform(whitened_BCHW, self.basis_CK, self.mean_C).contiguous()
+        energy_B = energy_about(whitened_BCHW, self.mean_C)
+        maps_BKHW = forward_transform(whitened_BCHW, self.basis_CK, self.mean_C)
         coefficients = maps_BKHW.flatten(1)[:, self.live_N]
         values = quantise(coefficients, self.step_N)
         decoded = values * self.step_N * self.gain_N
-        dense_BKHW = torch.zeros_like(maps_BKHW)
-        dense_BKHW.flatten(1)[:, self.live_N] = decoded
-        again_BKHW = torch.einsum("bkhw,kj->bjhw", dense_BKHW, self.basis_CK.T @ self.basis_CK)
-        squared_B = (again_BKHW * dense_BKHW).double().flatten(1).sum(1)
-        error_B = energy_B - 2 * (coefficients * decoded).double().sum(1) + squared_B
+        gained = decoded * (decoded * self.norm_N - 2 * coefficients)
+        error_B = energy_B + gained.sum(1, dtype=torch.float64)
         return values.to(torch.int16), error_B.clamp_min(0), energy_B
+
+
+def energy_about(whitened_BCHW: Tensor, mean_C: Tensor) -> Tensor:
+    """Return |x - mean|^2 a map, (B,) float64."""
+    mean = mean_C.double()
+    sum_BC = whitened_BCHW.flatten(2).sum(2).double()
+    return square_norms(whitened_BCHW) - 2 * sum_BC @ mean + whitened_BCHW[0, 0].numel() * mean.square().sum()
+
+
+def square_norms(maps_BCHW: Tensor) -> Tensor:
+    """Return |x|^2 a map, (B,), summed in float64; neither memory order is copied."""
+    if not maps_BCHW.is_contiguous():
+        maps_BCHW = maps_BCHW.permute(0, 2, 3, 1)
+    return torch.linalg.vector_norm(maps_BCHW.flatten(1), dim=1, dtype=torch.float64).square()
 
 
 def quantise(coefficients: Tensor, step: Tensor) -> Tensor:
