@@ -40,7 +40,7 @@ def forward_transform(whitened_BCHW: Tensor, basis_CK: Tensor, mean_C: Tensor) -
     height, width = whitened_BCHW.shape[2:]
     # As a batched product it takes channels-last maps, a convolution's natural output, without a copy.
     basis_BKC = basis_CK.T.expand(len(whitened_BCHW), -1, -1)
-    components = torch.bmm(basis_BKC, whitened_BCHW.flatten(2)).unflatten(2, (height, width))
+    components = torch.bmm(basis_BKC, whitened_BCHW.flatten(2)).view(len(whitened_BCHW), -1, height, width)
     rows_HH, columns_WW = _dct_on(height, whitened_BCHW.device), _dct_on(width, whitened_BCHW.device)
     coefficients = rows_HH @ (components @ columns_WW.T)
     # A constant has no coefficient but the first, so that this centres the features without a pass over them.
@@ -105,7 +105,8 @@ def square_norms(maps_BCHW: Tensor) -> Tensor:
     """Return |x|^2 a map, (B,), summed in float64; neither memory order is copied."""
     if not maps_BCHW.is_contiguous():
         maps_BCHW = maps_BCHW.permute(0, 2, 3, 1)
-    return torch.linalg.vector_norm(maps_BCHW.flatten(1), dim=1, dtype=torch.float64).square()
+    norms_B: Tensor = torch.linalg.vector_norm(maps_BCHW.flatten(1), dim=1, dtype=torch.float64)
+    return norms_B.square()
 
 
 def quantise(coefficients: Tensor, step: Tensor) -> Tensor:
