@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from dtcache.errors import ConfigError, TeacherError
@@ -14,6 +15,7 @@ from dtcache.errors import ConfigError, TeacherError
 STEPS = 1000
 PARTS = ("input_blocks.", "output_blocks.")
 ROOTS = (*PARTS, "time_embed.", "label_emb.", "middle_block.", "out.")
+LABELS = "label_emb.weight"
 UPSAMPLER = ("in_layers.0.weight", "conv.weight")
 GROUPS = 32
 
@@ -79,18 +81,17 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> AdmArchitecture:
             "whole number of residual blocks a level; expected OpenAI's guided-diffusion layout"
         )
     firsts = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range(levels)]
-    channels = tuple(_rows(weights, f"{first}.0.out_layers.3.weight") for first in firsts)
-    if any(c == 0 or c % GROUPS for c in channels):
+    channels = tuple(_shape(weights, f"{first}.0.out_layers.3.weight", 4)[0] for first in firsts)
+    if any(c % GROUPS for c in channels):
         raise TeacherError(f"not an ADM U-Net: levels of {list(channels)} channels; expected multiples of {GROUPS}")
-    labels = weights.get("label_emb.weight")
     return AdmArchitecture(
         channels=channels,
         blocks=blocks,
         attention=tuple(f"{first}.1.qkv.weight" in weights for first in firsts),
-        time_channels=_rows(weights, "time_embed.0.weight") // 4,
-        classes=None if labels is None else len(labels),
-        out_channels=_rows(weights, "out.2.weight"),
-        scale_shift=_rows(weights, f"{firsts[0]}.0.emb_layers.1.weight") == 2 * channels[0],
+        time_channels=_shape(weights, "time_embed.0.weight", 2)[1],
+        classes=_shape(weights, LABELS, 2)[0] if LABELS in weights else None,
+        out_channels=_shape(weights, "out.2.weight", 4)[0],
+        scale_shift=_shape(weights, f"{firsts[0]}.0.emb_layers.1.weight", 2)[0] == 2 * channels[0],
         resample="conv" if f"input_blocks.{blocks + 1}.0.op.weight" in weights else "resnet",
     )
 
@@ -105,18 +106,18 @@ def _require_unet(weights: Mapping[str, Tensor]) -> None:
             "an encoder without output_blocks, such as OpenAI's classifiers: it has no decoder to tap; expected one of "
             "the *_diffusion*.pt or lsun_*.pt checkpoints"
         )
-    stem = weights.get("input_blocks.0.0.weight")
-    if stem is None or stem.ndim != 4:
-        raise TeacherError("not an ADM checkpoint: input_blocks.0.0.weight, the first convolution, is missing")
-    if stem.shape[1] != 3:
-        what = "an upsampler, which sees a small image beside the noisy one" if stem.shape[1] == 6 else "not of pixels"
-        raise TeacherError(f"expected a model of 3 (RGB) input channels, got {stem.shape[1]}: {what}; it cannot teach")
+    inputs = _shape(weights, "input_blocks.0.0.weight", 4)[1]
+    if inputs != 3:
+        what = "an upsampler, which sees a small image beside the noisy one" if inputs == 6 else "not of pixels"
+        raise TeacherError(f"expected a model of 3 (RGB) input channels, got {inputs}: {what}; it cannot teach")
 
 
-def _rows(weights: Mapping[str, Tensor], key: str) -> int:
-    if key not in weights or weights[key].ndim == 0:
-        raise TeacherError(f"not an ADM checkpoint: it has no {key}")
-    return len(weights[key])
+def _shape(weights: Mapping[str, Tensor], key: str, ndim: int) -> torch.Size:
+    found = weights.get(key)
+    if found is None or found.ndim != ndim or found.numel() == 0:
+        got = "is missing" if found is None else f"has shape {list(found.shape)}"
+        raise TeacherError(f"not an ADM checkpoint: {key} {got}; expected {ndim} axes that are not empty")
+    return found.shape
 
 
 def match_preset(found: AdmArchitecture) -> str | None:

@@ -57,7 +57,10 @@ def convert_weights(
             raise TeacherError(f"not a whole ADM U-Net: {source} is missing")
         part = QKV.get(module.rpartition(".")[2])
         rows = shape[0] if part is None else 3 * shape[0]
-        tensor = _without_unit_axes(weights[source], len(shape))
+        tensor = weights[source]
+        if len(shape) == 2 and tensor.ndim > 2 and tensor.shape[2:].numel() == 1:
+            # ADM's projections of attention are convolutions of width 1, diffusers' are linear layers.
+            tensor = tensor.flatten(1)
         if tensor.shape != (rows, *shape[1:]):
             raise TeacherError(
                 f"not an ADM U-Net: {source} has shape {list(weights[source].shape)}; expected "
@@ -115,13 +118,6 @@ def _layers(found: AdmArchitecture) -> Iterator[tuple[str, str, dict[str, str]]]
             place += 1
         upsampler = f"output_blocks.{place - 1}.{2 if attends else 1}"
         yield f"up_blocks.{block}.upsamplers.0", upsampler, RESIDUAL if residual else {"conv": "conv"}
-
-
-def _without_unit_axes(tensor: Tensor, ndim: int) -> Tensor:
-    """Drop trailing axes of length 1: ADM's projections are convolutions of width 1, diffusers' linear layers."""
-    while tensor.ndim > ndim and tensor.shape[-1] == 1:
-        tensor = tensor.squeeze(-1)
-    return tensor
 
 
 def _narrow_timesteps(weight_EM: Tensor, width: int) -> dict[str, Tensor]:
