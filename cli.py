@@ -13,7 +13,15 @@ import click
 
 from dtcache._version import __version__
 from dtcache.errors import CacheFormatError, CacheNotFoundError, DtcacheError
-from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TeachOptions, TrainOptions, VerifyOptions
+from dtcache.options import (
+    ConvertOptions,
+    DemoOptions,
+    EvaluateOptions,
+    ExtractOptions,
+    TeachOptions,
+    TrainOptions,
+    VerifyOptions,
+)
 
 PATH = click.Path(path_type=Path)
 
@@ -129,6 +137,22 @@ def teach(images: Path, out: Path, options: TeachOptions) -> None:
 
     taught = run(images, out, options)
     click.echo(f"{taught.out}: {taught.steps} steps, loss {taught.final_loss:.4f}; see samples.png and loss.png")
+
+
+@main.command("convert-adm")
+@click.argument("checkpoint", type=PATH)
+@_out("Folder of the teacher; missing, empty, or this very conversion.")
+@options_of(ConvertOptions)
+def convert_adm(checkpoint: Path, out: Path, options: ConvertOptions) -> None:
+    """Turn CHECKPOINT, one of OpenAI's guided-diffusion (ADM) U-Nets, into a teacher (diffusers, safetensors).
+
+    \b
+    Example:
+      dtcache convert-adm 256x256_diffusion_uncond.pt --out teachers/adm-256
+    """
+    from pipelines.convert import convert_adm as run
+
+    click.echo(run(checkpoint, out, options).summary)
 
 
 @main.command()

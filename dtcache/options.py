@@ -11,6 +11,8 @@ AUTO_DEVICE = "auto, cpu, cuda or cuda:N"
 PRECISIONS = ("auto", "fp32", "bf16")
 QUALITY_RATIOS = {"high": 10.0, "default": 50.0, "small": 100.0, "fp16": None}
 """Times that the features' bytes, everything on disk but images, lie under fp16."""
+ADM_PRESETS = ("adm-64", "adm-128", "adm-256", "adm-512")
+"""OpenAI's published guided-diffusion architectures, by image size; dtcache/teacher/adm.py has what they are."""
 
 
 def option(
@@ -58,6 +60,29 @@ class TeachOptions(Options):
     save_every: int = option(500, "Steps between checkpoints.", minimum=1)
     samples: int = option(36, "Images in the sample grid.", minimum=0)
     limit: int | None = option(None, "Use the first N images of the permuted order.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertOptions(Options):
+    """Options of `dtcache convert-adm`; auto is the preset's value, else guided-diffusion's own default."""
+
+    preset: str = option(
+        "auto", "Published model that CHECKPOINT must be; auto recognises it.", choices=("auto", *ADM_PRESETS)
+    )
+    size: int | None = option(None, "Side of the training images, pixels [default: the preset's].", minimum=1)
+    schedule: str = option(
+        "auto", "Its --noise_schedule; auto is the preset's, else linear.", choices=("auto", "linear", "cosine")
+    )
+    attention_order: str = option(
+        "auto",
+        "new where trained with --use_new_attention_order; auto is the preset's, else legacy.",
+        choices=("auto", "legacy", "new"),
+    )
+    heads: int | None = option(None, "Its --num_heads [default: the preset's, else 4].", minimum=1)
+    head_channels: int | None = option(
+        None, "Its --num_head_channels, in place of --heads [default: the preset's].", minimum=1
+    )
+    half: bool = option(False, "Store fp16: half the disk; the weights are rounded.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

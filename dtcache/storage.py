@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,3 +130,29 @@ class FolderLock:
     ) -> None:
         """Let go of the lock."""
         os.close(self._handle)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target`, durably, when the block succeeds, and is removed when it fails.
+
+    `target` must be missing or empty. What a killed process left is cleared first. Raises CacheBusyError where
+    another process writes the same folder, and DiskError.
+    """
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    with FolderLock(temporary):
+        try:
+            for left in temporary.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != ".lock":
+                    left.unlink()
+            yield temporary
+            fsync_tree(temporary)
+            with disk_errors(target):
+                (temporary / ".lock").unlink()
+                os.replace(temporary, target)
+            fsync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
