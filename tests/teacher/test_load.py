@@ -35,7 +35,7 @@ def test_both_layouts_load_the_same_network(teacher_dir: Path, tmp_path: Path) -
     nested, flat = load_teacher(str(teacher_dir)), load_teacher(str(tmp_path))
     assert (nested.weights_sha256, nested.config_sha256) == (flat.weights_sha256, flat.config_sha256)
     assert torch.equal(nested.alpha_bars, flat.alpha_bars)
-    for a, b in zip(nested.denoiser.unet.parameters(), flat.unet.parameters(), strict=True):
+    for a, b in zip(nested.denoiser.unet.parameters(), flat.denoiser.unet.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
