@@ -131,10 +131,8 @@ def _round_trip(job: Job, loaded: list[LoadedView], rows: list[int]) -> dict[str
     errors = {}
     for t in job.teacher.spec.timesteps:
         error = float(encoding.round_trip(clean_BCHW, t)[: len(loaded)].mean())
-        if error != error or error == float("inf"):
-            raise TeacherError(
-                f"--encoding ddim: images inverted up to --timestep {t} are not finite; give a lower one"
-            )
+        if not math.isfinite(error):
+            raise TeacherError(f"--encoding ddim: images inverted to --timestep {t} are not finite; give a lower one")
         errors[f"t{t}"] = error
     return errors
 

@@ -103,9 +103,8 @@ def _tap(
     size = shard_bytes.get(name, 0) + side
     values = tap["channels"] * tap["height"] * tap["width"] * manifest.num_views * done
     met = sums.get(name)
-    follows = {
-        key: error or {} for key, error in (manifest.recipe.get("equivariance") or {}).items() if key != "images"
-    }
+    measured = manifest.recipe.get("equivariance") or {}
+    follows = {error: (measured.get(error) or {}).get(name) for error in ("flip", "crop", "crop_interior")}
     return {
         "name": tap["name"],
         "stride": tap["stride"],

@@ -94,7 +94,7 @@ def load_teacher(where: str) -> LoadedTeacher:
         architecture=name,
         weights_sha256=_sha256_file(weights),
         config_sha256=sha256_json([config, schedule]),
-        schedule="given betas" if schedule.get("trained_betas") else str(schedule.get("beta_schedule", "linear")),
+        schedule="given" if schedule.get("trained_betas") else str(schedule.get("beta_schedule", "linear")),
         prediction=str(schedule.get("prediction_type", "epsilon")),
     )
 
