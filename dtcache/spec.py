@@ -138,7 +138,8 @@ class Box:
 class Equivariance:
     """How far whitened features are from following the image when it is mirrored or cropped, and its noise with it.
 
-    Each is a relative squared error by array, summed over a few images: 0 follows exactly, 2 is unrelated.
+    Each is a relative squared error by array, ||found - wanted||^2 / ||wanted||^2 over a few images, both whitened with
+    the scalars of the whole image's map: 0 follows exactly, 2 is what unrelated maps of that size give.
     """
 
     images: int

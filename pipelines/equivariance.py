@@ -34,10 +34,10 @@ class Measured:
 def measure(job: Job, rows: int) -> Measured:
     """Measure a teacher on the first images among `rows` leading rows that can be decoded, as their views are cached.
 
+    Features are whitened with the mean and deviation of the whole image's: a teacher that follows exactly errs by 0.
     Raises TeacherError where an inversion is not finite.
     """
     loaded, numbers = _first_images(job, rows, min(IMAGES, max(1, job.teacher.spec.batch_size // 2)))
-    # Sums in one thread: their last bits are in the recipe.
     threads = torch.get_num_threads()
     with track("measure teacher", 3) as progress:
         whole, mirrored = _both_sides(job, loaded, numbers)
@@ -46,10 +46,11 @@ def measure(job: Job, rows: int) -> Measured:
         progress.advance()
         round_trip = _round_trip(job, loaded, numbers)
         progress.advance()
+    box = job.teacher.crop
+    # Sums in one thread: their last bits are in the recipe.
     torch.set_num_threads(1)
     try:
-        box = job.teacher.crop
-        flip = {name: relative_error(mirrored[name], whole[name].flip(3)) for name in whole}
+        flip = {name: whitened_error(mirrored[name], whole[name].flip(3), whole[name]) for name in whole}
         crop, interior = _crop_errors(job, whole, cropped, box) if cropped and box else (None, None)
     finally:
         torch.set_num_threads(threads)
@@ -57,10 +58,12 @@ def measure(job: Job, rows: int) -> Measured:
     return Measured(equivariance=equivariance, round_trip=round_trip)
 
 
-def relative_error(found_BCHW: Tensor, wanted_BCHW: Tensor) -> float:
-    """Return ||found - wanted||^2 / ||wanted||^2 in float64; 0 of maps that are zero."""
-    error = float((found_BCHW.double() - wanted_BCHW.double()).square().sum())
-    energy = float(wanted_BCHW.double().square().sum())
+def whitened_error(found_BCHW: Tensor, wanted_BCHW: Tensor, whole_BCHW: Tensor) -> float:
+    """Return ||found - wanted||^2 / ||wanted||^2 in float64, both whitened as `whole` is; 0 of maps that are zero."""
+    _, mu_B, sigma_B = (x.double() for x in whiten(whole_BCHW))
+    mu, sigma = mu_B[:, None, None, None], sigma_B[:, None, None, None]
+    error = float(((found_BCHW.double() - wanted_BCHW.double()) / sigma).square().sum())
+    energy = float(((wanted_BCHW.double() - mu) / sigma).square().sum())
     return error / energy if energy > 0 else 0.0
 
 
@@ -92,22 +95,22 @@ def _first_images(job: Job, rows: int, most: int) -> tuple[list[LoadedView], lis
 
 
 def _both_sides(job: Job, loaded: list[LoadedView], rows: list[int]) -> tuple[Features, Features]:
-    """Return whitened features of the images and, in the same pass, of their mirror images with mirrored noise."""
+    """Return features of the images and, in the same pass, of their mirror images with mirrored noise."""
     count = len(loaded)
 
     def mirror(twice: Tensor) -> Tensor:
         return torch.cat([twice[:count], twice[count:].flip(3)])
 
-    found = _whitened(job, _batch(job, loaded * 2, rows * 2).changed(mirror))
+    found = _features(job, _batch(job, loaded * 2, rows * 2).changed(mirror))
     return {name: x[:count] for name, x in found.items()}, {name: x[count:] for name, x in found.items()}
 
 
 def _cropped(job: Job, loaded: list[LoadedView], rows: list[int]) -> Features | None:
-    """Return whitened features of the cropped images with cropped noise, None where no crop can be taken."""
+    """Return features of the cropped images with cropped noise, None where no crop can be taken."""
     box, view = job.teacher.crop, job.view
     if box is None:
         return None
-    return _whitened(job, _batch(job, loaded, rows).changed(lambda x: cut(x, box, view.height, view.width)))
+    return _features(job, _batch(job, loaded, rows).changed(lambda x: cut(x, box, view.height, view.width)))
 
 
 def _crop_errors(job: Job, whole: Features, cropped: Features, box: Box) -> tuple[dict[str, float], dict[str, float]]:
@@ -115,9 +118,9 @@ def _crop_errors(job: Job, whole: Features, cropped: Features, box: Box) -> tupl
     crop, interior = {}, {}
     for name, found in cropped.items():
         wanted = cut(whole[name], box, job.view.height, job.view.width)
-        crop[name] = relative_error(found, wanted)
+        crop[name] = whitened_error(found, wanted, whole[name])
         if middle(found).numel():
-            interior[name] = relative_error(middle(found), middle(wanted))
+            interior[name] = whitened_error(middle(found), middle(wanted), whole[name])
     return crop, interior
 
 
@@ -142,7 +145,7 @@ def _batch(job: Job, loaded: list[LoadedView], rows: list[int]) -> TeacherBatch:
     return job.batch(loaded, rows, [False] * len(rows), [0])
 
 
-def _whitened(job: Job, batch: TeacherBatch) -> Features:
-    """Return features as targets are made of them, on the host."""
+def _features(job: Job, batch: TeacherBatch) -> Features:
+    """Return raw features on the host."""
     (raw,) = job.teacher.features(batch)
-    return {name: whiten(maps_BCHW)[0].cpu() for name, maps_BCHW in raw.items()}
+    return {name: maps_BCHW.cpu() for name, maps_BCHW in raw.items()}
