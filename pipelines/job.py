@@ -51,9 +51,8 @@ class Job:
 def make_job(source: ImageSource, options: ExtractOptions, teacher: CallableTeacher | None = None) -> Job:
     """Load the teacher, unless one is given, and order the samples. Raises ConfigError, TeacherError."""
     if (teacher is None) != bool(options.teacher):
-        raise ConfigError(
-            f"--teacher {options.teacher!r}: expected either its name or a CallableTeacher, got both or none"
-        )
+        got = "both" if options.teacher else "neither"
+        raise ConfigError(f"--teacher: expected the name of a teacher or, from Python, a CallableTeacher, got {got}")
     _check_encoding(options, teacher is None or teacher.is_random)
     if options.average and options.draws < 2:
         raise ConfigError(f"--average: expected at least 2 --draws to take the mean of, got {options.draws}")

@@ -189,7 +189,7 @@ def test_a_module_is_extracted_and_its_cache_resumed_only_by_its_like(scene_fold
     edges = Edges()
     done = extract(scene_folder, tmp_path, options, CallableTeacher(edges, taps={"stride4": "map"}, version="1"))
     cache = Cache(done.root)
-    pixels = torch.from_numpy(cache.images([2])).float() / 127.5 - 1
+    pixels = torch.from_numpy(np.stack(cache.images([2]))).float() / 127.5 - 1
     with torch.inference_mode():
         wanted = edges(pixels)[0]
     torch.testing.assert_close(cache.raw("t0/stride4", [2])[0, 0], wanted, atol=4e-3, rtol=0)
@@ -231,5 +231,5 @@ def test_the_documented_example_runs(scene_folder: Path, tmp_path: Path, monkeyp
         assert old in code
         code = code.replace(old, new)
     exec(compile(code, "teachers-callable.md", "exec"), {"__name__": "example"})
-    assert (tmp_path / "runs/resnet50/backbone/config.json").is_file()
+    assert (tmp_path / "runs/resnet10t/backbone/config.json").is_file()
     assert Cache(tmp_path / "resnet18.cache").names == ["t0/stride4", "t0/stride8", "t0/stride16"]
