@@ -156,6 +156,28 @@ def convert_adm(checkpoint: Path, out: Path, options: ConvertOptions) -> None:
 
 
 @main.command()
+@click.argument("where", metavar="DIR_OR_ID")
+@click.option("--size", metavar="H[xW]", help="View size in pixels [default: the one that it was trained at].")
+@JSON_FLAG
+def teacher(where: str, size: str | None, as_json: bool) -> None:
+    """Show what a teacher offers: its taps, what each costs to reach and to keep, its noise schedule.
+
+    \b
+    Example:
+      dtcache teacher google/ddpm-ema-church-256 --json | jq '.taps[] | {name, flops_share}'
+    """
+    from rich.console import Console
+
+    from pipelines.teacher import describe_teacher, render_teacher
+
+    report = describe_teacher(where, size)
+    if as_json:
+        _print_json(report)
+    else:
+        Console().print(render_teacher(report))
+
+
+@main.command()
 @click.argument("source", metavar="IMAGES", type=PATH)
 @_out("Folder of the cache; one found there is resumed if it was begun with the same recipe.")
 @options_of(ExtractOptions)

@@ -102,6 +102,10 @@ class ExtractOptions(Options):
     bytes_per_image: float | None = option(
         None, "Size of the features instead: bytes of an image's views, everything on disk but images.", minimum=1
     )
+    encoding: str = option(
+        "ddpm", "ddpm: noise the image. ddim: invert it step by step, without noise.", choices=("ddpm", "ddim")
+    )
+    ddim_steps: int | None = option(None, "Steps of the inversion [default: 20].", minimum=1)
     seed: int = option(0, "Seed of row order and noise.", minimum=0)
     flip: bool = option(True, "Cache the mirrored view too.")
     draws: int = option(1, "Noise draws of each flip, cached as views.", minimum=1)

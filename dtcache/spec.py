@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 Fit = Literal["crop", "stretch"]
@@ -30,6 +30,11 @@ def sha256_json(value: Any) -> str:
 def tap_name(timestep: int, tap: str) -> str:
     """Return the array of a tap at a timestep, such as t150/stride8."""
     return f"t{timestep}/{tap}"
+
+
+def signal_to_noise(alpha_bar: float) -> float | None:
+    """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar), or None where there is no noise."""
+    return alpha_bar / (1.0 - alpha_bar) if alpha_bar < 1.0 else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +94,10 @@ class TeacherSpec:
     """Every forward pass has exactly this many images: the batch shape moves results by ~4e-6 relative."""
     device_type: str
     """cpu or cuda: results differ in the last bits."""
+    snrs: tuple[float | None, ...] | None = None
+    """alpha_bar / (1 - alpha_bar) at each timestep, None where there is no noise; early caches leave it out."""
+    ddim_steps: int | None = None
+    """Steps of the deterministic DDIM inversion up to each timestep; None where the image is noised (DDPM)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +125,36 @@ class CodecSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Box:
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Equivariance:
+    """How far whitened features are from following the image when it is mirrored or cropped, and its noise with it.
+
+    Each is a relative squared error by array, ||found - wanted||^2 / ||wanted||^2 over a few images, both whitened with
+    the scalars of the whole image's map: 0 follows exactly, 2 is what unrelated maps of that size give.
+    """
+
+    images: int
+    """Images measured: the first rows that can be decoded."""
+    flip: dict[str, float]
+    """Features of the mirrored image against the mirrored features."""
+    box: Box | None
+    """The crop in the view, aligned to the coarsest stride; None where the teacher takes no such size."""
+    crop: dict[str, float] | None
+    """Features of the cropped image against the features cropped by the same box."""
+    crop_interior: dict[str, float] | None
+    """The same over the middle of the crop alone, for the taps whose maps have one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """Everything that a cache is a function of, but the images' bytes: samples.parquet has their hashes."""
 
@@ -140,6 +179,10 @@ class Recipe:
     """Whether the view's own pixels are stored, or left to the source."""
     noise: str = NOISE_SCHEME
     """How noise is made from (seed, key, timestep, draw, flip)."""
+    equivariance: Equivariance | None = None
+    """Measured before the first shard."""
+    round_trip: dict[str, float] | None = None
+    """By timestep, such as t150: ||x' - x||^2 / ||x||^2 of images x inverted and denoised back, with DDIM."""
 
     @property
     def num_views(self) -> int:
@@ -147,14 +190,25 @@ class Recipe:
         return (1 if self.average else self.draws) * (2 if self.flips else 1)
 
     def to_json(self) -> Json:
-        """Return the recipe as JSON values."""
-        value: Json = json.loads(canonical_json(asdict(self)))
+        """Return the recipe as JSON values.
+
+        A field whose default is None came after format 1's first caches: it is left out where it is None, so that
+        their fingerprints hold.
+        """
+        value: Json = json.loads(canonical_json(_without_later(self, asdict(self))))
         return value
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON: with the same images it gives the same bytes on one machine type."""
         return sha256_json(self.to_json())
+
+
+def _without_later(spec: Any, value: Json) -> Json:
+    """Return a dataclass's fields by name, without those that are None by default and in fact."""
+    kept = {f.name: value[f.name] for f in fields(spec) if f.default is not None or value[f.name] is not None}
+    parts = {name: getattr(spec, name) for name in kept}
+    return {name: _without_later(parts[name], v) if is_dataclass(parts[name]) else v for name, v in kept.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,6 +25,8 @@ from dtcache.store.layout import MANIFEST, payload_arrays
 from dtcache.store.manifest import read_manifest, require_same
 from dtcache.store.samples import hash_samples
 from dtcache.store.writer import CacheWriter, require_ours
+from dtcache.teacher import CallableTeacher
+from pipelines.equivariance import Measured, measure
 from pipelines.fit import fit_codec
 from pipelines.job import Job, make_job
 from pipelines.progress import track
@@ -48,8 +50,10 @@ class Extracted:
     seconds: float
 
 
-def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
+def extract(images: Path, out: Path, options: ExtractOptions, teacher: CallableTeacher | None = None) -> Extracted:
     """Cache a teacher's features of `images` in `out`; goes on with a cache that was begun with the same recipe.
+
+    `teacher` is one made in Python, in place of the one that the options name.
 
     Raises CacheMismatchError naming the field where `out` holds another cache, and what its parts raise.
     """
@@ -58,7 +62,7 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
         raise ConfigError(f"--out {out}: expected a folder, got a file")
     most = parse_share(options.max_failures, "--max-failures")
     source = open_source(images)
-    job = make_job(source, options)
+    job = make_job(source, options, teacher)
     if out.is_dir() and not (out / MANIFEST).exists():
         require_ours(out)
     with FolderLock(out):
@@ -138,17 +142,19 @@ def asked(job: Job, options: ExtractOptions) -> Json:
         name="float16" if ratio is None else "pca-dct-rans", ratio=ratio, step=None,
         fit_rows=fit_rows(len(job.samples)), fit_sha256="", noise_share={}, noise_floor={}, determined_error={},
     )  # fmt: skip
-    fixed = _recipe(job, unfitted, options.shard_rows or 0).to_json()
+    nothing = Measured(equivariance=None, round_trip=None)
+    fixed = _recipe(job, unfitted, options.shard_rows or 0, nothing).to_json()
     # The rest of these is fitted, or follows from what is compared already.
     fixed["codec"] = {name: fixed["codec"][name] for name in ("name", "whitening", "ratio")}
-    del fixed["teacher"]["alpha_bars"]
+    del fixed["teacher"]["alpha_bars"], fixed["teacher"]["snrs"]
+    fixed["teacher"].setdefault("ddim_steps", None)
     if options.shard_rows is None:
         del fixed["shard_rows"]
     # Another seed changes the sample list too, other taps or views the ratio of a size: name causes before effects.
     return {name: fixed[name] for name in ("seed", "num_samples", "flips", "draws", "average", "teacher")} | fixed
 
 
-def _recipe(job: Job, codec: CodecSpec, shard_rows: int) -> Recipe:
+def _recipe(job: Job, codec: CodecSpec, shard_rows: int, measured: Measured) -> Recipe:
     return Recipe(
         teacher=job.teacher.spec,
         view=job.view,
@@ -161,16 +167,22 @@ def _recipe(job: Job, codec: CodecSpec, shard_rows: int) -> Recipe:
         seed=job.seed,
         shard_rows=shard_rows,
         images="view" if job.stores_images else "none",
+        equivariance=measured.equivariance,
+        round_trip=measured.round_trip,
     )
 
 
 def _begin(out: Path, job: Job, options: ExtractOptions) -> CacheWriter:
-    """Fit the codec once, and lay out the cache that it fixes."""
+    """Fit the codec and measure the teacher, once, and lay out the cache that this fixes."""
     count = len(job.samples)
     fitted = fit_codec(out, job, fit_rows(count), target_ratio(job, options))
     _warn_of_bias(fitted.spec)
+    measured = measure(job, fit_rows(count))
+    for timestep, error in (measured.round_trip or {}).items():
+        print(f"{timestep}: images inverted and denoised back are off by {error:.1e} of their square", file=sys.stderr)
     bytes_a_row = fitted.bytes_per_view * job.views + job.view.height * job.view.width * 2 * job.stores_images
-    recipe = _recipe(job, fitted.spec, options.shard_rows or _shard_rows(count, bytes_a_row))
+    shard_rows = options.shard_rows or _shard_rows(count, bytes_a_row)
+    recipe = _recipe(job, fitted.spec, shard_rows, measured)
     bounds = {name: tap.payload_bound for name, tap in fitted.fit.items()}
     arrays = payload_arrays(recipe, image_bound(job.view), bounds)
     fit = {name: tap.arrays() for name, tap in fitted.fit.items()}

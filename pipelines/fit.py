@@ -95,25 +95,25 @@ def _solve(statistics: dict[str, TapStatistics], ratio: float | None, images: in
 def _spool_features(spool: Path, job: Job, rows: int) -> dict[str, np.memmap]:
     """Write whitened features of the fit's rows, two draws each, to fp16 memory maps (2, M, C, H, W) by array.
 
-    Views alternate over the rows, so that the fit sees mirrored images too.
+    A teacher without noise has one draw. Views alternate over the rows, so that the fit sees mirrored images too.
     """
     indices = [job.samples[row].index for row in range(rows)]
     loaded = list(load_views(job.source, indices, job.view, threads=2))
     good = [row for row in range(rows) if loaded[row].pixels_CHW is not None]
     if not good:
         raise ImagesError(f"none of the first {rows} images can be decoded ({loaded[0].failure}); check the source")
-    spec = job.teacher.spec
+    spec, fit_draws = job.teacher.spec, DRAWS if job.teacher.is_random else 1
     maps = {}
     for t in spec.timesteps:
         for tap in spec.taps:
             path = spool / f"t{t}-{tap.name}"
-            shape = (DRAWS, len(good), tap.channels, tap.height, tap.width)
+            shape = (fit_draws, len(good), tap.channels, tap.height, tap.width)
             # Reserved: a page of a sparse file that finds the disk full kills the process without a word.
             with disk_errors(path), open(path, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
             maps[tap_name(t, tap.name)] = np.memmap(path, np.float16, "r+", shape=shape)
-    with track("fit features", DRAWS * len(good)) as progress:
-        for draw in range(DRAWS):
+    with track("fit features", fit_draws * len(good)) as progress:
+        for draw in range(fit_draws):
             for start in range(0, len(good), spec.batch_size):
                 batch = good[start : start + spec.batch_size]
                 flips = [job.flips[row % len(job.flips)] for row in batch]

@@ -8,7 +8,9 @@ from dtcache.errors import ConfigError
 from dtcache.images import ImageSource, LoadedView, permuted
 from dtcache.options import ExtractOptions, parse_ints, parse_size
 from dtcache.spec import MAX_SHARD_ROWS, MAX_SIDE, MAX_VIEWS, Sample, ViewSpec, tap_name
-from dtcache.teacher import Teacher, TeacherInput, load_teacher, native_size, prepare_teacher
+from dtcache.teacher import CallableTeacher, Teacher, TeacherInput, load_teacher, native_size, prepare_teacher
+
+DDIM_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +45,12 @@ class Job:
         return self.teacher.input(loaded.pixels_CHW, self.samples[row].key, flip, seed=self.seed, draws=draws)
 
 
-def make_job(source: ImageSource, options: ExtractOptions) -> Job:
-    """Load the teacher and order the samples. Raises ConfigError, TeacherError."""
+def make_job(source: ImageSource, options: ExtractOptions, teacher: CallableTeacher | None = None) -> Job:
+    """Load the teacher, unless one is given, and order the samples. Raises ConfigError, TeacherError."""
+    if (teacher is None) != bool(options.teacher):
+        got = "both" if options.teacher else "neither"
+        raise ConfigError(f"--teacher: expected the name of a teacher or, from Python, a CallableTeacher, got {got}")
+    _check_encoding(options, teacher is None or teacher.is_random)
     if options.average and options.draws < 2:
         raise ConfigError(f"--average: expected at least 2 --draws to take the mean of, got {options.draws}")
     if options.flip and options.batch_size < 2:
@@ -54,18 +60,19 @@ def make_job(source: ImageSource, options: ExtractOptions) -> Job:
         raise ConfigError(f"--draws {options.draws}: expected at most {MAX_VIEWS} draws, and as many views an image")
     if options.shard_rows is not None and options.shard_rows > MAX_SHARD_ROWS:
         raise ConfigError(f"--shard-rows {options.shard_rows}: expected at most {MAX_SHARD_ROWS}")
-    loaded = load_teacher(options.teacher)
+    loaded = load_teacher(options.teacher) if teacher is None else teacher.loaded()
     height, width = parse_size(options.size) if options.size else native_size(loaded)
     if max(height, width) > MAX_SIDE:
         raise ConfigError(f"--size {height}x{width}: expected at most {MAX_SIDE} pixels a side")
     view = ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop")
-    teacher = prepare_teacher(
+    prepared = prepare_teacher(
         loaded,
         view,
         strides=parse_ints(options.taps, "--taps") if options.taps else None,
         timesteps=options.timestep,
         batch_size=options.batch_size,
         compute=resolve_compute(options.device, options.precision),
+        ddim_steps=(options.ddim_steps or DDIM_STEPS) if options.encoding == "ddim" else None,
     )
     order = permuted(len(source.keys), seed=options.seed, stream="rows")[: options.limit]
     labels = source.labels
@@ -74,10 +81,19 @@ def make_job(source: ImageSource, options: ExtractOptions) -> Job:
         source=source,
         samples=samples,
         view=view,
-        teacher=teacher,
+        teacher=prepared,
         flips=(False, True) if options.flip else (False,),
         draws=options.draws,
         average=options.average,
         stores_images=options.images == "view",
         seed=options.seed,
     )
+
+
+def _check_encoding(options: ExtractOptions, takes_noise: bool) -> None:
+    """Raise ConfigError for draws where there is no noise to draw, and for steps of an inversion not asked for."""
+    if options.encoding != "ddim" and options.ddim_steps is not None:
+        raise ConfigError(f"--ddim-steps {options.ddim_steps}: expected --encoding ddim beside it; give both or none")
+    if (options.draws > 1 or options.average) and not (takes_noise and options.encoding == "ddpm"):
+        what = "--encoding ddim" if options.encoding == "ddim" else "a CallableTeacher without prepare"
+        raise ConfigError(f"{what} draws no noise: expected --draws 1 and no --average, got --draws {options.draws}")

@@ -223,6 +223,7 @@ def _recipe_teacher(where: str, cache: Cache, compute: Compute) -> Teacher:
         timesteps=tuple(recipe["timesteps"]),
         batch_size=recipe["batch_size"],
         compute=Compute(device=compute.device, precision=recipe["precision"]),
+        ddim_steps=recipe.get("ddim_steps"),
     )
     for what, got, wanted in (
         ("weights", loaded.weights_sha256, recipe["weights_sha256"]),

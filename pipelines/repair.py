@@ -63,6 +63,8 @@ def options_of(recipe: Json, teacher: str) -> ExtractOptions:
         fit=view["fit"],
         taps=",".join(str(tap["stride"]) for tap in spec["taps"]),
         timestep=tuple(spec["timesteps"]),
+        encoding="ddpm" if spec.get("ddim_steps") is None else "ddim",
+        ddim_steps=spec.get("ddim_steps"),
         seed=recipe["seed"],
         flip=recipe["flips"],
         draws=recipe["draws"],

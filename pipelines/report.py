@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from dtcache.spec import FailedSample, Json, tap_name
+from dtcache.spec import FailedSample, Json, signal_to_noise, tap_name
 from dtcache.store.commits import CodecSums, read_commits, total_sums
 from dtcache.store.layout import DATA, IMAGES, SAMPLES
 from dtcache.store.manifest import CacheManifest, read_manifest
@@ -47,6 +47,7 @@ def inspect_cache(root: Path) -> Json:
         "fp16_bytes_per_image": fp16,
         "ratio": fp16 * done / stored if done else None,
         "fingerprint": manifest.fingerprint,
+        "timesteps": _timesteps(recipe),
         "taps": taps,
         "failures": dict(Counter(f.reason for f in failures).most_common()),
         "classes": manifest.classes,
@@ -78,6 +79,15 @@ def _progress(
     return [f for f in failures if f.row not in missing], sums, dict(sizes), len(missing)
 
 
+def _timesteps(recipe: Json) -> list[Json]:
+    """Describe the noise at each timestep: round_trip is None where images are noised, snr where nothing is."""
+    teacher, back = recipe["teacher"], recipe.get("round_trip") or {}
+    return [
+        {"timestep": t, "alpha_bar": a, "snr": signal_to_noise(a), "round_trip": back.get(f"t{t}")}
+        for t, a in zip(teacher["timesteps"], teacher["alpha_bars"], strict=True)
+    ]
+
+
 def _tap(
     manifest: CacheManifest,
     tap: Json,
@@ -93,6 +103,8 @@ def _tap(
     size = shard_bytes.get(name, 0) + side
     values = tap["channels"] * tap["height"] * tap["width"] * manifest.num_views * done
     met = sums.get(name)
+    measured = manifest.recipe.get("equivariance") or {}
+    follows = {error: (measured.get(error) or {}).get(name) for error in ("flip", "crop", "crop_interior")}
     return {
         "name": tap["name"],
         "stride": tap["stride"],
@@ -106,6 +118,7 @@ def _tap(
         "relative_mse_on_fit": manifest.num_samples == manifest.recipe["codec"]["fit_rows"],
         "noise_share": manifest.recipe["codec"]["noise_share"][name],
         "determined_error": manifest.recipe["codec"]["determined_error"][name],
+        **{f"{error}_error": value for error, value in follows.items()},
     }
 
 
@@ -118,6 +131,7 @@ def render(report: Json, root: Path) -> RenderableType:
         "state": state,
         "images": f"{report['num_done']} done, {report['num_failed']} failed of {report['num_images']}",
         "views": _views(recipe),
+        "encoding": _encoding(recipe),
         "view": f"{recipe['view']['height']}x{recipe['view']['width']}, {recipe['view']['fit']}",
         "codec": _codec(report),
         "teacher": f"{recipe['teacher']['architecture']} {recipe['teacher']['weights_sha256'][:12]}",
@@ -128,6 +142,8 @@ def render(report: Json, root: Path) -> RenderableType:
     }
     for name, value in rows.items():
         facts.add_row(name, value)
+    for noise in report["timesteps"]:
+        facts.add_row(f"t={noise['timestep']}", _noise(noise))
     taps = Table()
     for column in ("tap", "t", "shape", "bytes", "bits/value", "rel. MSE", "noise", "lost"):
         taps.add_column(column, justify="left" if column == "tap" else "right")
@@ -137,7 +153,40 @@ def render(report: Json, root: Path) -> RenderableType:
                    f"{tap['determined_error']:.0%}")  # fmt: skip
         taps.add_row(tap["name"], str(tap["timestep"]), shape, _size(tap["bytes"]), *numbers)
     failed = [f"{count} failed: {reason}" for reason, count in list(report["failures"].items())[:5]]
-    return Group(facts, taps, *failed)
+    return Group(facts, taps, *_equivariance(report), *failed)
+
+
+def _equivariance(report: Json) -> list[RenderableType]:
+    """Return a table of how far each tap is from following flips and crops, where that was measured."""
+    measured = report["recipe"].get("equivariance")
+    if measured is None:
+        return []
+    box = measured["box"]
+    where = f", {box['height']}x{box['width']} crop at ({box['top']}, {box['left']})" if box else ", no crop fits"
+    table = Table(
+        title=f"equivariance: relative squared error, {measured['images']} images{where}", title_justify="left"
+    )
+    for column in ("tap", "t", "flip", "crop", "its middle"):
+        table.add_column(column, justify="left" if column == "tap" else "right")
+    for tap in report["taps"]:
+        errors = (_number(tap[f"{name}_error"]) for name in ("flip", "crop", "crop_interior"))
+        table.add_row(tap["name"], str(tap["timestep"]), *errors)
+    return [table]
+
+
+def _encoding(recipe: Json) -> str:
+    """Say how an image becomes what the teacher sees."""
+    steps = recipe["teacher"].get("ddim_steps")
+    if steps is not None:
+        return f"DDIM: inverted in {steps} steps"
+    return "clean images" if set(recipe["teacher"]["alpha_bars"]) == {1.0} else "DDPM: noised"
+
+
+def _noise(noise: Json) -> str:
+    """Say how much signal is left at a timestep."""
+    snr = "infinite" if noise["snr"] is None else f"{noise['snr']:.3g}"
+    back = "" if noise["round_trip"] is None else f", round trip {noise['round_trip']:.1e}"
+    return f"alpha-bar {noise['alpha_bar']:.4f}, SNR {snr}{back}"
 
 
 def _codec(report: Json) -> str:

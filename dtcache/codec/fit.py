@@ -29,7 +29,9 @@ Objective = Literal["student", "distortion"]
 """What a fit is best at: teaching a student, or the squared error (only to compare codecs: design, codec)."""
 
 Whitened = NDArray[np.float16]
-"""(2, M, C, H, W): whitened features of M views under two noise draws (a memory map, for large teachers)."""
+"""(2, M, C, H, W): whitened features of M views under two noise draws (a memory map, for large teachers).
+
+(1, M, C, H, W) of a teacher without noise: a second draw would be the first, and all is what the image determines."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +47,8 @@ class TapStatistics:
     noise_share: NDArray[np.float64]
     """(C, H, W): share of it that a second noise draw changes, in [0, 1]."""
     coefficients: NDArray[np.float32]
-    """(2, m, C, H, W): coefficients of some of the fit's views under both draws; the step is solved on draw 0."""
+    """(2, m, C, H, W): coefficients of some of the fit's views under both draws, or twice under the only one; the step
+    is solved on draw 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,13 +85,14 @@ def tap_statistics(whitened: Whitened) -> TapStatistics:
 
     square, difference = np.zeros((channels, height, width)), np.zeros((channels, height, width))
     kept: list[NDArray[np.float32]] = []
-    keep = max(1, min(views, MAX_SOLVE_VALUES // (draws * channels * height * width)))
+    keep = max(1, min(views, MAX_SOLVE_VALUES // (2 * channels * height * width)))
     basis_CK, mean_C = torch.from_numpy(basis).float(), torch.from_numpy(mean).float()
     for start in range(0, views, CHUNK):
-        first, second = (
+        found = [
             forward_transform(torch.from_numpy(np.asarray(draw[start : start + CHUNK], np.float32)), basis_CK, mean_C)
             for draw in whitened
-        )
+        ]
+        first, second = found[0], found[-1]
         square += ((first.double().square() + second.double().square()) / 2).sum(0).numpy()
         difference += (first.double() - second.double()).square().sum(0).numpy() / 2
         kept.append(np.stack([first.numpy(), second.numpy()])[:, : max(0, keep - start)])

@@ -1,6 +1,7 @@
 """The manifest: what the cache is a function of, what files it has, and whether all of them are there."""
 
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,6 +181,22 @@ def _check_recipe(recipe: Json) -> None:
     for name in ("num_samples", "flips", "average", "seed", "shard_rows"):
         if not isinstance(recipe[name], int):
             raise ValueError(f"{name} {recipe[name]!r}")
+    _check_measured(recipe, names)
+
+
+def _check_measured(recipe: Json, names: list[str]) -> None:
+    """Check what is shown of the noise and of the teacher. Raises KeyError, TypeError or ValueError."""
+    teacher, measured = recipe["teacher"], recipe.get("equivariance") or {}
+    steps, alpha_bars = teacher.get("ddim_steps"), teacher["alpha_bars"]
+    if not (steps is None or (isinstance(steps, int) and steps > 0)):
+        raise ValueError(f"ddim_steps {steps!r}")
+    if len(alpha_bars) != len(teacher["timesteps"]) or not all(0.0 <= a <= 1.0 for a in alpha_bars):
+        raise ValueError(f"alpha_bars {alpha_bars!r}")
+    errors = [(measured.get(name), names) for name in ("flip", "crop", "crop_interior")]
+    errors.append((recipe.get("round_trip"), [f"t{t}" for t in teacher["timesteps"]]))
+    for by_name, known in errors:
+        if not set(by_name or {}) <= set(known) or not all(0.0 <= e < math.inf for e in (by_name or {}).values()):
+            raise ValueError(f"measured {by_name!r}")
 
 
 def require_same(root: Path, found: Json, wanted: Json, where: str = "") -> None:

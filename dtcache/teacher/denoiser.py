@@ -1,5 +1,6 @@
 """What dtcache needs of a noise-predicting network, whatever its architecture; and the choice among its taps."""
 
+import copy
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -26,10 +27,22 @@ class Denoiser(Protocol):
         """
 
     def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
-        """Return a network that stops after the last of `taps`; the denoiser itself is used up.
+        """Return a network that stops after the last of `taps`; it shares its weights with the denoiser.
 
         Its forward pass takes fp32 noisy_BCHW and int64 t_B, and returns the maps (B, C, H, W) by the taps' names.
         """
+
+    def predictor(self) -> nn.Module:
+        """Return the whole network, which shares its weights with the denoiser and what it tapped.
+
+        Its forward pass takes fp32 noisy_BCHW and int64 t_B, and returns the prediction (B, C, H, W): `channels`, and
+        as many again where variances were learned. Raises ConfigError where there is no such thing.
+        """
+
+
+def shared_copy(network: nn.Module) -> nn.Module:
+    """Return a copy whose modules are its own and whose parameters are the same tensors: it can be cut to pieces."""
+    return copy.deepcopy(network, {id(p): p for p in network.parameters()})
 
 
 def choose_taps(taps: tuple[TapSpec, ...], strides: tuple[int, ...] | None) -> tuple[TapSpec, ...]:

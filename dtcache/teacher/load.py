@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from dtcache.errors import TeacherError, TeacherNotFoundError
 from dtcache.spec import sha256_json
 from dtcache.teacher.denoiser import Denoiser
+from dtcache.teacher.encoding import Encoding
 from dtcache.teacher.unet import UNetDenoiser
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -39,6 +40,12 @@ class LoadedTeacher:
     architecture: str
     weights_sha256: str
     config_sha256: str
+    schedule: str = "unknown"
+    """Kind of the betas, such as linear."""
+    prediction: str = "epsilon"
+    """What the network predicts, by diffusers' name."""
+    encoding: Encoding | None = None
+    """How images become its inputs, where it is not for the schedule to say."""
 
 
 def load_teacher(where: str) -> LoadedTeacher:
@@ -87,6 +94,8 @@ def load_teacher(where: str) -> LoadedTeacher:
         architecture=name,
         weights_sha256=_sha256_file(weights),
         config_sha256=sha256_json([config, schedule]),
+        schedule="given" if schedule.get("trained_betas") else str(schedule.get("beta_schedule", "linear")),
+        prediction=str(schedule.get("prediction_type", "epsilon")),
     )
 
 

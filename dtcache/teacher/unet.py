@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.spec import TapSpec
+from dtcache.teacher.denoiser import shared_copy
 
 
 class UNetDenoiser:
@@ -27,7 +28,23 @@ class UNetDenoiser:
 
     def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
         """Return the U-Net cut off after the last tap; the taps stay bit-identical."""
-        return TappedUNet(self.unet, {tap.block: tap.name for tap in taps})
+        return TappedUNet(shared_copy(self.unet), {tap.block: tap.name for tap in taps})
+
+    def predictor(self) -> nn.Module:
+        """Return the U-Net as it is."""
+        return WholeUNet(self.unet)
+
+
+class WholeUNet(nn.Module):
+    """A U-Net whose forward pass returns the bare prediction."""
+
+    def __init__(self, unet: UNet2DModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, noisy_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """Return the prediction (B, C or 2 C, H, W)."""
+        return self.unet(noisy_BCHW, t_B, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
 class TappedUNet(nn.Module):

@@ -56,6 +56,24 @@ def test_moments_are_numpys() -> None:
     assert found.coefficients.shape == (2, 50, 6, 8, 8)
 
 
+def test_a_teacher_without_noise_is_fitted_on_one_draw() -> None:
+    """One draw gives the fit of two equal ones: no noise, and a step that is the same in every band."""
+    whitened, _ = planted(40, np.full(6, 0.4), seed=3)
+    one, two = tap_statistics(whitened[:1]), tap_statistics(np.stack([whitened[0], whitened[0]]))
+    assert not one.noise_share.any()
+    np.testing.assert_allclose(one.variance, two.variance, rtol=1e-12)
+    np.testing.assert_array_equal(one.coefficients, two.coefficients)
+    assert np.ptp(quantised_fit(one, 0.5).class_step) == 0
+    assert np.ptp(quantised_fit(tap_statistics(whitened), 0.5).class_step) > 0
+    fitted = quantised_fit(one, 0.5)
+    c = one.coefficients[0].reshape(40, -1)
+    q = np.sign(c[:, fitted.live]) * np.floor(np.abs(c[:, fitted.live]) / 0.5 + 0.42)
+    error = np.square(c).sum() - np.square(c[:, fitted.live]).sum()
+    gain = fitted.class_gain[fitted.classes.reshape(-1)[fitted.live]]
+    error += np.square(c[:, fitted.live] - q * 0.5 * gain).sum()
+    assert determined_error(one, fitted) == pytest.approx(error / np.square(c).sum(), rel=1e-3)
+
+
 def test_noise_share_is_the_planted_one() -> None:
     """The share of each component's variance that a second draw changes is found within 0.06."""
     shares = np.array([0.05, 0.2, 0.4, 0.6, 0.8, 1.0])

@@ -151,7 +151,10 @@ def test_position_whitening_needs_exact_features(scene_folder: Path, teacher_dir
     assert "--whitening position: expected a cache of --quality fp16" in result.output
 
 
-@pytest.mark.parametrize("flags", [("--draws", 2, "--average"), ("--draws", 2), ("--quality", "fp16")])
+@pytest.mark.parametrize(
+    "flags",
+    [("--draws", 2, "--average"), ("--draws", 2), ("--quality", "fp16"), ("--encoding", "ddim", "--ddim-steps", 2)],
+)
 def test_the_teacher_recomputes_what_such_a_cache_holds(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, flags: tuple[object, ...]
 ) -> None:

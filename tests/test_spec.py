@@ -1,0 +1,66 @@
+"""Recipes: the fingerprints of caches that were written earlier hold when later fields come."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dtcache.spec import (
+    Box,
+    CodecSpec,
+    Equivariance,
+    Recipe,
+    TapSpec,
+    TeacherSpec,
+    ViewSpec,
+    canonical_json,
+    sha256_json,
+    signal_to_noise,
+)
+
+GOLDEN = json.loads((Path(__file__).parent / "golden/format1/cache/manifest.json").read_text())
+
+
+def golden_recipe() -> Recipe:
+    """The golden cache's recipe, as today's types hold it."""
+    recipe = dict(GOLDEN["recipe"])
+    teacher = dict(recipe.pop("teacher"))
+    taps = tuple(TapSpec(**tap) for tap in teacher.pop("taps"))
+    spec = TeacherSpec(taps=taps, **{k: tuple(v) if isinstance(v, list) else v for k, v in teacher.items()})
+    return Recipe(teacher=spec, view=ViewSpec(**recipe.pop("view")), codec=CodecSpec(**recipe.pop("codec")), **recipe)
+
+
+def test_an_early_recipe_has_its_early_fingerprint() -> None:
+    """Fields that came later are None for it, and no part of its JSON."""
+    assert golden_recipe().to_json() == GOLDEN["recipe"]
+    assert golden_recipe().fingerprint == GOLDEN["fingerprint"]
+
+
+def test_later_fields_are_part_of_the_fingerprint_where_they_say_something() -> None:
+    """Steps, ratios and measurements are in the JSON; a None without a default, as of float16, always is."""
+    recipe = golden_recipe()
+    measured = Equivariance(images=8, flip={"t150/stride2": 0.5}, box=None, crop=None, crop_interior=None)
+    later = replace(
+        recipe,
+        teacher=replace(recipe.teacher, snrs=(3.0,), ddim_steps=20),
+        codec=replace(recipe.codec, ratio=None),
+        equivariance=measured,
+        round_trip={"t150": 1e-3},
+    )
+    value = later.to_json()
+    assert (value["teacher"]["snrs"], value["teacher"]["ddim_steps"], value["codec"]["ratio"]) == ([3.0], 20, None)
+    assert value["equivariance"] == {
+        "images": 8, "flip": {"t150/stride2": 0.5}, "box": None, "crop": None, "crop_interior": None,
+    }  # fmt: skip
+    assert value["round_trip"] == {"t150": 1e-3}
+    assert later.fingerprint == sha256_json(value) != recipe.fingerprint
+    boxed = replace(later, equivariance=replace(measured, box=Box(top=0, left=4, height=4, width=4)))
+    assert boxed.to_json()["equivariance"]["box"] == {"top": 0, "left": 4, "height": 4, "width": 4}
+
+
+@pytest.mark.parametrize(("alpha_bar", "snr"), [(0.5, 1.0), (0.75, 3.0), (0.0, 0.0), (1.0, None)])
+def test_snr_is_signal_over_noise(alpha_bar: float, snr: float | None) -> None:
+    """Without noise there is no ratio, and JSON stays JSON."""
+    assert signal_to_noise(alpha_bar) == snr
+    assert canonical_json(signal_to_noise(alpha_bar))
