@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Fit = Literal["crop", "stretch"]
+ConditionKind = Literal["label", "class", "null", "prompt"]
 CodecName = Literal["pca-dct-rans", "float16"]
 Json = dict[str, Any]
 
@@ -46,12 +47,12 @@ class ViewSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TapSpec:
-    """One decoder feature map of a teacher, before that level's upsampler."""
+    """One feature map of a teacher: a decoder level's before its upsampler, or a transformer block's tokens."""
 
     name: str
-    """stride8, stride16, ...: the map's stride against the view."""
+    """stride8, stride16, ...: the map's stride against the view; block6, ...: the transformer's block."""
     block: int
-    """Index of the up block, coarsest first."""
+    """Index of the up block, coarsest first, or of the transformer block."""
     stride: int
     """View rows over map rows."""
     channels: int
@@ -68,15 +69,29 @@ class TapSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ConditionSpec:
+    """What a conditional teacher is told of an image beside its noisy pixels."""
+
+    kind: ConditionKind
+    """label: the sample's own. class: one for all. null: that none is given. prompt: a text for all."""
+    number: int | None = None
+    """The class, where `kind` is class."""
+    prompt: str | None = None
+    """The text, where `kind` is prompt."""
+    embedding_sha256: str | None = None
+    """SHA-256 of the prompt's embedding: little-endian fp32 in C order, as prompt.safetensors holds it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherSpec:
     """What of the teacher the cached bytes depend on."""
 
     architecture: str
     """The diffusers class, such as UNet2DModel."""
     weights_sha256: str
-    """SHA-256 over the weight files' bytes."""
+    """SHA-256 of the weight file, or of the canonical JSON of the SHA-256s of several, by path."""
     config_sha256: str
-    """SHA-256 of the canonical JSON of the model and scheduler configurations."""
+    """SHA-256 of the canonical JSON of the model, scheduler and autoencoder configurations."""
     timesteps: tuple[int, ...]
     """Noise levels, in training steps of the scheduler."""
     alpha_bars: tuple[float, ...]
@@ -89,6 +104,8 @@ class TeacherSpec:
     """Every forward pass has exactly this many images: the batch shape moves results by ~4e-6 relative."""
     device_type: str
     """cpu or cuda: results differ in the last bits."""
+    condition: ConditionSpec | None = None
+    """None where the teacher is unconditional; then it is left out of the recipe's JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +166,10 @@ class Recipe:
     def to_json(self) -> Json:
         """Return the recipe as JSON values."""
         value: Json = json.loads(canonical_json(asdict(self)))
+        # Fields that came later are left out where they say nothing: the fingerprints of older caches stand.
+        condition = value["teacher"].pop("condition")
+        if condition is not None:
+            value["teacher"]["condition"] = {name: told for name, told in condition.items() if told is not None}
         return value
 
     @property

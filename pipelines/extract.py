@@ -28,6 +28,7 @@ from dtcache.store.writer import CacheWriter, require_ours
 from pipelines.fit import fit_codec
 from pipelines.job import Job, make_job
 from pipelines.progress import track
+from pipelines.recipe import stored_prompt
 from pipelines.shard import run_shard
 
 DECODE_THREADS = 2
@@ -58,7 +59,8 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
         raise ConfigError(f"--out {out}: expected a folder, got a file")
     most = parse_share(options.max_failures, "--max-failures")
     source = open_source(images)
-    job = make_job(source, options)
+    stored = stored_prompt(out, read_manifest(out)) if (out / MANIFEST).exists() else None
+    job = make_job(source, options, stored)
     if out.is_dir() and not (out / MANIFEST).exists():
         require_ours(out)
     with FolderLock(out):
@@ -174,7 +176,8 @@ def _begin(out: Path, job: Job, options: ExtractOptions) -> CacheWriter:
     bounds = {name: tap.payload_bound for name, tap in fitted.fit.items()}
     arrays = payload_arrays(recipe, image_bound(job.view), bounds)
     fit = {name: tap.arrays() for name, tap in fitted.fit.items()}
-    return CacheWriter.create(out, recipe, arrays, fit, job.samples, job.source.classes)
+    embedding_LD = job.teacher.prompt.embedding_LD if job.teacher.prompt is not None else None
+    return CacheWriter.create(out, recipe, arrays, fit, job.samples, job.source.classes, embedding_LD)
 
 
 def _warn_of_bias(spec: CodecSpec) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import ImageSource, LoadedView, permuted
-from dtcache.options import ExtractOptions, parse_ints, parse_size
+from dtcache.options import ExtractOptions, parse_size, parse_taps
 from dtcache.spec import MAX_SHARD_ROWS, MAX_SIDE, MAX_VIEWS, Sample, ViewSpec, tap_name
-from dtcache.teacher import Teacher, TeacherBatch, load_teacher, native_size, prepare_teacher
+from dtcache.teacher import LoadedTeacher, Prompt, Teacher, TeacherBatch, load_teacher, native_size, prepare_teacher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +43,15 @@ class Job:
         """Return the teacher's input for one view a row, and several draws; the first three lists run together."""
         pixels = [v.pixels_CHW for v in loaded if v.pixels_CHW is not None]
         keys = [self.samples[row].key for row in rows]
-        return self.teacher.batch(pixels, keys, flips, seed=self.seed, draws=draws)
+        labels = [self.samples[row].label for row in rows]
+        return self.teacher.batch(pixels, keys, flips, seed=self.seed, draws=draws, labels=labels)
 
 
-def make_job(source: ImageSource, options: ExtractOptions) -> Job:
-    """Load the teacher and order the samples. Raises ConfigError, TeacherError."""
+def make_job(source: ImageSource, options: ExtractOptions, stored: Prompt | None = None) -> Job:
+    """Load the teacher and order the samples; `stored` is the prompt's embedding of a cache that was begun.
+
+    Raises ConfigError, TeacherError, and ImagesError where the teacher is told labels that the images do not have.
+    """
     if options.average and options.draws < 2:
         raise ConfigError(f"--average: expected at least 2 --draws to take the mean of, got {options.draws}")
     if options.flip and options.batch_size < 2:
@@ -57,30 +61,40 @@ def make_job(source: ImageSource, options: ExtractOptions) -> Job:
         raise ConfigError(f"--draws {options.draws}: expected at most {MAX_VIEWS} draws, and as many views an image")
     if options.shard_rows is not None and options.shard_rows > MAX_SHARD_ROWS:
         raise ConfigError(f"--shard-rows {options.shard_rows}: expected at most {MAX_SHARD_ROWS}")
-    loaded = load_teacher(options.teacher)
-    height, width = parse_size(options.size) if options.size else native_size(loaded)
-    if max(height, width) > MAX_SIDE:
-        raise ConfigError(f"--size {height}x{width}: expected at most {MAX_SIDE} pixels a side")
-    view = ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop")
-    teacher = prepare_teacher(
-        loaded,
-        view,
-        strides=parse_ints(options.taps, "--taps") if options.taps else None,
-        timesteps=options.timestep,
-        batch_size=options.batch_size,
-        compute=resolve_compute(options.device, options.precision),
-    )
+    loaded = load_teacher(options.teacher, prompt=options.prompt, stored=stored)
+    return job_with(source, make_teacher(loaded, options), options)
+
+
+def job_with(source: ImageSource, teacher: Teacher, options: ExtractOptions) -> Job:
+    """Order the samples for a teacher. Raises ImagesError where it is told labels that the images do not have."""
     order = permuted(len(source.keys), seed=options.seed, stream="rows")[: options.limit]
     labels = source.labels
     samples = [Sample(index=int(i), key=source.keys[i], label=labels[i] if labels is not None else None) for i in order]
+    teacher.require_labels([s.key for s in samples], [s.label for s in samples] if labels is not None else None)
     return Job(
         source=source,
         samples=samples,
-        view=view,
+        view=teacher.view,
         teacher=teacher,
         flips=(False, True) if options.flip else (False,),
         draws=options.draws,
         average=options.average,
         stores_images=options.images == "view",
         seed=options.seed,
+    )
+
+
+def make_teacher(loaded: LoadedTeacher, options: ExtractOptions) -> Teacher:
+    """Return a loaded teacher with the constants that the options ask for. Raises ConfigError."""
+    height, width = parse_size(options.size) if options.size else native_size(loaded)
+    if max(height, width) > MAX_SIDE:
+        raise ConfigError(f"--size {height}x{width}: expected at most {MAX_SIDE} pixels a side")
+    return prepare_teacher(
+        loaded,
+        ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop"),
+        taps=parse_taps(options.taps) if options.taps else None,
+        timesteps=options.timestep,
+        batch_size=options.batch_size,
+        compute=resolve_compute(options.device, options.precision),
+        condition=options.condition,
     )

@@ -13,6 +13,7 @@ from dtcache.spec import (
     MAX_SIDE,
     MAX_VIEWS,
     CodecName,
+    ConditionKind,
     Json,
     Recipe,
     canonical_json,
@@ -28,6 +29,7 @@ MAX_PAYLOAD_BYTES = 1 << 28
 FITS = ("crop", "stretch")
 STORED = ("view", "none")
 CODECS = get_args(CodecName)
+CONDITIONS = get_args(ConditionKind)
 ARRAY_NAME = re.compile(r"[a-z0-9]+(/[a-z0-9]+)?")
 
 
@@ -170,6 +172,8 @@ def _check_recipe(recipe: Json) -> None:
     for tap in teacher["taps"]:
         if not all(isinstance(tap[k], int) and 0 < tap[k] <= MAX_SIDE for k in ("channels", "height", "width")):
             raise ValueError(f"tap {tap}")
+    if "condition" in teacher and teacher["condition"]["kind"] not in CONDITIONS:
+        raise ValueError(f"condition {teacher['condition']}")
     names = [tap_name(t, tap["name"]) for t in teacher["timesteps"] for tap in teacher["taps"]]
     if not all(set(codec[field]) == set(names) for field in ("noise_share", "noise_floor", "determined_error")):
         raise ValueError("the codec's taps are not the teacher's")
