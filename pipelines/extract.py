@@ -144,6 +144,10 @@ def asked(job: Job, options: ExtractOptions) -> Json:
     # The rest of these is fitted, or follows from what is compared already.
     fixed["codec"] = {name: fixed["codec"][name] for name in ("name", "whitening", "ratio")}
     del fixed["teacher"]["alpha_bars"]
+    condition = fixed["teacher"].pop("condition", None)
+    if condition is not None:
+        causes = {name: condition[name] for name in ("kind", "number", "prompt") if name in condition}
+        fixed["teacher"]["condition"] = causes | condition
     if options.shard_rows is None:
         del fixed["shard_rows"]
     # Another seed changes the sample list too, other taps or views the ratio of a size: name causes before effects.

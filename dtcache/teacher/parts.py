@@ -122,7 +122,7 @@ def load_part(cls: Any, folder: Path, weights: Sequence[Path], **more: Any) -> A
     except Exception as error:  # whatever the library makes of a truncated or contradictory directory
         reason = " ".join(str(error).split())[:300]
         raise TeacherError(
-            f"{folder}: diffusers cannot load this teacher ({reason}); save or download it again"
+            f"{folder}: cannot be loaded as {cls.__name__} ({reason}); save or download it again"
         ) from error
     # A missing key would leave uninitialised memory in the network, without a word (design: trap 1).
     wrong = {kind: keys for kind, keys in info.items() if keys}

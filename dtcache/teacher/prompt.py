@@ -39,12 +39,14 @@ def embed_prompt(root: Path, text: str) -> Prompt:
     """
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise ConfigError(
             "a text-conditioned teacher needs the transformers library, once, to embed its prompt; "
             "pip install 'dtcache[text]'"
         ) from error
 
+    disable_progress_bar()
     folder = root / "text_encoder"
     config = read_config(folder / "config.json", "the text encoder's configuration")
     if "CLIPTextModel" not in (config.get("architectures") or []):
