@@ -1,5 +1,6 @@
 """What an extraction computes: samples, view, teacher and noise; it knows no shard, no scheduler and no store."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,8 @@ def make_job(source: ImageSource, options: ExtractOptions, stored: Prompt | None
     if options.shard_rows is not None and options.shard_rows > MAX_SHARD_ROWS:
         raise ConfigError(f"--shard-rows {options.shard_rows}: expected at most {MAX_SHARD_ROWS}")
     loaded = load_teacher(options.teacher, prompt=options.prompt, stored=stored)
+    if loaded.latents is not None and loaded.latents.doubt is not None:
+        print(f"warning: {loaded.latents.doubt}", file=sys.stderr)
     return job_with(source, make_teacher(loaded, options), options)
 
 

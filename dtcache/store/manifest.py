@@ -172,8 +172,8 @@ def _check_recipe(recipe: Json) -> None:
     for tap in teacher["taps"]:
         if not all(isinstance(tap[k], int) and 0 < tap[k] <= MAX_SIDE for k in ("channels", "height", "width")):
             raise ValueError(f"tap {tap}")
-    if "condition" in teacher and teacher["condition"]["kind"] not in CONDITIONS:
-        raise ValueError(f"condition {teacher['condition']}")
+    if "condition" in teacher:
+        _check_condition(teacher["condition"])
     names = [tap_name(t, tap["name"]) for t in teacher["timesteps"] for tap in teacher["taps"]]
     if not all(set(codec[field]) == set(names) for field in ("noise_share", "noise_floor", "determined_error")):
         raise ValueError("the codec's taps are not the teacher's")
@@ -184,6 +184,18 @@ def _check_recipe(recipe: Json) -> None:
     for name in ("num_samples", "flips", "average", "seed", "shard_rows"):
         if not isinstance(recipe[name], int):
             raise ValueError(f"{name} {recipe[name]!r}")
+
+
+def _check_condition(condition: Json) -> None:
+    """Check what a teacher is told of an image. Raises KeyError, TypeError or ValueError."""
+    kind = condition["kind"]
+    whole = kind in CONDITIONS
+    if kind == "class":
+        whole = isinstance(condition["number"], int)
+    elif kind == "prompt":
+        whole = isinstance(condition["prompt"], str) and isinstance(condition["embedding_sha256"], str)
+    if not whole:
+        raise ValueError(f"condition {condition}")
 
 
 def require_same(root: Path, found: Json, wanted: Json, where: str = "") -> None:

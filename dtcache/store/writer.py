@@ -90,6 +90,7 @@ class CacheWriter:
         for leftover in (root / DATA, root / f"{TEMPORARY}{DATA}"):
             if leftover.exists():
                 shutil.rmtree(leftover)
+        (root / PROMPT).unlink(missing_ok=True)
         (root / COMMITS).mkdir(exist_ok=True)
         nodes = root / f"{TEMPORARY}{DATA}"
         with disk_errors(nodes):

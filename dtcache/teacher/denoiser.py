@@ -44,7 +44,7 @@ def choose_taps(taps: tuple[TapSpec, ...], names: tuple[str, ...] | None) -> tup
 
     The default: strides 4, 8, 16 and 32 where all exist, else the four coarsest. Where many taps have one stride, as
     in a transformer, those at one to four fifths of its depth: the first blocks see little but patches and the last
-    ones turn to the noise; the best linear probes lie at half to two thirds of the depth (DDAE, Xiang et al. 2023;
+    ones turn to the noise; the best linear probes lie at about half to 0.7 of the depth (DDAE, Xiang et al. 2023;
     REPA, Yu et al. 2025).
 
     Raises ConfigError naming the taps that the teacher offers where one is asked for that it does not.

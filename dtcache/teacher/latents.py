@@ -32,6 +32,12 @@ class LatentEncoder(nn.Module):
         self.channels: int = (config.vq_embed_dim if self.is_vq else None) or config.latent_channels
         self.stride: int = 2 ** (len(config.block_out_channels) - 1)
         self.scale, self.shift = scale, shift
+        self.doubt: str | None = None
+        if self.is_vq and scale == KL_SCALE:
+            self.doubt = (
+                f"the VQ autoencoder's scaling_factor is {KL_SCALE}, which save_pretrained writes where a model states "
+                "none: CompVis' latent-diffusion models were trained with 1.0; see that this one was not"
+            )
         autoencoder.decoder = nn.Identity()
         self.autoencoder = autoencoder
 

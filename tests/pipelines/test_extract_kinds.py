@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
-from teacher.kinds import TEXT_CHANNELS, TOKENS, save_class_unet, save_dit, save_ldm, save_stable_diffusion
+from teacher.kinds import TEXT_CHANNELS, TOKENS, edit, save_class_unet, save_dit, save_ldm, save_stable_diffusion
 
 from cli import main
 from dtcache.cache import Cache
@@ -137,7 +137,12 @@ def test_an_unconditional_latent_teacher(scene_folder: Path, tmp_path: Path) -> 
     """Strides are those of the view; the recipe has no condition."""
     teacher, out = tmp_path / "ldm", tmp_path / "cache"
     save_ldm(teacher)
-    succeeded(extract(scene_folder, teacher, out, "--quality", "fp16", "--taps", "4,8", "--timestep", 50))
+    asked = ("--quality", "fp16", "--taps", "4,8", "--timestep", 50)
+    done = succeeded(extract(scene_folder, teacher, out, *asked))
+    assert "the VQ autoencoder's scaling_factor is 0.18215, which save_pretrained writes" in done.stderr
+    edit(teacher / "vqvae" / "config.json", lambda c: c.update(scaling_factor=1.0))
+    shutil.rmtree(out)
+    assert "scaling_factor" not in succeeded(extract(scene_folder, teacher, out, *asked)).stderr
     report = json.loads(succeeded(run("inspect", out, "--json")).stdout)
     assert "condition" not in report["recipe"]["teacher"]
     assert [(t["name"], t["height"]) for t in report["taps"]] == [("stride4", 8), ("stride8", 4)]
