@@ -70,7 +70,7 @@ class ExtractOptions(Options):
     prompt: str | None = option(None, "Text for a teacher that reads one [default: the empty prompt].", metavar="TEXT")
     condition: str | None = option(
         None,
-        "Class that a class-conditional teacher is told: label (each image's own), null, or a number [default: null].",
+        "Class that the teacher is told, if any: label (each image's own), null or a number [default: null if known].",
         metavar="CLASS",
     )
     size: str | None = option(None, "View size [default: the one the teacher was trained at].", metavar="H[xW]")

@@ -44,7 +44,9 @@ class Teacher:
         self._noise_shape = (loaded.denoiser.channels, view.height // stride, view.width // stride)
         self._null_class = loaded.denoiser.null_class
         self._alpha_bars = loaded.alpha_bars.to(compute.device)
-        self._latents = loaded.latents.to(compute.device) if loaded.latents is not None else None
+        self._latents = None
+        if loaded.latents is not None:
+            self._latents = loaded.latents.to(compute.device).to(memory_format=torch.channels_last)
         self._network = loaded.denoiser.tapped(taps).to(compute.device).to(memory_format=torch.channels_last).eval()
 
     def batch(

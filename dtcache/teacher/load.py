@@ -35,7 +35,7 @@ SCHEDULERS = frozenset(
 # Conditions that a network would want and dtcache does not give, by the key of its configuration.
 UNSERVED = {
     "UNet2DModel": ("class_embed_type",),
-    "UNet2DConditionModel": ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type"),
+    "UNet2DConditionModel": ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"),
 }
 
 
@@ -72,6 +72,8 @@ def load_teacher(where: str, *, prompt: str | None = None, stored: Prompt | None
     folder = next((root / name for name in NETWORKS if (root / name).is_dir()), root)
     name, config = read_class(folder, "the network's configuration", tuple(ARCHITECTURES))
     _require_served(folder, name, config, any((root / part).is_dir() for part in FOLDERS))
+    if name != "UNet2DConditionModel" and prompt is not None:
+        raise ConfigError(f"--prompt: this teacher ({name}) reads no text; leave --prompt out")
     schedule = _scheduler_config(root)
     weights = weight_files(folder)
     network = load_part(ARCHITECTURES[name], folder, weights)
@@ -86,8 +88,6 @@ def load_teacher(where: str, *, prompt: str | None = None, stored: Prompt | None
             f"{folder / 'config.json'}: expected in_channels={latents.channels}, those of the autoencoder's latents, "
             f"got {config.get('in_channels')}; models that read masks or images beside the latents cannot be tapped"
         )
-    if name != "UNet2DConditionModel" and prompt is not None:
-        raise ConfigError(f"--prompt: this teacher ({name}) reads no text; leave --prompt out")
     told = None
     if name == "UNet2DConditionModel":
         text = prompt or ""
@@ -129,10 +129,8 @@ def _require_served(folder: Path, name: str, config: Json, has_latents: bool) ->
     for key in UNSERVED.get(name, ()):
         if config.get(key) is not None:
             raise TeacherError(f"{path}: {key} is {config[key]!r}, a condition that dtcache cannot give")
-    if name == "Transformer2DModel" and (config.get("norm_type"), bool(config.get("patch_size"))) != (
-        "ada_norm_zero",
-        True,
-    ):
+    is_dit = config.get("norm_type") == "ada_norm_zero" and config.get("patch_size") is not None
+    if name == "Transformer2DModel" and not is_dit:
         raise TeacherError(
             f"{path}: expected the Transformer2DModel of a DiT (norm_type ada_norm_zero, with patches), got norm_type "
             f"{config.get('norm_type')!r}, patch_size {config.get('patch_size')!r}"

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.spec import TapSpec
@@ -56,18 +57,21 @@ class UNetDenoiser:
         return TappedUNet(self.unet, {tap.block: tap.name for tap in taps}, self._embedding_LD)
 
     def _measure(self, height: int, width: int) -> dict[int, tuple[int, int, int]]:
-        """Return the shape (C, H, W) of each decoder level's map for an input of some size, by a dry pass."""
+        """Return the shape (C, H, W) of each decoder level's map for an input of some size.
+
+        By a pass over tensors without storage, which costs no arithmetic: a large U-Net takes a minute on a CPU.
+        """
         shapes: dict[int, tuple[int, int, int]] = {}
         handles = [
             block.resnets[-1].register_forward_hook(_record(shapes, index))
             for index, block in enumerate(self.unet.up_blocks)
         ]
-        labels_B = None if self.num_classes is None else torch.zeros(1, dtype=torch.long)
-        with torch.inference_mode():
-            self.unet(
-                torch.zeros(1, self.channels, height, width), torch.zeros(1, dtype=torch.long),
-                **_conditions(1, labels_B, self._embedding_LD),
-            )  # fmt: skip
+        shapeless = {name: x.to("meta") for name, x in (*self.unet.named_parameters(), *self.unet.named_buffers())}
+        with torch.inference_mode(), torch.device("meta"):
+            labels_B = None if self.num_classes is None else torch.zeros(1, dtype=torch.long)
+            embedding_LD = None if self._embedding_LD is None else torch.zeros(self._embedding_LD.shape)
+            x_BCHW, t_B = torch.zeros(1, self.channels, height, width), torch.zeros(1, dtype=torch.long)
+            functional_call(self.unet, shapeless, (x_BCHW, t_B), _conditions(1, labels_B, embedding_LD))
         for handle in handles:
             handle.remove()
         return shapes

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDPMScheduler
+from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from teacher.kinds import TEXT_CHANNELS, TOKENS, edit, hooked_unet, save_ldm, save_stable_diffusion
 
@@ -16,6 +16,7 @@ from dtcache.spec import ViewSpec
 from dtcache.teacher import LoadedTeacher, Prompt, Teacher, load_teacher, prepare_teacher
 from dtcache.teacher.noise import sample_noise
 from dtcache.teacher.parts import WEIGHTS
+from dtcache.teacher.unet import UNetDenoiser
 
 CPU = resolve_compute("cpu", "fp32")
 STORED = Prompt(text="", embedding_LD=np.random.default_rng(0).normal(size=(TOKENS, TEXT_CHANNELS)).astype(np.float32))
@@ -63,12 +64,25 @@ def test_stable_diffusion_taps_are_those_of_diffusers(tmp_path: Path) -> None:
         unet, (16, 8, 4), noisy(latents_BCHW, betas, 150), torch.tensor([150, 150]), encoder_hidden_states=told
     )
     found = features(teacher)
+    assert {name: tuple(maps.shape[1:]) for name, maps in found.items()} == {
+        f"t150/{t.name}": (t.channels, t.height, t.width) for t in teacher.spec.taps
+    }
     assert set(found) == {f"t150/{name}" for name in wanted}
     for name, maps in wanted.items():
         torch.testing.assert_close(found[f"t150/{name}"], maps, rtol=1e-4, atol=1e-4)
     condition = teacher.spec.condition
     assert condition is not None
     assert (condition.kind, condition.prompt, condition.embedding_sha256) == ("prompt", "", STORED.sha256)
+
+
+def test_taps_are_found_without_arithmetic() -> None:
+    """Stable Diffusion 1.x at its full size, without any weights, has the strides and channels it is known for."""
+    with torch.device("meta"):
+        denoiser = UNetDenoiser(UNet2DConditionModel(sample_size=64, cross_attention_dim=768), torch.zeros(77, 768))
+    found = [(t.name, t.channels, t.height, t.width) for t in denoiser.find_taps(512, 768, 8)]
+    assert found == [
+        ("stride8", 320, 64, 96), ("stride16", 640, 32, 48), ("stride32", 1280, 16, 24), ("stride64", 1280, 8, 12),
+    ]  # fmt: skip
 
 
 def test_unconditional_latent_taps_are_those_of_diffusers(tmp_path: Path) -> None:
