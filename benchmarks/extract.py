@@ -41,7 +41,8 @@ from pipelines.extract import extract
 
 ARMS = ("naive", "bare", "dtcache")
 MULTIPLIERS = (1, 1, 2, 2, 4, 4)
-TAPS = ("0", "1", "2", "3")
+TAPS = ("stride4", "stride8", "stride16", "stride32")
+BLOCKS = (0, 1, 2, 3)
 TIMESTEP, SIZE, SIDE = 150, 256, 480
 GOALS = {"over_naive": 2.2, "of_bare_cpu": 0.9, "of_bare_cuda": 0.97, "memory_gib": 1.0}
 
@@ -111,9 +112,11 @@ def naive(asked: argparse.Namespace) -> dict[str, float]:
     loaded = load_teacher(str(asked.work / "teacher"))
     unet = loaded.denoiser.unet.to(compute.device)
     seen: dict[str, torch.Tensor] = {}
-    for index in TAPS:
-        block = unet.up_blocks[int(index)]
-        block.resnets[-1].register_forward_hook(lambda m, args, out, index=index: seen.__setitem__(index, out))
+    for index in BLOCKS:
+        block = unet.up_blocks[index]
+        block.resnets[-1].register_forward_hook(
+            lambda m, args, out, index=index: seen.__setitem__(f"block{index}", out)
+        )
     alpha_bar, count = loaded.alpha_bars[TIMESTEP].to(compute.device), asked.passes * asked.batch_size
     source, view = open_source(asked.work / "images"), ViewSpec(height=SIZE, width=SIZE)
     views = load_views(source, (i % asked.images for i in range(count + asked.batch_size)), view, threads=2)
@@ -139,7 +142,7 @@ def bare(asked: argparse.Namespace) -> dict[str, float]:
     """Run the truncated U-Net on one batch, over and over."""
     compute = resolve_compute(asked.device, "auto")
     teacher = prepare_teacher(
-        load_teacher(str(asked.work / "teacher")), ViewSpec(height=SIZE, width=SIZE), strides=(4, 8, 16, 32),
+        load_teacher(str(asked.work / "teacher")), ViewSpec(height=SIZE, width=SIZE), taps=TAPS,
         timesteps=(TIMESTEP,), batch_size=asked.batch_size, compute=compute,
     )  # fmt: skip
     noisy = torch.randn(asked.batch_size, 3, SIZE, SIZE, device=compute.device)

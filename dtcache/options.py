@@ -89,10 +89,23 @@ class ConvertOptions(Options):
 class ExtractOptions(Options):
     """Options of `dtcache extract`."""
 
-    teacher: str = option("", "Directory or Hugging Face id of a diffusers UNet2DModel.", metavar="DIR_OR_ID")
-    size: str | None = option(None, "View size [default: the U-Net's sample size].", metavar="H[xW]")
+    teacher: str = option(
+        "", "Directory or Hugging Face id of a diffusers U-Net or DiT, of pixels or of latents.", metavar="DIR_OR_ID"
+    )
+    prompt: str | None = option(None, "Text for a teacher that reads one [default: the empty prompt].", metavar="TEXT")
+    condition: str | None = option(
+        None,
+        "Class that the teacher is told, if any: label (each image's own), null or a number [default: null if known].",
+        metavar="CLASS",
+    )
+    size: str | None = option(None, "View size [default: the one the teacher was trained at].", metavar="H[xW]")
     fit: str = option("crop", "How an image meets the view.", choices=("crop", "stretch"))
-    taps: str | None = option(None, "Strides to cache, such as 4,8,16,32 [default: 4..32, else the four coarsest].")
+    taps: str | None = option(
+        None,
+        "Strides or names of the taps to cache, such as 4,8,16,32 or block10,block16 [default: strides 4..32, else the "
+        "four coarsest, or four blocks of a transformer].",
+        metavar="TAP,TAP,...",
+    )
     timestep: tuple[int, ...] = option((150,), "Diffusion step T at which the image is noised; may be repeated.")
     quality: str = option(
         "default",
@@ -145,7 +158,9 @@ class TrainOptions(Options):
     student_size: str | None = option(
         None, "Student input size [default: view x max(1, 4/finest stride)].", metavar="H[xW]"
     )
-    taps: str | None = option(None, "Strides to train on [default: all in the cache].", metavar="S,S,...")
+    taps: str | None = option(
+        None, "Strides or names of the taps to train on [default: all in the cache].", metavar="TAP,TAP,..."
+    )
     timestep: int | None = option(None, "Timestep to train on [default: all in the cache].")
     limit: int | None = option(None, "Train on the first N rows.", minimum=1)
     images: Path | None = option(
@@ -225,6 +240,19 @@ def parse_ints(text: str, flag: str) -> tuple[int, ...]:
     if not re.fullmatch(r" *[1-9][0-9]{0,8} *(, *[1-9][0-9]{0,8} *)*", text):
         raise ConfigError(f"{flag} {text}: expected positive integers separated by commas, such as 8,16,32")
     return tuple(int(part) for part in text.split(","))
+
+
+def parse_taps(text: str, flag: str = "--taps") -> tuple[str, ...]:
+    """Parse names of taps between commas, in which a number is a stride: 8 is stride8.
+
+    Raises ConfigError, naming the flag, where it is something else.
+    """
+    if not re.fullmatch(r" *[a-z0-9]{1,40} *(, *[a-z0-9]{1,40} *)*", text):
+        raise ConfigError(
+            f"{flag} {text}: expected strides or names of taps separated by commas, such as 8,16,32 or block10,block16"
+        )
+    names = [part.strip() for part in text.split(",")]
+    return tuple(f"stride{name}" if name.isdecimal() else name for name in names)
 
 
 def parse_share(text: str, flag: str) -> float:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 Fit = Literal["crop", "stretch"]
+ConditionKind = Literal["label", "class", "null", "prompt"]
 CodecName = Literal["pca-dct-rans", "float16"]
 Json = dict[str, Any]
 
@@ -51,12 +52,12 @@ class ViewSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TapSpec:
-    """One decoder feature map of a teacher, before that level's upsampler."""
+    """One feature map of a teacher: a decoder level's before its upsampler, or a transformer block's tokens."""
 
     name: str
-    """stride8, stride16, ...: the map's stride against the view."""
+    """stride8, stride16, ...: the map's stride against the view; block6, ...: the transformer's block."""
     block: int
-    """Index of the up block, coarsest first."""
+    """Index of the up block, coarsest first, or of the transformer block."""
     stride: int
     """View rows over map rows."""
     channels: int
@@ -73,15 +74,29 @@ class TapSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ConditionSpec:
+    """What a conditional teacher is told of an image beside its noisy pixels."""
+
+    kind: ConditionKind
+    """label: the sample's own. class: one for all. null: that none is given. prompt: a text for all."""
+    number: int | None = None
+    """The class, where `kind` is class."""
+    prompt: str | None = None
+    """The text, where `kind` is prompt."""
+    embedding_sha256: str | None = None
+    """SHA-256 of the prompt's embedding: little-endian fp32 in C order, as prompt.safetensors holds it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherSpec:
     """What of the teacher the cached bytes depend on."""
 
     architecture: str
     """The diffusers class, such as UNet2DModel."""
     weights_sha256: str
-    """SHA-256 over the weight files' bytes."""
+    """SHA-256 of the weight file, or of the canonical JSON of the SHA-256s of several, by path."""
     config_sha256: str
-    """SHA-256 of the canonical JSON of the model and scheduler configurations."""
+    """SHA-256 of the canonical JSON of the model, scheduler and autoencoder configurations."""
     timesteps: tuple[int, ...]
     """Noise levels, in training steps of the scheduler."""
     alpha_bars: tuple[float, ...]
@@ -98,6 +113,8 @@ class TeacherSpec:
     """alpha_bar / (1 - alpha_bar) at each timestep, None where there is no noise; early caches leave it out."""
     ddim_steps: int | None = None
     """Steps of the deterministic DDIM inversion up to each timestep; None where the image is noised (DDPM)."""
+    condition: ConditionSpec | None = None
+    """What it is told beside the noisy image; None where it is unconditional."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

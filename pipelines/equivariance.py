@@ -130,10 +130,11 @@ def _round_trip(job: Job, loaded: list[LoadedView], rows: list[int]) -> dict[str
     encoding = job.teacher.encoding
     if not isinstance(encoding, Inversion):
         return None
-    clean_BCHW = job.teacher.clean(_batch(job, loaded, rows))
+    batch = _batch(job, loaded, rows)
+    clean_BCHW, labels_B = job.teacher.clean(batch), job.teacher.labels(batch)
     errors = {}
     for t in job.teacher.spec.timesteps:
-        error = float(encoding.round_trip(clean_BCHW, t)[: len(loaded)].mean())
+        error = float(encoding.round_trip(clean_BCHW, t, labels_B)[: len(loaded)].mean())
         if not math.isfinite(error):
             raise TeacherError(f"--encoding ddim: images inverted to --timestep {t} are not finite; give a lower one")
         errors[f"t{t}"] = error

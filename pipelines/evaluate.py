@@ -14,7 +14,7 @@ from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, ImagesError
 from dtcache.images import ImageSource, open_source, permuted
 from dtcache.options import EvaluateOptions
-from dtcache.spec import Json
+from dtcache.spec import Json, Sample
 from pipelines.pooled import ALL_TAPS, Extractor, LabelledImages, load_batches, open_model
 from pipelines.probe import Features, Labels, knn_predict, linear_predict
 from pipelines.progress import track
@@ -131,13 +131,17 @@ def pooled_features(
             good = [loaded for loaded in batch if loaded.pixels_CHW is not None]
             reasons += [str(loaded.failure) for loaded in batch if loaded.pixels_CHW is None]
             if good:
-                vectors = extractor(good, [images.source.keys[loaded.index] for loaded in good])
+                every = [(images.source.labels or [])[loaded.index] for loaded in good]
+                samples = [
+                    Sample(index=loaded.index, key=images.source.keys[loaded.index], label=label)
+                    for loaded, label in zip(good, every, strict=True)
+                ]
+                vectors = extractor(good, samples)
                 finite_B = torch.stack([x_BD.isfinite().all(1) for x_BD in vectors.values()]).all(0).numpy()
                 reasons += ["features that are not finite"] * int((~finite_B).sum())
                 for name, x_BD in vectors.items():
                     found[name].append(x_BD.numpy()[finite_B])
-                every = np.array([(images.source.labels or [])[loaded.index] for loaded in good], np.int64)
-                labels.append(every[finite_B])
+                labels.append(np.array(every, np.int64)[finite_B])
             progress.advance(len(batch))
     if reasons:
         print(f"{len(reasons)} of {len(images.indices)} {images.title} left out ({reasons[0]})", file=sys.stderr)

@@ -30,6 +30,7 @@ from pipelines.equivariance import Measured, measure
 from pipelines.fit import fit_codec
 from pipelines.job import Job, make_job
 from pipelines.progress import track
+from pipelines.recipe import stored_prompt
 from pipelines.shard import run_shard
 
 DECODE_THREADS = 2
@@ -62,7 +63,8 @@ def extract(images: Path, out: Path, options: ExtractOptions, teacher: CallableT
         raise ConfigError(f"--out {out}: expected a folder, got a file")
     most = parse_share(options.max_failures, "--max-failures")
     source = open_source(images)
-    job = make_job(source, options, teacher)
+    stored = stored_prompt(out, read_manifest(out)) if (out / MANIFEST).exists() else None
+    job = make_job(source, options, teacher, stored)
     if out.is_dir() and not (out / MANIFEST).exists():
         require_ours(out)
     with FolderLock(out):
@@ -148,6 +150,10 @@ def asked(job: Job, options: ExtractOptions) -> Json:
     fixed["codec"] = {name: fixed["codec"][name] for name in ("name", "whitening", "ratio")}
     del fixed["teacher"]["alpha_bars"], fixed["teacher"]["snrs"]
     fixed["teacher"].setdefault("ddim_steps", None)
+    condition = fixed["teacher"].pop("condition", None)
+    if condition is not None:
+        causes = {name: condition[name] for name in ("kind", "number", "prompt") if name in condition}
+        fixed["teacher"]["condition"] = causes | condition
     if options.shard_rows is None:
         del fixed["shard_rows"]
     # Another seed changes the sample list too, other taps or views the ratio of a size: name causes before effects.
@@ -186,7 +192,8 @@ def _begin(out: Path, job: Job, options: ExtractOptions) -> CacheWriter:
     bounds = {name: tap.payload_bound for name, tap in fitted.fit.items()}
     arrays = payload_arrays(recipe, image_bound(job.view), bounds)
     fit = {name: tap.arrays() for name, tap in fitted.fit.items()}
-    return CacheWriter.create(out, recipe, arrays, fit, job.samples, job.source.classes)
+    embedding_LD = job.teacher.prompt.embedding_LD if job.teacher.prompt is not None else None
+    return CacheWriter.create(out, recipe, arrays, fit, job.samples, job.source.classes, embedding_LD)
 
 
 def _warn_of_bias(spec: CodecSpec) -> None:

@@ -1,14 +1,24 @@
 """What an extraction computes: samples, view, teacher and noise; it knows no shard, no scheduler and no store."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import ImageSource, LoadedView, permuted
-from dtcache.options import ExtractOptions, parse_ints, parse_size
+from dtcache.options import ExtractOptions, parse_size, parse_taps
 from dtcache.spec import MAX_SHARD_ROWS, MAX_SIDE, MAX_VIEWS, Sample, ViewSpec, tap_name
-from dtcache.teacher import CallableTeacher, Teacher, TeacherInput, load_teacher, native_size, prepare_teacher
+from dtcache.teacher import (
+    CallableTeacher,
+    LoadedTeacher,
+    Prompt,
+    Teacher,
+    TeacherInput,
+    load_teacher,
+    native_size,
+    prepare_teacher,
+)
 
 DDIM_STEPS = 20
 
@@ -42,11 +52,18 @@ class Job:
     def input(self, loaded: LoadedView, row: int, flip: bool, draws: Sequence[int]) -> TeacherInput:
         """Return what the teacher needs of a row's image, mirrored or not, and several draws."""
         assert loaded.pixels_CHW is not None, "a failed image has no view"
-        return self.teacher.input(loaded.pixels_CHW, self.samples[row].key, flip, seed=self.seed, draws=draws)
+        key, label = self.samples[row].key, self.samples[row].label
+        return self.teacher.input(loaded.pixels_CHW, key, flip, seed=self.seed, draws=draws, label=label)
 
 
-def make_job(source: ImageSource, options: ExtractOptions, teacher: CallableTeacher | None = None) -> Job:
-    """Load the teacher, unless one is given, and order the samples. Raises ConfigError, TeacherError."""
+def make_job(
+    source: ImageSource, options: ExtractOptions, teacher: CallableTeacher | None = None, stored: Prompt | None = None
+) -> Job:
+    """Load the teacher, unless one is given, and order the samples.
+
+    `stored` is the prompt's embedding of a cache that was begun. Raises ConfigError, TeacherError, and ImagesError
+    where the teacher is told labels that the images do not have.
+    """
     if (teacher is None) != bool(options.teacher):
         got = "both" if options.teacher else "neither"
         raise ConfigError(f"--teacher: expected the name of a teacher or, from Python, a CallableTeacher, got {got}")
@@ -60,28 +77,26 @@ def make_job(source: ImageSource, options: ExtractOptions, teacher: CallableTeac
         raise ConfigError(f"--draws {options.draws}: expected at most {MAX_VIEWS} draws, and as many views an image")
     if options.shard_rows is not None and options.shard_rows > MAX_SHARD_ROWS:
         raise ConfigError(f"--shard-rows {options.shard_rows}: expected at most {MAX_SHARD_ROWS}")
-    loaded = load_teacher(options.teacher) if teacher is None else teacher.loaded()
-    height, width = parse_size(options.size) if options.size else native_size(loaded)
-    if max(height, width) > MAX_SIDE:
-        raise ConfigError(f"--size {height}x{width}: expected at most {MAX_SIDE} pixels a side")
-    view = ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop")
-    prepared = prepare_teacher(
-        loaded,
-        view,
-        strides=parse_ints(options.taps, "--taps") if options.taps else None,
-        timesteps=options.timestep,
-        batch_size=options.batch_size,
-        compute=resolve_compute(options.device, options.precision),
-        ddim_steps=(options.ddim_steps or DDIM_STEPS) if options.encoding == "ddim" else None,
-    )
+    if teacher is None:
+        loaded = load_teacher(options.teacher, prompt=options.prompt, stored=stored)
+    else:
+        loaded = teacher.loaded()
+    if loaded.latents is not None and loaded.latents.doubt is not None:
+        print(f"warning: {loaded.latents.doubt}", file=sys.stderr)
+    return job_with(source, make_teacher(loaded, options), options)
+
+
+def job_with(source: ImageSource, teacher: Teacher, options: ExtractOptions) -> Job:
+    """Order the samples for a teacher. Raises ImagesError where it is told labels that the images do not have."""
     order = permuted(len(source.keys), seed=options.seed, stream="rows")[: options.limit]
     labels = source.labels
     samples = [Sample(index=int(i), key=source.keys[i], label=labels[i] if labels is not None else None) for i in order]
+    teacher.require_labels([s.key for s in samples], [s.label for s in samples] if labels is not None else None)
     return Job(
         source=source,
         samples=samples,
-        view=view,
-        teacher=prepared,
+        view=teacher.view,
+        teacher=teacher,
         flips=(False, True) if options.flip else (False,),
         draws=options.draws,
         average=options.average,
@@ -97,3 +112,20 @@ def _check_encoding(options: ExtractOptions, takes_noise: bool) -> None:
     if (options.draws > 1 or options.average) and not (takes_noise and options.encoding == "ddpm"):
         what = "--encoding ddim" if options.encoding == "ddim" else "a CallableTeacher without prepare"
         raise ConfigError(f"{what} draws no noise: expected --draws 1 and no --average, got --draws {options.draws}")
+
+
+def make_teacher(loaded: LoadedTeacher, options: ExtractOptions) -> Teacher:
+    """Return a loaded teacher with the constants that the options ask for. Raises ConfigError."""
+    height, width = parse_size(options.size) if options.size else native_size(loaded)
+    if max(height, width) > MAX_SIDE:
+        raise ConfigError(f"--size {height}x{width}: expected at most {MAX_SIDE} pixels a side")
+    return prepare_teacher(
+        loaded,
+        ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop"),
+        taps=parse_taps(options.taps) if options.taps else None,
+        timesteps=options.timestep,
+        batch_size=options.batch_size,
+        compute=resolve_compute(options.device, options.precision),
+        condition=options.condition,
+        ddim_steps=(options.ddim_steps or DDIM_STEPS) if options.encoding == "ddim" else None,
+    )

@@ -1,6 +1,7 @@
 """Images to vectors: pixels, a backbone's pooled features, the spatial means of a cache's taps. B images a batch."""
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,16 +15,16 @@ from torch import Tensor
 from dtcache.cache import Cache
 from dtcache.codec import FeatureEncoder, HostDecoder
 from dtcache.device import Compute
-from dtcache.errors import ConfigError, TeacherError
+from dtcache.errors import ConfigError, ImagesError
 from dtcache.images import ImageSource, LoadedView, load_views
 from dtcache.options import EvaluateOptions, parse_size
 from dtcache.payloads import pack
-from dtcache.spec import ViewSpec
+from dtcache.spec import Sample, ViewSpec
 from dtcache.store.layout import MANIFEST
 from dtcache.student import load_backbone, make_backbone, recalibrate_batch_norm, student_input
 from dtcache.student.backbone import Backbone
 from dtcache.student.folder import CONFIG
-from dtcache.teacher import Teacher, load_teacher, prepare_teacher
+from pipelines.recipe import cache_teacher
 
 PIXELS = "pixels"
 PIXELS_SIZE = (32, 32)
@@ -51,8 +52,8 @@ class Extractor(Protocol):
     def prepare(self, train: LabelledImages, test: LabelledImages) -> None:
         """Look at the images before any features are asked for."""
 
-    def __call__(self, batch: Sequence[LoadedView], keys: Sequence[str]) -> dict[str, Tensor]:
-        """Return pooled features (B, D) by name."""
+    def __call__(self, batch: Sequence[LoadedView], samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Return pooled features (B, D) by name; the two lists run together."""
 
 
 def open_model(model: str, options: EvaluateOptions, compute: Compute) -> Extractor:
@@ -97,7 +98,7 @@ class PixelFeatures:
     def prepare(self, train: LabelledImages, test: LabelledImages) -> None:
         """Do nothing."""
 
-    def __call__(self, batch: Sequence[LoadedView], keys: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, batch: Sequence[LoadedView], samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return pixels (B, 3 H W) in [0, 1], fp32."""
         return {PIXELS: _stack(batch).flatten(1).float() / 255}
 
@@ -125,7 +126,7 @@ class NetworkFeatures:
             recalibrate_batch_norm(self._backbone, map(self._input, full), self._backbone.fresh_batch_norms)
 
     @torch.inference_mode()
-    def __call__(self, batch: Sequence[LoadedView], keys: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, batch: Sequence[LoadedView], samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return the network's pooled features (B, D), fp32."""
         with self._compute.autocast():
             return {self._backbone.name: self._backbone.pooled(self._input(batch)).float().cpu()}
@@ -147,12 +148,25 @@ class CacheFeatures:
         content = cache.reader.samples["content_sha256"].take(rows).to_pylist()
         self._row_of = dict(zip(content, rows.tolist(), strict=True))
         self._decoder = cache.decoder(cache.names).to(compute.device)
-        self._teacher = _recipe_teacher(teacher, cache, compute) if teacher else None
+        device = str(compute.device)
+        self._teacher = cache_teacher(cache.reader.root, cache.reader.manifest, teacher, device) if teacher else None
+        self._tells_labels = cache.reader.manifest.recipe["teacher"].get("condition", {}).get("kind") == "label"
         self._encoder, self._host = FeatureEncoder(cache.fit, compute.device), HostDecoder(cache.fit)
 
     def prepare(self, train: LabelledImages, test: LabelledImages) -> None:
-        """Raise ConfigError where images are not in the cache and no teacher is there to compute them."""
+        """Raise ConfigError where images are not in the cache and no teacher is there to compute them.
+
+        Raises ImagesError where the teacher is told labels, and these images have others.
+        """
+        if self._tells_labels:
+            print(
+                f"warning: the teacher of {self._cache.reader.root} was told each image's label; a probe may find it "
+                "in the features",
+                file=sys.stderr,
+            )
         if self._teacher is not None:
+            for images in (train, test):
+                self._require_labels(images.source)
             return
         missing = total = 0
         for images in (train, test):
@@ -167,7 +181,7 @@ class CacheFeatures:
             )
 
     @torch.inference_mode()
-    def __call__(self, batch: Sequence[LoadedView], keys: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, batch: Sequence[LoadedView], samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return means (B, C) by array, and all of them side by side; NaN where the teacher's output is not finite."""
         names = self._cache.names
         pooled = {name: torch.full((len(batch), self._cache.shape(name)[0]), torch.nan) for name in names}
@@ -182,7 +196,7 @@ class CacheFeatures:
         step = self._teacher.spec.batch_size if self._teacher else len(batch)
         for start in range(0, len(missing), step):
             part = missing[start : start + step]
-            draws = self._raw_draws([batch[i] for i in part], [keys[i] for i in part])
+            draws = self._raw_draws([batch[i] for i in part], [samples[i] for i in part])
             for name in names:
                 encoded = self._encoder.encode(name, *(raw[name] for raw in draws))
                 good = [place for place, view in enumerate(encoded) if view.finite]
@@ -191,18 +205,28 @@ class CacheFeatures:
                     pooled[name][[part[place] for place in good]] = self._pool(name, values)
         return {**pooled, ALL_TAPS: torch.cat(list(pooled.values()), 1)} if len(names) > 1 else pooled
 
+    def _require_labels(self, source: ImageSource) -> None:
+        assert self._teacher is not None, "asked where there is one"
+        self._teacher.require_labels(source.keys, source.labels)
+        cached = self._cache.reader.manifest.classes
+        if self._tells_labels and cached and source.classes and list(cached) != source.classes:
+            raise ImagesError(
+                f"expected the classes of {self._cache.reader.root}, whose teacher is told them, got others; labels "
+                "are places in the sorted class names, so both must have the same"
+            )
+
     def _pool(self, name: str, coefficients_BN: Tensor) -> Tensor:
         decoded = self._decoder({name: coefficients_BN.to(self._compute.device)})
         return decoded[name].mean((2, 3)).cpu()  # type: ignore[no-any-return]
 
-    def _raw_draws(self, batch: Sequence[LoadedView], keys: Sequence[str]) -> list[dict[str, Tensor]]:
+    def _raw_draws(self, batch: Sequence[LoadedView], samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         """Return the teacher's raw features by array under the cache's recipe: draw 0, or all that it averages."""
         assert self._teacher is not None, "prepare() refuses images that neither cache nor teacher serve"
         recipe = self._cache.reader.manifest.recipe
         draws = range(recipe["draws"] if recipe["average"] else 1)
         inputs = [
-            self._teacher.input(v.pixels_CHW, key, False, seed=recipe["seed"], draws=draws)
-            for v, key in zip(batch, keys, strict=True)
+            self._teacher.input(v.pixels_CHW, sample.key, False, seed=recipe["seed"], draws=draws, label=sample.label)
+            for v, sample in zip(batch, samples, strict=True)
             if v.pixels_CHW is not None
         ]
         return list(self._teacher.features(self._teacher.batch(inputs)))
@@ -210,28 +234,3 @@ class CacheFeatures:
 
 def _content(loaded: LoadedView) -> bytes:
     return hashlib.sha256(loaded.source).digest()
-
-
-def _recipe_teacher(where: str, cache: Cache, compute: Compute) -> Teacher:
-    """Load a cache's teacher with the recipe's constants. Raises TeacherError where it is another one."""
-    recipe = cache.reader.manifest.recipe["teacher"]
-    loaded = load_teacher(where)
-    teacher = prepare_teacher(
-        loaded,
-        cache.view,
-        strides=tuple(tap["stride"] for tap in recipe["taps"]),
-        timesteps=tuple(recipe["timesteps"]),
-        batch_size=recipe["batch_size"],
-        compute=Compute(device=compute.device, precision=recipe["precision"]),
-        ddim_steps=recipe.get("ddim_steps"),
-    )
-    for what, got, wanted in (
-        ("weights", loaded.weights_sha256, recipe["weights_sha256"]),
-        ("noise levels", list(teacher.spec.alpha_bars), recipe["alpha_bars"]),
-    ):
-        if got != wanted:
-            raise TeacherError(
-                f"--teacher {where}: not the teacher of {cache.reader.root}: expected {what} {wanted}, got {got}; give "
-                "the teacher that the cache was extracted with"
-            )
-    return teacher

@@ -10,8 +10,6 @@ from dtcache.codec import FeatureEncoder
 from dtcache.device import resolve_compute
 from dtcache.errors import CacheDamagedError
 from dtcache.images import load_views, open_source
-from dtcache.options import ExtractOptions
-from dtcache.spec import Json
 from dtcache.storage import FolderLock, file_sha256, make_folders, write_file
 from dtcache.store.commits import ShardObject
 from dtcache.store.contents import Contents, Damage, WantedObject, file_problem, read_contents
@@ -22,9 +20,10 @@ from dtcache.store.shard import build_shard
 from dtcache.store.verify import Verification
 from dtcache.store.writer import ShardData
 from pipelines.extract import DECODE_THREADS, asked, fit_rows
-from pipelines.job import Job, make_job
+from pipelines.job import Job, job_with
 from pipelines.nodes import zarr_nodes
 from pipelines.progress import track
+from pipelines.recipe import cache_teacher, options_of
 from pipelines.shard import run_shard
 from pipelines.verify import Repair, remedy, repairable, verify_cache
 
@@ -38,8 +37,8 @@ def repair_cache(root: Path, images: Path, teacher: str, share: float, seed: int
     """Verify a cache under its lock and make what is damaged anew; return what is left, and what came of each file.
 
     `teacher` is the directory or id of the teacher that the cache was made with, `images` its source. Raises
-    CacheBusyError where another process writes the cache, CacheMismatchError where images or teacher are others,
-    DiskError, and what verifying raises.
+    CacheBusyError where another process writes the cache, CacheMismatchError or TeacherError where images or teacher
+    are others, DiskError, and what verifying raises.
     """
     read_contents(root)  # locking would make the folder
     with FolderLock(root):
@@ -52,30 +51,6 @@ def repair_cache(root: Path, images: Path, teacher: str, share: float, seed: int
             outcomes += _repair_shards(root, found, images, teacher)
         done = {repair.path for repair in outcomes if repair.outcome == "repaired"}
         return replace(found, damage=tuple(d for d in found.damage if d.path not in done)), outcomes
-
-
-def options_of(recipe: Json, teacher: str) -> ExtractOptions:
-    """Return the options that a recipe was asked for with, but the size, which only a fit reads."""
-    view, spec = recipe["view"], recipe["teacher"]
-    return ExtractOptions(
-        teacher=teacher,
-        size=f"{view['height']}x{view['width']}",
-        fit=view["fit"],
-        taps=",".join(str(tap["stride"]) for tap in spec["taps"]),
-        timestep=tuple(spec["timesteps"]),
-        encoding="ddpm" if spec.get("ddim_steps") is None else "ddim",
-        ddim_steps=spec.get("ddim_steps"),
-        seed=recipe["seed"],
-        flip=recipe["flips"],
-        draws=recipe["draws"],
-        average=recipe["average"],
-        images=recipe["images"],
-        batch_size=spec["batch_size"],
-        limit=recipe["num_samples"],
-        shard_rows=recipe["shard_rows"],
-        device=spec["device_type"],
-        precision=spec["precision"],
-    )
 
 
 def _repair_files(root: Path, found: Verification) -> list[Repair]:
@@ -129,7 +104,7 @@ def _repair_shards(root: Path, found: Verification, images: Path, teacher: str) 
     except CacheDamagedError as error:
         return [Repair(path=d.path, outcome="refused", note=str(error)) for d in found.damage if d.shard is not None]
     options = options_of(manifest.recipe, teacher)
-    job = make_job(open_source(images), options)
+    job = job_with(open_source(images), cache_teacher(root, manifest, teacher), options)
     wanted_recipe = asked(job, options)
     del wanted_recipe["codec"]  # the cache's own fit is used
     require_same(root, manifest.recipe, wanted_recipe)

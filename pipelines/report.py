@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from dtcache.spec import FailedSample, Json, signal_to_noise, tap_name
@@ -135,6 +136,7 @@ def render(report: Json, root: Path) -> RenderableType:
         "view": f"{recipe['view']['height']}x{recipe['view']['width']}, {recipe['view']['fit']}",
         "codec": _codec(report),
         "teacher": f"{recipe['teacher']['architecture']} {recipe['teacher']['weights_sha256'][:12]}",
+        **({"condition": _condition(recipe["teacher"]["condition"])} if "condition" in recipe["teacher"] else {}),
         "fingerprint": report["fingerprint"][:16],
         "on disk": f"{_size(report['bytes_on_disk'])} ({_size(report['image_bytes'])} images)",
         "an image": f"{_size(report['bytes_per_image'])} of features, {_size(report['fp16_bytes_per_image'])} in fp16",
@@ -195,6 +197,15 @@ def _codec(report: Json) -> str:
     if codec["ratio"] is None:
         return f"float16 (statistics of {codec['fit_rows']} images, {fit})"
     return f"{codec['ratio']:g}x aimed at, step {codec['step']:.3f} (fit of {codec['fit_rows']} images, {fit})"
+
+
+def _condition(condition: Json) -> str:
+    """Say what the teacher is told of an image."""
+    if condition["kind"] == "prompt":
+        return escape(f"prompt {condition['prompt']!r}")
+    if condition["kind"] == "class":
+        return f"class {condition['number']} for every image"
+    return "the label of each image" if condition["kind"] == "label" else "no class (null)"
 
 
 def _views(recipe: Json) -> str:

@@ -28,14 +28,15 @@ def describe_teacher(where: str, size: str | None) -> Json:
     """
     loaded = load_teacher(where)
     height, width = parse_size(size) if size else native_size(loaded)
-    offered = loaded.denoiser.find_taps(height, width)
+    offered = loaded.denoiser.find_taps(height, width, loaded.latent_stride)
     chosen = {tap.name for tap in choose_taps(offered, None)}
     whole = loaded.denoiser.predictor()
-    shape = (loaded.denoiser.channels, height, width)
-    full = count_flops(whole, shape)
+    shape = (loaded.denoiser.channels, height // loaded.latent_stride, width // loaded.latent_stride)
+    classes = loaded.denoiser.num_classes
+    full = count_flops(whole, shape, classes)
     taps = []
     for tap in offered:
-        flops, fp16 = count_flops(loaded.denoiser.tapped([tap]), shape), 2 * VIEWS * tap.values
+        flops, fp16 = count_flops(loaded.denoiser.tapped([tap]), shape, classes), 2 * VIEWS * tap.values
         taps.append(
             {
                 "name": tap.name, "stride": tap.stride, "channels": tap.channels, "height": tap.height,
@@ -49,7 +50,7 @@ def describe_teacher(where: str, size: str | None) -> Json:
         "architecture": loaded.architecture,
         "weights_sha256": loaded.weights_sha256,
         "parameters": sum(p.numel() for p in whole.parameters()),
-        "native_size": loaded.denoiser.native_size,
+        "native_size": native_size(loaded) if loaded.denoiser.native_size else None,
         "size": (height, width),
         "flops": full,
         "taps": taps,
@@ -57,13 +58,17 @@ def describe_teacher(where: str, size: str | None) -> Json:
     }
 
 
-def count_flops(network: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Return the floating-point operations of one pass over one input (C, H, W), on shapes alone."""
+def count_flops(network: nn.Module, shape: tuple[int, int, int], classes: int | None) -> int:
+    """Return the floating-point operations of one pass over one input (C, H, W), on shapes alone.
+
+    `classes` is the number of classes of a class-conditional network, else None. An autoencoder is not counted.
+    """
     tensors = [*network.parameters(), *network.buffers()]
     # A copy that holds no numbers: a large teacher is counted at once, and takes no memory a second time.
     hollow = copy.deepcopy(network, {id(x): x.to("meta") for x in tensors})
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        hollow(torch.empty(1, *shape, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"))
+        number_B = torch.zeros(1, dtype=torch.long, device="meta")
+        hollow(torch.empty(1, *shape, device="meta"), number_B, None if classes is None else number_B)
     return int(counter.get_total_flops())
 
 

@@ -14,7 +14,7 @@ from dtcache.cache import Cache, TrainBatch
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.loader import EpochLoader
-from dtcache.options import TrainOptions, parse_ints, parse_size
+from dtcache.options import TrainOptions, parse_size, parse_taps
 from dtcache.spec import tap_name
 from dtcache.storage import FolderLock, disk_errors, write_file
 from dtcache.store.layout import IMAGES, SAMPLES
@@ -110,14 +110,14 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
 def chosen_taps(cache: Cache, options: TrainOptions) -> list[str]:
     """Return the arrays that --taps and --timestep ask for. Raises ConfigError naming what the cache has."""
     teacher = cache.reader.manifest.recipe["teacher"]
-    timesteps, strides = teacher["timesteps"], [tap["stride"] for tap in teacher["taps"]]
+    timesteps, taps = teacher["timesteps"], [tap["name"] for tap in teacher["taps"]]
     wanted_t = [options.timestep] if options.timestep is not None else timesteps
-    wanted_s = list(parse_ints(options.taps, "--taps")) if options.taps else strides
-    for flag, wanted, have in (("--timestep", wanted_t, timesteps), ("--taps", wanted_s, strides)):
+    wanted_taps = list(parse_taps(options.taps)) if options.taps else taps
+    for flag, wanted, have in (("--timestep", wanted_t, timesteps), ("--taps", wanted_taps, taps)):
         missing = [w for w in wanted if w not in have]
         if missing:
             raise ConfigError(f"{flag} {missing[0]}: the cache has {', '.join(map(str, have))}; choose among these")
-    return [tap_name(t, f"stride{s}") for t in timesteps if t in wanted_t for s in strides if s in wanted_s]
+    return [tap_name(t, tap) for t in timesteps if t in wanted_t for tap in taps if tap in wanted_taps]
 
 
 def split_rows(cache: Cache, limit: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,15 @@ from click.testing import CliRunner
 
 from cli import main
 from dtcache.errors import ConfigError
-from dtcache.options import EvaluateOptions, ExtractOptions, TeachOptions, TrainOptions, parse_ints, parse_size
+from dtcache.options import (
+    EvaluateOptions,
+    ExtractOptions,
+    TeachOptions,
+    TrainOptions,
+    parse_ints,
+    parse_size,
+    parse_taps,
+)
 
 
 @pytest.mark.parametrize("verb", sorted(main.commands))
@@ -71,6 +79,18 @@ def test_other_lists_are_refused(text: str) -> None:
     assert parse_ints("4, 8", "--taps") == (4, 8)
     with pytest.raises(ConfigError, match=r"--taps .*: expected positive integers separated by commas"):
         parse_ints(text, "--taps")
+
+
+def test_taps_are_strides_or_names() -> None:
+    """A number is a stride, anything else a tap's own name."""
+    assert parse_taps("4, stride8,block14") == ("stride4", "stride8", "block14")
+
+
+@pytest.mark.parametrize("text", ["", "4,", "Block1", "4;8", "²", "a/b"])
+def test_other_taps_are_refused(text: str) -> None:
+    """Names are lower-case letters and digits."""
+    with pytest.raises(ConfigError, match=r"--taps .*: expected strides or names of taps separated by commas"):
+        parse_taps(text)
 
 
 def test_scenes_are_written_with_progress(tmp_path: Path) -> None:

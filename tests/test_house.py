@@ -51,10 +51,16 @@ def test_imports_go_only_downwards(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "homes"), [("diffusers", "dtcache/teacher"), ("timm", "dtcache/student"), ("click", "cli.py")]
+    ("library", "homes"),
+    [
+        ("diffusers", "dtcache/teacher"),
+        ("transformers", "dtcache/teacher"),
+        ("timm", "dtcache/student"),
+        ("click", "cli.py"),
+    ],
 )
 def test_a_library_is_imported_in_one_place_only(library: str, homes: str) -> None:
-    """Only teacher imports diffusers, only student imports timm, only the command line imports click."""
+    """Only teacher imports diffusers and transformers, only student timm, only the command line click."""
     users = {p.relative_to(ROOT).as_posix() for p in SOURCES if any(m.split(".")[0] == library for m in imports_of(p))}
     assert users
     assert all(user.startswith(homes) for user in users)

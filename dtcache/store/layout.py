@@ -19,6 +19,7 @@ SAMPLES = "samples.parquet"
 SHARDS = "shards.parquet"
 COMMITS = "commits"
 LOG = "extraction.log.json"
+PROMPT = "prompt.safetensors"
 DATA = "data.zarr"
 IMAGES = "images"
 ZSTD_LEVEL = 1

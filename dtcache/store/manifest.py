@@ -14,6 +14,7 @@ from dtcache.spec import (
     MAX_SIDE,
     MAX_VIEWS,
     CodecName,
+    ConditionKind,
     Json,
     Recipe,
     canonical_json,
@@ -29,6 +30,7 @@ MAX_PAYLOAD_BYTES = 1 << 28
 FITS = ("crop", "stretch")
 STORED = ("view", "none")
 CODECS = get_args(CodecName)
+CONDITIONS = get_args(ConditionKind)
 ARRAY_NAME = re.compile(r"[a-z0-9]+(/[a-z0-9]+)?")
 
 
@@ -171,6 +173,8 @@ def _check_recipe(recipe: Json) -> None:
     for tap in teacher["taps"]:
         if not all(isinstance(tap[k], int) and 0 < tap[k] <= MAX_SIDE for k in ("channels", "height", "width")):
             raise ValueError(f"tap {tap}")
+    if "condition" in teacher:
+        _check_condition(teacher["condition"])
     names = [tap_name(t, tap["name"]) for t in teacher["timesteps"] for tap in teacher["taps"]]
     if not all(set(codec[field]) == set(names) for field in ("noise_share", "noise_floor", "determined_error")):
         raise ValueError("the codec's taps are not the teacher's")
@@ -197,6 +201,18 @@ def _check_measured(recipe: Json, names: list[str]) -> None:
     for by_name, known in errors:
         if not set(by_name or {}) <= set(known) or not all(0.0 <= e < math.inf for e in (by_name or {}).values()):
             raise ValueError(f"measured {by_name!r}")
+
+
+def _check_condition(condition: Json) -> None:
+    """Check what a teacher is told of an image. Raises KeyError, TypeError or ValueError."""
+    kind = condition["kind"]
+    whole = kind in CONDITIONS
+    if kind == "class":
+        whole = isinstance(condition["number"], int)
+    elif kind == "prompt":
+        whole = isinstance(condition["prompt"], str) and isinstance(condition["embedding_sha256"], str)
+    if not whole:
+        raise ValueError(f"condition {condition}")
 
 
 def require_same(root: Path, found: Json, wanted: Json, where: str = "") -> None:

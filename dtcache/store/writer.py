@@ -21,7 +21,8 @@ from dtcache.store.commits import (
     total_sums,
     write_commit,
 )
-from dtcache.store.layout import COMMITS, DATA, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray, write_zarr_nodes
+from dtcache.store.embedding import embedding_bytes
+from dtcache.store.layout import COMMITS, DATA, LOG, MANIFEST, PROMPT, SAMPLES, SHARDS, PayloadArray, write_zarr_nodes
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
 from dtcache.store.samples import (
     damaged_objects,
@@ -79,12 +80,17 @@ class CacheWriter:
         fit: Mapping[str, Mapping[str, NDArray[np.generic]]],
         samples: Sequence[Sample],
         classes: list[str] | None,
+        embedding_LD: NDArray[np.float32] | None = None,
     ) -> "CacheWriter":
-        """Lay out an empty cache. The manifest comes last: without it the folder is not a cache."""
+        """Lay out an empty cache, with the embedding of its teacher's prompt where there is one.
+
+        The manifest comes last: without it the folder is not a cache.
+        """
         require_ours(root)
         for leftover in (root / DATA, root / f"{TEMPORARY}{DATA}"):
             if leftover.exists():
                 shutil.rmtree(leftover)
+        (root / PROMPT).unlink(missing_ok=True)
         (root / COMMITS).mkdir(exist_ok=True)
         nodes = root / f"{TEMPORARY}{DATA}"
         with disk_errors(nodes):
@@ -98,6 +104,9 @@ class CacheWriter:
         table = samples_table([s.key for s in samples], [s.label for s in samples], empty, empty)
         write_file(root / SAMPLES, parquet_bytes(table))
         files[SAMPLES] = file_sha256(root / SAMPLES)
+        if embedding_LD is not None:
+            write_file(root / PROMPT, embedding_bytes(embedding_LD))
+            files[PROMPT] = file_sha256(root / PROMPT)
         manifest = new_manifest(recipe, arrays, classes, files)
         write_manifest(root, manifest)
         # As a resume reads it: commit records list objects in the manifest's order, which JSON sorts by name.
@@ -215,7 +224,7 @@ class CacheWriter:
 
 def require_ours(root: Path) -> None:
     """Raise CacheMismatchError where a folder holds anything that a begun cache would not."""
-    known = {DATA, COMMITS, SAMPLES, MANIFEST, LOG, ".lock"}
+    known = {DATA, COMMITS, SAMPLES, MANIFEST, LOG, PROMPT, ".lock"}
     foreign = sorted(p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(TEMPORARY))
     if foreign:
         raise CacheMismatchError(

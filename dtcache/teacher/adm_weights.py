@@ -14,7 +14,7 @@ from torch import Tensor
 from dtcache.errors import DiskError, TeacherError
 from dtcache.teacher.adm import STEPS, AdmArchitecture, AdmSettings
 from dtcache.teacher.heads import set_heads, stand_in
-from dtcache.teacher.load import WEIGHTS
+from dtcache.teacher.parts import WEIGHTS
 
 QKV = {"to_q": 0, "to_k": 1, "to_v": 2}
 RESIDUAL = {

@@ -73,6 +73,8 @@ class CallableTeacher:
         if prepare is None and len(alpha_bars) > 1:
             raise ConfigError("CallableTeacher: alpha_bars without prepare: the module would see no noise; give both")
         self.channels, self.native_size = noise_channels, size
+        self.num_classes: int | None = None
+        self.null_class: int | None = None
         self._stride, self._module, self._prepare = noise_stride, module.eval(), prepare
         self._paths, self._version, self._alpha_bars = dict(taps), version, tuple(alpha_bars)
 
@@ -104,14 +106,16 @@ class CallableTeacher:
         """Return the (C, H, W) of a view's noise, None without `prepare`."""
         return (self.channels, height // self._stride, width // self._stride) if self.is_random else None
 
-    def inputs(self, clean_BCHW: Tensor, noise_BCHW: Tensor | None, timestep: int) -> tuple[Tensor, ...]:
+    def inputs(
+        self, clean_BCHW: Tensor, noise_BCHW: Tensor | None, timestep: int, labels_B: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         """Return the module's arguments."""
         if self._prepare is None or noise_BCHW is None:
             return (clean_BCHW,)
         prepared = self._prepare(clean_BCHW, noise_BCHW, timestep)
         return prepared if isinstance(prepared, tuple) else (prepared,)
 
-    def find_taps(self, height: int, width: int) -> tuple[TapSpec, ...]:
+    def find_taps(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
         """Return the taps, finest first, as a dry run on one black view has them.
 
         Raises TeacherError where it fails, or where an output is not a map of the claimed stride.

@@ -5,7 +5,7 @@ from dtcache.spec import Box, TapSpec, ViewSpec
 from dtcache.teacher.denoiser import Denoiser
 
 
-def find_crop(denoiser: Denoiser, taps: tuple[TapSpec, ...], view: ViewSpec) -> Box | None:
+def find_crop(denoiser: Denoiser, taps: tuple[TapSpec, ...], view: ViewSpec, latent_stride: int) -> Box | None:
     """Return a central box of about half the view's sides, on the grid of the coarsest of all `taps`.
 
     Aligned so, every map of the crop has a place in the whole view's map; off the grid the two would be sampled at
@@ -21,7 +21,7 @@ def find_crop(denoiser: Denoiser, taps: tuple[TapSpec, ...], view: ViewSpec) -> 
     if not (height and width):
         return None
     try:
-        found = denoiser.find_taps(height, width)
+        found = denoiser.find_taps(height, width, latent_stride)
     except (ConfigError, TeacherError):
         return None
     if {tap.stride for tap in found} != {tap.stride for tap in taps}:

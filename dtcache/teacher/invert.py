@@ -10,9 +10,9 @@ from dtcache.teacher.encoding import steps_of
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
-Predictor = Callable[[Tensor, Tensor], Tensor]
-"""The whole network: fp32 x_BCHW and int64 t_B to its fp32 output, of as many channels or, with learned variances,
-twice as many."""
+Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""The whole network: fp32 x_BCHW, int64 t_B and the labels that it is told to its fp32 output, of as many channels or,
+with learned variances, twice as many."""
 
 
 class Inversion:
@@ -32,21 +32,24 @@ class Inversion:
         """Return None: there is no noise in it."""
         return None
 
-    def inputs(self, clean_BCHW: Tensor, noise_BCHW: Tensor | None, timestep: int) -> tuple[Tensor, ...]:
-        """Return x_T of the inversion, fp32, and int64 t_B."""
-        return self._travel(clean_BCHW, ddim_levels(timestep, self._steps)), steps_of(clean_BCHW, timestep)
+    def inputs(
+        self, clean_BCHW: Tensor, noise_BCHW: Tensor | None, timestep: int, labels_B: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return x_T of the inversion, fp32, int64 t_B and the labels."""
+        inverted_BCHW = self._travel(clean_BCHW, ddim_levels(timestep, self._steps), labels_B)
+        return inverted_BCHW, steps_of(clean_BCHW, timestep), labels_B
 
-    def round_trip(self, clean_BCHW: Tensor, timestep: int) -> Tensor:
+    def round_trip(self, clean_BCHW: Tensor, timestep: int, labels_B: Tensor | None = None) -> Tensor:
         """Return ||x' - x||^2 / ||x||^2, float64 (B,), of images inverted up to `timestep` and denoised back."""
         levels = ddim_levels(timestep, self._steps)
-        back_BCHW = self._travel(self._travel(clean_BCHW, levels), levels[::-1])
+        back_BCHW = self._travel(self._travel(clean_BCHW, levels, labels_B), levels[::-1], labels_B)
         error_B = (back_BCHW - clean_BCHW).double().square().flatten(1).sum(1)
         return error_B / clean_BCHW.double().square().flatten(1).sum(1).clamp_min(1e-12)
 
-    def _travel(self, x_BCHW: Tensor, levels: list[int]) -> Tensor:
+    def _travel(self, x_BCHW: Tensor, levels: list[int], labels_B: Tensor | None) -> Tensor:
         """Step through noise levels, up or down; the network is asked at the level that a step starts from."""
         for here, there in pairwise(levels):
-            output_BCHW = self._predictor(x_BCHW, steps_of(x_BCHW, here))[:, : x_BCHW.shape[1]]
+            output_BCHW = self._predictor(x_BCHW, steps_of(x_BCHW, here), labels_B)[:, : x_BCHW.shape[1]]
             a, b = float(self._alpha_bars[here]), float(self._alpha_bars[there])
             x_BCHW = ddim_step(x_BCHW, output_BCHW, a, b, self._prediction)
         return x_BCHW

@@ -1,24 +1,31 @@
-"""Loading a diffusers teacher from disk or hub: JSON and safetensors only, and nothing that it brings is run."""
+"""Loading a diffusers teacher from disk or hub, part by part: JSON and safetensors only, and nothing of it is run."""
 
-import hashlib
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
-from dtcache.errors import TeacherError, TeacherNotFoundError
-from dtcache.spec import sha256_json
+from dtcache.errors import ConfigError, TeacherError
+from dtcache.spec import Json, sha256_json
 from dtcache.teacher.denoiser import Denoiser
 from dtcache.teacher.encoding import Encoding
+from dtcache.teacher.heads import set_heads, stand_in
+from dtcache.teacher.latents import FOLDERS, LatentEncoder, load_latents
+from dtcache.teacher.parts import hash_weights, load_part, locate, read_class, read_config, weight_files
+from dtcache.teacher.prompt import Prompt, embed_prompt
+from dtcache.teacher.transformer import TransformerDenoiser
 from dtcache.teacher.unet import UNetDenoiser
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-MAX_CONFIG_BYTES = 1 << 20
-ARCHITECTURES = ("UNet2DModel",)
+ARCHITECTURES: dict[str, Any] = {
+    "UNet2DModel": UNet2DModel,
+    "UNet2DConditionModel": UNet2DConditionModel,
+    "DiTTransformer2DModel": DiTTransformer2DModel,
+    # How DiT was saved before diffusers 0.30.
+    "Transformer2DModel": DiTTransformer2DModel,
+}
+NETWORKS = ("unet", "transformer")
 # Schedulers of variance-preserving models: the same betas, whatever sampler the file names (design: trap 4).
 SCHEDULERS = frozenset(
     {
@@ -27,6 +34,11 @@ SCHEDULERS = frozenset(
         "HeunDiscreteScheduler", "DEISMultistepScheduler", "DPMSolverSinglestepScheduler",
     }
 )  # fmt: skip
+# Conditions that a network would want and dtcache does not give, by the key of its configuration.
+UNSERVED = {
+    "UNet2DModel": ("class_embed_type",),
+    "UNet2DConditionModel": ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +51,7 @@ class LoadedTeacher:
     """fp32 (steps,): cumulative product of 1 - beta."""
     architecture: str
     weights_sha256: str
+    """Over the files of every network that an image passes through."""
     config_sha256: str
     schedule: str = "unknown"
     """Kind of the betas, such as linear."""
@@ -46,121 +59,107 @@ class LoadedTeacher:
     """What the network predicts, by diffusers' name."""
     encoding: Encoding | None = None
     """How images become its inputs, where it is not for the schedule to say."""
+    latents: LatentEncoder | None = None
+    """What makes its input of pixels, likewise; None where it reads the pixels themselves."""
+    prompt: Prompt | None = None
+    """What it is told, where it is conditioned on text."""
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels of a view that one row of the network's input stands for."""
+        return self.latents.stride if self.latents is not None else 1
 
 
-def load_teacher(where: str) -> LoadedTeacher:
-    """Load a UNet2DModel from a directory (unet/ + scheduler/, or flat as google/ddpm-*) or a Hugging Face id.
+def load_teacher(where: str, *, prompt: str | None = None, stored: Prompt | None = None) -> LoadedTeacher:
+    """Load a teacher from a directory (as save_pretrained writes them, or flat as google/ddpm-*) or a Hugging Face id.
 
-    Raises TeacherNotFoundError where a part is missing and TeacherError where it is not one that can be used safely.
+    A U-Net or DiT on pixels or, with an autoencoder beside it, on latents. One that is conditioned on text embeds
+    `prompt` (the empty one by default), unless `stored` is that prompt's embedding.
+
+    Raises TeacherNotFoundError where a part is missing, TeacherError where it is not one that can be used safely, and
+    ConfigError for a prompt that it does not read.
     """
-    root = _locate(where)
-    folder = root / "unet" if (root / "unet").is_dir() else root
-    config = _read_config(folder / "config.json", "the U-Net's configuration")
-    name = config.get("_class_name")
-    if name not in ARCHITECTURES:
-        raise TeacherError(
-            f"{folder / 'config.json'}: expected _class_name {' or '.join(ARCHITECTURES)}, got {name!r}; "
-            "dtcache cannot tap this kind of model"
-        )
-    if config.get("in_channels") != 3 or config.get("num_class_embeds") or config.get("class_embed_type"):
-        raise TeacherError(
-            f"{folder / 'config.json'}: expected an unconditional model of RGB pixels, got in_channels="
-            f"{config.get('in_channels')}, num_class_embeds={config.get('num_class_embeds')}"
-        )
+    root = locate(where)
+    folder = next((root / name for name in NETWORKS if (root / name).is_dir()), root)
+    name, config = read_class(folder, "the network's configuration", tuple(ARCHITECTURES))
+    _require_served(folder, name, config, any((root / part).is_dir() for part in FOLDERS))
+    if name != "UNet2DConditionModel" and prompt is not None:
+        raise ConfigError(f"--prompt: this teacher ({name}) reads no text; leave --prompt out")
     schedule = _scheduler_config(root)
-    weights = _weights(folder)
+    weights = weight_files(folder)
+    network = load_part(ARCHITECTURES[name], folder, weights, **stand_in(config))
+    set_heads(network, config)
     try:
-        unet, info = UNet2DModel.from_pretrained(
-            str(folder), use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32,
-            local_files_only=True,
-        )  # fmt: skip
-        alpha_bars = DDPMScheduler.from_config(schedule).alphas_cumprod.float()
-    except Exception as error:  # whatever diffusers makes of a truncated or contradictory directory
-        reason = " ".join(str(error).split())[:300]
+        scheduler = DDPMScheduler.from_config(schedule)
+    except Exception as error:  # whatever diffusers makes of numbers that are none
+        raise TeacherError(f"{root}: diffusers cannot make this noise schedule ({error}); download it again") from error
+    found = load_latents(root)
+    latents, more, about = found if found is not None else (None, [], None)
+    if latents is not None and config.get("in_channels") != latents.channels:
         raise TeacherError(
-            f"{root}: diffusers cannot load this teacher ({reason}); save or download it again"
-        ) from error
-    # A missing key would leave uninitialised memory in the network, without a word (design: trap 1).
-    wrong = {kind: keys for kind, keys in info.items() if keys}
-    if wrong:
-        kind, keys = next(iter(wrong.items()))
-        raise TeacherError(
-            f"{weights}: the weights do not fit {folder / 'config.json'}: {len(keys)} {kind}, such as "
-            f"{next(iter(keys))}; the two files belong to different models"
+            f"{folder / 'config.json'}: expected in_channels={latents.channels}, those of the autoencoder's latents, "
+            f"got {config.get('in_channels')}; models that read masks or images beside the latents cannot be tapped"
         )
+    told = None
+    if name == "UNet2DConditionModel":
+        text = prompt or ""
+        told = stored if stored is not None and stored.text == text else embed_prompt(root, text)
     return LoadedTeacher(
-        denoiser=UNetDenoiser(unet.eval().requires_grad_(False)),
-        alpha_bars=alpha_bars,
+        denoiser=_denoiser(network, told),
+        latents=latents,
+        prompt=told,
+        alpha_bars=scheduler.alphas_cumprod.float(),
         architecture=name,
-        weights_sha256=_sha256_file(weights),
-        config_sha256=sha256_json([config, schedule]),
+        weights_sha256=hash_weights(root, [*weights, *more]),
+        config_sha256=sha256_json([config, schedule] if about is None else [config, schedule, about]),
         schedule="given" if schedule.get("trained_betas") else str(schedule.get("beta_schedule", "linear")),
-        prediction=str(schedule.get("prediction_type", "epsilon")),
+        prediction=str(scheduler.config.prediction_type),
     )
 
 
-def _locate(where: str) -> Path:
-    """Return the teacher's directory, downloading JSON and safetensors where a hub id is given."""
-    path = Path(where)
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or where.startswith("."):
-        raise TeacherNotFoundError(
-            f"teacher {where}: no such directory; expected a diffusers directory or a Hugging Face id such as "
-            "google/ddpm-church-256"
+def _denoiser(network: Any, prompt: Prompt | None) -> Denoiser:
+    if isinstance(network, DiTTransformer2DModel):
+        return TransformerDenoiser(network)
+    if prompt is None:
+        return UNetDenoiser(network)
+    told, wanted = prompt.embedding_LD.shape[-1], network.config.cross_attention_dim
+    if told != wanted:
+        raise TeacherError(
+            f"the text encoder's embedding has {told} channels, but the U-Net takes {wanted}; the two belong to "
+            "different models"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(where, allow_patterns=["*.json", f"*{WEIGHTS}"]))
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise TeacherNotFoundError(
-            f"teacher {where}: neither a directory here nor a model that the Hugging Face hub served ({reason}); "
-            "check the name, the network, or give a directory"
-        ) from error
+    return UNetDenoiser(network, torch.from_numpy(prompt.embedding_LD.copy()))
 
 
-def _read_config(path: Path, what: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise TeacherNotFoundError(f"{path}: {what} is missing; expected a directory saved by save_pretrained")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise TeacherError(f"{path}: expected at most {MAX_CONFIG_BYTES} bytes of JSON, got {path.stat().st_size}")
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise TeacherError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise TeacherError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+def _require_served(folder: Path, name: str, config: Json, has_latents: bool) -> None:
+    """Raise TeacherError where the network wants an input that dtcache does not give."""
+    path = folder / "config.json"
+    if config.get("addition_embed_type") == "text_time":
+        raise TeacherError(
+            f"{path}: this is Stable Diffusion XL, whose U-Net wants sizes and a second text encoder; dtcache takes "
+            "Stable Diffusion 1.x and 2.x"
+        )
+    for key in UNSERVED.get(name, ()):
+        if config.get(key) is not None:
+            raise TeacherError(f"{path}: {key} is {config[key]!r}, a condition that dtcache cannot give")
+    is_dit = config.get("norm_type") == "ada_norm_zero" and config.get("patch_size") is not None
+    if name == "Transformer2DModel" and not is_dit:
+        raise TeacherError(
+            f"{path}: expected the Transformer2DModel of a DiT (norm_type ada_norm_zero, with patches), got norm_type "
+            f"{config.get('norm_type')!r}, patch_size {config.get('patch_size')!r}"
+        )
+    if not has_latents and (name != "UNet2DModel" or config.get("in_channels") != 3):
+        raise TeacherError(
+            f"{path}: expected a model of RGB pixels or an autoencoder beside it (vae/ or vqvae/), got in_channels="
+            f"{config.get('in_channels')} and neither folder"
+        )
 
 
-def _scheduler_config(root: Path) -> dict[str, Any]:
+def _scheduler_config(root: Path) -> Json:
     nested = root / "scheduler" / "scheduler_config.json"
     path = nested if nested.is_file() else root / "scheduler_config.json"
-    config = _read_config(path, "the noise schedule")
+    config = read_config(path, "the noise schedule")
     name = config.get("_class_name")
     if name not in SCHEDULERS:
         raise TeacherError(f"{path}: expected the scheduler of a variance-preserving model, got {name!r}")
     return config
-
-
-def _weights(folder: Path) -> Path:
-    path = folder / WEIGHTS
-    if path.is_file():
-        return path
-    pickled = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(suffix))
-    if pickled:
-        raise TeacherError(
-            f"{folder}: only pickled weights ({', '.join(pickled)}), which dtcache never loads because unpickling runs "
-            f"code; expected {WEIGHTS}: load the model where you trust it and save_pretrained(safe_serialization=True)"
-        )
-    others = sorted(p.name for p in folder.glob("*.safetensors"))
-    hint = f"; found {', '.join(others)}: rename the full-precision file" if others else ""
-    raise TeacherNotFoundError(f"{path}: the weights are missing{hint}")
-
-
-def _sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

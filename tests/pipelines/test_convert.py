@@ -19,7 +19,6 @@ from dtcache.options import ConvertOptions
 from dtcache.storage import FolderLock
 from dtcache.teacher import load_teacher
 from dtcache.teacher.adm import PRESETS, AdmSettings, infer_architecture
-from dtcache.teacher.taps import TappedUNet, find_taps
 from pipelines.convert import convert_adm, resolve_settings
 
 TINY = {"width": 32, "mult": (1, 2, 2), "blocks": 1, "attention": (2, 4), "head_channels": 16}
@@ -47,15 +46,16 @@ def test_the_teacher_loads_and_its_taps_are_the_references(checkpoint: Path, tmp
     """load_teacher takes the directory as it is, finds a tap a level, and they are the reference's features."""
     done = convert_adm(checkpoint, tmp_path / "out", OPTIONS)
     loaded = load_teacher(str(tmp_path / "out"))
-    assert done.strides == tuple(tap.stride for tap in find_taps(loaded.unet, 16, 16)) == (1, 2, 4)
-    assert loaded.unet.config.sample_size == 16
+    taps = loaded.denoiser.find_taps(16, 16)
+    assert done.strides == tuple(tap.stride for tap in taps) == (1, 2, 4)
+    assert loaded.denoiser.native_size == (16, 16)
     reference = random_unet(**TINY)
     x, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([50, 999])
     with torch.inference_mode():
         _, expected = reference(x, t)
-        found = TappedUNet(loaded.unet, (0, 1, 2))(x, t)
-    for level in range(3):
-        torch.testing.assert_close(found[level], expected[level], rtol=1e-4, atol=1e-4)
+        found = loaded.denoiser.tapped(taps)(x, t)
+    for tap in taps:
+        torch.testing.assert_close(found[tap.name], expected[tap.block], rtol=1e-4, atol=1e-4)
 
 
 def test_a_class_conditional_model_reads_back(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_crops_lie_on_the_coarsest_grid(teacher_dir: Path, size: tuple[int, int]
     """Half a side, rounded down to the coarsest stride, near the centre; none where a side is left with nothing."""
     denoiser = load_teacher(str(teacher_dir)).denoiser
     height, width = size
-    assert find_crop(denoiser, denoiser.find_taps(height, width), ViewSpec(height=height, width=width)) == box
+    assert find_crop(denoiser, denoiser.find_taps(height, width), ViewSpec(height=height, width=width), 1) == box
 
 
 def test_no_crop_where_the_teacher_takes_one_size_only(scene_folder: Path) -> None:

@@ -23,7 +23,7 @@ from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError, TeacherError
 from dtcache.images import FolderSource, load_views
 from dtcache.options import EvaluateOptions, ExtractOptions
-from dtcache.spec import ViewSpec
+from dtcache.spec import Sample, ViewSpec
 from dtcache.student import make_backbone, save_backbone
 from dtcache.teacher.build import build_unet, save_teacher
 from pipelines.evaluate import ProbeResult, evaluate, pooled_features, results_json, split_images
@@ -273,7 +273,7 @@ def test_cached_taps_are_means_of_decoded_features(shelf: Path) -> None:
     extractor = CacheFeatures(cache, None, CPU)
     source = FolderSource(shelf / "train")
     batch = list(load_views(source, [3, 21, 8], extractor.view, threads=1))
-    got = extractor(batch, ["renamed"] * 3)
+    got = extractor(batch, [Sample(index=0, key="renamed")] * 3)
     keys = cache.reader.samples["key"].to_pylist()
     rows = [keys.index(source.keys[i]) for i in (3, 21, 8)]
     assert list(got) == ["t50/stride2", "t50/stride4", ALL_TAPS]
@@ -348,8 +348,8 @@ def test_features_that_are_not_finite_are_left_out(shelf: Path, capsys: pytest.C
     extractor = CacheFeatures(Cache(shelf / "cache"), str(shelf / "teacher"), CPU)
     plain = extractor._raw_draws
 
-    def overflowing(batch, keys):  # type: ignore[no-untyped-def]
-        draws = plain(batch, keys)
+    def overflowing(batch, samples):  # type: ignore[no-untyped-def]
+        draws = plain(batch, samples)
         draws[0]["t50/stride4"][0, 0, 0, 0] = torch.inf
         return draws
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from teacher.batches import batch_of
 from torch import nn
 
 from cli import main
-from teacher.batches import batch_of
-
 from dtcache.cache import Cache
 from dtcache.codec.transform import whiten
 from dtcache.device import resolve_compute
@@ -53,7 +52,8 @@ def test_a_ddim_cache_holds_the_inverted_images_features(inverted: Path, scene_f
     """Each view, the mirrored one too, is the float16 of the teacher's features of its own inversion."""
     cache, source = Cache(inverted), FolderSource(scene_folder)
     made = prepare_teacher(
-        load_teacher(str(teacher_dir)), ViewSpec(height=32, width=32), strides=(4, 8), timesteps=(200,), batch_size=4,
+        load_teacher(str(teacher_dir)), ViewSpec(height=32, width=32), taps=("stride4", "stride8"), timesteps=(200,),
+        batch_size=4,
         compute=resolve_compute("cpu", "fp32"), ddim_steps=4,
     )  # fmt: skip
     key = cache.reader.samples["key"][3].as_py()

@@ -13,6 +13,7 @@ from dtcache.cache import Cache
 from dtcache.codec.transform import whiten
 from dtcache.device import resolve_compute
 from dtcache.images import FolderSource, decode_view, load_views
+from dtcache.spec import Sample
 from dtcache.teacher import load_teacher, prepare_teacher
 from pipelines.pooled import CacheFeatures
 
@@ -35,7 +36,7 @@ def wanted_maps(cache: Cache, images: Path, teacher: Path, row: int, draw: int, 
     """Return a view's whitened features straight from the teacher."""
     loaded = load_teacher(str(teacher))
     made = prepare_teacher(
-        loaded, cache.view, strides=None, timesteps=(150,), batch_size=4, compute=resolve_compute("cpu", "fp32")
+        loaded, cache.view, taps=None, timesteps=(150,), batch_size=4, compute=resolve_compute("cpu", "fp32")
     )
     source, key = FolderSource(images), cache.reader.samples["key"][row].as_py()
     pixels = decode_view(source.read(source.keys.index(key)), cache.view)[0]
@@ -163,7 +164,8 @@ def test_the_teacher_recomputes_what_such_a_cache_holds(
     source, keys = FolderSource(scene_folder), cache.samples["key"].to_pylist()[:5]
     batch = list(load_views(source, [source.keys.index(key) for key in keys], cache.view, threads=1))
     pooled = CacheFeatures(cache, str(teacher_dir), resolve_compute("cpu", "fp32"))
-    stored = pooled(batch, keys)
+    samples = [Sample(index=0, key=key) for key in keys]
+    stored = pooled(batch, samples)
     pooled._row_of.clear()
-    for name, vectors in pooled(batch, keys).items():
+    for name, vectors in pooled(batch, samples).items():
         torch.testing.assert_close(vectors, stored[name], atol=2e-3, rtol=0)

@@ -184,7 +184,7 @@ def test_other_images_or_another_teacher_are_refused(
     config.write_text(config.read_text().replace("0.02", "0.03"))
     result, _ = repair(root, scene_folder, teacher)
     assert result.exit_code == 1
-    assert "holds a cache of another recipe: teacher.config_sha256" in result.stderr
+    assert f"--teacher {teacher}: not the teacher of {root}: expected noise levels [" in result.stderr
     assert tree(root) == before
 
 
@@ -254,8 +254,9 @@ def test_every_option_follows_from_the_recipe(shared: Path) -> None:
     """A repair asks for what the extraction asked for but the size: the cache's own fit is used; an option that is
     added needs its place in options_of."""
     found = repair_module.options_of(read_manifest(shared).recipe, "teacher")
-    told = {"teacher": "teacher", "size": "32x32", "taps": "4,8", "batch_size": 8, "limit": 20}
+    told = {"teacher": "teacher", "size": "32x32", "taps": "stride4,stride8", "batch_size": 8, "limit": 20}
     told |= {"timestep": (150,), "fit": "crop", "seed": 0, "flip": True, "shard_rows": 8}
     told |= {"device": "cpu", "precision": "fp32", "draws": 1, "average": False, "images": "view"}
+    told |= {"prompt": None, "condition": None}
     assert {name: getattr(found, name) for name in told} == told
     assert {f.name for f in fields(ExtractOptions)} == {*told, "max_failures", "quality", "bytes_per_image"}

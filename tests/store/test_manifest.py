@@ -9,7 +9,7 @@ import pytest
 from store.builders import tiny_plan
 
 from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
-from dtcache.spec import canonical_json, sha256_json
+from dtcache.spec import ConditionSpec, Json, Recipe, canonical_json, sha256_json
 from dtcache.store.commits import (
     CodecSums,
     CommitRecord,
@@ -132,6 +132,46 @@ def test_fingerprint_covers_every_field() -> None:
         replace(recipe, teacher=replace(recipe.teacher, device_type="cuda")),
     ]  # fmt: skip
     assert len({recipe.fingerprint, *(o.fingerprint for o in others)}) == 11
+
+
+def told(condition: ConditionSpec) -> Recipe:
+    """Return the tiny recipe of a teacher that is told something."""
+    recipe = tiny_plan().recipe
+    return replace(recipe, teacher=replace(recipe.teacher, condition=condition))
+
+
+@pytest.mark.parametrize(
+    ("condition", "value"),
+    [
+        (ConditionSpec(kind="label"), {"kind": "label"}),
+        (ConditionSpec(kind="null"), {"kind": "null"}),
+        (ConditionSpec(kind="class", number=0), {"kind": "class", "number": 0}),
+        (
+            ConditionSpec(kind="prompt", prompt="", embedding_sha256="c" * 64),
+            {"kind": "prompt", "prompt": "", "embedding_sha256": "c" * 64},
+        ),
+    ],
+)
+def test_a_condition_is_in_the_recipe_where_there_is_one(tmp_path: Path, condition: ConditionSpec, value: Json) -> None:
+    """Fields that say nothing are left out, so that recipes without a condition keep their fingerprints."""
+    plan, recipe = tiny_plan(), told(condition)
+    assert "condition" not in plan.recipe.to_json()["teacher"]
+    assert recipe.fingerprint != plan.recipe.fingerprint
+    write_manifest(tmp_path, new_manifest(recipe, plan.arrays, None, {}))
+    assert read_manifest(tmp_path).recipe["teacher"]["condition"] == value
+
+
+@pytest.mark.parametrize(
+    "value", [{"kind": "mood"}, {}, [], {"kind": "class", "number": "1"}, {"kind": "class"}, {"kind": "prompt"}]
+)
+def test_a_condition_of_another_kind_is_damage(tmp_path: Path, value: object) -> None:
+    """A reader refuses what it would not know how to tell a teacher."""
+    plan = tiny_plan()
+    manifest = new_manifest(told(ConditionSpec(kind="null")), plan.arrays, None, {})
+    manifest.recipe["teacher"]["condition"] = value
+    write_manifest(tmp_path, manifest)
+    with pytest.raises(CacheDamagedError, match="not a manifest of dtcache"):
+        read_manifest(tmp_path)
 
 
 def test_commit_records_round_trip(tmp_path: Path) -> None:

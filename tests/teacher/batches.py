@@ -16,7 +16,13 @@ def batch_of(
     *,
     seed: int = 0,
     draws: Sequence[int] = (0,),
+    labels: Sequence[int] | None = None,
 ) -> TeacherBatch:
     """Return uint8 views (3, H, W), mirrored where their flip says so, with their noise."""
-    views = zip(pixels, keys, flips, strict=True)
-    return teacher.batch([teacher.input(p, key, flip, seed=seed, draws=draws) for p, key, flip in views])
+    told = labels if labels is not None else [None] * len(keys)
+    return teacher.batch(
+        [
+            teacher.input(p, key, flip, seed=seed, draws=draws, label=label)
+            for p, key, flip, label in zip(pixels, keys, flips, told, strict=True)
+        ]
+    )

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
 from teacher.batches import batch_of
+from torch import Tensor, nn
 
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, TeacherError
@@ -50,7 +49,7 @@ def made(**changes: Any) -> CallableTeacher:
 
 def prepared(teacher: CallableTeacher, timestep: int = 0, batch_size: int = 3) -> Teacher:
     return prepare_teacher(
-        teacher.loaded(), ViewSpec(height=16, width=24), strides=None, timesteps=(timestep,), batch_size=batch_size,
+        teacher.loaded(), ViewSpec(height=16, width=24), taps=None, timesteps=(timestep,), batch_size=batch_size,
         compute=resolve_compute("cpu", "fp32"),
     )  # fmt: skip
 
@@ -122,7 +121,7 @@ def test_a_diffusion_network_of_ones_own_gives_the_features_of_the_built_in_way(
     )  # fmt: skip
     found = []
     for one in (loaded, by_hand.loaded()):
-        teacher = prepare_teacher(one, view, strides=(1,), **constants)
+        teacher = prepare_teacher(one, view, taps=("stride1",), **constants)
         batch = batch_of(teacher, [np.zeros((3, 32, 32), np.uint8)], ["k"], [False], seed=0, draws=[0])
         found.append(next(teacher.features(batch))["t150/stride1"])
     assert torch.equal(*found)
@@ -184,7 +183,7 @@ def test_a_plain_network_has_timestep_0_only_and_is_not_inverted() -> None:
     teacher = made(prepare=lambda x, noise, t: x, alpha_bars=[0.5] * 9)
     with pytest.raises(ConfigError, match="--encoding ddim: a CallableTeacher makes its own inputs"):
         prepare_teacher(
-            teacher.loaded(), ViewSpec(height=16, width=24), strides=None, timesteps=(8,), batch_size=2,
+            teacher.loaded(), ViewSpec(height=16, width=24), taps=None, timesteps=(8,), batch_size=2,
             compute=resolve_compute("cpu", "fp32"), ddim_steps=4,
         )  # fmt: skip
 

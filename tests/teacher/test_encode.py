@@ -54,7 +54,8 @@ def test_a_size_the_network_cannot_halve_is_refused(teacher_dir: Path) -> None:
         ((1, 2, 4, 8), None, (1, 2, 4, 8)),
         ((1, 2, 4, 8, 16), None, (2, 4, 8, 16)),
         ((1, 2), None, (1, 2)),
-        ((1, 2, 4, 8), (8, 2), (2, 8)),
+        ((8, 16, 32, 64), None, (8, 16, 32, 64)),
+        ((1, 2, 4, 8), ("stride8", "stride2"), (2, 8)),
     ],
 )
 def test_default_taps(offered: tuple[int, ...], asked: tuple[int, ...] | None, chosen: tuple[int, ...]) -> None:
@@ -63,9 +64,9 @@ def test_default_taps(offered: tuple[int, ...], asked: tuple[int, ...] | None, c
 
 
 def test_a_stride_that_is_not_offered_is_refused() -> None:
-    """The strides on offer are named."""
-    with pytest.raises(ConfigError, match="no map of stride 16 at this size; it offers 4, 8"):
-        choose_taps((tap(4), tap(8)), (16,))
+    """The taps on offer are named."""
+    with pytest.raises(ConfigError, match="no map stride16 at this size; it offers stride4, stride8"):
+        choose_taps((tap(4), tap(8)), ("stride16",))
 
 
 @pytest.mark.parametrize("blocks", [(0,), (0, 1), (1, 2), (0, 1, 2, 3)])
@@ -104,7 +105,7 @@ def test_features_do_not_depend_on_the_rest_of_the_batch(teacher_dir: Path) -> N
     """A short batch is padded to the recipe's shape: a sample's features are the same alone and in company."""
     view = ViewSpec(height=32, width=32)
     teacher = prepare_teacher(
-        load_teacher(str(teacher_dir)), view, strides=None, timesteps=(150,), batch_size=4, compute=CPU
+        load_teacher(str(teacher_dir)), view, taps=None, timesteps=(150,), batch_size=4, compute=CPU
     )
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
     flips = (False, True, False)
@@ -119,10 +120,10 @@ def test_the_noised_input_is_the_papers_formula(teacher_dir: Path) -> None:
     """The network sees sqrt(a) x + sqrt(1 - a) noise with x in [-1, 1], and the timestep."""
     view = ViewSpec(height=32, width=32)
     teacher = prepare_teacher(
-        load_teacher(str(teacher_dir)), view, strides=None, timesteps=(50,), batch_size=1, compute=CPU
+        load_teacher(str(teacher_dir)), view, taps=None, timesteps=(50,), batch_size=1, compute=CPU
     )
     seen = []
-    teacher._network.unet.register_forward_pre_hook(lambda m, args: seen.append(args))
+    teacher.network.unet.register_forward_pre_hook(lambda m, args: seen.append(args))
     pixels_CHW = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)
     list(teacher.features(teacher.batch([teacher.input(pixels_CHW, "a", True, seed=0, draws=[0])])))
     mirrored_BCHW = torch.from_numpy(pixels_CHW.copy()).flip(2)[None]
@@ -148,7 +149,7 @@ def test_bad_constants_are_refused(
     """A timestep or batch size that cannot be used is named."""
     with pytest.raises(ConfigError, match=message):
         prepare_teacher(
-            load_teacher(str(teacher_dir)), ViewSpec(height=32, width=32), strides=None,
+            load_teacher(str(teacher_dir)), ViewSpec(height=32, width=32), taps=None,
             timesteps=timesteps, batch_size=batch_size, compute=CPU,
         )  # fmt: skip
 

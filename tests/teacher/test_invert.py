@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
-
 from teacher.batches import batch_of
 
 from dtcache.device import resolve_compute
@@ -24,7 +23,7 @@ SPREAD = 0.5
 def gaussian_denoiser(prediction: str, *, learned_variance: bool = False):
     """The best denoiser of images N(0, SPREAD^2 I) has a closed form: E[noise | x_t] is a multiple of x_t."""
 
-    def predict(x_BCHW: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+    def predict(x_BCHW: torch.Tensor, t_B: torch.Tensor, labels_B: None) -> torch.Tensor:
         a = ALPHA_BARS[t_B].to(x_BCHW)[:, None, None, None]
         variance = a * SPREAD**2 + 1 - a
         noise, clean = (1 - a).sqrt() * x_BCHW / variance, a.sqrt() * SPREAD**2 * x_BCHW / variance
@@ -59,7 +58,7 @@ def test_gaussian_images_flow_as_the_ode_says(prediction: str, learned_variance:
     the standard deviations. Learned variances, further channels, change nothing.
     """
     predictor = gaussian_denoiser(prediction, learned_variance=learned_variance)
-    (found, t_B) = Inversion(predictor, ALPHA_BARS, prediction, 400).inputs(images(), None, 400)
+    found, t_B, _ = Inversion(predictor, ALPHA_BARS, prediction, 400).inputs(images(), None, 400, None)
     start, end = (float(a) * SPREAD**2 + 1 - float(a) for a in (ALPHA_BARS[0], ALPHA_BARS[400]))
     torch.testing.assert_close(found, images() * math.sqrt(end / start), rtol=5e-3, atol=0)
     assert t_B.tolist() == [400] * 4
@@ -68,7 +67,9 @@ def test_gaussian_images_flow_as_the_ode_says(prediction: str, learned_variance:
 def test_nothing_is_clipped() -> None:
     """Values far outside [-1, 1] pass through as the formula has them."""
     x_BCHW = torch.full((1, 3, 4, 4), 5.0)
-    (found, _) = Inversion(lambda x, t: torch.zeros_like(x), ALPHA_BARS, "epsilon", 10).inputs(x_BCHW, None, 300)
+    found, _, _ = Inversion(lambda x, t, labels: torch.zeros_like(x), ALPHA_BARS, "epsilon", 10).inputs(
+        x_BCHW, None, 300, None
+    )
     torch.testing.assert_close(found, x_BCHW * (ALPHA_BARS[300] / ALPHA_BARS[0]).sqrt().float())
 
 
@@ -106,8 +107,8 @@ def test_another_prediction_is_refused() -> None:
 def inverting(teacher_dir: Path) -> Teacher:
     """The small teacher, inverting in 20 steps to T = 200."""
     return prepare_teacher(
-        load_teacher(str(teacher_dir)), ViewSpec(height=32, width=32), strides=(4, 8), timesteps=(200,), batch_size=3,
-        compute=resolve_compute("cpu", "fp32"), ddim_steps=20,
+        load_teacher(str(teacher_dir)), ViewSpec(height=32, width=32), taps=("stride4", "stride8"), timesteps=(200,),
+        batch_size=3, compute=resolve_compute("cpu", "fp32"), ddim_steps=20,
     )  # fmt: skip
 
 

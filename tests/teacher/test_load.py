@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dtcache.errors import TeacherError, TeacherNotFoundError
 from dtcache.teacher import load_teacher
-from dtcache.teacher.load import WEIGHTS
+from dtcache.teacher.parts import DOWNLOADED, WEIGHTS
 
 
 @pytest.fixture
@@ -87,11 +88,15 @@ def add_a_tensor(root: Path) -> None:
 
 
 def other_class(root: Path) -> None:
-    edit(root / "unet" / "config.json", lambda c: c.update(_class_name="UNet2DConditionModel"))
+    edit(root / "unet" / "config.json", lambda c: c.update(_class_name="UNet1DModel"))
 
 
-def conditional(root: Path) -> None:
-    edit(root / "unet" / "config.json", lambda c: c.update(num_class_embeds=10))
+def other_condition(root: Path) -> None:
+    edit(root / "unet" / "config.json", lambda c: c.update(class_embed_type="timestep"))
+
+
+def latent_without_autoencoder(root: Path) -> None:
+    edit(root / "unet" / "config.json", lambda c: c.update(in_channels=4))
 
 
 def other_schedule(root: Path) -> None:
@@ -127,11 +132,12 @@ def huge_config(root: Path) -> None:
         (pickle_weights, r"only pickled weights \(diffusion_pytorch_model\.bin\), which dtcache never loads"),
         (drop_a_tensor, "1 missing_keys, such as conv_in.weight"),
         (add_a_tensor, "1 unexpected_keys, such as extra.weight"),
-        (other_class, "expected _class_name UNet2DModel, got 'UNet2DConditionModel'"),
-        (conditional, "expected an unconditional model of RGB pixels, got in_channels=3, num_class_embeds=10"),
+        (other_class, "expected _class_name UNet2DModel or .*, got 'UNet1DModel'; dtcache cannot tap this kind of"),
+        (other_condition, "class_embed_type is 'timestep', a condition that dtcache cannot give"),
+        (latent_without_autoencoder, r"expected a model of RGB pixels or an autoencoder beside it .*in_channels=4"),
         (other_schedule, "expected the scheduler of a variance-preserving model, got 'ScoreSdeVeScheduler'"),
         (no_schedule, r"scheduler_config\.json: the noise schedule is missing"),
-        (no_config, r"config\.json: the U-Net's configuration is missing"),
+        (no_config, r"config\.json: the network's configuration is missing"),
         (broken_config, r"config\.json: not JSON"),
         (list_config, r"config\.json: expected a JSON object, got list"),
         (huge_config, "expected at most 1048576 bytes of JSON"),
@@ -162,7 +168,14 @@ def test_a_hub_id_is_downloaded_as_json_and_safetensors_only(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert load_teacher("google/ddpm-church-256").weights_sha256 == load_teacher(str(teacher_dir)).weights_sha256
-    assert asked == {"google/ddpm-church-256": ["*.json", "*diffusion_pytorch_model.safetensors"]}
+    assert asked == {"google/ddpm-church-256": list(DOWNLOADED)}
+    fetched = ("model_index.json", "unet/config.json", f"vae/{WEIGHTS}", "text_encoder/model.safetensors")
+    left = ("evil.py", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors",
+            "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "safety_checker/model.safetensors",
+            "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors")  # fmt: skip
+    shard = "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
+    for name in (*fetched, shard, *left):
+        assert any(fnmatch(name, pattern) for pattern in DOWNLOADED) == (name not in left), name
 
 
 def test_a_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
