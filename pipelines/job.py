@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtcache.columns import SampleList
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import ImageSource, LoadedView, permuted
 from dtcache.options import ExtractOptions, parse_ints, parse_size
-from dtcache.spec import MAX_SHARD_ROWS, MAX_SIDE, MAX_VIEWS, Sample, ViewSpec
+from dtcache.spec import MAX_SHARD_ROWS, MAX_SIDE, MAX_VIEWS, ViewSpec
 from dtcache.store.layout import tap_name
 from dtcache.teacher import Teacher, load_teacher, native_size, noise_batch, prepare_teacher
 
@@ -19,7 +20,7 @@ class Job:
     """Everything that turns rows into shards; it knows no scheduler and no writer."""
 
     source: ImageSource
-    samples: list[Sample]
+    samples: SampleList
     view: ViewSpec
     teacher: Teacher
     flips: tuple[bool, ...]
@@ -82,11 +83,9 @@ def make_job(source: ImageSource, options: ExtractOptions) -> Job:
         compute=resolve_compute(options.device, options.precision),
     )
     order = permuted(len(source.keys), seed=options.seed, stream="rows")[: options.limit]
-    labels = source.labels
-    samples = [Sample(index=int(i), key=source.keys[i], label=labels[i] if labels is not None else None) for i in order]
     return Job(
         source=source,
-        samples=samples,
+        samples=SampleList(source.keys, source.labels, order),
         view=view,
         teacher=teacher,
         flips=(False, True) if options.flip else (False,),

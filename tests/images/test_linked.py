@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -24,11 +25,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def link(folder: Path, keys: list[str], hashes: list[bytes | None]) -> LinkedImages:
+    """Link rows to a folder, from columns as samples.parquet has them."""
+    return LinkedImages(folder, pa.chunked_array([keys], pa.string()), pa.chunked_array([hashes], pa.binary(32)), VIEW)
+
+
 def linked(folder: Path) -> LinkedImages:
     """Link rows in another order than the source's; row 1 failed."""
     keys = ["2.png", "gone.png", "0.png"]
     hashes = [hashlib.sha256((folder / k).read_bytes()).digest() if k != "gone.png" else None for k in keys]
-    return LinkedImages(folder, keys, hashes, VIEW)
+    return link(folder, keys, hashes)
 
 
 def test_rows_find_their_images_by_key(folder: Path) -> None:
@@ -40,7 +46,7 @@ def test_rows_find_their_images_by_key(folder: Path) -> None:
 def test_a_missing_image_is_named(folder: Path) -> None:
     """A source that lacks images of the cache is refused at once, with a count and a key."""
     with pytest.raises(ImagesError, match=r"1 of 2 images of the cache are not there, such as x\.png"):
-        LinkedImages(folder, ["0.png", "x.png"], [b"a" * 32, b"b" * 32], VIEW)
+        link(folder, ["0.png", "x.png"], [b"a" * 32, b"b" * 32])
 
 
 def test_a_changed_image_is_refused(folder: Path) -> None:

@@ -166,7 +166,7 @@ def test_a_second_run_changes_nothing(cache: Path, scene_folder: Path, teacher_d
         (("--timestep", 50), "teacher.timesteps"),
         (("--no-flip",), "flips"),
         (("--taps", "4,8"), "teacher.taps"),
-        (("--limit", 20), "num_samples"),
+        (("--limit", 20), "40 of the same images are there, 20 were asked for (--limit)"),
         (("--fit", "stretch"), "view.fit"),
         (("--bytes-per-image", 3000), "codec.ratio"),
     ],
@@ -186,7 +186,7 @@ def test_another_recipe_is_refused(
 def test_another_teacher_or_image_set_is_refused(
     cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """Other weights and a changed image list are noticed."""
+    """Other weights are noticed, and a changed image list, with what changed in it."""
     from safetensors.torch import load_file, save_file
 
     other = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
@@ -197,7 +197,12 @@ def test_another_teacher_or_image_set_is_refused(
     assert "teacher.weights_sha256" in extract(scene_folder, other, cache).output
     images = Path(shutil.copytree(scene_folder, tmp_path / "images"))
     next(images.rglob("*.png")).rename(images / "star" / "renamed.png")
-    assert "samples_sha256" in extract(images, teacher_dir, cache).output
+    (images / "star" / "renamed.png").rename(images / "star" / "new.png")
+    output = extract(images, teacher_dir, cache).output
+    assert (
+        "holds a cache of another recipe: of other images: 1 images were added (first star/new.png) and 1 images"
+        in output
+    )
 
 
 def test_bad_images_keep_their_rows(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
