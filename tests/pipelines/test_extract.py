@@ -9,10 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -150,6 +153,37 @@ def test_limit_takes_the_first_rows_of_the_same_order(
     assert extract(scene_folder, teacher_dir, tmp_path / "c", "--limit", 10).exit_code == 0
     few = Cache(tmp_path / "c").reader.samples["key"].to_pylist()
     assert few == Cache(cache).reader.samples["key"].to_pylist()[:10]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "parquet in windows", "tar"])
+def test_the_kind_of_source_changes_no_byte(
+    kind: str, cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same keys, labels and bytes give the same cache from a folder, from Parquet and from tars; only the manifest
+    differs, as these name no classes."""
+    source, images = FolderSource(scene_folder), tmp_path / "images"
+    images.mkdir()
+    rows = [{"bytes": source.read(i), "path": key} for i, key in enumerate(source.keys)]
+    for number, part in enumerate((range(25), range(25, 40))):
+        labels = [(source.labels or [])[i] for i in part]
+        if kind == "tar":
+            with tarfile.open(images / f"{number}.tar", "w") as tar:
+                for i, label in zip(part, labels, strict=True):
+                    for name, data in ((f"{source.keys[i]}.png", rows[i]["bytes"]), (f"{source.keys[i]}.cls", label)):
+                        content = data if isinstance(data, bytes) else str(data).encode()
+                        info = tarfile.TarInfo(name)
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+        else:
+            image = pa.array([rows[i] for i in part], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+            pq.write_table(pa.table({"image": image, "label": labels}), images / f"{number}.parquet", row_group_size=9)
+    if kind == "parquet in windows":
+        monkeypatch.setattr("dtcache.images.parquet.default_held_bytes", lambda: 20_000)
+    assert extract(images, teacher_dir, tmp_path / "c").exit_code == 0
+    found, wanted = tree(tmp_path / "c"), tree(cache)
+    assert found.pop("manifest.json") != wanted.pop("manifest.json")
+    assert found == wanted
+    assert Cache(tmp_path / "c").reader.manifest.recipe == Cache(cache).reader.manifest.recipe
 
 
 def test_a_second_run_changes_nothing(cache: Path, scene_folder: Path, teacher_dir: Path) -> None:
