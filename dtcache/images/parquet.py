@@ -8,9 +8,9 @@ image costs at most the reading of its row group, and all of them at most a pass
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dtcache.columns import Column
-from dtcache.errors import ImagesError, ImagesNotFoundError
+from dtcache.errors import ImagesNotFoundError
+from dtcache.images.row_groups import BYTES, RowGroup, failed_row, read_columns, unreadable
 from dtcache.images.unique import require_unique
 
 LEAST_HELD_BYTES = 2 << 30
@@ -29,21 +30,6 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """What a container may use, where Linux runs it."""
 BATCH_BYTES, BATCH_ROWS = 16 << 20, 256
 """Images that are decoded at once on the way through a row group; a page of the file may be more."""
-BYTES = "image.bytes"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowGroup:
-    """A row group of one of the files."""
-
-    file: Path
-    number: int
-    """Which one of its file."""
-    first: int
-    """Row of the file that it begins with."""
-    rows: int
-    size: int
-    """Bytes of its encoded images, as the file counts them."""
 
 
 class ParquetSource:
@@ -59,7 +45,7 @@ class ParquetSource:
         paths: list[pa.Array] = []
         labels: list[pa.Array] = []
         for file in files:
-            groups, table = _read_columns(file)
+            groups, table = read_columns(file)
             self._groups += groups
             paths += [chunk.field("path").cast(pa.string()) for chunk in table["image"].chunks]
             if "label" in table.column_names:
@@ -128,16 +114,19 @@ class ParquetSource:
         if self._held is not None:
             yield from ((index, partial(self.read, index)) for index in indices)
             return
-        todo = iter(indices)
+        todo, given_up = iter(indices), Event()
         with ThreadPoolExecutor(1, thread_name_prefix="parquet") as pool:
-            coming = self._next_rows(todo)
-            waiting = pool.submit(self._window, coming)
-            while len(coming):
-                rows, window = coming, waiting.result()
+            try:
                 coming = self._next_rows(todo)
-                waiting = pool.submit(self._window, coming)
-                for place, index in enumerate(rows.tolist()):
-                    yield index, partial(self._fetched, index, window[place])
+                waiting = pool.submit(self._window, coming, given_up)
+                while len(coming):
+                    rows, window = coming, waiting.result()
+                    coming = self._next_rows(todo)
+                    waiting = pool.submit(self._window, coming, given_up)
+                    for place, index in enumerate(rows.tolist()):
+                        yield index, partial(self._fetched, index, window[place])
+            finally:
+                given_up.set()
 
     def _fetched(self, index: int, value: bytes | OSError | None) -> bytes:
         if isinstance(value, OSError):
@@ -155,14 +144,19 @@ class ParquetSource:
                 break
         return np.array(rows, np.int64)
 
-    def _window(self, rows: NDArray[np.int64]) -> list[bytes | OSError | None]:
-        """Return rows' images in the order given; None for those that do not fit, as sizes differ within a group."""
+    def _window(self, rows: NDArray[np.int64], given_up: Event) -> list[bytes | OSError | None]:
+        """Return rows' images in the order given; None for those that do not fit, as sizes differ within a group.
+
+        A window may be a pass over all files: it ends early where nobody waits for it any more.
+        """
         order = np.argsort(rows, kind="stable")
         groups = np.searchsorted(self._starts, rows[order], "right") - 1
         found: list[bytes | OSError | None] = [None] * len(rows)
         room = self._held_bytes // 2
         for number in np.unique(groups).tolist():
             places = order[groups == number]
+            if given_up.is_set():
+                break
             try:
                 for at, values in self._stream(number, rows[places] - self._starts[number]):
                     room -= values.nbytes
@@ -196,57 +190,3 @@ def default_held_bytes() -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     granted = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else ""
     return max(LEAST_HELD_BYTES, min(memory, int(granted) if granted.isdigit() else memory) // HELD_SHARE)
-
-
-def unreadable(file: Path, error: Exception) -> ImagesError:
-    """Return what to raise where a file cannot be read."""
-    return ImagesError(f"{file}: not a readable Parquet file ({one_line(error)}); give it again or leave it out")
-
-
-def failed_row(file: Path, error: Exception) -> OSError:
-    """Return what to raise where a row cannot be read."""
-    return OSError(f"{file.name}: {one_line(error)}")
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's text; Arrow's run over several lines."""
-    return " ".join(str(error).split())
-
-
-def _read_columns(file: Path) -> tuple[list[RowGroup], pa.Table]:
-    """Return a file's row groups, but empty ones, and its columns `image.path` and, where it is there, `label`."""
-    try:
-        with pq.ParquetFile(file) as opened:
-            schema = opened.schema_arrow
-            _require_layout(file, schema)
-            groups, first = [], 0
-            for number in range(opened.metadata.num_row_groups):
-                meta = opened.metadata.row_group(number)
-                columns = (meta.column(i) for i in range(meta.num_columns))
-                size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == BYTES)
-                if meta.num_rows:
-                    groups.append(RowGroup(file=file, number=number, first=first, rows=meta.num_rows, size=size))
-                first += meta.num_rows
-            table = opened.read(columns=["image.path", *(["label"] if "label" in schema.names else [])])
-    except (pa.ArrowException, OSError) as error:
-        raise unreadable(file, error) from error
-    if "label" in table.column_names:
-        try:
-            table = table.set_column(table.schema.get_field_index("label"), "label", table["label"].cast(pa.int32()))
-        except pa.ArrowInvalid as error:
-            raise ImagesError(f"{file}: expected labels of 32 bits ({error}); number the classes from 0") from error
-    return groups, table
-
-
-def _require_layout(file: Path, schema: pa.Schema) -> None:
-    """Raise ImagesError where `image` or `label` are not as the Hugging Face layout has them."""
-    image = schema.field("image").type if "image" in schema.names else pa.null()
-    if not (pa.types.is_struct(image) and {"bytes", "path"} <= {f.name for f in image.fields}):
-        raise ImagesError(
-            f"{file}: expected a column image: struct<bytes, path> (the Hugging Face layout), "
-            f"got columns {', '.join(schema.names)}; rewrite the file or give a folder of images"
-        )
-    if "label" in schema.names and not pa.types.is_integer(schema.field("label").type):
-        raise ImagesError(
-            f"{file}: expected a column label of integers, got {schema.field('label').type}; number the classes"
-        )

@@ -1,5 +1,6 @@
 """Parquet: rows of any number of files, held or read a window at a time, always the same bytes."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -136,8 +137,8 @@ def test_what_is_held_is_bounded(large: tuple[list[Path], list[bytes]], monkeypa
     windows, streams = [], []
     window, stream = ParquetSource._window, ParquetSource._stream
 
-    def counted_window(source: ParquetSource, asked: np.ndarray) -> list:
-        found = window(source, asked)
+    def counted_window(source: ParquetSource, *asked: object) -> list:
+        found = window(source, *asked)
         windows.append(sum(len(data) for data in found if data))
         streams.append([])
         return found
@@ -157,6 +158,29 @@ def test_what_is_held_is_bounded(large: tuple[list[Path], list[bytes]], monkeypa
     assert max(windows) <= 30_000
     assert all(len(read) == len(set(read)) <= 12 for read in streams)
     assert [fetch() for fetch in handed] == [rows[i] for i in order]  # those that did not fit are read by themselves
+
+
+def test_nobody_waits_for_a_window_that_is_not_wanted(
+    large: tuple[list[Path], list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever stops early, as by Ctrl-C, waits for one row group, not for a pass over all files."""
+    source, streams, stream = ParquetSource(large[0], 200_000), [], ParquetSource._stream
+    first_read, go_on = threading.Event(), threading.Event()
+
+    def held_up(source: ParquetSource, number: int, wanted: np.ndarray) -> object:
+        streams.append(number)
+        if len(streams) == 13:  # the second window's first group, of twelve
+            first_read.set()
+            go_on.wait(10)
+        return stream(source, number, wanted)
+
+    monkeypatch.setattr(ParquetSource, "_stream", held_up)
+    fetches = source.fetches(RNG.permutation(450).tolist())
+    next(fetches)
+    assert first_read.wait(10)
+    threading.Timer(0.05, go_on.set).start()
+    fetches.close()
+    assert len(streams) == 13
 
 
 def test_one_image_for_many_rows_is_not_held_as_many(tmp_path: Path) -> None:
