@@ -50,7 +50,7 @@ def open_source(path: Path, track: Track | None = None) -> ImageSource:
     if path.is_file() and path.suffix == ".tar":
         return TarSource([path], track)
     if path.is_dir():
-        parquet, tars = (sorted(path.glob(f"*{suffix}")) for suffix in (".parquet", ".tar"))
+        parquet, tars = sorted(path.glob("*.parquet")), sorted(p for p in path.glob("*.tar") if not p.is_dir())
         image = next(list_images(path), None) if tars else None
         if tars and (parquet or image):
             raise ImagesError(

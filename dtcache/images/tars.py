@@ -47,11 +47,11 @@ class TarSource:
         Raises ImagesError for a tar that is compressed, damaged or cut off, for images in it that are links or sparse
         or lie at absolute paths, for labels that are no numbers, and where two images of a tar have the same key.
         """
-        self._files = list(files)
-        self._starts, self._offsets, self._sizes = [0], array("q"), array("q")
+        self._files, starts = list(files), [0]
+        self._offsets, self._sizes = array("q"), array("q")
         keys: list[pa.Array] = []
         labels: list[pa.Array] = []
-        size = sum(file.stat().st_size for file in files)
+        size = sum(file.stat().st_size for file in files if file.exists())
         with track("index tar shards, MiB", size >> 20) if track else nullcontext() as progress:
             for file in files:
                 found = TarIndex(file, progress)
@@ -59,7 +59,8 @@ class TarSource:
                 labels.append(pa.array(found.labels, pa.int32()))
                 self._offsets += found.offsets
                 self._sizes += found.sizes
-                self._starts.append(len(self._offsets))
+                starts.append(len(self._offsets))
+        self._starts = np.array(starts)
         if not self._offsets:
             raise ImagesNotFoundError(
                 f"no images in {', '.join(map(str, files[:3]))}: expected files ending in "

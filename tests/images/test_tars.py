@@ -251,6 +251,16 @@ def test_a_tar_that_shrinks_or_goes_fails_its_images(tmp_path: Path) -> None:
         source.read(0)
 
 
+def test_a_link_to_nowhere_is_refused(tmp_path: Path) -> None:
+    """A shard that is not there is named, not left out; a folder of a tar's name is a folder."""
+    write_tar(tmp_path / "a.tar", {"a.jpg": b"1"})
+    (tmp_path / "c.tar").mkdir()
+    assert list(open_source(tmp_path).keys) == ["a"]
+    (tmp_path / "b.tar").symlink_to("nowhere")
+    with pytest.raises(ImagesError, match=r"b\.tar: cannot be read \(No such file or directory\)"):
+        open_source(tmp_path)
+
+
 def test_indexing_shows_its_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Units are MiB of tar, whatever the number of files."""
     seen: list[int] = []
