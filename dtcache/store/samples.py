@@ -62,18 +62,23 @@ def changed_samples(was: pa.Table, samples: SampleList) -> str:
     added = now["key"].filter(pc.invert(pc.is_in(now["key"], was["key"])))
     changes = []
     if len(added) and not limited:
-        changes.append(f"{len(added)} images were added (first {min(added.to_pylist())})")
+        changes.append(_named("added", added))
     if len(removed):
-        changes.append(f"{len(removed)} images were removed (first {min(removed.to_pylist())})")
+        changes.append(_named("removed", removed))
     place = pc.index_in(now["key"], was["key"])
     before = was["label"].take(place)
     other = pc.and_(place.is_valid(), pc.not_equal(pc.fill_null(before, -1), pc.fill_null(now["label"], -1)))
     if pc.any(other).as_py():
         key, old, new = (column.filter(other)[0] for column in (now["key"], before, now["label"]))
-        changes.append(f"the labels of {pc.sum(other)} images changed ({key}: {old} there, {new} now)")
+        changes.append(f"labels changed, of {pc.sum(other)} images (such as {key}: {old} there, {new} now)")
     if not changes and limited:
         changes.append(f"--limit chooses others of the {len(samples.source_keys)} images that there are now")
     return " and ".join(changes) or "the order of the images changed"
+
+
+def _named(change: str, keys: pa.ChunkedArray) -> str:
+    count = "1 image was" if len(keys) == 1 else f"{len(keys)} images were"
+    return f"{count} {change} (first {min(keys.to_pylist())})"
 
 
 def samples_table(

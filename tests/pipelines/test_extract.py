@@ -234,7 +234,7 @@ def test_another_teacher_or_image_set_is_refused(
     (images / "star" / "renamed.png").rename(images / "star" / "new.png")
     output = extract(images, teacher_dir, cache).output
     assert (
-        "holds a cache of another recipe: of other images: 1 images were added (first star/new.png) and 1 images"
+        "holds a cache of another recipe: of other images: 1 image was added (first star/new.png) and 1 image was"
         in output
     )
 

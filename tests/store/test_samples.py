@@ -105,15 +105,15 @@ LABELS = [0, 0, 1, 1]
     [
         (["ant/1", "ant/2", "ant/3", "ant/4", "bee/1", "bee/2"], [0, 0, 0, 0, 1, 1], [5, 3, 1, 0, 2, 4],
          "2 images were added (first ant/3)"),
-        (WAS[1:], LABELS[1:], [2, 0, 1], "1 images were removed (first ant/1)"),
+        (WAS[1:], LABELS[1:], [2, 0, 1], "1 image was removed (first ant/1)"),
         (["ant/0", "ant/2", "bee/1", "bee/2"], LABELS, [0, 1, 2, 3],
-         "1 images were added (first ant/0) and 1 images were removed (first ant/1)"),
-        (WAS, [0, 0, 2, 1], [2, 0, 3, 1], "the labels of 1 images changed (bee/1: 1 there, 2 now)"),
-        (WAS, [0, 0, 1, None], [2, 0, 3, 1], "the labels of 1 images changed (bee/2: 1 there, None now)"),
+         "1 image was added (first ant/0) and 1 image was removed (first ant/1)"),
+        (WAS, [0, 0, 2, 1], [2, 0, 3, 1], "labels changed, of 1 images (such as bee/1: 1 there, 2 now)"),
+        (WAS, [0, 0, 1, None], [2, 0, 3, 1], "labels changed, of 1 images (such as bee/2: 1 there, None now)"),
         (WAS, LABELS, [3, 0, 2, 1], "the order of the images changed"),
         (WAS, LABELS, [2, 0], "4 of the same images are there, 2 were asked for (--limit)"),
         ([*WAS, "cow/1"], [*LABELS, 2], [4, 1], "--limit chooses others of the 5 images that there are now"),
-        ([*WAS[1:], "cow/1"], [*LABELS[1:], 2], [3, 1], "1 images were removed (first ant/1)"),
+        ([*WAS[1:], "cow/1"], [*LABELS[1:], 2], [3, 1], "1 image was removed (first ant/1)"),
     ],
     ids=["more", "fewer", "renamed", "label", "lost label", "order", "limit", "more and limit", "fewer and limit"],
 )  # fmt: skip
@@ -130,5 +130,5 @@ def test_a_new_class_shifts_the_labels_after_it() -> None:
     was = samples_table(WAS, LABELS)
     now = SampleList(["ant/1", "ant/2", "ape/1", "bee/1", "bee/2"], [0, 0, 1, 2, 2], np.array([4, 3, 2, 1, 0]))
     assert changed_samples(was, now) == (
-        "1 images were added (first ape/1) and the labels of 2 images changed (bee/2: 1 there, 2 now)"
+        "1 image was added (first ape/1) and labels changed, of 2 images (such as bee/2: 1 there, 2 now)"
     )
