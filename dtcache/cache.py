@@ -101,8 +101,8 @@ class Cache:
         if images is not None and IMAGES in self.reader.manifest.arrays:
             raise ConfigError(f"{root} stores its images: open it without others")
         if images is not None:
-            keys, hashes = (self.reader.samples[name].to_pylist() for name in ("key", "content_sha256"))
-            self._linked = LinkedImages(images, keys, hashes, self.view)
+            samples = self.reader.samples
+            self._linked = LinkedImages(images, samples["key"], samples["content_sha256"], self.view)
 
     def __reduce__(self) -> tuple[type["Cache"], tuple[Path, Path | None]]:
         """Travel as paths."""

@@ -196,7 +196,7 @@ class VerifyOptions(Options):
 class EvaluateOptions(Options):
     """Options of `dtcache evaluate`."""
 
-    train: Path = option("", "Labelled training images (folder tree or Parquet).", metavar="IMAGES")
+    train: Path = option("", "Labelled training images (folder tree, Parquet or tars).", metavar="IMAGES")
     test: Path | None = option(None, "Labelled test images [default: a fifth of --train].", metavar="IMAGES")
     size: str | None = option(None, "Input size [default: the one trained with; 32 for raw pixels].", metavar="H[xW]")
     limit_train: int | None = option(None, "Use N training images of the permuted order.", minimum=1)

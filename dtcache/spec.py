@@ -244,6 +244,6 @@ class Sample:
     index: int
     """Place in the source's own order."""
     key: str
-    """Unique name: relative POSIX path, or the Parquet path column, or file:row."""
+    """Unique name: docs/images.md says how each kind of source makes it."""
     label: int | None = field(default=None)
     """Class index, where the source has classes."""

@@ -111,7 +111,7 @@ def split_images(options: EvaluateOptions) -> tuple[LabelledImages, LabelledImag
 
 
 def _open_labelled(path: Path) -> ImageSource:
-    source = open_source(path)
+    source = open_source(path, track)
     if source.labels is None or any(label is None or label < 0 for label in source.labels):
         raise ImagesError(
             f"{path}: expected a label for every image, got images without; give a folder with one sub-folder a class, "

@@ -21,9 +21,9 @@ from dtcache.images.stored import image_bound
 from dtcache.options import QUALITY_RATIOS, ExtractOptions, parse_share
 from dtcache.spec import CodecSpec, FailedSample, Json, Recipe
 from dtcache.storage import FolderLock
-from dtcache.store.layout import MANIFEST, payload_arrays
+from dtcache.store.layout import MANIFEST, SAMPLES, payload_arrays
 from dtcache.store.manifest import read_manifest, require_same
-from dtcache.store.samples import hash_samples
+from dtcache.store.samples import changed_samples, hash_samples, read_table
 from dtcache.store.writer import CacheWriter, require_ours
 from dtcache.teacher import CallableTeacher
 from pipelines.equivariance import Measured, measure
@@ -62,14 +62,14 @@ def extract(images: Path, out: Path, options: ExtractOptions, teacher: CallableT
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: expected a folder, got a file")
     most = parse_share(options.max_failures, "--max-failures")
-    source = open_source(images)
+    source = open_source(images, track)
     stored = stored_prompt(out, read_manifest(out)) if (out / MANIFEST).exists() else None
     job = make_job(source, options, teacher, stored)
     if out.is_dir() and not (out / MANIFEST).exists():
         require_ours(out)
     with FolderLock(out):
         if (out / MANIFEST).exists():
-            require_same(out, read_manifest(out).recipe, asked(job, options))
+            require_same_job(out, read_manifest(out).recipe, asked(job, options), job)
             writer = CacheWriter.resume(out)
             _require_same_images(job, writer)
         else:
@@ -157,7 +157,22 @@ def asked(job: Job, options: ExtractOptions) -> Json:
     if options.shard_rows is None:
         del fixed["shard_rows"]
     # Another seed changes the sample list too, other taps or views the ratio of a size: name causes before effects.
-    return {name: fixed[name] for name in ("seed", "num_samples", "flips", "draws", "average", "teacher")} | fixed
+    return {name: fixed[name] for name in ("seed", "flips", "draws", "average", "teacher")} | fixed
+
+
+def require_same_job(root: Path, found: Json, wanted: Json, job: Job) -> None:
+    """Raise CacheMismatchError naming the field of `wanted` that a cache's recipe has otherwise, or what of the images.
+
+    The images come last, since an option, such as the seed, may be why their list is another one.
+    """
+    lists = ("num_samples", "samples_sha256")
+    require_same(root, found, {name: value for name, value in wanted.items() if name not in lists})
+    if any(found[name] != wanted[name] for name in lists):
+        what = changed_samples(read_table(root / SAMPLES), job.samples)
+        raise CacheMismatchError(
+            f"{root} holds a cache of another recipe: of other images: {what}; give the images and the --limit that it "
+            "was begun with, or another --out"
+        )
 
 
 def _recipe(job: Job, codec: CodecSpec, shard_rows: int, measured: Measured) -> Recipe:
@@ -219,17 +234,16 @@ def _shard_rows(count: int, bytes_a_row: float) -> int:
 def _require_same_images(job: Job, writer: CacheWriter) -> None:
     """Compare some committed rows' image bytes with the source. Raises CacheMismatchError naming one that changed."""
     count = len(job.samples)
-    for row in range(0, count, max(1, count // CHECKED_ROWS)):
-        known = writer.content_sha256(row)
-        if known is None:
-            continue
-        sample = job.samples[row]
+    hashes = ((row, writer.content_sha256(row)) for row in range(0, count, max(1, count // CHECKED_ROWS)))
+    known = [(row, sha256) for row, sha256 in hashes if sha256 is not None]
+    fetches = job.source.fetches(job.samples[row].index for row, _ in known)
+    for (row, sha256), (_, fetch) in zip(known, fetches, strict=True):
         try:
-            same = hashlib.sha256(job.source.read(sample.index)).hexdigest() == known
+            same = hashlib.sha256(fetch()).hexdigest() == sha256
         except OSError:
             same = False
         if not same:
             raise CacheMismatchError(
-                f"{writer.root} was made from another image {sample.key}: its bytes have changed since; give the "
-                "images that the cache was begun with, or another --out"
+                f"{writer.root} was made from another image {job.samples[row].key}: its bytes have changed since; give "
+                "the images that the cache was begun with, or another --out"
             )

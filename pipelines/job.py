@@ -4,11 +4,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dtcache.columns import SampleList
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import ImageSource, LoadedView, permuted
 from dtcache.options import ExtractOptions, parse_size, parse_taps
-from dtcache.spec import MAX_SHARD_ROWS, MAX_SIDE, MAX_VIEWS, Sample, ViewSpec, tap_name
+from dtcache.spec import MAX_SHARD_ROWS, MAX_SIDE, MAX_VIEWS, ViewSpec, tap_name
 from dtcache.teacher import (
     CallableTeacher,
     LoadedTeacher,
@@ -28,7 +29,7 @@ class Job:
     """Everything that turns rows into shards; it knows no scheduler and no writer."""
 
     source: ImageSource
-    samples: list[Sample]
+    samples: SampleList
     view: ViewSpec
     teacher: Teacher
     flips: tuple[bool, ...]
@@ -90,8 +91,8 @@ def job_with(source: ImageSource, teacher: Teacher, options: ExtractOptions) -> 
     """Order the samples for a teacher. Raises ImagesError where it is told labels that the images do not have."""
     order = permuted(len(source.keys), seed=options.seed, stream="rows")[: options.limit]
     labels = source.labels
-    samples = [Sample(index=int(i), key=source.keys[i], label=labels[i] if labels is not None else None) for i in order]
-    teacher.require_labels([s.key for s in samples], [s.label for s in samples] if labels is not None else None)
+    samples = SampleList(source.keys, labels, order)
+    teacher.require_labels((s.key for s in samples), (s.label for s in samples) if labels is not None else None)
     return Job(
         source=source,
         samples=samples,

@@ -14,12 +14,12 @@ from dtcache.storage import FolderLock, file_sha256, make_folders, write_file
 from dtcache.store.commits import ShardObject
 from dtcache.store.contents import Contents, Damage, WantedObject, file_problem, read_contents
 from dtcache.store.layout import SAMPLES, SHARDS
-from dtcache.store.manifest import CacheManifest, require_same
+from dtcache.store.manifest import CacheManifest
 from dtcache.store.samples import parquet_bytes, read_table, shards_table
 from dtcache.store.shard import build_shard
 from dtcache.store.verify import Verification
 from dtcache.store.writer import ShardData
-from pipelines.extract import DECODE_THREADS, asked, fit_rows
+from pipelines.extract import DECODE_THREADS, asked, fit_rows, require_same_job
 from pipelines.job import Job, job_with
 from pipelines.nodes import zarr_nodes
 from pipelines.progress import track
@@ -104,10 +104,10 @@ def _repair_shards(root: Path, found: Verification, images: Path, teacher: str) 
     except CacheDamagedError as error:
         return [Repair(path=d.path, outcome="refused", note=str(error)) for d in found.damage if d.shard is not None]
     options = options_of(manifest.recipe, teacher)
-    job = job_with(open_source(images), cache_teacher(root, manifest, teacher), options)
+    job = job_with(open_source(images, track), cache_teacher(root, manifest, teacher), options)
     wanted_recipe = asked(job, options)
     del wanted_recipe["codec"]  # the cache's own fit is used
-    require_same(root, manifest.recipe, wanted_recipe)
+    require_same_job(root, manifest.recipe, wanted_recipe, job)
     encoder = FeatureEncoder(fit, resolve_compute(options.device, options.precision).device)
     array = next(iter(manifest.arrays.values()))
     rows = {shard: array.rows_of(shard) for shard in damaged}

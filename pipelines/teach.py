@@ -43,7 +43,7 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
 
     Raises CacheMismatchError where `out` holds a run of other options, TrainingError where the loss diverges.
     """
-    source = open_source(images)
+    source = open_source(images, track)
     height, width = parse_size(options.size)
     view = ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop")
     rows = permuted(len(source.keys), seed=options.seed, stream="teach")[: options.limit]

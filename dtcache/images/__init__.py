@@ -1,7 +1,10 @@
 """Where images come from, and the view of them that teacher and students share."""
 
+from dtcache.images.folder import FolderSource
 from dtcache.images.linked import LinkedImages
-from dtcache.images.source import FolderSource, ImageSource, ParquetSource, open_source, permuted
+from dtcache.images.parquet import ParquetSource
+from dtcache.images.source import ImageSource, open_source, permuted
+from dtcache.images.tars import TarSource
 from dtcache.images.view import LoadedView, decode_view, load_views
 
 __all__ = [
@@ -10,6 +13,7 @@ __all__ = [
     "LinkedImages",
     "LoadedView",
     "ParquetSource",
+    "TarSource",
     "decode_view",
     "load_views",
     "open_source",

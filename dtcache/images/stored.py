@@ -1,6 +1,7 @@
 """Images inside a cache: the source's own bytes where the view changes no pixel, else lossless WebP."""
 
 import io
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from dtcache.images.view import LoadedView, decode_view
 from dtcache.spec import ViewSpec
 
 LENGTH_BYTES = 4
+CONTAINER: dict[str, Any] = {"lossless": True, "method": 2, "quality": 20}
+"""Of WebP: the default, method 4, takes over four times as long to save some 4 % of the bytes."""
 
 
 def image_bound(view: ViewSpec) -> int:
@@ -28,7 +31,7 @@ def encode_stored(loaded: LoadedView, bound: int) -> bytes:
         if loaded.pixels_CHW is None:
             raise BadImageError(loaded.failure or "no pixels")
         sink = io.BytesIO()
-        Image.fromarray(loaded.pixels_CHW.transpose(1, 2, 0)).save(sink, "WEBP", lossless=True, method=4, quality=60)
+        Image.fromarray(loaded.pixels_CHW.transpose(1, 2, 0)).save(sink, "WEBP", **CONTAINER)
         data = sink.getvalue()
     return len(data).to_bytes(LENGTH_BYTES, "little") + data
 
@@ -38,7 +41,8 @@ def decode_stored(payload_L: NDArray[np.uint8], view: ViewSpec) -> NDArray[np.ui
     length = int.from_bytes(payload_L[:LENGTH_BYTES].tobytes(), "little")
     if not 0 < length <= len(payload_L) - LENGTH_BYTES:
         raise BadImageError(f"a stored image of {length} bytes does not fit a payload of {len(payload_L)}")
-    pixels_CHW, unchanged = decode_view(payload_L[LENGTH_BYTES : LENGTH_BYTES + length].tobytes(), view)
+    data = payload_L[LENGTH_BYTES : LENGTH_BYTES + length].tobytes()
+    pixels_CHW, unchanged = decode_view(data, view, stored=True)
     if not unchanged:
         raise BadImageError(f"a stored image is not of the view's size, {view.height}x{view.width}")
     return pixels_CHW

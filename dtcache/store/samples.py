@@ -3,16 +3,22 @@
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dtcache.columns import Column, SampleList
 from dtcache.errors import CacheDamagedError
 from dtcache.spec import FailedSample, Sample, sha256_json
 from dtcache.store.commits import CommitRecord, ShardObject
 from dtcache.store.layout import SHARDS
 
+AT_ONCE = 1 << 16
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -34,31 +40,67 @@ SHARD_SCHEMA = pa.schema(
 
 def hash_samples(samples: Sequence[Sample]) -> str:
     """Return the SHA-256 over keys and labels in row order."""
-    return hash_keys([sample.key for sample in samples], [sample.label for sample in samples])
+    return hash_keys((sample.key, sample.label) for sample in samples)
 
 
-def hash_keys(keys: Sequence[str], labels: Sequence[int | None]) -> str:
-    """Return the SHA-256 over keys and labels that run together."""
+def hash_keys(pairs: Iterable[tuple[str, int | None]]) -> str:
+    """Return the SHA-256 over (key, label) pairs."""
     digest = hashlib.sha256()
-    for key, label in zip(keys, labels, strict=True):
+    for key, label in pairs:
         digest.update(f"{key}\0{label}\n".encode())
     return digest.hexdigest()
 
 
+def changed_samples(was: pa.Table, samples: SampleList) -> str:
+    """Say how samples differ from those of a cache's index: what was removed and added, else labels, else the order."""
+    now = samples_table((s.key for s in samples), (s.label for s in samples))
+    both = min(len(was), len(now))
+    if was["key"][:both].equals(now["key"][:both]) and was["label"][:both].equals(now["label"][:both]):
+        return f"{len(was)} of the same images are there, {len(now)} were asked for (--limit)"
+    limited = len(samples) < len(samples.source_keys)
+    removed = was["key"].filter(pc.invert(pc.is_in(was["key"], pa.array(samples.source_keys, pa.string()))))
+    added = now["key"].filter(pc.invert(pc.is_in(now["key"], was["key"])))
+    changes = []
+    if len(added) and not limited:
+        changes.append(_named("added", added))
+    if len(removed):
+        changes.append(_named("removed", removed))
+    place = pc.index_in(now["key"], was["key"])
+    before = was["label"].take(place)
+    other = pc.and_(place.is_valid(), pc.not_equal(pc.fill_null(before, -1), pc.fill_null(now["label"], -1)))
+    if pc.any(other).as_py():
+        key, old, new = (column.filter(other)[0] for column in (now["key"], before, now["label"]))
+        changes.append(f"labels changed, of {pc.sum(other)} images (such as {key}: {old} there, {new} now)")
+    if not changes and limited:
+        changes.append(f"--limit chooses others of the {len(samples.source_keys)} images that there are now")
+    return " and ".join(changes) or "the order of the images changed"
+
+
+def _named(change: str, keys: pa.ChunkedArray) -> str:
+    count = "1 image was" if len(keys) == 1 else f"{len(keys)} images were"
+    return f"{count} {change} (first {min(keys.to_pylist())})"
+
+
 def samples_table(
-    keys: Sequence[str], labels: Sequence[int | None], content: Sequence[bytes | None], failures: Sequence[str | None]
+    keys: Iterable[str],
+    labels: Iterable[int | None],
+    content: Iterable[bytes | None] | None = None,
+    failures: Iterable[str | None] | None = None,
 ) -> pa.Table:
     """Return the sample index; content hashes and failures are null while the cache is being written."""
-    return pa.Table.from_arrays(
-        [
-            pa.array(range(len(keys)), pa.int64()),
-            pa.array(keys, pa.string()),
-            pa.array(labels, pa.int32()),
-            pa.array(content, pa.binary(32)),
-            pa.array(failures, pa.string()),
-        ],
-        schema=SCHEMA,
-    )
+    names, rest = _column(keys, pa.string()), [labels, content, failures]
+    columns = [
+        pa.nulls(len(names), field.type) if values is None else _column(values, field.type)
+        for values, field in zip(rest, list(SCHEMA)[2:], strict=True)
+    ]
+    return pa.Table.from_arrays([pa.array(np.arange(len(names))), names, *columns], schema=SCHEMA)
+
+
+def _column(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
+    """Return values as one array; those of a generator never become a list, which would take twice the memory."""
+    left = iter(values)
+    parts = iter(lambda: pa.array(islice(left, AT_ONCE), kind), pa.array([], kind))
+    return pa.chunked_array(list(parts), kind).combine_chunks()
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -85,17 +127,17 @@ def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitReco
     """
     table = read_table(path)
     try:
-        keys, labels = table["key"].to_pylist(), table["label"].to_pylist()
+        keys, labels = Column[str](table["key"]), Column[int | None](table["label"])
     except KeyError as error:
         raise CacheDamagedError(f"{path}: expected a column {error}; delete this cache and extract it again") from error
-    if hash_keys(keys, labels) != samples_sha256:
+    if hash_keys(zip(keys, labels, strict=True)) != samples_sha256:
         raise CacheDamagedError(
             f"{path}: not the samples that the recipe names; delete this cache and extract it again"
         )
     failures: list[str | None] = [None] * len(keys)
     for failed in (f for record in records for f in record.failures):
         failures[failed.row] = failed.reason
-    content = [bytes.fromhex(sha) if sha else None for record in records for sha in record.content_sha256]
+    content = (bytes.fromhex(sha) if sha else None for record in records for sha in record.content_sha256)
     return samples_table(keys, labels, content, failures)
 
 

@@ -100,8 +100,7 @@ class CacheWriter:
         files = {
             p.relative_to(root).as_posix(): file_sha256(p) for p in sorted((root / DATA).rglob("*")) if p.is_file()
         }
-        empty: list[None] = [None] * len(samples)
-        table = samples_table([s.key for s in samples], [s.label for s in samples], empty, empty)
+        table = samples_table((s.key for s in samples), (s.label for s in samples))
         write_file(root / SAMPLES, parquet_bytes(table))
         files[SAMPLES] = file_sha256(root / SAMPLES)
         if embedding_LD is not None:

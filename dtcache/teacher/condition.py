@@ -1,7 +1,7 @@
 """What a conditional teacher is told of an image beside its noisy pixels: its class, another one, none, or a prompt."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from dtcache.errors import ConfigError, ImagesError
 from dtcache.spec import ConditionSpec
@@ -43,7 +43,7 @@ def choose_condition(denoiser: Denoiser, prompt: Prompt | None, asked: str | Non
     return ConditionSpec(kind="class", number=int(str(asked)))
 
 
-def require_labels(keys: Sequence[str], labels: Sequence[int | None] | None, num_classes: int) -> None:
+def require_labels(keys: Iterable[str], labels: Iterable[int | None] | None, num_classes: int) -> None:
     """Raise ImagesError naming the first image whose label is none of the teacher's classes."""
     if labels is None:
         raise ImagesError(

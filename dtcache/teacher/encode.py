@@ -114,7 +114,7 @@ class Teacher:
             ),
         )
 
-    def require_labels(self, keys: Sequence[str], labels: Sequence[int | None] | None) -> None:
+    def require_labels(self, keys: Iterable[str], labels: Iterable[int | None] | None) -> None:
         """Raise ImagesError where each sample's label is told and one of them is none of the teacher's classes."""
         if self.spec.condition is not None and self.spec.condition.kind == "label":
             assert self._num_classes is not None, "only a class-conditional teacher is told labels"

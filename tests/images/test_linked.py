@@ -2,9 +2,12 @@
 
 import hashlib
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -24,11 +27,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def link(folder: Path, keys: list[str], hashes: list[bytes | None]) -> LinkedImages:
+    """Link rows to a folder, from columns as samples.parquet has them."""
+    return LinkedImages(folder, pa.chunked_array([keys], pa.string()), pa.chunked_array([hashes], pa.binary(32)), VIEW)
+
+
 def linked(folder: Path) -> LinkedImages:
     """Link rows in another order than the source's; row 1 failed."""
     keys = ["2.png", "gone.png", "0.png"]
     hashes = [hashlib.sha256((folder / k).read_bytes()).digest() if k != "gone.png" else None for k in keys]
-    return LinkedImages(folder, keys, hashes, VIEW)
+    return link(folder, keys, hashes)
 
 
 def test_rows_find_their_images_by_key(folder: Path) -> None:
@@ -40,7 +48,7 @@ def test_rows_find_their_images_by_key(folder: Path) -> None:
 def test_a_missing_image_is_named(folder: Path) -> None:
     """A source that lacks images of the cache is refused at once, with a count and a key."""
     with pytest.raises(ImagesError, match=r"1 of 2 images of the cache are not there, such as x\.png"):
-        LinkedImages(folder, ["0.png", "x.png"], [b"a" * 32, b"b" * 32], VIEW)
+        link(folder, ["0.png", "x.png"], [b"a" * 32, b"b" * 32])
 
 
 def test_a_changed_image_is_refused(folder: Path) -> None:
@@ -59,3 +67,25 @@ def test_an_image_that_went_away_is_named(folder: Path) -> None:
     (folder / "0.png").unlink()
     with pytest.raises(ImagesError, match=r"0\.png: .*No such file.* could be read when the cache was made"):
         images.pixels(2)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "parquet in windows"])
+def test_images_come_from_every_kind_of_source(
+    folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows find their images in tars and in Parquet, held or not."""
+    contents = {name: (folder / f"{name}.png").read_bytes() for name in ("0", "1", "2")}
+    path = tmp_path / f"a.{kind.split()[0]}"
+    if kind == "tar":
+        with tarfile.open(path, "w") as tar:
+            for name in contents:
+                tar.add(folder / f"{name}.png", f"{name}.png")
+    else:
+        rows = [{"bytes": data, "path": name} for name, data in contents.items()]
+        image = pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+        pq.write_table(pa.table({"image": image}), path)
+    if kind == "parquet in windows":
+        monkeypatch.setattr("dtcache.images.parquet.default_held_bytes", lambda: 100)
+    images = link(path, ["2", "0"], [hashlib.sha256(contents[name]).digest() for name in ("2", "0")])
+    for row, name in enumerate(("2", "0")):
+        np.testing.assert_array_equal(images.pixels(row), decode_view(contents[name], VIEW)[0])

@@ -9,10 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -152,6 +155,37 @@ def test_limit_takes_the_first_rows_of_the_same_order(
     assert few == Cache(cache).reader.samples["key"].to_pylist()[:10]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "parquet in windows", "tar"])
+def test_the_kind_of_source_changes_no_byte(
+    kind: str, cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same keys, labels and bytes give the same cache from a folder, from Parquet and from tars; only the manifest
+    differs, as these name no classes."""
+    source, images = FolderSource(scene_folder), tmp_path / "images"
+    images.mkdir()
+    rows = [{"bytes": source.read(i), "path": key} for i, key in enumerate(source.keys)]
+    for number, part in enumerate((range(25), range(25, 40))):
+        labels = [(source.labels or [])[i] for i in part]
+        if kind == "tar":
+            with tarfile.open(images / f"{number}.tar", "w") as tar:
+                for i, label in zip(part, labels, strict=True):
+                    for name, data in ((f"{source.keys[i]}.png", rows[i]["bytes"]), (f"{source.keys[i]}.cls", label)):
+                        content = data if isinstance(data, bytes) else str(data).encode()
+                        info = tarfile.TarInfo(name)
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+        else:
+            image = pa.array([rows[i] for i in part], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+            pq.write_table(pa.table({"image": image, "label": labels}), images / f"{number}.parquet", row_group_size=9)
+    if kind == "parquet in windows":
+        monkeypatch.setattr("dtcache.images.parquet.default_held_bytes", lambda: 20_000)
+    assert extract(images, teacher_dir, tmp_path / "c").exit_code == 0
+    found, wanted = tree(tmp_path / "c"), tree(cache)
+    assert found.pop("manifest.json") != wanted.pop("manifest.json")
+    assert found == wanted
+    assert Cache(tmp_path / "c").reader.manifest.recipe == Cache(cache).reader.manifest.recipe
+
+
 def test_a_second_run_changes_nothing(cache: Path, scene_folder: Path, teacher_dir: Path) -> None:
     """Extracting again into a finished cache is quick and leaves every byte."""
     before = tree(cache)
@@ -166,7 +200,7 @@ def test_a_second_run_changes_nothing(cache: Path, scene_folder: Path, teacher_d
         (("--timestep", 50), "teacher.timesteps"),
         (("--no-flip",), "flips"),
         (("--taps", "4,8"), "teacher.taps"),
-        (("--limit", 20), "num_samples"),
+        (("--limit", 20), "40 of the same images are there, 20 were asked for (--limit)"),
         (("--fit", "stretch"), "view.fit"),
         (("--bytes-per-image", 3000), "codec.ratio"),
     ],
@@ -186,7 +220,7 @@ def test_another_recipe_is_refused(
 def test_another_teacher_or_image_set_is_refused(
     cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """Other weights and a changed image list are noticed."""
+    """Other weights are noticed, and a changed image list, with what changed in it."""
     from safetensors.torch import load_file, save_file
 
     other = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
@@ -197,7 +231,12 @@ def test_another_teacher_or_image_set_is_refused(
     assert "teacher.weights_sha256" in extract(scene_folder, other, cache).output
     images = Path(shutil.copytree(scene_folder, tmp_path / "images"))
     next(images.rglob("*.png")).rename(images / "star" / "renamed.png")
-    assert "samples_sha256" in extract(images, teacher_dir, cache).output
+    (images / "star" / "renamed.png").rename(images / "star" / "new.png")
+    output = extract(images, teacher_dir, cache).output
+    assert (
+        "holds a cache of another recipe: of other images: 1 image was added (first star/new.png) and 1 image was"
+        in output
+    )
 
 
 def test_bad_images_keep_their_rows(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:

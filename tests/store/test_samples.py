@@ -3,12 +3,22 @@
 import random
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dtcache.columns import SampleList
 from dtcache.spec import Sample
-from dtcache.store.samples import SCHEMA, hash_samples, held_out, parquet_bytes, read_table, samples_table
+from dtcache.store.samples import (
+    SCHEMA,
+    changed_samples,
+    hash_samples,
+    held_out,
+    parquet_bytes,
+    read_table,
+    samples_table,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,3 +94,41 @@ def test_parquet_bytes_are_deterministic() -> None:
     assert parquet_bytes(table()) == first
     assert parquet_bytes(pq.read_table(pa.BufferReader(first))) == first
     assert parquet_bytes(table().slice(0, 2)) != first
+
+
+WAS = ["ant/1", "ant/2", "bee/1", "bee/2"]
+LABELS = [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "labels", "order", "what"),
+    [
+        (["ant/1", "ant/2", "ant/3", "ant/4", "bee/1", "bee/2"], [0, 0, 0, 0, 1, 1], [5, 3, 1, 0, 2, 4],
+         "2 images were added (first ant/3)"),
+        (WAS[1:], LABELS[1:], [2, 0, 1], "1 image was removed (first ant/1)"),
+        (["ant/0", "ant/2", "bee/1", "bee/2"], LABELS, [0, 1, 2, 3],
+         "1 image was added (first ant/0) and 1 image was removed (first ant/1)"),
+        (WAS, [0, 0, 2, 1], [2, 0, 3, 1], "labels changed, of 1 images (such as bee/1: 1 there, 2 now)"),
+        (WAS, [0, 0, 1, None], [2, 0, 3, 1], "labels changed, of 1 images (such as bee/2: 1 there, None now)"),
+        (WAS, LABELS, [3, 0, 2, 1], "the order of the images changed"),
+        (WAS, LABELS, [2, 0], "4 of the same images are there, 2 were asked for (--limit)"),
+        ([*WAS, "cow/1"], [*LABELS, 2], [4, 1], "--limit chooses others of the 5 images that there are now"),
+        ([*WAS[1:], "cow/1"], [*LABELS[1:], 2], [3, 1], "1 image was removed (first ant/1)"),
+    ],
+    ids=["more", "fewer", "renamed", "label", "lost label", "order", "limit", "more and limit", "fewer and limit"],
+)  # fmt: skip
+def test_what_changed_in_a_data_set_is_named(
+    keys: list[str], labels: list[int | None], order: list[int], what: str
+) -> None:
+    """Additions and removals come with a name, then labels, and the order only where nothing else changed."""
+    was = samples_table([WAS[i] for i in (2, 0, 3, 1)], [LABELS[i] for i in (2, 0, 3, 1)])
+    assert changed_samples(was, SampleList(keys, labels, np.array(order))) == what
+
+
+def test_a_new_class_shifts_the_labels_after_it() -> None:
+    """Both are told: the images that came, and how many others have another label by that."""
+    was = samples_table(WAS, LABELS)
+    now = SampleList(["ant/1", "ant/2", "ape/1", "bee/1", "bee/2"], [0, 0, 1, 2, 2], np.array([4, 3, 2, 1, 0]))
+    assert changed_samples(was, now) == (
+        "1 image was added (first ape/1) and labels changed, of 2 images (such as bee/2: 1 there, 2 now)"
+    )

@@ -1,0 +1,234 @@
+"""Parquet: rows of any number of files, held or read a window at a time, always the same bytes."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dtcache.errors import ImagesError, ImagesNotFoundError
+from dtcache.images import ParquetSource, open_source, parquet
+
+RNG = np.random.default_rng(0)
+
+
+def write_parquet(path: Path, paths: list[str | None], *, labels: bool = True) -> Path:
+    """Write the Hugging Face layout with bytes b"0", b"1", ..."""
+    image = pa.array(
+        [{"bytes": str(i).encode(), "path": p} for i, p in enumerate(paths)],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
+    columns = {"image": image} | ({"label": pa.array(range(len(paths)), pa.int64())} if labels else {})
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_parquet_paths_are_keys_where_unique(tmp_path: Path) -> None:
+    """Unique paths are keys; labels come with them."""
+    source = open_source(write_parquet(tmp_path / "a.parquet", ["x/1.png", "x/2.png"]))
+    assert list(source.keys) == ["x/1.png", "x/2.png"]
+    assert list(source.labels) == [0, 1]
+    assert source.read(1) == b"1"
+
+
+@pytest.mark.parametrize("paths", [["same", None], [None, "a"], ["", "a"]])
+def test_parquet_rows_are_keys_where_paths_are_missing(tmp_path: Path, paths: list[str | None]) -> None:
+    """Where paths are missing all rows have file:row keys."""
+    assert list(open_source(write_parquet(tmp_path / "a.parquet", paths)).keys) == ["a:0", "a:1"]
+
+
+def test_a_folder_of_parquet_files_is_one_source(tmp_path: Path) -> None:
+    """Files are read in the order of their names, and rows across files are found."""
+    write_parquet(tmp_path / "b.parquet", ["3", "4"], labels=False)
+    write_parquet(tmp_path / "a.parquet", ["1"], labels=False)
+    source = open_source(tmp_path)
+    assert list(source.keys) == ["1", "3", "4"]
+    assert source.labels is None
+    assert [source.read(i) for i in range(3)] == [b"0", b"0", b"1"]
+
+
+def test_parquet_of_another_layout_is_refused(tmp_path: Path) -> None:
+    """The columns that were found are named."""
+    pq.write_table(pa.table({"pixels": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(ImagesError, match=r"expected a column image: struct<bytes, path>.*got columns pixels"):
+        open_source(tmp_path / "a.parquet")
+
+
+def test_a_truncated_parquet_file_is_refused(tmp_path: Path) -> None:
+    """A file that is no Parquet is an error of ours, with its name."""
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ImagesError, match=r"a\.parquet: not a readable Parquet file"):
+        open_source(tmp_path / "a.parquet")
+
+
+def test_a_path_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    """Both rows are named, across files too: one of them may be a copy, and noise is drawn by name."""
+    write_parquet(tmp_path / "a.parquet", ["x", "y"])
+    write_parquet(tmp_path / "b.parquet", ["z", "y"])
+    with pytest.raises(
+        ImagesError,
+        match=r"two images have the same name 'y': row 1 of \S+a\.parquet and row 1 of \S+b\.parquet; give each a path",
+    ):
+        open_source(tmp_path)
+
+
+def test_rows_are_counted_a_file(tmp_path: Path) -> None:
+    """file:row goes on through a file's row groups, and begins anew with a file."""
+    for name in ("a", "b"):
+        table = pq.read_table(write_parquet(tmp_path / f"{name}.parquet", [None] * 5))
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
+    assert list(open_source(tmp_path).keys) == [f"{name}:{row}" for name in "ab" for row in range(5)]
+
+
+def test_labels_may_be_missing(tmp_path: Path) -> None:
+    """A null label is an image without; files without the column leave all without."""
+    table = pq.read_table(write_parquet(tmp_path / "a.parquet", ["1", "2"]))
+    table = table.set_column(1, "label", pa.array([None, 3], pa.int64()))
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert list(open_source(tmp_path).labels or []) == [None, 3]
+    write_parquet(tmp_path / "b.parquet", ["3"], labels=False)
+    assert open_source(tmp_path).labels is None
+
+
+def test_labels_of_more_than_32_bits_are_refused(tmp_path: Path) -> None:
+    """A cache holds labels as int32."""
+    table = pq.read_table(write_parquet(tmp_path / "a.parquet", ["1"]))
+    pq.write_table(table.set_column(1, "label", pa.array([1 << 40])), tmp_path / "a.parquet")
+    with pytest.raises(ImagesError, match=r"a\.parquet: expected labels of 32 bits .*; number the classes from 0"):
+        open_source(tmp_path)
+
+
+def test_files_without_rows_are_refused(tmp_path: Path) -> None:
+    """It names them."""
+    with pytest.raises(ImagesNotFoundError, match=r"no images in \S+a\.parquet: the files have no rows"):
+        open_source(write_parquet(tmp_path / "a.parquet", []))
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> tuple[list[Path], list[bytes]]:
+    """Three files of 150 rows in row groups of 40, sizes from none to 2 kB, and their rows."""
+    rows = [RNG.bytes(int(size)) for size in RNG.integers(0, 2000, 450)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    files = [tmp_path / f"{number}.parquet" for number in range(3)]
+    for number, file in enumerate(files):
+        part = rows[150 * number : 150 * (number + 1)]
+        image = pa.array([{"bytes": data or None, "path": None} for data in part], kind)
+        pq.write_table(pa.table({"image": image}), file, row_group_size=40, data_page_size=4096)
+    return files, rows
+
+
+@pytest.mark.parametrize("held_bytes", [1 << 30, 200_000, 20_000, 100])
+def test_rows_are_the_same_however_little_is_held(large: tuple[list[Path], list[bytes]], held_bytes: int) -> None:
+    """Held whole, in a few windows, in many, or one row a window: the same bytes in the order asked for."""
+    files, rows = large
+    source, order = ParquetSource(files, held_bytes), RNG.permutation(450).tolist()
+    assert [(i, fetch()) for i, fetch in source.fetches(iter(order))] == [(i, rows[i]) for i in order]
+    assert [source.read(i) for i in order[:5]] == [rows[i] for i in order[:5]]
+    assert list(source.fetches([])) == []
+    twice = [7, 7, 449, 0, 7]
+    assert [fetch() for _, fetch in source.fetches(twice)] == [rows[i] for i in twice]
+
+
+def test_what_is_held_is_bounded(large: tuple[list[Path], list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two windows never hold more than was allowed, though images differ in size; a row group is read once a window."""
+    files, rows = large
+    windows, streams = [], []
+    window, stream = ParquetSource._window, ParquetSource._stream
+
+    def counted_window(source: ParquetSource, *asked: object) -> list:
+        found = window(source, *asked)
+        windows.append(sum(len(data) for data in found if data))
+        streams.append([])
+        return found
+
+    def counted_stream(source: ParquetSource, number: int, wanted: np.ndarray) -> object:
+        streams[-1].append(number)
+        return stream(source, number, wanted)
+
+    source = ParquetSource(files, 60_000)
+    monkeypatch.setattr(ParquetSource, "_window", counted_window)
+    streams.append([])
+    order = RNG.permutation(450).tolist()
+    with monkeypatch.context() as patch:
+        patch.setattr(ParquetSource, "_stream", counted_stream)
+        handed = [fetch for _, fetch in source.fetches(order)]
+    assert 14 <= len(windows) - 1 <= 20  # 450 kB in windows of 30 kB, and an empty one at the end
+    assert max(windows) <= 30_000
+    assert all(len(read) == len(set(read)) <= 12 for read in streams)
+    assert [fetch() for fetch in handed] == [rows[i] for i in order]  # those that did not fit are read by themselves
+
+
+def test_nobody_waits_for_a_window_that_is_not_wanted(
+    large: tuple[list[Path], list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever stops early, as by Ctrl-C, waits for one row group, not for a pass over all files."""
+    source, streams, stream = ParquetSource(large[0], 200_000), [], ParquetSource._stream
+    first_read, go_on = threading.Event(), threading.Event()
+
+    def held_up(source: ParquetSource, number: int, wanted: np.ndarray) -> object:
+        streams.append(number)
+        if len(streams) == 13:  # the second window's first group, of twelve
+            first_read.set()
+            go_on.wait(10)
+        return stream(source, number, wanted)
+
+    monkeypatch.setattr(ParquetSource, "_stream", held_up)
+    fetches = source.fetches(RNG.permutation(450).tolist())
+    next(fetches)
+    assert first_read.wait(10)
+    threading.Timer(0.05, go_on.set).start()
+    fetches.close()
+    assert len(streams) == 13
+
+
+def test_one_image_for_many_rows_is_not_held_as_many(tmp_path: Path) -> None:
+    """A file of few bytes whose dictionary stands for many rows is read in windows all the same."""
+    image = pa.array(
+        [{"bytes": bytes(10_000), "path": None}] * 1000, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
+    pq.write_table(pa.table({"image": image}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    source = ParquetSource([tmp_path / "a.parquet"], 1_000_000)
+    assert source._held is None
+    assert {fetch() for _, fetch in source.fetches(RNG.permutation(1000).tolist())} == {bytes(10_000)}
+
+
+def test_a_damaged_row_group_fails_its_own_rows(large: tuple[list[Path], list[bytes]]) -> None:
+    """Rows of other groups are unaffected; the reason names the file."""
+    files, rows = large
+    source = ParquetSource(files, 100_000)
+    meta = pq.read_metadata(files[1]).row_group(2).column(0)
+    start = meta.dictionary_page_offset or meta.data_page_offset
+    content = bytearray(files[1].read_bytes())
+    content[start : start + meta.total_compressed_size] = b"\xff" * meta.total_compressed_size
+    files[1].write_bytes(content)
+    hurt = range(150 + 80, 150 + 120)
+    for index, fetch in source.fetches(RNG.permutation(450).tolist()):
+        if index in hurt:
+            with pytest.raises(OSError, match=r"1\.parquet: "):
+                fetch()
+        else:
+            assert fetch() == rows[index]
+    with pytest.raises(OSError, match=r"^1\.parquet: [^\n]+$"):
+        source.read(hurt[0])
+    with pytest.raises(ImagesError, match=r"1\.parquet: not a readable Parquet file"):
+        ParquetSource(files, 1 << 30)
+
+
+def test_at_least_two_gibibytes_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixteenth of the memory where that is more."""
+    monkeypatch.setattr(parquet, "CGROUP_LIMIT", Path("nowhere"))
+    for memory, held in ((8 << 30, 2 << 30), (512 << 30, 32 << 30)):
+        monkeypatch.setattr(parquet.os, "sysconf", lambda name, m=memory: 4096 if "SIZE" in name else m // 4096)
+        assert parquet.default_held_bytes() == held
+
+
+@pytest.mark.parametrize(("limit", "held"), [("137438953472\n", 8 << 30), ("max\n", 32 << 30)])
+def test_a_containers_memory_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, held: int) -> None:
+    """What a control group may use, not what its machine has."""
+    (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr(parquet, "CGROUP_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(parquet.os, "sysconf", lambda name: 4096 if "SIZE" in name else (512 << 30) // 4096)
+    assert parquet.default_held_bytes() == held
