@@ -423,7 +423,7 @@ def test_a_foreign_folder_is_refused(scene_folder: Path, teacher_dir: Path, tmp_
     [
         (("--size", "36"), "both sides must be multiples of 8"),
         (("--size", "big"), "--size big: expected H or HxW in pixels"),
-        (("--taps", "64"), "no map of stride 64 at this size; it offers 1, 2, 4, 8"),
+        (("--taps", "64"), "no map stride64 at this size; it offers stride1, stride2, stride4, stride8"),
         (("--timestep", "5000"), "--timestep 5000: this teacher was trained with steps 0 to 999"),
         (("--limit", "0"), "--limit 0: expected at least 1"),
         (("--device", "tpu9"), "--device tpu9"),

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 from teacher.batches import batch_of
 from teacher.kinds import TEXT_CHANNELS, TOKENS, edit, save_class_unet, save_dit, save_ldm, save_stable_diffusion
+from teacher.test_prompt import save_text_encoder
 
 from cli import main
 from dtcache.cache import Cache
@@ -19,6 +20,7 @@ from dtcache.device import resolve_compute
 from dtcache.images import FolderSource, decode_view
 from dtcache.store.manifest import read_manifest
 from dtcache.teacher import Prompt
+from dtcache.teacher.prompt import embed_prompt
 from pipelines.recipe import cache_teacher
 
 FLAGS = ("--precision", "fp32", "--device", "cpu", "--batch-size", 4, "--shard-rows", 8, "--limit", 16)
@@ -110,6 +112,22 @@ def test_stable_diffusion(scene_folder: Path, tmp_path: Path, embedded: list[str
     refused = extract(scene_folder, teacher, out, "--prompt", "a dog", "--quality", "fp16")
     assert refused.exit_code == 1
     assert 'teacher.condition.prompt is "a cat [small]" there, "a dog" was asked for' in refused.output
+
+
+def test_stable_diffusion_with_its_own_text_encoder(scene_folder: Path, tmp_path: Path) -> None:
+    """With a text encoder and a tokenizer in the directory nothing else is needed, and later runs need neither."""
+    pytest.importorskip("transformers")
+    teacher, out = tmp_path / "sd", tmp_path / "cache"
+    save_stable_diffusion(teacher)
+    save_text_encoder(teacher)
+    asked = ("--prompt", "a cat", "--taps", "16", "--quality", "fp16")
+    succeeded(extract(scene_folder, teacher, out, *asked))
+    embedding_LD = load_file(out / "prompt.safetensors")["embedding"]
+    assert np.array_equal(embedding_LD, embed_prompt(teacher, "a cat").embedding_LD)
+    shutil.rmtree(teacher / "text_encoder")
+    shutil.rmtree(teacher / "tokenizer")
+    succeeded(extract(scene_folder, teacher, out, *asked))
+    require_whole_and_mendable(out, scene_folder, teacher)
 
 
 def test_a_damaged_embedding_is_never_used(scene_folder: Path, tmp_path: Path, embedded: list[str]) -> None:

@@ -229,7 +229,7 @@ def test_two_students_share_one_cache(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--taps", "16"), "--taps 16: the cache has 1, 2, 4, 8; choose among these"),
+        (("--taps", "16"), "--taps stride16: the cache has stride1, stride2, stride4, stride8; choose among these"),
         (("--timestep", "50"), "--timestep 50: the cache has 150; choose among these"),
         (("--batch-size", "64"), "--batch-size 64: expected 1 to 20, the samples left for training"),
         (("--student", "resnet5000"), "has no network of this name"),

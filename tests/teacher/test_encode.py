@@ -1,15 +1,17 @@
 """Taps: where they are, and that cutting the network off changes no bit of them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from teacher.kinds import TEXT_CHANNELS, TOKENS, save_class_unet, save_dit, save_ldm, save_stable_diffusion
 
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.spec import TapSpec, ViewSpec
-from dtcache.teacher import load_teacher, prepare_teacher
+from dtcache.teacher import Prompt, load_teacher, prepare_teacher
 from dtcache.teacher.build import build_unet
 from dtcache.teacher.denoiser import choose_taps
 from dtcache.teacher.noise import sample_noise
@@ -158,3 +160,25 @@ def test_native_size_reads_both_forms() -> None:
     """A square sample size is one number, another is a pair."""
     assert UNetDenoiser(build_unet(32, 32, (16, 16), layers=1, attention=1)).native_size == (32, 32)
     assert UNetDenoiser(build_unet(16, 32, (16, 16), layers=1, attention=1)).native_size == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("save", "condition"), [(save_stable_diffusion, None), (save_ldm, None), (save_dit, None), (save_class_unet, "3")]
+)
+def test_every_kind_runs_in_bfloat16(tmp_path: Path, save: Callable[[Path], object], condition: str | None) -> None:
+    """Autocast moves features by a few per cent of their scale, and returns fp32."""
+    save(tmp_path)
+    embedding_LD = np.random.default_rng(0).normal(size=(TOKENS, TEXT_CHANNELS)).astype(np.float32)
+    stored = Prompt(text="", embedding_LD=embedding_LD)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), np.uint8)
+    found = []
+    for precision in ("fp32", "bf16"):
+        teacher = prepare_teacher(
+            load_teacher(str(tmp_path), stored=stored), ViewSpec(height=32, width=32), taps=None, timesteps=(150,),
+            batch_size=2, compute=resolve_compute("cpu", precision), condition=condition,
+        )  # fmt: skip
+        found.append(next(teacher.features(teacher.batch(list(pixels), ["a", "b"], [False] * 2, seed=0, draws=[0]))))
+    exact, rough = found
+    for name, maps in rough.items():
+        assert maps.dtype == torch.float32
+        assert 0 < float((maps - exact[name]).square().mean() / exact[name].var()) < 1e-2
