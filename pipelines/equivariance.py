@@ -35,7 +35,7 @@ def measure(job: Job, rows: int) -> Measured:
     """Measure a teacher on the first images among `rows` leading rows that can be decoded, as their views are cached.
 
     Features are whitened with the mean and deviation of the whole image's: a teacher that follows exactly errs by 0.
-    Raises TeacherError where an inversion is not finite.
+    Raises TeacherError where features or an inversion are not finite.
     """
     loaded, numbers = _first_images(job, rows, min(IMAGES, max(1, job.teacher.spec.batch_size // 2)))
     threads = torch.get_num_threads()
@@ -147,6 +147,11 @@ def _batch(job: Job, loaded: list[LoadedView], rows: list[int]) -> TeacherBatch:
 
 
 def _features(job: Job, batch: TeacherBatch) -> Features:
-    """Return raw features on the host."""
+    """Return raw features on the host. Raises TeacherError where they are not finite."""
     (raw,) = job.teacher.features(batch)
+    for name, maps_BCHW in raw.items():
+        if not torch.isfinite(maps_BCHW).all():
+            raise TeacherError(
+                f"the teacher's output is not finite at {name} of a mirrored or cropped image; try --precision fp32"
+            )
     return {name: maps_BCHW.cpu() for name, maps_BCHW in raw.items()}

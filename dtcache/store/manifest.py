@@ -31,6 +31,7 @@ FITS = ("crop", "stretch")
 STORED = ("view", "none")
 CODECS = get_args(CodecName)
 CONDITIONS = get_args(ConditionKind)
+BOX = ("top", "left", "height", "width")
 ARRAY_NAME = re.compile(r"[a-z0-9]+(/[a-z0-9]+)?")
 
 
@@ -190,17 +191,21 @@ def _check_recipe(recipe: Json) -> None:
 
 def _check_measured(recipe: Json, names: list[str]) -> None:
     """Check what is shown of the noise and of the teacher. Raises KeyError, TypeError or ValueError."""
-    teacher, measured = recipe["teacher"], recipe.get("equivariance") or {}
-    steps, alpha_bars = teacher.get("ddim_steps"), teacher["alpha_bars"]
-    if not (steps is None or (isinstance(steps, int) and steps > 0)):
-        raise ValueError(f"ddim_steps {steps!r}")
-    if len(alpha_bars) != len(teacher["timesteps"]) or not all(0.0 <= a <= 1.0 for a in alpha_bars):
-        raise ValueError(f"alpha_bars {alpha_bars!r}")
-    errors = [(measured.get(name), names) for name in ("flip", "crop", "crop_interior")]
-    errors.append((recipe.get("round_trip"), [f"t{t}" for t in teacher["timesteps"]]))
+    teacher, measured = recipe["teacher"], recipe.get("equivariance")
+    counts, errors = [], [(recipe.get("round_trip"), [f"t{t}" for t in teacher["timesteps"]])]
+    if teacher.get("ddim_steps") is not None:
+        counts.append(teacher["ddim_steps"])
+    if measured is not None:
+        box = measured["box"]
+        counts += [measured["images"], *(box[side] for side in BOX if box is not None)]
+        errors += [(measured[name], names) for name in ("flip", "crop", "crop_interior")]
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        raise ValueError(f"ddim_steps or equivariance: {counts}")
+    if len(teacher["alpha_bars"]) != len(teacher["timesteps"]) or not all(0 <= a <= 1 for a in teacher["alpha_bars"]):
+        raise ValueError(f"alpha_bars {teacher['alpha_bars']}")
     for by_name, known in errors:
-        if not set(by_name or {}) <= set(known) or not all(0.0 <= e < math.inf for e in (by_name or {}).values()):
-            raise ValueError(f"measured {by_name!r}")
+        if not set(by_name or {}) <= set(known) or not all(0 <= e < math.inf for e in (by_name or {}).values()):
+            raise ValueError(f"measured {by_name}")
 
 
 def _check_condition(condition: Json) -> None:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtcache.images import open_source
+from dtcache.errors import TeacherError
+from dtcache.images import load_views, open_source
 from dtcache.options import ExtractOptions
 from dtcache.spec import Box, ViewSpec
 from dtcache.teacher import CallableTeacher, load_teacher
 from dtcache.teacher.crop import find_crop
+from dtcache.teacher.invert import Inversion
 from pipelines.equivariance import cut, measure, middle
 from pipelines.job import Job, make_job
 
@@ -87,8 +89,6 @@ def test_a_unet_is_measured_against_its_own_passes(scene_folder: Path, teacher_d
             unet(x, 150)
         return taps["x"].double()
 
-    from dtcache.images import load_views
-
     loaded = list(load_views(job.source, [s.index for s in job.samples[:8]], job.view, threads=1))
     batch = job.teacher.batch([job.input(view, row, False, [0]) for row, view in enumerate(loaded)])
     x = a.sqrt() * (batch.pixels_BCHW.float() / 127.5 - 1) + (1 - a).sqrt() * batch.noise[0][150]
@@ -138,6 +138,28 @@ def test_no_crop_where_the_teacher_takes_one_size_only(scene_folder: Path) -> No
     measured = measure(job_of(scene_folder, CallableTeacher(Fixed(), taps=TAPS, version="1")), 40).equivariance
     assert (measured.box, measured.crop, measured.crop_interior) == (None, None, None)
     assert set(measured.flip) == {"t0/stride2", "t0/stride8"}
+
+
+def test_features_that_are_not_finite_are_refused(scene_folder: Path) -> None:
+    """A recipe holds numbers only: a teacher that fails on a crop is named, with what to try."""
+
+    class Overflowing(Local):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.shape[3] == 32 or len(x) == 1 else x * float("inf"))
+
+    job = job_of(scene_folder, CallableTeacher(Overflowing(), taps=TAPS, version="1"))
+    with pytest.raises(TeacherError, match=r"not finite at t0/stride2 of a mirrored or cropped image; try --precision"):
+        measure(job, 40)
+
+
+def test_an_inversion_that_is_not_finite_is_refused(
+    scene_folder: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timestep is named."""
+    job = job_of(scene_folder, teacher_dir, size="32", encoding="ddim", ddim_steps=2, batch_size=2)
+    monkeypatch.setattr(Inversion, "round_trip", lambda self, x, t: torch.full((len(x),), float("nan")))
+    with pytest.raises(TeacherError, match=r"images inverted to --timestep 150 are not finite; give a lower one"):
+        measure(job, 40)
 
 
 def test_parts_of_maps() -> None:

@@ -84,6 +84,43 @@ def test_json_that_is_no_manifest(tmp_path: Path, value: str) -> None:
         read_manifest(tmp_path)
 
 
+MEASURED = {"images": 8, "flip": {"t150/stride2": 0.5}, "box": None, "crop": None, "crop_interior": None}
+
+
+def with_recipe(changes: dict, teacher: dict) -> CacheManifest:
+    """The tiny manifest with other recipe fields, hashed as if it had been written so."""
+    manifest = tiny_manifest()
+    recipe = {**manifest.recipe, **changes, "teacher": {**manifest.recipe["teacher"], **teacher}}
+    return replace(manifest, recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "teacher"),
+    [
+        ({}, {"ddim_steps": "20"}),
+        ({}, {"ddim_steps": -1}),
+        ({}, {"alpha_bars": []}),
+        ({}, {"alpha_bars": [1.5]}),
+        ({}, {"alpha_bars": ["much"]}),
+        ({"round_trip": {"t50": 0.1}}, {}),
+        ({"round_trip": {"t150": -0.1}}, {}),
+        ({"equivariance": 3}, {}),
+        ({"equivariance": {**MEASURED, "images": None}}, {}),
+        ({"equivariance": {**MEASURED, "flip": {"t9/stride2": 0.5}}}, {}),
+        ({"equivariance": {**MEASURED, "crop": {"t150/stride2": "0.5"}}}, {}),
+        ({"equivariance": {**MEASURED, "box": {"top": 0}}}, {}),
+        ({"equivariance": {"images": 8}}, {}),
+    ],
+)
+def test_measurements_that_cannot_be_are_damage(tmp_path: Path, changes: dict, teacher: dict) -> None:
+    """What inspect shows of noise and teacher is checked, whoever hashed it."""
+    write_manifest(tmp_path, with_recipe({"equivariance": MEASURED, "round_trip": {"t150": 0.0}}, {"ddim_steps": 2}))
+    assert read_manifest(tmp_path).recipe["equivariance"] == MEASURED
+    write_manifest(tmp_path, with_recipe(changes, teacher))
+    with pytest.raises(CacheDamagedError, match="not a manifest of dtcache"):
+        read_manifest(tmp_path)
+
+
 def test_newer_format_is_refused(tmp_path: Path) -> None:
     """A manifest of a newer format is refused with the number and the next step, though its fields be unknown."""
     (tmp_path / "manifest.json").write_text('{"format":2,"unknown":true}')

@@ -62,6 +62,23 @@ def test_other_samplers_give_the_same_schedule(teacher_dir: Path, teacher_copy: 
     assert torch.equal(load_teacher(str(teacher_copy)).alpha_bars, load_teacher(str(teacher_dir)).alpha_bars)
 
 
+def test_what_the_network_predicts_is_the_schedulers(teacher_dir: Path, teacher_copy: Path) -> None:
+    """The kind of betas and of prediction come from the scheduler's file, with diffusers' defaults."""
+    path = teacher_copy / "scheduler" / "scheduler_config.json"
+    plain = load_teacher(str(teacher_dir))
+    assert (plain.schedule, plain.prediction) == ("linear", "epsilon")
+    edit(path, lambda c: c.update(prediction_type="v_prediction", beta_schedule="scaled_linear"))
+    changed = load_teacher(str(teacher_copy))
+    assert (changed.schedule, changed.prediction) == ("scaled_linear", "v_prediction")
+    edit(path, lambda c: c.update(trained_betas=[1e-3] * 10, num_train_timesteps=10))
+    assert load_teacher(str(teacher_copy)).schedule == "given"
+    edit(path, lambda c: [c.pop(name) for name in ("prediction_type", "trained_betas", "beta_schedule")])
+    assert (load_teacher(str(teacher_copy)).schedule, load_teacher(str(teacher_copy)).prediction) == (
+        "linear",
+        "epsilon",
+    )
+
+
 def remove_weights(root: Path) -> None:
     (root / "unet" / WEIGHTS).unlink()
 
