@@ -13,6 +13,7 @@ from dtcache.images import load_views, open_source
 from dtcache.options import ExtractOptions
 from dtcache.spec import Json
 from dtcache.storage import FolderLock, file_sha256, make_folders, write_file
+from dtcache.store.attempt import ShardData
 from dtcache.store.commits import ShardObject
 from dtcache.store.contents import Contents, Damage, WantedObject, file_problem, read_contents
 from dtcache.store.layout import SAMPLES, SHARDS
@@ -20,7 +21,6 @@ from dtcache.store.manifest import CacheManifest, require_same
 from dtcache.store.samples import parquet_bytes, read_table, shards_table
 from dtcache.store.shard import build_shard
 from dtcache.store.verify import Verification
-from dtcache.store.writer import ShardData
 from pipelines.extract import DECODE_THREADS, asked, fit_rows
 from pipelines.job import Job, make_job
 from pipelines.nodes import zarr_nodes
