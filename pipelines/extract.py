@@ -6,17 +6,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dtcache._version import __version__
-from dtcache.cache import load_fit
-from dtcache.codec import FeatureEncoder
-from dtcache.device import resolve_compute
+from dtcache.device import cpu_threads
 from dtcache.errors import CacheMismatchError, ConfigError, ExtractionError
-from dtcache.images import load_views, open_source
+from dtcache.images import open_source
 from dtcache.images.stored import image_bound
 from dtcache.options import QUALITY_RATIOS, ExtractOptions, parse_share
 from dtcache.spec import CodecSpec, FailedSample, Json, Recipe
@@ -28,9 +27,9 @@ from dtcache.store.writer import CacheWriter, require_ours
 from pipelines.fit import fit_codec
 from pipelines.job import Job, make_job
 from pipelines.progress import track
-from pipelines.shard import run_shard
+from pipelines.runner import make_runner
+from pipelines.worker import connected, on_workers, require_one_cluster
 
-DECODE_THREADS = 2
 CHECKED_ROWS = 64
 BAD_ERROR = 0.5
 """Of the variance that the image determines: a tap that loses more of it is warned of."""
@@ -57,44 +56,60 @@ def extract(images: Path, out: Path, options: ExtractOptions) -> Extracted:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: expected a folder, got a file")
     most = parse_share(options.max_failures, "--max-failures")
+    require_one_cluster(options)
     source = open_source(images)
     job = make_job(source, options)
     if out.is_dir() and not (out / MANIFEST).exists():
         require_ours(out)
-    with FolderLock(out):
-        if (out / MANIFEST).exists():
-            require_same(out, read_manifest(out).recipe, asked(job, options))
-            writer = CacheWriter.resume(out)
-            _require_same_images(job, writer)
-        else:
-            writer = _begin(out, job, options)
-        count = len(job.samples)
-        fit = load_fit(out, writer.manifest)
-        encoder = FeatureEncoder(fit, resolve_compute(options.device, options.precision).device)
-        missing = writer.missing
-        array = next(iter(writer.manifest.arrays.values()))
-        left = sum(len(array.rows_of(shard)) for shard in missing)
-        written = 0
-        with track("extract", count, count - left) as progress:
-            todo = (job.samples[row].index for shard in missing for row in array.rows_of(shard))
-            views = load_views(source, todo, job.view, threads=DECODE_THREADS)
-            for shard in missing:
-                note = f"{written / 2**20:.1f} MiB written, {len(writer.failures)} failed"
-                work = run_shard(
-                    job, encoder, shard, array.rows_of(shard), views, fit_rows(count),
-                    lambda done, note=note: progress.advance(done, note),
-                )  # fmt: skip
-                require_few_failures([*writer.failures, *work.failures], count, most)
-                written += writer.write_shard(work)
-        writer.seal()
-        failures = tuple(writer.failures)
-        if missing:
-            writer.write_log(
-                {"seconds": time.time() - started, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                 "rows_this_run": left, "dtcache": __version__, "torch": torch.__version__, "host": platform.node(),
-                 "python": platform.python_version(), "threads": torch.get_num_threads()}
-            )  # fmt: skip
+    with FolderLock(out), connected(out, job, options) as client:
+        begun = read_manifest(out).recipe if (out / MANIFEST).exists() else None
+        options = replace(options, threads=_threads(job, options, begun))
+        with cpu_threads(options.threads):
+            if begun is not None:
+                require_same(out, begun, asked(job, options))
+                writer = CacheWriter.resume(out)
+                _require_same_images(job, writer)
+            else:
+                writer = _begin(out, job, options)
+            count, missing = len(job.samples), writer.missing
+            array = next(iter(writer.manifest.arrays.values()))
+            left, written = sum(len(array.rows_of(shard)) for shard in missing), 0
+            with track("extract", count, count - left) as progress:
+
+                def on_rows(done: int) -> None:
+                    progress.advance(done, f"{written / 2**20:.1f} MiB written, {len(writer.failures)} failed")
+
+                if client is None:
+                    shards = make_runner(out, writer.manifest, job, options).write(missing, on_rows)
+                else:
+                    del job  # its teacher makes room on the device for a worker's
+                    shards = on_workers(client, images, writer, options, on_rows)
+                with closing(shards):
+                    for made in shards:
+                        require_few_failures([*writer.failures, *made.record.failures], count, most)
+                        written += writer.commit(made)
+            writer.seal()
+            failures = tuple(writer.failures)
+            if missing:
+                _write_log(writer, started, left, options)
     return Extracted(root=out, num_done=count - len(failures), failures=failures, seconds=time.time() - started)
+
+
+def _threads(job: Job, options: ExtractOptions, begun: Json | None) -> int | None:
+    """Return the CPU threads of each process that computes: the recipe's where there is one; None on a GPU."""
+    if job.teacher.spec.device_type != "cpu":
+        return None
+    if options.threads is not None or begun is not None:
+        return options.threads or (begun or {}).get("threads")
+    return 1 if options.scheduler else max(1, torch.get_num_threads() // (options.workers or 1))
+
+
+def _write_log(writer: CacheWriter, started: float, rows: int, options: ExtractOptions) -> None:
+    writer.write_log(
+        {"seconds": time.time() - started, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+         "rows_this_run": rows, "dtcache": __version__, "torch": torch.__version__, "host": platform.node(),
+         "python": platform.python_version(), "threads": torch.get_num_threads(), "workers": options.workers}
+    )  # fmt: skip
 
 
 def require_few_failures(failures: Sequence[FailedSample], count: int, most: float) -> None:
@@ -138,17 +153,18 @@ def asked(job: Job, options: ExtractOptions) -> Json:
         name="float16" if ratio is None else "pca-dct-rans", ratio=ratio, step=None,
         fit_rows=fit_rows(len(job.samples)), fit_sha256="", noise_share={}, noise_floor={}, determined_error={},
     )  # fmt: skip
-    fixed = _recipe(job, unfitted, options.shard_rows or 0).to_json()
+    fixed = _recipe(job, unfitted, options).to_json()
     # The rest of these is fitted, or follows from what is compared already.
     fixed["codec"] = {name: fixed["codec"][name] for name in ("name", "whitening", "ratio")}
     del fixed["teacher"]["alpha_bars"]
-    if options.shard_rows is None:
-        del fixed["shard_rows"]
+    for name in ("shard_rows", "threads"):
+        if getattr(options, name) is None:
+            del fixed[name]
     # Another seed changes the sample list too, other taps or views the ratio of a size: name causes before effects.
     return {name: fixed[name] for name in ("seed", "num_samples", "flips", "draws", "average", "teacher")} | fixed
 
 
-def _recipe(job: Job, codec: CodecSpec, shard_rows: int) -> Recipe:
+def _recipe(job: Job, codec: CodecSpec, options: ExtractOptions) -> Recipe:
     return Recipe(
         teacher=job.teacher.spec,
         view=job.view,
@@ -159,7 +175,8 @@ def _recipe(job: Job, codec: CodecSpec, shard_rows: int) -> Recipe:
         draws=job.draws,
         average=job.average,
         seed=job.seed,
-        shard_rows=shard_rows,
+        shard_rows=options.shard_rows or 0,
+        threads=options.threads,
         images="view" if job.stores_images else "none",
     )
 
@@ -170,7 +187,8 @@ def _begin(out: Path, job: Job, options: ExtractOptions) -> CacheWriter:
     fitted = fit_codec(out, job, fit_rows(count), target_ratio(job, options))
     _warn_of_bias(fitted.spec)
     bytes_a_row = fitted.bytes_per_view * job.views + job.view.height * job.view.width * 2 * job.stores_images
-    recipe = _recipe(job, fitted.spec, options.shard_rows or _shard_rows(count, bytes_a_row))
+    options = replace(options, shard_rows=options.shard_rows or _shard_rows(count, bytes_a_row))
+    recipe = _recipe(job, fitted.spec, options)
     bounds = {name: tap.payload_bound for name, tap in fitted.fit.items()}
     arrays = payload_arrays(recipe, image_bound(job.view), bounds)
     fit = {name: tap.arrays() for name, tap in fitted.fit.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dtcache.cache import load_fit
 from dtcache.codec import FeatureEncoder
-from dtcache.device import resolve_compute
+from dtcache.device import cpu_threads, resolve_compute
 from dtcache.errors import CacheDamagedError
 from dtcache.images import load_views, open_source
 from dtcache.options import ExtractOptions
@@ -21,10 +21,11 @@ from dtcache.store.manifest import CacheManifest, require_same
 from dtcache.store.samples import parquet_bytes, read_table, shards_table
 from dtcache.store.shard import build_shard
 from dtcache.store.verify import Verification
-from pipelines.extract import DECODE_THREADS, asked, fit_rows
+from pipelines.extract import asked, fit_rows
 from pipelines.job import Job, make_job
 from pipelines.nodes import zarr_nodes
 from pipelines.progress import track
+from pipelines.runner import DECODE_THREADS
 from pipelines.shard import run_shard
 from pipelines.verify import Repair, remedy, repairable, verify_cache
 
@@ -71,6 +72,7 @@ def options_of(recipe: Json, teacher: str) -> ExtractOptions:
         batch_size=spec["batch_size"],
         limit=recipe["num_samples"],
         shard_rows=recipe["shard_rows"],
+        threads=recipe.get("threads"),
         device=spec["device_type"],
         precision=spec["precision"],
     )
@@ -134,7 +136,7 @@ def _repair_shards(root: Path, found: Verification, images: Path, teacher: str) 
     encoder = FeatureEncoder(fit, resolve_compute(options.device, options.precision).device)
     array = next(iter(manifest.arrays.values()))
     rows = {shard: array.rows_of(shard) for shard in damaged}
-    with track("repair", sum(map(len, rows.values()))) as progress:
+    with cpu_threads(options.threads), track("repair", sum(map(len, rows.values()))) as progress:
         for shard, files in damaged.items():
             todo = (job.samples[row].index for row in rows[shard])
             views = load_views(job.source, todo, job.view, threads=DECODE_THREADS)

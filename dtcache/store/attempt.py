@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtcache.spec import FailedSample
-from dtcache.storage import temporary_path, write_temporary
+from dtcache.storage import TEMPORARY, temporary_path, write_temporary
 from dtcache.store.commits import CodecSums, CommitRecord, ShardObject
 from dtcache.store.manifest import CacheManifest
 from dtcache.store.shard import build_shard
@@ -66,6 +66,14 @@ def write_attempt(root: Path, manifest: CacheManifest, data: ShardData) -> Writt
         sums=data.sums,
     )
     return WrittenShard(attempt=attempt, record=record)
+
+
+def drop_temporaries(root: Path) -> None:
+    """Remove every temporary file of a cache: what runs that were cut short, or workers given up, have left.
+
+    Whoever calls it holds the cache's lock; a worker that still writes one can then no longer commit it.
+    """
+    remove(path for path in list(root.rglob(f"{TEMPORARY}*")) if path.is_file())
 
 
 def remove(paths: Iterable[Path]) -> None:

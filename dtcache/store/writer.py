@@ -11,9 +11,19 @@ from numpy.typing import NDArray
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheMismatchError
 from dtcache.spec import FailedSample, Recipe, Sample, canonical_json, sha256_json
 from dtcache.storage import TEMPORARY, disk_errors, file_sha256, fsync_tree, publish, write_file
-from dtcache.store.attempt import ShardData, WrittenShard, remove, write_attempt
+from dtcache.store.attempt import ShardData, WrittenShard, drop_temporaries, remove, write_attempt
 from dtcache.store.commits import CommitRecord, commit_path, read_commits, total_sums, write_commit
-from dtcache.store.layout import COMMITS, DATA, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray, write_zarr_nodes
+from dtcache.store.layout import (
+    CLUSTER_LOG,
+    COMMITS,
+    DATA,
+    LOG,
+    MANIFEST,
+    SAMPLES,
+    SHARDS,
+    PayloadArray,
+    write_zarr_nodes,
+)
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
 from dtcache.store.samples import (
     damaged_objects,
@@ -46,7 +56,7 @@ class CacheWriter:
                 raise CacheDamagedError(f"{root / path}: expected {sizes[path]} bytes, got {got}; {AGAIN}")
         else:
             self._drop_uncommitted()
-        self.drop_temporaries()
+        drop_temporaries(self.root)
         for record in self._records.values():
             self._check(record)
 
@@ -175,10 +185,6 @@ class CacheWriter:
             if not path.is_file() or (file_sha256(path) != sha256 and not half_sealed):
                 raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
 
-    def drop_temporaries(self) -> None:
-        """Remove every temporary file: what runs that were cut short, or workers given up, have left."""
-        remove(path for path in list(self.root.rglob(f"{TEMPORARY}*")) if path.is_file())
-
     def _drop_uncommitted(self) -> None:
         """Remove shards that were renamed but never committed."""
         committed = {o.path for record in self._records.values() for o in record.objects}
@@ -219,7 +225,7 @@ class CacheWriter:
 
 def require_ours(root: Path) -> None:
     """Raise CacheMismatchError where a folder holds anything that a begun cache would not."""
-    known = {DATA, COMMITS, SAMPLES, MANIFEST, LOG, ".lock"}
+    known = {DATA, COMMITS, SAMPLES, MANIFEST, LOG, CLUSTER_LOG, ".lock"}
     foreign = sorted(p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(TEMPORARY))
     if foreign:
         raise CacheMismatchError(

@@ -349,9 +349,9 @@ def test_ctrl_c_exits_130_and_resumes(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     """An interrupt says how to go on, exits with 130, and the next run finishes to the same bytes."""
-    from pipelines import extract as stage
+    from pipelines import runner
 
-    real, calls = stage.run_shard, []
+    real, calls = runner.run_shard, []
 
     def interrupted(*arguments: object) -> object:
         calls.append(1)
@@ -359,7 +359,7 @@ def test_ctrl_c_exits_130_and_resumes(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(stage, "run_shard", interrupted)
+    monkeypatch.setattr(runner, "run_shard", interrupted)
     out = tmp_path / "c"
     result = extract(scene_folder, teacher_dir, out)
     assert result.exit_code == 130
