@@ -1,4 +1,4 @@
-"""A shard runner without torch for tests of the cluster: writes planned shards, and dies, fails or lingers as told.
+"""A shard runner without torch for tests of the cluster: writes planned shards, and dies or fails as told.
 
 Its assignment is JSON: the cache's `root`, and what befalls an attempt. Workers import this module.
 """
@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,11 +71,4 @@ def fail(assignment: str, shard: int, on_rows: Callable[[int], None]) -> Written
         pass
     if first.read_text() == str(os.getpid()):
         raise DiskError("cannot write: Stale file handle; check the disk and its rights")
-    return write(assignment, shard, on_rows)
-
-
-def linger(assignment: str, shard: int, on_rows: Callable[[int], None]) -> WrittenShard:
-    """Report a row, then take a minute."""
-    on_rows(1)
-    time.sleep(60)
     return write(assignment, shard, on_rows)
