@@ -1,8 +1,8 @@
 """Where and in which precision tensors are computed, resolved once at the start of a command."""
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +40,20 @@ def resolve_compute(device: str, precision: str) -> Compute:
     if precision == "auto":
         precision = "bf16" if _has_native_bf16(where) else "fp32"
     return Compute(device=where, precision="bf16" if precision == "bf16" else "fp32")
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Compute on so many CPU threads, None for as many as before.
+
+    It is a constant of a recipe: how oneDNN cuts a convolution into blocks hangs on their number, and so do last bits.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def compiled(module: torch.nn.Module) -> Callable[..., Any]:

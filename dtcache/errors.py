@@ -85,5 +85,9 @@ class ExtractionError(DtcacheError, RuntimeError):
     """An extraction that should not go on, such as one of which too many images fail."""
 
 
+class ClusterError(DtcacheError, RuntimeError):
+    """A cluster that cannot do the work: out of reach, or with workers that fail or are not fit for it."""
+
+
 class TrainingError(DtcacheError, RuntimeError):
     """A training run that cannot go on, such as a loss that is not finite."""

@@ -132,6 +132,19 @@ class ExtractOptions(Options):
     shard_rows: int | None = option(None, "Rows a shard [default: by payload size, 256 to 4096].", minimum=1)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
+    threads: int | None = option(
+        None,
+        "CPU threads of each process that computes on a CPU; a constant of the recipe "
+        "[default: all cores; their share with --workers, 1 with --scheduler].",
+        minimum=1,
+    )
+    workers: int | None = option(
+        None, "Compute in N local processes: one a GPU, or one a share of the cores.", minimum=1
+    )
+    scheduler: str | None = option(
+        None, "Compute on the workers of a Dask scheduler, such as tcp://host:8786.", metavar="ADDRESS"
+    )
+    dashboard: bool = option(False, "Serve Dask's dashboard of the local --workers.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

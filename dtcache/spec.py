@@ -194,6 +194,8 @@ class Recipe:
     """Rows a shard holds, all arrays alike."""
     images: Literal["view", "none"] = "view"
     """Whether the view's own pixels are stored, or left to the source."""
+    threads: int | None = None
+    """CPU threads of each process that computed, whose number moves results in their last bits; None on a GPU."""
     noise: str = NOISE_SCHEME
     """How noise is made from (seed, key, timestep, draw, flip)."""
     equivariance: Equivariance | None = None

@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -27,12 +27,17 @@ def fsync_folder(folder: Path) -> None:
         raise _disk_error(folder, 0, error) from error
 
 
-def write_temporary(target: Path, data: bytes | memoryview) -> Path:
-    """Write and fsync `data` to a temporary file beside `target` and return its path.
+def temporary_path(target: Path, attempt: str = "") -> Path:
+    """Return the temporary file beside `target`; `attempt` gives it a name that no other attempt at it has."""
+    return target.with_name(f"{TEMPORARY}{attempt}{'-' if attempt else ''}{target.name}")
+
+
+def write_temporary(target: Path, data: bytes | memoryview, attempt: str = "") -> Path:
+    """Write and fsync `data` to the temporary file of an attempt at `target` and return its path.
 
     Raises DiskError with what to do; after a failed fsync the file is removed, to be written anew, never retried.
     """
-    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    temporary = temporary_path(target, attempt)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -44,20 +49,20 @@ def write_temporary(target: Path, data: bytes | memoryview) -> Path:
     return temporary
 
 
-def publish(temporaries: list[Path]) -> None:
+def publish(temporaries: Mapping[Path, Path]) -> None:
     """Rename temporary files to their targets, then make the folders durable. Raises DiskError."""
-    for temporary in temporaries:
+    for temporary, target in temporaries.items():
         try:
-            os.replace(temporary, temporary.with_name(temporary.name.removeprefix(TEMPORARY)))
+            os.replace(temporary, target)
         except OSError as error:
-            raise _disk_error(temporary, 0, error) from error
-    for folder in sorted({temporary.parent for temporary in temporaries}):
+            raise _disk_error(target, 0, error) from error
+    for folder in sorted({target.parent for target in temporaries.values()}):
         fsync_folder(folder)
 
 
 def write_file(target: Path, data: bytes | memoryview) -> None:
     """Replace `target` by `data`, atomically and durably. Raises DiskError."""
-    publish([write_temporary(target, data)])
+    publish({write_temporary(target, data): target})
 
 
 def make_folders(folder: Path) -> None:

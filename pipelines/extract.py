@@ -6,34 +6,32 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dtcache._version import __version__
-from dtcache.cache import load_fit
-from dtcache.codec import FeatureEncoder
-from dtcache.device import resolve_compute
+from dtcache.device import cpu_threads
 from dtcache.errors import CacheMismatchError, ConfigError, ExtractionError
-from dtcache.images import load_views, open_source
+from dtcache.images import open_source
 from dtcache.images.stored import image_bound
-from dtcache.options import QUALITY_RATIOS, ExtractOptions, parse_share
-from dtcache.spec import CodecSpec, FailedSample, Json, Recipe
+from dtcache.options import ExtractOptions, parse_share
+from dtcache.spec import CodecSpec, FailedSample, Json
 from dtcache.storage import FolderLock
-from dtcache.store.layout import MANIFEST, SAMPLES, payload_arrays
-from dtcache.store.manifest import read_manifest, require_same
-from dtcache.store.samples import changed_samples, hash_samples, read_table
+from dtcache.store.layout import MANIFEST, payload_arrays
+from dtcache.store.manifest import read_manifest
 from dtcache.store.writer import CacheWriter, require_ours
 from dtcache.teacher import CallableTeacher
-from pipelines.equivariance import Measured, measure
+from pipelines.equivariance import measure
 from pipelines.fit import fit_codec
 from pipelines.job import Job, make_job
 from pipelines.progress import track
-from pipelines.recipe import stored_prompt
-from pipelines.shard import run_shard
+from pipelines.recipe import asked, fit_rows, recipe_of, require_same_job, stored_prompt, target_ratio
+from pipelines.runner import make_runner
+from pipelines.worker import connected, on_workers, require_one_cluster
 
-DECODE_THREADS = 2
 CHECKED_ROWS = 64
 BAD_ERROR = 0.5
 """Of the variance that the image determines: a tap that loses more of it is warned of."""
@@ -62,45 +60,61 @@ def extract(images: Path, out: Path, options: ExtractOptions, teacher: CallableT
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: expected a folder, got a file")
     most = parse_share(options.max_failures, "--max-failures")
+    require_one_cluster(options, teacher is None)
     source = open_source(images, track)
     stored = stored_prompt(out, read_manifest(out)) if (out / MANIFEST).exists() else None
     job = make_job(source, options, teacher, stored)
     if out.is_dir() and not (out / MANIFEST).exists():
         require_ours(out)
-    with FolderLock(out):
-        if (out / MANIFEST).exists():
-            require_same_job(out, read_manifest(out).recipe, asked(job, options), job)
-            writer = CacheWriter.resume(out)
-            _require_same_images(job, writer)
-        else:
-            writer = _begin(out, job, options)
-        count = len(job.samples)
-        fit = load_fit(out, writer.manifest)
-        encoder = FeatureEncoder(fit, resolve_compute(options.device, options.precision).device)
-        missing = writer.missing
-        array = next(iter(writer.manifest.arrays.values()))
-        left = sum(len(array.rows_of(shard)) for shard in missing)
-        written = 0
-        with track("extract", count, count - left) as progress:
-            todo = (job.samples[row].index for shard in missing for row in array.rows_of(shard))
-            views = load_views(source, todo, job.view, threads=DECODE_THREADS)
-            for shard in missing:
-                note = f"{written / 2**20:.1f} MiB written, {len(writer.failures)} failed"
-                work = run_shard(
-                    job, encoder, shard, array.rows_of(shard), views, fit_rows(count),
-                    lambda done, note=note: progress.advance(done, note),
-                )  # fmt: skip
-                require_few_failures([*writer.failures, *work.failures], count, most)
-                written += writer.write_shard(work)
-        writer.seal()
-        failures = tuple(writer.failures)
-        if missing:
-            writer.write_log(
-                {"seconds": time.time() - started, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                 "rows_this_run": left, "dtcache": __version__, "torch": torch.__version__, "host": platform.node(),
-                 "python": platform.python_version(), "threads": torch.get_num_threads()}
-            )  # fmt: skip
+    with FolderLock(out), connected(out, job, options) as client:
+        begun = read_manifest(out).recipe if (out / MANIFEST).exists() else None
+        options = replace(options, threads=_threads(job, options, begun))
+        with cpu_threads(options.threads):
+            if begun is not None:
+                require_same_job(out, begun, asked(job, options), job)
+                writer = CacheWriter.resume(out)
+                _require_same_images(job, writer)
+            else:
+                writer = _begin(out, job, options)
+            count, missing = len(job.samples), writer.missing
+            array = next(iter(writer.manifest.arrays.values()))
+            left, written = sum(len(array.rows_of(shard)) for shard in missing), 0
+            with track("extract", count, count - left) as progress:
+
+                def on_rows(done: int) -> None:
+                    progress.advance(done, f"{written / 2**20:.1f} MiB written, {len(writer.failures)} failed")
+
+                if client is None:
+                    shards = make_runner(out, writer.manifest, job, options).write(missing, on_rows)
+                else:
+                    del job  # its teacher makes room on the device for a worker's
+                    shards = on_workers(client, images, writer, options, on_rows)
+                with closing(shards):
+                    for made in shards:
+                        require_few_failures([*writer.failures, *made.record.failures], count, most)
+                        written += writer.commit(made)
+            writer.seal()
+            failures = tuple(writer.failures)
+            if missing:
+                _write_log(writer, started, left, options)
     return Extracted(root=out, num_done=count - len(failures), failures=failures, seconds=time.time() - started)
+
+
+def _threads(job: Job, options: ExtractOptions, begun: Json | None) -> int | None:
+    """Return the CPU threads of each process that computes: the recipe's where there is one; None on a GPU."""
+    if job.teacher.spec.device_type != "cpu":
+        return None
+    if options.threads is not None or begun is not None:
+        return options.threads or (begun or {}).get("threads")
+    return 1 if options.scheduler else max(1, torch.get_num_threads() // (options.workers or 1))
+
+
+def _write_log(writer: CacheWriter, started: float, rows: int, options: ExtractOptions) -> None:
+    writer.write_log(
+        {"seconds": time.time() - started, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+         "rows_this_run": rows, "dtcache": __version__, "torch": torch.__version__, "host": platform.node(),
+         "python": platform.python_version(), "threads": torch.get_num_threads(), "workers": options.workers}
+    )  # fmt: skip
 
 
 def require_few_failures(failures: Sequence[FailedSample], count: int, most: float) -> None:
@@ -119,80 +133,6 @@ def require_few_failures(failures: Sequence[FailedSample], count: int, most: flo
     )
 
 
-def fit_rows(count: int) -> int:
-    """Return how many leading rows the codec is fitted on."""
-    return min(256, count)
-
-
-def target_ratio(job: Job, options: ExtractOptions) -> float | None:
-    """Return how many times under fp16 the features shall lie, None to keep them float16. Raises ConfigError."""
-    if options.bytes_per_image is None:
-        return QUALITY_RATIOS[options.quality]
-    fp16 = 2 * job.views * sum(tap.values for tap in job.teacher.spec.taps) * len(job.teacher.spec.timesteps)
-    if options.quality != "default" or options.bytes_per_image >= fp16:
-        raise ConfigError(
-            f"--bytes-per-image {options.bytes_per_image:g}: expected fewer than the {fp16} bytes of float16, and no "
-            f"--quality beside it; leave it out, or use --quality fp16 to store features as they are"
-        )
-    return fp16 / options.bytes_per_image
-
-
-def asked(job: Job, options: ExtractOptions) -> Json:
-    """Return the recipe's fields that options and inputs fix, to be compared with a cache that is there."""
-    ratio = target_ratio(job, options)
-    unfitted = CodecSpec(
-        name="float16" if ratio is None else "pca-dct-rans", ratio=ratio, step=None,
-        fit_rows=fit_rows(len(job.samples)), fit_sha256="", noise_share={}, noise_floor={}, determined_error={},
-    )  # fmt: skip
-    nothing = Measured(equivariance=None, round_trip=None)
-    fixed = _recipe(job, unfitted, options.shard_rows or 0, nothing).to_json()
-    # The rest of these is fitted, or follows from what is compared already.
-    fixed["codec"] = {name: fixed["codec"][name] for name in ("name", "whitening", "ratio")}
-    del fixed["teacher"]["alpha_bars"], fixed["teacher"]["snrs"]
-    fixed["teacher"].setdefault("ddim_steps", None)
-    condition = fixed["teacher"].pop("condition", None)
-    if condition is not None:
-        causes = {name: condition[name] for name in ("kind", "number", "prompt") if name in condition}
-        fixed["teacher"]["condition"] = causes | condition
-    if options.shard_rows is None:
-        del fixed["shard_rows"]
-    # Another seed changes the sample list too, other taps or views the ratio of a size: name causes before effects.
-    return {name: fixed[name] for name in ("seed", "flips", "draws", "average", "teacher")} | fixed
-
-
-def require_same_job(root: Path, found: Json, wanted: Json, job: Job) -> None:
-    """Raise CacheMismatchError naming the field of `wanted` that a cache's recipe has otherwise, or what of the images.
-
-    The images come last, since an option, such as the seed, may be why their list is another one.
-    """
-    lists = ("num_samples", "samples_sha256")
-    require_same(root, found, {name: value for name, value in wanted.items() if name not in lists})
-    if any(found[name] != wanted[name] for name in lists):
-        what = changed_samples(read_table(root / SAMPLES), job.samples)
-        raise CacheMismatchError(
-            f"{root} holds a cache of another recipe: of other images: {what}; give the images and the --limit that it "
-            "was begun with, or another --out"
-        )
-
-
-def _recipe(job: Job, codec: CodecSpec, shard_rows: int, measured: Measured) -> Recipe:
-    return Recipe(
-        teacher=job.teacher.spec,
-        view=job.view,
-        codec=codec,
-        samples_sha256=hash_samples(job.samples),
-        num_samples=len(job.samples),
-        flips=len(job.flips) == 2,
-        draws=job.draws,
-        average=job.average,
-        seed=job.seed,
-        shard_rows=shard_rows,
-        images="view" if job.stores_images else "none",
-        equivariance=measured.equivariance,
-        round_trip=measured.round_trip,
-    )
-
-
 def _begin(out: Path, job: Job, options: ExtractOptions) -> CacheWriter:
     """Fit the codec and measure the teacher, once, and lay out the cache that this fixes."""
     count = len(job.samples)
@@ -202,8 +142,8 @@ def _begin(out: Path, job: Job, options: ExtractOptions) -> CacheWriter:
     for timestep, error in (measured.round_trip or {}).items():
         print(f"{timestep}: images inverted and denoised back are off by {error:.1e} of their square", file=sys.stderr)
     bytes_a_row = fitted.bytes_per_view * job.views + job.view.height * job.view.width * 2 * job.stores_images
-    shard_rows = options.shard_rows or _shard_rows(count, bytes_a_row)
-    recipe = _recipe(job, fitted.spec, shard_rows, measured)
+    options = replace(options, shard_rows=options.shard_rows or _shard_rows(count, bytes_a_row))
+    recipe = recipe_of(job, fitted.spec, options, measured)
     bounds = {name: tap.payload_bound for name, tap in fitted.fit.items()}
     arrays = payload_arrays(recipe, image_bound(job.view), bounds)
     fit = {name: tap.arrays() for name, tap in fitted.fit.items()}

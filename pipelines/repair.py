@@ -7,10 +7,11 @@ from pathlib import Path
 
 from dtcache.cache import load_fit
 from dtcache.codec import FeatureEncoder
-from dtcache.device import resolve_compute
+from dtcache.device import cpu_threads, resolve_compute
 from dtcache.errors import CacheDamagedError
 from dtcache.images import load_views, open_source
 from dtcache.storage import FolderLock, file_sha256, make_folders, write_file
+from dtcache.store.attempt import ShardData
 from dtcache.store.commits import ShardObject
 from dtcache.store.contents import Contents, Damage, WantedObject, file_problem, read_contents
 from dtcache.store.layout import SAMPLES, SHARDS
@@ -18,12 +19,11 @@ from dtcache.store.manifest import CacheManifest
 from dtcache.store.samples import parquet_bytes, read_table, shards_table
 from dtcache.store.shard import build_shard
 from dtcache.store.verify import Verification
-from dtcache.store.writer import ShardData
-from pipelines.extract import DECODE_THREADS, asked, fit_rows, require_same_job
 from pipelines.job import Job, job_with
 from pipelines.nodes import zarr_nodes
 from pipelines.progress import track
-from pipelines.recipe import cache_teacher, options_of
+from pipelines.recipe import asked, cache_teacher, fit_rows, options_of, require_same_job
+from pipelines.runner import DECODE_THREADS
 from pipelines.shard import run_shard
 from pipelines.verify import Repair, remedy, repairable, verify_cache
 
@@ -111,7 +111,7 @@ def _repair_shards(root: Path, found: Verification, images: Path, teacher: str) 
     encoder = FeatureEncoder(fit, resolve_compute(options.device, options.precision).device)
     array = next(iter(manifest.arrays.values()))
     rows = {shard: array.rows_of(shard) for shard in damaged}
-    with track("repair", sum(map(len, rows.values()))) as progress:
+    with cpu_threads(options.threads), track("repair", sum(map(len, rows.values()))) as progress:
         for shard, files in damaged.items():
             todo = (job.samples[row].index for row in rows[shard])
             views = load_views(job.source, todo, job.view, threads=DECODE_THREADS)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dtcache.spec import FailedSample, Json, signal_to_noise, tap_name
 from dtcache.store.commits import CodecSums, read_commits, total_sums
-from dtcache.store.layout import DATA, IMAGES, SAMPLES
+from dtcache.store.layout import CLUSTER_LOG, DATA, IMAGES, SAMPLES
 from dtcache.store.manifest import CacheManifest, read_manifest
 from dtcache.store.samples import damaged_objects, read_failures, read_objects
 
@@ -23,7 +23,11 @@ def inspect_cache(root: Path) -> Json:
     """
     manifest = read_manifest(root)
     failures, sums, shard_bytes, missing = _progress(root, manifest)
-    files = {p.relative_to(root).as_posix(): p.stat().st_size for p in root.rglob("*") if p.is_file()}
+    files = {
+        p.relative_to(root).as_posix(): p.stat().st_size
+        for p in root.rglob("*")
+        if p.is_file() and p.name != CLUSTER_LOG
+    }
     recipe, count = manifest.recipe, manifest.num_samples
     done = count - missing - len(failures)
     image_bytes = shard_bytes.get(IMAGES, 0)

@@ -17,9 +17,9 @@ from dtcache.codec import EncodedView, FeatureEncoder, QuantisedMaps
 from dtcache.images import LoadedView
 from dtcache.images.stored import encode_stored, image_bound
 from dtcache.spec import FailedSample
+from dtcache.store.attempt import ShardData
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import IMAGES
-from dtcache.store.writer import ShardData
 from dtcache.teacher import TeacherInput
 from pipelines.job import Job
 from pipelines.overlap import in_threads
@@ -89,7 +89,8 @@ def packed_rows(
     on_gpu = job.teacher.device.type == "cuda"
     ahead, stream = (AHEAD, torch.cuda.Stream(job.teacher.device)) if on_gpu else (0, None)
     size = max(1, job.teacher.spec.batch_size // len(job.flips))
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "host") as pool:
+    threads = (os.cpu_count() or 1) if on_gpu else torch.get_num_threads()
+    with ThreadPoolExecutor(min(MAX_THREADS, threads), "host") as pool:
         preparing = (
             [partial(_prepare, job, row, loaded) for row, loaded in zip(rows[at : at + size], views, strict=False)]
             for at in range(0, len(rows), size)

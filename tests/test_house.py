@@ -57,11 +57,16 @@ def test_imports_go_only_downwards(path: Path) -> None:
         ("transformers", "dtcache/teacher"),
         ("timm", "dtcache/student"),
         ("click", "cli.py"),
+        ("dask.distributed", "pipelines/cluster/"),
     ],
 )
 def test_a_library_is_imported_in_one_place_only(library: str, homes: str) -> None:
-    """Only teacher imports diffusers and transformers, only student timm, only the command line click."""
-    users = {p.relative_to(ROOT).as_posix() for p in SOURCES if any(m.split(".")[0] == library for m in imports_of(p))}
+    """Only teacher imports diffusers and transformers, only student timm, only the command line click, only cluster
+    Dask's scheduler.
+    """
+    users = {
+        p.relative_to(ROOT).as_posix() for p in SOURCES if any(f"{m}.".startswith(f"{library}.") for m in imports_of(p))
+    }
     assert users
     assert all(user.startswith(homes) for user in users)
 
@@ -77,7 +82,14 @@ except SystemExit as done:
 
 @pytest.mark.parametrize(
     "code",
-    ["import cli", "import dtcache; dtcache.open", "import pipelines.report", "import dtcache.store.reader", "verify"],
+    [
+        "import cli",
+        "import dtcache; dtcache.open",
+        "import pipelines.report",
+        "import dtcache.store.reader",
+        "import pipelines.cluster",
+        "verify",
+    ],
 )
 def test_looking_loads_no_heavy_library(code: str, tmp_path: Path) -> None:
     """--help, inspect and a whole verify, with the plan of a repair, run without torch, diffusers, timm or numba."""

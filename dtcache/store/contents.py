@@ -6,7 +6,7 @@ from pathlib import Path
 from dtcache.errors import CacheDamagedError
 from dtcache.storage import TEMPORARY, file_sha256
 from dtcache.store.commits import CommitRecord, ShardObject, commit_files, read_commit
-from dtcache.store.layout import COMMITS, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray
+from dtcache.store.layout import CLUSTER_LOG, COMMITS, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray
 from dtcache.store.manifest import CacheManifest, read_manifest
 from dtcache.store.samples import parquet_bytes, read_objects, read_table, sealed_samples
 
@@ -171,7 +171,7 @@ def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
     """Return every file in the cache's folder that the cache does not name, and what is known of it."""
     if contents.manifest is None:
         return {}
-    named = {MANIFEST, LOG, LOCK, *contents.manifest.files, *(o.path for o in contents.objects)}
+    named = {MANIFEST, LOG, CLUSTER_LOG, LOCK, *contents.manifest.files, *(o.path for o in contents.objects)}
     if not contents.sealed:
         named |= {path.relative_to(root).as_posix() for path in commit_files(root)}
     uncommitted = {array.object_path(s) for array in contents.manifest.arrays.values() for s in contents.missing}

@@ -20,6 +20,8 @@ SHARDS = "shards.parquet"
 COMMITS = "commits"
 LOG = "extraction.log.json"
 PROMPT = "prompt.safetensors"
+CLUSTER_LOG = "cluster.log"
+"""What Dask and local workers had to say in the last run that used them; nobody reads it but people."""
 DATA = "data.zarr"
 IMAGES = "images"
 ZSTD_LEVEL = 1

@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +10,22 @@ from numpy.typing import NDArray
 
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheMismatchError
 from dtcache.spec import FailedSample, Recipe, Sample, canonical_json, sha256_json
-from dtcache.storage import TEMPORARY, disk_errors, file_sha256, fsync_tree, publish, write_file, write_temporary
-from dtcache.store.commits import (
-    CodecSums,
-    CommitRecord,
-    ShardObject,
-    commit_path,
-    read_commits,
-    total_sums,
-    write_commit,
-)
+from dtcache.storage import TEMPORARY, disk_errors, file_sha256, fsync_tree, publish, write_file
+from dtcache.store.attempt import ShardData, WrittenShard, drop_temporaries, remove, write_attempt
+from dtcache.store.commits import CommitRecord, commit_path, read_commits, total_sums, write_commit
 from dtcache.store.embedding import embedding_bytes
-from dtcache.store.layout import COMMITS, DATA, LOG, MANIFEST, PROMPT, SAMPLES, SHARDS, PayloadArray, write_zarr_nodes
+from dtcache.store.layout import (
+    CLUSTER_LOG,
+    COMMITS,
+    DATA,
+    LOG,
+    MANIFEST,
+    PROMPT,
+    SAMPLES,
+    SHARDS,
+    PayloadArray,
+    write_zarr_nodes,
+)
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
 from dtcache.store.samples import (
     damaged_objects,
@@ -34,19 +37,6 @@ from dtcache.store.samples import (
     sealed_samples,
     shards_table,
 )
-from dtcache.store.shard import build_shard
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardData:
-    """Everything that one shard holds; the lists run over its rows (times views, row by row)."""
-
-    shard: int
-    payloads: dict[str, list[bytes]]
-    """Payloads by array; empty bytes where a row failed."""
-    content_sha256: tuple[str | None, ...]
-    failures: tuple[FailedSample, ...]
-    sums: dict[str, CodecSums]
 
 
 class CacheWriter:
@@ -67,7 +57,8 @@ class CacheWriter:
             for path, got in damaged_objects(root, sizes).items():
                 raise CacheDamagedError(f"{root / path}: expected {sizes[path]} bytes, got {got}; {AGAIN}")
         else:
-            self._drop_leftovers()
+            self._drop_uncommitted()
+        drop_temporaries(self.root)
         for record in self._records.values():
             self._check(record)
 
@@ -96,7 +87,7 @@ class CacheWriter:
         with disk_errors(nodes):
             write_zarr_nodes(nodes, arrays, fit)
         fsync_tree(nodes)
-        publish([nodes])
+        publish({nodes: root / DATA})
         files = {
             p.relative_to(root).as_posix(): file_sha256(p) for p in sorted((root / DATA).rglob("*")) if p.is_file()
         }
@@ -141,25 +132,33 @@ class CacheWriter:
 
     def write_shard(self, data: ShardData) -> int:
         """Write and commit one shard; return its bytes. Raises DiskError; nothing is committed then."""
-        temporaries, objects = [], []
-        for name, array in self.manifest.arrays.items():
-            entries = array.shard_rows * array.payloads_a_row
-            content = build_shard(data.payloads[name], array.length, entries)
-            path = array.object_path(data.shard)
-            temporaries.append(write_temporary(self.root / path, content))
-            objects.append(ShardObject(path=path, size=len(content), sha256=hashlib.sha256(content).hexdigest()))
-        publish(temporaries)
-        record = CommitRecord(
-            shard=data.shard,
-            fingerprint=self.manifest.fingerprint,
-            objects=tuple(objects),
-            content_sha256=data.content_sha256,
-            failures=data.failures,
-            sums=data.sums,
-        )
-        write_commit(self.root, record)
-        self._records[data.shard] = record
-        return sum(o.size for o in objects)
+        return self.commit(write_attempt(self.root, self.manifest, data))
+
+    def commit(self, written: WrittenShard) -> int:
+        """Make a written shard part of the cache and return its bytes; 0, and its files go, where it is one already.
+
+        Raises CacheMismatchError for a shard that is none of this cache, CacheError where its files are not here, and
+        DiskError; nothing is committed then, and its files go.
+        """
+        record = written.record
+        self._require_ours(written)
+        temporaries = written.temporaries(self.root)
+        try:
+            if record.shard not in self.missing:
+                return 0
+            for path, o in zip(temporaries, record.objects, strict=True):
+                size = path.stat().st_size if path.is_file() else None
+                if size != o.size:
+                    raise CacheError(
+                        f"{path}: expected the {o.size} bytes that were written for shard {record.shard}, got "
+                        f"{'no file' if size is None else size}; see that all workers share the cache's storage"
+                    )
+            publish(temporaries)
+            write_commit(self.root, record)
+        finally:
+            remove(temporaries)
+        self._records[record.shard] = record
+        return sum(o.size for o in record.objects)
 
     def seal(self) -> None:
         """Finish the cache: indices, then the manifest, then the commit records go. Safe to repeat after a kill."""
@@ -195,15 +194,27 @@ class CacheWriter:
             if not path.is_file() or (file_sha256(path) != sha256 and not half_sealed):
                 raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
 
-    def _drop_leftovers(self) -> None:
-        """Remove temporary files and shards that were renamed but never committed."""
+    def _drop_uncommitted(self) -> None:
+        """Remove shards that were renamed but never committed."""
         committed = {o.path for record in self._records.values() for o in record.objects}
         for array in self.manifest.arrays.values():
             for path in (self.root / DATA / array.name).glob("c.*"):
                 if path.relative_to(self.root).as_posix() not in committed:
                     path.unlink()
-        for path in [p for p in self.root.rglob(f"{TEMPORARY}*") if p.is_file()]:
-            path.unlink()
+
+    def _require_ours(self, written: WrittenShard) -> None:
+        """Check that a shard that another process describes is one of this cache, so that no other path is touched."""
+        record = written.record
+        places = [array.object_path(record.shard) for array in self.manifest.arrays.values()]
+        if (
+            record.fingerprint != self.manifest.fingerprint
+            or [o.path for o in record.objects] != places
+            or not 0 <= record.shard < next(iter(self.manifest.arrays.values())).num_shards
+            or not written.attempt.isalnum()
+        ):
+            raise CacheMismatchError(
+                f"{self.root}: shard {record.shard} was made for another cache; it is not committed"
+            )
 
     def _check(self, record: CommitRecord) -> None:
         if record.fingerprint != self.manifest.fingerprint:
@@ -223,7 +234,7 @@ class CacheWriter:
 
 def require_ours(root: Path) -> None:
     """Raise CacheMismatchError where a folder holds anything that a begun cache would not."""
-    known = {DATA, COMMITS, SAMPLES, MANIFEST, LOG, PROMPT, ".lock"}
+    known = {DATA, COMMITS, SAMPLES, MANIFEST, LOG, CLUSTER_LOG, PROMPT, ".lock"}
     foreign = sorted(p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(TEMPORARY))
     if foreign:
         raise CacheMismatchError(

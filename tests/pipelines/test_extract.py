@@ -362,19 +362,19 @@ def test_a_full_disk_is_one_clear_line(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     """ENOSPC in mid-run says what to do, and the same command afterwards finishes to the same bytes."""
-    from dtcache.store import writer
+    from dtcache.store import attempt
 
-    real, calls = writer.write_temporary, []
+    real, calls = attempt.write_temporary, []
 
-    def full(target: Path, data: bytes) -> Path:
+    def full(target: Path, data: bytes, name: str) -> Path:
         calls.append(target)
         if len(calls) == 8:
             from dtcache.storage import _disk_error
 
             raise _disk_error(target, len(data), OSError(errno.ENOSPC, "No space left on device"))
-        return real(target, data)
+        return real(target, data, name)
 
-    monkeypatch.setattr(writer, "write_temporary", full)
+    monkeypatch.setattr(attempt, "write_temporary", full)
     out = tmp_path / "c"
     result = extract(scene_folder, teacher_dir, out)
     assert result.exit_code == 1
@@ -388,9 +388,9 @@ def test_ctrl_c_exits_130_and_resumes(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     """An interrupt says how to go on, exits with 130, and the next run finishes to the same bytes."""
-    from pipelines import extract as stage
+    from pipelines import runner
 
-    real, calls = stage.run_shard, []
+    real, calls = runner.run_shard, []
 
     def interrupted(*arguments: object) -> object:
         calls.append(1)
@@ -398,7 +398,7 @@ def test_ctrl_c_exits_130_and_resumes(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(stage, "run_shard", interrupted)
+    monkeypatch.setattr(runner, "run_shard", interrupted)
     out = tmp_path / "c"
     result = extract(scene_folder, teacher_dir, out)
     assert result.exit_code == 130

@@ -116,9 +116,9 @@ def test_an_unfinished_cache_is_repaired_too(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path
 ) -> None:
     """A committed shard of a killed extraction comes back, and the extraction then finishes to the same bytes."""
-    from pipelines import extract as stage
+    from pipelines import runner
 
-    real = stage.run_shard
+    real = runner.run_shard
 
     def interrupted(job: object, encoder: object, shard: int, *rest: object) -> object:
         if shard == 2:
@@ -128,7 +128,7 @@ def test_an_unfinished_cache_is_repaired_too(
     out = tmp_path / "c"
     command = ["extract", str(scene_folder), "--teacher", str(teacher_dir), "--out", str(out), *FLAGS]
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "run_shard", interrupted)
+        patch.setattr(runner, "run_shard", interrupted)
         assert CliRunner().invoke(main, command).exit_code == 130
     (out / "data.zarr/t150/stride8/c.1.0.0").unlink()
     result, said = repair(out, scene_folder, teacher_dir)
@@ -257,6 +257,14 @@ def test_every_option_follows_from_the_recipe(shared: Path) -> None:
     told = {"teacher": "teacher", "size": "32x32", "taps": "stride4,stride8", "batch_size": 8, "limit": 20}
     told |= {"timestep": (150,), "fit": "crop", "seed": 0, "flip": True, "shard_rows": 8}
     told |= {"device": "cpu", "precision": "fp32", "draws": 1, "average": False, "images": "view"}
-    told |= {"prompt": None, "condition": None}
+    told |= {"prompt": None, "condition": None, "threads": 1, "encoding": "ddpm", "ddim_steps": None}
     assert {name: getattr(found, name) for name in told} == told
-    assert {f.name for f in fields(ExtractOptions)} == {*told, "max_failures", "quality", "bytes_per_image"}
+    assert {f.name for f in fields(ExtractOptions)} == {
+        *told,
+        "max_failures",
+        "quality",
+        "bytes_per_image",
+        "workers",
+        "scheduler",
+        "dashboard",
+    }

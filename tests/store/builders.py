@@ -16,10 +16,11 @@ from PIL import Image
 from dtcache.images.stored import encode_stored, image_bound
 from dtcache.images.view import LoadedView
 from dtcache.spec import CodecSpec, FailedSample, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
+from dtcache.store.attempt import ShardData
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import IMAGES, LOG, PayloadArray, payload_arrays, tap_names
 from dtcache.store.samples import hash_samples
-from dtcache.store.writer import CacheWriter, ShardData
+from dtcache.store.writer import CacheWriter
 
 ROWS, VIEWS, SHARD_ROWS, FAILED_ROW = 10, 2, 4, 5
 STEP = 0.1

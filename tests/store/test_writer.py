@@ -4,6 +4,7 @@ import builtins
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -422,10 +423,12 @@ def test_data_is_durable_before_its_commit_record(tmp_path: Path, monkeypatch: p
         writer.write_shard(plan.shards[0])
     commit = str(tmp_path / "commits" / "000000.json")
     begun = events.index(("fsync", str(tmp_path / "commits" / ".tmp-000000.json")))
+    synced = {name: place for place, (kind, name) in enumerate(events) if kind == "fsync"}
     for array in plan.arrays.values():
         target = tmp_path / array.object_path(0)
         renamed = events.index(("rename", str(target)))
-        assert events.index(("fsync", str(target.with_name(f".tmp-{target.name}")))) < renamed
+        (temporary,) = (name for name in synced if re.fullmatch(rf"{target.parent}/\.tmp-\w+-{target.name}", name))
+        assert synced[temporary] < renamed
         assert any(event == ("fsync", str(target.parent)) for event in events[renamed:begun])
     assert begun < events.index(("rename", commit))
     assert events[-1] == ("fsync", str(tmp_path / "commits"))

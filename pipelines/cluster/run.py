@@ -1,0 +1,212 @@
+"""One idempotent task a shard, a bounded number of them at a time, results as they come, failures tried elsewhere."""
+
+import contextlib
+import logging
+import queue
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from dask.distributed import Client, Future, KilledWorker, Worker, get_worker
+
+from dtcache._version import __version__
+from dtcache.errors import ClusterError, DiskError, DtcacheError
+from dtcache.store.attempt import WrittenShard
+from pipelines.cluster.connect import one_line
+
+Task = Callable[[str, int, Callable[[int], None]], WrittenShard]
+"""Computes one shard of an assignment and reports finished rows; a function of a module that workers can import."""
+
+TASKS_A_WORKER = 2
+"""Tasks in flight: the one at work, and the next one, so that a worker never waits for the coordinator."""
+MOST_ATTEMPTS = 3
+"""Attempts at a shard, each elsewhere where there is another worker, before its failure is the run's."""
+REPORT_SECONDS = COUNT_SECONDS = 1.0
+"""How often a worker reports rows, and the coordinator counts workers."""
+COLLECT_SECONDS = 5.0
+"""How long the coordinator waits for one thing, such as a finished shard's description, before it looks at others."""
+WAIT_SECONDS = 20.0
+"""How often the coordinator says that there is no worker."""
+RESUME = "what is committed stays: run the same command again to resume"
+
+logger = logging.getLogger("distributed.dtcache")
+"""Below Dask's own, so that it ends in the same log."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """An attempt at a shard that raised on its worker."""
+
+    worker: str
+    """Its address."""
+    reason: str
+    final: bool
+    """Whether another worker would fail too."""
+
+
+def run_task(task: Task, assignment: str, shard: int, topic: str) -> WrittenShard | Failed:
+    """Run a task on the worker that this is; a failure comes back as words, for exceptions do not always travel."""
+    worker = get_worker()
+    report = _Report(worker, topic, shard)
+    try:
+        return task(assignment, shard, report)
+    except DtcacheError as error:
+        # A disk may fail on one machine alone; what else dtcache refuses, it refuses everywhere.
+        return Failed(worker=worker.address, reason=str(error), final=not isinstance(error, DiskError))
+    except Exception as error:
+        logger.exception("shard %d", shard)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return Failed(worker=worker.address, reason=reason, final=False)
+
+
+class _Report:
+    """Tells the coordinator, now and then, how many rows of a shard an attempt has done."""
+
+    def __init__(self, worker: Worker, topic: str, shard: int) -> None:
+        self._worker, self._topic, self._shard, self._rows, self._sent = worker, topic, shard, 0, time.monotonic()
+
+    def __call__(self, rows: int) -> None:
+        """Count finished rows."""
+        self._rows += rows
+        if time.monotonic() - self._sent > REPORT_SECONDS:
+            self._sent = time.monotonic()
+            self._worker.log_event(self._topic, (self._shard, self._rows))
+
+
+@dataclass(kw_only=True, slots=True)
+class _Shard:
+    """A shard that is not committed yet."""
+
+    rows: int
+    reported: int = 0
+    """Rows that the bar has been told of: the most that any attempt has done."""
+    future: Future | None = None
+    failed: list[Failed] = field(default_factory=list)
+
+
+class ClusterRun:
+    """The coordinator's side of one run: what is in flight, what has failed and where, what the bar knows."""
+
+    def __init__(
+        self, client: Client, task: Task, assignment: str, rows: Mapping[int, int], on_rows: Callable[[int], None]
+    ) -> None:
+        """`rows` gives the number of rows of every shard that is wanted; `on_rows` hears of finished rows."""
+        self._client, self._task, self._assignment, self._on_rows = client, task, assignment, on_rows
+        self._name = f"dtcache-{secrets.token_hex(6)}"
+        self._shards = {shard: _Shard(rows=count) for shard, count in rows.items()}
+        self._waiting = list(reversed(self._shards))
+        self._flying: set[int] = set()
+        self._count, self._counted, self._alone = 0, 0.0, time.monotonic()
+        # Dask calls from threads of its own: they only leave word here.
+        self._events: queue.SimpleQueue[tuple[int, int | Future]] = queue.SimpleQueue()
+
+    def results(self) -> Iterator[WrittenShard]:
+        """Yield every shard's files as they come, in any order; the caller commits them.
+
+        Raises ClusterError where a shard fails for good or the scheduler goes away.
+        """
+        self._client.subscribe_topic(self._name, lambda event: self._events.put(event[1]))
+        try:
+            while self._waiting or self._flying:
+                self._submit()
+                shard, word = self._next()
+                if isinstance(word, int):
+                    self._tell(shard, word)
+                elif isinstance(word, Future) and (made := self._outcome(shard, word)) is not None:
+                    self._tell(shard, self._shards[shard].rows)
+                    yield made
+        finally:
+            self._stop()
+
+    def _submit(self) -> None:
+        """Fill the flight up to its bound."""
+        while self._waiting and len(self._flying) < TASKS_A_WORKER * max(1, self._workers()):
+            shard = self._waiting.pop()
+            state, failed = self._shards[shard], {failure.worker for failure in self._shards[shard].failed}
+            others = [worker for worker in self._client.nthreads() if worker not in failed] if failed else None
+            state.future = self._client.submit(
+                run_task, self._task, self._assignment, shard, self._name,
+                key=f"{self._name}-{shard:06}-{len(state.failed)}", pure=False,
+                workers=others or None, allow_other_workers=bool(others),
+            )  # fmt: skip
+            self._flying.add(shard)
+            state.future.add_done_callback(lambda future, shard=shard: self._events.put((shard, future)))
+
+    def _workers(self) -> int:
+        """Return how many workers there were within the last second. Raises ClusterError without a scheduler."""
+        if time.monotonic() - self._counted > COUNT_SECONDS:
+            try:
+                self._count, self._counted = len(self._client.nthreads()), time.monotonic()
+            except (OSError, TimeoutError, RuntimeError) as error:
+                raise self._lost(one_line(error)) from error
+        return self._count
+
+    def _next(self) -> tuple[int, int | Future | None]:
+        """Return the next word, or None after a while; say now and then that there is no worker to give one."""
+        if self._workers():
+            self._alone = time.monotonic()
+        elif time.monotonic() - self._alone > WAIT_SECONDS:
+            self._alone = time.monotonic()
+            print("no worker is connected to the scheduler: waiting for one", file=sys.stderr, flush=True)
+        try:
+            return self._events.get(timeout=COLLECT_SECONDS)
+        except queue.Empty:
+            return 0, None
+
+    def _outcome(self, shard: int, future: Future) -> WrittenShard | None:
+        """Take a finished task out of the flight; None where its shard is to be tried again."""
+        if future is not self._shards[shard].future:
+            return None  # an attempt that was given up
+        try:
+            made = future.result(timeout=COLLECT_SECONDS)
+        except TimeoutError:  # the worker died with it, and it is computed anew
+            self._events.put((shard, future))
+            return None
+        except KilledWorker as error:
+            address = error.last_worker.address
+            made = Failed(worker=address, reason="its workers died over it: killed, or out of memory", final=False)
+        except Exception as error:
+            if future.status in ("cancelled", "lost"):
+                raise self._lost(one_line(error)) from error
+            raise ClusterError(
+                f"a worker cannot run the task ({one_line(error)}): install dtcache {__version__} and the other "
+                "packages of the coordinator where the workers run"
+            ) from error
+        self._flying.remove(shard)
+        self._shards[shard].future = None
+        if isinstance(made, WrittenShard):
+            return made
+        self._failed(shard, made)
+        return None
+
+    def _failed(self, shard: int, failure: Failed) -> None:
+        """Put a shard back for another worker. Raises ClusterError where that would be in vain."""
+        failed = self._shards[shard].failed
+        failed.append(failure)
+        if failure.final:
+            raise ClusterError(f"worker {failure.worker}: {failure.reason} ({RESUME})")
+        logger.warning("shard %d failed on %s: %s", shard, failure.worker, failure.reason)
+        if len(failed) >= MOST_ATTEMPTS:
+            where = ", ".join(dict.fromkeys(f.worker for f in failed))
+            raise ClusterError(
+                f"shard {shard} failed {len(failed)} times, on {where}; the last time: {failure.reason} ({RESUME})"
+            )
+        self._waiting.append(shard)
+
+    def _tell(self, shard: int, rows: int) -> None:
+        """Tell the bar of rows that no attempt had done before."""
+        state = self._shards[shard]
+        if rows > state.reported:
+            self._on_rows(rows - state.reported)
+            state.reported = rows
+
+    def _stop(self) -> None:
+        """Let go of everything in flight; a worker in the middle of a task ends it, and nobody takes the result."""
+        with contextlib.suppress(Exception):  # the scheduler may be what has gone away
+            self._client.unsubscribe_topic(self._name)
+            self._client.cancel([state.future for state in self._shards.values() if state.future is not None])
+
+    def _lost(self, reason: str) -> ClusterError:
+        return ClusterError(f"the Dask scheduler has gone away or given up the work ({reason}); {RESUME}")

@@ -1,0 +1,42 @@
+"""The shard runner: images in, written shards out, in any process; it knows no scheduler and commits nothing."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtcache.cache import load_fit
+from dtcache.codec import FeatureEncoder
+from dtcache.device import resolve_compute
+from dtcache.images import load_views
+from dtcache.options import ExtractOptions
+from dtcache.store.attempt import WrittenShard, write_attempt
+from dtcache.store.manifest import CacheManifest
+from pipelines.job import Job
+from pipelines.shard import run_shard
+
+DECODE_THREADS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardRunner:
+    """A cache's job, teacher and codec, ready for any of its shards."""
+
+    root: Path
+    manifest: CacheManifest
+    job: Job
+    encoder: FeatureEncoder
+
+    def write(self, shards: Sequence[int], on_rows: Callable[[int], None]) -> Iterator[WrittenShard]:
+        """Compute shards and yield each once its files lie beside their places; `on_rows` hears of finished rows."""
+        array, fitted = next(iter(self.manifest.arrays.values())), int(self.manifest.recipe["codec"]["fit_rows"])
+        todo = (self.job.samples[row].index for shard in shards for row in array.rows_of(shard))
+        views = load_views(self.job.source, todo, self.job.view, threads=DECODE_THREADS)
+        for shard in shards:
+            data = run_shard(self.job, self.encoder, shard, array.rows_of(shard), views, fitted, on_rows)
+            yield write_attempt(self.root, self.manifest, data)
+
+
+def make_runner(root: Path, manifest: CacheManifest, job: Job, options: ExtractOptions) -> ShardRunner:
+    """Read a cache's codec onto the device of the options. Raises CacheDamagedError."""
+    encoder = FeatureEncoder(load_fit(root, manifest), resolve_compute(options.device, options.precision).device)
+    return ShardRunner(root=root, manifest=manifest, job=job, encoder=encoder)
