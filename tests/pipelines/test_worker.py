@@ -56,9 +56,9 @@ def test_a_worker_writes_the_bytes_of_one_process(
     """Shards that are asked for out of order are the committed ones; the teacher is loaded once, another one anew."""
     real, loads, rows = worker.make_job, [], []
 
-    def make_job(*arguments: Any) -> Any:
+    def make_job(*arguments: Any, **named: Any) -> Any:
         loads.append(1)
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(worker, "make_job", make_job)
     for shard in (2, 0):
