@@ -28,6 +28,16 @@ PATH = click.Path(path_type=Path)
 JSON_FLAG = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
 
 
+class NumberOrAuto(click.ParamType):
+    """An integer, or auto, for which None stands."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Return the number, or None."""
+        return None if value == "auto" else int(click.INT.convert(value, param, ctx))
+
+
 class Group(click.Group):
     """Translates dtcache's failures into one line and Ctrl-C into exit code 130, once, for every verb."""
 
@@ -77,6 +87,7 @@ def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
         del shape["default"]
         shape["required"] = True
     kind = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else PATH if hint is Path else hint
+    kind = NumberOrAuto() if f.metadata["auto"] else kind
     return click.option(f"--{name}", type=kind, **shape)
 
 
@@ -180,14 +191,22 @@ def teacher(where: str, size: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("source", metavar="IMAGES", type=PATH)
 @_out("Folder of the cache; one found there is resumed if it was begun with the same recipe.")
+@click.option("--dry-run", is_flag=True, help="Run two batches and print what the whole will take; write nothing.")
 @options_of(ExtractOptions)
-def extract(source: Path, out: Path, options: ExtractOptions) -> None:
+def extract(source: Path, out: Path, dry_run: bool, options: ExtractOptions) -> None:
     """Cache the teacher's decoder features of IMAGES (stage 1).
 
     \b
     Example:
       dtcache extract photos/ --teacher google/ddpm-ema-church-256 --timestep 50 --out church.cache
     """
+    if dry_run:
+        from rich.console import Console
+
+        from pipelines.forecast import forecast, render_forecast
+
+        Console().print(render_forecast(forecast(source, out, options)))
+        return
     from pipelines.extract import extract as run
 
     done = run(source, out, options)

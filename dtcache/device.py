@@ -1,5 +1,6 @@
 """Where and in which precision tensors are computed, resolved once at the start of a command."""
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -40,6 +41,37 @@ def resolve_compute(device: str, precision: str) -> Compute:
     if precision == "auto":
         precision = "bf16" if _has_native_bf16(where) else "fp32"
     return Compute(device=where, precision="bf16" if precision == "bf16" else "fp32")
+
+
+class DeviceClock:
+    """Seconds that a device has spent on marked stretches of work; on a GPU it never waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._seconds = device, 0.0
+        self._running: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what is computed, or enqueued, inside."""
+        if self._device.type != "cuda":
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+            return
+        stream = torch.cuda.current_stream(self._device)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record(stream)
+        yield
+        last.record(stream)
+        self._running.append((first, last))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the stretches that are over."""
+        while self._running and self._running[0][1].query():  # type: ignore[no-untyped-call]
+            first, last = self._running.pop(0)
+            self._seconds += first.elapsed_time(last) / 1000
+        return self._seconds
 
 
 @contextmanager

@@ -16,10 +16,20 @@ ADM_PRESETS = ("adm-64", "adm-128", "adm-256", "adm-512")
 
 
 def option(
-    default: Any, text: str, *, choices: tuple[str, ...] = (), metavar: str = "", minimum: float | None = None
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    metavar: str = "",
+    minimum: float | None = None,
+    auto: bool = False,
 ) -> Any:
-    """Return a dataclass field that carries its help text, choices, metavar and least value."""
-    return field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar, "minimum": minimum})
+    """Return a dataclass field that carries its help text, choices, metavar and least value.
+
+    With `auto` the word auto is one of its values, and None stands for it.
+    """
+    about = {"help": text, "choices": choices, "metavar": metavar, "minimum": minimum, "auto": auto}
+    return field(default=default, metadata=about)
 
 
 class Options:
@@ -126,7 +136,10 @@ class ExtractOptions(Options):
     images: str = option(
         "view", "Store the view's pixels, or none: train --images then reads the source.", choices=("view", "none")
     )
-    batch_size: int = option(32, "Images a teacher pass, views counted; a constant of the recipe.", minimum=1)
+    batch_size: int | None = option(
+        32, "Views a teacher pass, or auto: the fastest that fits; a constant of the recipe.", minimum=1, auto=True
+    )
+    compile: bool = option(False, "Compile the teacher first (torch.compile): minutes once, then faster passes.")
     limit: int | None = option(None, "Cache the first N images of the permuted order.", minimum=1)
     max_failures: str = option("1%", "Stop when more images than this fail; up to nine never stop it.", metavar="SHARE")
     shard_rows: int | None = option(None, "Rows a shard [default: by payload size, 256 to 4096].", minimum=1)
@@ -145,6 +158,7 @@ class ExtractOptions(Options):
         None, "Compute on the workers of a Dask scheduler, such as tcp://host:8786.", metavar="ADDRESS"
     )
     dashboard: bool = option(False, "Serve Dask's dashboard of the local --workers.")
+    force: bool = option(False, "Start even where the disk seems too small.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -115,6 +115,8 @@ class TeacherSpec:
     """Steps of the deterministic DDIM inversion up to each timestep; None where the image is noised (DDPM)."""
     condition: ConditionSpec | None = None
     """What it is told beside the noisy image; None where it is unconditional."""
+    compiled: bool | None = None
+    """Whether torch.compile compiled the network, which moves results in their last bits; None where it did not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,17 +21,22 @@ from dtcache.images.stored import image_bound
 from dtcache.options import ExtractOptions, parse_share
 from dtcache.spec import CodecSpec, FailedSample, Json
 from dtcache.storage import FolderLock
+from dtcache.store.attempt import WrittenShard
 from dtcache.store.layout import MANIFEST, payload_arrays
 from dtcache.store.manifest import read_manifest
 from dtcache.store.writer import CacheWriter, require_ours
 from dtcache.teacher import CallableTeacher
 from pipelines.equivariance import measure
 from pipelines.fit import fit_codec
+from pipelines.forecast import image_bytes, require_space
 from pipelines.job import Job, make_job
 from pipelines.progress import track
 from pipelines.recipe import asked, fit_rows, recipe_of, require_same_job, stored_prompt, target_ratio
-from pipelines.runner import make_runner
+from pipelines.runner import ShardRunner, make_runner
 from pipelines.worker import connected, on_workers, require_one_cluster
+
+if TYPE_CHECKING:
+    from pipelines.cluster import Client
 
 CHECKED_ROWS = 64
 BAD_ERROR = 0.5
@@ -47,6 +53,10 @@ class Extracted:
     num_done: int
     failures: tuple[FailedSample, ...]
     seconds: float
+    fit_seconds: float
+    """Of this run: codec fit and what is measured of the teacher, passes included; 0 where a cache was resumed."""
+    shard_seconds: float
+    """Of this run, from the first shard's begin to the last one's commit."""
 
 
 def extract(images: Path, out: Path, options: ExtractOptions, teacher: CallableTeacher | None = None) -> Extracted:
@@ -59,16 +69,22 @@ def extract(images: Path, out: Path, options: ExtractOptions, teacher: CallableT
     started = time.time()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: expected a folder, got a file")
-    most = parse_share(options.max_failures, "--max-failures")
+    parse_share(options.max_failures, "--max-failures")
     require_one_cluster(options, teacher is None)
     source = open_source(images, track)
-    stored = stored_prompt(out, read_manifest(out)) if (out / MANIFEST).exists() else None
+    stored = None
+    if (out / MANIFEST).exists():
+        there = read_manifest(out)
+        stored = stored_prompt(out, there)
+        size = options.batch_size or there.recipe["teacher"]["batch_size"]
+        options = replace(options, batch_size=size)  # auto is chosen once
     job = make_job(source, options, teacher, stored)
     if out.is_dir() and not (out / MANIFEST).exists():
         require_ours(out)
     with FolderLock(out), connected(out, job, options) as client:
         begun = read_manifest(out).recipe if (out / MANIFEST).exists() else None
         options = replace(options, threads=_threads(job, options, begun))
+        opened = time.time()
         with cpu_threads(options.threads):
             if begun is not None:
                 require_same_job(out, begun, asked(job, options), job)
@@ -76,28 +92,54 @@ def extract(images: Path, out: Path, options: ExtractOptions, teacher: CallableT
                 _require_same_images(job, writer)
             else:
                 writer = _begin(out, job, options)
-            count, missing = len(job.samples), writer.missing
-            array = next(iter(writer.manifest.arrays.values()))
-            left, written = sum(len(array.rows_of(shard)) for shard in missing), 0
-            with track("extract", count, count - left) as progress:
-
-                def on_rows(done: int) -> None:
-                    progress.advance(done, f"{written / 2**20:.1f} MiB written, {len(writer.failures)} failed")
-
-                if client is None:
-                    shards = make_runner(out, writer.manifest, job, options).write(missing, on_rows)
-                else:
-                    del job  # its teacher makes room on the device for a worker's
-                    shards = on_workers(client, images, writer, options, on_rows)
-                with closing(shards):
-                    for made in shards:
-                        require_few_failures([*writer.failures, *made.record.failures], count, most)
-                        written += writer.commit(made)
+            fitted = time.time()
+            left, count = rows_left(writer), len(job.samples)
+            runner = make_runner(out, writer.manifest, job, options) if client is None else None
+            del job  # its teacher makes room on the device for a local worker's
+            _compute(images, writer, runner or client, options)
+            computed = time.time()
             writer.seal()
             failures = tuple(writer.failures)
-            if missing:
-                _write_log(writer, started, left, options)
-    return Extracted(root=out, num_done=count - len(failures), failures=failures, seconds=time.time() - started)
+            done = Extracted(
+                root=out, num_done=count - len(failures), failures=failures, seconds=time.time() - started,
+                fit_seconds=fitted - opened if begun is None else 0.0, shard_seconds=computed - fitted,
+            )  # fmt: skip
+            if left:
+                _write_log(writer, done, left, options)
+    return done
+
+
+def rows_left(writer: CacheWriter) -> int:
+    """Return how many rows are not committed."""
+    array = next(iter(writer.manifest.arrays.values()))
+    return sum(len(array.rows_of(shard)) for shard in writer.missing)
+
+
+def _compute(images: Path, writer: CacheWriter, where: "ShardRunner | Client", options: ExtractOptions) -> None:
+    """Compute and commit the missing shards, here or on workers, and show how they come on."""
+    count, left, missing = writer.manifest.num_samples, rows_left(writer), writer.missing
+    most, failed, written = parse_share(options.max_failures, "--max-failures"), list(writer.failures), [0]
+    clock, started = where.job.teacher.clock if isinstance(where, ShardRunner) else None, time.time()
+    before = clock.seconds if clock else 0.0
+    with track("extract", count, count - left) as progress:
+
+        def on_rows(done: int) -> None:
+            busy = (clock.seconds - before) / max(time.time() - started, 1e-9) if clock else 0.0
+            share = f"teacher busy {busy:.0%}, " if clock else ""
+            progress.advance(done, f"{share}{sum(written) / 2**20:.1f} MiB written, {len(failed)} failed")
+
+        def commit(made: WrittenShard) -> None:
+            failed.extend(made.record.failures)
+            require_few_failures(failed, count, most)
+            written.append(writer.commit(made))
+
+        if isinstance(where, ShardRunner):
+            shards = where.write(missing, on_rows, commit)
+        else:
+            shards = on_workers(where, images, writer, options, on_rows, commit)
+        with closing(shards):
+            for _ in shards:
+                pass
 
 
 def _threads(job: Job, options: ExtractOptions, begun: Json | None) -> int | None:
@@ -109,9 +151,10 @@ def _threads(job: Job, options: ExtractOptions, begun: Json | None) -> int | Non
     return 1 if options.scheduler else max(1, torch.get_num_threads() // (options.workers or 1))
 
 
-def _write_log(writer: CacheWriter, started: float, rows: int, options: ExtractOptions) -> None:
+def _write_log(writer: CacheWriter, done: Extracted, rows: int, options: ExtractOptions) -> None:
     writer.write_log(
-        {"seconds": time.time() - started, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        {"seconds": done.seconds, "fit_seconds": done.fit_seconds, "shard_seconds": done.shard_seconds,
+         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
          "rows_this_run": rows, "dtcache": __version__, "torch": torch.__version__, "host": platform.node(),
          "python": platform.python_version(), "threads": torch.get_num_threads(), "workers": options.workers}
     )  # fmt: skip
@@ -141,7 +184,9 @@ def _begin(out: Path, job: Job, options: ExtractOptions) -> CacheWriter:
     measured = measure(job, fit_rows(count))
     for timestep, error in (measured.round_trip or {}).items():
         print(f"{timestep}: images inverted and denoised back are off by {error:.1e} of their square", file=sys.stderr)
-    bytes_a_row = fitted.bytes_per_view * job.views + job.view.height * job.view.width * 2 * job.stores_images
+    bytes_a_row = fitted.bytes_per_view * job.views + image_bytes(job)
+    if not options.force:
+        require_space(out, count * bytes_a_row)
     options = replace(options, shard_rows=options.shard_rows or _shard_rows(count, bytes_a_row))
     recipe = recipe_of(job, fitted.spec, options, measured)
     bounds = {name: tap.payload_bound for name, tap in fitted.fit.items()}

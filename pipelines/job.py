@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dtcache.columns import SampleList
 from dtcache.device import resolve_compute
@@ -20,6 +20,7 @@ from dtcache.teacher import (
     native_size,
     prepare_teacher,
 )
+from pipelines.batch import fastest_batch
 
 DDIM_STEPS = 20
 
@@ -71,7 +72,7 @@ def make_job(
     _check_encoding(options, teacher is None or teacher.is_random)
     if options.average and options.draws < 2:
         raise ConfigError(f"--average: expected at least 2 --draws to take the mean of, got {options.draws}")
-    if options.flip and options.batch_size < 2:
+    if options.flip and options.batch_size is not None and options.batch_size < 2:
         raise ConfigError(f"--batch-size {options.batch_size}: expected at least 2, both flips of an image")
     views = options.draws * (2 if options.flip else 1)
     if max(options.draws, 1 if options.average else views) > MAX_VIEWS:
@@ -84,6 +85,8 @@ def make_job(
         loaded = teacher.loaded()
     if loaded.latents is not None and loaded.latents.doubt is not None:
         print(f"warning: {loaded.latents.doubt}", file=sys.stderr)
+    if options.batch_size is None:
+        options = replace(options, batch_size=fastest_batch(lambda size: make_teacher(loaded, options, size)))
     return job_with(source, make_teacher(loaded, options), options)
 
 
@@ -115,8 +118,13 @@ def _check_encoding(options: ExtractOptions, takes_noise: bool) -> None:
         raise ConfigError(f"{what} draws no noise: expected --draws 1 and no --average, got --draws {options.draws}")
 
 
-def make_teacher(loaded: LoadedTeacher, options: ExtractOptions) -> Teacher:
-    """Return a loaded teacher with the constants that the options ask for. Raises ConfigError."""
+def make_teacher(loaded: LoadedTeacher, options: ExtractOptions, batch_size: int | None = None) -> Teacher:
+    """Return a loaded teacher with the constants that the options ask for, but for a `batch_size` that is given.
+
+    Raises ConfigError.
+    """
+    size = batch_size or options.batch_size
+    assert size is not None, "auto is resolved by whoever asks for a teacher"
     height, width = parse_size(options.size) if options.size else native_size(loaded)
     if max(height, width) > MAX_SIDE:
         raise ConfigError(f"--size {height}x{width}: expected at most {MAX_SIDE} pixels a side")
@@ -125,8 +133,9 @@ def make_teacher(loaded: LoadedTeacher, options: ExtractOptions) -> Teacher:
         ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop"),
         taps=parse_taps(options.taps) if options.taps else None,
         timesteps=options.timestep,
-        batch_size=options.batch_size,
+        batch_size=size,
         compute=resolve_compute(options.device, options.precision),
         condition=options.condition,
         ddim_steps=(options.ddim_steps or DDIM_STEPS) if options.encoding == "ddim" else None,
+        compile=options.compile,
     )

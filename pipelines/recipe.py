@@ -45,7 +45,8 @@ def asked(job: Job, options: ExtractOptions) -> Json:
     # The rest of these is fitted, or follows from what is compared already.
     fixed["codec"] = {name: fixed["codec"][name] for name in ("name", "whitening", "ratio")}
     del fixed["teacher"]["alpha_bars"], fixed["teacher"]["snrs"]
-    fixed["teacher"].setdefault("ddim_steps", None)
+    for name in ("ddim_steps", "compiled"):
+        fixed["teacher"].setdefault(name, None)
     condition = fixed["teacher"].pop("condition", None)
     if condition is not None:
         causes = {name: condition[name] for name in ("kind", "number", "prompt") if name in condition}
@@ -142,6 +143,7 @@ def options_of(recipe: Json, teacher: str) -> ExtractOptions:
         timestep=tuple(spec["timesteps"]),
         encoding="ddpm" if spec.get("ddim_steps") is None else "ddim",
         ddim_steps=spec.get("ddim_steps"),
+        compile=bool(spec.get("compiled")),
         seed=recipe["seed"],
         flip=recipe["flips"],
         draws=recipe["draws"],

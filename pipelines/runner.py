@@ -1,8 +1,10 @@
 """The shard runner: images in, written shards out, in any process; it knows no scheduler and commits nothing."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from dtcache.cache import load_fit
 from dtcache.codec import FeatureEncoder
@@ -13,6 +15,8 @@ from dtcache.store.attempt import WrittenShard, write_attempt
 from dtcache.store.manifest import CacheManifest
 from pipelines.job import Job
 from pipelines.shard import run_shard
+
+T = TypeVar("T")
 
 DECODE_THREADS = 2
 
@@ -26,14 +30,25 @@ class ShardRunner:
     job: Job
     encoder: FeatureEncoder
 
-    def write(self, shards: Sequence[int], on_rows: Callable[[int], None]) -> Iterator[WrittenShard]:
-        """Compute shards and yield each once its files lie beside their places; `on_rows` hears of finished rows."""
+    def write(
+        self, shards: Sequence[int], on_rows: Callable[[int], None], finish: Callable[[WrittenShard], T]
+    ) -> Iterator[T]:
+        """Compute shards, write each beside its place, and yield what `finish` makes of it; `on_rows` hears of rows.
+
+        Writing and `finish` run in a thread, beside the next shard's computation; they end whatever stops that.
+        """
         array, fitted = next(iter(self.manifest.arrays.values())), int(self.manifest.recipe["codec"]["fit_rows"])
         todo = (self.job.samples[row].index for shard in shards for row in array.rows_of(shard))
         views = load_views(self.job.source, todo, self.job.view, threads=DECODE_THREADS)
-        for shard in shards:
-            data = run_shard(self.job, self.encoder, shard, array.rows_of(shard), views, fitted, on_rows)
-            yield write_attempt(self.root, self.manifest, data)
+        with ThreadPoolExecutor(1, "write") as pool:
+            writing: Future[T] | None = None
+            for shard in shards:
+                data = run_shard(self.job, self.encoder, shard, array.rows_of(shard), views, fitted, on_rows)
+                if writing is not None:
+                    yield writing.result()
+                writing = pool.submit(lambda data=data: finish(write_attempt(self.root, self.manifest, data)))
+            if writing is not None:
+                yield writing.result()
 
 
 def make_runner(root: Path, manifest: CacheManifest, job: Job, options: ExtractOptions) -> ShardRunner:

@@ -13,6 +13,7 @@ from dtcache.options import parse_size
 from dtcache.spec import Json, signal_to_noise
 from dtcache.teacher import LoadedTeacher, load_teacher, native_size
 from dtcache.teacher.denoiser import choose_taps
+from pipelines.words import byte_size
 
 TIMESTEPS = (50, 150, 250)
 RATIOS = (10, 50, 100)
@@ -92,7 +93,7 @@ def render_teacher(report: Json) -> RenderableType:
         sizes = [tap["fp16_bytes_per_image"], *tap["bytes_per_image"].values()]
         taps.add_row(
             tap["name"] + "*" * tap["default"], f"{tap['channels']}x{tap['height']}x{tap['width']}",
-            str(tap["values"]), f"{tap['flops_share']:.0%}", *map(_size, sizes),
+            str(tap["values"]), f"{tap['flops_share']:.0%}", *map(byte_size, sizes),
         )  # fmt: skip
     native_view = list(report["size"]) == list(native or ())
     size = "" if native_view else f" --size {height}x{width}"
@@ -109,11 +110,3 @@ def _noise(loaded: LoadedTeacher) -> Json:
         "prediction": loaded.prediction,
         "timesteps": [{"timestep": t, "alpha_bar": a, "snr": signal_to_noise(a)} for t, a in alpha_bars.items()],
     }
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

@@ -5,10 +5,10 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ from pipelines.runner import ShardRunner, make_runner
 
 if TYPE_CHECKING:
     from pipelines.cluster import Client
+
+T = TypeVar("T")
 
 _ALONE = threading.Lock()
 """A teacher serves one shard at a time, and fills its device: other threads of a worker wait."""
@@ -86,9 +88,14 @@ def connected(out: Path, job: Job, options: ExtractOptions) -> Iterator["Client 
 
 
 def on_workers(
-    client: "Client", images: Path, writer: CacheWriter, options: ExtractOptions, on_rows: Callable[[int], None]
-) -> Iterator[WrittenShard]:
-    """Return the missing shards as workers write them."""
+    client: "Client",
+    images: Path,
+    writer: CacheWriter,
+    options: ExtractOptions,
+    on_rows: Callable[[int], None],
+    finish: Callable[[WrittenShard], T],
+) -> Iterator[T]:
+    """Yield what `finish`, in this process, makes of the missing shards, as workers write them."""
     from pipelines.cluster import ClusterRun
 
     gc.collect()
@@ -97,7 +104,8 @@ def on_workers(
     array = next(iter(writer.manifest.arrays.values()))
     rows = {shard: len(array.rows_of(shard)) for shard in writer.missing}
     assignment = make_assignment(writer.root, writer.manifest, images, options)
-    return ClusterRun(client, compute, assignment, rows, on_rows).results()
+    with closing(ClusterRun(client, compute, assignment, rows, on_rows).results()) as written:
+        yield from map(finish, written)
 
 
 def make_assignment(root: Path, manifest: CacheManifest, images: Path, options: ExtractOptions) -> str:
@@ -154,7 +162,8 @@ def compute(assignment: str, shard: int, on_rows: Callable[[int], None]) -> Writ
     Raises ClusterError where this process is not fit for the cache, and what loading, computing and writing raise.
     """
     with _ALONE, cpu_threads(json.loads(assignment)["threads"]):
-        return next(_resident(assignment).write([shard], on_rows))
+        (written,) = _resident(assignment).write([shard], on_rows, lambda written: written)
+        return written
 
 
 def _resident(assignment: str) -> ShardRunner:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dtcache.device import Compute
+from dtcache.device import Compute, DeviceClock, compiled
 from dtcache.errors import ConfigError
 from dtcache.spec import Box, TeacherSpec, ViewSpec, signal_to_noise, tap_name
 from dtcache.teacher.condition import choose_condition, require_labels
@@ -61,6 +61,12 @@ class Teacher:
         self.spec, self.view, self.encoding = spec, view, encoding
         self.crop = crop
         """The crop of the view at which equivariance can be measured."""
+        self.denoiser = loaded.denoiser
+        """The whole of it; it shares its weights with `network`."""
+        self.input_shape = (
+            loaded.denoiser.channels, view.height // loaded.latent_stride, view.width // loaded.latent_stride,
+        )  # fmt: skip
+        """(C, H, W) of what is noised."""
         self.prompt = loaded.prompt
         self.device = compute.device
         self._compute = compute
@@ -69,6 +75,9 @@ class Teacher:
         self._latents = _placed(loaded.latents, compute) if loaded.latents is not None else None
         self.network = _placed(loaded.denoiser.tapped(spec.taps), compute)
         """Ends after the last tap; in evaluation mode, channels last."""
+        self._run = compiled(self.network) if spec.compiled else self.network
+        self.clock = DeviceClock(compute.device)
+        """Of all passes, the autoencoder's and an inversion's among them."""
 
     @property
     def is_random(self) -> bool:
@@ -127,15 +136,16 @@ class Teacher:
         Latents are made once for all draws and timesteps. A short batch is padded to the recipe's batch size, because
         the batch shape moves results in their last bits.
         """
-        count, clean_BCHW = len(batch.pixels_BCHW), self.clean(batch)
-        labels_B = self.labels(batch)
+        with self.clock.running():
+            count, clean_BCHW, labels_B = len(batch.pixels_BCHW), self.clean(batch), self.labels(batch)
         for by_timestep in batch.noise:
             found = {}
             for timestep in self.spec.timesteps:
                 noise_BCHW = self._padded(by_timestep[timestep]) if self.is_random else None
-                arguments = self.encoding.inputs(clean_BCHW, noise_BCHW, timestep, labels_B)
-                with self._compute.autocast():
-                    maps = self.network(*map(_channels_last, arguments))
+                with self.clock.running():
+                    arguments = self.encoding.inputs(clean_BCHW, noise_BCHW, timestep, labels_B)
+                    with self._compute.autocast():
+                        maps = self._run(*map(_channels_last, arguments))
                 for tap in self.spec.taps:
                     found[tap_name(timestep, tap.name)] = maps[tap.name][:count].float()
             yield found
@@ -194,12 +204,13 @@ def prepare_teacher(
     compute: Compute,
     condition: str | None = None,
     ddim_steps: int | None = None,
+    compile: bool = False,
 ) -> Teacher:
     """Find and choose taps, truncate the network and resolve the recipe's constants.
 
     `condition` is label, null, a class number, or None for the default: see `choose_condition`. With `ddim_steps`
-    images are inverted by so many steps, else noised. Raises ConfigError for a size, tap, timestep, condition or
-    encoding that the teacher cannot serve.
+    images are inverted by so many steps, else noised. With `compile` torch.compile compiles the network. Raises
+    ConfigError for a size, tap, timestep, condition or encoding that the teacher cannot serve.
     """
     steps = len(loaded.alpha_bars)
     for timestep in timesteps:
@@ -227,6 +238,7 @@ def prepare_teacher(
         snrs=tuple(map(signal_to_noise, alpha_bars)),
         ddim_steps=ddim_steps,
         condition=told,
+        compiled=compile or None,
     )
     encoding = _encoding(loaded, compute, ddim_steps)
     crop = find_crop(loaded.denoiser, offered, view, loaded.latent_stride)

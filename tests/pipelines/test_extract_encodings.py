@@ -121,6 +121,7 @@ def test_a_resumed_inversion_ends_in_the_same_bytes(
 ) -> None:
     """Measurements are made once: an extraction that was interrupted goes on with those that it has."""
     from pipelines import extract as stage
+    from pipelines import runner
 
     real, measured = stage.measure, []
     monkeypatch.setattr(stage, "measure", lambda *a: measured.append(1) or real(*a))
@@ -132,7 +133,7 @@ def test_a_resumed_inversion_ends_in_the_same_bytes(
     for out, stops in (("whole", False), ("halved", True)):
         with monkeypatch.context() as patch:
             if stops:
-                patch.setattr(stage, "run_shard", interrupted)
+                patch.setattr(runner, "run_shard", interrupted)
             result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / out, *flags)
             assert result.exit_code == (130 if stops else 0), result.output
     assert run("extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "halved", *flags).exit_code == 0

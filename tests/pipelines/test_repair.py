@@ -257,7 +257,7 @@ def test_every_option_follows_from_the_recipe(shared: Path) -> None:
     told = {"teacher": "teacher", "size": "32x32", "taps": "stride4,stride8", "batch_size": 8, "limit": 20}
     told |= {"timestep": (150,), "fit": "crop", "seed": 0, "flip": True, "shard_rows": 8}
     told |= {"device": "cpu", "precision": "fp32", "draws": 1, "average": False, "images": "view"}
-    told |= {"prompt": None, "condition": None, "threads": 1, "encoding": "ddpm", "ddim_steps": None}
+    told |= {"prompt": None, "condition": None, "threads": 1, "encoding": "ddpm", "ddim_steps": None, "compile": False}
     assert {name: getattr(found, name) for name in told} == told
     assert {f.name for f in fields(ExtractOptions)} == {
         *told,
@@ -267,4 +267,5 @@ def test_every_option_follows_from_the_recipe(shared: Path) -> None:
         "workers",
         "scheduler",
         "dashboard",
+        "force",
     }

@@ -1,0 +1,67 @@
+"""The batch size at which a teacher is fastest, found by trying."""
+
+import os
+import resource
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from dtcache.teacher import Teacher
+from pipelines.progress import track
+
+SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+GAIN = 0.97
+"""A larger batch must take less than this share of the time a view to be worth its memory."""
+PASSES = 2
+LONGEST_SECONDS = 20.0
+"""A size whose pass takes longer is the last one that is tried."""
+
+
+def fastest_batch(prepare: Callable[[int], Teacher]) -> int:
+    """Return the number of views a pass with the least time a view, among powers of two that fit into memory.
+
+    `prepare` makes the teacher for a size. Trying ends where two sizes on end are no faster, or where the next one
+    might not fit.
+    """
+    best, least, worse = SIZES[0], float("inf"), 0
+    before = _peak_bytes()
+    with track("choose batch size", len(SIZES)) as progress:
+        for size in SIZES:
+            try:
+                seconds = _seconds_a_view(prepare(size))
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                break
+            progress.advance(1, f"{size}: {1 / seconds:.1f} views/s")
+            worse = 0 if seconds < GAIN * least else worse + 1
+            if seconds < GAIN * least:
+                best, least = size, seconds
+            if worse == 2 or seconds * size > LONGEST_SECONDS or 2 * (_peak_bytes() - before) > _free_bytes():
+                break
+    return best
+
+
+def _seconds_a_view(teacher: Teacher) -> float:
+    """Return the time of a pass over grey images, a view, after one that does not count."""
+    size = teacher.spec.batch_size
+    grey_CHW = np.full((3, teacher.view.height, teacher.view.width), 128, np.uint8)
+    batch = teacher.batch([teacher.input(grey_CHW, "", False, seed=0, draws=[0], label=0)] * size)
+    seconds = []
+    for _ in range(1 + PASSES):
+        started = time.perf_counter()
+        for _ in teacher.features(batch):
+            pass
+        if teacher.device.type == "cuda":
+            torch.cuda.synchronize(teacher.device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:]) / size
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _free_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
