@@ -87,3 +87,7 @@ class ExtractionError(DtcacheError, RuntimeError):
 
 class TrainingError(DtcacheError, RuntimeError):
     """A training run that cannot go on, such as a loss that is not finite."""
+
+
+class ExportError(DtcacheError, RuntimeError):
+    """An exported network that is not the original."""

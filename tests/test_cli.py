@@ -24,7 +24,17 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
 def test_the_verbs_are_the_documented_ones() -> None:
     """README names every verb."""
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    assert set(main.commands) == {"demo", "evaluate", "extract", "inspect", "scenes", "teach", "train", "verify"}
+    assert set(main.commands) == {
+        "demo",
+        "evaluate",
+        "export",
+        "extract",
+        "inspect",
+        "scenes",
+        "teach",
+        "train",
+        "verify",
+    }
     assert all(f"dtcache {verb}" in readme for verb in main.commands)
 
 

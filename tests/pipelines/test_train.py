@@ -276,9 +276,9 @@ def test_damaged_features_stop_the_run_naming_the_sample(cache: Path, tmp_path: 
 
 def test_a_loss_that_is_not_finite_stops_the_run(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN is reported with its step, its part and samples; no checkpoint of it is written."""
-    from pipelines import distill
+    from dtcache import objective
 
-    monkeypatch.setattr(distill, "at_loss", lambda a, b: (a * float("nan")).mean())
+    monkeypatch.setattr(objective, "at_loss", lambda a, b: (a * float("nan")).mean())
     result = run("train", cache, "--out", tmp_path / "r", *FLAGS)
     assert result.exit_code == 1
     assert "the loss is not finite at step 0 (loss, at/t150/stride4, at/t150/stride8" in result.output
