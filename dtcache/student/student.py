@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dtcache.errors import ConfigError
 from dtcache.spec import ViewSpec
-from dtcache.student.backbone import Backbone, MapsModule, Rgb, student_input
+from dtcache.student.backbone import MapsModule, Rgb, student_input
 from dtcache.student.folder import make_backbone
 from dtcache.student.pyramid import SimplePyramid
 from dtcache.student.regressor import FeatureRegressor
@@ -67,7 +67,6 @@ def build_student(
     torch.manual_seed(seed)
     pyramid = None
     if len(shapes) == 1:
-        _require_whole(backbone, shapes[0], size)
         pyramid = SimplePyramid(shapes[0][0], size[0] / shapes[0][1])
         shapes = [(x.shape[1], x.shape[2], x.shape[3]) for x in pyramid(torch.zeros(1, *shapes[0]))]
     channels, grids = [c for c, _, _ in shapes], [(h, w) for _, h, w in shapes]
@@ -95,16 +94,3 @@ def _probe(backbone: MapsModule, size: tuple[int, int]) -> list[tuple[int, int, 
             f"the student does not take images of {size[0]}x{size[1]} pixels ({reason}); give another --student-size"
         ) from error
     return [(x.shape[1], x.shape[2], x.shape[3]) for x in maps]
-
-
-def _require_whole(backbone: MapsModule, shape: tuple[int, int, int], size: tuple[int, int]) -> None:
-    """Raise ConfigError where a network's patches leave a part of the image out."""
-    if not isinstance(backbone, Backbone):
-        return
-    patch = backbone.reductions[-1]
-    if (shape[1] * patch, shape[2] * patch) != size:
-        near = "x".join(str(max(1, round(side / patch)) * patch) for side in size)
-        raise ConfigError(
-            f"{backbone.name}: expected sides that are multiples of its patches' {patch} pixels, got "
-            f"{size[0]}x{size[1]}; give --student-size {near}"
-        )
