@@ -110,7 +110,8 @@ def student_input(images_BCHW: Tensor, input_size: tuple[int, int], mean: Rgb, s
 def recalibrate_batch_norm(
     backbone: Backbone, batches: Iterable[Tensor], norms: Sequence[_BatchNorm] | None = None
 ) -> None:
-    """Set running statistics of `norms` [default: all] to their average over batches of normalised images (B, 3, H, W).
+    """Set running statistics of `norms` [default: all] to their average over batches of normalised images (B, 3, H, W),
+    as far as they lie on the way to the maps.
 
     Everything else stays in evaluation mode; a network without batch normalisation draws no batch.
     """
@@ -120,8 +121,10 @@ def recalibrate_batch_norm(
     training, momenta = backbone.training, [norm.momentum for norm in norms]
     backbone.eval()
     for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
+        # A cumulative average, whose first batch replaces what was there; a norm that no map hangs on keeps it.
+        norm.momentum = None
+        assert norm.num_batches_tracked is not None, "a norm that tracks statistics counts its batches"
+        norm.num_batches_tracked.zero_()
         norm.train()
     try:
         for images_BCHW in batches:

@@ -18,7 +18,7 @@ def fitted() -> FittedTap:
     """A fit whose noise grows with the frequency: levels of all kinds, and dropped bands and components."""
     rng = np.random.default_rng(0)
     signal = rng.standard_normal((64, 6, 5, 4)) + 2 * rng.standard_normal((64, 6, 1, 1))
-    signal *= np.array([1, 1, 0.5, 0.5, 0.25, 0.01])[:, None, None]
+    signal *= np.array([1, 1, 0.5, 0.5, 0.25, 0.001])[:, None, None]
     noise = 0.5 * (np.arange(6) < 5)[:, None, None]
     draws = [signal + rng.standard_normal(signal.shape) * noise for _ in range(2)]
     return quantised_fit(tap_statistics(np.stack(draws).astype(np.float16)), STEP)
