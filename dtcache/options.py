@@ -96,7 +96,7 @@ class ExtractOptions(Options):
 class TrainOptions(Options):
     """Options of `dtcache train`."""
 
-    student: str = option("resnet50", "Any timm backbone with a feature pyramid.", metavar="NAME")
+    student: str = option("resnet50", "Any timm backbone with a feature pyramid, or a plain ViT.", metavar="NAME")
     epochs: int = option(100, "Passes over the training samples.", minimum=1)
     warmup_epochs: float | None = option(
         None, "Epochs of linear warm-up, cosine decay after it [default: a tenth of --epochs].", minimum=0
