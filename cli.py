@@ -17,6 +17,7 @@ from dtcache.options import (
     ConvertOptions,
     DemoOptions,
     EvaluateOptions,
+    ExportOptions,
     ExtractOptions,
     TeachOptions,
     TrainOptions,
@@ -289,6 +290,26 @@ def train(cache: Path, out: Path, options: TrainOptions) -> None:
     click.echo(
         f"{done.out / 'backbone'}: {done.steps} steps, held-out loss {done.held_out_loss:.4f}, "
         f"{done.wait_share:.1%} of the time waiting for data"
+    )
+
+
+@main.command()
+@click.argument("source", metavar="RUN_OR_BACKBONE", type=PATH)
+@_out("New folder for the weights and their configuration.")
+@options_of(ExportOptions)
+def export(source: Path, out: Path, options: ExportOptions) -> None:
+    """Export the backbone of a run to a folder that timm or torchvision reads, checked against the original.
+
+    \b
+    Example:
+      dtcache export runs/resnet50 --to torchvision --out exported/resnet50
+    """
+    from pipelines.export import export as run
+
+    done = run(source, out, options)
+    click.echo(
+        f"{done.out}: {done.architecture} for {options.to}; on random images its outputs differ from the original's by "
+        f"at most {done.difference:.3g} (the largest is {done.largest:.3g})\n  {done.usage}"
     )
 
 

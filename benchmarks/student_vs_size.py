@@ -23,9 +23,10 @@ from records import ROOT, once
 
 from dtcache.cache import Cache
 from dtcache.device import Compute, resolve_compute
+from dtcache.objective import make_objective
 from dtcache.options import EvaluateOptions, ExtractOptions, TrainOptions
-from dtcache.student import Student, build_student
-from pipelines.distill import held_out_losses
+from dtcache.student import Student, Views, build_student
+from pipelines.distill import Distillation, held_out_losses
 from pipelines.evaluate import evaluate
 from pipelines.extract import extract
 from pipelines.report import inspect_cache
@@ -168,7 +169,15 @@ def reference_losses(student: Student, reference: Path, options: TrainOptions, c
     cache = Cache(reference)
     decoder = cache.decoder(cache.names).to(compute.device)
     student = student.to(compute.device).to(memory_format=torch.channels_last)
-    return held_out_losses(student, decoder, cache, cache.reader.usable_rows, cache.names, options, compute)
+    distillation = Distillation(
+        student=student,
+        decoder=decoder,
+        objective=make_objective(options, cache.fit, cache.reader.manifest.recipe["codec"], cache.names),
+        views=Views(crop=None, jitter=0.0, seed=0),
+        whitening=options.whitening,
+        compute=compute,
+    )
+    return held_out_losses(distillation, cache, cache.reader.usable_rows, cache.names, options.batch_size)
 
 
 def result_path(plan: Plan, name: str) -> Path:

@@ -91,3 +91,7 @@ class ClusterError(DtcacheError, RuntimeError):
 
 class TrainingError(DtcacheError, RuntimeError):
     """A training run that cannot go on, such as a loss that is not finite."""
+
+
+class ExportError(DtcacheError, RuntimeError):
+    """An exported network that is not the original."""

@@ -165,7 +165,7 @@ class ExtractOptions(Options):
 class TrainOptions(Options):
     """Options of `dtcache train`."""
 
-    student: str = option("resnet50", "Any timm backbone with a feature pyramid.", metavar="NAME")
+    student: str = option("resnet50", "Any timm backbone with a feature pyramid, or a plain ViT.", metavar="NAME")
     epochs: int = option(100, "Passes over the training samples.", minimum=1)
     warmup_epochs: float | None = option(
         None, "Epochs of linear warm-up, cosine decay after it [default: a tenth of --epochs].", minimum=0
@@ -175,13 +175,29 @@ class TrainOptions(Options):
     lr: float | None = option(None, "Peak rate [default: 4e-3 x batch/256 for adamw, 4e-3 x batch/2048 for lamb].")
     weight_decay: float = option(0.05, "Weight decay; none on norms and biases.", minimum=0)
     clip_grad: float | None = option(None, "Clip the gradient's norm [default: no clipping].", minimum=1e-12)
-    at_weight: float = option(10.0, "Weight of the attention-transfer loss beside the MSE.", minimum=0)
+    loss: str = option(
+        "mse+at", "Feature loss: whitened MSE, attention transfer, or both.", choices=("mse", "at", "mse+at")
+    )
+    at_weight: float | None = option(None, "Weight of AT beside the MSE in mse+at [default: 10].", minimum=0)
+    tap_weights: str | None = option(
+        None, "Weights of taps in the loss, divided by their mean [default: 1 each].", metavar="strideS=W,..."
+    )
+    noise_weighting: bool = option(False, "Weigh taps and bands by the share of them that is not the teacher's noise.")
     whitening: str = option(
         "sample",
         "LayerNorm of the MSE's target: a sample over (C, H, W), as cached, or a position over C (fp16 caches only).",
         choices=("sample", "position"),
     )
+    regressor: str = option(
+        "fpn-ppm",
+        "Regressor: an FPN; with attention, a bottom-up branch (PaFPN) or pyramid pooling.",
+        choices=("fpn", "fpn-attention", "pafpn", "fpn-ppm"),
+    )
     fpn_width: int = option(256, "Channels of the regressor's pyramid.", minimum=1)
+    crop: str | None = option(
+        None, "Random resized crops of image and features: least and most share of the area.", metavar="0.3,1.0"
+    )
+    jitter: float = option(0.0, "Strength of photometric jitter of the image, up to 2; SimCLR's is 1.", minimum=0)
     student_size: str | None = option(
         None, "Student input size [default: view x max(1, 4/finest stride)].", metavar="H[xW]"
     )
@@ -236,6 +252,13 @@ class EvaluateOptions(Options):
     seed: int = option(0, "Seed of random weights and splits.", minimum=0)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions(Options):
+    """Options of `dtcache export`."""
+
+    to: str = option("timm", "The library that is to read it.", choices=("timm", "torchvision"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

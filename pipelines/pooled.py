@@ -71,7 +71,7 @@ def open_model(model: str, options: EvaluateOptions, compute: Compute) -> Extrac
             raise ConfigError(f"{model}: expected a cache ({MANIFEST}) or a backbone folder ({CONFIG}){hint}")
         backbone, trained_size, view = load_backbone(path)
     else:
-        backbone, view = make_backbone(model, init=None, seed=options.seed), None
+        backbone, view = make_backbone(model, init=None, seed=options.seed, size=size), None
         trained_size = backbone.default_size
     size = size or trained_size
     return NetworkFeatures(backbone, view or ViewSpec(height=size[0], width=size[1]), size, options.batch_size, compute)
@@ -104,7 +104,7 @@ class PixelFeatures:
 
 
 class NetworkFeatures:
-    """A backbone's own pooled features, at one input size."""
+    """The spatial means of a backbone's coarsest map, at one input size."""
 
     def __init__(
         self, backbone: Backbone, view: ViewSpec, input_size: tuple[int, int], batch_size: int, compute: Compute
@@ -127,7 +127,7 @@ class NetworkFeatures:
 
     @torch.inference_mode()
     def __call__(self, batch: Sequence[LoadedView], samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Return the network's pooled features (B, D), fp32."""
+        """Return the pooled features (B, D), fp32."""
         with self._compute.autocast():
             return {self._backbone.name: self._backbone.pooled(self._input(batch)).float().cpu()}
 

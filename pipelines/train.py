@@ -14,13 +14,14 @@ from dtcache.cache import Cache, TrainBatch
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.loader import EpochLoader
+from dtcache.objective import make_objective
 from dtcache.options import TrainOptions, parse_size, parse_taps
 from dtcache.spec import tap_name
 from dtcache.storage import FolderLock, disk_errors, write_file
 from dtcache.store.layout import IMAGES, SAMPLES
 from dtcache.store.samples import held_out
-from dtcache.student import Student, build_student, make_optimizer, save_backbone
-from pipelines.distill import held_out_losses, train_step
+from dtcache.student import Student, Views, build_student, make_optimizer, save_backbone
+from pipelines.distill import Distillation, held_out_losses, remarks, train_step
 from pipelines.plots import plot_curves
 from pipelines.progress import track
 from pipelines.run import Clock, MetricsFile, claim_run, load_checkpoint, save_checkpoint
@@ -50,6 +51,8 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
     if IMAGES not in cache.reader.manifest.arrays and options.images is None:
         raise ConfigError(f"{cache_root} stores no images: give those that it was extracted from (--images)")
     names = chosen_taps(cache, options)
+    objective = make_objective(options, cache.fit, cache.reader.manifest.recipe["codec"], names)
+    views = Views(crop=options.crop, jitter=options.jitter, seed=options.seed)
     train_rows, held_rows = split_rows(cache, options.limit)
     loader = EpochLoader(
         cache,
@@ -74,10 +77,18 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
             width=options.fpn_width,
             init=options.init,
             seed=options.seed,
+            regressor=options.regressor,
         ).to(compute.device, memory_format=torch.channels_last)
-        for name in student.regressor.resized:
-            print(f"{name}: no pyramid level has its grid; its prediction is resized bilinearly", file=sys.stderr)
-        decoder = cache.decoder(names).to(compute.device)
+        distillation = Distillation(
+            student=student,
+            decoder=cache.decoder(names).to(compute.device),
+            objective=objective.to(compute.device),
+            views=views,
+            whitening=options.whitening,
+            compute=compute,
+        )
+        for line in remarks(distillation, cache.reader.manifest.recipe, options):
+            print(line, file=sys.stderr)
         optimizer = make_optimizer(student, options.optimizer, peak_lr(options), options.weight_decay)
         if not (out / "init" / "config.json").exists():
             save_backbone(student.backbone, out / "init", input_size=student.input_size, view=cache.view)
@@ -89,7 +100,7 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
                 epoch, start = divmod(step, loader.num_batches)
                 for batch in clock.waiting(loader.epoch(epoch, start)):
                     rate = peak_lr(options) * warmup_cosine(step, warmup, total)
-                    losses = train_step(student, decoder, optimizer, batch, step, rate, options, compute)
+                    losses = train_step(distillation, optimizer, batch, step, rate, options)
                     _require_finite(losses, step, batch, cache)
                     step += 1
                     clock.count(len(batch.rows))
@@ -100,7 +111,7 @@ def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
                         metrics.write({"step": step, "epoch": epoch, "lr": rate, **losses, **clock.line()})
                     if step % options.save_every == 0 and step % loader.num_batches:
                         _save(out, student, optimizer, clock, metrics, step)
-                held = held_out_losses(student, decoder, cache, held_rows, names, options, compute)
+                held = held_out_losses(distillation, cache, held_rows, names, options.batch_size)
                 metrics.write({"step": step, "epoch": epoch, **held})
                 _save(out, student, optimizer, clock, metrics, step)
         save_backbone(student.backbone, out / "backbone", input_size=student.input_size, view=cache.view)

@@ -1,5 +1,6 @@
 """The feature codec: whitening, PCA over channels, full-frame DCT, one global step, static-table rANS."""
 
+from dtcache.codec.bands import DeterminedBands
 from dtcache.codec.codec import (
     EncodedView,
     FeatureDecoder,
@@ -13,6 +14,7 @@ from dtcache.codec.fitted import FittedTap
 from dtcache.codec.half import HalfTap
 
 __all__ = [
+    "DeterminedBands",
     "EncodedView",
     "FeatureDecoder",
     "FeatureEncoder",

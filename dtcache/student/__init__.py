@@ -1,15 +1,18 @@
-"""The student: a timm backbone, and the regressor that reads the teacher's features off its pyramid."""
+"""The student: a backbone, what it sees, and the regressor that reads the teacher's features off its pyramid."""
 
-from dtcache.student.backbone import Backbone, recalibrate_batch_norm, student_input
+from dtcache.student.backbone import Backbone, MapsModule, recalibrate_batch_norm, student_input
 from dtcache.student.folder import load_backbone, make_backbone, save_backbone
 from dtcache.student.optimizer import make_optimizer
 from dtcache.student.regressor import FeatureRegressor
 from dtcache.student.student import Student, build_student
+from dtcache.student.views import Views
 
 __all__ = [
     "Backbone",
     "FeatureRegressor",
+    "MapsModule",
     "Student",
+    "Views",
     "build_student",
     "load_backbone",
     "make_backbone",

@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import split_model_name_tag
+from torch import nn
 
 from dtcache.errors import ConfigError
 from dtcache.spec import Json, ViewSpec
@@ -24,11 +25,11 @@ MAX_SIDE = 1 << 14
 """Pixels a side that a folder's configuration may ask for."""
 
 
-def make_backbone(name: str, *, init: str | None, seed: int) -> Backbone:
-    """Make a backbone by its timm name.
+def make_backbone(name: str, *, init: str | None, seed: int, size: tuple[int, int] | None = None) -> Backbone:
+    """Make a backbone by its timm name; one that serves a single input size is built for `size` (H, W).
 
     `init`: None for random weights, a function of `seed`; "pretrained" for timm's; else a folder of `save_backbone`.
-    Raises ConfigError for an unknown name, a network without a pyramid, or an `init` that does not serve.
+    Raises ConfigError for an unknown name, a network without a pyramid, or an `init` or a `size` that does not serve.
     """
     _require_known(name)
     if init not in (None, "pretrained"):
@@ -41,15 +42,16 @@ def make_backbone(name: str, *, init: str | None, seed: int) -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = timm.create_model(name, pretrained=init == "pretrained", num_classes=0)
-        except (RuntimeError, ValueError, OSError, HfHubHTTPError) as error:
-            reason = str(error).splitlines()[0]
+            model = timm.create_model(name, pretrained=init == "pretrained", num_classes=0, **_sized(name, size))
+        except (RuntimeError, ValueError, OSError, AssertionError, TypeError, HfHubHTTPError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            at = f" at {size[0]}x{size[1]} pixels" if size else ""
             raise ConfigError(
-                f"timm cannot make {name} with {init or 'random'} weights ({reason}); check the name's tag and the "
-                "network, or leave --init out"
+                f"timm cannot make {name} with {init or 'random'} weights{at} ({reason}); check the name's tag, the "
+                "network and the size, or leave --init out"
             ) from error
     timm_config = cast(Any, model).pretrained_cfg
-    return Backbone(model, mean=_rgb(timm_config["mean"]), std=_rgb(timm_config["std"]))
+    return Backbone(model, mean=_rgb(timm_config["mean"]), std=_rgb(timm_config["std"]), size=size)
 
 
 def save_backbone(backbone: Backbone, folder: Path, *, input_size: tuple[int, int], view: ViewSpec) -> None:
@@ -65,7 +67,7 @@ def save_backbone(backbone: Backbone, folder: Path, *, input_size: tuple[int, in
             # Equal numbers of classes, here and asked for, are what makes timm load strictly.
             "num_classes": 0,
             "input_size": [3, *input_size],
-            "fixed_input_size": backbone._fixed_size,
+            "fixed_input_size": backbone.fixed_size,
             "crop_pct": 1.0,
             "crop_mode": "squash" if view.fit == "stretch" else "center",
             "interpolation": "bicubic",
@@ -76,6 +78,8 @@ def save_backbone(backbone: Backbone, folder: Path, *, input_size: tuple[int, in
         },
         "dtcache": {"view": {"height": view.height, "width": view.width, "fit": view.fit}},
     }
+    if backbone.fixed_size:
+        config["model_args"] = {"img_size": list(backbone.default_size)}
     weights = {name: value.detach().cpu().contiguous() for name, value in backbone.model.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / WEIGHTS, safetensors.torch.save(weights, {"format": "pt"}))
@@ -107,13 +111,36 @@ def load_backbone(folder: Path) -> tuple[Backbone, tuple[int, int], ViewSpec | N
     path = folder / WEIGHTS
     if not path.is_file():
         raise ConfigError(f"{path}: the weights are missing; expected the folder that dtcache train wrote")
-    model = timm.create_model(name, num_classes=0)
     try:
+        model = _empty(name, input_size, path.stat().st_size)
         model.load_state_dict(safetensors.torch.load_file(path), strict=True)
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{path}: not the weights of {name} ({reason}); export the backbone again") from error
-    return Backbone(model, mean=mean, std=std), input_size, view
+    return Backbone(model, mean=mean, std=std, size=input_size), input_size, view
+
+
+def open_in_timm(folder: Path) -> nn.Module:
+    """Return the network that timm itself makes of a backbone's folder, loaded strictly."""
+    # Without pretrained=True timm returns random weights, and does not say so.
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+
+
+def _sized(name: str, size: tuple[int, int] | None) -> Json:
+    """Return what makes timm build a network for an input size (H, W): nothing, unless it serves a single one."""
+    known = timm.models.get_pretrained_cfg(split_model_name_tag(name)[0], allow_unregistered=True)
+    return {"img_size": size} if size is not None and known is not None and known.fixed_input_size else {}
+
+
+def _empty(name: str, size: tuple[int, int], most: int) -> nn.Module:
+    """Return a network whose weights, at that size, take no more than `most` bytes. Raises RuntimeError."""
+    arguments = _sized(name, size)
+    if arguments:
+        with torch.device("meta"):
+            values = timm.create_model(name, num_classes=0, **arguments).state_dict().values()
+        if (needed := sum(value.nbytes for value in values)) > most:
+            raise RuntimeError(f"{size[0]}x{size[1]} pixels need {needed} bytes, the file has {most}")
+    return timm.create_model(name, num_classes=0, **arguments)
 
 
 def _require_known(name: str) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ from cli import main
 from dtcache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.loader import EpochLoader
+from dtcache.objective import make_objective
 from dtcache.options import TrainOptions
 from dtcache.store.samples import held_out
-from dtcache.student import build_student
-from pipelines.distill import losses_of
+from dtcache.student import Views, build_student
+from pipelines.distill import Distillation, remarks
 from pipelines.train import peak_lr, split_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +40,20 @@ FLAGS = (
 def run(*arguments: object) -> Result:
     """Run the command line in this process."""
     return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def distillation(cache: Cache, options: TrainOptions) -> Distillation:
+    """Return everything that turns this cache's batches into losses, with a small student of 32 px."""
+    codec, compute = cache.reader.manifest.recipe["codec"], resolve_compute("cpu", "fp32")
+    targets = {name: cache.shape(name) for name in cache.names}
+    return Distillation(
+        student=build_student("resnet10t", targets, cache.view, size=(32, 32), width=16, seed=0),
+        decoder=cache.decoder(cache.names),
+        objective=make_objective(options, cache.fit, codec, cache.names),
+        views=Views(crop=options.crop, jitter=options.jitter, seed=options.seed),
+        whitening=options.whitening,
+        compute=compute,
+    )
 
 
 def losses(run_folder: Path) -> list[dict]:
@@ -233,8 +249,16 @@ def test_two_students_share_one_cache(cache: Path, tmp_path: Path) -> None:
         (("--timestep", "50"), "--timestep 50: the cache has 150; choose among these"),
         (("--batch-size", "64"), "--batch-size 64: expected 1 to 20, the samples left for training"),
         (("--student", "resnet5000"), "has no network of this name"),
-        (("--student", "vit_tiny_patch16_224"), "expected a backbone with a feature pyramid"),
+        (("--student", "crossvit_tiny_240"), "expected a backbone with a feature pyramid"),
         (("--init", "nowhere"), "nowhere/config.json"),
+        (("--loss", "at", "--at-weight", "5"), "--at-weight 5 weighs AT beside the MSE, and --loss at is one of them"),
+        (("--tap-weights", "stride16=1"), "--tap-weights stride16: expected one of the taps trained on, t150/stride4,"),
+        (("--crop", "1.0,0.3"), "--crop 1.0,0.3: expected two rising shares of the area over 0 and up to 1"),
+        (("--jitter", "3"), "--jitter 3: expected a strength from 0 (none) to 2"),
+        (
+            ("--student", "test_vit", "--student-size", "40"),
+            "images of 40x40 pixels (Input height (40) should be",
+        ),
     ],
 )
 def test_bad_options_are_one_clear_line(cache: Path, tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
@@ -276,9 +300,9 @@ def test_damaged_features_stop_the_run_naming_the_sample(cache: Path, tmp_path: 
 
 def test_a_loss_that_is_not_finite_stops_the_run(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN is reported with its step, its part and samples; no checkpoint of it is written."""
-    from pipelines import distill
+    from dtcache import objective
 
-    monkeypatch.setattr(distill, "at_loss", lambda a, b: (a * float("nan")).mean())
+    monkeypatch.setattr(objective, "at_loss", lambda a, b: (a * float("nan")).mean())
     result = run("train", cache, "--out", tmp_path / "r", *FLAGS)
     assert result.exit_code == 1
     assert "the loss is not finite at step 0 (loss, at/t150/stride4, at/t150/stride8" in result.output
@@ -292,9 +316,118 @@ def test_losses_of_every_tap_reach_the_backbone(cache: Path) -> None:
     student = build_student("resnet10t", targets, opened.view, size=None, width=16, init=None, seed=0).train()
     assert student.input_size == (128, 128)
     batch = opened.batch([0, 1], [0, 1], opened.names)
-    loss = losses_of(student, opened.decoder(opened.names), batch, TrainOptions(), resolve_compute("cpu", "fp32"))[
-        "loss"
-    ]
-    loss.backward()
+    replace(distillation(opened, TrainOptions()), student=student).losses(batch)["loss"].backward()
     assert student.backbone.model.conv1[0].weight.grad.abs().sum() > 0
     assert all(head.weight.grad.abs().sum() > 0 for head in student.regressor.heads)
+
+
+VIEW_FLAGS = ("--crop", "0.3,1.0", "--jitter", "0.5", "--noise-weighting", "--tap-weights", "stride4=2")
+
+
+def test_random_views_resume_to_the_bit(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with crops and jitter, stopped between two checkpoints, ends in an uninterrupted one's losses."""
+    from pipelines import train as stage
+
+    flags = (*FLAGS, *VIEW_FLAGS, "--epochs", "2")
+    whole = run("train", cache, "--out", tmp_path / "whole", *flags)
+    assert whole.exit_code == 0, whole.output
+    assert "noise weighting: tap by tap (crops mix a map's bands)" in whole.output
+    real, calls = stage.train_step, []
+
+    def interrupted(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(stage, "train_step", interrupted)
+    assert run("train", cache, "--out", tmp_path / "run", *flags).exit_code == 130
+    assert run("train", cache, "--out", tmp_path / "run", *flags).exit_code == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_crops_show_image_and_targets_by_one_box(cache: Path) -> None:
+    """What the student is shown, and the targets of MSE and AT, are the whole ones cropped by the row's own box.
+
+    The target of the MSE is not whitened again; that of AT is the raw feature; held-out batches are whole.
+    """
+    opened = Cache(cache)
+    seen: dict[str, object] = {}
+    whole, cropped = (distillation(opened, TrainOptions(crop=crop)) for crop in (None, "0.3,0.5"))
+    whole.objective.register_forward_pre_hook(lambda _, inputs: seen.update(whole=inputs[1]))
+    cropped.objective.register_forward_pre_hook(lambda _, inputs: seen.update(cropped=inputs[1]))
+    cropped.student.register_forward_pre_hook(lambda _, inputs: seen.update(images=inputs[0]))
+    batch = opened.batch([3, 5], [0, 1], opened.names)
+    with torch.no_grad():
+        whole.losses(batch, step=4)
+        cropped.losses(batch, step=4)
+    boxes = cropped.views.boxes(4, batch.rows)
+    for place, (left, top, right, bottom) in enumerate(boxes.double().tolist()):
+        image = batch.images_BCHW[place].double().numpy()
+        expected = reference_crop(image, (left, top, right, bottom), (32, 32))
+        np.testing.assert_allclose(seen["images"][place], expected, atol=0.01)
+        for kind in ("whitened", "raw"):
+            for name, x_BCHW in getattr(seen["whole"], kind).items():
+                found = getattr(seen["cropped"], kind)[name][place]
+                expected = reference_crop(x_BCHW[place].double().numpy(), (left, top, right, bottom), found.shape[1:])
+                np.testing.assert_allclose(found, expected, atol=1e-3 * float(np.abs(expected).max()))
+    with torch.no_grad():
+        whole.losses(batch)
+        plain = seen["whole"].raw
+        cropped.losses(batch)
+    assert all(torch.equal(x, plain[name]) for name, x in seen["cropped"].raw.items())
+    assert torch.equal(seen["images"], batch.images_BCHW)
+
+
+def reference_crop(x_CHW: np.ndarray, box: tuple[float, ...], size: tuple[int, int]) -> np.ndarray:
+    """Return a box resampled at its cells' centres, bilinearly between pixel centres, by scipy."""
+    from scipy.ndimage import map_coordinates
+
+    height, width = x_CHW.shape[1:]
+    left, top, right, bottom = box
+    y = (top + (np.arange(size[0]) + 0.5) / size[0] * (bottom - top)) * height - 0.5
+    x = (left + (np.arange(size[1]) + 0.5) / size[1] * (right - left)) * width - 0.5
+    grid = np.meshgrid(y, x, indexing="ij")
+    return np.stack([map_coordinates(plane, grid, order=1, mode="nearest") for plane in x_CHW])
+
+
+def test_a_run_tells_what_was_measured_of_its_crops(cache: Path) -> None:
+    """A recipe that has the teacher's equivariance is quoted for what is cropped; others are silent."""
+    opened = Cache(cache)
+    recipe = opened.reader.manifest.recipe
+    measured = {**recipe, "equivariance": {"flip": {}, "crop": {"t150/stride8": 0.25}}}
+    options = TrainOptions(crop="0.3,1.0")
+    cropped = distillation(opened, options)
+    (line,) = (line for line in remarks(cropped, measured, options) if line.startswith("crops"))
+    assert line.startswith("crops: the teacher's features of a crop differ from the cropped features by t150/stride8 ")
+    assert "0.250 (measured relative squared error" in line
+    early = {name: value for name, value in recipe.items() if name != "equivariance"}
+    others = [*remarks(cropped, early, options), *remarks(cropped, measured, TrainOptions())]
+    assert not any("crops" in other for other in others)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--loss", "mse", "--regressor", "pafpn", "--noise-weighting"),
+        ("--loss", "at", "--regressor", "fpn-attention"),
+        ("--student", "test_vit", "--regressor", "fpn"),
+    ],
+)
+def test_every_kind_of_run_ends_in_a_backbone(cache: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Other losses, regressors and a plain ViT train and leave a backbone of timm's own weights, no more."""
+    result = run("train", cache, "--out", tmp_path / "r", *FLAGS, "--epochs", 2, *flags)
+    assert result.exit_code == 0, result.output
+    backbone = tmp_path / "r" / "backbone"
+    timm.create_model(f"local-dir:{backbone}", pretrained=True, num_classes=0)
+    lines = [line for line in losses(tmp_path / "r") if "loss" in line]
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    if "--loss" in flags:
+        part = "determined_mse" if "--noise-weighting" in flags else flags[1]
+        weights = {"t150/stride4": 1.0, "t150/stride8": 1.0}
+        if "--noise-weighting" in flags:
+            shares = Cache(cache).reader.manifest.recipe["codec"]["noise_share"]
+            weights = dict.fromkeys(weights, 1 / np.mean([max(1 - shares[name], 1 / 8) for name in weights]))
+        for line in lines:
+            expected = np.mean([weight * line[f"{part}/{name}"] for name, weight in weights.items()])
+            assert line["loss"] == pytest.approx(expected, rel=1e-5)

@@ -68,7 +68,7 @@ def test_timm_reads_the_folder_back_exactly(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     pyramid = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()
     with torch.no_grad():
-        assert torch.equal(plain(images()), backbone.pooled(images()))
+        assert torch.equal(plain(images()), backbone.model(images()))
         coarse = [x for x, r in zip(pyramid(images()), pyramid.feature_info.reduction(), strict=True) if r >= 4]
         assert all(torch.equal(a, b) for a, b in zip(coarse, backbone(images()), strict=True))
 
@@ -116,15 +116,15 @@ def test_a_saved_folder_starts_another_backbone(saved: Path) -> None:
 
 
 def test_names_that_cannot_serve_are_refused_with_advice() -> None:
-    """A misspelt name gets suggestions, a wrong tag its name, a plain ViT an explanation."""
+    """A misspelt name gets suggestions, a wrong tag its name, a network without a pyramid an explanation."""
     with pytest.raises(ConfigError, match=r"resnet5O: timm .* has no network of this name; did you mean resnet5"):
         make_backbone("resnet5O", init=None, seed=0)
     with pytest.raises(ConfigError, match=r"\?{9}: .*resnet50 is one"):
         make_backbone("?????????", init=None, seed=0)
     with pytest.raises(ConfigError, match=r"timm cannot make resnet18\.nope with random weights .*nope"):
         make_backbone("resnet18.nope", init=None, seed=0)
-    with pytest.raises(ConfigError, match=r"expected a backbone with a feature pyramid .* got strides 16; .*resnet50"):
-        make_backbone("vit_tiny_patch16_224", init=None, seed=0)
+    with pytest.raises(ConfigError, match=r"a feature pyramid .* or a plain ViT, got strides 12, 17; .*resnet50"):
+        make_backbone("crossvit_tiny_240", init=None, seed=0)
 
 
 def test_a_network_of_one_input_size_says_so() -> None:
@@ -212,12 +212,9 @@ class LinearNet(nn.Module):
         self.conv = nn.Conv2d(3, 4, 1)
         self.first, self.drop, self.second = nn.BatchNorm2d(4), nn.Dropout(0.5), nn.BatchNorm2d(4, momentum=0.3)
 
-    def forward_intermediates(self) -> None:
-        """Exist, as a pyramid does."""
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return (B, 4)."""
-        return self.second(self.drop(self.first(self.conv(x_BCHW)))).mean((2, 3))
+    def forward_intermediates(self, x_BCHW: Tensor, **options: object) -> list[Tensor]:
+        """Return the last map (B, 4, H, W)."""
+        return [self.second(self.drop(self.first(self.conv(x_BCHW))))]
 
 
 def linear_backbone() -> Backbone:

@@ -1,9 +1,14 @@
 """The regressor: which level serves which tap, and that the pyramid is the paper's."""
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
+from student.reference import Reference
 
-from dtcache.student.regressor import FeatureRegressor, PyramidPooling
+from dtcache.student.blocks import BottomUp, NonLocal, PyramidPooling
+from dtcache.student.regressor import FeatureRegressor
 
 CHANNELS = (8, 16, 32, 64)
 GRIDS = ((32, 32), (16, 16), (8, 8), (4, 4))
@@ -12,6 +17,74 @@ GRIDS = ((32, 32), (16, 16), (8, 8), (4, 4))
 def maps() -> list[torch.Tensor]:
     """Random maps of a backbone at 128 px."""
     return [torch.randn(2, c, *grid) for c, grid in zip(CHANNELS, GRIDS, strict=True)]
+
+
+def shaken(regressor: FeatureRegressor) -> FeatureRegressor:
+    """Give every weight and statistic a random value, so that none is hidden by its initial one."""
+    generator = torch.Generator().manual_seed(1)
+    for name, value in regressor.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(0.4 * torch.randn(value.shape, generator=generator) + (1.5 if "var" in name else 0))
+            value.abs_() if "var" in name else value
+    return regressor.eval()
+
+
+@pytest.mark.parametrize("kind", ["fpn", "fpn-attention", "pafpn", "fpn-ppm"])
+def test_every_kind_is_its_papers_formula(kind: str) -> None:
+    """Predictions equal a second implementation in NumPy, on an odd pyramid whose steps are not all 2."""
+    grids, channels = ((9, 14), (5, 7), (3, 4)), (3, 4, 5)
+    targets = {"fine": (2, 9, 14), "coarse": (3, 3, 4)}
+    regressor = shaken(FeatureRegressor(channels, grids, targets, 6, kind))
+    rng = np.random.default_rng(0)
+    xs = [rng.standard_normal((2, c, *grid)) for c, grid in zip(channels, grids, strict=True)]
+    state = {name: value.double().numpy() for name, value in regressor.state_dict().items()}
+    expected = Reference(state, kind)(xs, {"fine": 0, "coarse": 2})
+    with torch.no_grad():
+        found = regressor([torch.from_numpy(x).float() for x in xs])
+    for name, wanted in expected.items():
+        assert float(np.abs(wanted).max()) > 0.1
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=1e-4 * float(np.abs(wanted).max()))
+
+
+def test_the_default_regressor_stays_what_it_was() -> None:
+    """The names, order and random weights of fpn-ppm are those of the runs made before there were others."""
+    torch.manual_seed(0)
+    regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 16, 16), "b": (3, 2, 2)}, 16)
+    items = regressor.state_dict().items()
+    assert next(iter(items))[0] == "pooling.branches.0.0.weight"
+    digest = hashlib.sha256("".join(f"{k}{tuple(v.shape)}" for k, v in items).encode()).hexdigest()
+    assert digest[:16] == "bd7371cee0bbb648"
+    assert float(regressor.heads[0].weight[0, 0, 0, 0].detach()) == pytest.approx(-0.0161950, rel=1e-5)
+
+
+def test_attention_starts_as_the_identity_and_then_sees_the_whole_map() -> None:
+    """Wang et al. start the block's last normalisation at zero; with another value a corner reaches its opposite."""
+    block, x = NonLocal(8).eval(), torch.randn(1, 8, 5, 6)
+    assert torch.equal(block(x), x)
+    torch.nn.init.ones_(block.out[1].weight)
+    changed = x.clone()
+    changed[..., 0, 0] += 3
+    assert not torch.allclose(block(x)[..., -1, -1], block(changed)[..., -1, -1])
+
+
+def test_the_bottom_up_branch_starts_at_the_finest_level() -> None:
+    """PaFPN's coarse prediction changes with the finest map alone, which an FPN's does not; its finest level stays."""
+    targets = {"a": (5, 4, 4)}
+    xs, changed = maps(), maps()
+    changed[1:] = xs[1:]
+    for kind, reaches in (("fpn", False), ("pafpn", True)):
+        regressor = FeatureRegressor(CHANNELS, GRIDS, targets, 16, kind).eval()
+        assert torch.equal(regressor(xs)["a"], regressor(changed)["a"]) is not reaches
+        assert list(regressor.smooth) == (["0", "1", "2", "3"] if reaches else ["3"])
+    levels = [torch.randn(1, 4, 8, 8), torch.randn(1, 4, 4, 4)]
+    assert BottomUp(2, 4).eval()(levels)[0] is levels[0]
+
+
+@pytest.mark.parametrize("kind", ["fpn", "fpn-attention", "pafpn"])
+def test_every_kind_serves_coarser_taps(kind: str) -> None:
+    """Levels pooled past the backbone's coarsest serve 2x2 and 1x1 taps under every kind."""
+    regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 2, 2), "b": (5, 1, 1)}, 16, kind)
+    assert [tuple(p.shape[1:]) for p in regressor(maps()).values()] == [(5, 2, 2), (5, 1, 1)]
 
 
 def test_each_tap_gets_a_head_on_the_level_of_its_grid() -> None:

@@ -1,0 +1,125 @@
+"""A trained backbone for other programs: written, read back by the other library, run against the original."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dtcache.errors import ConfigError, ExportError
+from dtcache.options import ExportOptions
+from dtcache.storage import disk_errors, write_file
+from dtcache.student import Backbone, load_backbone
+from dtcache.student.folder import CONFIG, WEIGHTS, open_in_timm
+from dtcache.student.torchvision import torchvision_network
+
+TOLERANCE = 1e-5
+"""Most that outputs may differ, over the largest: the same weights may be summed in another order."""
+PROBES = 2
+"""Random images that both networks are run on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """A folder that another library reads, and how its network compares."""
+
+    out: Path
+    architecture: str
+    difference: float
+    """Largest absolute difference of the outputs."""
+    largest: float
+    """Largest absolute output."""
+    usage: str
+    """Python that loads it."""
+
+
+def export(source: Path, out: Path, options: ExportOptions) -> Exported:
+    """Export the backbone of a run, or a backbone's folder, to a new folder that timm or torchvision reads.
+
+    The folder appears only once its network, read back, has given the original's outputs on random images. Raises
+    ConfigError for what cannot be exported, ExportError where the outputs differ, and DiskError.
+    """
+    folder = backbone_folder(source)
+    if out.exists():
+        raise ConfigError(f"--out {out}: it is there already; give a folder that is new")
+    backbone, size, _ = load_backbone(folder)
+    backbone.eval()
+    draft = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        with disk_errors(draft):
+            draft.mkdir(parents=True)
+        write = _write_timm if options.to == "timm" else _write_torchvision
+        network, usage = write(folder, draft, backbone, size)
+        difference, largest = compare(backbone.model, network, size)
+        if not difference <= TOLERANCE * max(largest, 1e-6):
+            raise ExportError(
+                f"{folder}: {options.to}'s {backbone.name} gives other outputs than the original: they differ by "
+                f"{difference:.3g} of {largest:.3g}; nothing was exported. Report this with the versions of both"
+            )
+        with disk_errors(out):
+            draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Exported(
+        out=out, architecture=backbone.name, difference=difference, largest=largest, usage=usage.format(out=out)
+    )
+
+
+def backbone_folder(source: Path) -> Path:
+    """Return the folder of a backbone, or that of a finished run. Raises ConfigError where there is none."""
+    if (source / CONFIG).is_file():
+        return source
+    if (source / "backbone" / CONFIG).is_file():
+        return source / "backbone"
+    if (source / "run.json").is_file():
+        raise ConfigError(f"{source}: the run has no backbone yet; finish it with the dtcache train that began it")
+    raise ConfigError(f"{source}: expected a run of dtcache train, or a backbone's folder with {CONFIG}")
+
+
+@torch.inference_mode()
+def compare(original: nn.Module, network: nn.Module, size: tuple[int, int]) -> tuple[float, float]:
+    """Return the largest difference of two networks' outputs on random images of a size, and the largest output.
+
+    A network that gives no finite output, or another shape, differs by infinity.
+    """
+    images_BCHW = torch.randn(PROBES, 3, *size, generator=torch.Generator().manual_seed(0))
+    outputs: list[Tensor] = [net.eval()(images_BCHW) for net in (original, network)]
+    largest = float(outputs[0].abs().max())
+    if outputs[0].shape != outputs[1].shape or not all(bool(x.isfinite().all()) for x in outputs):
+        return float("inf"), largest
+    return float((outputs[0] - outputs[1]).abs().max()), largest
+
+
+def _write_timm(folder: Path, draft: Path, backbone: Backbone, size: tuple[int, int]) -> tuple[nn.Module, str]:
+    """Copy a backbone's folder, which is timm's own form already, and read it back through timm."""
+    for name in (WEIGHTS, CONFIG):
+        write_file(draft / name, (folder / name).read_bytes())
+    usage = 'timm.create_model("local-dir:{out}", pretrained=True, num_classes=0)'
+    return open_in_timm(draft), usage
+
+
+def _write_torchvision(folder: Path, draft: Path, backbone: Backbone, size: tuple[int, int]) -> tuple[nn.Module, str]:
+    """Write a state dict and how to prepare images for it, and read it back, strictly."""
+    network, head = torchvision_network(backbone)
+    weights = {name: value.contiguous() for name, value in backbone.model.state_dict().items()}
+    write_file(draft / WEIGHTS, safetensors.torch.save(weights, {"format": "pt"}))
+    config: dict[str, Any] = {
+        "library": "torchvision",
+        "architecture": backbone.name,
+        "removed_head": head,
+        "input_size": [3, *size],
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+    }
+    write_file(draft / CONFIG, json.dumps(config, indent=1).encode())
+    network.load_state_dict(safetensors.torch.load_file(draft / WEIGHTS), strict=True)
+    usage = (
+        f"net = torchvision.models.{backbone.name}(); net.{head} = torch.nn.Identity(); "
+        'net.load_state_dict(safetensors.torch.load_file("{out}/' + WEIGHTS + '"))'
+    )
+    return network, usage

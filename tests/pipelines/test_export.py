@@ -1,0 +1,145 @@
+"""Exports: a folder that the other library reads strictly, with the original's outputs, or none."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from click.testing import CliRunner, Result
+
+from cli import main
+from dtcache.errors import ConfigError, ExportError
+from dtcache.options import ExportOptions
+from dtcache.spec import ViewSpec
+from dtcache.student import Backbone, make_backbone, save_backbone
+from dtcache.student.torchvision import HEADS, torchvision_network
+from pipelines import export as stage
+from pipelines.export import compare, export
+
+VIEW = ViewSpec(height=32, width=32)
+
+
+def run(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def folder_of(name: str, folder: Path) -> Path:
+    """Write a backbone of random weights and of statistics that are not the initial ones, as a run does."""
+    backbone = make_backbone(name, init=None, seed=1, size=(32, 32))
+    generator = torch.Generator().manual_seed(2)
+    for key, value in backbone.model.state_dict().items():
+        if key.endswith("running_mean"):
+            value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+        elif key.endswith(("running_var", "bn2.weight")):
+            value.copy_(1 + torch.rand(value.shape, generator=generator))
+    save_backbone(backbone, folder, input_size=(32, 32), view=VIEW)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with a ResNet-18."""
+    root = tmp_path_factory.mktemp("run")
+    folder_of("resnet18", root / "backbone")
+    return root
+
+
+def test_torchvision_loads_the_state_dict_strictly(resnet: Path, tmp_path: Path) -> None:
+    """What the command prints is what works: torchvision's ResNet gives timm's features; the JSON normalises."""
+    out = tmp_path / "deep" / "tv"
+    result = run("export", resnet, "--to", "torchvision", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert f"{out}: resnet18 for torchvision; on random images its outputs differ from the original's by at most" in (
+        result.output
+    )
+    scope = {"torchvision": torchvision, "torch": torch, "safetensors": safetensors}
+    exec(result.output.splitlines()[1].strip(), scope)
+    ours = timm.create_model(f"local-dir:{resnet / 'backbone'}", pretrained=True, num_classes=0).eval()
+    images = torch.randn(2, 3, 64, 48)
+    with torch.no_grad():
+        wanted = ours(images)
+        torch.testing.assert_close(scope["net"].eval()(images), wanted)
+    assert float(wanted.std()) > 0.01
+    config = json.loads((out / "config.json").read_text())
+    assert config["mean"] == list(ours.pretrained_cfg["mean"]) and config["std"] == list(ours.pretrained_cfg["std"])
+    assert (config["architecture"], config["input_size"], config["removed_head"]) == ("resnet18", [3, 32, 32], "fc")
+    whole = torchvision.models.resnet18()
+    missing, unexpected = whole.load_state_dict(safetensors.torch.load_file(out / "model.safetensors"), strict=False)
+    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_convnext", "test_efficientnet", "test_vit", "regnetx_002"])
+def test_timm_gets_the_very_folder(name: str, tmp_path: Path) -> None:
+    """A backbone's folder by itself is copied byte by byte, once timm's own network has given its outputs."""
+    folder = folder_of(name, tmp_path / "backbone")
+    done = export(folder, tmp_path / "out", ExportOptions(to="timm"))
+    assert done.difference == 0 and done.largest > 0
+    assert sorted(p.name for p in done.out.iterdir()) == ["config.json", "model.safetensors"]
+    assert all((done.out / p.name).read_bytes() == p.read_bytes() for p in folder.iterdir())
+    assert eval(done.usage, {"timm": timm}).state_dict().keys()
+
+
+def test_an_export_that_differs_is_none(resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight that changes on the way is found by running both, and leaves nothing behind."""
+    real = stage.torchvision_network
+
+    def changed(backbone: Backbone) -> tuple[torch.nn.Module, str]:
+        network, head = real(backbone)
+        network.register_forward_hook(lambda module, inputs, output: output * 1.001)
+        return network, head
+
+    monkeypatch.setattr(stage, "torchvision_network", changed)
+    with pytest.raises(ExportError, match=r"torchvision's resnet18 gives other outputs than the original: they differ"):
+        export(resnet, tmp_path / "out", ExportOptions(to="torchvision"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_are_not_comparable_differ_by_infinity() -> None:
+    """Another shape, and numbers that are not finite, are never taken for equal."""
+    plain, nan = torch.nn.Flatten(), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Threshold(1e9, float("nan")))
+    assert compare(plain, torch.nn.Identity(), (4, 4))[0] == float("inf")
+    assert compare(nan, nan, (4, 4))[0] == float("inf")
+    assert compare(plain, plain, (4, 4))[0] == 0
+
+
+def test_what_cannot_be_exported_says_why(resnet: Path, tmp_path: Path) -> None:
+    """An architecture of other names, an unfinished run, another folder, and a folder that is there: one line each."""
+    other = folder_of("test_resnet", tmp_path / "backbone")
+    result = run("export", other, "--to", "torchvision", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "no network with the weights' names of test_resnet; it has resnet18, resnet34, resnet50" in (
+        result.output.replace("\n", " ")
+    )
+    unfinished = tmp_path / "run"
+    unfinished.mkdir()
+    with pytest.raises(ConfigError, match=r"run: expected a run of dtcache train, or a backbone's folder with config"):
+        export(unfinished, tmp_path / "out", ExportOptions())
+    (unfinished / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"run: the run has no backbone yet; finish it with the dtcache train"):
+        export(unfinished, tmp_path / "out", ExportOptions())
+    with pytest.raises(ConfigError, match=r"--out .*run: it is there already; give a folder that is new"):
+        export(resnet, unfinished, ExportOptions())
+    with pytest.raises(ConfigError, match=r"--to onnx: expected one of timm, torchvision"):
+        ExportOptions(to="onnx")
+
+
+def test_other_weights_under_a_known_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network whose keys or shapes are not torchvision's is refused by comparison, whatever the list says."""
+    monkeypatch.setitem(HEADS, "mobilenet_v2", "classifier")
+    backbone = make_backbone("test_resnet", init=None, seed=0)
+    backbone.name = "mobilenet_v2"
+    with pytest.raises(ConfigError, match=r"the weights of mobilenet_v2 differ from those of torchvision .*; use --to"):
+        torchvision_network(backbone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(HEADS) - {"resnet18"}))
+def test_every_listed_network_is_torchvisions(name: str, tmp_path: Path) -> None:
+    """Every architecture that --to torchvision promises gives the original's outputs there."""
+    done = export(folder_of(name, tmp_path / "b"), tmp_path / "out", ExportOptions(to="torchvision"))
+    assert done.difference <= 1e-5 * done.largest
+    assert done.largest > 0

@@ -1,0 +1,147 @@
+"""Students of every family, of modules, and of networks with one map; what a size must be."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from dtcache.errors import ConfigError
+from dtcache.spec import ViewSpec
+from dtcache.student import Backbone, build_student, load_backbone, make_backbone, save_backbone
+from dtcache.student.pyramid import SimplePyramid
+
+VIEW = ViewSpec(height=64, width=96)
+TARGETS = {f"t150/stride{s}": (s + 1, 64 // s, 96 // s) for s in (4, 8, 16, 32)}
+FAMILIES = (
+    "test_resnet", "test_convnext", "test_efficientnet", "test_mambaout", "regnetx_002", "mobilenetv3_small_050",
+    "swin_tiny_patch4_window7_224", "test_vit",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_regresses_every_tap(name: str) -> None:
+    """Convolutional, NHWC and plain networks meet taps at strides 4 to 32 exactly, and the loss reaches their stems."""
+    student = build_student(name, TARGETS, VIEW, size=None, width=8)
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    assert student.input_size == (64, 96)
+    assert student.regressor.resized == []
+    found = student.train()(images)
+    assert {key: tuple(x.shape[1:]) for key, x in found.items()} == TARGETS
+    sum(x.square().mean() for x in found.values()).backward()
+    stem = next(p for p in student.backbone.parameters() if p.ndim == 4)
+    assert float(stem.grad.abs().sum()) > 0
+    assert (student.pyramid is None) == (name != "test_vit")
+
+
+@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
+def test_networks_of_one_size_are_built_for_the_students(name: str, tmp_path: object) -> None:
+    """Their folder says for which size: timm and dtcache read it back to the bit, without the pyramid's layers."""
+    student = build_student(name, TARGETS, VIEW, size=(32, 64), width=8)
+    backbone = student.backbone.eval()
+    save_backbone(backbone, tmp_path, input_size=student.input_size, view=VIEW)
+    images = torch.randn(2, 3, 32, 64)
+    network = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    loaded, size, _ = load_backbone(tmp_path)
+    assert list(network.state_dict()) == list(timm.create_model(name, num_classes=0, img_size=(32, 64)).state_dict())
+    with torch.no_grad():
+        assert torch.equal(network(images), backbone.model(images))
+        assert torch.equal(loaded.eval()(images)[-1], backbone(images)[-1])
+    assert size == loaded.default_size == (32, 64)
+    with pytest.raises(ConfigError, match=rf"{name}: expected images of 32x64 pixels, the only size that it serves"):
+        loaded(torch.randn(1, 3, 64, 64))
+    weights = tmp_path / "model.safetensors"
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("32,\n   64", "8192,\n   8192"))
+    with pytest.raises(ConfigError, match=rf"not the weights of {name} \(8192x8192 pixels need \d+ bytes, the file"):
+        load_backbone(tmp_path)
+    assert weights.exists()
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_efficientnet", "test_vit", "test_resnet"])
+def test_pooled_features_end_where_training_does(name: str) -> None:
+    """They are the means of the coarsest map: no weight behind it, which no loss ever reached, can change them."""
+    backbone = make_backbone(name, init=None, seed=0, size=(64, 64)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    backbone.train()
+    sum(x.mean() for x in backbone(images)).backward()
+    untrained = [p for p in backbone.parameters() if p.grad is None]
+    assert bool(untrained) is (name != "test_resnet")
+    backbone.eval()
+    with torch.no_grad():
+        before = backbone.pooled(images)
+        np.testing.assert_allclose(before, backbone(images)[-1].numpy().mean((2, 3)), rtol=1e-4, atol=1e-6)
+        for weight in untrained:
+            weight.add_(1)
+        assert torch.equal(backbone.pooled(images), before)
+        if name == "test_resnet":
+            torch.testing.assert_close(before, backbone.model(images))
+
+
+class Maps(nn.Module):
+    """A network of our own: some maps by average pooling."""
+
+    def __init__(self, strides: tuple[int, ...], kind: type = list) -> None:
+        super().__init__()
+        self.conv, self._strides, self._kind = nn.Conv2d(3, 6, 1), strides, kind
+
+    def forward(self, images_BCHW: Tensor) -> object:
+        """Return the maps."""
+        x_BCHW = self.conv(images_BCHW)
+        return self._kind(nn.functional.avg_pool2d(x_BCHW, s) for s in self._strides)
+
+
+@pytest.mark.parametrize("strides", [(4, 8, 16), (16,), (2,)])
+def test_any_module_that_returns_maps_is_a_student(strides: tuple[int, ...]) -> None:
+    """A list of maps is regressed as a timm pyramid is; of a single one, strides 4 to 32 are made."""
+    module = Maps(strides)
+    student = build_student(module, TARGETS, VIEW, size=None, width=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    found = student(torch.full((2, 3, 64, 96), 255, dtype=torch.uint8))
+    assert {key: tuple(x.shape[1:]) for key, x in found.items()} == TARGETS
+    assert student.backbone.model is module
+    ones = module(torch.ones(1, 3, 64, 96))[-1]
+    shown: list[Tensor] = []
+    student.eval()
+    student.backbone.register_forward_hook(lambda *call: shown.append(call[2][-1]))
+    student(torch.full((1, 3, 64, 96), 255, dtype=torch.uint8))
+    torch.testing.assert_close(shown[0], ones)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Maps((8, 4)), r"Maps: expected a list of maps .* each coarser .*got \[\(1, 6, 8, 12\), \(1, 6, 16, 24\)\]"),
+        (Maps(()), r"Maps: expected a list of maps .* got list"),
+        (nn.Conv2d(3, 4, 1), r"Conv2d: expected a list of maps .* got Tensor"),
+        (Maps((128,)), r"does not take images of 64x96 pixels \(.*\); give another --student-size"),
+    ],
+)
+def test_other_modules_are_refused(module: nn.Module, message: str) -> None:
+    """What returns no rising pyramid of maps is told what was expected and got."""
+    with pytest.raises(ConfigError, match=message):
+        build_student(module, TARGETS, VIEW, size=None, width=8)
+    with pytest.raises(ConfigError, match=r"--init pretrained: expected with a timm name"):
+        build_student(module, TARGETS, VIEW, size=None, width=8, init="pretrained")
+
+
+def test_sizes_that_a_network_cannot_take_are_refused() -> None:
+    """Sizes that timm refuses, when the network is built or first run, are named with its reason."""
+    with pytest.raises(ConfigError, match=r"images of 64x90 pixels \(.*divisible by patch size \(16\)\.\)"):
+        build_student("test_vit", TARGETS, VIEW, size=(64, 90), width=8)
+    with pytest.raises(ConfigError, match=r"cannot make nest_tiny with random weights at 64x96 pixels \(Model only"):
+        build_student("nest_tiny", TARGETS, VIEW, size=None, width=8)
+
+
+@pytest.mark.parametrize(("stride", "scales"), [(16, (4, 2, 1, 0.5)), (14, (4, 2, 1, 0.5)), (8, (2, 1, 0.5, 0.25))])
+def test_the_simple_pyramid_is_vitdets(stride: int, scales: tuple[float, ...]) -> None:
+    """Strides 4 to 32 by deconvolution, identity and pooling; a deconvolution halves the channels."""
+    pyramid, x = SimplePyramid(8, stride), torch.randn(2, 8, 4, 8)
+    maps = pyramid(x)
+    assert [tuple(m.shape[2:]) for m in maps] == [(4 * s, 8 * s) for s in scales]
+    assert [m.shape[1] for m in maps] == pyramid.channels == [int(8 / max(1, s)) for s in scales]
+    same = scales.index(1)
+    assert torch.equal(maps[same], x)
+    assert torch.equal(maps[same + 1], nn.functional.max_pool2d(x, 2))
+    deconvolution = pyramid.levels[same - 1][0]
+    torch.testing.assert_close(maps[same - 1], deconvolution(x))
+    assert isinstance(make_backbone("test_vit", init=None, seed=0), Backbone)
