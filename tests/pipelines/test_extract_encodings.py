@@ -222,8 +222,8 @@ def test_contradicting_teachers_are_refused(
 
 @pytest.mark.slow
 def test_the_documented_example_runs(scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/teachers-callable.md extracts from a module and trains a student on it; only weights are left random."""
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "teachers-callable.md").read_text(), re.S)[:1]
+    """docs/teachers.md extracts from a module and trains a student on it; only weights are left random."""
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "teachers.md").read_text(), re.S)[:1]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(scene_folder)
     changes = {
@@ -234,6 +234,6 @@ def test_the_documented_example_runs(scene_folder: Path, tmp_path: Path, monkeyp
     for old, new in changes.items():
         assert old in code
         code = code.replace(old, new)
-    exec(compile(code, "teachers-callable.md", "exec"), {"__name__": "example"})
+    exec(compile(code, "teachers.md", "exec"), {"__name__": "example"})
     assert (tmp_path / "runs/resnet50/backbone/config.json").is_file()
     assert Cache(tmp_path / "resnet18.cache").names == ["t0/stride4", "t0/stride8", "t0/stride16"]
