@@ -59,7 +59,7 @@ def describe_teacher(where: str, size: str | None) -> Json:
     }
 
 
-def count_flops(network: nn.Module, shape: tuple[int, int, int], classes: int | None) -> int:
+def count_flops(network: nn.Module, shape: tuple[int, int, int], classes: int | None = None) -> int:
     """Return the floating-point operations of one pass over one input (C, H, W), on shapes alone.
 
     `classes` is the number of classes of a class-conditional network, else None. An autoencoder is not counted.
@@ -69,7 +69,8 @@ def count_flops(network: nn.Module, shape: tuple[int, int, int], classes: int | 
     hollow = copy.deepcopy(network, {id(x): x.to("meta") for x in tensors})
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         number_B = torch.zeros(1, dtype=torch.long, device="meta")
-        hollow(torch.empty(1, *shape, device="meta"), number_B, None if classes is None else number_B)
+        told = [] if classes is None else [number_B]
+        hollow(torch.empty(1, *shape, device="meta"), number_B, *told)
     return int(counter.get_total_flops())
 
 

@@ -157,7 +157,7 @@ def test_an_inversion_that_is_not_finite_is_refused(
 ) -> None:
     """The timestep is named."""
     job = job_of(scene_folder, teacher_dir, size="32", encoding="ddim", ddim_steps=2, batch_size=2)
-    monkeypatch.setattr(Inversion, "round_trip", lambda self, x, t: torch.full((len(x),), float("nan")))
+    monkeypatch.setattr(Inversion, "round_trip", lambda self, x, t, labels: torch.full((len(x),), float("nan")))
     with pytest.raises(TeacherError, match=r"images inverted to --timestep 150 are not finite; give a lower one"):
         measure(job, 40)
 

@@ -75,7 +75,7 @@ def test_a_machine_without_a_compiler_is_told_so(
 ) -> None:
     """Where compilation fails the command ends with one clear line."""
 
-    def refuse(module: torch.nn.Module) -> object:
+    def refuse(module: torch.nn.Module, *, dynamic: bool) -> object:
         def call(*arguments: object) -> object:
             raise torch._dynamo.exc.TorchDynamoException("no C++ compiler was found")
 
