@@ -88,8 +88,8 @@ class Cache:
     def __init__(self, root: Path, images: Path | None = None, *, partial: bool = False) -> None:
         """Open and check a cache, with the source of its images where it stores none.
 
-        With `partial` it may lack shards; to look at, not to train on. Raises CacheNotFoundError, CacheIncompleteError or
-        CacheDamagedError, and ImagesError for another source.
+        With `partial` it may lack shards; to look at, not to train on. Raises CacheNotFoundError, CacheIncompleteError
+        or CacheDamagedError, and ImagesError for another source.
         """
         self.reader = CacheReader(root, partial=partial)
         recipe = self.reader.manifest.recipe

@@ -71,12 +71,21 @@ def inspect(roots: Sequence[Path], options: InspectOptions) -> Inspected:
         return Inspected(roots=tuple(roots), reports=tuple(reports))
     from pipelines.statistics import cache_statistics
 
+    afresh = None
+    if options.teacher is not None:
+        from pipelines.statistics.afresh import measure_afresh
+
+        if len(roots) > 1:
+            raise ConfigError("--teacher: expected one cache, as each has a teacher of its own")
+        afresh = measure_afresh(roots[0], options)
     for root, report in zip(roots, reports, strict=True):
         report["statistics"] = cache_statistics(root, options)
+        if afresh is not None:
+            report["statistics"]["afresh"] = afresh.to_json()
     if options.report is not None:
         from pipelines.page.cache import write_cache_page
 
-        write_cache_page(roots[0], reports[0], options)
+        write_cache_page(roots[0], reports[0], options, afresh)
     return Inspected(roots=tuple(roots), reports=tuple(reports), page=options.report)
 
 

@@ -48,12 +48,7 @@ def cache_statistics(root: Path, options: InspectOptions) -> Json:
         if not found["left_out"]:
             keep(identity, asked, found)
     damaged = {f"{root / path}": what for path, what in cache.reader.damaged.items()}
-    found = {**found, "left_out": damaged | found["left_out"]}
-    if options.teacher is not None:
-        from pipelines.statistics.afresh import measure_afresh
-
-        found["afresh"] = measure_afresh(cache, rows, options).to_json()
-    return found
+    return {**found, "left_out": damaged | found["left_out"]}
 
 
 def chosen_rows(cache: Cache, options: InspectOptions) -> Rows:
