@@ -27,7 +27,7 @@ def render_differences(roots: Sequence[Path], reports: Sequence[Json]) -> Render
     """Return narrow tables: how they were made, then what came of it."""
     found = differences(reports)
     made = {name: values for name, values in found.items() if name.startswith(("recipe.", "options."))}
-    titles = _titles(roots)
+    titles = short_paths(roots)
     return Group(
         _table("how they were made", titles, made),
         _table("what came of it", titles, {name: values for name, values in found.items() if name not in made}),
@@ -75,11 +75,12 @@ def _table(title: str, titles: Sequence[str], rows: dict[str, list[object]]) -> 
         table.add_column(escape(name), justify="right", overflow="fold")
     for name, values in rows.items():
         shown = name.removeprefix("recipe.").removeprefix("options.")
-        table.add_row(escape(shown), *(escape(_text(name, value)) for value in values))
+        table.add_row(escape(shown), *(escape(text_of(name, value)) for value in values))
     return table
 
 
-def _text(name: str, value: object) -> str:
+def text_of(name: str, value: object) -> str:
+    """Return a field's value for people."""
     if value is None:
         return "-"
     if (
@@ -94,7 +95,7 @@ def _text(name: str, value: object) -> str:
     return text if len(text) <= 40 else f"{text[:16]}..."
 
 
-def _titles(roots: Sequence[Path]) -> list[str]:
+def short_paths(roots: Sequence[Path]) -> list[str]:
     """Return the shortest ends of paths that tell them apart."""
     for parts in range(1, 1 + max(len(root.parts) for root in roots)):
         names = ["/".join(root.parts[-parts:]) for root in roots]

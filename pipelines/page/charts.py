@@ -8,6 +8,8 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 340, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 34
+BAR_BOTTOM = 66
+"""Room for names under bars."""
 COLOURS = 8
 """Series colours of the style sheet: c0 to c7."""
 
@@ -43,6 +45,9 @@ class Axis:
         """Return a few round values and their labels."""
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+            if last - first < 1:
+                few = [f * 10.0**power for power in range(first - 1, last + 1) for f in (1, 2, 5)]
+                return [(value, f"{value:g}") for value in few if self.low <= value <= self.high]
             step = max(1, math.ceil((last - first) / 4))
             found = [10.0**power for power in range(first, last + 1, step)]
             return [(v, f"{v:g}" if 0.01 <= v <= 1000 else f"1e{round(math.log10(v))}") for v in found]
@@ -77,7 +82,7 @@ def bar_chart(names: Sequence[str], values: Sequence[tuple[float, float | None, 
               line: float | None = None) -> str:  # fmt: skip
     """Return bars from 0 of (value, low, high), with whiskers where an interval is known, and one level line."""
     top = max([v[2] or v[0] for v in values] + [line or 0.0, 1e-9]) * 1.08
-    up = Axis(low=0.0, high=top, start=HEIGHT - BOTTOM, end=TOP, log=False)
+    up = Axis(low=0.0, high=top, start=HEIGHT - BAR_BOTTOM, end=TOP, log=False)
     width = (WIDTH - LEFT - RIGHT) / len(names)
     body = [_grid(None, up, "", y)]
     for place, (name, (value, low, high)) in enumerate(zip(names, values, strict=True)):
@@ -91,7 +96,7 @@ def bar_chart(names: Sequence[str], values: Sequence[tuple[float, float | None, 
             body.append(f'<path class="whisker" d="M{middle:.1f} {up.place(low):.1f}V{up.place(high):.1f}"/>')
         text = escape(name)
         body.append(
-            f'<text class="tick" transform="translate({middle:.1f} {HEIGHT - BOTTOM + 12}) rotate(-28)" '
+            f'<text class="tick" transform="translate({middle:.1f} {up.start + 11}) rotate(-50)" '
             f'text-anchor="end">{text}</text>'
         )
     if line is not None:

@@ -54,9 +54,9 @@ def galleries(cache: Cache, rows: Rows, count: int, afresh: Afresh | None) -> tu
         rows = np.concatenate([afresh.rows, rows[~np.isin(rows, afresh.rows)]])
     shown, pools = _shown(cache, rows, count)
     bases = {name: colour_basis(maps) for name, maps in pools.items()}
-    photos = _photos(cache, shown)
+    photos = photos_of(cache, shown)
     keys = [cache.samples["key"][int(row)].as_py() for row in shown]
-    names = [_class(cache, int(row)) for row in shown]
+    names = [class_name(cache, int(row)) for row in shown]
     colours, clusters = [], {name: segments(maps) for name, maps in pools.items()}
     segmented = []
     for place, (row, key) in enumerate(zip(shown.tolist(), keys, strict=True)):
@@ -95,7 +95,7 @@ def _shown(cache: Cache, rows: Rows, count: int) -> tuple[Rows, dict[str, NDArra
     return pool[:count], maps
 
 
-def _photos(cache: Cache, rows: Rows) -> list[Picture | None]:
+def photos_of(cache: Cache, rows: Rows) -> list[Picture | None]:
     """Return the images, None where the cache stores none and their source was not given, or where one is damaged."""
     found: list[Picture | None] = []
     for row in rows.tolist():
@@ -106,7 +106,8 @@ def _photos(cache: Cache, rows: Rows) -> list[Picture | None]:
     return found
 
 
-def _class(cache: Cache, row: int) -> str:
+def class_name(cache: Cache, row: int) -> str:
+    """Return the name of a row's class, empty where it has no label."""
     label, classes = cache.samples["label"][row].as_py(), cache.reader.manifest.classes
     if label is None:
         return ""
@@ -129,7 +130,7 @@ def _worst(cache: Cache, bases: Mapping[str, ColourBasis], afresh: Afresh) -> Ga
     places = afresh.worst()[:WORST]
     rows = afresh.rows[places]
     decoded = {name: decode(cache, name, rows) for name in cache.names}
-    photos = _photos(cache, rows)
+    photos = photos_of(cache, rows)
     found = []
     for number, (place, photo) in enumerate(zip(places, photos, strict=True)):
         pictures = []
@@ -139,6 +140,6 @@ def _worst(cache: Cache, bases: Mapping[str, ColourBasis], afresh: Afresh) -> Ga
             for what, note, map_CHW in zip(("original", "decoded"), ("", error), maps, strict=True):
                 alt = f"{name} of {afresh.keys[place]}, {what}"
                 pictures.append(Picture(uri=map_uri(bases[name].colours(map_CHW)), alt=alt, note=note))
-        note = _class(cache, int(rows[number]))
+        note = class_name(cache, int(rows[number]))
         found.append(GalleryRow(key=afresh.keys[place], note=note, photo=photo, pictures=tuple(pictures)))
     return Gallery(headings=_headings(cache.names, True), rows=tuple(found))
