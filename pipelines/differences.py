@@ -17,7 +17,9 @@ DIGITS = 4
 
 def differences(reports: Sequence[Json]) -> dict[str, list[object]]:
     """Return every field that differs by dotted path, a value a report, None where one lacks it."""
-    leaves = [flat(_comparable(report)) for report in reports]
+    # By tap alone where each cache has one timestep, so that T = 50 stands beside T = 250.
+    several = any(len(report["timesteps"]) > 1 for report in reports if report["kind"] == "cache")
+    leaves = [flat(_comparable(report, several)) for report in reports]
     names = list(dict.fromkeys(name for found in leaves for name in found))
     values = {name: [found.get(name) for found in leaves] for name in names}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
@@ -34,7 +36,7 @@ def render_differences(roots: Sequence[Path], reports: Sequence[Json]) -> Render
     )
 
 
-def _comparable(report: Json) -> Json:
+def _comparable(report: Json, several: bool) -> Json:
     """Return what of a report says something beside another's: taps by name, no lists, no hashes of files."""
     if report["kind"] == "run":
         results = report["results"] or {}
@@ -54,8 +56,6 @@ def _comparable(report: Json) -> Json:
     recipe["codec"] = {name: v for name, v in recipe["codec"].items() if not isinstance(v, dict)}
     recipe["teacher"] = recipe["teacher"] | {"taps": ", ".join(tap["name"] for tap in recipe["teacher"]["taps"])}
     taps: Json = {}
-    # By tap alone where each cache has one timestep, so that T = 50 stands beside T = 250.
-    several = len(recipe["teacher"]["timesteps"]) > 1
     for tap in report["taps"]:
         name = f"t{tap['timestep']}/{tap['name']}" if several else tap["name"]
         taps[name] = {measure: tap[measure] for measure in measures}
@@ -91,7 +91,9 @@ def text_of(name: str, value: object) -> str:
         return human_size(value)
     if isinstance(value, float):
         return f"{value:.{DIGITS}g}"
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join(text_of("", inner) for inner in value)
+    text = str(value)
     return text if len(text) <= 40 else f"{text[:16]}..."
 
 

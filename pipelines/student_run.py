@@ -37,7 +37,7 @@ def inspect_run(root: Path) -> Json:
         "steps": max((steps[-1] for steps, _ in curves.values()), default=0),
         "options": options,
         "results": results,
-        "taps": sorted({name.removeprefix(f"{HELD_OUT}mse/") for name in curves if name.startswith(f"{HELD_OUT}mse/")}),
+        "taps": [name.removeprefix(f"{HELD_OUT}mse/") for name in curves if name.startswith(f"{HELD_OUT}mse/")],
         "curves": {name: {"steps": steps, "values": values} for name, (steps, values) in curves.items()},
     }
 

@@ -34,8 +34,8 @@ def write_run_page(roots: Sequence[Path], reports: Sequence[Json], options: Insp
         for tap in taps
         for kind, title in CURVES.items()
     ]
-    charts = [_chart("training loss", "loss", names, reports), _chart("held-out loss", f"{HELD_OUT}loss", names, reports),
-              *charts]  # fmt: skip
+    whole = {"training loss": "loss", "held-out loss": f"{HELD_OUT}loss"}
+    charts = [_chart(title, curve, names, reports) for title, curve in whole.items()] + charts
     differ = differences(reports) if len(reports) > 1 else {}
     write_page(
         options.report,
