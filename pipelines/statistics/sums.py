@@ -73,6 +73,7 @@ def add(some: list[GroupSums]) -> GroupSums:
 def group_sums(cache: Cache, name: str, groups: list[Rows], identity: str) -> list[Group]:
     """Return the sums of each group of rows of an array, groups in parallel, as Dask is set up."""
     root = str(cache.reader.root.resolve())
+    opened(root, identity)  # once, before threads would open it each
     numbers = da.from_array(np.concatenate(groups), chunks=(tuple(map(len, groups)),))
     found = numbers.map_blocks(
         _block, root=root, identity=identity, tap=name, dtype=object, chunks=((1,) * len(groups),),
