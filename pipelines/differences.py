@@ -9,7 +9,7 @@ from rich.table import Table
 
 from dtcache.spec import Json
 from pipelines.student_run import flat
-from pipelines.tables import human_size
+from pipelines.words import byte_size
 
 SHARED_TEXT = "nothing differs"
 DIGITS = 4
@@ -88,7 +88,7 @@ def text_of(name: str, value: object) -> str:
         and not isinstance(value, bool)
         and ("bytes" in name or name.startswith("parts."))
     ):
-        return human_size(value)
+        return byte_size(value)
     if isinstance(value, float):
         return f"{value:.{DIGITS}g}"
     if isinstance(value, list):

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dtcache.spec import Json
+from pipelines.words import byte_size
 
 SHOWN = 5
 """Reasons and files of which a terminal shows so many; --json has all."""
@@ -33,9 +34,9 @@ def render(report: Json, root: Path) -> RenderableType:
         "teacher": f"{recipe['teacher']['architecture']} {recipe['teacher']['weights_sha256'][:12]}",
         **({"condition": _condition(recipe["teacher"]["condition"])} if "condition" in recipe["teacher"] else {}),
         "fingerprint": report["fingerprint"][:16],
-        "on disk": f"{human_size(report['bytes_on_disk'])} ({human_size(report['image_bytes'])} images)",
-        "an image": f"{human_size(report['bytes_per_image'])} of features, "
-        f"{human_size(report['fp16_bytes_per_image'])} in fp16",
+        "on disk": f"{byte_size(report['bytes_on_disk'])} ({byte_size(report['image_bytes'])} images)",
+        "an image": f"{byte_size(report['bytes_per_image'])} of features, "
+        f"{byte_size(report['fp16_bytes_per_image'])} in fp16",
         "ratio": f"{report['ratio']:.1f}x under fp16" if report["ratio"] else "-",
     }
     for name, value in rows.items():
@@ -46,7 +47,7 @@ def render(report: Json, root: Path) -> RenderableType:
     for tap in report["taps"]:
         which = (tap["name"], str(tap["timestep"]))
         shape = f"{tap['channels']}x{tap['height']}x{tap['width']}"
-        sizes.add_row(*which, shape, human_size(tap["bytes"]), _number(tap["bits_per_value"]))
+        sizes.add_row(*which, shape, byte_size(tap["bytes"]), _number(tap["bits_per_value"]))
         losses.add_row(
             *which, _number(tap["relative_mse"]), f"{tap['noise_share']:.0%}", f"{tap['determined_error']:.0%}"
         )
@@ -75,7 +76,7 @@ def _parts(report: Json) -> RenderableType:
     """Return a table of the bytes by what they are for."""
     table = _table_of("bytes by part", ("part", "bytes", "share"))
     for name, size in report["parts"].items():
-        table.add_row(name, human_size(size), f"{size / max(1, report['bytes_on_disk']):.1%}")
+        table.add_row(name, byte_size(size), f"{size / max(1, report['bytes_on_disk']):.1%}")
     return table
 
 
@@ -111,7 +112,7 @@ def _noise(noise: Json) -> str:
 
 def _codec(report: Json) -> str:
     """Say how features are stored and what the fit was made from and costs."""
-    codec, fit = report["recipe"]["codec"], human_size(report["codec_bytes"])
+    codec, fit = report["recipe"]["codec"], byte_size(report["codec_bytes"])
     if codec["ratio"] is None:
         return f"float16 (statistics of {codec['fit_rows']} images, {fit})"
     return f"{codec['ratio']:g}x aimed at, step {codec['step']:.3f} (fit of {codec['fit_rows']} images, {fit})"
@@ -136,17 +137,6 @@ def _views(recipe: Json) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def human_size(value: float | None) -> str:
-    """Return bytes for people, in powers of 1024."""
-    if value is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
 
 
 def render_run(report: Json, root: Path) -> RenderableType:

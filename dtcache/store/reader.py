@@ -61,8 +61,8 @@ class CacheReader:
         if not partial:
             for name, got in self.damaged.items():
                 raise CacheDamagedError(f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}")
-            for missing in (path for paths in self._paths.values() for path in paths if path not in self._objects):
-                raise CacheDamagedError(f"{root / missing}: {SHARDS} does not list it; {AGAIN}")
+            for lacking in (path for paths in self._paths.values() for path in paths if path not in self._objects):
+                raise CacheDamagedError(f"{root / lacking}: {SHARDS} does not list it; {AGAIN}")
         self._usable = ~failed
         for array in arrays.values():
             for shard, path in enumerate(self._paths[array.name]):
