@@ -129,7 +129,7 @@ def test_text_of_charts_lies_within_them(browser: Any, pages: dict[str, Path]) -
              return [...svg.querySelectorAll('text')].filter(text => {
                const b = text.getBoundingClientRect();
                return b.left < box.left - 1 || b.right > box.right + 1
-                  || b.bottom > box.bottom + 1 || b.top < box.top - 1;
+                 || b.bottom > box.bottom + 1 || b.top < box.top - 1;
              }).map(text => svg.getAttribute('aria-label') + ': ' + text.textContent);
            })"""
     )

@@ -250,7 +250,7 @@ def test_an_unfinished_cache_has_statistics_of_what_is_there(tmp_path: Path) -> 
 
 
 def test_statistics_are_kept_outside_of_the_cache(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second time nothing is decoded; other options or a spoilt file are computed anew; the cache stays as is."""
+    """The second time nothing is decoded; other options or a spoilt file are computed anew; the cache stays."""
     before = tree(shared)
     first = cache_statistics(shared, InspectOptions(samples=6))
     [file] = kept_folder().iterdir()
