@@ -19,6 +19,7 @@ from dtcache.options import (
     EvaluateOptions,
     ExportOptions,
     ExtractOptions,
+    InspectOptions,
     TeachOptions,
     TrainOptions,
     VerifyOptions,
@@ -219,24 +220,30 @@ def extract(source: Path, out: Path, dry_run: bool, options: ExtractOptions) -> 
 
 
 @main.command()
-@click.argument("cache", type=PATH)
+@click.argument("where", metavar="CACHE_OR_RUN...", type=PATH, nargs=-1, required=True)
 @JSON_FLAG
-def inspect(cache: Path, as_json: bool) -> None:
-    """Show what CACHE holds, what it costs and whether it is complete; never writes.
+@options_of(InspectOptions)
+def inspect(where: tuple[Path, ...], as_json: bool, options: InspectOptions) -> None:
+    """Show what a cache holds, what it costs and whether it is worth training on; never writes into it.
+
+    Two caches stand side by side. A student's run shows its results, several runs what differs.
 
     \b
     Example:
       dtcache inspect church.cache --json | jq .ratio
+      dtcache inspect church.cache --stats --report church.html
+      dtcache inspect church-t50.cache church-t250.cache
+      dtcache inspect runs/resnet50 --cache church.cache --report resnet50.html
     """
     from rich.console import Console
 
-    from pipelines.report import inspect_cache, render
+    from pipelines.inspect import inspect as run
 
-    report = inspect_cache(cache)
+    found = run(where, options)
     if as_json:
-        _print_json(report)
+        _print_json(found.to_json())
     else:
-        Console().print(render(report, cache))
+        Console().print(found.render())
 
 
 @main.command()

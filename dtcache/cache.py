@@ -85,12 +85,13 @@ class Cache:
     It travels to other processes as its path and is opened again there; a forked process is refused.
     """
 
-    def __init__(self, root: Path, images: Path | None = None) -> None:
+    def __init__(self, root: Path, images: Path | None = None, *, partial: bool = False) -> None:
         """Open and check a cache, with the source of its images where it stores none.
 
-        Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError for another source.
+        With `partial` it may lack shards; to look at, not to train on. Raises CacheNotFoundError, CacheIncompleteError
+        or CacheDamagedError, and ImagesError for another source.
         """
-        self.reader = CacheReader(root)
+        self.reader = CacheReader(root, partial=partial)
         recipe = self.reader.manifest.recipe
         self.view = ViewSpec(**recipe["view"])
         self.names = self.reader.manifest.tap_names

@@ -139,7 +139,9 @@ class ExtractOptions(Options):
     batch_size: int | None = option(
         32, "Views a teacher pass, or auto: the fastest that fits; a constant of the recipe.", minimum=1, auto=True
     )
-    compile: bool = option(False, "Compile the tapped network (torch.compile): minutes once, then faster passes; in the recipe.")
+    compile: bool = option(
+        False, "Compile the tapped network (torch.compile): minutes once, then faster passes; in the recipe."
+    )
     limit: int | None = option(None, "Cache the first N images of the permuted order.", minimum=1)
     max_failures: str = option("1%", "Stop when more images than this fail; up to nine never stop it.", metavar="SHARE")
     shard_rows: int | None = option(None, "Rows a shard [default: by payload size, 256 to 4096].", minimum=1)
@@ -259,6 +261,25 @@ class ExportOptions(Options):
     """Options of `dtcache export`."""
 
     to: str = option("timm", "The library that is to read it.", choices=("timm", "torchvision"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectOptions(Options):
+    """Options of `dtcache inspect`."""
+
+    stats: bool = option(False, "Read features too: statistics of every tap, with confidence intervals.")
+    samples: int = option(2000, "Samples that statistics are estimated from.", minimum=1)
+    exact: bool = option(False, "Take statistics of every sample instead.")
+    report: Path | None = option(None, "Write a self-contained HTML page; takes the statistics too.", metavar="FILE")
+    gallery: int = option(12, "Images that the page shows with their features.", minimum=1)
+    images: Path | None = option(None, "Source of the images, where the cache stores none.", metavar="IMAGES")
+    teacher: str | None = option(
+        None,
+        "The cache's teacher: runs it on some samples, to measure the codec afresh and to show originals.",
+        metavar="DIR_OR_ID",
+    )
+    cache: Path | None = option(None, "The cache that a run was trained on, for its page.", metavar="CACHE")
+    device: str = option("auto", f"{AUTO_DEVICE}; for the teacher and the student.", metavar="DEVICE")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

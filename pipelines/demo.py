@@ -17,8 +17,9 @@ from dtcache.storage import write_file
 from pipelines.evaluate import evaluate
 from pipelines.extract import extract
 from pipelines.progress import track
-from pipelines.report import inspect_cache, render
+from pipelines.report import inspect_cache
 from pipelines.run import claim_run
+from pipelines.tables import render
 from pipelines.train import train
 
 SCENE_SIZE = 64

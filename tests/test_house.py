@@ -86,6 +86,7 @@ except SystemExit as done:
         "import cli",
         "import dtcache; dtcache.open",
         "import pipelines.report",
+        "import pipelines.inspect",
         "import dtcache.store.reader",
         "import pipelines.cluster",
         "verify",

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheIncompleteError
 from dtcache.payloads import SLACK, Payloads
 from dtcache.storage import file_sha256
+from dtcache.store.commits import read_commits
 from dtcache.store.files import OpenFile, OpenFiles, open_limit
 from dtcache.store.frame import BLOCK_HEADER, frame_header
 from dtcache.store.layout import SAMPLES, SHARDS, PayloadArray
@@ -27,16 +28,17 @@ STRETCH_GAP = 1 << 16
 
 
 class CacheReader:
-    """Random access to the payloads of a sealed cache; safe to share between threads."""
+    """Random access to the payloads of a cache; safe to share between threads."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, partial: bool = False) -> None:
         """Open a cache and check that every file that its manifest names is there, at its size.
 
+        With `partial` a cache may lack shards, as it is unfinished or damaged: `usable_rows` leaves their rows out.
         Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError.
         """
         self.root = root
         self.manifest: CacheManifest = read_manifest(root)
-        if self.manifest.state != "sealed":
+        if self.manifest.state != "sealed" and not partial:
             raise CacheIncompleteError(
                 f"{root}: the cache is not complete; run its dtcache extract command again to finish it"
             )
@@ -45,13 +47,28 @@ class CacheReader:
             if not path.is_file() or file_sha256(path) != sha256:
                 raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
         self.samples: pa.Table = read_table(root / SAMPLES)
-        self._objects = {path: size for path, size, _ in read_objects(root)}
-        for name, got in damaged_objects(root, self._objects).items():
-            raise CacheDamagedError(f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}")
+        failed = self.samples["failure"].is_valid().to_numpy()
+        if self.manifest.state == "sealed":
+            self._objects = {path: size for path, size, _ in read_objects(root)}
+        else:
+            records = read_commits(root).values()
+            self._objects = {o.path: o.size for record in records for o in record.objects}
+            failed[[f.row for record in records for f in record.failures]] = True
+        self.damaged: dict[str, str] = damaged_objects(root, self._objects)
+        """Shard files that are not as recorded, and what is there instead; there are none unless `partial`."""
         arrays = self.manifest.arrays
         self._paths = {name: [a.object_path(shard) for shard in range(a.num_shards)] for name, a in arrays.items()}
-        for missing in (path for paths in self._paths.values() for path in paths if path not in self._objects):
-            raise CacheDamagedError(f"{root / missing}: {SHARDS} does not list it; {AGAIN}")
+        if not partial:
+            for name, got in self.damaged.items():
+                raise CacheDamagedError(f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}")
+            for lacking in (path for paths in self._paths.values() for path in paths if path not in self._objects):
+                raise CacheDamagedError(f"{root / lacking}: {SHARDS} does not list it; {AGAIN}")
+        self._usable = ~failed
+        for array in arrays.values():
+            for shard, place in enumerate(self._paths[array.name]):
+                if place not in self._objects or place in self.damaged:
+                    rows = array.rows_of(shard)
+                    self._usable[rows.start : rows.stop] = False
         self._files = OpenFiles(root, open_limit())
         self._indices = {name: _Index(array) for name, array in arrays.items()}
         self._process = os.getpid()
@@ -62,8 +79,8 @@ class CacheReader:
 
     @property
     def usable_rows(self) -> NDArray[np.int64]:
-        """Rows whose image did not fail."""
-        return np.flatnonzero(self.samples["failure"].is_null().to_numpy()).astype(np.int64)
+        """Rows whose image did not fail and whose shards are there."""
+        return np.flatnonzero(self._usable).astype(np.int64)
 
     def payloads(self, name: str, rows: ArrayLike, views: ArrayLike) -> Payloads:
         """Return the payloads of B (row, view) pairs of one array; images have the one view 0.

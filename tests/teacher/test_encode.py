@@ -179,7 +179,9 @@ def test_every_kind_runs_in_bfloat16(tmp_path: Path, save: Callable[[Path], obje
             load_teacher(str(tmp_path), stored=stored), ViewSpec(height=32, width=32), taps=None, timesteps=(150,),
             batch_size=2, compute=resolve_compute("cpu", precision), condition=condition,
         )  # fmt: skip
-        found.append(next(teacher.features(batch_of(teacher, list(pixels), ["a", "b"], [False] * 2, seed=0, draws=[0]))))
+        found.append(
+            next(teacher.features(batch_of(teacher, list(pixels), ["a", "b"], [False] * 2, seed=0, draws=[0])))
+        )
     exact, rough = found
     for name, maps in rough.items():
         assert maps.dtype == torch.float32

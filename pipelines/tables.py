@@ -1,0 +1,189 @@
+"""What `dtcache inspect` prints: narrow tables of a report for a terminal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from dtcache.spec import Json
+from pipelines.words import byte_size
+
+SHOWN = 5
+"""Reasons and files of which a terminal shows so many; --json has all."""
+TAP_TABLES = {
+    "bytes by tap": ("tap", "t", "shape", "bytes", "bits/value"),
+    "what is kept of it": ("tap", "t", "rel. MSE", "noise", "lost"),
+}
+
+
+def render(report: Json, root: Path) -> RenderableType:
+    """Return the report as narrow tables for a terminal."""
+    recipe = report["recipe"]
+    facts = _facts(root)
+    state = "complete" if report["complete"] else f"INCOMPLETE: {report['num_missing']} images missing"
+    state += f", {len(report['damaged'])} shard files DAMAGED: run dtcache verify" if report["damaged"] else ""
+    rows = {
+        "state": state,
+        "images": f"{report['num_done']} done, {report['num_failed']} failed of {report['num_images']}",
+        "views": _views(recipe),
+        "encoding": _encoding(recipe),
+        "view": f"{recipe['view']['height']}x{recipe['view']['width']}, {recipe['view']['fit']}",
+        "codec": _codec(report),
+        "teacher": f"{recipe['teacher']['architecture']} {recipe['teacher']['weights_sha256'][:12]}",
+        **({"condition": _condition(recipe["teacher"]["condition"])} if "condition" in recipe["teacher"] else {}),
+        "fingerprint": report["fingerprint"][:16],
+        "on disk": f"{byte_size(report['bytes_on_disk'])} ({byte_size(report['image_bytes'])} images)",
+        "an image": f"{byte_size(report['bytes_per_image'])} of features, "
+        f"{byte_size(report['fp16_bytes_per_image'])} in fp16",
+        "ratio": f"{report['ratio']:.1f}x under fp16" if report["ratio"] else "-",
+    }
+    for name, value in rows.items():
+        facts.add_row(name, value)
+    for noise in report["timesteps"]:
+        facts.add_row(f"t={noise['timestep']}", _noise(noise))
+    sizes, losses = (_table_of(title, columns) for title, columns in TAP_TABLES.items())
+    for tap in report["taps"]:
+        which = (tap["name"], str(tap["timestep"]))
+        shape = f"{tap['channels']}x{tap['height']}x{tap['width']}"
+        sizes.add_row(*which, shape, byte_size(tap["bytes"]), _number(tap["bits_per_value"]))
+        losses.add_row(
+            *which, _number(tap["relative_mse"]), f"{tap['noise_share']:.0%}", f"{tap['determined_error']:.0%}"
+        )
+    failed = [escape(f"{count} failed: {reason}") for reason, count in list(report["failures"].items())[:SHOWN]]
+    damaged = [escape(f"{path}: {what}") for path, what in list(report["damaged"].items())[:SHOWN]]
+    return Group(facts, sizes, losses, _parts(report), *_equivariance(report), *failed, *damaged)
+
+
+def _table_of(title: str, columns: Sequence[str]) -> Table:
+    """Return an empty table that folds rather than hides what a narrow terminal has no room for."""
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", overflow="fold")
+    return table
+
+
+def _facts(root: Path) -> Table:
+    """Return an empty table of names and values."""
+    table = Table(title=escape(str(root)), show_header=False, title_justify="left")
+    for _ in range(2):
+        table.add_column(overflow="fold")
+    return table
+
+
+def _parts(report: Json) -> RenderableType:
+    """Return a table of the bytes by what they are for."""
+    table = _table_of("bytes by part", ("part", "bytes", "share"))
+    for name, size in report["parts"].items():
+        table.add_row(name, byte_size(size), f"{size / max(1, report['bytes_on_disk']):.1%}")
+    return table
+
+
+def _equivariance(report: Json) -> list[RenderableType]:
+    """Return a table of how far each tap is from following flips and crops, where that was measured."""
+    measured = report["recipe"].get("equivariance")
+    if measured is None:
+        return []
+    box = measured["box"]
+    where = f", {box['height']}x{box['width']} crop at ({box['top']}, {box['left']})" if box else ", no crop fits"
+    title = f"equivariance: relative squared error, {measured['images']} images{where}"
+    table = _table_of(title, ("tap", "t", "flip", "crop", "its middle"))
+    for tap in report["taps"]:
+        errors = (_number(tap[f"{name}_error"]) for name in ("flip", "crop", "crop_interior"))
+        table.add_row(tap["name"], str(tap["timestep"]), *errors)
+    return [table]
+
+
+def _encoding(recipe: Json) -> str:
+    """Say how an image becomes what the teacher sees."""
+    steps = recipe["teacher"].get("ddim_steps")
+    if steps is not None:
+        return f"DDIM: inverted in {steps} steps"
+    return "clean images" if set(recipe["teacher"]["alpha_bars"]) == {1.0} else "DDPM: noised"
+
+
+def _noise(noise: Json) -> str:
+    """Say how much signal is left at a timestep."""
+    snr = "infinite" if noise["snr"] is None else f"{noise['snr']:.3g}"
+    back = "" if noise["round_trip"] is None else f", round trip {noise['round_trip']:.1e}"
+    return f"alpha-bar {noise['alpha_bar']:.4f}, SNR {snr}{back}"
+
+
+def _codec(report: Json) -> str:
+    """Say how features are stored and what the fit was made from and costs."""
+    codec, fit = report["recipe"]["codec"], byte_size(report["codec_bytes"])
+    if codec["ratio"] is None:
+        return f"float16 (statistics of {codec['fit_rows']} images, {fit})"
+    return f"{codec['ratio']:g}x aimed at, step {codec['step']:.3f} (fit of {codec['fit_rows']} images, {fit})"
+
+
+def _condition(condition: Json) -> str:
+    """Say what the teacher is told of an image."""
+    if condition["kind"] == "prompt":
+        return escape(f"prompt {condition['prompt']!r}")
+    if condition["kind"] == "class":
+        return f"class {condition['number']} for every image"
+    return "the label of each image" if condition["kind"] == "label" else "no class (null)"
+
+
+def _views(recipe: Json) -> str:
+    """Say what the views of an image are."""
+    draws, flips = recipe["draws"], "both flips" if recipe["flips"] else "no flip"
+    if draws == 1:
+        return flips
+    return f"{flips}, mean of {draws} noise draws" if recipe["average"] else f"{flips} x {draws} noise draws"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def render_run(report: Json, root: Path) -> RenderableType:
+    """Return a student's run as narrow tables: options, then held-out losses by tap."""
+    options, results = report["options"], report["results"]
+    facts = _facts(root)
+    facts.add_row("state", f"{report['state']}, {report['steps']} steps")
+    for name, value in options.items():
+        facts.add_row(escape(name), escape(str(value)[:16] if name in ("cache", "samples") else str(value)))
+    if results is None:
+        return facts
+    facts.add_row("held-out loss", f"{results['held_out']['loss']:.4f}")
+    facts.add_row("images a second", f"{results['images_per_second']:.1f}, {results['wait_share']:.1%} waiting")
+    taps = _table_of("held out", ("tap", "MSE", "noise floor", "AT"))
+    for name in report["taps"]:
+        found = [
+            results["held_out"].get(f"mse/{name}"),
+            results["noise_floor"].get(name),
+            results["held_out"].get(f"at/{name}"),
+        ]
+        taps.add_row(name, *map(_number, found))
+    return Group(facts, taps)
+
+
+def render_statistics(statistics: Json) -> RenderableType:
+    """Return the statistics of every tap and timestep as narrow tables, with half widths of 95 % intervals."""
+    scope = "all" if statistics["exact"] else "a sample of"
+    title = f"{scope} {statistics['num_rows']} of {statistics['num_usable']} samples"
+    shown = {
+        "scale": ("mean", "std", "effective_rank", "dead_channels", "saturation"),
+        "content": ("noise_share", "codec_error", "knn_top1"),
+    }
+    tables: list[RenderableType] = []
+    for part, measures in shown.items():
+        table = _table_of(f"{part}: {title}", ("tap", "t", *(name.replace("_", " ") for name in measures)))
+        for tap in statistics["taps"]:
+            table.add_row(tap["name"], str(tap["timestep"]), *(interval(tap[name]) for name in measures))
+        tables.append(table)
+    left_out = [escape(f"left out: {place}: {what}") for place, what in list(statistics["left_out"].items())[:SHOWN]]
+    count = len(statistics["left_out"])
+    return Group(*tables, *left_out, *([f"and {count - SHOWN} more; --json has all"] if count > SHOWN else []))
+
+
+def interval(estimate: Json | None) -> str:
+    """Return a value and the half width of its confidence interval."""
+    if estimate is None:
+        return "-"
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    text = f"{value:.3g}"
+    return text if low is None or high == low else f"{text} ±{(high - low) / 2:.1g}"

@@ -1,0 +1,278 @@
+"""Pages of caches and runs: one file, nothing fetched, one colour basis, what is damaged left out."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from store.builders import FINE, begin, tiny_plan, tree, write_cache
+
+from cli import main
+from dtcache.cache import Cache
+from pipelines import student_run
+from pipelines.differences import differences
+from pipelines.page.charts import Axis, Series, bar_chart, line_chart
+from pipelines.page.pictures import colour_basis, segments
+from pipelines.report import inspect_cache
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Spare the disk, and keep statistics in a folder of the test's own."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sealed cache that no test changes."""
+    return write_cache(tmp_path_factory.mktemp("page") / "cache", tiny_plan())
+
+
+def run(*arguments: object) -> Result:
+    """Run `dtcache inspect` in this process."""
+    return CliRunner().invoke(main, ["inspect", *map(str, arguments)])
+
+
+def page_of(root: Path, out: Path, *more: object) -> str:
+    """Write a page and return it."""
+    result = run(root, "--report", out, *more)
+    assert result.exit_code == 0, result.output
+    assert f"wrote {out}" in result.output.replace("\n", "")
+    return out.read_text()
+
+
+def pixels(map_3: np.ndarray) -> np.ndarray:
+    """Return a colour as whole numbers."""
+    return map_3.astype(int)
+
+
+def test_colours_mean_the_same_in_every_image() -> None:
+    """One feature has one colour wherever it is, and the basis is that of all images: NumPy's singular vectors."""
+    rng = np.random.default_rng(0)
+    maps = (rng.normal(size=(5, 4, 6, 6)) * np.array([4, 3, 2, 0.1])[:, None, None]).astype(np.float32)
+    maps[3, :, 2, 2] = maps[0, :, 0, 0]
+    basis = colour_basis(maps)
+    assert pixels(basis.colours(maps[3])[2, 2]).tolist() == pixels(basis.colours(maps[0])[0, 0]).tolist()
+    flat = np.moveaxis(maps, 1, 0).reshape(4, -1).T
+    _, scales, axes = np.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(basis.axes_C3.T @ axes[:3].T), np.eye(3), atol=1e-5)
+    np.testing.assert_allclose(basis.std_3, scales[:3] / (len(flat) - 1) ** 0.5, rtol=1e-5)
+
+
+def test_a_tap_of_one_channel_has_a_colour() -> None:
+    """A map of fewer channels than colours fills what there is; one that is constant does not divide by zero."""
+    maps = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
+    assert colour_basis(maps).colours(maps[0]).shape == (2, 2, 3)
+    constant = np.ones((2, 3, 2, 2), np.float32)
+    assert (colour_basis(constant).colours(constant[0]) == colour_basis(constant).colours(constant[1])).all()
+
+
+def test_segments_are_common_to_all_images() -> None:
+    """Regions of like features have one number in every image, the largest 0; maps of one value have one segment."""
+    maps = np.zeros((3, 2, 8, 8), np.float32)
+    maps[:, 0, 2:5, 2:5] = 9
+    found = segments(maps)
+    assert (found == found[0]).all()
+    assert found[0, 0, 0] == 0 and len(np.unique(found)) == 2
+    assert (found[0] == found[0, 2, 2]).sum() == 9
+    assert (segments(np.ones((2, 2, 3, 3), np.float32)) == 0).all()
+
+
+def test_charts_draw_what_they_are_given() -> None:
+    """Points lie where the axis puts them; zeros on a logarithmic axis and None break a line; nothing is no failure."""
+    svg = line_chart(
+        [Series(name="<a>", x=[1, 2, 3, 4], y=[1.0, None, 10.0, 100.0])], title="<t>", x="", y="", log_y=True
+    )
+    assert "&lt;t&gt;" in svg and "<t>" not in svg
+    assert svg.count("<polyline") == 1 and svg.count("<circle") == 1
+    xs, ys = zip(*[map(float, p.split(",")) for p in re.search(r'points="([^"]+)"', svg)[1].split()], strict=True)
+    assert xs[0] < xs[1] and ys[0] > ys[1]
+    assert "nothing to draw" in line_chart([Series(name="a", x=[1], y=[0.0])], title="t", x="", y="", log_y=True)
+    assert bar_chart(["a", "b"], [(0.0, None, None), (2.0, 1.0, 3.0)], title="t", y="").count("whisker") == 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log", "labels"),
+    [
+        (0, 1, False, ["0", "0.5", "1"]),
+        (0.3, 3, True, ["0.5", "1", "2"]),
+        (1e-4, 1, True, ["1e-4", "1e-3", "0.01", "0.1", "1"]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, log: bool, labels: list[str]) -> None:
+    """An axis is marked at round values within it, at least two of them."""
+    assert [label for _, label in Axis(low=low, high=high, start=0, end=1, log=log).ticks()] == labels
+
+
+def test_a_page_is_one_file_that_asks_for_nothing(cache: Path, tmp_path: Path) -> None:
+    """No address, script or style sheet from elsewhere; every picture is a data URI; keys are escaped; under 10 MB."""
+    before = tree(cache)
+    page = page_of(cache, tmp_path / "out.html", "--gallery", 3)
+    assert tree(cache) == before
+    assert not re.search(r"https?://|<script|<link[^>]+stylesheet|@import|url\(", page)
+    sources = re.findall(r'src="([^"]{5})', page)
+    assert set(sources) == {"data:"}
+    # Three images, in two galleries, each with a picture a tap.
+    assert len(sources) == 3 * 2 * (1 + 2)
+    assert len(page) < 10_000_000
+    for heading in ("Bytes by part", "Gallery", "Segments", "Spectra", "Histograms", "Worst reconstructed", "Failures"):
+        assert f"<h2>{heading}</h2>" in page
+    assert "cannot identify image file" in page
+    assert FINE in page
+
+
+def test_a_page_of_a_damaged_cache(cache: Path, tmp_path: Path) -> None:
+    """A flipped bit costs one picture of the page, not the page; it says what was left out."""
+    root = Path(shutil.copytree(cache, tmp_path / "cache"))
+    path = root / f"data.zarr/{FINE}/c.1.0.0"
+    content = bytearray(path.read_bytes())
+    content[3] ^= 1
+    path.write_bytes(content)
+    key = tiny_plan().samples[4].key
+    page = page_of(root, tmp_path / "out.html")
+    assert f"{FINE} of {key}" in page
+    assert f'alt="{FINE} of {key}"' not in page
+
+
+def test_a_page_of_an_unfinished_cache(tmp_path: Path) -> None:
+    """A page is made of what is there, and says that more is to come."""
+    plan = tiny_plan()
+    writer = begin(tmp_path / "cache", plan)
+    writer.write_shard(plan.shards[0])
+    page = page_of(tmp_path / "cache", tmp_path / "out.html")
+    assert '<span class="badge bad">unfinished</span>' in page
+
+
+def test_options_that_do_not_go_together(cache: Path, tmp_path: Path) -> None:
+    """Each is refused in one line that says what was expected."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"student": "resnet10t", "cache": "abc"}')
+    for arguments, message in (
+        ((cache, "--cache", cache), "--cache: expected the folder of a student's run with it, got a cache"),
+        ((cache, cache, "--report", tmp_path / "x.html"), "--report: expected one cache, or runs; make a page of each"),
+        ((cache, tmp_path / "run"), f"{cache}: no run, as {tmp_path / 'run'} is; give caches or runs"),
+        ((tmp_path / "run", "--stats"), f"--stats: expected a cache, got the run {tmp_path / 'run'}"),
+        ((tmp_path / "run", "--teacher", "x"), f"--teacher: expected a cache, got the run {tmp_path / 'run'}"),
+        ((cache, "--report", tmp_path / "no" / "x.html"), f"{tmp_path / 'no'} is not a folder; make it first"),
+        ((cache, "--samples", "0"), "--samples 0: expected at least 1"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1, result.output
+        assert message in result.output
+        assert result.output.count("\n") == 1
+    (tmp_path / "run" / "run.json").write_text('{"steps": 3}')
+    assert "not the options of dtcache train; give the folder of a student's run" in run(tmp_path / "run").output
+    (tmp_path / "run" / "run.json").write_text("{")
+    assert "not readable as JSON" in run(tmp_path / "run").output
+
+
+def test_a_page_over_its_size_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written, and the remedy is named."""
+    monkeypatch.setattr("pipelines.page.write.MAX_BYTES", 1000)
+    result = run(cache, "--report", tmp_path / "x.html")
+    assert "expected a page of at most 1000 bytes, got" in result.output and "give a smaller --gallery" in result.output
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_two_caches_stand_side_by_side(cache: Path, tmp_path: Path) -> None:
+    """What differs is shown with both values, what does not is not; the same cache twice differs in nothing."""
+    plan = tiny_plan()
+    writer = begin(tmp_path / "other", plan)
+    writer.write_shard(plan.shards[0])
+    report = json.loads(run(cache, tmp_path / "other", "--json").stdout)
+    assert (report["kind"], report["schema"], len(report["reports"])) == ("comparison", 1, 2)
+    assert report["differences"]["num_done"] == [9, 4]
+    assert report["differences"]["state"] == ["complete", "unfinished"]
+    assert "num_images" not in report["differences"]
+    output = run(cache, tmp_path / "other").output
+    assert "how they were made: nothing differs" in output
+    assert "unfinished" in output
+    assert differences([inspect_cache(cache)] * 2) == {}
+
+
+def test_timesteps_stand_side_by_side(cache: Path) -> None:
+    """A tap at T = 150 stands beside the same tap of a cache of T = 50, not beside nothing."""
+    report = inspect_cache(cache)
+    other = json.loads(json.dumps(report).replace("150", "50"))
+    other["taps"][0]["bytes"] += 7
+    found = differences([report, other])
+    assert found["taps.stride2.bytes"] == [report["taps"][0]["bytes"], report["taps"][0]["bytes"] + 7]
+    assert found["recipe.teacher.timesteps"] == [[150], [50]]
+
+
+def a_run(root: Path, **changed: object) -> Path:
+    """Write what a student's run leaves."""
+    root.mkdir()
+    options = {"student": "resnet10t", "cache": "ab" * 32, "samples": "cd" * 32, "lr": 0.1, **changed}
+    (root / student_run.RUN).write_text(json.dumps(options))
+    lines = [
+        {"step": 2, "loss": 3.0},
+        {"step": 2, f"held_out/mse/{FINE}": 1.5, f"held_out/at/{FINE}": 0.2, "held_out/loss": 3.1},
+        {"step": 4, "loss": 2.0},
+        {"step": 4, f"held_out/mse/{FINE}": 1.0, f"held_out/at/{FINE}": 0.1, "held_out/loss": 2.1},
+    ]
+    (root / student_run.METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 6, "lo')
+    return root
+
+
+def finish(root: Path, loss: float) -> None:
+    """Write the results of a run."""
+    held = {f"mse/{FINE}": 1.0, f"at/{FINE}": 0.1, "loss": loss}
+    results = {"steps": 4, "loss": 2.0, "held_out": held, "noise_floor": {FINE: 0.2}, "seconds": 9.0,
+               "images_per_second": 7.0, "wait_share": 0.1}  # fmt: skip
+    (root / student_run.SUMMARY).write_text(json.dumps(results))
+
+
+def test_a_run_is_inspected_finished_or_not(tmp_path: Path) -> None:
+    """Curves end before a line that a kill cut short; results come with the summary; the file names are training's."""
+    from pipelines.run import METRICS, RUN
+
+    assert (student_run.RUN, student_run.METRICS) == (RUN, METRICS)
+    root = a_run(tmp_path / "run")
+    report = json.loads(run(root, "--json").stdout)
+    assert (report["kind"], report["state"], report["steps"], report["results"]) == ("run", "unfinished", 4, None)
+    assert report["curves"][f"held_out/mse/{FINE}"] == {"steps": [2, 4], "values": [1.5, 1.0]}
+    assert report["taps"] == [FINE]
+    finish(root, 2.1)
+    output = run(root).output
+    assert "finished, 4 steps" in output and "2.1000" in output and "0.200" in output
+    page = page_of(root, tmp_path / "run.html")
+    assert f"held-out MSE: {FINE}" in page and "2.1000" in page and "Give --cache CACHE" in page
+
+
+def test_runs_differ_in_options_and_results(tmp_path: Path) -> None:
+    """Two runs show what differs in both, on the terminal and on one page."""
+    roots = [a_run(tmp_path / "a"), a_run(tmp_path / "b", lr=0.2)]
+    for root, loss in zip(roots, (2.1, 1.9), strict=True):
+        finish(root, loss)
+    report = json.loads(run(*roots, "--json").stdout)
+    assert report["differences"] == {"options.lr": [0.1, 0.2], "results.held_out.loss": [2.1, 1.9]}
+    assert "held_out.loss" in run(*roots).output
+    result = run(*roots, "--report", tmp_path / "runs.html")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "runs.html").read_text()
+    assert "What differs" in page and page.count("<polyline") >= 2 * 4
+    assert "--cache: expected one run with it" in run(*roots, "--report", tmp_path / "y.html", "--cache", "x").output
+
+
+def test_photos_are_the_images(cache: Path, tmp_path: Path) -> None:
+    """The gallery's image of a key is the one that is cached under it, within WebP's error."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    page = page_of(cache, tmp_path / "out.html")
+    opened = Cache(cache)
+    found = dict(re.findall(r'<img src="data:image/webp;base64,([^"]+)" alt="([^"]+)"', page))
+    assert len(found) == 9
+    for data, key in found.items():
+        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(float)
+        row = opened.samples["key"].to_pylist().index(key)
+        errors = [np.abs(image - opened.images([r])[0].transpose(1, 2, 0)).mean() for r in (row, (row + 1) % 5)]
+        assert errors[0] < errors[1]

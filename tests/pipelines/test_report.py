@@ -1,0 +1,173 @@
+"""What inspect knows without reading features: parts, states, races with a writer, and how little it reads."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from store.builders import COARSE, FINE, begin, tiny_plan, tree, write_cache
+
+from cli import main
+from dtcache.errors import CacheDamagedError, CacheFormatError
+from dtcache.store.layout import MANIFEST, SAMPLES, SHARDS
+from pipelines import report as report_module
+from pipelines.report import SCHEMA, inspect_cache
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "inspect.md"
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the disk: no test here pulls the plug."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sealed cache that no test changes."""
+    return write_cache(tmp_path_factory.mktemp("report") / "cache", tiny_plan())
+
+
+@pytest.fixture
+def root(shared: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny cache, to be damaged."""
+    return Path(shutil.copytree(shared, tmp_path / "cache"))
+
+
+def run(*arguments: object) -> Result:
+    """Run `dtcache inspect` in this process."""
+    return CliRunner().invoke(main, ["inspect", *map(str, arguments)])
+
+
+def bytes_read() -> int:
+    """Return the bytes that this process has read from files so far, by any call, as the kernel counts them."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
+
+
+def test_parts_add_up_to_the_files(shared: Path) -> None:
+    """Bytes by part and by tap are those of the files that they name, and nothing is counted twice."""
+    report = inspect_cache(shared)
+    sizes = {p.relative_to(shared).as_posix(): p.stat().st_size for p in shared.rglob("*") if p.is_file()}
+    parts = report["parts"]
+    assert sum(parts.values()) == sum(sizes.values()) == report["bytes_on_disk"]
+    shards = {
+        n: sum(s for p, s in sizes.items() if p.startswith(f"data.zarr/{n}/c.")) for n in ("images", FINE, COARSE)
+    }
+    assert parts["images"] == shards["images"]
+    assert parts["coefficients"] == shards[FINE] + shards[COARSE]
+    assert parts["index"] == sum(sizes[name] for name in (MANIFEST, SAMPLES, SHARDS))
+    assert parts["codec"] == sum(size for path, size in sizes.items() if path.startswith("data.zarr/codec/"))
+    assert [tap["bytes"] - tap["codec_bytes"] for tap in report["taps"]] == [shards[FINE], shards[COARSE]]
+    assert (report["state"], report["damaged"]) == ("complete", {})
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel counts no bytes read here")
+def test_only_manifest_and_index_are_read(root: Path) -> None:
+    """However large the shards are, the kernel counts no more bytes read than manifest and indices have."""
+    inspect_cache(root)  # whatever is imported on the way
+    index = sum((root / name).stat().st_size for name in (MANIFEST, SAMPLES, SHARDS))
+    for path in (root / "data.zarr").rglob("c.*"):
+        os.truncate(path, path.stat().st_size + (1 << 26))
+    before = bytes_read()
+    inspect_cache(root)
+    # Reading the counter itself, and Parquet's footers, which are met twice.
+    assert bytes_read() - before < 2 * index + 4096
+
+
+def test_a_cache_is_inspected_while_it_is_written(tmp_path: Path) -> None:
+    """After each commit the report counts what is there; it says unfinished, and nothing in the folder changes."""
+    plan, root = tiny_plan(), tmp_path / "cache"
+    writer = begin(root, plan)
+    done = []
+    for shard in writer.missing:
+        before = tree(root)
+        report = inspect_cache(root)
+        assert tree(root) == before
+        assert (report["state"], report["complete"]) == ("unfinished", False)
+        done.append(report["num_done"])
+        assert sum(report["parts"].values()) == report["bytes_on_disk"]
+        writer.write_shard(plan.shards[shard])
+    assert done == [0, 4, 7]  # a row of the second shard failed
+    empty = run(tmp_path / "cache")
+    assert empty.exit_code == 0
+
+
+def test_a_seal_in_between_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the cache is sealed after its manifest was read, its commit records are gone: it is looked at again."""
+    plan, root = tiny_plan(), tmp_path / "cache"
+    writer = begin(root, plan)
+    for shard in writer.missing:
+        writer.write_shard(plan.shards[shard])
+
+    def sealed_meanwhile(where: Path) -> dict[int, object]:
+        writer.seal()
+        raise CacheDamagedError(f"{where}: a record went away")
+
+    monkeypatch.setattr(report_module, "read_commits", sealed_meanwhile)
+    assert inspect_cache(root)["state"] == "complete"
+
+
+def test_files_that_go_meanwhile_are_passed_over(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary file that is renamed between listing and looking ends in no traceback."""
+    (root / ".tmp-shard").write_bytes(b"x")
+    stat = Path.stat
+
+    def vanishing(path: Path, **more: bool) -> os.stat_result:
+        if path.name == ".tmp-shard" and path.exists(follow_symlinks=False) is not None:
+            raise FileNotFoundError(path)
+        return stat(path, **more)
+
+    monkeypatch.setattr(Path, "is_file", lambda path: True if path.name == ".tmp-shard" else os.path.isfile(path))
+    monkeypatch.setattr(Path, "exists", lambda path, **more: True)
+    monkeypatch.setattr(Path, "stat", vanishing)
+    assert inspect_cache(root)["state"] == "complete"
+
+
+def test_damaged_shards_are_named(root: Path) -> None:
+    """A shard that is short or gone makes the cache damaged; both are named, with what is there instead."""
+    short, gone = (root / f"data.zarr/{name}/c.1.0.0" for name in (FINE, COARSE))
+    os.truncate(short, 7)
+    gone.unlink()
+    report = inspect_cache(root)
+    assert report["state"] == "damaged"
+    assert report["damaged"] == {f"data.zarr/{FINE}/c.1.0.0": "7 bytes", f"data.zarr/{COARSE}/c.1.0.0": "no file"}
+    output = CliRunner().invoke(main, ["inspect", str(root)], env={"COLUMNS": "200"}).output
+    assert "2 shard files DAMAGED: run dtcache verify" in output
+    assert f"{FINE}/c.1.0.0: 7 bytes" in output
+
+
+def test_a_newer_format_is_refused(root: Path) -> None:
+    """A manifest of a later version says which one this dtcache reads."""
+    (root / MANIFEST).write_text('{"format":2}')
+    with pytest.raises(CacheFormatError, match="expected format 1, got 2; install the dtcache that wrote it"):
+        inspect_cache(root)
+    assert run(root).output.count("\n") == 1
+
+
+def test_the_terminal_is_narrow_safe(shared: Path) -> None:
+    """In 60 columns every number is whole; in 40 no line is longer, and nothing is hidden behind an ellipsis."""
+    report = inspect_cache(shared)
+    wide = CliRunner().invoke(main, ["inspect", str(shared)], env={"COLUMNS": "60"}).output
+    for tap in report["taps"]:
+        for number in (f"{tap['bits_per_value']:.3f}", f"{tap['relative_mse']:.3f}", tap["name"]):
+            assert number in wide
+    narrow = CliRunner().invoke(main, ["inspect", str(shared)], env={"COLUMNS": "40"}).output
+    assert max(map(len, narrow.splitlines())) <= 40
+    assert "…" not in narrow
+    for part in report["parts"]:
+        assert part in wide
+
+
+def test_the_schema_is_documented(shared: Path) -> None:
+    """docs/inspect.md lists exactly the fields that --json prints, and names their version."""
+    report = json.loads(run(shared, "--json").stdout)
+    text = DOCS.read_text()
+    assert f"Schema {SCHEMA}" in text
+    section = text[text.index("## JSON of a cache") : text.index("## JSON of a run")]
+    documented = re.findall(r"^\| `([a-z0-9_.\[\]]+)`", section, re.M)
+    found = [name for name in report if name != "statistics"] + [f"taps[].{name}" for name in report["taps"][0]]
+    found += [f"parts.{name}" for name in report["parts"]] + [f"timesteps[].{n}" for n in report["timesteps"][0]]
+    assert sorted(documented) == sorted(found)
