@@ -65,8 +65,8 @@ class CacheReader:
                 raise CacheDamagedError(f"{root / missing}: {SHARDS} does not list it; {AGAIN}")
         self._usable = ~failed
         for array in arrays.values():
-            for shard, path in enumerate(self._paths[array.name]):
-                if path not in self._objects or path in self.damaged:
+            for shard, name in enumerate(self._paths[array.name]):
+                if name not in self._objects or name in self.damaged:
                     rows = array.rows_of(shard)
                     self._usable[rows.start : rows.stop] = False
         self._files = OpenFiles(root, open_limit())
