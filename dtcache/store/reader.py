@@ -61,12 +61,12 @@ class CacheReader:
         if not partial:
             for name, got in self.damaged.items():
                 raise CacheDamagedError(f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}")
-            for lacking in (path for paths in self._paths.values() for path in paths if path not in self._objects):
-                raise CacheDamagedError(f"{root / lacking}: {SHARDS} does not list it; {AGAIN}")
+            for missing in (path for paths in self._paths.values() for path in paths if path not in self._objects):
+                raise CacheDamagedError(f"{root / missing}: {SHARDS} does not list it; {AGAIN}")
         self._usable = ~failed
         for array in arrays.values():
-            for shard, place in enumerate(self._paths[array.name]):
-                if place not in self._objects or place in self.damaged:
+            for shard, name in enumerate(self._paths[array.name]):
+                if name not in self._objects or name in self.damaged:
                     rows = array.rows_of(shard)
                     self._usable[rows.start : rows.stop] = False
         self._files = OpenFiles(root, open_limit())

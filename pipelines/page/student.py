@@ -93,6 +93,7 @@ def _student(
         width=options.fpn_width,
         init=None,
         seed=options.seed,
+        regressor=options.regressor,
     )
     try:
         student.load_state_dict(state["student"])
