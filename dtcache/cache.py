@@ -1,4 +1,4 @@
-"""A sealed cache opened for reading: samples, images, features."""
+"""A cache opened for reading: samples, images, features."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -80,23 +80,24 @@ class CachedSample:
 
 
 class Cache:
-    """A sealed cache: a sequence of CachedSample, and batches of it. Safe to share between threads.
+    """A cache: a sequence of CachedSample, and batches of it. Safe to share between threads.
 
     It travels to other processes as its path and is opened again there; a forked process is refused.
     """
 
-    def __init__(self, root: Path, images: Path | None = None) -> None:
+    def __init__(self, root: Path, images: Path | None = None, *, allow_incomplete: bool = False) -> None:
         """Open and check a cache, with the source of its images where it stores none.
 
-        Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError for another source.
+        One that is not sealed opens with `allow_incomplete` only, as what is committed of it by now. Raises
+        CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError for another source.
         """
-        self.reader = CacheReader(root)
+        self.reader = CacheReader(root, allow_incomplete=allow_incomplete)
         recipe = self.reader.manifest.recipe
         self.view = ViewSpec(**recipe["view"])
         self.names = self.reader.manifest.tap_names
         self.fit = load_fit(root, self.reader.manifest)
         self._host = HostDecoder(self.fit)
-        self._source = images
+        self._source, self._allow_incomplete = images, allow_incomplete
         self._linked: LinkedImages | None = None
         if images is not None and IMAGES in self.reader.manifest.arrays:
             raise ConfigError(f"{root} stores its images: open it without others")
@@ -104,9 +105,15 @@ class Cache:
             samples = self.reader.samples
             self._linked = LinkedImages(images, samples["key"], samples["content_sha256"], self.view)
 
-    def __reduce__(self) -> tuple[type["Cache"], tuple[Path, Path | None]]:
+    def __reduce__(self) -> tuple[Any, tuple[Path, Path | None]]:
         """Travel as paths."""
-        return Cache, (self.reader.root, self._source)
+        again = functools.partial(Cache, allow_incomplete=self._allow_incomplete)
+        return again, (self.reader.root, self._source)
+
+    @property
+    def num_views(self) -> int:
+        """Views of a row."""
+        return self.reader.manifest.num_views
 
     @property
     def samples(self) -> pa.Table:
