@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from dtcache._version import __version__
+from dtcache.config import read_config
 from dtcache.errors import CacheFormatError, CacheNotFoundError, DtcacheError
 from dtcache.options import (
     ConvertOptions,
@@ -43,7 +44,10 @@ class Group(click.Group):
 
 
 def options_of(options: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command one flag a field of a frozen dataclass, and pass it the filled dataclass as `options`."""
+    """Give a command one flag a field of a frozen dataclass, and pass it the filled dataclass as `options`.
+
+    `--config FILE` gives any of the command's options too; the command line wins over it.
+    """
     hints = typing.get_type_hints(options)
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,9 +59,25 @@ def options_of(options: type) -> Callable[[Callable[..., Any]], Callable[..., An
         filled.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
         for f in reversed(dataclasses.fields(options)):
             filled = _flag(f, hints[f.name])(filled)
-        return filled
+        return click.option(
+            "--config", type=PATH, metavar="FILE", is_eager=True, expose_value=False, callback=_read_defaults,
+            help="TOML file of options, such as the config.toml of a run; flags win over it.",
+        )(filled)  # fmt: skip
 
     return decorate
+
+
+def _read_defaults(ctx: click.Context, flag: click.Parameter, path: Path | None) -> None:
+    """Make a file's options the defaults of the flags, in words, so that click checks them as if typed."""
+    if path is None:
+        return
+    known = {p.name for p in ctx.command.params if isinstance(p, click.Option) and p.expose_value and p.name}
+    try:
+        found = read_config(path, known)
+    except DtcacheError as error:
+        raise click.ClickException(str(error)) from error
+    words = {n: [str(v) for v in value] if isinstance(value, list) else str(value) for n, value in found.items()}
+    ctx.default_map = {**(ctx.default_map or {}), **words}
 
 
 def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
