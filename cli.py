@@ -274,19 +274,22 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
 
 
 @main.command()
-@click.argument("cache", type=PATH)
+@click.argument("where", metavar="CACHE|IMAGES", type=PATH)
 @_out("Folder of the run; one found there is resumed if it was begun with the same options.")
 @options_of(TrainOptions)
-def train(cache: Path, out: Path, options: TrainOptions) -> None:
-    """Train a student on CACHE (stage 2) and export its backbone for timm.
+def train(where: Path, out: Path, options: TrainOptions) -> None:
+    """Train a student on CACHE (stage 2) and export its backbone for timm; or on IMAGES, the teacher in the loop.
+
+    Several processes train one student: torchrun --nproc-per-node 8 --no-python dtcache train ...
 
     \b
     Example:
       dtcache train church.cache --student resnet50 --epochs 100 --out runs/resnet50
+      dtcache train photos/ --online --teacher DIR --timestep 50 --out runs/online
     """
     from pipelines.train import train as run
 
-    done = run(cache, out, options)
+    done = run(where, out, options)
     click.echo(
         f"{done.out / 'backbone'}: {done.steps} steps, held-out loss {done.held_out_loss:.4f}, "
         f"{done.wait_share:.1%} of the time waiting for data"

@@ -1,7 +1,7 @@
 """A cache opened for reading: samples, images, features."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,16 +39,25 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainBatch:
-    """One batch on the host, entropy-decoded; a FeatureDecoder turns its coefficients into targets."""
+    """One batch, entropy-decoded; a FeatureDecoder turns its coefficients into targets."""
 
     rows: Rows
     """(B,): rows of the cache."""
     images_BCHW: Tensor
     """uint8 RGB; already mirrored where the view is."""
     coefficients: dict[str, Tensor]
-    """(B, n) by array: int16, or fp16 where features are stored so."""
+    """(B, n) by array: int16, or fp16 where features are stored so. Online: the whitened maps, fp32 (B, C, H, W)."""
     scalars: dict[str, Tensor]
     """(B, 2) fp32 sigma and mu by array: raw = whitened * sigma + mu."""
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "TrainBatch":
+        """Return the batch with the same change made to every tensor."""
+        return TrainBatch(
+            rows=self.rows,
+            images_BCHW=change(self.images_BCHW),
+            coefficients={name: change(values) for name, values in self.coefficients.items()},
+            scalars={name: change(values) for name, values in self.scalars.items()},
+        )
 
 
 def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapFit]:

@@ -35,7 +35,7 @@ def read_config(path: Path, known: Collection[str]) -> dict[str, Any]:
 
 
 def config_text(options: Mapping[str, Any]) -> str:
-    """Return options as a file that `read_config` reads; those that are None are left out, as TOML has no such value."""
+    """Return options as a file that `read_config` reads; those that are None are left out: TOML has no such value."""
     return "".join(f"{name} = {_toml(value)}\n" for name, value in options.items() if value is not None)
 
 

@@ -104,7 +104,7 @@ class TeacherSpec:
     taps: tuple[TapSpec, ...]
     """The taps, finest first."""
     precision: Literal["fp32", "bf16", "fp16"]
-    """Autocast type of the forward pass; fp16 only of a teacher in a student's loop, never of a cache."""
+    """Autocast type of the forward pass."""
     batch_size: int
     """Every forward pass has exactly this many images: the batch shape moves results by ~4e-6 relative."""
     device_type: str

@@ -1,16 +1,21 @@
 """One step of distillation: cached targets, predictions, losses. Shared by training and held-out evaluation."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dtcache.cache import Cache, TrainBatch
-from dtcache.device import Compute
+from dtcache.cache import TrainBatch
+from dtcache.device import Compute, compile_errors
 from dtcache.losses import at_loss, mse_loss, unwhiten, whiten_positions
 from dtcache.options import TrainOptions
+from dtcache.spec import sha256_json
 from dtcache.student import Student
+from pipelines.learner import Learner
+from pipelines.processes import Processes
+from pipelines.sources import BatchSource
 
 
 def losses_of(
@@ -33,48 +38,63 @@ def losses_of(
 
 
 def train_step(
-    student: Student,
-    decoder: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: TrainBatch,
+    learner: Learner,
+    source: BatchSource,
+    batches: Sequence[Any],
     step: int,
     rate: float,
     options: TrainOptions,
     compute: Compute,
+    processes: Processes,
 ) -> dict[str, float]:
-    """Take one optimizer step at a learning rate and return the losses before it.
+    """Take one optimizer step over the parts of a batch and return the losses before it, means over all processes.
 
-    What a backbone draws at random (dropout, dropped paths) depends on (seed, step) alone.
+    No step is taken where one is not finite. What a backbone draws at random (dropout, dropped paths) depends on
+    (seed, step, part) alone, parts counted over the processes.
     """
-    torch.manual_seed((options.seed << 32) + step)
-    student.train()
-    losses = losses_of(student, decoder, batch, options, compute)
-    losses["loss"].backward()
-    if options.clip_grad is not None:
-        nn.utils.clip_grad_norm_(student.parameters(), options.clip_grad)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {name: float(value.detach()) for name, value in losses.items()}
+    learner.student.train()
+    sums = torch.zeros(())
+    for part, batch in enumerate(batches):
+        torch.manual_seed(draw_seed(options.seed, step, processes.rank * len(batches) + part))
+        with learner.synchronised(last=part + 1 == len(batches)):
+            losses = losses_of(learner.network, source.decoder, source.ready(batch), options, compute)
+            with compile_errors():
+                learner.scaler.scale(losses["loss"] / len(batches)).backward()
+        sums = sums.to(compute.device) + torch.stack([value.detach() for value in losses.values()])
+    # One read of the device a step.
+    values = processes.mean(sums / len(batches)).tolist()
+    if all(map(math.isfinite, values)):
+        learner.update(rate, options.clip_grad)
+    return dict(zip(losses, values, strict=True))
+
+
+def draw_seed(seed: int, step: int, part: int) -> int:
+    """Return the seed of what one part of one step draws."""
+    return int(sha256_json(["student", seed, step, part])[:15], 16)
+
+
+def not_finite(source: BatchSource, batches: Iterable[Any]) -> list[int]:
+    """Return the rows whose image or target is not finite; all of them where it is the student that is not."""
+    rows: list[int] = []
+    suspects: list[int] = []
+    for batch in map(source.ready, batches):
+        rows += batch.rows.tolist()
+        maps = [*source.decoder(batch.coefficients).values(), *batch.scalars.values()]
+        whole_B = torch.stack([torch.isfinite(x.flatten(1)).all(1) for x in maps]).all(0)
+        suspects += [row for row, whole in zip(batch.rows.tolist(), whole_B.tolist(), strict=True) if not whole]
+    return suspects or rows
 
 
 @torch.no_grad()
 def held_out_losses(
-    student: Student,
-    decoder: nn.Module,
-    cache: Cache,
-    rows: np.ndarray,
-    names: Sequence[str],
-    options: TrainOptions,
-    compute: Compute,
+    student: Student, decoder: nn.Module, batches: Iterable[TrainBatch], options: TrainOptions, compute: Compute
 ) -> dict[str, float]:
-    """Return mean losses over the held-out samples' first views (draw 0, not mirrored), as `held_out/...`."""
+    """Return mean losses over the samples of `batches`."""
     student.eval()
     sums: dict[str, float] = {}
-    for start in range(0, len(rows), options.batch_size):
-        part = rows[start : start + options.batch_size]
-        batch = cache.batch(part, [0] * len(part), names)
+    count = 0
+    for batch in batches:
+        count += len(batch.rows)
         for name, value in losses_of(student, decoder, batch, options, compute).items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(part)
-    return {f"held_out/{name}": total / len(rows) for name, total in sums.items()}
+            sums[name] = sums.get(name, 0.0) + float(value) * len(batch.rows)
+    return {name: total / count for name, total in sums.items()}

@@ -25,7 +25,8 @@ from dtcache.options import TrainOptions
 from dtcache.store.samples import held_out
 from dtcache.student import build_student
 from pipelines.distill import losses_of
-from pipelines.train import peak_lr, split_rows
+from pipelines.sources import split_rows
+from pipelines.train import peak_lr
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
@@ -102,7 +103,7 @@ def test_the_first_loss_is_the_formulas(cache: Path, trained: Path) -> None:
     """The golden first loss: an untouched student, the first batch, MSE + 10 AT computed in NumPy from decoded maps."""
     opened = Cache(cache)
     names = ["t150/stride4", "t150/stride8"]
-    rows, _ = split_rows(opened, None)
+    rows, _ = split_rows(np.arange(40), opened.samples["key"].to_pylist())
     batch = next(iter(EpochLoader(opened, rows, names, batch_size=8, seed=0, threads=1).epoch(0)))
     student = build_student(
         "resnet10t", {n: opened.shape(n) for n in names}, opened.view, size=(32, 32), width=16, init=None, seed=0
@@ -134,7 +135,7 @@ def test_the_schedule_is_warm_up_and_cosine(trained: Path) -> None:
 def test_held_out_samples_are_never_trained_on(cache: Path) -> None:
     """The split is by key hash: training and held-out rows are disjoint and complete."""
     opened = Cache(cache)
-    rows, held = split_rows(opened, None)
+    rows, held = split_rows(np.arange(40), opened.samples["key"].to_pylist())
     assert sorted([*rows, *held]) == list(range(40))
     assert held.tolist() == held_out(opened.reader.samples["key"].to_pylist())
 
