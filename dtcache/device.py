@@ -86,7 +86,9 @@ def compile_errors() -> Iterator[None]:
             # The compiler's errors have no common parent, and their module is loaded only where something compiles.
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch")):
                 raise
-            raise ConfigError(f"--compile: {str(error).splitlines()[0]}; run without it") from error
+            first, *more = str(error).splitlines() or [type(error).__name__]
+            reason = " ".join([first, *more[:1]]) if first.endswith(":") else first
+            raise ConfigError(f"--compile: {reason}; run without it") from error
 
 
 def _has_native_bf16(device: torch.device) -> bool:

@@ -78,8 +78,8 @@ class EpochLoader(Generic[T_co]):
             )
         if batch_size % (world_size * parts):
             raise ConfigError(
-                f"--batch-size {batch_size}: expected a multiple of {world_size * parts}, as {world_size} processes "
-                f"compute their share in {parts} parts (--accumulate)"
+                f"--batch-size {batch_size}: expected a multiple of {world_size * parts}, the {parts} parts "
+                f"(--accumulate) of each of {world_size} processes"
             )
         if shuffle == "block" and not isinstance(cache, Cache):
             raise ConfigError("--shuffle block: expected a cache, whose shards it mixes; leave it out")

@@ -51,6 +51,10 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
     """
     _require_consistent(options)
     processes, compute = join_processes(options.device, options.precision)
+    part = options.batch_size // (processes.world_size * options.accumulate)
+    if part < 2:
+        # Batch normalisation has nothing to average over in a batch of one.
+        raise ConfigError(f"--accumulate {options.accumulate}: expected at least 2 samples a part, got {part}")
     source = make_source(where, options, compute, processes)
     total, warmup = options.epochs * source.num_batches, warmup_steps(options, source.num_batches)
     with FolderLock(out) if processes.is_first else nullcontext():

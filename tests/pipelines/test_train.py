@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,9 @@ from dtcache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.loader import EpochLoader
 from dtcache.options import TrainOptions
-from dtcache.store.samples import held_out
+from dtcache.store.commits import CommitRecord, ShardObject, write_commit
+from dtcache.store.manifest import CacheManifest, read_manifest, write_manifest
+from dtcache.store.samples import held_out, read_objects, read_table
 from dtcache.student import build_student
 from pipelines.distill import losses_of
 from pipelines.sources import split_rows
@@ -231,6 +234,12 @@ def test_two_students_share_one_cache(cache: Path, tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (("--taps", "16"), "--taps stride16: the cache has stride1, stride2, stride4, stride8; choose among these"),
+        (
+            ("--accumulate", "3"),
+            "--batch-size 8: expected a multiple of 3, the 3 parts (--accumulate) of each of 1 processes",
+        ),
+        (("--accumulate", "8"), "--accumulate 8: expected at least 2 samples a part, got 1"),
+        (("--config", "nowhere.toml"), "--config nowhere.toml: No such file or directory"),
         (("--timestep", "50"), "--timestep 50: the cache has 150; choose among these"),
         (("--batch-size", "64"), "--batch-size 64: expected 1 to 20, the samples left for training"),
         (("--student", "resnet5000"), "has no network of this name"),
@@ -262,6 +271,58 @@ def test_an_incomplete_or_absent_cache_is_refused(cache: Path, tmp_path: Path) -
     assert "expected" in run("train", broken, "--out", tmp_path / "r", *FLAGS).output
 
 
+def test_what_is_committed_can_be_trained_on(cache: Path, tmp_path: Path) -> None:
+    """--allow-incomplete trains on the committed shards, says how many samples that is, and is not resumed on more."""
+    part = Path(shutil.copytree(cache, tmp_path / "c"))
+    manifest = read_manifest(part)
+    records = [
+        record_of(part, manifest, shard)
+        for shard in range(next(iter(manifest.arrays.values())).num_shards)
+    ]  # fmt: skip
+    (part / "commits").mkdir()
+    for record in records[:4]:
+        write_commit(part, record)
+    files = {name: sha for name, sha in manifest.files.items() if name != "shards.parquet"}
+    write_manifest(part, replace(manifest, state="writing", files=files, sums={}))
+    refused = run("train", part, "--out", tmp_path / "r", *FLAGS)
+    assert "the cache is not complete; run its dtcache extract command again to finish it" in refused.output
+    flags = (*FLAGS, "--allow-incomplete", "--epochs", 1, "--warmup-epochs", 0)
+    result = run("train", part, "--out", tmp_path / "r", *flags)
+    assert result.exit_code == 0, result.output
+    assert "is not complete: 32 of 40 samples are there" in result.output.replace("\n", " ")
+    assert run("train", part, "--out", tmp_path / "r", *flags).exit_code == 0
+    write_commit(part, records[4])
+    assert "holds a run with another samples" in run("train", part, "--out", tmp_path / "r", *flags).output
+    whole = run("train", cache, "--out", tmp_path / "w", *FLAGS, "--allow-incomplete", "--epochs", 1)
+    assert "is not complete" not in whole.output
+
+
+def record_of(root: Path, manifest: CacheManifest, shard: int) -> CommitRecord:
+    """Return the record that a shard of a sealed cache was committed with, but for its sums."""
+    listed = {path: (size, sha256) for path, size, sha256 in read_objects(root)}
+    paths = [array.object_path(shard) for array in manifest.arrays.values()]
+    rows = next(iter(manifest.arrays.values())).rows_of(shard)
+    content = read_table(root / "samples.parquet")["content_sha256"].to_pylist()
+    return CommitRecord(
+        shard=shard,
+        fingerprint=manifest.fingerprint,
+        objects=tuple(ShardObject(path=path, size=listed[path][0], sha256=listed[path][1]) for path in paths),
+        content_sha256=tuple(content[row].hex() for row in rows),
+        failures=(),
+        sums={},
+    )
+
+
+def test_the_resolved_options_can_be_given_back(cache: Path, trained: Path, tmp_path: Path) -> None:
+    """A run's config.toml repeats the run to the bit, and resumes it; a flag beside it wins."""
+    config = trained / "config.toml"
+    assert run("train", cache, "--out", trained, "--config", config).exit_code == 0
+    assert run("train", cache, "--out", tmp_path / "again", "--config", config).exit_code == 0
+    assert losses(tmp_path / "again") == losses(trained)
+    refused = run("train", cache, "--out", trained, "--config", config, "--seed", 1)
+    assert "holds a run with another seed: 0 there, 1 was asked for" in refused.output
+
+
 def test_damaged_features_stop_the_run_naming_the_sample(cache: Path, tmp_path: Path) -> None:
     """A flipped byte is never trained on."""
     broken = Path(shutil.copytree(cache, tmp_path / "c"))
@@ -284,6 +345,36 @@ def test_a_loss_that_is_not_finite_stops_the_run(cache: Path, tmp_path: Path, mo
     assert result.exit_code == 1
     assert "the loss is not finite at step 0 (loss, at/t150/stride4, at/t150/stride8" in result.output
     assert not (tmp_path / "r" / "checkpoint.pt").exists()
+
+
+def test_a_target_that_is_not_finite_names_its_sample(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where some samples' targets are to blame, they alone are named, whatever part of the batch they are in."""
+    real, spoilt = Cache.batch, []
+
+    def spoiling(self: Cache, rows: np.ndarray, views: np.ndarray, names: list[str]) -> object:
+        batch = real(self, rows, views, names)
+        spoilt.append(self.samples["key"][int(rows[1])].as_py())
+        batch.scalars["t150/stride8"][1] = float("nan")
+        return batch
+
+    monkeypatch.setattr(Cache, "batch", spoiling)
+    result = run("train", cache, "--out", tmp_path / "r", *FLAGS, "--accumulate", 2, "--threads", 1)
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert f"not finite at step 0 (loss, at/t150/stride8; samples {spoilt[0]}, {spoilt[1]}); lower --lr" in said
+    assert not (tmp_path / "r" / "checkpoint.pt").exists()
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_run_that_diverges_is_stopped(cache: Path, tmp_path: Path) -> None:
+    """A rate that is far too high ends in one line with the step and all of the batch's samples counted."""
+    result = run("train", cache, "--out", tmp_path / "r", *FLAGS, "--lr", 1e30, "--warmup-epochs", 0)
+    assert result.exit_code == 1
+    assert "the loss is not finite at step" in result.output
+    assert result.output.count(".png") == 8
+    assert "Traceback" not in result.output
 
 
 def test_losses_of_every_tap_reach_the_backbone(cache: Path) -> None:
