@@ -80,7 +80,7 @@ def break_even_lines(found: dict[str, Any], runs: dict[str, Any]) -> list[str]:
     """Return after how many epochs a cache has paid for its extraction, by number of students."""
     if "extract" not in found:
         return []
-    seconds, lines = found["extract"]["seconds"], [f"| student | {' | '.join(f'{n} students' for n in STUDENTS)} |"]
+    seconds, lines = found["extract"]["seconds"], [f"| student | {' | '.join(f'{n} of them' for n in STUDENTS)} |"]
     lines.append("|---" * (len(STUDENTS) + 1) + "|")
     for student, run in runs.items():
         saved = (statistics.median(run["online"]) - statistics.median(run["cached"])) * run["steps_per_epoch"]

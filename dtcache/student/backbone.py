@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from timm.layers import convert_sync_batchnorm
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -120,7 +120,7 @@ def synchronise_batch_norm(network: nn.Module) -> None:
 
     Weights and names stay as they are.
     """
-    convert_sync_batchnorm(network)
+    convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
 
 
 def _batch_norms(backbone: Backbone) -> list[_BatchNorm]:
