@@ -271,7 +271,7 @@ def test_a_network_without_batch_norm_draws_no_batch() -> None:
 
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050"])
 def test_synchronised_batch_norms_keep_weights_and_names(name: str) -> None:
-    """Every batch normalisation, timm's with an activation too, becomes one over all processes; nothing else changes."""
+    """Each batch normalisation, timm's with an activation too, becomes one over all processes; the rest stays."""
     backbone = make_backbone(name, init=None, seed=0)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     parameters = [id(p) for p in backbone.parameters()]
