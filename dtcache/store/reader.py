@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dtcache.store.files import OpenFile, OpenFiles, open_limit
 from dtcache.store.frame import BLOCK_HEADER, frame_header
 from dtcache.store.layout import SAMPLES, SHARDS, PayloadArray
 from dtcache.store.manifest import CacheManifest, read_manifest
-from dtcache.store.samples import damaged_objects, read_objects, read_table
+from dtcache.store.samples import committed_objects, committed_samples, damaged_objects, read_objects, read_table
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 
 HELD_FILES = 64
@@ -27,16 +28,18 @@ STRETCH_GAP = 1 << 16
 
 
 class CacheReader:
-    """Random access to the payloads of a sealed cache; safe to share between threads."""
+    """Random access to the payloads of a cache; safe to share between threads."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, allow_incomplete: bool = False) -> None:
         """Open a cache and check that every file that its manifest names is there, at its size.
 
-        Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError.
+        With `allow_incomplete` a cache that is not sealed is opened too, as the shards that are committed by now: the
+        samples of the others count as failed. Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError.
         """
-        self.root = root
+        self.root, self._allow_incomplete = root, allow_incomplete
         self.manifest: CacheManifest = read_manifest(root)
-        if self.manifest.state != "sealed":
+        sealed = self.manifest.state == "sealed"
+        if not sealed and not allow_incomplete:
             raise CacheIncompleteError(
                 f"{root}: the cache is not complete; run its dtcache extract command again to finish it"
             )
@@ -44,25 +47,26 @@ class CacheReader:
             path = root / name
             if not path.is_file() or file_sha256(path) != sha256:
                 raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
-        self.samples: pa.Table = read_table(root / SAMPLES)
-        self._objects = {path: size for path, size, _ in read_objects(root)}
+        self.samples: pa.Table = read_table(root / SAMPLES) if sealed else committed_samples(root, self.manifest)
+        self._objects = {path: size for path, size, _ in (read_objects(root) if sealed else committed_objects(root))}
         for name, got in damaged_objects(root, self._objects).items():
             raise CacheDamagedError(f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}")
         arrays = self.manifest.arrays
         self._paths = {name: [a.object_path(shard) for shard in range(a.num_shards)] for name, a in arrays.items()}
-        for missing in (path for paths in self._paths.values() for path in paths if path not in self._objects):
+        listed = (path for paths in self._paths.values() for path in paths)
+        for missing in (path for path in listed if sealed and path not in self._objects):
             raise CacheDamagedError(f"{root / missing}: {SHARDS} does not list it; {AGAIN}")
         self._files = OpenFiles(root, open_limit())
         self._indices = {name: _Index(array) for name, array in arrays.items()}
         self._process = os.getpid()
 
-    def __reduce__(self) -> tuple[type["CacheReader"], tuple[Path]]:
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
         """Travel as a path: the other process opens the cache, and checks it, by itself."""
-        return CacheReader, (self.root,)
+        return partial(CacheReader, allow_incomplete=self._allow_incomplete), (self.root,)
 
     @property
     def usable_rows(self) -> NDArray[np.int64]:
-        """Rows whose image did not fail."""
+        """Rows that have features: those whose image did not fail, of committed shards."""
         return np.flatnonzero(self.samples["failure"].is_null().to_numpy()).astype(np.int64)
 
     def payloads(self, name: str, rows: ArrayLike, views: ArrayLike) -> Payloads:
@@ -101,6 +105,8 @@ class CacheReader:
             try:
                 if not index.loaded[number]:
                     path = self._paths[array.name][number]
+                    if path not in self._objects:
+                        raise CacheDamagedError("the shard was not extracted yet when the cache was opened")
                     index.load(number, self._files.open(path), self._objects[path])
             except CacheDamagedError as error:
                 raise self._damaged(array, rows[place], views[place], str(error)) from error
