@@ -166,3 +166,26 @@ def test_options_that_contradict_each_other_are_named(
     assert result.exit_code == 1
     assert message in result.output.replace("\n", " ")
     assert not (tmp_path / "r").exists()
+
+
+def test_views_of_the_first_epoch_are_those_of_an_exact_cache(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path, online: tuple[str, ...]
+) -> None:
+    """With crops and jitter the student sees online what it sees from a float16 cache: the same losses in epoch 0.
+
+    Nothing is known of the teacher's equivariance then, and nothing is said of it.
+    """
+    extraction = (*CPU, "--batch-size", 8, "--quality", "fp16", "--taps", "4,8", "--timestep", 150)
+    assert run("extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *extraction).exit_code == 0
+    views = ("--crop", "0.3,0.9", "--jitter", "0.5", "--epochs", 1, "--warmup-epochs", 0, "--lr", "1e-5")
+    cached = run("train", tmp_path / "c", "--out", tmp_path / "cached", *FLAGS, *views)
+    taught = run("train", scene_folder, "--out", tmp_path / "online", *online, *views)
+    assert cached.exit_code == taught.exit_code == 0, (cached.output, taught.output)
+    assert "crops: the teacher's features of a crop differ" in cached.output
+    assert "crops:" not in taught.output
+    steps = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("online", "cached")]
+    np.testing.assert_allclose(*steps, rtol=2e-3)
+    seen_whole = run("train", scene_folder, "--out", tmp_path / "w", *online, *views[4:])
+    assert seen_whole.exit_code == 0, seen_whole.output
+    whole = [line["loss"] for line in metrics(tmp_path / "w") if "loss" in line]
+    assert not np.allclose(whole, steps[0], rtol=2e-3)

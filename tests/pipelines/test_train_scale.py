@@ -1,5 +1,6 @@
 """Stage 2 at scale: parts of a batch, several processes, averages, compilation. They change rounding, never the run."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -73,6 +74,8 @@ class Alone(torch.nn.GroupNorm):
 @pytest.fixture
 def no_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give regressors no batch statistics, the one thing that hangs on how a batch is cut."""
+    # timm keeps the class that it finds when it is first imported; its networks are to keep the real one.
+    importlib.import_module("dtcache.student")
     monkeypatch.setattr(torch.nn, "BatchNorm2d", Alone)
 
 
@@ -204,3 +207,25 @@ def test_fp16_is_refused_on_a_cpu() -> None:
     """fp16 without a GPU is refused with what works there."""
     with pytest.raises(ConfigError, match="--precision fp16: expected a CUDA device, got cpu; use bf16 or fp32 there"):
         resolve_compute("cpu", "fp16")
+
+
+def test_views_and_weights_hang_on_no_part(cache: Path, tmp_path: Path, no_batch_norm: None) -> None:
+    """Crops, jitter and weighed taps are those of the undivided batch under --accumulate: keyed by step and row."""
+    flags = (*FLAGS, "--crop", "0.3,1.0", "--jitter", "0.5", "--noise-weighting", "--tap-weights", "stride4=2")
+    assert run("train", cache, "--out", tmp_path / "whole", *flags).exit_code == 0
+    result = run("train", cache, "--out", tmp_path / "parts", *flags, "--accumulate", 4, "--ema", "0.5")
+    assert result.exit_code == 0, result.output
+    for name in ("loss", "mse/t150/stride4", "at/t150/stride8", "held_out/loss"):
+        np.testing.assert_allclose(metric(tmp_path / "parts", name), metric(tmp_path / "whole", name), rtol=RTOL)
+    assert len(metric(tmp_path / "parts", "held_out_ema/loss")) == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "named"),
+    [("--crop", "0.3,1.0", "another crop: None there"), ("--regressor", "pafpn", "another regressor: 'fpn-ppm' there")],
+)
+def test_a_run_belongs_to_its_views_and_regressor(
+    cache: Path, whole: Path, flag: str, value: str, named: str
+) -> None:  # fmt: skip
+    """What a student is and sees is part of the run's claim, and is refused by name where it differs."""
+    assert named in run("train", cache, "--out", whole, *FLAGS, flag, value).output
