@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from dask.distributed import Client
 from records import RESULTS, ROOT, write
 
@@ -118,8 +118,8 @@ def everywhere(client: Client, task: Callable[..., Any], *arguments: Any) -> lis
 def extraction(client: Client, writer: CacheWriter, images: Path, options: ExtractOptions) -> float:
     """Return the seconds that all shards of a begun cache take, up to the last commit."""
     started = time.perf_counter()
-    for made in worker.on_workers(client, images, writer, options, lambda count: None):
-        writer.commit(made)
+    for _ in worker.on_workers(client, images, writer, options, lambda count: None, writer.commit):
+        pass
     assert writer.missing == []
     return time.perf_counter() - started
 
@@ -128,12 +128,12 @@ def forward_passes(assignment: str) -> float:
     """Time bare passes of a worker's teacher, on the worker."""
     with cpu_threads(1):
         teacher = worker._resident(assignment).job.teacher
-        pixels_BCHW = torch.zeros(teacher.spec.batch_size, 3, 32, 32, dtype=torch.uint8)
-        noise_BCHW = torch.randn(pixels_BCHW.shape)
-        teacher.features(pixels_BCHW, noise_BCHW, teacher.spec.timesteps[0])
+        view = teacher.input(np.zeros((3, 32, 32), np.uint8), "key", False, seed=0, draws=[0])
+        batch = teacher.batch([view] * teacher.spec.batch_size)
+        list(teacher.features(batch))
         started = time.perf_counter()
         for _ in range(PASSES):
-            teacher.features(pixels_BCHW, noise_BCHW, teacher.spec.timesteps[0])
+            list(teacher.features(batch))
         return time.perf_counter() - started
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from dtcache.codec.transform import whiten
+from dtcache.columns import SampleList
 from dtcache.device import resolve_compute
 from dtcache.images import load_views, open_source, permuted
 from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
-from dtcache.spec import Sample, TapSpec, TeacherSpec, ViewSpec, tap_name
-from dtcache.teacher import LoadedTeacher, Teacher
+from dtcache.spec import ViewSpec, tap_name
+from dtcache.teacher import LoadedTeacher, Teacher, prepare_teacher
 from dtcache.teacher.build import build_unet, ddpm_scheduler
 from dtcache.teacher.unet import UNetDenoiser
 from pipelines.job import Job, make_job
@@ -23,7 +24,7 @@ from pipelines.progress import track
 
 BATCH = 64
 ADM_CHANNELS = (256, 256, 512, 512, 1024, 1024)
-ADM_TAPS = ((0, 32, 1024), (1, 16, 1024), (2, 8, 512), (3, 4, 512))
+ADM_TAPS = ("stride4", "stride8", "stride16", "stride32")
 """(up block, stride, channels) at 256 px."""
 ADM_BATCH = 2
 
@@ -48,7 +49,7 @@ def cifar10_features(spool: Path, data: Path, teacher: Path, timestep: int, fit:
     job = make_job(open_source(data / "cifar10-train.parquet"), options)
     test = open_source(data / "cifar10-test.parquet")
     order = permuted(len(test.keys), seed=0, stream="rows")[:count]
-    counted = replace(job, source=test, samples=[Sample(index=int(i), key=test.keys[i]) for i in order])
+    counted = replace(job, source=test, samples=SampleList(test.keys, test.labels, order))
     about = f"CIFAR-10 teacher, t={timestep}: fitted on {fit} training images, counted on {count} test images, 32 px"
     return _feature_set(spool / "cifar10", job, counted, about)
 
@@ -60,7 +61,7 @@ def adm_features(spool: Path, data: Path | None, timestep: int, fit: int, count:
         write_scenes(images, seed=0, size=256, count=fit + count, masks=False)
     source = open_source(images)
     order = permuted(len(source.keys), seed=0, stream="rows")[: fit + count]
-    samples = [Sample(index=int(i), key=source.keys[i]) for i in order]
+    samples = SampleList(source.keys, source.labels, order)
     view = ViewSpec(height=256, width=256)
     job = Job(
         source=source, samples=samples[:fit], view=view, teacher=_adm_teacher(timestep), flips=(False,), draws=1,
@@ -78,10 +79,6 @@ def _adm_teacher(timestep: int) -> Teacher:
     torch.manual_seed(0)
     unet = build_unet(256, 256, ADM_CHANNELS, layers=2, attention=3).eval().requires_grad_(False)
     alpha_bars = ddpm_scheduler().alphas_cumprod.float()
-    taps = tuple(
-        TapSpec(name=f"stride{s}", block=b, stride=s, channels=c, height=256 // s, width=256 // s)
-        for b, s, c in reversed(ADM_TAPS)
-    )
     compute = resolve_compute("auto", "auto")
     loaded = LoadedTeacher(
         denoiser=UNetDenoiser(unet),
@@ -90,12 +87,8 @@ def _adm_teacher(timestep: int) -> Teacher:
         weights_sha256="",
         config_sha256="",
     )
-    spec = TeacherSpec(
-        architecture="UNet2DModel", weights_sha256="", config_sha256="", timesteps=(timestep,),
-        alpha_bars=(float(alpha_bars[timestep]),), taps=taps, precision=compute.precision, batch_size=ADM_BATCH,
-        device_type=compute.device.type,
-    )  # fmt: skip
-    return Teacher(loaded, taps, spec, ViewSpec(height=256, width=256), compute)
+    view = ViewSpec(height=256, width=256)
+    return prepare_teacher(loaded, view, taps=ADM_TAPS, timesteps=(timestep,), batch_size=ADM_BATCH, compute=compute)
 
 
 def _feature_set(folder: Path, fit: Job, counted: Job, about: str) -> FeatureSet:

@@ -13,10 +13,11 @@ from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
 from dtcache.codec.fit import solve_step, tap_statistics
 from dtcache.codec.transform import whiten
 from dtcache.spec import CodecSpec, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
+from dtcache.store.attempt import ShardData
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import IMAGES, payload_arrays
 from dtcache.store.samples import hash_samples
-from dtcache.store.writer import CacheWriter, ShardData
+from dtcache.store.writer import CacheWriter
 
 TIMESTEP = 150
 # (C, H, W), finest first, of 67,584 and of 2.95 million values a view: a CIFAR-10 DDPM, and ADM at 256 pixels.

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from dtcache.errors import ConfigError
+from dtcache.errors import ConfigError, DeviceMemoryError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,14 +68,30 @@ class DeviceClock:
         yield
         last.record(stream)
         self._running.append((first, last))
+        self._drain()
 
     @property
     def seconds(self) -> float:
         """Seconds of the stretches that are over."""
+        self._drain()
+        return self._seconds
+
+    def _drain(self) -> None:
         while self._running and self._running[0][1].query():  # type: ignore[no-untyped-call]
             first, last = self._running.pop(0)
             self._seconds += first.elapsed_time(last) / 1000
-        return self._seconds
+
+
+@contextmanager
+def memory_errors(batch_size: int) -> Iterator[None]:
+    """Raise a device's running out of memory as DeviceMemoryError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"the device ran out of memory with {batch_size} views a pass ({str(error).splitlines()[0]}); give a "
+            "smaller --batch-size, or auto"
+        ) from error
 
 
 @contextmanager
@@ -98,7 +114,9 @@ def compiled(module: torch.nn.Module) -> Callable[..., Any]:
     Its first call raises ConfigError where the machine has no compiler that works; its first backward pass compiles
     too, and belongs into `compile_errors`.
     """
-    network = torch.compile(module)
+    # Graphs that the process compiled before would change what is compiled now, and so its last bits.
+    torch._dynamo.reset()
+    network = torch.compile(module, dynamic=False)
 
     def call(*arguments: Any) -> Any:
         with compile_errors():

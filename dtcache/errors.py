@@ -81,6 +81,10 @@ class DiskError(DtcacheError, OSError):
     """The disk refused a write (full, read-only, failing)."""
 
 
+class DeviceMemoryError(DtcacheError, MemoryError):
+    """A batch does not fit into the memory of its device."""
+
+
 class ExtractionError(DtcacheError, RuntimeError):
     """An extraction that should not go on, such as one of which too many images fail."""
 

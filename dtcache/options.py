@@ -140,7 +140,7 @@ class ExtractOptions(Options):
     batch_size: int | None = option(
         32, "Views a teacher pass, or auto: the fastest that fits; a constant of the recipe.", minimum=1, auto=True
     )
-    compile: bool = option(False, "Compile the teacher first (torch.compile): minutes once, then faster passes.")
+    compile: bool = option(False, "Compile the tapped network (torch.compile): minutes once, then faster passes; in the recipe.")
     limit: int | None = option(None, "Cache the first N images of the permuted order.", minimum=1)
     max_failures: str = option("1%", "Stop when more images than this fail; up to nine never stop it.", metavar="SHARE")
     shard_rows: int | None = option(None, "Rows a shard [default: by payload size, 256 to 4096].", minimum=1)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from dtcache.errors import DeviceMemoryError
 from dtcache.teacher import Teacher
 from pipelines.progress import track
 
@@ -31,7 +32,9 @@ def fastest_batch(prepare: Callable[[int], Teacher]) -> int:
         for size in SIZES:
             try:
                 seconds = _seconds_a_view(prepare(size))
-            except torch.OutOfMemoryError:
+            except DeviceMemoryError:
+                if size == SIZES[0]:
+                    raise
                 torch.cuda.empty_cache()
                 break
             progress.advance(1, f"{size}: {1 / seconds:.1f} views/s")

@@ -28,11 +28,11 @@ from dtcache.store.writer import CacheWriter, require_ours
 from dtcache.teacher import CallableTeacher
 from pipelines.equivariance import measure
 from pipelines.fit import fit_codec
-from pipelines.forecast import image_bytes, require_space
-from pipelines.job import Job, make_job
+from pipelines.job import Job, computing_threads, make_job
 from pipelines.progress import track
 from pipelines.recipe import asked, fit_rows, recipe_of, require_same_job, stored_prompt, target_ratio
 from pipelines.runner import ShardRunner, make_runner
+from pipelines.space import image_bytes, require_space
 from pipelines.worker import connected, on_workers, require_one_cluster
 
 if TYPE_CHECKING:
@@ -67,23 +67,9 @@ def extract(images: Path, out: Path, options: ExtractOptions, teacher: CallableT
     Raises CacheMismatchError naming the field where `out` holds another cache, and what its parts raise.
     """
     started = time.time()
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: expected a folder, got a file")
-    parse_share(options.max_failures, "--max-failures")
-    require_one_cluster(options, teacher is None)
-    source = open_source(images, track)
-    stored = None
-    if (out / MANIFEST).exists():
-        there = read_manifest(out)
-        stored = stored_prompt(out, there)
-        size = options.batch_size or there.recipe["teacher"]["batch_size"]
-        options = replace(options, batch_size=size)  # auto is chosen once
-    job = make_job(source, options, teacher, stored)
-    if out.is_dir() and not (out / MANIFEST).exists():
-        require_ours(out)
+    options, job = prepare(images, out, options, teacher)
     with FolderLock(out), connected(out, job, options) as client:
         begun = read_manifest(out).recipe if (out / MANIFEST).exists() else None
-        options = replace(options, threads=_threads(job, options, begun))
         opened = time.time()
         with cpu_threads(options.threads):
             if begun is not None:
@@ -107,6 +93,33 @@ def extract(images: Path, out: Path, options: ExtractOptions, teacher: CallableT
             if left:
                 _write_log(writer, done, left, options)
     return done
+
+
+def prepare(
+    images: Path, out: Path, options: ExtractOptions, teacher: CallableTeacher | None = None
+) -> tuple[ExtractOptions, Job]:
+    """Check what can be checked before anything is computed, and load images and teacher.
+
+    Returns the options with batch size and threads as the recipe of a begun cache has them. Raises CacheMismatchError
+    where `out` holds another cache or other people's files, and what loading raises.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: expected a folder, got a file")
+    parse_share(options.max_failures, "--max-failures")
+    require_one_cluster(options, teacher is None)
+    manifest = read_manifest(out) if (out / MANIFEST).exists() else None
+    if manifest is None and out.is_dir():
+        require_ours(out)
+    source, stored = open_source(images, track), None
+    if manifest is not None:
+        stored = stored_prompt(out, manifest)
+        # auto is chosen once
+        options = replace(options, batch_size=options.batch_size or manifest.recipe["teacher"]["batch_size"])
+    job = make_job(source, options, teacher, stored)
+    options = replace(options, threads=_threads(job, options, manifest.recipe if manifest is not None else None))
+    if manifest is not None:
+        require_same_job(out, manifest.recipe, asked(job, options), job)
+    return options, job
 
 
 def rows_left(writer: CacheWriter) -> int:
@@ -148,7 +161,7 @@ def _threads(job: Job, options: ExtractOptions, begun: Json | None) -> int | Non
         return None
     if options.threads is not None or begun is not None:
         return options.threads or (begun or {}).get("threads")
-    return 1 if options.scheduler else max(1, torch.get_num_threads() // (options.workers or 1))
+    return computing_threads(options)
 
 
 def _write_log(writer: CacheWriter, done: Extracted, rows: int, options: ExtractOptions) -> None:
@@ -178,8 +191,12 @@ def require_few_failures(failures: Sequence[FailedSample], count: int, most: flo
 
 def _begin(out: Path, job: Job, options: ExtractOptions) -> CacheWriter:
     """Fit the codec and measure the teacher, once, and lay out the cache that this fixes."""
-    count = len(job.samples)
-    fitted = fit_codec(out, job, fit_rows(count), target_ratio(job, options))
+    count, ratio = len(job.samples), target_ratio(job, options)
+    if not options.force:
+        # The least that it can be, before the fit's minutes; then, with images, what it will be.
+        fp16 = 2 * job.views * sum(tap.values for tap in job.teacher.spec.taps) * len(job.teacher.spec.timesteps)
+        require_space(out, count * fp16 / (ratio or 2))
+    fitted = fit_codec(out, job, fit_rows(count), ratio)
     _warn_of_bias(fitted.spec)
     measured = measure(job, fit_rows(count))
     for timestep, error in (measured.round_trip or {}).items():

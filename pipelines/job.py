@@ -4,8 +4,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from dtcache.columns import SampleList
-from dtcache.device import resolve_compute
+from dtcache.device import cpu_threads, resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import ImageSource, LoadedView, permuted
 from dtcache.options import ExtractOptions, parse_size, parse_taps
@@ -69,6 +71,8 @@ def make_job(
     if (teacher is None) != bool(options.teacher):
         got = "both" if options.teacher else "neither"
         raise ConfigError(f"--teacher: expected the name of a teacher or, from Python, a CallableTeacher, got {got}")
+    if teacher is not None and options.prompt is not None:
+        raise ConfigError("--prompt: a CallableTeacher reads no text; leave --prompt out")
     _check_encoding(options, teacher is None or teacher.is_random)
     if options.average and options.draws < 2:
         raise ConfigError(f"--average: expected at least 2 --draws to take the mean of, got {options.draws}")
@@ -86,7 +90,11 @@ def make_job(
     if loaded.latents is not None and loaded.latents.doubt is not None:
         print(f"warning: {loaded.latents.doubt}", file=sys.stderr)
     if options.batch_size is None:
-        options = replace(options, batch_size=fastest_batch(lambda size: make_teacher(loaded, options, size)))
+        # Compiling each size would take minutes, and change what is compiled later.
+        eager = replace(options, compile=False)
+        with cpu_threads(computing_threads(options)):
+            size = fastest_batch(lambda size: make_teacher(loaded, eager, size))
+        options = replace(options, batch_size=size)
     return job_with(source, make_teacher(loaded, options), options)
 
 
@@ -116,6 +124,11 @@ def _check_encoding(options: ExtractOptions, takes_noise: bool) -> None:
     if (options.draws > 1 or options.average) and not (takes_noise and options.encoding == "ddpm"):
         what = "--encoding ddim" if options.encoding == "ddim" else "a CallableTeacher without prepare"
         raise ConfigError(f"{what} draws no noise: expected --draws 1 and no --average, got --draws {options.draws}")
+
+
+def computing_threads(options: ExtractOptions) -> int:
+    """Return the CPU threads of each process that computes, where the recipe does not say it: --threads, or a share."""
+    return options.threads or (1 if options.scheduler else max(1, torch.get_num_threads() // (options.workers or 1)))
 
 
 def make_teacher(loaded: LoadedTeacher, options: ExtractOptions, batch_size: int | None = None) -> Teacher:

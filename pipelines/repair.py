@@ -23,7 +23,7 @@ from pipelines.job import Job, job_with
 from pipelines.nodes import zarr_nodes
 from pipelines.progress import track
 from pipelines.recipe import asked, cache_teacher, fit_rows, options_of, require_same_job
-from pipelines.runner import DECODE_THREADS
+from pipelines.runner import decode_threads
 from pipelines.shard import run_shard
 from pipelines.verify import Repair, remedy, repairable, verify_cache
 
@@ -114,7 +114,7 @@ def _repair_shards(root: Path, found: Verification, images: Path, teacher: str) 
     with cpu_threads(options.threads), track("repair", sum(map(len, rows.values()))) as progress:
         for shard, files in damaged.items():
             todo = (job.samples[row].index for row in rows[shard])
-            views = load_views(job.source, todo, job.view, threads=DECODE_THREADS)
+            views = load_views(job.source, todo, job.view, threads=decode_threads(job.teacher.device))
             work = run_shard(job, encoder, shard, rows[shard], views, fit_rows(len(job.samples)), progress.advance)
             changed = _changed_image(root, found.contents, job, work)
             outcomes += [_republished(root, manifest, wanted[d.path], work, changed) for d in files]

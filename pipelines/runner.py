@@ -1,10 +1,13 @@
 """The shard runner: images in, written shards out, in any process; it knows no scheduler and commits nothing."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+import torch
 
 from dtcache.cache import load_fit
 from dtcache.codec import FeatureEncoder
@@ -18,7 +21,7 @@ from pipelines.shard import run_shard
 
 T = TypeVar("T")
 
-DECODE_THREADS = 2
+MOST_DECODE_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,16 +42,27 @@ class ShardRunner:
         """
         array, fitted = next(iter(self.manifest.arrays.values())), int(self.manifest.recipe["codec"]["fit_rows"])
         todo = (self.job.samples[row].index for shard in shards for row in array.rows_of(shard))
-        views = load_views(self.job.source, todo, self.job.view, threads=DECODE_THREADS)
+        views = load_views(self.job.source, todo, self.job.view, threads=decode_threads(self.job.teacher.device))
         with ThreadPoolExecutor(1, "write") as pool:
             writing: Future[T] | None = None
+
+            def counted(rows: int) -> None:
+                if writing is not None and writing.done():
+                    writing.result()  # a full disk stops the next shard at once, not at its end
+                on_rows(rows)
+
             for shard in shards:
-                data = run_shard(self.job, self.encoder, shard, array.rows_of(shard), views, fitted, on_rows)
+                data = run_shard(self.job, self.encoder, shard, array.rows_of(shard), views, fitted, counted)
                 if writing is not None:
                     yield writing.result()
                 writing = pool.submit(lambda data=data: finish(write_attempt(self.root, self.manifest, data)))
             if writing is not None:
                 yield writing.result()
+
+
+def decode_threads(device: torch.device) -> int:
+    """Return the threads that decode images: all cores beside a GPU, two beside passes that need the cores."""
+    return min(MOST_DECODE_THREADS, os.cpu_count() or 1) if device.type == "cuda" else 2
 
 
 def make_runner(root: Path, manifest: CacheManifest, job: Job, options: ExtractOptions) -> ShardRunner:

@@ -87,7 +87,7 @@ def packed_rows(
 ) -> Iterator[PackedRow]:
     """Yield the rows in order; `on_rows` hears of every finished batch."""
     on_gpu = job.teacher.device.type == "cuda"
-    ahead, stream = (AHEAD, torch.cuda.Stream(job.teacher.device)) if on_gpu else (0, None)
+    ahead, stream = batches_ahead(job.teacher.device), torch.cuda.Stream(job.teacher.device) if on_gpu else None
     size = max(1, job.teacher.spec.batch_size // len(job.flips))
     threads = (os.cpu_count() or 1) if on_gpu else torch.get_num_threads()
     with ThreadPoolExecutor(min(MAX_THREADS, threads), "host") as pool:
@@ -99,6 +99,11 @@ def packed_rows(
         for batch in in_threads(pool, packing, ahead=ahead):
             yield from batch
             on_rows(len(batch))
+
+
+def batches_ahead(device: torch.device) -> int:
+    """Return how many batches are made ready, and may wait, beside the passes on a device."""
+    return AHEAD if device.type == "cuda" else 0
 
 
 def _prepare(job: Job, row: int, loaded: LoadedView) -> PreparedRow:

@@ -174,7 +174,9 @@ class TappedModule(nn.Module):
 
         def recorder(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: object, output: object) -> None:
-                seen[name] = output[0] if isinstance(output, tuple) and output else output
+                first = output[0] if isinstance(output, tuple) and output else output
+                # The next module may work in place.
+                seen[name] = first.clone() if isinstance(first, Tensor) else first
 
             return hook
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dtcache.device import Compute, DeviceClock, compiled
+from dtcache.device import Compute, DeviceClock, compiled, memory_errors
 from dtcache.errors import ConfigError
 from dtcache.spec import Box, TeacherSpec, ViewSpec, signal_to_noise, tap_name
 from dtcache.teacher.condition import choose_condition, require_labels
@@ -111,7 +111,7 @@ class Teacher:
 
         def stacked(maps: Iterable[Any]) -> Tensor:
             host = torch.from_numpy(np.stack(list(maps)))
-            return host.pin_memory() if self.device.type == "cuda" else host  # fetched beside computing
+            return host.pin_memory() if self.device.type == "cuda" else host  # so that the upload need not wait
 
         told = [np.int64(view.label) for view in inputs if view.label is not None]
         return TeacherBatch(
@@ -136,16 +136,16 @@ class Teacher:
         Latents are made once for all draws and timesteps. A short batch is padded to the recipe's batch size, because
         the batch shape moves results in their last bits.
         """
-        # A crop, as equivariance is measured on, would be compiled anew.
-        is_view = batch.pixels_BCHW.shape[2:] == (self.view.height, self.view.width)
-        run = self._run if is_view else self.network
-        with self.clock.running():
+        # Other shapes, as equivariance is measured on, would be compiled anew.
+        view = (max(self.spec.batch_size, len(batch.pixels_BCHW)), 3, self.view.height, self.view.width)
+        run = self._run if view[0] == self.spec.batch_size and batch.pixels_BCHW.shape[1:] == view[1:] else self.network
+        with self.clock.running(), memory_errors(self.spec.batch_size):
             count, clean_BCHW, labels_B = len(batch.pixels_BCHW), self.clean(batch), self.labels(batch)
         for by_timestep in batch.noise:
             found = {}
             for timestep in self.spec.timesteps:
                 noise_BCHW = self._padded(by_timestep[timestep]) if self.is_random else None
-                with self.clock.running():
+                with self.clock.running(), memory_errors(self.spec.batch_size):
                     arguments = self.encoding.inputs(clean_BCHW, noise_BCHW, timestep, labels_B)
                     with self._compute.autocast():
                         maps = run(*map(_channels_last, arguments))

@@ -87,8 +87,10 @@ def load_teacher(where: str, *, prompt: str | None = None, stored: Prompt | None
         raise ConfigError(f"--prompt: this teacher ({name}) reads no text; leave --prompt out")
     schedule = _scheduler_config(root)
     weights = weight_files(folder)
-    network = load_part(ARCHITECTURES[name], folder, weights, **stand_in(config))
-    set_heads(network, config)
+    # A list of head widths is ours in a UNet2DModel; in a UNet2DConditionModel diffusers reads it itself.
+    ours = config if name == "UNet2DModel" else {}
+    network = load_part(ARCHITECTURES[name], folder, weights, **stand_in(ours))
+    set_heads(network, ours)
     try:
         scheduler = DDPMScheduler.from_config(schedule)
     except Exception as error:  # whatever diffusers makes of numbers that are none

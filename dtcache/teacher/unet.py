@@ -72,13 +72,15 @@ class UNetDenoiser:
             for index, block in enumerate(self.unet.up_blocks)
         ]
         shapeless = {name: x.to("meta") for name, x in (*self.unet.named_parameters(), *self.unet.named_buffers())}
-        with torch.inference_mode(), torch.device("meta"):
-            labels_B = None if self.num_classes is None else torch.zeros(1, dtype=torch.long)
-            embedding_LD = None if self._embedding_LD is None else torch.zeros(self._embedding_LD.shape)
-            x_BCHW, t_B = torch.zeros(1, self.channels, height, width), torch.zeros(1, dtype=torch.long)
-            functional_call(self.unet, shapeless, (x_BCHW, t_B), _conditions(1, labels_B, embedding_LD))
-        for handle in handles:
-            handle.remove()
+        try:
+            with torch.inference_mode(), torch.device("meta"):
+                labels_B = None if self.num_classes is None else torch.zeros(1, dtype=torch.long)
+                embedding_LD = None if self._embedding_LD is None else torch.zeros(self._embedding_LD.shape)
+                x_BCHW, t_B = torch.zeros(1, self.channels, height, width), torch.zeros(1, dtype=torch.long)
+                functional_call(self.unet, shapeless, (x_BCHW, t_B), _conditions(1, labels_B, embedding_LD))
+        finally:
+            for handle in handles:
+                handle.remove()
         return shapes
 
 

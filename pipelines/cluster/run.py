@@ -125,7 +125,7 @@ class ClusterRun:
         while self._waiting and len(self._flying) < TASKS_A_WORKER * max(1, self._workers()):
             shard = self._waiting.pop()
             state, failed = self._shards[shard], {failure.worker for failure in self._shards[shard].failed}
-            others = [worker for worker in self._client.nthreads() if worker not in failed] if failed else None
+            others = [worker for worker in self._addresses() if worker not in failed] if failed else None
             state.future = self._client.submit(
                 run_task, self._task, self._assignment, shard, self._name,
                 key=f"{self._name}-{shard:06}-{len(state.failed)}", pure=False,
@@ -137,11 +137,15 @@ class ClusterRun:
     def _workers(self) -> int:
         """Return how many workers there were within the last second. Raises ClusterError without a scheduler."""
         if time.monotonic() - self._counted > COUNT_SECONDS:
-            try:
-                self._count, self._counted = len(self._client.nthreads()), time.monotonic()
-            except (OSError, TimeoutError, RuntimeError) as error:
-                raise self._lost(one_line(error)) from error
+            self._count, self._counted = len(self._addresses()), time.monotonic()
         return self._count
+
+    def _addresses(self) -> list[str]:
+        """Return the workers that are connected. Raises ClusterError without a scheduler."""
+        try:
+            return list(self._client.nthreads())
+        except (OSError, TimeoutError, RuntimeError) as error:
+            raise self._lost(one_line(error)) from error
 
     def _next(self) -> tuple[int, int | Future | None]:
         """Return the next word, or None after a while; say now and then that there is no worker to give one."""

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 import pipelines.batch as batch
 import pipelines.job as job_module
 from cli import main
+from dtcache.errors import DeviceMemoryError
 from dtcache.store.manifest import read_manifest
 from pipelines.batch import fastest_batch
 
@@ -36,7 +37,7 @@ class Timed:
     def features(self, inputs: list[np.ndarray]) -> Iterator[dict[str, object]]:
         """Let the time pass."""
         if self._fails:
-            raise torch.OutOfMemoryError("no room")
+            raise DeviceMemoryError("no room")
         self._clock[0] += self._seconds
         yield {}
 

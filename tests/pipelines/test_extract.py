@@ -1,6 +1,7 @@
 """Stage 1 through the command line: the cache is a function of its recipe, however often the run is killed."""
 
 import errno
+import functools
 import io
 import json
 import os
@@ -382,6 +383,30 @@ def test_a_full_disk_is_one_clear_line(
     assert not inspect(out)["complete"]
     assert extract(scene_folder, teacher_dir, out).exit_code == 0
     assert tree(out) == tree(cache)
+
+
+def test_batches_ahead_change_no_byte(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """Noise made ahead of the passes and payloads packed behind them, as beside a GPU, give the same cache."""
+    from pipelines import shard
+
+    monkeypatch.setattr(shard, "batches_ahead", lambda device: 2)
+    assert extract(scene_folder, teacher_dir, tmp_path / "c").exit_code == 0
+    assert tree(tmp_path / "c") == tree(cache)
+
+
+def test_a_compiled_cache_is_another_one(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--compile is in the recipe: without it the cache is not gone on with, and the reason is named."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    out = tmp_path / "c"
+    assert extract(scene_folder, teacher_dir, out, "--compile", "--limit", "8").exit_code == 0
+    again = extract(scene_folder, teacher_dir, out, "--limit", "8")
+    assert again.exit_code == 1
+    assert "teacher.compiled" in again.output
+    assert extract(scene_folder, teacher_dir, out, "--compile", "--limit", "8").exit_code == 0
 
 
 def test_ctrl_c_exits_130_and_resumes(

@@ -6,15 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-import pipelines.forecast as forecast_module
+import pipelines.space as space_module
 from cli import main
-from dtcache.errors import DiskError
+from dtcache.errors import CacheMismatchError, ConfigError, DiskError
+from dtcache.images import open_source
 from dtcache.options import ExtractOptions
+from dtcache.teacher import CallableTeacher
 from pipelines.extract import extract
 from pipelines.forecast import Forecast, forecast, render_forecast
+from pipelines.job import make_job
 from pipelines.report import inspect_cache
+from pipelines.space import image_bytes
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -110,9 +115,45 @@ def test_an_extraction_refuses_a_full_disk(
 def test_no_image_is_sized_where_none_is_stored(
     scene_folder: Path, options: ExtractOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With --images none the images weigh nothing."""
-    seen = []
-    monkeypatch.setattr(forecast_module, "encode_stored", lambda *a: seen.append(1) or b"")
-    found = forecast(scene_folder, tmp_path / "c", replace(options, images="none", limit=8))
-    assert found.image_bytes == 0
-    assert not seen
+    """With --images none the images weigh nothing, in the forecast and before the start."""
+    monkeypatch.setattr(space_module, "encode_stored", lambda *a: b"x" * 10**6)
+    bare = replace(options, images="none", limit=8)
+    assert forecast(scene_folder, tmp_path / "c", bare).image_bytes == 0
+    job = make_job(open_source(scene_folder), bare)
+    assert image_bytes(job) == 0
+    assert image_bytes(replace(job, stores_images=True)) == 10**6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": 2, "scheduler": "tcp://h:1"}, "--workers 2 starts a cluster"),
+        ({"max_failures": "bad"}, "--max-failures bad: expected a percentage"),
+        ({"taps": "64"}, "--taps: the teacher has no map stride64"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_start_refuses(
+    scene_folder: Path, options: ExtractOptions, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    """Contradicting options, bad ones, and an --out with other people's files."""
+    with pytest.raises(ConfigError, match=message):
+        forecast(scene_folder, tmp_path / "c", replace(options, **changes))
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(CacheMismatchError, match=r"is not empty and not a cache: found thesis.tex"):
+        forecast(scene_folder, tmp_path, options)
+
+
+def test_a_module_whose_operations_cannot_be_counted_is_forecast_without(scene_folder: Path, tmp_path: Path) -> None:
+    """A forward pass that reads a number back is no reason to fail, and no operations are claimed."""
+
+    class Reading(torch.nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.sum().item() > -1e9
+            return super().forward(x)
+
+    teacher = CallableTeacher(Reading(3, 4, 3, padding=1), taps={"stride1": ""}, version="1", size=(32, 32))
+    options = ExtractOptions(timestep=(0,), device="cpu", precision="fp32", batch_size=8, limit=8)
+    found = forecast(scene_folder, tmp_path / "c", options, teacher)
+    assert found.flops is None
+    assert found.views_per_second > 0
+    assert "GFLOP" not in str([list(column.cells) for column in render_forecast(found).columns])

@@ -34,7 +34,7 @@ def save_stable_diffusion(root: Path, **unet_options: Any) -> tuple[UNet2DCondit
         block_out_channels=(16, 16, 32),
         layers_per_block=1,
         norm_num_groups=8,
-        attention_head_dim=4,
+        attention_head_dim=(2, 4, 8),  # a list, as Stable Diffusion 2.x has it: numbers of heads, whatever its name
         cross_attention_dim=TEXT_CHANNELS,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),

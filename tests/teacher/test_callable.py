@@ -211,3 +211,17 @@ def test_nothing_stays_hooked() -> None:
     with pytest.raises(TeacherError, match="its dry run"):
         prepared(made(module=module, prepare=lambda x, noise, t: x[:, :2]))
     assert not any(part._forward_hooks for part in module.modules())
+
+
+def test_a_map_that_the_next_module_overwrites_is_cached_as_it_was() -> None:
+    """What is cached is a path's output, though a ReLU behind it works in place."""
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(3, 4, 3, padding=1)
+    net = torch.nn.Sequential(convolution, torch.nn.ReLU(inplace=True))
+    teacher = prepared(CallableTeacher(net, taps={"stride1": "0"}, version="1"))
+    (view,) = pixels(1)
+    (found,) = teacher.features(batch_of(teacher, [view], ["a"], [False]))
+    with torch.inference_mode():
+        wanted = convolution(torch.from_numpy(view)[None].float() / 127.5 - 1)
+    assert (wanted < 0).any()
+    torch.testing.assert_close(found["t0/stride1"], wanted)

@@ -1,17 +1,19 @@
 """Taps: where they are, and that cutting the network off changes no bit of them."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from teacher.batches import batch_of
 from teacher.kinds import TEXT_CHANNELS, TOKENS, save_class_unet, save_dit, save_ldm, save_stable_diffusion
 
 from dtcache.device import resolve_compute
-from dtcache.errors import ConfigError
+from dtcache.errors import ConfigError, DeviceMemoryError
 from dtcache.spec import TapSpec, ViewSpec
-from dtcache.teacher import Prompt, load_teacher, prepare_teacher
+from dtcache.teacher import Prompt, Teacher, load_teacher, prepare_teacher
 from dtcache.teacher.build import build_unet
 from dtcache.teacher.denoiser import choose_taps
 from dtcache.teacher.noise import sample_noise
@@ -177,8 +179,62 @@ def test_every_kind_runs_in_bfloat16(tmp_path: Path, save: Callable[[Path], obje
             load_teacher(str(tmp_path), stored=stored), ViewSpec(height=32, width=32), taps=None, timesteps=(150,),
             batch_size=2, compute=resolve_compute("cpu", precision), condition=condition,
         )  # fmt: skip
-        found.append(next(teacher.features(teacher.batch(list(pixels), ["a", "b"], [False] * 2, seed=0, draws=[0]))))
+        found.append(next(teacher.features(batch_of(teacher, list(pixels), ["a", "b"], [False] * 2, seed=0, draws=[0]))))
     exact, rough = found
     for name, maps in rough.items():
         assert maps.dtype == torch.float32
         assert 0 < float((maps - exact[name]).square().mean() / exact[name].var()) < 1e-2
+
+
+def test_one_graph_is_compiled_for_whole_views(teacher_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled teacher says so, gives the same features, and compiles nothing more for other shapes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    loaded, view = load_teacher(str(teacher_dir)), ViewSpec(height=32, width=32)
+
+    def prepared(compile: bool) -> Teacher:
+        return prepare_teacher(loaded, view, taps=None, timesteps=(150,), batch_size=4, compute=CPU, compile=compile)
+
+    pixels = list(np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8))
+    fast, plain = prepared(True), prepared(False)
+    assert (fast.spec.compiled, plain.spec.compiled) == (True, None)
+    batch = batch_of(fast, pixels, list("abcd"), [False] * 4)
+    torch._dynamo.utils.counters.clear()
+    (found,), (wanted,) = fast.features(batch), plain.features(batch)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name])
+    list(fast.features(batch_of(fast, pixels[:3], list("abc"), [True] * 3)))  # padded to the same shape
+    list(fast.features(batch.changed(lambda x: x[:, :, 8:24, 8:24])))  # a crop
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_device_without_room_is_one_clear_line(teacher_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running out of memory names the batch size and what to do."""
+    teacher = prepare_teacher(
+        load_teacher(str(teacher_dir)), ViewSpec(height=32, width=32), taps=None, timesteps=(150,), batch_size=2,
+        compute=CPU,
+    )  # fmt: skip
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words")
+
+    monkeypatch.setattr(teacher, "_run", full)
+    pixels_CHW = np.zeros((3, 32, 32), np.uint8)
+    with pytest.raises(DeviceMemoryError, match=r"ran out of memory with 2 views a pass \(CUDA out.*GiB\.\); give a"):
+        list(teacher.features(batch_of(teacher, [pixels_CHW], ["a"], [False])))
+
+
+def test_the_clock_counts_the_passes(teacher_dir: Path) -> None:
+    """It grows with every pass, and with nothing else."""
+    teacher = prepare_teacher(
+        load_teacher(str(teacher_dir)), ViewSpec(height=32, width=32), taps=None, timesteps=(150,), batch_size=2,
+        compute=CPU,
+    )  # fmt: skip
+    batch = batch_of(teacher, [np.zeros((3, 32, 32), np.uint8)], ["a"], [False])
+    assert teacher.clock.seconds == 0
+    seen = []
+    for _ in range(3):
+        list(teacher.features(batch))
+        seen.append(teacher.clock.seconds)
+    assert 0 < seen[0] < seen[1] < seen[2] == teacher.clock.seconds
