@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from dtcache._version import __version__
+from dtcache.config import read_config
 from dtcache.errors import CacheFormatError, CacheNotFoundError, DtcacheError
 from dtcache.options import (
     ConvertOptions,
@@ -55,7 +56,10 @@ class Group(click.Group):
 
 
 def options_of(options: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command one flag a field of a frozen dataclass, and pass it the filled dataclass as `options`."""
+    """Give a command one flag a field of a frozen dataclass, and pass it the filled dataclass as `options`.
+
+    `--config FILE` gives any of the command's options too; the command line wins over it.
+    """
     hints = typing.get_type_hints(options)
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,9 +71,25 @@ def options_of(options: type) -> Callable[[Callable[..., Any]], Callable[..., An
         filled.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
         for f in reversed(dataclasses.fields(options)):
             filled = _flag(f, hints[f.name])(filled)
-        return filled
+        return click.option(
+            "--config", type=PATH, metavar="FILE", is_eager=True, expose_value=False, callback=_read_defaults,
+            help="TOML file of options, such as the config.toml of a run; flags win over it.",
+        )(filled)  # fmt: skip
 
     return decorate
+
+
+def _read_defaults(ctx: click.Context, flag: click.Parameter, path: Path | None) -> None:
+    """Make a file's options the defaults of the flags, in words, so that click checks them as if typed."""
+    if path is None:
+        return
+    known = {p.name for p in ctx.command.params if isinstance(p, click.Option) and p.expose_value and p.name}
+    try:
+        found = read_config(path, known)
+    except DtcacheError as error:
+        raise click.ClickException(str(error)) from error
+    words = {n: [str(v) for v in value] if isinstance(value, list) else str(value) for n, value in found.items()}
+    ctx.default_map = {**(ctx.default_map or {}), **words}
 
 
 def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
@@ -281,19 +301,22 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
 
 
 @main.command()
-@click.argument("cache", type=PATH)
+@click.argument("where", metavar="CACHE|IMAGES", type=PATH)
 @_out("Folder of the run; one found there is resumed if it was begun with the same options.")
 @options_of(TrainOptions)
-def train(cache: Path, out: Path, options: TrainOptions) -> None:
-    """Train a student on CACHE (stage 2) and export its backbone for timm.
+def train(where: Path, out: Path, options: TrainOptions) -> None:
+    """Train a student on CACHE (stage 2) and export its backbone for timm; or on IMAGES, the teacher in the loop.
+
+    Several processes train one student: torchrun --nproc-per-node 8 --no-python dtcache train ...
 
     \b
     Example:
       dtcache train church.cache --student resnet50 --epochs 100 --out runs/resnet50
+      dtcache train photos/ --online --teacher DIR --timestep 50 --out runs/online
     """
     from pipelines.train import train as run
 
-    done = run(cache, out, options)
+    done = run(where, out, options)
     click.echo(
         f"{done.out / 'backbone'}: {done.steps} steps, held-out loss {done.held_out_loss:.4f}, "
         f"{done.wait_share:.1%} of the time waiting for data"

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from paired import bounds, interval
 from records import ROOT, once
@@ -143,8 +144,8 @@ def judged(plan: Plan, arm: str, seed: int, reference: Path) -> dict[str, Any]:
     taps = Cache(reference).names
     curve = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
-        "mse": statistics.mean(losses[f"held_out/mse/{name}"] for name in taps),
-        "at": statistics.mean(losses[f"held_out/at/{name}"] for name in taps),
+        "mse": statistics.mean(losses[f"mse/{name}"] for name in taps),
+        "at": statistics.mean(losses[f"at/{name}"] for name in taps),
         "linear_top1": probed.linear_top1,
         "knn_top1": probed.knn_top1,
         "losses": losses,
@@ -170,14 +171,17 @@ def reference_losses(student: Student, reference: Path, options: TrainOptions, c
     decoder = cache.decoder(cache.names).to(compute.device)
     student = student.to(compute.device).to(memory_format=torch.channels_last)
     distillation = Distillation(
-        student=student,
         decoder=decoder,
         objective=make_objective(options, cache.fit, cache.reader.manifest.recipe["codec"], cache.names),
         views=Views(crop=None, jitter=0.0, seed=0),
+        input_size=student.input_size,
         whitening=options.whitening,
         compute=compute,
     )
-    return held_out_losses(distillation, cache, cache.reader.usable_rows, cache.names, options.batch_size)
+    rows = cache.reader.usable_rows
+    parts = np.split(rows, range(options.batch_size, len(rows), options.batch_size))
+    batches = (cache.batch(part, [0] * len(part), cache.names) for part in parts)
+    return held_out_losses(distillation, student, batches)
 
 
 def result_path(plan: Plan, name: str) -> Path:

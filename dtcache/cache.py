@@ -1,7 +1,7 @@
-"""A sealed cache opened for reading: samples, images, features."""
+"""A cache opened for reading: samples, images, features."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,16 +39,25 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainBatch:
-    """One batch on the host, entropy-decoded; a FeatureDecoder turns its coefficients into targets."""
+    """One batch, entropy-decoded; a FeatureDecoder turns its coefficients into targets."""
 
     rows: Rows
     """(B,): rows of the cache."""
     images_BCHW: Tensor
     """uint8 RGB; already mirrored where the view is."""
     coefficients: dict[str, Tensor]
-    """(B, n) by array: int16, or fp16 where features are stored so."""
+    """(B, n) by array: int16, or fp16 where features are stored so. Online: the whitened maps, fp32 (B, C, H, W)."""
     scalars: dict[str, Tensor]
     """(B, 2) fp32 sigma and mu by array: raw = whitened * sigma + mu."""
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "TrainBatch":
+        """Return the batch with the same change made to every tensor."""
+        return TrainBatch(
+            rows=self.rows,
+            images_BCHW=change(self.images_BCHW),
+            coefficients={name: change(values) for name, values in self.coefficients.items()},
+            scalars={name: change(values) for name, values in self.scalars.items()},
+        )
 
 
 def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapFit]:
@@ -80,24 +89,27 @@ class CachedSample:
 
 
 class Cache:
-    """A sealed cache: a sequence of CachedSample, and batches of it. Safe to share between threads.
+    """A cache: a sequence of CachedSample, and batches of it. Safe to share between threads.
 
     It travels to other processes as its path and is opened again there; a forked process is refused.
     """
 
-    def __init__(self, root: Path, images: Path | None = None, *, partial: bool = False) -> None:
+    def __init__(
+        self, root: Path, images: Path | None = None, *, partial: bool = False, allow_incomplete: bool = False
+    ) -> None:
         """Open and check a cache, with the source of its images where it stores none.
 
-        With `partial` it may lack shards; to look at, not to train on. Raises CacheNotFoundError, CacheIncompleteError
-        or CacheDamagedError, and ImagesError for another source.
+        One that is not sealed opens with `allow_incomplete` only, as what is committed of it by now. With `partial` it
+        may be damaged too; to look at, not to train on. Raises CacheNotFoundError, CacheIncompleteError or
+        CacheDamagedError, and ImagesError for another source.
         """
-        self.reader = CacheReader(root, partial=partial)
+        self.reader = CacheReader(root, partial=partial, allow_incomplete=allow_incomplete)
         recipe = self.reader.manifest.recipe
         self.view = ViewSpec(**recipe["view"])
         self.names = self.reader.manifest.tap_names
         self.fit = load_fit(root, self.reader.manifest)
         self._host = HostDecoder(self.fit)
-        self._source = images
+        self._source, self._allow_incomplete = images, allow_incomplete
         self._linked: LinkedImages | None = None
         if images is not None and IMAGES in self.reader.manifest.arrays:
             raise ConfigError(f"{root} stores its images: open it without others")
@@ -105,9 +117,15 @@ class Cache:
             samples = self.reader.samples
             self._linked = LinkedImages(images, samples["key"], samples["content_sha256"], self.view)
 
-    def __reduce__(self) -> tuple[type["Cache"], tuple[Path, Path | None]]:
+    def __reduce__(self) -> tuple[Any, tuple[Path, Path | None]]:
         """Travel as paths."""
-        return Cache, (self.reader.root, self._source)
+        again = functools.partial(Cache, allow_incomplete=self._allow_incomplete)
+        return again, (self.reader.root, self._source)
+
+    @property
+    def num_views(self) -> int:
+        """Views of a row."""
+        return self.reader.manifest.num_views
 
     @property
     def samples(self) -> pa.Table:

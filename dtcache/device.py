@@ -5,13 +5,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from dtcache.errors import ConfigError, DeviceMemoryError
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,13 +24,13 @@ class Compute:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the autocast context of the precision; fp32 leaves arithmetic as it is."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device.type, dtype=AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST)
 
 
 def resolve_compute(device: str, precision: str) -> Compute:
     """Resolve `auto` to CUDA where there is one, and to bf16 where the hardware computes it natively.
 
-    Raises ConfigError for a device that this machine does not have.
+    Raises ConfigError for a device that this machine does not have, and for fp16 on a CPU.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -40,7 +41,10 @@ def resolve_compute(device: str, precision: str) -> Compute:
         raise ConfigError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
     if precision == "auto":
         precision = "bf16" if _has_native_bf16(where) else "fp32"
-    return Compute(device=where, precision="bf16" if precision == "bf16" else "fp32")
+    if precision == "fp16" and where.type == "cpu":
+        raise ConfigError("--precision fp16: expected a CUDA device, got cpu; use bf16 or fp32 there")
+    assert precision in get_args(Precision), "options and recipes name known precisions"
+    return Compute(device=where, precision=cast(Precision, precision))
 
 
 class DeviceClock:
@@ -107,21 +111,34 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 def compiled(module: torch.nn.Module) -> Callable[..., Any]:
     """Return torch.compile's version of a module, which shares its weights.
 
-    Its first call raises ConfigError where the machine has no compiler that works.
+    Its first call raises ConfigError where the machine has no compiler that works; its first backward pass compiles
+    too, and belongs into `compile_errors`.
     """
     # Graphs that the process compiled before would change what is compiled now, and so its last bits.
     torch._dynamo.reset()
     network = torch.compile(module, dynamic=False)
 
     def call(*arguments: Any) -> Any:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torch")  # of caches in diffusers, which change no result
-            try:
-                return network(*arguments)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                raise ConfigError(f"--compile: {str(error).splitlines()[0]}; run without it") from error
+        with compile_errors():
+            return network(*arguments)
 
     return call
+
+
+@contextmanager
+def compile_errors() -> Iterator[None]:
+    """Raise a failure of torch.compile within the block as ConfigError; another failure passes as it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch")  # of caches in diffusers, which change no result
+        try:
+            yield
+        except RuntimeError as error:
+            # The compiler's errors have no common parent, and their module is loaded only where something compiles.
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch")):
+                raise
+            first, *more = str(error).splitlines() or [type(error).__name__]
+            reason = " ".join([first, *more[:1]]) if first.endswith(":") else first
+            raise ConfigError(f"--compile: {reason}; run without it") from error
 
 
 def _has_native_bf16(device: torch.device) -> bool:

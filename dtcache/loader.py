@@ -3,11 +3,13 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import product
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtcache.cache import Cache, TrainBatch
+from dtcache.cache import Cache
 from dtcache.errors import ConfigError
 from dtcache.images.source import permuted
 
@@ -20,7 +22,21 @@ MIXED_BLOCKS = 64
 """Blocks whose rows are mixed with each other."""
 
 
-class EpochLoader:
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Readable(Protocol[T_co]):
+    """What batches are read from, such as a Cache; threads share it."""
+
+    @property
+    def num_views(self) -> int:
+        """Views of a row."""
+
+    def batch(self, rows: NDArray[np.int64], views: NDArray[np.int64], names: Sequence[str]) -> T_co:
+        """Return the batch of B (row, view) pairs, with the targets of some names."""
+
+
+class EpochLoader(Generic[T_co]):
     """Batches of an epoch, read ahead in threads; each row once.
 
     The order and its cut into global batches hang on neither ranks nor threads: rank r of w takes the r-th of w equal
@@ -29,7 +45,7 @@ class EpochLoader:
 
     def __init__(
         self,
-        cache: Cache,
+        cache: Readable[T_co],
         rows: NDArray[np.int64],
         names: Sequence[str],
         *,
@@ -40,11 +56,13 @@ class EpochLoader:
         drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        parts: int = 1,
     ) -> None:
         """Serve `rows` of a cache in global batches of `batch_size`; `drop_last` leaves out a short last one.
 
-        `shuffle` is full, or block: stretches of shards, mixed. Raises ConfigError for another one, where the rows do
-        not fill one batch, or where the ranks do not divide it.
+        A rank's slice of a global batch comes as so many `parts`, one after the other. `shuffle` is full, or block:
+        stretches of a cache's shards, mixed. Raises ConfigError for another one, where the rows do not fill one batch,
+        or where ranks and parts do not divide it.
         """
         if shuffle not in SHUFFLES:
             raise ConfigError(f"--shuffle {shuffle}: expected one of {', '.join(SHUFFLES)}")
@@ -58,9 +76,16 @@ class EpochLoader:
                 f"--batch-size {batch_size}: expected a multiple of the {world_size} processes that share it (this is "
                 f"number {rank}, from 0)"
             )
+        if batch_size % (world_size * parts):
+            raise ConfigError(
+                f"--batch-size {batch_size}: expected a multiple of {world_size * parts}, the {parts} parts "
+                f"(--accumulate) of each of {world_size} processes"
+            )
+        if shuffle == "block" and not isinstance(cache, Cache):
+            raise ConfigError("--shuffle block: expected a cache, whose shards it mixes; leave it out")
         self._cache, self._rows, self._names = cache, rows, list(names)
         self._batch_size, self._seed, self._threads, self._shuffle = batch_size, seed, threads, shuffle
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._parts = rank, world_size, parts
         self.num_batches = len(rows) // batch_size if drop_last else -(-len(rows) // batch_size)
 
     def order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -72,10 +97,11 @@ class EpochLoader:
         if self._shuffle == "block":
             rows = rows[np.argsort(self._mix_of(rows, epoch), kind="stable")]
         views = permuted(len(rows), seed=self._seed, stream=f"views-{epoch}")
-        return rows, views % self._cache.reader.manifest.num_views
+        return rows, views % self._cache.num_views
 
     def _mix_of(self, rows: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         """Return the number of the mix that each row is dealt to, with all of its block."""
+        assert isinstance(self._cache, Cache), "checked at the start"
         shard_rows = int(self._cache.reader.manifest.recipe["shard_rows"])
         shards, inner = np.divmod(rows, shard_rows)
         blocks = np.unique(shards * shard_rows + inner // BLOCK_ROWS, return_inverse=True)[1]
@@ -83,25 +109,26 @@ class EpochLoader:
         mixes: NDArray[np.int64] = dealt[blocks] // MIXED_BLOCKS
         return mixes
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[TrainBatch]:
-        """Yield this rank's part of the global batches of an epoch, from global batch `start` on."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[T_co]:
+        """Yield this rank's slice of the global batches of an epoch, part by part, from global batch `start` on."""
         rows, views = self.order(epoch)
         ahead = self._ahead(rows, epoch, start) if self._shuffle == "block" else deque()
 
-        def read(index: int) -> TrainBatch:
-            first = index * self._batch_size
-            size = min(self._batch_size, len(rows) - first)
-            begin, end = (first + size * rank // self._world_size for rank in (self._rank, self._rank + 1))
+        def read(index: int, part: int) -> T_co:
+            first, place = index * self._batch_size, self._rank * self._parts + part
+            size, slices = min(self._batch_size, len(rows) - first), self._world_size * self._parts
+            begin, end = (first + size * edge // slices for edge in (place, place + 1))
             return self._cache.batch(rows[begin:end], views[begin:end], self._names)
 
         with ThreadPoolExecutor(max_workers=self._threads, thread_name_prefix="cache") as pool:
-            waiting: deque[Future[TrainBatch]] = deque()
+            waiting: deque[Future[T_co]] = deque()
             try:
-                for index in range(start, self.num_batches):
+                for index, part in product(range(start, self.num_batches), range(self._parts)):
                     while ahead and ahead[0][0] <= index * self._batch_size:
+                        assert isinstance(self._cache, Cache), "only a cache's shards are told ahead"
                         # What fails here fails again, by name, when it is read.
                         pool.submit(self._cache.will_need, ahead.popleft()[1], self._names)
-                    waiting.append(pool.submit(read, index))
+                    waiting.append(pool.submit(read, index, part))
                     if len(waiting) >= LOOKAHEAD:
                         yield waiting.popleft().result()
                 while waiting:

@@ -9,6 +9,7 @@ from dtcache.errors import ConfigError
 
 AUTO_DEVICE = "auto, cpu, cuda or cuda:N"
 PRECISIONS = ("auto", "fp32", "bf16")
+TRAIN_PRECISIONS = (*PRECISIONS, "fp16")
 QUALITY_RATIOS = {"high": 10.0, "default": 50.0, "small": 100.0, "fp16": None}
 """Times that the features' bytes, everything on disk but images, lie under fp16."""
 ADM_PRESETS = ("adm-64", "adm-128", "adm-256", "adm-512")
@@ -42,7 +43,7 @@ class Options:
         for f in fields(self):  # type: ignore[arg-type]
             value, least, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
             flag = f"--{f.name.replace('_', '-')}"
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise ConfigError(f"{flag} {value}: expected one of {', '.join(choices)}")
             if least is not None and value is not None and not value >= least:
                 raise ConfigError(f"{flag} {value}: expected at least {least:g}")
@@ -206,8 +207,8 @@ class TrainOptions(Options):
     taps: str | None = option(
         None, "Strides or names of the taps to train on [default: all in the cache].", metavar="TAP,TAP,..."
     )
-    timestep: int | None = option(None, "Timestep to train on [default: all in the cache].")
-    limit: int | None = option(None, "Train on the first N rows.", minimum=1)
+    timestep: int | None = option(None, "Timestep to train on [default: all in the cache]; --online needs it.")
+    limit: int | None = option(None, "Use the first N rows (--online: images of the permuted order).", minimum=1)
     images: Path | None = option(
         None, "The images that the cache was extracted from, where it stores none.", metavar="IMAGES"
     )
@@ -220,9 +221,25 @@ class TrainOptions(Options):
     )
     threads: int = option(2, "Threads that read and decode the cache.", minimum=1)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
-    precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
+    precision: str = option(
+        "auto", "Autocast precision; auto is bf16 where native; fp16 scales the loss (CUDA).", choices=TRAIN_PRECISIONS
+    )
+    compile: bool = option(False, "Compile the student first (torch.compile): minutes once, then faster steps.")
+    accumulate: int = option(1, "Compute each step in N parts, one after the other: less memory.", minimum=1)
+    ema: float | None = option(
+        None, "Export the average of the weights, of this decay (warmed up), such as 0.999.", minimum=0
+    )
+    allow_incomplete: bool = option(False, "Train on what is committed of a cache that is not complete.")
     save_every: int = option(200, "Steps between checkpoints.", minimum=1)
     log_every: int = option(20, "Steps between metric lines.", minimum=1)
+    online: bool = option(False, "Run the teacher in the loop, with fresh noise, on IMAGES in the place of CACHE.")
+    teacher: str | None = option(None, "Online: the teacher, as extract takes it.", metavar="DIR_OR_ID")
+    prompt: str | None = option(None, "Online: as of extract.", metavar="TEXT")
+    condition: str | None = option(None, "Online: as of extract.", metavar="CLASS")
+    size: str | None = option(None, "Online: view size, as of extract.", metavar="H[xW]")
+    fit: str | None = option(None, "Online: as of extract [default: crop].", choices=("crop", "stretch"))
+    encoding: str | None = option(None, "Online: as of extract [default: ddpm].", choices=("ddpm", "ddim"))
+    ddim_steps: int | None = option(None, "Online: as of extract.", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

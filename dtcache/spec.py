@@ -103,7 +103,7 @@ class TeacherSpec:
     """Share of the signal's variance left at each timestep; SNR = alpha_bar / (1 - alpha_bar)."""
     taps: tuple[TapSpec, ...]
     """The taps, finest first."""
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     """Autocast type of the forward pass."""
     batch_size: int
     """Every forward pass has exactly this many images: the batch shape moves results by ~4e-6 relative."""

@@ -1,64 +1,68 @@
 """One step of distillation: targets, views, predictions, losses. Shared by training and held-out evaluation."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dtcache.cache import Cache, TrainBatch
-from dtcache.device import Compute
+from dtcache.cache import TrainBatch
+from dtcache.device import Compute, compile_errors
 from dtcache.losses import unwhiten, whiten_positions
 from dtcache.objective import Objective, Targets
 from dtcache.options import TrainOptions
-from dtcache.spec import Json
+from dtcache.spec import Json, sha256_json
 from dtcache.student import Student, Views
+from pipelines.learner import Learner
+from pipelines.processes import Processes
+from pipelines.sources import BatchSource
+
+Predictor = Callable[[Tensor], Mapping[str, Tensor]]
+"""A student, or what runs it: images in 0..255 in, predictions by array out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Distillation:
-    """Everything that turns a batch into losses; its modules lie on the device of `compute`."""
+    """Everything but the student that turns a batch into losses; its modules lie on the device of `compute`."""
 
-    student: Student
     decoder: nn.Module
     """Coefficients to whitened features by array."""
     objective: Objective
     views: Views
     """What a training batch is shown as; held-out batches are shown as they are."""
+    input_size: tuple[int, int]
+    """(height, width) of the student's input, which crops are resized to."""
     whitening: str
     """Of the MSE's targets: sample, as cached, or position."""
     compute: Compute
 
-    def targets(self, coefficients: Mapping[str, Tensor], scalars: Mapping[str, Tensor]) -> Targets:
-        """Return the targets of whole views on the device, from what a batch holds on the host."""
-        device = self.compute.device
-        whitened = self.decoder({name: values.to(device) for name, values in coefficients.items()})
-        raw = {name: unwhiten(x_BCHW, scalars[name].to(device)) for name, x_BCHW in whitened.items()}
+    def targets(self, batch: TrainBatch) -> Targets:
+        """Return the targets of whole views, on the batch's device."""
+        whitened = self.decoder(batch.coefficients)
+        raw = {name: unwhiten(x_BCHW, batch.scalars[name]) for name, x_BCHW in whitened.items()}
         if self.whitening == "position":
             whitened = {name: whiten_positions(x_BCHW) for name, x_BCHW in raw.items()}
         return Targets(whitened=whitened, raw=raw)
 
-    def losses(self, batch: TrainBatch, step: int | None = None) -> dict[str, Tensor]:
+    def losses(self, student: Predictor, batch: TrainBatch, step: int | None = None) -> dict[str, Tensor]:
         """Return `loss` and its parts a tap, fp32 scalars; with a step, of the random views that are seen at it."""
-        images_BCHW, targets = (
-            batch.images_BCHW.to(self.compute.device),
-            self.targets(batch.coefficients, batch.scalars),
-        )
+        batch = batch.changed(lambda x: x.to(self.compute.device))
+        images_BCHW, targets = batch.images_BCHW, self.targets(batch)
         if step is not None:
-            images_BCHW = self.views.images(images_BCHW, step, batch.rows, self.student.input_size)
+            images_BCHW = self.views.images(images_BCHW, step, batch.rows, self.input_size)
             # Whitened first, cropped after: a crop is not whitened again, whatever it leaves of a map's energy.
             cropped = [self.views.features(maps, step, batch.rows) for maps in (targets.whitened, targets.raw)]
             targets = Targets(whitened=cropped[0], raw=cropped[1])
         with self.compute.autocast():
-            predicted = self.student(images_BCHW)
+            predicted = student(images_BCHW)
         parts: dict[str, Tensor] = self.objective(predicted, targets)
         return parts
 
 
-def remarks(distillation: Distillation, recipe: Json, options: TrainOptions) -> list[str]:
+def remarks(student: Student, objective: Objective, recipe: Json, options: TrainOptions) -> list[str]:
     """Return what a user should know of a run before it starts, a line each."""
-    student, objective = distillation.student, distillation.objective
     lines = [
         f"{name}: no pyramid level has its grid; its prediction is resized bilinearly"
         for name in student.regressor.resized
@@ -78,40 +82,61 @@ def remarks(distillation: Distillation, recipe: Json, options: TrainOptions) -> 
 
 
 def train_step(
+    learner: Learner,
     distillation: Distillation,
-    optimizer: torch.optim.Optimizer,
-    batch: TrainBatch,
+    source: BatchSource,
+    batches: Sequence[Any],
     step: int,
     rate: float,
     options: TrainOptions,
+    processes: Processes,
 ) -> dict[str, float]:
-    """Take one optimizer step at a learning rate and return the losses before it.
+    """Take one optimizer step over the parts of a batch and return the losses before it, means over all processes.
 
-    What a backbone draws at random (dropout, dropped paths) depends on (seed, step) alone.
+    No step is taken where one is not finite. What a backbone draws at random (dropout, dropped paths) depends on
+    (seed, step, part) alone, parts counted over the processes; what a sample is shown as, on (seed, step, row).
     """
-    torch.manual_seed((options.seed << 32) + step)
-    distillation.student.train()
-    losses = distillation.losses(batch, step)
-    losses["loss"].backward()
-    if options.clip_grad is not None:
-        nn.utils.clip_grad_norm_(distillation.student.parameters(), options.clip_grad)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {name: float(value.detach()) for name, value in losses.items()}
+    learner.student.train()
+    sums = torch.zeros(())
+    for part, batch in enumerate(batches):
+        torch.manual_seed(draw_seed(options.seed, step, processes.rank * len(batches) + part))
+        with learner.synchronised(last=part + 1 == len(batches)):
+            losses = distillation.losses(learner.network, source.ready(batch), step)
+            with compile_errors():
+                learner.scaler.scale(losses["loss"] / len(batches)).backward()
+        sums = sums.to(distillation.compute.device) + torch.stack([value.detach() for value in losses.values()])
+    # One read of the device a step.
+    values = processes.mean(sums / len(batches)).tolist()
+    if all(map(math.isfinite, values)):
+        learner.update(rate, options.clip_grad)
+    return dict(zip(losses, values, strict=True))
+
+
+def draw_seed(seed: int, step: int, part: int) -> int:
+    """Return the seed of what one part of one step draws."""
+    return int(sha256_json(["student", seed, step, part])[:15], 16)
+
+
+def not_finite(source: BatchSource, batches: Iterable[Any]) -> list[int]:
+    """Return the rows whose image or target is not finite; all of them where it is the student that is not."""
+    rows: list[int] = []
+    suspects: list[int] = []
+    for batch in map(source.ready, batches):
+        rows += batch.rows.tolist()
+        maps = [*source.decoder(batch.coefficients).values(), *batch.scalars.values()]
+        whole_B = torch.stack([torch.isfinite(x.flatten(1)).all(1) for x in maps]).all(0)
+        suspects += [row for row, whole in zip(batch.rows.tolist(), whole_B.tolist(), strict=True) if not whole]
+    return suspects or rows
 
 
 @torch.no_grad()
-def held_out_losses(
-    distillation: Distillation, cache: Cache, rows: np.ndarray, names: Sequence[str], batch_size: int
-) -> dict[str, float]:
-    """Return mean losses over the held-out samples' first views (draw 0, not mirrored), as `held_out/...`."""
-    distillation.student.eval()
+def held_out_losses(distillation: Distillation, student: Student, batches: Iterable[TrainBatch]) -> dict[str, float]:
+    """Return mean losses over the samples of `batches`, each view whole and untouched."""
+    student.eval()
     sums: dict[str, float] = {}
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        batch = cache.batch(part, [0] * len(part), names)
-        for name, value in distillation.losses(batch).items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(part)
-    return {f"held_out/{name}": total / len(rows) for name, total in sums.items()}
+    count = 0
+    for batch in batches:
+        count += len(batch.rows)
+        for name, value in distillation.losses(student, batch).items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(batch.rows)
+    return {name: total / count for name, total in sums.items()}

@@ -14,8 +14,8 @@ LINE_SECONDS = 20.0
 class Tracker:
     """Counts finished units of one piece of work and says how fast they go."""
 
-    def __init__(self, title: str, total: int, done: int, bar: Progress | None) -> None:
-        self._title, self._total, self._done, self._bar = title, total, done, bar
+    def __init__(self, title: str, total: int, done: int, bar: Progress | None, shown: bool) -> None:
+        self._title, self._total, self._done, self._bar, self._shown = title, total, done, bar, shown
         self._first, self._start, self._printed = done, time.monotonic(), time.monotonic()
         self._task = bar.add_task(title, total=total, completed=done, note="") if bar else None
 
@@ -27,22 +27,22 @@ class Tracker:
         text = f"{rate:.1f}/s {note}".strip()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, note=text)
-        elif time.monotonic() - self._printed > LINE_SECONDS:
+        elif self._shown and time.monotonic() - self._printed > LINE_SECONDS:
             self._printed = time.monotonic()
             left = (self._total - self._done) / max(rate, 1e-9)
             print(f"{self._title}: {self._done}/{self._total}, {text}, {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def track(title: str, total: int, done: int = 0) -> Iterator[Tracker]:
-    """Show progress of `total` units, `done` of them finished earlier."""
-    console = Console(stderr=True)
+def track(title: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Tracker]:
+    """Show progress of `total` units, `done` of them finished earlier; or nothing, where another process does."""
+    console = Console(stderr=True, quiet=not shown)
     if not console.is_terminal:
-        yield Tracker(title, total, done, None)
+        yield Tracker(title, total, done, None, shown)
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as bar:
-        yield Tracker(title, total, done, bar)
+        yield Tracker(title, total, done, bar, shown)

@@ -18,6 +18,8 @@ from dtcache.storage import disk_errors, write_file
 RUN = "run.json"
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
+CONFIG = "config.toml"
+SUMMARY = "summary.json"
 
 T = TypeVar("T")
 
@@ -151,6 +153,16 @@ class MetricsFile:
     def read(self) -> list[Json]:
         """Return all lines."""
         return [json.loads(line) for line in self._path.read_text().splitlines()]
+
+
+class NoMetrics:
+    """Where the lines of processes go that are not the first."""
+
+    def write(self, line: Json) -> None:
+        """Drop a line."""
+
+    def flush(self) -> None:
+        """Do nothing."""
 
 
 def _step_of(line: str) -> float:

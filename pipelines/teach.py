@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from dtcache.device import Compute, compiled, resolve_compute
+from dtcache.device import Compute, compile_errors, compiled, resolve_compute
 from dtcache.errors import ImagesError, TrainingError
 from dtcache.images import ImageSource, load_views, open_source, permuted
 from dtcache.options import TeachOptions, parse_ints, parse_size
 from dtcache.spec import ViewSpec, sha256_json
 from dtcache.storage import FolderLock, disk_errors, write_file
 from dtcache.teacher.build import TRAIN_STEPS, build_unet, ddpm_loss, ddpm_scheduler, sample_images, save_teacher
+from pipelines.average import warmed_up_ema
 from pipelines.plots import plot_curves
 from pipelines.progress import track
 from pipelines.run import CHECKPOINT, claim_run, load_checkpoint, save_checkpoint
@@ -105,20 +106,6 @@ def _fit(
     (out / CHECKPOINT).unlink()
 
 
-def warmed_up_ema(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None]:
-    """Return an update of averaged weights whose decay rises as (1 + n) / (10 + n) up to `decay`.
-
-    A constant decay would leave the random starting weights in the average of a short run.
-    """
-
-    @torch.no_grad()
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor) -> None:
-        n = int(num_averaged)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
-
-
 def _row_stream(rows: np.ndarray, start: int, stop: int, seed: int) -> Iterator[int]:
     """Yield the source indices of draws [start, stop): a fresh permutation an epoch, a function of the seed alone."""
     epoch, order = -1, rows
@@ -146,7 +133,8 @@ def _train_step(
     where = {"device": compute.device}
     with compute.autocast():
         loss = ddpm_loss(network, ddpm_scheduler(), pixels_BCHW.to(**where), noise_BCHW.to(**where), t_B.to(**where))
-    loss.backward()
+    with compile_errors():
+        loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
     optimizer.zero_grad()

@@ -1,33 +1,36 @@
-"""Stage 2: a student regresses the cached features of a teacher that is not there any more."""
+"""Stage 2: a student regresses the features of a teacher: cached ones, or a teacher's in the loop."""
 
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-
-from dtcache.cache import Cache, TrainBatch
-from dtcache.device import resolve_compute
+from dtcache.config import config_text
+from dtcache.device import Compute
 from dtcache.errors import ConfigError, TrainingError
-from dtcache.loader import EpochLoader
 from dtcache.objective import make_objective
-from dtcache.options import TrainOptions, parse_size, parse_taps
-from dtcache.spec import tap_name
+from dtcache.options import TrainOptions, parse_size
 from dtcache.storage import FolderLock, disk_errors, write_file
-from dtcache.store.layout import IMAGES, SAMPLES
-from dtcache.store.samples import held_out
-from dtcache.student import Student, Views, build_student, make_optimizer, save_backbone
-from pipelines.distill import Distillation, held_out_losses, remarks, train_step
+from dtcache.student import Student, Views, build_student, save_backbone
+from pipelines.distill import Distillation, held_out_losses, not_finite, remarks, train_step
+from pipelines.learner import Learner
 from pipelines.plots import plot_curves
+from pipelines.processes import Processes, join_processes
 from pipelines.progress import track
-from pipelines.run import Clock, MetricsFile, claim_run, load_checkpoint, save_checkpoint
+from pipelines.run import CONFIG, SUMMARY, Clock, MetricsFile, NoMetrics, claim_run, load_checkpoint, save_checkpoint
 from pipelines.schedule import warmup_cosine
+from pipelines.sources import BatchSource, CachedSource
 
-VOLATILE = ("images", "device", "threads", "save_every", "log_every")
+VOLATILE = (
+    "images", "teacher", "device", "threads", "save_every", "log_every", "accumulate", "compile", "allow_incomplete",
+)  # fmt: skip
+"""What may differ when a run is resumed: of these, only rounding hangs on some."""
+ONLINE_ONLY = ("teacher", "prompt", "condition", "size", "fit", "encoding", "ddim_steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,112 +40,125 @@ class Trained:
     out: Path
     steps: int
     held_out_loss: float
+    """Of the exported weights."""
     wait_share: float
 
 
-def train(cache_root: Path, out: Path, options: TrainOptions) -> Trained:
-    """Train a student on a sealed cache and export its backbone; resumes a run in `out` made with the same options.
+def train(where: Path, out: Path, options: TrainOptions) -> Trained:
+    """Train a student on a cache, or `--online` on images, and export its backbone; resumes a run of the same options.
 
-    Raises TrainingError where the loss is not finite, naming the samples, and what its parts raise.
+    Under torchrun every process calls this; the first one writes `out`. Raises TrainingError where the loss is not
+    finite, naming the samples, and what its parts raise.
     """
-    cache = Cache(cache_root, options.images)
-    if options.whitening == "position" and cache.reader.manifest.recipe["codec"]["name"] != "float16":
-        raise ConfigError("--whitening position: expected a cache of --quality fp16, whose features are exact")
-    if IMAGES not in cache.reader.manifest.arrays and options.images is None:
-        raise ConfigError(f"{cache_root} stores no images: give those that it was extracted from (--images)")
-    names = chosen_taps(cache, options)
-    objective = make_objective(options, cache.fit, cache.reader.manifest.recipe["codec"], names)
+    _require_consistent(options)
+    processes, compute = join_processes(options.device, options.precision)
+    part = options.batch_size // (processes.world_size * options.accumulate)
+    if part < 2:
+        # Batch normalisation has nothing to average over in a batch of one.
+        raise ConfigError(f"--accumulate {options.accumulate}: expected at least 2 samples a part, got {part}")
     views = Views(crop=options.crop, jitter=options.jitter, seed=options.seed)
-    train_rows, held_rows = split_rows(cache, options.limit)
-    loader = EpochLoader(
-        cache,
-        train_rows,
-        names,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        threads=options.threads,
-        shuffle=options.shuffle,
-    )
-    total, warmup = options.epochs * loader.num_batches, warmup_steps(options, loader.num_batches)
-    compute = resolve_compute(options.device, options.precision)
-    with FolderLock(out):
-        fingerprint = cache.reader.manifest.fingerprint
-        made_from = {"cache": fingerprint, "samples": cache.reader.manifest.files[SAMPLES]}
-        claim_run(out, {**asdict(options), "precision": compute.precision, **made_from}, VOLATILE)
-        student = build_student(
-            options.student,
-            {name: cache.shape(name) for name in names},
-            cache.view,
-            size=parse_size(options.student_size, "--student-size") if options.student_size else None,
-            width=options.fpn_width,
-            init=options.init,
-            seed=options.seed,
-            regressor=options.regressor,
-        ).to(compute.device, memory_format=torch.channels_last)
+    source = make_source(where, options, compute, processes)
+    objective = make_objective(options, source.fit, source.recipe.get("codec") or {}, source.names)
+    total, warmup = options.epochs * source.num_batches, warmup_steps(options, source.num_batches)
+    with FolderLock(out) if processes.is_first else nullcontext():
+        if processes.is_first:
+            _claim(out, source, options, compute)
+        processes.wait()
+        student = _student(source, options)
         distillation = Distillation(
-            student=student,
-            decoder=cache.decoder(names).to(compute.device),
+            decoder=source.decoder,
             objective=objective.to(compute.device),
             views=views,
+            input_size=student.input_size,
             whitening=options.whitening,
             compute=compute,
         )
-        for line in remarks(distillation, cache.reader.manifest.recipe, options):
+        for line in remarks(student, objective, source.recipe, options) if processes.is_first else ():
             print(line, file=sys.stderr)
-        optimizer = make_optimizer(student, options.optimizer, peak_lr(options), options.weight_decay)
-        if not (out / "init" / "config.json").exists():
-            save_backbone(student.backbone, out / "init", input_size=student.input_size, view=cache.view)
-        clock = Clock()
-        step = _restore(out, student, optimizer, clock)
-        metrics = MetricsFile(out, step)
-        with track(f"train {options.student}", total, step) as progress:
+        if processes.is_first and not (out / "init" / "config.json").exists():
+            save_backbone(student.backbone, out / "init", input_size=student.input_size, view=source.view)
+        learner, clock = Learner(student, options, peak_lr(options), compute, processes), Clock()
+        step = _restore(out, learner, clock)
+        metrics = MetricsFile(out, step) if processes.is_first else NoMetrics()
+        with track(f"train {options.student}", total, step, shown=processes.is_first) as progress:
             while step < total:
-                epoch, start = divmod(step, loader.num_batches)
-                for batch in clock.waiting(loader.epoch(epoch, start)):
+                epoch, start = divmod(step, source.num_batches)
+                for batches in clock.waiting(_grouped(source.epoch(epoch, start), options.accumulate)):
                     rate = peak_lr(options) * warmup_cosine(step, warmup, total)
-                    losses = train_step(distillation, optimizer, batch, step, rate, options)
-                    _require_finite(losses, step, batch, cache)
+                    losses = train_step(learner, distillation, source, batches, step, rate, options, processes)
+                    _require_finite(losses, step, batches, source, processes)
                     step += 1
-                    clock.count(len(batch.rows))
+                    clock.count(options.batch_size)
                     progress.advance(
                         1, f"loss {losses['loss']:.4f}, {clock.rate:.0f} images/s, {clock.share:.0%} waiting"
                     )
                     if step % options.log_every == 0 or step == total:
                         metrics.write({"step": step, "epoch": epoch, "lr": rate, **losses, **clock.line()})
-                    if step % options.save_every == 0 and step % loader.num_batches:
-                        _save(out, student, optimizer, clock, metrics, step)
-                held = held_out_losses(distillation, cache, held_rows, names, options.batch_size)
-                metrics.write({"step": step, "epoch": epoch, **held})
-                _save(out, student, optimizer, clock, metrics, step)
-        save_backbone(student.backbone, out / "backbone", input_size=student.input_size, view=cache.view)
-        return _finish(out, metrics, cache, names, step, options)
+                    if step % options.save_every == 0 and step % source.num_batches:
+                        _save(out, learner, clock, metrics, step, processes)
+                if processes.is_first:
+                    metrics.write({"step": step, "epoch": epoch, **_held_out(learner, distillation, source)})
+                _save(out, learner, clock, metrics, step, processes)
+        trained = learner.exported
+        if isinstance(metrics, MetricsFile):
+            save_backbone(trained.backbone, out / "backbone", input_size=trained.input_size, view=source.view)
+            _finish(out, metrics, source, step, options)
+        processes.wait()
+        return _trained(out)
 
 
-def chosen_taps(cache: Cache, options: TrainOptions) -> list[str]:
-    """Return the arrays that --taps and --timestep ask for. Raises ConfigError naming what the cache has."""
-    teacher = cache.reader.manifest.recipe["teacher"]
-    timesteps, taps = teacher["timesteps"], [tap["name"] for tap in teacher["taps"]]
-    wanted_t = [options.timestep] if options.timestep is not None else timesteps
-    wanted_taps = list(parse_taps(options.taps)) if options.taps else taps
-    for flag, wanted, have in (("--timestep", wanted_t, timesteps), ("--taps", wanted_taps, taps)):
-        missing = [w for w in wanted if w not in have]
-        if missing:
-            raise ConfigError(f"{flag} {missing[0]}: the cache has {', '.join(map(str, have))}; choose among these")
-    return [tap_name(t, tap) for t in timesteps if t in wanted_t for tap in taps if tap in wanted_taps]
+def make_source(where: Path, options: TrainOptions, compute: Compute, processes: Processes) -> BatchSource:
+    """Return the batches that the options ask for."""
+    if not options.online:
+        return CachedSource(where, options, compute, processes)
+    from pipelines.online import OnlineSource
+
+    return OnlineSource(where, options, compute, processes)
 
 
-def split_rows(cache: Cache, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows to train on and the rows held out, by hash of the key, without failed samples.
+def _require_consistent(options: TrainOptions) -> None:
+    """Raise ConfigError for options that contradict each other."""
+    if options.ema is not None and options.ema >= 1:
+        raise ConfigError(f"--ema {options.ema:g}: expected a decay under 1, such as 0.999")
+    if options.online:
+        against = [name for name in ("images", "allow_incomplete") if getattr(options, name)]
+        against += ["shuffle"] if options.shuffle != "full" else []
+        if against:
+            flag = against[0].replace("_", "-")
+            raise ConfigError(f"--{flag}: it is about a cache, which --online does without; give one of the two")
+        if options.noise_weighting:
+            raise ConfigError("--noise-weighting: a cache records its noise, --online measures none; leave one out")
+    for name in ONLINE_ONLY:
+        if not options.online and getattr(options, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}: a cache knows its own; expected --online beside it")
+    warmup_steps(options, 1)
 
-    Raises ConfigError where there are too few for both.
-    """
-    rows = cache.reader.usable_rows[:limit]
-    if len(rows) < 4:
-        raise ConfigError(f"expected at least 4 usable samples, some of them to be held out, got {len(rows)}")
-    keys = cache.reader.samples["key"].take(rows).to_pylist()
-    held = np.zeros(len(rows), bool)
-    held[held_out(keys)] = True
-    return rows[~held], rows[held]
+
+def _claim(out: Path, source: BatchSource, options: TrainOptions, compute: Compute) -> None:
+    """Take the folder for these options and data, and write the options where --config reads them."""
+    values = {**asdict(options), "precision": compute.precision}
+    claim_run(out, {**values, **source.identity}, VOLATILE)
+    write_file(out / CONFIG, config_text(values).encode())
+
+
+def _student(source: BatchSource, options: TrainOptions) -> Student:
+    return build_student(
+        options.student,
+        {name: source.shape(name) for name in source.names},
+        source.view,
+        size=parse_size(options.student_size, "--student-size") if options.student_size else None,
+        width=options.fpn_width,
+        init=options.init,
+        seed=options.seed,
+        regressor=options.regressor,
+    )
+
+
+def _grouped(batches: Iterable[Any], count: int) -> Iterator[list[Any]]:
+    """Yield so many batches at a time: the parts of one step."""
+    left = iter(batches)
+    while group := list(islice(left, count)):
+        yield group
 
 
 def warmup_steps(options: TrainOptions, num_batches: int) -> int:
@@ -160,63 +176,73 @@ def peak_lr(options: TrainOptions) -> float:
     return 4e-3 * options.batch_size / (256 if options.optimizer == "adamw" else 2048)
 
 
-def _require_finite(losses: dict[str, float], step: int, batch: TrainBatch, cache: Cache) -> None:
+def _require_finite(
+    losses: dict[str, float], step: int, batches: Sequence[Any], source: BatchSource, processes: Processes
+) -> None:
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     if bad:
-        keys = ", ".join(cache.reader.samples["key"].take(batch.rows[:3]).to_pylist())
+        keys = processes.gathered(source.keys(not_finite(source, batches)))
+        named = ", ".join(keys[:8]) + (f", ... ({len(keys)} in all)" if len(keys) > 8 else "")
         raise TrainingError(
-            f"the loss is not finite at step {step} ({', '.join(bad)}; samples {keys}, ...); lower --lr, set "
-            "--clip-grad or use --precision fp32, and delete the run to start anew"
+            f"the loss is not finite at step {step} ({', '.join(bad)}; samples {named}); lower --lr, set --clip-grad "
+            "or use --precision fp32, and delete the run to start anew"
         )
 
 
-def _restore(out: Path, student: Student, optimizer: torch.optim.Optimizer, clock: Clock) -> int:
-    """Load the last checkpoint, if there is one, and return the steps done."""
+def _held_out(learner: Learner, distillation: Distillation, source: BatchSource) -> dict[str, float]:
+    """Return held-out losses of the student as `held_out/...`, and of its average as `held_out_ema/...`."""
+    students = {"held_out": learner.student}
+    if learner.average is not None:
+        students["held_out_ema"] = learner.exported
+    return {
+        f"{title}/{name}": value
+        for title, student in students.items()
+        for name, value in held_out_losses(distillation, student, map(source.ready, source.held_out())).items()
+    }
+
+
+def _restore(out: Path, learner: Learner, clock: Clock) -> int:
+    """Load the last checkpoint, if there is one, and return its step."""
     state = load_checkpoint(out)
     if state is None:
         return 0
-    student.load_state_dict(state["student"])
-    optimizer.load_state_dict(state["optimizer"])
+    learner.load_state_dict(state)
     clock.load_state_dict(state["clock"])
     return int(state["step"])
 
 
 def _save(
-    out: Path, student: Student, optimizer: torch.optim.Optimizer, clock: Clock, metrics: MetricsFile, step: int
+    out: Path, learner: Learner, clock: Clock, metrics: MetricsFile | NoMetrics, step: int, processes: Processes
 ) -> None:
-    metrics.flush()
-    parts = {"student": student, "optimizer": optimizer, "clock": clock}
-    save_checkpoint(out, {**{name: part.state_dict() for name, part in parts.items()}, "step": step})
+    if processes.is_first:
+        metrics.flush()
+        save_checkpoint(out, {**learner.state_dict(), "clock": clock.state_dict(), "step": step})
 
 
-def _finish(
-    out: Path, metrics: MetricsFile, cache: Cache, names: Sequence[str], step: int, options: TrainOptions
-) -> Trained:
+def _finish(out: Path, metrics: MetricsFile, source: BatchSource, step: int, options: TrainOptions) -> None:
     """Write summary.json and curves.png from the metrics."""
     lines = metrics.read()
     trained = [line for line in lines if "loss" in line]
-    held = [line for line in lines if "held_out/loss" in line]
-    floor = cache.reader.manifest.recipe["codec"]["noise_floor"]
-    # The fit's floor is in the unit of the whitening a sample; it says nothing of the one a position.
-    known = names if options.whitening == "sample" else []
+    title = "held_out/" if options.ema is None else "held_out_ema/"
+    held = [{k.removeprefix(title): v for k, v in line.items() if k.startswith(title)} for line in lines]
+    held = [line for line in held if line]
     summary = {
         "steps": step,
         "loss": trained[-1]["loss"],
-        "held_out": {
-            key.removeprefix("held_out/"): value for key, value in held[-1].items() if key.startswith("held_out/")
-        },
-        "noise_floor": {name: floor[name] for name in known},
+        "held_out": held[-1],
+        # A fit's floor is in the unit of the whitening a sample; it says nothing of the one a position.
+        "noise_floor": source.noise_floor if options.whitening == "sample" else {},
         "seconds": trained[-1]["seconds"],
         "images_per_second": trained[-1]["images_per_second"],
         "wait_share": trained[-1]["wait_share"],
     }
-    write_file(out / "summary.json", json.dumps(summary, indent=1).encode())
-    taps = {name: [line[f"held_out/mse/{name}"] for line in held] for name in names}
+    write_file(out / SUMMARY, json.dumps(summary, indent=1).encode())
+    taps = {name: [line[f"mse/{name}"] for line in held] for name in source.names}
     with disk_errors(out):
         plot_curves(taps, out / "curves.png", title="Held-out whitened MSE", xlabel="epoch")
-    return Trained(
-        out=out,
-        steps=step,
-        held_out_loss=held[-1]["held_out/loss"],
-        wait_share=trained[-1]["wait_share"],
-    )
+
+
+def _trained(out: Path) -> Trained:
+    summary = json.loads((out / SUMMARY).read_text())
+    loss, share = summary["held_out"]["loss"], summary["wait_share"]
+    return Trained(out=out, steps=summary["steps"], held_out_loss=loss, wait_share=share)

@@ -11,7 +11,7 @@ from store.builders import tiny_plan, write_cache
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"dtcache._version", "dtcache.errors"},
-    {"dtcache.spec", "dtcache.options", "dtcache.payloads", "dtcache.columns", "dtcache.storage"},
+    {"dtcache.spec", "dtcache.options", "dtcache.config", "dtcache.payloads", "dtcache.columns", "dtcache.storage"},
     {"dtcache.device", "dtcache.images", "dtcache.teacher", "dtcache.codec", "dtcache.losses", "dtcache.student"},
     {"dtcache.store"},
     {"dtcache.cache", "dtcache.loader", "dtcache.stack"},

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheIncompleteError
 from dtcache.payloads import SLACK, Payloads
 from dtcache.storage import file_sha256
-from dtcache.store.commits import read_commits
 from dtcache.store.files import OpenFile, OpenFiles, open_limit
 from dtcache.store.frame import BLOCK_HEADER, frame_header
 from dtcache.store.layout import SAMPLES, SHARDS, PayloadArray
 from dtcache.store.manifest import CacheManifest, read_manifest
-from dtcache.store.samples import damaged_objects, read_objects, read_table
+from dtcache.store.samples import committed_objects, committed_samples, damaged_objects, read_objects, read_table
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 
 HELD_FILES = 64
@@ -30,15 +30,17 @@ STRETCH_GAP = 1 << 16
 class CacheReader:
     """Random access to the payloads of a cache; safe to share between threads."""
 
-    def __init__(self, root: Path, *, partial: bool = False) -> None:
+    def __init__(self, root: Path, *, partial: bool = False, allow_incomplete: bool = False) -> None:
         """Open a cache and check that every file that its manifest names is there, at its size.
 
-        With `partial` a cache may lack shards, as it is unfinished or damaged: `usable_rows` leaves their rows out.
-        Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError.
+        With `allow_incomplete` a cache that is not sealed is opened too, as the shards that are committed by now: the
+        samples of the others count as failed. With `partial` it may also be damaged: `usable_rows` leaves the rows of
+        lost shards out. Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError.
         """
-        self.root = root
+        self.root, self._allow_incomplete = root, allow_incomplete
         self.manifest: CacheManifest = read_manifest(root)
-        if self.manifest.state != "sealed" and not partial:
+        sealed = self.manifest.state == "sealed"
+        if not (sealed or partial or allow_incomplete):
             raise CacheIncompleteError(
                 f"{root}: the cache is not complete; run its dtcache extract command again to finish it"
             )
@@ -46,14 +48,8 @@ class CacheReader:
             path = root / name
             if not path.is_file() or file_sha256(path) != sha256:
                 raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
-        self.samples: pa.Table = read_table(root / SAMPLES)
-        failed = self.samples["failure"].is_valid().to_numpy()
-        if self.manifest.state == "sealed":
-            self._objects = {path: size for path, size, _ in read_objects(root)}
-        else:
-            records = read_commits(root).values()
-            self._objects = {o.path: o.size for record in records for o in record.objects}
-            failed[[f.row for record in records for f in record.failures]] = True
+        self.samples: pa.Table = read_table(root / SAMPLES) if sealed else committed_samples(root, self.manifest)
+        self._objects = {path: size for path, size, _ in (read_objects(root) if sealed else committed_objects(root))}
         self.damaged: dict[str, str] = damaged_objects(root, self._objects)
         """Shard files that are not as recorded, and what is there instead; there are none unless `partial`."""
         arrays = self.manifest.arrays
@@ -61,25 +57,26 @@ class CacheReader:
         if not partial:
             for name, got in self.damaged.items():
                 raise CacheDamagedError(f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}")
-            for missing in (path for paths in self._paths.values() for path in paths if path not in self._objects):
-                raise CacheDamagedError(f"{root / missing}: {SHARDS} does not list it; {AGAIN}")
-        self._usable = ~failed
+            listed = (path for paths in self._paths.values() for path in paths)
+            for lacking in (path for path in listed if sealed and path not in self._objects):
+                raise CacheDamagedError(f"{root / lacking}: {SHARDS} does not list it; {AGAIN}")
+        self._usable = np.array(self.samples["failure"].is_null())
         for array in arrays.values():
-            for shard, name in enumerate(self._paths[array.name]):
-                if name not in self._objects or name in self.damaged:
+            for shard, place in enumerate(self._paths[array.name]):
+                if place not in self._objects or place in self.damaged:
                     rows = array.rows_of(shard)
                     self._usable[rows.start : rows.stop] = False
         self._files = OpenFiles(root, open_limit())
         self._indices = {name: _Index(array) for name, array in arrays.items()}
         self._process = os.getpid()
 
-    def __reduce__(self) -> tuple[type["CacheReader"], tuple[Path]]:
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
         """Travel as a path: the other process opens the cache, and checks it, by itself."""
-        return CacheReader, (self.root,)
+        return partial(CacheReader, allow_incomplete=self._allow_incomplete), (self.root,)
 
     @property
     def usable_rows(self) -> NDArray[np.int64]:
-        """Rows whose image did not fail and whose shards are there."""
+        """Rows that have features: those whose image did not fail, of shards that are there."""
         return np.flatnonzero(self._usable).astype(np.int64)
 
     def payloads(self, name: str, rows: ArrayLike, views: ArrayLike) -> Payloads:
@@ -118,6 +115,8 @@ class CacheReader:
             try:
                 if not index.loaded[number]:
                     path = self._paths[array.name][number]
+                    if path not in self._objects:
+                        raise CacheDamagedError("the shard was not extracted yet when the cache was opened")
                     index.load(number, self._files.open(path), self._objects[path])
             except CacheDamagedError as error:
                 raise self._damaged(array, rows[place], views[place], str(error)) from error

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,10 +14,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dtcache.columns import Column, SampleList
-from dtcache.errors import CacheDamagedError
-from dtcache.spec import FailedSample, Sample, sha256_json
-from dtcache.store.commits import CommitRecord, ShardObject
-from dtcache.store.layout import SHARDS
+from dtcache.errors import AGAIN, CacheDamagedError
+from dtcache.spec import FailedSample, Sample
+from dtcache.store.commits import CommitRecord, ShardObject, commit_path, read_commits
+from dtcache.store.layout import SAMPLES, SHARDS
+from dtcache.store.manifest import CacheManifest
 
 AT_ONCE = 1 << 16
 SCHEMA = pa.schema(
@@ -141,6 +143,31 @@ def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitReco
     return samples_table(keys, labels, content, failures)
 
 
+def committed_samples(root: Path, manifest: CacheManifest) -> pa.Table:
+    """Return the sample index of a cache that is not sealed: the rows of shards without a record count as failed.
+
+    Raises CacheDamagedError where a record is not as written or belongs to another cache.
+    """
+    shard_rows, count = int(manifest.recipe["shard_rows"]), manifest.num_samples
+    failures: list[str | None] = ["not extracted yet"] * count
+    content: list[bytes | None] = [None] * count
+    for shard, record in read_commits(root).items():
+        rows = slice(shard * shard_rows, min((shard + 1) * shard_rows, count))
+        if record.fingerprint != manifest.fingerprint or len(record.content_sha256) != len(failures[rows]):
+            raise CacheDamagedError(f"{commit_path(root, shard)}: the record belongs to another cache; {AGAIN}")
+        content[rows] = [bytes.fromhex(sha) if sha else None for sha in record.content_sha256]
+        failures[rows] = [None] * len(record.content_sha256)
+        for failed in record.failures:
+            failures[failed.row] = failed.reason
+    table = read_table(root / SAMPLES)
+    return samples_table(Column[str](table["key"]), Column[int | None](table["label"]), content, failures)
+
+
+def committed_objects(root: Path) -> list[tuple[str, int, str]]:
+    """Return (path, bytes, SHA-256) of every committed shard of a cache that is not sealed."""
+    return [(o.path, o.size, o.sha256) for record in read_commits(root).values() for o in record.objects]
+
+
 def shards_table(objects: Iterable[tuple[int, ShardObject]]) -> pa.Table:
     """Return the shard index of (shard, object) pairs, given in shard order."""
     rows = [(shard, o.path, o.size, o.sha256) for shard, o in objects]
@@ -175,8 +202,16 @@ def read_failures(path: Path) -> list[FailedSample]:
 def held_out(keys: Sequence[str]) -> list[int]:
     """Return the places of the held-out samples: one per cent, at least 64 (but at most half), by hash of the key.
 
-    A key's membership hangs on the set of keys only, never on their order.
+    A key's membership hangs on the set of keys only, never on their order. The hash is SHA-256 of the canonical JSON of
+    ["held-out", key], spelled out: a million keys take a second.
     """
     count = min(max(64, len(keys) // 100), len(keys) // 2)
-    ranked = sorted(range(len(keys)), key=lambda i: sha256_json(["held-out", keys[i]]))
-    return sorted(ranked[:count])
+    if not count:
+        return []
+    quoted = json.encoder.encode_basestring
+    digests = [hashlib.sha256(b'["held-out",%b]' % quoted(key).encode()).digest() for key in keys]
+    heads = np.frombuffer(b"".join(digests), ">u8")[::4].astype(np.uint64)
+    # The head of the last one that is in; whole digests decide among those few.
+    last = np.partition(heads, count - 1)[count - 1]
+    within = np.flatnonzero(heads <= last).tolist()
+    return sorted(sorted(within, key=lambda place: digests[place])[:count])

@@ -1,6 +1,12 @@
 """The student: a backbone, what it sees, and the regressor that reads the teacher's features off its pyramid."""
 
-from dtcache.student.backbone import Backbone, MapsModule, recalibrate_batch_norm, student_input
+from dtcache.student.backbone import (
+    Backbone,
+    MapsModule,
+    recalibrate_batch_norm,
+    student_input,
+    synchronise_batch_norm,
+)
 from dtcache.student.folder import load_backbone, make_backbone, save_backbone
 from dtcache.student.optimizer import make_optimizer
 from dtcache.student.regressor import FeatureRegressor
@@ -20,4 +26,5 @@ __all__ = [
     "recalibrate_batch_norm",
     "save_backbone",
     "student_input",
+    "synchronise_batch_norm",
 ]

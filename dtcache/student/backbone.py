@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -133,6 +134,14 @@ def recalibrate_batch_norm(
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         backbone.train(training)
+
+
+def synchronise_batch_norm(network: nn.Module) -> None:
+    """Make batch normalisations, timm's own kinds too, take their statistics over all processes' samples (CUDA only).
+
+    Weights and names stay as they are.
+    """
+    convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
 
 
 def _batch_norms(backbone: Backbone) -> list[_BatchNorm]:

@@ -170,19 +170,6 @@ def test_the_loss_is_the_simple_objective() -> None:
     assert float(loss) == pytest.approx(float((0.5 * x - noise.double()).square().mean()), rel=1e-4)
 
 
-def test_the_average_forgets_the_starting_weights() -> None:
-    """Decays rise from a tenth to the limit, so that a short run's average is of trained weights."""
-    from pipelines.teach import warmed_up_ema
-
-    averaged, expected, update = [torch.zeros(2)], 0.0, warmed_up_ema(0.9)
-    for n in range(1, 200):
-        update(averaged, [torch.full((2,), float(n))], torch.tensor(n))
-        decay = min(0.9, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * n
-        torch.testing.assert_close(averaged[0], torch.full((2,), expected), rtol=1e-4, atol=1e-4)
-    assert expected > 185
-
-
 def test_samples_are_images_of_the_seed() -> None:
     """Samples have the network's size, lie in [0, 1] and are a function of the seed; non-square networks work."""
     unet = build_unet(8, 16, (8, 8), layers=1, attention=0).eval()

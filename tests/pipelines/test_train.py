@@ -24,10 +24,13 @@ from dtcache.device import resolve_compute
 from dtcache.loader import EpochLoader
 from dtcache.objective import make_objective
 from dtcache.options import TrainOptions
-from dtcache.store.samples import held_out
-from dtcache.student import Views, build_student
+from dtcache.store.commits import CommitRecord, ShardObject, write_commit
+from dtcache.store.manifest import CacheManifest, read_manifest, write_manifest
+from dtcache.store.samples import held_out, read_objects, read_table
+from dtcache.student import Student, Views, build_student
 from pipelines.distill import Distillation, remarks
-from pipelines.train import peak_lr, split_rows
+from pipelines.sources import split_rows
+from pipelines.train import peak_lr
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
@@ -42,15 +45,20 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def distillation(cache: Cache, options: TrainOptions) -> Distillation:
-    """Return everything that turns this cache's batches into losses, with a small student of 32 px."""
-    codec, compute = cache.reader.manifest.recipe["codec"], resolve_compute("cpu", "fp32")
+def small_student(cache: Cache) -> Student:
+    """Return an untrained student of 32 px of all of a cache's arrays."""
     targets = {name: cache.shape(name) for name in cache.names}
+    return build_student("resnet10t", targets, cache.view, size=(32, 32), width=16, seed=0)
+
+
+def distillation(cache: Cache, options: TrainOptions) -> Distillation:
+    """Return everything that turns this cache's batches into losses, for a student of 32 px."""
+    codec, compute = cache.reader.manifest.recipe["codec"], resolve_compute("cpu", "fp32")
     return Distillation(
-        student=build_student("resnet10t", targets, cache.view, size=(32, 32), width=16, seed=0),
         decoder=cache.decoder(cache.names),
         objective=make_objective(options, cache.fit, codec, cache.names),
         views=Views(crop=options.crop, jitter=options.jitter, seed=options.seed),
+        input_size=(32, 32),
         whitening=options.whitening,
         compute=compute,
     )
@@ -118,7 +126,7 @@ def test_the_first_loss_is_the_formulas(cache: Path, trained: Path) -> None:
     """The golden first loss: an untouched student, the first batch, MSE + 10 AT computed in NumPy from decoded maps."""
     opened = Cache(cache)
     names = ["t150/stride4", "t150/stride8"]
-    rows, _ = split_rows(opened, None)
+    rows, _ = split_rows(np.arange(40), opened.samples["key"].to_pylist())
     batch = next(iter(EpochLoader(opened, rows, names, batch_size=8, seed=0, threads=1).epoch(0)))
     student = build_student(
         "resnet10t", {n: opened.shape(n) for n in names}, opened.view, size=(32, 32), width=16, init=None, seed=0
@@ -150,7 +158,7 @@ def test_the_schedule_is_warm_up_and_cosine(trained: Path) -> None:
 def test_held_out_samples_are_never_trained_on(cache: Path) -> None:
     """The split is by key hash: training and held-out rows are disjoint and complete."""
     opened = Cache(cache)
-    rows, held = split_rows(opened, None)
+    rows, held = split_rows(np.arange(40), opened.samples["key"].to_pylist())
     assert sorted([*rows, *held]) == list(range(40))
     assert held.tolist() == held_out(opened.reader.samples["key"].to_pylist())
 
@@ -246,6 +254,12 @@ def test_two_students_share_one_cache(cache: Path, tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (("--taps", "16"), "--taps stride16: the cache has stride1, stride2, stride4, stride8; choose among these"),
+        (
+            ("--accumulate", "3"),
+            "--batch-size 8: expected a multiple of 3, the 3 parts (--accumulate) of each of 1 processes",
+        ),
+        (("--accumulate", "8"), "--accumulate 8: expected at least 2 samples a part, got 1"),
+        (("--config", "nowhere.toml"), "--config nowhere.toml: No such file or directory"),
         (("--timestep", "50"), "--timestep 50: the cache has 150; choose among these"),
         (("--batch-size", "64"), "--batch-size 64: expected 1 to 20, the samples left for training"),
         (("--student", "resnet5000"), "has no network of this name"),
@@ -285,6 +299,58 @@ def test_an_incomplete_or_absent_cache_is_refused(cache: Path, tmp_path: Path) -
     assert "expected" in run("train", broken, "--out", tmp_path / "r", *FLAGS).output
 
 
+def test_what_is_committed_can_be_trained_on(cache: Path, tmp_path: Path) -> None:
+    """--allow-incomplete trains on the committed shards, says how many samples that is, and is not resumed on more."""
+    part = Path(shutil.copytree(cache, tmp_path / "c"))
+    manifest = read_manifest(part)
+    records = [
+        record_of(part, manifest, shard)
+        for shard in range(next(iter(manifest.arrays.values())).num_shards)
+    ]  # fmt: skip
+    (part / "commits").mkdir()
+    for record in records[:4]:
+        write_commit(part, record)
+    files = {name: sha for name, sha in manifest.files.items() if name != "shards.parquet"}
+    write_manifest(part, replace(manifest, state="writing", files=files, sums={}))
+    refused = run("train", part, "--out", tmp_path / "r", *FLAGS)
+    assert "the cache is not complete; run its dtcache extract command again to finish it" in refused.output
+    flags = (*FLAGS, "--allow-incomplete", "--epochs", 1, "--warmup-epochs", 0)
+    result = run("train", part, "--out", tmp_path / "r", *flags)
+    assert result.exit_code == 0, result.output
+    assert "is not complete: 32 of 40 samples are there" in result.output.replace("\n", " ")
+    assert run("train", part, "--out", tmp_path / "r", *flags).exit_code == 0
+    write_commit(part, records[4])
+    assert "holds a run with another samples" in run("train", part, "--out", tmp_path / "r", *flags).output
+    whole = run("train", cache, "--out", tmp_path / "w", *FLAGS, "--allow-incomplete", "--epochs", 1)
+    assert "is not complete" not in whole.output
+
+
+def record_of(root: Path, manifest: CacheManifest, shard: int) -> CommitRecord:
+    """Return the record that a shard of a sealed cache was committed with, but for its sums."""
+    listed = {path: (size, sha256) for path, size, sha256 in read_objects(root)}
+    paths = [array.object_path(shard) for array in manifest.arrays.values()]
+    rows = next(iter(manifest.arrays.values())).rows_of(shard)
+    content = read_table(root / "samples.parquet")["content_sha256"].to_pylist()
+    return CommitRecord(
+        shard=shard,
+        fingerprint=manifest.fingerprint,
+        objects=tuple(ShardObject(path=path, size=listed[path][0], sha256=listed[path][1]) for path in paths),
+        content_sha256=tuple(content[row].hex() for row in rows),
+        failures=(),
+        sums={},
+    )
+
+
+def test_the_resolved_options_can_be_given_back(cache: Path, trained: Path, tmp_path: Path) -> None:
+    """A run's config.toml repeats the run to the bit, and resumes it; a flag beside it wins."""
+    config = trained / "config.toml"
+    assert run("train", cache, "--out", trained, "--config", config).exit_code == 0
+    assert run("train", cache, "--out", tmp_path / "again", "--config", config).exit_code == 0
+    assert losses(tmp_path / "again") == losses(trained)
+    refused = run("train", cache, "--out", trained, "--config", config, "--seed", 1)
+    assert "holds a run with another seed: 0 there, 1 was asked for" in refused.output
+
+
 def test_damaged_features_stop_the_run_naming_the_sample(cache: Path, tmp_path: Path) -> None:
     """A flipped byte is never trained on."""
     broken = Path(shutil.copytree(cache, tmp_path / "c"))
@@ -309,6 +375,36 @@ def test_a_loss_that_is_not_finite_stops_the_run(cache: Path, tmp_path: Path, mo
     assert not (tmp_path / "r" / "checkpoint.pt").exists()
 
 
+def test_a_target_that_is_not_finite_names_its_sample(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where some samples' targets are to blame, they alone are named, whatever part of the batch they are in."""
+    real, spoilt = Cache.batch, []
+
+    def spoiling(self: Cache, rows: np.ndarray, views: np.ndarray, names: list[str]) -> object:
+        batch = real(self, rows, views, names)
+        spoilt.append(self.samples["key"][int(rows[1])].as_py())
+        batch.scalars["t150/stride8"][1] = float("nan")
+        return batch
+
+    monkeypatch.setattr(Cache, "batch", spoiling)
+    result = run("train", cache, "--out", tmp_path / "r", *FLAGS, "--accumulate", 2, "--threads", 1)
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert f"not finite at step 0 (loss, at/t150/stride8; samples {spoilt[0]}, {spoilt[1]}); lower --lr" in said
+    assert not (tmp_path / "r" / "checkpoint.pt").exists()
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_run_that_diverges_is_stopped(cache: Path, tmp_path: Path) -> None:
+    """A rate that is far too high ends in one line with the step and all of the batch's samples counted."""
+    result = run("train", cache, "--out", tmp_path / "r", *FLAGS, "--lr", 1e30, "--warmup-epochs", 0)
+    assert result.exit_code == 1
+    assert "the loss is not finite at step" in result.output
+    assert result.output.count(".png") == 8
+    assert "Traceback" not in result.output
+
+
 def test_losses_of_every_tap_reach_the_backbone(cache: Path) -> None:
     """The summed loss has a gradient in the stem and in every head."""
     opened = Cache(cache)
@@ -316,7 +412,7 @@ def test_losses_of_every_tap_reach_the_backbone(cache: Path) -> None:
     student = build_student("resnet10t", targets, opened.view, size=None, width=16, init=None, seed=0).train()
     assert student.input_size == (128, 128)
     batch = opened.batch([0, 1], [0, 1], opened.names)
-    replace(distillation(opened, TrainOptions()), student=student).losses(batch)["loss"].backward()
+    distillation(opened, TrainOptions()).losses(student, batch)["loss"].backward()
     assert student.backbone.model.conv1[0].weight.grad.abs().sum() > 0
     assert all(head.weight.grad.abs().sum() > 0 for head in student.regressor.heads)
 
@@ -356,11 +452,12 @@ def test_crops_show_image_and_targets_by_one_box(cache: Path) -> None:
     whole, cropped = (distillation(opened, TrainOptions(crop=crop)) for crop in (None, "0.3,0.5"))
     whole.objective.register_forward_pre_hook(lambda _, inputs: seen.update(whole=inputs[1]))
     cropped.objective.register_forward_pre_hook(lambda _, inputs: seen.update(cropped=inputs[1]))
-    cropped.student.register_forward_pre_hook(lambda _, inputs: seen.update(images=inputs[0]))
+    student = small_student(opened)
+    student.register_forward_pre_hook(lambda _, inputs: seen.update(images=inputs[0]))
     batch = opened.batch([3, 5], [0, 1], opened.names)
     with torch.no_grad():
-        whole.losses(batch, step=4)
-        cropped.losses(batch, step=4)
+        whole.losses(student, batch, step=4)
+        cropped.losses(student, batch, step=4)
     boxes = cropped.views.boxes(4, batch.rows)
     for place, (left, top, right, bottom) in enumerate(boxes.double().tolist()):
         image = batch.images_BCHW[place].double().numpy()
@@ -372,9 +469,9 @@ def test_crops_show_image_and_targets_by_one_box(cache: Path) -> None:
                 expected = reference_crop(x_BCHW[place].double().numpy(), (left, top, right, bottom), found.shape[1:])
                 np.testing.assert_allclose(found, expected, atol=1e-3 * float(np.abs(expected).max()))
     with torch.no_grad():
-        whole.losses(batch)
+        whole.losses(student, batch)
         plain = seen["whole"].raw
-        cropped.losses(batch)
+        cropped.losses(student, batch)
     assert all(torch.equal(x, plain[name]) for name, x in seen["cropped"].raw.items())
     assert torch.equal(seen["images"], batch.images_BCHW)
 
@@ -397,12 +494,12 @@ def test_a_run_tells_what_was_measured_of_its_crops(cache: Path) -> None:
     recipe = opened.reader.manifest.recipe
     measured = {**recipe, "equivariance": {"flip": {}, "crop": {"t150/stride8": 0.25}}}
     options = TrainOptions(crop="0.3,1.0")
-    cropped = distillation(opened, options)
-    (line,) = (line for line in remarks(cropped, measured, options) if line.startswith("crops"))
+    student, objective = small_student(opened), distillation(opened, options).objective
+    (line,) = (line for line in remarks(student, objective, measured, options) if line.startswith("crops"))
     assert line.startswith("crops: the teacher's features of a crop differ from the cropped features by t150/stride8 ")
     assert "0.250 (measured relative squared error" in line
     early = {name: value for name, value in recipe.items() if name != "equivariance"}
-    others = [*remarks(cropped, early, options), *remarks(cropped, measured, TrainOptions())]
+    others = [*remarks(student, objective, early, options), *remarks(student, objective, measured, TrainOptions())]
     assert not any("crops" in other for other in others)
 
 

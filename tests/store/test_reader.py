@@ -23,6 +23,7 @@ from dtcache.spec import canonical_json
 from dtcache.storage import file_sha256
 from dtcache.store import frame, shard
 from dtcache.store import reader as reader_module
+from dtcache.store.commits import read_commits, write_commit
 from dtcache.store.layout import IMAGES, PayloadArray, read_fit
 from dtcache.store.reader import CacheReader
 from dtcache.store.samples import parquet_bytes
@@ -264,6 +265,42 @@ def test_incomplete_and_missing_caches(tmp_path: Path) -> None:
         CacheReader(tmp_path)
     with pytest.raises(CacheNotFoundError, match="nowhere is not a cache"):
         CacheReader(tmp_path / "nowhere")
+
+
+def test_what_is_committed_of_an_incomplete_cache_can_be_read(shared: Path, tmp_path: Path) -> None:
+    """With allow_incomplete the committed shards' rows read as in the sealed cache; those of others are refused."""
+    plan = tiny_plan()
+    writer = begin(tmp_path / "cache", plan)
+    for number in (0, 2):
+        writer.write_shard(plan.shards[number])
+    reader, whole = CacheReader(tmp_path / "cache", allow_incomplete=True), CacheReader(shared)
+    rows = [0, 1, 2, 3, 8, 9]
+    assert reader.usable_rows.tolist() == rows
+    assert reader.samples.take(rows).equals(whole.samples.take(rows))
+    assert set(reader.samples["failure"].slice(4, 4).to_pylist()) == {"not extracted yet"}
+    for name in NAMES:
+        assert np.array_equal(read(reader, name, rows, [0] * 6), read(whole, name, rows, [0] * 6))
+    with pytest.raises(CacheDamagedError, match="the shard was not extracted yet when the cache was opened"):
+        read(reader, FINE, [4], [0])
+    assert pickle.loads(pickle.dumps(reader)).usable_rows.tolist() == rows
+    assert read_all(CacheReader(shared, allow_incomplete=True)).keys() == read_all(whole).keys()
+
+
+def test_an_incomplete_cache_with_damage_is_refused(tmp_path: Path) -> None:
+    """A committed shard that is short, and a record of another cache, are found at open."""
+    plan = tiny_plan()
+    root = tmp_path / "cache"
+    begin(root, plan).write_shard(plan.shards[0])
+    path = root / plan.arrays[FINE].object_path(0)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(CacheDamagedError, match=rf"expected {len(data)} bytes, got {len(data) - 1} bytes"):
+        CacheReader(root, allow_incomplete=True)
+    path.write_bytes(data)
+    record = replace(read_commits(root)[0], fingerprint="0" * 64)
+    write_commit(root, record)
+    with pytest.raises(CacheDamagedError, match="the record belongs to another cache"):
+        CacheReader(root, allow_incomplete=True)
 
 
 def test_absent_chunk_in_range_is_damage(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dtcache.columns import SampleList
-from dtcache.spec import Sample
+from dtcache.spec import Sample, sha256_json
 from dtcache.store.samples import (
     SCHEMA,
     changed_samples,
@@ -53,6 +53,14 @@ def test_held_out_ignores_order() -> None:
         shuffled = random.Random(seed).sample(keys, len(keys))
         assert {shuffled[p] for p in held_out(shuffled)} == wanted
     assert wanted != set(sorted(keys)[:64])
+
+
+def test_held_out_hashes_canonical_json() -> None:
+    """Whatever characters a key has, its hash is that of the canonical JSON of its name and purpose."""
+    keys = [f'n{i}/\u00fc"\\\n\x7f\u65e5\U0001f600{i}.png' for i in range(300)]
+    ranked = sorted(range(300), key=lambda i: sha256_json(["held-out", keys[i]]))
+    assert held_out(keys) == sorted(ranked[:64])
+    assert held_out([]) == held_out(["one"]) == []
 
 
 def test_hash_samples_covers_order_keys_and_labels() -> None:

@@ -20,6 +20,7 @@ from dtcache.student import (
     recalibrate_batch_norm,
     save_backbone,
     student_input,
+    synchronise_batch_norm,
 )
 
 NAMES = ("resnet18", "resnet50", "convnext_atto", "mobilenetv3_small_100", "efficientnet_b0", "regnetx_002")
@@ -263,3 +264,19 @@ def test_a_network_without_batch_norm_draws_no_batch() -> None:
     recalibrate_batch_norm(backbone_of("convnext_atto"), (pytest.fail("a batch was drawn") for _ in range(1)))
     after = backbone_of("convnext_atto").model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050"])
+def test_synchronised_batch_norms_keep_weights_and_names(name: str) -> None:
+    """Each batch normalisation, timm's with an activation too, becomes one over all processes; the rest stays."""
+    backbone = make_backbone(name, init=None, seed=0)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    parameters = [id(p) for p in backbone.parameters()]
+    synchronise_batch_norm(backbone)
+    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    assert [id(p) for p in backbone.parameters()] == parameters
+    after = backbone.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())

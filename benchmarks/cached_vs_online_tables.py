@@ -1,0 +1,175 @@
+"""The tables of cached_vs_online.py, made from the results that are there."""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from paired import bounds, interval
+
+CPU_LIMIT, GPU_LIMIT = 1.10, 1.03
+SPEEDUP = 0.9
+WAITING = 0.02
+QUALITY = 1.0
+"""Most per cent of the MSE that the best arm of at most twice the bytes may lie over the online one."""
+EPOCHS = 100
+STUDENTS = (1, 3, 10)
+
+
+def write_tables(results: Path) -> None:
+    """Write the page of one experiment beside its folder."""
+    records = {p.stem: json.loads(p.read_text()) for p in sorted(results.glob("*.json"))}
+    found = {name: record["result"] for name, record in records.items()}
+    about = sorted({(r["machine"], r["commit"], r["command"]) for r in records.values()})
+    lines = [
+        f"# Cached against online: {results.name}",
+        "",
+        *speed_lines(found, {name: r["machine"] for name, r in records.items()}),
+        *quality_lines(found),
+        *whitening_lines(found),
+        "Machine, commit and command:",
+        "",
+        "```",
+        *(f"{machine}; {commit}\n{command}" for machine, commit, command in about),
+        "```",
+        "",
+    ]
+    results.with_suffix(".md").write_text("\n".join(lines))
+
+
+def verdict(low: float, high: float, goal: float) -> str:
+    """Return met, missed or undecided for an interval that shall lie under a goal."""
+    return "met" if high <= goal else "missed" if low > goal else "undecided"
+
+
+def speed_lines(found: dict[str, Any], machines: dict[str, str]) -> list[str]:
+    """Return seconds a step by arm, the goals of speed and waiting, and what an extraction is worth."""
+    runs = {name.removeprefix("speed-"): r for name, r in found.items() if name.startswith("speed-")}
+    if not runs:
+        return []
+    lines = [
+        "## Speed and waiting",
+        "",
+        "Seconds a step, medians over blocks; ratios are medians of paired blocks.",
+        "",
+    ]
+    lines += [
+        "| student | limit | cached | online | teacher alone | cached/limit | speed-up of the possible | waiting |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for student, run in runs.items():
+        limit = GPU_LIMIT if "," in machines[f"speed-{student}"] else CPU_LIMIT
+        over = statistics.median(c / m for c, m in zip(run["cached"], run["limit"], strict=True))
+        possible = [(t + m) / m for t, m in zip(run["teacher"], run["limit"], strict=True)]
+        gained = [o / c for o, c in zip(run["online"], run["cached"], strict=True)]
+        share = statistics.median(g / p for g, p in zip(gained, possible, strict=True))
+        waiting = statistics.median(run["waiting"])
+        medians = [f"{statistics.median(run[arm]):.4f}" for arm in ("limit", "cached", "online", "teacher")]
+        goals = [
+            f"{over:.3f} ({verdict(over, over, limit)})",
+            f"{statistics.median(gained):.2f} of {statistics.median(possible):.2f}: {share:.2f} "
+            f"({verdict(-share, -share, -SPEEDUP)})",
+            f"{waiting:.1%} ({verdict(waiting, waiting, WAITING)})",
+        ]
+        lines.append(f"| {' | '.join([student, *medians, *goals])} |")
+    return [*lines, "", *break_even_lines(found, runs), *projection_lines(found)]
+
+
+def break_even_lines(found: dict[str, Any], runs: dict[str, Any]) -> list[str]:
+    """Return after how many epochs a cache has paid for its extraction, by number of students."""
+    if "extract" not in found:
+        return []
+    seconds, lines = found["extract"]["seconds"], [f"| student | {' | '.join(f'{n} of them' for n in STUDENTS)} |"]
+    lines.append("|---" * (len(STUDENTS) + 1) + "|")
+    for student, run in runs.items():
+        saved = (statistics.median(run["online"]) - statistics.median(run["cached"])) * run["steps_per_epoch"]
+        even = [f"{seconds / (n * saved):.1f}" if saved > 0 else "never" for n in STUDENTS]
+        lines.append(f"| {student} | {' | '.join(even)} |")
+    text = f"The extraction took {seconds:.0f} s. Epochs of each student after which it has paid for itself:"
+    return [text, "", *lines, ""]
+
+
+def projection_lines(found: dict[str, Any]) -> list[str]:
+    """Return the arithmetic of ADM at 256 px with a ResNet-50, in operations, not seconds."""
+    if "projection" not in found:
+        return []
+    teacher, student = found["projection"]["teacher"] / 1e9, found["projection"]["student"] / 1e9
+    lines = [
+        f"Projection, by arithmetic alone: ADM at 256 px, cut off after stride 4, is {teacher:.0f} GFLOP a view, a "
+        f"ResNet-50 with FPN-256 and PPM is {student:.0f} GFLOP a step and view (three times its forward pass; a "
+        f"multiply-add is two). Online is then {(teacher + student) / student:.1f} times cached. With {EPOCHS} epochs "
+        "and both flips cached, teacher and students together cost, online over cached:",
+        "",
+        "| students | online | cached | ratio |",
+        "|---|---|---|---|",
+    ]
+    for n in STUDENTS:
+        online, cached = n * EPOCHS * (teacher + student), 2 * teacher + n * EPOCHS * student
+        lines.append(f"| {n} | {online / 1e3:.0f} TFLOP | {cached / 1e3:.0f} TFLOP | {online / cached:.1f} |")
+    return [*lines, ""]
+
+
+def by_seed(found: dict[str, Any], part: str) -> dict[str, dict[str, Any]]:
+    """Return results by arm and seed of one part."""
+    arms: dict[str, dict[str, Any]] = {}
+    for name, result in found.items():
+        if name.startswith(f"{part}-seed"):
+            seed, arm = name.removeprefix(f"{part}-").split("-", 1)
+            arms.setdefault(arm, {})[seed] = result
+    return arms
+
+
+def compared(arms: dict[str, dict[str, Any]], arm: str, against: str, of: Callable[[Any, Any], float]) -> list[float]:
+    """Return one difference a seed that both arms have."""
+    both = sorted(arms[arm].keys() & arms.get(against, {}).keys())
+    return [of(arms[arm][seed], arms[against][seed]) for seed in both]
+
+
+def quality_lines(found: dict[str, Any]) -> list[str]:
+    """Return each arm beside the online one of its seed."""
+    arms = by_seed(found, "quality")
+    if "online" not in arms:
+        return []
+    lines = [
+        "## Quality",
+        "",
+        "Against the mean of 16 fresh draws of unseen images; differences from online, paired by ",
+    ]
+    lines[-1] += "seed, with their 95 % interval. The gap is held-out over training loss."
+    lines += ["", "| arm | seeds | bytes an image | MSE | MSE | AT | gap | linear probe | points | goal |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+    one = statistics.mean(r["bytes_per_image"] for r in arms["1-draw"].values()) if "1-draw" in arms else None
+    for arm, seeds in arms.items():
+        mse = compared(arms, arm, "online", lambda a, b: 100 * (a["mse"] / b["mse"] - 1))
+        at = compared(arms, arm, "online", lambda a, b: 100 * (a["at"] / b["at"] - 1))
+        probe = compared(arms, arm, "online", lambda a, b: a["linear_top1"] - b["linear_top1"])
+        size = statistics.mean(r.get("bytes_per_image", 0) for r in seeds.values())
+        goal = "-"
+        if arm != "online" and one and size <= 2.02 * one and mse:
+            goal = verdict(*bounds(mse)[1:], QUALITY)
+        cells = [arm, str(len(seeds)), f"{size:.0f}" if size else "-", mean(seeds, "mse", 4)]
+        cells += [interval(mse, "%"), interval(at, "%")] if mse and arm != "online" else ["-", "-"]
+        cells += [f"{statistics.mean(r['own_held_out'] / r['train_loss'] for r in seeds.values()):.3f}"]
+        cells += [mean(seeds, "linear_top1", 2), interval(probe, "") if probe and arm != "online" else "-", goal]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def whitening_lines(found: dict[str, Any]) -> list[str]:
+    """Return the 2x2 of whitening and losses; MSE is in the unit of each whitening, AT and probes are comparable."""
+    arms = by_seed(found, "whitening")
+    if not arms:
+        return []
+    lines = ["## Whitening", "", "MSE is in the unit of each arm's own whitening; AT and the probes compare.", ""]
+    lines += ["| arm | seeds | MSE | AT | linear probe | k-NN |", "|---|---|---|---|---|---|"]
+    for arm, seeds in arms.items():
+        cells = [arm, str(len(seeds))] + [mean(seeds, k, 4) for k in ("mse", "at")]
+        lines.append(f"| {' | '.join(cells + [mean(seeds, k, 2) for k in ('linear_top1', 'knn_top1')])} |")
+    return [*lines, ""]
+
+
+def mean(seeds: dict[str, Any], key: str, digits: int) -> str:
+    """Return an arm's mean over seeds."""
+    values: Sequence[float] = [result[key] for result in seeds.values()]
+    return f"{statistics.mean(values):.{digits}f}"
