@@ -16,7 +16,7 @@ from dtcache.student import Student, build_student
 from pipelines.page.gallery import BASIS_ROWS, Gallery, GalleryRow, Picture, class_name, photos_of
 from pipelines.page.pictures import colour_basis, map_uri
 from pipelines.run import load_checkpoint
-from pipelines.train import chosen_taps, split_rows
+from pipelines.sources import chosen_taps, split_rows
 
 
 def student_gallery(root: Path, report: Json, options: InspectOptions) -> Gallery:
@@ -35,7 +35,8 @@ def student_gallery(root: Path, report: Json, options: InspectOptions) -> Galler
         )
     chosen = _train_options(made_from)
     names = chosen_taps(cache, chosen)
-    _, held = split_rows(cache, chosen.limit)
+    usable = cache.reader.usable_rows[: chosen.limit]
+    _, held = split_rows(usable, cache.samples["key"].take(usable).to_pylist())
     rows = held[:BASIS_ROWS]
     student, device = _student(root, cache, chosen, names, options.device)
     batch = cache.batch(rows, [0] * len(rows), names)
