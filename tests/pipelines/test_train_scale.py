@@ -196,7 +196,7 @@ def test_a_compiler_that_fails_in_a_backward_pass_is_named() -> None:
 
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", lambda module: torch._dynamo.optimize(broken)(module))
+        patch.setattr(torch, "compile", lambda module, dynamic: torch._dynamo.optimize(broken)(module))
         call = compiled(torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match=r"--compile: .*no compiler.*; run without it"):
         call(torch.zeros(1, 2))
