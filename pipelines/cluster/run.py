@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from dask.distributed import Client, Future, KilledWorker, Worker, get_worker
 
@@ -29,6 +30,8 @@ COLLECT_SECONDS = 5.0
 """How long the coordinator waits for one thing, such as a finished shard's description, before it looks at others."""
 WAIT_SECONDS = 20.0
 """How often the coordinator says that there is no worker."""
+STALL_SECONDS = 20.0
+"""Without a word for so long, and with every worker idle, Dask has lost what is in flight: it is submitted anew."""
 RESUME = "what is committed stays: run the same command again to resume"
 
 logger = logging.getLogger("distributed.dtcache")
@@ -83,6 +86,8 @@ class _Shard:
     reported: int = 0
     """Rows that the bar has been told of: the most that any attempt has done."""
     future: Future | None = None
+    tries: int = 0
+    """Submissions so far; each has a key of its own."""
     failed: list[Failed] = field(default_factory=list)
 
 
@@ -98,7 +103,8 @@ class ClusterRun:
         self._shards = {shard: _Shard(rows=count) for shard, count in rows.items()}
         self._waiting = list(reversed(self._shards))
         self._flying: set[int] = set()
-        self._count, self._counted, self._alone = 0, 0.0, time.monotonic()
+        self._count, self._counted = 0, 0.0
+        self._alone = self._heard = time.monotonic()
         # Dask calls from threads of its own: they only leave word here.
         self._events: queue.SimpleQueue[tuple[int, int | Future]] = queue.SimpleQueue()
 
@@ -113,10 +119,15 @@ class ClusterRun:
                 self._submit()
                 shard, word = self._next()
                 if isinstance(word, int):
+                    self._heard = time.monotonic()
                     self._tell(shard, word)
                 elif isinstance(word, Future) and (made := self._outcome(shard, word)) is not None:
+                    self._heard = time.monotonic()
                     self._tell(shard, self._shards[shard].rows)
                     yield made
+                    self._heard = time.monotonic()  # the caller may have taken long to commit it
+                elif time.monotonic() - self._heard > STALL_SECONDS:
+                    self._require_work()
         finally:
             self._stop()
 
@@ -128,11 +139,30 @@ class ClusterRun:
             others = [worker for worker in self._addresses() if worker not in failed] if failed else None
             state.future = self._client.submit(
                 run_task, self._task, self._assignment, shard, self._name,
-                key=f"{self._name}-{shard:06}-{len(state.failed)}", pure=False,
+                key=f"{self._name}-{shard:06}-{state.tries}", pure=False,
                 workers=others or None, allow_other_workers=bool(others),
             )  # fmt: skip
+            state.tries += 1
             self._flying.add(shard)
             state.future.add_done_callback(lambda future, shard=shard: self._events.put((shard, future)))
+
+    def _require_work(self) -> None:
+        """Submit anew what is in flight where workers are there and none has anything to do.
+
+        Seen once, after a worker died with finished results: the scheduler said that it would recompute them, and both
+        workers stayed idle.
+        """
+        self._heard = time.monotonic()
+        if not self._workers() or any(self._asked(self._client.processing).values()):
+            return
+        logger.warning("every worker is idle with %d shards in flight: submitting them anew", len(self._flying))
+        for shard in sorted(self._flying, reverse=True):
+            state = self._shards[shard]
+            future, state.future = state.future, None
+            if future is not None:
+                future.release()
+            self._waiting.append(shard)
+        self._flying.clear()
 
     def _workers(self) -> int:
         """Return how many workers there were within the last second. Raises ClusterError without a scheduler."""
@@ -142,8 +172,12 @@ class ClusterRun:
 
     def _addresses(self) -> list[str]:
         """Return the workers that are connected. Raises ClusterError without a scheduler."""
+        return list(self._asked(self._client.nthreads))
+
+    def _asked(self, question: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what the scheduler answers. Raises ClusterError where there is none any more."""
         try:
-            return list(self._client.nthreads())
+            return question()
         except (OSError, TimeoutError, RuntimeError) as error:
             raise self._lost(one_line(error)) from error
 

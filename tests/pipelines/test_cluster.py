@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dask.distributed import Scheduler
+from dask.distributed import Client, Future, Scheduler
 from store import fake_shards
 from store.builders import VIEW, tiny_plan, tree
 
@@ -23,7 +23,7 @@ from dtcache.store.attempt import WrittenShard, drop_temporaries
 from dtcache.store.layout import CLUSTER_LOG, payload_arrays
 from dtcache.store.samples import hash_samples
 from dtcache.store.writer import CacheWriter
-from pipelines.cluster import ClusterRun, connect, existing_cluster, local_cluster
+from pipelines.cluster import ClusterRun, connect, existing_cluster, local_cluster, run
 
 pytestmark = pytest.mark.skipif("CI" in os.environ, reason="a test that kills workers hung once in six runs")
 
@@ -94,6 +94,26 @@ def test_a_thousand_shards_and_many_deaths(tmp_path: Path) -> None:
     assert finish(writer, 4, deaths=0.04) == 2000
     assert content(tmp_path / "cache") == planned(tmp_path / "one", 1000)
     assert (tmp_path / "cache" / CLUSTER_LOG).read_text().count("Restarting worker") > 10
+
+
+def test_a_task_that_dask_has_lost_is_submitted_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no worker has anything to do and no word comes, what is in flight is computed after all, each row once."""
+    monkeypatch.setattr(run, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(run, "COLLECT_SECONDS", 0.5)
+    real, lost = Client.submit, []
+
+    def submit(client: Client, *arguments: object, **named: object) -> Future:
+        if len(lost) < 2:
+            lost.append(named["key"])
+            return Future(f"lost-{named['key']}", client)  # a key that nobody computes
+        return real(client, *arguments, **named)
+
+    monkeypatch.setattr(Client, "submit", submit)
+    writer = begin(tmp_path / "cache", 6)
+    assert finish(writer, 1) == 12
+    assert len(lost) == 2
+    assert content(tmp_path / "cache") == planned(tmp_path / "one", 6)
+    assert "every worker is idle with 2 shards in flight" in (tmp_path / "cache" / CLUSTER_LOG).read_text()
 
 
 def test_a_shard_that_fails_is_tried_elsewhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
