@@ -28,7 +28,7 @@ from dtcache.losses import unwhiten
 from dtcache.spec import ViewSpec, tap_name
 from dtcache.store.layout import DATA, IMAGES, read_fit
 from dtcache.store.manifest import CacheManifest
-from dtcache.store.reader import CacheReader
+from dtcache.store.reader import Allowed, CacheReader
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -94,22 +94,20 @@ class Cache:
     It travels to other processes as its path and is opened again there; a forked process is refused.
     """
 
-    def __init__(
-        self, root: Path, images: Path | None = None, *, partial: bool = False, allow_incomplete: bool = False
-    ) -> None:
+    def __init__(self, root: Path, images: Path | None = None, *, allow: Allowed = "nothing") -> None:
         """Open and check a cache, with the source of its images where it stores none.
 
-        One that is not sealed opens with `allow_incomplete` only, as what is committed of it by now. With `partial` it
-        may be damaged too; to look at, not to train on. Raises CacheNotFoundError, CacheIncompleteError or
+        With `allow` incomplete it need not be sealed: it is what is committed by now. With damage shards may be lost
+        too, which is to look at, not to train on. Raises CacheNotFoundError, CacheIncompleteError or
         CacheDamagedError, and ImagesError for another source.
         """
-        self.reader = CacheReader(root, partial=partial, allow_incomplete=allow_incomplete)
+        self.reader = CacheReader(root, allow=allow)
         recipe = self.reader.manifest.recipe
         self.view = ViewSpec(**recipe["view"])
         self.names = self.reader.manifest.tap_names
         self.fit = load_fit(root, self.reader.manifest)
         self._host = HostDecoder(self.fit)
-        self._source, self._allow_incomplete = images, allow_incomplete
+        self._source, self._allow = images, allow
         self._linked: LinkedImages | None = None
         if images is not None and IMAGES in self.reader.manifest.arrays:
             raise ConfigError(f"{root} stores its images: open it without others")
@@ -119,7 +117,7 @@ class Cache:
 
     def __reduce__(self) -> tuple[Any, tuple[Path, Path | None]]:
         """Travel as paths."""
-        again = functools.partial(Cache, allow_incomplete=self._allow_incomplete)
+        again = functools.partial(Cache, allow=self._allow)
         return again, (self.reader.root, self._source)
 
     @property

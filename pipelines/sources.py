@@ -65,7 +65,7 @@ class CachedSource:
 
     def __init__(self, root: Path, options: TrainOptions, compute: Compute, processes: Processes) -> None:
         """Open a cache. Raises what opening it raises, and ConfigError for options that it cannot serve."""
-        self._cache = Cache(root, options.images, allow_incomplete=options.allow_incomplete)
+        self._cache = Cache(root, options.images, allow="incomplete" if options.allow_incomplete else "nothing")
         manifest = self._cache.reader.manifest
         if options.whitening == "position" and manifest.recipe["codec"]["name"] != "float16":
             raise ConfigError("--whitening position: expected a cache of --quality fp16, whose features are exact")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,20 +27,24 @@ STRETCH_GAP = 1 << 16
 """Bytes between two chunks over which a disk rather reads on."""
 
 
+Allowed = Literal["nothing", "incomplete", "damage"]
+"""What a cache may lack when it is opened; damage includes incomplete."""
+
+
 class CacheReader:
     """Random access to the payloads of a cache; safe to share between threads."""
 
-    def __init__(self, root: Path, *, partial: bool = False, allow_incomplete: bool = False) -> None:
+    def __init__(self, root: Path, *, allow: Allowed = "nothing") -> None:
         """Open a cache and check that every file that its manifest names is there, at its size.
 
-        With `allow_incomplete` a cache that is not sealed is opened too, as the shards that are committed by now: the
-        samples of the others count as failed. With `partial` it may also be damaged: `usable_rows` leaves the rows of
-        lost shards out. Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError.
+        With `allow` incomplete a cache that is not sealed is opened too, as the shards that are committed by now: the
+        samples of the others count as failed. With damage shards may also be lost: `usable_rows` leaves their rows
+        out. Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError.
         """
-        self.root, self._allow_incomplete = root, allow_incomplete
+        self.root, self._allow = root, allow
         self.manifest: CacheManifest = read_manifest(root)
         sealed = self.manifest.state == "sealed"
-        if not (sealed or partial or allow_incomplete):
+        if not sealed and allow == "nothing":
             raise CacheIncompleteError(
                 f"{root}: the cache is not complete; run its dtcache extract command again to finish it"
             )
@@ -51,10 +55,10 @@ class CacheReader:
         self.samples: pa.Table = read_table(root / SAMPLES) if sealed else committed_samples(root, self.manifest)
         self._objects = {path: size for path, size, _ in (read_objects(root) if sealed else committed_objects(root))}
         self.damaged: dict[str, str] = damaged_objects(root, self._objects)
-        """Shard files that are not as recorded, and what is there instead; there are none unless `partial`."""
+        """Shard files that are not as recorded, and what is there instead; none unless damage is allowed."""
         arrays = self.manifest.arrays
         self._paths = {name: [a.object_path(shard) for shard in range(a.num_shards)] for name, a in arrays.items()}
-        if not partial:
+        if allow != "damage":
             for name, got in self.damaged.items():
                 raise CacheDamagedError(f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}")
             listed = (path for paths in self._paths.values() for path in paths)
@@ -72,7 +76,7 @@ class CacheReader:
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
         """Travel as a path: the other process opens the cache, and checks it, by itself."""
-        return partial(CacheReader, allow_incomplete=self._allow_incomplete), (self.root,)
+        return partial(CacheReader, allow=self._allow), (self.root,)
 
     @property
     def usable_rows(self) -> NDArray[np.int64]:

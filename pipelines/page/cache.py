@@ -24,7 +24,7 @@ MOST_FAILURES = 50
 def write_cache_page(root: Path, report: Json, options: InspectOptions, afresh: Afresh | None) -> None:
     """Write the page of a cache whose report has its statistics. Raises ConfigError and DiskError."""
     assert options.report is not None, "asked where one is given"
-    cache = Cache(root, options.images, partial=True)
+    cache = Cache(root, options.images, allow="damage")
     statistics = report["statistics"]
     colours, segmented, worst = galleries(cache, chosen_rows(cache, options), options.gallery, afresh)
     write_page(

@@ -59,7 +59,7 @@ def measure_afresh(root: Path, options: InspectOptions) -> Afresh:
     Raises TeacherError where `options.teacher` is another one, and ConfigError where neither cache nor `options.images`
     has the images.
     """
-    cache = Cache(root, options.images, partial=True)
+    cache = Cache(root, options.images, allow="damage")
     assert options.teacher is not None, "asked where one is given"
     manifest, rows = cache.reader.manifest, chosen_rows(cache, options)[:MOST_ROWS]
     decoded = {}

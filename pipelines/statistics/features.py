@@ -39,7 +39,7 @@ class Decoded:
 @functools.lru_cache(maxsize=4)
 def opened(root: str, identity: str) -> Cache:
     """Open a cache once a process, whole or not; `identity` tells it from what is there after more was written."""
-    return Cache(Path(root), partial=True)
+    return Cache(Path(root), allow="damage")
 
 
 def decode(cache: Cache, name: str, rows: Rows) -> Decoded:

@@ -37,7 +37,7 @@ def cache_statistics(root: Path, options: InspectOptions) -> Json:
     They are kept in the user's cache folder under the manifest's hash. Raises ConfigError where no sample is there yet,
     and what opening the cache raises.
     """
-    cache = Cache(root, partial=True)
+    cache = Cache(root, allow="damage")
     rows = chosen_rows(cache, options)
     identity = cache.reader.manifest.identity
     # An unfinished cache gains rows under one manifest, a damaged one loses some.

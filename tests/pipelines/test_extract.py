@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from interrupts import interrupt
 from PIL import Image
 
 from cli import main
@@ -415,15 +416,7 @@ def test_ctrl_c_exits_130_and_resumes(
     """An interrupt says how to go on, exits with 130, and the next run finishes to the same bytes."""
     from pipelines import runner
 
-    real, calls = runner.run_shard, []
-
-    def interrupted(*arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(runner, "run_shard", interrupted)
+    interrupt(monkeypatch, runner, "run_shard", call=3)
     out = tmp_path / "c"
     result = extract(scene_folder, teacher_dir, out)
     assert result.exit_code == 130

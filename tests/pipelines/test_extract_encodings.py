@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from interrupts import interrupt
 from teacher.batches import batch_of
 from torch import nn
 
@@ -127,13 +128,10 @@ def test_a_resumed_inversion_ends_in_the_same_bytes(
     monkeypatch.setattr(stage, "measure", lambda *a: measured.append(1) or real(*a))
     flags = (*FLAGS, *DDIM, "--bytes-per-image", 600)
 
-    def interrupted(*arguments: object) -> object:
-        raise KeyboardInterrupt
-
     for out, stops in (("whole", False), ("halved", True)):
         with monkeypatch.context() as patch:
             if stops:
-                patch.setattr(runner, "run_shard", interrupted)
+                interrupt(patch, runner, "run_shard", call=1)
             result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / out, *flags)
             assert result.exit_code == (130 if stops else 0), result.output
     assert run("extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "halved", *flags).exit_code == 0

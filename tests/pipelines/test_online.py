@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from interrupts import interrupt
 
 from cli import main
 from dtcache.device import resolve_compute
@@ -105,15 +106,7 @@ def test_an_online_run_trains_and_resumes_to_the_bit(
     result = run("train", scene_folder, "--out", tmp_path / "a", *online)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "a" / "backbone" / "model.safetensors").exists()
-    real, calls = stage.train_step, []
-
-    def interrupted(*arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(stage, "train_step", interrupted)
+    interrupt(monkeypatch, stage, "train_step", call=4)
     assert run("train", scene_folder, "--out", tmp_path / "b", *online).exit_code == 130
     assert run("train", scene_folder, "--out", tmp_path / "b", *online).exit_code == 0
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")

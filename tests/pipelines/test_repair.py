@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from interrupts import interrupt
 from safetensors.torch import load_file, save_file
 
 from cli import main
@@ -118,17 +119,10 @@ def test_an_unfinished_cache_is_repaired_too(
     """A committed shard of a killed extraction comes back, and the extraction then finishes to the same bytes."""
     from pipelines import runner
 
-    real = runner.run_shard
-
-    def interrupted(job: object, encoder: object, shard: int, *rest: object) -> object:
-        if shard == 2:
-            raise KeyboardInterrupt
-        return real(job, encoder, shard, *rest)
-
     out = tmp_path / "c"
     command = ["extract", str(scene_folder), "--teacher", str(teacher_dir), "--out", str(out), *FLAGS]
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "run_shard", interrupted)
+        interrupt(patch, runner, "run_shard", call=3)
         assert CliRunner().invoke(main, command).exit_code == 130
     (out / "data.zarr/t150/stride8/c.1.0.0").unlink()
     result, said = repair(out, scene_folder, teacher_dir)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from diffusers import UNet2DModel
+from interrupts import interrupt
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -93,15 +94,7 @@ def test_an_interrupted_run_resumes_to_the_bit(
     """Ctrl-C in step 6, then the same command: the same losses and weights as without."""
     from pipelines import teach as stage
 
-    real, calls = stage._train_step, []
-
-    def interrupted(*arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(stage, "_train_step", interrupted)
+    calls = interrupt(monkeypatch, stage, "_train_step", call=6)
     out = tmp_path / "teacher"
     result = teach(scene_folder, out)
     assert result.exit_code == 130

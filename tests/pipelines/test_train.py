@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner, Result
+from interrupts import interrupt
 from safetensors.torch import load_file
 
 from cli import main
@@ -192,15 +193,7 @@ def test_an_interrupted_run_resumes_to_the_bit(
     """Ctrl-C after five of six steps, then the same command: the same losses and the same weights."""
     from pipelines import train as stage
 
-    real, calls = stage.train_step, []
-
-    def interrupted(*arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(stage, "train_step", interrupted)
+    calls = interrupt(monkeypatch, stage, "train_step", call=6)
     out = tmp_path / "run"
     result = run("train", cache, "--out", out, *FLAGS)
     assert result.exit_code == 130
@@ -428,15 +421,7 @@ def test_random_views_resume_to_the_bit(cache: Path, tmp_path: Path, monkeypatch
     whole = run("train", cache, "--out", tmp_path / "whole", *flags)
     assert whole.exit_code == 0, whole.output
     assert "noise weighting: tap by tap (crops mix a map's bands)" in whole.output
-    real, calls = stage.train_step, []
-
-    def interrupted(*arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(stage, "train_step", interrupted)
+    interrupt(monkeypatch, stage, "train_step", call=4)
     assert run("train", cache, "--out", tmp_path / "run", *flags).exit_code == 130
     assert run("train", cache, "--out", tmp_path / "run", *flags).exit_code == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from interrupts import interrupt
 from safetensors.torch import load_file
 
 from cli import main
@@ -157,15 +158,7 @@ def test_an_averaged_run_resumes_to_the_bit(cache: Path, tmp_path: Path, monkeyp
 
     flags = (*FLAGS, "--ema", "0.9", "--save-every", "1", "--accumulate", "2")
     assert run("train", cache, "--out", tmp_path / "a", *flags).exit_code == 0
-    real, calls = stage.train_step, []
-
-    def interrupted(*arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(stage, "train_step", interrupted)
+    interrupt(monkeypatch, stage, "train_step", call=3)
     assert run("train", cache, "--out", tmp_path / "b", *flags).exit_code == 130
     assert run("train", cache, "--out", tmp_path / "b", *flags).exit_code == 0
     ends = [(tmp_path / name / "backbone" / "model.safetensors").read_bytes() for name in "ab"]

@@ -268,12 +268,12 @@ def test_incomplete_and_missing_caches(tmp_path: Path) -> None:
 
 
 def test_what_is_committed_of_an_incomplete_cache_can_be_read(shared: Path, tmp_path: Path) -> None:
-    """With allow_incomplete the committed shards' rows read as in the sealed cache; those of others are refused."""
+    """With incomplete allowed the committed shards' rows read as in the sealed cache; those of others are refused."""
     plan = tiny_plan()
     writer = begin(tmp_path / "cache", plan)
     for number in (0, 2):
         writer.write_shard(plan.shards[number])
-    reader, whole = CacheReader(tmp_path / "cache", allow_incomplete=True), CacheReader(shared)
+    reader, whole = CacheReader(tmp_path / "cache", allow="incomplete"), CacheReader(shared)
     rows = [0, 1, 2, 3, 8, 9]
     assert reader.usable_rows.tolist() == rows
     assert reader.samples.take(rows).equals(whole.samples.take(rows))
@@ -283,7 +283,7 @@ def test_what_is_committed_of_an_incomplete_cache_can_be_read(shared: Path, tmp_
     with pytest.raises(CacheDamagedError, match="the shard was not extracted yet when the cache was opened"):
         read(reader, FINE, [4], [0])
     assert pickle.loads(pickle.dumps(reader)).usable_rows.tolist() == rows
-    assert read_all(CacheReader(shared, allow_incomplete=True)).keys() == read_all(whole).keys()
+    assert read_all(CacheReader(shared, allow="incomplete")).keys() == read_all(whole).keys()
 
 
 def test_an_incomplete_cache_with_damage_is_refused(tmp_path: Path) -> None:
@@ -295,12 +295,16 @@ def test_an_incomplete_cache_with_damage_is_refused(tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-1])
     with pytest.raises(CacheDamagedError, match=rf"expected {len(data)} bytes, got {len(data) - 1} bytes"):
-        CacheReader(root, allow_incomplete=True)
+        CacheReader(root, allow="incomplete")
+    damaged = CacheReader(root, allow="damage")
+    assert list(damaged.damaged) == [plan.arrays[FINE].object_path(0)]
+    assert damaged.usable_rows.tolist() == []
+    assert pickle.loads(pickle.dumps(damaged)).usable_rows.tolist() == []
     path.write_bytes(data)
     record = replace(read_commits(root)[0], fingerprint="0" * 64)
     write_commit(root, record)
     with pytest.raises(CacheDamagedError, match="the record belongs to another cache"):
-        CacheReader(root, allow_incomplete=True)
+        CacheReader(root, allow="incomplete")
 
 
 def test_absent_chunk_in_range_is_damage(tmp_path: Path) -> None:
