@@ -12,13 +12,12 @@ images that no arm saw. Whitening: {a sample, a position} x {MSE, MSE + 10 AT} o
 unit. Every measurement is a JSON of its own, and a finished one is skipped. Tables: cached_vs_online/NAME.md.
 """
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from cached_vs_online_tables import write_tables
+from experiment import Experiment, experiment_flags
 from records import ROOT, once
 from student_vs_size import reference_losses
 from torch import nn
@@ -69,29 +69,13 @@ WARM = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One experiment; its name keeps the results of different ones apart."""
+class Plan(Experiment):
+    """The experiment, and what its speed is measured with."""
 
-    train: Path
-    test: Path
-    teacher: str
-    timestep: int
-    work: Path
-    name: str
     parts: str
-    images: int
-    held_out: int
-    probe_images: int
-    student: str
     large: str
-    student_size: int
-    fpn_width: int
-    epochs: int
-    batch_size: int
-    seeds: int
     rounds: int
     steps: int
-    device: str
 
     @property
     def results(self) -> Path:
@@ -99,9 +83,7 @@ class Plan:
 
     @property
     def command(self) -> str:
-        hidden = ("train", "test", "teacher", "work")
-        flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in asdict(self).items() if k not in hidden)
-        return f"python benchmarks/cached_vs_online.py --train TRAIN --test TEST --teacher TEACHER {flags}"
+        return self.shown("cached_vs_online.py")
 
 
 def main() -> None:
@@ -116,28 +98,11 @@ def main() -> None:
 
 def parse() -> tuple[Plan, bool]:
     """Return the plan and whether only the tables are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True, help="images that no arm trains on")
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--timestep", type=int, required=True)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "cached_vs_online")
-    parser.add_argument("--name", default="cifar10-narrow", help="folder of the results")
+    parser = experiment_flags(__doc__.splitlines()[0], work=ROOT / "runs" / "cached_vs_online", images=2000, epochs=60)
     parser.add_argument("--parts", default="speed,quality,whitening")
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--held-out", type=int, default=1000, help="test images of the reference")
-    parser.add_argument("--probe-images", type=int, default=10_000, help="training images of the linear probe")
-    parser.add_argument("--student", default="resnet10t")
     parser.add_argument("--large", default="resnet50", help="the other student of the waiting")
-    parser.add_argument("--student-size", type=int, default=64)
-    parser.add_argument("--fpn-width", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each arm of the speed")
     parser.add_argument("--steps", type=int, default=20, help="steps of a block")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--table", action="store_true", help="write the tables from the results that are there")
     asked = vars(parser.parse_args())
     table_only = asked.pop("table")
     return Plan(**asked), table_only
@@ -162,11 +127,7 @@ def extraction(plan: Plan, **chosen: Any) -> ExtractOptions:
 
 def training(plan: Plan, seed: int, **chosen: Any) -> TrainOptions:
     """Return the options that trainings share, and some of their own."""
-    common = TrainOptions(
-        student=plan.student, student_size=str(plan.student_size), fpn_width=plan.fpn_width, epochs=plan.epochs,
-        batch_size=plan.batch_size, seed=seed, device=plan.device,
-    )  # fmt: skip
-    return replace(common, **chosen)
+    return replace(plan.training(seed), **chosen)
 
 
 def online(plan: Plan) -> dict[str, Any]:

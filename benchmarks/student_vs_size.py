@@ -6,19 +6,18 @@
 Quality is the whitened MSE on images that no cache held, against UNcompressed targets, mean over taps; the attention
 loss and a linear probe stand apart. Runs of one seed share their starting weights, order and views, so that their
 differences are the codec's alone. Every run writes its own JSON and a finished run is skipped: the table grows over
-interruptions. It is written to docs/results/student_vs_size.md.
+interruptions. It is written to docs/results/student_vs_size/NAME.md.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from experiment import Experiment, experiment_flags
 from paired import bounds, interval
 from records import ROOT, once
 
@@ -42,82 +41,42 @@ PROBE_GOAL = -1.0
 """Least of the linear probe's difference at the lower end of the interval, points."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One experiment; its name keeps the results of different ones apart."""
-
-    train: Path
-    test: Path
-    teacher: str
-    timestep: int
-    work: Path
-    name: str
-    images: int
-    held_out: int
-    probe_images: int
-    student: str
-    student_size: int
-    fpn_width: int
-    epochs: int
-    batch_size: int
-    seeds: int
-    device: str
-
-
 def main() -> None:
     """Run what is not finished, then write the table."""
-    plan, table_only = parse()
+    parser = experiment_flags(__doc__.splitlines()[0], work=ROOT / "runs" / "student_vs_size", images=4000, epochs=12)
+    asked = vars(parser.parse_args())
+    table_only = asked.pop("table")
+    plan = Experiment(**asked)
     if not table_only:
         run_all(plan)
     write_table(plan)
 
 
-def parse() -> tuple[Plan, bool]:
-    """Return the plan and whether only the table is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=Path, required=True, help="images to cache")
-    parser.add_argument("--test", type=Path, required=True, help="images that no cache holds")
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--timestep", type=int, required=True)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "student_vs_size", help="caches and runs")
-    parser.add_argument("--name", default="cifar10-narrow", help="folder of the results")
-    parser.add_argument("--images", type=int, default=4000)
-    parser.add_argument("--held-out", type=int, default=1000, help="test images of the reference")
-    parser.add_argument("--probe-images", type=int, default=10_000, help="training images of the linear probe")
-    parser.add_argument("--student", default="resnet10t")
-    parser.add_argument("--student-size", type=int, default=64)
-    parser.add_argument("--fpn-width", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--table", action="store_true", help="write the table from the results that are there")
-    asked = vars(parser.parse_args())
-    table_only = asked.pop("table")
-    return Plan(**asked), table_only
-
-
-def run_all(plan: Plan) -> None:
+def run_all(plan: Experiment) -> None:
     """Extract every arm and the uncompressed reference, then train and judge seed by seed, so that pairs grow."""
     RESULTS.joinpath(plan.name).mkdir(parents=True, exist_ok=True)
     for arm, quality in ARMS.items():
-        once(result_path(plan, f"cache-{arm}"), shown(plan), lambda q=quality, a=arm: cache_of(plan, a, q))
+        once(
+            result_path(plan, f"cache-{arm}"),
+            plan.shown("student_vs_size.py"),
+            lambda q=quality, a=arm: cache_of(plan, a, q),
+        )
     reference = plan.work / "reference"
     options = ExtractOptions(**common(plan), quality="fp16", flip=False, limit=plan.held_out)
     extract(plan.test, reference, options)
     for seed in range(plan.seeds):
         for arm in ARMS:
             path = result_path(plan, f"seed{seed}-{arm}")
-            once(path, shown(plan), lambda a=arm, s=seed: judged(plan, a, s, reference))
+            once(path, plan.shown("student_vs_size.py"), lambda a=arm, s=seed: judged(plan, a, s, reference))
         write_table(plan)
 
 
-def common(plan: Plan) -> dict[str, Any]:
+def common(plan: Experiment) -> dict[str, Any]:
     """Return what all extractions share."""
     return {"teacher": plan.teacher, "timestep": (plan.timestep,), "batch_size": 64, "device": plan.device}
 
 
-def cache_of(plan: Plan, arm: str, quality: str) -> dict[str, Any]:
+def cache_of(plan: Experiment, arm: str, quality: str) -> dict[str, Any]:
     """Extract one arm's cache and return what it costs."""
     out = plan.work / f"cache-{arm}"
     extract(plan.train, out, ExtractOptions(**common(plan), quality=quality, limit=plan.images))
@@ -125,13 +84,10 @@ def cache_of(plan: Plan, arm: str, quality: str) -> dict[str, Any]:
     return {key: report[key] for key in ("bytes_per_image", "ratio", "taps")}
 
 
-def judged(plan: Plan, arm: str, seed: int, reference: Path) -> dict[str, Any]:
+def judged(plan: Experiment, arm: str, seed: int, reference: Path) -> dict[str, Any]:
     """Train one student and return its quality on images and targets that no cache held."""
     out = plan.work / f"run-{arm}-seed{seed}"
-    options = TrainOptions(
-        student=plan.student, student_size=str(plan.student_size), fpn_width=plan.fpn_width, epochs=plan.epochs,
-        batch_size=plan.batch_size, seed=seed, device=plan.device,
-    )  # fmt: skip
+    options = plan.training(seed)
     train(plan.work / f"cache-{arm}", out, options)
     compute = resolve_compute(plan.device, "auto")
     losses = reference_losses(
@@ -154,7 +110,7 @@ def judged(plan: Plan, arm: str, seed: int, reference: Path) -> dict[str, Any]:
     }
 
 
-def trained_student(plan: Plan, out: Path, cache: Cache) -> Student:
+def trained_student(plan: Experiment, out: Path, cache: Cache) -> Student:
     """Return the student of a finished run, its regressor included."""
     shapes = {name: cache.shape(name) for name in cache.names}
     size = (plan.student_size, plan.student_size)
@@ -184,19 +140,12 @@ def reference_losses(student: Student, reference: Path, options: TrainOptions, c
     return held_out_losses(distillation, student, batches)
 
 
-def result_path(plan: Plan, name: str) -> Path:
+def result_path(plan: Experiment, name: str) -> Path:
     """Return where one run's result lies."""
     return RESULTS / plan.name / f"{name}.json"
 
 
-def shown(plan: Plan) -> str:
-    """Return the command that makes the results."""
-    values = {k: v for k, v in asdict(plan).items() if k not in ("train", "test", "teacher", "work")}
-    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in values.items())
-    return f"python benchmarks/student_vs_size.py --train TRAIN --test TEST --teacher TEACHER {flags}"
-
-
-def write_table(plan: Plan) -> None:
+def write_table(plan: Experiment) -> None:
     """Write the page of one experiment from the results that are there."""
     found = {p.stem: json.loads(p.read_text()) for p in sorted((RESULTS / plan.name).glob("*.json"))}
     runs = {name: record["result"] for name, record in found.items() if name.startswith("seed")}

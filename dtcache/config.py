@@ -1,4 +1,4 @@
-"""Options in a TOML file: flat, named as in dtcache/options.py."""
+"""Options in a TOML file: flat, named as in dtcache/options/."""
 
 import difflib
 import json

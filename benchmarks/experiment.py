@@ -1,0 +1,68 @@
+"""What the experiments on students share: their inputs, their student, and the flags and command that say so."""
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dtcache.options import TrainOptions
+
+INPUTS = ("train", "test", "teacher", "work")
+"""Paths, which no recorded command names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One experiment; its name keeps the results of different ones apart."""
+
+    train: Path
+    test: Path
+    teacher: str
+    timestep: int
+    work: Path
+    name: str
+    images: int
+    held_out: int
+    probe_images: int
+    student: str
+    student_size: int
+    fpn_width: int
+    epochs: int
+    batch_size: int
+    seeds: int
+    device: str
+
+    def shown(self, script: str) -> str:
+        """Return the command that makes the results."""
+        values = {name: value for name, value in asdict(self).items() if name not in INPUTS}
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+        return f"python benchmarks/{script} --train TRAIN --test TEST --teacher TEACHER {flags}"
+
+    def training(self, seed: int) -> TrainOptions:
+        """Return the options that all of its students share."""
+        return TrainOptions(
+            student=self.student, student_size=str(self.student_size), fpn_width=self.fpn_width, epochs=self.epochs,
+            batch_size=self.batch_size, seed=seed, device=self.device,
+        )  # fmt: skip
+
+
+def experiment_flags(about: str, *, work: Path, images: int, epochs: int) -> argparse.ArgumentParser:
+    """Return a parser of an experiment's flags, with defaults for a narrow student on two cores."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--train", type=Path, required=True, help="images to train on")
+    parser.add_argument("--test", type=Path, required=True, help="images that no arm trains on")
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--timestep", type=int, required=True)
+    parser.add_argument("--work", type=Path, default=work, help="caches and runs")
+    parser.add_argument("--name", default="cifar10-narrow", help="folder of the results")
+    parser.add_argument("--images", type=int, default=images)
+    parser.add_argument("--held-out", type=int, default=1000, help="test images of the reference")
+    parser.add_argument("--probe-images", type=int, default=10_000, help="training images of the linear probe")
+    parser.add_argument("--student", default="resnet10t")
+    parser.add_argument("--student-size", type=int, default=64)
+    parser.add_argument("--fpn-width", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--table", action="store_true", help="write the tables from the results that are there")
+    return parser

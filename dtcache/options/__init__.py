@@ -1,0 +1,27 @@
+"""The options of each command: frozen dataclasses that cli.py turns into flags and Python callers pass as they are."""
+
+from dtcache.options.cache import QUALITY_RATIOS, ExtractOptions, InspectOptions, VerifyOptions
+from dtcache.options.field import Options, option
+from dtcache.options.parse import parse_ints, parse_share, parse_size, parse_taps
+from dtcache.options.student import DemoOptions, EvaluateOptions, ExportOptions, TrainOptions
+from dtcache.options.teacher import ADM_PRESETS, ConvertOptions, TeachOptions
+
+__all__ = [
+    "ADM_PRESETS",
+    "QUALITY_RATIOS",
+    "ConvertOptions",
+    "DemoOptions",
+    "EvaluateOptions",
+    "ExportOptions",
+    "ExtractOptions",
+    "InspectOptions",
+    "Options",
+    "TeachOptions",
+    "TrainOptions",
+    "VerifyOptions",
+    "option",
+    "parse_ints",
+    "parse_share",
+    "parse_size",
+    "parse_taps",
+]

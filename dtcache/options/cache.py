@@ -1,0 +1,108 @@
+"""Options of what makes and checks a cache, and shows it: extract, verify, inspect."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option
+
+QUALITY_RATIOS = {"high": 10.0, "default": 50.0, "small": 100.0, "fp16": None}
+"""Times that the features' bytes, everything on disk but images, lie under fp16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractOptions(Options):
+    """Options of `dtcache extract`."""
+
+    teacher: str = option(
+        "", "Directory or Hugging Face id of a diffusers U-Net or DiT, of pixels or of latents.", metavar="DIR_OR_ID"
+    )
+    prompt: str | None = option(None, "Text for a teacher that reads one [default: the empty prompt].", metavar="TEXT")
+    condition: str | None = option(
+        None,
+        "Class that the teacher is told, if any: label (each image's own), null or a number [default: null if known].",
+        metavar="CLASS",
+    )
+    size: str | None = option(None, "View size [default: the one the teacher was trained at].", metavar="H[xW]")
+    fit: str = option("crop", "How an image meets the view.", choices=("crop", "stretch"))
+    taps: str | None = option(
+        None,
+        "Strides or names of the taps to cache, such as 4,8,16,32 or block10,block16 [default: strides 4..32, else the "
+        "four coarsest, or four blocks of a transformer].",
+        metavar="TAP,TAP,...",
+    )
+    timestep: tuple[int, ...] = option((150,), "Diffusion step T at which the image is noised; may be repeated.")
+    quality: str = option(
+        "default",
+        "Size of the features: 10 (high), 50 (default) or 100 (small) times under fp16; fp16 stores them as they are.",
+        choices=tuple(QUALITY_RATIOS),
+    )
+    bytes_per_image: float | None = option(
+        None, "Size of the features instead: bytes of an image's views, everything on disk but images.", minimum=1
+    )
+    encoding: str = option(
+        "ddpm", "ddpm: noise the image. ddim: invert it step by step, without noise.", choices=("ddpm", "ddim")
+    )
+    ddim_steps: int | None = option(None, "Steps of the inversion [default: 20].", minimum=1)
+    seed: int = option(0, "Seed of row order and noise.", minimum=0)
+    flip: bool = option(True, "Cache the mirrored view too.")
+    draws: int = option(1, "Noise draws of each flip, cached as views.", minimum=1)
+    average: bool = option(False, "Cache the mean of the draws as one view instead.")
+    images: str = option(
+        "view", "Store the view's pixels, or none: train --images then reads the source.", choices=("view", "none")
+    )
+    batch_size: int | None = option(
+        32, "Views a teacher pass, or auto: the fastest that fits; a constant of the recipe.", minimum=1, auto=True
+    )
+    compile: bool = option(
+        False, "Compile the tapped network (torch.compile): minutes once, then faster passes; in the recipe."
+    )
+    limit: int | None = option(None, "Cache the first N images of the permuted order.", minimum=1)
+    max_failures: str = option("1%", "Stop when more images than this fail; up to nine never stop it.", metavar="SHARE")
+    shard_rows: int | None = option(None, "Rows a shard [default: by payload size, 256 to 4096].", minimum=1)
+    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
+    precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
+    threads: int | None = option(
+        None,
+        "CPU threads of each process that computes on a CPU; a constant of the recipe "
+        "[default: all cores; their share with --workers, 1 with --scheduler].",
+        minimum=1,
+    )
+    workers: int | None = option(
+        None, "Compute in N local processes: one a GPU, or one a share of the cores.", minimum=1
+    )
+    scheduler: str | None = option(
+        None, "Compute on the workers of a Dask scheduler, such as tcp://host:8786.", metavar="ADDRESS"
+    )
+    dashboard: bool = option(False, "Serve Dask's dashboard of the local --workers.")
+    force: bool = option(False, "Start even where the disk seems too small.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyOptions(Options):
+    """Options of `dtcache verify`."""
+
+    sample: str = option("100%", "Check this share of the shards, whole, and all other files.", metavar="SHARE")
+    seed: int = option(0, "Seed of the choice that --sample makes.", minimum=0)
+    repair: bool = option(False, "Show what a repair would do; nothing is written without --yes.")
+    images: Path | None = option(None, "Repair: the images that the cache was extracted from.")
+    teacher: str | None = option(None, "Repair: the teacher that it was extracted with.", metavar="DIR_OR_ID")
+    yes: bool = option(False, "Repair: do it. Only bytes whose SHA-256 is the recorded one are written.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectOptions(Options):
+    """Options of `dtcache inspect`."""
+
+    stats: bool = option(False, "Read features too: statistics of every tap, with confidence intervals.")
+    samples: int = option(2000, "Samples that statistics are estimated from.", minimum=1)
+    exact: bool = option(False, "Take statistics of every sample instead.")
+    report: Path | None = option(None, "Write a self-contained HTML page; takes the statistics too.", metavar="FILE")
+    gallery: int = option(12, "Images that the page shows with their features.", minimum=1)
+    images: Path | None = option(None, "Source of the images, where the cache stores none.", metavar="IMAGES")
+    teacher: str | None = option(
+        None,
+        "The cache's teacher: runs it on some samples, to measure the codec afresh and to show originals.",
+        metavar="DIR_OR_ID",
+    )
+    cache: Path | None = option(None, "The cache that a run was trained on, for its page.", metavar="CACHE")
+    device: str = option("auto", f"{AUTO_DEVICE}; for the teacher and the student.", metavar="DEVICE")

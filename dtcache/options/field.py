@@ -1,0 +1,42 @@
+"""What an option is: a field of a frozen dataclass, with its help text, its choices and its bounds."""
+
+from dataclasses import field, fields
+from typing import Any
+
+from dtcache.errors import ConfigError
+
+AUTO_DEVICE = "auto, cpu, cuda or cuda:N"
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    metavar: str = "",
+    minimum: float | None = None,
+    auto: bool = False,
+) -> Any:
+    """Return a dataclass field that carries its help text, choices, metavar and least value.
+
+    With `auto` the word auto is one of its values, and None stands for it.
+    """
+    about = {"help": text, "choices": choices, "metavar": metavar, "minimum": minimum, "auto": auto}
+    return field(default=default, metadata=about)
+
+
+class Options:
+    """Checks the bounds of every option, for Python callers and the command line alike."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError naming the first option that is out of bounds."""
+        for f in fields(self):  # type: ignore[arg-type]
+            value, least, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
+            flag = f"--{f.name.replace('_', '-')}"
+            if choices and value is not None and value not in choices:
+                raise ConfigError(f"{flag} {value}: expected one of {', '.join(choices)}")
+            if least is not None and value is not None and not value >= least:
+                raise ConfigError(f"{flag} {value}: expected at least {least:g}")
