@@ -76,6 +76,7 @@ class Plan(Experiment):
     large: str
     rounds: int
     steps: int
+    compile: bool
 
     @property
     def results(self) -> Path:
@@ -103,6 +104,7 @@ def parse() -> tuple[Plan, bool]:
     parser.add_argument("--large", default="resnet50", help="the other student of the waiting")
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each arm of the speed")
     parser.add_argument("--steps", type=int, default=20, help="steps of a block")
+    parser.add_argument("--compile", action="store_true", help="compile the teacher, online and in extractions")
     asked = vars(parser.parse_args())
     table_only = asked.pop("table")
     return Plan(**asked), table_only
@@ -121,7 +123,9 @@ def subset(plan: Plan) -> Path:
 
 def extraction(plan: Plan, **chosen: Any) -> ExtractOptions:
     """Return the options that extractions share, and some of their own."""
-    common = ExtractOptions(teacher=plan.teacher, timestep=(plan.timestep,), batch_size=64, device=plan.device)
+    common = ExtractOptions(
+        teacher=plan.teacher, timestep=(plan.timestep,), batch_size=64, device=plan.device, compile=plan.compile
+    )
     return replace(common, **chosen)
 
 
@@ -132,7 +136,7 @@ def training(plan: Plan, seed: int, **chosen: Any) -> TrainOptions:
 
 def online(plan: Plan) -> dict[str, Any]:
     """Return what puts the teacher into the loop."""
-    return {"online": True, "teacher": plan.teacher, "timestep": plan.timestep}
+    return {"online": True, "teacher": plan.teacher, "timestep": plan.timestep, "compile": plan.compile}
 
 
 # --- speed and waiting

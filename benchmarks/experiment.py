@@ -34,7 +34,8 @@ class Experiment:
     def shown(self, script: str) -> str:
         """Return the command that makes the results."""
         values = {name: value for name, value in asdict(self).items() if name not in INPUTS}
-        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+        given = {name: "" if value is True else f" {value}" for name, value in values.items() if value is not False}
+        flags = " ".join(f"--{name.replace('_', '-')}{value}" for name, value in given.items())
         return f"python benchmarks/{script} --train TRAIN --test TEST --teacher TEACHER {flags}"
 
     def training(self, seed: int) -> TrainOptions:

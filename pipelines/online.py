@@ -157,4 +157,5 @@ def _teacher_options(options: TrainOptions, compute: Compute, processes: Process
         device=str(compute.device),
         # The features are regressed in fp32: the teacher gains nothing from fp16's narrow range.
         precision=compute.precision if compute.precision != "fp16" else "auto",
+        compile=options.compile,
     )
