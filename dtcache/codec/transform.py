@@ -147,6 +147,10 @@ class Decoder(nn.Module):
         with torch.autocast(values_BN.device.type, enabled=False):
             count = len(values_BN)
             dense = self.scale_N.new_zeros(count, self.components * self.height * self.width)
-            dense[:, self.live_N] = values_BN * self.scale_N
-            maps = self.rows_HH.T @ dense.view(count, self.components, self.height, self.width) @ self.columns_WW
-            return torch.einsum("bkhw,ck->bchw", maps, self.basis_CK) + self.mean_C[:, None, None]
+            dense.index_copy_(1, self.live_N, values_BN * self.scale_N)
+            # Channels last, as the student's maps are: the loss then reads both in one order.
+            maps = dense.view(count, self.components, self.height * self.width).mT @ self.basis_CK.T
+            maps = self.rows_HH.T @ maps.view(count, self.height, -1)
+            maps = self.columns_WW.T @ maps.view(count * self.height, self.width, -1)
+            maps = (maps + self.mean_C).view(count, self.height, self.width, -1)
+            return maps.permute(0, 3, 1, 2)
