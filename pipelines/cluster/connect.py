@@ -15,7 +15,7 @@ from dask.distributed import Client, Nanny, Scheduler, SpecCluster, Worker, Work
 from dtcache.errors import ClusterError
 from dtcache.storage import disk_errors
 
-CONNECT_SECONDS = 30
+CONNECT_SECONDS, CLOSE_SECONDS = 30, 60
 DASHBOARD_PORT = 8787
 DEATHS_AN_ATTEMPT = 2
 """Deaths of workers that have a shard at work or in line which Dask makes good before that attempt counts as failed."""
@@ -79,7 +79,8 @@ def local_cluster(environments: Sequence[Mapping[str, str]], *, dashboard: bool,
                 with Client(cluster, set_as_default=False) as client:
                     yield client
             finally:
-                cluster.close()
+                with contextlib.suppress(TimeoutError):  # what has not ended by then dies with this process
+                    cluster.close(timeout=CLOSE_SECONDS)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,8 @@ COLLECT_SECONDS = 5.0
 """How long the coordinator waits for one thing, such as a finished shard's description, before it looks at others."""
 WAIT_SECONDS = 20.0
 """How often the coordinator says that there is no worker."""
+ANSWER_SECONDS = 60.0
+"""How long a scheduler may take to answer a question before it counts as gone."""
 STALL_SECONDS = 20.0
 """Without a word for so long, and with every worker idle, Dask has lost what is in flight: it is submitted anew."""
 RESUME = "what is committed stays: run the same command again to resume"
@@ -137,6 +139,7 @@ class ClusterRun:
             shard = self._waiting.pop()
             state, failed = self._shards[shard], {failure.worker for failure in self._shards[shard].failed}
             others = [worker for worker in self._addresses() if worker not in failed] if failed else None
+            self._connected()
             state.future = self._client.submit(
                 run_task, self._task, self._assignment, shard, self._name,
                 key=f"{self._name}-{shard:06}-{state.tries}", pure=False,
@@ -147,14 +150,20 @@ class ClusterRun:
             state.future.add_done_callback(lambda future, shard=shard: self._events.put((shard, future)))
 
     def _require_work(self) -> None:
-        """Submit anew what is in flight where workers are there and none has anything to do.
+        """Submit anew what is in flight where workers are there and none computes anything.
 
         Seen once, after a worker died with finished results: the scheduler said that it would recompute them, and both
-        workers stayed idle.
+        workers stayed idle. The workers themselves are asked, for the scheduler may believe that they compute.
         """
         self._heard = time.monotonic()
-        if not self._workers() or any(self._asked(self._client.processing).values()):
+        if not self._workers():
             return
+        with contextlib.suppress(OSError, TimeoutError, RuntimeError):  # a worker goes away meanwhile: ask again later
+            if self._client.sync(self._connected().call_stack, callback_timeout=ANSWER_SECONDS) == {}:
+                self._submit_anew()
+
+    def _submit_anew(self) -> None:
+        """Put all that is in flight back in line."""
         logger.warning("every worker is idle with %d shards in flight: submitting them anew", len(self._flying))
         for shard in sorted(self._flying, reverse=True):
             state = self._shards[shard]
@@ -172,14 +181,19 @@ class ClusterRun:
 
     def _addresses(self) -> list[str]:
         """Return the workers that are connected. Raises ClusterError without a scheduler."""
-        return list(self._asked(self._client.nthreads))
-
-    def _asked(self, question: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what the scheduler answers. Raises ClusterError where there is none any more."""
+        scheduler = self._connected()
         try:
-            return question()
+            # The client's own method waits for ever where a scheduler takes a question and dies over it.
+            return list(self._client.sync(scheduler.ncores, callback_timeout=ANSWER_SECONDS))
         except (OSError, TimeoutError, RuntimeError) as error:
             raise self._lost(one_line(error)) from error
+
+    def _connected(self) -> Any:
+        """Return the scheduler to ask. Raises ClusterError where the connection is lost: all that flew is cancelled."""
+        scheduler = self._client.scheduler
+        if scheduler is None or self._client.status != "running":
+            raise self._lost("the connection to it is lost")
+        return scheduler
 
     def _next(self) -> tuple[int, int | Future | None]:
         """Return the next word, or None after a while; say now and then that there is no worker to give one."""
@@ -244,7 +258,9 @@ class ClusterRun:
         """Let go of everything in flight; a worker in the middle of a task ends it, and nobody takes the result."""
         with contextlib.suppress(Exception):  # the scheduler may be what has gone away
             self._client.unsubscribe_topic(self._name)
-            self._client.cancel([state.future for state in self._shards.values() if state.future is not None])
+            for state in self._shards.values():
+                if state.future is not None:
+                    state.future.release()
 
     def _lost(self, reason: str) -> ClusterError:
         return ClusterError(f"the Dask scheduler has gone away or given up the work ({reason}); {RESUME}")

@@ -107,7 +107,6 @@ def test_any_number_of_workers_makes_the_same_bytes(
     assert not [line for line in said.splitlines() if "distributed" in line or "Worker" in line], said
 
 
-@pytest.mark.skipif("CI" in os.environ, reason="once in some runs the coordinator waits for a dead worker for ever")
 def test_workers_killed_at_random_change_no_byte(
     one: dict[str, bytes | None], scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
