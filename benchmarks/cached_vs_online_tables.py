@@ -17,16 +17,29 @@ EPOCHS = 100
 STUDENTS = (1, 3, 10)
 
 
-def write_tables(results: Path) -> None:
-    """Write the page of one experiment beside its folder."""
-    records = {p.stem: json.loads(p.read_text()) for p in sorted(results.glob("*.json"))}
+MARK = "<!-- What follows is written by benchmarks/cached_vs_online.py. -->"
+"""What people wrote stands above it."""
+
+
+def write_tables(results: Path, page: Path) -> None:
+    """Write the tables of every experiment, a folder of results each, below what a page says by hand."""
+    folders = sorted(path for path in results.iterdir() if path.is_dir())
+    lines = [line for folder in folders for line in experiment_lines(folder)]
+    head = page.read_text().split(MARK)[0] if page.exists() else ""
+    page.write_text("\n".join([f"{head}{MARK}", "", *lines]))
+
+
+def experiment_lines(folder: Path) -> list[str]:
+    """Return one experiment's tables."""
+    records = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
     found = {name: record["result"] for name, record in records.items()}
     about = sorted({(r["machine"], r["commit"], r["command"]) for r in records.values()})
-    lines = [
-        f"# Cached against online: {results.name}",
+    return [
+        f"## {folder.name}",
         "",
         *speed_lines(found, {name: r["machine"] for name, r in records.items()}),
         *quality_lines(found),
+        *noise_lines(found),
         *whitening_lines(found),
         "Machine, commit and command:",
         "",
@@ -35,7 +48,6 @@ def write_tables(results: Path) -> None:
         "```",
         "",
     ]
-    results.with_suffix(".md").write_text("\n".join(lines))
 
 
 def verdict(low: float, high: float, goal: float) -> str:
@@ -49,7 +61,7 @@ def speed_lines(found: dict[str, Any], machines: dict[str, str]) -> list[str]:
     if not runs:
         return []
     lines = [
-        "## Speed and waiting",
+        "### Speed and waiting",
         "",
         "Seconds a step, medians over blocks; ratios are medians of paired blocks.",
         "",
@@ -122,28 +134,30 @@ def by_seed(found: dict[str, Any], part: str) -> dict[str, dict[str, Any]]:
 
 def compared(arms: dict[str, dict[str, Any]], arm: str, against: str, of: Callable[[Any, Any], float]) -> list[float]:
     """Return one difference a seed that both arms have."""
-    both = sorted(arms[arm].keys() & arms.get(against, {}).keys())
+    both = sorted(arms.get(arm, {}).keys() & arms.get(against, {}).keys())
     return [of(arms[arm][seed], arms[against][seed]) for seed in both]
 
 
 def quality_lines(found: dict[str, Any]) -> list[str]:
     """Return each arm beside the online one of its seed."""
-    arms = by_seed(found, "quality")
+    arms, scenes = by_seed(found, "quality"), by_seed(found, "scenes-quality")
     if "online" not in arms:
         return []
     lines = [
-        "## Quality",
+        "### Quality",
         "",
         "Against the mean of 16 fresh draws of unseen images; differences from online, paired by ",
     ]
     lines[-1] += "seed, with their 95 % interval. The gap is held-out over training loss."
-    lines += ["", "| arm | seeds | bytes an image | MSE | MSE | AT | gap | linear probe | points | goal |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+    headings = "arm | seeds | bytes an image | MSE | MSE | AT | gap | linear probe | points | mIoU | points | goal"
+    lines += ["", f"| {headings} |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|---|---|"]
     one = statistics.mean(r["bytes_per_image"] for r in arms["1-draw"].values()) if "1-draw" in arms else None
     for arm, seeds in arms.items():
         mse = compared(arms, arm, "online", lambda a, b: 100 * (a["mse"] / b["mse"] - 1))
         at = compared(arms, arm, "online", lambda a, b: 100 * (a["at"] / b["at"] - 1))
         probe = compared(arms, arm, "online", lambda a, b: a["linear_top1"] - b["linear_top1"])
+        miou = compared(scenes, arm, "online", lambda a, b: a["miou"] - b["miou"])
         size = statistics.mean(r.get("bytes_per_image", 0) for r in seeds.values())
         goal = "-"
         if arm != "online" and one and size <= 2.02 * one and mse:
@@ -151,25 +165,52 @@ def quality_lines(found: dict[str, Any]) -> list[str]:
         cells = [arm, str(len(seeds)), f"{size:.0f}" if size else "-", mean(seeds, "mse", 4)]
         cells += [interval(mse, "%"), interval(at, "%")] if mse and arm != "online" else ["-", "-"]
         cells += [f"{statistics.mean(r['own_held_out'] / r['train_loss'] for r in seeds.values()):.3f}"]
-        cells += [mean(seeds, "linear_top1", 2), interval(probe, "") if probe and arm != "online" else "-", goal]
+        cells += [mean(seeds, "linear_top1", 2), interval(probe, "") if probe and arm != "online" else "-"]
+        cells += [mean(scenes.get(arm, {}), "miou", 2), interval(miou, "") if miou and arm != "online" else "-", goal]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
+def noise_lines(found: dict[str, Any]) -> list[str]:
+    """Return what weighing the losses by noise changes against one draw without it, paired by seed."""
+    arms = {
+        part: by_seed(found, f"{part}noise") | {"plain": by_seed(found, f"{part}quality").get("1-draw", {})}
+        for part in ("", "scenes-")
+    }
+    if "weighted" not in arms[""]:
+        return []
+    lines = ["### Noise weighting", "", "One draw, with --noise-weighting against without, paired by seed.", ""]
+    lines += ["| seeds | MSE | AT | linear probe, points | mIoU, points |", "|---|---|---|---|---|"]
+    mse = compared(arms[""], "weighted", "plain", lambda a, b: 100 * (a["mse"] / b["mse"] - 1))
+    at = compared(arms[""], "weighted", "plain", lambda a, b: 100 * (a["at"] / b["at"] - 1))
+    probe = compared(arms[""], "weighted", "plain", lambda a, b: a["linear_top1"] - b["linear_top1"])
+    miou = compared(arms["scenes-"], "weighted", "plain", lambda a, b: a["miou"] - b["miou"])
+    cells = [interval(v, unit) if v else "-" for v, unit in ((mse, "%"), (at, "%"), (probe, ""), (miou, ""))]
+    return [*lines, f"| {len(mse)} | {' | '.join(cells)} |", ""]
+
+
 def whitening_lines(found: dict[str, Any]) -> list[str]:
-    """Return the 2x2 of whitening and losses; MSE is in the unit of each whitening, AT and probes are comparable."""
-    arms = by_seed(found, "whitening")
+    """Return the 2x2 of whitening and losses; MSE is in the unit of each whitening, AT and the probes compare."""
+    arms, scenes = by_seed(found, "whitening"), by_seed(found, "scenes-whitening")
     if not arms:
         return []
-    lines = ["## Whitening", "", "MSE is in the unit of each arm's own whitening; AT and the probes compare.", ""]
-    lines += ["| arm | seeds | MSE | AT | linear probe | k-NN |", "|---|---|---|---|---|---|"]
+    lines = ["### Whitening", "", "MSE is in the unit of each arm's own whitening; the other columns compare. "]
+    lines[-1] += "In brackets what the attention loss adds to its whitening, paired by seed, with its 95 % interval."
+    lines += ["", "| arm | seeds | MSE | AT | linear probe | k-NN | mIoU |", "|---|---|---|---|---|---|---|"]
     for arm, seeds in arms.items():
-        cells = [arm, str(len(seeds))] + [mean(seeds, k, 4) for k in ("mse", "at")]
-        lines.append(f"| {' | '.join(cells + [mean(seeds, k, 2) for k in ('linear_top1', 'knn_top1')])} |")
+        plain = arm.removesuffix("-AT")
+        cells = [arm, str(len(seeds))]
+        for results, key, digits in (
+            (arms, "mse", 4), (arms, "at", 4), (arms, "linear_top1", 2), (arms, "knn_top1", 2), (scenes, "miou", 2),
+        ):  # fmt: skip
+            added = compared(results, arm, plain, lambda a, b, key=key: a[key] - b[key])
+            how = f" ({interval(added, '', digits)})" if plain != arm and added else ""
+            cells.append(mean(results.get(arm, {}), key, digits) + how)
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def mean(seeds: dict[str, Any], key: str, digits: int) -> str:
     """Return an arm's mean over seeds."""
     values: Sequence[float] = [result[key] for result in seeds.values()]
-    return f"{statistics.mean(values):.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f}" if values else "-"

@@ -15,7 +15,8 @@ def bounds(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def interval(values: Sequence[float], unit: str) -> str:
+def interval(values: Sequence[float], unit: str, digits: int = 2) -> str:
     """Return a mean with its interval, as text."""
-    mean, low, high = bounds(values)
-    return f"{mean:+.2f}{unit} [{low:+.2f}, {high:+.2f}]"
+    mean, *ends = bounds(values)
+    low, high = (f"{end:+.{digits}f}" for end in ends)
+    return f"{mean:+.{digits}f}{unit} [{low}, {high}]"

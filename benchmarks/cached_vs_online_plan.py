@@ -1,0 +1,84 @@
+"""What cached_vs_online.py compares: the plan of one experiment, and the options that its parts share."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiment import Experiment, experiment_flags
+from records import ROOT
+
+from dtcache.images import open_source, permuted
+from dtcache.options import ExtractOptions, TrainOptions
+from dtcache.student import Student, build_student
+
+RESULTS = ROOT / "docs" / "results" / "cached_vs_online"
+PAGE = ROOT / "docs" / "results" / "students.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Experiment):
+    """The experiment, and what its speed is measured with."""
+
+    parts: str
+    large: str
+    rounds: int
+    steps: int
+    scenes: int
+    compile: bool
+
+    @property
+    def results(self) -> Path:
+        return RESULTS / self.name
+
+    @property
+    def command(self) -> str:
+        return self.shown("cached_vs_online.py")
+
+
+def parse(about: str) -> tuple[Plan, bool]:
+    """Return the plan and whether only the tables are asked for."""
+    parser = experiment_flags(about, work=ROOT / "runs" / "cached_vs_online", images=2000, epochs=60)
+    parser.add_argument("--parts", default="speed,quality,noise,whitening")
+    parser.add_argument("--large", default="resnet50", help="the other student of the waiting")
+    parser.add_argument("--rounds", type=int, default=5, help="blocks of each arm of the speed")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a block")
+    parser.add_argument("--scenes", type=int, default=300, help="images of each side of the segmentation")
+    parser.add_argument("--compile", action="store_true", help="compile the teacher, online and in extractions")
+    asked = vars(parser.parse_args())
+    table_only = asked.pop("table")
+    return Plan(**asked), table_only
+
+
+def subset(plan: Plan) -> Path:
+    """Write the training images as files of their own, so that every seed, online or cached, has the same ones."""
+    source, out = open_source(plan.train), plan.work / f"images-{plan.images}"
+    out.mkdir(parents=True, exist_ok=True)
+    for index in permuted(len(source.keys), seed=0, stream="subset")[: plan.images].tolist():
+        path = out / f"{index:08d}.png"
+        if not path.exists():
+            path.write_bytes(source.read(index))
+    return out
+
+
+def extraction(plan: Plan, **chosen: Any) -> ExtractOptions:
+    """Return the options that extractions share, and some of their own."""
+    common = ExtractOptions(
+        teacher=plan.teacher, timestep=(plan.timestep,), batch_size=64, device=plan.device, compile=plan.compile
+    )
+    return replace(common, **chosen)
+
+
+def training(plan: Plan, seed: int, **chosen: Any) -> TrainOptions:
+    """Return the options that trainings share, and some of their own."""
+    return replace(plan.training(seed), **chosen)
+
+
+def online(plan: Plan) -> dict[str, Any]:
+    """Return what puts the teacher into the loop."""
+    return {"online": True, "teacher": plan.teacher, "timestep": plan.timestep, "compile": plan.compile}
+
+
+def new_student(plan: Plan, name: str, shapes: dict[str, tuple[int, int, int]], like: Any) -> Student:
+    """Return an untrained student of a plan."""
+    size = (plan.student_size, plan.student_size)
+    return build_student(name, shapes, like.view, size=size, width=plan.fpn_width, init=None, seed=0)

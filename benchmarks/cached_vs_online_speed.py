@@ -1,0 +1,158 @@
+"""The speed of cached_vs_online.py: seconds a step from the cache, online and from memory, and what they wait for."""
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cached_vs_online_plan import Plan, extraction, new_student, online, training
+from records import once
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dtcache.cache import TrainBatch
+from dtcache.device import Compute, resolve_compute
+from dtcache.objective import make_objective
+from dtcache.options import TrainOptions
+from dtcache.spec import ViewSpec
+from dtcache.student import Views, build_student
+from dtcache.teacher.build import build_unet
+from dtcache.teacher.denoiser import choose_taps
+from dtcache.teacher.unet import UNetDenoiser
+from pipelines.distill import Distillation, train_step
+from pipelines.extract import extract
+from pipelines.learner import Learner
+from pipelines.online import OnlineSource
+from pipelines.processes import Processes
+from pipelines.run import Clock
+from pipelines.sources import BatchSource, CachedSource
+from pipelines.teacher import count_flops
+
+ADM_CHANNELS = (256, 256, 512, 512, 1024, 1024)
+WARM = 6
+"""Steps before a block is timed: the loader is as far ahead then as when the block ends."""
+
+
+def speed(plan: Plan, images: Path) -> None:
+    """Time one extraction, and the blocks of the small and the large student."""
+    cache = plan.work / "cache-speed"
+    seconds = once(plan.results / "extract.json", plan.command, lambda: timed_extraction(plan, images, cache))
+    assert seconds["images"] == plan.images, "the cache of another plan lies in --work"
+    once(plan.results / "projection.json", plan.command, projection)
+    for name in (plan.student, plan.large):
+        once(plan.results / f"speed-{name}.json", plan.command, lambda n=name: blocks(plan, images, cache, n))
+
+
+def timed_extraction(plan: Plan, images: Path, cache: Path) -> dict[str, Any]:
+    """Extract and return the seconds of it, loading the teacher, fit and all."""
+    began = time.monotonic()
+    extract(images, cache, extraction(plan))
+    return {"seconds": time.monotonic() - began, "images": plan.images}
+
+
+def projection() -> dict[str, int]:
+    """Return the operations of a view: ADM's shape at 256 px up to stride 4, and a ResNet-50's training step on it."""
+    with torch.device("meta"):
+        denoiser = UNetDenoiser(build_unet(256, 256, ADM_CHANNELS, layers=2, attention=3))
+    taps = choose_taps(denoiser.find_taps(256, 256), ("stride4", "stride8", "stride16", "stride32"))
+    shapes = {tap.name: (tap.channels, tap.height, tap.width) for tap in taps}
+    view = ViewSpec(height=256, width=256)
+    student = build_student("resnet50", shapes, view, size=(256, 256), width=256, init=None, seed=0).eval()
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        student(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))
+    teacher = count_flops(denoiser.tapped(taps), (3, 256, 256), None)
+    return {"teacher": teacher, "student": 3 * int(counter.get_total_flops())}
+
+
+class MemorySource:
+    """Random batches that lie decoded on the device: what a student could do if nothing had to be fetched."""
+
+    def __init__(self, like: BatchSource, batch_size: int, device: torch.device) -> None:
+        shapes = {name: like.shape(name) for name in like.names}
+        self.decoder = nn.Identity()
+        self._batch = TrainBatch(
+            rows=np.arange(batch_size),
+            images_BCHW=torch.randint(0, 256, (batch_size, 3, like.view.height, like.view.width), dtype=torch.uint8),
+            coefficients={name: torch.randn(batch_size, *shape) for name, shape in shapes.items()},
+            scalars={name: torch.tensor([[1.0, 0.0]]).repeat(batch_size, 1) for name in shapes},
+        ).changed(lambda x: x.to(device))
+
+    def epoch(self, epoch: int, start: int) -> Iterator[TrainBatch]:
+        while True:
+            yield self._batch
+
+    def ready(self, batch: TrainBatch) -> TrainBatch:
+        return batch
+
+
+def blocks(plan: Plan, images: Path, cache: Path, name: str) -> dict[str, Any]:
+    """Return seconds a step of every block by arm, and the share of the cached arm's time that went to waiting."""
+    compute, alone = resolve_compute(plan.device, "auto"), Processes()
+    options = training(plan, 0, student=name)
+    cached = CachedSource(cache, options, compute, alone)
+    taught = OnlineSource(images, replace(options, **online(plan)), compute, alone)
+    arms = {"limit": MemorySource(cached, plan.batch_size, compute.device), "cached": cached, "online": taught}
+    student = new_student(plan, name, {n: cached.shape(n) for n in cached.names}, cached)
+    learner = Learner(student, options, 1e-4, compute, alone)
+    objective = make_objective(options, cached.fit, cached.recipe["codec"], cached.names).to(compute.device)
+    found: dict[str, list[float]] = {arm: [] for arm in (*arms, "teacher", "waiting")}
+    for _ in range(plan.rounds):
+        for arm, source in arms.items():
+            distillation = Distillation(
+                decoder=source.decoder,
+                objective=objective,
+                views=Views(crop=None, jitter=0.0, seed=0),
+                input_size=student.input_size,
+                whitening=options.whitening,
+                compute=compute,
+            )
+            seconds, share = block(plan, learner, distillation, source, options)
+            found[arm].append(seconds)
+            if arm == "cached":
+                found["waiting"].append(share)
+        found["teacher"].append(teacher_block(plan, taught, compute))
+    return {**found, "steps_per_epoch": cached.num_batches}
+
+
+def forever(source: Any) -> Iterator[Any]:
+    """Yield batches, epoch after epoch."""
+    for epoch in count():
+        yield from source.epoch(epoch, 0)
+
+
+def block(
+    plan: Plan, learner: Learner, distillation: Distillation, source: Any, options: TrainOptions
+) -> tuple[float, float]:  # fmt: skip
+    """Return seconds a step and the share of waiting, over one block in steady state."""
+    with closing(forever(source)) as batches:
+        for batch in islice(batches, WARM):
+            train_step(learner, distillation, source, [batch], 0, 1e-4, options, Processes())
+        clock = Clock()
+        for batch in clock.waiting(islice(batches, plan.steps)):
+            train_step(learner, distillation, source, [batch], 0, 1e-4, options, Processes())
+        settle(distillation.compute)
+        return clock.seconds / plan.steps, clock.share
+
+
+def teacher_block(plan: Plan, source: OnlineSource, compute: Compute) -> float:
+    """Return seconds a batch of the teacher's passes alone, its inputs being there."""
+    with closing(forever(source)) as batches:
+        batch = next(batches)
+    source.ready(batch)
+    settle(compute)
+    began = time.monotonic()
+    for _ in range(plan.steps):
+        source.ready(batch)
+    settle(compute)
+    return (time.monotonic() - began) / plan.steps
+
+
+def settle(compute: Compute) -> None:
+    """Wait for the device."""
+    if compute.device.type == "cuda":
+        torch.cuda.synchronize(compute.device)
