@@ -350,7 +350,7 @@ def test_features_that_are_not_finite_are_left_out(shelf: Path, capsys: pytest.C
     plain = extractor.maps._raw_draws
 
     def overflowing(batch, samples, flips):  # type: ignore[no-untyped-def]
-        draws = plain(batch, samples, flips)
+        draws = [{name: raw.clone() for name, raw in draw.items()} for draw in plain(batch, samples, flips)]
         draws[0]["t50/stride4"][0, 0, 0, 0] = torch.inf
         return draws
 
