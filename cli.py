@@ -103,7 +103,8 @@ def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
     if typing.get_origin(hint) is tuple:
         return click.option(f"--{name}", type=typing.get_args(hint)[0], multiple=True, **shape)
     if hint is bool:
-        return click.option(f"--{name}/--no-{name}" if f.default else f"--{name}", is_flag=True, **shape)
+        off = f.metadata["off"] or (f"no-{name}" if f.default else "")
+        return click.option(f"--{name}/--{off}" if off else f"--{name}", is_flag=True, **shape)
     if f.default == "":
         # click 8.3 takes an explicit default of None for a value and then misses nothing.
         del shape["default"]
@@ -348,13 +349,14 @@ def export(source: Path, out: Path, options: ExportOptions) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of a table.")
 @options_of(EvaluateOptions)
 def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
-    """Probe the features of MODEL with k-NN and a linear classifier on labelled images.
+    """Judge the features of MODEL by k-NN and a linear classifier on labelled images, or by segmentation.
 
-    MODEL is a backbone folder, a timm name (random weights), a cache (every tap) or the word pixels.
+    MODEL is a backbone folder, a timm name (random weights), a cache (every tap) or, to classify, the word pixels.
 
     \b
     Example:
       dtcache evaluate runs/resnet50/backbone --train labelled/train --test labelled/test --json
+      dtcache evaluate runs/resnet50/backbone --task segmentation --train images/ --train-masks masks/
     """
     from pipelines.evaluate import evaluate as run
     from pipelines.evaluate import results_json, results_table

@@ -1,4 +1,4 @@
-"""Judging frozen features by probes on labelled images: of a backbone, of a cache's taps, of raw pixels."""
+"""Judging features by a task: by probes on labelled images here, by segmentation in segment.py."""
 
 import sys
 from collections import defaultdict
@@ -11,13 +11,15 @@ import torch
 from rich.table import Table
 
 from dtcache.device import resolve_compute
-from dtcache.errors import ConfigError, ImagesError
-from dtcache.images import ImageSource, open_source, permuted
+from dtcache.errors import ImagesError
+from dtcache.images import ImageSource, open_source
 from dtcache.options import EvaluateOptions
 from dtcache.spec import Json, Sample
-from pipelines.pooled import ALL_TAPS, Extractor, LabelledImages, load_batches, open_model
+from pipelines.evaluated import EvaluatedImages, load_batches, split_images
+from pipelines.pooled import ALL_TAPS, BATCH_SIZE, Extractor, open_model
 from pipelines.probe import Features, Labels, knn_predict, linear_predict
 from pipelines.progress import track
+from pipelines.segment import SegmentationResult, segment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,20 +46,27 @@ class ProbeResult:
         }  # fmt: skip
 
 
-def evaluate(model: str, options: EvaluateOptions) -> list[ProbeResult]:
+def evaluate(model: str, options: EvaluateOptions) -> list[ProbeResult] | SegmentationResult:
+    """Judge a backbone folder, a timm name (random weights), a cache or `pixels` by the task that options name.
+
+    Raises ConfigError for options of the other task, and what `classify` and `segment` raise.
+    """
+    return segment(model, options) if options.task == "segmentation" else classify(model, options)
+
+
+def classify(model: str, options: EvaluateOptions) -> list[ProbeResult]:
     """Probe the pooled features of a backbone folder, a timm name (random weights), a cache or `pixels`.
 
     Every row of the result saw the same images, a pure function of keys, options and seed. Raises ConfigError for a
     model that is none of these, ImagesError for images without labels, and what the model's parts raise.
     """
-    compute = resolve_compute(options.device, options.precision)
-    if options.batch_size < 1:
-        raise ConfigError(f"--batch-size {options.batch_size}: expected at least 1")
-    train, test = split_images(options)
+    options.require_task("classification")
+    compute, batch_size = resolve_compute(options.device, options.precision), options.batch_size or BATCH_SIZE
+    train, test = split_labelled(options)
     extractor = open_model(model, options, compute)
     extractor.prepare(train, test)
-    train_features, train_labels = pooled_features(extractor, train, options.batch_size)
-    test_features, test_labels = pooled_features(extractor, test, options.batch_size)
+    train_features, train_labels = pooled_features(extractor, train, batch_size)
+    test_features, test_labels = pooled_features(extractor, test, batch_size)
     results = []
     with track("probe", len(train_features)) as progress:
         for name, train_ND in train_features.items():
@@ -79,35 +88,19 @@ def evaluate(model: str, options: EvaluateOptions) -> list[ProbeResult]:
     return results
 
 
-def split_images(options: EvaluateOptions) -> tuple[LabelledImages, LabelledImages]:
-    """Return the training and the test images. Without --test, the last fifth of the permuted training images is it.
+def split_labelled(options: EvaluateOptions) -> tuple[EvaluatedImages, EvaluatedImages]:
+    """Return the training and the test images of a classification, as many as the limits allow.
 
-    Raises ImagesError where labels are missing or the class names differ, ConfigError for limits under 1.
+    Raises ImagesError where labels are missing or the class names differ.
     """
-    if not options.train or not str(options.train):
-        raise ConfigError("--train: expected labelled training images (a folder tree of classes, or Parquet)")
-    for flag, limit in (("--limit-train", options.limit_train), ("--limit-test", options.limit_test)):
-        if limit is not None and limit < 1:
-            raise ConfigError(f"{flag} {limit}: expected at least 1")
-    train = _open_labelled(options.train)
-    order = permuted(len(train.keys), seed=options.seed, stream="evaluate-train").tolist()
-    if options.test is not None:
-        test = _open_labelled(options.test)
-        if train.classes and test.classes and train.classes != test.classes:
-            odd = sorted(set(train.classes) ^ set(test.classes))
-            raise ImagesError(
-                f"{options.test}: expected the classes of {options.train}, got others: {', '.join(odd[:5])} are in one "
-                "of them only; labels are places in the sorted class names, so both must have the same"
-            )
-        test_order = permuted(len(test.keys), seed=options.seed, stream="evaluate-test").tolist()
-    else:
-        held = len(order) // 5
-        test, test_order, order = train, order[len(order) - held :], order[: len(order) - held]
-        print(f"no --test: {held} of {len(train.keys)} training images are held out as test images", file=sys.stderr)
-    return (
-        LabelledImages(title="training images", source=train, indices=order[: options.limit_train]),
-        LabelledImages(title="test images", source=test, indices=test_order[: options.limit_test]),
-    )
+    train, test = split_images(options, _open_labelled)
+    if train.source.classes and test.source.classes and train.source.classes != test.source.classes:
+        odd = sorted(set(train.source.classes) ^ set(test.source.classes))
+        raise ImagesError(
+            f"{options.test}: expected the classes of {options.train}, got others: {', '.join(odd[:5])} are in one "
+            "of them only; labels are places in the sorted class names, so both must have the same"
+        )
+    return train.chosen(train.indices[: options.limit_train]), test.chosen(test.indices[: options.limit_test])
 
 
 def _open_labelled(path: Path) -> ImageSource:
@@ -121,7 +114,7 @@ def _open_labelled(path: Path) -> ImageSource:
 
 
 def pooled_features(
-    extractor: Extractor, images: LabelledImages, batch_size: int
+    extractor: Extractor, images: EvaluatedImages, batch_size: int
 ) -> tuple[dict[str, Features], Labels]:
     """Return features (N, D) by name and labels (N,), leaving out, with a warning, images that cannot be used."""
     found: dict[str, list[Features]] = defaultdict(list)
@@ -151,14 +144,20 @@ def pooled_features(
     return {name: np.concatenate(parts) for name, parts in found.items()}, np.concatenate(labels)
 
 
-def results_json(model: str, results: Sequence[ProbeResult]) -> Json:
-    """Return all rows, and the best single one by the linear probe also at the top level, as JSON values."""
+def results_json(model: str, results: Sequence[ProbeResult] | SegmentationResult) -> Json:
+    """Return what came of an evaluation as JSON values; of several rows also the best single one by the linear probe,
+    at the top level.
+    """
+    if isinstance(results, SegmentationResult):
+        return {"model": model, **results.to_json()}
     best = _best(results).to_json()
     return {"model": model, "best": best.pop("name"), **best, "rows": [result.to_json() for result in results]}
 
 
-def results_table(model: str, results: Sequence[ProbeResult]) -> Table:
+def results_table(model: str, results: Sequence[ProbeResult] | SegmentationResult) -> Table:
     """Return a table for people; the best single row is bold."""
+    if isinstance(results, SegmentationResult):
+        return results.to_table(model)
     first = results[0]
     table = Table(title=f"{model}: {first.num_train} training, {first.num_test} test images")
     for heading in ("features", "dims", "k-NN top-1 %", "linear top-1 %", "C"):

@@ -58,11 +58,12 @@ def test_imports_go_only_downwards(path: Path) -> None:
         ("timm", "dtcache/student"),
         ("click", "cli.py"),
         ("dask.distributed", "pipelines/cluster/"),
+        ("segmentation_models_pytorch", "pipelines/heads.py"),
     ],
 )
 def test_a_library_is_imported_in_one_place_only(library: str, homes: str) -> None:
     """Only teacher imports diffusers and transformers, only student timm, only the command line click, only cluster
-    Dask's scheduler.
+    Dask's scheduler, only heads segmentation-models-pytorch.
     """
     users = {
         p.relative_to(ROOT).as_posix() for p in SOURCES if any(f"{m}.".startswith(f"{library}.") for m in imports_of(p))

@@ -2,6 +2,7 @@
 
 from dtcache.images.folder import FolderSource
 from dtcache.images.linked import LinkedImages
+from dtcache.images.masks import MaskFolder, open_masks
 from dtcache.images.parquet import ParquetSource
 from dtcache.images.source import ImageSource, open_source, permuted
 from dtcache.images.tars import TarSource
@@ -12,10 +13,12 @@ __all__ = [
     "ImageSource",
     "LinkedImages",
     "LoadedView",
+    "MaskFolder",
     "ParquetSource",
     "TarSource",
     "decode_view",
     "load_views",
+    "open_masks",
     "open_source",
     "permuted",
 ]

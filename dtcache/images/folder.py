@@ -65,15 +65,20 @@ class FolderSource:
 
     def read(self, index: int) -> bytes:
         """Return the bytes of one file. Raises OSError."""
-        with open(self.root / self.keys[index], "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE_BYTES:
-                raise OSError(f"{size} bytes, over the limit of {MAX_FILE_BYTES}")
-            return file.read()
+        return read_bounded(self.root / self.keys[index])
 
     def fetches(self, indices: Iterable[int]) -> Iterator[tuple[int, Callable[[], bytes]]]:
         """Yield each index with a function that reads its image."""
         return ((index, partial(self.read, index)) for index in indices)
+
+
+def read_bounded(path: Path) -> bytes:
+    """Return the bytes of one encoded image. Raises OSError, for one over the limit of bytes too."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE_BYTES:
+            raise OSError(f"{size} bytes, over the limit of {MAX_FILE_BYTES}")
+        return file.read()
 
 
 def list_images(root: Path) -> Iterator[str]:

@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dtcache.config import config_text
 from dtcache.errors import ConfigError
+from dtcache.images.masks import CLASSES_FILE
 
 _Floats = NDArray[np.floating]
 _VERSION = 1  # of the generator: raise it with every change of a pixel, so that old folders are not taken for new
@@ -116,10 +118,10 @@ def write_scenes(
 ) -> None:  # fmt: skip
     """Write scenes start .. start + count - 1 as images/<class>/<index>.png, masks/<class>/<index>.png and boxes.json.
 
-    boxes.json maps each index to its "label", "boxes" [n][4] and "labels" [n]. Finished scenes are skipped, so a run
-    cut short can be repeated and a set can grow; one process at a time may write to a root. on_progress gets
-    1 for each scene finished. Raises ConfigError when size is under 16, count or start is negative, or root holds
-    scenes of another seed or size; OSError when the disk refuses.
+    boxes.json maps each index to its "label", "boxes" [n][4] and "labels" [n]; masks/classes.toml names the masks'
+    values. Finished scenes are skipped, so a run cut short can be repeated and a set can grow; one process at a time
+    may write to a root. on_progress gets 1 for each scene finished. Raises ConfigError when size is under 16, count or
+    start is negative, or root holds scenes of another seed or size; OSError when the disk refuses.
     """
     _check_size(size)
     if count < 0 or start < 0:
@@ -130,6 +132,8 @@ def write_scenes(
     if recipe_path.exists() and (found := json.loads(recipe_path.read_text())) != recipe:
         raise ConfigError(f"{root} holds other scenes: expected {recipe}, got {found}; choose another directory")
     _write(recipe_path, json.dumps(recipe).encode())
+    if masks:
+        _write(root / "masks" / CLASSES_FILE, config_text({"names": ("background", *CLASSES)}).encode())
     entries = json.loads(boxes_path.read_text()) if boxes_path.exists() else {}
     for index in range(start, start + count):
         entry = entries.get(str(index))

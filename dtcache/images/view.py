@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from dtcache.errors import BadImageError
 from dtcache.images.source import ImageSource
@@ -65,7 +65,7 @@ def decode_view(data: bytes, view: ViewSpec, *, stored: bool = False) -> tuple[N
         raise BadImageError(reason or type(error).__name__) from error
     unchanged = opaque is upright and image.size == (view.width, view.height)
     if image.size != (view.width, view.height):
-        image = _resize(image, view)
+        image = resize_to_view(image, view, Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)), unchanged
 
 
@@ -109,12 +109,19 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resize(image: Image.Image, view: ViewSpec) -> Image.Image:
-    """Resize with Pillow's antialiased bicubic filter; crop the centre where the view asks for it."""
+def resize_to_view(image: Image.Image, view: ViewSpec, resampling: Image.Resampling) -> Image.Image:
+    """Resize an upright image to the view, by an antialiased filter or NEAREST; crop its centre where the view does."""
     size = (view.width, view.height)
     if view.fit == "stretch":
-        return image.resize(size, Image.Resampling.BICUBIC)
-    return ImageOps.fit(image, size, Image.Resampling.BICUBIC, centering=(0.5, 0.5))
+        return image.resize(size, resampling)
+    return ImageOps.fit(image, size, resampling, centering=(0.5, 0.5))
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Return (height, width) of an encoded image that `decode_view` decodes, upright, from its header alone."""
+    with Image.open(io.BytesIO(data), formats=_formats()) as opened:
+        lies = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (opened.width, opened.height) if lies else (opened.height, opened.width)
 
 
 def load_views(source: ImageSource, indices: Iterable[int], view: ViewSpec, *, threads: int) -> Iterator[LoadedView]:

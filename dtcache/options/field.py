@@ -17,12 +17,13 @@ def option(
     metavar: str = "",
     minimum: float | None = None,
     auto: bool = False,
+    off: str = "",
 ) -> Any:
     """Return a dataclass field that carries its help text, choices, metavar and least value.
 
-    With `auto` the word auto is one of its values, and None stands for it.
+    With `auto` the word auto is one of its values, and None stands for it. `off` names the flag that turns it off.
     """
-    about = {"help": text, "choices": choices, "metavar": metavar, "minimum": minimum, "auto": auto}
+    about = {"help": text, "choices": choices, "metavar": metavar, "minimum": minimum, "auto": auto, "off": off}
     return field(default=default, metadata=about)
 
 

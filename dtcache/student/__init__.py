@@ -10,7 +10,7 @@ from dtcache.student.backbone import (
 from dtcache.student.folder import load_backbone, make_backbone, save_backbone
 from dtcache.student.optimizer import make_optimizer
 from dtcache.student.regressor import FeatureRegressor
-from dtcache.student.student import Student, build_student
+from dtcache.student.student import Student, build_student, probe_maps
 from dtcache.student.views import Views
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "load_backbone",
     "make_backbone",
     "make_optimizer",
+    "probe_maps",
     "recalibrate_batch_norm",
     "save_backbone",
     "student_input",

@@ -63,7 +63,7 @@ def build_student(
         raise ConfigError(f"--init {init}: expected with a timm name; load a module's weights before it is passed")
     else:
         backbone = MapsModule(student, mean=mean, std=std)
-    shapes = _probe(backbone, size)
+    shapes = probe_maps(backbone, size)
     torch.manual_seed(seed)
     pyramid = None
     if len(shapes) == 1:
@@ -80,8 +80,11 @@ def default_size(targets: Mapping[str, tuple[int, int, int]], view: ViewSpec) ->
 
 
 @torch.no_grad()
-def _probe(backbone: MapsModule, size: tuple[int, int]) -> list[tuple[int, int, int]]:
-    """Return the maps' shapes (C, H, W) at an input size, and leave the backbone in evaluation mode."""
+def probe_maps(backbone: MapsModule, size: tuple[int, int], flag: str = "--student-size") -> list[tuple[int, int, int]]:
+    """Return the maps' shapes (C, H, W) at an input size, and leave the backbone in evaluation mode.
+
+    Raises ConfigError, naming the flag, where the network does not take that size.
+    """
     backbone.eval()
     like = next(backbone.parameters(), torch.zeros(()))
     try:
@@ -91,6 +94,6 @@ def _probe(backbone: MapsModule, size: tuple[int, int]) -> list[tuple[int, int, 
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"the student does not take images of {size[0]}x{size[1]} pixels ({reason}); give another --student-size"
+            f"the student does not take images of {size[0]}x{size[1]} pixels ({reason}); give another {flag}"
         ) from error
     return [(x.shape[1], x.shape[2], x.shape[3]) for x in maps]

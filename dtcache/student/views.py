@@ -54,6 +54,11 @@ class Views:
             )
         return images_BCHW
 
+    def masks(self, masks_BHW: Tensor, step: int, rows: NDArray[np.int64]) -> Tensor:
+        """Return masks of their own size, cropped with the boxes of the images, by nearest pixels."""
+        boxes_B4 = self.boxes(step, rows)
+        return masks_BHW if boxes_B4 is None else crop_masks(masks_BHW, boxes_B4.to(masks_BHW.device))
+
     def features(self, maps: dict[str, Tensor], step: int, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         """Return feature maps by array on their own grids, cropped with the boxes of the images."""
         boxes_B4 = self.boxes(step, rows)
@@ -111,3 +116,17 @@ def crop_images(images_BCHW: Tensor, boxes_B4: Tensor, size: tuple[int, int]) ->
     """Return each image's box resized to `size` (H, W), fp32 in the images' range; averaged where a side shrinks."""
     shrink = max(images_BCHW.shape[2] / size[0], images_BCHW.shape[3] / size[1])
     return crop_maps(images_BCHW, boxes_B4, size, samples=max(1, math.ceil(shrink)))
+
+
+def crop_masks(masks_BHW: Tensor, boxes_B4: Tensor) -> Tensor:
+    """Return each mask's box on the mask's own grid: the values under the centres of its cells."""
+    height, width = masks_BHW.shape[1:]
+
+    def places(low_B: Tensor, high_B: Tensor, count: int) -> Tensor:
+        centres_N = (torch.arange(count, device=masks_BHW.device) + 0.5) / count
+        return ((low_B[:, None] + centres_N * (high_B - low_B)[:, None]) * count).long().clamp(0, count - 1)
+
+    left_B, top_B, right_B, bottom_B = boxes_B4.unbind(1)
+    rows_BH, columns_BW = places(top_B, bottom_B, height), places(left_B, right_B, width)
+    numbers_B11 = torch.arange(len(masks_BHW), device=masks_BHW.device)[:, None, None]
+    return masks_BHW[numbers_B11, rows_BH[:, :, None], columns_BW[:, None, :]]

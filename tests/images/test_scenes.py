@@ -157,7 +157,7 @@ def test_written_files_hold_the_scenes(tmp_path: Path) -> None:
     """Images, masks and boxes on disk are those of scene(), under the class's folder, and nothing else is there."""
     write_scenes(tmp_path, seed=2, size=32, count=6, start=10)
     entries = json.loads((tmp_path / "boxes.json").read_text())
-    expected = {"boxes.json", "scenes.json"}
+    expected = {"boxes.json", "scenes.json", "masks/classes.toml"}
     for index in range(10, 16):
         item = scene(2, index, 32)
         name = f"{CLASSES[item.label]}/{index:06d}.png"

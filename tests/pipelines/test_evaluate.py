@@ -26,9 +26,10 @@ from dtcache.options import EvaluateOptions, ExtractOptions
 from dtcache.spec import Sample, ViewSpec
 from dtcache.student import make_backbone, save_backbone
 from dtcache.teacher.build import build_unet, save_teacher
-from pipelines.evaluate import ProbeResult, evaluate, pooled_features, results_json, split_images
+from pipelines.evaluate import ProbeResult, evaluate, pooled_features, results_json, split_labelled
+from pipelines.evaluated import EvaluatedImages
 from pipelines.extract import extract
-from pipelines.pooled import ALL_TAPS, CacheFeatures, LabelledImages, NetworkFeatures, open_model
+from pipelines.pooled import ALL_TAPS, CacheFeatures, NetworkFeatures, open_model
 from pipelines.probe import C_GRID, knn_predict, linear_predict
 
 CPU = resolve_compute("cpu", "fp32")
@@ -130,18 +131,18 @@ def test_linear_probe_needs_two_classes() -> None:
 
 def test_splits_depend_on_keys_options_and_seed_alone(shelf: Path) -> None:
     """Splits repeat, limits take a prefix, another seed takes other images; the held-out fifth is disjoint."""
-    train, test = split_images(options_for(shelf))
+    train, test = split_labelled(options_for(shelf))
     assert sorted(train.indices) == list(range(40))
     assert sorted(test.indices) == list(range(12))
-    short, few = split_images(options_for(shelf, limit_train=7, limit_test=5))
+    short, few = split_labelled(options_for(shelf, limit_train=7, limit_test=5))
     assert (short.indices, few.indices) == (train.indices[:7], test.indices[:5])
-    assert split_images(options_for(shelf, seed=1))[0].indices != train.indices
+    assert split_labelled(options_for(shelf, seed=1))[0].indices != train.indices
 
 
 def test_without_test_images_a_fifth_is_held_out(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The last fifth of the permuted training images is the test set, and stderr says so."""
-    whole, _ = split_images(options_for(shelf))
-    train, test = split_images(options_for(shelf, test=None, limit_test=3))
+    whole, _ = split_labelled(options_for(shelf))
+    train, test = split_labelled(options_for(shelf, test=None, limit_test=3))
     assert train.indices == whole.indices[:32]
     assert test.indices == whole.indices[32:35]
     assert "no --test: 8 of 40 training images are held out" in capsys.readouterr().err
@@ -150,19 +151,19 @@ def test_without_test_images_a_fifth_is_held_out(shelf: Path, capsys: pytest.Cap
 def test_images_without_labels_are_refused(shelf: Path, tmp_path: Path) -> None:
     """A flat folder, Parquet with a missing label and another set of classes each stop the evaluation."""
     with pytest.raises(ImagesError, match=r"red: expected a label for every image.*one sub-folder a class"):
-        split_images(options_for(shelf, train=shelf / "train" / "red"))
+        split_labelled(options_for(shelf, train=shelf / "train" / "red"))
     sink = io.BytesIO()
     Image.new("RGB", (4, 4)).save(sink, "PNG")
     image = pa.array([{"bytes": sink.getvalue(), "path": f"{i}"} for i in range(2)])
     for labels in ([0, None], [0, -1]):
         pq.write_table(pa.table({"image": image, "label": pa.array(labels, pa.int64())}), tmp_path / "some.parquet")
         with pytest.raises(ImagesError, match=r"some\.parquet: expected a label for every image"):
-            split_images(options_for(shelf, test=tmp_path / "some.parquet"))
+            split_labelled(options_for(shelf, test=tmp_path / "some.parquet"))
     other = write_images(tmp_path / "other", 1, seed=0, classes=("blue", "grey"))
     with pytest.raises(ImagesError, match=r"other: expected the classes of .*train, got others: grey, red are in one"):
-        split_images(options_for(shelf, test=other))
+        split_labelled(options_for(shelf, test=other))
     with pytest.raises(ImagesNotFoundError, match=r"nowhere does not exist"):
-        split_images(options_for(shelf, test=tmp_path / "nowhere"))
+        split_labelled(options_for(shelf, test=tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_bad_images_are_left_out_and_counted(tmp_path: Path, capsys: pytest.Capt
 
 def test_pixels_are_the_views_pixels(shelf: Path) -> None:
     """The baseline's features are the files' own values over 255, and separable hues are separated."""
-    train, _ = split_images(options_for(shelf))
+    train, _ = split_labelled(options_for(shelf))
     features, labels = pooled_features(open_model("pixels", options_for(shelf, size="16"), CPU), train, 16)
     for place in (0, 39):
         path = shelf / "train" / train.source.keys[train.indices[place]]
@@ -218,7 +219,7 @@ def test_a_backbone_folder_is_probed_as_timm_would_run_it(shelf: Path, tmp_path:
     backbone.train().pooled(torch.randn(8, 3, 32, 32))
     save_backbone(backbone, tmp_path, input_size=(32, 48), view=ViewSpec(height=8, width=12, fit="stretch"))
     extractor = open_model(str(tmp_path), options_for(shelf), CPU)
-    train, test = split_images(options_for(shelf))
+    train, test = split_labelled(options_for(shelf))
     extractor.prepare(train, test)
     features, _ = pooled_features(extractor, test, 5)
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
@@ -234,7 +235,7 @@ def test_a_backbone_folder_is_probed_as_timm_would_run_it(shelf: Path, tmp_path:
 
 def test_random_networks_are_calibrated_and_trained_ones_are_not(shelf: Path) -> None:
     """A timm name's norms, all fresh, see the training images; once they have, another look changes nothing."""
-    train, test = split_images(options_for(shelf))
+    train, test = split_labelled(options_for(shelf))
     backbone = make_backbone("resnet10t", init=None, seed=0)
     extractor = NetworkFeatures(backbone, ViewSpec(height=16, width=16), (32, 32), 16, CPU)
     assert len(backbone.fresh_batch_norms) > 5
@@ -287,12 +288,12 @@ def test_cached_taps_are_means_of_decoded_features(shelf: Path) -> None:
 
 def test_the_teacher_recomputes_what_the_cache_holds(shelf: Path) -> None:
     """Features of an image that is not in the cache are what extract would have cached for it under its key."""
-    train, _ = split_images(options_for(shelf, limit_train=13))
+    train, _ = split_labelled(options_for(shelf, limit_train=13))
     cached, _ = pooled_features(CacheFeatures(Cache(shelf / "cache"), None, CPU), train, 13)
     blind = CacheFeatures(Cache(shelf / "cache"), str(shelf / "teacher"), CPU)
-    blind._row_of = {}
+    blind.maps._row_of = {}
     fresh, _ = pooled_features(blind, train, 13)
-    renamed = LabelledImages(title="renamed", source=_Renamed(shelf / "train"), indices=train.indices)
+    renamed = EvaluatedImages(title="renamed", source=_Renamed(shelf / "train"), indices=train.indices)
     other, _ = pooled_features(blind, renamed, 13)
     for name in cached:
         # Batches were made up differently, so that a coefficient at a rounding edge may fall to the other side.
@@ -346,15 +347,15 @@ def test_a_teacher_with_another_noise_schedule_is_refused(shelf: Path, tmp_path:
 def test_features_that_are_not_finite_are_left_out(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A teacher that overflows on one image costs that image alone."""
     extractor = CacheFeatures(Cache(shelf / "cache"), str(shelf / "teacher"), CPU)
-    plain = extractor._raw_draws
+    plain = extractor.maps._raw_draws
 
-    def overflowing(batch, samples):  # type: ignore[no-untyped-def]
-        draws = plain(batch, samples)
+    def overflowing(batch, samples, flips):  # type: ignore[no-untyped-def]
+        draws = [{name: raw.clone() for name, raw in draw.items()} for draw in plain(batch, samples, flips)]
         draws[0]["t50/stride4"][0, 0, 0, 0] = torch.inf
         return draws
 
-    extractor._raw_draws = overflowing  # type: ignore[method-assign]
-    _, test = split_images(options_for(shelf))
+    extractor.maps._raw_draws = overflowing  # type: ignore[method-assign]
+    _, test = split_labelled(options_for(shelf))
     features, labels = pooled_features(extractor, test, 12)
     # Twelve images in passes of eight: the first of either pass overflows.
     assert {len(x) for x in features.values()} == {len(labels)} == {10}

@@ -166,6 +166,6 @@ def test_the_teacher_recomputes_what_such_a_cache_holds(
     pooled = CacheFeatures(cache, str(teacher_dir), resolve_compute("cpu", "fp32"))
     samples = [Sample(index=0, key=key) for key in keys]
     stored = pooled(batch, samples)
-    pooled._row_of.clear()
+    pooled.maps._row_of.clear()
     for name, vectors in pooled(batch, samples).items():
         torch.testing.assert_close(vectors, stored[name], atol=2e-3, rtol=0)

@@ -10,7 +10,7 @@ import torchvision.transforms.v2.functional as TF
 from dtcache.errors import ConfigError
 from dtcache.student.jitter import jitter, turn_hue
 from dtcache.student.uniform import sample_uniforms, splitmix64
-from dtcache.student.views import Views, crop_images, crop_maps, parse_crop, random_boxes
+from dtcache.student.views import Views, crop_images, crop_maps, crop_masks, parse_crop, random_boxes
 
 ROWS = np.arange(5000)
 MASK = (1 << 64) - 1
@@ -105,6 +105,23 @@ def test_views_are_a_function_of_seed_step_and_row() -> None:
     others.append(Views(crop="0.3,1.0", jitter=1.0, seed=6).images(images[:1], 7, np.array([9]), (16, 16)))
     assert not any(torch.equal(other, shown[1:2]) for other in others)
     assert torch.equal(Views(crop="0.3,1.0", jitter=0.0, seed=5).boxes(7, ROWS), views.boxes(7, ROWS))
+
+
+def test_masks_are_cropped_with_their_images() -> None:
+    """A box that lies on cells is repeated exactly; on random boxes masks agree with cropped one-hot images."""
+    masks = torch.randint(0, 9, (2, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[0.25, 0.5, 0.75, 1.0], [0.0, 0.0, 1.0, 1.0]])
+    found = crop_masks(masks, boxes)
+    assert np.array_equal(found[0], np.kron(masks[0, 4:, 2:6], np.ones((2, 2), np.uint8)))
+    assert torch.equal(found[1], masks[1]) and found.dtype == torch.uint8
+
+    y, x = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
+    large = torch.stack([(y * 3 // 48 + x * 4 // 64 + i) % 3 for i in range(20)])
+    views, rows = Views(crop="0.25,1.0", jitter=0, seed=3), ROWS[:20]
+    planes = torch.nn.functional.one_hot(large, 3).permute(0, 3, 1, 2).float()
+    shown = views.images(planes, 7, rows, (48, 64)).argmax(1)
+    cropped = views.masks(large, 7, rows)
+    assert (cropped == shown).float().mean() > 0.97 > (large == shown).float().mean()
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])

@@ -1,0 +1,133 @@
+"""Segmentation masks: PNG files whose values are class numbers, found by an image's key, seen through its view."""
+
+import io
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dtcache.errors import ImagesError, ImagesNotFoundError
+from dtcache.images.folder import is_image, read_bounded
+from dtcache.images.view import MAX_PIXELS, resize_to_view
+from dtcache.spec import ViewSpec
+
+CLASSES_FILE = "classes.toml"
+MAX_CLASSES_BYTES = 1 << 20
+IGNORE = 255
+MODES = ("1", "L", "P", "I", "I;16")
+STRETCHED = {"L;2": 85, "L;4": 17}
+"""Pillow spreads greyscale of 2 and 4 bits over 0..255; these factors are taken back."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskFolder:
+    """A folder of masks; safe to share between threads."""
+
+    root: Path
+    ignore: int
+    """The value of pixels that belong to no class and count nowhere; it may lie among the classes' numbers."""
+    names: tuple[str, ...] | None
+    """Class names by number, or None where the folder names none."""
+
+    def path(self, key: str) -> Path:
+        """Return where an image's mask lies: its relative path, with .png in the place of an image's extension."""
+        return self.root / f"{key.rpartition('.')[0] if is_image(key) else key}.png"
+
+    def has(self, key: str) -> bool:
+        """Return whether an image has a mask; a key that leads out of the folder has none."""
+        parts = PurePosixPath(key)
+        return not parts.is_absolute() and ".." not in parts.parts and self.path(key).is_file()
+
+    def load(self, key: str, view: ViewSpec, image_size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+        """Return an image's mask as the view shows it, uint8 (H, W) of class numbers and `ignore`, by nearest pixels.
+
+        `image_size` is the upright image's (height, width), which the mask must share; None where it is not known.
+        Raises ImagesError where the mask is none, is of another size or has a value that is no class.
+        """
+        path = self.path(key)
+        if not self.has(key):
+            raise ImagesNotFoundError(f"{path}: expected the mask of image {key}, got no such file; add it")
+        mask = _decode(path)
+        if image_size is not None and mask.shape != image_size:
+            raise ImagesError(
+                f"{path}: expected the size of image {key}, {image_size[1]}x{image_size[0]} pixels, got "
+                f"{mask.shape[1]}x{mask.shape[0]}; draw masks on the images themselves, upright"
+            )
+        if self.names is not None:
+            odd = mask[(mask >= len(self.names)) & (mask != self.ignore)]
+            if odd.size:
+                raise ImagesError(
+                    f"{path}: expected the values 0 to {len(self.names) - 1} of the classes in "
+                    f"{self.root / CLASSES_FILE} ({', '.join(self.names)[:200]}) or {self.ignore}, which is ignored, "
+                    f"got {odd[0]}; name its class, or give its number as the one to ignore"
+                )
+        if mask.shape == (view.height, view.width):
+            return mask
+        return np.asarray(resize_to_view(Image.fromarray(mask), view, Image.Resampling.NEAREST))
+
+
+def open_masks(root: Path, ignore: int | None = None) -> MaskFolder:
+    """Open a folder of masks, with the `names` and the `ignore` value of its classes.toml, where it has one.
+
+    `ignore` wins over the file's; without either it is 255. Raises ImagesNotFoundError where there is no folder, and
+    ImagesError for a classes.toml of another kind or a value that no mask can have.
+    """
+    if not root.is_dir():
+        raise ImagesNotFoundError(
+            f"{root}: expected a folder of masks (PNG), got none; give the folder that holds them"
+        )
+    path = root / CLASSES_FILE
+    found = _read_classes(path) if path.is_file() else {}
+    names, value = found.get("names"), found.get("ignore", IGNORE) if ignore is None else ignore
+    where = path if ignore is None else root
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 255:
+        raise ImagesError(f"{where}: expected a value to ignore from 0 to 255, got {str(value)[:40]!r}")
+    if names is not None:
+        good = isinstance(names, list) and all(isinstance(n, str) and n and n.isprintable() for n in names)
+        if not good or not 1 <= len(names) <= 256 or len(set(names)) < len(names):
+            raise ImagesError(
+                f"{path}: expected names = [...], 1 to 256 distinct class names by number, got {str(names)[:80]}"
+            )
+    return MaskFolder(root=root, ignore=value, names=tuple(names) if names is not None else None)
+
+
+def _read_classes(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CLASSES_BYTES:
+            raise ImagesError(f"{path}: expected at most {MAX_CLASSES_BYTES} bytes, got {path.stat().st_size}")
+        found = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ImagesError(f"{path}: cannot be read ({error.strerror or error}); make it readable") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ImagesError(f"{path}: not TOML ({error}); expected names = [...] and, if needed, ignore = N") from error
+    if odd := sorted(found.keys() - {"names", "ignore"}):
+        raise ImagesError(f"{path}: expected names and ignore, got {odd[0][:40]!r}; leave it out")
+    return found
+
+
+def _decode(path: Path) -> NDArray[np.uint8]:
+    """Return a PNG file's values (H, W) as they are stored. Raises ImagesError."""
+    try:
+        with Image.open(io.BytesIO(read_bounded(path)), formats=("PNG",)) as opened:
+            mode, size = opened.mode, opened.size
+            stored = opened.tile[0][3] if opened.tile else mode
+            values = np.asarray(opened) if mode in MODES and size[0] * size[1] <= MAX_PIXELS else None
+    except Exception as error:  # damaged files raise nearly anything: struct.error, SyntaxError, AttributeError, ...
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).split(" <_io")[0]
+        raise ImagesError(
+            f"{path}: not a mask that can be read ({reason or type(error).__name__}); write it anew as PNG"
+        ) from error
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ImagesError(f"{path}: {size[0]}x{size[1]} pixels, over the limit of {MAX_PIXELS}; make it smaller")
+    if values is None:
+        raise ImagesError(
+            f"{path}: expected a mask of one channel, class numbers as grey values or palette indices, got {mode} "
+            "pixels; convert colours to class numbers"
+        )
+    if values.max(initial=0) > 255:
+        raise ImagesError(f"{path}: expected class numbers from 0 to 255, got {values.max()}; renumber the classes")
+    return (values.astype(np.uint8) // STRETCHED.get(str(stored), 1)).astype(np.uint8)

@@ -1,0 +1,215 @@
+"""Judging maps by segmentation: a head, and if asked the backbone under it, trained on images with masks.
+
+B images of H x W pixels, K classes; maps are (B, C, h, w), finest first.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dtcache.device import Compute, memory_errors, resolve_compute
+from dtcache.errors import ConfigError, TrainingError
+from dtcache.images import permuted
+from dtcache.options import EvaluateOptions
+from dtcache.spec import Json
+from dtcache.student import Views, make_optimizer
+from dtcache.student.uniform import sample_uniforms
+from pipelines.heads import FpnHead, LinearHead
+from pipelines.iou import Counts, confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
+from pipelines.masked import MaskedImages, masked_images
+from pipelines.progress import track
+from pipelines.schedule import warmup_cosine
+from pipelines.trunks import Trunk, mirror, open_trunk
+
+BATCH_SIZE = 16
+LR = {"linear": 5e-3, "fpn": 1e-3}
+WEIGHT_DECAY = 0.01
+WARMUP_SHARE = 0.1
+BACKBONE_LR = 0.1
+"""The backbone's rate over the head's, where it is finetuned."""
+CROP, JITTER = "0.25,1.0", 0.5
+"""Random crops and photometric jitter of finetuning; with a frozen backbone images are mirrored at most."""
+FLIP_STREAM = 1
+"""Added to the seed, so that flips share no random number with crops."""
+HEAD_MOMENTUM = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentationResult:
+    """How well the test images' pixels were told apart."""
+
+    name: str
+    """The backbone's timm name, or `cache` for all taps of one."""
+    head: str
+    finetuned: bool
+    iou: dict[str, float | None]
+    """Intersection over union by class, per cent of 100; None for a class without a pixel in the test masks."""
+    miou: float
+    """Mean IoU over the classes that occur in the test masks, per cent."""
+    pixel_accuracy: float
+    """Test pixels whose class is right, per cent."""
+    num_train: int
+    num_test: int
+
+    def to_json(self) -> Json:
+        """Return the result as JSON values."""
+        return {
+            "task": "segmentation", "name": self.name, "head": self.head, "finetuned": self.finetuned,
+            "miou": self.miou, "pixel_accuracy": self.pixel_accuracy, "iou_per_class": self.iou,
+            "num_train": self.num_train, "num_test": self.num_test,
+        }  # fmt: skip
+
+    def to_table(self, model: str) -> Table:
+        """Return a table for people."""
+        how = f"{self.head} head, {'finetuned' if self.finetuned else 'frozen'}"
+        table = Table(title=f"{model}, {how}: {self.num_train} training, {self.num_test} test images")
+        table.add_column("class")
+        table.add_column("IoU %", justify="right")
+        for name, value in self.iou.items():
+            table.add_row(name, "none in the test masks" if value is None else f"{value:.2f}")
+        table.add_section()
+        table.add_row("mean", f"{self.miou:.2f}", style="bold")
+        table.add_row("pixels right", f"{self.pixel_accuracy:.2f}")
+        return table
+
+
+def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
+    """Train a head on the maps of a backbone folder, a timm name (random weights) or a cache, and score it.
+
+    A pure function of the model, the images, the masks and the options, on a CPU. Raises ConfigError for options that
+    do not go together, ImagesError for images or masks that do not serve, TrainingError where a loss is not finite.
+    """
+    options.require_task("segmentation")
+    compute, batch_size = resolve_compute(options.device, options.precision), options.batch_size or BATCH_SIZE
+    trunk = open_trunk(model, options, batch_size, compute)
+    train, test = masked_images(options, trunk.view)
+    names = class_names(train, test)
+    _require_variance(trunk, min(len(train.images.indices), batch_size))
+    trunk.prepare(train.images, test.images)
+    with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
+        torch.manual_seed(options.seed)
+        head = _make_head(trunk, options, len(names)).to(compute.device)
+        with memory_errors(batch_size):
+            fit_head(trunk, head, train, options, compute)
+            counts = count_test(trunk, head, test, len(names), batch_size, compute)
+    shares = [None if math.isnan(share) else 100 * share for share in iou_per_class(counts).tolist()]
+    return SegmentationResult(
+        name=trunk.name, head=options.head, finetuned=options.finetune, iou=dict(zip(names, shares, strict=True)),
+        miou=100 * mean_iou(counts), pixel_accuracy=100 * pixel_accuracy(counts), num_train=len(train.images.indices),
+        num_test=len(test.images.indices),
+    )  # fmt: skip
+
+
+def class_names(train: MaskedImages, test: MaskedImages) -> list[str]:
+    """Return the class names by number; numbers up to the largest value found, where the masks' folder names none.
+
+    Warns of those without a pixel in the training masks: they cannot be learnt.
+    """
+    found = train.pixels + test.pixels
+    names = list(train.masks.names or map(str, range(int(np.flatnonzero(found)[-1]) + 1)))
+    absent = [name for i, name in enumerate(names) if not train.pixels[i] and i != train.masks.ignore]
+    if absent:
+        few = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
+        print(f"warning: no pixel of {len(absent)} classes in the training masks: {few}", file=sys.stderr)
+    return names
+
+
+def _make_head(trunk: Trunk, options: EvaluateOptions, classes: int) -> nn.Module:
+    if options.head == "linear":
+        return LinearHead(trunk.shapes, classes, momentum=HEAD_MOMENTUM if options.finetune else None)
+    return FpnHead(trunk.shapes, classes, trunk.input_size)
+
+
+def _make_optimizer(trunk: Trunk, head: nn.Module, options: EvaluateOptions) -> torch.optim.Optimizer:
+    lr = options.lr or LR[options.head]
+    optimizer = make_optimizer(head, "adamw", lr, WEIGHT_DECAY)
+    if options.finetune and trunk.backbone is not None:
+        for group in make_optimizer(trunk.backbone, "adamw", BACKBONE_LR * lr, WEIGHT_DECAY).param_groups:
+            optimizer.add_param_group(group)
+    return optimizer
+
+
+def _require_variance(trunk: Trunk, images: int) -> None:
+    """Raise ConfigError where a step has one value a channel only, which batch normalisation cannot standardise."""
+    if images < 2 and min(height * width for _, height, width in trunk.shapes) == 1:
+        raise ConfigError(
+            f"expected at least 2 images a step, since the coarsest map of {trunk.name} has one place, got {images}; "
+            "give more images, a larger --batch-size or a larger --size"
+        )
+
+
+def fit_head(trunk: Trunk, head: nn.Module, train: MaskedImages, options: EvaluateOptions, compute: Compute) -> None:
+    """Train the head, and the backbone where it is finetuned, by the cross-entropy of the pixels that are not ignored.
+
+    AdamW, linear warm-up, cosine decay. Raises TrainingError where the loss is not finite.
+    """
+    order, batch_size = train.images.indices, options.batch_size or BATCH_SIZE
+    steps = max(1, len(order) // batch_size)
+    total = options.epochs * steps
+    optimizer = _make_optimizer(trunk, head, options)
+    head.train()
+    if options.finetune and trunk.backbone is not None:
+        trunk.backbone.train()
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(step, round(WARMUP_SHARE * total), total)
+    )
+    views = Views(crop=CROP, jitter=JITTER, seed=options.seed) if options.finetune else None
+    with track("segmentation", total) as progress:
+        for epoch in range(options.epochs):
+            places = permuted(len(order), seed=options.seed, stream=f"segment-{epoch}")[: steps * batch_size]
+            shuffled = train.chosen([order[place] for place in places])
+            for number, batch in enumerate(shuffled.batches(trunk.view, batch_size)):
+                step = epoch * steps + number
+                uniforms_B = sample_uniforms(options.seed + FLIP_STREAM, step, batch.rows, 1)[:, 0]
+                mirrored_B = trunk.mirrors & (uniforms_B < 0.5)
+                truth_BHW = mirror(torch.from_numpy(batch.masks_BHW), mirrored_B)
+                if views is not None:
+                    truth_BHW = views.masks(truth_BHW, step, batch.rows)
+                with compute.autocast():
+                    scores_BKHW = head(trunk.maps(batch, mirrored_B, views, step))
+                loss = pixel_loss(scores_BKHW, truth_BHW.to(compute.device), train.masks.ignore)
+                if not math.isfinite(loss.item()):
+                    raise TrainingError(f"step {step + 1} of {total}: the loss is {loss.item()}; give a lower --lr")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                progress.advance(1, f"loss {loss.item():.3f}")
+    head.eval()
+    if trunk.backbone is not None:
+        trunk.backbone.eval()
+
+
+def pixel_loss(scores_BKhw: Tensor, truth_BHW: Tensor, ignore: int) -> Tensor:
+    """Return the mean cross-entropy of the pixels whose truth is not `ignore`, 0 where there are none.
+
+    Scores are enlarged bilinearly to the truth's size.
+    """
+    scores_BKHW = F.interpolate(scores_BKhw.float(), truth_BHW.shape[1:], mode="bilinear", align_corners=False)
+    summed = F.cross_entropy(scores_BKHW, truth_BHW.long(), ignore_index=ignore, reduction="sum")
+    return summed / (truth_BHW != ignore).sum().clamp_min(1)
+
+
+@torch.no_grad()
+def count_test(
+    trunk: Trunk, head: nn.Module, test: MaskedImages, classes: int, batch_size: int, compute: Compute
+) -> Counts:
+    """Return the confusion counts (K, K) of the test images at the view's own size."""
+    counts = np.zeros((classes, classes), np.int64)
+    with track("test images", len(test.images.indices)) as progress:
+        for batch in test.batches(trunk.view, batch_size):
+            with compute.autocast():
+                scores_BKhw = head(trunk.maps(batch, np.zeros(len(batch.rows), bool), None, 0))
+            scores_BKHW = F.interpolate(
+                scores_BKhw.float(), batch.masks_BHW.shape[1:], mode="bilinear", align_corners=False
+            )
+            predicted_BHW = scores_BKHW.argmax(1).cpu().numpy()
+            counts += confusion_matrix(batch.masks_BHW, predicted_BHW, classes, test.masks.ignore)
+            progress.advance(len(batch.loaded))
+    return counts
