@@ -45,7 +45,7 @@ DRAWS: dict[str, dict[str, Any]] = {
 WHITENINGS = {
     f"{w}, {name}": (w, at) for w in ("sample", "position") for name, at in (("MSE", 0.0), ("MSE + AT", 10.0))
 }
-SCENES_SIZE = 64
+SCENES_SIZE, SCENES_EPOCHS = 64, 15
 
 
 def main() -> None:
@@ -113,7 +113,9 @@ def segmented(plan: Plan, backbone: Path) -> dict[str, Any]:
         root = plan.work / f"scenes-{side}"
         write_scenes(root, seed=seed, size=SCENES_SIZE, count=plan.scenes)
         sides |= {side: root / "images", f"{side}_masks": root / "masks"}
-    options = EvaluateOptions(task="segmentation", size=str(SCENES_SIZE), device=plan.device, **sides)
+    options = EvaluateOptions(
+        task="segmentation", size=str(SCENES_SIZE), epochs=SCENES_EPOCHS, device=plan.device, **sides
+    )
     return segment(str(backbone), options).to_json()
 
 
