@@ -22,7 +22,6 @@ from typing import Any
 from cached_vs_online_plan import PAGE, RESULTS, Plan, extraction, new_student, online, parse, subset, training
 from cached_vs_online_speed import speed
 from cached_vs_online_tables import write_tables
-from pipelines.segment import segment
 from records import once
 from student_vs_size import reference_losses
 
@@ -34,6 +33,7 @@ from pipelines.evaluate import evaluate
 from pipelines.extract import extract
 from pipelines.report import inspect_cache
 from pipelines.run import load_checkpoint
+from pipelines.segment import segment
 from pipelines.train import train
 
 DRAWS: dict[str, dict[str, Any]] = {
