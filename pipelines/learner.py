@@ -15,6 +15,15 @@ from pipelines.average import warmed_up_ema
 from pipelines.processes import Processes
 
 
+def exported_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the student's weights that a run is for from its checkpoint: their average where it keeps one."""
+    average = checkpoint.get("average")
+    if average is None:
+        return cast(dict[str, Any], checkpoint["student"])
+    inner = "module."
+    return {name.removeprefix(inner): value for name, value in average.items() if name.startswith(inner)}
+
+
 class Learner:
     """A student on its device, with its optimizer, the average of its weights, and the loss scaler of fp16."""
 

@@ -72,13 +72,10 @@ class CachedSource:
         if IMAGES not in manifest.arrays and options.images is None:
             raise ConfigError(f"{root} stores no images: give those that it was extracted from (--images)")
         self.names, self.view = chosen_taps(self._cache, options), self._cache.view
-        self.identity = {"cache": manifest.fingerprint, "samples": manifest.files[SAMPLES]}
+        self.identity = cache_identity(self._cache)
         usable = self._cache.reader.usable_rows
-        if manifest.state != "sealed":
-            # What is committed may be more at a resume, in another order then.
-            self.identity["samples"] = sha256_json(usable.tolist())
-            if processes.is_first:
-                print(f"{root} is not complete: {len(usable)} of {len(self._cache)} samples are there", file=sys.stderr)
+        if manifest.state != "sealed" and processes.is_first:
+            print(f"{root} is not complete: {len(usable)} of {len(self._cache)} samples are there", file=sys.stderr)
         chosen = usable[: options.limit]
         rows, self._held = split_rows(chosen, self.keys(chosen))
         self._loader = EpochLoader(
@@ -169,6 +166,14 @@ def copied_ahead(batches: Iterable[TrainBatch], device: torch.device) -> Iterato
             yield arrived()
     while waiting:
         yield arrived()
+
+
+def cache_identity(cache: Cache) -> Json:
+    """Return what tells the data of a run: the fingerprint of the recipe, and a hash of the samples."""
+    manifest = cache.reader.manifest
+    # Of a cache that is not sealed what is committed may be more at a resume, in another order then.
+    samples = manifest.files[SAMPLES] if manifest.state == "sealed" else sha256_json(cache.reader.usable_rows.tolist())
+    return {"cache": manifest.fingerprint, "samples": samples}
 
 
 def chosen_taps(cache: Cache, options: TrainOptions) -> list[str]:

@@ -9,7 +9,7 @@ from pipelines.report import SCHEMA
 
 RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
 MAX_BYTES = 256 << 20
-HELD_OUT = "held_out/"
+HELD_OUT, HELD_OUT_AVERAGE = "held_out/", "held_out_ema/"
 
 
 def is_run(path: Path) -> bool:
@@ -20,12 +20,13 @@ def is_run(path: Path) -> bool:
 def inspect_run(root: Path) -> Json:
     """Describe a student's run, finished or not.
 
-    Returns JSON values: `options` with the fingerprint of the cache, `results` (None until it is finished), `curves`:
-    by name, such as `held_out/mse/t50/stride8`, steps and values. Raises CacheDamagedError where a file is not as
+    Returns JSON values: `options` with the fingerprint of the cache, `weights`, `results` of these weights (None until
+    it is finished), `curves`: by name, such as `held_out/mse/t50/stride8`, steps and values; with an average there are
+    `held_out_ema/...` of it beside those of the last weights. Raises CacheDamagedError where a file is not as
     `dtcache train` writes it, ConfigError where the run is of another command.
     """
     options = _read_object(root / RUN)
-    if "student" not in options or "cache" not in options:
+    if "student" not in options:
         raise ConfigError(f"{root / RUN}: not the options of dtcache train; give the folder of a student's run")
     finished = (root / SUMMARY).is_file()
     results = _read_object(root / SUMMARY) if finished else None
@@ -36,10 +37,18 @@ def inspect_run(root: Path) -> Json:
         "state": "finished" if finished else "unfinished",
         "steps": max((steps[-1] for steps, _ in curves.values()), default=0),
         "options": options,
+        "weights": "average" if options.get("ema") is not None else "last",
         "results": results,
         "taps": [name.removeprefix(f"{HELD_OUT}mse/") for name in curves if name.startswith(f"{HELD_OUT}mse/")],
         "curves": {name: {"steps": steps, "values": values} for name, (steps, values) in curves.items()},
     }
+
+
+def held_out_curve(report: Json, name: str) -> Json | None:
+    """Return a held-out curve, such as `mse/t50/stride8`, of the weights that a run exports; None where it has none."""
+    title = HELD_OUT_AVERAGE if report["weights"] == "average" else HELD_OUT
+    found: Json | None = report["curves"].get(title + name)
+    return found
 
 
 def flat(value: Json, prefix: str = "") -> dict[str, object]:

@@ -9,9 +9,10 @@ from dtcache.spec import Json
 from pipelines.differences import differences, short_paths, text_of
 from pipelines.page.charts import COLOURS, Series, legend, line_chart
 from pipelines.page.write import write_page
-from pipelines.student_run import HELD_OUT
+from pipelines.student_run import HELD_OUT, held_out_curve
+from pipelines.tables import WEIGHTS
 
-CURVES = {"mse": "held-out MSE", "at": "held-out AT"}
+CURVES = {"mse": "MSE", "at": "AT"}
 
 
 def write_run_page(roots: Sequence[Path], reports: Sequence[Json], options: InspectOptions) -> None:
@@ -29,13 +30,11 @@ def write_run_page(roots: Sequence[Path], reports: Sequence[Json], options: Insp
         gallery = student_gallery(roots[0], reports[0], options)
     names = short_paths(roots)
     taps = list(dict.fromkeys(tap for report in reports for tap in report["taps"]))
-    charts = [
-        _chart(f"{title}: {tap}", f"{HELD_OUT}{kind}/{tap}", names, reports)
-        for tap in taps
-        for kind, title in CURVES.items()
+    trained = [
+        _line(name, place, r["curves"].get("loss")) for place, (name, r) in enumerate(zip(names, reports, strict=True))
     ]
-    whole = {"training loss": "loss", "held-out loss": f"{HELD_OUT}loss"}
-    charts = [_chart(title, curve, names, reports) for title, curve in whole.items()] + charts
+    charts = [[_chart("training loss", "loss", trained), _held_out("held-out loss", "loss", "loss", names, reports)]]
+    charts += [[_held_out(tap, f"{kind}/{tap}", y, names, reports) for tap in taps] for kind, y in CURVES.items()]
     differ = differences(reports) if len(reports) > 1 else {}
     write_page(
         options.report,
@@ -45,6 +44,8 @@ def write_run_page(roots: Sequence[Path], reports: Sequence[Json], options: Insp
             "names": names,
             "reports": reports,
             "charts": charts,
+            "weights": [WEIGHTS[report["weights"]] for report in reports],
+            "averaged": any(report["weights"] == "average" for report in reports),
             "legend": legend([Series(name=n, x=[], y=[], style=_style(i)) for i, n in enumerate(names)]),
             "differ": {name: [text_of(name, value) for value in values] for name, values in differ.items()},
             "gallery": gallery,
@@ -52,13 +53,23 @@ def write_run_page(roots: Sequence[Path], reports: Sequence[Json], options: Insp
     )
 
 
-def _chart(title: str, curve: str, names: Sequence[str], reports: Sequence[Json]) -> str:
-    lines = [
-        Series(name=name, x=found["steps"], y=found["values"], style=_style(place))
-        for place, (name, report) in enumerate(zip(names, reports, strict=True))
-        if (found := report["curves"].get(curve)) is not None
-    ]
-    return line_chart(lines, title=title, x="step", y="loss", log_y=True)
+def _held_out(title: str, curve: str, y: str, names: Sequence[str], reports: Sequence[Json]) -> str:
+    """Return a held-out loss of the weights that each run exports; dashed, of the last ones, where these are others."""
+    lines = []
+    for place, (name, report) in enumerate(zip(names, reports, strict=True)):
+        lines.append(_line(name, place, held_out_curve(report, curve)))
+        if report["weights"] == "average":
+            lines.append(_line(name, place, report["curves"].get(HELD_OUT + curve), " dashed"))
+    return _chart(title, y, lines)
+
+
+def _line(name: str, place: int, curve: Json | None, more: str = "") -> Series:
+    found = curve or {"steps": [], "values": []}
+    return Series(name=name, x=found["steps"], y=found["values"], style=_style(place) + more)
+
+
+def _chart(title: str, y: str, lines: Sequence[Series]) -> str:
+    return line_chart(lines, title=title, x="step", y=y, log_y=True)
 
 
 def _style(place: int) -> str:

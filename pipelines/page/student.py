@@ -7,16 +7,16 @@ import torch
 
 from dtcache.cache import Cache
 from dtcache.device import resolve_compute
-from dtcache.errors import CacheDamagedError, CacheMismatchError
+from dtcache.errors import CacheDamagedError, CacheMismatchError, ConfigError
 from dtcache.losses import unwhiten, whiten_positions
 from dtcache.options import InspectOptions, TrainOptions, parse_size
 from dtcache.spec import Json
-from dtcache.store.layout import SAMPLES
 from dtcache.student import Student, build_student
+from pipelines.learner import exported_weights
 from pipelines.page.gallery import BASIS_ROWS, Gallery, GalleryRow, Picture, class_name, photos_of
 from pipelines.page.pictures import colour_basis, map_uri
 from pipelines.run import load_checkpoint
-from pipelines.sources import chosen_taps, split_rows
+from pipelines.sources import cache_identity, chosen_taps, split_rows
 
 
 def student_gallery(root: Path, report: Json, options: InspectOptions) -> Gallery:
@@ -26,14 +26,19 @@ def student_gallery(root: Path, report: Json, options: InspectOptions) -> Galler
     images are not at hand, CacheDamagedError where the checkpoint is not whole.
     """
     assert options.cache is not None, "asked where one is given"
-    cache = Cache(options.cache, options.images)
-    manifest, made_from = cache.reader.manifest, report["options"]
-    if (manifest.fingerprint, manifest.files[SAMPLES]) != (made_from["cache"], made_from.get("samples")):
-        raise CacheMismatchError(
-            f"--cache {options.cache}: not the cache that {root} was trained on: expected fingerprint "
-            f"{made_from['cache'][:16]}, got {manifest.fingerprint[:16]}, or its images are others"
+    made_from = report["options"]
+    if "cache" not in made_from:
+        raise ConfigError(
+            f"--cache {options.cache}: {root} was trained with the teacher in the loop, on no cache; leave it out"
         )
     chosen = _train_options(made_from)
+    cache = Cache(options.cache, options.images, allow="incomplete" if chosen.allow_incomplete else "nothing")
+    found = cache_identity(cache)
+    if any(made_from.get(name) != value for name, value in found.items()):
+        raise CacheMismatchError(
+            f"--cache {options.cache}: not the cache that {root} was trained on: expected fingerprint "
+            f"{made_from['cache'][:16]}, got {found['cache'][:16]}, or its samples are others now"
+        )
     names = chosen_taps(cache, chosen)
     usable = cache.reader.usable_rows[: chosen.limit]
     _, held = split_rows(usable, cache.samples["key"].take(usable).to_pylist())
@@ -43,7 +48,7 @@ def student_gallery(root: Path, report: Json, options: InspectOptions) -> Galler
     with torch.inference_mode():
         predicted = student(batch.images_BCHW.to(device))
         targets = cache.decoder(names)(batch.coefficients)
-    found: list[list[Picture]] = [[] for _ in rows[: options.gallery]]
+    beside: list[list[Picture]] = [[] for _ in rows[: options.gallery]]
     keys = [cache.samples["key"][int(row)].as_py() for row in rows]
     for name in names:
         target_BCHW = targets[name]
@@ -51,7 +56,7 @@ def student_gallery(root: Path, report: Json, options: InspectOptions) -> Galler
             target_BCHW = whiten_positions(unwhiten(target_BCHW, batch.scalars[name]))
         basis, student_BCHW = colour_basis(target_BCHW.numpy()), predicted[name].float().cpu()
         error_B = (student_BCHW - target_BCHW).square().mean((1, 2, 3))
-        for place, pictures in enumerate(found):
+        for place, pictures in enumerate(beside):
             for what, maps, note in (
                 ("teacher", target_BCHW, ""),
                 ("student", student_BCHW, f"MSE {error_B[place]:.2f}"),
@@ -63,7 +68,7 @@ def student_gallery(root: Path, report: Json, options: InspectOptions) -> Galler
         headings=tuple(f"{name} {what}" for name in names for what in ("teacher", "student")),
         rows=tuple(
             GalleryRow(key=keys[i], note=class_name(cache, int(rows[i])), photo=photos[i], pictures=tuple(pictures))
-            for i, pictures in enumerate(found)
+            for i, pictures in enumerate(beside)
         ),
     )
 
@@ -81,7 +86,7 @@ def _train_options(recorded: Json) -> TrainOptions:
 def _student(
     root: Path, cache: Cache, options: TrainOptions, names: list[str], where: str
 ) -> tuple[Student, torch.device]:
-    """Return the student of a run's last checkpoint, for evaluation."""
+    """Return the student that a run exports, as of its last checkpoint, for evaluation."""
     state = load_checkpoint(root)
     if state is None:
         raise CacheDamagedError(f"{root}: no checkpoint yet; its page needs one, or leave --cache out")
@@ -97,8 +102,8 @@ def _student(
         regressor=options.regressor,
     )
     try:
-        student.load_state_dict(state["student"])
-    except (RuntimeError, KeyError) as error:
+        student.load_state_dict(exported_weights(state))
+    except (RuntimeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CacheDamagedError(f"{root}: the checkpoint is not of this student ({reason}); train again") from error
     return student.to(compute.device, memory_format=torch.channels_last).eval(), compute.device

@@ -81,11 +81,16 @@ def test_what_does_not_fit_is_refused(cache: Path, scene_folder: Path, teacher_d
 
 
 @pytest.mark.slow
-def test_a_student_stands_beside_its_teacher(cache: Path, scene_folder: Path, tmp_path: Path) -> None:
-    """The pictures' errors average to the held-out MSE that training recorded; another cache is refused."""
+@pytest.mark.parametrize("average", [(), ("--ema", 0.5)])
+def test_a_student_stands_beside_its_teacher(
+    cache: Path, scene_folder: Path, tmp_path: Path, average: tuple[object, ...]
+) -> None:
+    """The pictures' errors average to the held-out MSE that training recorded of the weights that it exported, averaged
+    or not; another cache is refused.
+    """
     result = run("train", cache, "--student", "resnet10t", "--epochs", 1, "--warmup-epochs", 0.5, "--batch-size", 4,
                  "--fpn-width", 8, "--images", scene_folder, "--out", tmp_path / "run", "--precision", "fp32",
-                 "--device", "cpu")  # fmt: skip
+                 "--device", "cpu", *average)  # fmt: skip
     assert result.exit_code == 0, result.output
     more = ("--images", scene_folder, "--device", "cpu", "--report", tmp_path / "run.html")
     result = run("inspect", tmp_path / "run", "--cache", cache, *more)
