@@ -7,11 +7,13 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from dtcache.spec import Json
+from dtcache.spec import Json, tap_name
 from pipelines.words import byte_size
 
 SHOWN = 5
 """Reasons and files of which a terminal shows so many; --json has all."""
+WEIGHTS = {"last": "of the last step", "average": "averaged over steps (--ema)"}
+"""What is exported of a run, and what its held-out losses are of."""
 TAP_TABLES = {
     "bytes by tap": ("tap", "t", "shape", "bytes", "bits/value"),
     "what is kept of it": ("tap", "t", "rel. MSE", "noise", "lost"),
@@ -47,9 +49,9 @@ def render(report: Json, root: Path) -> RenderableType:
     for tap in report["taps"]:
         which = (tap["name"], str(tap["timestep"]))
         shape = f"{tap['channels']}x{tap['height']}x{tap['width']}"
-        sizes.add_row(*which, shape, byte_size(tap["bytes"]), _number(tap["bits_per_value"]))
+        sizes.add_row(*which, shape, byte_size(tap["bytes"]), number(tap["bits_per_value"]))
         losses.add_row(
-            *which, _number(tap["relative_mse"]), f"{tap['noise_share']:.0%}", f"{tap['determined_error']:.0%}"
+            *which, number(tap["relative_mse"]), f"{tap['noise_share']:.0%}", f"{tap['determined_error']:.0%}"
         )
     failed = [escape(f"{count} failed: {reason}") for reason, count in list(report["failures"].items())[:SHOWN]]
     damaged = [escape(f"{path}: {what}") for path, what in list(report["damaged"].items())[:SHOWN]]
@@ -90,7 +92,7 @@ def _equivariance(report: Json) -> list[RenderableType]:
     title = f"equivariance: relative squared error, {measured['images']} images{where}"
     table = _table_of(title, ("tap", "t", "flip", "crop", "its middle"))
     for tap in report["taps"]:
-        errors = (_number(tap[f"{name}_error"]) for name in ("flip", "crop", "crop_interior"))
+        errors = (number(tap[f"{name}_error"]) for name in ("flip", "crop", "crop_interior"))
         table.add_row(tap["name"], str(tap["timestep"]), *errors)
     return [table]
 
@@ -135,7 +137,8 @@ def _views(recipe: Json) -> str:
     return f"{flips}, mean of {draws} noise draws" if recipe["average"] else f"{flips} x {draws} noise draws"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Return a number with three decimals, or a dash for None."""
     return "-" if value is None else f"{value:.3f}"
 
 
@@ -144,6 +147,7 @@ def render_run(report: Json, root: Path) -> RenderableType:
     options, results = report["options"], report["results"]
     facts = _facts(root)
     facts.add_row("state", f"{report['state']}, {report['steps']} steps")
+    facts.add_row("weights", WEIGHTS[report["weights"]])
     for name, value in options.items():
         facts.add_row(escape(name), escape(str(value)[:16] if name in ("cache", "samples") else str(value)))
     if results is None:
@@ -157,7 +161,7 @@ def render_run(report: Json, root: Path) -> RenderableType:
             results["noise_floor"].get(name),
             results["held_out"].get(f"at/{name}"),
         ]
-        taps.add_row(name, *map(_number, found))
+        taps.add_row(name, *map(number, found))
     return Group(facts, taps)
 
 
@@ -175,6 +179,13 @@ def render_statistics(statistics: Json) -> RenderableType:
         for tap in statistics["taps"]:
             table.add_row(tap["name"], str(tap["timestep"]), *(interval(tap[name]) for name in measures))
         tables.append(table)
+    if "afresh" in statistics:
+        again = statistics["afresh"]
+        table = _table_of(f"codec error afresh: {again['num_rows']} samples", ("tap", "t", "recorded", "afresh"))
+        for tap in statistics["taps"]:
+            measured = again["codec_error"][tap_name(tap["timestep"], tap["name"])]
+            table.add_row(tap["name"], str(tap["timestep"]), interval(tap["codec_error"]), interval(measured))
+        tables.append(table)
     left_out = [escape(f"left out: {place}: {what}") for place, what in list(statistics["left_out"].items())[:SHOWN]]
     count = len(statistics["left_out"])
     return Group(*tables, *left_out, *([f"and {count - SHOWN} more; --json has all"] if count > SHOWN else []))
@@ -185,5 +196,5 @@ def interval(estimate: Json | None) -> str:
     if estimate is None:
         return "-"
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
-    text = f"{value:.3g}"
+    text = f"{value:.3g}".replace("e-0", "e-")
     return text if low is None or high == low else f"{text} ±{(high - low) / 2:.1g}"

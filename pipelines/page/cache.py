@@ -12,13 +12,32 @@ from dtcache.spec import Json, tap_name
 from dtcache.store.commits import read_commits
 from dtcache.store.layout import SAMPLES
 from dtcache.store.samples import read_failures
-from pipelines.page.charts import COLOURS, Series, bar_chart, heat_map, legend, line_chart
+from pipelines.page.charts import COLOURS, WIDTH, Series, bar_chart, heat_map, legend, line_chart
 from pipelines.page.gallery import galleries
 from pipelines.page.write import write_page
 from pipelines.statistics.afresh import Afresh
 from pipelines.statistics.run import chosen_rows
+from pipelines.tables import interval, number
+from pipelines.words import byte_size
 
 MOST_FAILURES = 50
+ESTIMATES = (
+    ("knn_top1", "k-NN accuracy", "high: the tap that carries the classes"),
+    ("mean", "mean", "anything finite"),
+    ("std", "std", "not near 0"),
+    ("effective_rank", "effective rank", "high"),
+    ("dead_channels", "dead channels", "near 0"),
+    ("saturation", "saturation", "0"),
+    ("escapes", "escapes", "under 0.001"),
+    ("noise_share", "noise share", "under 1/3"),
+    ("codec_error", "codec error", "see what is lost"),
+)
+RECORDED = (
+    ("determined_error", "lost of what the image determines", "under 1/3"),
+    ("flip_error", "flip error", "under the noise share, to mirror maps"),
+    ("crop_error", "crop error", "under the noise share, to crop maps"),
+)
+"""Names in the report, titles, and what is good (docs/inspect.md)."""
 
 
 def write_cache_page(root: Path, report: Json, options: InspectOptions, afresh: Afresh | None) -> None:
@@ -34,7 +53,8 @@ def write_cache_page(root: Path, report: Json, options: InspectOptions, afresh: 
             "title": root.resolve().name,
             "report": report,
             "statistics": statistics,
-            "taps": list(zip(report["taps"], statistics["taps"], strict=True)),
+            "names": [tap_name(tap["timestep"], tap["name"]) for tap in report["taps"]],
+            "measures": _measures(report, statistics),
             "parts": _parts(report),
             "colours": colours,
             "segments": segmented,
@@ -51,10 +71,31 @@ def write_cache_page(root: Path, report: Json, options: InspectOptions, afresh: 
 
 def _parts(report: Json) -> list[tuple[str, int, float, str]]:
     """Return name, bytes, per cent and style of every part, features tap by tap."""
-    named = [(f"{tap_name(t['timestep'], t['name'])}", t["bytes"] - t["codec_bytes"]) for t in report["taps"]]
-    named += [(name, report["parts"][name]) for name in ("codec", "images", "index", "other")]
+    named = [
+        (tap_name(tap["timestep"], tap["name"]), tap["bytes"] - tap["codec_bytes"], f"c{place % COLOURS}")
+        for place, tap in enumerate(report["taps"])
+    ]
+    rest = ("codec", "images", "index", "other")
+    named += [(name, report["parts"][name], f"g{place}") for place, name in enumerate(rest)]
     whole = max(1, report["bytes_on_disk"])
-    return [(name, size, 100 * size / whole, f"c{i % COLOURS}") for i, (name, size) in enumerate(named)]
+    return [(name, size, 100 * size / whole, style) for name, size, style in named]
+
+
+def _measures(report: Json, statistics: Json) -> list[tuple[str, str, list[str]]]:
+    """Return the rows of the table of taps: a title, what a good value is, and a text a tap."""
+    taps, found = report["taps"], statistics["taps"]
+    rows = [
+        ("shape", "", [f"{tap['channels']}x{tap['height']}x{tap['width']}" for tap in taps]),
+        ("bytes", "", [byte_size(tap["bytes"]) for tap in taps]),
+        ("bits a value", "", [number(tap["bits_per_value"]) for tap in taps]),
+    ]
+    rows += [(title, good, [interval(tap[key]) for tap in found]) for key, title, good in ESTIMATES]
+    if "afresh" in statistics:
+        again = statistics["afresh"]["codec_error"]
+        values = [interval(again[tap_name(tap["timestep"], tap["name"])]) for tap in taps]
+        rows.append(("codec error, afresh", "as recorded", values))
+    rows += [(title, good, [number(tap[key]) for tap in taps]) for key, title, good in RECORDED]
+    return rows
 
 
 def _failures(root: Path, cache: Cache) -> list[tuple[str, str]]:
@@ -80,10 +121,12 @@ def _charts(statistics: Json) -> dict[str, Any]:
     ]  # fmt: skip
     measured = [(name, tap["knn_top1"]) for name, tap in zip(names, taps, strict=True) if tap["knn_top1"]]
     charts: dict[str, Any] = {
-        "histogram": line_chart(histograms, title="Histograms of whitened values", x="value", y="density", log_y=True),
+        "histogram": line_chart(
+            histograms, title="Histograms", x="whitened value", y="density", log_y=True, width=2 * WIDTH
+        ),
         "histogram_legend": legend(histograms),
         "spectra": [_spectra(name, tap, style) for name, tap, style in zip(names, taps, styles, strict=True)],
-        "cka": heat_map(names, statistics["cka"]["value"], title="Linear CKA between taps and timesteps"),
+        "cka": heat_map(names, statistics["cka"]["value"], title="Linear CKA"),
         "knn": None,
         "noise": _bars(names, taps, "noise_share", "Noise share", "share of variance"),
         "rank": _bars(names, taps, "effective_rank", "Effective rank", "dimensions"),
@@ -92,8 +135,8 @@ def _charts(statistics: Json) -> dict[str, Any]:
     if measured:
         values = [(v["value"], v["low"], v["high"]) for _, v in measured]
         charts["knn"] = bar_chart(
-            [name for name, _ in measured], values, title="k-NN accuracy of pooled features", y="share of samples",
-            line=statistics["knn_chance"],
+            [name for name, _ in measured], values, title="k-NN accuracy", y="share of samples",
+            line=statistics["knn_chance"], note=f"dashed: the most frequent label, {statistics['knn_chance']:.3f}",
         )  # fmt: skip
     return charts
 
@@ -110,14 +153,17 @@ def _spectra(name: str, tap: Json, style: str) -> tuple[str, str] | None:
     if found is None:
         return None
     charts = []
-    for key, water, x in (("rings", "water_rings", "spatial frequency (ring)"),
-                          ("components", "water_components", "principal component")):  # fmt: skip
-        places = [float(i + 1) for i in range(len(found[key]))]
+    for key, water, what, x, first in (
+        ("rings", "water_rings", "frequency", "half cycles of the longer side", 0),
+        ("components", "water_components", "component", "principal component", 1),
+    ):
+        places = [float(first + i) for i in range(len(found[key]))]
         lines = [Series(name=name, x=places, y=found[key], style=style)]
         if any(level is not None for level in found[water]):
             lines.append(Series(name="water line", x=places, y=found[water], style="water"))
         # What the codec dropped is zero but for rounding; it would stretch the axis over many decades.
         top = max(found[key], default=0.0)
         lines[0] = Series(name=name, x=places, y=[v if v > 1e-5 * top else None for v in found[key]], style=style)
-        charts.append(line_chart(lines, title=name, x=x, y="variance", log_y=True, log_x=key == "components"))
+        title = f"{name}, by {what}"
+        charts.append(line_chart(lines, title=title, x=x, y="whitened variance", log_y=True, log_x=first == 1))
     return charts[0], charts[1]

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 340, 210
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 34
+WIDTH, HEIGHT = 264, 190
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 34
 BAR_BOTTOM = 66
 """Room for names under bars."""
+MOST_SCALE = 1.4
+"""A chart is never drawn larger than this many times its units, so that its text stays near the page's."""
+STRONG = 0.68
+"""Share of a cell's colour from which its number is written in the colour of the paper: the two contrast alike."""
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 COLOURS = 8
 """Series colours of the style sheet: c0 to c7."""
 
@@ -23,7 +28,7 @@ class Series:
     y: Sequence[float | None]
     """None, or 0 on a logarithmic axis, breaks the line."""
     style: str = "c0"
-    """Class of the style sheet: a colour, or `water`."""
+    """Classes of the style sheet: a colour, `water`, or a colour and `dashed`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,30 +48,34 @@ class Axis:
 
     def ticks(self) -> list[tuple[float, str]]:
         """Return a few round values and their labels."""
-        if self.log:
-            first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-            if last - first < 1:
-                few = [f * 10.0**power for power in range(first - 1, last + 1) for f in (1, 2, 5)]
-                return [(value, f"{value:g}") for value in few if self.low <= value <= self.high]
-            step = max(1, math.ceil((last - first) / 4))
-            found = [10.0**power for power in range(first, last + 1, step)]
-            return [(v, f"{v:g}" if 0.01 <= v <= 1000 else f"1e{round(math.log10(v))}") for v in found]
+        if not self.log:
+            return [(value, f"{value:.6g}") for value in self._round_values()]
+        first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+        if last - first < 1:
+            few = [f * 10.0**power for power in range(first - 1, last + 1) for f in (1, 2, 5)]
+            few = [value for value in few if self.low <= value <= self.high]
+            return [(value, f"{value:.6g}") for value in max(few, self._round_values(), key=len)]
+        powers = range(first, last + 1, max(1, math.ceil((last - first) / 4)))
+        plain = powers[0] >= -2 and powers[-1] <= 3
+        return [(10.0**n, f"{10.0**n:g}" if plain else "10" + str(n).translate(RAISED)) for n in powers]
+
+    def _round_values(self) -> list[float]:
         step = _round_step((self.high - self.low) / 4)
-        values = [k * step for k in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
-        return [(value, f"{value:.6g}") for value in values]
+        return [k * step for k in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
 
 
 def line_chart(
-    series: Sequence[Series], *, title: str, x: str, y: str, log_x: bool = False, log_y: bool = False
-) -> str:
+    series: Sequence[Series], *, title: str, x: str, y: str, log_x: bool = False, log_y: bool = False,
+    width: int = WIDTH,
+) -> str:  # fmt: skip
     """Return a chart of lines; with more than one, `legend` of the same series tells them apart."""
     points = [[(a, b) for a, b in zip(s.x, s.y, strict=False) if _drawn(a, log_x) and _drawn(b, log_y)] for s in series]
     xs, ys = [a for line in points for a, _ in line], [b for line in points for _, b in line]
     if not xs:
         return Markup('<p class="none">{}: nothing to draw</p>').format(title)
-    across = _axis(xs, LEFT, WIDTH - RIGHT, log_x, pad=False)
+    across = _axis(xs, LEFT, width - RIGHT, log_x, pad=False)
     up = _axis(ys, HEIGHT - BOTTOM, TOP, log_y, pad=True)
-    body = [_grid(across, up, x, y)]
+    body = [_grid(across, up, x, y, width)]
     for s in series:
         for run in _runs(s, log_x, log_y):
             path = " ".join(f"{across.place(a):.1f},{up.place(b):.1f}" for a, b in run)
@@ -75,16 +84,19 @@ def line_chart(
                 a, b = run[0]
                 shape = f'<circle class="{escape(s.style)}" cx="{across.place(a):.1f}" cy="{up.place(b):.1f}" r="2.5"/>'
             body.append(shape)
-    return _svg(title, body)
+    return _svg(title, body, width)
 
 
 def bar_chart(names: Sequence[str], values: Sequence[tuple[float, float | None, float | None]], *, title: str, y: str,
-              line: float | None = None) -> str:  # fmt: skip
-    """Return bars from 0 of (value, low, high), with whiskers where an interval is known, and one level line."""
+              line: float | None = None, note: str = "") -> str:  # fmt: skip
+    """Return bars from 0 of (value, low, high), with whiskers where an interval is known, and one level line.
+
+    `note` is written below, to say what the line is.
+    """
     top = max([v[2] or v[0] for v in values] + [line or 0.0, 1e-9]) * 1.08
     up = Axis(low=0.0, high=top, start=HEIGHT - BAR_BOTTOM, end=TOP, log=False)
     width = (WIDTH - LEFT - RIGHT) / len(names)
-    body = [_grid(None, up, "", y)]
+    body = [_grid(None, up, "", y, WIDTH)]
     for place, (name, (value, low, high)) in enumerate(zip(names, values, strict=True)):
         left, middle = LEFT + place * width, LEFT + (place + 0.5) * width
         height = up.start - up.place(value)
@@ -101,7 +113,7 @@ def bar_chart(names: Sequence[str], values: Sequence[tuple[float, float | None, 
         )
     if line is not None:
         body.append(f'<path class="water" d="M{LEFT} {up.place(line):.1f}H{WIDTH - RIGHT}"/>')
-    return _svg(title, body)
+    return _svg(title, body, note=note)
 
 
 def heat_map(names: Sequence[str], values: Sequence[Sequence[float | None]], *, title: str) -> str:
@@ -119,7 +131,7 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float | None]], *, 
         for column, value in enumerate(values[row]):
             x, shown = label + column * cell, "-" if value is None else f"{value:.2f}"
             opacity = min(1.0, max(0.0, value or 0.0))
-            dark = " strong" if opacity > 0.55 else ""
+            dark = " strong" if opacity > STRONG else ""
             body.append(
                 f'<rect class="cell" x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" '
                 f'fill-opacity="{opacity:.3f}"/><text class="number{dark}" x="{x + cell / 2}" y="{y + cell / 2 + 4}" '
@@ -134,16 +146,20 @@ def legend(series: Sequence[Series]) -> str:
     return Markup(f'<p class="legend">{"".join(parts)}</p>')
 
 
-def _svg(title: str, body: Sequence[str], width: int = WIDTH, height: int = HEIGHT) -> str:
+def _svg(title: str, body: Sequence[str], width: int = WIDTH, height: int = HEIGHT, note: str = "") -> str:
     head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
-    return Markup(f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{head}{"".join(body)}</svg></figure>')
+    below = Markup("<small>{}</small>").format(note) if note else ""
+    return Markup(
+        f'<figure class="chart" style="--most: {round(MOST_SCALE * width)}px"><figcaption>{escape(title)}</figcaption>'
+        f"{head}{''.join(body)}</svg>{below}</figure>"
+    )
 
 
-def _grid(across: Axis | None, up: Axis, x: str, y: str) -> str:
+def _grid(across: Axis | None, up: Axis, x: str, y: str, width: int) -> str:
     parts = []
     for value, label in up.ticks():
         place = up.place(value)
-        parts.append(f'<path class="grid" d="M{LEFT} {place:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<path class="grid" d="M{LEFT} {place:.1f}H{width - RIGHT}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 5}" y="{place + 3.5:.1f}" text-anchor="end">{label}</text>')
     for value, label in across.ticks() if across is not None else []:
         parts.append(
@@ -151,9 +167,9 @@ def _grid(across: Axis | None, up: Axis, x: str, y: str) -> str:
             f'text-anchor="middle">{label}</text>'
         )
     parts.append(
-        f'<text class="axis" x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>'
+        f'<text class="axis" x="{(LEFT + width - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>'
     )
-    turned = f'transform="translate(11 {(HEIGHT - BOTTOM) / 2}) rotate(-90)"'
+    turned = f'transform="translate(11 {(up.start + up.end) / 2}) rotate(-90)"'
     parts.append(f'<text class="axis" {turned} text-anchor="middle">{escape(y)}</text>')
     return "".join(parts)
 
@@ -161,7 +177,8 @@ def _grid(across: Axis | None, up: Axis, x: str, y: str) -> str:
 def _axis(values: Sequence[float], start: float, end: float, log: bool, pad: bool) -> Axis:
     low, high = min(values), max(values)
     if log:
-        low, high = (low / 1.3, high * 1.3) if pad or low == high else (low, high)
+        factor = (high / low) ** 0.06 if high > low else 1.3
+        low, high = (low / factor, high * factor) if pad or low == high else (low, high)
     elif pad or low == high:
         margin = (high - low) * 0.06 or 0.5
         low, high = low - margin, high + margin

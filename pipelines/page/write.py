@@ -8,7 +8,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from dtcache._version import __version__
 from dtcache.errors import ConfigError
 from dtcache.storage import write_file
-from pipelines.tables import interval
 from pipelines.words import byte_size
 
 MAX_BYTES = 10_000_000
@@ -20,7 +19,7 @@ def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
         loader=PackageLoader("pipelines", "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"size": byte_size, "interval": interval}
+    environment.filters["size"] = byte_size
     page = environment.get_template(template).render(version=__version__, **values).encode()
     if len(page) > MAX_BYTES:
         raise ConfigError(

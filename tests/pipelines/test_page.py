@@ -1,49 +1,18 @@
 """Pages of caches and runs: one file, nothing fetched, one colour basis, what is damaged left out."""
 
-import json
-import os
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
-from store.builders import FINE, begin, tiny_plan, tree, write_cache
+from inspecting import flip, inspect, page_of
+from store.builders import FINE, begin, tiny_plan, tree
 
-from cli import main
 from dtcache.cache import Cache
-from pipelines import student_run
-from pipelines.differences import differences
 from pipelines.page.charts import Axis, Series, bar_chart, line_chart
 from pipelines.page.pictures import colour_basis, segments
-from pipelines.report import inspect_cache
 
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Spare the disk, and keep statistics in a folder of the test's own."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny sealed cache that no test changes."""
-    return write_cache(tmp_path_factory.mktemp("page") / "cache", tiny_plan())
-
-
-def run(*arguments: object) -> Result:
-    """Run `dtcache inspect` in this process."""
-    return CliRunner().invoke(main, ["inspect", *map(str, arguments)])
-
-
-def page_of(root: Path, out: Path, *more: object) -> str:
-    """Write a page and return it."""
-    result = run(root, "--report", out, *more)
-    assert result.exit_code == 0, result.output
-    assert f"wrote {out}" in result.output.replace("\n", "")
-    return out.read_text()
+pytestmark = pytest.mark.usefixtures("apart")
 
 
 def pixels(map_3: np.ndarray) -> np.ndarray:
@@ -101,7 +70,10 @@ def test_charts_draw_what_they_are_given() -> None:
     [
         (0, 1, False, ["0", "0.5", "1"]),
         (0.3, 3, True, ["0.5", "1", "2"]),
-        (1e-4, 1, True, ["1e-4", "1e-3", "0.01", "0.1", "1"]),
+        (1e-4, 1, True, ["10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "10⁰"]),
+        (0.01, 1, True, ["0.01", "0.1", "1"]),
+        (2.3, 3.1, True, ["2.4", "2.6", "2.8", "3"]),
+        (1.3, 9.9, True, ["2", "5"]),
     ],
 )
 def test_ticks_are_round(low: float, high: float, log: bool, labels: list[str]) -> None:
@@ -109,32 +81,29 @@ def test_ticks_are_round(low: float, high: float, log: bool, labels: list[str]) 
     assert [label for _, label in Axis(low=low, high=high, start=0, end=1, log=log).ticks()] == labels
 
 
-def test_a_page_is_one_file_that_asks_for_nothing(cache: Path, tmp_path: Path) -> None:
+def test_a_page_is_one_file_that_asks_for_nothing(tiny_cache: Path, tmp_path: Path) -> None:
     """No address, script or style sheet from elsewhere; every picture is a data URI; keys are escaped; under 10 MB."""
-    before = tree(cache)
-    page = page_of(cache, tmp_path / "out.html", "--gallery", 3)
-    assert tree(cache) == before
+    before = tree(tiny_cache)
+    page = page_of(tiny_cache, tmp_path / "out.html", "--gallery", 3)
+    assert tree(tiny_cache) == before
     assert not re.search(r"https?://|<script|<link[^>]+stylesheet|@import|url\(", page)
     sources = re.findall(r'src="([^"]{5})', page)
     assert set(sources) == {"data:"}
     # Three images, in two galleries, each with a picture a tap.
     assert len(sources) == 3 * 2 * (1 + 2)
     assert len(page) < 10_000_000
-    for heading in ("Bytes by part", "Gallery", "Segments", "Spectra", "Histograms", "Worst reconstructed", "Failures"):
+    for heading in ("Bytes by part", "Gallery", "Segments", "Likeness and values", "Spectra", "Worst reconstructed",
+                    "Failures"):  # fmt: skip
         assert f"<h2>{heading}</h2>" in page
     assert "cannot identify image file" in page
     assert FINE in page
 
 
-def test_a_page_of_a_damaged_cache(cache: Path, tmp_path: Path) -> None:
+def test_a_page_of_a_damaged_cache(tiny_copy: Path, tmp_path: Path) -> None:
     """A flipped bit costs one picture of the page, not the page; it says what was left out."""
-    root = Path(shutil.copytree(cache, tmp_path / "cache"))
-    path = root / f"data.zarr/{FINE}/c.1.0.0"
-    content = bytearray(path.read_bytes())
-    content[3] ^= 1
-    path.write_bytes(content)
+    flip(tiny_copy / f"data.zarr/{FINE}/c.1.0.0")
     key = tiny_plan().samples[4].key
-    page = page_of(root, tmp_path / "out.html")
+    page = page_of(tiny_copy, tmp_path / "out.html")
     assert f"{FINE} of {key}" in page
     assert f'alt="{FINE} of {key}"' not in page
 
@@ -148,127 +117,49 @@ def test_a_page_of_an_unfinished_cache(tmp_path: Path) -> None:
     assert '<span class="badge bad">unfinished</span>' in page
 
 
-def test_options_that_do_not_go_together(cache: Path, tmp_path: Path) -> None:
+def test_options_that_do_not_go_together(tiny_cache: Path, tmp_path: Path) -> None:
     """Each is refused in one line that says what was expected."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"student": "resnet10t", "cache": "abc"}')
     for arguments, message in (
-        ((cache, "--cache", cache), "--cache: expected the folder of a student's run with it, got a cache"),
-        ((cache, cache, "--report", tmp_path / "x.html"), "--report: expected one cache, or runs; make a page of each"),
-        ((cache, tmp_path / "run"), f"{cache}: no run, as {tmp_path / 'run'} is; give caches or runs"),
+        ((tiny_cache, "--cache", tiny_cache), "--cache: expected the folder of a student's run with it, got a cache"),
+        (
+            (tiny_cache, tiny_cache, "--report", tmp_path / "x.html"),
+            "--report: expected one cache, or runs; make a page of each",
+        ),
+        ((tiny_cache, tmp_path / "run"), f"{tiny_cache}: no run, as {tmp_path / 'run'} is; give caches or runs"),
         ((tmp_path / "run", "--stats"), f"--stats: expected a cache, got the run {tmp_path / 'run'}"),
         ((tmp_path / "run", "--teacher", "x"), f"--teacher: expected a cache, got the run {tmp_path / 'run'}"),
-        ((cache, "--report", tmp_path / "no" / "x.html"), f"{tmp_path / 'no'} is not a folder; make it first"),
-        ((cache, "--samples", "0"), "--samples 0: expected at least 1"),
+        ((tiny_cache, "--report", tmp_path / "no" / "x.html"), f"{tmp_path / 'no'} is not a folder; make it first"),
+        ((tiny_cache, "--samples", "0"), "--samples 0: expected at least 1"),
     ):
-        result = run(*arguments)
+        result = inspect(*arguments)
         assert result.exit_code == 1, result.output
         assert message in result.output
         assert result.output.count("\n") == 1
     (tmp_path / "run" / "run.json").write_text('{"steps": 3}')
-    assert "not the options of dtcache train; give the folder of a student's run" in run(tmp_path / "run").output
+    assert "not the options of dtcache train; give the folder of a student's run" in inspect(tmp_path / "run").output
     (tmp_path / "run" / "run.json").write_text("{")
-    assert "not readable as JSON" in run(tmp_path / "run").output
+    assert "not readable as JSON" in inspect(tmp_path / "run").output
 
 
-def test_a_page_over_its_size_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_over_its_size_is_refused(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written, and the remedy is named."""
     monkeypatch.setattr("pipelines.page.write.MAX_BYTES", 1000)
-    result = run(cache, "--report", tmp_path / "x.html")
+    result = inspect(tiny_cache, "--report", tmp_path / "x.html")
     assert "expected a page of at most 1000 bytes, got" in result.output and "give a smaller --gallery" in result.output
     assert not (tmp_path / "x.html").exists()
 
 
-def test_two_caches_stand_side_by_side(cache: Path, tmp_path: Path) -> None:
-    """What differs is shown with both values, what does not is not; the same cache twice differs in nothing."""
-    plan = tiny_plan()
-    writer = begin(tmp_path / "other", plan)
-    writer.write_shard(plan.shards[0])
-    report = json.loads(run(cache, tmp_path / "other", "--json").stdout)
-    assert (report["kind"], report["schema"], len(report["reports"])) == ("comparison", 1, 2)
-    assert report["differences"]["num_done"] == [9, 4]
-    assert report["differences"]["state"] == ["complete", "unfinished"]
-    assert "num_images" not in report["differences"]
-    output = run(cache, tmp_path / "other").output
-    assert "how they were made: nothing differs" in output
-    assert "unfinished" in output
-    assert differences([inspect_cache(cache)] * 2) == {}
-
-
-def test_timesteps_stand_side_by_side(cache: Path) -> None:
-    """A tap at T = 150 stands beside the same tap of a cache of T = 50, not beside nothing."""
-    report = inspect_cache(cache)
-    other = json.loads(json.dumps(report).replace("150", "50"))
-    other["taps"][0]["bytes"] += 7
-    found = differences([report, other])
-    assert found["taps.stride2.bytes"] == [report["taps"][0]["bytes"], report["taps"][0]["bytes"] + 7]
-    assert found["recipe.teacher.timesteps"] == [[150], [50]]
-
-
-def a_run(root: Path, **changed: object) -> Path:
-    """Write what a student's run leaves."""
-    root.mkdir()
-    options = {"student": "resnet10t", "cache": "ab" * 32, "samples": "cd" * 32, "lr": 0.1, **changed}
-    (root / student_run.RUN).write_text(json.dumps(options))
-    lines = [
-        {"step": 2, "loss": 3.0},
-        {"step": 2, f"held_out/mse/{FINE}": 1.5, f"held_out/at/{FINE}": 0.2, "held_out/loss": 3.1},
-        {"step": 4, "loss": 2.0},
-        {"step": 4, f"held_out/mse/{FINE}": 1.0, f"held_out/at/{FINE}": 0.1, "held_out/loss": 2.1},
-    ]
-    (root / student_run.METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 6, "lo')
-    return root
-
-
-def finish(root: Path, loss: float) -> None:
-    """Write the results of a run."""
-    held = {f"mse/{FINE}": 1.0, f"at/{FINE}": 0.1, "loss": loss}
-    results = {"steps": 4, "loss": 2.0, "held_out": held, "noise_floor": {FINE: 0.2}, "seconds": 9.0,
-               "images_per_second": 7.0, "wait_share": 0.1}  # fmt: skip
-    (root / student_run.SUMMARY).write_text(json.dumps(results))
-
-
-def test_a_run_is_inspected_finished_or_not(tmp_path: Path) -> None:
-    """Curves end before a line that a kill cut short; results come with the summary; the file names are training's."""
-    from pipelines.run import METRICS, RUN
-
-    assert (student_run.RUN, student_run.METRICS) == (RUN, METRICS)
-    root = a_run(tmp_path / "run")
-    report = json.loads(run(root, "--json").stdout)
-    assert (report["kind"], report["state"], report["steps"], report["results"]) == ("run", "unfinished", 4, None)
-    assert report["curves"][f"held_out/mse/{FINE}"] == {"steps": [2, 4], "values": [1.5, 1.0]}
-    assert report["taps"] == [FINE]
-    finish(root, 2.1)
-    output = run(root).output
-    assert "finished, 4 steps" in output and "2.1000" in output and "0.200" in output
-    page = page_of(root, tmp_path / "run.html")
-    assert f"held-out MSE: {FINE}" in page and "2.1000" in page and "Give --cache CACHE" in page
-
-
-def test_runs_differ_in_options_and_results(tmp_path: Path) -> None:
-    """Two runs show what differs in both, on the terminal and on one page."""
-    roots = [a_run(tmp_path / "a"), a_run(tmp_path / "b", lr=0.2)]
-    for root, loss in zip(roots, (2.1, 1.9), strict=True):
-        finish(root, loss)
-    report = json.loads(run(*roots, "--json").stdout)
-    assert report["differences"] == {"options.lr": [0.1, 0.2], "results.held_out.loss": [2.1, 1.9]}
-    assert "held_out.loss" in run(*roots).output
-    result = run(*roots, "--report", tmp_path / "runs.html")
-    assert result.exit_code == 0, result.output
-    page = (tmp_path / "runs.html").read_text()
-    assert "What differs" in page and page.count("<polyline") >= 2 * 4
-    assert "--cache: expected one run with it" in run(*roots, "--report", tmp_path / "y.html", "--cache", "x").output
-
-
-def test_photos_are_the_images(cache: Path, tmp_path: Path) -> None:
+def test_photos_are_the_images(tiny_cache: Path, tmp_path: Path) -> None:
     """The gallery's image of a key is the one that is cached under it, within WebP's error."""
     import base64
     import io
 
     from PIL import Image
 
-    page = page_of(cache, tmp_path / "out.html")
-    opened = Cache(cache)
+    page = page_of(tiny_cache, tmp_path / "out.html")
+    opened = Cache(tiny_cache)
     found = dict(re.findall(r'<img src="data:image/webp;base64,([^"]+)" alt="([^"]+)"', page))
     assert len(found) == 9
     for data, key in found.items():

@@ -3,43 +3,20 @@
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-from store.builders import COARSE, FINE, begin, tiny_plan, tree, write_cache
+from inspecting import inspect
+from store.builders import COARSE, FINE, begin, tiny_plan, tree
 
-from cli import main
 from dtcache.errors import CacheDamagedError, CacheFormatError
 from dtcache.store.layout import MANIFEST, SAMPLES, SHARDS
 from pipelines import report as report_module
 from pipelines.report import SCHEMA, inspect_cache
 
+pytestmark = pytest.mark.usefixtures("apart")
+
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "inspect.md"
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the disk: no test here pulls the plug."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny sealed cache that no test changes."""
-    return write_cache(tmp_path_factory.mktemp("report") / "cache", tiny_plan())
-
-
-@pytest.fixture
-def root(shared: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny cache, to be damaged."""
-    return Path(shutil.copytree(shared, tmp_path / "cache"))
-
-
-def run(*arguments: object) -> Result:
-    """Run `dtcache inspect` in this process."""
-    return CliRunner().invoke(main, ["inspect", *map(str, arguments)])
 
 
 def bytes_read() -> int:
@@ -47,10 +24,10 @@ def bytes_read() -> int:
     return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
 
 
-def test_parts_add_up_to_the_files(shared: Path) -> None:
+def test_parts_add_up_to_the_files(tiny_cache: Path) -> None:
     """Bytes by part and by tap are those of the files that they name, and nothing is counted twice."""
-    report = inspect_cache(shared)
-    sizes = {p.relative_to(shared).as_posix(): p.stat().st_size for p in shared.rglob("*") if p.is_file()}
+    report = inspect_cache(tiny_cache)
+    sizes = {p.relative_to(tiny_cache).as_posix(): p.stat().st_size for p in tiny_cache.rglob("*") if p.is_file()}
     parts = report["parts"]
     assert sum(parts.values()) == sum(sizes.values()) == report["bytes_on_disk"]
     shards = {
@@ -65,14 +42,14 @@ def test_parts_add_up_to_the_files(shared: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel counts no bytes read here")
-def test_only_manifest_and_index_are_read(root: Path) -> None:
+def test_only_manifest_and_index_are_read(tiny_copy: Path) -> None:
     """However large the shards are, the kernel counts no more bytes read than manifest and indices have."""
-    inspect_cache(root)  # whatever is imported on the way
-    index = sum((root / name).stat().st_size for name in (MANIFEST, SAMPLES, SHARDS))
-    for path in (root / "data.zarr").rglob("c.*"):
+    inspect_cache(tiny_copy)  # whatever is imported on the way
+    index = sum((tiny_copy / name).stat().st_size for name in (MANIFEST, SAMPLES, SHARDS))
+    for path in (tiny_copy / "data.zarr").rglob("c.*"):
         os.truncate(path, path.stat().st_size + (1 << 26))
     before = bytes_read()
-    inspect_cache(root)
+    inspect_cache(tiny_copy)
     # Reading the counter itself, and Parquet's footers, which are met twice.
     assert bytes_read() - before < 2 * index + 4096
 
@@ -91,7 +68,7 @@ def test_a_cache_is_inspected_while_it_is_written(tmp_path: Path) -> None:
         assert sum(report["parts"].values()) == report["bytes_on_disk"]
         writer.write_shard(plan.shards[shard])
     assert done == [0, 4, 7]  # a row of the second shard failed
-    empty = run(tmp_path / "cache")
+    empty = inspect(tmp_path / "cache")
     assert empty.exit_code == 0
 
 
@@ -110,9 +87,9 @@ def test_a_seal_in_between_is_no_damage(tmp_path: Path, monkeypatch: pytest.Monk
     assert inspect_cache(root)["state"] == "complete"
 
 
-def test_files_that_go_meanwhile_are_passed_over(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_go_meanwhile_are_passed_over(tiny_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A temporary file that is renamed between listing and looking ends in no traceback."""
-    (root / ".tmp-shard").write_bytes(b"x")
+    (tiny_copy / ".tmp-shard").write_bytes(b"x")
     stat = Path.stat
 
     def vanishing(path: Path, **more: bool) -> os.stat_result:
@@ -123,47 +100,47 @@ def test_files_that_go_meanwhile_are_passed_over(root: Path, monkeypatch: pytest
     monkeypatch.setattr(Path, "is_file", lambda path: True if path.name == ".tmp-shard" else os.path.isfile(path))
     monkeypatch.setattr(Path, "exists", lambda path, **more: True)
     monkeypatch.setattr(Path, "stat", vanishing)
-    assert inspect_cache(root)["state"] == "complete"
+    assert inspect_cache(tiny_copy)["state"] == "complete"
 
 
-def test_damaged_shards_are_named(root: Path) -> None:
+def test_damaged_shards_are_named(tiny_copy: Path) -> None:
     """A shard that is short or gone makes the cache damaged; both are named, with what is there instead."""
-    short, gone = (root / f"data.zarr/{name}/c.1.0.0" for name in (FINE, COARSE))
+    short, gone = (tiny_copy / f"data.zarr/{name}/c.1.0.0" for name in (FINE, COARSE))
     os.truncate(short, 7)
     gone.unlink()
-    report = inspect_cache(root)
+    report = inspect_cache(tiny_copy)
     assert report["state"] == "damaged"
     assert report["damaged"] == {f"data.zarr/{FINE}/c.1.0.0": "7 bytes", f"data.zarr/{COARSE}/c.1.0.0": "no file"}
-    output = CliRunner().invoke(main, ["inspect", str(root)], env={"COLUMNS": "200"}).output
+    output = inspect(tiny_copy, COLUMNS="200").output
     assert "2 shard files DAMAGED: run dtcache verify" in output
     assert f"{FINE}/c.1.0.0: 7 bytes" in output
 
 
-def test_a_newer_format_is_refused(root: Path) -> None:
+def test_a_newer_format_is_refused(tiny_copy: Path) -> None:
     """A manifest of a later version says which one this dtcache reads."""
-    (root / MANIFEST).write_text('{"format":2}')
+    (tiny_copy / MANIFEST).write_text('{"format":2}')
     with pytest.raises(CacheFormatError, match="expected format 1, got 2; install the dtcache that wrote it"):
-        inspect_cache(root)
-    assert run(root).output.count("\n") == 1
+        inspect_cache(tiny_copy)
+    assert inspect(tiny_copy).output.count("\n") == 1
 
 
-def test_the_terminal_is_narrow_safe(shared: Path) -> None:
+def test_the_terminal_is_narrow_safe(tiny_cache: Path) -> None:
     """In 60 columns every number is whole; in 40 no line is longer, and nothing is hidden behind an ellipsis."""
-    report = inspect_cache(shared)
-    wide = CliRunner().invoke(main, ["inspect", str(shared)], env={"COLUMNS": "60"}).output
+    report = inspect_cache(tiny_cache)
+    wide = inspect(tiny_cache, COLUMNS="60").output
     for tap in report["taps"]:
         for number in (f"{tap['bits_per_value']:.3f}", f"{tap['relative_mse']:.3f}", tap["name"]):
             assert number in wide
-    narrow = CliRunner().invoke(main, ["inspect", str(shared)], env={"COLUMNS": "40"}).output
+    narrow = inspect(tiny_cache, COLUMNS="40").output
     assert max(map(len, narrow.splitlines())) <= 40
     assert "…" not in narrow
     for part in report["parts"]:
         assert part in wide
 
 
-def test_the_schema_is_documented(shared: Path) -> None:
+def test_the_schema_is_documented(tiny_cache: Path) -> None:
     """docs/inspect.md lists exactly the fields that --json prints, and names their version."""
-    report = json.loads(run(shared, "--json").stdout)
+    report = json.loads(inspect(tiny_cache, "--json").stdout)
     text = DOCS.read_text()
     assert f"Schema {SCHEMA}" in text
     section = text[text.index("## JSON of a cache") : text.index("## JSON of a run")]

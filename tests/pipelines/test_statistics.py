@@ -1,9 +1,7 @@
 """Statistics against plain NumPy over everything, their intervals against the truth, and what is read and kept."""
 
 import json
-import os
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from inspecting import flip, inspect
 from scipy.stats import special_ortho_group
 from store.builders import COARSE, FAILED_ROW, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
 
-from cli import main
 from dtcache.cache import Cache
 from dtcache.errors import ConfigError
 from dtcache.options import InspectOptions
@@ -26,45 +23,15 @@ from pipelines.statistics.kept import kept_folder
 from pipelines.statistics.similarity import knn_accuracy, similarities
 from pipelines.statistics.sums import Group, add, empty, group_of, rings_of
 
+pytestmark = pytest.mark.usefixtures("apart")
+
 GOOD = np.array([row for row in range(ROWS) if row != FAILED_ROW])
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Spare the disk, and keep statistics in a folder of the test's own."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny sealed cache that no test changes."""
-    return write_cache(tmp_path_factory.mktemp("statistics") / "cache", tiny_plan())
-
-
-@pytest.fixture
-def root(shared: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny cache, to be damaged."""
-    return Path(shutil.copytree(shared, tmp_path / "cache"))
-
-
-def run(*arguments: object) -> Result:
-    """Run `dtcache inspect` in this process."""
-    return CliRunner().invoke(main, ["inspect", *map(str, arguments)])
-
-
-def flip_chunk(root: Path, shard: int) -> None:
-    """Flip a bit in the first chunk of a shard of the finest tap: view 0 of the shard's first row."""
-    path = root / f"data.zarr/{FINE}/c.{shard}.0.0"
-    content = bytearray(path.read_bytes())
-    content[3] ^= 1
-    path.write_bytes(content)
-
-
-def test_exact_statistics_are_those_of_all_values(shared: Path) -> None:
+def test_exact_statistics_are_those_of_all_values(tiny_cache: Path) -> None:
     """Mean, std, effective rank, dead channels and histogram are NumPy's over every decoded value, without interval."""
-    found = cache_statistics(shared, InspectOptions(exact=True))
-    cache = Cache(shared)
+    found = cache_statistics(tiny_cache, InspectOptions(exact=True))
+    cache = Cache(tiny_cache)
     assert (found["num_rows"], found["num_usable"], found["exact"], found["left_out"]) == (9, 9, True, {})
     for tap, name in zip(found["taps"], (FINE, COARSE), strict=True):
         raw = cache.raw(name, GOOD).double().numpy()
@@ -83,9 +50,9 @@ def test_exact_statistics_are_those_of_all_values(shared: Path) -> None:
         np.testing.assert_allclose(tap["spectrum"]["components"], eigenvalues[::-1], atol=1e-6)
 
 
-def test_the_spectrum_is_parsevals(shared: Path) -> None:
+def test_the_spectrum_is_parsevals(tiny_cache: Path) -> None:
     """Variance by ring, weighted by coefficients, adds up to that about the codec's mean; ring 0 is the map's mean."""
-    cache = Cache(shared)
+    cache = Cache(tiny_cache)
     group = group_of(cache, FINE, GOOD)
     centred = decode(cache, FINE, GOOD).whitened_RVCHW - torch.from_numpy(cache.fit[FINE].mean).float()[:, None, None]
     assert group.sums.rings.sum() == pytest.approx(float(centred.double().square().sum()), rel=1e-5)
@@ -93,18 +60,18 @@ def test_the_spectrum_is_parsevals(shared: Path) -> None:
     assert rings_of(2, 4).tolist() == [[0, 1, 2, 3], [2, 2, 2, 3]]
 
 
-def test_sums_of_groups_add_up(shared: Path) -> None:
+def test_sums_of_groups_add_up(tiny_cache: Path) -> None:
     """The sums of two groups together are those of one group of all rows."""
-    cache = Cache(shared)
+    cache = Cache(tiny_cache)
     parts = add([group_of(cache, COARSE, GOOD[:4]).sums, group_of(cache, COARSE, GOOD[4:]).sums])
     whole = group_of(cache, COARSE, GOOD).sums
     assert (parts.rows, parts.maps, parts.coded) == (whole.rows, whole.maps, whole.coded) == (9, 18, whole.coded)
     np.testing.assert_allclose(parts.products_CC, whole.products_CC, rtol=1e-9)
 
 
-def test_escapes_are_counted(shared: Path) -> None:
+def test_escapes_are_counted(tiny_cache: Path) -> None:
     """The share of escapes is that of coded values beyond the half width of their table; none is at int16's limit."""
-    cache = Cache(shared)
+    cache = Cache(tiny_cache)
     sums = group_of(cache, FINE, GOOD).sums
     fit = cache.fit[FINE]
     classes = fit.classes.ravel()[fit.live]
@@ -160,9 +127,9 @@ def noisy(cache: Cache, draws: int, noise: float, rows: int = 600) -> Group:
 
 
 @pytest.mark.parametrize("draws", [2, 4])
-def test_noise_share_is_unbiased(shared: Path, draws: int) -> None:
+def test_noise_share_is_unbiased(tiny_cache: Path, draws: int) -> None:
     """With noise of a third of the signal's variance a quarter of all is noise, however many draws there are."""
-    found = measures.noise_share([noisy(Cache(shared), draws, 1 / 3).sums])
+    found = measures.noise_share([noisy(Cache(tiny_cache), draws, 1 / 3).sums])
     assert found == pytest.approx(0.25, abs=0.02)
 
 
@@ -211,27 +178,27 @@ def test_knn_finds_what_is_there() -> None:
     assert knn_accuracy(groups_of(features), pa.chunked_array([np.zeros(400, int)])) == (None, None)
 
 
-def test_a_damaged_sample_is_left_out_and_named(root: Path) -> None:
+def test_a_damaged_sample_is_left_out_and_named(tiny_copy: Path) -> None:
     """A flipped bit takes one sample out of one tap; the statistics are those of the others, and are not kept."""
-    flip_chunk(root, 1)
-    found = cache_statistics(root, InspectOptions(exact=True))
+    flip(tiny_copy / f"data.zarr/{FINE}/c.1.0.0")
+    found = cache_statistics(tiny_copy, InspectOptions(exact=True))
     key = tiny_plan().samples[4].key
     assert list(found["left_out"]) == [f"{FINE} of {key}"]
     assert "the checksum does not match" in found["left_out"][f"{FINE} of {key}"]
     rest = GOOD[GOOD != 4]
     assert found["taps"][0]["mean"]["value"] == pytest.approx(
-        float(Cache(root).raw(FINE, rest).double().mean()), rel=1e-5
+        float(Cache(tiny_copy).raw(FINE, rest).double().mean()), rel=1e-5
     )
     assert not kept_folder().exists()
-    assert f"left out: {FINE} of {key}" in " ".join(run(root, "--stats").output.split())
+    assert f"left out: {FINE} of {key}" in " ".join(inspect(tiny_copy, "--stats").output.split())
 
 
-def test_a_lost_shard_is_left_out_and_named(root: Path) -> None:
+def test_a_lost_shard_is_left_out_and_named(tiny_copy: Path) -> None:
     """Rows of a shard file that is gone are not sampled; the file is named."""
-    (root / f"data.zarr/{COARSE}/c.0.0.0").unlink()
-    found = cache_statistics(root, InspectOptions())
+    (tiny_copy / f"data.zarr/{COARSE}/c.0.0.0").unlink()
+    found = cache_statistics(tiny_copy, InspectOptions())
     assert found["num_usable"] == 5
-    assert found["left_out"] == {str(root / f"data.zarr/{COARSE}/c.0.0.0"): "no file"}
+    assert found["left_out"] == {str(tiny_copy / f"data.zarr/{COARSE}/c.0.0.0"): "no file"}
 
 
 def test_an_unfinished_cache_has_statistics_of_what_is_there(tmp_path: Path) -> None:
@@ -249,29 +216,29 @@ def test_an_unfinished_cache_has_statistics_of_what_is_there(tmp_path: Path) -> 
     assert counts == [4, 7, 9]
 
 
-def test_statistics_are_kept_outside_of_the_cache(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_are_kept_outside_of_the_cache(tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second time nothing is decoded; other options or a spoilt file are computed anew; the cache stays."""
-    before = tree(shared)
-    first = cache_statistics(shared, InspectOptions(samples=6))
+    before = tree(tiny_cache)
+    first = cache_statistics(tiny_cache, InspectOptions(samples=6))
     [file] = kept_folder().iterdir()
-    assert file.name.startswith(Cache(shared).reader.manifest.identity[:32])
+    assert file.name.startswith(Cache(tiny_cache).reader.manifest.identity[:32])
     with monkeypatch.context() as patched:
         patched.setattr("pipelines.statistics.run.group_sums", None)
-        assert cache_statistics(shared, InspectOptions(samples=6)) == first
+        assert cache_statistics(tiny_cache, InspectOptions(samples=6)) == first
         with pytest.raises(TypeError):
-            cache_statistics(shared, InspectOptions(samples=5))
+            cache_statistics(tiny_cache, InspectOptions(samples=5))
     file.write_bytes(file.read_bytes().replace(b'"num_rows":6', b'"num_rows":7'))
-    assert cache_statistics(shared, InspectOptions(samples=6)) == first
-    assert tree(shared) == before
+    assert cache_statistics(tiny_cache, InspectOptions(samples=6)) == first
+    assert tree(tiny_cache) == before
 
 
 def test_a_folder_that_cannot_be_written_is_no_failure(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where the user's cache folder is a file, statistics are shown and not kept."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert cache_statistics(shared, InspectOptions())["num_rows"] == 9
+    assert cache_statistics(tiny_cache, InspectOptions())["num_rows"] == 9
     assert "statistics are not kept" in capsys.readouterr().err
 
 
@@ -301,13 +268,13 @@ def test_a_sample_is_all_that_is_read(tmp_path: Path) -> None:
     assert everything - spent >= 5 * VIEWS * sum(len(plan.payload(name, 0, 0)) for name in payload)
 
 
-def test_the_json_has_statistics(shared: Path) -> None:
+def test_the_json_has_statistics(tiny_cache: Path) -> None:
     """--json --stats holds all of them, as JSON without NaN; the terminal shows every tap."""
-    report = json.loads(run(shared, "--stats", "--json").stdout, parse_constant=pytest.fail)
+    report = json.loads(inspect(tiny_cache, "--stats", "--json").stdout, parse_constant=pytest.fail)
     assert report["statistics"]["num_rows"] == 9
     assert report["statistics"]["cka"]["names"] == [FINE, COARSE]
-    assert "all 9 of 9 samples" in run(shared, "--exact").output
-    assert "a sample of 6 of 9 samples" in run(shared, "--stats", "--samples", 6).output
+    assert "all 9 of 9 samples" in inspect(tiny_cache, "--exact").output
+    assert "a sample of 6 of 9 samples" in inspect(tiny_cache, "--stats", "--samples", 6).output
 
 
 def test_recorded_measurements_are_shown(tmp_path: Path) -> None:

@@ -1,0 +1,27 @@
+"""Inspect as its user runs it, and the damage that it should survive."""
+
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from cli import main
+
+
+def inspect(*arguments: object, **variables: str) -> Result:
+    """Run `dtcache inspect` in this process, with environment variables."""
+    return CliRunner().invoke(main, ["inspect", *map(str, arguments)], env=variables)
+
+
+def page_of(root: Path, out: Path, *more: object) -> str:
+    """Write the page of a cache or a run and return it."""
+    result = inspect(root, "--report", out, *more)
+    assert result.exit_code == 0, result.output
+    assert f"wrote {out}" in result.output.replace("\n", "")
+    return out.read_text()
+
+
+def flip(path: Path, place: int = 3) -> None:
+    """Flip one bit of one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
