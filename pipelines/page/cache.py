@@ -22,20 +22,20 @@ from pipelines.words import byte_size
 
 MOST_FAILURES = 50
 ESTIMATES = (
-    ("knn_top1", "k-NN accuracy", "high: the tap that carries the classes"),
-    ("mean", "mean", "anything finite"),
+    ("knn_top1", "k-NN accuracy", "high"),
+    ("mean", "mean", ""),
     ("std", "std", "not near 0"),
     ("effective_rank", "effective rank", "high"),
     ("dead_channels", "dead channels", "near 0"),
     ("saturation", "saturation", "0"),
     ("escapes", "escapes", "under 0.001"),
     ("noise_share", "noise share", "under 1/3"),
-    ("codec_error", "codec error", "see what is lost"),
+    ("codec_error", "codec error", ""),
 )
 RECORDED = (
     ("determined_error", "lost of what the image determines", "under 1/3"),
-    ("flip_error", "flip error", "under the noise share, to mirror maps"),
-    ("crop_error", "crop error", "under the noise share, to crop maps"),
+    ("flip_error", "flip error", "under the noise share"),
+    ("crop_error", "crop error", "under the noise share"),
 )
 """Names in the report, titles, and what is good (docs/inspect.md)."""
 
@@ -122,7 +122,7 @@ def _charts(statistics: Json) -> dict[str, Any]:
     measured = [(name, tap["knn_top1"]) for name, tap in zip(names, taps, strict=True) if tap["knn_top1"]]
     charts: dict[str, Any] = {
         "histogram": line_chart(
-            histograms, title="Histograms", x="whitened value", y="density", log_y=True, width=2 * WIDTH
+            histograms, title="Histograms", x="whitened value", y="density", log_y=True, width=3 * WIDTH // 2
         ),
         "histogram_legend": legend(histograms),
         "spectra": [_spectra(name, tap, style) for name, tap, style in zip(names, taps, styles, strict=True)],

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 264, 190
-LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 34
+WIDTH, HEIGHT = 264, 200
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 24, 34
 BAR_BOTTOM = 66
 """Room for names under bars."""
 MOST_SCALE = 1.4
@@ -169,8 +169,8 @@ def _grid(across: Axis | None, up: Axis, x: str, y: str, width: int) -> str:
     parts.append(
         f'<text class="axis" x="{(LEFT + width - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>'
     )
-    turned = f'transform="translate(11 {(up.start + up.end) / 2}) rotate(-90)"'
-    parts.append(f'<text class="axis" {turned} text-anchor="middle">{escape(y)}</text>')
+    # Above the axis, not beside it: numbers of any width have the room there.
+    parts.append(f'<text class="axis" x="2" y="10">{escape(y)}</text>')
     return "".join(parts)
 
 

@@ -1,6 +1,7 @@
 """Pages in a real browser: no console error, no request, every picture drawn, light and dark, wide and narrow."""
 
 import base64
+import itertools
 import json
 import os
 import shutil
@@ -120,17 +121,35 @@ def test_a_page_is_whole(
     assert len(shot) > 30_000
 
 
-def test_text_of_charts_lies_within_them(browser: Any, pages: dict[str, Path]) -> None:
-    """No label of a chart is cut off by its edge."""
-    show(browser, pages["cache"], 1200, "light")
-    cut = browser.execute_script(
-        """return [...document.querySelectorAll('svg')].flatMap(svg => {
-             const box = svg.getBoundingClientRect();
-             return [...svg.querySelectorAll('text')].filter(text => {
-               const b = text.getBoundingClientRect();
-               return b.left < box.left - 1 || b.right > box.right + 1
-                 || b.bottom > box.bottom + 1 || b.top < box.top - 1;
-             }).map(text => svg.getAttribute('aria-label') + ': ' + text.textContent);
-           })"""
+@pytest.mark.parametrize("kind", ["cache", "run"])
+def test_charts_can_be_read(browser: Any, pages: dict[str, Path], kind: str) -> None:
+    """No label of a chart is cut off by its edge or meets another one, and each axis of numbers has two or more; text
+    is of 9 to 15 pixels, wide or narrow, and on a wide screen nothing has to be scrolled.
+    """
+    for width in (1200, 400):
+        show(browser, pages[kind], width, "light")
+        charts = browser.execute_script(
+            """return [...document.querySelectorAll('svg')].map(svg => {
+                 const box = e => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; };
+                 const texts = [...svg.querySelectorAll('text')];
+                 const slanted = t => /rotate\\(-[56]0\\)/.test(t.getAttribute('transform'));
+                 return {name: svg.getAttribute('aria-label'), box: box(svg), size: 10.5 * svg.getScreenCTM().a,
+                         grid: svg.querySelectorAll('.grid').length, all: texts.map(t => [t.textContent, ...box(t)]),
+                         upright: texts.filter(t => !slanted(t)).map(t => [t.textContent, ...box(t)])};
+               })"""
+        )
+        for chart in charts:
+            left, top, right, bottom = chart["box"]
+            for text, *b in chart["all"]:
+                within = left - 1 <= b[0] and b[2] <= right + 1 and top - 1 <= b[1] and b[3] <= bottom + 1
+                assert within, (chart["name"], text)
+            for (one, *a), (other, *b) in itertools.combinations([t for t in chart["upright"] if t[0]], 2):
+                apart = a[2] <= b[0] + 1 or b[2] <= a[0] + 1 or a[3] <= b[1] + 3 or b[3] <= a[1] + 3
+                assert apart, (chart["name"], one, other)
+            assert chart["grid"] == 0 or chart["grid"] >= 2, chart["name"]
+            assert 9 <= chart["size"] <= 15, chart["name"]
+    show(browser, pages[kind], 1200, "light")
+    wide = browser.execute_script(
+        "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
     )
-    assert cut == []
+    assert wide == 0
