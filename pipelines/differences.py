@@ -61,7 +61,10 @@ def _comparable(report: Json, several: bool) -> Json:
         taps[name] = {measure: tap[measure] for measure in measures}
     for tap in report.get("statistics", {}).get("taps", []):
         name = f"t{tap['timestep']}/{tap['name']}" if several else tap["name"]
-        found = {key: value["value"] for key, value in tap.items() if isinstance(value, dict) and "value" in value}
+        # What extraction recorded is there already.
+        recorded = {"codec_error", *(["noise_share"] if tap["noise_share_from"] == "fit" else [])}
+        estimates = {key: value for key, value in tap.items() if isinstance(value, dict) and "value" in value}
+        found = {key: value["value"] for key, value in estimates.items() if key not in recorded}
         taps[name] = taps[name] | {f"stats.{key}": value for key, value in found.items()}
     return {"recipe": recipe, **{name: report[name] for name in kept}, "taps": taps}
 
@@ -70,7 +73,7 @@ def _table(title: str, titles: Sequence[str], rows: dict[str, list[object]]) -> 
     if not rows:
         return f"{title}: {SHARED_TEXT}"
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for name in titles:
         table.add_column(escape(name), justify="right", overflow="fold")
     for name, values in rows.items():
@@ -94,7 +97,7 @@ def text_of(name: str, value: object) -> str:
     if isinstance(value, list):
         return ", ".join(text_of("", inner) for inner in value)
     text = str(value)
-    return text if len(text) <= 40 else f"{text[:16]}..."
+    return text if len(text) <= 40 else f"{text[:12]}..."
 
 
 def short_paths(roots: Sequence[Path]) -> list[str]:

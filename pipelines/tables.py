@@ -14,6 +14,12 @@ SHOWN = 5
 """Reasons and files of which a terminal shows so many; --json has all."""
 WEIGHTS = {"last": "of the last step", "average": "averaged over steps (--ema)"}
 """What is exported of a run, and what its held-out losses are of."""
+STATISTICS_TABLES = {
+    "scale": {"mean": "mean", "std": "std", "effective_rank": "eff. rank"},
+    "coding": {"dead_channels": "dead channels", "saturation": "saturation", "escapes": "escapes"},
+    "content": {"noise_share": "noise share", "codec_error": "codec error", "knn_top1": "k-NN"},
+}
+"""Names and titles of statistics, table by table, each of which fits a narrow terminal."""
 TAP_TABLES = {
     "bytes by tap": ("tap", "t", "shape", "bytes", "bits/value"),
     "what is kept of it": ("tap", "t", "rel. MSE", "noise", "lost"),
@@ -169,13 +175,9 @@ def render_statistics(statistics: Json) -> RenderableType:
     """Return the statistics of every tap and timestep as narrow tables, with half widths of 95 % intervals."""
     scope = "all" if statistics["exact"] else "a sample of"
     title = f"{scope} {statistics['num_rows']} of {statistics['num_usable']} samples"
-    shown = {
-        "scale": ("mean", "std", "effective_rank", "dead_channels", "saturation"),
-        "content": ("noise_share", "codec_error", "knn_top1"),
-    }
     tables: list[RenderableType] = []
-    for part, measures in shown.items():
-        table = _table_of(f"{part}: {title}", ("tap", "t", *(name.replace("_", " ") for name in measures)))
+    for part, measures in STATISTICS_TABLES.items():
+        table = _table_of(f"{part}: {title}", ("tap", "t", *measures.values()))
         for tap in statistics["taps"]:
             table.add_row(tap["name"], str(tap["timestep"]), *(interval(tap[name]) for name in measures))
         tables.append(table)

@@ -1,10 +1,13 @@
 """Inspect as its user runs it, and the damage that it should survive."""
 
+import re
 from pathlib import Path
 
 from click.testing import CliRunner, Result
 
 from cli import main
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "inspect.md"
 
 
 def inspect(*arguments: object, **variables: str) -> Result:
@@ -25,3 +28,9 @@ def flip(path: Path, place: int = 3) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
+
+
+def documented(kind: str) -> list[str]:
+    """Return the fields that docs/inspect.md lists of the JSON of `kind`."""
+    section = DOCS.read_text().partition(f"## JSON of {kind}\n")[2].partition("\n## ")[0]
+    return sorted(re.findall(r"^\| `([a-z0-9_.\[\]]+)`", section, re.M))

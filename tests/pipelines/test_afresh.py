@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from inspecting import documented
 
 from cli import main
 from dtcache.cache import Cache
@@ -50,7 +51,10 @@ def test_the_error_is_the_one_that_extraction_recorded(cache: Path, scene_folder
         assert estimate.low == estimate.high == estimate.value  # all samples were measured
     mean = np.mean([found.errors[name] for name in found.errors], 0)
     assert [mean[place] for place in found.worst()] == sorted(mean, reverse=True)
-    assert [entry["key"] for entry in found.to_json()["worst"]] == [found.keys[place] for place in found.worst()[:10]]
+    shown = found.to_json()
+    assert [entry["key"] for entry in shown["worst"]] == [found.keys[place] for place in found.worst()[:10]]
+    fields = [f"afresh.{name}" for name in shown] + [f"afresh.worst[].{name}" for name in shown["worst"][0]]
+    assert sorted(fields) == [name for name in documented("statistics") if name.startswith("afresh.")]
 
 
 @pytest.mark.slow

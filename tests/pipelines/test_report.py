@@ -6,17 +6,16 @@ import re
 from pathlib import Path
 
 import pytest
-from inspecting import inspect
+from inspecting import DOCS, documented, inspect
 from store.builders import COARSE, FINE, begin, tiny_plan, tree
 
 from dtcache.errors import CacheDamagedError, CacheFormatError
 from dtcache.store.layout import MANIFEST, SAMPLES, SHARDS
 from pipelines import report as report_module
 from pipelines.report import SCHEMA, inspect_cache
+from pipelines.tables import interval
 
 pytestmark = pytest.mark.usefixtures("apart")
-
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "inspect.md"
 
 
 def bytes_read() -> int:
@@ -139,12 +138,48 @@ def test_the_terminal_is_narrow_safe(tiny_cache: Path) -> None:
 
 
 def test_the_schema_is_documented(tiny_cache: Path) -> None:
-    """docs/inspect.md lists exactly the fields that --json prints, and names their version."""
+    """docs/inspect.md lists exactly the fields that --json prints of a cache, and names their version."""
     report = json.loads(inspect(tiny_cache, "--json").stdout)
-    text = DOCS.read_text()
-    assert f"Schema {SCHEMA}" in text
-    section = text[text.index("## JSON of a cache") : text.index("## JSON of a run")]
-    documented = re.findall(r"^\| `([a-z0-9_.\[\]]+)`", section, re.M)
+    assert f"Schema {SCHEMA}" in DOCS.read_text()
     found = [name for name in report if name != "statistics"] + [f"taps[].{name}" for name in report["taps"][0]]
     found += [f"parts.{name}" for name in report["parts"]] + [f"timesteps[].{n}" for n in report["timesteps"][0]]
-    assert sorted(documented) == sorted(found)
+    assert documented("a cache") == sorted(found)
+
+
+def fields(value: object, prefix: str = "") -> set[str]:
+    """Return the dotted paths of an object's fields, down to estimates, and of the objects in its lists."""
+    found = set()
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        found.add(f"{prefix}{name}")
+        if isinstance(inner, dict) and set(inner) != {"value", "low", "high"}:
+            found |= fields(inner, f"{prefix}{name}.")
+        elif isinstance(inner, list) and inner:
+            found |= fields(inner[0], f"{prefix}{name}[].")
+    return found
+
+
+def test_the_schema_of_statistics_is_documented(tiny_cache: Path) -> None:
+    """Beside what a teacher adds, docs/inspect.md lists exactly the fields of statistics, and explains each of them."""
+    statistics = json.loads(inspect(tiny_cache, "--stats", "--json").stdout)["statistics"]
+    found = {name for name in documented("statistics") if not name.startswith("afresh")}
+    assert found == fields(statistics)
+    assert f"of a schema of their own, {statistics['schema']}." in DOCS.read_text()
+    text = DOCS.read_text().partition("\n## Statistics\n")[2].partition("\n## ")[0]
+    explained = set(re.findall(r"\*\*([A-Za-z -]+)\*\*", text))
+    for tap in statistics["taps"]:
+        for name, value in tap.items():
+            title = name.replace("_", " ").replace("knn top1", "k-NN")
+            assert title in explained or not isinstance(value, dict), title
+    assert {"spectrum", "water line", "flip error", "crop error", "CKA"} <= explained
+
+
+def test_statistics_are_narrow_safe(tiny_cache: Path) -> None:
+    """In 60 columns every number of the statistics is whole, and so are the names of what differs between caches."""
+    statistics = json.loads(inspect(tiny_cache, "--stats", "--samples", 6, "--json").stdout)["statistics"]
+    output = inspect(tiny_cache, "--stats", "--samples", 6, COLUMNS="60").output
+    assert "a sample of 6 of 9 samples" in output
+    for tap in statistics["taps"]:
+        for measure in ("mean", "std", "effective_rank", "escapes", "noise_share", "codec_error"):
+            assert interval(tap[measure]) in output
+        assert tap["name"] in output
+    assert "…" not in output

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from inspecting import inspect, page_of
+from inspecting import documented, inspect, page_of
 from store.builders import FINE, begin, tiny_plan
 
 from pipelines import student_run
@@ -48,6 +48,7 @@ def test_a_run_is_inspected_finished_or_not(tmp_path: Path) -> None:
     assert (report["kind"], report["state"], report["steps"], report["results"]) == ("run", "unfinished", 4, None)
     assert report["curves"][f"held_out/mse/{FINE}"] == {"steps": [2, 4], "values": [1.5, 1.0]}
     assert report["taps"] == [FINE]
+    assert documented("a run") == sorted(report)
     finish(root, 2.1)
     output = inspect(root).output
     assert "finished, 4 steps" in output and "2.1000" in output and "0.200" in output
