@@ -1,14 +1,14 @@
 """What `dtcache inspect` knows of a cache from its manifest and its indices alone. Never writes."""
 
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from dtcache.errors import CacheDamagedError
 from dtcache.spec import FailedSample, Json, signal_to_noise, tap_name
 from dtcache.store.commits import CodecSums, read_commits, total_sums
 from dtcache.store.layout import CLUSTER_LOG, COMMITS, DATA, IMAGES, MANIFEST, PROMPT, SAMPLES, SHARDS
-from dtcache.store.manifest import CacheManifest, read_manifest
+from dtcache.store.manifest import CacheManifest, look_at
 from dtcache.store.samples import damaged_objects, read_failures, read_objects
 
 INDEX = (MANIFEST, SAMPLES, SHARDS, PROMPT)
@@ -22,15 +22,7 @@ def inspect_cache(root: Path) -> Json:
     Returns JSON values; bytes are as on disk, `ratio` leaves the stored images out. Raises CacheNotFoundError,
     CacheFormatError or CacheDamagedError.
     """
-    manifest = read_manifest(root)
-    try:
-        return _describe(root, manifest)
-    except CacheDamagedError:
-        # A cache that is sealed meanwhile has its commit records taken away.
-        again = read_manifest(root)
-        if again.state == manifest.state:
-            raise
-        return _describe(root, again)
+    return look_at(root, functools.partial(_describe, root))
 
 
 def _describe(root: Path, manifest: CacheManifest) -> Json:

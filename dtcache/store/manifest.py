@@ -3,9 +3,10 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from dtcache.errors import CacheDamagedError, CacheFormatError, CacheMismatchError, CacheNotFoundError
 from dtcache.spec import (
@@ -24,6 +25,8 @@ from dtcache.spec import (
 from dtcache.storage import write_file
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import MANIFEST, PayloadArray
+
+T = TypeVar("T")
 
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_PAYLOAD_BYTES = 1 << 28
@@ -153,6 +156,25 @@ def read_manifest(root: Path) -> CacheManifest:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheDamagedError(f"{path}: not a manifest of dtcache ({error!r}); extract again") from error
+
+
+def look_at(root: Path, look: Callable[[CacheManifest], T]) -> T:
+    """Return what `look` finds in a cache under its manifest, and raise what it raises.
+
+    Where the cache was sealed meanwhile it looks again: commit records go then, and the sample index is another.
+    """
+    manifest = read_manifest(root)
+    try:
+        found = look(manifest)
+    except CacheDamagedError:
+        again = read_manifest(root)
+        if again.state == manifest.state:
+            raise
+    else:
+        again = manifest if manifest.state == "sealed" else read_manifest(root)
+        if again.state == manifest.state:
+            return found
+    return look(again)
 
 
 def _payload_array(name: str, value: Json) -> PayloadArray:

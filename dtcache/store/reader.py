@@ -17,8 +17,8 @@ from dtcache.storage import file_sha256
 from dtcache.store.files import OpenFile, OpenFiles, open_limit
 from dtcache.store.frame import BLOCK_HEADER, frame_header
 from dtcache.store.layout import SAMPLES, SHARDS, PayloadArray
-from dtcache.store.manifest import CacheManifest, read_manifest
-from dtcache.store.samples import committed_objects, committed_samples, damaged_objects, read_objects, read_table
+from dtcache.store.manifest import CacheManifest, look_at
+from dtcache.store.samples import committed, damaged_objects, read_objects, read_table
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 
 HELD_FILES = 64
@@ -42,18 +42,10 @@ class CacheReader:
         out. Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError.
         """
         self.root, self._allow = root, allow
-        self.manifest: CacheManifest = read_manifest(root)
+        self.manifest: CacheManifest
+        self.samples: pa.Table
+        self.manifest, self.samples, self._objects = look_at(root, partial(_look, root, allow))
         sealed = self.manifest.state == "sealed"
-        if not sealed and allow == "nothing":
-            raise CacheIncompleteError(
-                f"{root}: the cache is not complete; run its dtcache extract command again to finish it"
-            )
-        for name, sha256 in self.manifest.files.items():
-            path = root / name
-            if not path.is_file() or file_sha256(path) != sha256:
-                raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
-        self.samples: pa.Table = read_table(root / SAMPLES) if sealed else committed_samples(root, self.manifest)
-        self._objects = {path: size for path, size, _ in (read_objects(root) if sealed else committed_objects(root))}
         self.damaged: dict[str, str] = damaged_objects(root, self._objects)
         """Shard files that are not as recorded, and what is there instead; none unless damage is allowed."""
         arrays = self.manifest.arrays
@@ -213,6 +205,21 @@ def _require_within(array: PayloadArray, rows: NDArray[np.int64], views: NDArray
         if len(found) and not 0 <= found.min() <= found.max() < count:
             wrong = found.min() if found.min() < 0 else found.max()
             raise IndexError(f"{array.name} has {what} 0 to {count - 1}, got {wrong}")
+
+
+def _look(root: Path, allow: Allowed, manifest: CacheManifest) -> tuple[CacheManifest, pa.Table, dict[str, int]]:
+    """Return a cache's manifest, sample index and bytes by shard file; its other files are as the manifest says."""
+    if manifest.state != "sealed" and allow == "nothing":
+        raise CacheIncompleteError(
+            f"{root}: the cache is not complete; run its dtcache extract command again to finish it"
+        )
+    for name, sha256 in manifest.files.items():
+        path = root / name
+        if not path.is_file() or file_sha256(path) != sha256:
+            raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
+    if manifest.state == "sealed":
+        return manifest, read_table(root / SAMPLES), {path: size for path, size, _ in read_objects(root)}
+    return manifest, *committed(root, manifest)
 
 
 class _Index:

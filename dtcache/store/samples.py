@@ -21,6 +21,8 @@ from dtcache.store.layout import SAMPLES, SHARDS
 from dtcache.store.manifest import CacheManifest
 
 AT_ONCE = 1 << 16
+NOT_YET = "not extracted yet"
+"""Failure of the rows that an unfinished cache does not have yet."""
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -143,15 +145,17 @@ def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitReco
     return samples_table(keys, labels, content, failures)
 
 
-def committed_samples(root: Path, manifest: CacheManifest) -> pa.Table:
-    """Return the sample index of a cache that is not sealed: the rows of shards without a record count as failed.
+def committed(root: Path, manifest: CacheManifest) -> tuple[pa.Table, dict[str, int]]:
+    """Return the sample index of a cache that is not sealed, and bytes by shard file, as its commit records have them.
 
-    Raises CacheDamagedError where a record is not as written or belongs to another cache.
+    The rows of shards without a record count as failed: NOT_YET. Raises CacheDamagedError where a record is not as
+    written or belongs to another cache.
     """
     shard_rows, count = int(manifest.recipe["shard_rows"]), manifest.num_samples
-    failures: list[str | None] = ["not extracted yet"] * count
+    failures: list[str | None] = [NOT_YET] * count
     content: list[bytes | None] = [None] * count
-    for shard, record in read_commits(root).items():
+    records = read_commits(root)
+    for shard, record in records.items():
         rows = slice(shard * shard_rows, min((shard + 1) * shard_rows, count))
         if record.fingerprint != manifest.fingerprint or len(record.content_sha256) != len(failures[rows]):
             raise CacheDamagedError(f"{commit_path(root, shard)}: the record belongs to another cache; {AGAIN}")
@@ -160,12 +164,8 @@ def committed_samples(root: Path, manifest: CacheManifest) -> pa.Table:
         for failed in record.failures:
             failures[failed.row] = failed.reason
     table = read_table(root / SAMPLES)
-    return samples_table(Column[str](table["key"]), Column[int | None](table["label"]), content, failures)
-
-
-def committed_objects(root: Path) -> list[tuple[str, int, str]]:
-    """Return (path, bytes, SHA-256) of every committed shard of a cache that is not sealed."""
-    return [(o.path, o.size, o.sha256) for record in read_commits(root).values() for o in record.objects]
+    samples = samples_table(Column[str](table["key"]), Column[int | None](table["label"]), content, failures)
+    return samples, {o.path: o.size for record in records.values() for o in record.objects}
 
 
 def shards_table(objects: Iterable[tuple[int, ShardObject]]) -> pa.Table:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from dtcache.cache import Cache
 from dtcache.options import InspectOptions
 from dtcache.spec import Json, tap_name
-from dtcache.store.commits import read_commits
-from dtcache.store.layout import SAMPLES
-from dtcache.store.samples import read_failures
+from dtcache.store.samples import NOT_YET
 from pipelines.page.charts import COLOURS, WIDTH, Series, bar_chart, heat_map, legend, line_chart
 from pipelines.page.gallery import galleries
 from pipelines.page.write import write_page
@@ -61,7 +61,7 @@ def write_cache_page(root: Path, report: Json, options: InspectOptions, afresh: 
             "worst": worst,
             "has_images": any(row.photo is not None for row in colours.rows),
             "told_labels": report["recipe"]["teacher"].get("condition", {}).get("kind") == "label",
-            "failures": _failures(root, cache),
+            "failures": _failures(cache),
             "most_failures": MOST_FAILURES,
             "recipe": json.dumps(report["recipe"], indent=1),
             **_charts(statistics),
@@ -98,12 +98,11 @@ def _measures(report: Json, statistics: Json) -> list[tuple[str, str, list[str]]
     return rows
 
 
-def _failures(root: Path, cache: Cache) -> list[tuple[str, str]]:
-    if cache.reader.manifest.state == "sealed":
-        failed = read_failures(root / SAMPLES)
-    else:
-        failed = [f for record in read_commits(root).values() for f in record.failures]
-    return [(f.key, f.reason) for f in failed]
+def _failures(cache: Cache) -> list[tuple[str, str]]:
+    """Return keys and reasons of the images that failed."""
+    # What is not equal to null is null, which the filter drops: those that did not fail.
+    failed = cache.samples.filter(pc.not_equal(cache.samples["failure"], NOT_YET))
+    return list(zip(failed["key"].to_pylist(), failed["failure"].to_pylist(), strict=True))
 
 
 def _charts(statistics: Json) -> dict[str, Any]:

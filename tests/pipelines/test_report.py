@@ -86,6 +86,22 @@ def test_a_seal_in_between_is_no_damage(tmp_path: Path, monkeypatch: pytest.Monk
     assert inspect_cache(root)["state"] == "complete"
 
 
+def test_records_that_are_gone_already_are_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a seal has taken some records away before they are listed, what is left is not taken for all there is."""
+    plan, root = tiny_plan(), tmp_path / "cache"
+    writer = begin(root, plan)
+    for shard in writer.missing:
+        writer.write_shard(plan.shards[shard])
+    read_commits = report_module.read_commits
+
+    def listed_after_the_seal(where: Path) -> dict[int, object]:
+        writer.seal()
+        return read_commits(where)
+
+    monkeypatch.setattr(report_module, "read_commits", listed_after_the_seal)
+    assert inspect_cache(root)["num_done"] == 9
+
+
 def test_files_that_go_meanwhile_are_passed_over(tiny_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A temporary file that is renamed between listing and looking ends in no traceback."""
     (tiny_copy / ".tmp-shard").write_bytes(b"x")

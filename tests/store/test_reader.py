@@ -21,6 +21,7 @@ from store.builders import COARSE, FAILED_ROW, FINE, ROWS, VIEWS, begin, tiny_pl
 from dtcache.errors import CacheDamagedError, CacheError, CacheIncompleteError, CacheNotFoundError
 from dtcache.spec import canonical_json
 from dtcache.storage import file_sha256
+from dtcache.store import commits as commits_module
 from dtcache.store import frame, shard
 from dtcache.store import reader as reader_module
 from dtcache.store.commits import read_commits, write_commit
@@ -284,6 +285,39 @@ def test_what_is_committed_of_an_incomplete_cache_can_be_read(shared: Path, tmp_
         read(reader, FINE, [4], [0])
     assert pickle.loads(pickle.dumps(reader)).usable_rows.tolist() == rows
     assert read_all(CacheReader(shared, allow="incomplete")).keys() == read_all(whole).keys()
+
+
+@pytest.mark.parametrize("step", ["file_sha256", "committed"])
+def test_a_cache_that_is_sealed_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Commit records that a seal takes away meanwhile, and a sample index that it replaces, are no damage."""
+    plan = tiny_plan()
+    writer = begin(tmp_path / "cache", plan)
+    for number in writer.missing:
+        writer.write_shard(plan.shards[number])
+    real, calls = getattr(reader_module, step), []
+
+    def meanwhile(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 1:
+            writer.seal()
+        return real(*arguments)
+
+    monkeypatch.setattr(reader_module, step, meanwhile)
+    reader = CacheReader(tmp_path / "cache", allow="incomplete")
+    assert calls and reader.manifest.state == "sealed"
+    assert reader.usable_rows.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+
+
+def test_commit_records_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening an unfinished cache reads each record once."""
+    plan = tiny_plan()
+    writer = begin(tmp_path / "cache", plan)
+    for number in (0, 2):
+        writer.write_shard(plan.shards[number])
+    real, read_paths = commits_module.read_commit, []
+    monkeypatch.setattr(commits_module, "read_commit", lambda path: read_paths.append(path.name) or real(path))
+    CacheReader(tmp_path / "cache", allow="incomplete")
+    assert read_paths == ["000000.json", "000002.json"]
 
 
 def test_an_incomplete_cache_with_damage_is_refused(tmp_path: Path) -> None:
