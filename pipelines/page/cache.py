@@ -59,7 +59,7 @@ def write_cache_page(root: Path, report: Json, options: InspectOptions, afresh: 
             "colours": colours,
             "segments": segmented,
             "worst": worst,
-            "has_images": any(row.photo is not None for row in colours.rows),
+            "has_images": colours is None or any(row.photo is not None for row in colours.rows),
             "told_labels": report["recipe"]["teacher"].get("condition", {}).get("kind") == "label",
             "failures": _failures(cache),
             "most_failures": MOST_FAILURES,

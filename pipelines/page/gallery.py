@@ -45,14 +45,19 @@ class Gallery:
     rows: tuple[GalleryRow, ...]
 
 
-def galleries(cache: Cache, rows: Rows, count: int, afresh: Afresh | None) -> tuple[Gallery, Gallery, Gallery | None]:
+def galleries(
+    cache: Cache, rows: Rows, count: int, afresh: Afresh | None
+) -> tuple[Gallery, Gallery, Gallery | None] | tuple[None, None, None]:
     """Return features as colours, as segments, and the worst reconstructions, which only `afresh` knows.
 
-    `rows` are those to choose from, in random order; where there is an `afresh`, its rows come first.
+    `rows` are those to choose from, in random order; where there is an `afresh`, its rows come first. None where no
+    image can be read at every tap.
     """
     if afresh is not None:
         rows = np.concatenate([afresh.rows, rows[~np.isin(rows, afresh.rows)]])
     shown, pools = _shown(cache, rows, count)
+    if not len(shown):
+        return None, None, None
     bases = {name: colour_basis(maps) for name, maps in pools.items()}
     photos = photos_of(cache, shown)
     keys = [cache.samples["key"][int(row)].as_py() for row in shown]
@@ -81,7 +86,7 @@ def galleries(cache: Cache, rows: Rows, count: int, afresh: Afresh | None) -> tu
 
 
 def _shown(cache: Cache, rows: Rows, count: int) -> tuple[Rows, dict[str, NDArray[np.float32]]]:
-    """Return the rows to show, and by array the maps of these and of more images, all of them readable."""
+    """Return the rows to show, and by array the maps of these and of more images: those that can be read."""
     values = max(int(np.prod(cache.shape(name))) for name in cache.names) * cache.reader.manifest.num_views
     pool = rows[: max(count, min(BASIS_ROWS, 8 * AT_ONCE // values))]
     found = {}
@@ -89,8 +94,6 @@ def _shown(cache: Cache, rows: Rows, count: int) -> tuple[Rows, dict[str, NDArra
         decoded = decode(cache, name, pool)
         pool = pool[np.isin(pool, decoded.rows)]
         found[name] = decoded
-    if not len(pool):
-        raise CacheDamagedError(f"{cache.reader.root}: none of the images to be shown can be read; run dtcache verify")
     maps = {name: d.whitened_RVCHW[np.isin(d.rows, pool), 0].numpy() for name, d in found.items()}
     return pool[:count], maps
 

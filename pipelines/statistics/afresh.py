@@ -12,6 +12,7 @@ from torch import Tensor
 from dtcache.cache import Cache
 from dtcache.codec.transform import whiten
 from dtcache.device import cpu_threads, resolve_compute
+from dtcache.errors import AGAIN, CacheDamagedError
 from dtcache.options import InspectOptions
 from dtcache.spec import Json
 from dtcache.teacher import Teacher
@@ -66,6 +67,8 @@ def measure_afresh(root: Path, options: InspectOptions) -> Afresh:
     for name in cache.names:
         decoded[name] = decode(cache, name, rows)
         rows = decoded[name].rows
+    if not len(rows):
+        raise CacheDamagedError(f"{root}: none of the samples that the teacher would run on can be read; {AGAIN}")
     device = str(resolve_compute(options.device, manifest.recipe["teacher"]["precision"]).device)
     teacher = cache_teacher(root, manifest, options.teacher, device)
     step, originals = teacher.spec.batch_size, dict[str, list[Tensor]]()

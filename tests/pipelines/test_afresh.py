@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from inspecting import documented
+from store.builders import FINE, tree
 
 from cli import main
 from dtcache.cache import Cache
+from dtcache.errors import CacheDamagedError
 from dtcache.options import InspectOptions
 from pipelines.statistics.afresh import measure_afresh
 
@@ -57,13 +59,23 @@ def test_the_error_is_the_one_that_extraction_recorded(cache: Path, scene_folder
     assert sorted(fields) == [name for name in documented("statistics") if name.startswith("afresh.")]
 
 
+def test_the_teacher_is_not_asked_of_what_cannot_be_read(tiny_copy: Path) -> None:
+    """Where no sample is whole at every tap, that is said before any teacher is loaded."""
+    for path in (tiny_copy / "data.zarr" / FINE).glob("c.*"):
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(CacheDamagedError, match="none of the samples that the teacher would run on can be read; run"):
+        measure_afresh(tiny_copy, InspectOptions(teacher="nowhere"))
+
+
 @pytest.mark.slow
 def test_a_page_has_originals_and_the_worst(cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
     """With the teacher each tap has an original beside the decoded map, and the worst samples have their errors."""
     out = tmp_path / "out.html"
     more = ("--images", scene_folder, "--device", "cpu", "--report", out, "--gallery", 3)
+    before = tree(cache)
     result = run("inspect", cache, "--teacher", teacher_dir, *more)
     assert result.exit_code == 0, result.output
+    assert tree(cache) == before
     page = out.read_text()
     assert page.count(', original"') == 4 * 3 + 4 * 6
     assert len(re.findall(r"<small>error \d\.\d\d</small>", page)) == 4 * 6
@@ -97,8 +109,10 @@ def test_a_student_stands_beside_its_teacher(
                  "--device", "cpu", *average)  # fmt: skip
     assert result.exit_code == 0, result.output
     more = ("--images", scene_folder, "--device", "cpu", "--report", tmp_path / "run.html")
+    before = tree(cache), tree(tmp_path / "run")
     result = run("inspect", tmp_path / "run", "--cache", cache, *more)
     assert result.exit_code == 0, result.output
+    assert (tree(cache), tree(tmp_path / "run")) == before
     errors = [float(e) for e in re.findall(r"<small>MSE (\d+\.\d\d)</small>", (tmp_path / "run.html").read_text())]
     held = json.loads((tmp_path / "run" / "summary.json").read_text())["held_out"]
     wanted = [value for name, value in held.items() if name.startswith("mse/")]

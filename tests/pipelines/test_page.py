@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from inspecting import flip, inspect, page_of
-from store.builders import FINE, begin, tiny_plan, tree
+from store.builders import COARSE, FAILED_ROW, FINE, begin, tiny_plan, tree
 
 from dtcache.cache import Cache
 from pipelines.page.charts import Axis, Series, bar_chart, line_chart
@@ -108,13 +108,25 @@ def test_a_page_of_a_damaged_cache(tiny_copy: Path, tmp_path: Path) -> None:
     assert f'alt="{FINE} of {key}"' not in page
 
 
+def test_a_page_of_a_cache_without_a_readable_image(tiny_copy: Path, tmp_path: Path) -> None:
+    """Where one tap is all rubbish there are no pictures, but a page that says so, with the other tap's statistics."""
+    for path in (tiny_copy / "data.zarr" / FINE).glob("c.*"):
+        path.write_bytes(bytes(path.stat().st_size))
+    page = page_of(tiny_copy, tmp_path / "out.html")
+    assert page.count("None of the images to be shown can be read") == 2
+    assert "Left out of the statistics, as it cannot be read: 9" in page
+    assert f"{COARSE}, by frequency" in page and f"{FINE}, by frequency" not in page
+
+
 def test_a_page_of_an_unfinished_cache(tmp_path: Path) -> None:
     """A page is made of what is there, and says that more is to come."""
     plan = tiny_plan()
     writer = begin(tmp_path / "cache", plan)
-    writer.write_shard(plan.shards[0])
+    writer.write_shard(plan.shards[1])
     page = page_of(tmp_path / "cache", tmp_path / "out.html")
     assert '<span class="badge bad">unfinished</span>' in page
+    assert f'<td class="wrap">{plan.samples[FAILED_ROW].key}</td>' in page
+    assert "1 images have no features" in page
 
 
 def test_options_that_do_not_go_together(tiny_cache: Path, tmp_path: Path) -> None:

@@ -6,22 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from inspecting import flip, inspect
-from scipy.stats import special_ortho_group
-from store.builders import COARSE, FAILED_ROW, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
+from store.builders import COARSE, FAILED_ROW, FINE, ROWS, SHARD_ROWS, VIEWS, begin, tiny_plan, tree, write_cache
 
 from dtcache.cache import Cache
 from dtcache.errors import ConfigError
 from dtcache.options import InspectOptions
-from pipelines.statistics import cache_statistics, measures
-from pipelines.statistics.estimate import jackknife, proportion
+from pipelines.statistics import cache_statistics
 from pipelines.statistics.features import decode
 from pipelines.statistics.kept import kept_folder
-from pipelines.statistics.similarity import knn_accuracy, similarities
-from pipelines.statistics.sums import Group, add, empty, group_of, rings_of
+from pipelines.statistics.sums import add, group_of, rings_of
 
 pytestmark = pytest.mark.usefixtures("apart")
 
@@ -81,103 +77,6 @@ def test_escapes_are_counted(tiny_cache: Path) -> None:
     assert (sums.saturated, sums.coded) == (0, values.size)
 
 
-def test_intervals_cover_the_truth() -> None:
-    """Of 400 samples of a known population about 95 % of the jackknife's intervals hold its ratio; a sample of half of
-    it needs narrower ones, and all of it none.
-    """
-    rng = np.random.default_rng(0)
-    population = rng.gamma(2.0, size=(4000, 2))
-    truth = population[:, 0].sum() / population[:, 1].sum()
-
-    def ratio(parts: list[np.ndarray]) -> float:
-        whole = np.concatenate(parts)
-        return float(whole[:, 0].sum() / whole[:, 1].sum())
-
-    for share in (0.05, 0.5):
-        hits = 0
-        for _ in range(400):
-            parts = np.array_split(population[rng.permutation(4000)[: int(4000 * share)]], 20)
-            found = jackknife(parts, ratio, share)
-            hits += found.low <= truth <= found.high
-        assert 0.91 <= hits / 400 <= 0.99
-    exact = jackknife([population], ratio, 1.0)
-    assert exact.low == exact.value == exact.high == pytest.approx(truth)
-    alone = jackknife([population], ratio, 0.5)
-    assert alone.low is None and alone.high is None
-
-
-def test_wilsons_interval() -> None:
-    """15 of 20 gives [0.531, 0.888], as tables have it; 0 of 10 stays in [0, 1]."""
-    found = proportion(15, 20)
-    assert (found.low, found.high) == (pytest.approx(0.531, abs=1e-3), pytest.approx(0.888, abs=1e-3))
-    assert proportion(0, 10).low == pytest.approx(0, abs=1e-12)
-
-
-def noisy(cache: Cache, draws: int, noise: float, rows: int = 600) -> Group:
-    """Return the sums of maps that are one signal of variance 1 and noise of a known variance a draw."""
-    rng = np.random.default_rng(1)
-    signal = rng.normal(size=(rows, 1, 4))
-    values = signal + noise**0.5 * rng.normal(size=(rows, draws, 4))
-    sums = empty(cache, FINE)
-    sums.rows, sums.maps, sums.values = rows, rows * draws, values.size
-    sums.whitened_C = values.sum((0, 1))
-    deviation = np.square(values - values.mean(1, keepdims=True)).sum()
-    sums.between_draws = np.array([deviation / (draws - 1) * draws, np.square(values).sum()])
-    return Group(sums=sums)
-
-
-@pytest.mark.parametrize("draws", [2, 4])
-def test_noise_share_is_unbiased(tiny_cache: Path, draws: int) -> None:
-    """With noise of a third of the signal's variance a quarter of all is noise, however many draws there are."""
-    found = measures.noise_share([noisy(Cache(tiny_cache), draws, 1 / 3).sums])
-    assert found == pytest.approx(0.25, abs=0.02)
-
-
-def test_hsic_is_unbiased_and_cka_knows_rotations() -> None:
-    """Unbiased HSIC of independent features is 0 on average even where channels outnumber samples, where the plain one
-    is near 1; CKA is 1 for a rotation and a scale, 0 for what is independent.
-    """
-    rng = np.random.default_rng(2)
-    batches = [(rng.normal(size=(16, 64)), rng.normal(size=(16, 64))) for _ in range(60)]
-    independent = [(measures.hsic(x, y), measures.hsic(x, x), measures.hsic(y, y)) for x, y in batches]
-    assert abs(measures.cka(independent)) < 0.1
-    rotation = special_ortho_group.rvs(64, random_state=3)
-    rotated = [
-        (measures.hsic(x, 3 * x @ rotation), measures.hsic(x, x), measures.hsic(3 * x, 3 * x)) for x, _ in batches
-    ]
-    assert measures.cka(rotated) == pytest.approx(1, abs=1e-9)
-
-
-def groups_of(features: np.ndarray, parts: int = 4) -> list[Group]:
-    """Return pooled features as groups of rows."""
-    rows = np.array_split(np.arange(len(features)), parts)
-    return [Group(sums=None, pooled_rows=r, pooled_RC=features[r].astype(np.float32)) for r in rows]
-
-
-def test_similarity_is_a_symmetric_matrix_over_common_rows() -> None:
-    """Each array is like itself and like a rotation of itself; rows that one of them lacks are left out of both."""
-    x = np.random.default_rng(4).normal(size=(80, 5))
-    short = groups_of(x @ special_ortho_group.rvs(5, random_state=5))
-    short[0] = Group(sums=None, pooled_rows=short[0].pooled_rows[2:], pooled_RC=short[0].pooled_RC[2:])
-    found = similarities({"a": groups_of(x), "b": short}, 0.1)
-    assert found["names"] == ["a", "b"]
-    np.testing.assert_allclose(found["value"], [[1, 1], [1, 1]], atol=1e-5)
-    assert found["half_width"][0][1] == pytest.approx(0, abs=1e-5)
-
-
-def test_knn_finds_what_is_there() -> None:
-    """Separate classes are always found, shuffled labels at chance; without labels, or of one class, nothing is."""
-    rng = np.random.default_rng(6)
-    labels = rng.integers(0, 4, 400)
-    features = np.eye(4)[labels] + 0.05 * rng.normal(size=(400, 4))
-    found, chance = knn_accuracy(groups_of(features), pa.chunked_array([labels]))
-    assert found.value == 1 and chance == np.bincount(labels).max() / 400
-    shuffled, _ = knn_accuracy(groups_of(features), pa.chunked_array([rng.permutation(labels)]))
-    assert shuffled.low < 0.25 < shuffled.high + 0.05
-    assert knn_accuracy(groups_of(features), pa.chunked_array([pa.nulls(400, pa.int32())])) == (None, None)
-    assert knn_accuracy(groups_of(features), pa.chunked_array([np.zeros(400, int)])) == (None, None)
-
-
 def test_a_damaged_sample_is_left_out_and_named(tiny_copy: Path) -> None:
     """A flipped bit takes one sample out of one tap; the statistics are those of the others, and are not kept."""
     flip(tiny_copy / f"data.zarr/{FINE}/c.1.0.0")
@@ -199,6 +98,49 @@ def test_a_lost_shard_is_left_out_and_named(tiny_copy: Path) -> None:
     found = cache_statistics(tiny_copy, InspectOptions())
     assert found["num_usable"] == 5
     assert found["left_out"] == {str(tiny_copy / f"data.zarr/{COARSE}/c.0.0.0"): "no file"}
+
+
+@pytest.mark.parametrize("shards", [(1,), (0, 1, 2)])
+def test_a_shard_of_rubbish_is_left_out_and_named(tiny_copy: Path, shards: tuple[int, ...]) -> None:
+    """A shard file of the right size and wrong bytes takes its rows out of one tap, all such files the whole tap; the
+    other tap has its statistics, and each sample is named.
+    """
+    for shard in shards:
+        path = tiny_copy / f"data.zarr/{FINE}/c.{shard}.0.0"
+        path.write_bytes(bytes(path.stat().st_size))
+    rows = [row for row in GOOD if row // SHARD_ROWS in shards]
+    found = cache_statistics(tiny_copy, InspectOptions(exact=True))
+    assert set(found["left_out"]) == {f"{FINE} of {tiny_plan().samples[row].key}" for row in rows}
+    fine, coarse = found["taps"]
+    rest = [row for row in GOOD if row not in rows]
+    cache = Cache(tiny_copy)
+    if rest:
+        assert fine["mean"]["value"] == pytest.approx(float(cache.raw(FINE, rest).double().mean()), rel=1e-5)
+    else:
+        assert (fine["mean"], fine["spectrum"], fine["histogram"]) == (None, None, [])
+    assert coarse["mean"]["value"] == pytest.approx(float(cache.raw(COARSE, GOOD).double().mean()), rel=1e-5)
+    output = " ".join(inspect(tiny_copy, "--exact").output.split())
+    assert "left out" in output and (len(rows) <= 5 or f"and {len(rows) - 5} more; --json has all" in output)
+
+
+@pytest.mark.parametrize("flags", [("--stats",), ("--exact", "--json"), ("--report", "x.html")])
+def test_what_has_no_statistics_is_refused_in_a_line(
+    tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    """No cache, a newer one, and one that is empty as yet."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    begin(tmp_path / "empty", tiny_plan())
+    (tiny_copy / "manifest.json").write_text('{"format":2}')
+    for root, message in (
+        (tmp_path / "folder", "is not a cache: expected manifest.json in it; give a folder made by dtcache extract"),
+        (tiny_copy, "expected format 1, got 2; install the dtcache that wrote it"),
+        (tmp_path / "empty", "no sample with features is there yet; statistics need one"),
+    ):
+        result = inspect(root, *flags)
+        assert result.exit_code == 1
+        assert message in result.output and result.output.count("\n") == 1
+    assert not (tmp_path / "x.html").exists()
 
 
 def test_an_unfinished_cache_has_statistics_of_what_is_there(tmp_path: Path) -> None:

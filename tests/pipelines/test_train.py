@@ -312,7 +312,10 @@ def test_what_is_committed_can_be_trained_on(cache: Path, tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     assert "is not complete: 32 of 40 samples are there" in result.output.replace("\n", " ")
     assert run("train", part, "--out", tmp_path / "r", *flags).exit_code == 0
+    page = ("--cache", part, "--device", "cpu", "--report", tmp_path / "r.html")
+    assert run("inspect", tmp_path / "r", *page).exit_code == 0
     write_commit(part, records[4])
+    assert "or its samples are others now" in run("inspect", tmp_path / "r", *page).output
     assert "holds a run with another samples" in run("train", part, "--out", tmp_path / "r", *flags).output
     whole = run("train", cache, "--out", tmp_path / "w", *FLAGS, "--allow-incomplete", "--epochs", 1)
     assert "is not complete" not in whole.output
