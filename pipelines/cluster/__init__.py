@@ -3,6 +3,7 @@
 from dask.distributed import Client
 
 from pipelines.cluster.connect import existing_cluster, local_cluster
-from pipelines.cluster.run import ClusterRun, Task
+from pipelines.cluster.run import ClusterRun
+from pipelines.cluster.task import Task
 
 __all__ = ["Client", "ClusterRun", "Task", "existing_cluster", "local_cluster"]

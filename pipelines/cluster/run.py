@@ -1,7 +1,6 @@
-"""One idempotent task a shard, a bounded number of them at a time, results as they come, failures tried elsewhere."""
+"""The coordinator: one task a shard, a bounded number at a time, results as they come, failures tried elsewhere."""
 
 import contextlib
-import logging
 import queue
 import secrets
 import sys
@@ -10,22 +9,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dask.distributed import Client, Future, KilledWorker, Worker, get_worker
+from dask.distributed import Client, Future, KilledWorker
 
 from dtcache._version import __version__
-from dtcache.errors import ClusterError, DiskError, DtcacheError
+from dtcache.errors import ClusterError
 from dtcache.store.attempt import WrittenShard
 from pipelines.cluster.connect import one_line
-
-Task = Callable[[str, int, Callable[[int], None]], WrittenShard]
-"""Computes one shard of an assignment and reports finished rows; a function of a module that workers can import."""
+from pipelines.cluster.task import Failed, Task, logger, run_task
 
 TASKS_A_WORKER = 2
 """Tasks in flight: the one at work, and the next one, so that a worker never waits for the coordinator."""
 MOST_ATTEMPTS = 3
 """Attempts at a shard, each elsewhere where there is another worker, before its failure is the run's."""
-REPORT_SECONDS = COUNT_SECONDS = 1.0
-"""How often a worker reports rows, and the coordinator counts workers."""
+COUNT_SECONDS = 1.0
+"""How often workers are counted."""
 COLLECT_SECONDS = 5.0
 """How long the coordinator waits for one thing, such as a finished shard's description, before it looks at others."""
 WAIT_SECONDS = 20.0
@@ -35,49 +32,6 @@ ANSWER_SECONDS = 60.0
 STALL_SECONDS = 20.0
 """Without a word for so long, and with every worker idle, Dask has lost what is in flight: it is submitted anew."""
 RESUME = "what is committed stays: run the same command again to resume"
-
-logger = logging.getLogger("distributed.dtcache")
-"""Below Dask's own, so that it ends in the same log."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Failed:
-    """An attempt at a shard that raised on its worker."""
-
-    worker: str
-    """Its address."""
-    reason: str
-    final: bool
-    """Whether another worker would fail too."""
-
-
-def run_task(task: Task, assignment: str, shard: int, topic: str) -> WrittenShard | Failed:
-    """Run a task on the worker that this is; a failure comes back as words, for exceptions do not always travel."""
-    worker = get_worker()
-    report = _Report(worker, topic, shard)
-    try:
-        return task(assignment, shard, report)
-    except DtcacheError as error:
-        # A disk may fail on one machine alone; what else dtcache refuses, it refuses everywhere.
-        return Failed(worker=worker.address, reason=str(error), final=not isinstance(error, DiskError))
-    except Exception as error:
-        logger.exception("shard %d", shard)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return Failed(worker=worker.address, reason=reason, final=False)
-
-
-class _Report:
-    """Tells the coordinator, now and then, how many rows of a shard an attempt has done."""
-
-    def __init__(self, worker: Worker, topic: str, shard: int) -> None:
-        self._worker, self._topic, self._shard, self._rows, self._sent = worker, topic, shard, 0, time.monotonic()
-
-    def __call__(self, rows: int) -> None:
-        """Count finished rows."""
-        self._rows += rows
-        if time.monotonic() - self._sent > REPORT_SECONDS:
-            self._sent = time.monotonic()
-            self._worker.log_event(self._topic, (self._shard, self._rows))
 
 
 @dataclass(kw_only=True, slots=True)
