@@ -256,6 +256,11 @@ class Cache:
         raw = unwhiten(self._decoder(values)[name], scalars[name])
         return raw.view(len(rows), views, *self.shape(name))
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the cache stores its images, or was opened with their source."""
+        return self._linked is not None or IMAGES in self.reader.manifest.arrays
+
     def _require_usable(self, rows: Rows) -> None:
         for sample in self.samples.select(["key", "failure"]).take(rows).to_pylist():
             if sample["failure"] is not None:

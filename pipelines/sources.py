@@ -16,7 +16,7 @@ from dtcache.codec import TapFit
 from dtcache.device import Compute
 from dtcache.errors import ConfigError
 from dtcache.loader import EpochLoader
-from dtcache.options import TrainOptions, parse_taps
+from dtcache.options import LabelFitOptions, TrainOptions, parse_taps
 from dtcache.spec import Json, ViewSpec, sha256_json, tap_name
 from dtcache.store.layout import IMAGES, SAMPLES
 from dtcache.store.samples import held_out
@@ -171,7 +171,7 @@ def copied_ahead(batches: Iterable[TrainBatch], device: torch.device) -> Iterato
         yield arrived()
 
 
-def chosen_taps(cache: Cache, options: TrainOptions) -> list[str]:
+def chosen_taps(cache: Cache, options: TrainOptions | LabelFitOptions) -> list[str]:
     """Return the arrays that --taps and --timestep ask for. Raises ConfigError naming what the cache has."""
     teacher = cache.reader.manifest.recipe["teacher"]
     timesteps, taps = teacher["timesteps"], [tap["name"] for tap in teacher["taps"]]
