@@ -22,7 +22,7 @@ FLOORS = [
         "dtcache.labels",
     },
     {"dtcache.store"},
-    {"dtcache.cache", "dtcache.loader", "dtcache.stack"},
+    {"dtcache.cache", "dtcache.label_set", "dtcache.loader", "dtcache.stack"},
     {"pipelines"},
     {"cli"},
 ]
