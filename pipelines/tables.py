@@ -164,6 +164,8 @@ def render_run(report: Json, root: Path) -> RenderableType:
     if results is None:
         return facts
     facts.add_row("held-out loss", f"{results['held_out']['loss']:.4f}")
+    if "label" in results["held_out"]:
+        facts.add_row("label loss", f"{results['held_out']['label']:.4f}")
     facts.add_row("images a second", f"{results['images_per_second']:.1f}, {results['wait_share']:.1%} waiting")
     taps = _table_of("held out", ("tap", "MSE", "noise floor", "AT"))
     for name in report["taps"]:
