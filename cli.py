@@ -21,6 +21,8 @@ from dtcache.options import (
     ExportOptions,
     ExtractOptions,
     InspectOptions,
+    LabelFitOptions,
+    LabelWriteOptions,
     TeachOptions,
     TrainOptions,
     VerifyOptions,
@@ -299,6 +301,58 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
     else:
         Console().print(render_verified(verified, cache))
     ctx.exit(EXIT_CODES[verified.found.state])
+
+
+@main.group()
+def label() -> None:
+    """Spread a few labels over a whole cache: fit an interpreter of its features, write soft labels with it.
+
+    \b
+    Example:
+      dtcache label fit church.cache --masks masks/ --out interpreters/church
+      dtcache label write church.cache interpreters/church --name parts
+      dtcache train church.cache --labels parts --out runs/mixed
+    """
+
+
+@label.command("fit")
+@click.argument("cache", type=PATH)
+@_out("New folder of the interpreter.")
+@options_of(LabelFitOptions)
+def label_fit(cache: Path, out: Path, options: LabelFitOptions) -> None:
+    """Train an interpreter on the features of those images of CACHE that are labelled; it needs no teacher.
+
+    \b
+    Example:
+      dtcache label fit church.cache --masks masks/ --out interpreters/church
+    """
+    from pipelines.label.fit import fit_interpreter
+
+    fitted, scores = fit_interpreter(cache, out, options), ""
+    for name, value in (fitted.validation or {}).items():
+        scores += f", {name} {value:.1%}" if isinstance(value, float) else ""
+    held = f"; {fitted.validation['images']} held out{scores}" if fitted.validation else ""
+    click.echo(f"{fitted.out}: fitted to {fitted.trained_on} labelled images{held}")
+
+
+@label.command("write")
+@click.argument("cache", type=PATH)
+@click.argument("interpreter", type=PATH)
+@options_of(LabelWriteOptions)
+def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> None:
+    """Write the soft labels of every image and view of CACHE by INTERPRETER into CACHE/labels/NAME; resumes.
+
+    \b
+    Example:
+      dtcache label write church.cache interpreters/church --name parts
+    """
+    from pipelines.label.write import write_labels
+
+    done = write_labels(cache, interpreter, options)
+    click.echo(
+        f"{done.root}: soft labels of {done.images} images, {done.share:.1%} of the features' bytes; mean total "
+        f"variation from the exact ones {done.measured['total_variation']:.4f}"
+    )
 
 
 @main.command()

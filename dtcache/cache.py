@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,18 @@ Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LabelBatch:
+    """The soft labels of one batch, entropy-decoded; a LabelDecoder turns them into logits."""
+
+    coefficients_BN: Tensor
+    """int16: of all views of each row."""
+    scalars_B2: Tensor
+    """fp32 sigma and mu: raw = whitened * sigma + mu."""
+    views_B: Tensor
+    """int64: the view that the batch shows of each row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainBatch:
     """One batch, entropy-decoded; a FeatureDecoder turns its coefficients into targets."""
 
@@ -49,6 +61,8 @@ class TrainBatch:
     """(B, n) by array: int16, or fp16 where features are stored so. Online: the whitened maps, fp32 (B, C, H, W)."""
     scalars: dict[str, Tensor]
     """(B, 2) fp32 sigma and mu by array: raw = whitened * sigma + mu."""
+    labels: LabelBatch | None = None
+    """Where the training asks for them."""
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "TrainBatch":
         """Return the batch with the same change made to every tensor."""
@@ -57,6 +71,8 @@ class TrainBatch:
             images_BCHW=change(self.images_BCHW),
             coefficients={name: change(values) for name, values in self.coefficients.items()},
             scalars={name: change(values) for name, values in self.scalars.items()},
+            labels=self.labels
+            and LabelBatch(**{f.name: change(getattr(self.labels, f.name)) for f in fields(self.labels)}),
         )
 
 
@@ -115,7 +131,7 @@ class Cache:
             samples = self.reader.samples
             self._linked = LinkedImages(images, samples["key"], samples["content_sha256"], self.view)
 
-    def __reduce__(self) -> tuple[Any, tuple[Path, Path | None]]:
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Travel as paths."""
         again = functools.partial(Cache, allow=self._allow)
         return again, (self.reader.root, self._source)
@@ -255,6 +271,11 @@ class Cache:
         values, scalars = self.coefficients(*pairs, [name])
         raw = unwhiten(self._decoder(values)[name], scalars[name])
         return raw.view(len(rows), views, *self.shape(name))
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the cache stores its images, or was opened with their source."""
+        return self._linked is not None or IMAGES in self.reader.manifest.arrays
 
     def _require_usable(self, rows: Rows) -> None:
         for sample in self.samples.select(["key", "failure"]).take(rows).to_pylist():

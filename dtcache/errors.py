@@ -73,6 +73,10 @@ class UnknownSampleError(CacheError, LookupError):
     """A sample that a cache does not have, or has no features of."""
 
 
+class UnknownLabelsError(CacheError, LookupError):
+    """A label set that a cache does not have."""
+
+
 class CacheBusyError(CacheError, OSError):
     """A cache, run or teacher that another process is writing."""
 

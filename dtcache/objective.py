@@ -9,10 +9,13 @@ from torch import Tensor, nn, stack
 from dtcache.codec import DeterminedBands, FittedTap, TapFit
 from dtcache.codec.bands import LEAST_WEIGHT
 from dtcache.errors import ConfigError
+from dtcache.labels.losses import label_loss
 from dtcache.losses import at_loss, mse_loss
 from dtcache.options import TrainOptions
 from dtcache.spec import Json
 
+LABEL_TARGET = "labels"
+"""Name of the student's logits among its predictions, beside the arrays of features."""
 AT_WEIGHT = 10.0
 """The paper's weight of the attention-transfer loss."""
 
@@ -25,21 +28,36 @@ class Targets:
     """What the MSE compares with."""
     raw: dict[str, Tensor]
     """In the teacher's own scale: what the attention-transfer loss compares with."""
+    labels: Tensor | None = None
+    """Logits of the soft labels, fp32 (B, K, H, W), where they are distilled too."""
 
 
 class Objective(nn.Module):
-    """The loss: the mean over taps of a x MSE + b x AT, with factors a and b a tap; it has no weights to train."""
+    """The loss: the mean over taps of a x MSE + b x AT, with factors a and b a tap; it has no weights to train.
+
+    Where there are soft labels: feature weight x that + label weight x H(P_g, P_r) (paper: mixed distillation).
+    """
 
     def __init__(
-        self, mse: Mapping[str, float], at: Mapping[str, float], bands: Mapping[str, DeterminedBands] | None = None
+        self,
+        mse: Mapping[str, float],
+        at: Mapping[str, float],
+        bands: Mapping[str, DeterminedBands] | None = None,
+        weights: tuple[float, float] = (1.0, 1.0),
     ) -> None:
-        """Sum the taps of `mse` and of `at`; a tap of `bands` has its MSE weighed band by band."""
+        """Sum the taps of `mse` and of `at`; a tap of `bands` has its MSE weighed band by band.
+
+        `weights` are those of features and labels.
+        """
         super().__init__()
+        self._weights = weights
         self._mse, self._at = dict(mse), dict(at)
         self.bands = nn.ModuleDict(bands or {})
 
     def forward(self, predicted: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         """Return `loss` and, a tap, `mse/...` and `at/...` in plain, and `determined_mse/...` where bands are weighed.
+
+        With soft labels `label` is their loss, in plain, and `feature` that of all taps, where there are any.
 
         Both plain parts are always there, so that runs of different objectives compare; the loss takes what it is of.
         """
@@ -53,7 +71,14 @@ class Objective(nn.Module):
                 parts[f"determined_mse/{name}"] = mse
             terms = [factors[name] * part for factors, part in ((self._mse, mse), (self._at, at)) if name in factors]
             per_tap.append(sum(terms[1:], terms[0]))
-        return {"loss": stack(per_tap).mean(), **parts}
+        if targets.labels is None:
+            return {"loss": stack(per_tap).mean(), **parts}
+        label = label_loss(predicted[LABEL_TARGET], targets.labels)
+        feature_weight, label_weight = self._weights
+        if not per_tap:
+            return {"loss": label_weight * label, "label": label}
+        feature = stack(per_tap).mean()
+        return {"loss": feature_weight * feature + label_weight * label, "label": label, "feature": feature, **parts}
 
 
 def make_objective(options: TrainOptions, fit: Mapping[str, TapFit], codec: Json, names: Sequence[str]) -> Objective:
@@ -73,12 +98,15 @@ def make_objective(options: TrainOptions, fit: Mapping[str, TapFit], codec: Json
         if options.crop is None:
             taps = {name: fit[name] for name in names}
             bands = {n: DeterminedBands(t, float(codec["step"])) for n, t in taps.items() if isinstance(t, FittedTap)}
-    total = sum(given[name] * share[name] for name in names) / len(names)
+    total = sum(given[name] * share[name] for name in names) / max(1, len(names))
     whole = {name: given[name] * share[name] / total for name in names}
     mse = {name: given[name] / total if name in bands else whole[name] for name in names}
     weight = (AT_WEIGHT if options.at_weight is None else options.at_weight) if options.loss == "mse+at" else 1.0
     at = {name: weight * whole[name] for name in names}
-    return Objective(mse if options.loss != "at" else {}, at if options.loss != "mse" else {}, bands)
+    weights = tuple(1.0 if w is None else w for w in (options.feature_weight, options.label_weight))
+    return Objective(
+        mse if options.loss != "at" else {}, at if options.loss != "mse" else {}, bands, (weights[0], weights[1])
+    )
 
 
 def _check(options: TrainOptions) -> None:

@@ -174,6 +174,24 @@ class Equivariance:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LabelSpec:
+    """What a set of soft labels is of; its recipe's teacher is the interpreter that gave them."""
+
+    level: Literal["pixel", "image"]
+    """Whether pixels are labelled, or images as a whole."""
+    classes: tuple[str, ...]
+    """Names by number."""
+    views: int
+    """Views of a row of the cache, which share a payload: its channels are views x classes."""
+    cache_fingerprint: str
+    """Of the cache whose features were read."""
+    cache_samples: str
+    """SHA-256 of that cache's samples.parquet: which images its rows are."""
+    validation: dict[str, float | None] | None
+    """Scores of the interpreter on masked images that it was not fitted to, by name; None where it has none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """Everything that a cache is a function of, but the images' bytes: samples.parquet has their hashes."""
 
@@ -204,6 +222,8 @@ class Recipe:
     """Measured before the first shard."""
     round_trip: dict[str, float] | None = None
     """By timestep, such as t150: ||x' - x||^2 / ||x||^2 of images x inverted and denoised back, with DDIM."""
+    labels: LabelSpec | None = None
+    """Of a set of soft labels alone: such a set is a cache of its own, inside the one that it labels."""
 
     @property
     def num_views(self) -> int:

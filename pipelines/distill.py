@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from dtcache.cache import TrainBatch
 from dtcache.device import Compute, compile_errors
+from dtcache.labels.views import LabelDecoder
 from dtcache.losses import unwhiten, whiten_positions
-from dtcache.objective import Objective, Targets
+from dtcache.objective import LABEL_TARGET, Objective, Targets
 from dtcache.options import TrainOptions
 from dtcache.spec import Json, sha256_json
 from dtcache.student import Student, Views
@@ -37,6 +38,8 @@ class Distillation:
     whitening: str
     """Of the MSE's targets: sample, as cached, or position."""
     compute: Compute
+    label_decoder: LabelDecoder | None = None
+    """Soft labels to logits, where a batch has them."""
 
     def targets(self, batch: TrainBatch) -> Targets:
         """Return the targets of whole views, on the batch's device."""
@@ -44,7 +47,13 @@ class Distillation:
         raw = {name: unwhiten(x_BCHW, batch.scalars[name]) for name, x_BCHW in whitened.items()}
         if self.whitening == "position":
             whitened = {name: whiten_positions(x_BCHW) for name, x_BCHW in raw.items()}
-        return Targets(whitened=whitened, raw=raw)
+        return Targets(whitened=whitened, raw=raw, labels=self._labels(batch))
+
+    def _labels(self, batch: TrainBatch) -> Tensor | None:
+        if batch.labels is None or self.label_decoder is None:
+            return None
+        found = batch.labels
+        return self.label_decoder.chosen(found.coefficients_BN, found.scalars_B2, found.views_B)
 
     def losses(self, student: Predictor, batch: TrainBatch, step: int | None = None) -> dict[str, Tensor]:
         """Return `loss` and its parts a tap, fp32 scalars; with a step, of the random views that are seen at it."""
@@ -54,7 +63,10 @@ class Distillation:
             images_BCHW = self.views.images(images_BCHW, step, batch.rows, self.input_size)
             # Whitened first, cropped after: a crop is not whitened again, whatever it leaves of a map's energy.
             cropped = [self.views.features(maps, step, batch.rows) for maps in (targets.whitened, targets.raw)]
-            targets = Targets(whitened=cropped[0], raw=cropped[1])
+            labels = targets.labels
+            if labels is not None:
+                labels = self.views.features({LABEL_TARGET: labels}, step, batch.rows)[LABEL_TARGET]
+            targets = Targets(whitened=cropped[0], raw=cropped[1], labels=labels)
         with self.compute.autocast():
             predicted = student(images_BCHW)
         parts: dict[str, Tensor] = self.objective(predicted, targets)
@@ -124,6 +136,7 @@ def not_finite(source: BatchSource, batches: Iterable[Any]) -> list[int]:
     for batch in map(source.ready, batches):
         rows += batch.rows.tolist()
         maps = [*source.decoder(batch.coefficients).values(), *batch.scalars.values()]
+        maps += [batch.labels.scalars_B2] if batch.labels is not None else []
         whole_B = torch.stack([torch.isfinite(x.flatten(1)).all(1) for x in maps]).all(0)
         suspects += [row for row, whole in zip(batch.rows.tolist(), whole_B.tolist(), strict=True) if not whole]
     return suspects or rows

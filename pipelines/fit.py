@@ -89,7 +89,7 @@ def _solve(statistics: dict[str, TapStatistics], ratio: float | None, images: in
     if ratio is None:
         return half_fits(statistics)
     target = sum(2 * s.variance.size for s in statistics.values()) / ratio
-    return solve_step(statistics, lambda fit: _bytes_per_view(fit, statistics, target, images, views), target)
+    return solve_step(statistics, lambda fit: bytes_per_view(fit, statistics, target, images, views), target)
 
 
 def _spool_features(spool: Path, job: Job, rows: int) -> dict[str, np.memmap]:
@@ -131,17 +131,25 @@ def _spool_features(spool: Path, job: Job, rows: int) -> dict[str, np.memmap]:
     return maps
 
 
-def _bytes_per_view(
-    fit: dict[str, FittedTap], statistics: dict[str, TapStatistics], target: float, images: int, views: int
+def bytes_per_view(
+    fit: Mapping[str, FittedTap],
+    statistics: Mapping[str, TapStatistics],
+    target: float,
+    images: int,
+    views: int,
+    row_bytes: float = ROW_BYTES,
+    sized: int = SIZED_VIEWS,
 ) -> float:
     """Return all stored bytes a view but images: chunks and index entries as written, and a share of the rest.
+
+    `row_bytes` is what a row costs beside its views; chunks are those of the first `sized` views of the fit.
 
     The fit's own bytes count for at most half the target: a cache of few images cannot pay for them.
     """
     chunks = 0.0
     for name, fitted in fit.items():
         tables, live, bound = rans_tables(fitted), fitted.live, fitted.payload_bound
-        kept = statistics[name].coefficients[0, :SIZED_VIEWS]
+        kept = statistics[name].coefficients[0, :sized]
         flat = torch.from_numpy(kept.reshape(len(kept), -1)[:, live])
         step = torch.from_numpy(fitted.class_step[fitted.classes.reshape(-1)[live]])
         values = quantise(flat, step).numpy().astype(np.int16)
@@ -150,4 +158,4 @@ def _bytes_per_view(
         chunks += packed / len(kept) + CRC_BYTES + ENTRY_BYTES
     arrays = [array for fitted in fit.values() for array in fitted.arrays().values()]
     side = sum(len(compress(np.ascontiguousarray(a).tobytes(), ZSTD_LEVEL)) + 900 for a in arrays)
-    return chunks + min((side / images + ROW_BYTES) / views, target / 2)
+    return chunks + min((side / images + row_bytes) / views, target / 2)

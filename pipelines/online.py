@@ -19,6 +19,7 @@ from dtcache.device import Compute
 from dtcache.errors import BadImageError, ConfigError, ImagesError
 from dtcache.images import open_source
 from dtcache.images.view import decode_view
+from dtcache.label_set import LabelSet
 from dtcache.loader import EpochLoader
 from dtcache.options import ExtractOptions, TrainOptions
 from dtcache.spec import Json, tap_name
@@ -82,6 +83,7 @@ class OnlineSource:
         rows = np.arange(len(samples))
         self._rows, self._held = split_rows(rows, self.keys(rows))
         self.num_batches = self._drawn(0).num_batches
+        self.labels: LabelSet | None = None
         self.decoder: nn.Module = nn.Identity()
         self.fit: Mapping[str, TapFit] = {}
         self.recipe: Json = {}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from dtcache.spec import FailedSample, Json, signal_to_noise, tap_name
 from dtcache.store.commits import CodecSums, read_commits, total_sums
-from dtcache.store.layout import CLUSTER_LOG, COMMITS, DATA, IMAGES, MANIFEST, PROMPT, SAMPLES, SHARDS
+from dtcache.store.layout import CLUSTER_LOG, COMMITS, DATA, IMAGES, LABELS, MANIFEST, PROMPT, SAMPLES, SHARDS
 from dtcache.store.manifest import CacheManifest, look_at
 from dtcache.store.samples import damaged_objects, read_failures, read_objects
+from pipelines.label.report import inspect_labels
 
 INDEX = (MANIFEST, SAMPLES, SHARDS, PROMPT)
 SCHEMA = 1
@@ -29,8 +30,8 @@ def _describe(root: Path, manifest: CacheManifest) -> Json:
     failures, sums, shard_bytes, damaged, missing = _progress(root, manifest)
     files, recipe, count = _file_sizes(root), manifest.recipe, manifest.num_samples
     done = count - missing - len(failures)
-    image_bytes = shard_bytes.get(IMAGES, 0)
-    stored = sum(files.values()) - image_bytes
+    parts = _parts(files, shard_bytes)
+    stored = sum(files.values()) - parts["images"] - parts["labels"]
     taps = [
         _tap(manifest, tap, t, files, shard_bytes, sums, done)
         for t in recipe["teacher"]["timesteps"]
@@ -49,9 +50,9 @@ def _describe(root: Path, manifest: CacheManifest) -> Json:
         "num_missing": missing,
         "num_views": manifest.num_views,
         "bytes_on_disk": sum(files.values()),
-        "image_bytes": image_bytes,
-        "codec_bytes": sum(size for path, size in files.items() if path.startswith(f"{DATA}/codec/")),
-        "parts": _parts(files, shard_bytes),
+        "image_bytes": parts["images"],
+        "codec_bytes": parts["codec"],
+        "parts": parts,
         "bytes_per_image": stored / done if done else None,
         "fp16_bytes_per_image": fp16,
         "ratio": fp16 * done / stored if done else None,
@@ -60,6 +61,7 @@ def _describe(root: Path, manifest: CacheManifest) -> Json:
         "taps": taps,
         "failures": dict(Counter(f.reason for f in failures).most_common()),
         "damaged": damaged,
+        "labels": inspect_labels(root, files, parts["coefficients"] + parts["codec"]),
         "classes": list(manifest.classes) if manifest.classes is not None else None,
         "recipe": recipe,
     }
@@ -79,9 +81,11 @@ def _file_sizes(root: Path) -> dict[str, int]:
 
 def _parts(files: Mapping[str, int], shard_bytes: Mapping[str, int]) -> dict[str, int]:
     """Split the bytes on disk by what they are for; the parts add up to all files."""
-    parts = dict.fromkeys(("coefficients", "codec", "images", "index", "other"), 0)
+    parts = dict.fromkeys(("coefficients", "codec", "images", "index", "labels", "other"), 0)
     for path, size in files.items():
-        if path.startswith(f"{DATA}/codec/"):
+        if path.startswith(f"{LABELS}/"):
+            parts["labels"] += size
+        elif path.startswith(f"{DATA}/codec/"):
             parts["codec"] += size
         elif path in INDEX or path.startswith(f"{COMMITS}/"):
             parts["index"] += size

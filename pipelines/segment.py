@@ -5,7 +5,9 @@ B images of H x W pixels, K classes; maps are (B, C, h, w), finest first.
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ from dtcache.images import permuted
 from dtcache.options import EvaluateOptions
 from dtcache.spec import Json
 from dtcache.student import Views, make_optimizer
+from dtcache.student.head import load_head
+from dtcache.student.stored import CONFIG
 from dtcache.student.uniform import sample_uniforms
 from pipelines.heads import FpnHead, LinearHead
 from pipelines.iou import Counts, confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
@@ -28,7 +32,7 @@ from pipelines.schedule import warmup_cosine
 from pipelines.trunks import Trunk, mirror, open_trunk
 
 BATCH_SIZE = 16
-LR = {"linear": 5e-3, "fpn": 1e-3}
+LR, HEAD_LR = {"linear": 5e-3}, 1e-3
 WEIGHT_DECAY = 0.01
 WARMUP_SHARE = 0.1
 BACKBONE_LR = 0.1
@@ -94,7 +98,7 @@ def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
     trunk.prepare(train.images, test.images)
     with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
         torch.manual_seed(options.seed)
-        head = _make_head(trunk, options, len(names)).to(compute.device)
+        head = _make_head(trunk, options, names).to(compute.device)
         with memory_errors(batch_size):
             fit_head(trunk, head, train, options, compute)
             counts = count_test(trunk, head, test, len(names), batch_size, compute)
@@ -120,14 +124,34 @@ def class_names(train: MaskedImages, test: MaskedImages) -> list[str]:
     return names
 
 
-def _make_head(trunk: Trunk, options: EvaluateOptions, classes: int) -> nn.Module:
+def _make_head(trunk: Trunk, options: EvaluateOptions, names: Sequence[str]) -> nn.Module:
     if options.head == "linear":
-        return LinearHead(trunk.shapes, classes, momentum=HEAD_MOMENTUM if options.finetune else None)
-    return FpnHead(trunk.shapes, classes, trunk.input_size)
+        return LinearHead(trunk.shapes, len(names), momentum=HEAD_MOMENTUM if options.finetune else None)
+    if options.head == "fpn":
+        return FpnHead(trunk.shapes, len(names), trunk.input_size)
+    return _trained_head(Path(options.head), trunk, names)
+
+
+def _trained_head(run: Path, trunk: Trunk, names: Sequence[str]) -> nn.Module:
+    """Return the head of a run. Raises ConfigError where there is none, or where it is of another backbone or classes.
+
+    Masks whose classes have no names must have as many as the head.
+    """
+    folder = next((f for f in (run, run / "head") if (f / CONFIG).is_file()), None)
+    if folder is None:
+        raise ConfigError(f"--head {run}: expected linear, fpn or a finished run of dtcache train --labels")
+    head, spec = load_head(folder, trunk.shapes, trunk.input_size)
+    numbered = list(names) == list(map(str, range(len(names))))
+    if len(names) != len(spec.classes) or not (numbered or list(names) == list(spec.classes)):
+        raise ConfigError(
+            f"--head {run}: expected masks of its classes, {', '.join(spec.classes)[:200]}, got "
+            f"{', '.join(names)[:200]}; give --head linear for others"
+        )
+    return head
 
 
 def _make_optimizer(trunk: Trunk, head: nn.Module, options: EvaluateOptions) -> torch.optim.Optimizer:
-    lr = options.lr or LR[options.head]
+    lr = options.lr or LR.get(options.head, HEAD_LR)
     optimizer = make_optimizer(head, "adamw", lr, WEIGHT_DECAY)
     if options.finetune and trunk.backbone is not None:
         for group in make_optimizer(trunk.backbone, "adamw", BACKBONE_LR * lr, WEIGHT_DECAY).param_groups:

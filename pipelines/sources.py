@@ -15,10 +15,12 @@ from dtcache.cache import Cache, Rows, TrainBatch
 from dtcache.codec import TapFit
 from dtcache.device import Compute
 from dtcache.errors import ConfigError
+from dtcache.label_set import LabelledCache, LabelSet
 from dtcache.loader import EpochLoader
-from dtcache.options import TrainOptions, parse_taps
+from dtcache.options import LabelFitOptions, TrainOptions, parse_taps
 from dtcache.spec import Json, ViewSpec, sha256_json, tap_name
 from dtcache.store.layout import IMAGES, SAMPLES
+from dtcache.store.reader import Allowed
 from dtcache.store.samples import held_out
 from pipelines.processes import Processes
 
@@ -37,6 +39,8 @@ class BatchSource(Protocol):
     """What a cache recorded of its making; empty for a teacher in the loop, of which nothing is measured."""
     noise_floor: dict[str, float]
     """By array, where it is known: the part of the targets' variance that is noise."""
+    labels: LabelSet | None
+    """The soft labels that are distilled beside the features, if any."""
     identity: Json
     """What of the data a run belongs to, beside its options."""
 
@@ -65,14 +69,22 @@ class CachedSource:
 
     def __init__(self, root: Path, options: TrainOptions, compute: Compute, processes: Processes) -> None:
         """Open a cache. Raises what opening it raises, and ConfigError for options that it cannot serve."""
-        self._cache = Cache(root, options.images, allow="incomplete" if options.allow_incomplete else "nothing")
+        allow: Allowed = "incomplete" if options.allow_incomplete else "nothing"
+        self.labels: LabelSet | None = None
+        if options.labels is not None:
+            self._cache: Cache = LabelledCache(root, options.labels, options.images, allow=allow)
+            self.labels = self._cache.labels
+        else:
+            self._cache = Cache(root, options.images, allow=allow)
         manifest = self._cache.reader.manifest
         if options.whitening == "position" and manifest.recipe["codec"]["name"] != "float16":
             raise ConfigError("--whitening position: expected a cache of --quality fp16, whose features are exact")
         if IMAGES not in manifest.arrays and options.images is None:
             raise ConfigError(f"{root} stores no images: give those that it was extracted from (--images)")
-        self.names, self.view = chosen_taps(self._cache, options), self._cache.view
+        self.names, self.view = feature_names(self._cache, options), self._cache.view
         self.identity = cache_identity(self._cache)
+        if self.labels is not None:
+            self.identity["label_set"] = self.labels.identity
         usable = self._cache.reader.usable_rows
         if manifest.state != "sealed" and processes.is_first:
             print(f"{root} is not complete: {len(usable)} of {len(self._cache)} samples are there", file=sys.stderr)
@@ -176,7 +188,13 @@ def cache_identity(cache: Cache) -> Json:
     return {"cache": manifest.fingerprint, "samples": samples}
 
 
-def chosen_taps(cache: Cache, options: TrainOptions) -> list[str]:
+def feature_names(cache: Cache, options: TrainOptions) -> list[str]:
+    """Return the arrays that a student regresses: none of them where features weigh nothing beside labels."""
+    chosen = chosen_taps(cache, options)
+    return [] if options.feature_weight == 0 else chosen
+
+
+def chosen_taps(cache: Cache, options: TrainOptions | LabelFitOptions) -> list[str]:
     """Return the arrays that --taps and --timestep ask for. Raises ConfigError naming what the cache has."""
     teacher = cache.reader.manifest.recipe["teacher"]
     timesteps, taps = teacher["timesteps"], [tap["name"] for tap in teacher["taps"]]

@@ -61,7 +61,8 @@ def render(report: Json, root: Path) -> RenderableType:
         )
     failed = [escape(f"{count} failed: {reason}") for reason, count in list(report["failures"].items())[:SHOWN]]
     damaged = [escape(f"{path}: {what}") for path, what in list(report["damaged"].items())[:SHOWN]]
-    return Group(facts, sizes, losses, _parts(report), *_equivariance(report), *failed, *damaged)
+    shown = (_parts(report), *_equivariance(report), *_labels(report))
+    return Group(facts, sizes, losses, *shown, *failed, *damaged)
 
 
 def _table_of(title: str, columns: Sequence[str]) -> Table:
@@ -100,6 +101,20 @@ def _equivariance(report: Json) -> list[RenderableType]:
     for tap in report["taps"]:
         errors = (number(tap[f"{name}_error"]) for name in ("flip", "crop", "crop_interior"))
         table.add_row(tap["name"], str(tap["timestep"]), *errors)
+    return [table]
+
+
+def _labels(report: Json) -> list[RenderableType]:
+    """Return a table of the label sets, where there are any."""
+    if not report["labels"]:
+        return []
+    table = _table_of("label sets", ("name", "classes", "bytes", "share", "error", "entropy", "mIoU", "accuracy"))
+    for found in report["labels"]:
+        known = found.get("agreement") or found.get("validation") or {}
+        classes = str(len(found["classes"])) if "classes" in found else found["state"]
+        sizes = (byte_size(found["bytes"]), "-" if found["share"] is None else f"{found['share']:.1%}")
+        measured = (found.get("total_variation"), found.get("entropy"), known.get("miou"), known.get("accuracy"))
+        table.add_row(escape(found["name"]), classes, *sizes, *map(number, measured))
     return [table]
 
 
@@ -159,6 +174,8 @@ def render_run(report: Json, root: Path) -> RenderableType:
     if results is None:
         return facts
     facts.add_row("held-out loss", f"{results['held_out']['loss']:.4f}")
+    if "label" in results["held_out"]:
+        facts.add_row("label loss", f"{results['held_out']['label']:.4f}")
     facts.add_row("images a second", f"{results['images_per_second']:.1f}, {results['wait_share']:.1%} waiting")
     taps = _table_of("held out", ("tap", "MSE", "noise floor", "AT"))
     for name in report["taps"]:

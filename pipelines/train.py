@@ -13,10 +13,13 @@ from typing import Any
 from dtcache.config import config_text
 from dtcache.device import Compute
 from dtcache.errors import ConfigError, TrainingError
-from dtcache.objective import make_objective
+from dtcache.label_set import LabelSet
+from dtcache.objective import LABEL_TARGET, make_objective
 from dtcache.options import TrainOptions, parse_size
 from dtcache.storage import FolderLock, disk_errors, write_file
-from dtcache.student import Student, Views, build_student, save_backbone
+from dtcache.student import Student, Views, build_student, probe_maps, save_backbone
+from dtcache.student.head import HeadSpec, logit_head, save_head
+from pipelines.consistent import require_consistent
 from pipelines.distill import Distillation, held_out_losses, not_finite, remarks, train_step
 from pipelines.learner import Learner
 from pipelines.plots import plot_curves
@@ -30,7 +33,6 @@ VOLATILE = (
     "images", "teacher", "device", "threads", "save_every", "log_every", "accumulate", "compile", "allow_incomplete",
 )  # fmt: skip
 """What may differ when a run is resumed: of these, only rounding hangs on some."""
-ONLINE_ONLY = ("teacher", "prompt", "condition", "size", "fit", "encoding", "ddim_steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,8 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
     Under torchrun every process calls this; the first one writes `out`. Raises TrainingError where the loss is not
     finite, naming the samples, and what its parts raise.
     """
-    _require_consistent(options)
+    require_consistent(options)
+    warmup_steps(options, 1)
     processes, compute = join_processes(options.device, options.precision)
     part = options.batch_size // (processes.world_size * options.accumulate)
     if part < 2:
@@ -67,6 +70,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
         student = _student(source, options)
         distillation = Distillation(
             decoder=source.decoder,
+            label_decoder=source.labels.decoder().to(compute.device) if source.labels is not None else None,
             objective=objective.to(compute.device),
             views=views,
             input_size=student.input_size,
@@ -102,6 +106,8 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
         trained = learner.exported
         if isinstance(metrics, MetricsFile):
             save_backbone(trained.backbone, out / "backbone", input_size=trained.input_size, view=source.view)
+            if source.labels is not None:
+                _save_head(trained, source.labels, out, options)
             _finish(out, metrics, source, step, options)
         processes.wait()
         return _trained(out)
@@ -116,24 +122,6 @@ def make_source(where: Path, options: TrainOptions, compute: Compute, processes:
     return OnlineSource(where, options, compute, processes)
 
 
-def _require_consistent(options: TrainOptions) -> None:
-    """Raise ConfigError for options that contradict each other."""
-    if options.ema is not None and options.ema >= 1:
-        raise ConfigError(f"--ema {options.ema:g}: expected a decay under 1, such as 0.999")
-    if options.online:
-        against = [name for name in ("images", "allow_incomplete") if getattr(options, name)]
-        against += ["shuffle"] if options.shuffle != "full" else []
-        if against:
-            flag = against[0].replace("_", "-")
-            raise ConfigError(f"--{flag}: it is about a cache, which --online does without; give one of the two")
-        if options.noise_weighting:
-            raise ConfigError("--noise-weighting: a cache records its noise, --online measures none; leave one out")
-    for name in ONLINE_ONLY:
-        if not options.online and getattr(options, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')}: a cache knows its own; expected --online beside it")
-    warmup_steps(options, 1)
-
-
 def _claim(out: Path, source: BatchSource, options: TrainOptions, compute: Compute) -> None:
     """Take the folder for these options and data, and write the options where --config reads them."""
     values = {**asdict(options), "precision": compute.precision}
@@ -142,9 +130,10 @@ def _claim(out: Path, source: BatchSource, options: TrainOptions, compute: Compu
 
 
 def _student(source: BatchSource, options: TrainOptions) -> Student:
+    labels = {LABEL_TARGET: source.labels.shape} if source.labels is not None else {}
     return build_student(
         options.student,
-        {name: source.shape(name) for name in source.names},
+        {name: source.shape(name) for name in source.names} | labels,
         source.view,
         size=parse_size(options.student_size, "--student-size") if options.student_size else None,
         width=options.fpn_width,
@@ -152,6 +141,15 @@ def _student(source: BatchSource, options: TrainOptions) -> Student:
         seed=options.seed,
         regressor=options.regressor,
     )
+
+
+def _save_head(student: Student, labels: LabelSet, out: Path, options: TrainOptions) -> None:
+    """Write what of the student gives its logits, beside its backbone."""
+    spec = HeadSpec(
+        classes=labels.classes, shapes=tuple(probe_maps(student.backbone, student.input_size)), grid=labels.shape[1:],
+        width=options.fpn_width, regressor=options.regressor, input_size=student.input_size,
+    )  # fmt: skip
+    save_head(logit_head(student, LABEL_TARGET, spec), spec, out / "head")
 
 
 def _grouped(batches: Iterable[Any], count: int) -> Iterator[list[Any]]:
@@ -237,9 +235,12 @@ def _finish(out: Path, metrics: MetricsFile, source: BatchSource, step: int, opt
         "wait_share": trained[-1]["wait_share"],
     }
     write_file(out / SUMMARY, json.dumps(summary, indent=1).encode())
-    taps = {name: [line[f"mse/{name}"] for line in held] for name in source.names}
+    curves = {name: [line[f"mse/{name}"] for line in held] for name in source.names}
+    title = "Held-out whitened MSE" if curves else "Held-out label loss"
+    if source.labels is not None:
+        curves["label loss"] = [line["label"] for line in held]
     with disk_errors(out):
-        plot_curves(taps, out / "curves.png", title="Held-out whitened MSE", xlabel="epoch")
+        plot_curves(curves, out / "curves.png", title=title, xlabel="epoch")
 
 
 def _trained(out: Path) -> Trained:

@@ -78,7 +78,11 @@ class CacheTrunk:
 
     def __init__(self, root: Path, options: EvaluateOptions, compute: Compute) -> None:
         """Open a cache. Raises ConfigError for options that it cannot serve, and what opening raises."""
-        fixed = {"--finetune": options.finetune, "--head fpn": options.head == "fpn", "--size": options.size}
+        fixed = {
+            "--finetune": options.finetune,
+            f"--head {options.head}": options.head != "linear",
+            "--size": options.size,
+        }
         for flag, given in fixed.items():
             if given:
                 raise ConfigError(f"{flag}: expected with a backbone, got the cache {root}; its features are fixed")

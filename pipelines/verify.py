@@ -1,6 +1,6 @@
 """What `dtcache verify` does and shows: every byte of a cache against its recorded hashes; writes only to repair."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -13,12 +13,14 @@ from dtcache.errors import ConfigError
 from dtcache.options import VerifyOptions, parse_share
 from dtcache.spec import Json
 from dtcache.store.contents import Damage, WantedObject, read_contents
-from dtcache.store.layout import COMMITS, LOG, SHARDS
+from dtcache.store.label_sets import label_set_names
+from dtcache.store.layout import COMMITS, LABELS, LOG, SHARDS
 from dtcache.store.verify import Verification, chosen_objects, verify_contents
 from pipelines.progress import track
 
 EXIT_CODES = {"good": 0, "damaged": 3, "incomplete": 4}
 NOT_A_CACHE = 5
+WORDS = {"good": "good", "damaged": "DAMAGED", "incomplete": "INCOMPLETE"}
 SHOWN = 20
 
 
@@ -62,7 +64,13 @@ def verify(root: Path, options: VerifyOptions) -> Verified:
 
 
 def verify_cache(root: Path, share: float, seed: int) -> Verification:
-    """Check a share of a cache's shards, chosen by `seed`, and all its other files, showing progress."""
+    """Check a share of the shards of a cache and of its label sets, chosen by `seed`, and all their other files."""
+    labels = {name: _verify_one(root / LABELS / name, share, seed) for name in label_set_names(root)}
+    return replace(_verify_one(root, share, seed), labels=labels)
+
+
+def _verify_one(root: Path, share: float, seed: int) -> Verification:
+    """Check a cache or a label set, showing progress."""
     contents = read_contents(root)
     chosen = chosen_objects(contents, share, seed)
     done = 0
@@ -81,8 +89,10 @@ def repairable(damage: Damage) -> bool:
     return damage.shard is not None or damage.path == SHARDS or damage.path.endswith("zarr.json")
 
 
-def remedy(damage: Damage) -> str:
-    """Return what to do about one damage."""
+def remedy(damage: Damage, label_set: str | None = None) -> str:
+    """Return what to do about one damage, of a cache or of one of its label sets."""
+    if label_set is not None:
+        return f"delete {LABELS}/{label_set} and run its dtcache label write again"
     if repairable(damage):
         return "run dtcache verify with --repair --images IMAGES --teacher TEACHER --yes"
     if damage.path == LOG:
@@ -112,8 +122,11 @@ def rows_of(found: Verification, damage: Damage) -> range:
     return found.contents.manifest.arrays[damage.array].rows_of(damage.shard)
 
 
-def verified_json(verified: Verified) -> Json:
-    """Return a verification as JSON values; `view` is null where all views of a sample are affected."""
+def verified_json(verified: Verified, label_set: str | None = None) -> Json:
+    """Return a verification as JSON values; `view` is null where all views of a sample are affected.
+
+    `labels` has the same of each label set, by name, with paths in its own folder.
+    """
     found, repairs = verified.found, verified.repairs
     contents = found.contents
     return {
@@ -128,7 +141,7 @@ def verified_json(verified: Verified) -> Json:
             {
                 "path": damage.path,
                 "reason": damage.reason,
-                "remedy": remedy(damage),
+                "remedy": remedy(damage, label_set),
                 "shard": damage.shard,
                 "array": damage.array,
                 "samples": [{"row": s.row, "key": s.key, "view": s.view} for s in damage.samples],
@@ -136,6 +149,9 @@ def verified_json(verified: Verified) -> Json:
             for damage in found.damage
         ],
         "unnamed": found.unnamed,
+        "labels": {
+            name: verified_json(Verified(found=inner, repairs=None), name) for name, inner in found.labels.items()
+        },
         **({"repair": [asdict(repair) for repair in repairs]} if repairs is not None else {}),
     }
 
@@ -147,7 +163,7 @@ def render_verified(verified: Verified, root: Path) -> RenderableType:
     everything = len(found.checked) == len(contents.objects)
     size = sum(wanted.size or 0 for wanted in found.checked) / 2**20
     share = "every byte" if everything else f"A SAMPLE: {len(found.checked)} of {len(contents.objects)} shard files"
-    facts.add_row("state", {"good": "good", "damaged": "DAMAGED", "incomplete": "INCOMPLETE"}[found.state])
+    facts.add_row("state", WORDS[found.state])
     facts.add_row("checked", f"{share}, {size:.1f} MiB of shards")
     if contents.missing:
         facts.add_row("missing", f"{len(contents.missing)} shards; run the extraction again to finish it")
@@ -155,6 +171,10 @@ def render_verified(verified: Verified, root: Path) -> RenderableType:
         facts.add_row("missing", "the seal; run the extraction again to finish it")
     facts.add_row("damaged", f"{len(found.damage)} files")
     lines = [line for damage in islice(found.damage, SHOWN) for line in _lines(damage)]
+    for name, inner in found.labels.items():
+        finish = "; run its dtcache label write again to finish it" if inner.state == "incomplete" else ""
+        facts.add_row(f"labels {name}", f"{WORDS[inner.state]}{finish}")
+        lines += [line for damage in inner.damage[:SHOWN] for line in _lines(damage, name)]
     lines += _rest(len(found.damage))
     lines += [f"not named: {name}: {why}" for name, why in islice(found.unnamed.items(), SHOWN)]
     lines += _rest(len(found.unnamed))
@@ -171,9 +191,10 @@ def _rest(count: int) -> list[str]:
     return [f"... and {count - SHOWN} more; --json has all"] if count > SHOWN else []
 
 
-def _lines(damage: Damage) -> list[str]:
+def _lines(damage: Damage, label_set: str | None = None) -> list[str]:
     """Describe one damage: the file, the samples, what to do."""
-    lines = [f"{damage.path}: {damage.reason}"]
+    where = f"{LABELS}/{label_set}/" if label_set is not None else ""
+    lines = [f"{where}{damage.path}: {damage.reason}"]
     if damage.shard is not None:
         some = ", ".join(
             (s.key if s.key is not None else f"row {s.row}") + (f" view {s.view}" if s.view is not None else "")
@@ -181,4 +202,4 @@ def _lines(damage: Damage) -> list[str]:
         )
         more = f" and {len(damage.samples) - 3} more" if len(damage.samples) > 3 else ""
         lines.append(f"  shard {damage.shard} of {damage.array}: {some}{more}")
-    return [*lines, f"  {remedy(damage)}"]
+    return [*lines, f"  {remedy(damage, label_set)}"]

@@ -12,9 +12,17 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"dtcache._version", "dtcache.errors"},
     {"dtcache.spec", "dtcache.options", "dtcache.config", "dtcache.payloads", "dtcache.columns", "dtcache.storage"},
-    {"dtcache.device", "dtcache.images", "dtcache.teacher", "dtcache.codec", "dtcache.losses", "dtcache.student"},
+    {
+        "dtcache.device",
+        "dtcache.images",
+        "dtcache.teacher",
+        "dtcache.codec",
+        "dtcache.losses",
+        "dtcache.student",
+        "dtcache.labels",
+    },
     {"dtcache.store"},
-    {"dtcache.cache", "dtcache.loader", "dtcache.stack"},
+    {"dtcache.cache", "dtcache.label_set", "dtcache.loader", "dtcache.stack"},
     {"pipelines"},
     {"cli"},
 ]

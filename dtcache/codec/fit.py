@@ -26,7 +26,7 @@ GAIN_RANGE = (1.0, 2.5)
 DEAD_RATIO_FOR_DISTORTION = 2.0**-1.5
 
 Objective = Literal["student", "distortion"]
-"""What a fit is best at: teaching a student, or the squared error (only to compare codecs: design, codec)."""
+"""What a fit is best at: teaching a student, or the squared error (soft labels, and to compare codecs)."""
 
 Whitened = NDArray[np.float16]
 """(2, M, C, H, W): whitened features of M views under two noise draws (a memory map, for large teachers).
@@ -204,7 +204,10 @@ def determined_error(statistics: TapStatistics, fitted: FittedTap) -> float:
 
 
 def solve_step(
-    statistics: Mapping[str, TapStatistics], size_of: Callable[[dict[str, FittedTap]], float], target: float
+    statistics: Mapping[str, TapStatistics],
+    size_of: Callable[[dict[str, FittedTap]], float],
+    target: float,
+    objective: Objective = "student",
 ) -> Solved:
     """Bisect (in the logarithm) for the step whose payloads cost `target` bytes a view, by `size_of`.
 
@@ -215,14 +218,14 @@ def solve_step(
     tried: list[tuple[float, float]] = []
     for _ in range(14):
         step = float(np.float32(np.exp((low + high) / 2)))
-        fit = {name: quantised_fit(s, step) for name, s in statistics.items()}
+        fit = {name: quantised_fit(s, step, objective) for name, s in statistics.items()}
         size = size_of(fit)
         tried.append((size, step))
         if abs(size / target - 1) < 0.002:
             break
         low, high = (np.log(step), high) if size > target else (low, np.log(step))
     size, step = min(tried, key=lambda t: abs(np.log(t[0] / target)))
-    fit = {name: quantised_fit(s, step) for name, s in statistics.items()}
+    fit = {name: quantised_fit(s, step, objective) for name, s in statistics.items()}
     errors = {name: determined_error(s, fit[name]) for name, s in statistics.items()}
     return Solved(step=step, fit=fit, bytes_per_view=size, determined_error=errors)
 

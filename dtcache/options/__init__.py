@@ -2,6 +2,7 @@
 
 from dtcache.options.cache import QUALITY_RATIOS, ExtractOptions, InspectOptions, VerifyOptions
 from dtcache.options.field import Options, option
+from dtcache.options.label import LabelFitOptions, LabelWriteOptions
 from dtcache.options.parse import parse_ints, parse_share, parse_size, parse_taps
 from dtcache.options.student import DemoOptions, EvaluateOptions, ExportOptions, TrainOptions
 from dtcache.options.teacher import ADM_PRESETS, ConvertOptions, TeachOptions
@@ -15,6 +16,8 @@ __all__ = [
     "ExportOptions",
     "ExtractOptions",
     "InspectOptions",
+    "LabelFitOptions",
+    "LabelWriteOptions",
     "Options",
     "TeachOptions",
     "TrainOptions",

@@ -36,6 +36,13 @@ class TrainOptions(Options):
         None, "Weights of taps in the loss, divided by their mean [default: 1 each].", metavar="strideS=W,..."
     )
     noise_weighting: bool = option(False, "Weigh taps and bands by the share of them that is not the teacher's noise.")
+    labels: str | None = option(
+        None, "Distil from the soft labels of this set of the cache too (dtcache label write).", metavar="NAME"
+    )
+    label_weight: float | None = option(None, "Weight of the label loss [default: 1 with --labels].", minimum=0)
+    feature_weight: float | None = option(
+        None, "Weight of the feature loss beside it; 0: labels alone [default: 1].", minimum=0
+    )
     whitening: str = option(
         "sample",
         "LayerNorm of the MSE's target: a sample over (C, H, W), as cached, or a position over C (fp16 caches only).",
@@ -121,12 +128,16 @@ class EvaluateOptions(Options):
         "Segmentation: value of pixels that count nowhere [default: that of DIR/classes.toml, else 255].",
         minimum=0,
     )
-    head: str = option("linear", "Segmentation: a 1x1 convolution of all levels, or an FPN.", choices=("linear", "fpn"))
+    head: str = option(
+        "linear",
+        "Segmentation: a 1x1 convolution of all levels, an FPN, or the head that a run with --labels has trained.",
+        metavar="linear|fpn|RUN",
+    )
     finetune: bool = option(False, "Segmentation: train the backbone too, or only the head.", off="frozen")
     epochs: int = option(40, "Segmentation: passes over the training images.", minimum=1)
     lr: float | None = option(
         None,
-        "Segmentation: peak rate of the head, a tenth of it for the backbone [default: 5e-3 linear, 1e-3 fpn].",
+        "Segmentation: peak rate of the head, a tenth of it for the backbone [default: 5e-3 linear, else 1e-3].",
         minimum=1e-12,
     )
     teacher: str | None = option(

@@ -10,6 +10,7 @@ from pathlib import Path
 from dtcache.spec import FailedSample
 from dtcache.storage import TEMPORARY, temporary_path, write_temporary
 from dtcache.store.commits import CodecSums, CommitRecord, ShardObject
+from dtcache.store.layout import LABELS
 from dtcache.store.manifest import CacheManifest
 from dtcache.store.shard import build_shard
 
@@ -71,9 +72,11 @@ def write_attempt(root: Path, manifest: CacheManifest, data: ShardData) -> Writt
 def drop_temporaries(root: Path) -> None:
     """Remove every temporary file of a cache: what runs that were cut short, or workers given up, have left.
 
-    Whoever calls it holds the cache's lock; a worker that still writes one can then no longer commit it.
+    Whoever calls it holds the cache's lock; a worker that still writes one can then no longer commit it. Its label sets
+    have locks of their own.
     """
-    remove(path for path in list(root.rglob(f"{TEMPORARY}*")) if path.is_file())
+    found = [path for path in root.rglob(f"{TEMPORARY}*") if path.relative_to(root).parts[0] != LABELS]
+    remove(path for path in found if path.is_file())
 
 
 def remove(paths: Iterable[Path]) -> None:

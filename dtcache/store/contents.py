@@ -6,7 +6,8 @@ from pathlib import Path
 from dtcache.errors import CacheDamagedError
 from dtcache.storage import TEMPORARY, file_sha256
 from dtcache.store.commits import CommitRecord, ShardObject, commit_files, read_commit
-from dtcache.store.layout import CLUSTER_LOG, COMMITS, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray
+from dtcache.store.label_sets import label_set_names
+from dtcache.store.layout import CLUSTER_LOG, COMMITS, LABELS, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray
 from dtcache.store.manifest import CacheManifest, read_manifest
 from dtcache.store.samples import parquet_bytes, read_objects, read_table, sealed_samples
 
@@ -168,7 +169,7 @@ def file_problem(path: Path, sha256: str | None) -> str | None:
 
 
 def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
-    """Return every file in the cache's folder that the cache does not name, and what is known of it."""
+    """Return every file in the cache's folder that neither it nor a label set names, and what is known of it."""
     if contents.manifest is None:
         return {}
     named = {MANIFEST, LOG, CLUSTER_LOG, LOCK, *contents.manifest.files, *(o.path for o in contents.objects)}
@@ -176,9 +177,10 @@ def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
         named |= {path.relative_to(root).as_posix() for path in commit_files(root)}
     uncommitted = {array.object_path(s) for array in contents.manifest.arrays.values() for s in contents.missing}
     found = {}
+    sets = tuple(f"{LABELS}/{name}/" for name in label_set_names(root))
     for path in sorted(p for p in root.rglob("*") if p.is_symlink() or not p.is_dir()):
         name = path.relative_to(root).as_posix()
-        if name in named:
+        if name in named or name.startswith(sets):
             continue
         if TEMPORARY in name:
             found[name] = "left by a run that was cut short"

@@ -23,6 +23,10 @@ PROMPT = "prompt.safetensors"
 CLUSTER_LOG = "cluster.log"
 """What Dask and local workers had to say in the last run that used them; nobody reads it but people."""
 DATA = "data.zarr"
+LABELS = "labels"
+"""Folder of a cache's label sets, each a cache of its own."""
+LOGITS = "t0/logits"
+"""The one array of a label set: the interpreter adds no noise, as a teacher at timestep 0."""
 IMAGES = "images"
 ZSTD_LEVEL = 1
 

@@ -24,6 +24,7 @@ from dtcache.spec import (
 )
 from dtcache.storage import write_file
 from dtcache.store.commits import CodecSums
+from dtcache.store.label_sets import check_labels
 from dtcache.store.layout import MANIFEST, PayloadArray
 
 T = TypeVar("T")
@@ -53,6 +54,8 @@ class CacheManifest:
     """SHA-256 by path of every file but shards: zarr.json, codec arrays, Parquet."""
     sums: dict[str, CodecSums]
     """By array, over all rows that the codec was not fitted on; empty until the cache is sealed."""
+    measured: Json | None = None
+    """Of a sealed label set: what `dtcache label write` measured on it (docs/format.md)."""
 
     def to_json(self) -> Json:
         """Return the manifest as JSON values, with its own hash."""
@@ -66,11 +69,15 @@ class CacheManifest:
             "files": self.files,
             "sums": {n: {"squared_error": s.squared_error, "energy": s.energy} for n, s in self.sums.items()},
         }
+        if self.measured is not None:
+            body["measured"] = self.measured
         return {**body, "sha256": sha256_json(body)}
 
-    def sealed(self, files: dict[str, str], sums: dict[str, CodecSums]) -> "CacheManifest":
+    def sealed(
+        self, files: dict[str, str], sums: dict[str, CodecSums], measured: Json | None = None
+    ) -> "CacheManifest":
         """Return the manifest of the finished cache, with the hashes of files that changed or came."""
-        return replace(self, state="sealed", files={**self.files, **files}, sums=sums)
+        return replace(self, state="sealed", files={**self.files, **files}, sums=sums, measured=measured)
 
     @property
     def identity(self) -> str:
@@ -153,6 +160,7 @@ def read_manifest(root: Path) -> CacheManifest:
             classes=tuple(value["classes"]) if value["classes"] is not None else None,
             files=value["files"],
             sums={n: CodecSums(**s) for n, s in value["sums"].items()},
+            measured=value.get("measured"),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheDamagedError(f"{path}: not a manifest of dtcache ({error!r}); extract again") from error
@@ -209,6 +217,8 @@ def _check_recipe(recipe: Json) -> None:
         if not isinstance(recipe[name], int):
             raise ValueError(f"{name} {recipe[name]!r}")
     _check_measured(recipe, names)
+    if "labels" in recipe:
+        check_labels(recipe["labels"], names, teacher["taps"])
 
 
 def _check_measured(recipe: Json, names: list[str]) -> None:

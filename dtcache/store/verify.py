@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -32,13 +32,16 @@ class Verification:
     """Files that the cache does not name, and what is known of them: no damage."""
     checked: tuple[WantedObject, ...]
     """The shard files of which every byte was read."""
+    labels: dict[str, "Verification"] = field(default_factory=dict)
+    """The cache's label sets, each a cache of its own, by name."""
 
     @property
     def state(self) -> Literal["good", "damaged", "incomplete"]:
-        """The verdict; damage outweighs what is missing."""
-        if self.damage:
+        """The verdict on cache and label sets; damage outweighs what is missing."""
+        states = {found.state for found in self.labels.values()}
+        if self.damage or "damaged" in states:
             return "damaged"
-        return "good" if self.contents.sealed else "incomplete"
+        return "good" if self.contents.sealed and "incomplete" not in states else "incomplete"
 
 
 def chosen_objects(contents: Contents, share: float, seed: int) -> list[WantedObject]:

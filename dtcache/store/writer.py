@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheMismatchError
-from dtcache.spec import FailedSample, Recipe, Sample, canonical_json, sha256_json
+from dtcache.spec import FailedSample, Json, Recipe, Sample, canonical_json, sha256_json
 from dtcache.storage import TEMPORARY, disk_errors, file_sha256, fsync_tree, publish, write_file
 from dtcache.store.attempt import ShardData, WrittenShard, drop_temporaries, remove, write_attempt
 from dtcache.store.commits import CommitRecord, commit_path, read_commits, total_sums, write_commit
@@ -160,8 +160,11 @@ class CacheWriter:
         self._records[record.shard] = record
         return sum(o.size for o in record.objects)
 
-    def seal(self) -> None:
-        """Finish the cache: indices, then the manifest, then the commit records go. Safe to repeat after a kill."""
+    def seal(self, measured: Json | None = None) -> None:
+        """Finish the cache: indices, then the manifest, then the commit records go. Safe to repeat after a kill.
+
+        The manifest of a label set records what was `measured` on it.
+        """
         if self.manifest.state == "writing":
             if self.missing:
                 raise CacheError(f"{self.root}: cannot seal, {len(self.missing)} shards are missing")
@@ -174,7 +177,7 @@ class CacheWriter:
             for name, content in contents.items():
                 write_file(self.root / name, content)
             files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-            self.manifest = self.manifest.sealed(files, total_sums(records))
+            self.manifest = self.manifest.sealed(files, total_sums(records), measured)
             write_manifest(self.root, self.manifest)
         if (self.root / COMMITS).exists():
             shutil.rmtree(self.root / COMMITS)

@@ -17,12 +17,7 @@ from dtcache.errors import ConfigError
 from dtcache.spec import Json, ViewSpec
 from dtcache.storage import write_file
 from dtcache.student.backbone import Backbone, Rgb
-
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-MAX_CONFIG_BYTES = 1 << 20
-MAX_SIDE = 1 << 14
-"""Pixels a side that a folder's configuration may ask for."""
+from dtcache.student.stored import CONFIG, WEIGHTS, bounded, read_config, read_view, weight_bytes
 
 
 def make_backbone(name: str, *, init: str | None, seed: int, size: tuple[int, int] | None = None) -> Backbone:
@@ -80,9 +75,8 @@ def save_backbone(backbone: Backbone, folder: Path, *, input_size: tuple[int, in
     }
     if backbone.fixed_size:
         config["model_args"] = {"img_size": list(backbone.default_size)}
-    weights = {name: value.detach().cpu().contiguous() for name, value in backbone.model.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / WEIGHTS, safetensors.torch.save(weights, {"format": "pt"}))
+    write_file(folder / WEIGHTS, weight_bytes(backbone.model))
     write_file(folder / CONFIG, json.dumps(config, indent=1).encode())
 
 
@@ -91,7 +85,11 @@ def load_backbone(folder: Path) -> tuple[Backbone, tuple[int, int], ViewSpec | N
 
     Reads JSON and safetensors only. Raises ConfigError where a part is missing, does not fit or is out of bounds.
     """
-    config = _read_config(folder / CONFIG)
+    config = read_config(
+        folder / CONFIG,
+        expected="a backbone folder written by dtcache train, such as RUN/backbone",
+        again="export the backbone again",
+    )
     try:
         name, cfg = config["architecture"], config["pretrained_cfg"]
         if not isinstance(name, str) or name not in timm.list_models():
@@ -99,11 +97,11 @@ def load_backbone(folder: Path) -> tuple[Backbone, tuple[int, int], ViewSpec | N
         channels, *sides = cfg["input_size"]
         if channels != 3:
             raise ValueError(f"input_size {cfg['input_size']} is not (3, height, width)")
-        input_size = _side(sides[0]), _side(sides[1])
+        input_size = bounded(sides[0]), bounded(sides[1])
         mean, std = _rgb(cfg["mean"]), _rgb(cfg["std"])
         if min(std) <= 0:
             raise ValueError(f"std {std} is not positive")
-        view = _view(config.get("dtcache"))
+        view = read_view(config["dtcache"]["view"]) if "dtcache" in config else None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ConfigError(
             f"{folder / CONFIG}: not the configuration of a backbone ({error}); expected one written by dtcache train"
@@ -153,38 +151,8 @@ def _require_known(name: str) -> None:
     raise ConfigError(f"{name[:80]}: timm {timm.__version__} has no network of this name; {hint}")
 
 
-def _read_config(path: Path) -> Json:
-    if not path.is_file():
-        raise ConfigError(f"{path}: missing; expected a backbone folder written by dtcache train, such as RUN/backbone")
-    if path.stat().st_size >= MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: expected less than {MAX_CONFIG_BYTES} bytes of JSON, got {path.stat().st_size}")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON ({error}); export the backbone again") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(value).__name__}; export the backbone again")
-    return value
-
-
 def _rgb(values: Any) -> Rgb:
     red, green, blue = (float(value) for value in values)
     if not all(math.isfinite(value) for value in (red, green, blue)):
         raise ValueError(f"{values} are not three finite numbers")
     return red, green, blue
-
-
-def _side(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_SIDE:
-        raise ValueError(f"a side of {value!r} is not a number of pixels from 1 to {MAX_SIDE}")
-    return value
-
-
-def _view(ours: Any) -> ViewSpec | None:
-    """Return the view that a configuration records; None where it is not dtcache's."""
-    if ours is None:
-        return None
-    view = ours["view"]
-    if view["fit"] not in ("crop", "stretch"):
-        raise ValueError(f"fit {view['fit']!r} is neither crop nor stretch")
-    return ViewSpec(height=_side(view["height"]), width=_side(view["width"]), fit=view["fit"])

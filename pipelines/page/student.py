@@ -8,7 +8,9 @@ import torch
 from dtcache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.errors import CacheDamagedError, CacheMismatchError, ConfigError
+from dtcache.label_set import LabelSet
 from dtcache.losses import unwhiten, whiten_positions
+from dtcache.objective import LABEL_TARGET
 from dtcache.options import InspectOptions, TrainOptions, parse_size
 from dtcache.spec import Json
 from dtcache.student import Student, build_student
@@ -16,7 +18,7 @@ from pipelines.learner import exported_weights
 from pipelines.page.gallery import BASIS_ROWS, Gallery, GalleryRow, Picture, class_name, photos_of
 from pipelines.page.pictures import colour_basis, map_uri
 from pipelines.run import load_checkpoint
-from pipelines.sources import cache_identity, chosen_taps, split_rows
+from pipelines.sources import cache_identity, feature_names, split_rows
 
 
 def student_gallery(root: Path, report: Json, options: InspectOptions) -> Gallery:
@@ -39,7 +41,7 @@ def student_gallery(root: Path, report: Json, options: InspectOptions) -> Galler
             f"--cache {options.cache}: not the cache that {root} was trained on: expected fingerprint "
             f"{made_from['cache'][:16]}, got {found['cache'][:16]}, or its samples are others now"
         )
-    names = chosen_taps(cache, chosen)
+    names = feature_names(cache, chosen)
     usable = cache.reader.usable_rows[: chosen.limit]
     _, held = split_rows(usable, cache.samples["key"].take(usable).to_pylist())
     rows = held[:BASIS_ROWS]
@@ -91,9 +93,10 @@ def _student(
     if state is None:
         raise CacheDamagedError(f"{root}: no checkpoint yet; its page needs one, or leave --cache out")
     compute = resolve_compute(where, "fp32")
+    labels = {LABEL_TARGET: LabelSet(cache, options.labels).shape} if options.labels is not None else {}
     student = build_student(
         options.student,
-        {name: cache.shape(name) for name in names},
+        {name: cache.shape(name) for name in names} | labels,
         cache.view,
         size=parse_size(options.student_size, "--student-size") if options.student_size else None,
         width=options.fpn_width,

@@ -1,0 +1,22 @@
+"""Label distillation: an interpreter of a teacher's features, its losses, and how it is kept."""
+
+from dtcache.labels.folder import (
+    Interpreter,
+    InterpreterSpec,
+    load_interpreter,
+    require_serves,
+    save_interpreter,
+    teacher_identity,
+)
+from dtcache.labels.interpreter import FeatureInterpreter, logit_grid
+
+__all__ = [
+    "FeatureInterpreter",
+    "Interpreter",
+    "InterpreterSpec",
+    "load_interpreter",
+    "logit_grid",
+    "require_serves",
+    "save_interpreter",
+    "teacher_identity",
+]

@@ -1,0 +1,48 @@
+"""The label sets of a cache: sealed components in labels/NAME/, each laid out as a cache of its own."""
+
+import re
+from pathlib import Path
+
+from dtcache.errors import ConfigError, UnknownLabelsError
+from dtcache.spec import MAX_VIEWS, Json
+from dtcache.store.layout import LABELS, LOGITS, MANIFEST
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+LEVELS = ("pixel", "image")
+
+
+def label_set_names(root: Path) -> list[str]:
+    """Return the names of a cache's label sets, finished or not, in order."""
+    return sorted(path.parent.name for path in (root / LABELS).glob(f"*/{MANIFEST}"))
+
+
+def label_set_root(root: Path, name: str) -> Path:
+    """Return the folder of a cache's label set. Raises UnknownLabelsError naming those that there are."""
+    names = label_set_names(root)
+    if name not in names:
+        have = f"it has {', '.join(names)}" if names else "it has none; dtcache label write makes one"
+        raise UnknownLabelsError(f"{root}: no label set {name[:64]!r}; {have}")
+    return root / LABELS / name
+
+
+def require_name(name: str) -> None:
+    """Raise ConfigError for a name that no folder of labels may have."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"--name {name[:80]!r}: expected up to 64 lower-case letters, digits, dots, dashes and underscores, such "
+            "as parts-20"
+        )
+
+
+def check_labels(labels: Json, arrays: list[str], taps: list[Json]) -> None:
+    """Check what a recipe says of soft labels. Raises KeyError, TypeError or ValueError."""
+    classes, views = labels["classes"], labels["views"]
+    whole = labels["level"] in LEVELS and isinstance(classes, list) and all(isinstance(c, str) for c in classes)
+    whole = whole and isinstance(views, int) and 0 < views <= MAX_VIEWS and arrays == [LOGITS]
+    if not whole or taps[0]["channels"] != views * len(classes):
+        raise ValueError(f"labels {str(labels)[:120]} in {arrays}")
+    if not all(isinstance(labels[name], str) for name in ("cache_fingerprint", "cache_samples")):
+        raise ValueError("labels of no cache")
+    scores = labels["validation"]
+    if scores is not None and not all(isinstance(value, int | float | None) for value in scores.values()):
+        raise ValueError(f"validation {str(scores)[:120]}")

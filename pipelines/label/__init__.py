@@ -1,0 +1,1 @@
+"""Label distillation: `dtcache label fit` and `dtcache label write`."""

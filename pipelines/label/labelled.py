@@ -1,0 +1,125 @@
+"""The labelled images of a cache: which rows have a mask or a label, and what it says."""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dtcache.cache import Cache, Rows
+from dtcache.errors import ImagesError
+from dtcache.images import MaskFolder, open_masks
+from dtcache.images.stored import LENGTH_BYTES
+from dtcache.store.layout import IMAGES
+
+NO_CLASS = -1
+"""What counts nowhere among image labels; they have no such value."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labelled:
+    """Labelled rows of a cache."""
+
+    rows: Rows
+    """(N,): by row."""
+    truth_NHW: Tensor
+    """uint8 class numbers of the unmirrored view; int64 (N, 1, 1) where images are labelled as a whole."""
+    classes: tuple[str, ...]
+    """Names by number."""
+    ignore: int
+    """The value that counts nowhere."""
+
+    def __len__(self) -> int:
+        """Return the number of labelled images."""
+        return len(self.rows)
+
+    def part(self, places: Sequence[int]) -> "Labelled":
+        """Return some of them."""
+        chosen = np.asarray(places, np.int64)
+        return Labelled(
+            rows=self.rows[chosen], truth_NHW=self.truth_NHW[chosen], classes=self.classes, ignore=self.ignore
+        )
+
+    def require_every_class(self) -> None:
+        """Say on stderr which classes have no pixel, or image, at all: nothing can be learned of them."""
+        values = torch.unique(self.truth_NHW[self.truth_NHW != self.ignore]).tolist()
+        for number, name in enumerate(self.classes):
+            if number not in values and number != self.ignore:
+                unit = "image" if self.truth_NHW.shape[1:] == (1, 1) else "pixel"
+                print(
+                    f"warning: class {number} ({name}) has no {unit} among the {len(self)} images trained on; "
+                    "it will hardly be predicted",
+                    file=sys.stderr,
+                )
+
+
+def masked_images(cache: Cache, root: Path, ignore: int | None, limit: int | None) -> Labelled:
+    """Return the usable rows whose key has a mask in a folder, and the masks as the view shows them.
+
+    Raises ImagesError where there is none, or for one that is no mask of its image.
+    """
+    folder = open_masks(root, ignore)
+    keys, usable = cache.samples["key"].to_pylist(), cache.reader.usable_rows
+    rows = [int(row) for row in usable if folder.has(keys[row])][:limit]
+    if not rows:
+        example = folder.path(keys[int(usable[0])]) if len(usable) else f"{root}/KEY.png"
+        raise ImagesError(
+            f"{root}: no mask matches any of the cache's {len(usable)} images; expected PNG files named by their keys, "
+            f"such as {example}"
+        )
+    sizes = _known_sizes(cache, rows)
+    masks = [folder.load(keys[row], cache.view, size) for row, size in zip(rows, sizes, strict=True)]
+    truth = np.stack(masks)
+    return Labelled(
+        rows=np.array(rows, np.int64),
+        truth_NHW=torch.from_numpy(truth),
+        classes=folder.names or _numbered(truth, folder),
+        ignore=folder.ignore,
+    )
+
+
+def labelled_images(cache: Cache, limit: int | None) -> Labelled:
+    """Return the usable rows that have a label in the cache's index. Raises ImagesError where there is none."""
+    labels, usable = cache.samples["label"].to_pylist(), cache.reader.usable_rows
+    rows = [int(row) for row in usable if labels[row] is not None and labels[row] >= 0][:limit]
+    if not rows:
+        raise ImagesError(
+            f"{cache.reader.root}: none of the {len(usable)} images has a label in the cache's index; give --masks, or "
+            "a cache of images with one sub-folder a class"
+        )
+    numbers = [int(labels[row]) for row in rows]
+    names = cache.reader.manifest.classes or tuple(f"class {number}" for number in range(max(numbers) + 1))
+    if max(numbers) >= len(names):
+        raise ImagesError(
+            f"{cache.reader.root}: expected labels from 0 to {len(names) - 1} of its classes, got {max(numbers)}"
+        )
+    return Labelled(
+        rows=np.array(rows, np.int64),
+        truth_NHW=torch.tensor(numbers)[:, None, None],
+        classes=names,
+        ignore=NO_CLASS,
+    )
+
+
+def _numbered(truth: NDArray[np.uint8], folder: MaskFolder) -> tuple[str, ...]:
+    """Return names for classes that nobody named: all numbers up to the largest that occurs."""
+    counted = truth[truth != folder.ignore]
+    return tuple(f"class {number}" for number in range(int(counted.max(initial=0)) + 1))
+
+
+def _known_sizes(cache: Cache, rows: Sequence[int]) -> list[tuple[int, int] | None]:
+    """Return the (height, width) of images as far as a cache knows them: those that are stored in their own bytes."""
+    if IMAGES not in cache.reader.manifest.arrays:
+        return [None] * len(rows)
+    content = cache.samples["content_sha256"]
+    sizes: list[tuple[int, int] | None] = []
+    for row, payload in zip(rows, cache.reader.payloads(IMAGES, rows, np.zeros(len(rows))), strict=True):
+        length = int.from_bytes(payload[:LENGTH_BYTES].tobytes(), "little")
+        own = hashlib.sha256(payload[LENGTH_BYTES : LENGTH_BYTES + length].tobytes()).digest()
+        sizes.append((cache.view.height, cache.view.width) if own == content[row].as_py() else None)
+    return sizes
