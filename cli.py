@@ -1,19 +1,11 @@
 """The `dtcache` command: each verb parses its options, calls one pipeline and prints what came of it."""
 
-import dataclasses
-import json
-import sys
-import types
-import typing
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
 from dtcache._version import __version__
-from dtcache.config import read_config
-from dtcache.errors import CacheFormatError, CacheNotFoundError, DtcacheError
+from dtcache.errors import CacheFormatError, CacheNotFoundError
 from dtcache.options import (
     ConvertOptions,
     DemoOptions,
@@ -27,101 +19,7 @@ from dtcache.options import (
     TrainOptions,
     VerifyOptions,
 )
-
-PATH = click.Path(path_type=Path)
-
-JSON_FLAG = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
-
-
-class NumberOrAuto(click.ParamType):
-    """An integer, or auto, for which None stands."""
-
-    name = "N|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """Return the number, or None."""
-        return None if value == "auto" else int(click.INT.convert(value, param, ctx))
-
-
-class Group(click.Group):
-    """Translates dtcache's failures into one line and Ctrl-C into exit code 130, once, for every verb."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb."""
-        try:
-            return super().invoke(ctx)
-        except DtcacheError as error:
-            raise click.ClickException(str(error)) from error
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted; run the same command again to resume.", err=True)
-            sys.exit(130)
-
-
-def options_of(options: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command one flag a field of a frozen dataclass, and pass it the filled dataclass as `options`.
-
-    `--config FILE` gives any of the command's options too; the command line wins over it.
-    """
-    hints = typing.get_type_hints(options)
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        def filled(**values: Any) -> Any:
-            chosen = {f.name: values.pop(f.name) for f in dataclasses.fields(options)}
-            return command(**values, options=options(**chosen))
-
-        filled.__name__, filled.__doc__ = command.__name__, command.__doc__
-        filled.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
-        for f in reversed(dataclasses.fields(options)):
-            filled = _flag(f, hints[f.name])(filled)
-        return click.option(
-            "--config", type=PATH, metavar="FILE", is_eager=True, expose_value=False, callback=_read_defaults,
-            help="TOML file of options, such as the config.toml of a run; flags win over it.",
-        )(filled)  # fmt: skip
-
-    return decorate
-
-
-def _read_defaults(ctx: click.Context, flag: click.Parameter, path: Path | None) -> None:
-    """Make a file's options the defaults of the flags, in words, so that click checks them as if typed."""
-    if path is None:
-        return
-    known = {p.name for p in ctx.command.params if isinstance(p, click.Option) and p.expose_value and p.name}
-    try:
-        found = read_config(path, known)
-    except DtcacheError as error:
-        raise click.ClickException(str(error)) from error
-    words = {n: [str(v) for v in value] if isinstance(value, list) else str(value) for n, value in found.items()}
-    ctx.default_map = {**(ctx.default_map or {}), **words}
-
-
-def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
-    if isinstance(hint, types.UnionType):
-        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
-    name = f.name.replace("_", "-")
-    shape: dict[str, Any] = {"help": f.metadata["help"], "default": f.default}
-    shape["show_default"] = f.default not in (None, "")
-    if f.metadata["metavar"]:
-        shape["metavar"] = f.metadata["metavar"]
-    if typing.get_origin(hint) is tuple:
-        return click.option(f"--{name}", type=typing.get_args(hint)[0], multiple=True, **shape)
-    if hint is bool:
-        off = f.metadata["off"] or (f"no-{name}" if f.default else "")
-        return click.option(f"--{name}/--{off}" if off else f"--{name}", is_flag=True, **shape)
-    if f.default == "":
-        # click 8.3 takes an explicit default of None for a value and then misses nothing.
-        del shape["default"]
-        shape["required"] = True
-    kind = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else PATH if hint is Path else hint
-    kind = NumberOrAuto() if f.metadata["auto"] else kind
-    return click.option(f"--{name}", type=kind, **shape)
-
-
-def _out(help_text: str) -> Callable[..., Any]:
-    return click.option("--out", type=click.Path(path_type=Path), required=True, help=help_text)
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2))
+from pipelines.flags import JSON_FLAG, PATH, Group, options_of, out_flag, print_json
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -142,7 +40,7 @@ def main() -> None:
 @click.option("--start", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the first scene.")
 @click.option("--size", type=click.IntRange(min=16), default=64, show_default=True, help="Side in pixels.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the stream of scenes.")
-@_out("Folder for images/<class>/, masks/<class>/ and boxes.json.")
+@out_flag("Folder for images/<class>/, masks/<class>/ and boxes.json.")
 def scenes(count: int, start: int, size: int, seed: int, out: Path) -> None:
     """Generate small labelled scenes, with masks and boxes, for demonstrations and tests.
 
@@ -160,7 +58,7 @@ def scenes(count: int, start: int, size: int, seed: int, out: Path) -> None:
 
 @main.command()
 @click.argument("images", type=PATH)
-@_out("Directory of the teacher; a run found there is resumed.")
+@out_flag("Directory of the teacher; a run found there is resumed.")
 @options_of(TeachOptions)
 def teach(images: Path, out: Path, options: TeachOptions) -> None:
     """Fit an unconditional DDPM on IMAGES (stage 0), where no teacher of the domain exists.
@@ -177,7 +75,7 @@ def teach(images: Path, out: Path, options: TeachOptions) -> None:
 
 @main.command("convert-adm")
 @click.argument("checkpoint", type=PATH)
-@_out("Folder of the teacher; missing, empty, or this very conversion.")
+@out_flag("Folder of the teacher; missing, empty, or this very conversion.")
 @options_of(ConvertOptions)
 def convert_adm(checkpoint: Path, out: Path, options: ConvertOptions) -> None:
     """Turn CHECKPOINT, one of OpenAI's guided-diffusion (ADM) U-Nets, into a teacher (diffusers, safetensors).
@@ -208,14 +106,14 @@ def teacher(where: str, size: str | None, as_json: bool) -> None:
 
     report = describe_teacher(where, size)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         Console().print(render_teacher(report))
 
 
 @main.command()
 @click.argument("source", metavar="IMAGES", type=PATH)
-@_out("Folder of the cache; one found there is resumed if it was begun with the same recipe.")
+@out_flag("Folder of the cache; one found there is resumed if it was begun with the same recipe.")
 @click.option("--dry-run", is_flag=True, help="Run two batches and print what the whole will take; write nothing.")
 @options_of(ExtractOptions)
 def extract(source: Path, out: Path, dry_run: bool, options: ExtractOptions) -> None:
@@ -264,7 +162,7 @@ def inspect(where: tuple[Path, ...], as_json: bool, options: InspectOptions) -> 
 
     found = run(where, options)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
         Console().print(found.render())
 
@@ -297,7 +195,7 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
         click.echo(f"Error: {error}", err=True)
         ctx.exit(NOT_A_CACHE)
     if as_json:
-        _print_json(verified_json(verified))
+        print_json(verified_json(verified))
     else:
         Console().print(render_verified(verified, cache))
     ctx.exit(EXIT_CODES[verified.found.state])
@@ -317,7 +215,7 @@ def label() -> None:
 
 @label.command("fit")
 @click.argument("cache", type=PATH)
-@_out("New folder of the interpreter.")
+@out_flag("New folder of the interpreter.")
 @options_of(LabelFitOptions)
 def label_fit(cache: Path, out: Path, options: LabelFitOptions) -> None:
     """Train an interpreter on the features of those images of CACHE that are labelled; it needs no teacher.
@@ -357,7 +255,7 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
 
 @main.command()
 @click.argument("where", metavar="CACHE|IMAGES", type=PATH)
-@_out("Folder of the run; one found there is resumed if it was begun with the same options.")
+@out_flag("Folder of the run; one found there is resumed if it was begun with the same options.")
 @options_of(TrainOptions)
 def train(where: Path, out: Path, options: TrainOptions) -> None:
     """Train a student on CACHE (stage 2) and export its backbone for timm; or on IMAGES, the teacher in the loop.
@@ -380,7 +278,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> None:
 
 @main.command()
 @click.argument("source", metavar="RUN_OR_BACKBONE", type=PATH)
-@_out("New folder for the weights and their configuration.")
+@out_flag("New folder for the weights and their configuration.")
 @options_of(ExportOptions)
 def export(source: Path, out: Path, options: ExportOptions) -> None:
     """Export the backbone of a run to a folder that timm or torchvision reads, checked against the original.
@@ -417,7 +315,7 @@ def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
 
     results = run(model, options)
     if as_json:
-        _print_json(results_json(model, results))
+        print_json(results_json(model, results))
     else:
         from rich.console import Console
 

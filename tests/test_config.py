@@ -9,10 +9,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cli import Group, main, options_of
+from cli import main
 from dtcache.config import config_text, read_config
 from dtcache.errors import ConfigError
 from dtcache.options import ExtractOptions, Options, TrainOptions, option
+from pipelines.flags import Group, options_of
 
 KNOWN = [f.name for f in dataclasses.fields(TrainOptions)]
 
