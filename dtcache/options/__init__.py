@@ -1,4 +1,4 @@
-"""The options of each command: frozen dataclasses that pipelines/flags.py turns into flags and Python callers pass as they are."""
+"""The options of each command: frozen dataclasses that become flags, and that Python callers pass as they are."""
 
 from dtcache.options.cache import QUALITY_RATIOS, ExtractOptions, InspectOptions, VerifyOptions
 from dtcache.options.field import Options, option
