@@ -32,7 +32,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
 def test_the_verbs_are_the_documented_ones() -> None:
     """README names every verb."""
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    stages = {"scenes", "teach", "teacher", "convert-adm", "extract", "train", "evaluate", "export"}
+    stages = {"scenes", "teach", "teacher", "convert-adm", "extract", "label", "train", "evaluate", "export"}
     assert set(main.commands) == stages | {"inspect", "verify", "demo"}
     assert all(f"dtcache {verb}" in readme for verb in main.commands)
 

@@ -6,7 +6,7 @@ import torch
 
 from dtcache.codec import HalfTap
 from dtcache.errors import ConfigError
-from dtcache.objective import Objective, Targets, make_objective
+from dtcache.objective import LABEL_TARGET, Objective, Targets, make_objective
 from dtcache.options import TrainOptions
 
 FINE, COARSE = "t150/stride4", "t150/stride8"
@@ -99,3 +99,20 @@ def test_contradictions_are_refused(options: dict, message: str) -> None:
     """Options that say something about what is not there are named, each in one line."""
     with pytest.raises(ConfigError, match=message):
         make_objective(TrainOptions(**options), FIT, CODEC, NAMES)
+
+
+def test_labels_are_weighed_beside_the_features() -> None:
+    """loss = feature weight x feature loss + label weight x label loss; both are also there in plain."""
+    torch.manual_seed(0)
+    x, z, r = torch.randn(2, 4, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    targets = Targets(whitened={FINE: x}, raw={FINE: x}, labels=z)
+    predicted = {FINE: torch.zeros_like(x), LABEL_TARGET: r}
+    both = Objective({FINE: 1.0}, {FINE: 10.0}, weights=(0.5, 3.0))(predicted, targets)
+    plain = Objective({FINE: 1.0}, {FINE: 10.0})(predicted, Targets(whitened={FINE: x}, raw={FINE: x}))
+    label = -((z / 4).softmax(1) * (r / 4).log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(both["label"], label)
+    torch.testing.assert_close(both["feature"], plain["loss"])
+    torch.testing.assert_close(both["loss"], 0.5 * plain["loss"] + 3 * label)
+    alone = Objective({}, {}, weights=(0.0, 3.0))(predicted, Targets(whitened={}, raw={}, labels=z))
+    assert set(alone) == {"loss", "label"}
+    torch.testing.assert_close(alone["loss"], 3 * label)

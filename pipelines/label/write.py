@@ -1,5 +1,6 @@
 """`dtcache label write`: an interpreter's soft labels of every image and view of a cache, as a sealed part of it."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from pipelines.progress import track
 from pipelines.recipe import fit_rows
 from pipelines.report import inspect_cache
 
+EXCESS = 1.05
+"""Over the share asked for, from which on it is said."""
 FIXED_BYTES = 8000
 """Of manifest and shard index, which few images cannot spread."""
 MAX_FIT_VALUES = 1 << 28
@@ -73,6 +76,12 @@ def write_labels(root: Path, where: Path, options: LabelWriteOptions) -> Written
             writer.seal(measure(cache, labels, job.logits, options))
         assert writer.manifest.measured is not None, "a label set is sealed with it"
         report = next(found for found in inspect_cache(root)["labels"] if found["name"] == options.name)
+    if report["share"] > EXCESS * parse_share(options.share, "--share"):
+        print(
+            f"warning: {out} takes {report['share']:.1%} of the features' bytes, over the --share {options.share} asked "
+            "for; what every label set has weighs most in a cache of few images",
+            file=sys.stderr,
+        )
     return WrittenLabels(root=out, images=report["num_done"], share=report["share"], measured=writer.manifest.measured)
 
 

@@ -51,6 +51,7 @@ def labelled(
     result = run("label", "write", root, interpreter, "--name", NAME, "--masks", scene_folder.parent / "masks")
     assert result.exit_code == 0, result.output
     assert "soft labels of 40 images" in result.output
+    assert "over the --share 10% asked for; what every label set has weighs most" in result.output
     return root
 
 
