@@ -1,0 +1,266 @@
+"""What label distillation is worth: one segmentation network, finetuned on a few images, from five starts.
+
+    python benchmarks/labels.py --name scenes [--images 3000 --labelled 20,40 --seeds 5 --exact ...] [--table]
+    python benchmarks/labels.py --name camvid --train IMAGES --train-masks DIR --test IMAGES --test-masks DIR \
+        --teacher DIR --timestep T --labelled 40 --seeds 3 [--table]
+
+Without paths it generates scenes and takes the bundled teacher. Of a seed all arms share the labelled images, the
+network (backbone, pyramid, logit head), its starting weights where they are random, and the recipe with crops and
+jitter: they differ in what the backbone, and in the label and mixed arms the head too, was trained on before. The
+interpreter is judged on the teacher's features of the test images. Every result is a JSON of its own, and a finished
+one is skipped. The tables go to docs/results/labels.md.
+"""
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from labels_tables import write_tables
+from records import ROOT, once
+
+from dtcache.cache import Cache
+from dtcache.images import open_masks, permuted
+from dtcache.images.scenes import write_scenes
+from dtcache.labels import load_interpreter
+from dtcache.options import EvaluateOptions, ExtractOptions, LabelFitOptions, LabelWriteOptions, TrainOptions
+from dtcache.student import load_backbone, probe_maps
+from dtcache.student.blocks import resize
+from dtcache.student.head import HeadSpec, LogitHead, save_head
+from pipelines.extract import extract
+from pipelines.iou import confusion_matrix, mean_iou
+from pipelines.label.fit import fit_interpreter
+from pipelines.label.labelled import masked_images
+from pipelines.label.write import write_labels
+from pipelines.report import inspect_cache
+from pipelines.segment import segment
+from pipelines.train import train
+
+RESULTS = ROOT / "docs" / "results" / "labels"
+PAGE = ROOT / "docs" / "results" / "labels.md"
+TEST_START = 1_000_000
+PATHS = ("train", "train_masks", "test", "test_masks", "teacher", "work")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One experiment."""
+
+    name: str
+    work: Path
+    train: Path | None
+    train_masks: Path | None
+    test: Path | None
+    test_masks: Path | None
+    teacher: str | None
+    timestep: int
+    images: int
+    test_images: int
+    labelled: str
+    seeds: int
+    width: int
+    fit_epochs: int
+    student: str
+    student_size: str | None
+    fpn_width: int
+    epochs: int
+    batch_size: int
+    finetune_epochs: int
+    finetune_lr: float
+    device: str
+    exact: bool
+
+    generated: bool = False
+    """Whether the images are scenes, made in `work`."""
+
+    @property
+    def command(self) -> str:
+        """The command that makes the results; it names no path of the machine."""
+        words, hidden = ["python benchmarks/labels.py"], {"work", "generated", *(PATHS if self.generated else ())}
+        for name, value in asdict(self).items():
+            if value not in (None, False) and name not in hidden:
+                shown = name.upper() if name in PATHS else value
+                words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {shown}"))
+        return " ".join(words)
+
+    def once(self, name: str, run: Any) -> Any:
+        """Return a result, computing it where it is not there."""
+        return once(RESULTS / self.name / f"{name}.json", self.command, run)
+
+
+def main() -> None:
+    """Run what is not finished, then write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--name", required=True, help="folder of the results")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "labels", help="images, caches and runs")
+    for path in ("train", "train-masks", "test", "test-masks"):
+        parser.add_argument(f"--{path}", type=Path, help="all four of them, else scenes are generated")
+    parser.add_argument("--teacher", help="a teacher of these images, else the bundled one of scenes")
+    parser.add_argument("--timestep", type=int, default=50)
+    parser.add_argument("--images", type=int, default=3000, help="unlabelled images, the labelled ones among them")
+    parser.add_argument("--test-images", type=int, default=500)
+    parser.add_argument("--labelled", default="20,40")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--width", type=int, default=256, help="of the interpreter")
+    parser.add_argument("--fit-epochs", type=int, default=100)
+    parser.add_argument("--student", default="resnet10t")
+    parser.add_argument("--student-size")
+    parser.add_argument("--fpn-width", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--finetune-epochs", type=int, default=200)
+    parser.add_argument("--finetune-lr", type=float, default=1e-3)
+    parser.add_argument("--exact", action="store_true", help="label distillation from nearly exact labels too")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--table", action="store_true", help="write the tables from the results that are there")
+    asked = vars(parser.parse_args())
+    table_only = asked.pop("table")
+    plan = Plan(**asked)
+    if not table_only:
+        run_all(plan if plan.train is not None else scenes(plan))
+    write_tables(RESULTS, PAGE)
+
+
+def scenes(plan: Plan) -> Plan:
+    """Generate scenes and return the plan that uses them; recorded commands do not change by it."""
+    for split, start, count in (("train", 0, plan.images), ("test", TEST_START, plan.test_images)):
+        write_scenes(plan.work / split, seed=0, size=64, count=count, start=start)
+    return replace(
+        plan, generated=True, train=plan.work / "train/images", train_masks=plan.work / "train/masks",
+        test=plan.work / "test/images", test_masks=plan.work / "test/masks",
+    )  # fmt: skip
+
+
+@contextmanager
+def teacher(plan: Plan) -> Iterator[str]:
+    """Yield the directory of the teacher."""
+    if plan.teacher is not None:
+        yield plan.teacher
+        return
+    with as_file(files("dtcache") / "assets" / "scenes-teacher") as bundled:
+        yield str(bundled)
+
+
+def run_all(plan: Plan) -> None:
+    """Cache once; then, seed by seed so that pairs grow, fit, write, distil and finetune."""
+    assert plan.train is not None and plan.test is not None
+    with teacher(plan) as where:
+        for split, images, limit in (("cache", plan.train, plan.images), ("test-cache", plan.test, None)):
+            extract(images, plan.work / split, ExtractOptions(
+                teacher=where, timestep=(plan.timestep,), limit=limit, device=plan.device,
+            ))  # fmt: skip
+    report = inspect_cache(plan.work / "cache")
+    plan.once("cache", lambda: {name: report[name] for name in ("num_done", "bytes_per_image", "ratio", "parts")})
+    for seed in range(plan.seeds):
+        for count in map(int, plan.labelled.split(",")):
+            run_one(plan, count, seed)
+            write_tables(RESULTS, PAGE)
+
+
+def run_one(plan: Plan, count: int, seed: int) -> None:
+    """Run all arms of one labelled subset and one seed."""
+    masks, name = subset(plan, count, seed), f"n{count}-seed{seed}"
+    interpreter = plan.work / "interpreters" / name
+    if not interpreter.exists():
+        fit_interpreter(plan.work / "cache", interpreter, LabelFitOptions(
+            masks=masks, validation=0.0, width=plan.width, epochs=plan.fit_epochs, device=plan.device,
+            warmup_epochs=plan.fit_epochs // 5, seed=seed,
+        ))  # fmt: skip
+    plan.once(f"{name}-interpreter", lambda: {"miou": interpreter_miou(plan, interpreter)})
+    plan.once(f"{name}-labels", lambda: written(plan, interpreter, name, "10%"))
+    feature = distilled(plan, f"feature-seed{seed}", seed)
+    arms = {"random": (feature / "init", None), "feature": (feature / "backbone", None)}
+    for arm, chosen in (("label", {"feature_weight": 0.0}), ("mixed", {})):
+        run = distilled(plan, f"{arm}-{name}", seed, labels=name, **chosen)
+        arms[arm] = (run / "backbone", run)
+    if plan.exact:
+        plan.once(f"{name}-labels-exact", lambda: written(plan, interpreter, f"{name}-exact", "100%"))
+        run = distilled(plan, f"label-exact-{name}", seed, labels=f"{name}-exact", feature_weight=0.0)
+        arms["label-exact"] = (run / "backbone", run)
+    for arm, (backbone, head) in arms.items():
+        plan.once(f"{name}-{arm}", lambda b=backbone, h=head: finetuned(plan, b, h, masks, seed))
+
+
+def subset(plan: Plan, count: int, seed: int) -> Path:
+    """Return a folder with the masks of `count` cached images, chosen by the seed; larger subsets hold the smaller."""
+    assert plan.train_masks is not None
+    out, whole = plan.work / "masks" / f"n{count}-seed{seed}", open_masks(plan.train_masks)
+    keys = sorted(key for key in Cache(plan.work / "cache").samples["key"].to_pylist() if whole.has(key))
+    for place in permuted(len(keys), seed=seed, stream="labelled")[:count].tolist():
+        target = out / whole.path(keys[place]).relative_to(whole.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(whole.path(keys[place]), target)
+    shutil.copyfile(whole.root / "classes.toml", out / "classes.toml")
+    return out
+
+
+def written(plan: Plan, interpreter: Path, name: str, share: str) -> dict[str, Any]:
+    """Write a label set and return what it costs and how exact it is."""
+    assert plan.train_masks is not None
+    options = LabelWriteOptions(name=name, share=share, masks=plan.train_masks, device=plan.device)
+    done = write_labels(plan.work / "cache", interpreter, options)
+    return {"share": done.share, **done.measured}
+
+
+def distilled(plan: Plan, name: str, seed: int, **chosen: Any) -> Path:
+    """Train a student, unless that is done, and return its run."""
+    out = plan.work / "runs" / name
+    train(plan.work / "cache", out, TrainOptions(
+        student=plan.student, student_size=plan.student_size, fpn_width=plan.fpn_width, epochs=plan.epochs,
+        batch_size=plan.batch_size, seed=seed, device=plan.device, **chosen,
+    ))  # fmt: skip
+    return out
+
+
+def finetuned(plan: Plan, backbone: Path, head: Path | None, masks: Path, seed: int) -> dict[str, Any]:
+    """Finetune a network on the labelled images and return its test scores, per cent."""
+    assert plan.train is not None
+    options = EvaluateOptions(
+        task="segmentation", train=plan.train, train_masks=masks, test=plan.test, test_masks=plan.test_masks,
+        head=str(head or random_head(plan, backbone, masks, seed)), finetune=True, epochs=plan.finetune_epochs,
+        lr=plan.finetune_lr, seed=seed, device=plan.device,
+    )  # fmt: skip
+    found = segment(str(backbone), options)
+    return {"miou": found.miou, "pixel_accuracy": found.pixel_accuracy, "iou_per_class": found.iou}
+
+
+def random_head(plan: Plan, backbone: Path, masks: Path, seed: int) -> Path:
+    """Write the untrained head of the other arms' architecture for a backbone."""
+    network, size, view = load_backbone(backbone)
+    names, found = open_masks(masks).names, Cache(plan.work / "cache")
+    assert names is not None and view is not None
+    height, width = load_interpreter(next((plan.work / "interpreters").glob("*"))).spec.grid
+    torch.manual_seed(seed)
+    spec = HeadSpec(
+        classes=names, shapes=tuple(probe_maps(network, size)), grid=(height, width), width=plan.fpn_width,
+        regressor="fpn-ppm", input_size=size,
+    )  # fmt: skip
+    assert (found.view.height, found.view.width) == (view.height, view.width)
+    save_head(LogitHead(spec), spec, plan.work / "heads" / f"seed{seed}")
+    return plan.work / "heads" / f"seed{seed}"
+
+
+@torch.no_grad()
+def interpreter_miou(plan: Plan, folder: Path) -> float:
+    """Return the interpreter's own mIoU on the teacher's cached features of the test images, per cent."""
+    assert plan.test_masks is not None
+    cache, interpreter = Cache(plan.work / "test-cache"), load_interpreter(folder)
+    known, names = masked_images(cache, plan.test_masks, None, None), list(interpreter.spec.shapes)
+    decoder, classes = cache.decoder(names), len(interpreter.spec.classes)
+    counts = np.zeros((classes, classes), np.int64)
+    for start in range(0, len(known), 32):
+        part = known.part(range(start, min(start + 32, len(known))))
+        coefficients, _ = cache.coefficients(part.rows, [0] * len(part), names)
+        logits = resize(interpreter.network(decoder(coefficients)), part.truth_NHW.shape[1:])
+        counts += confusion_matrix(part.truth_NHW.numpy(), logits.argmax(1).numpy(), classes, part.ignore)
+    return 100 * mean_iou(counts)
+
+
+if __name__ == "__main__":
+    main()

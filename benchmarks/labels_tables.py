@@ -1,0 +1,97 @@
+"""The tables of labels.py, made from the results that are there."""
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paired import bounds, interval
+
+ARMS = ("random", "feature", "label", "label-exact", "mixed", "interpreter")
+GOALS = (("mixed", "random", 5.0), ("mixed", "feature", 0.0), ("mixed", "label", -1.0), ("label", "label-exact", -1.0))
+"""Arm, the one that it is compared with, and the least of the paired difference in points of mIoU."""
+MOST_SHARE = 0.10
+MARK = "<!-- What follows is written by benchmarks/labels.py. -->"
+"""What people wrote stands above it."""
+
+
+def write_tables(results: Path, page: Path) -> None:
+    """Write the tables of every experiment, a folder of results each, below what a page says by hand."""
+    folders = sorted(path for path in results.iterdir() if path.is_dir())
+    lines = [line for folder in folders for line in experiment_lines(folder)]
+    head = page.read_text().split(MARK)[0] if page.exists() else ""
+    page.write_text("\n".join([f"{head}{MARK}", "", *lines]))
+
+
+def experiment_lines(folder: Path) -> list[str]:
+    """Return one experiment's tables."""
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    found = {name: record["result"] for name, record in records.items()}
+    counts = sorted({int(name[1:].split("-")[0]) for name in found if re.match(r"n[0-9]+-", name)})
+    about = sorted({(r["machine"], r["commit"], r["command"]) for r in records.values()})
+    lines = [line for count in counts for line in count_lines(found, count)]
+    shown = [f"{machine}; {commit}\n{command}" for machine, commit, command in about]
+    return [f"## {folder.name}", "", *lines, "Machine, commit and command:", "", "```", *shown, "```", ""]
+
+
+def count_lines(found: dict[str, Any], count: int) -> list[str]:
+    """Return the table of one number of labelled images, the goals, and what the label sets cost."""
+    runs: dict[str, dict[str, float]] = {arm: {} for arm in ARMS}
+    for name, result in found.items():
+        matched = re.fullmatch(rf"n{count}-(seed[0-9]+)-(.+)", name)
+        if matched and matched[2] in runs:
+            runs[matched[2]][matched[1]] = result["miou"]
+    lines = [
+        f"### {count} labelled images",
+        "",
+        "| start | seeds | test mIoU | over random, paired | over feature, paired |",
+        "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for arm, scores in runs.items():
+        if scores:
+            against = [paired(scores, runs[other]) if other != arm else [] for other in ("random", "feature")]
+            differences = [interval(pairs, "") if pairs else "-" for pairs in against]
+            mean = f"{statistics.mean(scores.values()):.2f}"
+            lines.append(f"| {' | '.join([arm, str(len(scores)), mean, *differences])} |")
+    lines += ["", *goal_lines(runs), *cost_lines(found, count), ""]
+    return lines
+
+
+def paired(scores: dict[str, float], others: dict[str, float]) -> list[float]:
+    """Return the differences of the seeds that both have."""
+    return [scores[seed] - others[seed] for seed in sorted(scores.keys() & others.keys())]
+
+
+def goal_lines(runs: dict[str, dict[str, float]]) -> list[str]:
+    """Return whether each goal is met: an interval on both sides of it decides nothing."""
+    lines = []
+    for arm, other, least in GOALS:
+        differences = paired(runs[arm], runs[other])
+        if differences:
+            _, low, high = bounds(differences)
+            verdict = "met" if low >= least else "missed" if high < least else "undecided"
+            lines.append(
+                f"- {arm} over {other}: {interval(differences, '')} points, goal at least {least:+g}: {verdict}"
+            )
+    return lines
+
+
+def cost_lines(found: dict[str, Any], count: int) -> list[str]:
+    """Return what the label sets cost and how exact they are, the means of the seeds."""
+    lines = []
+    for kind in ("labels", "labels-exact"):
+        sets: Sequence[dict[str, Any]] = [
+            r for n, r in found.items() if re.fullmatch(rf"n{count}-seed[0-9]+-{kind}", n)
+        ]
+        if sets:
+            share, error = (statistics.mean(s[name] for s in sets) for name in ("share", "total_variation"))
+            most = max(s["share"] for s in sets)
+            goal = f", goal at most {MOST_SHARE:.0%}: {'met' if most <= MOST_SHARE else 'missed'}"
+            lines.append(
+                f"- {kind}: {share:.1%} of the features' bytes (at most {most:.2%}{goal if kind == 'labels' else ''}), "
+                f"total variation {error:.4f}, entropy {statistics.mean(s['entropy'] for s in sets):.3f} bits, "
+                f"mIoU over the whole cache {100 * statistics.mean(s['agreement']['miou'] for s in sets):.2f}"
+            )
+    return lines
