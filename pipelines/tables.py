@@ -115,7 +115,8 @@ def _labels(report: Json) -> list[RenderableType]:
         sizes = (byte_size(found["bytes"]), "-" if found["share"] is None else f"{found['share']:.1%}")
         measured = (found.get("total_variation"), found.get("entropy"), known.get("miou"), known.get("accuracy"))
         table.add_row(escape(found["name"]), classes, *sizes, *map(number, measured))
-    return [table]
+    named = {found["name"]: found["classes"] for found in report["labels"] if "classes" in found}
+    return [table, *(escape(f"classes of {name}: {', '.join(classes)}") for name, classes in named.items())]
 
 
 def _encoding(recipe: Json) -> str:

@@ -187,7 +187,7 @@ def test_inspect_describes_label_sets(labelled: Path, scene_cache: Path) -> None
     assert set(re.findall(r"^\| `([a-z_]+)`", section, re.M)) == set(found)
     assert report["ratio"] == before["ratio"]
     text = run("inspect", labelled).output
-    assert NAME in text
+    assert f"classes of {NAME}: background, crescent" in text
     assert "entropy" in text
 
 
