@@ -6,8 +6,9 @@
 Speed (and waiting): seconds a step of one student from the cache, with the teacher in the loop, and on random tensors
 that lie on the device already, which is the limit. Blocks of steps alternate; ratios are medians over paired blocks.
 Quality: arms see each of a few training images in every one of many epochs, because only then can frozen noise show.
-Online noise is fresh; caches hold 1, 2 or 4 draws as views, or the mean of 4. Every seed has caches of its own, so that
-arms of one seed share weights, order, flips and the noise of draw 0. Losses are against the mean of 16 fresh draws of
+Online noise is fresh; caches hold 1, 2 or 4 draws as views, or the mean of 4, at 50 times under fp16, and 2 at 100 times,
+which is the size of 1 at 50. Every seed has caches of its own, so that arms of one seed share weights, order, flips and
+the noise of draw 0. Losses are against the mean of 16 fresh draws of
 images that no arm saw; backbones also segment scenes, frozen, under a linear head. Noise: one draw with
 --noise-weighting. Whitening: {a sample, a position} x {MSE, MSE + 10 AT} on float16 caches, each judged in its own
 unit. Every measurement is a JSON of its own, and a finished one is skipped. Tables: docs/results/students.md.
@@ -39,6 +40,7 @@ from pipelines.train import train
 DRAWS: dict[str, dict[str, Any]] = {
     "1 draw": {"draws": 1},
     "2 draws": {"draws": 2},
+    "2 draws, 100x": {"draws": 2, "quality": "small"},
     "4 draws": {"draws": 4},
     "mean of 4": {"draws": 4, "average": True},
 }
@@ -63,7 +65,7 @@ def quality(plan: Plan, images: Path) -> None:
     """Train every arm of a seed, then the next seed, so that pairs grow."""
     for seed in range(plan.seeds):
         for arm, draws in DRAWS.items():
-            name = arm.replace(" ", "-")
+            name = arm.replace(", ", "-").replace(" ", "-")
             cache = plan.work / f"cache-{name}-seed{seed}"
 
             def cached(cache: Path = cache, draws: dict[str, Any] = draws, seed: int = seed) -> dict[str, Any]:
