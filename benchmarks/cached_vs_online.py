@@ -7,11 +7,11 @@ Speed (and waiting): seconds a step of one student from the cache, with the teac
 that lie on the device already, which is the limit. Blocks of steps alternate; ratios are medians over paired blocks.
 Quality: arms see each of a few training images in every one of many epochs, because only then can frozen noise show.
 Online noise is fresh; caches hold 1, 2 or 4 draws as views, or the mean of 4, at 50 times under fp16, and 2 draws at
-100 times, which is the size of 1 at 50. Every seed has caches of its own, so that arms of one seed share weights, order,
-flips and the noise of draw 0. Losses are against the mean of 16 fresh draws of images that no arm saw; backbones also
-segment scenes, frozen, under a linear head. Noise: one draw with --noise-weighting. Whitening: {a sample, a position} x
-{MSE, MSE + 10 AT} on float16 caches, each judged in its own unit. Every measurement is a JSON of its own, and a finished
-one is skipped. Tables: docs/results/students.md.
+100 times, which is the size of 1 at 50. Every seed has caches of its own, so that arms of one seed share weights,
+order, flips and the noise of draw 0. Losses are against the mean of 16 fresh draws of images that no arm saw;
+backbones also segment scenes, frozen, under a linear head. Noise: one draw with --noise-weighting. Whitening: {a
+sample, a position} x {MSE, MSE + 10 AT} on float16 caches, each judged in its own unit. Every measurement is a JSON
+of its own, and a finished one is skipped. Tables: docs/results/students.md.
 """
 
 import json
