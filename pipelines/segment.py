@@ -21,6 +21,7 @@ from dtcache.images import permuted
 from dtcache.options import EvaluateOptions
 from dtcache.spec import Json
 from dtcache.student import Views, make_optimizer
+from dtcache.student.blocks import PyramidPooling
 from dtcache.student.head import load_head
 from dtcache.student.stored import CONFIG
 from dtcache.student.uniform import sample_uniforms
@@ -94,11 +95,11 @@ def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
     trunk = open_trunk(model, options, batch_size, compute)
     train, test = masked_images(options, trunk.view)
     names = class_names(train, test)
-    _require_variance(trunk, min(len(train.images.indices), batch_size))
-    trunk.prepare(train.images, test.images)
     with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
         torch.manual_seed(options.seed)
         head = _make_head(trunk, options, names).to(compute.device)
+        _require_variance(trunk, head, min(len(train.images.indices), batch_size))
+        trunk.prepare(train.images, test.images)
         with memory_errors(batch_size):
             fit_head(trunk, head, train, options, compute)
             counts = count_test(trunk, head, test, len(names), batch_size, compute)
@@ -113,10 +114,11 @@ def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
 def class_names(train: MaskedImages, test: MaskedImages) -> list[str]:
     """Return the class names by number; numbers up to the largest value found, where the masks' folder names none.
 
-    Warns of those without a pixel in the training masks: they cannot be learnt.
+    Warns of those without a pixel in the training masks: they cannot be learnt. Raises ImagesError for a single class.
     """
     found = train.pixels + test.pixels
     names = list(train.masks.names or map(str, range(int(np.flatnonzero(found)[-1]) + 1)))
+    train.masks.require_several(names)
     absent = [name for i, name in enumerate(names) if not train.pixels[i] and i != train.masks.ignore]
     if absent:
         few = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
@@ -159,12 +161,14 @@ def _make_optimizer(trunk: Trunk, head: nn.Module, options: EvaluateOptions) -> 
     return optimizer
 
 
-def _require_variance(trunk: Trunk, images: int) -> None:
+def _require_variance(trunk: Trunk, head: nn.Module, images: int) -> None:
     """Raise ConfigError where a step has one value a channel only, which batch normalisation cannot standardise."""
-    if images < 2 and min(height * width for _, height, width in trunk.shapes) == 1:
+    pools = any(isinstance(part, PyramidPooling) for part in head.modules())
+    if images < 2 and (pools or min(height * width for _, height, width in trunk.shapes) == 1):
+        what = "the head's pooling" if pools else f"the coarsest map of {trunk.name}"
         raise ConfigError(
-            f"expected at least 2 images a step, since the coarsest map of {trunk.name} has one place, got {images}; "
-            "give more images, a larger --batch-size or a larger --size"
+            f"expected at least 2 images a step, since {what} has one place, got {images}; give more images, a larger "
+            f"--batch-size or {'another --head' if pools else 'a larger --size'}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import io
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,6 +42,14 @@ class MaskFolder:
         """Return whether an image has a mask; a key that leads out of the folder has none."""
         parts = PurePosixPath(key)
         return not parts.is_absolute() and ".." not in parts.parts and self.path(key).is_file()
+
+    def require_several(self, classes: Sequence[str]) -> None:
+        """Raise ImagesError where masks have one class alone, which any prediction meets: 0, and 255 ignored."""
+        if len(classes) < 2:
+            raise ImagesError(
+                f"{self.root}: expected masks of at least two classes, got one ({self.ignore} is ignored); number the "
+                "classes 0, 1, ..., or give another --ignore"
+            )
 
     def load(self, key: str, view: ViewSpec, image_size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
         """Return an image's mask as the view shows it, uint8 (H, W) of class numbers and `ignore`, by nearest pixels.

@@ -1,6 +1,8 @@
 """Label distillation: an interpreter of a teacher's features, its losses, and how it is kept."""
 
 from dtcache.labels.folder import (
+    MAX_CLASSES,
+    SCORES,
     Interpreter,
     InterpreterSpec,
     load_interpreter,
@@ -11,6 +13,8 @@ from dtcache.labels.folder import (
 from dtcache.labels.interpreter import FeatureInterpreter, logit_grid
 
 __all__ = [
+    "MAX_CLASSES",
+    "SCORES",
     "FeatureInterpreter",
     "Interpreter",
     "InterpreterSpec",

@@ -15,6 +15,9 @@ KIND = "dtcache interpreter 1"
 AGAIN = "fit it again with dtcache label fit"
 MAX_WIDTH = 4096
 MAX_MAPS = 64
+MAX_CLASSES = 1 << 14
+"""Of whole images."""
+SCORES = ("images", "miou", "accuracy")
 TEACHER = ("architecture", "weights_sha256", "config_sha256", "ddim_steps", "condition")
 """What of a teacher an interpreter hangs on, beside the arrays that it reads."""
 
@@ -122,15 +125,15 @@ def _spec(config: Json) -> InterpreterSpec:
     level, classes, validation = config["level"], config["classes"], config["validation"]
     if level not in ("pixel", "image") or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
         raise ValueError(f"level {str(level)[:40]!r} or its classes are not such")
-    bounded(len(classes), 256 if level == "pixel" else 1 << 14)
+    bounded(len(classes), 256 if level == "pixel" else MAX_CLASSES)
     shapes = {str(name): tuple(map(bounded, shape)) for name, shape in config["shapes"].items()}
     bounded(len(shapes), MAX_MAPS)
     if not all(len(shape) == 3 and name.count("/") == 1 for name, shape in shapes.items()):
         raise ValueError("its shapes are not (channels, height, width) by array")
     if not isinstance(config["teacher"], dict) or set(config["teacher"]) != set(TEACHER):
         raise ValueError("its teacher is not named")
-    if validation is not None and not isinstance(validation["miou"], float | int | None):
-        raise ValueError("its validation is not a score")
+    if validation is not None and not all(isinstance(validation[name], float | int | None) for name in SCORES):
+        raise ValueError("its validation is not scores")
     return InterpreterSpec(
         level=level,
         classes=tuple(classes),

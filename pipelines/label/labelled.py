@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcache.cache import Cache, Rows
 from dtcache.errors import ImagesError
-from dtcache.images import MaskFolder, open_masks
+from dtcache.images import open_masks
 from dtcache.images.stored import LENGTH_BYTES
+from dtcache.labels import MAX_CLASSES
 from dtcache.store.layout import IMAGES
 
 NO_CLASS = -1
@@ -75,11 +75,10 @@ def masked_images(cache: Cache, root: Path, ignore: int | None, limit: int | Non
     sizes = _known_sizes(cache, rows)
     masks = [folder.load(keys[row], cache.view, size) for row, size in zip(rows, sizes, strict=True)]
     truth = np.stack(masks)
+    classes = folder.names or numbered(int(truth[truth != folder.ignore].max(initial=0)) + 1)
+    folder.require_several(classes)
     return Labelled(
-        rows=np.array(rows, np.int64),
-        truth_NHW=torch.from_numpy(truth),
-        classes=folder.names or _numbered(truth, folder),
-        ignore=folder.ignore,
+        rows=np.array(rows, np.int64), truth_NHW=torch.from_numpy(truth), classes=classes, ignore=folder.ignore
     )
 
 
@@ -93,23 +92,23 @@ def labelled_images(cache: Cache, limit: int | None) -> Labelled:
             "a cache of images with one sub-folder a class"
         )
     numbers = [int(labels[row]) for row in rows]
-    names = cache.reader.manifest.classes or tuple(f"class {number}" for number in range(max(numbers) + 1))
-    if max(numbers) >= len(names):
+    names = cache.reader.manifest.classes
+    count = len(names) if names else MAX_CLASSES
+    if max(numbers) >= count:
         raise ImagesError(
-            f"{cache.reader.root}: expected labels from 0 to {len(names) - 1} of its classes, got {max(numbers)}"
+            f"{cache.reader.root}: expected labels from 0 to {count - 1}, got {max(numbers)}; number the classes from 0"
         )
     return Labelled(
         rows=np.array(rows, np.int64),
         truth_NHW=torch.tensor(numbers)[:, None, None],
-        classes=names,
+        classes=names or numbered(max(numbers) + 1),
         ignore=NO_CLASS,
     )
 
 
-def _numbered(truth: NDArray[np.uint8], folder: MaskFolder) -> tuple[str, ...]:
-    """Return names for classes that nobody named: all numbers up to the largest that occurs."""
-    counted = truth[truth != folder.ignore]
-    return tuple(f"class {number}" for number in range(int(counted.max(initial=0)) + 1))
+def numbered(count: int) -> tuple[str, ...]:
+    """Return names for so many classes that nobody named."""
+    return tuple(f"class {number}" for number in range(count))
 
 
 def _known_sizes(cache: Cache, rows: Sequence[int]) -> list[tuple[int, int] | None]:

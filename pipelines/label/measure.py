@@ -1,6 +1,6 @@
 """What a finished label set is worth: its error against exact logits, how sure it is, how far known labels agree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from dtcache.cache import Cache, Rows
+from dtcache.errors import ConfigError, ImagesError
 from dtcache.label_set import LabelSet
+from dtcache.labels import InterpreterSpec
 from dtcache.labels.losses import TEMPERATURE, entropy, total_variation
 from dtcache.options import LabelWriteOptions
 from dtcache.spec import Json
 from dtcache.student.blocks import resize
 from pipelines.iou import confusion_matrix, mean_iou, pixel_accuracy
-from pipelines.label.labelled import Labelled, labelled_images, masked_images
+from pipelines.label.labelled import Labelled, labelled_images, masked_images, numbered
 from pipelines.progress import track
 
 SAMPLED = 256
@@ -22,7 +24,7 @@ SAMPLED = 256
 AT_ONCE = 32
 
 
-def measure(cache: Cache, labels: LabelSet, exact: Callable[[Rows], Tensor], options: LabelWriteOptions) -> Json:
+def measure(cache: Cache, labels: LabelSet, exact: Callable[[Rows], Tensor], known: Labelled | None) -> Json:
     """Return `images`, `temperature`, `total_variation`, `entropy` in bits, and `agreement` with known labels.
 
     Stored logits are read back from the disk. The agreement is None where nothing is known; else it has `images`,
@@ -42,17 +44,38 @@ def measure(cache: Cache, labels: LabelSet, exact: Callable[[Rows], Tensor], opt
         "temperature": TEMPERATURE,
         "total_variation": fmean(errors),
         "entropy": fmean(entropies),
-        "agreement": agreement(labels, known) if (known := _known(cache, labels, options)) is not None else None,
+        "agreement": agreement(labels, known) if known is not None else None,
     }
 
 
-def _known(cache: Cache, labels: LabelSet, options: LabelWriteOptions) -> Labelled | None:
-    """Return the masks that the options give, or the labels of the sampled images; None where there are none."""
-    if labels.about["level"] == "pixel":
-        return masked_images(cache, options.masks, options.ignore, None) if options.masks is not None else None
-    if not any(label is not None for label in cache.samples["label"].to_pylist()):
+def known_labels(cache: Cache, spec: InterpreterSpec, options: LabelWriteOptions) -> Labelled | None:
+    """Return the masks that the options give, or the labels of some images; None where there are none of its classes.
+
+    Raises ConfigError for masks beside an interpreter of whole images, ImagesError for masks that do not serve or whose
+    numbers stand for other classes.
+    """
+    if spec.level == "image":
+        if options.masks is not None:
+            raise ConfigError("--masks: the interpreter labels whole images; leave --masks and --ignore out")
+        if not any(label is not None for label in cache.samples["label"].to_pylist()):
+            return None
+        known = labelled_images(cache, SAMPLED)
+        return known if _alike(known.classes, spec.classes) else None
+    if options.masks is None:
         return None
-    return labelled_images(cache, SAMPLED)
+    known = masked_images(cache, options.masks, options.ignore, None)
+    if not _alike(known.classes, spec.classes):
+        raise ImagesError(
+            f"{options.masks}: expected the interpreter's classes, {', '.join(spec.classes)[:200]}, got "
+            f"{', '.join(known.classes)[:200]}; number the classes alike, or leave --masks out"
+        )
+    return known
+
+
+def _alike(known: Sequence[str], classes: Sequence[str]) -> bool:
+    """Return whether numbers stand for the same classes, as far as both sides name and have them."""
+    unnamed = any(tuple(names) == numbered(len(names)) for names in (known, classes))
+    return unnamed or all(one == other for one, other in zip(known, classes, strict=False))
 
 
 def agreement(labels: LabelSet, known: Labelled) -> Json:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from dtcache.errors import CacheDamagedError
+from dtcache.errors import CacheDamagedError, CacheFormatError
 from dtcache.spec import Json
 from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import LABELS, SAMPLES
@@ -14,7 +14,7 @@ from dtcache.store.samples import read_failures
 def inspect_labels(root: Path, files: Mapping[str, int], feature_bytes: int) -> list[Json]:
     """Describe every label set; `files` gives the bytes of all files by path, `feature_bytes` what features take.
 
-    One whose manifest is not as written is said to be damaged, and no more.
+    One whose manifest is not as written, or a newer dtcache's, is said to be damaged, with the reason and no more.
     """
     found = []
     for name in label_set_names(root):
@@ -23,7 +23,7 @@ def inspect_labels(root: Path, files: Mapping[str, int], feature_bytes: int) -> 
         about = {"name": name, "bytes": size, "share": size / feature_bytes if feature_bytes else None}
         try:
             found.append({**about, **_described(root / LABELS / name)})
-        except CacheDamagedError as error:
+        except (CacheDamagedError, CacheFormatError) as error:
             found.append({**about, "state": "damaged", "reason": str(error)})
     return found
 

@@ -17,7 +17,7 @@ from dtcache.codec.transform import whiten
 from dtcache.device import Compute, cpu_threads, resolve_compute
 from dtcache.errors import CacheIncompleteError, CodecError
 from dtcache.label_set import LabelSet
-from dtcache.labels import Interpreter, load_interpreter, require_serves
+from dtcache.labels import SCORES, Interpreter, load_interpreter, require_serves
 from dtcache.labels.views import join_views
 from dtcache.options import LabelWriteOptions, parse_share
 from dtcache.spec import CodecSpec, FailedSample, Json, LabelSpec, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
@@ -30,7 +30,7 @@ from dtcache.store.manifest import read_manifest, require_same
 from dtcache.store.samples import parquet_bytes, samples_table
 from dtcache.store.writer import CacheWriter
 from pipelines.fit import bytes_per_view
-from pipelines.label.measure import measure
+from pipelines.label.measure import known_labels, measure
 from pipelines.progress import track
 from pipelines.recipe import fit_rows
 from pipelines.report import inspect_cache
@@ -68,13 +68,21 @@ def write_labels(root: Path, where: Path, options: LabelWriteOptions) -> Written
     begun = read_manifest(out).recipe if (out / MANIFEST).exists() else None
     if begun is not None:
         require_same(out, begun, job.asked())
+    known = known_labels(cache, interpreter.spec, options)
     with FolderLock(out), cpu_threads(begun["threads"] if begun is not None else None):
         writer = CacheWriter.resume(out) if begun is not None else job.begin(out)
         if writer.manifest.state == "writing":
             job.write(writer)
-            labels = LabelSet(cache, options.name, unfinished=True)
-            writer.seal(measure(cache, labels, job.logits, options))
+            writer.seal(measure(cache, LabelSet(cache, options.name, unfinished=True), job.logits, known))
+        else:
+            writer.seal()  # the commit records that a kill in the middle of it has left
         assert writer.manifest.measured is not None, "a label set is sealed with it"
+        if options.masks is not None and writer.manifest.measured["agreement"] is None:
+            print(
+                f"warning: --masks: {out} was finished without them, and what it records stays; delete it and write it "
+                "again to know the agreement",
+                file=sys.stderr,
+            )
         report = next(found for found in inspect_cache(root)["labels"] if found["name"] == options.name)
     if report["share"] > parse_share(options.share, "--share"):
         print(
@@ -198,7 +206,7 @@ class _Job:
         """Return the recipe of the set; without a solved codec the fields that it fixes are empty."""
         own, spec = self._cache.reader.manifest, self._interpreter.spec
         channels, (height, width) = len(spec.classes) * len(self._mirrored), spec.grid
-        scores = spec.validation and {name: spec.validation[name] for name in ("images", "miou", "accuracy")}
+        scores = spec.validation and {name: spec.validation[name] for name in SCORES}
         on_cpu = self._compute.device.type == "cpu"
         return Recipe(
             teacher=TeacherSpec(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from PIL import Image
 
 from cli import main
 from dtcache.cache import Cache
+from dtcache.errors import ImagesError
 from dtcache.labels import load_interpreter
 from pipelines.iou import confusion_matrix, mean_iou
 from pipelines.label import fit
-from pipelines.label.labelled import masked_images
+from pipelines.label.labelled import labelled_images, masked_images
 from pipelines.label.picture import label_picture
 
 FLAGS = ("--width", "32", "--epochs", "6", "--warmup-epochs", "1", "--batch-size", "2", "--device", "cpu")
@@ -146,6 +148,16 @@ def test_image_labels_come_from_the_index(scene_cache: Path, tmp_path: Path) -> 
     assert not (tmp_path / "i" / "predictions.png").exists()
 
 
+def test_labels_that_are_no_class_numbers_are_refused(scene_cache: Path) -> None:
+    """A cache without class names, whose labels are, say, identifiers, is no classification of a billion classes."""
+    cache, labels = Cache(scene_cache), [10**9] * 40
+    cache.reader.manifest = replace(cache.reader.manifest, classes=None)
+    place = cache.samples.schema.get_field_index("label")
+    cache.reader.samples = cache.samples.set_column(place, "label", [labels])
+    with pytest.raises(ImagesError, match=r"expected labels from 0 to 16383, got 1000000000; number the classes from"):
+        labelled_images(cache, None)
+
+
 def test_an_interrupted_fit_leaves_nothing(
     scene_cache: Path, masks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -172,10 +184,14 @@ def test_a_class_without_a_pixel_is_named(scene_cache: Path, masks: Path, tmp_pa
 
 def test_bad_input_is_one_line(scene_cache: Path, masks: Path, fitted: Path, tmp_path: Path) -> None:
     """Each names what was expected and found; nothing is written."""
-    bad = {name: tmp_path / name for name in ("none", "size", "value")}
+    bad = {name: tmp_path / name for name in ("none", "size", "value", "binary")}
     for name in ("size", "value"):
         shutil.copytree(masks, bad[name])
     bad["none"].mkdir()
+    for path in masks.rglob("*.png"):
+        (bad["binary"] / path.relative_to(masks)).parent.mkdir(parents=True, exist_ok=True)
+        binary = np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8)
+        Image.fromarray(binary).save(bad["binary"] / path.relative_to(masks))
     first = next(path for path in sorted(bad["size"].rglob("*.png")))
     Image.fromarray(np.zeros((30, 32), np.uint8)).save(first)
     second = next(path for path in sorted(bad["value"].rglob("*.png")))
@@ -184,6 +200,7 @@ def test_bad_input_is_one_line(scene_cache: Path, masks: Path, fitted: Path, tmp
         (("--masks", bad["none"]), "no mask matches any of the cache's 40 images; expected PNG files named by their"),
         (("--masks", bad["size"]), f"{first}: expected the size of image "),
         (("--masks", bad["value"]), f"{second}: expected the values 0 to 8 of the classes in"),
+        (("--masks", bad["binary"]), f"{bad['binary']}: expected masks of at least two classes, got one (255 is ign"),
         (("--masks", tmp_path / "gone"), "expected a folder of masks (PNG), got none"),
         ((), "--masks: expected the folder of the masks; or --level image"),
         (("--masks", masks, "--level", "image"), "--level image: it reads the cache's own labels; leave --masks"),

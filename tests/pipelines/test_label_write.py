@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,15 @@ from store.builders import tiny_plan, tree, write_cache
 
 from cli import main
 from dtcache.cache import Cache
-from dtcache.errors import CacheIncompleteError, CacheMismatchError, UnknownLabelsError
+from dtcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, UnknownLabelsError
 from dtcache.label_set import LabelledCache, LabelSet
 from dtcache.labels import load_interpreter
 from dtcache.labels.losses import entropy, total_variation
 from dtcache.labels.views import join_views
+from dtcache.options import LabelWriteOptions
 from dtcache.store import writer
 from pipelines.iou import confusion_matrix, mean_iou
+from pipelines.label.measure import known_labels
 
 NAME = "parts"
 
@@ -144,6 +147,10 @@ def test_an_interrupted_write_resumes_to_the_same_bytes(
         assert "run its dtcache label write again" in " ".join(re.sub(r"[│\s]+", " ", result.output).split())
         with pytest.raises(CacheIncompleteError, match=r"the label set is not complete; run its dtcache label write"):
             LabelSet(Cache(root), NAME)
+    with monkeypatch.context() as patch:
+        interrupt(patch, writer.shutil, "rmtree", 1)
+        assert run(*arguments).exit_code == 130
+    assert (root / "labels" / NAME / "commits").is_dir(), "sealed, but for what is left of its records"
     assert run(*arguments).exit_code == 0
     assert tree(root) == tree(labelled)
     assert run(*arguments).exit_code == 0, "a finished set is told again"
@@ -193,11 +200,15 @@ def test_inspect_describes_label_sets(labelled: Path, scene_cache: Path) -> None
 
 def test_a_damaged_manifest_of_a_label_set_is_said_and_no_more(copy: Path) -> None:
     """The cache itself is still shown."""
-    (copy / "labels" / NAME / "manifest.json").write_text("{}")
-    result = run("inspect", copy, "--json")
-    assert result.exit_code == 0
-    (found,) = json.loads(result.stdout)["labels"]
-    assert found["state"] == "damaged"
+    path = copy / "labels" / NAME / "manifest.json"
+    newer = json.dumps({**json.loads(path.read_text()), "format": 2})
+    for content, reason in ((newer, "expected format 1, got 2"), ("{}", "not a manifest of dtcache")):
+        path.write_text(content)
+        result = run("inspect", copy, "--json")
+        assert result.exit_code == 0
+        (found,) = json.loads(result.stdout)["labels"]
+        assert found["state"] == "damaged"
+        assert reason in found["reason"]
     assert run("inspect", copy).exit_code == 0
     assert run("verify", copy).exit_code == 3
 
@@ -223,10 +234,15 @@ def other(scene_cache: Path, interpreter: Path, tmp_path: Path) -> Iterator[Path
 
 def test_bad_input_is_one_line(labelled: Path, interpreter: Path, other: Path, tmp_path: Path) -> None:
     """Another teacher, another set of that name, a bad name, no interpreter, an unknown set, another cache's set."""
+    scoreless = tmp_path / "scoreless"
+    shutil.copytree(interpreter, scoreless)
+    config = json.loads((scoreless / "config.json").read_text())
+    (scoreless / "config.json").write_text(json.dumps({**config, "validation": {"miou": 0.5}}))
     cases = (
         ((other, "--name", "b"), f"{labelled}: the interpreter was fitted to other features: teacher weights_sha256"),
         ((interpreter, "--name", NAME, "--share", "5%"), "holds a cache of another recipe: codec.ratio is"),
         ((interpreter, "--name", "../x"), "--name '../x': expected up to 64 lower-case letters"),
+        ((scoreless, "--name", "b"), f"{scoreless}/config.json: not the configuration of an interpreter ('images')"),
         ((tmp_path, "--name", "b"), "config.json: missing; expected the --out of dtcache label fit"),
         ((interpreter, "--name", "b", "--share", "0%"), "--share 0%: expected a percentage over 0"),
     )
@@ -238,6 +254,30 @@ def test_bad_input_is_one_line(labelled: Path, interpreter: Path, other: Path, t
         assert [path.name for path in (labelled / "labels").iterdir()] == [NAME]
     with pytest.raises(UnknownLabelsError, match=rf"no label set 'b'; it has {NAME}"):
         LabelSet(Cache(labelled), "b")
+
+
+def test_masks_of_other_classes_do_not_agree_by_number(
+    labelled: Path, interpreter: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    """They are refused before anything is written; so are masks of an interpreter of whole images."""
+    others = tmp_path / "masks"
+    shutil.copytree(scene_folder.parent / "masks", others)
+    (others / "classes.toml").write_text(f"names = {json.dumps([f'c{i}' for i in range(9)])}\n")
+    result = run("label", "write", labelled, interpreter, "--name", "b", "--masks", others)
+    assert result.output.startswith(f"Error: {others}: expected the interpreter's classes, background, ")
+    whole = replace(load_interpreter(interpreter).spec, level="image")
+    with pytest.raises(ConfigError, match=r"--masks: the interpreter labels whole images; leave --masks and --ignore"):
+        known_labels(Cache(labelled), whole, LabelWriteOptions(masks=others))
+    assert known_labels(Cache(labelled), whole, LabelWriteOptions()) is None, "its classes are not those of the index"
+    assert [path.name for path in (labelled / "labels").iterdir()] == [NAME]
+
+
+def test_masks_that_come_too_late_are_told(copy: Path, interpreter: Path, scene_folder: Path) -> None:
+    """A set that was finished without them records no agreement, whatever is asked for later."""
+    assert run("label", "write", copy, interpreter, "--name", "b").exit_code == 0
+    masks = scene_folder.parent / "masks"
+    result = run("label", "write", copy, interpreter, "--name", "b", "--masks", masks)
+    assert f"warning: --masks: {copy / 'labels' / 'b'} was finished without them" in result.output
 
 
 def test_a_set_of_another_cache_is_refused(labelled: Path, tmp_path: Path) -> None:

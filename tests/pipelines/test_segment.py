@@ -23,7 +23,7 @@ from pipelines.evaluate import evaluate
 from pipelines.extract import extract
 from pipelines.heads import FpnHead, LinearHead
 from pipelines.masked import masked_images
-from pipelines.segment import SegmentationResult, pixel_loss, segment
+from pipelines.segment import SegmentationResult, class_names, pixel_loss, segment
 from pipelines.trunks import open_trunk
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
@@ -208,6 +208,17 @@ def test_classes_without_a_training_pixel_are_named(
     result = segment(TINY, replace(options, test=None, test_masks=None))
     assert "warning: no pixel of 1 classes in the training masks: gold" in capsys.readouterr().err
     assert result.iou["gold"] is None and list(result.iou) == [*NAMES, "gold"]
+
+
+def test_masks_of_one_class_are_refused(shelf: Path) -> None:
+    """Masks of 0 and 255, which is ignored, say nothing: every prediction would be right."""
+    options = options_for(shelf, test=None, test_masks=None)
+    train, test = masked_images(options, ViewSpec(height=SIZE, width=SIZE))
+    only = np.zeros_like(train.pixels)
+    only[0] = 9
+    sides = (replace(side, pixels=only, masks=replace(side.masks, names=None)) for side in (train, test))
+    with pytest.raises(ImagesError, match=r"masks: expected masks of at least two classes, got one \(255 is ignored\)"):
+        class_names(*sides)
 
 
 def test_an_ignored_class_counts_nowhere(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,6 +171,8 @@ def test_segmentation_starts_from_the_head(mixed: Path, scene_folder: Path, tmp_
     (other / "classes.toml").write_text(f"names = {json.dumps([f'c{i}' for i in range(9)])}\n")
     result = run("evaluate", mixed / "backbone", "--head", mixed, *(other if x == masks else x for x in flags))
     assert f"--head {mixed}: expected masks of its classes, background, crescent" in result.output
+    result = run("evaluate", mixed / "backbone", "--head", mixed, "--batch-size", "1", *flags)
+    assert "expected at least 2 images a step, since the head's pooling has one place, got 1" in result.output
     result = run("evaluate", "resnet50", "--size", "32", "--head", mixed, *flags)
     assert "expected the backbone of its own run, with maps of" in result.output
 
