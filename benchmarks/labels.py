@@ -36,7 +36,7 @@ from dtcache.student.head import HeadSpec, LogitHead, save_head
 from pipelines.extract import extract
 from pipelines.iou import confusion_matrix, mean_iou
 from pipelines.label.fit import fit_interpreter
-from pipelines.label.labelled import masked_images
+from pipelines.label.labelled import images_with_masks
 from pipelines.label.write import write_labels
 from pipelines.report import inspect_cache
 from pipelines.segment import segment
@@ -251,7 +251,7 @@ def interpreter_miou(plan: Plan, folder: Path) -> float:
     """Return the interpreter's own mIoU on the teacher's cached features of the test images, per cent."""
     assert plan.test_masks is not None
     cache, interpreter = Cache(plan.work / "test-cache"), load_interpreter(folder)
-    known, names = masked_images(cache, plan.test_masks, None, None), list(interpreter.spec.shapes)
+    known, names = images_with_masks(cache, plan.test_masks, None, None), list(interpreter.spec.shapes)
     decoder, classes = cache.decoder(names), len(interpreter.spec.classes)
     counts = np.zeros((classes, classes), np.int64)
     for start in range(0, len(known), 32):

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtcache.errors import CacheMismatchError, ConfigError
-from dtcache.labels.interpreter import FeatureInterpreter, Shapes, logit_grid
+from dtcache.labels.interpreter import MAX_WIDTH, FeatureInterpreter, Shapes, logit_grid
 from dtcache.spec import Json, ViewSpec
 from dtcache.storage import file_sha256, write_file
 from dtcache.student.stored import CONFIG, WEIGHTS, bounded, load_weights, read_config, read_view, weight_bytes
 
 KIND = "dtcache interpreter 1"
 AGAIN = "fit it again with dtcache label fit"
-MAX_WIDTH = 4096
 MAX_MAPS = 64
 MAX_CLASSES = 1 << 14
 """Of whole images."""

@@ -12,7 +12,7 @@ from dtcache.errors import ConfigError
 from dtcache.spec import ViewSpec
 from dtcache.student.blocks import resize
 
-GROUPS = 32
+GROUPS, MAX_WIDTH = 32, 4096
 DROPOUT = 0.1
 LARGEST_STRIDE = 4
 """Logits are at the finest map's stride, and at this one where that is coarser."""
@@ -50,11 +50,13 @@ class FeatureInterpreter(nn.Module):
     def __init__(self, shapes: Shapes, classes: int, *, width: int, grid: tuple[int, int]) -> None:
         """Read maps of `shapes`; give logits on `grid` (H, W), of which (1, 1) asks for the pooled head.
 
-        Raises ConfigError where the width is no multiple of the 32 groups of its normalisation.
+        Raises ConfigError where the width is no multiple of the 32 groups of its normalisation, or over 4096.
         """
         super().__init__()
-        if width % GROUPS:
-            raise ConfigError(f"--width {width}: expected a multiple of {GROUPS}, the groups of its normalisation")
+        if width % GROUPS or width > MAX_WIDTH:
+            raise ConfigError(
+                f"--width {width}: expected a multiple of {GROUPS}, the groups of its normalisation, up to {MAX_WIDTH}"
+            )
         # Coarsest first; of equal grids, such as a transformer's, the deepest block first.
         self._order = sorted(reversed(list(shapes)), key=lambda name: shapes[name][1] * shapes[name][2])
         self._grid = grid

@@ -119,6 +119,9 @@ class ClusterRun:
     def _submit_anew(self) -> None:
         """Put all that is in flight back in line."""
         logger.warning("every worker is idle with %d shards in flight: submitting them anew", len(self._flying))
+        print(
+            f"no worker computes any of {len(self._flying)} shards: submitting them anew", file=sys.stderr, flush=True
+        )
         for shard in sorted(self._flying, reverse=True):
             state = self._shards[shard]
             future, state.future = state.future, None

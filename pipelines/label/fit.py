@@ -22,7 +22,7 @@ from dtcache.storage import whole_folder, write_file
 from dtcache.student import make_optimizer
 from dtcache.student.blocks import resize
 from pipelines.iou import Counts, confusion_matrix, mean_iou, pixel_accuracy
-from pipelines.label.labelled import Labelled, labelled_images, masked_images
+from pipelines.label.labelled import Labelled, images_with_masks, labelled_images
 from pipelines.label.picture import label_picture
 from pipelines.progress import track
 from pipelines.run import METRICS
@@ -57,7 +57,7 @@ def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedIn
     cache, compute = Cache(root, options.images), resolve_compute(options.device, "fp32")
     names = chosen_taps(cache, options)
     train, held = _split(_labelled(cache, options), options)
-    train.require_every_class()
+    train.warn_of_absent_classes()
     spec = InterpreterSpec(
         level="image" if options.level == "image" else "pixel",
         classes=train.classes,
@@ -88,7 +88,7 @@ def _labelled(cache: Cache, options: LabelFitOptions) -> Labelled:
         return labelled_images(cache, options.limit)
     if options.masks is None:
         raise ConfigError("--masks: expected the folder of the masks; or --level image, for labels of whole images")
-    return masked_images(cache, options.masks, options.ignore, options.limit)
+    return images_with_masks(cache, options.masks, options.ignore, options.limit)
 
 
 def _split(labelled: Labelled, options: LabelFitOptions) -> tuple[Labelled, Labelled]:

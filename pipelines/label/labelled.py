@@ -45,7 +45,7 @@ class Labelled:
             rows=self.rows[chosen], truth_NHW=self.truth_NHW[chosen], classes=self.classes, ignore=self.ignore
         )
 
-    def require_every_class(self) -> None:
+    def warn_of_absent_classes(self) -> None:
         """Say on stderr which classes have no pixel, or image, at all: nothing can be learned of them."""
         values = torch.unique(self.truth_NHW[self.truth_NHW != self.ignore]).tolist()
         for number, name in enumerate(self.classes):
@@ -58,7 +58,7 @@ class Labelled:
                 )
 
 
-def masked_images(cache: Cache, root: Path, ignore: int | None, limit: int | None) -> Labelled:
+def images_with_masks(cache: Cache, root: Path, ignore: int | None, limit: int | None) -> Labelled:
     """Return the usable rows whose key has a mask in a folder, and the masks as the view shows them.
 
     Raises ImagesError where there is none, or for one that is no mask of its image.

@@ -16,7 +16,7 @@ from dtcache.options import LabelWriteOptions
 from dtcache.spec import Json
 from dtcache.student.blocks import resize
 from pipelines.iou import confusion_matrix, mean_iou, pixel_accuracy
-from pipelines.label.labelled import Labelled, labelled_images, masked_images, numbered
+from pipelines.label.labelled import Labelled, images_with_masks, labelled_images, numbered
 from pipelines.progress import track
 
 SAMPLED = 256
@@ -63,7 +63,7 @@ def known_labels(cache: Cache, spec: InterpreterSpec, options: LabelWriteOptions
         return known if _alike(known.classes, spec.classes) else None
     if options.masks is None:
         return None
-    known = masked_images(cache, options.masks, options.ignore, None)
+    known = images_with_masks(cache, options.masks, options.ignore, None)
     if not _alike(known.classes, spec.classes):
         raise ImagesError(
             f"{options.masks}: expected the interpreter's classes, {', '.join(spec.classes)[:200]}, got "

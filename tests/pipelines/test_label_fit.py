@@ -19,7 +19,7 @@ from dtcache.errors import ImagesError
 from dtcache.labels import load_interpreter
 from pipelines.iou import confusion_matrix, mean_iou
 from pipelines.label import fit
-from pipelines.label.labelled import labelled_images, masked_images
+from pipelines.label.labelled import images_with_masks, labelled_images
 from pipelines.label.picture import label_picture
 
 FLAGS = ("--width", "32", "--epochs", "6", "--warmup-epochs", "1", "--batch-size", "2", "--device", "cpu")
@@ -64,7 +64,7 @@ def test_the_recorded_score_is_that_of_the_weights(fitted: Path, scene_cache: Pa
     """The interpreter, read back and run on the held-out images, has the mIoU in its configuration."""
     cache, found = Cache(scene_cache), load_interpreter(fitted)
     held = [i for i in range(10) if i not in _trained_on(10)]
-    labelled = masked_images(cache, masks, None, None).part(held)
+    labelled = images_with_masks(cache, masks, None, None).part(held)
     coefficients, _ = cache.coefficients(labelled.rows, [0] * 2, cache.names)
     with torch.no_grad():
         logits = found.network(cache.decoder(cache.names)(coefficients))
@@ -103,7 +103,7 @@ def test_the_mirrored_view_is_trained_with_the_mirrored_mask(
 
 
 def _pairs(cache: Cache, masks: Path) -> tuple[np.ndarray, torch.Tensor]:
-    labelled = masked_images(cache, masks, None, None)
+    labelled = images_with_masks(cache, masks, None, None)
     return labelled.rows, labelled.truth_NHW
 
 
