@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cached_vs_online_plan import PAGE, RESULTS, Plan, extraction, new_student, online, parse, subset, training
 from cached_vs_online_speed import speed
 from cached_vs_online_tables import write_tables
@@ -29,6 +30,7 @@ from student_vs_size import reference_losses
 from dtcache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.images.scenes import write_scenes
+from dtcache.losses import at_loss, unwhiten, whiten_positions
 from dtcache.options import EvaluateOptions, TrainOptions
 from pipelines.evaluate import evaluate
 from pipelines.extract import extract
@@ -91,6 +93,8 @@ def noise(plan: Plan, images: Path) -> None:
 
 def whitening(plan: Plan, images: Path) -> None:
     """Train the 2x2 of whitening and attention loss on float16 caches."""
+    extract_reference(plan)
+    once(plan.results / "attention-floor.json", plan.command, lambda: attention_floor(plan))
     for seed in range(plan.seeds):
         cache = plan.work / f"cache-fp16-seed{seed}"
         extract(images, cache, extraction(plan, seed=seed, quality="fp16"))
@@ -100,6 +104,25 @@ def whitening(plan: Plan, images: Path) -> None:
             run = f"{cache.name}-{name}-run"
             judged(plan, f"whitening-seed{seed}-{name}", run, lambda c=cache, r=run, o=options: trained(plan, c, r, o))
         write_tables(RESULTS, PAGE)
+
+
+def extract_reference(plan: Plan) -> Path:
+    """Extract the mean of many draws of images that no arm sees, and return where it is."""
+    reference, limit = plan.work / "reference", plan.held_out
+    extract(plan.test, reference, extraction(plan, quality="fp16", flip=False, draws=16, average=True, limit=limit))
+    return reference
+
+
+def attention_floor(plan: Plan) -> dict[str, dict[str, float]]:
+    """Return AT between targets of either whitening and their own raw maps: a student of perfect MSE has that much."""
+    cache, rows = Cache(plan.work / "reference"), np.arange(min(256, plan.held_out))
+    batch = cache.batch(rows, np.zeros_like(rows), cache.names)
+    found: dict[str, dict[str, float]] = {"sample": {}, "position": {}}
+    for name, whitened_BCHW in cache.decoder(cache.names)(batch.coefficients).items():
+        raw_BCHW = unwhiten(whitened_BCHW, batch.scalars[name])
+        found["sample"][name] = float(at_loss(whitened_BCHW, raw_BCHW))
+        found["position"][name] = float(at_loss(whiten_positions(raw_BCHW), raw_BCHW))
+    return found
 
 
 def judged(plan: Plan, name: str, run: str, train_it: Callable[[], dict[str, Any]]) -> None:
@@ -123,11 +146,8 @@ def segmented(plan: Plan, backbone: Path) -> dict[str, Any]:
 
 def trained(plan: Plan, where: Path, run: str, options: TrainOptions) -> dict[str, Any]:
     """Train one student and return its losses on unseen images against the mean of many draws, and its probes."""
-    out, reference = plan.work / run, plan.work / "reference"
+    out, reference = plan.work / run, extract_reference(plan)
     train(where, out, options)
-    extract(
-        plan.test, reference, extraction(plan, quality="fp16", flip=False, draws=16, average=True, limit=plan.held_out)
-    )
     compute, cache = resolve_compute(plan.device, "auto"), Cache(reference)
     student = new_student(plan, options.student, {n: cache.shape(n) for n in cache.names}, cache)
     state = load_checkpoint(out)

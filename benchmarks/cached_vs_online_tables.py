@@ -207,6 +207,17 @@ def whitening_lines(found: dict[str, Any]) -> list[str]:
             how = f" ({interval(added, '', digits)})" if plain != arm and added else ""
             cells.append(mean(results.get(arm, {}), key, digits) + how)
         lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", *floor_lines(found)]
+
+
+def floor_lines(found: dict[str, Any]) -> list[str]:
+    """Return the attention loss of perfect students, a tap."""
+    if "attention-floor" not in found:
+        return []
+    floors = found["attention-floor"]
+    lines = ["AT between the targets themselves and their raw maps, which is what a student of no MSE would have:", ""]
+    lines += [f"| whitening | {' | '.join(floors['sample'])} |", "|---" * (len(floors["sample"]) + 1) + "|"]
+    lines += [f"| {w} | {' | '.join(f'{value:.3f}' for value in floors[w].values())} |" for w in floors]
     return [*lines, ""]
 
 
