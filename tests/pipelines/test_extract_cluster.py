@@ -41,13 +41,18 @@ def command(images: Path, teacher: Path, out: Path, *more: object) -> list[str]:
     return [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
 
 
+def hear_interrupts() -> None:
+    """Let Ctrl-C through, which a shell turns off for what it runs in the background, these tests too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Run an extraction in a session of its own, so that whatever it leaves can be found."""
+    """Run an extraction in a session of its own, so that whatever it leaves can be found, as from a terminal."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command(*arguments), env=environment, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=hear_interrupts,
     ) as process:  # fmt: skip
         try:
             yield process
