@@ -1,11 +1,11 @@
 """The tables of cached_vs_online.py, made from the results that are there."""
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import Records, write_page
 from paired import bounds, interval
 
 CPU_LIMIT, GPU_LIMIT = 1.10, 1.03
@@ -17,37 +17,16 @@ EPOCHS = 100
 STUDENTS = (1, 3, 10)
 
 
-MARK = "<!-- What follows is written by benchmarks/cached_vs_online.py. -->"
-"""What people wrote stands above it."""
-
-
 def write_tables(results: Path, page: Path) -> None:
-    """Write the tables of every experiment, a folder of results each, below what a page says by hand."""
-    folders = sorted(path for path in results.iterdir() if path.is_dir())
-    lines = [line for folder in folders for line in experiment_lines(folder)]
-    head = page.read_text().split(MARK)[0] if page.exists() else ""
-    page.write_text("\n".join([f"{head}{MARK}", "", *lines]))
+    """Write the page of all experiments."""
+    write_page(results, page, "cached_vs_online.py", experiment_lines)
 
 
-def experiment_lines(folder: Path) -> list[str]:
+def experiment_lines(records: Records) -> list[str]:
     """Return one experiment's tables."""
-    records = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
     found = {name: record["result"] for name, record in records.items()}
-    about = sorted({(r["machine"], r["commit"], r["command"]) for r in records.values()})
-    return [
-        f"## {folder.name}",
-        "",
-        *speed_lines(found, {name: r["machine"] for name, r in records.items()}),
-        *quality_lines(found),
-        *noise_lines(found),
-        *whitening_lines(found),
-        "Machine, commit and command:",
-        "",
-        "```",
-        *(f"{machine}; {commit}\n{command}" for machine, commit, command in about),
-        "```",
-        "",
-    ]
+    machines = {name: record["machine"] for name, record in records.items()}
+    return [*speed_lines(found, machines), *quality_lines(found), *noise_lines(found), *whitening_lines(found)]
 
 
 def verdict(low: float, high: float, goal: float) -> str:
@@ -168,6 +147,17 @@ def quality_lines(found: dict[str, Any]) -> list[str]:
         cells += [mean(seeds, "linear_top1", 2), interval(probe, "") if probe and arm != "online" else "-"]
         cells += [mean(scenes.get(arm, {}), "miou", 2), interval(miou, "") if miou and arm != "online" else "-", goal]
         lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", *tap_lines(arms)]
+
+
+def tap_lines(arms: dict[str, dict[str, Any]]) -> list[str]:
+    """Return each arm's MSE a tap, means over its seeds."""
+    names = [name for name in next(iter(arms["online"].values()))["losses"] if name.startswith("mse/")]
+    headings = [name.removeprefix("mse/") for name in names]
+    lines = [f"| MSE a tap | {' | '.join(headings)} |", "|---" * (len(names) + 1) + "|"]
+    for arm, seeds in arms.items():
+        means = [statistics.mean(result["losses"][name] for result in seeds.values()) for name in names]
+        lines.append(f"| {arm} | {' | '.join(f'{value:.4f}' for value in means)} |")
     return [*lines, ""]
 
 

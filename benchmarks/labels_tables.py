@@ -1,39 +1,30 @@
 """The tables of labels.py, made from the results that are there."""
 
-import json
 import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import Records, write_page
 from paired import bounds, interval
 
 ARMS = ("random", "feature", "label", "label-exact", "mixed", "interpreter")
 GOALS = (("mixed", "random", 5.0), ("mixed", "feature", 0.0), ("mixed", "label", -1.0), ("label", "label-exact", -1.0))
 """Arm, the one that it is compared with, and the least of the paired difference in points of mIoU."""
 MOST_SHARE = 0.10
-MARK = "<!-- What follows is written by benchmarks/labels.py. -->"
-"""What people wrote stands above it."""
 
 
 def write_tables(results: Path, page: Path) -> None:
-    """Write the tables of every experiment, a folder of results each, below what a page says by hand."""
-    folders = sorted(path for path in results.iterdir() if path.is_dir())
-    lines = [line for folder in folders for line in experiment_lines(folder)]
-    head = page.read_text().split(MARK)[0] if page.exists() else ""
-    page.write_text("\n".join([f"{head}{MARK}", "", *lines]))
+    """Write the page of all experiments."""
+    write_page(results, page, "labels.py", experiment_lines)
 
 
-def experiment_lines(folder: Path) -> list[str]:
+def experiment_lines(records: Records) -> list[str]:
     """Return one experiment's tables."""
-    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     found = {name: record["result"] for name, record in records.items()}
     counts = sorted({int(name[1:].split("-")[0]) for name in found if re.match(r"n[0-9]+-", name)})
-    about = sorted({(r["machine"], r["commit"], r["command"]) for r in records.values()})
-    lines = [line for count in counts for line in count_lines(found, count)]
-    shown = [f"{machine}; {commit}\n{command}" for machine, commit, command in about]
-    return [f"## {folder.name}", "", *lines, "Machine, commit and command:", "", "```", *shown, "```", ""]
+    return [line for count in counts for line in count_lines(found, count)]
 
 
 def count_lines(found: dict[str, Any], count: int) -> list[str]:

@@ -116,8 +116,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_features_of_its_own_teacher_are_served(tmp_path: Path) -> None:
-    """A cache may have more taps than it reads."""
-    require_serves(SPEC, tmp_path, RECIPE, {**SHAPES, "t50/stride4": (3, 8, 12)})
+    """A cache may have more taps than it reads, but none in the place of one that it does."""
+    more = {**SHAPES, "t50/stride4": (3, 8, 12)}
+    require_serves(SPEC, tmp_path, RECIPE, more)
+    del more["t50/stride8"]
+    with pytest.raises(CacheMismatchError, match=r"taps is stride16, stride4 in the cache"):
+        require_serves(SPEC, tmp_path, RECIPE, more)
 
 
 @pytest.mark.parametrize(

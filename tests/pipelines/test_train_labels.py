@@ -20,7 +20,7 @@ from dtcache.loader import EpochLoader
 from dtcache.objective import LABEL_TARGET
 from dtcache.options import TrainOptions
 from dtcache.store.samples import held_out
-from dtcache.student import build_student, load_backbone, probe_maps
+from dtcache.student import Student, build_student, load_backbone, probe_maps
 from dtcache.student.head import load_head
 from pipelines import train as train_module
 from pipelines.run import load_checkpoint
@@ -63,6 +63,16 @@ def mixed(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def student_of(run: Path, cache: LabelledCache) -> Student:
+    """Return the student of a run's last checkpoint."""
+    targets = {name: cache.shape(name) for name in cache.names} | {LABEL_TARGET: cache.labels.shape}
+    student = build_student("resnet10t", targets, cache.view, size=(32, 32), width=16, seed=0)
+    state = load_checkpoint(run)
+    assert state is not None
+    student.load_state_dict(state["student"])
+    return student
+
+
 def test_both_losses_are_logged_and_add_up(mixed: Path) -> None:
     """loss = feature + 2 label, in training and held out; the labels' own loss stands apart."""
     for line in lines(mixed):
@@ -77,11 +87,7 @@ def test_both_losses_are_logged_and_add_up(mixed: Path) -> None:
 def test_the_label_loss_is_the_softened_cross_entropy_against_the_stored_labels(mixed: Path, labelled: Path) -> None:
     """The held-out loss of the last epoch, written out in NumPy from the checkpoint's student and the label set."""
     cache = LabelledCache(labelled, "parts")
-    targets = {name: cache.shape(name) for name in cache.names} | {LABEL_TARGET: cache.labels.shape}
-    student = build_student("resnet10t", targets, cache.view, size=(32, 32), width=16, seed=0)
-    state = load_checkpoint(mixed)
-    assert state is not None
-    student.load_state_dict(state["student"])
+    student = student_of(mixed, cache)
     rows = np.array(held_out(cache.samples["key"].to_pylist()))
     images = torch.from_numpy(np.stack(cache.images(rows)))
     with torch.no_grad():
@@ -123,11 +129,7 @@ def test_a_run_resumes_to_the_bit(labelled: Path, mixed: Path, monkeypatch: pyte
 def test_the_exported_head_gives_the_students_logits(mixed: Path, labelled: Path) -> None:
     """Backbone and head, read back, are the student's path to its logits."""
     cache = LabelledCache(labelled, "parts")
-    targets = {name: cache.shape(name) for name in cache.names} | {LABEL_TARGET: cache.labels.shape}
-    student = build_student("resnet10t", targets, cache.view, size=(32, 32), width=16, seed=0)
-    state = load_checkpoint(mixed)
-    assert state is not None
-    student.load_state_dict(state["student"])
+    student = student_of(mixed, cache)
     backbone, size, _ = load_backbone(mixed / "backbone")
     head, spec = load_head(mixed / "head", probe_maps(backbone, size), size)
     assert spec.classes == cache.labels.classes
