@@ -43,7 +43,7 @@ def parse(about: str) -> tuple[Plan, bool]:
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each arm of the speed")
     parser.add_argument("--steps", type=int, default=20, help="steps of a block")
     parser.add_argument("--scenes", type=int, default=300, help="images of each side of the segmentation")
-    parser.add_argument("--compile", action="store_true", help="compile the teacher, online and in extractions")
+    parser.add_argument("--compile", action="store_true", help="compile teacher, student and losses")
     asked = vars(parser.parse_args())
     table_only = asked.pop("table")
     return Plan(**asked), table_only
@@ -70,12 +70,12 @@ def extraction(plan: Plan, **chosen: Any) -> ExtractOptions:
 
 def training(plan: Plan, seed: int, **chosen: Any) -> TrainOptions:
     """Return the options that trainings share, and some of their own."""
-    return replace(plan.training(seed), **chosen)
+    return replace(plan.training(seed), compile=plan.compile, **chosen)
 
 
 def online(plan: Plan) -> dict[str, Any]:
     """Return what puts the teacher into the loop."""
-    return {"online": True, "teacher": plan.teacher, "timestep": plan.timestep, "compile": plan.compile}
+    return {"online": True, "teacher": plan.teacher, "timestep": plan.timestep}
 
 
 def new_student(plan: Plan, name: str, shapes: dict[str, tuple[int, int, int]], like: Any) -> Student:

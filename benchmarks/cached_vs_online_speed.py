@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtcache.cache import TrainBatch
-from dtcache.device import Compute, resolve_compute
+from dtcache.device import Compute, compiled, resolve_compute
 from dtcache.objective import make_objective
 from dtcache.options import TrainOptions
 from dtcache.spec import ViewSpec
@@ -101,7 +101,8 @@ def blocks(plan: Plan, images: Path, cache: Path, name: str) -> dict[str, Any]:
     arms = {"limit": MemorySource(cached, plan.batch_size, compute.device), "cached": cached, "online": taught}
     student = new_student(plan, name, {n: cached.shape(n) for n in cached.names}, cached)
     learner = Learner(student, options, 1e-4, compute, alone)
-    objective = make_objective(options, cached.fit, cached.recipe["codec"], cached.names).to(compute.device)
+    plain = make_objective(options, cached.fit, cached.recipe["codec"], cached.names).to(compute.device)
+    objective = compiled(plain) if options.compile else plain
     found: dict[str, list[float]] = {arm: [] for arm in (*arms, "teacher", "waiting")}
     for _ in range(plan.rounds):
         for arm, source in arms.items():

@@ -1,5 +1,7 @@
 """Where and in which precision tensors are computed, resolved once at the start of a command."""
 
+import ctypes
+import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +14,8 @@ import torch
 from dtcache.errors import ConfigError, DeviceMemoryError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+KEPT_BYTES = 2**30
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -30,7 +34,8 @@ class Compute:
 def resolve_compute(device: str, precision: str) -> Compute:
     """Resolve `auto` to CUDA where there is one, and to bf16 where the hardware computes it natively.
 
-    Raises ConfigError for a device that this machine does not have, and for fp16 on a CPU.
+    On a CPU the process keeps memory that it frees. Raises ConfigError for a device that this machine does not have,
+    and for fp16 on a CPU.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -44,6 +49,8 @@ def resolve_compute(device: str, precision: str) -> Compute:
     if precision == "fp16" and where.type == "cpu":
         raise ConfigError("--precision fp16: expected a CUDA device, got cpu; use bf16 or fp32 there")
     assert precision in get_args(Precision), "options and recipes name known precisions"
+    if where.type == "cpu":
+        _keep_freed_memory()
     return Compute(device=where, precision=cast(Precision, precision))
 
 
@@ -139,6 +146,14 @@ def compile_errors() -> Iterator[None]:
             first, *more = str(error).splitlines() or [type(error).__name__]
             reason = " ".join([first, *more[:1]]) if first.endswith(":") else first
             raise ConfigError(f"--compile: {reason}; run without it") from error
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next step: else a step's maps are mapped, zeroed and unmapped each time."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(parameter, KEPT_BYTES)
 
 
 def _has_native_bf16(device: torch.device) -> bool:

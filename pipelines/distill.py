@@ -30,7 +30,8 @@ class Distillation:
 
     decoder: nn.Module
     """Coefficients to whitened features by array."""
-    objective: Objective
+    objective: Callable[[Mapping[str, Tensor], Targets], dict[str, Tensor]]
+    """An Objective, or what runs it."""
     views: Views
     """What a training batch is shown as; held-out batches are shown as they are."""
     input_size: tuple[int, int]
@@ -69,8 +70,7 @@ class Distillation:
             targets = Targets(whitened=cropped[0], raw=cropped[1], labels=labels)
         with self.compute.autocast():
             predicted = student(images_BCHW)
-        parts: dict[str, Tensor] = self.objective(predicted, targets)
-        return parts
+        return self.objective(predicted, targets)
 
 
 def remarks(student: Student, objective: Objective, recipe: Json, options: TrainOptions) -> list[str]:

@@ -5,13 +5,13 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dtcache.config import config_text
-from dtcache.device import Compute
+from dtcache.device import Compute, compiled
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.label_set import LabelSet
 from dtcache.objective import LABEL_TARGET, make_objective
@@ -68,7 +68,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
             _claim(out, source, options, compute)
         processes.wait()
         student = _student(source, options)
-        distillation = Distillation(
+        held_out = Distillation(
             decoder=source.decoder,
             label_decoder=source.labels.decoder().to(compute.device) if source.labels is not None else None,
             objective=objective.to(compute.device),
@@ -77,6 +77,8 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
             whitening=options.whitening,
             compute=compute,
         )
+        # Held-out batches are of another size, and each size is compiled anew.
+        distillation = replace(held_out, objective=compiled(objective)) if options.compile else held_out
         for line in remarks(student, objective, source.recipe, options) if processes.is_first else ():
             print(line, file=sys.stderr)
         if processes.is_first and not (out / "init" / "config.json").exists():
@@ -101,7 +103,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
                     if step % options.save_every == 0 and step % source.num_batches:
                         _save(out, learner, clock, metrics, step, processes)
                 if processes.is_first:
-                    metrics.write({"step": step, "epoch": epoch, **_held_out(learner, distillation, source)})
+                    metrics.write({"step": step, "epoch": epoch, **_held_out(learner, held_out, source)})
                 _save(out, learner, clock, metrics, step, processes)
         trained = learner.exported
         if isinstance(metrics, MetricsFile):

@@ -81,7 +81,9 @@ class TrainOptions(Options):
     precision: str = option(
         "auto", "Autocast precision; auto is bf16 where native; fp16 scales the loss (CUDA).", choices=TRAIN_PRECISIONS
     )
-    compile: bool = option(False, "Compile student and online teacher (torch.compile): minutes once, then fast steps.")
+    compile: bool = option(
+        False, "Compile student, losses and online teacher (torch.compile): minutes once, then fast steps."
+    )
     accumulate: int = option(1, "Compute each step in N parts, one after the other: less memory.", minimum=1)
     ema: float | None = option(
         None, "Export the average of the weights, of this decay (warmed up), such as 0.999.", minimum=0

@@ -31,8 +31,9 @@ class PyramidPooling(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return (B, width, H, W)."""
         size = x_BCHW.shape[2:]
+        single = max(size) == 1  # pixel: all its bins are it, of students of 32 px
         pooled = [
-            resize(branch(F.adaptive_avg_pool2d(x_BCHW, scale)), size)
+            resize(branch(x_BCHW if single else F.adaptive_avg_pool2d(x_BCHW, scale)), size)
             for branch, scale in zip(self.branches, POOL_SCALES, strict=True)
         ]
         return self.merge(torch.cat([x_BCHW, *pooled], 1))  # type: ignore[no-any-return]

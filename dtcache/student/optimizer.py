@@ -15,6 +15,7 @@ def make_optimizer(network: nn.Module, kind: str, lr: float, weight_decay: float
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=BETAS)
+        # Fused, as a pass a parameter and operation is an eighth of a narrow student's step on a CPU.
+        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
     # timm's default clips at norm 1, which the paper does not.
     return Lamb(groups, lr=lr, betas=BETAS, max_grad_norm=None)
