@@ -12,19 +12,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from dtcache.device import Compute, memory_errors, resolve_compute
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.images import permuted
+from dtcache.labels.losses import cross_entropy
 from dtcache.options import EvaluateOptions
 from dtcache.spec import Json
 from dtcache.student import Views, make_optimizer
-from dtcache.student.blocks import PyramidPooling
+from dtcache.student.blocks import PyramidPooling, resize
 from dtcache.student.head import load_head
 from dtcache.student.stored import CONFIG
 from dtcache.student.uniform import sample_uniforms
+from dtcache.student.views import VIEW_DRAWS
 from pipelines.heads import FpnHead, LinearHead
 from pipelines.iou import Counts, confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
 from pipelines.masked import MaskedImages, masked_images
@@ -40,8 +41,6 @@ BACKBONE_LR = 0.1
 """The backbone's rate over the head's, where it is finetuned."""
 CROP, JITTER = "0.25,1.0", 0.5
 """Random crops and photometric jitter of finetuning; with a frozen backbone images are mirrored at most."""
-FLIP_STREAM = 1
-"""Added to the seed, so that flips share no random number with crops."""
 HEAD_MOMENTUM = 0.1
 
 
@@ -194,14 +193,15 @@ def fit_head(trunk: Trunk, head: nn.Module, train: MaskedImages, options: Evalua
             shuffled = train.chosen([order[place] for place in places])
             for number, batch in enumerate(shuffled.batches(trunk.view, batch_size)):
                 step = epoch * steps + number
-                uniforms_B = sample_uniforms(options.seed + FLIP_STREAM, step, batch.rows, 1)[:, 0]
+                uniforms_B = sample_uniforms(options.seed, step, batch.rows, VIEW_DRAWS + 1)[:, VIEW_DRAWS]
                 mirrored_B = trunk.mirrors & (uniforms_B < 0.5)
                 truth_BHW = mirror(torch.from_numpy(batch.masks_BHW), mirrored_B)
                 if views is not None:
                     truth_BHW = views.masks(truth_BHW, step, batch.rows)
                 with compute.autocast():
-                    scores_BKHW = head(trunk.maps(batch, mirrored_B, views, step))
-                loss = pixel_loss(scores_BKHW, truth_BHW.to(compute.device), train.masks.ignore)
+                    scores_BKhw = head(trunk.maps(batch, mirrored_B, views, step))
+                scores_BKHW = resize(scores_BKhw.float(), truth_BHW.shape[1:])
+                loss = cross_entropy(scores_BKHW, truth_BHW.to(compute.device), train.masks.ignore)
                 if not math.isfinite(loss.item()):
                     raise TrainingError(f"step {step + 1} of {total}: the loss is {loss.item()}; give a lower --lr")
                 optimizer.zero_grad()
@@ -214,16 +214,6 @@ def fit_head(trunk: Trunk, head: nn.Module, train: MaskedImages, options: Evalua
         trunk.backbone.eval()
 
 
-def pixel_loss(scores_BKhw: Tensor, truth_BHW: Tensor, ignore: int) -> Tensor:
-    """Return the mean cross-entropy of the pixels whose truth is not `ignore`, 0 where there are none.
-
-    Scores are enlarged bilinearly to the truth's size.
-    """
-    scores_BKHW = F.interpolate(scores_BKhw.float(), truth_BHW.shape[1:], mode="bilinear", align_corners=False)
-    summed = F.cross_entropy(scores_BKHW, truth_BHW.long(), ignore_index=ignore, reduction="sum")
-    return summed / (truth_BHW != ignore).sum().clamp_min(1)
-
-
 @torch.no_grad()
 def count_test(
     trunk: Trunk, head: nn.Module, test: MaskedImages, classes: int, batch_size: int, compute: Compute
@@ -234,9 +224,7 @@ def count_test(
         for batch in test.batches(trunk.view, batch_size):
             with compute.autocast():
                 scores_BKhw = head(trunk.maps(batch, np.zeros(len(batch.rows), bool), None, 0))
-            scores_BKHW = F.interpolate(
-                scores_BKhw.float(), batch.masks_BHW.shape[1:], mode="bilinear", align_corners=False
-            )
+            scores_BKHW = resize(scores_BKhw.float(), batch.masks_BHW.shape[1:])
             predicted_BHW = scores_BKHW.argmax(1).cpu().numpy()
             counts += confusion_matrix(batch.masks_BHW, predicted_BHW, classes, test.masks.ignore)
             progress.advance(len(batch.loaded))

@@ -20,6 +20,8 @@ ASPECTS = (3 / 4, 4 / 3)
 """Bounds of a crop's aspect ratio, beside the view's own (Szegedy et al. 2015, as RandomResizedCrop has them)."""
 MAX_JITTER = 2.0
 BOX_DRAWS = 4
+VIEW_DRAWS = BOX_DRAWS + DRAWS
+"""Random numbers of a sample at a step that crop and jitter take; what else is drawn takes those after them."""
 
 
 class Views:
@@ -47,7 +49,7 @@ class Views:
         if boxes_B4 is not None:
             images_BCHW = crop_images(images_BCHW, boxes_B4, size)
         if self._jitter:
-            uniforms = sample_uniforms(self._seed, step, rows, BOX_DRAWS + DRAWS)[:, BOX_DRAWS:]
+            uniforms = sample_uniforms(self._seed, step, rows, VIEW_DRAWS)[:, BOX_DRAWS:]
             device = images_BCHW.device
             images_BCHW = 255 * jitter(
                 images_BCHW.float() / 255, torch.from_numpy(uniforms).float().to(device), self._jitter

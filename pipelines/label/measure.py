@@ -21,6 +21,8 @@ from pipelines.progress import track
 
 SAMPLED = 256
 """Images that errors and entropies are measured on, the last ones: mostly such that the codec was not fitted on."""
+COMPARED = 4096
+"""Masks at most that stored labels are compared with: they are in memory at once."""
 AT_ONCE = 32
 
 
@@ -63,7 +65,7 @@ def known_labels(cache: Cache, spec: InterpreterSpec, options: LabelWriteOptions
         return known if _alike(known.classes, spec.classes) else None
     if options.masks is None:
         return None
-    known = images_with_masks(cache, options.masks, options.ignore, None)
+    known = images_with_masks(cache, options.masks, options.ignore, COMPARED)
     if not _alike(known.classes, spec.classes):
         raise ImagesError(
             f"{options.masks}: expected the interpreter's classes, {', '.join(spec.classes)[:200]}, got "

@@ -23,7 +23,7 @@ from pipelines.evaluate import evaluate
 from pipelines.extract import extract
 from pipelines.heads import FpnHead, LinearHead
 from pipelines.masked import masked_images
-from pipelines.segment import SegmentationResult, class_names, pixel_loss, segment
+from pipelines.segment import SegmentationResult, class_names, segment
 from pipelines.trunks import open_trunk
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
@@ -95,19 +95,6 @@ def test_the_fpn_head_names_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch.decoders.fpn.decoder", None)
     with pytest.raises(ConfigError, match=r"--head fpn: .*pip install 'dtcache\[segmentation\]'"):
         FpnHead([(8, 8, 8)], 5, (64, 64))
-
-
-# The loss.
-
-
-def test_ignored_pixels_have_no_loss() -> None:
-    """The loss is the mean over the other pixels, and 0, not NaN, where every pixel is ignored."""
-    torch.manual_seed(0)
-    scores, truth = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
-    hidden = truth.clone()
-    hidden[:, 2:] = 255
-    torch.testing.assert_close(pixel_loss(scores, hidden, 255), F.cross_entropy(scores[:, :, :2], truth[:, :2].long()))
-    assert pixel_loss(scores, torch.full_like(truth, 255), 255) == 0
 
 
 # The whole.
