@@ -1,46 +1,22 @@
 """`dtcache label write`: an interpreter's soft labels of every image and view of a cache, as a sealed part of it."""
 
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from threadpoolctl import threadpool_limits
-from torch import Tensor
-
-from dtcache.cache import Cache, Rows
-from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
-from dtcache.codec.fit import Solved, solve_step, tap_statistics
-from dtcache.codec.transform import whiten
-from dtcache.device import Compute, cpu_threads, resolve_compute
-from dtcache.errors import CacheIncompleteError, CodecError
+from dtcache.device import cpu_threads
 from dtcache.label_set import LabelSet
-from dtcache.labels import SCORES, Interpreter, load_interpreter, require_serves
-from dtcache.labels.views import join_views
+from dtcache.labels import load_interpreter
 from dtcache.options import LabelWriteOptions, parse_share
-from dtcache.spec import CodecSpec, FailedSample, Json, LabelSpec, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
+from dtcache.spec import Json
 from dtcache.storage import FolderLock
-from dtcache.store.attempt import ShardData
-from dtcache.store.commits import CodecSums
 from dtcache.store.label_sets import require_name
-from dtcache.store.layout import LABELS, LOGITS, MANIFEST, SAMPLES, payload_arrays
+from dtcache.store.layout import LABELS, MANIFEST
 from dtcache.store.manifest import read_manifest, require_same
-from dtcache.store.samples import parquet_bytes, samples_table
 from dtcache.store.writer import CacheWriter
-from pipelines.fit import bytes_per_view
+from pipelines.label.job import LabelJob
 from pipelines.label.measure import known_labels, measure
-from pipelines.progress import track
-from pipelines.recipe import fit_rows
 from pipelines.report import inspect_cache
-
-AIM = 0.98
-"""Of the bytes asked for, as they are forecast from the rows of the fit."""
-FIXED_BYTES = 8000
-"""Of manifest and shard index, which few images cannot spread."""
-MAX_FIT_VALUES = 1 << 28
-"""Logits that the codec is fitted on at most, so that few rows of large maps serve too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,19 +37,18 @@ def write_labels(root: Path, where: Path, options: LabelWriteOptions) -> Written
     another one, ConfigError, and what opening either raises.
     """
     require_name(options.name)
-    interpreter, cache = load_interpreter(where), Cache(root)
-    require_serves(interpreter.spec, root, cache.reader.manifest.recipe, {n: cache.shape(n) for n in cache.names})
-    out = root / LABELS / options.name
-    job = _Job(cache, interpreter, resolve_compute(options.device, "fp32"), options)
+    interpreter, out = load_interpreter(where), root / LABELS / options.name
+    job = LabelJob(root, interpreter, options)
     begun = read_manifest(out).recipe if (out / MANIFEST).exists() else None
     if begun is not None:
         require_same(out, begun, job.asked())
-    known = known_labels(cache, interpreter.spec, options)
+    known = known_labels(job.cache, interpreter.spec, options)
     with FolderLock(out), cpu_threads(begun["threads"] if begun is not None else None):
         writer = CacheWriter.resume(out) if begun is not None else job.begin(out)
         if writer.manifest.state == "writing":
             job.write(writer)
-            writer.seal(measure(cache, LabelSet(cache, options.name, unfinished=True), job.logits, known))
+            labels = LabelSet(job.cache, options.name, unfinished=True)
+            writer.seal(measure(job.cache, labels, job.logits, known))
         else:
             writer.seal()  # the commit records that a kill in the middle of it has left
         assert writer.manifest.measured is not None, "a label set is sealed with it"
@@ -91,144 +66,3 @@ def write_labels(root: Path, where: Path, options: LabelWriteOptions) -> Written
             file=sys.stderr,
         )
     return WrittenLabels(root=out, images=report["num_done"], share=report["share"], measured=writer.manifest.measured)
-
-
-class _Job:
-    """A cache and an interpreter, ready to label any rows."""
-
-    def __init__(self, cache: Cache, interpreter: Interpreter, compute: Compute, options: LabelWriteOptions) -> None:
-        self._cache, self._interpreter, self._compute, self._options = cache, interpreter, compute, options
-        self._names = list(interpreter.spec.shapes)
-        self._network = interpreter.network.to(compute.device)
-        self._decoder = cache.decoder(self._names).to(compute.device)
-        self._mirrored = [cache.reader.manifest.is_mirrored(view) for view in range(cache.num_views)]
-        report = inspect_cache(cache.reader.root)
-        features = report["parts"]["coefficients"] + report["parts"]["codec"]
-        self._target = AIM * parse_share(options.share, "--share") * features / max(1, report["num_done"])
-
-    @torch.no_grad()
-    def logits(self, rows: Rows) -> Tensor:
-        """Return exact logits of every view of usable rows, fp32 (B, V, K, H, W) on the host, pass by pass."""
-        views, found = self._cache.num_views, []
-        pairs = np.repeat(rows, views), np.tile(np.arange(views), len(rows))
-        size = self._options.batch_size
-        for start in range(0, len(pairs[0]), size):
-            coefficients, _ = self._cache.coefficients(*(p[start : start + size] for p in pairs), self._names)
-            maps = self._decoder({name: values.to(self._compute.device) for name, values in coefficients.items()})
-            found.append(self._network(maps).cpu())
-        whole = torch.cat(found)
-        return whole.view(len(rows), views, *whole.shape[1:])
-
-    def begin(self, out: Path) -> CacheWriter:
-        """Fit the codec and lay the set out; the manifest comes last."""
-        samples, rows = self._samples(), self._cache.reader.usable_rows
-        if not len(rows):
-            raise CacheIncompleteError(f"{self._cache.reader.root}: none of its images has features to be labelled")
-        classes, (height, width) = len(self._interpreter.spec.classes), self._interpreter.spec.grid
-        values = classes * len(self._mirrored) * height * width
-        fitted = rows[: max(1, min(fit_rows(len(self._cache)), MAX_FIT_VALUES // values))]
-        solved = self._fitted(fitted, samples)
-        recipe = self._recipe(solved, int(fitted[-1]) + 1)
-        fit = solved.fit[LOGITS]
-        arrays = payload_arrays(recipe, 0, {LOGITS: fit.payload_bound})
-        return CacheWriter.create(out, recipe, arrays, {LOGITS: fit.arrays()}, samples, None)
-
-    def write(self, writer: CacheWriter) -> None:
-        """Label and commit the shards that are missing."""
-        array = next(iter(writer.manifest.arrays.values()))
-        left = sum(len(array.rows_of(shard)) for shard in writer.missing)
-        stored = Cache(writer.root, allow="incomplete")
-        encoder = FeatureEncoder(stored.fit, torch.device("cpu"))
-        fitted = int(writer.manifest.recipe["codec"]["fit_rows"])
-        with track("label write", len(self._cache), len(self._cache) - left) as progress:
-            for shard in writer.missing:
-                writer.write_shard(self._shard(shard, array.rows_of(shard), encoder, fitted))
-                progress.advance(len(array.rows_of(shard)))
-
-    def asked(self) -> Json:
-        """Return the recipe's fields that the inputs fix, to be compared with a set that is there."""
-        fixed = self._recipe(None, 0).to_json()
-        codec = {"ratio": fixed["codec"]["ratio"]}
-        return {"labels": fixed["labels"], "teacher": fixed["teacher"], "codec": codec}
-
-    def _shard(self, shard: int, rows: range, encoder: FeatureEncoder, fitted: int) -> ShardData:
-        usable = np.intersect1d(np.array(rows), self._cache.reader.usable_rows)
-        payloads, sums = dict.fromkeys(rows, b""), [0.0, 0.0]
-        step = max(1, self._options.batch_size // self._cache.num_views)
-        for start in range(0, len(usable), step):
-            chosen = usable[start : start + step]
-            for row, view in zip(chosen.tolist(), encoder.encode(LOGITS, self._joined(chosen)), strict=True):
-                if not view.finite:
-                    key = self._cache.samples["key"][row]
-                    raise CodecError(f"the logits of {key} are not finite; fit the interpreter again, at a lower --lr")
-                payloads[row] = view.payload
-                if row >= fitted or len(self._cache) == fitted:
-                    sums = [sums[0] + view.squared_error, sums[1] + view.energy]
-        failed = self._cache.samples.slice(rows.start, len(rows)).to_pylist()
-        return ShardData(
-            shard=shard,
-            payloads={LOGITS: [payloads[row] for row in rows]},
-            content_sha256=(None,) * len(rows),
-            failures=tuple(
-                FailedSample(row=s["row"], key=s["key"], reason=s["failure"])
-                for s in failed
-                if s["failure"] is not None
-            ),
-            sums={LOGITS: CodecSums(squared_error=sums[0], energy=sums[1])},
-        )
-
-    def _joined(self, rows: Rows) -> Tensor:
-        """Return (B, V x K, H, W), each pixel's logits centred: their mean says nothing of its classes."""
-        logits = self.logits(rows)
-        return join_views(logits - logits.mean(2, keepdim=True), self._mirrored)
-
-    def _fitted(self, rows: Rows, samples: list[Sample]) -> Solved:
-        """Fit the codec's transform, in one thread, and solve its step for the bytes that are asked for."""
-        maps = torch.cat([whiten(self._joined(rows[at : at + 32]))[0].half() for at in range(0, len(rows), 32)])
-        if not bool(maps.isfinite().all()):
-            raise CodecError("the interpreter's logits are not finite; fit it again, at a lower --lr")
-        index = len(parquet_bytes(samples_table((s.key for s in samples), (s.label for s in samples))))
-        with cpu_threads(1), threadpool_limits(1):
-            statistics = {LOGITS: tap_statistics(maps.numpy()[None])}
-
-            def size_of(fit: dict[str, FittedTap]) -> float:
-                row_bytes = (index + FIXED_BYTES) / len(samples)
-                return bytes_per_view(fit, statistics, self._target, len(samples), 1, row_bytes, len(maps))
-
-            return solve_step(statistics, size_of, self._target, "distortion")
-
-    def _samples(self) -> list[Sample]:
-        table = self._cache.samples
-        pairs: Iterator[tuple[str, int | None]] = zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True)
-        return [Sample(index=row, key=key, label=label) for row, (key, label) in enumerate(pairs)]
-
-    def _recipe(self, solved: Solved | None, fitted: int) -> Recipe:
-        """Return the recipe of the set; without a solved codec the fields that it fixes are empty."""
-        own, spec = self._cache.reader.manifest, self._interpreter.spec
-        channels, (height, width) = len(spec.classes) * len(self._mirrored), spec.grid
-        scores = spec.validation and {name: spec.validation[name] for name in SCORES}
-        on_cpu = self._compute.device.type == "cpu"
-        return Recipe(
-            teacher=TeacherSpec(
-                architecture="FeatureInterpreter", weights_sha256=self._interpreter.weights_sha256,
-                config_sha256=self._interpreter.config_sha256, timesteps=(0,), alpha_bars=(1.0,), precision="fp32",
-                taps=(TapSpec(
-                    name=LOGITS.rpartition("/")[2], block=0, stride=self._cache.view.height // height,
-                    channels=channels, height=height, width=width,
-                ),),
-                batch_size=self._options.batch_size, device_type=self._compute.device.type,
-            ),
-            view=ViewSpec(**asdict(self._cache.view)),
-            codec=CodecSpec(
-                ratio=2 * channels * height * width / self._target, step=solved and solved.step, fit_rows=fitted,
-                fit_sha256=sha256_fit(solved.fit) if solved else "", noise_share={LOGITS: 0.0},
-                noise_floor={LOGITS: 0.0}, determined_error=solved.determined_error if solved else {},
-            ),
-            samples_sha256=own.recipe["samples_sha256"], num_samples=len(self._cache), flips=False,
-            seed=own.recipe["seed"], shard_rows=own.recipe["shard_rows"], images="none",
-            threads=torch.get_num_threads() if on_cpu else None,
-            labels=LabelSpec(
-                level=spec.level, classes=spec.classes, views=len(self._mirrored), cache_fingerprint=own.fingerprint,
-                cache_samples=own.files[SAMPLES], validation=scores,
-            ),
-        )  # fmt: skip
