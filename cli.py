@@ -176,8 +176,8 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
     """Check every byte of CACHE, finished or not, and say which samples a damage takes away; can repair it.
 
     \b
-    Exit codes: 0 good, 3 damaged, 4 whole but unfinished, 5 not a cache that this
-    dtcache reads, 1 any other failure, 2 wrong usage, 130 interrupted.
+    Exit codes: 0 good, 3 damaged, 4 whole but unfinished, 5 it or a label set in it is nothing
+    that this dtcache reads, 1 any other failure, 2 wrong usage, 130 interrupted.
 
     \b
     Example:

@@ -9,17 +9,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dtcache.errors import ConfigError
+from dtcache.errors import CacheFormatError, ConfigError
 from dtcache.options import VerifyOptions, parse_share
 from dtcache.spec import Json
 from dtcache.store.contents import Damage, WantedObject, read_contents
 from dtcache.store.label_sets import label_set_names
-from dtcache.store.layout import COMMITS, LABELS, LOG, SHARDS
+from dtcache.store.layout import COMMITS, LABELS, LOG, MANIFEST, SHARDS
 from dtcache.store.verify import Verification, chosen_objects, verify_contents
 from pipelines.progress import track
 
-EXIT_CODES = {"good": 0, "damaged": 3, "incomplete": 4}
 NOT_A_CACHE = 5
+EXIT_CODES = {"good": 0, "damaged": 3, "incomplete": 4, "unreadable": NOT_A_CACHE}
 WORDS = {"good": "good", "damaged": "DAMAGED", "incomplete": "INCOMPLETE"}
 SHOWN = 20
 
@@ -29,6 +29,7 @@ class Repair:
     """What a repair would do, or did, about one damaged file."""
 
     path: str
+    """In the folder of the cache."""
     outcome: Literal["planned", "repaired", "refused", "impossible"]
     note: str
 
@@ -50,23 +51,33 @@ def verify(root: Path, options: VerifyOptions) -> Verified:
     and what `repair_cache` raises.
     """
     share = parse_share(options.sample, "--sample")
-    if not options.repair and (options.images or options.teacher):
-        raise ConfigError("--images and --teacher: expected --repair beside them; a verification alone needs neither")
+    if not options.repair and (options.images or options.teacher or options.interpreter):
+        raise ConfigError(
+            "--images, --teacher and --interpreter: expected --repair beside them; a verification alone needs none"
+        )
     if not options.yes:
         found = verify_cache(root, share, options.seed)
         return Verified(found=found, repairs=tuple(planned_repairs(found)) if options.repair else None)
-    if not (options.repair and options.images and options.teacher):
-        raise ConfigError("--yes: expected --repair, --images and --teacher beside it, to make damaged shards anew")
+    if not (options.repair and (options.interpreter or (options.images and options.teacher))):
+        raise ConfigError(
+            "--yes: expected --repair, --images and --teacher beside it, to make damaged shards anew; or --repair and "
+            "--interpreter, for those of label sets"
+        )
     from pipelines.repair import repair_cache  # loads torch, as verifying alone must not
 
-    found, repairs = repair_cache(root, options.images, options.teacher, share, options.seed)
+    found, repairs = repair_cache(root, options, share)
     return Verified(found=found, repairs=tuple(repairs))
 
 
 def verify_cache(root: Path, share: float, seed: int) -> Verification:
     """Check a share of the shards of a cache and of its label sets, chosen by `seed`, and all their other files."""
-    labels = {name: _verify_one(root / LABELS / name, share, seed) for name in label_set_names(root)}
-    return replace(_verify_one(root, share, seed), labels=labels)
+    labels, unreadable = {}, {}
+    for name in label_set_names(root):
+        try:
+            labels[name] = _verify_one(root / LABELS / name, share, seed)
+        except CacheFormatError as error:
+            unreadable[name] = str(error).removeprefix(f"{root / LABELS / name / MANIFEST}: ")
+    return replace(_verify_one(root, share, seed), labels=labels, unreadable=unreadable)
 
 
 def _verify_one(root: Path, share: float, seed: int) -> Verification:
@@ -91,29 +102,38 @@ def repairable(damage: Damage) -> bool:
 
 def remedy(damage: Damage, label_set: str | None = None) -> str:
     """Return what to do about one damage, of a cache or of one of its label sets."""
-    if label_set is not None:
-        return f"delete {LABELS}/{label_set} and run its dtcache label write again"
     if repairable(damage):
-        return "run dtcache verify with --repair --images IMAGES --teacher TEACHER --yes"
+        needed = "--images IMAGES --teacher TEACHER" if label_set is None else "--interpreter INTERPRETER"
+        return f"run dtcache verify with --repair {needed} --yes"
     if damage.path == LOG:
         return "delete it: it only tells how the extraction went"
     if damage.path.startswith(f"{COMMITS}/"):
-        return "delete it and run the extraction again: it computes the shard anew"
-    return "restore it from a copy, or delete this cache and extract it again"
+        writer = "the extraction" if label_set is None else "its dtcache label write"
+        return f"delete it and run {writer} again: it computes the shard anew"
+    return f"restore it from a copy, or {afresh(label_set)}"
 
 
-def planned_repairs(found: Verification) -> list[Repair]:
+def afresh(label_set: str | None) -> str:
+    """Return how a cache, or one of its label sets, is made once more from nothing."""
+    if label_set is None:
+        return "delete this cache and extract it again"
+    return f"delete {LABELS}/{label_set} and run its dtcache label write again"
+
+
+def planned_repairs(found: Verification, label_set: str | None = None) -> list[Repair]:
     """Return what `--repair --yes` would try, file by file; nothing is computed or written for it."""
     plan = []
     for damage in found.damage:
+        path = damage.path if label_set is None else f"{LABELS}/{label_set}/{damage.path}"
         if not repairable(damage):
-            plan.append(Repair(path=damage.path, outcome="impossible", note=remedy(damage)))
+            plan.append(Repair(path=path, outcome="impossible", note=remedy(damage, label_set)))
         elif damage.shard is None:
-            plan.append(Repair(path=damage.path, outcome="planned", note="make it from the other files"))
+            plan.append(Repair(path=path, outcome="planned", note="make it from the other files"))
         else:
-            note = f"compute shard {damage.shard} ({len(rows_of(found, damage))} images) again with the teacher"
-            plan.append(Repair(path=damage.path, outcome="planned", note=note))
-    return plan
+            source = "teacher" if label_set is None else "interpreter"
+            note = f"compute shard {damage.shard} ({len(rows_of(found, damage))} images) again with the {source}"
+            plan.append(Repair(path=path, outcome="planned", note=note))
+    return plan + [repair for name, inner in found.labels.items() for repair in planned_repairs(inner, name)]
 
 
 def rows_of(found: Verification, damage: Damage) -> range:
@@ -125,7 +145,8 @@ def rows_of(found: Verification, damage: Damage) -> range:
 def verified_json(verified: Verified, label_set: str | None = None) -> Json:
     """Return a verification as JSON values; `view` is null where all views of a sample are affected.
 
-    `labels` has the same of each label set, by name, with paths in its own folder.
+    `labels` has the same of each label set, by name, with paths in its own folder; of one that this dtcache does not
+    read it has `state` and `reason`.
     """
     found, repairs = verified.found, verified.repairs
     contents = found.contents
@@ -151,7 +172,8 @@ def verified_json(verified: Verified, label_set: str | None = None) -> Json:
         "unnamed": found.unnamed,
         "labels": {
             name: verified_json(Verified(found=inner, repairs=None), name) for name, inner in found.labels.items()
-        },
+        }
+        | {name: {"state": "unreadable", "reason": reason} for name, reason in found.unreadable.items()},
         **({"repair": [asdict(repair) for repair in repairs]} if repairs is not None else {}),
     }
 
@@ -163,7 +185,7 @@ def render_verified(verified: Verified, root: Path) -> RenderableType:
     everything = len(found.checked) == len(contents.objects)
     size = sum(wanted.size or 0 for wanted in found.checked) / 2**20
     share = "every byte" if everything else f"A SAMPLE: {len(found.checked)} of {len(contents.objects)} shard files"
-    facts.add_row("state", WORDS[found.state])
+    facts.add_row("state", WORDS[found.own_state])
     facts.add_row("checked", f"{share}, {size:.1f} MiB of shards")
     if contents.missing:
         facts.add_row("missing", f"{len(contents.missing)} shards; run the extraction again to finish it")
@@ -175,6 +197,8 @@ def render_verified(verified: Verified, root: Path) -> RenderableType:
         finish = "; run its dtcache label write again to finish it" if inner.state == "incomplete" else ""
         facts.add_row(f"labels {name}", f"{WORDS[inner.state]}{finish}")
         lines += [line for damage in inner.damage[:SHOWN] for line in _lines(damage, name)]
+    for name, reason in found.unreadable.items():
+        facts.add_row(f"labels {name}", f"not read by this version: {reason}")
     lines += _rest(len(found.damage))
     lines += [f"not named: {name}: {why}" for name, why in islice(found.unnamed.items(), SHOWN)]
     lines += _rest(len(found.unnamed))
@@ -182,8 +206,10 @@ def render_verified(verified: Verified, root: Path) -> RenderableType:
         lines += [f"{repair.outcome}: {repair.path}: {repair.note}" for repair in verified.repairs]
         if not verified.repairs:
             lines.append("nothing to repair")
-        elif any(repair.outcome == "planned" for repair in verified.repairs):
-            lines.append("nothing was written: add --images, --teacher and --yes to do what is planned")
+        of_labels = {r.path.startswith(f"{LABELS}/") for r in verified.repairs if r.outcome == "planned"}
+        if of_labels:
+            needed = ", ".join("--interpreter" if of_set else "--images, --teacher" for of_set in sorted(of_labels))
+            lines.append(f"nothing was written: add {needed} and --yes to do what is planned")
     return Group(facts, *map(Text, lines))
 
 

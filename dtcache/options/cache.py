@@ -86,6 +86,7 @@ class VerifyOptions(Options):
     repair: bool = option(False, "Show what a repair would do; nothing is written without --yes.")
     images: Path | None = option(None, "Repair: the images that the cache was extracted from.")
     teacher: str | None = option(None, "Repair: the teacher that it was extracted with.", metavar="DIR_OR_ID")
+    interpreter: Path | None = option(None, "Repair: the interpreter that a label set was written with.", metavar="DIR")
     yes: bool = option(False, "Repair: do it. Only bytes whose SHA-256 is the recorded one are written.")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from dtcache.store.contents import Contents, Damage, SamplePlace, WantedObject, 
 from dtcache.store.layout import IMAGES, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 
+State = Literal["damaged", "unreadable", "incomplete", "good"]
+STATES: tuple[State, ...] = get_args(State)
+"""Verdicts: each outweighs those after it."""
 THREADS = 4
 """Files that are hashed at once: hashing lets other threads run."""
 
@@ -34,14 +37,21 @@ class Verification:
     """The shard files of which every byte was read."""
     labels: dict[str, "Verification"] = field(default_factory=dict)
     """The cache's label sets, each a cache of its own, by name."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Label sets of a format that this dtcache does not read, by name, and why it does not."""
 
     @property
-    def state(self) -> Literal["good", "damaged", "incomplete"]:
-        """The verdict on cache and label sets; damage outweighs what is missing."""
-        states = {found.state for found in self.labels.values()}
-        if self.damage or "damaged" in states:
-            return "damaged"
-        return "good" if self.contents.sealed and "incomplete" not in states else "incomplete"
+    def own_state(self) -> State:
+        """The verdict on the cache, its label sets apart."""
+        return "damaged" if self.damage else "good" if self.contents.sealed else "incomplete"
+
+    @property
+    def state(self) -> State:
+        """The verdict on cache and label sets: the gravest of theirs."""
+        found: set[State] = {self.own_state, *(inner.state for inner in self.labels.values())}
+        if self.unreadable:
+            found.add("unreadable")
+        return min(found, key=STATES.index)
 
 
 def chosen_objects(contents: Contents, share: float, seed: int) -> list[WantedObject]:

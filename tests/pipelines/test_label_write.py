@@ -34,30 +34,6 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-@pytest.fixture(scope="module")
-def interpreter(scene_folder: Path, scene_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter, barely fitted."""
-    out = tmp_path_factory.mktemp("fit") / "interpreter"
-    flags = ("--width", "32", "--epochs", "2", "--warmup-epochs", "1", "--device", "cpu", "--limit", "12")
-    result = run("label", "fit", scene_cache, "--masks", scene_folder.parent / "masks", "--out", out, *flags)
-    assert result.exit_code == 0, result.output
-    return out
-
-
-@pytest.fixture(scope="module")
-def labelled(
-    scene_folder: Path, scene_cache: Path, interpreter: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A cache with a label set."""
-    root = tmp_path_factory.mktemp("labelled") / "cache"
-    shutil.copytree(scene_cache, root)
-    result = run("label", "write", root, interpreter, "--name", NAME, "--masks", scene_folder.parent / "masks")
-    assert result.exit_code == 0, result.output
-    assert "soft labels of 40 images" in result.output
-    assert "over the --share 10% asked for; what every label set has weighs most" in result.output
-    return root
-
-
 @pytest.fixture
 def copy(labelled: Path, tmp_path: Path) -> Path:
     """A copy of it, to be damaged."""
@@ -169,7 +145,7 @@ def test_verify_reads_every_byte_of_a_label_set(copy: Path) -> None:
     assert found["damage"] == []
     (damage,) = found["labels"][NAME]["damage"]
     assert damage["path"].startswith("data.zarr/t0/logits/c.")
-    assert damage["remedy"] == f"delete labels/{NAME} and run its dtcache label write again"
+    assert damage["remedy"] == "run dtcache verify with --repair --interpreter INTERPRETER --yes"
     assert len(damage["samples"]) == 1
     result = run("verify", copy)
     assert f"labels/{NAME}/{damage['path']}" in result.output

@@ -104,7 +104,8 @@ def test_a_lost_shard_index_is_proved_by_its_own_hash(root: Path, scene_folder: 
     before = tree(root)
     result, said = repair(root, scene_folder, teacher_dir)
     assert result.exit_code == 3
-    assert "what it follows from is damaged too; extract again" in said["shards.parquet"]["note"]
+    wanted_note = "what it follows from is damaged too; delete this cache and extract it again"
+    assert said["shards.parquet"]["note"] == wanted_note
     assert "its record is damaged too" in said["data.zarr/images/c.1.0"]["note"]
     assert tree(root) == before
     flip(root / "data.zarr/images/c.1.0")

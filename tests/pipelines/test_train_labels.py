@@ -42,19 +42,6 @@ def lines(out: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def labelled(scene_folder: Path, scene_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with soft labels of its pixels."""
-    folder = tmp_path_factory.mktemp("labelled")
-    root, interpreter = folder / "cache", folder / "interpreter"
-    shutil.copytree(scene_cache, root)
-    flags = ("--width", "32", "--epochs", "2", "--warmup-epochs", "1", "--device", "cpu", "--limit", "12")
-    masks = scene_folder.parent / "masks"
-    assert run("label", "fit", root, "--masks", masks, "--out", interpreter, *flags).exit_code == 0
-    assert run("label", "write", root, interpreter, "--name", "parts").exit_code == 0
-    return root
-
-
-@pytest.fixture(scope="module")
 def mixed(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of mixed distillation."""
     out = tmp_path_factory.mktemp("runs") / "mixed"
