@@ -1,8 +1,13 @@
 """`dtcache label write`: soft labels as a sealed part of a cache that it leaves as it is."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +26,14 @@ from dtcache.label_set import LabelledCache, LabelSet
 from dtcache.labels import load_interpreter
 from dtcache.labels.losses import entropy, total_variation
 from dtcache.labels.views import join_views
-from dtcache.options import LabelWriteOptions
+from dtcache.options import ExtractOptions, LabelWriteOptions
 from dtcache.store import writer
+from dtcache.store.commits import commit_files
+from pipelines.extract import extract
 from pipelines.iou import confusion_matrix, mean_iou
 from pipelines.label.measure import known_labels
 
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "parts"
 
 
@@ -130,6 +138,36 @@ def test_an_interrupted_write_resumes_to_the_same_bytes(
     assert run(*arguments).exit_code == 0
     assert tree(root) == tree(labelled)
     assert run(*arguments).exit_code == 0, "a finished set is told again"
+
+
+@pytest.mark.slow
+def test_kills_do_not_change_a_byte(
+    scene_folder: Path, teacher_dir: Path, interpreter: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    """SIGKILL of a process after some of its shards, twice, then the same command: the bytes of an undisturbed run."""
+    root, killed = tmp_path / "cache", tmp_path / "killed"
+    options = ExtractOptions(
+        teacher=str(teacher_dir), taps="4,8", precision="fp32", device="cpu", batch_size=8, shard_rows=1,
+        bytes_per_image=4608,
+    )  # fmt: skip
+    extract(scene_folder, root, options)
+    shutil.copytree(root, killed)
+    flags = ("--name", NAME, "--device", "cpu")
+    assert run("label", "write", root, interpreter, *flags).exit_code == 0
+    command = [sys.executable, str(ROOT / "cli.py"), "label", "write", str(killed), str(interpreter), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = killed / "labels" / NAME
+    for more in (1, 9):
+        before = len(commit_files(out))
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(commit_files(out)) < before + more:
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert before + more <= len(commit_files(out)) < 40, "killed in the middle"
+    assert run("verify", killed).exit_code == 4
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert tree(killed) == tree(root)
 
 
 def test_verify_reads_every_byte_of_a_label_set(copy: Path) -> None:

@@ -127,6 +127,23 @@ def test_two_processes_take_the_steps_of_one(cache: Path, whole: Path, tmp_path:
 
 
 @pytest.mark.slow
+def test_two_processes_distil_labels_as_one_does(labelled: Path, tmp_path: Path, no_batch_norm: None) -> None:
+    """With --labels two processes over gloo give the losses of one, of features and of labels, within 1e-4."""
+    script, flags = tmp_path / "plain.py", (*FLAGS, "--labels", "parts", "--label-weight", 2)
+    script.write_text(PLAIN)
+    one = run("train", labelled, "--out", tmp_path / "one", *flags)
+    assert one.exit_code == 0, one.output
+    two = torchrun(script, 2, 99, "train", labelled, "--out", tmp_path / "two", *flags)
+    assert two.returncode == 0, two.stderr
+    for name in ("loss", "feature", "label", "held_out/loss", "held_out/label"):
+        assert metric(tmp_path / "one", name)
+        np.testing.assert_allclose(metric(tmp_path / "two", name), metric(tmp_path / "one", name), rtol=RTOL)
+    ours, theirs = (load_file(tmp_path / p / "head" / "model.safetensors") for p in ("two", "one"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_process_that_is_refused_ends_all(cache: Path, tmp_path: Path) -> None:
     """A batch that the processes cannot share is one clear line."""
     script = tmp_path / "plain.py"
