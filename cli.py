@@ -29,9 +29,9 @@ def main() -> None:
 
     \b
     Example:
-      dtcache extract photos/ --teacher google/ddpm-ema-church-256 --out church.cache
-      dtcache inspect church.cache
-      dtcache train church.cache --student resnet50 --out runs/resnet50
+      dtcache extract cats/ --teacher google/ddpm-cat-256 --out cats.cache
+      dtcache inspect cats.cache
+      dtcache train cats.cache --student resnet50 --out runs/resnet50
     """
 
 
@@ -98,7 +98,7 @@ def teacher(where: str, size: str | None, as_json: bool) -> None:
 
     \b
     Example:
-      dtcache teacher google/ddpm-ema-church-256 --json | jq '.taps[] | {name, flops_share}'
+      dtcache teacher google/ddpm-cat-256 --json | jq '.taps[] | {name, flops_share}'
     """
     from rich.console import Console
 
@@ -121,7 +121,7 @@ def extract(source: Path, out: Path, dry_run: bool, options: ExtractOptions) -> 
 
     \b
     Example:
-      dtcache extract photos/ --teacher google/ddpm-ema-church-256 --timestep 50 --out church.cache
+      dtcache extract cats/ --teacher google/ddpm-cat-256 --timestep 50 --out cats.cache
     """
     if dry_run:
         from rich.console import Console
@@ -151,10 +151,10 @@ def inspect(where: tuple[Path, ...], as_json: bool, options: InspectOptions) -> 
 
     \b
     Example:
-      dtcache inspect church.cache --json | jq .ratio
-      dtcache inspect church.cache --stats --report church.html
-      dtcache inspect church-t50.cache church-t250.cache
-      dtcache inspect runs/resnet50 --cache church.cache --report resnet50.html
+      dtcache inspect cats.cache --json | jq .ratio
+      dtcache inspect cats.cache --stats --report cats.html
+      dtcache inspect cats-t50.cache cats-t250.cache
+      dtcache inspect runs/resnet50 --cache cats.cache --report resnet50.html
     """
     from rich.console import Console
 
@@ -181,8 +181,8 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
 
     \b
     Example:
-      dtcache verify church.cache
-      dtcache verify church.cache --repair --images photos/ --teacher google/ddpm-ema-church-256 --yes
+      dtcache verify cats.cache
+      dtcache verify cats.cache --repair --images cats/ --teacher google/ddpm-cat-256 --yes
     """
     from rich.console import Console
 
@@ -207,9 +207,9 @@ def label() -> None:
 
     \b
     Example:
-      dtcache label fit church.cache --masks masks/ --out interpreters/church
-      dtcache label write church.cache interpreters/church --name parts
-      dtcache train church.cache --labels parts --out runs/mixed
+      dtcache label fit cats.cache --masks masks/ --out interpreters/cats
+      dtcache label write cats.cache interpreters/cats --name parts
+      dtcache train cats.cache --labels parts --out runs/mixed
     """
 
 
@@ -222,7 +222,7 @@ def label_fit(cache: Path, out: Path, options: LabelFitOptions) -> None:
 
     \b
     Example:
-      dtcache label fit church.cache --masks masks/ --out interpreters/church
+      dtcache label fit cats.cache --masks masks/ --out interpreters/cats
     """
     from pipelines.label.fit import fit_interpreter
 
@@ -242,7 +242,7 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
 
     \b
     Example:
-      dtcache label write church.cache interpreters/church --name parts
+      dtcache label write cats.cache interpreters/cats --name parts
     """
     from pipelines.label.write import write_labels
 
@@ -264,7 +264,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> None:
 
     \b
     Example:
-      dtcache train church.cache --student resnet50 --epochs 100 --out runs/resnet50
+      dtcache train cats.cache --student resnet50 --epochs 100 --out runs/resnet50
       dtcache train photos/ --online --teacher DIR --timestep 50 --out runs/online
     """
     from pipelines.train import train as run

@@ -32,7 +32,7 @@ def locate(where: str) -> Path:
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or where.startswith("."):
         raise TeacherNotFoundError(
             f"teacher {where}: no such directory; expected a diffusers directory or a Hugging Face id such as "
-            "google/ddpm-church-256"
+            "google/ddpm-cat-256"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -93,8 +93,10 @@ def weight_files(folder: Path, name: str = WEIGHTS) -> list[Path]:
             f"code; expected {name}: load the model where you trust it and save_pretrained(safe_serialization=True)"
         )
     others = sorted(p.name for p in folder.glob("*.safetensors"))
-    hint = f"; found {', '.join(others)}: rename the full-precision file" if others else ""
-    raise TeacherNotFoundError(f"{folder / name}: the weights are missing{hint}")
+    hint = f"found {', '.join(others)}: rename the full-precision file"
+    if not others:
+        hint = "where a repository has pickles alone, save it anew with save_pretrained(safe_serialization=True)"
+    raise TeacherNotFoundError(f"{folder / name}: the weights are missing; {hint}")
 
 
 def _sharded(folder: Path, index: Path) -> list[Path]:
