@@ -34,14 +34,16 @@ class Compute:
 def resolve_compute(device: str, precision: str) -> Compute:
     """Resolve `auto` to CUDA where there is one, and to bf16 where the hardware computes it natively.
 
-    On a CPU the process keeps memory that it frees. Raises ConfigError for a device that this machine does not have,
-    and for fp16 on a CPU.
+    From then on fp32 is fp32 in this process, never TF32, and on a CPU it keeps memory that it frees. Raises
+    ConfigError for a device that this machine does not have or that is neither, and for fp16 on a CPU.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         where = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"--device {device}: expected auto, cpu, cuda or cuda:N ({error})") from error
+    if where.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     if where.type == "cuda" and (not torch.cuda.is_available() or (where.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
     if precision == "auto":
@@ -49,6 +51,9 @@ def resolve_compute(device: str, precision: str) -> Compute:
     if precision == "fp16" and where.type == "cpu":
         raise ConfigError("--precision fp16: expected a CUDA device, got cpu; use bf16 or fp32 there")
     assert precision in get_args(Precision), "options and recipes name known precisions"
+    # A cache's bytes are a function of its recipe, which does not know of the process's switches.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     if where.type == "cpu":
         _keep_freed_memory()
     return Compute(device=where, precision=cast(Precision, precision))
@@ -90,14 +95,13 @@ class DeviceClock:
 
 
 @contextmanager
-def memory_errors(batch_size: int) -> Iterator[None]:
-    """Raise a device's running out of memory as DeviceMemoryError."""
+def memory_errors(batch_size: int, remedy: str) -> Iterator[None]:
+    """Raise a device's running out of memory as DeviceMemoryError, which ends with what to do about it."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
-            f"the device ran out of memory with {batch_size} views a pass ({str(error).splitlines()[0]}); give a "
-            "smaller --batch-size, or auto"
+            f"the device ran out of memory with {batch_size} views a pass ({str(error).splitlines()[0]}); {remedy}"
         ) from error
 
 

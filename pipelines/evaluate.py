@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from dtcache.device import resolve_compute
+from dtcache.device import memory_errors, resolve_compute
 from dtcache.errors import ImagesError
 from dtcache.images import ImageSource, open_source
 from dtcache.options import EvaluateOptions
@@ -65,8 +65,9 @@ def classify(model: str, options: EvaluateOptions) -> list[ProbeResult]:
     train, test = split_labelled(options)
     extractor = open_model(model, options, compute)
     extractor.prepare(train, test)
-    train_features, train_labels = pooled_features(extractor, train, batch_size)
-    test_features, test_labels = pooled_features(extractor, test, batch_size)
+    with memory_errors(batch_size, "give a smaller --batch-size"):
+        train_features, train_labels = pooled_features(extractor, train, batch_size)
+        test_features, test_labels = pooled_features(extractor, test, batch_size)
     results = []
     with track("probe", len(train_features)) as progress:
         for name, train_ND in train_features.items():

@@ -99,7 +99,7 @@ def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
         head = _make_head(trunk, options, names).to(compute.device)
         _require_variance(trunk, head, min(len(train.images.indices), batch_size))
         trunk.prepare(train.images, test.images)
-        with memory_errors(batch_size):
+        with memory_errors(batch_size, "give a smaller --batch-size"):
             fit_head(trunk, head, train, options, compute)
             counts = count_test(trunk, head, test, len(names), batch_size, compute)
     shares = [None if math.isnan(share) else 100 * share for share in iou_per_class(counts).tolist()]

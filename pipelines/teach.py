@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from dtcache.device import Compute, compile_errors, compiled, resolve_compute
+from dtcache.device import Compute, compile_errors, compiled, memory_errors, resolve_compute
 from dtcache.errors import ImagesError, TrainingError
 from dtcache.images import ImageSource, load_views, open_source, permuted
 from dtcache.options import TeachOptions, parse_ints, parse_size
@@ -90,7 +90,8 @@ def _fit(
                 yield torch.from_numpy(np.stack(batch))
                 batch = []
 
-    with track("teach", options.steps, first) as progress:
+    remedy = "give a smaller --batch-size"
+    with memory_errors(options.batch_size, remedy), track("teach", options.steps, first) as progress:
         for step, pixels_BCHW in enumerate(batches(), first):
             loss = _train_step(network, optimizer, pixels_BCHW, step, options.seed, compute)
             if not math.isfinite(loss):

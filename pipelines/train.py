@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dtcache.config import config_text
-from dtcache.device import Compute, compiled
+from dtcache.device import Compute, compiled, memory_errors
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.label_set import LabelSet
 from dtcache.objective import LABEL_TARGET, make_objective
@@ -86,7 +86,8 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
         learner, clock = Learner(student, options, peak_lr(options), compute, processes), Clock()
         step = _restore(out, learner, clock)
         metrics = MetricsFile(out, step) if processes.is_first else NoMetrics()
-        with track(f"train {options.student}", total, step, shown=processes.is_first) as progress:
+        shown = track(f"train {options.student}", total, step, shown=processes.is_first)
+        with memory_errors(part, "give a smaller --batch-size, or --accumulate to take it in parts"), shown as progress:
             while step < total:
                 epoch, start = divmod(step, source.num_batches)
                 for batches in clock.waiting(_grouped(source.epoch(epoch, start), options.accumulate)):

@@ -20,6 +20,8 @@ from dtcache.teacher.invert import Inversion, ddim_levels
 from dtcache.teacher.load import LoadedTeacher
 from dtcache.teacher.noise import sample_noise
 
+SMALLER_BATCH = "give a smaller --batch-size, or auto"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherInput:
@@ -139,13 +141,13 @@ class Teacher:
         # Other shapes, as equivariance is measured on, would be compiled anew.
         view = (max(self.spec.batch_size, len(batch.pixels_BCHW)), 3, self.view.height, self.view.width)
         run = self._run if view[0] == self.spec.batch_size and batch.pixels_BCHW.shape[1:] == view[1:] else self.network
-        with self.clock.running(), memory_errors(self.spec.batch_size):
+        with self.clock.running(), memory_errors(self.spec.batch_size, SMALLER_BATCH):
             count, clean_BCHW, labels_B = len(batch.pixels_BCHW), self.clean(batch), self.labels(batch)
         for by_timestep in batch.noise:
             found = {}
             for timestep in self.spec.timesteps:
                 noise_BCHW = self._padded(by_timestep[timestep]) if self.is_random else None
-                with self.clock.running(), memory_errors(self.spec.batch_size):
+                with self.clock.running(), memory_errors(self.spec.batch_size, SMALLER_BATCH):
                     arguments = self.encoding.inputs(clean_BCHW, noise_BCHW, timestep, labels_B)
                     with self._compute.autocast():
                         maps = run(*map(_channels_last, arguments))

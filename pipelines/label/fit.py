@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcache.cache import Cache, Rows
-from dtcache.device import Compute, resolve_compute
+from dtcache.device import Compute, memory_errors, resolve_compute
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.images import permuted
 from dtcache.labels import FeatureInterpreter, InterpreterSpec, save_interpreter, teacher_identity
@@ -119,7 +119,8 @@ class _Training:
         total, warmup = options.epochs * steps, options.warmup_epochs * steps
         optimizer = make_optimizer(self.network, "adamw", options.lr, options.weight_decay)
         lines, step = [], 0
-        with track("label fit", total) as progress:
+        remedy = "give a smaller --batch-size or --width"
+        with memory_errors(options.batch_size, remedy), track("label fit", total) as progress:
             for epoch in range(options.epochs):
                 self.network.train()
                 order = permuted(len(train), seed=options.seed, stream=f"label-{epoch}")

@@ -13,7 +13,7 @@ from dtcache.cache import Cache, Rows, load_fit
 from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
 from dtcache.codec.fit import Solved, solve_step, tap_statistics
 from dtcache.codec.transform import whiten
-from dtcache.device import cpu_threads, resolve_compute
+from dtcache.device import cpu_threads, memory_errors, resolve_compute
 from dtcache.errors import CacheIncompleteError, CodecError
 from dtcache.labels import SCORES, Interpreter, require_serves
 from dtcache.labels.views import join_views
@@ -67,8 +67,9 @@ class LabelJob:
         size = self._options.batch_size
         for start in range(0, len(pairs[0]), size):
             coefficients, _ = self.cache.coefficients(*(p[start : start + size] for p in pairs), self._names)
-            maps = self._decoder({name: values.to(self._compute.device) for name, values in coefficients.items()})
-            found.append(self._network(maps).cpu())
+            with memory_errors(size, "give a smaller --batch-size"):
+                maps = self._decoder({name: values.to(self._compute.device) for name, values in coefficients.items()})
+                found.append(self._network(maps).cpu())
         whole = torch.cat(found)
         return whole.view(len(rows), views, *whole.shape[1:])
 
