@@ -1,5 +1,6 @@
 """The command line: help with an example for every verb, bounds, and one line an error."""
 
+import importlib
 import json
 import typing
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from interrupts import interrupt
 
 from cli import main
 from dtcache.errors import ConfigError
@@ -126,3 +128,24 @@ def test_a_missing_cache_is_one_line(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.output.startswith(f"Error: {tmp_path} is not a cache: expected manifest.json")
     assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "function", "resumes"),
+    [
+        ("teach x --out y", "pipelines.teach", "teach", True),
+        ("label write x y --name z", "pipelines.label.write", "write_labels", True),
+        ("label fit x --out y", "pipelines.label.fit", "fit_interpreter", False),
+        ("evaluate x --train y", "pipelines.evaluate", "evaluate", False),
+        ("verify x", "pipelines.verify", "verify", False),
+    ],
+)
+def test_only_verbs_that_resume_say_so(
+    words: str, module: str, function: str, resumes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends with 130, and tells to run the command again where that goes on, also in a group within."""
+    interrupt(monkeypatch, importlib.import_module(module), function, 1)
+    result = CliRunner().invoke(main, words.split())
+    assert result.exit_code == 130
+    more = "; run the same command again to resume" if resumes else ""
+    assert result.output == f"\nInterrupted{more}.\n"
