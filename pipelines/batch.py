@@ -1,11 +1,11 @@
 """The batch size at which a teacher is fastest, found by trying."""
 
-import os
 import resource
 import time
 from collections.abc import Callable
 
 import numpy as np
+import psutil
 import torch
 
 from dtcache.errors import DeviceMemoryError
@@ -24,14 +24,14 @@ def fastest_batch(prepare: Callable[[int], Teacher]) -> int:
     """Return the number of views a pass with the least time a view, among powers of two that fit into memory.
 
     `prepare` makes the teacher for a size. Trying ends where two sizes on end are no faster, or where the next one
-    might not fit.
+    might not fit: on a CPU, where twice the growth so far would take over half of the memory that is available.
     """
     best, least, worse = SIZES[0], float("inf"), 0
     before = _peak_bytes()
     with track("choose batch size", len(SIZES)) as progress:
         for size in SIZES:
             try:
-                seconds = _seconds_a_view(prepare(size))
+                seconds, on_host = _seconds_a_view(prepare(size))
             except DeviceMemoryError:
                 if size == SIZES[0]:
                     raise
@@ -41,13 +41,15 @@ def fastest_batch(prepare: Callable[[int], Teacher]) -> int:
             worse = 0 if seconds < GAIN * least else worse + 1
             if seconds < GAIN * least:
                 best, least = size, seconds
-            if worse == 2 or seconds * size > LONGEST_SECONDS or 2 * (_peak_bytes() - before) > _free_bytes():
+            # A GPU says itself what does not fit; the host's memory grows by its libraries there, not by the batch.
+            crowded = on_host and 2 * (_peak_bytes() - before) > _free_bytes()
+            if worse == 2 or seconds * size > LONGEST_SECONDS or crowded:
                 break
     return best
 
 
-def _seconds_a_view(teacher: Teacher) -> float:
-    """Return the time of a pass over grey images, a view, after one that does not count."""
+def _seconds_a_view(teacher: Teacher) -> tuple[float, bool]:
+    """Return the time of a pass over grey images, a view, after one that does not count; and whether a CPU ran it."""
     size = teacher.spec.batch_size
     grey_CHW = np.full((3, teacher.view.height, teacher.view.width), 128, np.uint8)
     batch = teacher.batch([teacher.input(grey_CHW, "", False, seed=0, draws=[0], label=0)] * size)
@@ -59,7 +61,7 @@ def _seconds_a_view(teacher: Teacher) -> float:
         if teacher.device.type == "cuda":
             torch.cuda.synchronize(teacher.device)
         seconds.append(time.perf_counter() - started)
-    return min(seconds[1:]) / size
+    return min(seconds[1:]) / size, teacher.device.type != "cuda"
 
 
 def _peak_bytes() -> int:
@@ -67,4 +69,5 @@ def _peak_bytes() -> int:
 
 
 def _free_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    # What is free leaves out the page cache, which the system gives back.
+    return psutil.virtual_memory().available // 2

@@ -41,8 +41,8 @@ def demo(out: Path, options: DemoOptions) -> Json:
     Console(stderr=True).print(render(report, out / "cache"))
     for name in names:
         stages.run(f"train {name}", lambda name=name: _train(out, name, options))
-    models = {f"{names[0]}, random init": out / names[0] / "init"}
-    models |= {f"{name}, from the cache": out / name / "backbone" for name in names}
+    kinds = {"random init": "init", "from the cache": "backbone"}
+    models = {f"{name}, {kind}": out / name / folder for name in names for kind, folder in kinds.items()}
     students = [
         stages.run(f"evaluate {name}", lambda m=model, n=name: _evaluate(out, n, m, options))
         for name, model in models.items()
@@ -51,6 +51,7 @@ def demo(out: Path, options: DemoOptions) -> Json:
         "bytes_per_image": report["bytes_per_image"],
         "fp16_bytes_per_image": report["fp16_bytes_per_image"],
         "ratio": report["ratio"],
+        "stored_image_bytes_per_image": report["image_bytes"] / report["num_done"],
         "num_images": report["num_done"],
         "seconds": stages.seconds,
         "students": students,
@@ -110,7 +111,7 @@ def _train(out: Path, name: str, options: DemoOptions) -> Json:
     chosen = TrainOptions(
         student=name,
         epochs=options.epochs,
-        warmup_epochs=1.0,
+        warmup_epochs=min(1.0, options.epochs / 2),
         batch_size=options.batch_size,
         fpn_width=options.fpn_width,
         seed=options.seed,
@@ -134,12 +135,18 @@ def _evaluate(out: Path, name: str, model: Path, options: DemoOptions) -> Json:
     return {"name": name, "knn_top1": row.knn_top1, "linear_top1": row.linear_top1}
 
 
+def cost_of(summary: Json) -> str:
+    """Return in a sentence what an image costs: features with all that is beside them, and the stored pixels."""
+    return (
+        f"{summary['num_images']} images: features cost {summary['bytes_per_image']:.0f} bytes an image for both "
+        f"flips, {summary['ratio']:.0f} times less than fp16 ({summary['fp16_bytes_per_image']}); "
+        f"the stored images {summary['stored_image_bytes_per_image']:.0f} bytes more"
+    )
+
+
 def render_demo(summary: Json) -> Table:
     """Return the demonstration's table."""
-    table = Table(
-        title=f"{summary['num_images']} images: {summary['bytes_per_image']:.0f} bytes an image, "
-        f"{summary['fp16_bytes_per_image']} in fp16: {summary['ratio']:.0f} times smaller"
-    )
+    table = Table(title=cost_of(summary))
     for column in ("student", "k-NN top-1 %", "linear top-1 %", "seconds"):
         table.add_column(column, justify="left" if column == "student" else "right")
     seconds = summary["seconds"]

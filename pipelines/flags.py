@@ -18,6 +18,9 @@ PATH = click.Path(path_type=Path)
 
 JSON_FLAG = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
 
+RESUMABLE = ("scenes", "teach", "extract", "write", "train", "demo")
+"""Verbs that go on from where they were interrupted; write is that of label."""
+
 
 class NumberOrAuto(click.ParamType):
     """An integer, or auto, for which None stands."""
@@ -32,6 +35,8 @@ class NumberOrAuto(click.ParamType):
 class Group(click.Group):
     """Translates dtcache's failures into one line and Ctrl-C into exit code 130, once, for every verb."""
 
+    group_class = type  # groups within are of this class too
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb."""
         try:
@@ -39,7 +44,8 @@ class Group(click.Group):
         except DtcacheError as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
-            click.echo("\nInterrupted; run the same command again to resume.", err=True)
+            more = "; run the same command again to resume" if ctx.invoked_subcommand in RESUMABLE else ""
+            click.echo(f"\nInterrupted{more}.", err=True)
             sys.exit(130)
 
 

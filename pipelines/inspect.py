@@ -1,7 +1,7 @@
 """`dtcache inspect`: which of caches and runs were given, what is to be found out of them, how it is shown."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -13,6 +13,18 @@ from pipelines.differences import differences, render_differences
 from pipelines.report import SCHEMA, inspect_cache
 from pipelines.student_run import inspect_run, is_run
 from pipelines.tables import render, render_run, render_statistics
+
+CACHES_ONLY = ("stats", "exact", "samples", "teacher")
+NEEDED = {
+    "cache": {
+        "samples": ("stats", "report", "teacher"),
+        "gallery": ("report",),
+        "images": ("report", "teacher"),
+        "device": ("teacher",),
+    },
+    "run": {"cache": ("report",), "gallery": ("cache",), "images": ("cache",), "device": ("cache",)},
+}
+"""By what is inspected: options, and those without one of which they would do nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,10 +72,12 @@ def inspect(roots: Sequence[Path], options: InspectOptions) -> Inspected:
     runs = [is_run(root) for root in roots]
     if any(runs) and not all(runs):
         raise ConfigError(f"{roots[runs.index(False)]}: no run, as {roots[runs.index(True)]} is; give caches or runs")
+    _require_place(options.report)
     if all(runs):
         return _inspect_runs(roots, options)
     if options.cache is not None:
         raise ConfigError("--cache: expected the folder of a student's run with it, got a cache")
+    _require_used("cache", options)
     if options.report is not None and len(roots) > 1:
         raise ConfigError("--report: expected one cache, or runs; make a page of each cache")
     reports = [inspect_cache(root) for root in roots]
@@ -90,12 +104,37 @@ def inspect(roots: Sequence[Path], options: InspectOptions) -> Inspected:
 
 
 def _inspect_runs(roots: Sequence[Path], options: InspectOptions) -> Inspected:
-    for flag, given in (("--stats", options.stats or options.exact), ("--teacher", options.teacher is not None)):
-        if given:
-            raise ConfigError(f"{flag}: expected a cache, got the run {roots[0]}")
+    for name in CACHES_ONLY:
+        if name in _given(options):
+            raise ConfigError(f"--{name}: expected a cache, got the run {roots[0]}")
+    _require_used("run", options)
     reports = tuple(inspect_run(root) for root in roots)
     if options.report is not None:
         from pipelines.page.run import write_run_page
 
         write_run_page(roots, reports, options)
     return Inspected(roots=tuple(roots), reports=reports, page=options.report)
+
+
+def _given(options: InspectOptions) -> set[str]:
+    """Return the names of the options that are not at their default."""
+    return {f.name for f in fields(options) if getattr(options, f.name) != f.default}
+
+
+def _require_used(kind: str, options: InspectOptions) -> None:
+    """Raise ConfigError for an option that would do nothing."""
+    given = _given(options)
+    if {"samples", "exact"} <= given:
+        raise ConfigError("--samples and --exact: expected one of them; --exact takes every sample")
+    for name, others in NEEDED[kind].items():
+        if name in given and given.isdisjoint(others):
+            wanted = " or ".join(f"--{other}" for other in others)
+            raise ConfigError(f"--{name}: expected {wanted} beside it; without that it does nothing")
+
+
+def _require_place(report: Path | None) -> None:
+    """Raise ConfigError where a page could not be written, before anything is computed for it."""
+    if report is not None and not report.parent.is_dir():
+        raise ConfigError(f"--report {report}: {report.parent} is not a folder; make it first")
+    if report is not None and report.is_dir():
+        raise ConfigError(f"--report {report}: expected the name of a file, got a folder")

@@ -1,18 +1,22 @@
 """The command line: help with an example for every verb, bounds, and one line an error."""
 
+import importlib
 import json
 import re
+import typing
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
+from interrupts import interrupt
 
 from cli import main
 from dtcache.errors import ConfigError
 from dtcache.options import (
     EvaluateOptions,
     ExtractOptions,
+    LabelFitOptions,
     TeachOptions,
     TrainOptions,
     parse_ints,
@@ -66,12 +70,28 @@ def test_the_verbs_are_the_documented_ones() -> None:
         (lambda: ExtractOptions(bytes_per_image=0.0), r"--bytes-per-image 0.0: expected at least 1"),
         (lambda: ExtractOptions(shard_rows=0), r"--shard-rows 0: expected at least 1"),
         (lambda: EvaluateOptions(train=Path("x"), neighbours=0), r"--neighbours 0: expected at least 1"),
+        (lambda: TrainOptions(lr=float("nan")), r"--lr nan: expected at least 1e-12"),
+        (lambda: TrainOptions(lr=0.0), r"--lr 0.0: expected at least 1e-12"),
+        (lambda: TeachOptions(lr=-1.0), r"--lr -1.0: expected at least 1e-12"),
+        (lambda: TeachOptions(lr=float("inf")), r"--lr inf: expected a finite number"),
     ],
 )
 def test_options_have_bounds(make: object, message: str) -> None:
     """Values that cannot work are refused with the flag, for Python callers too."""
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("options", [ExtractOptions, LabelFitOptions, TeachOptions, TrainOptions, EvaluateOptions])
+def test_no_option_is_infinite_or_no_number(options: type) -> None:
+    """Every option that is a number refuses nan and inf."""
+    hints = typing.get_type_hints(options)
+    names = [name for name, hint in hints.items() if float in (hint, *typing.get_args(hint))]
+    assert names
+    for name in names:
+        for value in ("nan", "inf"):
+            with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} {value}: expected"):
+                options(**{name: float(value)})
 
 
 @pytest.mark.parametrize(("text", "size"), [("64", (64, 64)), ("128x256", (128, 256)), ("8X4", (8, 4))])
@@ -122,3 +142,24 @@ def test_a_missing_cache_is_one_line(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.output.startswith(f"Error: {tmp_path} is not a cache: expected manifest.json")
     assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "function", "resumes"),
+    [
+        ("teach x --out y", "pipelines.teach", "teach", True),
+        ("label write x y --name z", "pipelines.label.write", "write_labels", True),
+        ("label fit x --out y", "pipelines.label.fit", "fit_interpreter", False),
+        ("evaluate x --train y", "pipelines.evaluate", "evaluate", False),
+        ("verify x", "pipelines.verify", "verify", False),
+    ],
+)
+def test_only_verbs_that_resume_say_so(
+    words: str, module: str, function: str, resumes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends with 130, and tells to run the command again where that goes on, also in a group within."""
+    interrupt(monkeypatch, importlib.import_module(module), function, 1)
+    result = CliRunner().invoke(main, words.split())
+    assert result.exit_code == 130
+    more = "; run the same command again to resume" if resumes else ""
+    assert result.output == f"\nInterrupted{more}.\n"

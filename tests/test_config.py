@@ -93,7 +93,7 @@ def test_a_file_that_is_not_there_or_too_large_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "options",
     [
-        TrainOptions(lr=1e-20, images=Path('a "b"\\c\x7f\u00fc\n\U0001f600'), clip_grad=float("inf")),
+        TrainOptions(weight_decay=1e-20, images=Path('a "b"\\c\x7f\u00fc\n\U0001f600'), clip_grad=1e300),
         ExtractOptions(teacher="x", timestep=(50, 150), flip=False),
     ],
 )

@@ -23,6 +23,7 @@ from PIL import Image
 from dtcache.config import config_text
 from dtcache.errors import ConfigError
 from dtcache.images.masks import CLASSES_FILE
+from dtcache.storage import disk_errors
 
 _Floats = NDArray[np.floating]
 _VERSION = 1  # of the generator: raise it with every change of a pixel, so that old folders are not taken for new
@@ -121,7 +122,7 @@ def write_scenes(
     boxes.json maps each index to its "label", "boxes" [n][4] and "labels" [n]; masks/classes.toml names the masks'
     values. Finished scenes are skipped, so a run cut short can be repeated and a set can grow; one process at a time
     may write to a root. on_progress gets 1 for each scene finished. Raises ConfigError when size is under 16, count or
-    start is negative, or root holds scenes of another seed or size; OSError when the disk refuses.
+    start is negative, or root holds scenes of another seed or size; DiskError when the disk refuses.
     """
     _check_size(size)
     if count < 0 or start < 0:
@@ -129,7 +130,9 @@ def write_scenes(
     boxes_path, recipe_path = root / "boxes.json", root / "scenes.json"
     recipe = {"seed": seed, "size": size, "version": _VERSION}
     # Skipping finished files is only right when they show the scenes asked for.
-    if recipe_path.exists() and (found := json.loads(recipe_path.read_text())) != recipe:
+    with disk_errors(root):
+        found = json.loads(recipe_path.read_text()) if recipe_path.exists() else recipe
+    if found != recipe:
         raise ConfigError(f"{root} holds other scenes: expected {recipe}, got {found}; choose another directory")
     _write(recipe_path, json.dumps(recipe).encode())
     if masks:
@@ -160,10 +163,11 @@ def _paths(root: Path, index: int, label: int, masks: bool) -> list[Path]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")  # which no reader of images takes for one
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
 
 
 def _shrink(planes: _Floats) -> _Floats:

@@ -1,5 +1,6 @@
 """What an option is: a field of a frozen dataclass, with its help text, its choices and its bounds."""
 
+import math
 from dataclasses import field, fields
 from typing import Any
 
@@ -33,7 +34,7 @@ class Options:
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        """Raise ConfigError naming the first option that is out of bounds."""
+        """Raise ConfigError naming the first option that is out of bounds, or a number that is not finite."""
         for f in fields(self):  # type: ignore[arg-type]
             value, least, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
             flag = f"--{f.name.replace('_', '-')}"
@@ -41,3 +42,5 @@ class Options:
                 raise ConfigError(f"{flag} {value}: expected one of {', '.join(choices)}")
             if least is not None and value is not None and not value >= least:
                 raise ConfigError(f"{flag} {value}: expected at least {least:g}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{flag} {value}: expected a finite number")

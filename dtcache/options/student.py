@@ -25,7 +25,9 @@ class TrainOptions(Options):
     )
     batch_size: int = option(256, "Samples a step.", minimum=2)
     optimizer: str = option("adamw", "Optimizer.", choices=("adamw", "lamb"))
-    lr: float | None = option(None, "Peak rate [default: 4e-3 x batch/256 for adamw, 4e-3 x batch/2048 for lamb].")
+    lr: float | None = option(
+        None, "Peak rate [default: 4e-3 x batch/256 for adamw, 4e-3 x batch/2048 for lamb].", minimum=1e-12
+    )
     weight_decay: float = option(0.05, "Weight decay; none on norms and biases.", minimum=0)
     clip_grad: float | None = option(None, "Clip the gradient's norm [default: no clipping].", minimum=1e-12)
     loss: str = option(

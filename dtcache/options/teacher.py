@@ -16,7 +16,7 @@ class TeachOptions(Options):
     fit: str = option("crop", "How an image meets the view.", choices=("crop", "stretch"))
     steps: int = option(50_000, "Optimizer steps in all.", minimum=1)
     batch_size: int = option(64, "Images a step.", minimum=1)
-    lr: float = option(4e-4, "Peak learning rate of AdamW.")
+    lr: float = option(4e-4, "Peak learning rate of AdamW.", minimum=1e-12)
     warmup: int = option(200, "Steps of linear warm-up; cosine decay after it.", minimum=0)
     channels: str = option("64,128,128,128", "U-Net channels a level, finest first.", metavar="C,C,...")
     layers: int = option(1, "Residual blocks a level.", minimum=1)

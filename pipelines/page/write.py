@@ -25,6 +25,4 @@ def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
         raise ConfigError(
             f"--report {path}: expected a page of at most {MAX_BYTES} bytes, got {len(page)}; give a smaller --gallery"
         )
-    if not path.parent.is_dir():
-        raise ConfigError(f"--report {path}: {path.parent} is not a folder; make it first")
     write_file(path, page)

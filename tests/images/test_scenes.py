@@ -1,5 +1,6 @@
 """Scenes: reproducible, labelled by shape alone, and consistent with their own masks and boxes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dtcache.errors import ConfigError
+from dtcache.errors import ConfigError, DiskError
 from dtcache.images.scenes import CLASSES, Scene, scene, write_scenes
 
 _DIGEST = """
@@ -240,3 +241,21 @@ def test_impossible_requests_say_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="got start -2, count 1"):
         write_scenes(tmp_path / "new", seed=0, size=16, count=1, start=-2)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_refuses_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in the folder's place, and a disk that fills up, say what could not be written; a resume finishes it."""
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(DiskError, match=r"cannot write .*file/scenes.json: File exists; check the disk and its rights"):
+        write_scenes(tmp_path / "file", seed=0, size=16, count=1)
+    assert (tmp_path / "file").read_text() == "precious"
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(DiskError, match="No space left on device; free some space and run the same command again"):
+            write_scenes(tmp_path / "new", seed=0, size=16, count=1)
+    write_scenes(tmp_path / "new", seed=0, size=16, count=1)
+    assert len(list((tmp_path / "new" / "images").rglob("*.png"))) == 1

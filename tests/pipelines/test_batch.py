@@ -1,5 +1,6 @@
 """The batch size that --batch-size auto finds; that it is found once, and recorded."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from cli import main
 from dtcache.errors import DeviceMemoryError
 from dtcache.store.manifest import read_manifest
 from pipelines.batch import fastest_batch
+
+MEMINFO = Path("/proc/meminfo")
 
 
 class Timed:
@@ -74,6 +77,31 @@ def test_memory_that_is_nearly_used_up_ends_the_search(monkeypatch: pytest.Monke
     monkeypatch.setattr(batch, "_peak_bytes", lambda: next(peaks))
     monkeypatch.setattr(batch, "_free_bytes", lambda: 1500)
     assert fastest_batch(lambda size: Timed(size, 1.0, clock)) == 4
+
+
+@pytest.mark.skipif(not MEMINFO.exists(), reason="asks Linux")
+def test_memory_that_the_page_cache_holds_counts_as_available() -> None:
+    """Half of the kernel's own estimate of what a new process can have is free, not what nobody uses at all."""
+    for _ in range(20):  # others take and give memory between two readings
+        available = int(re.search(r"^MemAvailable: +(\d+) kB$", MEMINFO.read_text(), re.M)[1]) * 1024
+        if batch._free_bytes() == pytest.approx(available / 2, rel=0.02):
+            return
+    pytest.fail(f"{batch._free_bytes()} is not half of {available}")
+
+
+def test_the_memory_of_the_host_does_not_limit_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA only what the GPU refuses and patience end the search."""
+    clock, seconds = [0.0], {2: 1.0, 4: 1.2, 8: 1.6, 16: 2.4, 32: 4.9, 64: 9.8}
+    monkeypatch.setattr(batch.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(batch.torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(batch, "_free_bytes", lambda: -1)
+
+    def prepare(size: int) -> Timed:
+        teacher = Timed(size, seconds[size], clock)
+        teacher.device = torch.device("cuda")
+        return teacher
+
+    assert fastest_batch(prepare) == 16
 
 
 def test_auto_is_chosen_once_and_recorded(

@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 from cli import main
 
 FLAGS = (
-    "--train-images", "70", "--test-images", "40", "--epochs", "2", "--batch-size", "16", "--fpn-width", "8",
+    "--train-images", "70", "--test-images", "40", "--epochs", "1", "--batch-size", "16", "--fpn-width", "8",
     "--students", "resnet10t,mobilenetv3_small_100",
 )  # fmt: skip
 
@@ -21,18 +21,24 @@ def demo(out: Path, *more: str) -> Result:
 
 @pytest.mark.slow
 def test_demo_runs_every_stage_and_resumes(tmp_path: Path) -> None:
-    """The summary has sizes, seconds and a row for random init and each student; a second run repeats nothing."""
+    """The summary has sizes, seconds and two rows a student, before and after; a second run repeats nothing."""
     out = tmp_path / "demo"
     result = demo(out)
     assert result.exit_code == 0, result.output
     summary = json.loads((out / "summary.json").read_text())
-    names = ["resnet10t, random init", "resnet10t, from the cache", "mobilenetv3_small_100, from the cache"]
+    students = ("resnet10t", "mobilenetv3_small_100")
+    names = [f"{student}, {kind}" for student in students for kind in ("random init", "from the cache")]
     assert [student["name"] for student in summary["students"]] == names
     for student in summary["students"]:
         assert 0 <= student["knn_top1"] <= 100
         assert 0 <= student["linear_top1"] <= 100
     assert summary["num_images"] == 70
     assert summary["ratio"] == pytest.approx(summary["fp16_bytes_per_image"] / summary["bytes_per_image"])
+    report = json.loads(CliRunner().invoke(main, ["inspect", str(out / "cache"), "--json"]).stdout)
+    features = sum(size for part, size in report["parts"].items() if part != "images")
+    assert summary["bytes_per_image"] * 70 == pytest.approx(features)
+    assert summary["stored_image_bytes_per_image"] * 70 == pytest.approx(report["parts"]["images"])
+    assert f"the stored images {report['parts']['images'] / 70:.0f} bytes more" in " ".join(result.output.split())
     assert {"scenes", "extract", "train resnet10t", "train mobilenetv3_small_100"} <= set(summary["seconds"])
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != "summary.json"}
     again = demo(out)

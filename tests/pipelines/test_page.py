@@ -143,12 +143,25 @@ def test_options_that_do_not_go_together(tiny_cache: Path, tmp_path: Path) -> No
         ((tmp_path / "run", "--stats"), f"--stats: expected a cache, got the run {tmp_path / 'run'}"),
         ((tmp_path / "run", "--teacher", "x"), f"--teacher: expected a cache, got the run {tmp_path / 'run'}"),
         ((tiny_cache, "--report", tmp_path / "no" / "x.html"), f"{tmp_path / 'no'} is not a folder; make it first"),
+        ((tmp_path / "run", "--report", tmp_path), f"--report {tmp_path}: expected the name of a file, got a folder"),
         ((tiny_cache, "--samples", "0"), "--samples 0: expected at least 1"),
+        ((tiny_cache, "--samples", "9"), "--samples: expected --stats or --report or --teacher beside it"),
+        ((tiny_cache, "--samples", "9", "--exact"), "--samples and --exact: expected one of them"),
+        ((tiny_cache, "--gallery", "3", "--stats"), "--gallery: expected --report beside it; without that it does"),
+        ((tiny_cache, "--images", tiny_cache, "--stats"), "--images: expected --report or --teacher beside it"),
+        ((tiny_cache, "--device", "cpu", "--stats"), "--device: expected --teacher beside it"),
+        ((tmp_path / "run", "--samples", "9"), f"--samples: expected a cache, got the run {tmp_path / 'run'}"),
+        ((tmp_path / "run", "--cache", tiny_cache), "--cache: expected --report beside it; without that it does"),
+        (
+            (tmp_path / "run", "--device", "cpu", "--report", tmp_path / "x.html"),
+            "--device: expected --cache beside it; without that it does nothing",
+        ),
     ):
         result = inspect(*arguments)
         assert result.exit_code == 1, result.output
         assert message in result.output
         assert result.output.count("\n") == 1
+    assert not (tmp_path / "x.html").exists()
     (tmp_path / "run" / "run.json").write_text('{"steps": 3}')
     assert "not the options of dtcache train; give the folder of a student's run" in inspect(tmp_path / "run").output
     (tmp_path / "run" / "run.json").write_text("{")
@@ -179,3 +192,9 @@ def test_photos_are_the_images(tiny_cache: Path, tmp_path: Path) -> None:
         row = opened.samples["key"].to_pylist().index(key)
         errors = [np.abs(image - opened.images([r])[0].transpose(1, 2, 0)).mean() for r in (row, (row + 1) % 5)]
         assert errors[0] < errors[1]
+
+
+def test_a_missing_folder_of_the_page_is_said_first(tiny_cache: Path, tmp_path: Path) -> None:
+    """Not after statistics were taken or a teacher was loaded."""
+    result = inspect(tiny_cache, "--teacher", "nowhere", "--report", tmp_path / "no" / "x.html")
+    assert f"{tmp_path / 'no'} is not a folder; make it first" in result.output
