@@ -52,7 +52,7 @@ def load_weights(path: Path, make: Callable[[], Network], *, title: str, again: 
             raise RuntimeError("some of them are not finite")
         network = make()
         network.load_state_dict(weights, strict=True)
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{path}: not the weights of {title} ({reason}); {again}") from error
     return network
