@@ -15,7 +15,7 @@ from dtcache.images.source import permuted
 
 SHUFFLES = ("full", "block")
 LOOKAHEAD = 4
-"""Batches read ahead of the student."""
+"""Batches read ahead of the student, at least: one more than there are threads, so that all of them are busy."""
 BLOCK_ROWS = 256
 """Rows of a block: one stretch of a shard, which a cold disk reads in one go."""
 MIXED_BLOCKS = 64
@@ -129,7 +129,7 @@ class EpochLoader(Generic[T_co]):
                         # What fails here fails again, by name, when it is read.
                         pool.submit(self._cache.will_need, ahead.popleft()[1], self._names)
                     waiting.append(pool.submit(read, index, part))
-                    if len(waiting) >= LOOKAHEAD:
+                    if len(waiting) >= max(LOOKAHEAD, self._threads + 1):
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()

@@ -184,6 +184,28 @@ def test_batch_size_must_fit(cache: Cache, batch_size: int) -> None:
         loader(cache, batch_size)
 
 
+class Meeting:
+    """Rows whose batches wait for each other: no thread goes on before so many of them read."""
+
+    num_views = 1
+
+    def __init__(self, threads: int) -> None:
+        self._barrier = threading.Barrier(threads, timeout=30)
+
+    def batch(self, rows: np.ndarray, views: np.ndarray, names: list[str]) -> list[int]:
+        """Return the rows, once every thread has some."""
+        self._barrier.wait()
+        return rows.tolist()
+
+
+@pytest.mark.parametrize("threads", [1, 4, 9])
+def test_every_thread_reads(threads: int) -> None:
+    """As many batches as there are threads are read at once, more than the usual look-ahead too."""
+    rows = np.arange(3 * threads)
+    batches = EpochLoader(Meeting(threads), rows, [], batch_size=1, seed=0, threads=threads).epoch(0)
+    assert sorted(row for batch in batches for row in batch) == rows.tolist()
+
+
 def test_leaving_an_epoch_early_leaves_no_thread(cache: Cache) -> None:
     """A consumer that stops after one batch ends the read-ahead threads."""
     batches = loader(cache, batch_size=1).epoch(0)
