@@ -142,6 +142,11 @@ class Cache:
         return self.reader.manifest.num_views
 
     @property
+    def shard_rows(self) -> int:
+        """Rows of a shard."""
+        return int(self.reader.manifest.recipe["shard_rows"])
+
+    @property
     def samples(self) -> pa.Table:
         """One row a sample: row, key, label, content_sha256, failure."""
         return self.reader.samples

@@ -9,7 +9,6 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dtcache.cache import Cache
 from dtcache.errors import ConfigError
 from dtcache.images.source import permuted
 
@@ -31,6 +30,13 @@ class Readable(Protocol[T_co]):
     @property
     def num_views(self) -> int:
         """Views of a row."""
+
+    @property
+    def shard_rows(self) -> int | None:
+        """Rows of a shard, in which neighbours lie side by side; None where there are no shards to mix."""
+
+    def will_need(self, rows: NDArray[np.int64], names: Sequence[str]) -> None:
+        """Tell the disk of rows of shards that will be read soon."""
 
     def batch(self, rows: NDArray[np.int64], views: NDArray[np.int64], names: Sequence[str]) -> T_co:
         """Return the batch of B (row, view) pairs, with the targets of some names."""
@@ -81,7 +87,7 @@ class EpochLoader(Generic[T_co]):
                 f"--batch-size {batch_size}: expected a multiple of {world_size * parts}, the {parts} parts "
                 f"(--accumulate) of each of {world_size} processes"
             )
-        if shuffle == "block" and not isinstance(cache, Cache):
+        if shuffle == "block" and cache.shard_rows is None:
             raise ConfigError("--shuffle block: expected a cache, whose shards it mixes; leave it out")
         self._cache, self._rows, self._names = cache, rows, list(names)
         self._batch_size, self._seed, self._threads, self._shuffle = batch_size, seed, threads, shuffle
@@ -101,8 +107,8 @@ class EpochLoader(Generic[T_co]):
 
     def _mix_of(self, rows: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         """Return the number of the mix that each row is dealt to, with all of its block."""
-        assert isinstance(self._cache, Cache), "checked at the start"
-        shard_rows = int(self._cache.reader.manifest.recipe["shard_rows"])
+        shard_rows = self._cache.shard_rows
+        assert shard_rows is not None, "checked at the start"
         shards, inner = np.divmod(rows, shard_rows)
         blocks = np.unique(shards * shard_rows + inner // BLOCK_ROWS, return_inverse=True)[1]
         dealt = permuted(int(blocks.max()) + 1, seed=self._seed, stream=f"blocks-{epoch}")
@@ -125,7 +131,6 @@ class EpochLoader(Generic[T_co]):
             try:
                 for index, part in product(range(start, self.num_batches), range(self._parts)):
                     while ahead and ahead[0][0] <= index * self._batch_size:
-                        assert isinstance(self._cache, Cache), "only a cache's shards are told ahead"
                         # What fails here fails again, by name, when it is read.
                         pool.submit(self._cache.will_need, ahead.popleft()[1], self._names)
                     waiting.append(pool.submit(read, index, part))

@@ -188,9 +188,14 @@ class Meeting:
     """Rows whose batches wait for each other: no thread goes on before so many of them read."""
 
     num_views = 1
+    shard_rows = None
 
     def __init__(self, threads: int) -> None:
         self._barrier = threading.Barrier(threads, timeout=30)
+
+    def will_need(self, rows: np.ndarray, names: list[str]) -> None:
+        """Refuse: there are no shards."""
+        raise AssertionError("nothing to tell of")
 
     def batch(self, rows: np.ndarray, views: np.ndarray, names: list[str]) -> list[int]:
         """Return the rows, once every thread has some."""
@@ -354,6 +359,12 @@ def test_an_unknown_shuffle_is_refused(cache: Cache) -> None:
     """A shuffle of another name raises ConfigError with the names there are."""
     with pytest.raises(ConfigError, match="--shuffle blocks: expected one of full, block"):
         EpochLoader(cache, cache.reader.usable_rows, NAMES, batch_size=2, seed=0, threads=1, shuffle="blocks")
+
+
+def test_only_shards_are_mixed() -> None:
+    """A block shuffle of rows that lie in no shards is refused."""
+    with pytest.raises(ConfigError, match="--shuffle block: expected a cache, whose shards it mixes; leave it out"):
+        EpochLoader(Meeting(1), np.arange(4), [], batch_size=2, seed=0, threads=1, shuffle="block")
 
 
 def test_a_block_shuffle_keeps_mixes_together(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
