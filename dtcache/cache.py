@@ -183,7 +183,10 @@ class Cache:
     def loader(
         self, *, batch_size: int, epoch: int = 0, seed: int = 0, threads: int = 2, shuffle: str = "full"
     ) -> Iterator[TrainBatch]:
-        """Yield every usable sample once, in batches (the last one may be short), shuffled by (seed, epoch)."""
+        """Yield every usable sample once, in batches (the last one may be short), shuffled by (seed, epoch).
+
+        Raises ConfigError for a batch size below 1, another shuffle than full and block, or a cache without samples.
+        """
         from dtcache.loader import EpochLoader
 
         return EpochLoader(

@@ -67,12 +67,14 @@ class EpochLoader(Generic[T_co]):
         """Serve `rows` of a cache in global batches of `batch_size`; `drop_last` leaves out a short last one.
 
         A rank's slice of a global batch comes as so many `parts`, one after the other. `shuffle` is full, or block:
-        stretches of a cache's shards, mixed. Raises ConfigError for another one, where the rows do not fill one batch,
-        or where ranks and parts do not divide it.
+        stretches of a cache's shards, mixed. Raises ConfigError for another one, where there are no rows, or too few
+        for one full batch if only those are served, or where ranks and parts do not divide it.
         """
         if shuffle not in SHUFFLES:
-            raise ConfigError(f"--shuffle {shuffle}: expected one of {', '.join(SHUFFLES)}")
-        if not 0 < batch_size <= len(rows):
+            raise ConfigError(f"shuffle {shuffle}: expected one of {', '.join(SHUFFLES)}")
+        if not drop_last and (batch_size < 1 or not len(rows)):
+            raise ConfigError(f"batch_size {batch_size}: expected 1 or more, and samples to serve, got {len(rows)}")
+        if drop_last and not 0 < batch_size <= len(rows):
             raise ConfigError(
                 f"--batch-size {batch_size}: expected 1 to {len(rows)}, the samples left for training; "
                 "lower it or cache more images"

@@ -357,7 +357,7 @@ def test_ranks_must_share_a_batch_evenly(cache: Cache, rank: int, world_size: in
 
 def test_an_unknown_shuffle_is_refused(cache: Cache) -> None:
     """A shuffle of another name raises ConfigError with the names there are."""
-    with pytest.raises(ConfigError, match="--shuffle blocks: expected one of full, block"):
+    with pytest.raises(ConfigError, match="shuffle blocks: expected one of full, block"):
         EpochLoader(cache, cache.reader.usable_rows, NAMES, batch_size=2, seed=0, threads=1, shuffle="blocks")
 
 
