@@ -106,11 +106,18 @@ def test_random_weights_are_a_function_of_the_seed() -> None:
 
 
 def test_a_saved_folder_starts_another_backbone(saved: Path) -> None:
-    """load_backbone gives size, view, normalisation and weights back; init takes the folder for the same name only."""
+    """load_backbone gives size, view, normalisation and weights back; init takes the folder for the same name only.
+
+    The caller's random numbers are left alone.
+    """
     loaded, size, view = load_backbone(saved)
     assert (size, view, loaded.name) == ((48, 96), VIEW, SMALL)
     assert (loaded.mean, loaded.std) == (backbone_of(SMALL).mean, backbone_of(SMALL).std)
+    torch.manual_seed(5)
+    untouched = torch.rand(3)
+    torch.manual_seed(5)
     again = make_backbone(SMALL, init=str(saved), seed=99)
+    assert torch.equal(torch.rand(3), untouched)
     for net in (loaded, again):
         expected = backbone_of(SMALL).model.state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in net.model.state_dict().items())
