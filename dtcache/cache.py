@@ -142,6 +142,11 @@ class Cache:
         return self.reader.manifest.num_views
 
     @property
+    def shard_rows(self) -> int:
+        """Rows of a shard."""
+        return int(self.reader.manifest.recipe["shard_rows"])
+
+    @property
     def samples(self) -> pa.Table:
         """One row a sample: row, key, label, content_sha256, failure."""
         return self.reader.samples
@@ -178,7 +183,10 @@ class Cache:
     def loader(
         self, *, batch_size: int, epoch: int = 0, seed: int = 0, threads: int = 2, shuffle: str = "full"
     ) -> Iterator[TrainBatch]:
-        """Yield every usable sample once, in batches (the last one may be short), shuffled by (seed, epoch)."""
+        """Yield every usable sample once, in batches (the last one may be short), shuffled by (seed, epoch).
+
+        Raises ConfigError for a batch size below 1, another shuffle than full and block, or a cache without samples.
+        """
         from dtcache.loader import EpochLoader
 
         return EpochLoader(

@@ -9,13 +9,12 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dtcache.cache import Cache
 from dtcache.errors import ConfigError
 from dtcache.images.source import permuted
 
 SHUFFLES = ("full", "block")
 LOOKAHEAD = 4
-"""Batches read ahead of the student."""
+"""Batches read ahead of the student, at least: one more than there are threads, so that all of them are busy."""
 BLOCK_ROWS = 256
 """Rows of a block: one stretch of a shard, which a cold disk reads in one go."""
 MIXED_BLOCKS = 64
@@ -31,6 +30,13 @@ class Readable(Protocol[T_co]):
     @property
     def num_views(self) -> int:
         """Views of a row."""
+
+    @property
+    def shard_rows(self) -> int | None:
+        """Rows of a shard, in which neighbours lie side by side; None where there are no shards to mix."""
+
+    def will_need(self, rows: NDArray[np.int64], names: Sequence[str]) -> None:
+        """Tell the disk of rows of shards that will be read soon."""
 
     def batch(self, rows: NDArray[np.int64], views: NDArray[np.int64], names: Sequence[str]) -> T_co:
         """Return the batch of B (row, view) pairs, with the targets of some names."""
@@ -61,12 +67,14 @@ class EpochLoader(Generic[T_co]):
         """Serve `rows` of a cache in global batches of `batch_size`; `drop_last` leaves out a short last one.
 
         A rank's slice of a global batch comes as so many `parts`, one after the other. `shuffle` is full, or block:
-        stretches of a cache's shards, mixed. Raises ConfigError for another one, where the rows do not fill one batch,
-        or where ranks and parts do not divide it.
+        stretches of a cache's shards, mixed. Raises ConfigError for another one, where there are no rows, or too few
+        for one full batch if only those are served, or where ranks and parts do not divide it.
         """
         if shuffle not in SHUFFLES:
-            raise ConfigError(f"--shuffle {shuffle}: expected one of {', '.join(SHUFFLES)}")
-        if not 0 < batch_size <= len(rows):
+            raise ConfigError(f"shuffle {shuffle}: expected one of {', '.join(SHUFFLES)}")
+        if not drop_last and (batch_size < 1 or not len(rows)):
+            raise ConfigError(f"batch_size {batch_size}: expected 1 or more, and samples to serve, got {len(rows)}")
+        if drop_last and not 0 < batch_size <= len(rows):
             raise ConfigError(
                 f"--batch-size {batch_size}: expected 1 to {len(rows)}, the samples left for training; "
                 "lower it or cache more images"
@@ -81,7 +89,7 @@ class EpochLoader(Generic[T_co]):
                 f"--batch-size {batch_size}: expected a multiple of {world_size * parts}, the {parts} parts "
                 f"(--accumulate) of each of {world_size} processes"
             )
-        if shuffle == "block" and not isinstance(cache, Cache):
+        if shuffle == "block" and cache.shard_rows is None:
             raise ConfigError("--shuffle block: expected a cache, whose shards it mixes; leave it out")
         self._cache, self._rows, self._names = cache, rows, list(names)
         self._batch_size, self._seed, self._threads, self._shuffle = batch_size, seed, threads, shuffle
@@ -101,8 +109,8 @@ class EpochLoader(Generic[T_co]):
 
     def _mix_of(self, rows: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         """Return the number of the mix that each row is dealt to, with all of its block."""
-        assert isinstance(self._cache, Cache), "checked at the start"
-        shard_rows = int(self._cache.reader.manifest.recipe["shard_rows"])
+        shard_rows = self._cache.shard_rows
+        assert shard_rows is not None, "checked at the start"
         shards, inner = np.divmod(rows, shard_rows)
         blocks = np.unique(shards * shard_rows + inner // BLOCK_ROWS, return_inverse=True)[1]
         dealt = permuted(int(blocks.max()) + 1, seed=self._seed, stream=f"blocks-{epoch}")
@@ -125,11 +133,10 @@ class EpochLoader(Generic[T_co]):
             try:
                 for index, part in product(range(start, self.num_batches), range(self._parts)):
                     while ahead and ahead[0][0] <= index * self._batch_size:
-                        assert isinstance(self._cache, Cache), "only a cache's shards are told ahead"
                         # What fails here fails again, by name, when it is read.
                         pool.submit(self._cache.will_need, ahead.popleft()[1], self._names)
                     waiting.append(pool.submit(read, index, part))
-                    if len(waiting) >= LOOKAHEAD:
+                    if len(waiting) >= max(LOOKAHEAD, self._threads + 1):
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()

@@ -45,9 +45,13 @@ class _Drawn:
     """Images with the noise of one draw; threads share it."""
 
     num_views = 2  # as they are, and mirrored
+    shard_rows = None
 
     def __init__(self, images: Path, job: Job, draw: int) -> None:
         self._images, self._job, self._draw = images, job, draw
+
+    def will_need(self, rows: Rows, names: Sequence[str]) -> None:
+        """Do nothing: images have no shards."""
 
     def batch(self, rows: Rows, views: Rows, names: Sequence[str]) -> OnlineBatch:
         """Read and prepare B views. Raises ImagesError for an image that cannot be read."""

@@ -91,7 +91,7 @@ class CachedSource:
         chosen = usable[: options.limit]
         rows, self._held = split_rows(chosen, self.keys(chosen))
         self._loader = EpochLoader(
-            _Pinned(self._cache) if compute.device.type == "cuda" and options.shuffle == "full" else self._cache,
+            _Pinned(self._cache) if compute.device.type == "cuda" else self._cache,
             rows,
             self.names,
             batch_size=options.batch_size,
@@ -142,7 +142,7 @@ class _Pinned:
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        self.num_views = cache.num_views
+        self.num_views, self.shard_rows, self.will_need = cache.num_views, cache.shard_rows, cache.will_need
 
     def batch(self, rows: Rows, views: Rows, names: Sequence[str]) -> TrainBatch:
         return self._cache.batch(rows, views, names).changed(Tensor.pin_memory)

@@ -12,6 +12,7 @@ from store.builders import COARSE, FAILED_ROW, FINE, ROWS, VIEWS, tiny_plan, wri
 import dtcache
 from dtcache.cache import Cache
 from dtcache.errors import CacheNotFoundError, ConfigError, UnknownSampleError
+from dtcache.loader import EpochLoader
 
 GOOD = [row for row in range(ROWS) if row != FAILED_ROW]
 
@@ -95,6 +96,17 @@ def test_loader_serves_every_usable_sample(cache: Cache) -> None:
         orders.append([int(row) for batch in batches for row in batch.rows])
         assert sorted(orders[-1]) == GOOD
     assert orders[0] != orders[1]
+
+
+def test_a_batch_may_be_larger_than_the_cache(cache: Cache) -> None:
+    """Every usable sample then comes in one short batch; a batch of nothing is refused in Python's own words."""
+    (batch,) = cache.loader(batch_size=100)
+    assert sorted(batch.rows.tolist()) == GOOD
+    for size in (0, -1):
+        with pytest.raises(ConfigError, match=rf"^batch_size {size}: expected 1 or more"):
+            cache.loader(batch_size=size)
+    with pytest.raises(ConfigError, match=r"^batch_size 2: expected 1 or more, .* got 0"):
+        EpochLoader(cache, np.arange(0), [], batch_size=2, seed=0, threads=1, drop_last=False)
 
 
 @pytest.mark.parametrize("scheduler", ["synchronous", "threads"])

@@ -184,6 +184,33 @@ def test_batch_size_must_fit(cache: Cache, batch_size: int) -> None:
         loader(cache, batch_size)
 
 
+class Meeting:
+    """Rows whose batches wait for each other: no thread goes on before so many of them read."""
+
+    num_views = 1
+    shard_rows = None
+
+    def __init__(self, threads: int) -> None:
+        self._barrier = threading.Barrier(threads, timeout=30)
+
+    def will_need(self, rows: np.ndarray, names: list[str]) -> None:
+        """Refuse: there are no shards."""
+        raise AssertionError("nothing to tell of")
+
+    def batch(self, rows: np.ndarray, views: np.ndarray, names: list[str]) -> list[int]:
+        """Return the rows, once every thread has some."""
+        self._barrier.wait()
+        return rows.tolist()
+
+
+@pytest.mark.parametrize("threads", [1, 4, 9])
+def test_every_thread_reads(threads: int) -> None:
+    """As many batches as there are threads are read at once, more than the usual look-ahead too."""
+    rows = np.arange(3 * threads)
+    batches = EpochLoader(Meeting(threads), rows, [], batch_size=1, seed=0, threads=threads).epoch(0)
+    assert sorted(row for batch in batches for row in batch) == rows.tolist()
+
+
 def test_leaving_an_epoch_early_leaves_no_thread(cache: Cache) -> None:
     """A consumer that stops after one batch ends the read-ahead threads."""
     batches = loader(cache, batch_size=1).epoch(0)
@@ -330,8 +357,14 @@ def test_ranks_must_share_a_batch_evenly(cache: Cache, rank: int, world_size: in
 
 def test_an_unknown_shuffle_is_refused(cache: Cache) -> None:
     """A shuffle of another name raises ConfigError with the names there are."""
-    with pytest.raises(ConfigError, match="--shuffle blocks: expected one of full, block"):
+    with pytest.raises(ConfigError, match="shuffle blocks: expected one of full, block"):
         EpochLoader(cache, cache.reader.usable_rows, NAMES, batch_size=2, seed=0, threads=1, shuffle="blocks")
+
+
+def test_only_shards_are_mixed() -> None:
+    """A block shuffle of rows that lie in no shards is refused."""
+    with pytest.raises(ConfigError, match="--shuffle block: expected a cache, whose shards it mixes; leave it out"):
+        EpochLoader(Meeting(1), np.arange(4), [], batch_size=2, seed=0, threads=1, shuffle="block")
 
 
 def test_a_block_shuffle_keeps_mixes_together(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

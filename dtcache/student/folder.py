@@ -6,18 +6,16 @@ import math
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.models import split_model_name_tag
 from torch import nn
 
 from dtcache.errors import ConfigError
 from dtcache.spec import Json, ViewSpec
-from dtcache.storage import write_file
+from dtcache.storage import make_folders, write_file
 from dtcache.student.backbone import Backbone, Rgb
-from dtcache.student.stored import CONFIG, WEIGHTS, bounded, read_config, read_view, weight_bytes
+from dtcache.student.stored import CONFIG, WEIGHTS, bounded, load_weights, read_config, read_view, weight_bytes
 
 
 def make_backbone(name: str, *, init: str | None, seed: int, size: tuple[int, int] | None = None) -> Backbone:
@@ -75,7 +73,7 @@ def save_backbone(backbone: Backbone, folder: Path, *, input_size: tuple[int, in
     }
     if backbone.fixed_size:
         config["model_args"] = {"img_size": list(backbone.default_size)}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     write_file(folder / WEIGHTS, weight_bytes(backbone.model))
     write_file(folder / CONFIG, json.dumps(config, indent=1).encode())
 
@@ -106,15 +104,12 @@ def load_backbone(folder: Path) -> tuple[Backbone, tuple[int, int], ViewSpec | N
         raise ConfigError(
             f"{folder / CONFIG}: not the configuration of a backbone ({error}); expected one written by dtcache train"
         ) from error
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise ConfigError(f"{path}: the weights are missing; expected the folder that dtcache train wrote")
-    try:
-        model = _empty(name, input_size, path.stat().st_size)
-        model.load_state_dict(safetensors.torch.load_file(path), strict=True)
-    except (SafetensorError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{path}: not the weights of {name} ({reason}); export the backbone again") from error
+    model = load_weights(
+        folder / WEIGHTS,
+        lambda: timm.create_model(name, num_classes=0, **_sized(name, input_size)),
+        title=name,
+        again="export the backbone again",
+    )
     return Backbone(model, mean=mean, std=std, size=input_size), input_size, view
 
 
@@ -128,17 +123,6 @@ def _sized(name: str, size: tuple[int, int] | None) -> Json:
     """Return what makes timm build a network for an input size (H, W): nothing, unless it serves a single one."""
     known = timm.models.get_pretrained_cfg(split_model_name_tag(name)[0], allow_unregistered=True)
     return {"img_size": size} if size is not None and known is not None and known.fixed_input_size else {}
-
-
-def _empty(name: str, size: tuple[int, int], most: int) -> nn.Module:
-    """Return a network whose weights, at that size, take no more than `most` bytes. Raises RuntimeError."""
-    arguments = _sized(name, size)
-    if arguments:
-        with torch.device("meta"):
-            values = timm.create_model(name, num_classes=0, **arguments).state_dict().values()
-        if (needed := sum(value.nbytes for value in values)) > most:
-            raise RuntimeError(f"{size[0]}x{size[1]} pixels need {needed} bytes, the file has {most}")
-    return timm.create_model(name, num_classes=0, **arguments)
 
 
 def _require_known(name: str) -> None:

@@ -38,7 +38,7 @@ def read_config(path: Path, *, expected: str, again: str) -> Json:
 def load_weights(path: Path, make: Callable[[], Network], *, title: str, again: str) -> Network:
     """Return the network that `make` builds with the weights in a file, loaded strictly and all of them finite.
 
-    Memory is taken for no more than the file holds. Raises ConfigError.
+    Memory is taken for no more than the file holds, and no random number from the caller. Raises ConfigError.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: the weights are missing; {again}")
@@ -50,9 +50,10 @@ def load_weights(path: Path, make: Callable[[], Network], *, title: str, again: 
         weights = safetensors.torch.load_file(path)
         if not all(bool(value.isfinite().all()) for value in weights.values()):
             raise RuntimeError("some of them are not finite")
-        network = make()
+        with torch.random.fork_rng(devices=[]):
+            network = make()
         network.load_state_dict(weights, strict=True)
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{path}: not the weights of {title} ({reason}); {again}") from error
     return network

@@ -53,7 +53,8 @@ def build_student(
 
     `student` is a timm name, or any module that turns images normalised by `mean` and `std` into a list of maps, finest
     first; of one map alone a simple pyramid is made. Its input is the view enlarged until the finest tap lies on the
-    stride-4 level, unless `size` (H, W) is given. Raises ConfigError where the network does not serve that.
+    stride-4 level, unless `size` (H, W) is given. Its weights are a function of `seed`, and the caller's random numbers
+    are left alone. Raises ConfigError where the network does not serve that size.
     """
     if size is None:
         size = default_size(targets, view)
@@ -64,13 +65,14 @@ def build_student(
     else:
         backbone = MapsModule(student, mean=mean, std=std)
     shapes = probe_maps(backbone, size)
-    torch.manual_seed(seed)
-    pyramid = None
-    if len(shapes) == 1:
-        pyramid = SimplePyramid(shapes[0][0], size[0] / shapes[0][1])
-        shapes = [(x.shape[1], x.shape[2], x.shape[3]) for x in pyramid(torch.zeros(1, *shapes[0]))]
-    channels, grids = [c for c, _, _ in shapes], [(h, w) for _, h, w in shapes]
-    return Student(backbone, FeatureRegressor(channels, grids, targets, width, regressor), size, pyramid)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pyramid = None
+        if len(shapes) == 1:
+            pyramid = SimplePyramid(shapes[0][0], size[0] / shapes[0][1])
+            shapes = [(x.shape[1], x.shape[2], x.shape[3]) for x in pyramid(torch.zeros(1, *shapes[0]))]
+        channels, grids = [c for c, _, _ in shapes], [(h, w) for _, h, w in shapes]
+        return Student(backbone, FeatureRegressor(channels, grids, targets, width, regressor), size, pyramid)
 
 
 def default_size(targets: Mapping[str, tuple[int, int, int]], view: ViewSpec) -> tuple[int, int]:

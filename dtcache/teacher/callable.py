@@ -116,7 +116,7 @@ class CallableTeacher:
         return prepared if isinstance(prepared, tuple) else (prepared,)
 
     def find_taps(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
-        """Return the taps, finest first, as a dry run on one black view has them.
+        """Return the taps, finest first, as a dry run on one grey view has them.
 
         Raises TeacherError where it fails, or where an output is not a map of the claimed stride.
         """

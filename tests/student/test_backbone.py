@@ -3,15 +3,17 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dtcache.errors import ConfigError
+from dtcache.errors import ConfigError, DiskError
 from dtcache.spec import ViewSpec
 from dtcache.student import (
     Backbone,
@@ -104,11 +106,18 @@ def test_random_weights_are_a_function_of_the_seed() -> None:
 
 
 def test_a_saved_folder_starts_another_backbone(saved: Path) -> None:
-    """load_backbone gives size, view, normalisation and weights back; init takes the folder for the same name only."""
+    """load_backbone gives size, view, normalisation and weights back; init takes the folder for the same name only.
+
+    The caller's random numbers are left alone.
+    """
     loaded, size, view = load_backbone(saved)
     assert (size, view, loaded.name) == ((48, 96), VIEW, SMALL)
     assert (loaded.mean, loaded.std) == (backbone_of(SMALL).mean, backbone_of(SMALL).std)
+    torch.manual_seed(5)
+    untouched = torch.rand(3)
+    torch.manual_seed(5)
     again = make_backbone(SMALL, init=str(saved), seed=99)
+    assert torch.equal(torch.rand(3), untouched)
     for net in (loaded, again):
         expected = backbone_of(SMALL).model.state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in net.model.state_dict().items())
@@ -189,6 +198,38 @@ def test_weights_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> Non
         load_backbone(saved)
     with pytest.raises(ConfigError, match=r"nowhere/config\.json: missing; expected a backbone folder"):
         load_backbone(tmp_path / "nowhere")
+
+
+def test_weights_that_are_not_finite_are_refused(saved: Path) -> None:
+    """A backbone whose training has diverged is named instead of serving NaNs."""
+    weights = safetensors.torch.load_file(saved / "model.safetensors")
+    weights["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    safetensors.torch.save_file(weights, saved / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"not the weights of resnet10t \(some of them are not finite\); export"):
+        load_backbone(saved)
+
+
+def test_a_larger_network_than_its_file_takes_no_memory(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An architecture that the file is too small for is refused before it is made anywhere but on the meta device."""
+    (saved / "config.json").write_bytes(_edited(architecture="resnet101"))
+    create, devices = timm.create_model, set()
+
+    def watched(*args: Any, **kwargs: Any) -> nn.Module:
+        network = create(*args, **kwargs)
+        devices.update(x.device.type for x in network.parameters())
+        return network
+
+    monkeypatch.setattr(timm, "create_model", watched)
+    with pytest.raises(ConfigError, match=r"not the weights of resnet101 \(its configuration asks for \d+ bytes, the"):
+        load_backbone(saved)
+    assert devices == {"meta"}
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """A file where a folder should be is a DiskError, no traceback."""
+    (tmp_path / "file").touch()
+    with pytest.raises(DiskError, match=r"cannot write .*/file: File exists; check the disk and its rights"):
+        save_backbone(backbone_of(SMALL), tmp_path / "file/backbone", input_size=(48, 96), view=VIEW)
 
 
 @pytest.mark.parametrize("size", [(16, 24), (32, 48), (40, 33), (8, 10)])

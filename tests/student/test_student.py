@@ -10,6 +10,7 @@ from dtcache.errors import ConfigError
 from dtcache.spec import ViewSpec
 from dtcache.student import Backbone, build_student, load_backbone, make_backbone, save_backbone
 from dtcache.student.pyramid import SimplePyramid
+from dtcache.student.regressor import FeatureRegressor
 
 VIEW = ViewSpec(height=64, width=96)
 TARGETS = {f"t150/stride{s}": (s + 1, 64 // s, 96 // s) for s in (4, 8, 16, 32)}
@@ -53,7 +54,7 @@ def test_networks_of_one_size_are_built_for_the_students(name: str, tmp_path: ob
     weights = tmp_path / "model.safetensors"
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("32,\n   64", "8192,\n   8192"))
-    with pytest.raises(ConfigError, match=rf"not the weights of {name} \(8192x8192 pixels need \d+ bytes, the file"):
+    with pytest.raises(ConfigError, match=rf"not the weights of {name} \(its configuration asks for \d+ bytes"):
         load_backbone(tmp_path)
     assert weights.exists()
 
@@ -122,6 +123,29 @@ def test_other_modules_are_refused(module: nn.Module, message: str) -> None:
         build_student(module, TARGETS, VIEW, size=None, width=8)
     with pytest.raises(ConfigError, match=r"--init pretrained: expected with a timm name"):
         build_student(module, TARGETS, VIEW, size=None, width=8, init="pretrained")
+
+
+@pytest.mark.parametrize("strides", [(4, 8, 16), (16,)])
+def test_initial_weights_are_a_function_of_the_seed(strides: tuple[int, ...]) -> None:
+    """They are those that a generator of this seed gives, pyramid first; the caller's random numbers are left alone."""
+    module = Maps(strides)
+    torch.manual_seed(7)
+    channels, grids = [6] * len(strides), [(64 // s, 96 // s) for s in strides]
+    pyramid = SimplePyramid(6, 16) if len(strides) == 1 else None
+    if pyramid is not None:
+        channels, grids = pyramid.channels, [(64 // s, 96 // s) for s in (4, 8, 16, 32)]
+    expected = FeatureRegressor(channels, grids, TARGETS, 8, "fpn-ppm").state_dict()
+    torch.manual_seed(5)
+    untouched = torch.rand(3)
+    torch.manual_seed(5)
+    student = build_student(module, TARGETS, VIEW, size=(64, 96), width=8, seed=7)
+    assert torch.equal(torch.rand(3), untouched)
+    found = student.regressor.state_dict()
+    assert list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    if pyramid is not None:
+        assert student.pyramid is not None
+        found = student.pyramid.state_dict()
+        assert found and all(torch.equal(found[name], value) for name, value in pyramid.state_dict().items())
 
 
 def test_sizes_that_a_network_cannot_take_are_refused() -> None:
