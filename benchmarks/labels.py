@@ -76,6 +76,7 @@ class Plan:
     finetune_lr: float
     device: str
     exact: bool
+    compile: bool
     results: Results
 
 
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--finetune-epochs", type=int, default=200)
     parser.add_argument("--finetune-lr", type=float, default=1e-3)
     parser.add_argument("--exact", action="store_true", help="label distillation from nearly exact labels too")
+    parser.add_argument("--compile", action="store_true", help="compile teacher, students and losses")
     parser.add_argument("--device", default="auto")
     add_results_flags(parser)
     asked, table_only = parsed(parser, "labels.py", AMOUNTS)
@@ -138,6 +140,7 @@ def run_all(plan: Plan) -> None:
         for split, images, limit in (("cache", plan.train, plan.images), ("test-cache", plan.test, None)):
             extract(images, plan.work / split, ExtractOptions(
                 teacher=where, timestep=(plan.timestep,), limit=limit, device=plan.device,
+                compile=plan.compile,
             ))  # fmt: skip
     report = inspect_cache(plan.work / "cache")
     plan.results.once(
@@ -199,7 +202,7 @@ def distilled(plan: Plan, name: str, seed: int, **chosen: Any) -> Path:
     out = plan.work / "runs" / name
     train(plan.work / "cache", out, TrainOptions(
         student=plan.student, student_size=plan.student_size, fpn_width=plan.fpn_width, epochs=plan.epochs,
-        batch_size=plan.batch_size, seed=seed, device=plan.device, **chosen,
+        batch_size=plan.batch_size, seed=seed, device=plan.device, compile=plan.compile, **chosen,
     ))  # fmt: skip
     return out
 
