@@ -1,12 +1,13 @@
 """Is the attention loss well served by decoded features? Its error against the exact ones, beside its own noise.
 
     python benchmarks/attention_error.py --caches runs/student_vs_size --images cifar10-test.parquet --teacher DIR \
-        --timestep T [--count 256]
+        --timestep T [--count 256] [--results DIR]
 
 Takes the codecs of the caches of student_vs_size.py, passes uncompressed features of images that no codec was fitted
 on through them, and prints AT(decoded, exact) a tap. What another noise draw of the same image does to the target,
 AT(draw 0, draw 1), is the scale. A map of log-energies beside the payload, rounded to so many decibels, would have the
-errors and cost at least the bytes (its entropy) that are printed last. Results: docs/results/attention_error.json.
+errors and cost at least the bytes (its entropy) that are printed last. Results: docs/results/attention_error.json;
+what stands there is shown, --results with an empty folder measures anew.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import ROOT, once
+from records import Results, results_flag
 
 from dtcache.cache import Cache
 from dtcache.codec import FeatureDecoder
@@ -36,12 +37,13 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--timestep", type=int, required=True)
     parser.add_argument("--count", type=int, default=256)
+    results_flag(parser)
     asked = parser.parse_args()
     command = (
         "python benchmarks/attention_error.py --caches CACHES --images IMAGES --teacher TEACHER "
         f"--timestep {asked.timestep} --count {asked.count}"
     )
-    result = once(ROOT / "docs" / "results" / "attention_error.json", command, lambda: measure(asked))
+    result = Results(folder=asked.results, command=command).once("attention_error", lambda: measure(asked))
     maps = [f"map {step:g} dB" for step in STEPS_DB]
     print(f"{'tap':14} " + " ".join(f"{name:>16}" for name in ("draws", *ARMS, *maps)))
     for name, row in result.items():

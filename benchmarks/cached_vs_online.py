@@ -1,7 +1,8 @@
 """A student from the cache beside one with the teacher in its loop: speed, quality, waiting, noise, whitening.
 
     python benchmarks/cached_vs_online.py --train cifar10-train.parquet --test cifar10-test.parquet --teacher DIR \
-        --timestep T [--parts speed,quality,noise,whitening] [--work runs/cached_vs_online] [--device cuda ...] ...
+        --timestep T [--parts speed,quality,noise,whitening] [--work runs/cached_vs_online] [--results DIR] \
+        [--device cuda ...] ...
 
 Speed (and waiting): seconds a step of one student from the cache, with the teacher in the loop, and on random tensors
 that lie on the device already, which is the limit. Blocks of steps alternate; ratios are medians over paired blocks.
@@ -11,7 +12,8 @@ Online noise is fresh; caches hold 1, 2 or 4 draws as views, or the mean of 4, a
 order, flips and the noise of draw 0. Losses are against the mean of 16 fresh draws of images that no arm saw;
 backbones also segment scenes, frozen, under a linear head. Noise: one draw with --noise-weighting. Whitening: {a
 sample, a position} x {MSE, MSE + 10 AT} on float16 caches, each judged in its own unit. Every measurement is a JSON
-of its own, and a finished one is skipped. Tables: docs/results/students.md.
+of its own, and a finished one is skipped. Tables: docs/results/students.md. --results and --work with empty folders
+measure everything anew; results that other flags made are refused.
 """
 
 import json
@@ -21,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cached_vs_online_plan import PAGE, RESULTS, Plan, extraction, new_student, online, parse, subset, training
+from cached_vs_online_plan import Plan, extraction, new_student, online, parse, subset, training
 from cached_vs_online_speed import speed
 from cached_vs_online_tables import write_tables
-from records import once
 from student_vs_size import reference_losses
 
 from dtcache.cache import Cache
@@ -60,7 +61,7 @@ def main() -> None:
         parts = {"speed": speed, "quality": quality, "noise": noise, "whitening": whitening}
         for part in plan.parts.split(","):
             parts[part](plan, images)
-    write_tables(RESULTS, PAGE)
+    write_tables(plan.results)
 
 
 def quality(plan: Plan, images: Path) -> None:
@@ -78,7 +79,7 @@ def quality(plan: Plan, images: Path) -> None:
             judged(plan, f"quality-seed{seed}-{name}", f"{cache.name}-run", cached)
         options, run = training(plan, seed, **online(plan)), f"online-seed{seed}-run"
         judged(plan, f"quality-seed{seed}-online", run, lambda o=options, r=run: trained(plan, images, r, o))
-        write_tables(RESULTS, PAGE)
+        write_tables(plan.results)
 
 
 def noise(plan: Plan, images: Path) -> None:
@@ -88,13 +89,13 @@ def noise(plan: Plan, images: Path) -> None:
         extract(images, cache, extraction(plan, seed=seed, draws=1))
         run = f"{cache.name}-noise-weighted-run"
         judged(plan, f"noise-seed{seed}-weighted", run, lambda c=cache, r=run, o=options: trained(plan, c, r, o))
-        write_tables(RESULTS, PAGE)
+        write_tables(plan.results)
 
 
 def whitening(plan: Plan, images: Path) -> None:
     """Train the 2x2 of whitening and attention loss on float16 caches."""
     extract_reference(plan)
-    once(plan.results / "attention-floor.json", plan.command, lambda: attention_floor(plan))
+    plan.results.once("attention-floor", lambda: attention_floor(plan))
     for seed in range(plan.seeds):
         cache = plan.work / f"cache-fp16-seed{seed}"
         extract(images, cache, extraction(plan, seed=seed, quality="fp16"))
@@ -103,7 +104,7 @@ def whitening(plan: Plan, images: Path) -> None:
             options = training(plan, seed, whitening=kind, at_weight=weight)
             run = f"{cache.name}-{name}-run"
             judged(plan, f"whitening-seed{seed}-{name}", run, lambda c=cache, r=run, o=options: trained(plan, c, r, o))
-        write_tables(RESULTS, PAGE)
+        write_tables(plan.results)
 
 
 def extract_reference(plan: Plan) -> Path:
@@ -127,8 +128,8 @@ def attention_floor(plan: Plan) -> dict[str, dict[str, float]]:
 
 def judged(plan: Plan, name: str, run: str, train_it: Callable[[], dict[str, Any]]) -> None:
     """Train one student and judge it, and its backbone by segmentation of scenes too, where that is not done yet."""
-    once(plan.results / f"{name}.json", plan.command, train_it)
-    once(plan.results / f"scenes-{name}.json", plan.command, lambda: segmented(plan, plan.work / run / "backbone"))
+    plan.results.once(name, train_it)
+    plan.results.once(f"scenes-{name}", lambda: segmented(plan, plan.work / run / "backbone"))
 
 
 def segmented(plan: Plan, backbone: Path) -> dict[str, Any]:

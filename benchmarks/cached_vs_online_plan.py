@@ -4,15 +4,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiment import Experiment, experiment_flags
+from experiment import Experiment, experiment_flags, parsed
 from records import ROOT
 
 from dtcache.images import open_source, permuted
 from dtcache.options import ExtractOptions, TrainOptions
 from dtcache.student import Student, build_student
 
-RESULTS = ROOT / "docs" / "results" / "cached_vs_online"
-PAGE = ROOT / "docs" / "results" / "students.md"
+AMOUNTS = ("--seeds", "--parts", "--large", "--rounds", "--steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +25,6 @@ class Plan(Experiment):
     scenes: int
     compile: bool
 
-    @property
-    def results(self) -> Path:
-        return RESULTS / self.name
-
-    @property
-    def command(self) -> str:
-        return self.shown("cached_vs_online.py")
-
 
 def parse(about: str) -> tuple[Plan, bool]:
     """Return the plan and whether only the tables are asked for."""
@@ -44,8 +35,7 @@ def parse(about: str) -> tuple[Plan, bool]:
     parser.add_argument("--steps", type=int, default=20, help="steps of a block")
     parser.add_argument("--scenes", type=int, default=300, help="images of each side of the segmentation")
     parser.add_argument("--compile", action="store_true", help="compile teacher, student and losses")
-    asked = vars(parser.parse_args())
-    table_only = asked.pop("table")
+    asked, table_only = parsed(parser, "cached_vs_online.py", AMOUNTS)
     return Plan(**asked), table_only
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from cached_vs_online_plan import Plan, extraction, new_student, online, training
-from records import once
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,11 +41,11 @@ WARM = 6
 def speed(plan: Plan, images: Path) -> None:
     """Time one extraction, and the blocks of the small and the large student."""
     cache = plan.work / "cache-speed"
-    seconds = once(plan.results / "extract.json", plan.command, lambda: timed_extraction(plan, images, cache))
+    seconds = plan.results.once("extract", lambda: timed_extraction(plan, images, cache))
     assert seconds["images"] == plan.images, "the cache of another plan lies in --work"
-    once(plan.results / "projection.json", plan.command, projection)
+    plan.results.once("projection", projection)
     for name in (plan.student, plan.large):
-        once(plan.results / f"speed-{name}.json", plan.command, lambda n=name: blocks(plan, images, cache, n))
+        plan.results.once(f"speed-{name}", lambda n=name: blocks(plan, images, cache, n))
 
 
 def timed_extraction(plan: Plan, images: Path, cache: Path) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from pages import Records, write_page
 from paired import bounds, interval
+from records import Results
 
 CPU_LIMIT, GPU_LIMIT = 1.10, 1.03
 SPEEDUP = 0.9
@@ -17,9 +17,9 @@ EPOCHS = 100
 STUDENTS = (1, 3, 10)
 
 
-def write_tables(results: Path, page: Path) -> None:
+def write_tables(results: Results) -> None:
     """Write the page of all experiments."""
-    write_page(results, page, "cached_vs_online.py", experiment_lines)
+    write_page(results.folder.parent, "students.md", "cached_vs_online.py", experiment_lines)
 
 
 def experiment_lines(records: Records) -> list[str]:

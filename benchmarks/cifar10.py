@@ -1,9 +1,10 @@
 """A student from a cache of CIFAR-10 against its own starting weights, every tap of its teacher, and raw pixels.
 
-    python benchmarks/cifar10.py --data ../shared/data [--work runs/cifar10] [--seeds 3] [--table]
+    python benchmarks/cifar10.py --data ../shared/data [--work runs/cifar10] [--seeds 3] [--results DIR] [--table]
 
 Every run writes its own JSON to docs/results/cifar10/ and a finished run is skipped, so that the work adds up over
-interruptions. The table is written to docs/results/cifar10.md from those files.
+interruptions. The table is written to docs/results/cifar10.md from those files. --results and --work with empty folders
+measure everything anew but the teacher, which is finished where it lies.
 """
 
 import argparse
@@ -13,17 +14,18 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from records import ROOT, once
+from pages import write_lines
+from records import ROOT, Results, results_flag
 
-RESULTS = ROOT / "docs" / "results" / "cifar10"
 TEACHER = ROOT / "benchmarks" / "teachers" / "cifar10"
 HEAD = """# CIFAR-10
 
-Written by `python benchmarks/cifar10.py --data ../shared/data`; each run has its own JSON beside this page.
-Two x86-64 cores without a GPU; the seconds are wall times of runs that shared the cores with each other and with other
+Written by `python benchmarks/cifar10.py --data DATA`; each run has its own JSON beside this page.
+Machine: {machines}. The seconds are wall times of runs that shared the cores with each other and with other
 work. The teacher (`benchmarks/teachers/cifar10`, [samples](../../benchmarks/teachers/cifar10/samples.png),
 [loss](../../benchmarks/teachers/cifar10/loss.png)) is a small one of an hour on such a machine: what counts is how much
 of it students take over. Students train on strides 2, 4 and 8: the finest tap is half noise, and without it they enter
@@ -46,15 +48,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each")
     parser.add_argument("--table", action="store_true", help="write the table from the results that are there")
+    results_flag(parser)
     asked = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    folder = asked.results / "cifar10"
     if not asked.table:
-        run_all(asked.data, asked.work, asked.seeds, asked.workers)
-    write_table()
+        run_all(folder, asked.data, asked.work, asked.seeds, asked.workers)
+    write_table(folder)
 
 
-def run_all(data: Path, work: Path, seeds: int, workers: int) -> None:
+def run_all(folder: Path, data: Path, work: Path, seeds: int, workers: int) -> None:
     """Teacher, timestep, cache; then students and probes, which need each other no more, side by side."""
+    step = partial(run_step, folder)
     train, test = data / "cifar10-train.parquet", data / "cifar10-test.parquet"
     probes = ["--train", train, "--test", test, *EVALUATE]
     step("teacher", ["teach", train, *TEACH, "--out", TEACHER])
@@ -82,7 +86,9 @@ def run_all(data: Path, work: Path, seeds: int, workers: int) -> None:
             job.result()
 
 
-def step(name: str, arguments: list[Any], summary: Path | None = None, threads_of: int = 1) -> dict[str, Any]:
+def run_step(
+    folder: Path, name: str, arguments: list[Any], summary: Path | None = None, threads_of: int = 1
+) -> dict[str, Any]:
     """Run one command unless its result is there and return the result; it uses an equal share of the threads."""
     words = [str(a) for a in arguments]
     as_json = ["--json"] if words[0] in ("evaluate", "inspect") else []
@@ -96,12 +102,12 @@ def step(name: str, arguments: list[Any], summary: Path | None = None, threads_o
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         return json.loads(summary.read_text() if summary else done.stdout) if summary or as_json else {}
 
-    return once(RESULTS / f"{name}.json", shown, run)
+    return Results(folder=folder, command=shown).once(name, run)
 
 
-def write_table() -> None:
-    """Write docs/results/cifar10.md from the results that are there."""
-    records = {p.stem: json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))}
+def write_table(folder: Path) -> None:
+    """Write the page beside a folder from the results that are in it."""
+    records = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
     rows = ["| features | dims | k-NN top-1 % | linear top-1 % |", "|---|---|---|---|"]
     for kind, title in (("init", "ResNet-18, its own starting weights"), ("student", "**ResNet-18, from the cache**")):
         runs = [r["result"] for n, r in records.items() if n.startswith(f"{kind}-")]
@@ -113,9 +119,10 @@ def write_table() -> None:
             title = f"teacher {row['name']}" if name == "taps" else "raw pixels"
             rows.append(f"| {title} | {row['feature_dim']} | {row['knn_top1']:.2f} | {row['linear_top1']:.2f} |")
     commands = [f"{r['command']}    # {r['seconds']:.0f} s, commit {r['commit']}" for r in records.values()]
-    text = [HEAD, "## Table", "", *rows, "", *gap(records), *choice(records), *cache(records), *losses(records)]
+    head = HEAD.format(machines="; ".join(sorted({r["machine"] for r in records.values()})))
+    text = [head, "## Table", "", *rows, "", *gap(records), *choice(records), *cache(records), *losses(records, folder)]
     text += ["## Commands", "", "```", *commands, "```", ""]
-    (RESULTS.parent / "cifar10.md").write_text("\n".join(text))
+    write_lines(folder.parent / "cifar10.md", text)
 
 
 def choice(records: dict[str, Any]) -> list[str]:
@@ -161,7 +168,7 @@ def cache(records: dict[str, Any]) -> list[str]:
     ]
 
 
-def losses(records: dict[str, Any]) -> list[str]:
+def losses(records: dict[str, Any], folder: Path) -> list[str]:
     """Show what the students ended with on held-out images of the cache."""
     runs = [r["result"] for name, r in records.items() if name.startswith("train-")]
     if not runs:
@@ -170,7 +177,8 @@ def losses(records: dict[str, Any]) -> list[str]:
     for name in [n for n in runs[0]["held_out"] if n.startswith("mse/")]:
         mean = mean_and_spread([run["held_out"][name] for run in runs])
         rows.append(f"| {name} | {mean} | {runs[0]['noise_floor'][name.removeprefix('mse/')]:.3f} |")
-    return ["## Losses", "", *rows, "", "![held-out losses of seed 0](cifar10/curves-seed0.png)", ""]
+    curves = ["![held-out losses of seed 0](cifar10/curves-seed0.png)", ""]
+    return ["## Losses", "", *rows, "", *(curves if (folder / "curves-seed0.png").exists() else [])]
 
 
 def gap(records: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from dask.distributed import Client
-from records import RESULTS, ROOT, write
+from records import ROOT, results_flag, write
 
 from dtcache.device import cpu_threads
 from dtcache.images import open_source
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/cluster"))
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS / "cluster.json")
+    results_flag(parser)
     asked, started = parser.parse_args(), time.time()
     options = ExtractOptions(
         teacher=str(TEACHER),
@@ -98,7 +98,7 @@ def main() -> None:
     }
     print(f"two workers over one: {ratio:.2f} (goal {GOAL}); the machine's limit {limit:.2f}")
     command = f"python benchmarks/cluster.py --images {asked.images} --rounds {asked.rounds}"
-    write(asked.out, command, result, time.time() - started)
+    write(asked.results / "cluster.json", command, result, time.time() - started)
 
 
 def fresh(begun: Path, root: Path) -> CacheWriter:

@@ -1,13 +1,16 @@
 """What the experiments on students share: their inputs, their student, and the flags and command that say so."""
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from records import Results, command_of, results_flag
 
 from dtcache.options import TrainOptions
 
-INPUTS = ("train", "test", "teacher", "work")
-"""Paths, which no recorded command names."""
+INPUTS = ("train", "test", "train_masks", "test_masks", "teacher")
+"""What recorded commands show by name alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +33,7 @@ class Experiment:
     batch_size: int
     seeds: int
     device: str
-
-    def shown(self, script: str) -> str:
-        """Return the command that makes the results."""
-        values = {name: value for name, value in asdict(self).items() if name not in INPUTS}
-        given = {name: "" if value is True else f" {value}" for name, value in values.items() if value is not False}
-        flags = " ".join(f"--{name.replace('_', '-')}{value}" for name, value in given.items())
-        return f"python benchmarks/{script} --train TRAIN --test TEST --teacher TEACHER {flags}"
+    results: Results
 
     def training(self, seed: int) -> TrainOptions:
         """Return the options that all of its students share."""
@@ -65,5 +62,26 @@ def experiment_flags(about: str, *, work: Path, images: int, epochs: int) -> arg
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--table", action="store_true", help="write the tables from the results that are there")
+    add_results_flags(parser)
     return parser
+
+
+def add_results_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what experiments can do with results."""
+    results_flag(parser)
+    parser.add_argument("--table", action="store_true", help="write the tables from the results that are there")
+
+
+def parsed(parser: argparse.ArgumentParser, script: str, amounts: tuple[str, ...]) -> tuple[dict[str, Any], bool]:
+    """Return what is asked for, its results found to be of this very command, and whether only tables are wanted."""
+    asked = vars(parser.parse_args())
+    table_only, where = asked.pop("table"), asked.pop("results")
+    shown = {name: value for name, value in asked.items() if name != "work"}
+    results = Results(
+        folder=where / Path(script).stem / asked["name"],
+        command=command_of(script, shown, INPUTS),
+        defaults=command_of(script, {name: parser.get_default(name) for name in shown}, INPUTS),
+        amounts=("--name", *amounts),
+    )
+    results.read()
+    return {**asked, "results": results}, table_only

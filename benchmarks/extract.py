@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from records import RESULTS, write
+from records import results_flag, write
 
 from dtcache.device import resolve_compute
 from dtcache.images import load_views, open_source
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
+    results_flag(parser)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -71,7 +72,7 @@ def main() -> None:
     result = summary(rounds, device)
     command = f"python benchmarks/extract.py --width {asked.width} --images {asked.images} --passes {asked.passes} "
     command += f"--batch-size {asked.batch_size} --rounds {asked.rounds} --device {asked.device}"
-    write(RESULTS / f"extract-{asked.width}-{device}.json", command, result, time.time() - started)
+    write(asked.results / f"extract-{asked.width}-{device}.json", command, result, time.time() - started)
     print(json.dumps(result, indent=1))
 
 

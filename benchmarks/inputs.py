@@ -1,10 +1,10 @@
 """What input at scale costs: a folder's list, tar shards against files, Parquet by how much of it may be held.
 
-    python benchmarks/inputs.py --work SCRATCH [--files 200000] [--rows 20000]
+    python benchmarks/inputs.py --work SCRATCH [--files 200000] [--rows 20000] [--results DIR]
 
 Images are random bytes of 20 to 80 kB: nothing is decoded, only found and read, in one permuted order, from the page
 cache. Peak memory is that of a process of its own, above what it has after its imports. Results:
-docs/results/inputs.json.
+docs/results/inputs.json; what stands there is shown, --results with an empty folder measures anew.
 """
 
 import argparse
@@ -33,15 +33,17 @@ MIB = 1 << 20
 
 def main() -> None:
     """Measure, print, and keep the result."""
-    from records import RESULTS, once  # imports torch, which the measured processes do without
+    from records import Results, results_flag  # imports torch, which the measured processes do without
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--files", type=int, default=200_000)
     parser.add_argument("--rows", type=int, default=20_000)
+    results_flag(parser)
     asked = parser.parse_args()
     command = f"python benchmarks/inputs.py --work SCRATCH --files {asked.files} --rows {asked.rows}"
-    result = once(RESULTS / "inputs.json", command, lambda: measure(asked.work, asked.files, asked.rows))
+    results = Results(folder=asked.results, command=command)
+    result = results.once("inputs", lambda: measure(asked.work, asked.files, asked.rows))
     print(*(f"{name}: {value}" for name, value in result["list"].items()), sep="\n")
     for row in result["reads"]:
         print(

@@ -1,29 +1,32 @@
 """What label distillation is worth: one segmentation network, finetuned on a few images, from five starts.
 
-    python benchmarks/labels.py --name scenes [--images 3000 --labelled 20,40 --seeds 5 --exact ...] [--table]
+    python benchmarks/labels.py --name scenes [--images 3000 --labelled 20,40 --seeds 5 --exact ...] \
+        [--results DIR] [--table]
     python benchmarks/labels.py --name camvid --train IMAGES --train-masks DIR --test IMAGES --test-masks DIR \
-        --teacher DIR --timestep T --labelled 40 --seeds 3 [--table]
+        --teacher DIR --timestep T --labelled 40 --seeds 3 [--results DIR] [--table]
 
 Without paths it generates scenes and takes the bundled teacher. Of a seed all arms share the labelled images, the
 network (backbone, pyramid, logit head), its starting weights where they are random, and the recipe with crops and
 jitter: they differ in what the backbone, and in the label and mixed arms the head too, was trained on before. The
 interpreter is judged on the teacher's features of the test images. Every result is a JSON of its own, and a finished
-one is skipped. The tables go to docs/results/labels.md.
+one is skipped. The tables go to docs/results/labels.md. --results and --work with empty folders measure everything
+anew; results that other flags made are refused.
 """
 
 import argparse
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from experiment import add_results_flags, parsed
 from labels_tables import write_tables
-from records import ROOT, once
+from records import ROOT, Results
 
 from dtcache.cache import Cache
 from dtcache.images import open_masks, permuted
@@ -42,10 +45,8 @@ from pipelines.report import inspect_cache
 from pipelines.segment import segment
 from pipelines.train import train
 
-RESULTS = ROOT / "docs" / "results" / "labels"
-PAGE = ROOT / "docs" / "results" / "labels.md"
 TEST_START = 1_000_000
-PATHS = ("train", "train_masks", "test", "test_masks", "teacher", "work")
+AMOUNTS = ("--seeds", "--labelled", "--exact")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,23 +76,8 @@ class Plan:
     finetune_lr: float
     device: str
     exact: bool
-
-    generated: bool = False
-    """Whether the images are scenes, made in `work`."""
-
-    @property
-    def command(self) -> str:
-        """The command that makes the results; it names no path of the machine."""
-        words, hidden = ["python benchmarks/labels.py"], {"work", "generated", *(PATHS if self.generated else ())}
-        for name, value in asdict(self).items():
-            if value not in (None, False) and name not in hidden:
-                shown = name.upper() if name in PATHS else value
-                words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {shown}"))
-        return " ".join(words)
-
-    def once(self, name: str, run: Any) -> Any:
-        """Return a result, computing it where it is not there."""
-        return once(RESULTS / self.name / f"{name}.json", self.command, run)
+    compile: bool
+    results: Results
 
 
 def main() -> None:
@@ -117,22 +103,22 @@ def main() -> None:
     parser.add_argument("--finetune-epochs", type=int, default=200)
     parser.add_argument("--finetune-lr", type=float, default=1e-3)
     parser.add_argument("--exact", action="store_true", help="label distillation from nearly exact labels too")
+    parser.add_argument("--compile", action="store_true", help="compile teacher, students and losses")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--table", action="store_true", help="write the tables from the results that are there")
-    asked = vars(parser.parse_args())
-    table_only = asked.pop("table")
+    add_results_flags(parser)
+    asked, table_only = parsed(parser, "labels.py", AMOUNTS)
     plan = Plan(**asked)
     if not table_only:
         run_all(plan if plan.train is not None else scenes(plan))
-    write_tables(RESULTS, PAGE)
+    write_tables(plan.results)
 
 
 def scenes(plan: Plan) -> Plan:
-    """Generate scenes and return the plan that uses them; recorded commands do not change by it."""
+    """Generate scenes and return the plan that uses them."""
     for split, start, count in (("train", 0, plan.images), ("test", TEST_START, plan.test_images)):
         write_scenes(plan.work / split, seed=0, size=64, count=count, start=start)
     return replace(
-        plan, generated=True, train=plan.work / "train/images", train_masks=plan.work / "train/masks",
+        plan, train=plan.work / "train/images", train_masks=plan.work / "train/masks",
         test=plan.work / "test/images", test_masks=plan.work / "test/masks",
     )  # fmt: skip
 
@@ -154,13 +140,16 @@ def run_all(plan: Plan) -> None:
         for split, images, limit in (("cache", plan.train, plan.images), ("test-cache", plan.test, None)):
             extract(images, plan.work / split, ExtractOptions(
                 teacher=where, timestep=(plan.timestep,), limit=limit, device=plan.device,
+                compile=plan.compile,
             ))  # fmt: skip
     report = inspect_cache(plan.work / "cache")
-    plan.once("cache", lambda: {name: report[name] for name in ("num_done", "bytes_per_image", "ratio", "parts")})
+    plan.results.once(
+        "cache", lambda: {name: report[name] for name in ("num_done", "bytes_per_image", "ratio", "parts")}
+    )
     for seed in range(plan.seeds):
         for count in map(int, plan.labelled.split(",")):
             run_one(plan, count, seed)
-            write_tables(RESULTS, PAGE)
+            write_tables(plan.results)
 
 
 def run_one(plan: Plan, count: int, seed: int) -> None:
@@ -172,19 +161,19 @@ def run_one(plan: Plan, count: int, seed: int) -> None:
             masks=masks, validation=0.0, width=plan.width, epochs=plan.fit_epochs, device=plan.device,
             warmup_epochs=plan.fit_epochs // 5, seed=seed,
         ))  # fmt: skip
-    plan.once(f"{name}-interpreter", lambda: {"miou": interpreter_miou(plan, interpreter)})
-    plan.once(f"{name}-labels", lambda: written(plan, interpreter, name, "10%"))
+    plan.results.once(f"{name}-interpreter", lambda: {"miou": interpreter_miou(plan, interpreter)})
+    plan.results.once(f"{name}-labels", lambda: written(plan, interpreter, name, "10%"))
     feature = distilled(plan, f"feature-seed{seed}", seed)
     arms = {"random": (feature / "init", None), "feature": (feature / "backbone", None)}
     for arm, chosen in (("label", {"feature_weight": 0.0}), ("mixed", {})):
         run = distilled(plan, f"{arm}-{name}", seed, labels=name, **chosen)
         arms[arm] = (run / "backbone", run)
     if plan.exact:
-        plan.once(f"{name}-labels-exact", lambda: written(plan, interpreter, f"{name}-exact", "100%"))
+        plan.results.once(f"{name}-labels-exact", lambda: written(plan, interpreter, f"{name}-exact", "100%"))
         run = distilled(plan, f"label-exact-{name}", seed, labels=f"{name}-exact", feature_weight=0.0)
         arms["label-exact"] = (run / "backbone", run)
     for arm, (backbone, head) in arms.items():
-        plan.once(f"{name}-{arm}", lambda b=backbone, h=head: finetuned(plan, b, h, masks, seed))
+        plan.results.once(f"{name}-{arm}", lambda b=backbone, h=head: finetuned(plan, b, h, masks, seed))
 
 
 def subset(plan: Plan, count: int, seed: int) -> Path:
@@ -213,7 +202,7 @@ def distilled(plan: Plan, name: str, seed: int, **chosen: Any) -> Path:
     out = plan.work / "runs" / name
     train(plan.work / "cache", out, TrainOptions(
         student=plan.student, student_size=plan.student_size, fpn_width=plan.fpn_width, epochs=plan.epochs,
-        batch_size=plan.batch_size, seed=seed, device=plan.device, **chosen,
+        batch_size=plan.batch_size, seed=seed, device=plan.device, compile=plan.compile, **chosen,
     ))  # fmt: skip
     return out
 

@@ -3,11 +3,11 @@
 import re
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pages import Records, write_page
 from paired import bounds, interval
+from records import Results
 
 ARMS = ("random", "feature", "label", "label-exact", "mixed", "interpreter")
 GOALS = (("mixed", "random", 5.0), ("mixed", "feature", 0.0), ("mixed", "label", -1.0), ("label", "label-exact", -1.0))
@@ -15,9 +15,9 @@ GOALS = (("mixed", "random", 5.0), ("mixed", "feature", 0.0), ("mixed", "label",
 MOST_SHARE = 0.10
 
 
-def write_tables(results: Path, page: Path) -> None:
+def write_tables(results: Results) -> None:
     """Write the page of all experiments."""
-    write_page(results, page, "labels.py", experiment_lines)
+    write_page(results.folder.parent, "labels.md", "labels.py", experiment_lines)
 
 
 def experiment_lines(records: Records) -> list[str]:

@@ -1,6 +1,6 @@
 """Views a second of dtcache beside a bare fp16 memory map, zarr-python, TensorStore and LitData, on one core.
 
-    pip install -e '.[bench]' && python benchmarks/loader.py [--work runs/loader] [--rounds 5]
+    pip install -e '.[bench]' && python benchmarks/loader.py [--work runs/loader] [--rounds 5] [--results DIR]
 
 All serve the same samples in the same random batches: dtcache its 50-fold cache as the batch of coefficients that
 stage 2 sends to the device (and, apart, as decoded features on the CPU), the memory map fp16, the others the same
@@ -27,7 +27,7 @@ import torch
 import zarr
 from litdata.streaming import Cache as LitCache
 from litdata.streaming import StreamingDataset
-from records import RESULTS, write
+from records import results_flag, write
 from synthetic import LARGE, SMALL, Shape, features, fit_pyramid, names_of, write_synthetic_cache
 from zarr.codecs import Crc32cCodec
 
@@ -69,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/loader"))
     parser.add_argument("--rounds", type=int, default=5)
+    results_flag(parser)
     asked = parser.parse_args()
     begun = time.time()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -82,7 +83,7 @@ def main() -> None:
         result[pyramid.name] = measure(root, pyramid, asked.rounds)
         show(pyramid, result[pyramid.name])
     command = f"python benchmarks/loader.py --rounds {asked.rounds}"
-    write(RESULTS / "loader.json", command, result, time.time() - begun)
+    write(asked.results / "loader.json", command, result, time.time() - begun)
 
 
 def make(root: Path, pyramid: Pyramid) -> None:

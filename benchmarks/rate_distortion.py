@@ -24,12 +24,11 @@ from bound import band_variances, bound_bytes, energy_per_image
 from counted import COUNTED, count_ours, flat_fits, leading, stored_bytes
 from features import FeatureSet, adm_features, cifar10_features
 from peers import bytes_at, bytes_near, peer_curves
-from records import ROOT, commit, machine
+from records import ROOT, commit, machine, results_flag
 
 from dtcache.codec.fit import TapStatistics, solve_step, tap_statistics
 from pipelines.progress import track
 
-OUT = ROOT / "docs" / "results" / "rate_distortion"
 DISTORTIONS = (0.3, 0.1, 0.03, 0.01, 0.003)
 RATIO = 50.0
 SIZED = 48
@@ -49,6 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=2, help="processes of one thread; 1: one teacher after the other"
     )
+    results_flag(parser)
     asked = parser.parse_args()
     started = time.time()
     parts = [_cifar10] * bool(asked.data and asked.count) + [_adm] * bool(asked.adm_count)
@@ -59,7 +59,7 @@ def main() -> None:
     names = ("timestep", "count", "peer_count", "adm_fit", "adm_count")
     flags = " ".join(f"--{name.replace('_', '-')} {getattr(asked, name)}" for name in names)
     command = f"python benchmarks/rate_distortion.py --data DATA {flags}"
-    write(found, command, time.time() - started)
+    write(asked.results, found, command, time.time() - started)
 
 
 def _cifar10(asked: argparse.Namespace) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def table(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def write(results: dict[str, Any], command: str, seconds: float) -> None:
+def write(folder: Path, results: dict[str, Any], command: str, seconds: float) -> None:
     """Write the JSON beside machine, command and commit, and the plot."""
     record = {
         "command": command,
@@ -168,12 +168,12 @@ def write(results: dict[str, Any], command: str, seconds: float) -> None:
         "counted": COUNTED,
         "results": results,
     }
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rate_distortion.json").write_text(json.dumps(record, indent=1) + "\n")
     head = ["# Bytes at equal distortion", "", f"`{record['command']}`: {record['distortion']}", "", COUNTED, ""]
     lines = [line for result in results.values() for line in table(result)]
-    OUT.with_suffix(".md").write_text("\n".join([*head, *lines, "![bits a value](rate_distortion.png)", ""]))
-    plot(results, OUT.with_suffix(".png"))
+    (folder / "rate_distortion.md").write_text("\n".join([*head, *lines, "![bits a value](rate_distortion.png)", ""]))
+    plot(results, folder / "rate_distortion.png")
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -1,11 +1,13 @@
 """Results as small JSON files: what was run, where, at which commit; a finished run is never repeated."""
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,69 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 
 
-def once(path: Path, command: str, run: Callable[[], Any]) -> Any:
-    """Return the result in `path`, or run, write it there and return it."""
-    if path.exists():
-        return json.loads(path.read_text())["result"]
-    started = time.time()
-    result = run()
-    write(path, command, result, time.time() - started)
-    return result
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The results of one command, a JSON file each."""
+
+    folder: Path
+    command: str
+    """What makes them."""
+    defaults: str = ""
+    """The command of all defaults: a record that does not name a flag was made with what stands here."""
+    amounts: tuple[str, ...] = ()
+    """Flags that choose which results there are and how often they are timed, not what they are."""
+
+    def once(self, name: str, run: Callable[[], Any]) -> Any:
+        """Return the result of this name, or run, write it and return it; exit where another command made it."""
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            return self._checked(path)["result"]
+        started = time.time()
+        result = run()
+        write(path, self.command, result, time.time() - started)
+        return result
+
+    def read(self) -> dict[str, Any]:
+        """Return all records by name; exit where another command made one."""
+        return {path.stem: self._checked(path) for path in sorted(self.folder.glob("*.json"))}
+
+    def _checked(self, path: Path) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(path.read_text())
+        made, asked, usual = (flags_of(text) for text in (record["command"], self.command, self.defaults))
+        for flag in sorted({*made, *asked} - {*self.amounts}):
+            was, now = (flags.get(flag, usual.get(flag, "not given")) for flags in (made, asked))
+            if was != now:
+                others = "another --name or --results" if "--name" in asked else "another --results"
+                raise SystemExit(f"{path}: recorded with {flag} {was}, asked for {flag} {now}; give {others}")
+        return record
+
+
+def results_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says where results lie."""
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results [docs/results]")
+
+
+def command_of(script: str, values: Mapping[str, Any], inputs: tuple[str, ...] = ()) -> str:
+    """Return a script's command; inputs are shown by their names, since a command names no path of the machine."""
+    words = [f"python benchmarks/{script}"]
+    for name, value in values.items():
+        if value is not None and value is not False:
+            shown = name.upper() if name in inputs else value
+            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {shown}"))
+    return " ".join(words)
+
+
+def flags_of(command: str) -> dict[str, str]:
+    """Return a command's flags and what each is given; a path counts by its name, since it may lie anywhere."""
+    flags: dict[str, list[str]] = {}
+    flag = "command"
+    for word in command.split():
+        if word.startswith("--"):
+            flag = word
+            flags.setdefault(flag, [])
+        else:
+            flags.setdefault(flag, []).append(Path(word).name)
+    return {flag: " ".join(words) or "on" for flag, words in flags.items()}
 
 
 def write(path: Path, command: str, result: Any, seconds: float) -> None:

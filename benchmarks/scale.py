@@ -1,6 +1,6 @@
 """What a cache costs as it grows: writing 1k, 10k and 100k images, opening 1.28 million and starting an epoch.
 
-    python benchmarks/scale.py [--work runs/scale]
+    python benchmarks/scale.py [--work runs/scale] [--rounds 3] [--results DIR]
 
 The four taps of a CIFAR-10 teacher at 50 times, one view. The large cache's shards are hard links to one shard of each
 array, so that it takes little disk: everything that opening and reading look at (the index of 1.28 million samples,
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from records import RESULTS, write
+from records import results_flag, write
 from synthetic import (
     SMALL,
     begin_cache,
@@ -50,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/scale"))
     parser.add_argument("--rounds", type=int, default=3)
+    results_flag(parser)
     parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     begun = time.time()
@@ -77,7 +78,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=1))
     command = f"python benchmarks/scale.py --rounds {asked.rounds}"
-    write(RESULTS / "scale.json", command, result, time.time() - begun)
+    write(asked.results / "scale.json", command, result, time.time() - begun)
 
 
 def encode(fit: dict[str, FittedTap]) -> dict[str, list[bytes]]:

@@ -1,10 +1,12 @@
 """How to keep a view's pixels: bytes, decoding time and error of each container, on photographs that must be resized.
 
-    python benchmarks/stored_images.py --images ../shared/data/camvid/images/train [--count 64] [--size 256]
+    python benchmarks/stored_images.py --images ../shared/data/camvid/images/train [--count 64] [--size 256] \
+        [--results DIR]
 
 Where the view changes no pixel the source's own bytes are kept and no container is needed. Lossless WebP is named by
 its method and its quality, the two degrees of effort. Times are of one thread's CPU; those of decoding are medians of
-rounds in which every container decodes every image once. Results: docs/results/stored_images-SIZE.json.
+rounds in which every container decodes every image once. Results: docs/results/stored_images-SIZE.json; what stands
+there is shown, --results with an empty folder measures anew.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from records import ROOT, once
+from records import Results, results_flag
 
 from dtcache.images import load_views, open_source, permuted
 from dtcache.options import parse_size
@@ -41,13 +43,11 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--size", default="256", metavar="H[xW]")
+    results_flag(parser)
     asked = parser.parse_args()
     command = f"python benchmarks/stored_images.py --images IMAGES --count {asked.count} --size {asked.size}"
-    result = once(
-        ROOT / "docs" / "results" / f"stored_images-{asked.size}.json",
-        command,
-        lambda: measure(asked.images, asked.count, asked.size),
-    )
+    results = Results(folder=asked.results, command=command)
+    result = results.once(f"stored_images-{asked.size}", lambda: measure(asked.images, asked.count, asked.size))
     print(f"{'container':16} {'bytes':>8} {'of PNG':>7} {'decode ms':>9} {'encode ms':>9} {'PSNR dB':>8}")
     png = result["containers"]["PNG"]["bytes"]
     for name, row in result["containers"].items():

@@ -1,12 +1,14 @@
 """What a student loses by a smaller cache: paired runs of one student on caches of 1, 10, 50 and 100 times under fp16.
 
     python benchmarks/student_vs_size.py --train cifar10-train.parquet --test cifar10-test.parquet --teacher DIR \
-        --timestep T [--work runs/student_vs_size] [--device cuda --student resnet50 ...] [--table]
+        --timestep T [--work runs/student_vs_size] [--device cuda --student resnet50 ...] \
+        [--results DIR] [--table]
 
 Quality is the whitened MSE on images that no cache held, against UNcompressed targets, mean over taps; the attention
 loss and a linear probe stand apart. Runs of one seed share their starting weights, order and views, so that their
 differences are the codec's alone. Every run writes its own JSON and a finished run is skipped: the table grows over
-interruptions. It is written to docs/results/student_vs_size/NAME.md.
+interruptions. It is written to docs/results/student_vs_size/NAME.md. --results and --work with empty folders measure
+everything anew; results that other flags made are refused.
 """
 
 import json
@@ -17,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiment import Experiment, experiment_flags
+from experiment import Experiment, experiment_flags, parsed
+from pages import about, write_lines
 from paired import bounds, interval
-from records import ROOT, once
+from records import ROOT
 
 from dtcache.cache import Cache
 from dtcache.device import Compute, resolve_compute
@@ -33,7 +36,6 @@ from pipelines.report import inspect_cache
 from pipelines.run import load_checkpoint
 from pipelines.train import train
 
-RESULTS = ROOT / "docs" / "results" / "student_vs_size"
 ARMS = {"fp16": "fp16", "10x": "high", "50x": "default", "100x": "small"}
 GOALS = {"50x": 1.0, "100x": 2.0}
 """Most that the MSE may rise, per cent, at the upper end of the interval."""
@@ -44,8 +46,7 @@ PROBE_GOAL = -1.0
 def main() -> None:
     """Run what is not finished, then write the table."""
     parser = experiment_flags(__doc__.splitlines()[0], work=ROOT / "runs" / "student_vs_size", images=4000, epochs=12)
-    asked = vars(parser.parse_args())
-    table_only = asked.pop("table")
+    asked, table_only = parsed(parser, "student_vs_size.py", ("--seeds",))
     plan = Experiment(**asked)
     if not table_only:
         run_all(plan)
@@ -54,20 +55,14 @@ def main() -> None:
 
 def run_all(plan: Experiment) -> None:
     """Extract every arm and the uncompressed reference, then train and judge seed by seed, so that pairs grow."""
-    RESULTS.joinpath(plan.name).mkdir(parents=True, exist_ok=True)
     for arm, quality in ARMS.items():
-        once(
-            result_path(plan, f"cache-{arm}"),
-            plan.shown("student_vs_size.py"),
-            lambda q=quality, a=arm: cache_of(plan, a, q),
-        )
+        plan.results.once(f"cache-{arm}", lambda q=quality, a=arm: cache_of(plan, a, q))
     reference = plan.work / "reference"
     options = ExtractOptions(**common(plan), quality="fp16", flip=False, limit=plan.held_out)
     extract(plan.test, reference, options)
     for seed in range(plan.seeds):
         for arm in ARMS:
-            path = result_path(plan, f"seed{seed}-{arm}")
-            once(path, plan.shown("student_vs_size.py"), lambda a=arm, s=seed: judged(plan, a, s, reference))
+            plan.results.once(f"seed{seed}-{arm}", lambda a=arm, s=seed: judged(plan, a, s, reference))
         write_table(plan)
 
 
@@ -140,14 +135,9 @@ def reference_losses(student: Student, reference: Path, options: TrainOptions, c
     return held_out_losses(distillation, student, batches)
 
 
-def result_path(plan: Experiment, name: str) -> Path:
-    """Return where one run's result lies."""
-    return RESULTS / plan.name / f"{name}.json"
-
-
 def write_table(plan: Experiment) -> None:
     """Write the page of one experiment from the results that are there."""
-    found = {p.stem: json.loads(p.read_text()) for p in sorted((RESULTS / plan.name).glob("*.json"))}
+    found = plan.results.read()
     runs = {name: record["result"] for name, record in found.items() if name.startswith("seed")}
     seeds = sorted({name.split("-")[0] for name in runs})
     rows = [
@@ -169,12 +159,9 @@ def write_table(plan: Experiment) -> None:
         "",
         *rows,
         "",
-        "```",
-        *sorted({r["command"] for r in found.values()}),
-        "```",
-        "",
+        *about(found),
     ]
-    (RESULTS / f"{plan.name}.md").write_text("\n".join(text))
+    write_lines(plan.results.folder.parent / f"{plan.name}.md", text)
 
 
 def table_row(arm: str, cost: dict[str, Any], pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
