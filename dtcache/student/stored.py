@@ -38,14 +38,13 @@ def read_config(path: Path, *, expected: str, again: str) -> Json:
 def load_weights(path: Path, make: Callable[[], Network], *, title: str, again: str) -> Network:
     """Return the network that `make` builds with the weights in a file, loaded strictly and all of them finite.
 
-    Memory is taken for no more than the file holds, and no random number from the caller. Raises ConfigError.
+    Memory is taken for no more than the file holds, where that can be told beforehand, and no random number from the
+    caller. Raises ConfigError.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: the weights are missing; {again}")
     try:
-        with torch.device("meta"):
-            needed = sum(value.nbytes for value in make().state_dict().values())
-        if needed > path.stat().st_size:
+        if (needed := _needed_bytes(make)) > path.stat().st_size:
             raise RuntimeError(f"its configuration asks for {needed} bytes, the file has {path.stat().st_size}")
         weights = safetensors.torch.load_file(path)
         if not all(bool(value.isfinite().all()) for value in weights.values()):
@@ -57,6 +56,19 @@ def load_weights(path: Path, make: Callable[[], Network], *, title: str, again: 
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{path}: not the weights of {title} ({reason}); {again}") from error
     return network
+
+
+def _needed_bytes(make: Callable[[], nn.Module]) -> int:
+    """Return the size of the weights of the network that `make` builds, without taking memory for them.
+
+    It is 0 where that cannot be told: older versions of timm compute with tensors while they build some networks.
+    """
+    try:
+        with torch.device("meta"):
+            return sum(value.nbytes for value in make().state_dict().values())
+    except RuntimeError:
+        # What fails for another reason fails again, by name, when the network is built for good.
+        return 0
 
 
 def weight_bytes(network: nn.Module) -> bytes:

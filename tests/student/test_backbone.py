@@ -225,6 +225,21 @@ def test_a_larger_network_than_its_file_takes_no_memory(saved: Path, monkeypatch
     assert devices == {"meta"}
 
 
+def test_a_network_that_computes_while_it_is_built_loads(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older versions of timm do, so that its size cannot be told beforehand; that is no reason to refuse it."""
+    create, numbers = timm.create_model, []
+
+    def computing(*args: Any, **kwargs: Any) -> nn.Module:
+        numbers.append(torch.linspace(0, 1, 2)[1].item())
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", computing)
+    loaded, _, _ = load_backbone(saved)
+    assert numbers == [1]
+    expected = backbone_of(SMALL).model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.model.state_dict().items())
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     """A file where a folder should be is a DiskError, no traceback."""
     (tmp_path / "file").touch()
