@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtcache.codec import FeatureDecoder, FittedTap, HalfTap, HostDecoder, TapFit, sha256_fit
+from dtcache.codec import FeatureDecoder, FittedTap, HalfTap, HostDecoder, TapFit, most_bytes, sha256_fit
 from dtcache.errors import (
     AGAIN,
     BadImageError,
@@ -79,11 +79,15 @@ class TrainBatch:
 def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapFit]:
     """Read a cache's fitted codec by array. Raises CacheDamagedError where it is not the one that the recipe names."""
     try:
-        arrays: dict[str, dict[str, Any]] = {name: read_fit(root / DATA, name) for name in manifest.tap_names}
+        arrays: dict[str, dict[str, Any]] = {
+            name: read_fit(root / DATA, name, most_bytes(shape)) for name, shape in manifest.tap_shapes.items()
+        }
         kind = HalfTap if manifest.recipe["codec"]["name"] == "float16" else FittedTap
         fit: dict[str, TapFit] = {name: kind(**found) for name, found in arrays.items()}
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CacheDamagedError(f"{root}: the codec's arrays are damaged ({error}); {AGAIN}") from error
+    if {name: tap.shape for name, tap in fit.items()} != manifest.tap_shapes:
+        raise CacheDamagedError(f"{root}: the codec's arrays are not of the taps that the recipe names; {AGAIN}")
     if sha256_fit(fit) != manifest.recipe["codec"]["fit_sha256"]:
         raise CacheDamagedError(f"{root}: the codec's arrays are not the fitted ones; {AGAIN}")
     return fit

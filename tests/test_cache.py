@@ -1,5 +1,6 @@
 """The Python interface: samples, features and stacks of an open cache are the teacher's, within the codec's error."""
 
+import copy
 import os
 import pickle
 
@@ -10,8 +11,9 @@ import torch
 from store.builders import COARSE, FAILED_ROW, FINE, ROWS, VIEWS, tiny_plan, write_cache
 
 import dtcache
-from dtcache.cache import Cache
-from dtcache.errors import CacheNotFoundError, ConfigError, UnknownSampleError
+from dtcache.cache import Cache, load_fit
+from dtcache.codec import most_bytes
+from dtcache.errors import CacheDamagedError, CacheNotFoundError, ConfigError, UnknownSampleError
 
 GOOD = [row for row in range(ROWS) if row != FAILED_ROW]
 
@@ -40,6 +42,23 @@ def test_open_takes_a_path_in_any_form(cache: Cache) -> None:
     assert len(dtcache.open(str(cache.reader.root))) == len(cache) == ROWS
     with pytest.raises(CacheNotFoundError, match="nowhere is not a cache"):
         dtcache.open("nowhere")
+
+
+def test_a_fit_of_other_taps_is_refused(cache: Cache) -> None:
+    """The codec's arrays are of the shapes that the recipe gives its taps, and within what such a tap may need."""
+    manifest = copy.deepcopy(cache.reader.manifest)
+    taps = manifest.recipe["teacher"]["taps"]
+    taps[0]["height"], taps[0]["width"] = taps[0]["width"] * 2, taps[0]["height"] // 2
+    with pytest.raises(CacheDamagedError, match="the codec's arrays are not of the taps that the recipe names; run"):
+        load_fit(cache.reader.root, manifest)
+
+
+def test_the_largest_array_of_a_fit_is_read() -> None:
+    """Tables of every class that a byte can name, of the widest symbols, are within the bound of the smallest tap."""
+    tables = np.zeros((255, 512), np.uint16)
+    assert tables.nbytes == most_bytes((1, 1, 1))
+    assert most_bytes((900, 3, 2)) == np.zeros((900, 900), np.float16).nbytes
+    assert most_bytes((3, 600, 700)) == np.zeros((3, 600, 700), np.uint8).nbytes
 
 
 def test_a_sample_is_what_was_cached(cache: Cache) -> None:

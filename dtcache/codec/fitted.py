@@ -28,11 +28,18 @@ pass, and a cache's own zarr.json says what it brings."""
 CONTRADICTION = "the fitted codec arrays contradict each other; the cache is damaged: run the extraction again"
 
 
-def are_of(arrays: Mapping[str, NDArray[np.generic]], kinds: Mapping[str, tuple[type[np.generic], int]]) -> bool:
+def are_of(arrays: Mapping[str, NDArray[np.generic]], kinds: Mapping[str, tuple[type, int]]) -> bool:
     """Return whether each array has the type, in native byte order, and the number of axes that `kinds` names."""
     return all(
         (arrays[name].dtype, arrays[name].ndim) == (np.dtype(kind), axes) for name, (kind, axes) in kinds.items()
     )
+
+
+def most_bytes(shape: tuple[int, int, int]) -> int:
+    """Return an upper bound of the bytes of any array that is fitted to a tap whose maps are (C, H, W)."""
+    channels, height, width = shape
+    tables = DEAD * (2 * np.iinfo(np.uint8).max + 2)
+    return max(2 * channels * channels, channels * height * width, 2 * tables)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,11 @@ class TrainOptions(Options):
     loss: str = option(
         "mse+at", "Feature loss: whitened MSE, attention transfer, or both.", choices=("mse", "at", "mse+at")
     )
-    at_weight: float | None = option(None, "Weight of AT beside the MSE in mse+at; less may do better, see docs/students.md [default: 10].", minimum=0)
+    at_weight: float | None = option(
+        None,
+        "Weight of AT beside the MSE in mse+at; less may do better, see docs/students.md [default: 10].",
+        minimum=0,
+    )
     tap_weights: str | None = option(
         None, "Weights of taps in the loss, divided by their mean [default: 1 each].", metavar="strideS=W,..."
     )
