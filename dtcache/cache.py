@@ -127,7 +127,7 @@ class Cache:
         self.names = self.reader.manifest.tap_names
         self.fit = load_fit(root, self.reader.manifest)
         self._host = HostDecoder(self.fit)
-        self._source, self._allow = images, allow
+        self._source, self.allow = images, allow
         self._linked: LinkedImages | None = None
         if images is not None and IMAGES in self.reader.manifest.arrays:
             raise ConfigError(f"{root} stores its images: open it without others")
@@ -137,7 +137,7 @@ class Cache:
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Travel as paths."""
-        again = functools.partial(Cache, allow=self._allow)
+        again = functools.partial(Cache, allow=self.allow)
         return again, (self.reader.root, self._source)
 
     @property
@@ -191,7 +191,8 @@ class Cache:
         ).epoch(epoch)  # fmt: skip
 
     def stack(self, tap: str, *, timestep: int | None = None) -> "da.Array":
-        """Return a tap's decoded features as a lazy dask array, fp32 (N, V, C, H, W); NaN where an image failed.
+        """Return a tap's decoded features as a lazy dask array, fp32 (N, V, C, H, W); NaN where an image failed or a
+        shard is not there.
 
         `timestep` may be left out where the cache has one. Raises ConfigError naming what the cache has.
         """

@@ -3,17 +3,21 @@
 import copy
 import os
 import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import dask
 import numpy as np
 import pytest
 import torch
-from store.builders import COARSE, FAILED_ROW, FINE, ROWS, VIEWS, tiny_plan, write_cache
+from store.builders import COARSE, FAILED_ROW, FINE, ROWS, SHARD_ROWS, VIEWS, begin, tiny_plan, write_cache
 
 import dtcache
 from dtcache.cache import Cache, load_fit
 from dtcache.codec import most_bytes
-from dtcache.errors import CacheDamagedError, CacheNotFoundError, ConfigError, UnknownSampleError
+from dtcache.errors import CacheDamagedError, CacheMismatchError, CacheNotFoundError, ConfigError, UnknownSampleError
+from dtcache.store.manifest import read_manifest, write_manifest
 
 GOOD = [row for row in range(ROWS) if row != FAILED_ROW]
 
@@ -139,6 +143,30 @@ def test_a_stack_travels(cache: Cache) -> None:
     assert len(message) < 20_000
     with dask.config.set(scheduler="synchronous"):
         np.testing.assert_array_equal(pickle.loads(message)[:2].compute(), stacked[:2].compute())
+
+
+def test_a_stack_refuses_another_cache_in_its_place(cache: Cache, tmp_path: Path) -> None:
+    """A stack decodes the cache that it was made of, or nothing: never one that was put there since."""
+    root = Path(shutil.copytree(cache.reader.root, tmp_path / "cache"))
+    stacked = dtcache.open(root).stack("stride4")
+    manifest = read_manifest(root)
+    write_manifest(root, replace(manifest, classes=("others",)))
+    with dask.config.set(scheduler="synchronous"):
+        with pytest.raises(CacheMismatchError, match="expected the cache that the stack was made of, got another one"):
+            stacked[:1].compute()
+        write_manifest(root, manifest)
+        np.testing.assert_array_equal(stacked[:1].compute(), cache.stack("stride4")[:1].compute())
+
+
+def test_a_stack_allows_what_its_cache_did(cache: Cache, tmp_path: Path) -> None:
+    """Of an unfinished cache, opened as such, the rows that are not there yet are NaN."""
+    plan = tiny_plan()
+    begin(tmp_path / "cache", plan).write_shard(plan.shards[0])
+    stacked = Cache(tmp_path / "cache", allow="incomplete").stack("stride4")
+    with dask.config.set(scheduler="synchronous"):
+        found = stacked.compute()
+        np.testing.assert_array_equal(found[:SHARD_ROWS], cache.stack("stride4")[:SHARD_ROWS].compute())
+    assert np.isnan(found[SHARD_ROWS:]).all()
 
 
 @pytest.mark.parametrize(("tap", "timestep"), [("stride3", None), ("stride2", 50)])
