@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtcache.codec import FeatureDecoder, FittedTap, HalfTap, HostDecoder, TapFit, sha256_fit
+from dtcache.codec import FeatureDecoder, FittedTap, HalfTap, HostDecoder, TapFit, most_bytes, sha256_fit
 from dtcache.errors import (
     AGAIN,
     BadImageError,
@@ -79,11 +79,15 @@ class TrainBatch:
 def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapFit]:
     """Read a cache's fitted codec by array. Raises CacheDamagedError where it is not the one that the recipe names."""
     try:
-        arrays: dict[str, dict[str, Any]] = {name: read_fit(root / DATA, name) for name in manifest.tap_names}
+        arrays: dict[str, dict[str, Any]] = {
+            name: read_fit(root / DATA, name, most_bytes(shape)) for name, shape in manifest.tap_shapes.items()
+        }
         kind = HalfTap if manifest.recipe["codec"]["name"] == "float16" else FittedTap
         fit: dict[str, TapFit] = {name: kind(**found) for name, found in arrays.items()}
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CacheDamagedError(f"{root}: the codec's arrays are damaged ({error}); {AGAIN}") from error
+    if {name: tap.shape for name, tap in fit.items()} != manifest.tap_shapes:
+        raise CacheDamagedError(f"{root}: the codec's arrays are not of the taps that the recipe names; {AGAIN}")
     if sha256_fit(fit) != manifest.recipe["codec"]["fit_sha256"]:
         raise CacheDamagedError(f"{root}: the codec's arrays are not the fitted ones; {AGAIN}")
     return fit
@@ -123,7 +127,7 @@ class Cache:
         self.names = self.reader.manifest.tap_names
         self.fit = load_fit(root, self.reader.manifest)
         self._host = HostDecoder(self.fit)
-        self._source, self._allow = images, allow
+        self._source, self.allow = images, allow
         self._linked: LinkedImages | None = None
         if images is not None and IMAGES in self.reader.manifest.arrays:
             raise ConfigError(f"{root} stores its images: open it without others")
@@ -133,7 +137,7 @@ class Cache:
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Travel as paths."""
-        again = functools.partial(Cache, allow=self._allow)
+        again = functools.partial(Cache, allow=self.allow)
         return again, (self.reader.root, self._source)
 
     @property
@@ -195,7 +199,8 @@ class Cache:
         ).epoch(epoch)  # fmt: skip
 
     def stack(self, tap: str, *, timestep: int | None = None) -> "da.Array":
-        """Return a tap's decoded features as a lazy dask array, fp32 (N, V, C, H, W); NaN where an image failed.
+        """Return a tap's decoded features as a lazy dask array, fp32 (N, V, C, H, W); NaN where an image failed or a
+        shard is not there.
 
         `timestep` may be left out where the cache has one. Raises ConfigError naming what the cache has.
         """

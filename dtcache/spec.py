@@ -14,6 +14,8 @@ FORMAT_VERSION = 1
 MAX_VIEWS = 64
 MAX_SIDE = 1 << 14
 MAX_SHARD_ROWS = 1 << 20
+MAX_SHARDS = 1_000_000
+MAX_SAMPLES = 1 << 30
 """Bounds of a cache, which its writer keeps and its reader insists on."""
 NOISE_SCHEME = "philox4x64-sha256-boxmuller-1"
 

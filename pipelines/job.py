@@ -11,7 +11,7 @@ from dtcache.device import cpu_threads, resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import ImageSource, LoadedView, permuted
 from dtcache.options import ExtractOptions, parse_size, parse_taps
-from dtcache.spec import MAX_SHARD_ROWS, MAX_SIDE, MAX_VIEWS, ViewSpec, tap_name
+from dtcache.spec import MAX_SAMPLES, MAX_SHARD_ROWS, MAX_SHARDS, MAX_SIDE, MAX_VIEWS, ViewSpec, tap_name
 from dtcache.teacher import (
     CallableTeacher,
     LoadedTeacher,
@@ -99,8 +99,14 @@ def make_job(
 
 
 def job_with(source: ImageSource, teacher: Teacher, options: ExtractOptions) -> Job:
-    """Order the samples for a teacher. Raises ImagesError where it is told labels that the images do not have."""
+    """Order the samples for a teacher.
+
+    Raises ImagesError where it is told labels that the images do not have, ConfigError for more than a cache holds.
+    """
     order = permuted(len(source.keys), seed=options.seed, stream="rows")[: options.limit]
+    most = min(MAX_SAMPLES, MAX_SHARDS * (options.shard_rows or MAX_SHARD_ROWS))
+    if len(order) > most:
+        raise ConfigError(f"{len(order)} images: expected at most {most}; give --limit, or a larger --shard-rows")
     labels = source.labels
     samples = SampleList(source.keys, labels, order)
     teacher.require_labels((s.key for s in samples), (s.label for s in samples) if labels is not None else None)

@@ -1,18 +1,24 @@
 """The Python interface: samples, features and stacks of an open cache are the teacher's, within the codec's error."""
 
+import copy
 import os
 import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import dask
 import numpy as np
 import pytest
 import torch
-from store.builders import COARSE, FAILED_ROW, FINE, ROWS, VIEWS, tiny_plan, write_cache
+from store.builders import COARSE, FAILED_ROW, FINE, ROWS, SHARD_ROWS, VIEWS, begin, tiny_plan, write_cache
 
 import dtcache
-from dtcache.cache import Cache
-from dtcache.errors import CacheNotFoundError, ConfigError, UnknownSampleError
+from dtcache.cache import Cache, load_fit
+from dtcache.codec import most_bytes
+from dtcache.errors import CacheDamagedError, CacheMismatchError, CacheNotFoundError, ConfigError, UnknownSampleError
 from dtcache.loader import EpochLoader
+from dtcache.store.manifest import read_manifest, write_manifest
 
 GOOD = [row for row in range(ROWS) if row != FAILED_ROW]
 
@@ -41,6 +47,23 @@ def test_open_takes_a_path_in_any_form(cache: Cache) -> None:
     assert len(dtcache.open(str(cache.reader.root))) == len(cache) == ROWS
     with pytest.raises(CacheNotFoundError, match="nowhere is not a cache"):
         dtcache.open("nowhere")
+
+
+def test_a_fit_of_other_taps_is_refused(cache: Cache) -> None:
+    """The codec's arrays are of the shapes that the recipe gives its taps, and within what such a tap may need."""
+    manifest = copy.deepcopy(cache.reader.manifest)
+    taps = manifest.recipe["teacher"]["taps"]
+    taps[0]["height"], taps[0]["width"] = taps[0]["width"] * 2, taps[0]["height"] // 2
+    with pytest.raises(CacheDamagedError, match="the codec's arrays are not of the taps that the recipe names; run"):
+        load_fit(cache.reader.root, manifest)
+
+
+def test_the_largest_array_of_a_fit_is_read() -> None:
+    """Tables of every class that a byte can name, of the widest symbols, are within the bound of the smallest tap."""
+    tables = np.zeros((255, 512), np.uint16)
+    assert tables.nbytes == most_bytes((1, 1, 1))
+    assert most_bytes((900, 3, 2)) == np.zeros((900, 900), np.float16).nbytes
+    assert most_bytes((3, 600, 700)) == np.zeros((3, 600, 700), np.uint8).nbytes
 
 
 def test_a_sample_is_what_was_cached(cache: Cache) -> None:
@@ -132,6 +155,30 @@ def test_a_stack_travels(cache: Cache) -> None:
     assert len(message) < 20_000
     with dask.config.set(scheduler="synchronous"):
         np.testing.assert_array_equal(pickle.loads(message)[:2].compute(), stacked[:2].compute())
+
+
+def test_a_stack_refuses_another_cache_in_its_place(cache: Cache, tmp_path: Path) -> None:
+    """A stack decodes the cache that it was made of, or nothing: never one that was put there since."""
+    root = Path(shutil.copytree(cache.reader.root, tmp_path / "cache"))
+    stacked = dtcache.open(root).stack("stride4")
+    manifest = read_manifest(root)
+    write_manifest(root, replace(manifest, classes=("others",)))
+    with dask.config.set(scheduler="synchronous"):
+        with pytest.raises(CacheMismatchError, match="expected the cache that the stack was made of, got another one"):
+            stacked[:1].compute()
+        write_manifest(root, manifest)
+        np.testing.assert_array_equal(stacked[:1].compute(), cache.stack("stride4")[:1].compute())
+
+
+def test_a_stack_allows_what_its_cache_did(cache: Cache, tmp_path: Path) -> None:
+    """Of an unfinished cache, opened as such, the rows that are not there yet are NaN."""
+    plan = tiny_plan()
+    begin(tmp_path / "cache", plan).write_shard(plan.shards[0])
+    stacked = Cache(tmp_path / "cache", allow="incomplete").stack("stride4")
+    with dask.config.set(scheduler="synchronous"):
+        found = stacked.compute()
+        np.testing.assert_array_equal(found[:SHARD_ROWS], cache.stack("stride4")[:SHARD_ROWS].compute())
+    assert np.isnan(found[SHARD_ROWS:]).all()
 
 
 @pytest.mark.parametrize(("tap", "timestep"), [("stride3", None), ("stride2", 50)])

@@ -1,8 +1,10 @@
 """Recipes: the fingerprints of caches that were written earlier hold when later fields come."""
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -35,6 +37,26 @@ def test_an_early_recipe_has_its_early_fingerprint() -> None:
     """Fields that came later are None for it, and no part of its JSON."""
     assert golden_recipe().to_json() == GOLDEN["recipe"]
     assert golden_recipe().fingerprint == GOLDEN["fingerprint"]
+
+
+def absent(spec: type, place: str = "") -> list[str]:
+    """Return the dotted names of the fields, of a type and of those inside it, that JSON may lack."""
+    found = []
+    for name, kind in get_type_hints(spec).items():
+        default = next(f.default for f in fields(spec) if f.name == name)
+        found += [f"{place}{name}"] if default is None else []
+        for inner in (kind, *get_args(kind)):
+            if is_dataclass(inner):
+                found += absent(inner, f"{place}{name}.")
+    return found
+
+
+def test_the_document_names_every_field_that_may_be_absent() -> None:
+    """docs/format.md lists exactly the fields of a recipe that are left out where they are None."""
+    text = (Path(__file__).parents[1] / "docs/format.md").read_text()
+    listed = text[text.index(" that caches may lack") : text.index("`recipe.teacher.taps` names")]
+    assert {"threads", "teacher.compiled", "teacher.condition.number"} <= set(absent(Recipe))
+    assert sorted(re.findall(r"`([a-z0-9_.]+)`", listed)) == sorted(absent(Recipe))
 
 
 def test_later_fields_are_part_of_the_fingerprint_where_they_say_something() -> None:

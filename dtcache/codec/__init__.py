@@ -10,7 +10,7 @@ from dtcache.codec.codec import (
     TapFit,
     sha256_fit,
 )
-from dtcache.codec.fitted import FittedTap
+from dtcache.codec.fitted import FittedTap, most_bytes
 from dtcache.codec.half import HalfTap
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "HostDecoder",
     "QuantisedMaps",
     "TapFit",
+    "most_bytes",
     "sha256_fit",
 ]

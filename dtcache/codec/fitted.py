@@ -1,5 +1,6 @@
 """The fitted numbers of one tap's codec: what the store keeps and a decoder needs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -12,6 +13,33 @@ DEAD = 255
 TABLE_BITS = 11
 TABLE_SIZE = 1 << TABLE_BITS
 MAX_HALF_WIDTH = 127
+KINDS = {
+    "basis": (np.float16, 2),
+    "mean": (np.float16, 1),
+    "classes": (np.uint8, 3),
+    "class_step": (np.float32, 1),
+    "class_gain": (np.float32, 1),
+    "class_table": (np.uint8, 1),
+    "tables": (np.uint16, 2),
+    "half_width": (np.uint8, 1),
+}
+"""Type and number of axes of a tap's arrays. Compiled decoders index by them without looking: no type with a sign may
+pass, and a cache's own zarr.json says what it brings."""
+CONTRADICTION = "the fitted codec arrays contradict each other; the cache is damaged: run the extraction again"
+
+
+def are_of(arrays: Mapping[str, NDArray[np.generic]], kinds: Mapping[str, tuple[type, int]]) -> bool:
+    """Return whether each array has the type, in native byte order, and the number of axes that `kinds` names."""
+    return all(
+        (arrays[name].dtype, arrays[name].ndim) == (np.dtype(kind), axes) for name, (kind, axes) in kinds.items()
+    )
+
+
+def most_bytes(shape: tuple[int, int, int]) -> int:
+    """Return an upper bound of the bytes of any array that is fitted to a tap whose maps are (C, H, W)."""
+    channels, height, width = shape
+    tables = DEAD * (2 * np.iinfo(np.uint8).max + 2)
+    return max(2 * channels * channels, channels * height * width, 2 * tables)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,23 +64,24 @@ class FittedTap:
     """(T,): table t codes the values -half_width..half_width and, as symbol 2 half_width + 1, an escape."""
 
     def __post_init__(self) -> None:
-        """Check every bound that a decoder relies on. Raises CodecError."""
+        """Check every type and bound that a decoder relies on. Raises CodecError."""
+        if not (are_of(self.arrays(), KINDS) and self._agrees()):
+            raise CodecError(CONTRADICTION)
+
+    def _agrees(self) -> bool:
+        """Return whether arrays of the right types agree with each other."""
         channels, components = self.basis.shape
-        live = self.classes[self.classes != DEAD]
         tables, symbols = self.tables.shape
         checks = (
             self.mean.shape == (channels,) and components <= channels and len(self.classes) == components,
-            live.size == 0 or int(live.max()) < len(self.class_step),
+            bool((self.classes[self.classes != DEAD] < len(self.class_step)).all()),
             len(self.class_step) == len(self.class_gain) == len(self.class_table),
-            self.class_table.size == 0 or int(self.class_table.max()) < tables == len(self.half_width),
-            bool((self.tables.astype(np.int64).sum(1) == TABLE_SIZE).all()),
+            bool((self.class_table < tables).all()) and tables == len(self.half_width) <= DEAD,
+            bool((self.tables.sum(1, dtype=np.int64) == TABLE_SIZE).all()),
             bool((2 * self.half_width.astype(np.int64) + 2 <= symbols).all()),
             all(bool(np.isfinite(a).all()) for a in (self.basis, self.mean, self.class_step, self.class_gain)),
         )
-        if not all(checks):
-            raise CodecError(
-                "the fitted codec arrays contradict each other; the cache is damaged: run the extraction again"
-            )
+        return all(checks)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -7,11 +7,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dtcache.codec.fitted import CONTRADICTION, are_of
 from dtcache.codec.transform import energy_about, square_norms
 from dtcache.errors import CodecError, PayloadError
 from dtcache.payloads import Payloads
 
 HEADER_BYTES = 8
+KINDS = {"mean": (np.float16, 1), "grid": (np.int32, 1)}
+"""Type and number of axes of a tap's arrays."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,11 +27,9 @@ class HalfTap:
     """(2,): H and W."""
 
     def __post_init__(self) -> None:
-        """Check every bound that a decoder relies on. Raises CodecError."""
-        if not (self.mean.ndim == 1 and self.grid.shape == (2,) and self.grid.min(initial=1) > 0):
-            raise CodecError(
-                "the fitted codec arrays contradict each other; the cache is damaged: run the extraction again"
-            )
+        """Check every type and bound that a decoder relies on. Raises CodecError."""
+        if not (are_of(self.arrays(), KINDS) and self.grid.shape == (2,) and self.grid.min() > 0):
+            raise CodecError(CONTRADICTION)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -1,6 +1,5 @@
 """Commit records: the one file that makes a shard part of the cache."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,11 @@ from pathlib import Path
 from dtcache.errors import CacheDamagedError
 from dtcache.spec import FailedSample, Json, canonical_json, sha256_json
 from dtcache.storage import write_file
+from dtcache.store.hashed import read_hashed_json
 from dtcache.store.layout import COMMITS
+
+MAX_COMMIT_BYTES = 256 << 20
+"""Of a shard of 2^20 rows, each with a hash and a failure's reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,9 +85,8 @@ def commit_files(root: Path) -> list[Path]:
 def read_commit(path: Path) -> CommitRecord:
     """Read one commit record. Raises CacheDamagedError where it is not, byte for byte, as written."""
     try:
-        content = path.read_bytes()
-        value = json.loads(content)
-        if content != canonical_json(value) or value.pop("sha256") != sha256_json(value):
+        value, whole = read_hashed_json(path, MAX_COMMIT_BYTES)
+        if not whole:
             raise ValueError("its own checksum does not match")
         if path.name != f"{value['shard']:06d}.json":
             raise ValueError(f"it is of shard {value['shard']}")

@@ -120,9 +120,20 @@ def write_zarr_nodes(
             node[...] = values
 
 
-def read_fit(root: Path, tap: str) -> dict[str, NDArray[np.generic]]:
-    """Read one tap's codec arrays, by name, from the Zarr group at `root`."""
+def read_fit(root: Path, tap: str, most: int) -> dict[str, NDArray[np.generic]]:
+    """Read one tap's codec arrays, by name, from the Zarr group at `root`.
+
+    Raises ValueError, before any of it is read, for an array of more than `most` bytes of numbers, or of larger chunks.
+    """
     import zarr
 
-    group = zarr.open_group(root, mode="r", path=f"codec/{tap}", zarr_format=3)
-    return {name: np.asarray(array[...]) for name, array in group.arrays()}
+    found = {}
+    for name, array in zarr.open_group(root, mode="r", path=f"codec/{tap}", zarr_format=3).arrays():
+        chunks = array.shards or array.chunks
+        size = array.dtype.itemsize * math.prod(map(max, zip(array.shape, chunks, strict=True)))
+        if size > most or array.dtype.kind not in "iuf":
+            raise ValueError(
+                f"codec/{tap}/{name[:40]}: expected at most {most} bytes of numbers, got {size} of {array.dtype.kind!r}"
+            )
+        found[name] = np.asarray(array[...])
+    return found

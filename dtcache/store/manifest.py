@@ -1,21 +1,14 @@
 """The manifest: what the cache is a function of, what files it has, and whether all of them are there."""
 
 import json
-import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from dtcache.errors import CacheDamagedError, CacheFormatError, CacheMismatchError, CacheNotFoundError
 from dtcache.spec import (
     FORMAT_VERSION,
-    MAX_SHARD_ROWS,
-    MAX_SIDE,
-    MAX_VIEWS,
-    CodecName,
-    ConditionKind,
     Json,
     Recipe,
     canonical_json,
@@ -23,20 +16,14 @@ from dtcache.spec import (
     tap_name,
 )
 from dtcache.storage import write_file
+from dtcache.store.checks import check_recipe, checked_array
 from dtcache.store.commits import CodecSums
-from dtcache.store.label_sets import check_labels
-from dtcache.store.layout import MANIFEST, PayloadArray
+from dtcache.store.hashed import read_hashed_json
+from dtcache.store.layout import IMAGES, MANIFEST, PayloadArray
 
 T = TypeVar("T")
 
 MAX_MANIFEST_BYTES = 64 << 20
-MAX_PAYLOAD_BYTES = 1 << 28
-FITS = ("crop", "stretch")
-STORED = ("view", "none")
-CODECS = get_args(CodecName)
-CONDITIONS = get_args(ConditionKind)
-BOX = ("top", "left", "height", "width")
-ARRAY_NAME = re.compile(r"[a-z0-9]+(/[a-z0-9]+)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +74,14 @@ class CacheManifest:
     @property
     def tap_names(self) -> list[str]:
         """The arrays of features, timestep by timestep, finest tap first."""
+        return list(self.tap_shapes)
+
+    @property
+    def tap_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """(C, H, W) of the features by array, in the order of `tap_names`."""
         teacher = self.recipe["teacher"]
-        return [tap_name(t, tap["name"]) for t in teacher["timesteps"] for tap in teacher["taps"]]
+        shapes = {tap["name"]: (tap["channels"], tap["height"], tap["width"]) for tap in teacher["taps"]}
+        return {tap_name(t, tap): shape for t in teacher["timesteps"] for tap, shape in shapes.items()}
 
     @property
     def num_samples(self) -> int:
@@ -136,23 +129,19 @@ def read_manifest(root: Path) -> CacheManifest:
         raise CacheNotFoundError(
             f"{root} is not a cache: expected {MANIFEST} in it; give a folder made by dtcache extract"
         )
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise CacheDamagedError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, got {path.stat().st_size}")
     try:
-        content = path.read_bytes()
-        value = json.loads(content)
+        value, whole = read_hashed_json(path, MAX_MANIFEST_BYTES)
         version = value["format"]
         if version != FORMAT_VERSION:
             raise CacheFormatError(
                 f"{path}: expected format {FORMAT_VERSION}, got {version}; install the dtcache "
                 "that wrote it, or a newer one"
             )
-        # The bytes too: JSON has many spellings of one value, and only one of them was written.
-        if content != canonical_json(value) or value.pop("sha256") != sha256_json(value):
+        if not whole:
             raise CacheDamagedError(f"{path}: its own checksum does not match; restore it from a copy or extract again")
-        arrays = {name: _payload_array(name, a) for name, a in value["arrays"].items()}
-        _check_recipe(value["recipe"])
-        return CacheManifest(
+        arrays = {name: checked_array(name, a) for name, a in value["arrays"].items()}
+        check_recipe(value["recipe"])
+        manifest = CacheManifest(
             state=value["state"],
             recipe=value["recipe"],
             fingerprint=value["fingerprint"],
@@ -162,6 +151,8 @@ def read_manifest(root: Path) -> CacheManifest:
             sums={n: CodecSums(**s) for n, s in value["sums"].items()},
             measured=value.get("measured"),
         )
+        _check_arrays(manifest)
+        return manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheDamagedError(f"{path}: not a manifest of dtcache ({error!r}); extract again") from error
 
@@ -185,71 +176,15 @@ def look_at(root: Path, look: Callable[[CacheManifest], T]) -> T:
     return look(again)
 
 
-def _payload_array(name: str, value: Json) -> PayloadArray:
-    """Return an array's description, its sizes within bounds. Raises ValueError."""
-    array = PayloadArray(name=name, shape=tuple(map(int, value["shape"])), shard_rows=int(value["shard_rows"]))
-    sane = len(array.shape) in (2, 3) and min(array.shape) > 0 and array.length <= MAX_PAYLOAD_BYTES
-    sane = sane and array.payloads_a_row <= MAX_VIEWS
-    if not (sane and 0 < array.shard_rows <= MAX_SHARD_ROWS and ARRAY_NAME.fullmatch(name)):
-        raise ValueError(f"array {name[:40]!r} of shape {value['shape']} in shards of {value['shard_rows']} rows")
-    return array
-
-
-def _check_recipe(recipe: Json) -> None:
-    """Check what readers rely on. Raises KeyError, TypeError or ValueError."""
-    view, teacher, codec = recipe["view"], recipe["teacher"], recipe["codec"]
-    sides = (view["height"], view["width"])
-    if not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in sides) or view["fit"] not in FITS:
-        raise ValueError(f"view {view}")
-    for tap in teacher["taps"]:
-        if not all(isinstance(tap[k], int) and 0 < tap[k] <= MAX_SIDE for k in ("channels", "height", "width")):
-            raise ValueError(f"tap {tap}")
-    if "condition" in teacher:
-        _check_condition(teacher["condition"])
-    names = [tap_name(t, tap["name"]) for t in teacher["timesteps"] for tap in teacher["taps"]]
-    if not all(set(codec[field]) == set(names) for field in ("noise_share", "noise_floor", "determined_error")):
-        raise ValueError("the codec's taps are not the teacher's")
-    if codec["name"] not in CODECS:
-        raise ValueError(f"codec {codec['name']!r}; this dtcache reads {' and '.join(CODECS)}")
-    if not (isinstance(recipe["draws"], int) and 0 < recipe["draws"] <= MAX_VIEWS) or recipe["images"] not in STORED:
-        raise ValueError(f"{recipe['draws']!r} draws, images {recipe['images']!r}")
-    for name in ("num_samples", "flips", "average", "seed", "shard_rows"):
-        if not isinstance(recipe[name], int):
-            raise ValueError(f"{name} {recipe[name]!r}")
-    _check_measured(recipe, names)
-    if "labels" in recipe:
-        check_labels(recipe["labels"], names, teacher["taps"])
-
-
-def _check_measured(recipe: Json, names: list[str]) -> None:
-    """Check what is shown of the noise and of the teacher. Raises KeyError, TypeError or ValueError."""
-    teacher, measured = recipe["teacher"], recipe.get("equivariance")
-    counts, errors = [], [(recipe.get("round_trip"), [f"t{t}" for t in teacher["timesteps"]])]
-    if teacher.get("ddim_steps") is not None:
-        counts.append(teacher["ddim_steps"])
-    if measured is not None:
-        box = measured["box"]
-        counts += [measured["images"], *(box[side] for side in BOX if box is not None)]
-        errors += [(measured[name], names) for name in ("flip", "crop", "crop_interior")]
-    if not all(isinstance(count, int) and count >= 0 for count in counts):
-        raise ValueError(f"ddim_steps or equivariance: {counts}")
-    if len(teacher["alpha_bars"]) != len(teacher["timesteps"]) or not all(0 <= a <= 1 for a in teacher["alpha_bars"]):
-        raise ValueError(f"alpha_bars {teacher['alpha_bars']}")
-    for by_name, known in errors:
-        if not set(by_name or {}) <= set(known) or not all(0 <= e < math.inf for e in (by_name or {}).values()):
-            raise ValueError(f"measured {by_name}")
-
-
-def _check_condition(condition: Json) -> None:
-    """Check what a teacher is told of an image. Raises KeyError, TypeError or ValueError."""
-    kind = condition["kind"]
-    whole = kind in CONDITIONS
-    if kind == "class":
-        whole = isinstance(condition["number"], int)
-    elif kind == "prompt":
-        whole = isinstance(condition["prompt"], str) and isinstance(condition["embedding_sha256"], str)
-    if not whole:
-        raise ValueError(f"condition {condition}")
+def _check_arrays(manifest: CacheManifest) -> None:
+    """Check that the payload arrays are those of the recipe. Raises ValueError."""
+    rows, views, shard_rows = manifest.num_samples, manifest.num_views, manifest.recipe["shard_rows"]
+    wanted: dict[str, tuple[int, ...]] = dict.fromkeys(manifest.tap_names, (rows, views))
+    if manifest.recipe["images"] == "view":
+        wanted[IMAGES] = (rows,)
+    found = {name: array.shape[:-1] for name, array in manifest.arrays.items()}
+    if found != wanted or {array.shard_rows for array in manifest.arrays.values()} != {shard_rows}:
+        raise ValueError(f"arrays that are not those of {rows} samples, {views} views and {shard_rows} rows a shard")
 
 
 def require_same(root: Path, found: Json, wanted: Json, where: str = "") -> None:

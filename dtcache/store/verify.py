@@ -1,6 +1,5 @@
 """Checking every byte of a cache against the hashes that were recorded when it was written; never writes."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +11,16 @@ import numpy as np
 
 from dtcache.errors import CacheBusyError, CacheDamagedError
 from dtcache.images.source import permuted
-from dtcache.spec import canonical_json, sha256_json
 from dtcache.storage import file_sha256
 from dtcache.store.contents import Contents, Damage, SamplePlace, WantedObject, file_problem, unnamed_files
+from dtcache.store.hashed import read_hashed_json
 from dtcache.store.layout import IMAGES, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 
 State = Literal["damaged", "unreadable", "incomplete", "good"]
 STATES: tuple[State, ...] = get_args(State)
 """Verdicts: each outweighs those after it."""
+MAX_LOG_BYTES = 64 << 20
 THREADS = 4
 """Files that are hashed at once: hashing lets other threads run."""
 
@@ -183,9 +183,7 @@ def log_problem(path: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        content = path.read_bytes()
-        value = json.loads(content)
-        same = content == canonical_json(value) and value.pop("sha256") == sha256_json(value)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        _, whole = read_hashed_json(path, MAX_LOG_BYTES)
+    except (ValueError, OSError) as error:
         return f"not an extraction log ({error})"
-    return None if same else "its own checksum does not match"
+    return None if whole else "its own checksum does not match"

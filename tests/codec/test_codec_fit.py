@@ -209,7 +209,17 @@ CONTRADICTIONS = {
     "a gain that is not finite": {"class_gain": np.array([1, np.inf, 1], np.float32)},
     "a basis that is not finite": {"basis": np.full((1, 1), np.nan, np.float16)},
     "a mean that is not finite": {"mean": np.full(1, np.inf, np.float16)},
-}
+    "half widths without tables": {
+        "tables": np.zeros((0, 4), np.uint16), "class_table": np.zeros(0, np.uint8),
+        "class_step": np.zeros(0, np.float32), "class_gain": np.zeros(0, np.float32),
+        "classes": np.full((1, 1, 5), 255, np.uint8),
+    },
+    "a table number under zero": {"class_table": np.array([-1, 0, 1], np.int8)},
+    "a table number far under zero": {"class_table": np.array([-(2**20), 0, 1], np.int32)},
+    "a frequency under zero": {"tables": np.array([[4096, -2048, 0, 0]] * 3, np.int64)},
+    "a class under zero": {"classes": np.full((1, 1, 5), -1, np.int64)},
+    "a half width under zero": {"half_width": np.full(3, -1, np.int64)},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", CONTRADICTIONS)
@@ -217,6 +227,17 @@ def test_contradicting_arrays_are_refused(what: str) -> None:
     """Arrays that a decoder could not rely on raise CodecError before any payload is read."""
     with pytest.raises(CodecError, match=r"codec arrays contradict each other; the cache is damaged"):
         FittedTap(**{**random_fit(5, 0).arrays(), **CONTRADICTIONS[what]})
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(FittedTap)])
+def test_arrays_of_another_type_are_refused(field: str) -> None:
+    """Each array has one type, byte order and number of axes: with others, compiled decoders would read elsewhere."""
+    arrays = random_fit(5, 0).arrays()
+    array = arrays[field]
+    others = [np.float64, np.int64, np.int8, array.dtype.newbyteorder() if array.itemsize > 1 else np.uint16]
+    for other in (*(array.astype(kind) for kind in others), array[None], array.reshape(-1)[0]):
+        with pytest.raises(CodecError, match="codec arrays contradict each other"):
+            FittedTap(**{**arrays, field: other})
 
 
 def test_fit_hash_covers_every_array() -> None:

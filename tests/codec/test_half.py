@@ -62,11 +62,14 @@ def test_short_payloads_are_refused() -> None:
 
 
 def test_a_grid_that_contradicts_itself_is_refused() -> None:
-    """An empty grid or a mean that is no vector is damage."""
+    """An empty grid, a mean that is no vector, and arrays of other types are damage."""
     with pytest.raises(CodecError, match="arrays contradict each other"):
         HalfTap(mean=np.zeros(3, np.float16), grid=np.array([4, 0], np.int32))
     with pytest.raises(CodecError, match="arrays contradict each other"):
         HalfTap(mean=np.zeros((3, 1), np.float16), grid=np.array([4, 6], np.int32))
+    for mean, grid in ((np.float32, np.int32), (np.float16, np.int64), (np.float16, np.float16)):
+        with pytest.raises(CodecError, match="arrays contradict each other"):
+            HalfTap(mean=np.zeros(3, mean), grid=np.array([4, 6], grid))
 
 
 def test_the_hash_covers_mean_and_grid() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from store.builders import tiny_plan
+from store.builders import COARSE, FINE, VIEWS, tiny_plan
 
 from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
 from dtcache.spec import ConditionSpec, Json, Recipe, canonical_json, sha256_json
@@ -19,6 +19,7 @@ from dtcache.store.commits import (
     total_sums,
     write_commit,
 )
+from dtcache.store.layout import IMAGES
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, require_same, write_manifest
 
 
@@ -119,6 +120,78 @@ def test_measurements_that_cannot_be_are_damage(tmp_path: Path, changes: dict, t
     write_manifest(tmp_path, with_recipe(changes, teacher))
     with pytest.raises(CacheDamagedError, match="not a manifest of dtcache"):
         read_manifest(tmp_path)
+
+
+def with_sizes(recipe: dict, arrays: dict) -> CacheManifest:
+    """The tiny manifest with other recipe fields and other arrays, hashed as if it had been written so."""
+    manifest = with_recipe(recipe, {})
+    return replace(manifest, arrays={n: replace(a, **arrays.get(n, {})) for n, a in manifest.arrays.items()})
+
+
+ALL = (IMAGES, FINE, COARSE)
+L = {name: array.length for name, array in tiny_plan().arrays.items()}
+
+
+def of_rows(count: int, shard_rows: int) -> dict:
+    """Return changes that make every array as long as this, in shards of so many rows."""
+    shapes = {IMAGES: (count, L[IMAGES]), FINE: (count, VIEWS, L[FINE]), COARSE: (count, VIEWS, L[COARSE])}
+    return {name: {"shape": shape, "shard_rows": shard_rows} for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arrays"),
+    [
+        ({}, {FINE: {"shape": (2**50, VIEWS, L[FINE])}}),
+        ({}, {IMAGES: {"shape": (9, L[IMAGES])}}),
+        ({}, {IMAGES: {"shape": (10, VIEWS, L[IMAGES])}}),
+        ({}, {FINE: {"shape": (10, VIEWS + 1, L[FINE])}}),
+        ({}, {FINE: {"shape": (10, L[FINE])}}),
+        ({}, {FINE: {"shard_rows": 1}}),
+        ({}, {name: {"shard_rows": 1} for name in ALL}),
+        ({"images": "none"}, {}),
+        ({"flips": False}, {}),
+        ({"num_samples": 2**50, "shard_rows": 1}, of_rows(2**50, 1)),
+        ({"num_samples": 2**30 + 1, "shard_rows": 2**20}, of_rows(2**30 + 1, 2**20)),
+        ({"num_samples": 10**6 + 1, "shard_rows": 1}, of_rows(10**6 + 1, 1)),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_damage(tmp_path: Path, recipe: dict, arrays: dict) -> None:
+    """Arrays are as long as the samples, as wide as the views, in the recipe's shards, and within bounds."""
+    write_manifest(tmp_path, with_sizes(recipe, arrays))
+    with pytest.raises(CacheDamagedError, match=r"not a manifest of dtcache .*(arrays that are not|samples in shards)"):
+        read_manifest(tmp_path)
+
+
+def test_the_largest_sizes_are_read(tmp_path: Path) -> None:
+    """2^30 samples, and a million shards, are within the bounds."""
+    for count, rows in ((2**30, 2**20), (10**6, 1)):
+        write_manifest(tmp_path, with_sizes({"num_samples": count, "shard_rows": rows}, of_rows(count, rows)))
+        assert read_manifest(tmp_path).arrays[FINE].num_shards == count // rows
+
+
+def test_a_map_beyond_any_payload_is_damage(tmp_path: Path) -> None:
+    """A tap whose map is larger than a payload may be is refused, each side of it within bounds or not."""
+    tap = tiny_plan().recipe.to_json()["teacher"]["taps"][0]
+    write_manifest(tmp_path, with_recipe({}, {"taps": [{**tap, "height": 1 << 14, "width": 1 << 14}]}))
+    with pytest.raises(CacheDamagedError, match=r"not a manifest of dtcache .*tap "):
+        read_manifest(tmp_path)
+
+
+def test_json_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest or a record that is larger than any, or nested deeper than Python goes, is damage."""
+    (tmp_path / "commits").mkdir()
+    monkeypatch.setattr("dtcache.store.manifest.MAX_MANIFEST_BYTES", 1 << 17)
+    monkeypatch.setattr("dtcache.store.commits.MAX_COMMIT_BYTES", 1 << 17)
+    for content, reason in (
+        ("[" * (1 << 17), "nested too deep"),
+        (" " * (1 << 17) + "1", "at most 131072 bytes, got 131073"),
+    ):
+        (tmp_path / "manifest.json").write_text(content)
+        commit_path(tmp_path, 0).write_text(content)
+        with pytest.raises(CacheDamagedError, match=rf"not a manifest of dtcache .*{reason}"):
+            read_manifest(tmp_path)
+        with pytest.raises(CacheDamagedError, match=rf"not a commit record of dtcache .*{reason}"):
+            read_commits(tmp_path)
 
 
 def test_newer_format_is_refused(tmp_path: Path) -> None:

@@ -96,10 +96,26 @@ def test_zarr_sees_nothing_foreign(shared: Path) -> None:
     arrays = {name for name, node in group.members(max_depth=None) if isinstance(node, zarr.Array)}
     assert arrays == {*NAMES, *(f"codec/{tap}/{a}" for tap, fitted in plan.fit.items() for a in fitted)}
     for tap, fitted in plan.fit.items():
-        found = read_fit(shared / "data.zarr", tap)
+        found = read_fit(shared / "data.zarr", tap, 1 << 20)
         assert {n: (a.dtype, a.tolist()) for n, a in found.items()} == {
             n: (a.dtype, a.tolist()) for n, a in fitted.items()
         }
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"shape": [2**50]}, "got 2251799813685248 of 'f'"),
+        ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2**50]}}}, "got 2251799813685248 of 'f'"),
+        ({"data_type": "bool", "fill_value": False}, "got 4 of 'b'"),
+    ],
+)
+def test_a_codec_array_of_any_size_is_refused_unread(root: Path, changes: dict, reason: str) -> None:
+    """What an array's zarr.json claims is compared with what a fit may hold before memory is taken for it."""
+    path = root / "data.zarr" / "codec" / FINE / "mean" / "zarr.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match=rf"codec/{FINE}/mean: expected at most 1048576 bytes of numbers, {reason}"):
+        read_fit(root / "data.zarr", FINE, 1 << 20)
 
 
 def test_failed_row_is_not_usable(shared: Path) -> None:
