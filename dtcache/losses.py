@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from dtcache.codec.transform import WHITEN_EPS
+
 EPS = 1e-12
 """Under every root, so that its gradient exists where the argument is zero."""
-WHITEN_EPS = 1e-6
 
 
 def mse_loss(predicted_BCHW: Tensor, whitened_BCHW: Tensor) -> Tensor:

@@ -34,13 +34,6 @@ class Payloads:
         """Yield the payloads as views."""
         return (self[place] for place in range(len(self)))
 
-    def padded(self, length: int) -> NDArray[np.uint8]:
-        """Return the payloads (B, L), padded with zeros."""
-        out = np.zeros((len(self), length), np.uint8)
-        for row, payload in zip(out, self, strict=True):
-            row[: len(payload)] = payload
-        return out
-
 
 def pack(payloads: Sequence[bytes]) -> Payloads:
     """Lay payloads out one after the other."""

@@ -11,6 +11,7 @@ TASKS = {
     "segmentation": ("train_masks", "test_masks", "ignore", "head", "finetune", "epochs", "lr"),
 }
 """What features are judged by, and the options that belong to one task alone."""
+REGRESSORS = ("fpn", "fpn-attention", "pafpn", "fpn-ppm")
 TRAIN_PRECISIONS = (*PRECISIONS, "fp16")
 
 
@@ -57,7 +58,7 @@ class TrainOptions(Options):
     regressor: str = option(
         "fpn-ppm",
         "Regressor: an FPN; with attention, a bottom-up branch (PaFPN) or pyramid pooling.",
-        choices=("fpn", "fpn-attention", "pafpn", "fpn-ppm"),
+        choices=REGRESSORS,
     )
     fpn_width: int = option(256, "Channels of the regressor's pyramid.", minimum=1)
     crop: str | None = option(

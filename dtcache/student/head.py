@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcache.errors import ConfigError
+from dtcache.options.student import REGRESSORS
 from dtcache.spec import Json
 from dtcache.storage import make_folders, write_file
 from dtcache.student.pyramid import SimplePyramid
@@ -21,7 +22,6 @@ from dtcache.student.student import Student
 
 KIND = "dtcache logit head 1"
 AGAIN = "train with --labels again"
-REGRESSORS = ("fpn", "fpn-attention", "pafpn", "fpn-ppm")
 MAX_WIDTH, MAX_MAPS = 4096, 16
 
 Map = tuple[int, int, int]

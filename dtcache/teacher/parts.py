@@ -1,6 +1,5 @@
 """The files of a teacher: found, bounded, whitelisted and loaded part by part; nothing that they bring is run."""
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import torch
 
 from dtcache.errors import TeacherError, TeacherNotFoundError
 from dtcache.spec import sha256_json
+from dtcache.storage import file_sha256
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
@@ -139,10 +139,5 @@ def load_part(cls: Any, folder: Path, weights: Sequence[Path], **more: Any) -> A
 
 def hash_weights(root: Path, files: Sequence[Path]) -> str:
     """Return the SHA-256 of a teacher's only weight file, or of the canonical JSON of those of several, by path."""
-    hashes = {path.relative_to(root).as_posix(): _sha256_file(path) for path in files}
+    hashes = {path.relative_to(root).as_posix(): file_sha256(path) for path in files}
     return next(iter(hashes.values())) if len(hashes) == 1 else sha256_json(hashes)
-
-
-def _sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -62,8 +62,12 @@ def shard_files(root: Path) -> list[tuple[str, PayloadArray, int, Path]]:
 
 
 def read(reader: CacheReader, name: str, rows: ArrayLike, views: ArrayLike) -> np.ndarray:
-    """Return padded payloads (B, L)."""
-    return reader.payloads(name, rows, views).padded(tiny_plan().arrays[name].length)
+    """Return payloads (B, L), padded with zeros."""
+    payloads = reader.payloads(name, rows, views)
+    out = np.zeros((len(payloads), tiny_plan().arrays[name].length), np.uint8)
+    for row, payload in zip(out, payloads, strict=True):
+        row[: len(payload)] = payload
+    return out
 
 
 def read_all(reader: CacheReader) -> dict[str, np.ndarray]:
