@@ -28,7 +28,7 @@ from dtcache.store.commits import read_commits, write_commit
 from dtcache.store.layout import IMAGES, PayloadArray, read_fit
 from dtcache.store.manifest import read_manifest, write_manifest
 from dtcache.store.reader import CacheReader
-from dtcache.store.samples import parquet_bytes
+from dtcache.store.samples import parquet_bytes, read_table
 
 NAMES = (IMAGES, FINE, COARSE)
 
@@ -262,7 +262,7 @@ def test_swapped_shards_of_equal_size_pass_the_reader_but_not_their_hash(tmp_pat
     reader = CacheReader(root)
     assert (read(reader, COARSE, [0], [0]) != before).any()
     assert (read(reader, COARSE, [4], [0]) == before).all()
-    table = reader_module.read_table(root / "shards.parquet")
+    table = read_table(root / "shards.parquet")
     wanted = dict(zip(table["path"].to_pylist(), table["sha256"].to_pylist(), strict=True))
     wrong = [path for path, sha256 in wanted.items() if file_sha256(root / path) != sha256]
     assert sorted(root / path for path in wrong) == [first, second]
@@ -390,7 +390,7 @@ def test_absent_chunk_in_range_is_damage(tmp_path: Path) -> None:
 
 def test_a_replaced_shard_index_is_found(root: Path) -> None:
     """A valid shards.parquet with other rows does not match the manifest, and an adjusted manifest not its own hash."""
-    table = reader_module.read_table(root / "shards.parquet")
+    table = read_table(root / "shards.parquet")
     (root / "shards.parquet").write_bytes(parquet_bytes(table.slice(0, 6)))
     with pytest.raises(CacheDamagedError, match=r"shards\.parquet: missing or not as the manifest says"):
         CacheReader(root)
