@@ -16,9 +16,9 @@ from dtcache.payloads import SLACK, Payloads
 from dtcache.storage import file_sha256
 from dtcache.store.files import OpenFile, OpenFiles, open_limit
 from dtcache.store.frame import BLOCK_HEADER, frame_header
-from dtcache.store.layout import SAMPLES, SHARDS, PayloadArray
+from dtcache.store.layout import SHARDS, PayloadArray
 from dtcache.store.manifest import CacheManifest, look_at
-from dtcache.store.samples import committed, damaged_objects, read_objects, read_table
+from dtcache.store.samples import committed, damaged_objects, read_objects, read_samples
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 
 HELD_FILES = 64
@@ -218,7 +218,7 @@ def _look(root: Path, allow: Allowed, manifest: CacheManifest) -> tuple[CacheMan
         if not path.is_file() or file_sha256(path) != sha256:
             raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
     if manifest.state == "sealed":
-        return manifest, read_table(root / SAMPLES), {path: size for path, size, _ in read_objects(root)}
+        return manifest, read_samples(root, manifest), {path: size for path, size, _ in read_objects(root)}
     return manifest, *committed(root, manifest)
 
 

@@ -124,6 +124,14 @@ def read_table(path: Path) -> pa.Table:
         ) from error
 
 
+def read_samples(root: Path, manifest: CacheManifest) -> pa.Table:
+    """Read a cache's sample index. Raises CacheDamagedError where it has not a row for each of the recipe's samples."""
+    table = read_table(root / SAMPLES)
+    if len(table) != manifest.num_samples:
+        raise CacheDamagedError(f"{root / SAMPLES}: expected {manifest.num_samples} rows, got {len(table)}; {AGAIN}")
+    return table
+
+
 def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitRecord]) -> pa.Table:
     """Return the finished sample index: the begun one at `path`, with what the records of all shards, in order, add.
 
@@ -152,6 +160,7 @@ def committed(root: Path, manifest: CacheManifest) -> tuple[pa.Table, dict[str, 
     written or belongs to another cache.
     """
     shard_rows, count = int(manifest.recipe["shard_rows"]), manifest.num_samples
+    table = read_samples(root, manifest)
     failures: list[str | None] = [NOT_YET] * count
     content: list[bytes | None] = [None] * count
     records = read_commits(root)
@@ -163,7 +172,6 @@ def committed(root: Path, manifest: CacheManifest) -> tuple[pa.Table, dict[str, 
         failures[rows] = [None] * len(record.content_sha256)
         for failed in record.failures:
             failures[failed.row] = failed.reason
-    table = read_table(root / SAMPLES)
     samples = samples_table(Column[str](table["key"]), Column[int | None](table["label"]), content, failures)
     return samples, {o.path: o.size for record in records.values() for o in record.objects}
 

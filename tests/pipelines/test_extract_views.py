@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from cli import main
 from dtcache.cache import Cache
 from dtcache.codec.transform import whiten
 from dtcache.device import resolve_compute
+from dtcache.errors import ConfigError
 from dtcache.images import FolderSource, decode_view, load_views
+from dtcache.options import ExtractOptions
 from dtcache.spec import Sample
 from dtcache.teacher import load_teacher, prepare_teacher
+from pipelines.job import job_with
 from pipelines.pooled import CacheFeatures
 
 FLAGS = ("--precision", "fp32", "--device", "cpu", "--batch-size", "4", "--shard-rows", "8", "--limit", "12")
@@ -108,6 +112,13 @@ def test_sizes_that_cannot_be_are_refused(
     assert result.exit_code == 1
     assert message in result.output
     assert not (tmp_path / "c" / "manifest.json").exists()
+
+
+def test_more_images_than_a_cache_holds_are_refused() -> None:
+    """Shards of one row hold a million images, as many as a reader takes shards; the message says what to change."""
+    source = SimpleNamespace(keys=range(1_000_001), labels=None)
+    with pytest.raises(ConfigError, match=r"1000001 images: expected at most 1000000; give --limit, or a larger --sh"):
+        job_with(source, None, ExtractOptions(shard_rows=1))
 
 
 def test_a_size_that_loses_too_much_warns(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ from dtcache.store import frame, shard
 from dtcache.store import reader as reader_module
 from dtcache.store.commits import read_commits, write_commit
 from dtcache.store.layout import IMAGES, PayloadArray, read_fit
+from dtcache.store.manifest import read_manifest, write_manifest
 from dtcache.store.reader import CacheReader
-from dtcache.store.samples import parquet_bytes
+from dtcache.store.samples import parquet_bytes, read_table
 
 NAMES = (IMAGES, FINE, COARSE)
 
@@ -120,6 +121,19 @@ def test_a_codec_array_of_any_size_is_refused_unread(root: Path, changes: dict, 
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match=rf"codec/{FINE}/mean: expected at most 1048576 bytes of numbers, {reason}"):
         read_fit(root / "data.zarr", FINE, 1 << 20)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_an_index_of_another_length_is_damage(root: Path, tmp_path: Path, sealed: bool) -> None:
+    """A cache whose sample index has more or fewer rows than its recipe has samples is refused at open."""
+    if not sealed:
+        root = tmp_path / "begun"
+        begin(root, tiny_plan())
+    manifest = read_manifest(root)
+    arrays = {n: replace(a, shape=(ROWS - 1, *a.shape[1:])) for n, a in manifest.arrays.items()}
+    write_manifest(root, replace(manifest, recipe={**manifest.recipe, "num_samples": ROWS - 1}, arrays=arrays))
+    with pytest.raises(CacheDamagedError, match=r"samples\.parquet: expected 9 rows, got 10; run dtcache verify"):
+        CacheReader(root, allow="incomplete")
 
 
 def test_failed_row_is_not_usable(shared: Path) -> None:
@@ -248,7 +262,7 @@ def test_swapped_shards_of_equal_size_pass_the_reader_but_not_their_hash(tmp_pat
     reader = CacheReader(root)
     assert (read(reader, COARSE, [0], [0]) != before).any()
     assert (read(reader, COARSE, [4], [0]) == before).all()
-    table = reader_module.read_table(root / "shards.parquet")
+    table = read_table(root / "shards.parquet")
     wanted = dict(zip(table["path"].to_pylist(), table["sha256"].to_pylist(), strict=True))
     wrong = [path for path, sha256 in wanted.items() if file_sha256(root / path) != sha256]
     assert sorted(root / path for path in wrong) == [first, second]
@@ -376,7 +390,7 @@ def test_absent_chunk_in_range_is_damage(tmp_path: Path) -> None:
 
 def test_a_replaced_shard_index_is_found(root: Path) -> None:
     """A valid shards.parquet with other rows does not match the manifest, and an adjusted manifest not its own hash."""
-    table = reader_module.read_table(root / "shards.parquet")
+    table = read_table(root / "shards.parquet")
     (root / "shards.parquet").write_bytes(parquet_bytes(table.slice(0, 6)))
     with pytest.raises(CacheDamagedError, match=r"shards\.parquet: missing or not as the manifest says"):
         CacheReader(root)
