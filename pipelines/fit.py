@@ -20,8 +20,7 @@ from dtcache.errors import CodecError, ImagesError
 from dtcache.images import load_views
 from dtcache.spec import CodecSpec, tap_name
 from dtcache.storage import disk_errors
-from dtcache.store.frame import pack_frame
-from dtcache.store.layout import ZSTD_LEVEL
+from dtcache.store.frame import ZSTD_LEVEL, pack_frame
 from dtcache.store.shard import CRC_BYTES, ENTRY_BYTES
 from pipelines.job import Job
 from pipelines.progress import track

@@ -1,5 +1,6 @@
 """Commit records: the one file that makes a shard part of the cache."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from dtcache.storage import write_file
 from dtcache.store.hashed import read_hashed_json
 from dtcache.store.layout import COMMITS
 
+SHA256 = re.compile("[0-9a-f]{64}")
 MAX_COMMIT_BYTES = 256 << 20
 """Of a shard of 2^20 rows, each with a hash and a failure's reason."""
 
@@ -90,6 +92,10 @@ def read_commit(path: Path) -> CommitRecord:
             raise ValueError("its own checksum does not match")
         if path.name != f"{value['shard']:06d}.json":
             raise ValueError(f"it is of shard {value['shard']}")
+        if not all(sha is None or SHA256.fullmatch(sha) for sha in value["content_sha256"]):
+            raise ValueError("it holds something else than a SHA-256")
+        if not all(type(f["row"]) is int and isinstance(f["reason"], str) for f in value["failures"]):
+            raise ValueError("it holds a failure without row or reason")
         return CommitRecord(
             shard=value["shard"],
             fingerprint=value["fingerprint"],

@@ -6,8 +6,7 @@ frames do that in as few bytes, any decoder of zstd reads them, and a reader of 
 
 from numcodecs.zstd import compress
 
-from dtcache.store.layout import ZSTD_LEVEL
-
+ZSTD_LEVEL = 1
 MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_BLOCK = 1 << 17
 """No block holds or makes more bytes than this."""

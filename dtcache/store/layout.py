@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcache.spec import Recipe, tap_name
+from dtcache.store.frame import ZSTD_LEVEL
+from dtcache.store.shard import unpack_chunk
 
 if TYPE_CHECKING:
     from zarr.storage import MemoryStore
@@ -28,7 +30,6 @@ LABELS = "labels"
 LOGITS = "t0/logits"
 """The one array of a label set: the interpreter adds no noise, as a teacher at timestep 0."""
 IMAGES = "images"
-ZSTD_LEVEL = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,19 +122,24 @@ def write_zarr_nodes(
 
 
 def read_fit(root: Path, tap: str, most: int) -> dict[str, NDArray[np.generic]]:
-    """Read one tap's codec arrays, by name, from the Zarr group at `root`.
+    """Read one tap's codec arrays, by name, from the Zarr group at `root`: each is one chunk, as it was written.
 
-    Raises ValueError, before any of it is read, for an array of more than `most` bytes of numbers, or of larger chunks.
+    Raises ValueError, before any of it is read, for an array of more than `most` bytes of numbers or of other chunks,
+    OSError where a chunk cannot be read, and CacheDamagedError where one is not as written.
     """
     import zarr
 
     found = {}
     for name, array in zarr.open_group(root, mode="r", path=f"codec/{tap}", zarr_format=3).arrays():
-        chunks = array.shards or array.chunks
-        size = array.dtype.itemsize * math.prod(map(max, zip(array.shape, chunks, strict=True)))
+        size, where = array.dtype.itemsize * math.prod(array.shape), f"codec/{tap}/{name[:40]}"
         if size > most or array.dtype.kind not in "iuf":
-            raise ValueError(
-                f"codec/{tap}/{name[:40]}: expected at most {most} bytes of numbers, got {size} of {array.dtype.kind!r}"
-            )
-        found[name] = np.asarray(array[...])
+            raise ValueError(f"{where}: expected at most {most} bytes of numbers, got {size} of {array.dtype.kind!r}")
+        if array.chunks != array.shape or array.shards is not None:
+            raise ValueError(f"{where}: expected one chunk of {array.shape}, got chunks of {array.chunks}")
+        values = np.empty(array.shape, array.dtype)
+        chunk = root / "codec" / tap / name / ".".join(["c", *("0" for _ in array.shape)])
+        # Not by Zarr, whose decoder takes as much memory as a frame says that it needs. None is twice what it holds.
+        with open(chunk, "rb") as file:
+            unpack_chunk(file.read(2 * size + 64), values.reshape(-1).view(np.uint8))
+        found[name] = values
     return found

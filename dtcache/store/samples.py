@@ -147,8 +147,11 @@ def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitReco
             f"{path}: not the samples that the recipe names; delete this cache and extract it again"
         )
     failures: list[str | None] = [None] * len(keys)
-    for failed in (f for record in records for f in record.failures):
-        failures[failed.row] = failed.reason
+    start = 0
+    for record in records:
+        rows = range(start, start + len(record.content_sha256))
+        _note_failures(failures, record, rows, path.parent)
+        start = rows.stop
     content = (bytes.fromhex(sha) if sha else None for record in records for sha in record.content_sha256)
     return samples_table(keys, labels, content, failures)
 
@@ -165,15 +168,24 @@ def committed(root: Path, manifest: CacheManifest) -> tuple[pa.Table, dict[str, 
     content: list[bytes | None] = [None] * count
     records = read_commits(root)
     for shard, record in records.items():
-        rows = slice(shard * shard_rows, min((shard + 1) * shard_rows, count))
-        if record.fingerprint != manifest.fingerprint or len(record.content_sha256) != len(failures[rows]):
+        rows = range(shard * shard_rows, min((shard + 1) * shard_rows, count))
+        if record.fingerprint != manifest.fingerprint or len(record.content_sha256) != len(rows):
             raise CacheDamagedError(f"{commit_path(root, shard)}: the record belongs to another cache; {AGAIN}")
-        content[rows] = [bytes.fromhex(sha) if sha else None for sha in record.content_sha256]
-        failures[rows] = [None] * len(record.content_sha256)
-        for failed in record.failures:
-            failures[failed.row] = failed.reason
+        content[rows.start : rows.stop] = [bytes.fromhex(sha) if sha else None for sha in record.content_sha256]
+        failures[rows.start : rows.stop] = [None] * len(rows)
+        _note_failures(failures, record, rows, root)
     samples = samples_table(Column[str](table["key"]), Column[int | None](table["label"]), content, failures)
     return samples, {o.path: o.size for record in records.values() for o in record.objects}
+
+
+def _note_failures(failures: list[str | None], record: CommitRecord, rows: range, root: Path) -> None:
+    for failed in record.failures:
+        if failed.row not in rows:
+            raise CacheDamagedError(
+                f"{commit_path(root, record.shard)}: expected failures of rows {rows.start} to {rows.stop - 1}, "
+                f"got row {failed.row}; {AGAIN}"
+            )
+        failures[failed.row] = failed.reason
 
 
 def shards_table(objects: Iterable[tuple[int, ShardObject]]) -> pa.Table:

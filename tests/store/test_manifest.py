@@ -320,6 +320,26 @@ def test_a_commit_record_under_another_name_is_found(tmp_path: Path) -> None:
         read_commits(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"content_sha256": ["no hash"]}, "something else than a SHA-256"),
+        ({"content_sha256": [5]}, "expected string"),
+        ({"failures": [{"row": 1.0, "key": "a", "reason": "b"}]}, "a failure without row or reason"),
+        ({"failures": [{"row": 1, "key": "a", "reason": 2}]}, "a failure without row or reason"),
+        ({"failures": [1]}, "not subscriptable"),
+    ],
+)
+def test_a_commit_record_of_other_types_is_found(tmp_path: Path, changes: dict, reason: str) -> None:
+    """A record that carries its own hash, but hashes or failures that are none, is damage."""
+    (tmp_path / "commits").mkdir()
+    body = {**tiny_record().to_json(), **changes}
+    del body["sha256"]
+    commit_path(tmp_path, 0).write_bytes(canonical_json({**body, "sha256": sha256_json(body)}))
+    with pytest.raises(CacheDamagedError, match=rf"000000.json: not a commit record of dtcache .*{reason}"):
+        read_commits(tmp_path)
+
+
 def test_sums_add_in_the_order_given() -> None:
     """Totals are plain left-to-right float64 sums by array, so that shard order fixes every bit."""
     sums = [0.1, 0.2, 0.3, 1e16, 1.0, -1e16]

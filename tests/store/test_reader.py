@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from google_crc32c import value as crc32c
 from numcodecs.zstd import compress
 from numpy.typing import ArrayLike
 from store.builders import COARSE, FAILED_ROW, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
 
 from dtcache.errors import CacheDamagedError, CacheError, CacheIncompleteError, CacheNotFoundError
-from dtcache.spec import canonical_json
+from dtcache.spec import FailedSample, canonical_json
 from dtcache.storage import file_sha256
 from dtcache.store import commits as commits_module
 from dtcache.store import frame, shard
@@ -110,16 +111,27 @@ def test_zarr_sees_nothing_foreign(shared: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"shape": [2**50]}, "got 2251799813685248 of 'f'"),
-        ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2**50]}}}, "got 2251799813685248 of 'f'"),
-        ({"data_type": "bool", "fill_value": False}, "got 4 of 'b'"),
+        ({"shape": [2**50]}, "at most 1048576 bytes of numbers, got 2251799813685248 of 'f'"),
+        ({"data_type": "bool", "fill_value": False}, "at most 1048576 bytes of numbers, got 4 of 'b'"),
+        (
+            {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2**50]}}},
+            "one chunk of .*11258999068",
+        ),
     ],
 )
 def test_a_codec_array_of_any_size_is_refused_unread(root: Path, changes: dict, reason: str) -> None:
     """What an array's zarr.json claims is compared with what a fit may hold before memory is taken for it."""
     path = root / "data.zarr" / "codec" / FINE / "mean" / "zarr.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    with pytest.raises(ValueError, match=rf"codec/{FINE}/mean: expected at most 1048576 bytes of numbers, {reason}"):
+    with pytest.raises(ValueError, match=rf"codec/{FINE}/mean: expected {reason}"):
+        read_fit(root / "data.zarr", FINE, 1 << 20)
+
+
+def test_a_codec_chunk_that_claims_any_size_is_refused_unread(root: Path) -> None:
+    """A small frame that says it decompresses to terabytes is damage, found before memory is taken for it."""
+    claim = b"\x28\xb5\x2f\xfd\xe0" + (1 << 45).to_bytes(8, "little") + b"\x01\x00\x00"
+    (root / "data.zarr" / "codec" / FINE / "mean" / "c.0").write_bytes(claim + crc32c(claim).to_bytes(4, "little"))
+    with pytest.raises(CacheDamagedError, match=f"it decompresses to {1 << 45} bytes instead of 8"):
         read_fit(root / "data.zarr", FINE, 1 << 20)
 
 
@@ -373,6 +385,22 @@ def test_an_incomplete_cache_with_damage_is_refused(tmp_path: Path) -> None:
     write_commit(root, record)
     with pytest.raises(CacheDamagedError, match="the record belongs to another cache"):
         CacheReader(root, allow="incomplete")
+
+
+@pytest.mark.parametrize("row", [-1, 4, 1 << 60])
+def test_a_failure_of_a_row_outside_its_shard_is_damage(tmp_path: Path, row: int) -> None:
+    """A record that says of another shard's row, or of none, that it failed is refused at open and at sealing."""
+    plan = tiny_plan()
+    root = tmp_path / "cache"
+    writer = begin(root, plan)
+    for number, made in enumerate(plan.shards):
+        failures = (FailedSample(row=row, key="k", reason="none"),) if number == 0 else made.failures
+        writer.write_shard(replace(made, failures=failures))
+    reason = f"000000.json: expected failures of rows 0 to 3, got row {row}"
+    with pytest.raises(CacheDamagedError, match=reason):
+        CacheReader(root, allow="incomplete")
+    with pytest.raises(CacheDamagedError, match=reason):
+        writer.seal()
 
 
 def test_absent_chunk_in_range_is_damage(tmp_path: Path) -> None:
