@@ -1,6 +1,6 @@
 """What label distillation is worth: one segmentation network, finetuned on a few images, from five starts.
 
-    python benchmarks/labels.py --name scenes [--images 3000 --labelled 20,40 --seeds 5 --exact ...] \
+    python benchmarks/labels.py --name scenes [--images 3000 --labelled 20,40 --seeds 5 --loss mse --exact ...] \
         [--results DIR] [--table]
     python benchmarks/labels.py --name camvid --train IMAGES --train-masks DIR --test IMAGES --test-masks DIR \
         --teacher DIR --timestep T --labelled 40 --seeds 3 [--results DIR] [--table]
@@ -70,6 +70,8 @@ class Plan:
     student: str
     student_size: str | None
     fpn_width: int
+    loss: str
+    label_weight: float
     epochs: int
     batch_size: int
     finetune_epochs: int
@@ -98,10 +100,12 @@ def main() -> None:
     parser.add_argument("--student", default="resnet10t")
     parser.add_argument("--student-size")
     parser.add_argument("--fpn-width", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--loss", default="mse+at", help="of features, as train takes it")
+    parser.add_argument("--label-weight", type=float, default=1.0, help="of the mixed arm")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--finetune-epochs", type=int, default=200)
-    parser.add_argument("--finetune-lr", type=float, default=1e-3)
+    parser.add_argument("--finetune-lr", type=float, default=3e-2)
     parser.add_argument("--exact", action="store_true", help="label distillation from nearly exact labels too")
     parser.add_argument("--compile", action="store_true", help="compile teacher, students and losses")
     parser.add_argument("--device", default="auto")
@@ -163,16 +167,19 @@ def run_one(plan: Plan, count: int, seed: int) -> None:
         ))  # fmt: skip
     plan.results.once(f"{name}-interpreter", lambda: {"miou": interpreter_miou(plan, interpreter)})
     plan.results.once(f"{name}-labels", lambda: written(plan, interpreter, name, "10%"))
-    feature = distilled(plan, f"feature-seed{seed}", seed)
-    arms = {"random": (feature / "init", None), "feature": (feature / "backbone", None)}
-    for arm, chosen in (("label", {"feature_weight": 0.0}), ("mixed", {})):
-        run = distilled(plan, f"{arm}-{name}", seed, labels=name, **chosen)
-        arms[arm] = (run / "backbone", run)
+    feature = distilled(plan, f"feature-{plan.loss}-seed{seed}", seed, loss=plan.loss)
+    label = distilled(plan, f"label-{name}", seed, labels=name, feature_weight=0.0)
+    mixed = distilled(
+        plan, f"mixed-{plan.loss}-{plan.label_weight:g}-{name}", seed, labels=name, loss=plan.loss,
+        label_weight=plan.label_weight,
+    )  # fmt: skip
+    runs = {"label": label, "mixed": mixed}
     if plan.exact:
         plan.results.once(f"{name}-labels-exact", lambda: written(plan, interpreter, f"{name}-exact", "100%"))
-        run = distilled(plan, f"label-exact-{name}", seed, labels=f"{name}-exact", feature_weight=0.0)
-        arms["label-exact"] = (run / "backbone", run)
-    for arm, (backbone, head) in arms.items():
+        runs["label-exact"] = distilled(plan, f"label-exact-{name}", seed, labels=f"{name}-exact", feature_weight=0.0)
+    starts = {"random": (feature / "init", None), "feature": (feature / "backbone", None)}
+    starts |= {arm: (run / "backbone", run) for arm, run in runs.items()}
+    for arm, (backbone, head) in starts.items():
         plan.results.once(f"{name}-{arm}", lambda b=backbone, h=head: finetuned(plan, b, h, masks, seed))
 
 
