@@ -14,7 +14,9 @@ anew; results that other flags made are refused.
 """
 
 import argparse
+import json
 import shutil
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -177,6 +179,8 @@ def run_one(plan: Plan, count: int, seed: int) -> None:
     if plan.exact:
         plan.results.once(f"{name}-labels-exact", lambda: written(plan, interpreter, f"{name}-exact", "100%"))
         runs["label-exact"] = distilled(plan, f"label-exact-{name}", seed, labels=f"{name}-exact", feature_weight=0.0)
+    for arm, run in {"feature": feature, **runs}.items():
+        plan.results.once(f"{name}-{arm}-held-out", lambda run=run: held_out(run))
     starts = {"random": (feature / "init", None), "feature": (feature / "backbone", None)}
     starts |= {arm: (run / "backbone", run) for arm, run in runs.items()}
     for arm, (backbone, head) in starts.items():
@@ -212,6 +216,13 @@ def distilled(plan: Plan, name: str, seed: int, **chosen: Any) -> Path:
         batch_size=plan.batch_size, seed=seed, device=plan.device, compile=plan.compile, **chosen,
     ))  # fmt: skip
     return out
+
+
+def held_out(run: Path) -> dict[str, Any]:
+    """Return the losses of a student on the cache's held-out images: `mse`, the mean over taps, and `label`."""
+    found = json.loads((run / "summary.json").read_text())["held_out"]
+    mse = [value for name, value in found.items() if name.startswith("mse/")]
+    return {"mse": statistics.mean(mse) if mse else None, "label": found.get("label")}
 
 
 def finetuned(plan: Plan, backbone: Path, head: Path | None, masks: Path, seed: int) -> dict[str, Any]:

@@ -37,17 +37,24 @@ def count_lines(found: dict[str, Any], count: int) -> list[str]:
     lines = [
         f"### {count} labelled images",
         "",
-        "| start | seeds | test mIoU | over random, paired | over feature, paired |",
-        "|---|---|---|---|---|",
+        "| start | seeds | held-out MSE | held-out labels | test mIoU | over random, paired | over feature, paired |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for arm, scores in runs.items():
         if scores:
             against = [paired(scores, runs[other]) if other != arm else [] for other in ("random", "feature")]
             differences = [interval(pairs, "") if pairs else "-" for pairs in against]
             mean = f"{statistics.mean(scores.values()):.2f}"
-            lines.append(f"| {' | '.join([arm, str(len(scores)), mean, *differences])} |")
+            losses = [held_out(found, f"n{count}-seed[0-9]+-{arm}", kind) for kind in ("mse", "label")]
+            lines.append(f"| {' | '.join([arm, str(len(scores)), *losses, mean, *differences])} |")
     lines += ["", *goal_lines(runs), *cost_lines(found, count), ""]
     return lines
+
+
+def held_out(found: dict[str, Any], pattern: str, kind: str) -> str:
+    """Return the mean of the losses of one arm's students before they were finetuned."""
+    losses = [result[kind] for name, result in found.items() if re.fullmatch(f"{pattern}-held-out", name)]
+    return f"{statistics.mean(losses):.3f}" if losses and None not in losses else "-"
 
 
 def paired(scores: dict[str, float], others: dict[str, float]) -> list[float]:
