@@ -75,7 +75,7 @@ class DeviceClock:
             self._seconds += time.perf_counter() - started
             return
         stream = torch.cuda.current_stream(self._device)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record(stream)
         yield
         last.record(stream)
@@ -89,7 +89,7 @@ class DeviceClock:
         return self._seconds
 
     def _drain(self) -> None:
-        while self._running and self._running[0][1].query():  # type: ignore[no-untyped-call]
+        while self._running and self._running[0][1].query():
             first, last = self._running.pop(0)
             self._seconds += first.elapsed_time(last) / 1000
 

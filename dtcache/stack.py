@@ -22,9 +22,9 @@ def lazy_stack(cache: Cache, name: str) -> da.Array:
     chunks = (rows, *shape[1:])
     # Tasks name the cache, so that workers in other processes open it once each.
     root, identity = str(cache.reader.root.resolve()), cache.reader.manifest.identity
-    whole = da.core.normalize_chunks(chunks, shape)  # type: ignore[no-untyped-call]
+    whole = da.core.normalize_chunks(chunks, shape)
     numbers = da.arange(len(cache), chunks=rows, dtype=np.int64)[:, None, None, None, None]
-    stacked: da.Array = da.map_blocks(  # type: ignore[no-untyped-call]
+    stacked: da.Array = da.map_blocks(
         _decoded, numbers, root=root, identity=identity, allow=cache.allow, tap=name,
         dtype=np.float32, chunks=whole, meta=np.empty((0,) * 5, np.float32),
         name=f"dtcache-{identity[:16]}-{name}-{rows}",

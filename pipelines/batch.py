@@ -70,4 +70,4 @@ def _peak_bytes() -> int:
 
 def _free_bytes() -> int:
     # What is free leaves out the page cache, which the system gives back.
-    return psutil.virtual_memory().available // 2
+    return int(psutil.virtual_memory().available) // 2

@@ -93,7 +93,7 @@ class CachedMaps:
         step = self._teacher.spec.batch_size if self._teacher else len(batch)
         for start in range(0, len(missing), step):
             part = missing[start : start + step]
-            draws = self._raw_draws(*([values[i] for i in part] for values in (batch, samples, flips)))
+            draws = self._raw_draws([batch[i] for i in part], [samples[i] for i in part], [flips[i] for i in part])
             for name in names:
                 encoded = self._encoder.encode(name, *(raw[name] for raw in draws))
                 good = [place for place, view in enumerate(encoded) if view.finite]

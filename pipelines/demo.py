@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from dtcache.images.scenes import write_scenes
 from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TrainOptions
 from dtcache.spec import Json
 from dtcache.storage import write_file
-from pipelines.evaluate import evaluate
+from pipelines.evaluate import classify
 from pipelines.extract import extract
 from pipelines.progress import track
 from pipelines.report import inspect_cache
@@ -35,17 +36,16 @@ def demo(out: Path, options: DemoOptions) -> Json:
     claim_run(out, asdict(options), volatile=("device",))
     names = options.students.split(",")
     stages = Stages(out)
-    stages.run("scenes", lambda: _write_scenes(out, options))
-    stages.run("extract", lambda: _extract(out, options))
+    stages.run("scenes", partial(_write_scenes, out, options))
+    stages.run("extract", partial(_extract, out, options))
     report = inspect_cache(out / "cache")
     Console(stderr=True).print(render(report, out / "cache"))
     for name in names:
-        stages.run(f"train {name}", lambda name=name: _train(out, name, options))
+        stages.run(f"train {name}", partial(_train, out, name, options))
     kinds = {"random init": "init", "from the cache": "backbone"}
     models = {f"{name}, {kind}": out / name / folder for name in names for kind, folder in kinds.items()}
     students = [
-        stages.run(f"evaluate {name}", lambda m=model, n=name: _evaluate(out, n, m, options))
-        for name, model in models.items()
+        stages.run(f"evaluate {name}", partial(_evaluate, out, name, model, options)) for name, model in models.items()
     ]
     summary = {
         "bytes_per_image": report["bytes_per_image"],
@@ -131,7 +131,7 @@ def _evaluate(out: Path, name: str, model: Path, options: DemoOptions) -> Json:
         device=options.device,
         precision=options.precision,
     )
-    (row,) = evaluate(str(model), chosen)
+    (row,) = classify(str(model), chosen)
     return {"name": name, "knn_top1": row.knn_top1, "linear_top1": row.linear_top1}
 
 

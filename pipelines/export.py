@@ -14,7 +14,8 @@ from dtcache.errors import ConfigError, ExportError
 from dtcache.options import ExportOptions
 from dtcache.storage import disk_errors, write_file
 from dtcache.student import Backbone, load_backbone
-from dtcache.student.folder import CONFIG, WEIGHTS, open_in_timm
+from dtcache.student.folder import open_in_timm
+from dtcache.student.stored import CONFIG, WEIGHTS
 from dtcache.student.torchvision import torchvision_network
 
 TOLERANCE = 1e-5

@@ -80,9 +80,9 @@ def extract(images: Path, out: Path, options: ExtractOptions, teacher: CallableT
                 writer = _begin(out, job, options)
             fitted = time.time()
             left, count = rows_left(writer), len(job.samples)
-            runner = make_runner(out, writer.manifest, job, options) if client is None else None
+            where = make_runner(out, writer.manifest, job, options) if client is None else client
             del job  # its teacher makes room on the device for a local worker's
-            _compute(images, writer, runner or client, options)
+            _compute(images, writer, where, options)
             computed = time.time()
             writer.seal()
             failures = tuple(writer.failures)

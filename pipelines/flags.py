@@ -1,6 +1,7 @@
 """From a dataclass of options to a command's flags, its TOML file and its one line of failure; for cli.py."""
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -20,16 +21,6 @@ JSON_FLAG = click.option("--json", "as_json", is_flag=True, help="Print JSON and
 
 RESUMABLE = ("scenes", "teach", "extract", "write", "train", "demo")
 """Verbs that go on from where they were interrupted; write is that of label."""
-
-
-class NumberOrAuto(click.ParamType):
-    """An integer, or auto, for which None stands."""
-
-    name = "N|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """Return the number, or None."""
-        return None if value == "auto" else int(click.INT.convert(value, param, ctx))
 
 
 class Group(click.Group):
@@ -57,12 +48,11 @@ def options_of(options: type) -> Callable[[Callable[..., Any]], Callable[..., An
     hints = typing.get_type_hints(options)
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)  # its flags too, which click keeps on the function
         def filled(**values: Any) -> Any:
             chosen = {f.name: values.pop(f.name) for f in dataclasses.fields(options)}
             return command(**values, options=options(**chosen))
 
-        filled.__name__, filled.__doc__ = command.__name__, command.__doc__
-        filled.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
         for f in reversed(dataclasses.fields(options)):
             filled = _flag(f, hints[f.name])(filled)
         return click.option(
@@ -104,8 +94,13 @@ def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
         del shape["default"]
         shape["required"] = True
     kind = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else PATH if hint is Path else hint
-    kind = NumberOrAuto() if f.metadata["auto"] else kind
+    kind = _number_or_auto if f.metadata["auto"] else kind
     return click.option(f"--{name}", type=kind, **shape)
+
+
+def _number_or_auto(word: Any) -> int | None:
+    """Return an integer, or None for auto."""
+    return None if word == "auto" else int(click.INT.convert(word, None, None))
 
 
 def out_flag(help_text: str) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from pipelines.student_run import inspect_run, is_run
 from pipelines.tables import render, render_run, render_statistics
 
 CACHES_ONLY = ("stats", "exact", "samples", "teacher")
-NEEDED = {
+NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
     "cache": {
         "samples": ("stats", "report", "teacher"),
         "gallery": ("report",),

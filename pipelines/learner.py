@@ -1,10 +1,11 @@
 """A student as it learns: everything that a step changes and a checkpoint keeps."""
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -19,7 +20,8 @@ def exported_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the student's weights that a run is for from its checkpoint: their average where it keeps one."""
     average = checkpoint.get("average")
     if average is None:
-        return cast(dict[str, Any], checkpoint["student"])
+        weights: dict[str, Any] = checkpoint["student"]
+        return weights
     inner = "module."
     return {name.removeprefix(inner): value for name, value in average.items() if name.startswith(inner)}
 
@@ -31,7 +33,7 @@ class Learner:
         self, student: Student, options: TrainOptions, rate: float, compute: Compute, processes: Processes
     ) -> None:
         """Take a student to the device; with several processes its gradients are their mean."""
-        student.to(compute.device, memory_format=torch.channels_last)
+        student.to(compute.device).to(memory_format=torch.channels_last)
         parallel = processes.world_size > 1
         if parallel and compute.device.type == "cuda":
             synchronise_batch_norm(student)
@@ -46,11 +48,12 @@ class Learner:
         # A backbone's last layers, such as a head that no pyramid level passes, may take no part in the loss.
         self._parallel = DistributedDataParallel(student, find_unused_parameters=True) if parallel else None
         network: nn.Module = self._parallel or student
-        self.network = cast(Student, compiled(network) if options.compile else network)
+        self.network: Callable[[Tensor], Mapping[str, Tensor]] = compiled(network) if options.compile else network
 
     @property
     def exported(self) -> Student:
         """The student that the run is for: the average where there is one."""
+        # torch types the copy as any module.
         return self.student if self.average is None else cast(Student, self.average.module)
 
     def synchronised(self, last: bool) -> AbstractContextManager[Any]:

@@ -18,7 +18,7 @@ from dtcache.spec import Sample, ViewSpec
 from dtcache.store.layout import MANIFEST
 from dtcache.student import load_backbone, make_backbone, recalibrate_batch_norm, student_input
 from dtcache.student.backbone import Backbone
-from dtcache.student.folder import CONFIG
+from dtcache.student.stored import CONFIG
 from pipelines.cached_maps import CachedMaps
 from pipelines.evaluated import EvaluatedImages, load_batches
 

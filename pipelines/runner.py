@@ -1,7 +1,7 @@
 """The shard runner: images in, written shards out, in any process; it knows no scheduler and commits nothing."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from dtcache.codec import FeatureEncoder
 from dtcache.device import resolve_compute
 from dtcache.images import load_views
 from dtcache.options import ExtractOptions
-from dtcache.store.attempt import WrittenShard, write_attempt
+from dtcache.store.attempt import ShardData, WrittenShard, write_attempt
 from dtcache.store.manifest import CacheManifest
 from pipelines.job import Job
 from pipelines.shard import run_shard
@@ -35,7 +35,7 @@ class ShardRunner:
 
     def write(
         self, shards: Sequence[int], on_rows: Callable[[int], None], finish: Callable[[WrittenShard], T]
-    ) -> Iterator[T]:
+    ) -> Generator[T, None, None]:
         """Compute shards, write each beside its place, and yield what `finish` makes of it; `on_rows` hears of rows.
 
         Writing and `finish` run in a thread, beside the next shard's computation; they end whatever stops that.
@@ -51,11 +51,14 @@ class ShardRunner:
                     writing.result()  # a full disk stops the next shard at once, not at its end
                 on_rows(rows)
 
+            def written(data: ShardData) -> T:
+                return finish(write_attempt(self.root, self.manifest, data))
+
             for shard in shards:
                 data = run_shard(self.job, self.encoder, shard, array.rows_of(shard), views, fitted, counted)
                 if writing is not None:
                     yield writing.result()
-                writing = pool.submit(lambda data=data: finish(write_attempt(self.root, self.manifest, data)))
+                writing = pool.submit(written, data)
             if writing is not None:
                 yield writing.result()
 

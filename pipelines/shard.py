@@ -125,7 +125,8 @@ def _pack_tasks(
         for group in [list(draws)] if job.average else ([raw] for raw in draws):
             maps = {name: encoder.quantise(name, *(raw[name] for raw in group)) for name in job.names}
             groups.append({name: quantised.to_host(stream) for name, quantised in maps.items()})
-    tasks, place = [], 0
+    tasks: list[Callable[[], PackedRow]] = []
+    place = 0
     for prepared in batch:
         places = range(place, place + len(prepared.inputs))
         tasks.append(partial(_pack, job, encoder, prepared, groups, places))

@@ -68,7 +68,7 @@ def _fit(
     unet = build_unet(
         view.height, view.width, parse_ints(options.channels, "--channels"), options.layers, options.attention
     )
-    unet = unet.to(compute.device, memory_format=torch.channels_last)
+    unet = unet.to(compute.device).to(memory_format=torch.channels_last)
     ema = AveragedModel(unet, multi_avg_fn=warmed_up_ema(options.ema))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -131,9 +131,9 @@ def _train_step(
     pixels_BCHW = torch.where(mirrored[:, None, None, None], pixels_BCHW.flip(3), pixels_BCHW)
     t_B = torch.randint(0, TRAIN_STEPS, (len(pixels_BCHW),), generator=draw)
     noise_BCHW = torch.randn(pixels_BCHW.shape, generator=draw)
-    where = {"device": compute.device}
+    device = compute.device
     with compute.autocast():
-        loss = ddpm_loss(network, ddpm_scheduler(), pixels_BCHW.to(**where), noise_BCHW.to(**where), t_B.to(**where))
+        loss = ddpm_loss(network, ddpm_scheduler(), pixels_BCHW.to(device), noise_BCHW.to(device), t_B.to(device))
     with compile_errors():
         loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)

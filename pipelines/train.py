@@ -17,7 +17,7 @@ from dtcache.label_set import LabelSet
 from dtcache.objective import LABEL_TARGET, make_objective
 from dtcache.options import TrainOptions, parse_size
 from dtcache.storage import FolderLock, disk_errors, write_file
-from dtcache.student import Student, Views, build_student, probe_maps, save_backbone
+from dtcache.student import Backbone, Student, Views, build_student, probe_maps, save_backbone
 from dtcache.student.head import HeadSpec, logit_head, save_head
 from pipelines.consistent import require_consistent
 from pipelines.distill import Distillation, held_out_losses, not_finite, remarks, train_step
@@ -82,7 +82,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
         for line in remarks(student, objective, source.recipe, options) if processes.is_first else ():
             print(line, file=sys.stderr)
         if processes.is_first and not (out / "init" / "config.json").exists():
-            save_backbone(student.backbone, out / "init", input_size=student.input_size, view=source.view)
+            _save_backbone(student, out / "init", source)
         learner, clock = Learner(student, options, peak_lr(options), compute, processes), Clock()
         step = _restore(out, learner, clock)
         metrics = MetricsFile(out, step) if processes.is_first else NoMetrics()
@@ -108,7 +108,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
                 _save(out, learner, clock, metrics, step, processes)
         trained = learner.exported
         if isinstance(metrics, MetricsFile):
-            save_backbone(trained.backbone, out / "backbone", input_size=trained.input_size, view=source.view)
+            _save_backbone(trained, out / "backbone", source)
             if source.labels is not None:
                 _save_head(trained, source.labels, out, options)
             _finish(out, metrics, source, step, options)
@@ -144,6 +144,11 @@ def _student(source: BatchSource, options: TrainOptions) -> Student:
         seed=options.seed,
         regressor=options.regressor,
     )
+
+
+def _save_backbone(student: Student, folder: Path, source: BatchSource) -> None:
+    assert isinstance(student.backbone, Backbone), "options name it by its timm name"
+    save_backbone(student.backbone, folder, input_size=student.input_size, view=source.view)
 
 
 def _save_head(student: Student, labels: LabelSet, out: Path, options: TrainOptions) -> None:

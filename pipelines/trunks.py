@@ -25,16 +25,29 @@ from pipelines.pooled import NetworkFeatures, open_backbone, stack_pixels
 class Trunk(Protocol):
     """What gives the maps that a head reads."""
 
-    name: str
-    view: ViewSpec
-    """What it wants to see of an image; masks are of this size too."""
-    shapes: Shapes
-    input_size: tuple[int, int]
-    """(height, width) of the images that maps are made of."""
-    backbone: nn.Module | None
-    """What there is to finetune."""
-    mirrors: bool
-    """Whether it has maps of mirrored images."""
+    @property
+    def name(self) -> str:
+        """The backbone's timm name, or `cache`."""
+
+    @property
+    def view(self) -> ViewSpec:
+        """What it wants to see of an image; masks are of this size too."""
+
+    @property
+    def shapes(self) -> Shapes:
+        """(C, H, W) of its maps, finest first."""
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of the images that maps are made of."""
+
+    @property
+    def backbone(self) -> nn.Module | None:
+        """What there is to finetune."""
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether it has maps of mirrored images."""
 
     def prepare(self, train: EvaluatedImages, test: EvaluatedImages) -> None:
         """Look at the images before any maps are asked for."""

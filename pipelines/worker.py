@@ -4,7 +4,7 @@ import gc
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -94,7 +94,7 @@ def on_workers(
     options: ExtractOptions,
     on_rows: Callable[[int], None],
     finish: Callable[[WrittenShard], T],
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yield what `finish`, in this process, makes of the missing shards, as workers write them."""
     from pipelines.cluster import ClusterRun
 
@@ -183,8 +183,8 @@ def _load(asked_for: Json) -> ShardRunner:
             )
     root = Path(asked_for["root"])
     manifest = _require_cache(root, asked_for["fingerprint"])
-    values = asked_for["options"].items()
-    options = ExtractOptions(**{name: tuple(v) if isinstance(v, list) else v for name, v in values})
+    values: Json = {name: tuple(v) if isinstance(v, list) else v for name, v in asked_for["options"].items()}
+    options = ExtractOptions(**values)
     job = make_job(open_source(Path(asked_for["images"])), options, stored=stored_prompt(root, manifest))
     # What else the recipe holds came with the options.
     teacher = json.loads(canonical_json(asdict(job.teacher.spec)))

@@ -55,7 +55,7 @@ class QuantisedMaps:
             for there, here in zip((self.values_BN, self.measures_5B), host, strict=True):
                 here.copy_(there, non_blocking=True)
                 there.record_stream(stream)
-            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            copied = torch.cuda.Event(blocking=True)
             copied.record(stream)
         return QuantisedMaps(values_BN=host[0], measures_5B=host[1], copied=copied)
 

@@ -3,7 +3,7 @@
 import functools
 import io
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -124,7 +124,9 @@ def upright_size(data: bytes) -> tuple[int, int]:
         return (opened.width, opened.height) if lies else (opened.height, opened.width)
 
 
-def load_views(source: ImageSource, indices: Iterable[int], view: ViewSpec, *, threads: int) -> Iterator[LoadedView]:
+def load_views(
+    source: ImageSource, indices: Iterable[int], view: ViewSpec, *, threads: int
+) -> Generator[LoadedView, None, None]:
     """Load views in the order of `indices`, decoding ahead in threads (Pillow releases the GIL)."""
 
     def load(index: int, fetch: Callable[[], bytes]) -> LoadedView:

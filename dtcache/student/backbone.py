@@ -141,7 +141,7 @@ def synchronise_batch_norm(network: nn.Module) -> None:
 
     Weights and names stay as they are.
     """
-    convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    convert_sync_batchnorm(network)
 
 
 def _batch_norms(backbone: Backbone) -> list[_BatchNorm]:

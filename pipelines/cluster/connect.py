@@ -22,7 +22,7 @@ DEATHS_AN_ATTEMPT = 2
 CHATTY = ("distributed", "distributed.client", "distributed.gc", "bokeh", "tornado", "tornado.application", "asyncio")
 
 
-class Quiet(WorkerPlugin):  # type: ignore[misc]
+class Quiet(WorkerPlugin):
     """Sends all that a local worker prints to a file, and leaves Ctrl-C, which reaches it too, to the coordinator."""
 
     def __init__(self, log: str) -> None:

@@ -5,9 +5,9 @@ import queue
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from dask.distributed import Client, Future, KilledWorker
 
@@ -31,6 +31,8 @@ ANSWER_SECONDS = 60.0
 """How long a scheduler may take to answer a question before it counts as gone."""
 STALL_SECONDS = 20.0
 """Without a word for so long, and with every worker idle, Dask has lost what is in flight: it is submitted anew."""
+Attempt: TypeAlias = "Future[WrittenShard | Failed]"
+"""In quotes, for not every version of Dask has a Future that takes a type."""
 RESUME = "what is committed stays: run the same command again to resume"
 
 
@@ -41,7 +43,7 @@ class _Shard:
     rows: int
     reported: int = 0
     """Rows that the bar has been told of: the most that any attempt has done."""
-    future: Future | None = None
+    future: "Attempt | None" = None
     tries: int = 0
     """Submissions so far; each has a key of its own."""
     failed: list[Failed] = field(default_factory=list)
@@ -62,9 +64,9 @@ class ClusterRun:
         self._count, self._counted = 0, 0.0
         self._alone = self._heard = time.monotonic()
         # Dask calls from threads of its own: they only leave word here.
-        self._events: queue.SimpleQueue[tuple[int, int | Future]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[int, int | Attempt]] = queue.SimpleQueue()
 
-    def results(self) -> Iterator[WrittenShard]:
+    def results(self) -> Generator[WrittenShard, None, None]:
         """Yield every shard's files as they come, in any order; the caller commits them.
 
         Raises ClusterError where a shard fails for good or the scheduler goes away.
@@ -152,7 +154,7 @@ class ClusterRun:
             raise self._lost("the connection to it is lost")
         return scheduler
 
-    def _next(self) -> tuple[int, int | Future | None]:
+    def _next(self) -> "tuple[int, int | Attempt | None]":
         """Return the next word, or None after a while; say now and then that there is no worker to give one."""
         if self._workers():
             self._alone = time.monotonic()
@@ -164,7 +166,7 @@ class ClusterRun:
         except queue.Empty:
             return 0, None
 
-    def _outcome(self, shard: int, future: Future) -> WrittenShard | None:
+    def _outcome(self, shard: int, future: Attempt) -> WrittenShard | None:
         """Take a finished task out of the flight; None where its shard is to be tried again."""
         if future is not self._shards[shard].future:
             return None  # an attempt that was given up

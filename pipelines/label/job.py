@@ -63,10 +63,11 @@ class LabelJob:
     def logits(self, rows: Rows) -> Tensor:
         """Return exact logits of every view of usable rows, fp32 (B, V, K, H, W) on the host, pass by pass."""
         views, found = self.cache.num_views, []
-        pairs = np.repeat(rows, views), np.tile(np.arange(views), len(rows))
+        row_of, view_of = np.repeat(rows, views), np.tile(np.arange(views, dtype=np.int64), len(rows))
         size = self._options.batch_size
-        for start in range(0, len(pairs[0]), size):
-            coefficients, _ = self.cache.coefficients(*(p[start : start + size] for p in pairs), self._names)
+        for start in range(0, len(row_of), size):
+            part = slice(start, start + size)
+            coefficients, _ = self.cache.coefficients(row_of[part], view_of[part], self._names)
             with memory_errors(size, "give a smaller --batch-size"):
                 maps = self._decoder({name: values.to(self._compute.device) for name, values in coefficients.items()})
                 found.append(self._network(maps).cpu())
@@ -174,8 +175,8 @@ class LabelJob:
             ),
             view=ViewSpec(**asdict(self.cache.view)),
             codec=CodecSpec(
-                ratio=2 * channels * height * width / self._target, step=solved and solved.step, fit_rows=fitted,
-                fit_sha256=sha256_fit(solved.fit) if solved else "", noise_share={LOGITS: 0.0},
+                ratio=2 * channels * height * width / self._target, step=solved.step if solved else None,
+                fit_rows=fitted, fit_sha256=sha256_fit(solved.fit) if solved else "", noise_share={LOGITS: 0.0},
                 noise_floor={LOGITS: 0.0}, determined_error=solved.determined_error if solved else {},
             ),
             samples_sha256=own.recipe["samples_sha256"], num_samples=len(self.cache), flips=False,

@@ -38,7 +38,7 @@ class Labelled:
         """Return the number of labelled images."""
         return len(self.rows)
 
-    def part(self, places: Sequence[int]) -> "Labelled":
+    def part(self, places: Sequence[int] | Rows) -> "Labelled":
         """Return some of them."""
         chosen = np.asarray(places, np.int64)
         return Labelled(

@@ -11,7 +11,7 @@ from PIL import Image
 CELL = 128
 """Pixels of the longer side of one picture."""
 GAP = 4
-IGNORED = (255, 255, 255)
+IGNORED = np.uint8(255)
 
 
 def label_picture(
@@ -28,7 +28,7 @@ def label_picture(
     palette = np.zeros((256, 3), np.uint8)
     palette[1:classes] = 255 * colormaps["hsv"](np.linspace(0, 1, max(1, classes - 1), endpoint=False))[:, :3]
     columns = [[x.transpose(1, 2, 0) for x in images]] if images is not None else []
-    truths = [np.where((mask == ignore)[..., None], np.uint8(IGNORED), palette[mask]) for mask in masks]
+    truths = [np.where((mask == ignore)[..., None], IGNORED, palette[mask]) for mask in masks]
     columns += [truths, [palette[mask] for mask in predicted]]
     height, width = masks[0].shape
     scale = CELL / max(height, width)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from markupsafe import Markup, escape
 
@@ -161,11 +162,12 @@ def _grid(across: Axis | None, up: Axis, x: str, y: str, width: int) -> str:
         place = up.place(value)
         parts.append(f'<path class="grid" d="M{LEFT} {place:.1f}H{width - RIGHT}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 5}" y="{place + 3.5:.1f}" text-anchor="end">{label}</text>')
-    for value, label in across.ticks() if across is not None else []:
-        parts.append(
-            f'<text class="tick" x="{across.place(value):.1f}" y="{HEIGHT - BOTTOM + 13}" '  # type: ignore[union-attr]
-            f'text-anchor="middle">{label}</text>'
-        )
+    if across is not None:
+        for value, label in across.ticks():
+            parts.append(
+                f'<text class="tick" x="{across.place(value):.1f}" y="{HEIGHT - BOTTOM + 13}" '
+                f'text-anchor="middle">{label}</text>'
+            )
     parts.append(
         f'<text class="axis" x="{(LEFT + width - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>'
     )
@@ -189,14 +191,14 @@ def _runs(s: Series, log_x: bool, log_y: bool) -> list[list[tuple[float, float]]
     """Return the stretches of a series without a gap."""
     runs: list[list[tuple[float, float]]] = [[]]
     for a, b in zip(s.x, s.y, strict=False):
-        if _drawn(a, log_x) and b is not None and _drawn(b, log_y):
+        if _drawn(a, log_x) and _drawn(b, log_y):
             runs[-1].append((a, b))
         elif runs[-1]:
             runs.append([])
     return [run for run in runs if run]
 
 
-def _drawn(value: float | None, log: bool) -> bool:
+def _drawn(value: float | None, log: bool) -> TypeGuard[float]:
     return value is not None and math.isfinite(value) and (value > 0 or not log)
 
 

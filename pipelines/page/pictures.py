@@ -65,7 +65,7 @@ def segments(maps_NCHW: Maps) -> NDArray[np.int64]:
     clusters = min(SEGMENTS, len(np.unique(fitted, axis=0)))
     with threadpool_limits(1):
         model = KMeans(clusters, n_init=4, random_state=0).fit(fitted)
-        labels = model.predict(flat_MC)
+        labels: NDArray[np.int32] = model.predict(flat_MC)
     # The largest cluster comes first, so that colours do not hang on the random start alone.
     order = np.argsort(-np.bincount(labels, minlength=clusters), kind="stable")
     return np.argsort(order)[labels].reshape(count, height, width).astype(np.int64)

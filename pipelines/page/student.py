@@ -109,4 +109,4 @@ def _student(
     except (RuntimeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CacheDamagedError(f"{root}: the checkpoint is not of this student ({reason}); train again") from error
-    return student.to(compute.device, memory_format=torch.channels_last).eval(), compute.device
+    return student.to(compute.device).to(memory_format=torch.channels_last).eval(), compute.device

@@ -40,7 +40,8 @@ class Afresh:
 
     def worst(self) -> list[int]:
         """Return places by falling error, the mean over arrays."""
-        return np.argsort(-np.mean(list(self.errors.values()), 0), kind="stable").tolist()
+        order: list[int] = np.argsort(-np.mean(list(self.errors.values()), 0), kind="stable").tolist()
+        return order
 
     def to_json(self) -> Json:
         """Return the errors as JSON values."""

@@ -20,6 +20,11 @@ class Estimate:
     """None where there are too few samples to tell."""
     high: float | None
 
+    @property
+    def half_width(self) -> float | None:
+        """Half the interval's width."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
     def to_json(self) -> Json:
         """Return the estimate as JSON values."""
         return {"value": self.value, "low": self.low, "high": self.high}

@@ -1,5 +1,6 @@
 """What follows from sums and pooled features: scale, rank, noise, similarity. Pure functions; C channels, N samples."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ def mean(parts: Sequence[GroupSums]) -> float:
 def std(parts: Sequence[GroupSums]) -> float:
     """Return the standard deviation in the teacher's own scale."""
     whole = add(list(parts))
-    return max(0.0, whole.raw_square / whole.values - (whole.raw / whole.values) ** 2) ** 0.5
+    return math.sqrt(max(0.0, whole.raw_square / whole.values - (whole.raw / whole.values) ** 2))
 
 
 def saturation(parts: Sequence[GroupSums]) -> float:

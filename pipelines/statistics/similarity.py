@@ -39,7 +39,7 @@ def similarities(groups: Mapping[str, Sequence[Group]], sampled: float) -> Json:
             found = jackknife(parts, cka, sampled) if parts else None
             if found is not None:
                 value[i][j] = value[j][i] = found.value
-                half[i][j] = half[j][i] = (found.high - found.low) / 2 if found.high is not None else None
+                half[i][j] = half[j][i] = found.half_width
     return {"names": names, "value": value, "half_width": half}
 
 

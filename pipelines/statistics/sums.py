@@ -5,7 +5,6 @@ R rows, V views, C channels, H rows, W columns, N coefficients.
 
 from dataclasses import dataclass, field, fields
 
-import dask
 import dask.array as da
 import numpy as np
 import torch
@@ -79,8 +78,7 @@ def group_sums(cache: Cache, name: str, groups: list[Rows], identity: str) -> li
         _block, root=root, identity=identity, tap=name, dtype=object, chunks=((1,) * len(groups),),
         meta=np.empty(0, object),
     )  # fmt: skip
-    (whole,) = dask.compute(found)
-    return list(whole)
+    return list(found.compute())
 
 
 def _block(numbers: Rows, root: str, identity: str, tap: str) -> NDArray[np.object_]:
@@ -147,7 +145,7 @@ def _part_sums(cache: Cache, name: str, part: Decoded) -> GroupSums:
         raw=float((sum_B * sigma_B + size * mu_B).sum()),
         raw_square=float((square_B * sigma_B**2 + 2 * sigma_B * mu_B * sum_B + size * mu_B**2).sum()),
         histogram=np.histogram(clipped, EDGES)[0].astype(np.int64),
-        rings=np.bincount(ring_HW.ravel(), spectrum_HW.numpy().ravel(), max(height, width)),
+        rings=np.asarray(np.bincount(ring_HW.ravel(), spectrum_HW.numpy().ravel(), max(height, width)), np.float64),
         coded=part.coefficients_RVN.numel(),
         saturated=saturated,
         escaped=escaped,
