@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--label-weight", type=float, default=1.0, help="of the mixed arm")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--finetune-epochs", type=int, default=200)
+    parser.add_argument("--finetune-epochs", type=int, default=400)
     parser.add_argument("--finetune-lr", type=float, default=3e-2)
     parser.add_argument("--exact", action="store_true", help="label distillation from nearly exact labels too")
     parser.add_argument("--compile", action="store_true", help="compile teacher, students and losses")
