@@ -138,8 +138,9 @@ def read_fit(root: Path, tap: str, most: int) -> dict[str, NDArray[np.generic]]:
             raise ValueError(f"{where}: expected one chunk of {array.shape}, got chunks of {array.chunks}")
         values = np.empty(array.shape, array.dtype)
         chunk = root / "codec" / tap / name / ".".join(["c", *("0" for _ in array.shape)])
-        # Not by Zarr, whose decoder takes as much memory as a frame says that it needs. None is twice what it holds.
-        with open(chunk, "rb") as file:
-            unpack_chunk(file.read(2 * size + 64), values.reshape(-1).view(np.uint8))
+        if size > 0:  # where no component lives, nothing was written
+            # Not by Zarr, whose decoder takes what memory a frame asks for. No frame is twice as long as what it holds.
+            with open(chunk, "rb") as file:
+                unpack_chunk(file.read(2 * size + 64), values.reshape(-1).view(np.uint8))
         found[name] = values
     return found
