@@ -63,6 +63,7 @@ class Plan:
     test_masks: Path | None
     teacher: str | None
     timestep: int
+    quality: str
     images: int
     test_images: int
     labelled: str
@@ -93,6 +94,7 @@ def main() -> None:
         parser.add_argument(f"--{path}", type=Path, help="all four of them, else scenes are generated")
     parser.add_argument("--teacher", help="a teacher of these images, else the bundled one of scenes")
     parser.add_argument("--timestep", type=int, default=50)
+    parser.add_argument("--quality", default="default", help="of the cache, as extract takes it")
     parser.add_argument("--images", type=int, default=3000, help="unlabelled images, the labelled ones among them")
     parser.add_argument("--test-images", type=int, default=500)
     parser.add_argument("--labelled", default="20,40")
@@ -145,7 +147,7 @@ def run_all(plan: Plan) -> None:
     with teacher(plan) as where:
         for split, images, limit in (("cache", plan.train, plan.images), ("test-cache", plan.test, None)):
             extract(images, plan.work / split, ExtractOptions(
-                teacher=where, timestep=(plan.timestep,), limit=limit, device=plan.device,
+                teacher=where, timestep=(plan.timestep,), quality=plan.quality, limit=limit, device=plan.device,
                 compile=plan.compile,
             ))  # fmt: skip
     report = inspect_cache(plan.work / "cache")
