@@ -94,7 +94,8 @@ def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
         del shape["default"]
         shape["required"] = True
     kind = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else PATH if hint is Path else hint
-    kind = _number_or_auto if f.metadata["auto"] else kind
+    if f.metadata["auto"]:
+        kind, shape["metavar"] = _number_or_auto, "N|AUTO"
     return click.option(f"--{name}", type=kind, **shape)
 
 

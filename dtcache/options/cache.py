@@ -51,11 +51,7 @@ class ExtractOptions(Options):
         "view", "Store the view's pixels, or none: train --images then reads the source.", choices=("view", "none")
     )
     batch_size: int | None = option(
-        32,
-        "Views a teacher pass, or auto: the fastest that fits; a constant of the recipe.",
-        metavar="N|AUTO",
-        minimum=1,
-        auto=True,
+        32, "Views a teacher pass, or auto: the fastest that fits; a constant of the recipe.", minimum=1, auto=True
     )
     compile: bool = option(
         False, "Compile the tapped network (torch.compile): minutes once, then faster passes; in the recipe."

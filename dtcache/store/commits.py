@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from dtcache.errors import CacheDamagedError
@@ -11,7 +12,8 @@ from dtcache.storage import write_file
 from dtcache.store.hashed import read_hashed_json
 from dtcache.store.layout import COMMITS
 
-SHA256 = re.compile("[0-9a-f]{64}")
+_SHA256 = re.compile("[0-9a-f]{64}")
+ANEW = "delete it and run the extraction again"
 MAX_COMMIT_BYTES = 256 << 20
 """Of a shard of 2^20 rows, each with a hash and a failure's reason."""
 
@@ -92,10 +94,7 @@ def read_commit(path: Path) -> CommitRecord:
             raise ValueError("its own checksum does not match")
         if path.name != f"{value['shard']:06d}.json":
             raise ValueError(f"it is of shard {value['shard']}")
-        if not all(sha is None or SHA256.fullmatch(sha) for sha in value["content_sha256"]):
-            raise ValueError("it holds something else than a SHA-256")
-        if not all(type(f["row"]) is int and isinstance(f["reason"], str) for f in value["failures"]):
-            raise ValueError("it holds a failure without row or reason")
+        _check_types(value)
         return CommitRecord(
             shard=value["shard"],
             fingerprint=value["fingerprint"],
@@ -105,9 +104,24 @@ def read_commit(path: Path) -> CommitRecord:
             sums={n: CodecSums(**s) for n, s in value["sums"].items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CacheDamagedError(
-            f"{path}: not a commit record of dtcache ({error}); delete it and run the extraction again"
-        ) from error
+        raise CacheDamagedError(f"{path}: not a commit record of dtcache ({error}); {ANEW}") from error
+
+
+def _check_types(value: Json) -> None:
+    """Check what the record's users rely on. Raises KeyError, TypeError or ValueError."""
+    objects, failures, sums = value["objects"], value["failures"], value["sums"].values()
+    numbers = [value["shard"], *(o["bytes"] for o in objects), *(f["row"] for f in failures)]
+    words = [value["fingerprint"], *(o["path"] for o in objects), *(f[n] for f in failures for n in ("key", "reason"))]
+    hashes = [*(o["sha256"] for o in objects), *(sha for sha in value["content_sha256"] if sha is not None)]
+    for expected, found, is_one in (
+        ("a count", numbers, lambda x: type(x) is int and x >= 0),
+        ("text", words, lambda x: isinstance(x, str)),
+        ("a SHA-256", hashes, lambda x: isinstance(x, str) and _SHA256.fullmatch(x)),
+        ("a finite number", [x for s in sums for x in s.values()], lambda x: type(x) in (int, float) and isfinite(x)),
+    ):
+        for x in found:
+            if not is_one(x):
+                raise ValueError(f"expected {expected}, got {str(x)[:40]!r}")
 
 
 def total_sums(records: Iterable[CommitRecord]) -> dict[str, CodecSums]:

@@ -9,7 +9,7 @@ from dtcache.store.commits import CommitRecord, ShardObject, commit_files, read_
 from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import CLUSTER_LOG, COMMITS, LABELS, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray
 from dtcache.store.manifest import CacheManifest, read_manifest
-from dtcache.store.samples import parquet_bytes, read_objects, read_table, sealed_samples
+from dtcache.store.samples import checked_rows, parquet_bytes, read_objects, read_table, sealed_samples
 
 LOCK = ".lock"
 
@@ -128,6 +128,7 @@ def _committed(root: Path, manifest: CacheManifest) -> tuple[dict[int, CommitRec
             wanted = {array.object_path(record.shard) for array in manifest.arrays.values()}
             if record.fingerprint != manifest.fingerprint or {o.path for o in record.objects} != wanted:
                 raise CacheDamagedError(f"{path}: the record belongs to another cache")
+            checked_rows(root, manifest, record)
         except CacheDamagedError as error:
             damage.append(Damage(path=path.relative_to(root).as_posix(), reason=_bare(path, error)))
         else:

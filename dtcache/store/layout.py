@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dtcache.spec import Recipe, tap_name
+from dtcache.errors import AGAIN, CacheDamagedError
+from dtcache.spec import Json, Recipe, tap_name
 from dtcache.store.frame import ZSTD_LEVEL
 from dtcache.store.shard import unpack_chunk
 
@@ -136,11 +137,22 @@ def read_fit(root: Path, tap: str, most: int) -> dict[str, NDArray[np.generic]]:
             raise ValueError(f"{where}: expected at most {most} bytes of numbers, got {size} of {array.dtype.kind!r}")
         if array.chunks != array.shape or array.shards is not None:
             raise ValueError(f"{where}: expected one chunk of {array.shape}, got chunks of {array.chunks}")
-        values = np.empty(array.shape, array.dtype)
-        chunk = root / "codec" / tap / name / ".".join(["c", *("0" for _ in array.shape)])
+        described: Json = array.metadata.to_dict()
+        coding = [(c["name"], c.get("configuration", {}).get("endian")) for c in described["codecs"]]
+        if coding not in ([("bytes", e), ("zstd", None), ("crc32c", None)] for e in ("little", None)):
+            raise ValueError(f"{where}: expected codecs bytes (little-endian), zstd and crc32c, got {coding}")
+        found[name] = np.empty(array.shape, array.dtype)
         if size > 0:  # where no component lives, nothing was written
-            # Not by Zarr, whose decoder takes what memory a frame asks for. No frame is twice as long as what it holds.
-            with open(chunk, "rb") as file:
-                unpack_chunk(file.read(2 * size + 64), values.reshape(-1).view(np.uint8))
-        found[name] = values
+            chunk = root / "codec" / tap / name / array.metadata.encode_chunk_key((0,) * array.ndim)
+            _read_chunk(chunk, found[name].reshape(-1).view(np.uint8))
     return found
+
+
+def _read_chunk(chunk: Path, out: NDArray[np.uint8]) -> None:
+    # Not by Zarr, whose decoder takes what memory a frame asks for. No frame is twice as long as what it holds.
+    with open(chunk, "rb") as file:
+        packed = file.read(2 * len(out) + 64)
+    try:
+        unpack_chunk(packed, out)
+    except CacheDamagedError as error:
+        raise CacheDamagedError(f"{chunk}: {error}; {AGAIN}") from error

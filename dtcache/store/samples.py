@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from dtcache.columns import Column, SampleList
 from dtcache.errors import AGAIN, CacheDamagedError
 from dtcache.spec import FailedSample, Sample
-from dtcache.store.commits import CommitRecord, ShardObject, commit_path, read_commits
+from dtcache.store.commits import ANEW, CommitRecord, ShardObject, commit_path, read_commits
 from dtcache.store.layout import SAMPLES, SHARDS
 from dtcache.store.manifest import CacheManifest
 
@@ -147,11 +147,8 @@ def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitReco
             f"{path}: not the samples that the recipe names; delete this cache and extract it again"
         )
     failures: list[str | None] = [None] * len(keys)
-    start = 0
-    for record in records:
-        rows = range(start, start + len(record.content_sha256))
-        _note_failures(failures, record, rows, path.parent)
-        start = rows.stop
+    for failed in (f for record in records for f in record.failures):
+        failures[failed.row] = failed.reason
     content = (bytes.fromhex(sha) if sha else None for record in records for sha in record.content_sha256)
     return samples_table(keys, labels, content, failures)
 
@@ -162,30 +159,34 @@ def committed(root: Path, manifest: CacheManifest) -> tuple[pa.Table, dict[str, 
     The rows of shards without a record count as failed: NOT_YET. Raises CacheDamagedError where a record is not as
     written or belongs to another cache.
     """
-    shard_rows, count = int(manifest.recipe["shard_rows"]), manifest.num_samples
     table = read_samples(root, manifest)
-    failures: list[str | None] = [NOT_YET] * count
-    content: list[bytes | None] = [None] * count
+    failures: list[str | None] = [NOT_YET] * manifest.num_samples
+    content: list[bytes | None] = [None] * manifest.num_samples
     records = read_commits(root)
     for shard, record in records.items():
-        rows = range(shard * shard_rows, min((shard + 1) * shard_rows, count))
-        if record.fingerprint != manifest.fingerprint or len(record.content_sha256) != len(rows):
+        if record.fingerprint != manifest.fingerprint:
             raise CacheDamagedError(f"{commit_path(root, shard)}: the record belongs to another cache; {AGAIN}")
+        rows = checked_rows(root, manifest, record)
         content[rows.start : rows.stop] = [bytes.fromhex(sha) if sha else None for sha in record.content_sha256]
         failures[rows.start : rows.stop] = [None] * len(rows)
-        _note_failures(failures, record, rows, root)
+        for failed in record.failures:
+            failures[failed.row] = failed.reason
     samples = samples_table(Column[str](table["key"]), Column[int | None](table["label"]), content, failures)
     return samples, {o.path: o.size for record in records.values() for o in record.objects}
 
 
-def _note_failures(failures: list[str | None], record: CommitRecord, rows: range, root: Path) -> None:
+def checked_rows(root: Path, manifest: CacheManifest, record: CommitRecord) -> range:
+    """Return the rows of a record's shard. Raises CacheDamagedError where what it says is not of these rows."""
+    array, path = next(iter(manifest.arrays.values())), commit_path(root, record.shard)
+    rows = array.rows_of(record.shard)
+    if record.shard >= array.num_shards or len(record.content_sha256) != len(rows):
+        raise CacheDamagedError(f"{path}: expected {len(rows)} rows, got {len(record.content_sha256)}; {ANEW}")
     for failed in record.failures:
         if failed.row not in rows:
             raise CacheDamagedError(
-                f"{commit_path(root, record.shard)}: expected failures of rows {rows.start} to {rows.stop - 1}, "
-                f"got row {failed.row}; {AGAIN}"
+                f"{path}: expected failures of rows {rows.start} to {rows.stop - 1}, got row {failed.row}; {ANEW}"
             )
-        failures[failed.row] = failed.reason
+    return rows
 
 
 def shards_table(objects: Iterable[tuple[int, ShardObject]]) -> pa.Table:

@@ -28,6 +28,7 @@ from dtcache.store.layout import (
 )
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
 from dtcache.store.samples import (
+    checked_rows,
     damaged_objects,
     parquet_bytes,
     read_failures,
@@ -208,11 +209,14 @@ class CacheWriter:
     def _require_ours(self, written: WrittenShard) -> None:
         """Check that a shard that another process describes is one of this cache, so that no other path is touched."""
         record = written.record
-        places = [array.object_path(record.shard) for array in self.manifest.arrays.values()]
+        arrays = list(self.manifest.arrays.values())
+        places, rows = [array.object_path(record.shard) for array in arrays], arrays[0].rows_of(record.shard)
         if (
             record.fingerprint != self.manifest.fingerprint
             or [o.path for o in record.objects] != places
-            or not 0 <= record.shard < next(iter(self.manifest.arrays.values())).num_shards
+            or not 0 <= record.shard < arrays[0].num_shards
+            or len(record.content_sha256) != len(rows)
+            or any(failed.row not in rows for failed in record.failures)
             or not written.attempt.isalnum()
         ):
             raise CacheMismatchError(
@@ -225,6 +229,7 @@ class CacheWriter:
                 f"{commit_path(self.root, record.shard)}: expected fingerprint {self.manifest.fingerprint}, got "
                 f"{record.fingerprint}: the record belongs to another cache; delete it and extract again"
             )
+        checked_rows(self.root, self.manifest, record)
         for o in record.objects:
             path = self.root / o.path
             if not path.is_file() or path.stat().st_size != o.size:

@@ -323,11 +323,16 @@ def test_a_commit_record_under_another_name_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"content_sha256": ["no hash"]}, "something else than a SHA-256"),
-        ({"content_sha256": [5]}, "expected string"),
-        ({"failures": [{"row": 1.0, "key": "a", "reason": "b"}]}, "a failure without row or reason"),
-        ({"failures": [{"row": 1, "key": "a", "reason": 2}]}, "a failure without row or reason"),
+        ({"content_sha256": ["no hash"]}, "expected a SHA-256, got 'no hash'"),
+        ({"content_sha256": [5]}, "expected a SHA-256, got '5'"),
+        ({"failures": [{"row": 1.0, "key": "a", "reason": "b"}]}, "expected a count, got '1.0'"),
+        ({"failures": [{"row": True, "key": "a", "reason": "b"}]}, "expected a count, got 'True'"),
+        ({"failures": [{"row": -1, "key": "a", "reason": "b"}]}, "expected a count, got '-1'"),
+        ({"failures": [{"row": 1, "key": "a", "reason": 2}]}, "expected text, got '2'"),
+        ({"failures": [{"row": 1, "reason": "b"}]}, "key"),
         ({"failures": [1]}, "not subscriptable"),
+        ({"objects": [{"path": "p", "bytes": "5", "sha256": "0" * 64}]}, "expected a count, got '5'"),
+        ({"sums": {"t0/a": {"squared_error": "x", "energy": 1.0}}}, "expected a finite number, got 'x'"),
     ],
 )
 def test_a_commit_record_of_other_types_is_found(tmp_path: Path, changes: dict, reason: str) -> None:
