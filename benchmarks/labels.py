@@ -1,6 +1,6 @@
 """What label distillation is worth: one segmentation network, finetuned on a few images, from five starts.
 
-    python benchmarks/labels.py --name scenes [--images 3000 --labelled 20,40 --seeds 5 --loss mse --exact ...] \
+    python benchmarks/labels.py --name scenes [--images 3000 --labelled 20,40 --seeds 5 --exact --compile ...] \
         [--results DIR] [--table]
     python benchmarks/labels.py --name camvid --train IMAGES --train-masks DIR --test IMAGES --test-masks DIR \
         --teacher DIR --timestep T --labelled 40 --seeds 3 [--results DIR] [--table]
@@ -10,7 +10,9 @@ network (backbone, pyramid, logit head), its starting weights where they are ran
 jitter: they differ in what the backbone, and in the label and mixed arms the head too, was trained on before. The
 interpreter is judged on the teacher's features of the test images. Every result is a JSON of its own, and a finished
 one is skipped. The tables go to docs/results/labels.md. --results and --work with empty folders measure everything
-anew; results that other flags made are refused.
+anew; results that other flags made are refused, so that another --loss, --label-weight or recipe needs another --name.
+--quality is that of both caches, so that it changes what the interpreter sees and what labels' bytes are compared with.
+--finetune-lr and --finetune-epochs were chosen for the random start, by its test mIoU.
 """
 
 import argparse
@@ -106,10 +108,10 @@ def main() -> None:
     parser.add_argument("--fpn-width", type=int, default=64)
     parser.add_argument("--loss", default="mse+at", help="of features, as train takes it")
     parser.add_argument("--label-weight", type=float, default=1.0, help="of the mixed arm")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--finetune-epochs", type=int, default=400)
-    parser.add_argument("--finetune-lr", type=float, default=3e-2)
+    parser.add_argument("--epochs", type=int, default=10, help="passes of distillation")
+    parser.add_argument("--batch-size", type=int, default=32, help="of distillation")
+    parser.add_argument("--finetune-epochs", type=int, default=400, help="passes over the labelled images")
+    parser.add_argument("--finetune-lr", type=float, default=3e-2, help="of the head; the backbone takes a tenth")
     parser.add_argument("--exact", action="store_true", help="label distillation from nearly exact labels too")
     parser.add_argument("--compile", action="store_true", help="compile teacher, students and losses")
     parser.add_argument("--device", default="auto")

@@ -13,6 +13,10 @@ ARMS = ("random", "feature", "label", "label-exact", "mixed", "interpreter")
 GOALS = (("mixed", "random", 5.0), ("mixed", "feature", 0.0), ("mixed", "label", -1.0), ("label", "label-exact", -1.0))
 """Arm, the one that it is compared with, and the least of the paired difference in points of mIoU."""
 MOST_SHARE = 0.10
+HELD_OUT = (
+    "Held-out losses are those of distillation, on the cache's own held-out images, before finetuning: the MSE's mean "
+    "over taps, and the cross-entropy with the stored labels, whose least is their entropy (label-exact has others)."
+)
 
 
 def write_tables(results: Results) -> None:
@@ -45,15 +49,15 @@ def count_lines(found: dict[str, Any], count: int) -> list[str]:
             against = [paired(scores, runs[other]) if other != arm else [] for other in ("random", "feature")]
             differences = [interval(pairs, "") if pairs else "-" for pairs in against]
             mean = f"{statistics.mean(scores.values()):.2f}"
-            losses = [held_out(found, f"n{count}-seed[0-9]+-{arm}", kind) for kind in ("mse", "label")]
+            losses = [held_out(found, [f"n{count}-{seed}-{arm}" for seed in scores], kind) for kind in ("mse", "label")]
             lines.append(f"| {' | '.join([arm, str(len(scores)), *losses, mean, *differences])} |")
-    lines += ["", *goal_lines(runs), *cost_lines(found, count), ""]
+    lines += ["", HELD_OUT, "", *goal_lines(runs), *cost_lines(found, count), ""]
     return lines
 
 
-def held_out(found: dict[str, Any], pattern: str, kind: str) -> str:
-    """Return the mean of the losses of one arm's students before they were finetuned."""
-    losses = [result[kind] for name, result in found.items() if re.fullmatch(f"{pattern}-held-out", name)]
+def held_out(found: dict[str, Any], arms: Sequence[str], kind: str) -> str:
+    """Return the mean of the losses of an arm's students, those of some seeds, before they were finetuned."""
+    losses = [found[f"{arm}-held-out"][kind] for arm in arms if f"{arm}-held-out" in found]
     return f"{statistics.mean(losses):.3f}" if losses and None not in losses else "-"
 
 

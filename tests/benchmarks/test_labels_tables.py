@@ -1,0 +1,55 @@
+"""The tables of label distillation: what is paired with what, and when a goal counts as met."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def lines_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], list[str]]:
+    """The function that makes the tables of results by name."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from labels_tables import experiment_lines
+
+    return lambda results: experiment_lines({name: {"result": result} for name, result in results.items()})
+
+
+def test_differences_are_of_the_seeds_that_both_arms_have(lines_of: Callable[[dict[str, Any]], list[str]]) -> None:
+    """An arm's mean is of its own seeds, its differences of common ones, its losses of the same."""
+    found = lines_of(
+        {
+            "n40-seed0-random": {"miou": 10.0},
+            "n40-seed1-random": {"miou": 20.0},
+            "n40-seed0-mixed": {"miou": 17.0},
+            "n40-seed1-mixed": {"miou": 29.0},
+            "n40-seed2-mixed": {"miou": 44.0},
+            "n40-seed0-mixed-held-out": {"mse": 0.2, "label": 0.5},
+            "n40-seed1-mixed-held-out": {"mse": 0.4, "label": 0.7},
+            "n40-seed3-mixed-held-out": {"mse": 9.0, "label": 9.0},
+        }
+    )
+    [row] = [line for line in found if line.startswith("| mixed |")]
+    # Student's t of one degree of freedom, 12.706, times the standard error of 7 and 9, which is 1.
+    assert row == "| mixed | 3 | 0.300 | 0.600 | 30.00 | +8.00 [-4.71, +20.71] | - |"
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"), [((7.0, 7.1, 7.2), "met"), ((1.0, 1.1, 1.2), "missed"), ((1.0, 5.0, 9.0), "undecided")]
+)
+def test_a_goal_is_met_where_the_whole_interval_is(
+    lines_of: Callable[[dict[str, Any]], list[str]], gains: tuple[float, ...], verdict: str
+) -> None:
+    """Mixed over random, at least 5 points: an interval on both sides of it decides nothing."""
+    found = lines_of(
+        {
+            f"n20-seed{seed}-{arm}": {"miou": 30.0 + (gain if arm == "mixed" else 0.0)}
+            for seed, gain in enumerate(gains)
+            for arm in ("random", "mixed")
+        }
+    )
+    [line] = [line for line in found if line.startswith("- mixed over random")]
+    assert line.endswith(f"goal at least +5: {verdict}")
