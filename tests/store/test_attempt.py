@@ -8,6 +8,7 @@ import pytest
 from store.builders import begin, tiny_plan, tree, write_cache
 
 from dtcache.errors import CacheError, CacheMismatchError, DiskError
+from dtcache.spec import FailedSample
 from dtcache.store import attempt
 from dtcache.store.attempt import write_attempt
 from dtcache.store.commits import read_commits
@@ -84,7 +85,7 @@ def test_files_that_are_not_as_described_are_not_committed(tmp_path: Path) -> No
     assert writer.missing == [0, 1, 2]
 
 
-@pytest.mark.parametrize("wrong", ["fingerprint", "path", "shard", "attempt"])
+@pytest.mark.parametrize("wrong", ["fingerprint", "path", "shard", "rows", "failure", "attempt"])
 def test_an_attempt_at_another_cache_is_refused(tmp_path: Path, wrong: str) -> None:
     """A description that another recipe, or a broken worker, gave names no file that would be renamed or removed."""
     plan = tiny_plan()
@@ -95,6 +96,8 @@ def test_an_attempt_at_another_cache_is_refused(tmp_path: Path, wrong: str) -> N
         "fingerprint": replace(made, record=replace(made.record, fingerprint="0" * 64)),
         "path": replace(made, record=replace(made.record, objects=(replace(first, path="../c"), *rest))),
         "shard": replace(made, record=replace(made.record, shard=-1)),
+        "rows": replace(made, record=replace(made.record, content_sha256=made.record.content_sha256[1:])),
+        "failure": replace(made, record=replace(made.record, failures=(FailedSample(row=4, key="k", reason="none"),))),
         "attempt": replace(made, attempt="../../x"),
     }[wrong]
     before = tree(tmp_path)

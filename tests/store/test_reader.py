@@ -120,10 +120,24 @@ def test_zarr_sees_nothing_foreign(shared: Path) -> None:
             {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2**50]}}},
             "one chunk of .*11258999068",
         ),
+        (
+            {"codecs": [{"name": "bytes", "configuration": {"endian": "little"}}]},
+            r"codecs bytes .* zstd and crc32c, got",
+        ),
+        (
+            {
+                "codecs": [
+                    {"name": "bytes", "configuration": {"endian": "big"}},
+                    {"name": "zstd", "configuration": {"level": 1, "checksum": False}},
+                    {"name": "crc32c"},
+                ]
+            },
+            r"codecs bytes \(little-endian\), zstd and crc32c, got .*big",
+        ),
     ],
 )
 def test_a_codec_array_of_any_size_is_refused_unread(root: Path, changes: dict, reason: str) -> None:
-    """What an array's zarr.json claims is compared with what a fit may hold before memory is taken for it."""
+    """What an array's zarr.json claims is compared with what a fit may hold, and how, before memory is taken for it."""
     path = root / "data.zarr" / "codec" / FINE / "mean" / "zarr.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match=rf"codec/{FINE}/mean: expected {reason}"):
