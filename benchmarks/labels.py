@@ -8,7 +8,8 @@
 Without paths it generates scenes and takes the bundled teacher. Of a seed all arms share the labelled images, the
 network (backbone, pyramid, logit head), its starting weights where they are random, and the recipe with crops and
 jitter: they differ in what the backbone, and in the label and mixed arms the head too, was trained on before. The
-interpreter is judged on the teacher's features of the test images. Every result is a JSON of its own, and a finished
+interpreter is judged on the teacher's features of the test images; students of labels, not yet finetuned, by their own
+head too. Of several finetunings of a start the mean counts. Every result is a JSON of its own, and a finished
 one is skipped. The tables go to docs/results/labels.md. --results and --work with empty folders measure everything
 anew; results that other flags made are refused, so that another --loss, --label-weight or recipe needs another --name.
 --quality is that of both caches, so that it changes what the interpreter sees and what labels' bytes are compared with.
@@ -16,9 +17,7 @@ anew; results that other flags made are refused, so that another --loss, --label
 """
 
 import argparse
-import json
 import shutil
-import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,31 +25,27 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from experiment import add_results_flags, parsed
+from labels_measures import held_out, interpreter_miou, own_miou
 from labels_tables import write_tables
 from records import ROOT, Results
 
 from dtcache.cache import Cache
 from dtcache.images import open_masks, permuted
 from dtcache.images.scenes import write_scenes
-from dtcache.labels import load_interpreter
 from dtcache.options import EvaluateOptions, ExtractOptions, LabelFitOptions, LabelWriteOptions, TrainOptions
 from dtcache.student import load_backbone, probe_maps
-from dtcache.student.blocks import resize
-from dtcache.student.head import HeadSpec, LogitHead, save_head
+from dtcache.student.head import LogitHead, load_head, save_head
 from pipelines.extract import extract
-from pipelines.iou import confusion_matrix, mean_iou
 from pipelines.label.fit import fit_interpreter
-from pipelines.label.labelled import images_with_masks
 from pipelines.label.write import write_labels
 from pipelines.report import inspect_cache
 from pipelines.segment import segment
 from pipelines.train import train
 
-TEST_START = 1_000_000
-AMOUNTS = ("--seeds", "--labelled", "--exact")
+TEST_START, FINETUNING_SEEDS = 1_000_000, 1000
+AMOUNTS = ("--seeds", "--labelled", "--exact", "--finetunings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +76,7 @@ class Plan:
     batch_size: int
     finetune_epochs: int
     finetune_lr: float
+    finetunings: int
     device: str
     exact: bool
     compile: bool
@@ -112,6 +108,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="of distillation")
     parser.add_argument("--finetune-epochs", type=int, default=400, help="passes over the labelled images")
     parser.add_argument("--finetune-lr", type=float, default=3e-2, help="of the head; the backbone takes a tenth")
+    parser.add_argument("--finetunings", type=int, default=1, help="of each start, by their order, crops and jitter")
     parser.add_argument("--exact", action="store_true", help="label distillation from nearly exact labels too")
     parser.add_argument("--compile", action="store_true", help="compile teacher, students and losses")
     parser.add_argument("--device", default="auto")
@@ -164,31 +161,51 @@ def run_all(plan: Plan) -> None:
 
 def run_one(plan: Plan, count: int, seed: int) -> None:
     """Run all arms of one labelled subset and one seed."""
-    masks, name = subset(plan, count, seed), f"n{count}-seed{seed}"
-    interpreter = plan.work / "interpreters" / name
+    assert plan.test_masks is not None
+    masks, name, test_masks = subset(plan, count, seed), f"n{count}-seed{seed}", plan.test_masks
+    once, interpreter = plan.results.once, plan.work / "interpreters" / name
     if not interpreter.exists():
         fit_interpreter(plan.work / "cache", interpreter, LabelFitOptions(
             masks=masks, validation=0.0, width=plan.width, epochs=plan.fit_epochs, device=plan.device,
             warmup_epochs=plan.fit_epochs // 5, seed=seed,
         ))  # fmt: skip
-    plan.results.once(f"{name}-interpreter", lambda: {"miou": interpreter_miou(plan, interpreter)})
-    plan.results.once(f"{name}-labels", lambda: written(plan, interpreter, name, "10%"))
-    feature = distilled(plan, f"feature-{plan.loss}-seed{seed}", seed, loss=plan.loss)
-    label = distilled(plan, f"label-{name}", seed, labels=name, feature_weight=0.0)
-    mixed = distilled(
-        plan, f"mixed-{plan.loss}-{plan.label_weight:g}-{name}", seed, labels=name, loss=plan.loss,
-        label_weight=plan.label_weight,
-    )  # fmt: skip
-    runs = {"label": label, "mixed": mixed}
+    once(f"{name}-interpreter", lambda: interpreter_miou(plan.work / "test-cache", test_masks, interpreter))
+    once(f"{name}-labels", lambda: written(plan, interpreter, name, "10%"))
     if plan.exact:
-        plan.results.once(f"{name}-labels-exact", lambda: written(plan, interpreter, f"{name}-exact", "100%"))
+        once(f"{name}-labels-exact", lambda: written(plan, interpreter, f"{name}-exact", "100%"))
+    runs = students(plan, name, seed)
+    for arm, run in runs.items():
+        once(f"{name}-{arm}-held-out", lambda run=run: held_out(run))
+        if (run / "head").is_dir():
+            once(f"{name}-{arm}-own", lambda run=run: own_miou(run, tested(plan, masks, run, seed)))
+    for number in range(plan.finetunings):
+        finetune(plan, name, masks, runs, seed, number)
+
+
+def students(plan: Plan, name: str, seed: int) -> dict[str, Path]:
+    """Distil the student of each arm, unless that is done, and return their runs."""
+    runs = {
+        "feature": distilled(plan, f"feature-{plan.loss}-seed{seed}", seed, loss=plan.loss),
+        "label": distilled(plan, f"label-{name}", seed, labels=name, feature_weight=0.0),
+        "mixed": distilled(
+            plan, f"mixed-{plan.loss}-{plan.label_weight:g}-{name}", seed, labels=name, loss=plan.loss,
+            label_weight=plan.label_weight,
+        ),
+    }  # fmt: skip
+    if plan.exact:
         runs["label-exact"] = distilled(plan, f"label-exact-{name}", seed, labels=f"{name}-exact", feature_weight=0.0)
-    for arm, run in {"feature": feature, **runs}.items():
-        plan.results.once(f"{name}-{arm}-held-out", lambda run=run: held_out(run))
-    starts = {"random": (feature / "init", None), "feature": (feature / "backbone", None)}
-    starts |= {arm: (run / "backbone", run) for arm, run in runs.items()}
+    return runs
+
+
+def finetune(plan: Plan, name: str, masks: Path, runs: dict[str, Path], seed: int, number: int) -> None:
+    """Finetune every start once, with a seed of its own for the order of images, crops and jitter."""
+    untrained = random_head(plan, runs["label"], seed)
+    starts = {"random": (runs["feature"] / "init", untrained), "feature": (runs["feature"] / "backbone", untrained)}
+    starts |= {arm: (run / "backbone", run) for arm, run in runs.items() if (run / "head").is_dir()}
     for arm, (backbone, head) in starts.items():
-        plan.results.once(f"{name}-{arm}", lambda b=backbone, h=head: finetuned(plan, b, h, masks, seed))
+        options = tested(plan, masks, head, seed + FINETUNING_SEEDS * number)
+        result = f"{name}-{arm}" + (f"-finetuning{number}" if number else "")
+        plan.results.once(result, lambda backbone=backbone, options=options: finetuned(backbone, options))
 
 
 def subset(plan: Plan, count: int, seed: int) -> Path:
@@ -222,55 +239,29 @@ def distilled(plan: Plan, name: str, seed: int, **chosen: Any) -> Path:
     return out
 
 
-def held_out(run: Path) -> dict[str, Any]:
-    """Return the losses of a student on the cache's held-out images: `mse`, the mean over taps, and `label`."""
-    found = json.loads((run / "summary.json").read_text())["held_out"]
-    mse = [value for name, value in found.items() if name.startswith("mse/")]
-    return {"mse": statistics.mean(mse) if mse else None, "label": found.get("label")}
-
-
-def finetuned(plan: Plan, backbone: Path, head: Path | None, masks: Path, seed: int) -> dict[str, Any]:
-    """Finetune a network on the labelled images and return its test scores, per cent."""
+def tested(plan: Plan, masks: Path, head: Path, seed: int) -> EvaluateOptions:
+    """Return the recipe of finetuning on the labelled images, and the test images."""
     assert plan.train is not None
-    options = EvaluateOptions(
+    return EvaluateOptions(
         task="segmentation", train=plan.train, train_masks=masks, test=plan.test, test_masks=plan.test_masks,
-        head=str(head or random_head(plan, backbone, masks, seed)), finetune=True, epochs=plan.finetune_epochs,
-        lr=plan.finetune_lr, seed=seed, device=plan.device,
+        head=str(head), finetune=True, epochs=plan.finetune_epochs, lr=plan.finetune_lr, seed=seed, device=plan.device,
     )  # fmt: skip
+
+
+def finetuned(backbone: Path, options: EvaluateOptions) -> dict[str, Any]:
+    """Finetune a network and return its test scores, per cent."""
     found = segment(str(backbone), options)
     return {"miou": found.miou, "pixel_accuracy": found.pixel_accuracy, "iou_per_class": found.iou}
 
 
-def random_head(plan: Plan, backbone: Path, masks: Path, seed: int) -> Path:
-    """Write the untrained head of the other arms' architecture for a backbone."""
-    network, size, view = load_backbone(backbone)
-    names, found = open_masks(masks).names, Cache(plan.work / "cache")
-    assert names is not None and view is not None
-    height, width = load_interpreter(next((plan.work / "interpreters").glob("*"))).spec.grid
+def random_head(plan: Plan, run: Path, seed: int) -> Path:
+    """Write an untrained head of the same architecture as a run's."""
+    network, size, _ = load_backbone(run / "backbone")
+    _, spec = load_head(run / "head", probe_maps(network, size), size)
+    folder = plan.work / "heads" / f"seed{seed}"
     torch.manual_seed(seed)
-    spec = HeadSpec(
-        classes=names, shapes=tuple(probe_maps(network, size)), grid=(height, width), width=plan.fpn_width,
-        regressor="fpn-ppm", input_size=size,
-    )  # fmt: skip
-    assert (found.view.height, found.view.width) == (view.height, view.width)
-    save_head(LogitHead(spec), spec, plan.work / "heads" / f"seed{seed}")
-    return plan.work / "heads" / f"seed{seed}"
-
-
-@torch.no_grad()
-def interpreter_miou(plan: Plan, folder: Path) -> float:
-    """Return the interpreter's own mIoU on the teacher's cached features of the test images, per cent."""
-    assert plan.test_masks is not None
-    cache, interpreter = Cache(plan.work / "test-cache"), load_interpreter(folder)
-    known, names = images_with_masks(cache, plan.test_masks, None, None), list(interpreter.spec.shapes)
-    decoder, classes = cache.decoder(names), len(interpreter.spec.classes)
-    counts = np.zeros((classes, classes), np.int64)
-    for start in range(0, len(known), 32):
-        part = known.part(range(start, min(start + 32, len(known))))
-        coefficients, _ = cache.coefficients(part.rows, [0] * len(part), names)
-        logits = resize(interpreter.network(decoder(coefficients)), part.truth_NHW.shape[1:])
-        counts += confusion_matrix(part.truth_NHW.numpy(), logits.argmax(1).numpy(), classes, part.ignore)
-    return 100 * mean_iou(counts)
+    save_head(LogitHead(spec), spec, folder)
+    return folder
 
 
 if __name__ == "__main__":

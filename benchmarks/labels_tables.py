@@ -12,10 +12,14 @@ from records import Results
 ARMS = ("random", "feature", "label", "label-exact", "mixed", "interpreter")
 GOALS = (("mixed", "random", 5.0), ("mixed", "feature", 0.0), ("mixed", "label", -1.0), ("label", "label-exact", -1.0))
 """Arm, the one that it is compared with, and the least of the paired difference in points of mIoU."""
+OWN_GOALS = (("label", "label-exact", -1.0),)
+"""The same of students that are not finetuned, by their own heads."""
 MOST_SHARE = 0.10
 HELD_OUT = (
     "Held-out losses are those of distillation, on the cache's own held-out images, before finetuning: the MSE's mean "
-    "over taps, and the cross-entropy with the stored labels, whose least is their entropy (label-exact has others)."
+    "over taps, and the cross-entropy with the stored labels, whose least is their entropy (label-exact has others). "
+    "Own head: test mIoU of the student as distilled. Finetunings of a start differ in the order of images, crops "
+    "and jitter; their mean counts, and intervals are over seeds."
 )
 
 
@@ -33,26 +37,41 @@ def experiment_lines(records: Records) -> list[str]:
 
 def count_lines(found: dict[str, Any], count: int) -> list[str]:
     """Return the table of one number of labelled images, the goals, and what the label sets cost."""
-    runs: dict[str, dict[str, float]] = {arm: {} for arm in ARMS}
-    for name, result in found.items():
-        matched = re.fullmatch(rf"n{count}-(seed[0-9]+)-(.+)", name)
-        if matched and matched[2] in runs:
-            runs[matched[2]][matched[1]] = result["miou"]
+    finetuned, own = scores_of(found, count, r"(?:-finetuning[0-9]+)?"), scores_of(found, count, "-own")
+    runs = {arm: means(scores) for arm, scores in finetuned.items()}
+    owned = {arm: means(scores) for arm, scores in own.items()}
     lines = [
         f"### {count} labelled images",
         "",
-        "| start | seeds | held-out MSE | held-out labels | test mIoU | over random, paired | over feature, paired |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        "| start | seeds | finetunings | held-out MSE | held-out labels | own head | test mIoU | over random, paired | "
+        "over feature, paired |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for arm, scores in runs.items():
         if scores:
             against = [paired(scores, runs[other]) if other != arm else [] for other in ("random", "feature")]
             differences = [interval(pairs, "") if pairs else "-" for pairs in against]
-            mean = f"{statistics.mean(scores.values()):.2f}"
+            times = "-" if arm == "interpreter" else str(sum(map(len, finetuned[arm].values())))
             losses = [held_out(found, [f"n{count}-{seed}-{arm}" for seed in scores], kind) for kind in ("mse", "label")]
-            lines.append(f"| {' | '.join([arm, str(len(scores)), *losses, mean, *differences])} |")
-    lines += ["", HELD_OUT, "", *goal_lines(runs), *cost_lines(found, count), ""]
-    return lines
+            shown = [f"{statistics.mean(of.values()):.2f}" if of else "-" for of in (owned[arm], scores)]
+            lines.append(f"| {' | '.join([arm, str(len(scores)), times, *losses, *shown, *differences])} |")
+    goals = [*goal_lines(runs, GOALS, ""), *goal_lines(owned, OWN_GOALS, ", own heads")]
+    return [*lines, "", HELD_OUT, "", *goals, *cost_lines(found, count), ""]
+
+
+def scores_of(found: dict[str, Any], count: int, ending: str) -> dict[str, dict[str, list[float]]]:
+    """Return the mIoU of every arm's students by seed: of the results of these names."""
+    runs: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
+    for name, result in found.items():
+        matched = re.fullmatch(rf"n{count}-(seed[0-9]+)-({'|'.join(ARMS)}){ending}", name)
+        if matched:
+            runs[matched[2]].setdefault(matched[1], []).append(result["miou"])
+    return runs
+
+
+def means(scores: dict[str, list[float]]) -> dict[str, float]:
+    """Return the mean of each seed."""
+    return {seed: statistics.mean(of) for seed, of in scores.items()}
 
 
 def held_out(found: dict[str, Any], arms: Sequence[str], kind: str) -> str:
@@ -66,16 +85,16 @@ def paired(scores: dict[str, float], others: dict[str, float]) -> list[float]:
     return [scores[seed] - others[seed] for seed in sorted(scores.keys() & others.keys())]
 
 
-def goal_lines(runs: dict[str, dict[str, float]]) -> list[str]:
+def goal_lines(runs: dict[str, dict[str, float]], goals: Sequence[tuple[str, str, float]], what: str) -> list[str]:
     """Return whether each goal is met: an interval on both sides of it decides nothing."""
     lines = []
-    for arm, other, least in GOALS:
+    for arm, other, least in goals:
         differences = paired(runs[arm], runs[other])
         if differences:
             _, low, high = bounds(differences)
             verdict = "met" if low >= least else "missed" if high < least else "undecided"
             lines.append(
-                f"- {arm} over {other}: {interval(differences, '')} points, goal at least {least:+g}: {verdict}"
+                f"- {arm} over {other}{what}: {interval(differences, '')} points, goal at least {least:+g}: {verdict}"
             )
     return lines
 

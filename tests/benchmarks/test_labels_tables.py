@@ -34,7 +34,40 @@ def test_differences_are_of_the_seeds_that_both_arms_have(lines_of: Callable[[di
     )
     [row] = [line for line in found if line.startswith("| mixed |")]
     # Student's t of one degree of freedom, 12.706, times the standard error of 7 and 9, which is 1.
-    assert row == "| mixed | 3 | 0.300 | 0.600 | 30.00 | +8.00 [-4.71, +20.71] | - |"
+    assert row == "| mixed | 3 | 3 | 0.300 | 0.600 | - | 30.00 | +8.00 [-4.71, +20.71] | - |"
+
+
+def test_several_finetunings_of_a_start_count_by_their_mean(lines_of: Callable[[dict[str, Any]], list[str]]) -> None:
+    """Intervals are over seeds: a second finetuning narrows its seed's score, it is no pair of its own."""
+    found = lines_of(
+        {
+            "n40-seed0-random": {"miou": 10.0},
+            "n40-seed0-random-finetuning1": {"miou": 20.0},
+            "n40-seed1-random": {"miou": 20.0},
+            "n40-seed0-label": {"miou": 20.0},
+            "n40-seed0-label-finetuning1": {"miou": 24.0},
+            "n40-seed1-label": {"miou": 29.0},
+        }
+    )
+    [row] = [line for line in found if line.startswith("| label |")]
+    # 22 over 15 and 29 over 20: differences of 7 and 9 as above.
+    assert row == "| label | 2 | 3 | - | - | - | 25.50 | +8.00 [-4.71, +20.71] | - |"
+
+
+def test_students_are_compared_by_their_own_heads_too(lines_of: Callable[[dict[str, Any]], list[str]]) -> None:
+    """What a student scores before it is finetuned has a column and a goal, and does not mix with finetuned scores."""
+    found = lines_of(
+        {
+            f"n40-seed{seed}-{arm}{what}": {"miou": score}
+            for seed in range(3)
+            for arm, own, finetuned in (("label", 28.0 + 0.1 * seed, 60.0), ("label-exact", 28.0, 70.0))
+            for what, score in (("", finetuned + seed), ("-own", own))
+        }
+    )
+    [row] = [line for line in found if line.startswith("| label |")]
+    assert row.startswith("| label | 3 | 3 | - | - | 28.10 | 61.00 |")
+    assert "- label over label-exact, own heads: +0.10 [-0.15, +0.35] points, goal at least -1: met" in found
+    assert "- label over label-exact: -10.00 [-10.00, -10.00] points, goal at least -1: missed" in found
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""What labels.py measures of an interpreter and of students before they are finetuned."""
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dtcache.cache import Cache
+from dtcache.device import resolve_compute
+from dtcache.labels import load_interpreter
+from dtcache.options import EvaluateOptions
+from dtcache.student.blocks import resize
+from dtcache.student.head import load_head
+from pipelines.iou import confusion_matrix, mean_iou
+from pipelines.label.labelled import images_with_masks
+from pipelines.masked import masked_images
+from pipelines.segment import BATCH_SIZE, count_test
+from pipelines.trunks import open_trunk
+
+
+@torch.no_grad()
+def interpreter_miou(test_cache: Path, test_masks: Path, folder: Path) -> dict[str, float]:
+    """Return an interpreter's own `miou` on the teacher's cached features of the test images, per cent."""
+    cache, interpreter = Cache(test_cache), load_interpreter(folder)
+    known, names = images_with_masks(cache, test_masks, None, None), list(interpreter.spec.shapes)
+    decoder, classes = cache.decoder(names), len(interpreter.spec.classes)
+    counts = np.zeros((classes, classes), np.int64)
+    for start in range(0, len(known), 32):
+        part = known.part(range(start, min(start + 32, len(known))))
+        coefficients, _ = cache.coefficients(part.rows, [0] * len(part), names)
+        logits = resize(interpreter.network(decoder(coefficients)), part.truth_NHW.shape[1:])
+        counts += confusion_matrix(part.truth_NHW.numpy(), logits.argmax(1).numpy(), classes, part.ignore)
+    return {"miou": 100 * mean_iou(counts)}
+
+
+def own_miou(run: Path, options: EvaluateOptions) -> dict[str, float]:
+    """Return the `miou` of a student that learned labels, by its own head and not finetuned, per cent."""
+    compute = resolve_compute(options.device, options.precision)
+    trunk = open_trunk(str(run / "backbone"), replace(options, finetune=False), BATCH_SIZE, compute)
+    _, test = masked_images(options, trunk.view)
+    head, spec = load_head(run / "head", trunk.shapes, trunk.input_size)
+    counts = count_test(trunk, head.to(compute.device), test, len(spec.classes), BATCH_SIZE, compute)
+    return {"miou": 100 * mean_iou(counts)}
+
+
+def held_out(run: Path) -> dict[str, Any]:
+    """Return the losses of a student on the cache's held-out images: `mse`, the mean over taps, and `label`."""
+    found = json.loads((run / "summary.json").read_text())["held_out"]
+    mse = [value for name, value in found.items() if name.startswith("mse/")]
+    return {"mse": statistics.mean(mse) if mse else None, "label": found.get("label")}
