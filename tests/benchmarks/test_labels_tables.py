@@ -55,7 +55,10 @@ def test_several_finetunings_of_a_start_count_by_their_mean(lines_of: Callable[[
 
 
 def test_students_are_compared_by_their_own_heads_too(lines_of: Callable[[dict[str, Any]], list[str]]) -> None:
-    """What a student scores before it is finetuned has a column and a goal, and does not mix with finetuned scores."""
+    """What a student scores before it is finetuned has a column and a goal, and does not mix with finetuned scores.
+
+    A student that is never finetuned has a row, too.
+    """
     found = lines_of(
         {
             f"n40-seed{seed}-{arm}{what}": {"miou": score}
@@ -63,7 +66,9 @@ def test_students_are_compared_by_their_own_heads_too(lines_of: Callable[[dict[s
             for arm, own, finetuned in (("label", 28.0 + 0.1 * seed, 60.0), ("label-exact", 28.0, 70.0))
             for what, score in (("", finetuned + seed), ("-own", own))
         }
+        | {"n40-seed0-mixed-own": {"miou": 29.0}, "n40-seed0-mixed-held-out": {"mse": 0.5, "label": 0.6}}
     )
+    assert "| mixed | 1 | - | 0.500 | 0.600 | 29.00 | - | - | - |" in found
     [row] = [line for line in found if line.startswith("| label |")]
     assert row.startswith("| label | 3 | 3 | - | - | 28.10 | 61.00 |")
     assert "- label over label-exact, own heads: +0.10 [-0.15, +0.35] points, goal at least -1: met" in found
