@@ -193,6 +193,25 @@ class LabelSpec:
     """Scores of the interpreter on masked images that it was not fitted to, by name; None where it has none."""
 
 
+def check_scores(scores: Any) -> None:
+    """Check how well labels were met: `images`, and the shares `miou` and `accuracy`, each None where it is not known.
+
+    Raises KeyError, TypeError or ValueError for other values.
+    """
+    images = scores["images"]
+    if isinstance(images, bool) or not isinstance(images, int) or not 0 < images < 2**63:
+        raise ValueError(f"scores of {str(images)[:40]} images")
+    for name in ("miou", "accuracy"):
+        if scores[name] is not None:
+            check_range(scores[name], 1)
+
+
+def check_range(value: Any, most: float) -> None:
+    """Raise ValueError where a recorded figure is no number from 0 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise ValueError(f"{str(value)[:40]} is no number from 0 to {most:g}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """Everything that a cache is a function of, but the images' bytes: samples.parquet has their hashes."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from dtcache.device import memory_errors, resolve_compute
@@ -160,7 +161,7 @@ def results_table(model: str, results: Sequence[ProbeResult] | SegmentationResul
     if isinstance(results, SegmentationResult):
         return results.to_table(model)
     first = results[0]
-    table = Table(title=f"{model}: {first.num_train} training, {first.num_test} test images")
+    table = Table(title=escape(f"{model}: {first.num_train} training, {first.num_test} test images"))
     for heading in ("features", "dims", "k-NN top-1 %", "linear top-1 %", "C"):
         table.add_column(heading, justify="left" if heading == "features" else "right")
     for result in results:

@@ -14,6 +14,7 @@ import click
 
 from dtcache.config import read_config
 from dtcache.errors import DtcacheError
+from pipelines.words import printable
 
 PATH = click.Path(path_type=Path)
 
@@ -33,7 +34,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except DtcacheError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
         except KeyboardInterrupt:
             more = "; run the same command again to resume" if ctx.invoked_subcommand in RESUMABLE else ""
             click.echo(f"\nInterrupted{more}.", err=True)

@@ -4,13 +4,12 @@ B images of H x W pixels, K classes; maps are (B, C, h, w), finest first.
 """
 
 import math
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -26,6 +25,7 @@ from dtcache.student.head import load_head
 from dtcache.student.stored import CONFIG
 from dtcache.student.uniform import sample_uniforms
 from dtcache.student.views import VIEW_DRAWS
+from pipelines.classes import alike, numbered, warn_of_absent
 from pipelines.heads import FpnHead, LinearHead
 from pipelines.iou import Counts, confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
 from pipelines.masked import MaskedImages, masked_images
@@ -72,11 +72,11 @@ class SegmentationResult:
     def to_table(self, model: str) -> Table:
         """Return a table for people."""
         how = f"{self.head} head, {'finetuned' if self.finetuned else 'frozen'}"
-        table = Table(title=f"{model}, {how}: {self.num_train} training, {self.num_test} test images")
+        table = Table(title=escape(f"{model}, {how}: {self.num_train} training, {self.num_test} test images"))
         table.add_column("class")
         table.add_column("IoU %", justify="right")
         for name, value in self.iou.items():
-            table.add_row(name, "none in the test masks" if value is None else f"{value:.2f}")
+            table.add_row(escape(name), "none in the test masks" if value is None else f"{value:.2f}")
         table.add_section()
         table.add_row("mean", f"{self.miou:.2f}", style="bold")
         table.add_row("pixels right", f"{self.pixel_accuracy:.2f}")
@@ -96,7 +96,8 @@ def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
     names = class_names(train, test)
     with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
         torch.manual_seed(options.seed)
-        head = _make_head(trunk, options, names).to(compute.device)
+        head, names = _make_head(trunk, options, names)
+        head = head.to(compute.device)
         _require_variance(trunk, head, min(len(train.images.indices), batch_size))
         trunk.prepare(train.images, test.images)
         with memory_errors(batch_size, "give a smaller --batch-size"):
@@ -110,45 +111,44 @@ def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
     )  # fmt: skip
 
 
-def class_names(train: MaskedImages, test: MaskedImages) -> list[str]:
-    """Return the class names by number; numbers up to the largest value found, where the masks' folder names none.
+def class_names(train: MaskedImages, test: MaskedImages) -> tuple[str, ...]:
+    """Return the class names by number; up to the largest value found, where the masks' folder names none.
 
-    Warns of those without a pixel in the training masks: they cannot be learnt. Raises ImagesError for a single class.
+    Warns of those without a pixel in the training masks. Raises ImagesError for a single class.
     """
-    found = train.pixels + test.pixels
-    names = list(train.masks.names or map(str, range(int(np.flatnonzero(found)[-1]) + 1)))
-    train.masks.require_several(names)
-    absent = [name for i, name in enumerate(names) if not train.pixels[i] and i != train.masks.ignore]
-    if absent:
-        few = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
-        print(f"warning: no pixel of {len(absent)} classes in the training masks: {few}", file=sys.stderr)
+    values = np.flatnonzero(train.pixels + test.pixels).tolist()
+    train.masks.require_several(values)
+    names = train.masks.names or numbered(values[-1] + 1)
+    seen = np.flatnonzero(train.pixels).tolist()
+    warn_of_absent(names, seen, train.masks.ignore, "pixel in the training masks")
     return names
 
 
-def _make_head(trunk: Trunk, options: EvaluateOptions, names: Sequence[str]) -> nn.Module:
+def _make_head(trunk: Trunk, options: EvaluateOptions, names: tuple[str, ...]) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the head, and the names of its classes."""
     if options.head == "linear":
-        return LinearHead(trunk.shapes, len(names), momentum=HEAD_MOMENTUM if options.finetune else None)
+        return LinearHead(trunk.shapes, len(names), momentum=HEAD_MOMENTUM if options.finetune else None), names
     if options.head == "fpn":
-        return FpnHead(trunk.shapes, len(names), trunk.input_size)
+        return FpnHead(trunk.shapes, len(names), trunk.input_size), names
     return _trained_head(Path(options.head), trunk, names)
 
 
-def _trained_head(run: Path, trunk: Trunk, names: Sequence[str]) -> nn.Module:
-    """Return the head of a run. Raises ConfigError where there is none, or where it is of another backbone or classes.
+def _trained_head(run: Path, trunk: Trunk, names: tuple[str, ...]) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the head of a run, and its classes: the masks' names as far as they go.
 
-    Masks whose classes have no names must have as many as the head.
+    Raises ConfigError where there is none, or where it is of another backbone, of other classes or of whole images.
     """
     folder = next((f for f in (run, run / "head") if (f / CONFIG).is_file()), None)
     if folder is None:
         raise ConfigError(f"--head {run}: expected linear, fpn or a finished run of dtcache train --labels")
     head, spec = load_head(folder, trunk.shapes, trunk.input_size)
-    numbered = list(names) == list(map(str, range(len(names))))
-    if len(names) != len(spec.classes) or not (numbered or list(names) == list(spec.classes)):
+    if len(names) > len(spec.classes) or not alike(names, spec.classes):
         raise ConfigError(
             f"--head {run}: expected masks of its classes, {', '.join(spec.classes)[:200]}, got "
             f"{', '.join(names)[:200]}; give --head linear for others"
         )
-    return head
+    named = () if names == numbered(len(names)) else names
+    return head, named + spec.classes[len(named) :]
 
 
 def _make_optimizer(trunk: Trunk, head: nn.Module, options: EvaluateOptions) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dtcache.spec import Json, tap_name
-from pipelines.words import byte_size
+from pipelines.words import byte_size, printable
 
 SHOWN = 5
 """Reasons and files of which a terminal shows so many; --json has all."""
@@ -116,7 +116,7 @@ def _labels(report: Json) -> list[RenderableType]:
         measured = (found.get("total_variation"), found.get("entropy"), known.get("miou"), known.get("accuracy"))
         table.add_row(escape(found["name"]), classes, *sizes, *map(number, measured))
     named = {found["name"]: found["classes"] for found in report["labels"] if "classes" in found}
-    return [table, *(escape(f"classes of {name}: {', '.join(classes)}") for name, classes in named.items())]
+    return [table, *(escape(printable(f"classes of {name}: {', '.join(classes)}")) for name, classes in named.items())]
 
 
 def _encoding(recipe: Json) -> str:

@@ -17,6 +17,7 @@ from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import COMMITS, LABELS, LOG, MANIFEST, SHARDS
 from dtcache.store.verify import Verification, chosen_objects, verify_contents
 from pipelines.progress import track
+from pipelines.words import printable
 
 NOT_A_CACHE = 5
 EXIT_CODES = {"good": 0, "damaged": 3, "incomplete": 4, "unreadable": NOT_A_CACHE}
@@ -198,7 +199,7 @@ def render_verified(verified: Verified, root: Path) -> RenderableType:
         facts.add_row(f"labels {name}", f"{WORDS[inner.state]}{finish}")
         lines += [line for damage in inner.damage[:SHOWN] for line in _lines(damage, name)]
     for name, reason in found.unreadable.items():
-        facts.add_row(f"labels {name}", f"not read by this version: {reason}")
+        facts.add_row(f"labels {name}", Text(printable(f"not read by this version: {reason}")))
     lines += _rest(len(found.damage))
     lines += [f"not named: {name}: {why}" for name, why in islice(found.unnamed.items(), SHOWN)]
     lines += _rest(len(found.unnamed))

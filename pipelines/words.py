@@ -1,4 +1,4 @@
-"""Sizes and durations as people read them."""
+"""Sizes, durations and foreign text as people read them."""
 
 
 def byte_size(count: float | None) -> str:
@@ -16,3 +16,8 @@ def duration(seconds: float) -> str:
     """Return seconds as seconds, minutes, or hours and minutes."""
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def printable(text: str) -> str:
+    """Return text without what could steer a terminal: caches and model folders bring names of their own."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

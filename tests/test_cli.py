@@ -144,6 +144,14 @@ def test_a_missing_cache_is_one_line(tmp_path: Path) -> None:
     assert result.output.count("\n") == 1
 
 
+def test_an_error_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    """Caches and model folders bring names of their own: escape sequences in them are not passed on."""
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "a\x1b[2Jb")])
+    assert result.exit_code == 1
+    assert "a\N{REPLACEMENT CHARACTER}[2Jb is not a cache" in result.output
+    assert "\x1b" not in result.output
+
+
 @pytest.mark.parametrize(
     ("words", "module", "function", "resumes"),
     [

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dtcache.columns import Column
 from dtcache.errors import BadImageError, ImagesError
 from dtcache.images.source import open_source
-from dtcache.images.view import decode_view
+from dtcache.images.view import decode_view, upright_size
 from dtcache.spec import ViewSpec
 
 
@@ -38,14 +38,27 @@ class LinkedImages:
 
     def pixels(self, row: int) -> NDArray[np.uint8]:
         """Return a row's view (3, H, W), uint8. Raises ImagesError where it is not the image that was extracted."""
-        key = self._keys[row]
+        data = self._read(row)
+        try:
+            return decode_view(data, self._view)[0]
+        except BadImageError as error:
+            raise self._unreadable(row, error) from error
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Return (height, width) of a row's image, upright. Raises ImagesError where it is not the one extracted."""
+        return upright_size(self._read(row))
+
+    def _read(self, row: int) -> bytes:
         try:
             data = self._source.read(self._index_of[row].as_py())
-            if hashlib.sha256(data).digest() != self._hashes[row]:
-                raise ImagesError(
-                    f"{self._images}: {key} is not the image that the cache was extracted from (SHA-256 differs); "
-                    "give the images that it was extracted from"
-                )
-            return decode_view(data, self._view)[0]
-        except (OSError, BadImageError) as error:
-            raise ImagesError(f"{self._images}: {key}: {error}; it could be read when the cache was made") from error
+        except OSError as error:
+            raise self._unreadable(row, error) from error
+        if hashlib.sha256(data).digest() != self._hashes[row]:
+            raise ImagesError(
+                f"{self._images}: {self._keys[row]} is not the image that the cache was extracted from (SHA-256 "
+                "differs); give the images that it was extracted from"
+            )
+        return data
+
+    def _unreadable(self, row: int, error: Exception) -> ImagesError:
+        return ImagesError(f"{self._images}: {self._keys[row]}: {error}; it could be read when the cache was made")

@@ -43,12 +43,16 @@ class MaskFolder:
         parts = PurePosixPath(key)
         return not parts.is_absolute() and ".." not in parts.parts and self.path(key).is_file()
 
-    def require_several(self, classes: Sequence[str]) -> None:
-        """Raise ImagesError where masks have one class alone, which any prediction meets: 0, and 255 ignored."""
-        if len(classes) < 2:
+    def require_several(self, values: Sequence[int]) -> None:
+        """Raise ImagesError where masks show fewer than two classes, so that any prediction meets them.
+
+        `values` are the class numbers that occur: none of the one that is ignored.
+        """
+        if len(values) < 2:
+            found = f"one alone, {values[0]}" if len(values) else "none"
             raise ImagesError(
-                f"{self.root}: expected masks of at least two classes, got one ({self.ignore} is ignored); number the "
-                "classes 0, 1, ..., or give another --ignore"
+                f"{self.root}: expected masks of at least two classes, got {found} ({self.ignore} is ignored); number "
+                "the classes 0, 1, ..., or give another --ignore"
             )
 
     def load(self, key: str, view: ViewSpec, image_size: tuple[int, int] | None = None) -> NDArray[np.uint8]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtcache.errors import CacheMismatchError, ConfigError
-from dtcache.labels.interpreter import MAX_WIDTH, FeatureInterpreter, Shapes, logit_grid
-from dtcache.spec import Json, ViewSpec
+from dtcache.labels.interpreter import GROUPS, MAX_WIDTH, FeatureInterpreter, Shapes, logit_grid
+from dtcache.spec import Json, ViewSpec, check_scores
 from dtcache.storage import file_sha256, write_file
 from dtcache.student.stored import CONFIG, WEIGHTS, bounded, load_weights, read_config, read_view, weight_bytes
 
@@ -131,12 +131,14 @@ def _spec(config: Json) -> InterpreterSpec:
         raise ValueError("its shapes are not (channels, height, width) by array")
     if not isinstance(config["teacher"], dict) or set(config["teacher"]) != set(TEACHER):
         raise ValueError("its teacher is not named")
-    if validation is not None and not all(isinstance(validation[name], float | int | None) for name in SCORES):
-        raise ValueError("its validation is not scores")
+    if validation is not None:
+        check_scores(validation)
+    if bounded(config["width"], MAX_WIDTH) % GROUPS:
+        raise ValueError(f"a width of {config['width']} is no multiple of {GROUPS}")
     return InterpreterSpec(
         level=level,
         classes=tuple(classes),
-        width=bounded(config["width"], MAX_WIDTH),
+        width=config["width"],
         shapes={name: (shape[0], shape[1], shape[2]) for name, shape in shapes.items()},
         view=read_view(config["view"]),
         teacher=config["teacher"],

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option
+from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
 
 QUALITY_RATIOS = {"high": 10.0, "default": 50.0, "small": 100.0, "fp16": None}
 """Times that the features' bytes, everything on disk but images, lie under fp16."""
@@ -43,7 +43,7 @@ class ExtractOptions(Options):
         "ddpm", "ddpm: noise the image. ddim: invert it step by step, without noise.", choices=("ddpm", "ddim")
     )
     ddim_steps: int | None = option(None, "Steps of the inversion [default: 20].", minimum=1)
-    seed: int = option(0, "Seed of row order and noise.", minimum=0)
+    seed: int = seed_option("Seed of row order and noise.")
     flip: bool = option(True, "Cache the mirrored view too.")
     draws: int = option(1, "Noise draws of each flip, cached as views.", minimum=1)
     average: bool = option(False, "Cache the mean of the draws as one view instead.")
@@ -82,7 +82,7 @@ class VerifyOptions(Options):
     """Options of `dtcache verify`."""
 
     sample: str = option("100%", "Check this share of the shards, whole, and all other files.", metavar="SHARE")
-    seed: int = option(0, "Seed of the choice that --sample makes.", minimum=0)
+    seed: int = seed_option("Seed of the choice that --sample makes.")
     repair: bool = option(False, "Show what a repair would do; nothing is written without --yes.")
     images: Path | None = option(None, "Repair: the images that the cache was extracted from.")
     teacher: str | None = option(None, "Repair: the teacher that it was extracted with.", metavar="DIR_OR_ID")

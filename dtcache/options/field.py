@@ -8,6 +8,8 @@ from dtcache.errors import ConfigError
 
 AUTO_DEVICE = "auto, cpu, cuda or cuda:N"
 PRECISIONS = ("auto", "fp32", "bf16")
+MAX_SEED = 2**32 - 1
+"""Generators take 64 bits, and some seed a step with both its number and this."""
 
 
 def option(
@@ -17,15 +19,21 @@ def option(
     choices: tuple[str, ...] = (),
     metavar: str = "",
     minimum: float | None = None,
+    maximum: float | None = None,
     auto: bool = False,
     off: str = "",
 ) -> Any:
-    """Return a dataclass field that carries its help text, choices, metavar and least value.
+    """Return a dataclass field that carries its help text, choices, metavar and bounds.
 
     With `auto` the word auto is one of its values, and None stands for it. `off` names the flag that turns it off.
     """
-    about = {"help": text, "choices": choices, "metavar": metavar, "minimum": minimum, "auto": auto, "off": off}
-    return field(default=default, metadata=about)
+    about = {"help": text, "choices": choices, "metavar": metavar, "auto": auto, "off": off}
+    return field(default=default, metadata={**about, "minimum": minimum, "maximum": maximum})
+
+
+def seed_option(text: str) -> Any:
+    """Return the field of a seed."""
+    return option(0, text, minimum=0, maximum=MAX_SEED)
 
 
 class Options:
@@ -36,11 +44,14 @@ class Options:
     def __post_init__(self) -> None:
         """Raise ConfigError naming the first option that is out of bounds, or a number that is not finite."""
         for f in fields(self):  # type: ignore[arg-type]
-            value, least, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            least, most = f.metadata["minimum"], f.metadata["maximum"]
             flag = f"--{f.name.replace('_', '-')}"
             if choices and value is not None and value not in choices:
                 raise ConfigError(f"{flag} {value}: expected one of {', '.join(choices)}")
             if least is not None and value is not None and not value >= least:
                 raise ConfigError(f"{flag} {value}: expected at least {least:g}")
+            if most is not None and value is not None and not value <= most:
+                raise ConfigError(f"{flag} {value}: expected at most {most}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{flag} {value}: expected a finite number")

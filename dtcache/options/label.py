@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtcache.options.field import AUTO_DEVICE, Options, option
+from dtcache.options.field import AUTO_DEVICE, Options, option, seed_option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,9 @@ class LabelFitOptions(Options):
     )
     timestep: int | None = option(None, "Timestep to read [default: all in the cache].")
     images: Path | None = option(
-        None, "The cache's images, where it stores none: for the picture alone.", metavar="IMAGES"
+        None,
+        "The cache's images: masks must have their sizes; shown where it has none.",
+        metavar="IMAGES",
     )
     width: int = option(256, "Channels of the fuse layers, a multiple of 32.", minimum=32)
     epochs: int = option(100, "Passes over the labelled images.", minimum=1)
@@ -30,7 +32,7 @@ class LabelFitOptions(Options):
     batch_size: int = option(8, "Images a step.", minimum=1)
     lr: float = option(4e-3, "Peak learning rate of AdamW.", minimum=0)
     weight_decay: float = option(0.05, "Weight decay; none on norms and biases.", minimum=0)
-    seed: int = option(0, "Seed of weights, order, flips and of what is held out.", minimum=0)
+    seed: int = seed_option("Seed of weights, order, flips and of what is held out.")
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
 
 
@@ -42,5 +44,6 @@ class LabelWriteOptions(Options):
     share: str = option("10%", "Most bytes that it takes, as a share of the features'.", metavar="SHARE")
     masks: Path | None = option(None, "Known masks: record how far the stored labels agree with them.", metavar="DIR")
     ignore: int | None = option(None, "Mask value that counts nowhere [default: classes.toml's, else 255].", minimum=0)
+    images: Path | None = option(None, "The cache's images: --masks must have their sizes.", metavar="IMAGES")
     batch_size: int = option(64, "Views a pass of the interpreter; a constant of the recipe.", minimum=1)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")

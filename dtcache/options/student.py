@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dtcache.errors import ConfigError
-from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option
+from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
 
 TASKS = {
     "classification": ("neighbours",),
@@ -79,7 +79,7 @@ class TrainOptions(Options):
     init: str | None = option(
         None, "Start from timm's pretrained weights or from a backbone.", metavar="pretrained|PATH"
     )
-    seed: int = option(0, "Seed of weights, order and flips.", minimum=0)
+    seed: int = seed_option("Seed of weights, order and flips.")
     shuffle: str = option(
         "full", "full: permute all samples. block: mix stretches of shards, for a cold disk.", choices=("full", "block")
     )
@@ -153,7 +153,7 @@ class EvaluateOptions(Options):
         None, "Teacher for images that are not in the cache, when MODEL is one.", metavar="DIR_OR_ID"
     )
     batch_size: int | None = option(None, "Images a pass [default: 128; segmentation: 16].", minimum=1)
-    seed: int = option(0, "Seed of random weights, splits and training.", minimum=0)
+    seed: int = seed_option("Seed of random weights, splits and training.")
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
 
@@ -178,6 +178,6 @@ class DemoOptions(Options):
     batch_size: int = option(64, "Samples a step.", minimum=2)
     fpn_width: int = option(64, "Channels of the regressor's pyramid.", minimum=1)
     timestep: int = option(50, "Diffusion step of the cache.")
-    seed: int = option(0, "Seed of scenes, cache and students.", minimum=0)
+    seed: int = seed_option("Seed of scenes, cache and students.")
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option
+from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
 
 ADM_PRESETS = ("adm-64", "adm-128", "adm-256", "adm-512")
 """OpenAI's published guided-diffusion architectures, by image size; dtcache/teacher/adm.py has what they are."""
@@ -23,7 +23,7 @@ class TeachOptions(Options):
     attention: int = option(2, "Number of coarsest levels that have attention.", minimum=0)
     ema: float = option(0.999, "Decay of the weight average that is saved.", minimum=0)
     weights: str = option("float32", "Type of the saved weights.", choices=("float32", "float16"))
-    seed: int = option(0, "Seed of weights, order and noise.", minimum=0)
+    seed: int = seed_option("Seed of weights, order and noise.")
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
     precision: str = option("auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS)
     compile: bool = option(False, "Compile the U-Net first (torch.compile): minutes once, then faster steps.")

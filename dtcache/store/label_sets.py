@@ -2,13 +2,16 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from dtcache.errors import ConfigError, UnknownLabelsError
-from dtcache.spec import MAX_VIEWS, Json
+from dtcache.spec import MAX_VIEWS, Json, check_range, check_scores
 from dtcache.store.layout import LABELS, LOGITS, MANIFEST
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 LEVELS = ("pixel", "image")
+MAX_ENTROPY = 64
+"""Bits: of more classes than there can be."""
 
 
 def label_set_names(root: Path) -> list[str]:
@@ -43,6 +46,17 @@ def check_labels(labels: Json, arrays: list[str], taps: list[Json]) -> None:
         raise ValueError(f"labels {str(labels)[:120]} in {arrays}")
     if not all(isinstance(labels[name], str) for name in ("cache_fingerprint", "cache_samples")):
         raise ValueError("labels of no cache")
-    scores = labels["validation"]
-    if scores is not None and not all(isinstance(value, int | float | None) for value in scores.values()):
-        raise ValueError(f"validation {str(scores)[:120]}")
+    if labels["validation"] is not None:
+        check_scores(labels["validation"])
+
+
+def checked_measured(measured: Any) -> Json | None:
+    """Return what a manifest records of a label set's worth, if anything. Raises KeyError, TypeError or ValueError."""
+    if measured is None:
+        return None
+    check_range(measured["total_variation"], 1)
+    check_range(measured["entropy"], MAX_ENTROPY)
+    if measured["agreement"] is not None:
+        check_scores(measured["agreement"])
+    found: Json = measured
+    return found

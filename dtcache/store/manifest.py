@@ -19,11 +19,13 @@ from dtcache.storage import write_file
 from dtcache.store.checks import check_recipe, checked_array
 from dtcache.store.commits import CodecSums
 from dtcache.store.hashed import read_hashed_json
+from dtcache.store.label_sets import checked_measured
 from dtcache.store.layout import IMAGES, MANIFEST, PayloadArray
 
 T = TypeVar("T")
 
 MAX_MANIFEST_BYTES = 64 << 20
+SAME = "give the same options and images to resume it, or another --out"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +151,7 @@ def read_manifest(root: Path) -> CacheManifest:
             classes=tuple(value["classes"]) if value["classes"] is not None else None,
             files=value["files"],
             sums={n: CodecSums(**s) for n, s in value["sums"].items()},
-            measured=value.get("measured"),
+            measured=checked_measured(value.get("measured")),
         )
         _check_arrays(manifest)
         return manifest
@@ -187,16 +189,16 @@ def _check_arrays(manifest: CacheManifest) -> None:
         raise ValueError(f"arrays that are not those of {rows} samples, {views} views and {shard_rows} rows a shard")
 
 
-def require_same(root: Path, found: Json, wanted: Json, where: str = "") -> None:
+def require_same(root: Path, found: Json, wanted: Json, where: str = "", remedy: str = SAME) -> None:
     """Raise CacheMismatchError naming the first field of `wanted` that a cache's recipe holds with another value."""
     for name, value in wanted.items():
         have: Any = found.get(name)
         if isinstance(value, dict) and isinstance(have, dict):
-            require_same(root, have, value, f"{where}{name}.")
+            require_same(root, have, value, f"{where}{name}.", remedy)
         elif have != value:
             raise CacheMismatchError(
                 f"{root} holds a cache of another recipe: {where}{name} is {_short(have)} there, {_short(value)} was "
-                "asked for; give the same options and images to resume it, or another --out"
+                f"asked for; {remedy}"
             )
 
 

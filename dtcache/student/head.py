@@ -90,13 +90,15 @@ def load_head(folder: Path, shapes: Sequence[Map], input_size: tuple[int, int]) 
     """Read a folder of `save_head` for a backbone whose maps have these shapes, at this input size.
 
     The grid of the logits grows and shrinks with the maps. Raises ConfigError where a part is missing, is out of bounds
-    or does not fit the backbone.
+    or does not fit the backbone, and for a head of whole images.
     """
     config = read_config(folder / CONFIG, expected="the head of a run of dtcache train --labels", again=AGAIN)
     try:
         kept = _spec(config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder / CONFIG}: not the configuration of a head ({error}); {AGAIN}") from error
+    if kept.grid == (1, 1):
+        raise ConfigError(f"{folder}: expected a head of pixels' labels, got one of whole images; give another head")
     channels = [[c for c, _, _ in maps] for maps in (kept.shapes, shapes)]
     if channels[0] != channels[1]:
         raise ConfigError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtcache.cache import Cache, Rows
 from dtcache.device import Compute, memory_errors, resolve_compute
-from dtcache.errors import ConfigError, TrainingError
+from dtcache.errors import ConfigError, ImagesError, TrainingError
 from dtcache.images import permuted
 from dtcache.labels import FeatureInterpreter, InterpreterSpec, save_interpreter, teacher_identity
 from dtcache.labels.losses import cross_entropy, interpreter_loss
@@ -21,6 +21,7 @@ from dtcache.spec import Json
 from dtcache.storage import whole_folder, write_file
 from dtcache.student import make_optimizer
 from dtcache.student.blocks import resize
+from pipelines.classes import warn_of_absent
 from pipelines.iou import Counts, confusion_matrix, mean_iou, pixel_accuracy
 from pipelines.label.labelled import Labelled, images_with_masks, labelled_images
 from pipelines.label.picture import label_picture
@@ -54,10 +55,13 @@ def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedIn
         raise ConfigError(f"--out {out}: it is there already; give a folder that is new")
     if options.warmup_epochs >= options.epochs:
         raise ConfigError(f"--warmup-epochs {options.warmup_epochs}: expected fewer than the {options.epochs} --epochs")
-    cache, compute = Cache(root, options.images), resolve_compute(options.device, "fp32")
+    cache, compute = Cache(root), resolve_compute(options.device, "fp32")
+    if options.images is not None and not cache.has_images:
+        cache = Cache(root, options.images)
     names = chosen_taps(cache, options)
     train, held = _split(_labelled(cache, options), options)
-    train.warn_of_absent_classes()
+    unit = "image" if options.level == "image" else "pixel"
+    warn_of_absent(train.classes, train.values, train.ignore, f"{unit} among the {len(train)} images trained on")
     spec = InterpreterSpec(
         level="image" if options.level == "image" else "pixel",
         classes=train.classes,
@@ -82,13 +86,19 @@ def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedIn
 
 
 def _labelled(cache: Cache, options: LabelFitOptions) -> Labelled:
+    root = cache.reader.root
     if options.level == "image":
         if options.masks is not None or options.ignore is not None:
             raise ConfigError("--level image: it reads the cache's own labels; leave --masks and --ignore out")
-        return labelled_images(cache, options.limit)
+        labelled = labelled_images(cache, options.limit)
+        if len(labelled.values) < 2:
+            raise ImagesError(
+                f"{root}: expected labels of at least two classes, got {labelled.values[0]} alone; label other images"
+            )
+        return labelled
     if options.masks is None:
         raise ConfigError("--masks: expected the folder of the masks; or --level image, for labels of whole images")
-    return images_with_masks(cache, options.masks, options.ignore, options.limit)
+    return images_with_masks(cache, options.masks, options.ignore, options.limit, options.images)
 
 
 def _split(labelled: Labelled, options: LabelFitOptions) -> tuple[Labelled, Labelled]:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from dtcache.cache import Cache, Rows
 from dtcache.errors import ImagesError
-from dtcache.images import open_masks
+from dtcache.images import LinkedImages, open_masks
 from dtcache.images.stored import LENGTH_BYTES
 from dtcache.labels import MAX_CLASSES
 from dtcache.store.layout import IMAGES
+from pipelines.classes import numbered
 
 NO_CLASS = -1
 """What counts nowhere among image labels; they have no such value."""
@@ -45,23 +46,21 @@ class Labelled:
             rows=self.rows[chosen], truth_NHW=self.truth_NHW[chosen], classes=self.classes, ignore=self.ignore
         )
 
-    def warn_of_absent_classes(self) -> None:
-        """Say on stderr which classes have no pixel, or image, at all: nothing can be learned of them."""
-        values = torch.unique(self.truth_NHW[self.truth_NHW != self.ignore]).tolist()
-        for number, name in enumerate(self.classes):
-            if number not in values and number != self.ignore:
-                unit = "image" if self.truth_NHW.shape[1:] == (1, 1) else "pixel"
-                print(
-                    f"warning: class {number} ({name}) has no {unit} among the {len(self)} images trained on; "
-                    "it will hardly be predicted",
-                    file=sys.stderr,
-                )
+    @property
+    def values(self) -> list[int]:
+        """Class numbers that occur, in order."""
+        found: list[int] = torch.unique(self.truth_NHW[self.truth_NHW != self.ignore]).tolist()
+        return found
 
 
-def images_with_masks(cache: Cache, root: Path, ignore: int | None, limit: int | None) -> Labelled:
+def images_with_masks(
+    cache: Cache, root: Path, ignore: int | None, limit: int | None, images: Path | None = None
+) -> Labelled:
     """Return the usable rows whose key has a mask in a folder, and the masks as the view shows them.
 
-    Raises ImagesError where there is none, or for one that is no mask of its image.
+    Masks must have their images' sizes: read from the source in `images`, else as far as the cache knows them; stderr
+    says how many it does not. Raises ImagesError where there is none, for one that is no mask of its image, and where
+    they show fewer than two classes.
     """
     folder = open_masks(root, ignore)
     keys, usable = cache.samples["key"].to_pylist(), cache.reader.usable_rows
@@ -72,14 +71,21 @@ def images_with_masks(cache: Cache, root: Path, ignore: int | None, limit: int |
             f"{root}: no mask matches any of the cache's {len(usable)} images; expected PNG files named by their keys, "
             f"such as {example}"
         )
-    sizes = _known_sizes(cache, rows)
+    sizes = _sizes(cache, rows, images)
+    if None in sizes:
+        print(
+            f"warning: the cache does not know the size of {sizes.count(None)} of the {len(rows)} images with a mask, "
+            "and a mask of another size goes unnoticed; give --images IMAGES to check",
+            file=sys.stderr,
+        )
     masks = [folder.load(keys[row], cache.view, size) for row, size in zip(rows, sizes, strict=True)]
     truth = np.stack(masks)
     classes = folder.names or numbered(int(truth[truth != folder.ignore].max(initial=0)) + 1)
-    folder.require_several(classes)
-    return Labelled(
+    labelled = Labelled(
         rows=np.array(rows, np.int64), truth_NHW=torch.from_numpy(truth), classes=classes, ignore=folder.ignore
     )
+    folder.require_several(labelled.values)
+    return labelled
 
 
 def labelled_images(cache: Cache, limit: int | None) -> Labelled:
@@ -106,16 +112,17 @@ def labelled_images(cache: Cache, limit: int | None) -> Labelled:
     )
 
 
-def numbered(count: int) -> tuple[str, ...]:
-    """Return names for so many classes that nobody named."""
-    return tuple(f"class {number}" for number in range(count))
+def _sizes(cache: Cache, rows: Sequence[int], images: Path | None) -> list[tuple[int, int] | None]:
+    """Return the (height, width) of images, None where it is not known.
 
-
-def _known_sizes(cache: Cache, rows: Sequence[int]) -> list[tuple[int, int] | None]:
-    """Return the (height, width) of images as far as a cache knows them: those that are stored in their own bytes."""
+    Without their source a cache knows those that are stored in their own bytes.
+    """
+    content = cache.samples["content_sha256"]
+    if images is not None:
+        source = LinkedImages(images, cache.samples["key"], content, cache.view)
+        return [source.size(row) for row in rows]
     if IMAGES not in cache.reader.manifest.arrays:
         return [None] * len(rows)
-    content = cache.samples["content_sha256"]
     sizes: list[tuple[int, int] | None] = []
     for row, payload in zip(rows, cache.reader.payloads(IMAGES, rows, np.zeros(len(rows))), strict=True):
         length = int.from_bytes(payload[:LENGTH_BYTES].tobytes(), "little")

@@ -1,6 +1,6 @@
 """What a finished label set is worth: its error against exact logits, how sure it is, how far known labels agree."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import fmean
 
 import numpy as np
@@ -15,8 +15,9 @@ from dtcache.labels.losses import TEMPERATURE, entropy, total_variation
 from dtcache.options import LabelWriteOptions
 from dtcache.spec import Json
 from dtcache.student.blocks import resize
+from pipelines.classes import alike
 from pipelines.iou import confusion_matrix, mean_iou, pixel_accuracy
-from pipelines.label.labelled import Labelled, images_with_masks, labelled_images, numbered
+from pipelines.label.labelled import Labelled, images_with_masks, labelled_images
 from pipelines.progress import track
 
 SAMPLED = 256
@@ -62,22 +63,18 @@ def known_labels(cache: Cache, spec: InterpreterSpec, options: LabelWriteOptions
         if not any(label is not None for label in cache.samples["label"].to_pylist()):
             return None
         known = labelled_images(cache, SAMPLED)
-        return known if _alike(known.classes, spec.classes) else None
+        return known if alike(known.classes, spec.classes) else None
     if options.masks is None:
+        if options.images is not None:
+            raise ConfigError("--images: expected beside --masks, whose sizes they give; leave it out")
         return None
-    known = images_with_masks(cache, options.masks, options.ignore, COMPARED)
-    if not _alike(known.classes, spec.classes):
+    known = images_with_masks(cache, options.masks, options.ignore, COMPARED, options.images)
+    if not alike(known.classes, spec.classes):
         raise ImagesError(
             f"{options.masks}: expected the interpreter's classes, {', '.join(spec.classes)[:200]}, got "
             f"{', '.join(known.classes)[:200]}; number the classes alike, or leave --masks out"
         )
     return known
-
-
-def _alike(known: Sequence[str], classes: Sequence[str]) -> bool:
-    """Return whether numbers stand for the same classes, as far as both sides name and have them."""
-    unnamed = any(tuple(names) == numbered(len(names)) for names in (known, classes))
-    return unnamed or all(one == other for one, other in zip(known, classes, strict=False))
 
 
 def agreement(labels: LabelSet, known: Labelled) -> Json:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtcache.device import cpu_threads
+from dtcache.errors import CacheMismatchError
 from dtcache.label_set import LabelSet
 from dtcache.labels import load_interpreter
 from dtcache.options import LabelWriteOptions, parse_share
@@ -30,6 +31,9 @@ class WrittenLabels:
     measured: Json
 
 
+SAME = "give the same interpreter and options to go on with it, or another --name"
+
+
 def write_labels(root: Path, where: Path, options: LabelWriteOptions) -> WrittenLabels:
     """Write the soft labels of a cache by the interpreter in `where`; goes on with a set that was begun alike.
 
@@ -41,7 +45,7 @@ def write_labels(root: Path, where: Path, options: LabelWriteOptions) -> Written
     job = LabelJob(root, interpreter, options)
     begun = read_manifest(out).recipe if (out / MANIFEST).exists() else None
     if begun is not None:
-        require_same(out, begun, job.asked())
+        _require_begun_alike(out, begun, job.asked(), options)
     known = known_labels(job.cache, interpreter.spec, options)
     with FolderLock(out), cpu_threads(begun["threads"] if begun is not None else None):
         writer = CacheWriter.resume(out) if begun is not None else job.begin(out)
@@ -66,3 +70,12 @@ def write_labels(root: Path, where: Path, options: LabelWriteOptions) -> Written
             file=sys.stderr,
         )
     return WrittenLabels(root=out, images=report["num_done"], share=report["share"], measured=writer.manifest.measured)
+
+
+def _require_begun_alike(out: Path, begun: Json, asked: Json, options: LabelWriteOptions) -> None:
+    """Raise CacheMismatchError where a set was begun by another interpreter or with other options."""
+    there, now = begun["codec"]["ratio"], asked["codec"]["ratio"]
+    if there != now:
+        share = 100 * parse_share(options.share, "--share") * now / there
+        raise CacheMismatchError(f"{out} was begun with --share {share:.4g}%, got {options.share}; {SAME}")
+    require_same(out, begun, asked, remedy=SAME)

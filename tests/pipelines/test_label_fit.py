@@ -1,6 +1,7 @@
 """`dtcache label fit`: an interpreter from cached features and a few masks, and every bad input in one line."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from cli import main
 from dtcache.cache import Cache
 from dtcache.errors import ImagesError
 from dtcache.labels import load_interpreter
+from dtcache.options import ExtractOptions
+from pipelines.extract import extract
 from pipelines.iou import confusion_matrix, mean_iou
 from pipelines.label import fit
 from pipelines.label.labelled import images_with_masks, labelled_images
@@ -179,12 +182,13 @@ def test_a_class_without_a_pixel_is_named(scene_cache: Path, masks: Path, tmp_pa
     (more / "classes.toml").write_text(f"names = {json.dumps(names)}\n")
     result = run("label", "fit", scene_cache, "--masks", more, "--out", tmp_path / "i", *FLAGS)
     assert result.exit_code == 0, result.output
-    assert "warning: class 9 (unicorn) has no pixel among the 8 images trained on" in result.output
+    warning = "1 of 10 classes have no pixel among the 8 images trained on and will hardly be predicted: 9 (unicorn)\n"
+    assert f"warning: {warning}" in result.output
 
 
 def test_bad_input_is_one_line(scene_cache: Path, masks: Path, fitted: Path, tmp_path: Path) -> None:
     """Each names what was expected and found; nothing is written."""
-    bad = {name: tmp_path / name for name in ("none", "size", "value", "binary")}
+    bad = {name: tmp_path / name for name in ("none", "size", "value", "binary", "ignored")}
     for name in ("size", "value"):
         shutil.copytree(masks, bad[name])
     bad["none"].mkdir()
@@ -192,6 +196,9 @@ def test_bad_input_is_one_line(scene_cache: Path, masks: Path, fitted: Path, tmp
         (bad["binary"] / path.relative_to(masks)).parent.mkdir(parents=True, exist_ok=True)
         binary = np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8)
         Image.fromarray(binary).save(bad["binary"] / path.relative_to(masks))
+    shutil.copytree(masks, bad["ignored"])
+    for path in bad["ignored"].rglob("*.png"):
+        Image.fromarray(np.full((32, 32), 255, np.uint8)).save(path)
     first = next(path for path in sorted(bad["size"].rglob("*.png")))
     Image.fromarray(np.zeros((30, 32), np.uint8)).save(first)
     second = next(path for path in sorted(bad["value"].rglob("*.png")))
@@ -200,7 +207,10 @@ def test_bad_input_is_one_line(scene_cache: Path, masks: Path, fitted: Path, tmp
         (("--masks", bad["none"]), "no mask matches any of the cache's 40 images; expected PNG files named by their"),
         (("--masks", bad["size"]), f"{first}: expected the size of image "),
         (("--masks", bad["value"]), f"{second}: expected the values 0 to 8 of the classes in"),
-        (("--masks", bad["binary"]), f"{bad['binary']}: expected masks of at least two classes, got one (255 is ign"),
+        (("--masks", bad["binary"]), f"{bad['binary']}: expected masks of at least two classes, got one alone, 0 (2"),
+        (("--masks", bad["ignored"]), f"{bad['ignored']}: expected masks of at least two classes, got none (255 is"),
+        (("--level", "image", "--limit", "1"), f"{scene_cache}: expected labels of at least two classes, got "),
+        (("--masks", masks, "--seed", "4294967296"), "--seed 4294967296: expected at most 4294967295"),
         (("--masks", tmp_path / "gone"), "expected a folder of masks (PNG), got none"),
         ((), "--masks: expected the folder of the masks; or --level image"),
         (("--masks", masks, "--level", "image"), "--level image: it reads the cache's own labels; leave --masks"),
@@ -232,3 +242,56 @@ def test_an_incomplete_cache_is_refused(scene_cache: Path, masks: Path, tmp_path
     result = run("label", "fit", root, "--masks", masks, "--out", tmp_path / "i", *FLAGS)
     assert result.exit_code == 1
     assert "the cache is not complete; run its dtcache extract command again" in result.output
+
+
+@pytest.fixture(scope="module", params=["view", "none"])
+def cropped(
+    request: pytest.FixtureRequest, scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path]:
+    """A cache whose view crops its images, 48x40 pixels, beside the images and masks that were drawn on the views."""
+    root = tmp_path_factory.mktemp("cropped")
+    for number, path in enumerate(sorted(scene_folder.rglob("*.png"))[:12]):
+        mask = scene_folder.parent / "masks" / path.relative_to(scene_folder)
+        for source, size, out in ((path, (48, 40), root / "images"), (mask, (32, 32), root / "masks")):
+            out.mkdir(exist_ok=True)
+            Image.open(source).resize(size, Image.Resampling.NEAREST).save(out / f"{number}.png")
+    options = ExtractOptions(
+        teacher=str(teacher_dir), timestep=(150,), taps="4,8", precision="fp32", device="cpu", batch_size=4,
+        bytes_per_image=4608, images=request.param,
+    )  # fmt: skip
+    extract(root / "images", root / "cache", options)
+    return root / "cache", root / "images", root / "masks"
+
+
+def test_a_mask_drawn_on_the_view_is_refused_where_the_images_are_given(
+    cropped: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cache knows no size of images that its view changed: it says so, and reads them from their source."""
+    root, images, masks = cropped
+    cache = Cache(root)
+    assert len(images_with_masks(cache, masks, None, None)) == 12
+    warning = "the cache does not know the size of 12 of the 12 images with a mask, and a mask of another size goes"
+    assert f"warning: {warning} unnoticed; give --images IMAGES to check\n" in capsys.readouterr().err
+    flags = ("--masks", masks, "--images", images)
+    for command in (("fit", root, "--out", tmp_path / "i", *FLAGS), ("write", root, tmp_path / "i", "--name", "b")):
+        result = run("label", *command, *flags)
+        assert result.exit_code == 1
+        assert re.search(r"/\d+\.png: expected the size of image \d+\.png, 48x40 pixels, got 32x32", result.output)
+        # The second command needs an interpreter: fitted without the images.
+        if command[0] == "fit":
+            assert run("label", *command, "--masks", masks).exit_code == 0
+    for path in masks.iterdir():
+        Image.open(path).resize((48, 40), Image.Resampling.NEAREST).save(tmp_path / path.name)
+    assert len(images_with_masks(cache, tmp_path, None, None, images)) == 12
+    assert capsys.readouterr().err == ""
+    result = run("label", "write", root, tmp_path / "i", "--name", "b", "--images", images)
+    assert "--images: expected beside --masks, whose sizes they give; leave it out" in result.output
+
+
+def test_images_that_are_not_the_caches_are_refused(cropped: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Another file under the same name has a size that says nothing of the mask."""
+    root, images, masks = cropped
+    shutil.copytree(images, tmp_path / "images")
+    Image.new("RGB", (48, 40)).save(tmp_path / "images" / "3.png")
+    with pytest.raises(ImagesError, match=r"3\.png is not the image that the cache was extracted from"):
+        images_with_masks(Cache(root), masks, None, None, tmp_path / "images")

@@ -21,7 +21,7 @@ from store.builders import tiny_plan, tree, write_cache
 
 from cli import main
 from dtcache.cache import Cache
-from dtcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, UnknownLabelsError
+from dtcache.errors import CacheDamagedError, CacheIncompleteError, CacheMismatchError, ConfigError, UnknownLabelsError
 from dtcache.label_set import LabelledCache, LabelSet
 from dtcache.labels import load_interpreter
 from dtcache.labels.losses import entropy, total_variation
@@ -29,6 +29,7 @@ from dtcache.labels.views import join_views
 from dtcache.options import ExtractOptions, LabelWriteOptions
 from dtcache.store import writer
 from dtcache.store.commits import commit_files
+from dtcache.store.manifest import read_manifest, write_manifest
 from pipelines.extract import extract
 from pipelines.iou import confusion_matrix, mean_iou
 from pipelines.label.measure import known_labels
@@ -254,7 +255,7 @@ def test_bad_input_is_one_line(labelled: Path, interpreter: Path, other: Path, t
     (scoreless / "config.json").write_text(json.dumps({**config, "validation": {"miou": 0.5}}))
     cases = (
         ((other, "--name", "b"), f"{labelled}: the interpreter was fitted to other features: teacher weights_sha256"),
-        ((interpreter, "--name", NAME, "--share", "5%"), "holds a cache of another recipe: codec.ratio is"),
+        ((interpreter, "--name", NAME, "--share", "5%"), f"{NAME} was begun with --share 10%, got 5%; give the same"),
         ((interpreter, "--name", "../x"), "--name '../x': expected up to 64 lower-case letters"),
         ((scoreless, "--name", "b"), f"{scoreless}/config.json: not the configuration of an interpreter ('images')"),
         ((tmp_path, "--name", "b"), "config.json: missing; expected the --out of dtcache label fit"),
@@ -320,3 +321,20 @@ def test_labels_of_whole_images(scene_cache: Path, tmp_path: Path) -> None:
     right = (stored[:, 0, :, 0, 0].argmax(1).numpy() == np.array(cache.samples["label"])).mean()
     measured = json.loads((root / "labels" / "kinds" / "manifest.json").read_text())["measured"]
     assert measured["agreement"] == {"accuracy": pytest.approx(right), "images": 40, "miou": None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"entropy": 10**400}, {"total_variation": -0.5}, {"agreement": {"images": 3, "miou": 7.0, "accuracy": 0}}],
+    ids=["huge", "negative", "over 1"],
+)
+def test_figures_out_of_range_damage_their_own_set_alone(copy: Path, change: dict[str, object]) -> None:
+    """A set that says of itself what cannot be is shown as damaged; the cache around it is shown."""
+    manifest = read_manifest(copy / "labels" / NAME)
+    assert manifest.measured is not None
+    write_manifest(copy / "labels" / NAME, replace(manifest, measured={**manifest.measured, **change}))
+    with pytest.raises(CacheDamagedError, match=r"not a manifest of dtcache .* is no number from 0 to"):
+        read_manifest(copy / "labels" / NAME)
+    result = run("inspect", copy)
+    assert result.exit_code == 0, result.output
+    assert "40 done" in result.output and "damaged" in result.output

@@ -1,5 +1,6 @@
 """Segmentation: heads and recipe on images whose colour tells the class, masks and options that do not serve."""
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from rich.console import Console
 from torch.nn import functional as F
 
 from cli import main
@@ -193,7 +195,8 @@ def test_classes_without_a_training_pixel_are_named(
     with pytest.raises(ImagesError, match=r"classes\.toml: expected the classes and .* value of .*train/masks"):
         segment(TINY, options)
     result = segment(TINY, replace(options, test=None, test_masks=None))
-    assert "warning: no pixel of 1 classes in the training masks: gold" in capsys.readouterr().err
+    warning = "1 of 4 classes have no pixel in the training masks and will hardly be predicted: 3 (gold)"
+    assert f"warning: {warning}" in capsys.readouterr().err
     assert result.iou["gold"] is None and list(result.iou) == [*NAMES, "gold"]
 
 
@@ -204,7 +207,7 @@ def test_masks_of_one_class_are_refused(shelf: Path) -> None:
     only = np.zeros_like(train.pixels)
     only[0] = 9
     sides = (replace(side, pixels=only, masks=replace(side.masks, names=None)) for side in (train, test))
-    with pytest.raises(ImagesError, match=r"masks: expected masks of at least two classes, got one \(255 is ignored\)"):
+    with pytest.raises(ImagesError, match=r"masks: expected masks of at least two classes, got one alone, 0 \(255 is"):
         class_names(*sides)
 
 
@@ -251,3 +254,16 @@ def test_the_command_prints_json_or_a_table(shelf: Path) -> None:
     assert set(value["iou_per_class"]) == set(NAMES) and 0 <= value["miou"] <= 100
     table = CliRunner().invoke(main, flags).stdout
     assert all(word in table for word in (*NAMES, "mean", "IoU %"))
+
+
+def test_names_with_brackets_are_shown_as_they_are() -> None:
+    """Class names and paths are no markup of the terminal."""
+    names = ("[/road]", "a [b]")
+    found = SegmentationResult(
+        name="x", head="runs/[/1]", finetuned=True, iou=dict.fromkeys(names, 1.0), miou=1.0, pixel_accuracy=1.0,
+        num_train=1, num_test=1,
+    )  # fmt: skip
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(found.to_table("[/backbone]"))
+    shown = console.export_text()
+    assert all(word in shown for word in (*names, "[/backbone]", "runs/[/1]"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from interrupts import interrupt
+from PIL import Image
 from safetensors.torch import load_file
 
 from cli import main
@@ -21,7 +22,7 @@ from dtcache.objective import LABEL_TARGET
 from dtcache.options import TrainOptions
 from dtcache.store.samples import held_out
 from dtcache.student import Student, build_student, load_backbone, probe_maps
-from dtcache.student.head import load_head
+from dtcache.student.head import HeadSpec, load_head
 from pipelines import train as train_module
 from pipelines.run import load_checkpoint
 
@@ -130,7 +131,7 @@ def test_the_exported_head_gives_the_students_logits(mixed: Path, labelled: Path
 def test_a_head_of_every_regressor(kind: str) -> None:
     """Whatever the pyramid is made of, the head has the part of it that the logits take."""
     from dtcache.spec import ViewSpec
-    from dtcache.student.head import HeadSpec, logit_head
+    from dtcache.student.head import logit_head
 
     targets = {"t1/stride8": (4, 4, 4), "t1/stride16": (4, 2, 2), LABEL_TARGET: (3, 8, 8)}
     student = build_student(
@@ -141,6 +142,41 @@ def test_a_head_of_every_regressor(kind: str) -> None:
     maps = [torch.randn(2, *shape) for shape in shapes]
     with torch.no_grad():
         assert torch.allclose(logit_head(student, LABEL_TARGET, spec)(maps), student.regressor(maps)[LABEL_TARGET])
+
+
+def test_masks_without_names_take_the_heads(mixed: Path, scene_folder: Path, tmp_path: Path) -> None:
+    """Fewer classes than the head has are no reason to refuse masks whose folder names none; more are."""
+    names = load_head_of(mixed).classes
+    few = tmp_path / "masks"
+    shutil.copytree(scene_folder.parent / "masks", few)
+    (few / "classes.toml").unlink()
+    for path in few.rglob("*.png"):
+        Image.fromarray((np.asarray(Image.open(path)) > 0).astype(np.uint8)).save(path)
+    flags = ("--task", "segmentation", "--train", scene_folder, "--train-masks", few, "--epochs", "1")
+    found = run("evaluate", mixed / "backbone", "--head", mixed, *flags, "--json")
+    assert found.exit_code == 0, found.output
+    scores = json.loads(found.stdout)["iou_per_class"]
+    assert list(scores) == list(names)
+    assert [name for name in names if scores[name] is not None] == list(names[:2])
+    Image.fromarray(np.full((32, 32), len(names), np.uint8)).save(path)
+    result = run("evaluate", mixed / "backbone", "--head", mixed, *flags)
+    assert "class 7, class 8, class 9; give --head linear for others" in result.output
+
+
+def test_a_head_of_whole_images_is_no_head_of_pixels(mixed: Path, tmp_path: Path) -> None:
+    """Enlarged to the image it would give all of its pixels one class."""
+    shutil.copytree(mixed / "head", tmp_path / "head")
+    path = tmp_path / "head" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "grid": [1, 1]}))
+    backbone, size, _ = load_backbone(mixed / "backbone")
+    with pytest.raises(ConfigError, match=r"head: expected a head of pixels' labels, got one of whole images"):
+        load_head(tmp_path / "head", probe_maps(backbone, size), size)
+
+
+def load_head_of(out: Path) -> HeadSpec:
+    """Return what a run's head was built from."""
+    backbone, size, _ = load_backbone(out / "backbone")
+    return load_head(out / "head", probe_maps(backbone, size), size)[1]
 
 
 def test_segmentation_starts_from_the_head(mixed: Path, scene_folder: Path, tmp_path: Path) -> None:
