@@ -94,15 +94,14 @@ def run_all(plan: Plan) -> None:
 
 def run_one(plan: Plan, count: int, seed: int) -> None:
     """Run all arms of one labelled subset and one seed."""
-    assert plan.test_masks is not None
-    masks, name, test_masks = subset(plan, count, seed), f"n{count}-seed{seed}", plan.test_masks
+    masks, name = subset(plan, count, seed), f"n{count}-seed{seed}"
     once, interpreter = plan.results.once, plan.work / "interpreters" / name
     if not interpreter.exists():
         fit_interpreter(plan.work / "cache", interpreter, LabelFitOptions(
-            masks=masks, validation=0.0, width=plan.width, epochs=plan.fit_epochs, device=plan.device,
-            warmup_epochs=plan.fit_epochs // 5, seed=seed,
+            masks=masks, images=plan.train, validation=0.0, width=plan.width, epochs=plan.fit_epochs,
+            warmup_epochs=plan.fit_epochs // 5, seed=seed, device=plan.device,
         ))  # fmt: skip
-    once(f"{name}-interpreter", lambda: interpreter_miou(plan.work / "test-cache", test_masks, interpreter))
+    once(f"{name}-interpreter", lambda: interpreter_miou(interpreter, plan.work / "test-cache", tested(plan, masks)))
     once(f"{name}-labels", lambda: written(plan, interpreter, name, "10%"))
     if plan.exact:
         once(f"{name}-labels-exact", lambda: written(plan, interpreter, f"{name}-exact", "100%"))
@@ -110,7 +109,7 @@ def run_one(plan: Plan, count: int, seed: int) -> None:
     for arm, run in runs.items():
         once(f"{name}-{arm}-held-out", lambda run=run: held_out(run))
         if (run / "head").is_dir():
-            once(f"{name}-{arm}-own", lambda run=run: own_miou(run, tested(plan, masks, run, seed)))
+            once(f"{name}-{arm}-own", lambda run=run: own_miou(run, tested(plan, masks)))
     for number in range(plan.finetunings):
         finetune(plan, name, masks, runs, seed, number)
 
@@ -136,7 +135,7 @@ def finetune(plan: Plan, name: str, masks: Path, runs: dict[str, Path], seed: in
     starts = {"random": (runs["feature"] / "init", untrained), "feature": (runs["feature"] / "backbone", untrained)}
     starts |= {arm: (run / "backbone", run) for arm, run in runs.items() if (run / "head").is_dir()}
     for arm, (backbone, head) in starts.items():
-        options = tested(plan, masks, head, seed + FINETUNING_SEEDS * number)
+        options = replace(tested(plan, masks), head=str(head), seed=seed + FINETUNING_SEEDS * number)
         result = f"{name}-{arm}" + (f"-finetuning{number}" if number else "")
         plan.results.once(result, lambda backbone=backbone, options=options: finetuned(backbone, options))
 
@@ -157,7 +156,7 @@ def subset(plan: Plan, count: int, seed: int) -> Path:
 def written(plan: Plan, interpreter: Path, name: str, share: str) -> dict[str, Any]:
     """Write a label set and return what it costs and how exact it is."""
     assert plan.train_masks is not None
-    options = LabelWriteOptions(name=name, share=share, masks=plan.train_masks, device=plan.device)
+    options = LabelWriteOptions(name=name, share=share, masks=plan.train_masks, images=plan.train, device=plan.device)
     done = write_labels(plan.work / "cache", interpreter, options)
     return {"share": done.share, **done.measured}
 
@@ -172,12 +171,12 @@ def distilled(plan: Plan, name: str, seed: int, **chosen: Any) -> Path:
     return out
 
 
-def tested(plan: Plan, masks: Path, head: Path, seed: int) -> EvaluateOptions:
+def tested(plan: Plan, masks: Path) -> EvaluateOptions:
     """Return the recipe of finetuning on the labelled images, and the test images."""
     assert plan.train is not None
     return EvaluateOptions(
         task="segmentation", train=plan.train, train_masks=masks, test=plan.test, test_masks=plan.test_masks,
-        head=str(head), finetune=True, epochs=plan.finetune_epochs, lr=plan.finetune_lr, seed=seed, device=plan.device,
+        finetune=True, epochs=plan.finetune_epochs, lr=plan.finetune_lr, device=plan.device,
     )  # fmt: skip
 
 

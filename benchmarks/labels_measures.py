@@ -23,10 +23,12 @@ from pipelines.trunks import open_trunk
 
 
 @torch.no_grad()
-def interpreter_miou(test_cache: Path, test_masks: Path, folder: Path) -> dict[str, float]:
+def interpreter_miou(folder: Path, test_cache: Path, options: EvaluateOptions) -> dict[str, float]:
     """Return an interpreter's own `miou` on the teacher's cached features of the test images, per cent."""
     cache, interpreter = Cache(test_cache), load_interpreter(folder)
-    known, names = images_with_masks(cache, test_masks, None, None), list(interpreter.spec.shapes)
+    assert options.test_masks is not None
+    known = images_with_masks(cache, options.test_masks, None, None, options.test)
+    names = list(interpreter.spec.shapes)
     decoder, classes = cache.decoder(names), len(interpreter.spec.classes)
     counts = np.zeros((classes, classes), np.int64)
     for start in range(0, len(known), 32):
