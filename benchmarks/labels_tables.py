@@ -31,12 +31,16 @@ def write_tables(results: Results) -> None:
 def experiment_lines(records: Records) -> list[str]:
     """Return one experiment's tables."""
     found = {name: record["result"] for name, record in records.items()}
+    scenes = not any("--train " in record["command"] for record in records.values())
     counts = sorted({int(name[1:].split("-")[0]) for name in found if re.match(r"n[0-9]+-", name)})
-    return [line for count in counts for line in count_lines(found, count)]
+    return [line for count in counts for line in count_lines(found, count, scenes)]
 
 
-def count_lines(found: dict[str, Any], count: int) -> list[str]:
-    """Return the table of one number of labelled images, the goals, and what the label sets cost."""
+def count_lines(found: dict[str, Any], count: int, judged: bool) -> list[str]:
+    """Return the table of one number of labelled images, the differences that goals are set for, and labels' bytes.
+
+    Goals are those of scenes: other images are reported without.
+    """
     finetuned, own = scores_of(found, count, r"(?:-finetuning[0-9]+)?"), scores_of(found, count, "-own")
     times = {arm: sum(map(len, scores.values())) for arm, scores in finetuned.items() if arm != "interpreter"}
     runs, owned = means(finetuned), means(own)
@@ -56,7 +60,7 @@ def count_lines(found: dict[str, Any], count: int) -> list[str]:
             shown = [f"{statistics.mean(of.values()):.2f}" if of else "-" for of in (owned[arm], scores)]
             words = [arm, str(len(seeds)), str(times.get(arm) or "-"), *losses, *shown, *differences]
             lines.append(f"| {' | '.join(words)} |")
-    goals = [*goal_lines(runs, GOALS, ""), *goal_lines(owned, OWN_GOALS, ", own heads")]
+    goals = [*goal_lines(runs, GOALS, "", judged), *goal_lines(owned, OWN_GOALS, ", own heads", judged)]
     return [*lines, "", HELD_OUT, "", *goals, *cost_lines(found, count), ""]
 
 
@@ -86,17 +90,18 @@ def paired(scores: dict[str, float], others: dict[str, float]) -> list[float]:
     return [scores[seed] - others[seed] for seed in sorted(scores.keys() & others.keys())]
 
 
-def goal_lines(runs: dict[str, dict[str, float]], goals: Sequence[tuple[str, str, float]], what: str) -> list[str]:
-    """Return whether each goal is met: an interval on both sides of it decides nothing."""
+def goal_lines(
+    runs: dict[str, dict[str, float]], goals: Sequence[tuple[str, str, float]], what: str, judged: bool
+) -> list[str]:
+    """Return the differences, and whether each goal is met: an interval on both sides of it decides nothing."""
     lines = []
     for arm, other, least in goals:
         differences = paired(runs[arm], runs[other])
         if differences:
             _, low, high = bounds(differences)
             verdict = "met" if low >= least else "missed" if high < least else "undecided"
-            lines.append(
-                f"- {arm} over {other}{what}: {interval(differences, '')} points, goal at least {least:+g}: {verdict}"
-            )
+            goal = f", goal at least {least:+g}: {verdict}" if judged else ""
+            lines.append(f"- {arm} over {other}{what}: {interval(differences, '')} points{goal}")
     return lines
 
 

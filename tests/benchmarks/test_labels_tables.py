@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -10,15 +9,17 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def lines_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], list[str]]:
+def lines_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """The function that makes the tables of results by name."""
     monkeypatch.syspath_prepend(SCRIPTS)
     from labels_tables import experiment_lines
 
-    return lambda results: experiment_lines({name: {"result": result} for name, result in results.items()})
+    return lambda results, command="": experiment_lines(
+        {name: {"result": result, "command": command} for name, result in results.items()}
+    )
 
 
-def test_differences_are_of_the_seeds_that_both_arms_have(lines_of: Callable[[dict[str, Any]], list[str]]) -> None:
+def test_differences_are_of_the_seeds_that_both_arms_have(lines_of: Callable[..., list[str]]) -> None:
     """An arm's mean is of its own seeds, its differences of common ones, its losses of the same."""
     found = lines_of(
         {
@@ -37,7 +38,7 @@ def test_differences_are_of_the_seeds_that_both_arms_have(lines_of: Callable[[di
     assert row == "| mixed | 3 | 3 | 0.300 | 0.600 | - | 30.00 | +8.00 [-4.71, +20.71] | - |"
 
 
-def test_several_finetunings_of_a_start_count_by_their_mean(lines_of: Callable[[dict[str, Any]], list[str]]) -> None:
+def test_several_finetunings_of_a_start_count_by_their_mean(lines_of: Callable[..., list[str]]) -> None:
     """Intervals are over seeds: a second finetuning narrows its seed's score, it is no pair of its own."""
     found = lines_of(
         {
@@ -54,7 +55,7 @@ def test_several_finetunings_of_a_start_count_by_their_mean(lines_of: Callable[[
     assert row == "| label | 2 | 3 | - | - | - | 25.50 | +8.00 [-4.71, +20.71] | - |"
 
 
-def test_students_are_compared_by_their_own_heads_too(lines_of: Callable[[dict[str, Any]], list[str]]) -> None:
+def test_students_are_compared_by_their_own_heads_too(lines_of: Callable[..., list[str]]) -> None:
     """What a student scores before it is finetuned has a column and a goal, and does not mix with finetuned scores.
 
     A student that is never finetuned has a row, too.
@@ -79,7 +80,7 @@ def test_students_are_compared_by_their_own_heads_too(lines_of: Callable[[dict[s
     ("gains", "verdict"), [((7.0, 7.1, 7.2), "met"), ((1.0, 1.1, 1.2), "missed"), ((1.0, 5.0, 9.0), "undecided")]
 )
 def test_a_goal_is_met_where_the_whole_interval_is(
-    lines_of: Callable[[dict[str, Any]], list[str]], gains: tuple[float, ...], verdict: str
+    lines_of: Callable[..., list[str]], gains: tuple[float, ...], verdict: str
 ) -> None:
     """Mixed over random, at least 5 points: an interval on both sides of it decides nothing."""
     found = lines_of(
@@ -91,3 +92,11 @@ def test_a_goal_is_met_where_the_whole_interval_is(
     )
     [line] = [line for line in found if line.startswith("- mixed over random")]
     assert line.endswith(f"goal at least +5: {verdict}")
+
+
+def test_other_images_than_scenes_are_reported_without_goals(lines_of: Callable[..., list[str]]) -> None:
+    """Their differences stand there, and no verdict."""
+    found = lines_of(
+        {"n40-seed0-random": {"miou": 30.0}, "n40-seed0-mixed": {"miou": 31.0}}, "labels.py --name x --train TRAIN"
+    )
+    assert "- mixed over random: +1.00 [-inf, +inf] points" in found
