@@ -32,6 +32,7 @@ from pipelines.masked import MaskedImages, masked_images
 from pipelines.progress import track
 from pipelines.schedule import warmup_cosine
 from pipelines.trunks import Trunk, mirror, open_trunk
+from pipelines.words import printable
 
 BATCH_SIZE = 16
 LR, HEAD_LR = {"linear": 5e-3}, 1e-3
@@ -76,7 +77,7 @@ class SegmentationResult:
         table.add_column("class")
         table.add_column("IoU %", justify="right")
         for name, value in self.iou.items():
-            table.add_row(escape(name), "none in the test masks" if value is None else f"{value:.2f}")
+            table.add_row(escape(printable(name)), "none in the test masks" if value is None else f"{value:.2f}")
         table.add_section()
         table.add_row("mean", f"{self.miou:.2f}", style="bold")
         table.add_row("pixels right", f"{self.pixel_accuracy:.2f}")

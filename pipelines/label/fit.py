@@ -88,8 +88,10 @@ def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedIn
 def _labelled(cache: Cache, options: LabelFitOptions) -> Labelled:
     root = cache.reader.root
     if options.level == "image":
-        if options.masks is not None or options.ignore is not None:
-            raise ConfigError("--level image: it reads the cache's own labels; leave --masks and --ignore out")
+        if (options.masks, options.ignore, options.images) != (None, None, None):
+            raise ConfigError(
+                "--level image: it reads the cache's own labels; leave --masks, --ignore and --images out"
+            )
         labelled = labelled_images(cache, options.limit)
         if len(labelled.values) < 2:
             raise ImagesError(

@@ -214,6 +214,7 @@ def test_bad_input_is_one_line(scene_cache: Path, masks: Path, fitted: Path, tmp
         (("--masks", tmp_path / "gone"), "expected a folder of masks (PNG), got none"),
         ((), "--masks: expected the folder of the masks; or --level image"),
         (("--masks", masks, "--level", "image"), "--level image: it reads the cache's own labels; leave --masks"),
+        (("--images", masks, "--level", "image"), "leave --masks, --ignore and --images out"),
         (("--masks", masks, "--validation", "1"), "--validation 1: expected a share under 1"),
         (("--masks", masks, "--limit", "1"), "1 labelled image: expected at least 2, one of them to be held out"),
         (("--masks", masks, "--width", "40"), "--width 40: expected a multiple of 32"),
