@@ -15,11 +15,13 @@ GOALS = (("mixed", "random", 5.0), ("mixed", "feature", 0.0), ("mixed", "label",
 OWN_GOALS = (("mixed", "label", -1.0), ("label", "label-exact", -1.0))
 """The same of students that are not finetuned, by their own heads."""
 MOST_SHARE = 0.10
+Scores = dict[str, dict[str, float]]
+"""Test mIoU by seed and number of the finetuning."""
 HELD_OUT = (
     "Held-out losses are those of distillation, on the cache's own held-out images, before finetuning: the MSE's mean "
     "over taps, and the cross-entropy with the stored labels, whose least is their entropy (label-exact has others). "
     "Own head: test mIoU of the student as distilled. Finetunings of a start differ in the order of images, crops "
-    "and jitter; their mean counts, and intervals are over seeds."
+    "and jitter; the mean of those that both have counts, and intervals are over seeds."
 )
 
 
@@ -41,9 +43,7 @@ def count_lines(found: dict[str, Any], count: int, judged: bool) -> list[str]:
 
     Goals are those of scenes: other images are reported without.
     """
-    finetuned, own = scores_of(found, count, r"(?:-finetuning[0-9]+)?"), scores_of(found, count, "-own")
-    times = {arm: sum(map(len, scores.values())) for arm, scores in finetuned.items() if arm != "interpreter"}
-    runs, owned = means(finetuned), means(own)
+    runs, own = scores_of(found, count, r"(?:-finetuning([0-9]+))?"), scores_of(found, count, "-own()")
     lines = [
         f"### {count} labelled images",
         "",
@@ -52,31 +52,31 @@ def count_lines(found: dict[str, Any], count: int, judged: bool) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, scores in runs.items():
-        seeds = sorted({*scores, *owned[arm]})
+        seeds = sorted({*scores, *own[arm]})
         if seeds:
+            times = sum(map(len, scores.values())) if arm != "interpreter" else 0
+            losses = [held_out(found, [f"n{count}-{seed}-{arm}" for seed in seeds], kind) for kind in ("mse", "label")]
             against = [paired(scores, runs[other]) if other != arm else [] for other in ("random", "feature")]
             differences = [interval(pairs, "") if pairs else "-" for pairs in against]
-            losses = [held_out(found, [f"n{count}-{seed}-{arm}" for seed in seeds], kind) for kind in ("mse", "label")]
-            shown = [f"{statistics.mean(of.values()):.2f}" if of else "-" for of in (owned[arm], scores)]
-            words = [arm, str(len(seeds)), str(times.get(arm) or "-"), *losses, *shown, *differences]
+            words = [arm, str(len(seeds)), str(times or "-"), *losses, mean(own[arm]), mean(scores), *differences]
             lines.append(f"| {' | '.join(words)} |")
-    goals = [*goal_lines(runs, GOALS, "", judged), *goal_lines(owned, OWN_GOALS, ", own heads", judged)]
+    goals = [*goal_lines(runs, GOALS, "", judged), *goal_lines(own, OWN_GOALS, ", own heads", judged)]
     return [*lines, "", HELD_OUT, "", *goals, *cost_lines(found, count), ""]
 
 
-def scores_of(found: dict[str, Any], count: int, ending: str) -> dict[str, dict[str, list[float]]]:
-    """Return the mIoU of every arm's students by seed: of the results of these names."""
-    runs: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
+def scores_of(found: dict[str, Any], count: int, ending: str) -> dict[str, Scores]:
+    """Return the scores of every arm's students: of the results of these names, the ending's group tells repeats."""
+    runs: dict[str, Scores] = {arm: {} for arm in ARMS}
     for name, result in found.items():
         matched = re.fullmatch(rf"n{count}-(seed[0-9]+)-({'|'.join(ARMS)}){ending}", name)
         if matched:
-            runs[matched[2]].setdefault(matched[1], []).append(result["miou"])
+            runs[matched[2]].setdefault(matched[1], {})[matched[3] or "0"] = result["miou"]
     return runs
 
 
-def means(runs: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """Return the mean of each arm's seeds."""
-    return {arm: {seed: statistics.mean(of) for seed, of in scores.items()} for arm, scores in runs.items()}
+def mean(scores: Scores) -> str:
+    """Return the mean over seeds of the mean of their repeats, as text."""
+    return f"{statistics.mean(statistics.mean(of.values()) for of in scores.values()):.2f}" if scores else "-"
 
 
 def held_out(found: dict[str, Any], arms: Sequence[str], kind: str) -> str:
@@ -85,14 +85,17 @@ def held_out(found: dict[str, Any], arms: Sequence[str], kind: str) -> str:
     return f"{statistics.mean(losses):.3f}" if losses and None not in losses else "-"
 
 
-def paired(scores: dict[str, float], others: dict[str, float]) -> list[float]:
-    """Return the differences of the seeds that both have."""
-    return [scores[seed] - others[seed] for seed in sorted(scores.keys() & others.keys())]
+def paired(scores: Scores, others: Scores) -> list[float]:
+    """Return the differences by seed, each the mean over the repeats that both have."""
+    found = []
+    for seed in sorted(scores.keys() & others.keys()):
+        common = scores[seed].keys() & others[seed].keys()
+        if common:
+            found.append(statistics.mean(scores[seed][number] - others[seed][number] for number in common))
+    return found
 
 
-def goal_lines(
-    runs: dict[str, dict[str, float]], goals: Sequence[tuple[str, str, float]], what: str, judged: bool
-) -> list[str]:
+def goal_lines(runs: dict[str, Scores], goals: Sequence[tuple[str, str, float]], what: str, judged: bool) -> list[str]:
     """Return the differences, and whether each goal is met: an interval on both sides of it decides nothing."""
     lines = []
     for arm, other, least in goals:

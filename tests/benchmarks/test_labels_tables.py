@@ -39,7 +39,7 @@ def test_differences_are_of_the_seeds_that_both_arms_have(lines_of: Callable[...
 
 
 def test_several_finetunings_of_a_start_count_by_their_mean(lines_of: Callable[..., list[str]]) -> None:
-    """Intervals are over seeds: a second finetuning narrows its seed's score, it is no pair of its own."""
+    """Intervals are over seeds: a second finetuning narrows its seed's difference, where both arms have it."""
     found = lines_of(
         {
             "n40-seed0-random": {"miou": 10.0},
@@ -48,11 +48,12 @@ def test_several_finetunings_of_a_start_count_by_their_mean(lines_of: Callable[.
             "n40-seed0-label": {"miou": 20.0},
             "n40-seed0-label-finetuning1": {"miou": 24.0},
             "n40-seed1-label": {"miou": 29.0},
+            "n40-seed1-label-finetuning1": {"miou": 99.0},
         }
     )
     [row] = [line for line in found if line.startswith("| label |")]
-    # 22 over 15 and 29 over 20: differences of 7 and 9 as above.
-    assert row == "| label | 2 | 3 | - | - | - | 25.50 | +8.00 [-4.71, +20.71] | - |"
+    # The mean of 22 and 64; 22 over 15 and 29 over 20: differences of 7 and 9 as above.
+    assert row == "| label | 2 | 4 | - | - | - | 43.00 | +8.00 [-4.71, +20.71] | - |"
 
 
 def test_students_are_compared_by_their_own_heads_too(lines_of: Callable[..., list[str]]) -> None:
