@@ -17,6 +17,8 @@ OWN_GOALS = (("mixed", "label", -1.0), ("label", "label-exact", -1.0))
 MOST_SHARE = 0.10
 Scores = dict[str, dict[str, float]]
 """Test mIoU by seed and number of the finetuning."""
+LOSSES = (("mixed", "label", "label"), ("mixed", "feature", "mse"))
+"""Arm, the one that it is compared with, and the held-out loss that both lower."""
 HELD_OUT = (
     "Held-out losses are those of distillation, on the cache's own held-out images, before finetuning: the MSE's mean "
     "over taps, and the cross-entropy with the stored labels, whose least is their entropy (label-exact has others). "
@@ -61,7 +63,7 @@ def count_lines(found: dict[str, Any], count: int, judged: bool) -> list[str]:
             words = [arm, str(len(seeds)), str(times or "-"), *losses, mean(own[arm]), mean(scores), *differences]
             lines.append(f"| {' | '.join(words)} |")
     goals = [*goal_lines(runs, GOALS, "", judged), *goal_lines(own, OWN_GOALS, ", own heads", judged)]
-    return [*lines, "", HELD_OUT, "", *goals, *cost_lines(found, count), ""]
+    return [*lines, "", HELD_OUT, "", *goals, *loss_lines(found, count), *cost_lines(found, count), ""]
 
 
 def scores_of(found: dict[str, Any], count: int, ending: str) -> dict[str, Scores]:
@@ -105,6 +107,21 @@ def goal_lines(runs: dict[str, Scores], goals: Sequence[tuple[str, str, float]],
             verdict = "met" if low >= least else "missed" if high < least else "undecided"
             goal = f", goal at least {least:+g}: {verdict}" if judged else ""
             lines.append(f"- {arm} over {other}{what}: {interval(differences, '')} points{goal}")
+    return lines
+
+
+def loss_lines(found: dict[str, Any], count: int) -> list[str]:
+    """Return how much worse students of both learn either, paired by seed."""
+    lines = []
+    for arm, other, kind in LOSSES:
+        losses: list[Scores] = [{}, {}]
+        for name, result in found.items():
+            matched = re.fullmatch(rf"n{count}-(seed[0-9]+)-({arm}|{other})-held-out", name)
+            if matched:
+                losses[matched[2] == other][matched[1]] = {"0": result[kind]}
+        differences = paired(*losses)
+        if differences:
+            lines.append(f"- {arm} over {other}, held-out {kind} loss: {interval(differences, '', 3)}")
     return lines
 
 

@@ -101,3 +101,17 @@ def test_other_images_than_scenes_are_reported_without_goals(lines_of: Callable[
         {"n40-seed0-random": {"miou": 30.0}, "n40-seed0-mixed": {"miou": 31.0}}, "labels.py --name x --train TRAIN"
     )
     assert "- mixed over random: +1.00 [-inf, +inf] points" in found
+
+
+def test_held_out_losses_are_paired(lines_of: Callable[..., list[str]]) -> None:
+    """What mixed students lose of labels is over students of labels, of features over students of features."""
+    losses = {"label": (None, 0.5), "mixed": (0.25, 0.625), "feature": (0.125, None)}
+    found = lines_of(
+        {
+            f"n40-seed{seed}-{arm}-held-out": {"mse": mse, "label": label}
+            for seed in range(2)
+            for arm, (mse, label) in losses.items()
+        }
+    )
+    assert "- mixed over label, held-out label loss: +0.125 [+0.125, +0.125]" in found
+    assert "- mixed over feature, held-out mse loss: +0.125 [+0.125, +0.125]" in found
