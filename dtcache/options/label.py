@@ -22,9 +22,7 @@ class LabelFitOptions(Options):
     )
     timestep: int | None = option(None, "Timestep to read [default: all in the cache].")
     images: Path | None = option(
-        None,
-        "The cache's images: masks must have their sizes; shown where it has none.",
-        metavar="IMAGES",
+        None, "The cache's images: masks must have their sizes; pictured where it stores none.", metavar="IMAGES"
     )
     width: int = option(256, "Channels of the fuse layers, a multiple of 32.", minimum=32)
     epochs: int = option(100, "Passes over the labelled images.", minimum=1)
