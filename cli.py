@@ -19,7 +19,7 @@ from dtcache.options import (
     TrainOptions,
     VerifyOptions,
 )
-from pipelines.flags import JSON_FLAG, PATH, Group, options_of, out_flag, print_json
+from pipelines.flags import JSON_FLAG, PATH, WRITES_NOTHING, Group, options_of, out_flag, print_json
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -116,7 +116,8 @@ def teacher(where: str, size: str | None, as_json: bool) -> None:
 @out_flag("Folder of the cache; one found there is resumed if it was begun with the same recipe.")
 @click.option("--dry-run", is_flag=True, help="Run two batches and print what the whole will take; write nothing.")
 @options_of(ExtractOptions)
-def extract(source: Path, out: Path, dry_run: bool, options: ExtractOptions) -> None:
+@click.pass_context
+def extract(ctx: click.Context, source: Path, out: Path, dry_run: bool, options: ExtractOptions) -> None:
     """Cache the teacher's decoder features of IMAGES (stage 1).
 
     \b
@@ -128,6 +129,7 @@ def extract(source: Path, out: Path, dry_run: bool, options: ExtractOptions) -> 
 
         from pipelines.forecast import forecast, render_forecast
 
+        ctx.meta[WRITES_NOTHING] = True
         Console().print(render_forecast(forecast(source, out, options)))
         return
     from pipelines.extract import extract as run

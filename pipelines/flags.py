@@ -23,6 +23,9 @@ JSON_FLAG = click.option("--json", "as_json", is_flag=True, help="Print JSON and
 RESUMABLE = ("scenes", "teach", "extract", "write", "train", "demo")
 """Verbs that go on from where they were interrupted; write is that of label."""
 
+WRITES_NOTHING = "dtcache.writes_nothing"
+"""Key of a context's `meta`: set where flags have made a verb of RESUMABLE one that leaves nothing to go on with."""
+
 
 class Group(click.Group):
     """Translates dtcache's failures into one line and Ctrl-C into exit code 130, once, for every verb."""
@@ -36,7 +39,8 @@ class Group(click.Group):
         except DtcacheError as error:
             raise click.ClickException(printable(str(error))) from error
         except KeyboardInterrupt:
-            more = "; run the same command again to resume" if ctx.invoked_subcommand in RESUMABLE else ""
+            resumes = ctx.invoked_subcommand in RESUMABLE and WRITES_NOTHING not in ctx.meta
+            more = "; run the same command again to resume" if resumes else ""
             click.echo(f"\nInterrupted{more}.", err=True)
             sys.exit(130)
 

@@ -157,6 +157,8 @@ def test_an_error_cannot_steer_the_terminal(tmp_path: Path) -> None:
     [
         ("teach x --out y", "pipelines.teach", "teach", True),
         ("label write x y --name z", "pipelines.label.write", "write_labels", True),
+        ("extract x --teacher t --out y", "pipelines.extract", "extract", True),
+        ("extract x --teacher t --out y --dry-run", "pipelines.forecast", "forecast", False),
         ("label fit x --out y", "pipelines.label.fit", "fit_interpreter", False),
         ("evaluate x --train y", "pipelines.evaluate", "evaluate", False),
         ("verify x", "pipelines.verify", "verify", False),
