@@ -19,10 +19,20 @@ from dtcache.options import (
     TrainOptions,
     VerifyOptions,
 )
-from pipelines.flags import JSON_FLAG, PATH, WRITES_NOTHING, Group, options_of, out_flag, print_json
+from pipelines.terminal.flags import (
+    JSON_FLAG,
+    PATH,
+    WRITES_NOTHING,
+    Group,
+    options_of,
+    out_flag,
+    print_json,
+)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="dtcache")
 def main() -> None:
     """Cache a diffusion teacher's decoder features once; train any number of students from them.
@@ -37,9 +47,19 @@ def main() -> None:
 
 @main.command()
 @click.option("--count", type=click.IntRange(min=1), required=True, help="Number of scenes.")
-@click.option("--start", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the first scene.")
-@click.option("--size", type=click.IntRange(min=16), default=64, show_default=True, help="Side in pixels.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the stream of scenes.")
+@click.option(
+    "--start",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Number of the first scene.",
+)
+@click.option(
+    "--size", type=click.IntRange(min=16), default=64, show_default=True, help="Side in pixels."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the stream of scenes."
+)
 @out_flag("Folder for images/<class>/, masks/<class>/ and boxes.json.")
 def scenes(count: int, start: int, size: int, seed: int, out: Path) -> None:
     """Generate small labelled scenes, with masks and boxes, for demonstrations and tests.
@@ -49,10 +69,12 @@ def scenes(count: int, start: int, size: int, seed: int, out: Path) -> None:
       dtcache scenes --count 2000 --out scenes/
     """
     from dtcache.images.scenes import write_scenes
-    from pipelines.progress import track
+    from pipelines.terminal.progress import track
 
     with track("scenes", count) as progress:
-        write_scenes(out, seed=seed, size=size, count=count, start=start, on_progress=progress.advance)
+        write_scenes(
+            out, seed=seed, size=size, count=count, start=start, on_progress=progress.advance
+        )
     click.echo(f"{out / 'images'}: {count} scenes")
 
 
@@ -70,7 +92,9 @@ def teach(images: Path, out: Path, options: TeachOptions) -> None:
     from pipelines.teach import teach as run
 
     taught = run(images, out, options)
-    click.echo(f"{taught.out}: {taught.steps} steps, loss {taught.final_loss:.4f}; see samples.png and loss.png")
+    click.echo(
+        f"{taught.out}: {taught.steps} steps, loss {taught.final_loss:.4f}; see samples.png and loss.png"
+    )
 
 
 @main.command("convert-adm")
@@ -84,14 +108,16 @@ def convert_adm(checkpoint: Path, out: Path, options: ConvertOptions) -> None:
     Example:
       dtcache convert-adm 256x256_diffusion_uncond.pt --out teachers/adm-256
     """
-    from pipelines.convert import convert_adm as run
+    from pipelines.convert_adm import convert_adm as run
 
     click.echo(run(checkpoint, out, options).summary)
 
 
 @main.command()
 @click.argument("where", metavar="DIR_OR_ID")
-@click.option("--size", metavar="H[xW]", help="View size in pixels [default: the one that it was trained at].")
+@click.option(
+    "--size", metavar="H[xW]", help="View size in pixels [default: the one that it was trained at]."
+)
 @JSON_FLAG
 def teacher(where: str, size: str | None, as_json: bool) -> None:
     """Show what a teacher offers: its taps, what each costs to reach and to keep, its noise schedule.
@@ -102,7 +128,7 @@ def teacher(where: str, size: str | None, as_json: bool) -> None:
     """
     from rich.console import Console
 
-    from pipelines.teacher import describe_teacher, render_teacher
+    from pipelines.describe_teacher import describe_teacher, render_teacher
 
     report = describe_teacher(where, size)
     if as_json:
@@ -114,10 +140,16 @@ def teacher(where: str, size: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("source", metavar="IMAGES", type=PATH)
 @out_flag("Folder of the cache; one found there is resumed if it was begun with the same recipe.")
-@click.option("--dry-run", is_flag=True, help="Run two batches and print what the whole will take; write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Run two batches and print what the whole will take; write nothing.",
+)
 @options_of(ExtractOptions)
 @click.pass_context
-def extract(ctx: click.Context, source: Path, out: Path, dry_run: bool, options: ExtractOptions) -> None:
+def extract(
+    ctx: click.Context, source: Path, out: Path, dry_run: bool, options: ExtractOptions
+) -> None:
     """Cache the teacher's decoder features of IMAGES (stage 1).
 
     \b
@@ -127,19 +159,21 @@ def extract(ctx: click.Context, source: Path, out: Path, dry_run: bool, options:
     if dry_run:
         from rich.console import Console
 
-        from pipelines.forecast import forecast, render_forecast
+        from pipelines.extract.dry_run import forecast, render_forecast
 
         ctx.meta[WRITES_NOTHING] = True
         Console().print(render_forecast(forecast(source, out, options)))
         return
-    from pipelines.extract import extract as run
+    from pipelines.extract.extract import extract as run
 
     done = run(source, out, options)
     click.echo(f"{done.root}: {done.num_done} images cached in {done.seconds:.0f} s")
     for failed in done.failures[:10]:
         click.echo(f"  failed: {failed.key}: {failed.reason}", err=True)
     if done.failures:
-        click.echo(f"{len(done.failures)} images failed; samples.parquet has every reason", err=True)
+        click.echo(
+            f"{len(done.failures)} images failed; samples.parquet has every reason", err=True
+        )
 
 
 @main.command()
@@ -160,7 +194,7 @@ def inspect(where: tuple[Path, ...], as_json: bool, options: InspectOptions) -> 
     """
     from rich.console import Console
 
-    from pipelines.inspect import inspect as run
+    from pipelines.inspect.inspect import inspect as run
 
     found = run(where, options)
     if as_json:
@@ -188,8 +222,8 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
     """
     from rich.console import Console
 
-    from pipelines.verify import EXIT_CODES, NOT_A_CACHE, render_verified, verified_json
-    from pipelines.verify import verify as run
+    from pipelines.verify.verify import EXIT_CODES, NOT_A_CACHE, render_verified, verified_json
+    from pipelines.verify.verify import verify as run
 
     try:
         verified = run(cache, options)
@@ -226,9 +260,10 @@ def label_fit(cache: Path, out: Path, options: LabelFitOptions) -> None:
     Example:
       dtcache label fit cats.cache --masks masks/ --out interpreters/cats
     """
-    from pipelines.label.fit import fit_interpreter
+    from pipelines.label.fit_interpreter import fit_interpreter
 
-    fitted, scores = fit_interpreter(cache, out, options), ""
+    fitted = fit_interpreter(cache, out, options)
+    scores = ""
     for name, value in (fitted.validation or {}).items():
         scores += f", {name} {value:.1%}" if isinstance(value, float) else ""
     held = f"; {fitted.validation['images']} held out{scores}" if fitted.validation else ""
@@ -246,7 +281,7 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
     Example:
       dtcache label write cats.cache interpreters/cats --name parts
     """
-    from pipelines.label.write import write_labels
+    from pipelines.label.write_labels import write_labels
 
     done = write_labels(cache, interpreter, options)
     click.echo(
@@ -269,7 +304,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> None:
       dtcache train cats.cache --student resnet50 --epochs 100 --out runs/resnet50
       dtcache train photos/ --online --teacher DIR --timestep 50 --out runs/online
     """
-    from pipelines.train import train as run
+    from pipelines.train.train import train as run
 
     done = run(where, out, options)
     click.echo(
@@ -312,8 +347,8 @@ def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
       dtcache evaluate runs/resnet50/backbone --train labelled/train --test labelled/test --json
       dtcache evaluate runs/resnet50/backbone --task segmentation --train images/ --train-masks masks/
     """
-    from pipelines.evaluate import evaluate as run
-    from pipelines.evaluate import results_json, results_table
+    from pipelines.evaluate.evaluate import evaluate as run
+    from pipelines.evaluate.evaluate import results_json, results_table
 
     results = run(model, options)
     if as_json:

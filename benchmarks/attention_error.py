@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from records import Results, results_flag
 
-from dtcache.cache import Cache
+from dtcache.cache.cache import Cache
 from dtcache.codec import FeatureDecoder
-from dtcache.codec.transform import Encoder
-from dtcache.losses import at_loss, attention_map, unwhiten
+from dtcache.codec.pca_dct import Encoder
+from dtcache.losses.features import at_loss, attention_map, unwhiten
 from dtcache.options import ExtractOptions
-from pipelines.extract import extract
+from pipelines.extract.extract import extract
 
 ARMS = ("10x", "50x", "100x")
 STEPS_DB = (3.0, 1.0, 0.5)
@@ -43,7 +43,9 @@ def main() -> None:
         "python benchmarks/attention_error.py --caches CACHES --images IMAGES --teacher TEACHER "
         f"--timestep {asked.timestep} --count {asked.count}"
     )
-    result = Results(folder=asked.results, command=command).once("attention_error", lambda: measure(asked))
+    result = Results(folder=asked.results, command=command).once(
+        "attention_error", lambda: measure(asked)
+    )
     maps = [f"map {step:g} dB" for step in STEPS_DB]
     print(f"{'tap':14} " + " ".join(f"{name:>16}" for name in ("draws", *ARMS, *maps)))
     for name, row in result.items():
@@ -56,7 +58,12 @@ def measure(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Return, a tap, the attention loss between two draws and between decoded and exact features of each arm."""
     exact = asked.caches / "exact"
     options = ExtractOptions(
-        teacher=asked.teacher, timestep=(asked.timestep,), quality="fp16", draws=2, flip=False, limit=asked.count
+        teacher=asked.teacher,
+        timestep=(asked.timestep,),
+        quality="fp16",
+        draws=2,
+        flip=False,
+        limit=asked.count,
     )
     extract(asked.images, exact, options)
     cache = Cache(exact)
@@ -69,13 +76,18 @@ def measure(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
         raw = unwhiten(whitened, scalars)
         found[name] = {
             "draws": float(at_loss(unwhiten(*both[1][name]), raw)),
-            **{arm: float(at_loss(unwhiten(passed(c, name, whitened), scalars), raw)) for arm, c in arms.items()},
+            **{
+                arm: float(at_loss(unwhiten(passed(c, name, whitened), scalars), raw))
+                for arm, c in arms.items()
+            },
             **{f"map {step:g} dB": log_energy_map(raw, step) for step in STEPS_DB},
         }
     return found
 
 
-def features(cache: Cache, rows: list[int], view: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def features(
+    cache: Cache, rows: list[int], view: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return whitened features and scalars by tap."""
     coefficients, scalars = cache.coefficients(rows, [view] * len(rows), cache.names)
     decoded = cache.decoder(cache.names)(coefficients)

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from dtcache.codec.transform import forward_transform
+from dtcache.codec.pca_dct import forward_transform
 
 BATCH = 32
 
 
-def band_variances(maps: Mapping[str, np.ndarray], bases: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+def band_variances(
+    maps: Mapping[str, np.ndarray], bases: Mapping[str, np.ndarray] | None
+) -> dict[str, np.ndarray]:
     """Return (C, H, W) mean squares of all bands of each map about its channel means, by name.
 
     PCA is that of the maps themselves unless bases (C, C) are given: that of few images would follow their noise.
@@ -24,11 +26,17 @@ def band_variances(maps: Mapping[str, np.ndarray], bases: Mapping[str, np.ndarra
     for name, values in maps.items():
         mean, covariance = _moments(values)
         basis = np.linalg.eigh(covariance)[1] if bases is None else bases[name]
-        basis_CK, mean_C = torch.from_numpy(basis).float(), torch.from_numpy(mean).float()
+        basis_CK = torch.from_numpy(basis).float()
+        mean_C = torch.from_numpy(mean).float()
         square = np.zeros(values.shape[1:])
         for start in range(0, len(values), BATCH):
             x_BCHW = torch.from_numpy(np.asarray(values[start : start + BATCH], np.float32))
-            square += forward_transform(x_BCHW, basis_CK, mean_C).square().sum(0, dtype=torch.float64).numpy()
+            square += (
+                forward_transform(x_BCHW, basis_CK, mean_C)
+                .square()
+                .sum(0, dtype=torch.float64)
+                .numpy()
+            )
         variances[name] = square / len(values)
     return variances
 
@@ -41,9 +49,12 @@ def energy_per_image(maps: Mapping[str, np.ndarray]) -> float:
 def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return channel means (C,) and covariance (C, C) over images and places."""
     count, channels, height, width = values.shape
-    total, outer = np.zeros(channels), np.zeros((channels, channels))
+    total = np.zeros(channels)
+    outer = np.zeros((channels, channels))
     for start in range(0, count, BATCH):
-        x = np.moveaxis(np.asarray(values[start : start + BATCH], np.float32), 1, 0).reshape(channels, -1)
+        x = np.moveaxis(np.asarray(values[start : start + BATCH], np.float32), 1, 0).reshape(
+            channels, -1
+        )
         total += x.sum(1, dtype=np.float64)
         outer += x @ x.T
     mean = total / (count * height * width)

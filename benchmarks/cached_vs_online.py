@@ -28,17 +28,17 @@ from cached_vs_online_speed import speed
 from cached_vs_online_tables import write_tables
 from student_vs_size import reference_losses
 
-from dtcache.cache import Cache
+from dtcache.cache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.images.scenes import write_scenes
-from dtcache.losses import at_loss, unwhiten, whiten_positions
+from dtcache.losses.features import at_loss, unwhiten, whiten_positions
 from dtcache.options import EvaluateOptions, TrainOptions
-from pipelines.evaluate import evaluate
-from pipelines.extract import extract
-from pipelines.report import inspect_cache
-from pipelines.run import load_checkpoint
-from pipelines.segment import segment
-from pipelines.train import train
+from dtcache.store.summary import inspect_cache
+from pipelines.evaluate.evaluate import evaluate
+from pipelines.evaluate.segmentation import segment
+from pipelines.extract.extract import extract
+from pipelines.runs.folder import load_checkpoint
+from pipelines.train.train import train
 
 DRAWS: dict[str, dict[str, Any]] = {
     "1 draw": {"draws": 1},
@@ -48,9 +48,12 @@ DRAWS: dict[str, dict[str, Any]] = {
     "mean of 4": {"draws": 4, "average": True},
 }
 WHITENINGS = {
-    f"{w}, {name}": (w, at) for w in ("sample", "position") for name, at in (("MSE", 0.0), ("MSE + AT", 10.0))
+    f"{w}, {name}": (w, at)
+    for w in ("sample", "position")
+    for name, at in (("MSE", 0.0), ("MSE + AT", 10.0))
 }
-SCENES_SIZE, SCENES_EPOCHS = 64, 15
+SCENES_SIZE = 64
+SCENES_EPOCHS = 15
 
 
 def main() -> None:
@@ -71,24 +74,38 @@ def quality(plan: Plan, images: Path) -> None:
             name = arm.replace(", ", "-").replace(" ", "-")
             cache = plan.work / f"cache-{name}-seed{seed}"
 
-            def cached(cache: Path = cache, draws: dict[str, Any] = draws, seed: int = seed) -> dict[str, Any]:
+            def cached(
+                cache: Path = cache, draws: dict[str, Any] = draws, seed: int = seed
+            ) -> dict[str, Any]:
                 extract(images, cache, extraction(plan, seed=seed, **draws))
                 found = trained(plan, cache, f"{cache.name}-run", training(plan, seed))
                 return {**found, "bytes_per_image": inspect_cache(cache)["bytes_per_image"]}
 
             judged(plan, f"quality-seed{seed}-{name}", f"{cache.name}-run", cached)
-        options, run = training(plan, seed, **online(plan)), f"online-seed{seed}-run"
-        judged(plan, f"quality-seed{seed}-online", run, lambda o=options, r=run: trained(plan, images, r, o))
+        options = training(plan, seed, **online(plan))
+        run = f"online-seed{seed}-run"
+        judged(
+            plan,
+            f"quality-seed{seed}-online",
+            run,
+            lambda o=options, r=run: trained(plan, images, r, o),
+        )
         write_tables(plan.results)
 
 
 def noise(plan: Plan, images: Path) -> None:
     """Train the arm of one draw once more, its losses weighed by what is not the teacher's noise."""
     for seed in range(plan.seeds):
-        cache, options = plan.work / f"cache-1-draw-seed{seed}", training(plan, seed, noise_weighting=True)
+        cache = plan.work / f"cache-1-draw-seed{seed}"
+        options = training(plan, seed, noise_weighting=True)
         extract(images, cache, extraction(plan, seed=seed, draws=1))
         run = f"{cache.name}-noise-weighted-run"
-        judged(plan, f"noise-seed{seed}-weighted", run, lambda c=cache, r=run, o=options: trained(plan, c, r, o))
+        judged(
+            plan,
+            f"noise-seed{seed}-weighted",
+            run,
+            lambda c=cache, r=run, o=options: trained(plan, c, r, o),
+        )
         write_tables(plan.results)
 
 
@@ -103,20 +120,31 @@ def whitening(plan: Plan, images: Path) -> None:
             name = arm.replace(", ", "-").replace(" + ", "-").replace(" ", "-")
             options = training(plan, seed, whitening=kind, at_weight=weight)
             run = f"{cache.name}-{name}-run"
-            judged(plan, f"whitening-seed{seed}-{name}", run, lambda c=cache, r=run, o=options: trained(plan, c, r, o))
+            judged(
+                plan,
+                f"whitening-seed{seed}-{name}",
+                run,
+                lambda c=cache, r=run, o=options: trained(plan, c, r, o),
+            )
         write_tables(plan.results)
 
 
 def extract_reference(plan: Plan) -> Path:
     """Extract the mean of many draws of images that no arm sees, and return where it is."""
-    reference, limit = plan.work / "reference", plan.held_out
-    extract(plan.test, reference, extraction(plan, quality="fp16", flip=False, draws=16, average=True, limit=limit))
+    reference = plan.work / "reference"
+    limit = plan.held_out
+    extract(
+        plan.test,
+        reference,
+        extraction(plan, quality="fp16", flip=False, draws=16, average=True, limit=limit),
+    )
     return reference
 
 
 def attention_floor(plan: Plan) -> dict[str, dict[str, float]]:
     """Return AT between targets of either whitening and their own raw maps: a student of perfect MSE has that much."""
-    cache, rows = Cache(plan.work / "reference"), np.arange(min(256, plan.held_out))
+    cache = Cache(plan.work / "reference")
+    rows = np.arange(min(256, plan.held_out))
     batch = cache.batch(rows, np.zeros_like(rows), cache.names)
     found: dict[str, dict[str, float]] = {"sample": {}, "position": {}}
     for name, whitened_BCHW in cache.decoder(cache.names)(batch.coefficients).items():
@@ -140,16 +168,22 @@ def segmented(plan: Plan, backbone: Path) -> dict[str, Any]:
         write_scenes(root, seed=seed, size=SCENES_SIZE, count=plan.scenes)
         sides |= {side: root / "images", f"{side}_masks": root / "masks"}
     options = EvaluateOptions(
-        task="segmentation", size=str(SCENES_SIZE), epochs=SCENES_EPOCHS, device=plan.device, **sides
+        task="segmentation",
+        size=str(SCENES_SIZE),
+        epochs=SCENES_EPOCHS,
+        device=plan.device,
+        **sides,
     )
     return segment(str(backbone), options).to_json()
 
 
 def trained(plan: Plan, where: Path, run: str, options: TrainOptions) -> dict[str, Any]:
     """Train one student and return its losses on unseen images against the mean of many draws, and its probes."""
-    out, reference = plan.work / run, extract_reference(plan)
+    out = plan.work / run
+    reference = extract_reference(plan)
     train(where, out, options)
-    compute, cache = resolve_compute(plan.device, "auto"), Cache(reference)
+    compute = resolve_compute(plan.device, "auto")
+    cache = Cache(reference)
     student = new_student(plan, options.student, {n: cache.shape(n) for n in cache.names}, cache)
     state = load_checkpoint(out)
     assert state is not None, "a finished run keeps its checkpoint"
@@ -158,7 +192,11 @@ def trained(plan: Plan, where: Path, run: str, options: TrainOptions) -> dict[st
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     probe = EvaluateOptions(
-        train=plan.train, test=plan.test, limit_train=plan.probe_images, device=plan.device, batch_size=256
+        train=plan.train,
+        test=plan.test,
+        limit_train=plan.probe_images,
+        device=plan.device,
+        batch_size=256,
     )
     probed = evaluate(str(out / "backbone"), probe)[0]
     return {

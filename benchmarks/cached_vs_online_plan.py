@@ -28,20 +28,27 @@ class Plan(Experiment):
 
 def parse(about: str) -> tuple[Plan, bool]:
     """Return the plan and whether only the tables are asked for."""
-    parser = experiment_flags(about, work=ROOT / "runs" / "cached_vs_online", images=2000, epochs=60)
+    parser = experiment_flags(
+        about, work=ROOT / "runs" / "cached_vs_online", images=2000, epochs=60
+    )
     parser.add_argument("--parts", default="speed,quality,noise,whitening")
     parser.add_argument("--large", default="resnet50", help="the other student of the waiting")
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each arm of the speed")
     parser.add_argument("--steps", type=int, default=20, help="steps of a block")
-    parser.add_argument("--scenes", type=int, default=300, help="images of each side of the segmentation")
-    parser.add_argument("--compile", action="store_true", help="compile teacher, student and losses")
+    parser.add_argument(
+        "--scenes", type=int, default=300, help="images of each side of the segmentation"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile teacher, student and losses"
+    )
     asked, table_only = parsed(parser, "cached_vs_online.py", AMOUNTS)
     return Plan(**asked), table_only
 
 
 def subset(plan: Plan) -> Path:
     """Write the training images as files of their own, so that every seed, online or cached, has the same ones."""
-    source, out = open_source(plan.train), plan.work / f"images-{plan.images}"
+    source = open_source(plan.train)
+    out = plan.work / f"images-{plan.images}"
     out.mkdir(parents=True, exist_ok=True)
     for index in permuted(len(source.keys), seed=0, stream="subset")[: plan.images].tolist():
         path = out / f"{index:08d}.png"
@@ -53,7 +60,11 @@ def subset(plan: Plan) -> Path:
 def extraction(plan: Plan, **chosen: Any) -> ExtractOptions:
     """Return the options that extractions share, and some of their own."""
     common = ExtractOptions(
-        teacher=plan.teacher, timestep=(plan.timestep,), batch_size=64, device=plan.device, compile=plan.compile
+        teacher=plan.teacher,
+        timestep=(plan.timestep,),
+        batch_size=64,
+        device=plan.device,
+        compile=plan.compile,
     )
     return replace(common, **chosen)
 
@@ -68,7 +79,11 @@ def online(plan: Plan) -> dict[str, Any]:
     return {"online": True, "teacher": plan.teacher, "timestep": plan.timestep}
 
 
-def new_student(plan: Plan, name: str, shapes: dict[str, tuple[int, int, int]], like: Any) -> Student:
+def new_student(
+    plan: Plan, name: str, shapes: dict[str, tuple[int, int, int]], like: Any
+) -> Student:
     """Return an untrained student of a plan."""
     size = (plan.student_size, plan.student_size)
-    return build_student(name, shapes, like.view, size=size, width=plan.fpn_width, init=None, seed=0)
+    return build_student(
+        name, shapes, like.view, size=size, width=plan.fpn_width, init=None, seed=0
+    )

@@ -15,23 +15,23 @@ from cached_vs_online_plan import Plan, extraction, new_student, online, trainin
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtcache.cache import TrainBatch
+from dtcache.cache.cache import TrainBatch
 from dtcache.device import Compute, compiled, resolve_compute
-from dtcache.objective import make_objective
+from dtcache.distributed import Processes
+from dtcache.losses.objective import make_objective
 from dtcache.options import TrainOptions
-from dtcache.spec import ViewSpec
+from dtcache.recipe import ViewSpec
 from dtcache.student import Views, build_student
-from dtcache.teacher.build import build_unet
+from dtcache.teacher.ddpm import build_unet
 from dtcache.teacher.denoiser import choose_taps
 from dtcache.teacher.unet import UNetDenoiser
-from pipelines.distill import Distillation, train_step
-from pipelines.extract import extract
-from pipelines.learner import Learner
-from pipelines.online import OnlineSource
-from pipelines.processes import Processes
-from pipelines.run import Clock
-from pipelines.sources import BatchSource, CachedSource
-from pipelines.teacher import count_flops
+from pipelines.describe_teacher import count_flops
+from pipelines.extract.extract import extract
+from pipelines.runs.folder import Clock
+from pipelines.train.cached_batches import BatchSource, CachedSource
+from pipelines.train.distillation import Distillation, train_step
+from pipelines.train.online_batches import OnlineSource
+from pipelines.train.train_state import Learner
 
 ADM_CHANNELS = (256, 256, 512, 512, 1024, 1024)
 WARM = 6
@@ -63,7 +63,9 @@ def projection() -> dict[str, int]:
     taps = choose_taps(denoiser.find_taps(256, 256), ("stride4", "stride8", "stride16", "stride32"))
     shapes = {tap.name: (tap.channels, tap.height, tap.width) for tap in taps}
     view = ViewSpec(height=256, width=256)
-    student = build_student("resnet50", shapes, view, size=(256, 256), width=256, init=None, seed=0).eval()
+    student = build_student(
+        "resnet50", shapes, view, size=(256, 256), width=256, init=None, seed=0
+    ).eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         student(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))
     teacher = count_flops(denoiser.tapped(taps), (3, 256, 256), None)
@@ -78,7 +80,9 @@ class MemorySource:
         self.decoder = nn.Identity()
         self._batch = TrainBatch(
             rows=np.arange(batch_size),
-            images_BCHW=torch.randint(0, 256, (batch_size, 3, like.view.height, like.view.width), dtype=torch.uint8),
+            images_BCHW=torch.randint(
+                0, 256, (batch_size, 3, like.view.height, like.view.width), dtype=torch.uint8
+            ),
             coefficients={name: torch.randn(batch_size, *shape) for name, shape in shapes.items()},
             scalars={name: torch.tensor([[1.0, 0.0]]).repeat(batch_size, 1) for name in shapes},
         ).changed(lambda x: x.to(device))
@@ -93,14 +97,21 @@ class MemorySource:
 
 def blocks(plan: Plan, images: Path, cache: Path, name: str) -> dict[str, Any]:
     """Return seconds a step of every block by arm, and the share of the cached arm's time that went to waiting."""
-    compute, alone = resolve_compute(plan.device, "auto"), Processes()
+    compute = resolve_compute(plan.device, "auto")
+    alone = Processes()
     options = training(plan, 0, student=name)
     cached = CachedSource(cache, options, compute, alone)
     taught = OnlineSource(images, replace(options, **online(plan)), compute, alone)
-    arms = {"limit": MemorySource(cached, plan.batch_size, compute.device), "cached": cached, "online": taught}
+    arms = {
+        "limit": MemorySource(cached, plan.batch_size, compute.device),
+        "cached": cached,
+        "online": taught,
+    }
     student = new_student(plan, name, {n: cached.shape(n) for n in cached.names}, cached)
     learner = Learner(student, options, 1e-4, compute, alone)
-    plain = make_objective(options, cached.fit, cached.recipe["codec"], cached.names).to(compute.device)
+    plain = make_objective(options, cached.fit, cached.recipe["codec"], cached.names).to(
+        compute.device
+    )
     objective = compiled(plain) if options.compile else plain
     found: dict[str, list[float]] = {arm: [] for arm in (*arms, "teacher", "waiting")}
     for _ in range(plan.rounds):
@@ -129,7 +140,7 @@ def forever(source: Any) -> Iterator[Any]:
 
 def block(
     plan: Plan, learner: Learner, distillation: Distillation, source: Any, options: TrainOptions
-) -> tuple[float, float]:  # fmt: skip
+) -> tuple[float, float]:
     """Return seconds a step and the share of waiting, over one block in steady state."""
     with closing(forever(source)) as batches:
         for batch in islice(batches, WARM):

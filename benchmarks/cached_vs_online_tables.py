@@ -8,7 +8,8 @@ from pages import Records, write_page
 from paired import bounds, interval
 from records import Results
 
-CPU_LIMIT, GPU_LIMIT = 1.10, 1.03
+CPU_LIMIT = 1.10
+GPU_LIMIT = 1.03
 SPEEDUP = 0.9
 WAITING = 0.02
 QUALITY = 1.0
@@ -26,7 +27,12 @@ def experiment_lines(records: Records) -> list[str]:
     """Return one experiment's tables."""
     found = {name: record["result"] for name, record in records.items()}
     machines = {name: record["machine"] for name, record in records.items()}
-    return [*speed_lines(found, machines), *quality_lines(found), *noise_lines(found), *whitening_lines(found)]
+    return [
+        *speed_lines(found, machines),
+        *quality_lines(found),
+        *noise_lines(found),
+        *whitening_lines(found),
+    ]
 
 
 def verdict(low: float, high: float, goal: float) -> str:
@@ -36,7 +42,9 @@ def verdict(low: float, high: float, goal: float) -> str:
 
 def speed_lines(found: dict[str, Any], machines: dict[str, str]) -> list[str]:
     """Return seconds a step by arm, the goals of speed and waiting, and what an extraction is worth."""
-    runs = {name.removeprefix("speed-"): r for name, r in found.items() if name.startswith("speed-")}
+    runs = {
+        name.removeprefix("speed-"): r for name, r in found.items() if name.startswith("speed-")
+    }
     if not runs:
         return []
     lines = [
@@ -56,7 +64,9 @@ def speed_lines(found: dict[str, Any], machines: dict[str, str]) -> list[str]:
         gained = [o / c for o, c in zip(run["online"], run["cached"], strict=True)]
         share = statistics.median(g / p for g, p in zip(gained, possible, strict=True))
         waiting = statistics.median(run["waiting"])
-        medians = [f"{statistics.median(run[arm]):.4f}" for arm in ("limit", "cached", "online", "teacher")]
+        medians = [
+            f"{statistics.median(run[arm]):.4f}" for arm in ("limit", "cached", "online", "teacher")
+        ]
         goals = [
             f"{over:.3f} ({verdict(over, over, limit)})",
             f"{statistics.median(gained):.2f} of {statistics.median(possible):.2f}: {share:.2f} "
@@ -71,10 +81,13 @@ def break_even_lines(found: dict[str, Any], runs: dict[str, Any]) -> list[str]:
     """Return after how many epochs a cache has paid for its extraction, by number of students."""
     if "extract" not in found:
         return []
-    seconds, lines = found["extract"]["seconds"], [f"| student | {' | '.join(f'{n} of them' for n in STUDENTS)} |"]
+    seconds = found["extract"]["seconds"]
+    lines = [f"| student | {' | '.join(f'{n} of them' for n in STUDENTS)} |"]
     lines.append("|---" * (len(STUDENTS) + 1) + "|")
     for student, run in runs.items():
-        saved = (statistics.median(run["online"]) - statistics.median(run["cached"])) * run["steps_per_epoch"]
+        saved = (statistics.median(run["online"]) - statistics.median(run["cached"])) * run[
+            "steps_per_epoch"
+        ]
         even = [f"{seconds / (n * saved):.1f}" if saved > 0 else "never" for n in STUDENTS]
         lines.append(f"| {student} | {' | '.join(even)} |")
     text = f"The extraction took {seconds:.0f} s. Epochs of each student after which it has paid for itself:"
@@ -85,7 +98,8 @@ def projection_lines(found: dict[str, Any]) -> list[str]:
     """Return the arithmetic of ADM at 256 px with a ResNet-50, in operations, not seconds."""
     if "projection" not in found:
         return []
-    teacher, student = found["projection"]["teacher"] / 1e9, found["projection"]["student"] / 1e9
+    teacher = found["projection"]["teacher"] / 1e9
+    student = found["projection"]["student"] / 1e9
     lines = [
         f"Projection, by arithmetic alone: ADM at 256 px, cut off after stride 4, is {teacher:.0f} GFLOP a view, a "
         f"ResNet-50 with FPN-256 and PPM is {student:.0f} GFLOP a step and view (three times its forward pass; a "
@@ -96,8 +110,11 @@ def projection_lines(found: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
     ]
     for n in STUDENTS:
-        online, cached = n * EPOCHS * (teacher + student), 2 * teacher + n * EPOCHS * student
-        lines.append(f"| {n} | {online / 1e3:.0f} TFLOP | {cached / 1e3:.0f} TFLOP | {online / cached:.1f} |")
+        online = n * EPOCHS * (teacher + student)
+        cached = 2 * teacher + n * EPOCHS * student
+        lines.append(
+            f"| {n} | {online / 1e3:.0f} TFLOP | {cached / 1e3:.0f} TFLOP | {online / cached:.1f} |"
+        )
     return [*lines, ""]
 
 
@@ -111,7 +128,9 @@ def by_seed(found: dict[str, Any], part: str) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def compared(arms: dict[str, dict[str, Any]], arm: str, against: str, of: Callable[[Any, Any], float]) -> list[float]:
+def compared(
+    arms: dict[str, dict[str, Any]], arm: str, against: str, of: Callable[[Any, Any], float]
+) -> list[float]:
     """Return one difference a seed that both arms have."""
     both = sorted(arms.get(arm, {}).keys() & arms.get(against, {}).keys())
     return [of(arms[arm][seed], arms[against][seed]) for seed in both]
@@ -119,7 +138,8 @@ def compared(arms: dict[str, dict[str, Any]], arm: str, against: str, of: Callab
 
 def quality_lines(found: dict[str, Any]) -> list[str]:
     """Return each arm beside the online one of its seed."""
-    arms, scenes = by_seed(found, "quality"), by_seed(found, "scenes-quality")
+    arms = by_seed(found, "quality")
+    scenes = by_seed(found, "scenes-quality")
     if "online" not in arms:
         return []
     lines = [
@@ -131,7 +151,11 @@ def quality_lines(found: dict[str, Any]) -> list[str]:
     headings = "arm | seeds | bytes an image | MSE | MSE | AT | gap | linear probe | points | mIoU | points | goal"
     lines += ["", f"| {headings} |"]
     lines += ["|---|---|---|---|---|---|---|---|---|---|---|---|"]
-    one = statistics.mean(r["bytes_per_image"] for r in arms["1-draw"].values()) if "1-draw" in arms else None
+    one = (
+        statistics.mean(r["bytes_per_image"] for r in arms["1-draw"].values())
+        if "1-draw" in arms
+        else None
+    )
     for arm, seeds in arms.items():
         mse = compared(arms, arm, "online", lambda a, b: 100 * (a["mse"] / b["mse"] - 1))
         at = compared(arms, arm, "online", lambda a, b: 100 * (a["at"] / b["at"] - 1))
@@ -143,20 +167,33 @@ def quality_lines(found: dict[str, Any]) -> list[str]:
             goal = verdict(*bounds(mse)[1:], QUALITY)
         cells = [arm, str(len(seeds)), f"{size:.0f}" if size else "-", mean(seeds, "mse", 4)]
         cells += [interval(mse, "%"), interval(at, "%")] if mse and arm != "online" else ["-", "-"]
-        cells += [f"{statistics.mean(r['own_held_out'] / r['train_loss'] for r in seeds.values()):.3f}"]
-        cells += [mean(seeds, "linear_top1", 2), interval(probe, "") if probe and arm != "online" else "-"]
-        cells += [mean(scenes.get(arm, {}), "miou", 2), interval(miou, "") if miou and arm != "online" else "-", goal]
+        cells += [
+            f"{statistics.mean(r['own_held_out'] / r['train_loss'] for r in seeds.values()):.3f}"
+        ]
+        cells += [
+            mean(seeds, "linear_top1", 2),
+            interval(probe, "") if probe and arm != "online" else "-",
+        ]
+        cells += [
+            mean(scenes.get(arm, {}), "miou", 2),
+            interval(miou, "") if miou and arm != "online" else "-",
+            goal,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", *tap_lines(arms)]
 
 
 def tap_lines(arms: dict[str, dict[str, Any]]) -> list[str]:
     """Return each arm's MSE a tap, means over its seeds."""
-    names = [name for name in next(iter(arms["online"].values()))["losses"] if name.startswith("mse/")]
+    names = [
+        name for name in next(iter(arms["online"].values()))["losses"] if name.startswith("mse/")
+    ]
     headings = [name.removeprefix("mse/") for name in names]
     lines = [f"| MSE a tap | {' | '.join(headings)} |", "|---" * (len(names) + 1) + "|"]
     for arm, seeds in arms.items():
-        means = [statistics.mean(result["losses"][name] for result in seeds.values()) for name in names]
+        means = [
+            statistics.mean(result["losses"][name] for result in seeds.values()) for name in names
+        ]
         lines.append(f"| {arm} | {' | '.join(f'{value:.4f}' for value in means)} |")
     return [*lines, ""]
 
@@ -164,35 +201,61 @@ def tap_lines(arms: dict[str, dict[str, Any]]) -> list[str]:
 def noise_lines(found: dict[str, Any]) -> list[str]:
     """Return what weighing the losses by noise changes against one draw without it, paired by seed."""
     arms = {
-        part: by_seed(found, f"{part}noise") | {"plain": by_seed(found, f"{part}quality").get("1-draw", {})}
+        part: by_seed(found, f"{part}noise")
+        | {"plain": by_seed(found, f"{part}quality").get("1-draw", {})}
         for part in ("", "scenes-")
     }
     if "weighted" not in arms[""]:
         return []
-    lines = ["### Noise weighting", "", "One draw, with --noise-weighting against without, paired by seed.", ""]
+    lines = [
+        "### Noise weighting",
+        "",
+        "One draw, with --noise-weighting against without, paired by seed.",
+        "",
+    ]
     lines += ["| seeds | MSE | AT | linear probe, points | mIoU, points |", "|---|---|---|---|---|"]
     mse = compared(arms[""], "weighted", "plain", lambda a, b: 100 * (a["mse"] / b["mse"] - 1))
     at = compared(arms[""], "weighted", "plain", lambda a, b: 100 * (a["at"] / b["at"] - 1))
-    probe = compared(arms[""], "weighted", "plain", lambda a, b: a["linear_top1"] - b["linear_top1"])
+    probe = compared(
+        arms[""], "weighted", "plain", lambda a, b: a["linear_top1"] - b["linear_top1"]
+    )
     miou = compared(arms["scenes-"], "weighted", "plain", lambda a, b: a["miou"] - b["miou"])
-    cells = [interval(v, unit) if v else "-" for v, unit in ((mse, "%"), (at, "%"), (probe, ""), (miou, ""))]
+    cells = [
+        interval(v, unit) if v else "-"
+        for v, unit in ((mse, "%"), (at, "%"), (probe, ""), (miou, ""))
+    ]
     return [*lines, f"| {len(mse)} | {' | '.join(cells)} |", ""]
 
 
 def whitening_lines(found: dict[str, Any]) -> list[str]:
     """Return the 2x2 of whitening and losses; MSE is in the unit of each whitening, AT and the probes compare."""
-    arms, scenes = by_seed(found, "whitening"), by_seed(found, "scenes-whitening")
+    arms = by_seed(found, "whitening")
+    scenes = by_seed(found, "scenes-whitening")
     if not arms:
         return []
-    lines = ["### Whitening", "", "MSE is in the unit of each arm's own whitening; the other columns compare. "]
-    lines[-1] += "In brackets what the attention loss adds to its whitening, paired by seed, with its 95 % interval."
-    lines += ["", "| arm | seeds | MSE | AT | linear probe | k-NN | mIoU |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "### Whitening",
+        "",
+        "MSE is in the unit of each arm's own whitening; the other columns compare. ",
+    ]
+    lines[-1] += (
+        "In brackets what the attention loss adds to its whitening, paired by seed, with its 95 % interval."
+    )
+    lines += [
+        "",
+        "| arm | seeds | MSE | AT | linear probe | k-NN | mIoU |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for arm, seeds in arms.items():
         plain = arm.removesuffix("-AT")
         cells = [arm, str(len(seeds))]
         for results, key, digits in (
-            (arms, "mse", 4), (arms, "at", 4), (arms, "linear_top1", 2), (arms, "knn_top1", 2), (scenes, "miou", 2),
-        ):  # fmt: skip
+            (arms, "mse", 4),
+            (arms, "at", 4),
+            (arms, "linear_top1", 2),
+            (arms, "knn_top1", 2),
+            (scenes, "miou", 2),
+        ):
             added = compared(results, arm, plain, lambda a, b, key=key: a[key] - b[key])
             how = f" ({interval(added, '', digits)})" if plain != arm and added else ""
             cells.append(mean(results.get(arm, {}), key, digits) + how)
@@ -205,9 +268,17 @@ def floor_lines(found: dict[str, Any]) -> list[str]:
     if "attention-floor" not in found:
         return []
     floors = found["attention-floor"]
-    lines = ["AT between the targets themselves and their raw maps, which is what a student of no MSE would have:", ""]
-    lines += [f"| whitening | {' | '.join(floors['sample'])} |", "|---" * (len(floors["sample"]) + 1) + "|"]
-    lines += [f"| {w} | {' | '.join(f'{value:.3f}' for value in floors[w].values())} |" for w in floors]
+    lines = [
+        "AT between the targets themselves and their raw maps, which is what a student of no MSE would have:",
+        "",
+    ]
+    lines += [
+        f"| whitening | {' | '.join(floors['sample'])} |",
+        "|---" * (len(floors["sample"]) + 1) + "|",
+    ]
+    lines += [
+        f"| {w} | {' | '.join(f'{value:.3f}' for value in floors[w].values())} |" for w in floors
+    ]
     return [*lines, ""]
 
 

@@ -33,21 +33,50 @@ at 64 px instead of 128. All rows see the same 20,000 labelled training images a
 random init pool 512 values, a tap its channels, so that a student may read better than any one tap it learned from.
 """
 TIMESTEPS = (20, 50, 100, 200)
-TEACH = ["--size", "32", "--channels", "32,96,128,128", "--weights", "float16", "--steps", "3000", "--compile"]
+TEACH = [
+    "--size",
+    "32",
+    "--channels",
+    "32,96,128,128",
+    "--weights",
+    "float16",
+    "--steps",
+    "3000",
+    "--compile",
+]
 EXTRACT = ["--limit", "20000"]
 # Without the finest tap, which is mostly noise, students enter at 64 px instead of 128 and are four times as fast.
-TRAIN = ["--student", "resnet18", "--taps", "2,4,8", "--fpn-width", "64", "--epochs", "8", "--batch-size", "64"]
+TRAIN = [
+    "--student",
+    "resnet18",
+    "--taps",
+    "2,4,8",
+    "--fpn-width",
+    "64",
+    "--epochs",
+    "8",
+    "--batch-size",
+    "64",
+]
 EVALUATE = ["--limit-train", "20000", "--batch-size", "256"]
 
 
 def main() -> None:
     """Run what is not finished, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with cifar10-{train,test}.parquet")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "cifar10", help="caches and runs")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with cifar10-{train,test}.parquet"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / "cifar10", help="caches and runs"
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each")
-    parser.add_argument("--table", action="store_true", help="write the table from the results that are there")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="write the table from the results that are there"
+    )
     results_flag(parser)
     asked = parser.parse_args()
     folder = asked.results / "cifar10"
@@ -59,28 +88,44 @@ def main() -> None:
 def run_all(folder: Path, data: Path, work: Path, seeds: int, workers: int) -> None:
     """Teacher, timestep, cache; then students and probes, which need each other no more, side by side."""
     step = partial(run_step, folder)
-    train, test = data / "cifar10-train.parquet", data / "cifar10-test.parquet"
+    train = data / "cifar10-train.parquet"
+    test = data / "cifar10-test.parquet"
     probes = ["--train", train, "--test", test, *EVALUATE]
     step("teacher", ["teach", train, *TEACH, "--out", TEACHER])
     levels = [flag for t in TIMESTEPS for flag in ("--timestep", t)]
     small = work / "timesteps.cache"
-    step("timesteps-extract", ["extract", train, "--teacher", TEACHER, "--limit", 512, *levels, "--out", small])
+    step(
+        "timesteps-extract",
+        ["extract", train, "--teacher", TEACHER, "--limit", 512, *levels, "--out", small],
+    )
     held_out = ["--train", train, "--limit-train", 4000, "--limit-test", 1000]
     chosen = step("timesteps", ["evaluate", small, "--teacher", TEACHER, *held_out])
     timestep = int(chosen["best"].split("/")[0].removeprefix("t"))
     cache = work / "cache"
-    step("extract", ["extract", train, "--teacher", TEACHER, "--timestep", timestep, *EXTRACT, "--out", cache])
+    step(
+        "extract",
+        ["extract", train, "--teacher", TEACHER, "--timestep", timestep, *EXTRACT, "--out", cache],
+    )
     step("inspect", ["inspect", cache])
 
     def seed_steps(seed: int) -> None:
         run = work / f"seed{seed}"
-        step(f"train-{seed}", ["train", cache, *TRAIN, "--seed", seed, "--out", run], run / "summary.json", workers)
+        step(
+            f"train-{seed}",
+            ["train", cache, *TRAIN, "--seed", seed, "--out", run],
+            run / "summary.json",
+            workers,
+        )
         step(f"student-{seed}", ["evaluate", run / "backbone", *probes], threads_of=workers)
         step(f"init-{seed}", ["evaluate", run / "init", *probes], threads_of=workers)
 
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(seed_steps, seed) for seed in range(seeds)]
-        jobs.append(pool.submit(step, "taps", ["evaluate", cache, "--teacher", TEACHER, *probes], None, workers))
+        jobs.append(
+            pool.submit(
+                step, "taps", ["evaluate", cache, "--teacher", TEACHER, *probes], None, workers
+            )
+        )
         jobs.append(pool.submit(step, "pixels", ["evaluate", "pixels", *probes], None, workers))
         for job in jobs:
             job.result()
@@ -99,8 +144,14 @@ def run_step(
         threads = str(max(1, (os.cpu_count() or 1) // threads_of))
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
         command = [sys.executable, str(ROOT / "cli.py"), *words, *as_json]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-        return json.loads(summary.read_text() if summary else done.stdout) if summary or as_json else {}
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env=environment
+        )
+        return (
+            json.loads(summary.read_text() if summary else done.stdout)
+            if summary or as_json
+            else {}
+        )
 
     return Results(folder=folder, command=shown).once(name, run)
 
@@ -109,18 +160,39 @@ def write_table(folder: Path) -> None:
     """Write the page beside a folder from the results that are in it."""
     records = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
     rows = ["| features | dims | k-NN top-1 % | linear top-1 % |", "|---|---|---|---|"]
-    for kind, title in (("init", "ResNet-18, its own starting weights"), ("student", "**ResNet-18, from the cache**")):
+    for kind, title in (
+        ("init", "ResNet-18, its own starting weights"),
+        ("student", "**ResNet-18, from the cache**"),
+    ):
         runs = [r["result"] for n, r in records.items() if n.startswith(f"{kind}-")]
         if runs:
-            spread = (f"{mean_and_spread([r[k] for r in runs])}" for k in ("knn_top1", "linear_top1"))
-            rows.append(f"| {title}, {len(runs)} seeds | {runs[0]['feature_dim']} | {' | '.join(spread)} |")
+            spread = (
+                f"{mean_and_spread([r[k] for r in runs])}" for k in ("knn_top1", "linear_top1")
+            )
+            rows.append(
+                f"| {title}, {len(runs)} seeds | {runs[0]['feature_dim']} | {' | '.join(spread)} |"
+            )
     for name in ("taps", "pixels"):
         for row in records.get(name, {"result": {"rows": []}})["result"]["rows"]:
             title = f"teacher {row['name']}" if name == "taps" else "raw pixels"
-            rows.append(f"| {title} | {row['feature_dim']} | {row['knn_top1']:.2f} | {row['linear_top1']:.2f} |")
-    commands = [f"{r['command']}    # {r['seconds']:.0f} s, commit {r['commit']}" for r in records.values()]
+            rows.append(
+                f"| {title} | {row['feature_dim']} | {row['knn_top1']:.2f} | {row['linear_top1']:.2f} |"
+            )
+    commands = [
+        f"{r['command']}    # {r['seconds']:.0f} s, commit {r['commit']}" for r in records.values()
+    ]
     head = HEAD.format(machines="; ".join(sorted({r["machine"] for r in records.values()})))
-    text = [head, "## Table", "", *rows, "", *gap(records), *choice(records), *cache(records), *losses(records, folder)]
+    text = [
+        head,
+        "## Table",
+        "",
+        *rows,
+        "",
+        *gap(records),
+        *choice(records),
+        *cache(records),
+        *losses(records, folder),
+    ]
     text += ["## Commands", "", "```", *commands, "```", ""]
     write_lines(folder.parent / "cifar10.md", text)
 
@@ -132,7 +204,10 @@ def choice(records: dict[str, Any]) -> list[str]:
     result = records["timesteps"]["result"]
     found = {row["name"]: row["linear_top1"] for row in result["rows"] if "/" in row["name"]}
     taps = list(dict.fromkeys(name.split("/")[1] for name in found))
-    rows = [f"| {t} | " + " | ".join(f"{found[f't{t}/{tap}']:.1f}" for tap in taps) + " |" for t in TIMESTEPS]
+    rows = [
+        f"| {t} | " + " | ".join(f"{found[f't{t}/{tap}']:.1f}" for tap in taps) + " |"
+        for t in TIMESTEPS
+    ]
     head = [f"| T | {' | '.join(taps)} |", "|---" * (len(taps) + 1) + "|"]
     return [
         "## The timestep",
@@ -151,7 +226,10 @@ def cache(records: dict[str, Any]) -> list[str]:
     if "inspect" not in records:
         return []
     report = records["inspect"]["result"]
-    rows = ["| tap | shape | bits a value | noise share | lost of what the image determines |", "|---|---|---|---|---|"]
+    rows = [
+        "| tap | shape | bits a value | noise share | lost of what the image determines |",
+        "|---|---|---|---|---|",
+    ]
     for tap in report["taps"]:
         shape = f"{tap['channels']} x {tap['height']} x {tap['width']}"
         shares = f"{tap['noise_share']:.0%} | {tap['determined_error']:.0%}"
@@ -176,7 +254,9 @@ def losses(records: dict[str, Any], folder: Path) -> list[str]:
     rows = ["| held out, last epoch | mean of the seeds | noise floor |", "|---|---|---|"]
     for name in [n for n in runs[0]["held_out"] if n.startswith("mse/")]:
         mean = mean_and_spread([run["held_out"][name] for run in runs])
-        rows.append(f"| {name} | {mean} | {runs[0]['noise_floor'][name.removeprefix('mse/')]:.3f} |")
+        rows.append(
+            f"| {name} | {mean} | {runs[0]['noise_floor'][name.removeprefix('mse/')]:.3f} |"
+        )
     curves = ["![held-out losses of seed 0](cifar10/curves-seed0.png)", ""]
     return ["## Losses", "", *rows, "", *(curves if (folder / "curves-seed0.png").exists() else [])]
 
@@ -188,7 +268,11 @@ def gap(records: dict[str, Any]) -> list[str]:
         return []
     best = records["taps"]["result"]["linear_top1"]
     pairs = [
-        (records[f"init-{s}"]["result"]["linear_top1"], records[f"student-{s}"]["result"]["linear_top1"]) for s in seeds
+        (
+            records[f"init-{s}"]["result"]["linear_top1"],
+            records[f"student-{s}"]["result"]["linear_top1"],
+        )
+        for s in seeds
     ]
     closed = [100 * (student - init) / (best - init) for init, student in pairs]
     gained = [student - init for init, student in pairs]

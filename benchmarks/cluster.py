@@ -27,11 +27,11 @@ from dtcache.images import open_source
 from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
 from dtcache.store.writer import CacheWriter
-from pipelines import worker
-from pipelines.cluster import local_cluster
-from pipelines.cluster.run import run_task
-from pipelines.extract import _begin
-from pipelines.job import make_job
+from pipelines.extract.extract import _begin
+from pipelines.extract.plan import make_job
+from pipelines.extract.workers import worker
+from pipelines.extract.workers.cluster import local_cluster
+from pipelines.extract.workers.coordinator import run_task
 
 GOAL = 1.7
 SHARDS = 16
@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     results_flag(parser)
-    asked, started = parser.parse_args(), time.time()
+    asked = parser.parse_args()
+    started = time.time()
     options = ExtractOptions(
         teacher=str(TEACHER),
         device="cpu",
@@ -56,7 +57,8 @@ def main() -> None:
         shard_rows=asked.images // SHARDS,
     )
     asked.work.mkdir(parents=True, exist_ok=True)
-    images, begun = asked.work / "scenes" / "images", asked.work / "begun"
+    images = asked.work / "scenes" / "images"
+    begun = asked.work / "begun"
     if not images.exists():
         write_scenes(images.parent, seed=0, size=32, count=asked.images)
     shutil.rmtree(begun, ignore_errors=True)
@@ -68,7 +70,9 @@ def main() -> None:
     with ExitStack() as stack:
         clients = {
             count: stack.enter_context(
-                local_cluster([{}] * count, dashboard=False, log=asked.work / f"cluster-{count}.log")
+                local_cluster(
+                    [{}] * count, dashboard=False, log=asked.work / f"cluster-{count}.log"
+                )
             )
             for count in (1, 2)
         }
@@ -82,13 +86,18 @@ def main() -> None:
             for count, client in clients.items():
                 passes[count].append(max(everywhere(client, forward_passes, assignment)))
                 seconds[count].append(extraction(client, fresh(begun, root), images, options))
-                print(f"{count} workers: {asked.images / seconds[count][-1]:.1f} images/s", flush=True)
+                print(
+                    f"{count} workers: {asked.images / seconds[count][-1]:.1f} images/s", flush=True
+                )
     ratio = statistics.median(one / two for one, two in zip(seconds[1], seconds[2], strict=True))
     limit = statistics.median(2 * one / two for one, two in zip(passes[1], passes[2], strict=True))
     result = {
         "images": asked.images,
         "views an image": 2,
-        "images/s": {f"{n} workers": round(asked.images / statistics.median(s), 1) for n, s in seconds.items()},
+        "images/s": {
+            f"{n} workers": round(asked.images / statistics.median(s), 1)
+            for n, s in seconds.items()
+        },
         "two workers over one": round(ratio, 3),
         "goal": GOAL,
         "met": ratio >= GOAL,

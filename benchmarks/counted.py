@@ -12,11 +12,11 @@ from peers import Point
 
 from dtcache.codec import FeatureEncoder, FittedTap
 from dtcache.codec.fit import TapStatistics, quantised_fit
-from dtcache.codec.transform import Encoder
+from dtcache.codec.pca_dct import Encoder
 from dtcache.store.layout import write_zarr_nodes
 from dtcache.store.shard import build_shard
-from pipelines.fit import ROW_BYTES
-from pipelines.progress import track
+from pipelines.extract.fit_codec import ROW_BYTES
+from pipelines.terminal.progress import track
 
 AMORTISED = 10_000
 """Images that share the fit's own bytes, and the shards' metadata."""
@@ -40,7 +40,8 @@ def flat_fits(
         for _ in range(6):
             fit = {name: quantised_fit(s, step, "distortion") for name, s in statistics.items()}
             error = sum(
-                float(Encoder(fit[name])(torch.from_numpy(x.astype(np.float32)))[1].sum()) for name, x in some.items()
+                float(Encoder(fit[name])(torch.from_numpy(x.astype(np.float32)))[1].sum())
+                for name, x in some.items()
             )
             met = error / count / energy
             if abs(met / wanted - 1) < 0.02:
@@ -67,10 +68,13 @@ def count_ours(fit: Mapping[str, FittedTap], step: float, maps: Maps, energy: fl
     encoder = FeatureEncoder(fit, torch.device("cpu"))
     count = len(next(iter(maps.values())))
     taps: dict[str, dict[str, float]] = {}
-    payload_bytes, error = 0, 0.0
+    payload_bytes = 0
+    error = 0.0
     with track(f"count at step {step:.2f}", count * len(maps)) as progress:
         for name, values in maps.items():
-            stored, tap_error, tap_energy = 0, 0.0, 0.0
+            stored = 0
+            tap_error = 0.0
+            tap_energy = 0.0
             for start in range(0, count, SHARD):
                 x_BCHW = torch.from_numpy(values[start : start + SHARD].astype(np.float32))
                 coded = encoder.encode(name, x_BCHW)
@@ -82,7 +86,11 @@ def count_ours(fit: Mapping[str, FittedTap], step: float, maps: Maps, energy: fl
                 progress.advance(len(x_BCHW), name)
             error += tap_error
             live = len(fit[name].live)
-            taps[name] = {"bytes": stored / count, "distortion": tap_error / tap_energy, "coefficients": live}
+            taps[name] = {
+                "bytes": stored / count,
+                "distortion": tap_error / tap_energy,
+                "coefficients": live,
+            }
     side = fit_bytes(fit)
     total = sum(tap["bytes"] for tap in taps.values()) + side / AMORTISED + ROW_BYTES
     return Counted(
@@ -96,7 +104,9 @@ def count_ours(fit: Mapping[str, FittedTap], step: float, maps: Maps, energy: fl
 def fit_bytes(fit: Mapping[str, FittedTap]) -> int:
     """Return the size of all files that the store keeps of a fit."""
     with tempfile.TemporaryDirectory() as folder:
-        write_zarr_nodes(Path(folder) / "data.zarr", {}, {name: tap.arrays() for name, tap in fit.items()})
+        write_zarr_nodes(
+            Path(folder) / "data.zarr", {}, {name: tap.arrays() for name, tap in fit.items()}
+        )
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 

@@ -18,7 +18,9 @@ from pipelines.demo import cost_of, demo
 def main() -> None:
     """Run it with its defaults and write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "demo", help="folder of the demonstration")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / "demo", help="folder of the demonstration"
+    )
     asked = parser.parse_args()
     summary = demo(asked.work, DemoOptions())
     seconds = sum(summary["seconds"].values())
@@ -33,7 +35,9 @@ def page_lines(summary: dict[str, Any], seconds: float) -> list[str]:
     for student in summary["students"]:
         trained = spent[f"train {student['name'].split(',')[0]}"]
         time = f"{trained:.0f} s" if "cache" in student["name"] else "-"
-        rows.append(f"| {student['name']} | {student['knn_top1']:.1f} | {student['linear_top1']:.1f} | {time} |")
+        rows.append(
+            f"| {student['name']} | {student['knn_top1']:.1f} | {student['linear_top1']:.1f} | {time} |"
+        )
     evaluations = [value for name, value in spent.items() if name.startswith("evaluate")]
     options = DemoOptions()
     return [

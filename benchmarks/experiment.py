@@ -38,12 +38,19 @@ class Experiment:
     def training(self, seed: int) -> TrainOptions:
         """Return the options that all of its students share."""
         return TrainOptions(
-            student=self.student, student_size=str(self.student_size), fpn_width=self.fpn_width, epochs=self.epochs,
-            batch_size=self.batch_size, seed=seed, device=self.device,
-        )  # fmt: skip
+            student=self.student,
+            student_size=str(self.student_size),
+            fpn_width=self.fpn_width,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            seed=seed,
+            device=self.device,
+        )
 
 
-def experiment_flags(about: str, *, work: Path, images: int, epochs: int) -> argparse.ArgumentParser:
+def experiment_flags(
+    about: str, *, work: Path, images: int, epochs: int
+) -> argparse.ArgumentParser:
     """Return a parser of an experiment's flags, with defaults for a narrow student on two cores."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--train", type=Path, required=True, help="images to train on")
@@ -54,7 +61,9 @@ def experiment_flags(about: str, *, work: Path, images: int, epochs: int) -> arg
     parser.add_argument("--name", default="cifar10-narrow", help="folder of the results")
     parser.add_argument("--images", type=int, default=images)
     parser.add_argument("--held-out", type=int, default=1000, help="test images of the reference")
-    parser.add_argument("--probe-images", type=int, default=10_000, help="training images of the linear probe")
+    parser.add_argument(
+        "--probe-images", type=int, default=10_000, help="training images of the linear probe"
+    )
     parser.add_argument("--student", default="resnet10t")
     parser.add_argument("--student-size", type=int, default=64)
     parser.add_argument("--fpn-width", type=int, default=32)
@@ -69,13 +78,18 @@ def experiment_flags(about: str, *, work: Path, images: int, epochs: int) -> arg
 def add_results_flags(parser: argparse.ArgumentParser) -> None:
     """Add what experiments can do with results."""
     results_flag(parser)
-    parser.add_argument("--table", action="store_true", help="write the tables from the results that are there")
+    parser.add_argument(
+        "--table", action="store_true", help="write the tables from the results that are there"
+    )
 
 
-def parsed(parser: argparse.ArgumentParser, script: str, amounts: tuple[str, ...]) -> tuple[dict[str, Any], bool]:
+def parsed(
+    parser: argparse.ArgumentParser, script: str, amounts: tuple[str, ...]
+) -> tuple[dict[str, Any], bool]:
     """Return what is asked for, its results found to be of this very command, and whether only tables are wanted."""
     asked = vars(parser.parse_args())
-    table_only, where = asked.pop("table"), asked.pop("results")
+    table_only = asked.pop("table")
+    where = asked.pop("results")
     shown = {name: value for name, value in asked.items() if name != "work"}
     results = Results(
         folder=where / Path(script).stem / asked["name"],

@@ -34,24 +34,30 @@ from dtcache.device import resolve_compute
 from dtcache.images import load_views, open_source
 from dtcache.images.scenes import scene
 from dtcache.options import ExtractOptions
-from dtcache.spec import ViewSpec
+from dtcache.recipe import ViewSpec
 from dtcache.teacher import load_teacher, prepare_teacher
-from dtcache.teacher.build import build_unet, save_teacher
-from pipelines.extract import extract
+from dtcache.teacher.ddpm import build_unet, save_teacher
+from pipelines.extract.extract import extract
 
 ARMS = ("naive", "bare", "dtcache")
 MULTIPLIERS = (1, 1, 2, 2, 4, 4)
 TAPS = ("stride4", "stride8", "stride16", "stride32")
 BLOCKS = (0, 1, 2, 3)
-TIMESTEP, SIZE, SIDE = 150, 256, 480
+TIMESTEP = 150
+SIZE = 256
+SIDE = 480
 GOALS = {"over_naive": 2.2, "of_bare_cpu": 0.9, "of_bare_cuda": 0.97, "memory_gib": 1.0}
 
 
 def main() -> None:
     """Run all arms of all rounds, print the ratios and keep them; or run one arm and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=64, help="channels of the finest level; ADM has 256")
-    parser.add_argument("--images", type=int, default=64, help="images of the dtcache arm, both flips of each")
+    parser.add_argument(
+        "--width", type=int, default=64, help="channels of the finest level; ADM has 256"
+    )
+    parser.add_argument(
+        "--images", type=int, default=64, help="images of the dtcache arm, both flips of each"
+    )
     parser.add_argument("--passes", type=int, default=4, help="batches of the other two arms")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
@@ -72,7 +78,12 @@ def main() -> None:
     result = summary(rounds, device)
     command = f"python benchmarks/extract.py --width {asked.width} --images {asked.images} --passes {asked.passes} "
     command += f"--batch-size {asked.batch_size} --rounds {asked.rounds} --device {asked.device}"
-    write(asked.results / f"extract-{asked.width}-{device}.json", command, result, time.time() - started)
+    write(
+        asked.results / f"extract-{asked.width}-{device}.json",
+        command,
+        result,
+        time.time() - started,
+    )
     print(json.dumps(result, indent=1))
 
 
@@ -80,7 +91,11 @@ def prepare(asked: argparse.Namespace) -> None:
     """Write teacher and photographs' stand-ins."""
     torch.manual_seed(0)
     channels = tuple(asked.width * m for m in MULTIPLIERS)
-    save_teacher(build_unet(SIZE, SIZE, channels, layers=2, attention=3), asked.work / "teacher", torch.float32)
+    save_teacher(
+        build_unet(SIZE, SIZE, channels, layers=2, attention=3),
+        asked.work / "teacher",
+        torch.float32,
+    )
     (asked.work / "images").mkdir()
     for index in range(asked.images):
         image = Image.fromarray(scene(0, index, SIDE).pixels)
@@ -102,7 +117,9 @@ def run_arm(asked: argparse.Namespace) -> dict[str, float]:
     compute = resolve_compute(asked.device, "auto")
     found = {"naive": naive, "bare": bare, "dtcache": whole}[asked.arm](asked)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if compute.device.type == "cuda" else peak
+    found["peak_gib"] = (
+        torch.cuda.max_memory_allocated() / 2**30 if compute.device.type == "cuda" else peak
+    )
     found["host_peak_gib"] = peak
     return found
 
@@ -118,9 +135,13 @@ def naive(asked: argparse.Namespace) -> dict[str, float]:
         block.resnets[-1].register_forward_hook(
             lambda m, args, out, index=index: seen.__setitem__(f"block{index}", out)
         )
-    alpha_bar, count = loaded.alpha_bars[TIMESTEP].to(compute.device), asked.passes * asked.batch_size
-    source, view = open_source(asked.work / "images"), ViewSpec(height=SIZE, width=SIZE)
-    views = load_views(source, (i % asked.images for i in range(count + asked.batch_size)), view, threads=2)
+    alpha_bar = loaded.alpha_bars[TIMESTEP].to(compute.device)
+    count = asked.passes * asked.batch_size
+    source = open_source(asked.work / "images")
+    view = ViewSpec(height=SIZE, width=SIZE)
+    views = load_views(
+        source, (i % asked.images for i in range(count + asked.batch_size)), view, threads=2
+    )
 
     def batch(start: int) -> None:
         pixels = np.stack([next(views).pixels_CHW for _ in range(asked.batch_size)])
@@ -130,7 +151,10 @@ def naive(asked: argparse.Namespace) -> dict[str, float]:
             unet(noisy, torch.full((len(noisy),), TIMESTEP, device=compute.device))
         half = {name: maps.half().cpu().numpy() for name, maps in seen.items()}
         for i in range(asked.batch_size):
-            np.savez(asked.work / f"naive-{start + i}.npz", **{name: maps[i] for name, maps in half.items()})
+            np.savez(
+                asked.work / f"naive-{start + i}.npz",
+                **{name: maps[i] for name, maps in half.items()},
+            )
 
     batch(0)
     started = time.perf_counter()
@@ -143,9 +167,13 @@ def bare(asked: argparse.Namespace) -> dict[str, float]:
     """Run the truncated U-Net on one batch, over and over."""
     compute = resolve_compute(asked.device, "auto")
     teacher = prepare_teacher(
-        load_teacher(str(asked.work / "teacher")), ViewSpec(height=SIZE, width=SIZE), taps=TAPS,
-        timesteps=(TIMESTEP,), batch_size=asked.batch_size, compute=compute,
-    )  # fmt: skip
+        load_teacher(str(asked.work / "teacher")),
+        ViewSpec(height=SIZE, width=SIZE),
+        taps=TAPS,
+        timesteps=(TIMESTEP,),
+        batch_size=asked.batch_size,
+        compute=compute,
+    )
     noisy = torch.randn(asked.batch_size, 3, SIZE, SIZE, device=compute.device)
     noisy = noisy.contiguous(memory_format=torch.channels_last)
     t_B = torch.full((asked.batch_size,), TIMESTEP, device=compute.device)
@@ -167,9 +195,12 @@ def whole(asked: argparse.Namespace) -> dict[str, float]:
     """Extract a cache, fit included in the peak memory and told apart in time."""
     with tempfile.TemporaryDirectory(dir=asked.work) as out:
         options = ExtractOptions(
-            teacher=str(asked.work / "teacher"), timestep=(TIMESTEP,), taps="4,8,16,32", batch_size=asked.batch_size,
+            teacher=str(asked.work / "teacher"),
+            timestep=(TIMESTEP,),
+            taps="4,8,16,32",
+            batch_size=asked.batch_size,
             device=asked.device,
-        )  # fmt: skip
+        )
         done = extract(asked.work / "images", Path(out) / "cache", options)
     return {
         "views_per_second": 2 * asked.images / done.shard_seconds,

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dtcache.codec.transform import whiten
-from dtcache.columns import SampleList
+from dtcache.codec.pca_dct import whiten
 from dtcache.device import resolve_compute
 from dtcache.images import load_views, open_source, permuted
 from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
-from dtcache.spec import ViewSpec, tap_name
+from dtcache.recipe import ViewSpec, tap_name
+from dtcache.samples import SampleList
 from dtcache.teacher import LoadedTeacher, Teacher, prepare_teacher
-from dtcache.teacher.build import build_unet, ddpm_scheduler
+from dtcache.teacher.ddpm import build_unet, ddpm_scheduler
 from dtcache.teacher.unet import UNetDenoiser
-from pipelines.job import Job, make_job
-from pipelines.progress import track
+from pipelines.extract.plan import Job, make_job
+from pipelines.terminal.progress import track
 
 BATCH = 64
 ADM_CHANNELS = (256, 256, 512, 512, 1024, 1024)
@@ -43,9 +43,13 @@ class FeatureSet:
     """Teacher, images and timestep, in words."""
 
 
-def cifar10_features(spool: Path, data: Path, teacher: Path, timestep: int, fit: int, count: int) -> FeatureSet:
+def cifar10_features(
+    spool: Path, data: Path, teacher: Path, timestep: int, fit: int, count: int
+) -> FeatureSet:
     """Fit on the first training images of the permuted order; count the first test images of theirs."""
-    options = ExtractOptions(teacher=str(teacher), timestep=(timestep,), limit=fit, flip=False, batch_size=BATCH)
+    options = ExtractOptions(
+        teacher=str(teacher), timestep=(timestep,), limit=fit, flip=False, batch_size=BATCH
+    )
     job = make_job(open_source(data / "cifar10-train.parquet"), options)
     test = open_source(data / "cifar10-test.parquet")
     order = permuted(len(test.keys), seed=0, stream="rows")[:count]
@@ -64,12 +68,20 @@ def adm_features(spool: Path, data: Path | None, timestep: int, fit: int, count:
     samples = SampleList(source.keys, source.labels, order)
     view = ViewSpec(height=256, width=256)
     job = Job(
-        source=source, samples=samples[:fit], view=view, teacher=_adm_teacher(timestep), flips=(False,), draws=1,
-        average=False, stores_images=False, seed=0,
-    )  # fmt: skip
+        source=source,
+        samples=samples[:fit],
+        view=view,
+        teacher=_adm_teacher(timestep),
+        flips=(False,),
+        draws=1,
+        average=False,
+        stores_images=False,
+        seed=0,
+    )
     kind = "CamVid photographs" if data else "generated scenes"
     about = (
-        f"ADM-shaped U-Net of random weights, t={timestep}: fitted on {fit} {kind}, counted on {count} others, 256 px"
+        f"ADM-shaped U-Net of random weights, t={timestep}: fitted on {fit} {kind}, "
+        f"counted on {count} others, 256 px"
     )
     return _feature_set(spool / "adm", job, replace(job, samples=samples[fit:]), about)
 
@@ -88,7 +100,9 @@ def _adm_teacher(timestep: int) -> Teacher:
         config_sha256="",
     )
     view = ViewSpec(height=256, width=256)
-    return prepare_teacher(loaded, view, taps=ADM_TAPS, timesteps=(timestep,), batch_size=ADM_BATCH, compute=compute)
+    return prepare_teacher(
+        loaded, view, taps=ADM_TAPS, timesteps=(timestep,), batch_size=ADM_BATCH, compute=compute
+    )
 
 
 def _feature_set(folder: Path, fit: Job, counted: Job, about: str) -> FeatureSet:
@@ -103,10 +117,14 @@ def _feature_set(folder: Path, fit: Job, counted: Job, about: str) -> FeatureSet
 def _spool(folder: Path, job: Job, draw: int) -> Maps:
     """Write the whitened features of a job's rows under one noise draw."""
     folder.mkdir(parents=True)
-    spec, count = job.teacher.spec, len(job.samples)
+    spec = job.teacher.spec
+    count = len(job.samples)
     maps = {
         tap_name(t, tap.name): np.memmap(
-            folder / f"{t}-{tap.name}", np.float16, "w+", shape=(count, tap.channels, tap.height, tap.width)
+            folder / f"{t}-{tap.name}",
+            np.float16,
+            "w+",
+            shape=(count, tap.channels, tap.height, tap.width),
         )
         for t in spec.timesteps
         for tap in spec.taps

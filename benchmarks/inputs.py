@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dtcache.columns import SampleList
 from dtcache.images import FolderSource, ImageSource, ParquetSource, TarSource, folder, permuted
-from dtcache.store.samples import hash_samples
+from dtcache.samples import SampleList
+from dtcache.store.sample_index import hash_samples
 
 FILES = 5
 HELD_MIB = (2048, 512, 128)
@@ -33,7 +33,10 @@ MIB = 1 << 20
 
 def main() -> None:
     """Measure, print, and keep the result."""
-    from records import Results, results_flag  # imports torch, which the measured processes do without
+    from records import (
+        Results,
+        results_flag,
+    )  # imports torch, which the measured processes do without
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
@@ -41,7 +44,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     results_flag(parser)
     asked = parser.parse_args()
-    command = f"python benchmarks/inputs.py --work SCRATCH --files {asked.files} --rows {asked.rows}"
+    command = (
+        f"python benchmarks/inputs.py --work SCRATCH --files {asked.files} --rows {asked.rows}"
+    )
     results = Results(folder=asked.results, command=command)
     result = results.once("inputs", lambda: measure(asked.work, asked.files, asked.rows))
     print(*(f"{name}: {value}" for name, value in result["list"].items()), sep="\n")
@@ -54,13 +59,20 @@ def main() -> None:
 
 def measure(work: Path, files: int, rows: int) -> dict[str, Any]:
     """Return what listing and reading cost."""
-    kinds: list[tuple[str, Any, Any]] = [("folder", write_folder, FolderSource), ("tars", write_tars, open_tars)]
+    kinds: list[tuple[str, Any, Any]] = [
+        ("folder", write_folder, FolderSource),
+        ("tars", write_tars, open_tars),
+    ]
     for group in GROUP_ROWS:
         for held in HELD_MIB:
-            kinds.append((f"Parquet, groups of {group}, {held} MiB", Written(group), Held(held * MIB)))
+            kinds.append(
+                (f"Parquet, groups of {group}, {held} MiB", Written(group), Held(held * MIB))
+            )
     reads = []
     for name, write, open_with in kinds:
-        root = alone(write, work, rows)  # in another process: what writing takes is no part of a peak
+        root = alone(
+            write, work, rows
+        )  # in another process: what writing takes is no part of a peak
         reads.append(alone(read_all, name, open_with, root, rows))
     return {"list": alone(list_files, work, files), "reads": reads}
 
@@ -77,7 +89,11 @@ def list_files(work: Path, count: int) -> dict[str, float]:
     for start in range(0, 0 if root.exists() else count, 1000):
         (root / f"class_{start // 1000:08}").mkdir(parents=True)
         for number in range(start, start + 1000):
-            (root / f"class_{start // 1000:08}" / f"n{start // 1000:08}_{number:08}_photograph.jpeg").touch()
+            (
+                root
+                / f"class_{start // 1000:08}"
+                / f"n{start // 1000:08}_{number:08}_photograph.jpeg"
+            ).touch()
     started = time.perf_counter()
     paths = (p for p in root.rglob("*") if p.suffix.lower() in folder.EXTENSIONS and p.is_file())
     slow = sorted(p.relative_to(root).as_posix() for p in paths)
@@ -94,9 +110,13 @@ def list_files(work: Path, count: int) -> dict[str, float]:
     kept, most = tracemalloc.get_traced_memory()
     arrow = pa.total_allocated_bytes() - arrow
     return {
-        "files": count, "key_length": len(slow[0]), "pathlib_s": between - started, "list_s": seconds,
-        "kept_bytes_a_sample": (kept + arrow) / count, "peak_bytes_a_sample": (most + arrow) / count,
-    }  # fmt: skip
+        "files": count,
+        "key_length": len(slow[0]),
+        "pathlib_s": between - started,
+        "list_s": seconds,
+        "kept_bytes_a_sample": (kept + arrow) / count,
+        "peak_bytes_a_sample": (most + arrow) / count,
+    }
 
 
 def read_all(name: str, open_with: Any, root: Path, count: int) -> dict[str, Any]:
@@ -104,15 +124,22 @@ def read_all(name: str, open_with: Any, root: Path, count: int) -> dict[str, Any
     before = memory("VmRSS")
     started = time.perf_counter()
     source: ImageSource = open_with(root)
-    opened, cpu, size = time.perf_counter(), time.process_time(), 0
+    opened = time.perf_counter()
+    cpu = time.process_time()
+    size = 0
     for _, fetch in source.fetches(permuted(count, seed=0, stream="rows").tolist()):
         size += len(fetch())
-    seconds, cpu = time.perf_counter() - opened, time.process_time() - cpu
+    seconds = time.perf_counter() - opened
+    cpu = time.process_time() - cpu
     peak = memory("VmHWM") - before
     return {
-        "source": name, "open_s": opened - started, "rows_per_s": count / seconds, "cpu_ms": 1000 * cpu / count,
-        "peak_mib": peak, "bytes": size,
-    }  # fmt: skip
+        "source": name,
+        "open_s": opened - started,
+        "rows_per_s": count / seconds,
+        "cpu_ms": 1000 * cpu / count,
+        "peak_mib": peak,
+        "bytes": size,
+    }
 
 
 def memory(field: str) -> float:
@@ -126,7 +153,9 @@ def parts(count: int) -> Iterator[list[tuple[str, bytes]]]:
     rng = np.random.default_rng(0)
     for part in range(FILES):
         sizes = rng.integers(20_000, 80_000, count // FILES)
-        yield [(f"{part}/{number:06}.jpg", rng.bytes(int(size))) for number, size in enumerate(sizes)]
+        yield [
+            (f"{part}/{number:06}.jpg", rng.bytes(int(size))) for number, size in enumerate(sizes)
+        ]
 
 
 def write_folder(work: Path, count: int) -> Path:
@@ -169,7 +198,9 @@ class Written:
         for part, images in enumerate(parts(count) if not root.exists() else ()):
             root.mkdir(exist_ok=True)
             column = pa.array([{"bytes": data, "path": name} for name, data in images], kind)
-            pq.write_table(pa.table({"image": column}), root / f"{part}.parquet", row_group_size=self._rows)
+            pq.write_table(
+                pa.table({"image": column}), root / f"{part}.parquet", row_group_size=self._rows
+            )
         return root
 
 

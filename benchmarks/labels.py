@@ -29,20 +29,27 @@ from labels_measures import held_out, interpreter_miou, own_miou
 from labels_plan import Plan, asked_plan
 from labels_tables import write_tables
 
-from dtcache.cache import Cache
+from dtcache.cache.cache import Cache
 from dtcache.images import open_masks, permuted
 from dtcache.images.scenes import write_scenes
-from dtcache.options import EvaluateOptions, ExtractOptions, LabelFitOptions, LabelWriteOptions, TrainOptions
+from dtcache.options import (
+    EvaluateOptions,
+    ExtractOptions,
+    LabelFitOptions,
+    LabelWriteOptions,
+    TrainOptions,
+)
+from dtcache.store.summary import inspect_cache
 from dtcache.student import load_backbone, probe_maps
-from dtcache.student.head import LogitHead, load_head, save_head
-from pipelines.extract import extract
-from pipelines.label.fit import fit_interpreter
-from pipelines.label.write import write_labels
-from pipelines.report import inspect_cache
-from pipelines.segment import segment
-from pipelines.train import train
+from dtcache.student.logit_head import LogitHead, load_head, save_head
+from pipelines.evaluate.segmentation import segment
+from pipelines.extract.extract import extract
+from pipelines.label.fit_interpreter import fit_interpreter
+from pipelines.label.write_labels import write_labels
+from pipelines.train.train import train
 
-TEST_START, FINETUNING_SEEDS = 1_000_000, 1000
+TEST_START = 1_000_000
+FINETUNING_SEEDS = 1000
 
 
 def main() -> None:
@@ -58,9 +65,12 @@ def scenes(plan: Plan) -> Plan:
     for split, start, count in (("train", 0, plan.images), ("test", TEST_START, plan.test_images)):
         write_scenes(plan.work / split, seed=0, size=64, count=count, start=start)
     return replace(
-        plan, train=plan.work / "train/images", train_masks=plan.work / "train/masks",
-        test=plan.work / "test/images", test_masks=plan.work / "test/masks",
-    )  # fmt: skip
+        plan,
+        train=plan.work / "train/images",
+        train_masks=plan.work / "train/masks",
+        test=plan.work / "test/images",
+        test_masks=plan.work / "test/masks",
+    )
 
 
 @contextmanager
@@ -77,14 +87,26 @@ def run_all(plan: Plan) -> None:
     """Cache once; then, seed by seed so that pairs grow, fit, write, distil and finetune."""
     assert plan.train is not None and plan.test is not None
     with teacher(plan) as where:
-        for split, images, limit in (("cache", plan.train, plan.images), ("test-cache", plan.test, None)):
-            extract(images, plan.work / split, ExtractOptions(
-                teacher=where, timestep=(plan.timestep,), quality=plan.quality, limit=limit, device=plan.device,
-                compile=plan.compile,
-            ))  # fmt: skip
+        for split, images, limit in (
+            ("cache", plan.train, plan.images),
+            ("test-cache", plan.test, None),
+        ):
+            extract(
+                images,
+                plan.work / split,
+                ExtractOptions(
+                    teacher=where,
+                    timestep=(plan.timestep,),
+                    quality=plan.quality,
+                    limit=limit,
+                    device=plan.device,
+                    compile=plan.compile,
+                ),
+            )
     report = inspect_cache(plan.work / "cache")
     plan.results.once(
-        "cache", lambda: {name: report[name] for name in ("num_done", "bytes_per_image", "ratio", "parts")}
+        "cache",
+        lambda: {name: report[name] for name in ("num_done", "bytes_per_image", "ratio", "parts")},
     )
     for seed in range(plan.seeds):
         for count in map(int, plan.labelled.split(",")):
@@ -94,14 +116,29 @@ def run_all(plan: Plan) -> None:
 
 def run_one(plan: Plan, count: int, seed: int) -> None:
     """Run all arms of one labelled subset and one seed."""
-    masks, name = subset(plan, count, seed), f"n{count}-seed{seed}"
-    once, interpreter = plan.results.once, plan.work / "interpreters" / name
+    masks = subset(plan, count, seed)
+    name = f"n{count}-seed{seed}"
+    once = plan.results.once
+    interpreter = plan.work / "interpreters" / name
     if not interpreter.exists():
-        fit_interpreter(plan.work / "cache", interpreter, LabelFitOptions(
-            masks=masks, images=plan.train, validation=0.0, width=plan.width, epochs=plan.fit_epochs,
-            warmup_epochs=plan.fit_epochs // 5, seed=seed, device=plan.device,
-        ))  # fmt: skip
-    once(f"{name}-interpreter", lambda: interpreter_miou(interpreter, plan.work / "test-cache", tested(plan, masks)))
+        fit_interpreter(
+            plan.work / "cache",
+            interpreter,
+            LabelFitOptions(
+                masks=masks,
+                images=plan.train,
+                validation=0.0,
+                width=plan.width,
+                epochs=plan.fit_epochs,
+                warmup_epochs=plan.fit_epochs // 5,
+                seed=seed,
+                device=plan.device,
+            ),
+        )
+    once(
+        f"{name}-interpreter",
+        lambda: interpreter_miou(interpreter, plan.work / "test-cache", tested(plan, masks)),
+    )
     once(f"{name}-labels", lambda: written(plan, interpreter, name, "10%"))
     if plan.exact:
         once(f"{name}-labels-exact", lambda: written(plan, interpreter, f"{name}-exact", "100%"))
@@ -120,31 +157,49 @@ def students(plan: Plan, name: str, seed: int) -> dict[str, Path]:
         "feature": distilled(plan, f"feature-{plan.loss}-seed{seed}", seed, loss=plan.loss),
         "label": distilled(plan, f"label-{name}", seed, labels=name, feature_weight=0.0),
         "mixed": distilled(
-            plan, f"mixed-{plan.loss}-{plan.label_weight:g}-{name}", seed, labels=name, loss=plan.loss,
+            plan,
+            f"mixed-{plan.loss}-{plan.label_weight:g}-{name}",
+            seed,
+            labels=name,
+            loss=plan.loss,
             label_weight=plan.label_weight,
         ),
-    }  # fmt: skip
+    }
     if plan.exact:
-        runs["label-exact"] = distilled(plan, f"label-exact-{name}", seed, labels=f"{name}-exact", feature_weight=0.0)
+        runs["label-exact"] = distilled(
+            plan, f"label-exact-{name}", seed, labels=f"{name}-exact", feature_weight=0.0
+        )
     return runs
 
 
-def finetune(plan: Plan, name: str, masks: Path, runs: dict[str, Path], seed: int, number: int) -> None:
+def finetune(
+    plan: Plan, name: str, masks: Path, runs: dict[str, Path], seed: int, number: int
+) -> None:
     """Finetune every start once, with a seed of its own for the order of images, crops and jitter."""
     untrained = random_head(plan, runs["label"], seed)
-    starts = {"random": (runs["feature"] / "init", untrained), "feature": (runs["feature"] / "backbone", untrained)}
+    starts = {
+        "random": (runs["feature"] / "init", untrained),
+        "feature": (runs["feature"] / "backbone", untrained),
+    }
     starts |= {arm: (run / "backbone", run) for arm, run in runs.items() if (run / "head").is_dir()}
     for arm, (backbone, head) in starts.items():
-        options = replace(tested(plan, masks), head=str(head), seed=seed + FINETUNING_SEEDS * number)
+        options = replace(
+            tested(plan, masks), head=str(head), seed=seed + FINETUNING_SEEDS * number
+        )
         result = f"{name}-{arm}" + (f"-finetuning{number}" if number else "")
-        plan.results.once(result, lambda backbone=backbone, options=options: finetuned(backbone, options))
+        plan.results.once(
+            result, lambda backbone=backbone, options=options: finetuned(backbone, options)
+        )
 
 
 def subset(plan: Plan, count: int, seed: int) -> Path:
     """Return a folder with the masks of `count` cached images, chosen by the seed; larger subsets hold the smaller."""
     assert plan.train_masks is not None
-    out, whole = plan.work / "masks" / f"n{count}-seed{seed}", open_masks(plan.train_masks)
-    keys = sorted(key for key in Cache(plan.work / "cache").samples["key"].to_pylist() if whole.has(key))
+    out = plan.work / "masks" / f"n{count}-seed{seed}"
+    whole = open_masks(plan.train_masks)
+    keys = sorted(
+        key for key in Cache(plan.work / "cache").samples["key"].to_pylist() if whole.has(key)
+    )
     for place in permuted(len(keys), seed=seed, stream="labelled")[:count].tolist():
         target = out / whole.path(keys[place]).relative_to(whole.root)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +211,9 @@ def subset(plan: Plan, count: int, seed: int) -> Path:
 def written(plan: Plan, interpreter: Path, name: str, share: str) -> dict[str, Any]:
     """Write a label set and return what it costs and how exact it is."""
     assert plan.train_masks is not None
-    options = LabelWriteOptions(name=name, share=share, masks=plan.train_masks, images=plan.train, device=plan.device)
+    options = LabelWriteOptions(
+        name=name, share=share, masks=plan.train_masks, images=plan.train, device=plan.device
+    )
     done = write_labels(plan.work / "cache", interpreter, options)
     return {"share": done.share, **done.measured}
 
@@ -164,10 +221,21 @@ def written(plan: Plan, interpreter: Path, name: str, share: str) -> dict[str, A
 def distilled(plan: Plan, name: str, seed: int, **chosen: Any) -> Path:
     """Train a student, unless that is done, and return its run."""
     out = plan.work / "runs" / name
-    train(plan.work / "cache", out, TrainOptions(
-        student=plan.student, student_size=plan.student_size, fpn_width=plan.fpn_width, epochs=plan.epochs,
-        batch_size=plan.batch_size, seed=seed, device=plan.device, compile=plan.compile, **chosen,
-    ))  # fmt: skip
+    train(
+        plan.work / "cache",
+        out,
+        TrainOptions(
+            student=plan.student,
+            student_size=plan.student_size,
+            fpn_width=plan.fpn_width,
+            epochs=plan.epochs,
+            batch_size=plan.batch_size,
+            seed=seed,
+            device=plan.device,
+            compile=plan.compile,
+            **chosen,
+        ),
+    )
     return out
 
 
@@ -175,9 +243,16 @@ def tested(plan: Plan, masks: Path) -> EvaluateOptions:
     """Return the recipe of finetuning on the labelled images, and the test images."""
     assert plan.train is not None
     return EvaluateOptions(
-        task="segmentation", train=plan.train, train_masks=masks, test=plan.test, test_masks=plan.test_masks,
-        finetune=True, epochs=plan.finetune_epochs, lr=plan.finetune_lr, device=plan.device,
-    )  # fmt: skip
+        task="segmentation",
+        train=plan.train,
+        train_masks=masks,
+        test=plan.test,
+        test_masks=plan.test_masks,
+        finetune=True,
+        epochs=plan.finetune_epochs,
+        lr=plan.finetune_lr,
+        device=plan.device,
+    )
 
 
 def finetuned(backbone: Path, options: EvaluateOptions) -> dict[str, Any]:

@@ -9,33 +9,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from dtcache.cache import Cache
+from dtcache.cache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.labels import load_interpreter
+from dtcache.metrics.segmentation import confusion_matrix, mean_iou
 from dtcache.options import EvaluateOptions
 from dtcache.student.blocks import resize
-from dtcache.student.head import load_head
-from pipelines.iou import confusion_matrix, mean_iou
-from pipelines.label.labelled import images_with_masks
-from pipelines.masked import masked_images
-from pipelines.segment import BATCH_SIZE, count_test
-from pipelines.trunks import open_trunk
+from dtcache.student.logit_head import load_head
+from pipelines.evaluate.dense_features import open_trunk
+from pipelines.evaluate.masked_images import masked_images
+from pipelines.evaluate.segmentation import BATCH_SIZE, count_test
+from pipelines.label.labelled_rows import images_with_masks
 
 
 @torch.no_grad()
 def interpreter_miou(folder: Path, test_cache: Path, options: EvaluateOptions) -> dict[str, float]:
     """Return an interpreter's own `miou` on the teacher's cached features of the test images, per cent."""
-    cache, interpreter = Cache(test_cache), load_interpreter(folder)
+    cache = Cache(test_cache)
+    interpreter = load_interpreter(folder)
     assert options.test_masks is not None
     known = images_with_masks(cache, options.test_masks, None, None, options.test)
     names = list(interpreter.spec.shapes)
-    decoder, classes = cache.decoder(names), len(interpreter.spec.classes)
+    decoder = cache.decoder(names)
+    classes = len(interpreter.spec.classes)
     counts = np.zeros((classes, classes), np.int64)
     for start in range(0, len(known), 32):
         part = known.part(range(start, min(start + 32, len(known))))
         coefficients, _ = cache.coefficients(part.rows, [0] * len(part), names)
         logits = resize(interpreter.network(decoder(coefficients)), part.truth_NHW.shape[1:])
-        counts += confusion_matrix(part.truth_NHW.numpy(), logits.argmax(1).numpy(), classes, part.ignore)
+        counts += confusion_matrix(
+            part.truth_NHW.numpy(), logits.argmax(1).numpy(), classes, part.ignore
+        )
     return {"miou": 100 * mean_iou(counts)}
 
 
@@ -45,7 +49,9 @@ def own_miou(run: Path, options: EvaluateOptions) -> dict[str, float]:
     trunk = open_trunk(str(run / "backbone"), replace(options, finetune=False), BATCH_SIZE, compute)
     _, test = masked_images(options, trunk.view)
     head, spec = load_head(run / "head", trunk.shapes, trunk.input_size)
-    counts = count_test(trunk, head.to(compute.device), test, len(spec.classes), BATCH_SIZE, compute)
+    counts = count_test(
+        trunk, head.to(compute.device), test, len(spec.classes), BATCH_SIZE, compute
+    )
     return {"miou": 100 * mean_iou(counts)}
 
 

@@ -10,7 +10,12 @@ from paired import bounds, interval
 from records import Results
 
 ARMS = ("random", "feature", "label", "label-exact", "mixed", "interpreter")
-GOALS = (("mixed", "random", 5.0), ("mixed", "feature", 0.0), ("mixed", "label", -1.0), ("label", "label-exact", -1.0))
+GOALS = (
+    ("mixed", "random", 5.0),
+    ("mixed", "feature", 0.0),
+    ("mixed", "label", -1.0),
+    ("label", "label-exact", -1.0),
+)
 """Arm, the one that it is compared with, and the least of the paired difference in points of mIoU."""
 OWN_GOALS = (("mixed", "label", -1.0), ("label", "label-exact", -1.0))
 """The same of students that are not finetuned, by their own heads."""
@@ -45,7 +50,8 @@ def count_lines(found: dict[str, Any], count: int, judged: bool) -> list[str]:
 
     Goals are those of scenes: other images are reported without.
     """
-    runs, own = scores_of(found, count, r"(?:-finetuning([0-9]+))?"), scores_of(found, count, "-own()")
+    runs = scores_of(found, count, r"(?:-finetuning([0-9]+))?")
+    own = scores_of(found, count, "-own()")
     lines = [
         f"### {count} labelled images",
         "",
@@ -57,13 +63,39 @@ def count_lines(found: dict[str, Any], count: int, judged: bool) -> list[str]:
         seeds = sorted({*scores, *own[arm]})
         if seeds:
             times = sum(map(len, scores.values())) if arm != "interpreter" else 0
-            losses = [held_out(found, [f"n{count}-{seed}-{arm}" for seed in seeds], kind) for kind in ("mse", "label")]
-            against = [paired(scores, runs[other]) if other != arm else [] for other in ("random", "feature")]
+            losses = [
+                held_out(found, [f"n{count}-{seed}-{arm}" for seed in seeds], kind)
+                for kind in ("mse", "label")
+            ]
+            against = [
+                paired(scores, runs[other]) if other != arm else []
+                for other in ("random", "feature")
+            ]
             differences = [interval(pairs, "") if pairs else "-" for pairs in against]
-            words = [arm, str(len(seeds)), str(times or "-"), *losses, mean(own[arm]), mean(scores), *differences]
+            words = [
+                arm,
+                str(len(seeds)),
+                str(times or "-"),
+                *losses,
+                mean(own[arm]),
+                mean(scores),
+                *differences,
+            ]
             lines.append(f"| {' | '.join(words)} |")
-    goals = [*goal_lines(runs, GOALS, "", judged), *goal_lines(own, OWN_GOALS, ", own heads", judged)]
-    return [*lines, "", HELD_OUT, "", *goals, *loss_lines(found, count), *cost_lines(found, count), ""]
+    goals = [
+        *goal_lines(runs, GOALS, "", judged),
+        *goal_lines(own, OWN_GOALS, ", own heads", judged),
+    ]
+    return [
+        *lines,
+        "",
+        HELD_OUT,
+        "",
+        *goals,
+        *loss_lines(found, count),
+        *cost_lines(found, count),
+        "",
+    ]
 
 
 def scores_of(found: dict[str, Any], count: int, ending: str) -> dict[str, Scores]:
@@ -78,7 +110,11 @@ def scores_of(found: dict[str, Any], count: int, ending: str) -> dict[str, Score
 
 def mean(scores: Scores) -> str:
     """Return the mean over seeds of the mean of their repeats, as text."""
-    return f"{statistics.mean(statistics.mean(of.values()) for of in scores.values()):.2f}" if scores else "-"
+    return (
+        f"{statistics.mean(statistics.mean(of.values()) for of in scores.values()):.2f}"
+        if scores
+        else "-"
+    )
 
 
 def held_out(found: dict[str, Any], arms: Sequence[str], kind: str) -> str:
@@ -93,11 +129,15 @@ def paired(scores: Scores, others: Scores) -> list[float]:
     for seed in sorted(scores.keys() & others.keys()):
         common = scores[seed].keys() & others[seed].keys()
         if common:
-            found.append(statistics.mean(scores[seed][number] - others[seed][number] for number in common))
+            found.append(
+                statistics.mean(scores[seed][number] - others[seed][number] for number in common)
+            )
     return found
 
 
-def goal_lines(runs: dict[str, Scores], goals: Sequence[tuple[str, str, float]], what: str, judged: bool) -> list[str]:
+def goal_lines(
+    runs: dict[str, Scores], goals: Sequence[tuple[str, str, float]], what: str, judged: bool
+) -> list[str]:
     """Return the differences, and whether each goal is met: an interval on both sides of it decides nothing."""
     lines = []
     for arm, other, least in goals:
@@ -121,7 +161,9 @@ def loss_lines(found: dict[str, Any], count: int) -> list[str]:
                 losses[matched[2] == other][matched[1]] = {"0": result[kind]}
         differences = paired(*losses)
         if differences:
-            lines.append(f"- {arm} over {other}, held-out {kind} loss: {interval(differences, '', 3)}")
+            lines.append(
+                f"- {arm} over {other}, held-out {kind} loss: {interval(differences, '', 3)}"
+            )
     return lines
 
 
@@ -133,7 +175,9 @@ def cost_lines(found: dict[str, Any], count: int) -> list[str]:
             r for n, r in found.items() if re.fullmatch(rf"n{count}-seed[0-9]+-{kind}", n)
         ]
         if sets:
-            share, error = (statistics.mean(s[name] for s in sets) for name in ("share", "total_variation"))
+            share, error = (
+                statistics.mean(s[name] for s in sets) for name in ("share", "total_variation")
+            )
             most = max(s["share"] for s in sets)
             goal = f", goal at most {MOST_SHARE:.0%}: {'met' if most <= MOST_SHARE else 'missed'}"
             lines.append(

@@ -31,7 +31,7 @@ from records import results_flag, write
 from synthetic import LARGE, SMALL, Shape, features, fit_pyramid, names_of, write_synthetic_cache
 from zarr.codecs import Crc32cCodec
 
-from dtcache.cache import Cache
+from dtcache.cache.cache import Cache
 from dtcache.codec import FeatureEncoder
 
 RATIO = 50.0
@@ -55,8 +55,26 @@ class Pyramid:
 
 
 PYRAMIDS = (
-    Pyramid(name="small", shapes=SMALL, distinct=256, samples=4096, batch=256, fit_views=64, shard_rows=64, mix=512),
-    Pyramid(name="large", shapes=LARGE, distinct=12, samples=96, batch=8, fit_views=6, shard_rows=16, mix=16),
+    Pyramid(
+        name="small",
+        shapes=SMALL,
+        distinct=256,
+        samples=4096,
+        batch=256,
+        fit_views=64,
+        shard_rows=64,
+        mix=512,
+    ),
+    Pyramid(
+        name="large",
+        shapes=LARGE,
+        distinct=12,
+        samples=96,
+        batch=8,
+        fit_views=6,
+        shard_rows=16,
+        mix=16,
+    ),
 )
 OURS = "dtcache is warm times"
 FEATURES = "dtcache, decoded"
@@ -91,9 +109,12 @@ def make(root: Path, pyramid: Pyramid) -> None:
     root.mkdir(parents=True, exist_ok=True)
     fit = fit_pyramid(pyramid.shapes, pyramid.fit_views, RATIO)
     encoder = FeatureEncoder(fit, torch.device("cpu"))
-    payloads, int8 = {}, {}
+    payloads = {}
+    int8 = {}
     group = zarr.create_group(root / "int8.zarr", zarr_format=3, overwrite=True)
-    for place, (name, shape) in enumerate(zip(names_of(pyramid.shapes), pyramid.shapes, strict=True)):
+    for place, (name, shape) in enumerate(
+        zip(names_of(pyramid.shapes), pyramid.shapes, strict=True)
+    ):
         maps = features(shape, pyramid.distinct, seed=1000 + place)
         payloads[name] = [view.payload for view in encoder.encode(name, maps)]
         scale = maps.abs().amax((0, 2, 3), keepdim=True) / 127
@@ -103,14 +124,23 @@ def make(root: Path, pyramid: Pyramid) -> None:
         )
         write_repeated(half, maps.half().numpy())
         array = group.create_array(
-            name, shape=(pyramid.samples, *shape), dtype="int8", chunks=(1, *shape),
-            shards=(pyramid.shard_rows, *shape), compressors=[Crc32cCodec()], filters=None,
-        )  # fmt: skip
+            name,
+            shape=(pyramid.samples, *shape),
+            dtype="int8",
+            chunks=(1, *shape),
+            shards=(pyramid.shard_rows, *shape),
+            compressors=[Crc32cCodec()],
+            filters=None,
+        )
         write_repeated(array, int8[name], pyramid.shard_rows)
     write_synthetic_cache(
-        root / "cache", pyramid.shapes, fit, lambda name, row: payloads[name][row % pyramid.distinct],
-        pyramid.samples, pyramid.shard_rows,
-    )  # fmt: skip
+        root / "cache",
+        pyramid.shapes,
+        fit,
+        lambda name, row: payloads[name][row % pyramid.distinct],
+        pyramid.samples,
+        pyramid.shard_rows,
+    )
     (root / "litdata").mkdir()
     lit = LitCache(str(root / "litdata"), chunk_bytes="64MB")
     for row in range(pyramid.samples):
@@ -133,10 +163,15 @@ def loaders(root: Path, pyramid: Pyramid) -> dict[str, Read]:
     decoder = cache.decoder(names)
     halves = {name: np.load(root / f"{name.split('/')[1]}.npy", mmap_mode="r") for name in names}
     arrays = {name: zarr.open_array(root / "int8.zarr", path=name, mode="r") for name in names}
-    context = tensorstore.Context({"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}})
+    context = tensorstore.Context(
+        {"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
+    )
     specs = {name: {"driver": "file", "path": f"{root}/int8.zarr/{name}"} for name in names}
     specs = {name: {"driver": "zarr3", "kvstore": place} for name, place in specs.items()}
-    stores = {n: tensorstore.open(spec, open=True, read=True, context=context).result() for n, spec in specs.items()}
+    stores = {
+        n: tensorstore.open(spec, open=True, read=True, context=context).result()
+        for n, spec in specs.items()
+    }
     served = chain.from_iterable(repeat(StreamingDataset(str(root / "litdata"), shuffle=True)))
 
     def coefficients(rows: np.ndarray) -> dict[str, torch.Tensor]:
@@ -168,12 +203,21 @@ def measure(root: Path, pyramid: Pyramid, rounds: int) -> dict[str, dict[str, fl
         rate = statistics.median(rates)
         result[name] = {
             "warm views/s": round(rate, 1),
-            OURS: round(statistics.median(a / b for a, b in zip(warm["dtcache"], rates, strict=True)), 3),
+            OURS: round(
+                statistics.median(a / b for a, b in zip(warm["dtcache"], rates, strict=True)), 3
+            ),
         }
         if name in cold:
             served, fetched = cold[name]
-            limited = {f"at {label}": round(min(rate, width / fetched), 1) for label, width in BANDWIDTHS.items()}
-            result[name] |= {"cold views/s": round(served, 1), "disk bytes a view": round(fetched), **limited}
+            limited = {
+                f"at {label}": round(min(rate, width / fetched), 1)
+                for label, width in BANDWIDTHS.items()
+            }
+            result[name] |= {
+                "cold views/s": round(served, 1),
+                "disk bytes a view": round(fetched),
+                **limited,
+            }
     return result
 
 
@@ -203,15 +247,19 @@ def read_cold(root: Path, name: str, pyramid: Pyramid) -> tuple[float, float]:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     torch.set_num_threads(1)
-    read, tell = loaders(root, pyramid)[name], advice(root, name, pyramid)
-    before, started = disk_bytes(), time.perf_counter()
+    read = loaders(root, pyramid)[name]
+    tell = advice(root, name, pyramid)
+    before = disk_bytes()
+    started = time.perf_counter()
     mixes = list(mixed(pyramid))
     for place, rows in enumerate(mixes):
         for soon in mixes[place + (place > 0) : place + 2]:
             tell(soon)
         for start in range(0, len(rows), pyramid.batch):
             read(rows[start : start + pyramid.batch])
-    return pyramid.samples / (time.perf_counter() - started), (disk_bytes() - before) / pyramid.samples
+    return pyramid.samples / (time.perf_counter() - started), (
+        disk_bytes() - before
+    ) / pyramid.samples
 
 
 def mixed(pyramid: Pyramid) -> Iterator[np.ndarray]:
@@ -225,7 +273,9 @@ def advice(root: Path, name: str, pyramid: Pyramid) -> Callable[[np.ndarray], No
     """Return how a loader tells the disk of samples that it will read soon."""
     if name == "dtcache":
         cache = Cache(root / "cache")
-        return lambda rows: [cache.reader.will_need(array, np.sort(rows)) for array in cache.names] and None
+        return lambda rows: (
+            [cache.reader.will_need(array, np.sort(rows)) for array in cache.names] and None
+        )
     if name != "fp16 memory map":
         return lambda rows: None
     files = [os.open(root / f"stride{2**i}.npy", os.O_RDONLY) for i in range(len(pyramid.shapes))]
@@ -250,7 +300,9 @@ def show(pyramid: Pyramid, result: dict[str, dict[str, float]]) -> None:
     print(f"\n{pyramid.name}: {sum(map(np.prod, pyramid.shapes))} values a view")
     print(f"{'':24}" + "".join(f"{column:>22}" for column in columns))
     for name, row in result.items():
-        print(f"{name:24}" + "".join(f"{row.get(column, float('nan')):>22.5g}" for column in columns))
+        print(
+            f"{name:24}" + "".join(f"{row.get(column, float('nan')):>22.5g}" for column in columns)
+        )
 
 
 if __name__ == "__main__":

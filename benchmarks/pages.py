@@ -9,10 +9,15 @@ Records = dict[str, Any]
 """One experiment's records, as `records.write` leaves them, by name."""
 
 
-def write_page(experiments: Path, page: str, script: str, lines_of: Callable[[Records], list[str]]) -> None:
+def write_page(
+    experiments: Path, page: str, script: str, lines_of: Callable[[Records], list[str]]
+) -> None:
     """Write the tables of every experiment, a folder of results each, below what a page beside them says by hand."""
-    mark, path = f"<!-- What follows is written by benchmarks/{script}. -->", experiments.parent / page
-    lines = [line for folder in sorted(experiments.glob("*/")) for line in _section(folder, lines_of)]
+    mark = f"<!-- What follows is written by benchmarks/{script}. -->"
+    path = experiments.parent / page
+    lines = [
+        line for folder in sorted(experiments.glob("*/")) for line in _section(folder, lines_of)
+    ]
     head = path.read_text().split(mark)[0] if path.exists() else ""
     write_lines(path, [f"{head}{mark}", "", *lines])
 

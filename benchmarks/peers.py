@@ -14,7 +14,7 @@ from numcodecs import BitRound
 from numcodecs.zstd import compress
 from pcodec import ChunkConfig, standalone
 
-from pipelines.progress import track
+from pipelines.terminal.progress import track
 
 LEVEL = 3
 """Of zstd."""
@@ -48,10 +48,15 @@ def _bitshuffled(x: np.ndarray) -> int:
     """Return the bytes of Blosc2's bitshuffle and zstd, the widths of its own items."""
     return len(
         blosc2.compress2(
-            np.ascontiguousarray(x), codec=blosc2.Codec.ZSTD, clevel=5, filters=[blosc2.Filter.BITSHUFFLE],
-            filters_meta=[0], typesize=x.itemsize, nthreads=1,
+            np.ascontiguousarray(x),
+            codec=blosc2.Codec.ZSTD,
+            clevel=5,
+            filters=[blosc2.Filter.BITSHUFFLE],
+            filters_meta=[0],
+            typesize=x.itemsize,
+            nthreads=1,
         )
-    )  # fmt: skip
+    )
 
 
 def _zstd(x: np.ndarray) -> int:
@@ -68,7 +73,9 @@ def _int8(x: np.ndarray, coarser: float) -> Coded:
 
 def _fp8(x: np.ndarray, coarser: float) -> Coded:
     """e4m3; dividing by the knob pushes small values into its subnormals."""
-    scaled = torch.from_numpy(x.astype(np.float32)).div(coarser).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scaled = (
+        torch.from_numpy(x.astype(np.float32)).div(coarser).clamp(-448, 448).to(torch.float8_e4m3fn)
+    )
     return _zstd(scaled.view(torch.uint8).numpy()), scaled.float().mul(coarser).numpy()
 
 
@@ -90,9 +97,17 @@ def _pcodec_lossless(x: np.ndarray, _: float) -> Coded:
 
 PEERS = (
     Peer(name="fp16 + zstd, lossless", code=lambda x, _: (_zstd(x), x), knobs=(0.0,)),
-    Peer(name="fp16 + blosc2 bitshuffle zstd, lossless", code=lambda x, _: (_bitshuffled(x), x), knobs=(0.0,)),
+    Peer(
+        name="fp16 + blosc2 bitshuffle zstd, lossless",
+        code=lambda x, _: (_bitshuffled(x), x),
+        knobs=(0.0,),
+    ),
     Peer(name="pcodec, lossless", code=_pcodec_lossless, knobs=(0.0,)),
-    Peer(name="int8 a channel + zstd", code=_int8, knobs=(1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0, 48.0, 64.0)),
+    Peer(
+        name="int8 a channel + zstd",
+        code=_int8,
+        knobs=(1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0, 48.0, 64.0),
+    ),
     Peer(name="fp8 e4m3 + zstd", code=_fp8, knobs=tuple(2.0**k for k in (0, 4, 5, 6, 7, 8, 9))),
     Peer(name="BitRound + bitshuffle zstd", code=_bitround, knobs=(6, 5, 4, 3, 2, 1, 0)),
     Peer(name="step + pcodec", code=_pcodec, knobs=(0.06, 0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0)),
@@ -107,12 +122,19 @@ def peer_curves(maps: Mapping[str, np.ndarray], energy: float) -> dict[str, dict
         for peer in PEERS:
             for size in CHUNKS:
                 for knob in peer.knobs:
-                    total, error = 0, 0.0
+                    total = 0
+                    error = 0.0
                     for chunk in _chunks(maps, size):
                         coded, decoded = peer.code(chunk, knob)
                         total += coded
-                        error += float(np.square(chunk - decoded, dtype=np.float32).sum(dtype=np.float64))
-                    point = Point(setting=knob, distortion=error / count / energy, bytes_per_image=total / count)
+                        error += float(
+                            np.square(chunk - decoded, dtype=np.float32).sum(dtype=np.float64)
+                        )
+                    point = Point(
+                        setting=knob,
+                        distortion=error / count / energy,
+                        bytes_per_image=total / count,
+                    )
                     curves.setdefault(peer.name, {}).setdefault(size, []).append(point)
                     progress.advance(1, f"{peer.name}, {size} a chunk")
     return curves
@@ -135,7 +157,8 @@ def bytes_at(points: list[Point], distortion: float) -> float | None:
         return None
     if len(better) == len(ordered):
         return min(better)
-    below, above = ordered[len(better) - 1], ordered[len(better)]
+    below = ordered[len(better) - 1]
+    above = ordered[len(better)]
     if below.distortion <= 0:
         return min(better)
     share = np.log(distortion / below.distortion) / np.log(above.distortion / below.distortion)

@@ -27,32 +27,46 @@ from peers import bytes_at, bytes_near, peer_curves
 from records import ROOT, commit, machine, results_flag
 
 from dtcache.codec.fit import TapStatistics, solve_step, tap_statistics
-from pipelines.progress import track
+from pipelines.terminal.progress import track
 
 DISTORTIONS = (0.3, 0.1, 0.03, 0.01, 0.003)
 RATIO = 50.0
 SIZED = 48
-OURS, BOUND = "dtcache", "Gaussian bound"
+OURS = "dtcache"
+BOUND = "Gaussian bound"
 
 
 def main() -> None:
     """Measure both teachers, print the tables, write JSON and plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder with cifar10-*.parquet and camvid [scenes for ADM alone]")
-    parser.add_argument("--teacher", type=Path, default=ROOT / "benchmarks" / "teachers" / "cifar10")
+    parser.add_argument(
+        "--data", type=Path, help="folder with cifar10-*.parquet and camvid [scenes for ADM alone]"
+    )
+    parser.add_argument(
+        "--teacher", type=Path, default=ROOT / "benchmarks" / "teachers" / "cifar10"
+    )
     parser.add_argument("--timestep", type=int, default=50)
     parser.add_argument("--count", type=int, default=10_000, help="CIFAR-10 images counted")
-    parser.add_argument("--peer-count", type=int, default=128, help="of these, how many the peers see")
-    parser.add_argument("--adm-fit", type=int, default=8, help="images that the ADM shape's codec is fitted on")
+    parser.add_argument(
+        "--peer-count", type=int, default=128, help="of these, how many the peers see"
+    )
+    parser.add_argument(
+        "--adm-fit", type=int, default=8, help="images that the ADM shape's codec is fitted on"
+    )
     parser.add_argument("--adm-count", type=int, default=4, help="images of the ADM shape counted")
     parser.add_argument(
-        "--workers", type=int, default=2, help="processes of one thread; 1: one teacher after the other"
+        "--workers",
+        type=int,
+        default=2,
+        help="processes of one thread; 1: one teacher after the other",
     )
     results_flag(parser)
     asked = parser.parse_args()
     started = time.time()
     parts = [_cifar10] * bool(asked.data and asked.count) + [_adm] * bool(asked.adm_count)
-    with ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(
+        asked.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
         results = {part.__name__.strip("_"): pool.submit(part, asked) for part in parts}
         found = {name: result.result() for name, result in results.items()}
     print("\n".join(line for result in found.values() for line in table(result)))
@@ -65,14 +79,18 @@ def main() -> None:
 def _cifar10(asked: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = cifar10_features(Path(folder), asked.data, asked.teacher, asked.timestep, 256, asked.count)
+        found = cifar10_features(
+            Path(folder), asked.data, asked.teacher, asked.timestep, 256, asked.count
+        )
         return measure(found, asked.peer_count, few=False)
 
 
 def _adm(asked: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = adm_features(Path(folder), asked.data, asked.timestep, asked.adm_fit, asked.adm_count)
+        found = adm_features(
+            Path(folder), asked.data, asked.timestep, asked.adm_fit, asked.adm_count
+        )
         return measure(found, max(2, asked.adm_count // 2), few=True)
 
 
@@ -86,26 +104,38 @@ def measure(features: FeatureSet, peer_count: int, few: bool) -> dict[str, Any]:
     maps = features.counted
     with track("bound", 1) as progress:
         if few:
-            pooled = {name: np.concatenate([*features.fit[name], values]) for name, values in maps.items()}
+            pooled = {
+                name: np.concatenate([*features.fit[name], values]) for name, values in maps.items()
+            }
             variances = band_variances(pooled, {n: s.basis for n, s in statistics.items()})
         else:
             variances = band_variances(maps, None)
         progress.advance()
     count = len(next(iter(maps.values())))
     energy = energy_per_image(maps)
-    ours = [count_ours(fit, step, maps, energy) for step, fit in flat_fits(statistics, maps, energy, DISTORTIONS)]
+    ours = [
+        count_ours(fit, step, maps, energy)
+        for step, fit in flat_fits(statistics, maps, energy, DISTORTIONS)
+    ]
     fp16 = sum(2 * values[0].size for values in maps.values())
-    solved = solve_step(statistics, lambda fit: stored_bytes(fit, leading(maps, SIZED)), fp16 / RATIO)
+    solved = solve_step(
+        statistics, lambda fit: stored_bytes(fit, leading(maps, SIZED)), fp16 / RATIO
+    )
     default = count_ours(solved.fit, solved.step, maps, energy)
 
-    some = {name: values[:: max(1, count // peer_count)][:peer_count] for name, values in maps.items()}
+    some = {
+        name: values[:: max(1, count // peer_count)][:peer_count] for name, values in maps.items()
+    }
     peers = peer_curves(some, energy_per_image(some))
     rows = {
         BOUND: [bound_bytes(variances, d) for d in DISTORTIONS],
         OURS: [bytes_near([o.point for o in ours], d) for d in DISTORTIONS],
     }
     for name, by_chunk in peers.items():
-        found = [[b for points in by_chunk.values() if (b := bytes_at(points, d)) is not None] for d in DISTORTIONS]
+        found = [
+            [b for points in by_chunk.values() if (b := bytes_at(points, d)) is not None]
+            for d in DISTORTIONS
+        ]
         rows[name] = [min(values, default=None) for values in found]
     return {
         "about": features.about,
@@ -118,7 +148,10 @@ def measure(features: FeatureSet, peer_count: int, few: bool) -> dict[str, Any]:
         "default_at_50x": asdict(default),
         "settings": {
             OURS: [asdict(o) for o in ours],
-            **{n: {f"{k} a chunk": [asdict(p) for p in v] for k, v in c.items()} for n, c in peers.items()},
+            **{
+                n: {f"{k} a chunk": [asdict(p) for p in v] for k, v in c.items()}
+                for n, c in peers.items()
+            },
         },
     }
 
@@ -135,7 +168,8 @@ def fit_statistics(features: FeatureSet) -> dict[str, TapStatistics]:
 
 def table(result: dict[str, Any]) -> list[str]:
     """Return a Markdown table of bytes an image and, in brackets, how many times smaller than fp16 that is."""
-    fp16, rows = result["fp16_bytes"], result["bytes_per_image"]
+    fp16 = result["fp16_bytes"]
+    rows = result["bytes_per_image"]
     seen = f"the peers saw {result['images_peers']} of the images counted"
     lines = [f"{result['about']}; {seen}. fp16: {fp16} bytes an image.", ""]
     lines += ["| bytes an image at D = | " + " | ".join(f"{d:g}" for d in DISTORTIONS) + " |"]
@@ -146,13 +180,17 @@ def table(result: dict[str, Any]) -> list[str]:
     over = (f"{ours / bound:.2f}" for ours, bound in zip(rows[OURS], rows[BOUND], strict=True))
     lines.append(f"| {OURS} / bound | " + " | ".join(over) + " |")
     peers = (
-        min(row[i] for n, row in rows.items() if n not in (OURS, BOUND) and row[i]) for i in range(len(rows[OURS]))
+        min(row[i] for n, row in rows.items() if n not in (OURS, BOUND) and row[i])
+        for i in range(len(rows[OURS]))
     )
     under = (f"{peer / ours:.1f}" for peer, ours in zip(peers, rows[OURS], strict=True))
     lines.append(f"| smallest peer / {OURS} | " + " | ".join(under) + " |")
     default = result["default_at_50x"]["point"]
     size = default["bytes_per_image"]
-    lines += ["", f"The default fit, for students, has D = {default['distortion']:.3f} at {size:.0f} bytes."]
+    lines += [
+        "",
+        f"The default fit, for students, has D = {default['distortion']:.3f} at {size:.0f} bytes.",
+    ]
     return [*lines, ""]
 
 
@@ -161,7 +199,9 @@ def write(folder: Path, results: dict[str, Any], command: str, seconds: float) -
     record = {
         "command": command,
         "seconds": round(seconds, 1),
-        "processor_seconds": {name: result.pop("processor_seconds") for name, result in results.items()},
+        "processor_seconds": {
+            name: result.pop("processor_seconds") for name, result in results.items()
+        },
         "machine": machine(),
         "commit": commit(),
         "distortion": " ".join(__doc__.split("\n\n")[2].split()),
@@ -170,9 +210,18 @@ def write(folder: Path, results: dict[str, Any], command: str, seconds: float) -
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rate_distortion.json").write_text(json.dumps(record, indent=1) + "\n")
-    head = ["# Bytes at equal distortion", "", f"`{record['command']}`: {record['distortion']}", "", COUNTED, ""]
+    head = [
+        "# Bytes at equal distortion",
+        "",
+        f"`{record['command']}`: {record['distortion']}",
+        "",
+        COUNTED,
+        "",
+    ]
     lines = [line for result in results.values() for line in table(result)]
-    (folder / "rate_distortion.md").write_text("\n".join([*head, *lines, "![bits a value](rate_distortion.png)", ""]))
+    (folder / "rate_distortion.md").write_text(
+        "\n".join([*head, *lines, "![bits a value](rate_distortion.png)", ""])
+    )
     plot(results, folder / "rate_distortion.png")
 
 
@@ -181,12 +230,16 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(results), 4.5), layout="constrained")
-    for axes, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results.values(), strict=True):
+    for axes, result in zip(
+        figure.subplots(1, len(results), squeeze=False)[0], results.values(), strict=True
+    ):
         bits = 8 / (result["fp16_bytes"] / 2)
         for name, row in result["bytes_per_image"].items():
             kept = [(d, b * bits) for d, b in zip(DISTORTIONS, row, strict=True) if b is not None]
             style = {BOUND: "k--", OURS: "o-"}.get(name, ".:" if "lossless" in name else ".-")
-            axes.plot(*zip(*kept, strict=True), style, label=name, linewidth=2.5 if name == OURS else 1.2)
+            axes.plot(
+                *zip(*kept, strict=True), style, label=name, linewidth=2.5 if name == OURS else 1.2
+            )
         axes.set(xscale="log", yscale="log", xlabel="distortion D", ylabel="bits a value")
         axes.set_title(result["about"].split(":")[0], fontsize=10)
         axes.grid(alpha=0.3, which="both")

@@ -45,18 +45,24 @@ class Results:
 
     def _checked(self, path: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text())
-        made, asked, usual = (flags_of(text) for text in (record["command"], self.command, self.defaults))
+        made, asked, usual = (
+            flags_of(text) for text in (record["command"], self.command, self.defaults)
+        )
         for flag in sorted({*made, *asked} - {*self.amounts}):
             was, now = (flags.get(flag, usual.get(flag, "not given")) for flags in (made, asked))
             if was != now:
                 others = "another --name or --results" if "--name" in asked else "another --results"
-                raise SystemExit(f"{path}: recorded with {flag} {was}, asked for {flag} {now}; give {others}")
+                raise SystemExit(
+                    f"{path}: recorded with {flag} {was}, asked for {flag} {now}; give {others}"
+                )
         return record
 
 
 def results_flag(parser: argparse.ArgumentParser) -> None:
     """Add the flag that says where results lie."""
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results [docs/results]")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the results [docs/results]"
+    )
 
 
 def command_of(script: str, values: Mapping[str, Any], inputs: tuple[str, ...] = ()) -> str:
@@ -106,4 +112,6 @@ def machine() -> str:
 def commit() -> str:
     """Return the commit that the working tree is at."""
     command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout.strip()

@@ -32,9 +32,9 @@ from synthetic import (
     write_synthetic_cache,
 )
 
-from dtcache.cache import Cache
+from dtcache.cache.cache import Cache
+from dtcache.cache.loader import EpochLoader
 from dtcache.codec import FeatureEncoder, FittedTap
-from dtcache.loader import EpochLoader
 
 SHAPES = SMALL
 COUNTS = (1_000, 10_000, 100_000)
@@ -73,7 +73,9 @@ def main() -> None:
         write_linked(large, fit, payloads)
     probed = {str(count): probed_apart(asked.work / f"{count}") for count in COUNTS}
     result = {
-        "write, CPU us an image": {str(count): round(statistics.median(times), 1) for count, times in written.items()},
+        "write, CPU us an image": {
+            str(count): round(statistics.median(times), 1) for count, times in written.items()
+        },
         "read": {**probed, str(LARGE): probed_apart(large)},
     }
     print(json.dumps(result, indent=1))
@@ -85,7 +87,10 @@ def encode(fit: dict[str, FittedTap]) -> dict[str, list[bytes]]:
     """Return some payloads a tap, which rows share."""
     encoder = FeatureEncoder(fit, torch.device("cpu"))
     shapes = enumerate(zip(names_of(SHAPES), SHAPES, strict=True))
-    encoded = {name: encoder.encode(name, features(shape, DISTINCT, 1000 + i)) for i, (name, shape) in shapes}
+    encoded = {
+        name: encoder.encode(name, features(shape, DISTINCT, 1000 + i))
+        for i, (name, shape) in shapes
+    }
     return {name: [view.payload for view in views] for name, views in encoded.items()}
 
 
@@ -105,10 +110,16 @@ def write_linked(root: Path, fit: dict[str, FittedTap], payloads: dict[str, list
     for shard in middle:
         for array in arrays:
             os.link(root / array.object_path(first), root / array.object_path(shard))
-        objects = [replace(o, path=a.object_path(shard)) for o, a in zip(record.objects, arrays, strict=True)]
+        objects = [
+            replace(o, path=a.object_path(shard))
+            for o, a in zip(record.objects, arrays, strict=True)
+        ]
         rows = arrays[0].rows_of(shard)
         writer._records[shard] = replace(
-            record, shard=shard, objects=tuple(objects), content_sha256=tuple(f"{row:064x}" for row in rows)
+            record,
+            shard=shard,
+            objects=tuple(objects),
+            content_sha256=tuple(f"{row:064x}" for row in rows),
         )
     writer.seal()
 
@@ -126,13 +137,18 @@ def probe(root: Path) -> dict[str, float]:
     # Warm up the libraries and kernels on a cache of their own size.
     small = Cache(root.parent / str(COUNTS[0]))
     small.batch(np.arange(8), np.zeros(8), small.names)
-    base, started = resident(), time.perf_counter()
+    base = resident()
+    started = time.perf_counter()
     cache = Cache(root)
-    opened, memory_open = time.perf_counter(), resident() - base
-    rows = np.random.default_rng(0).permutation(np.arange(0, len(cache), max(1, len(cache) // PROBED)))
+    opened = time.perf_counter()
+    memory_open = resident() - base
+    rows = np.random.default_rng(0).permutation(
+        np.arange(0, len(cache), max(1, len(cache) // PROBED))
+    )
     for start in range(0, len(rows), BATCH):
         read(cache, rows[start : start + BATCH])
-    memory_met, files = resident() - base - memory_open, len(os.listdir("/proc/self/fd"))
+    memory_met = resident() - base - memory_open
+    files = len(os.listdir("/proc/self/fd"))
     reading = time.process_time()
     for start in range(0, len(rows), BATCH):
         read(cache, rows[start : start + BATCH])
@@ -140,7 +156,7 @@ def probe(root: Path) -> dict[str, float]:
     begun = time.perf_counter()
     batches = EpochLoader(
         cache, cache.reader.usable_rows, cache.names, batch_size=BATCH, seed=0, threads=1
-    ).epoch(0)  # fmt: skip
+    ).epoch(0)
     next(batches)
     begun = time.perf_counter() - begun
     batches.close()

@@ -22,12 +22,17 @@ from records import Results, results_flag
 
 from dtcache.images import load_views, open_source, permuted
 from dtcache.options import parse_size
-from dtcache.spec import ViewSpec
+from dtcache.recipe import ViewSpec
 
 CONTAINERS: dict[str, dict[str, Any]] = {
     "PNG": {"format": "PNG", "optimize": True},
     **{
-        f"WebP, {method}/{quality}": {"format": "WEBP", "lossless": True, "method": method, "quality": quality}
+        f"WebP, {method}/{quality}": {
+            "format": "WEBP",
+            "lossless": True,
+            "method": method,
+            "quality": quality,
+        }
         for method, quality in ((4, 60), (4, 20), (3, 20), (2, 20), (1, 20), (0, 20))
     },
     "JPEG 95, 4:4:4": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -47,8 +52,12 @@ def main() -> None:
     asked = parser.parse_args()
     command = f"python benchmarks/stored_images.py --images IMAGES --count {asked.count} --size {asked.size}"
     results = Results(folder=asked.results, command=command)
-    result = results.once(f"stored_images-{asked.size}", lambda: measure(asked.images, asked.count, asked.size))
-    print(f"{'container':16} {'bytes':>8} {'of PNG':>7} {'decode ms':>9} {'encode ms':>9} {'PSNR dB':>8}")
+    result = results.once(
+        f"stored_images-{asked.size}", lambda: measure(asked.images, asked.count, asked.size)
+    )
+    print(
+        f"{'container':16} {'bytes':>8} {'of PNG':>7} {'decode ms':>9} {'encode ms':>9} {'PSNR dB':>8}"
+    )
     png = result["containers"]["PNG"]["bytes"]
     for name, row in result["containers"].items():
         psnr = "exact" if row["psnr"] is None else f"{row['psnr']:.1f}"
@@ -62,7 +71,11 @@ def measure(images: Path, count: int, size: str) -> dict[str, Any]:
     height, width = parse_size(size)
     view = ViewSpec(height=height, width=width)
     rows = permuted(len(source.keys), seed=0, stream="stored-images")[:count]
-    loaded = [v.pixels_CHW for v in load_views(source, rows.tolist(), view, threads=1) if v.pixels_CHW is not None]
+    loaded = [
+        v.pixels_CHW
+        for v in load_views(source, rows.tolist(), view, threads=1)
+        if v.pixels_CHW is not None
+    ]
     views = [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in loaded]
     encoded: dict[str, list[bytes]] = {}
     encode_ms = {}
@@ -106,7 +119,9 @@ def decode(data: bytes) -> np.ndarray:
 def psnr(views: list[Image.Image], files: list[bytes]) -> float | None:
     """Return the peak signal-to-noise ratio over all images, dB; None where every pixel is exact."""
     pairs = zip(views, files, strict=True)
-    error = statistics.mean(float(np.square(np.asarray(v, np.float64) - decode(f)).mean()) for v, f in pairs)
+    error = statistics.mean(
+        float(np.square(np.asarray(v, np.float64) - decode(f)).mean()) for v, f in pairs
+    )
     return None if error == 0 else float(10 * np.log10(255**2 / error))
 
 

@@ -24,17 +24,17 @@ from pages import about, write_lines
 from paired import bounds, interval
 from records import ROOT
 
-from dtcache.cache import Cache
+from dtcache.cache.cache import Cache
 from dtcache.device import Compute, resolve_compute
-from dtcache.objective import make_objective
+from dtcache.losses.objective import make_objective
 from dtcache.options import EvaluateOptions, ExtractOptions, TrainOptions
+from dtcache.store.summary import inspect_cache
 from dtcache.student import Student, Views, build_student
-from pipelines.distill import Distillation, held_out_losses
-from pipelines.evaluate import evaluate
-from pipelines.extract import extract
-from pipelines.report import inspect_cache
-from pipelines.run import load_checkpoint
-from pipelines.train import train
+from pipelines.evaluate.evaluate import evaluate
+from pipelines.extract.extract import extract
+from pipelines.runs.folder import load_checkpoint
+from pipelines.train.distillation import Distillation, held_out_losses
+from pipelines.train.train import train
 
 ARMS = {"fp16": "fp16", "10x": "high", "50x": "default", "100x": "small"}
 GOALS = {"50x": 1.0, "100x": 2.0}
@@ -45,7 +45,9 @@ PROBE_GOAL = -1.0
 
 def main() -> None:
     """Run what is not finished, then write the table."""
-    parser = experiment_flags(__doc__.splitlines()[0], work=ROOT / "runs" / "student_vs_size", images=4000, epochs=12)
+    parser = experiment_flags(
+        __doc__.splitlines()[0], work=ROOT / "runs" / "student_vs_size", images=4000, epochs=12
+    )
     asked, table_only = parsed(parser, "student_vs_size.py", ("--seeds",))
     plan = Experiment(**asked)
     if not table_only:
@@ -62,13 +64,20 @@ def run_all(plan: Experiment) -> None:
     extract(plan.test, reference, options)
     for seed in range(plan.seeds):
         for arm in ARMS:
-            plan.results.once(f"seed{seed}-{arm}", lambda a=arm, s=seed: judged(plan, a, s, reference))
+            plan.results.once(
+                f"seed{seed}-{arm}", lambda a=arm, s=seed: judged(plan, a, s, reference)
+            )
         write_table(plan)
 
 
 def common(plan: Experiment) -> dict[str, Any]:
     """Return what all extractions share."""
-    return {"teacher": plan.teacher, "timestep": (plan.timestep,), "batch_size": 64, "device": plan.device}
+    return {
+        "teacher": plan.teacher,
+        "timestep": (plan.timestep,),
+        "batch_size": 64,
+        "device": plan.device,
+    }
 
 
 def cache_of(plan: Experiment, arm: str, quality: str) -> dict[str, Any]:
@@ -89,7 +98,11 @@ def judged(plan: Experiment, arm: str, seed: int, reference: Path) -> dict[str, 
         trained_student(plan, out, Cache(plan.work / f"cache-{arm}")), reference, options, compute
     )
     probe = EvaluateOptions(
-        train=plan.train, test=plan.test, limit_train=plan.probe_images, device=plan.device, batch_size=256
+        train=plan.train,
+        test=plan.test,
+        limit_train=plan.probe_images,
+        device=plan.device,
+        batch_size=256,
     )
     probed = evaluate(str(out / "backbone"), probe)[0]
     taps = Cache(reference).names
@@ -109,21 +122,27 @@ def trained_student(plan: Experiment, out: Path, cache: Cache) -> Student:
     """Return the student of a finished run, its regressor included."""
     shapes = {name: cache.shape(name) for name in cache.names}
     size = (plan.student_size, plan.student_size)
-    student = build_student(plan.student, shapes, cache.view, size=size, width=plan.fpn_width, init=None, seed=0)
+    student = build_student(
+        plan.student, shapes, cache.view, size=size, width=plan.fpn_width, init=None, seed=0
+    )
     state = load_checkpoint(out)
     assert state is not None, "a finished run keeps its checkpoint"
     student.load_state_dict(state["student"])
     return student
 
 
-def reference_losses(student: Student, reference: Path, options: TrainOptions, compute: Compute) -> dict[str, float]:
+def reference_losses(
+    student: Student, reference: Path, options: TrainOptions, compute: Compute
+) -> dict[str, float]:
     """Return the losses against uncompressed targets, mean over all images of the reference."""
     cache = Cache(reference)
     decoder = cache.decoder(cache.names).to(compute.device)
     student = student.to(compute.device).to(memory_format=torch.channels_last)
     distillation = Distillation(
         decoder=decoder,
-        objective=make_objective(options, cache.fit, cache.reader.manifest.recipe["codec"], cache.names),
+        objective=make_objective(
+            options, cache.fit, cache.reader.manifest.recipe["codec"], cache.names
+        ),
         views=Views(crop=None, jitter=0.0, seed=0),
         input_size=student.input_size,
         whitening=options.whitening,
@@ -145,7 +164,11 @@ def write_table(plan: Experiment) -> None:
     ]
     rows.append("|---|---|---|---|---|---|---|---|---|")
     for arm in ARMS:
-        pairs = [(runs[f"{s}-fp16"], runs[f"{s}-{arm}"]) for s in seeds if {f"{s}-fp16", f"{s}-{arm}"} <= set(runs)]
+        pairs = [
+            (runs[f"{s}-fp16"], runs[f"{s}-{arm}"])
+            for s in seeds
+            if {f"{s}-fp16", f"{s}-{arm}"} <= set(runs)
+        ]
         if pairs and f"cache-{arm}" in found:
             rows.append(table_row(arm, found[f"cache-{arm}"]["result"], pairs))
     text = [
@@ -164,17 +187,25 @@ def write_table(plan: Experiment) -> None:
     write_lines(plan.results.folder.parent / f"{plan.name}.md", text)
 
 
-def table_row(arm: str, cost: dict[str, Any], pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+def table_row(
+    arm: str, cost: dict[str, Any], pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]
+) -> str:
     """Return one arm's line."""
     mse = [100 * (b["mse"] / a["mse"] - 1) for a, b in pairs]
     at = [100 * (b["at"] / a["at"] - 1) for a, b in pairs]
     probe = [b["linear_top1"] - a["linear_top1"] for a, b in pairs]
     level, accuracy = (statistics.mean(b[key] for _, b in pairs) for key in ("mse", "linear_top1"))
     cells = [
-        arm, f"{cost['bytes_per_image']:.0f}", f"{cost['ratio']:.1f}", f"{level:.4f}",
-        interval(mse, "%"), interval(at, "%"), f"{accuracy:.2f}",
-        interval(probe, ""), verdict(arm, mse, probe),
-    ]  # fmt: skip
+        arm,
+        f"{cost['bytes_per_image']:.0f}",
+        f"{cost['ratio']:.1f}",
+        f"{level:.4f}",
+        interval(mse, "%"),
+        interval(at, "%"),
+        f"{accuracy:.2f}",
+        interval(probe, ""),
+        verdict(arm, mse, probe),
+    ]
     return f"| {' | '.join(cells)} |"
 
 

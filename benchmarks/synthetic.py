@@ -11,12 +11,12 @@ from PIL import Image
 
 from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
 from dtcache.codec.fit import solve_step, tap_statistics
-from dtcache.codec.transform import whiten
-from dtcache.spec import CodecSpec, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
-from dtcache.store.attempt import ShardData
+from dtcache.codec.pca_dct import whiten
+from dtcache.recipe import CodecSpec, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import IMAGES, payload_arrays
-from dtcache.store.samples import hash_samples
+from dtcache.store.pending_shard import ShardData
+from dtcache.store.sample_index import hash_samples
 from dtcache.store.writer import CacheWriter
 
 TIMESTEP = 150
@@ -31,7 +31,14 @@ Shape = tuple[int, int, int]
 def tap_specs(shapes: Sequence[Shape]) -> tuple[TapSpec, ...]:
     """Return the taps of a pyramid."""
     return tuple(
-        TapSpec(name=f"stride{2**i}", block=len(shapes) - 1 - i, stride=2**i, channels=c, height=h, width=w)
+        TapSpec(
+            name=f"stride{2**i}",
+            block=len(shapes) - 1 - i,
+            stride=2**i,
+            channels=c,
+            height=h,
+            width=w,
+        )
         for i, (c, h, w) in enumerate(shapes)
     )
 
@@ -46,8 +53,12 @@ def features(shape: Shape, count: int, seed: int) -> torch.Tensor:
     channels, height, width = shape
     rng = torch.Generator().manual_seed(seed)
     strength = torch.arange(1, channels + 1).float() ** -0.6
-    mix = torch.randn(channels, channels, generator=torch.Generator().manual_seed(channels)) * strength
-    rows, columns = torch.fft.fftfreq(height)[:, None] * height, torch.fft.fftfreq(width) * width
+    mix = (
+        torch.randn(channels, channels, generator=torch.Generator().manual_seed(channels))
+        * strength
+    )
+    rows = torch.fft.fftfreq(height)[:, None] * height
+    columns = torch.fft.fftfreq(width) * width
     spectrum = (1 + (rows.square() + columns.square()).sqrt()) ** -STEEPNESS
     white = torch.randn(count, channels, height, width, generator=rng)
     coloured = torch.fft.ifft2(torch.fft.fft2(white) * spectrum).real
@@ -59,10 +70,15 @@ def fit_pyramid(shapes: Sequence[Shape], views: int, ratio: float) -> dict[str, 
     statistics = {}
     for place, (name, shape) in enumerate(zip(names_of(shapes), shapes, strict=True)):
         first = features(shape, views, seed=place)
-        second = first + 0.33 * first.std() * torch.randn(first.shape, generator=torch.Generator().manual_seed(place))
+        second = first + 0.33 * first.std() * torch.randn(
+            first.shape, generator=torch.Generator().manual_seed(place)
+        )
         pair = np.stack([whiten(first)[0].numpy(), whiten(second)[0].numpy()]).astype(np.float16)
         statistics[name] = tap_statistics(pair)
-    probes = {n: features(s, 2, seed=100 + i) for i, (n, s) in enumerate(zip(names_of(shapes), shapes, strict=True))}
+    probes = {
+        n: features(s, 2, seed=100 + i)
+        for i, (n, s) in enumerate(zip(names_of(shapes), shapes, strict=True))
+    }
 
     def size_of(fit: dict[str, FittedTap]) -> float:
         encoder = FeatureEncoder(fit, torch.device("cpu"))
@@ -95,20 +111,39 @@ def begin_cache(
     samples = [Sample(index=row, key=f"{row:08}.jpg", label=row % 1000) for row in range(rows)]
     recipe = Recipe(
         teacher=TeacherSpec(
-            architecture="UNet2DModel", weights_sha256="0" * 64, config_sha256="0" * 64, timesteps=(TIMESTEP,),
-            alpha_bars=(0.75,), taps=tap_specs(shapes), precision="fp32", batch_size=1, device_type="cpu",
+            architecture="UNet2DModel",
+            weights_sha256="0" * 64,
+            config_sha256="0" * 64,
+            timesteps=(TIMESTEP,),
+            alpha_bars=(0.75,),
+            taps=tap_specs(shapes),
+            precision="fp32",
+            batch_size=1,
+            device_type="cpu",
         ),
         view=ViewSpec(height=shapes[0][1], width=shapes[0][2]),
         codec=CodecSpec(
-            ratio=50.0, step=1.0, fit_rows=0, fit_sha256=sha256_fit(fit),
-            noise_share=dict.fromkeys(fit, 0.1), noise_floor=dict.fromkeys(fit, 0.1),
+            ratio=50.0,
+            step=1.0,
+            fit_rows=0,
+            fit_sha256=sha256_fit(fit),
+            noise_share=dict.fromkeys(fit, 0.1),
+            noise_floor=dict.fromkeys(fit, 0.1),
             determined_error=dict.fromkeys(fit, 0.1),
         ),
-        samples_sha256=hash_samples(samples), num_samples=rows, flips=False, seed=0, shard_rows=shard_rows,
-    )  # fmt: skip
-    arrays = payload_arrays(recipe, len(blank(shapes)) + 60, {name: tap.payload_bound for name, tap in fit.items()})
+        samples_sha256=hash_samples(samples),
+        num_samples=rows,
+        flips=False,
+        seed=0,
+        shard_rows=shard_rows,
+    )
+    arrays = payload_arrays(
+        recipe, len(blank(shapes)) + 60, {name: tap.payload_bound for name, tap in fit.items()}
+    )
     root.mkdir(parents=True)
-    return CacheWriter.create(root, recipe, arrays, {n: tap.arrays() for n, tap in fit.items()}, samples, None)
+    return CacheWriter.create(
+        root, recipe, arrays, {n: tap.arrays() for n, tap in fit.items()}, samples, None
+    )
 
 
 def shard_data(writer: CacheWriter, shard: int, payload: Callable[[str, int], bytes]) -> ShardData:

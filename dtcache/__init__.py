@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from dtcache._version import __version__
 
 if TYPE_CHECKING:
-    from dtcache.cache import Cache
+    from dtcache.cache.cache import Cache
 
 __all__ = ["__version__", "open"]
 
@@ -17,6 +17,6 @@ def open(path: str | Path, images: str | Path | None = None) -> "Cache":
     Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError for another source. Only here
     are the libraries loaded that reading takes.
     """
-    from dtcache.cache import Cache
+    from dtcache.cache.cache import Cache
 
     return Cache(Path(path), Path(images) if images is not None else None)

@@ -14,7 +14,8 @@ import torch
 from dtcache.errors import ConfigError, DeviceMemoryError
 
 Precision = Literal["fp32", "bf16", "fp16"]
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3  # of malloc.h
 KEPT_BYTES = 2**30
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,7 +29,9 @@ class Compute:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the autocast context of the precision; fp32 leaves arithmetic as it is."""
-        return torch.autocast(self.device.type, dtype=AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST)
+        return torch.autocast(
+            self.device.type, dtype=AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST
+        )
 
 
 def resolve_compute(device: str, precision: str) -> Compute:
@@ -41,15 +44,23 @@ def resolve_compute(device: str, precision: str) -> Compute:
     try:
         where = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"--device {device}: expected auto, cpu, cuda or cuda:N ({error})") from error
+        raise ConfigError(
+            f"--device {device}: expected auto, cpu, cuda or cuda:N ({error})"
+        ) from error
     if where.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    if where.type == "cuda" and (not torch.cuda.is_available() or (where.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+    if where.type == "cuda" and (
+        not torch.cuda.is_available() or (where.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ConfigError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
     if precision == "auto":
         precision = "bf16" if _has_native_bf16(where) else "fp32"
     if precision == "fp16" and where.type == "cpu":
-        raise ConfigError("--precision fp16: expected a CUDA device, got cpu; use bf16 or fp32 there")
+        raise ConfigError(
+            "--precision fp16: expected a CUDA device, got cpu; use bf16 or fp32 there"
+        )
     assert precision in get_args(Precision), "options and recipes name known precisions"
     # A cache's bytes are a function of its recipe, which does not know of the process's switches.
     torch.backends.cudnn.allow_tf32 = False
@@ -63,7 +74,8 @@ class DeviceClock:
     """Seconds that a device has spent on marked stretches of work; on a GPU it never waits for them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._seconds = device, 0.0
+        self._device = device
+        self._seconds = 0.0
         self._running: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -140,12 +152,16 @@ def compiled(module: torch.nn.Module) -> Callable[..., Any]:
 def compile_errors() -> Iterator[None]:
     """Raise a failure of torch.compile within the block as ConfigError; another failure passes as it is."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch")  # of caches in diffusers, which change no result
+        warnings.filterwarnings(
+            "ignore", module="torch"
+        )  # of caches in diffusers, which change no result
         try:
             yield
         except RuntimeError as error:
             # The compiler's errors have no common parent, and their module is loaded only where something compiles.
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch")):
+            if not type(error).__module__.startswith(
+                ("torch._dynamo", "torch._inductor", "torch._functorch")
+            ):
                 raise
             first, *more = str(error).splitlines() or [type(error).__name__]
             reason = " ".join([first, *more[:1]]) if first.endswith(":") else first

@@ -4,6 +4,11 @@ AGAIN = "run dtcache verify on the cache: it says what is damaged and whether --
 """What to do about a damaged cache."""
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Return an exception's text on one line, at most `limit` characters; its type if it has no text."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 class DtcacheError(Exception):
     """Root of all failures that dtcache raises on purpose; the command line prints them as one line."""
 

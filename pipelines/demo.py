@@ -11,17 +11,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from dtcache.atomic_files import write_file
 from dtcache.images.scenes import write_scenes
 from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TrainOptions
-from dtcache.spec import Json
-from dtcache.storage import write_file
-from pipelines.evaluate import classify
-from pipelines.extract import extract
-from pipelines.progress import track
-from pipelines.report import inspect_cache
-from pipelines.run import claim_run
-from pipelines.tables import render
-from pipelines.train import train
+from dtcache.recipe import Json
+from dtcache.store.summary import inspect_cache
+from pipelines.evaluate.evaluate import classify
+from pipelines.extract.extract import extract
+from pipelines.inspect.tables import render
+from pipelines.runs.folder import claim_run
+from pipelines.terminal.progress import track
+from pipelines.train.train import train
 
 SCENE_SIZE = 64
 TEST_START = 1_000_000
@@ -43,9 +43,12 @@ def demo(out: Path, options: DemoOptions) -> Json:
     for name in names:
         stages.run(f"train {name}", partial(_train, out, name, options))
     kinds = {"random init": "init", "from the cache": "backbone"}
-    models = {f"{name}, {kind}": out / name / folder for name in names for kind, folder in kinds.items()}
+    models = {
+        f"{name}, {kind}": out / name / folder for name in names for kind, folder in kinds.items()
+    }
     students = [
-        stages.run(f"evaluate {name}", partial(_evaluate, out, name, model, options)) for name, model in models.items()
+        stages.run(f"evaluate {name}", partial(_evaluate, out, name, model, options))
+        for name, model in models.items()
     ]
     summary = {
         "bytes_per_image": report["bytes_per_image"],
@@ -65,7 +68,9 @@ class Stages:
 
     def __init__(self, out: Path) -> None:
         self._path = out / "stages.json"
-        self._done: dict[str, Json] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._done: dict[str, Json] = (
+            json.loads(self._path.read_text()) if self._path.exists() else {}
+        )
 
     def run(self, name: str, work: Callable[[], Json]) -> Json:
         """Return the stage's result, running it where it has not finished before."""
@@ -88,9 +93,13 @@ def _write_scenes(out: Path, options: DemoOptions) -> Json:
     with track("scenes", options.train_images + options.test_images) as progress:
         for split, (start, count) in splits.items():
             write_scenes(
-                out / "scenes" / split, seed=options.seed, size=SCENE_SIZE, count=count, start=start,
+                out / "scenes" / split,
+                seed=options.seed,
+                size=SCENE_SIZE,
+                count=count,
+                start=start,
                 on_progress=progress.advance,
-            )  # fmt: skip
+            )
     return {}
 
 
@@ -100,10 +109,13 @@ def _extract(out: Path, options: DemoOptions) -> Json:
             out / "scenes" / "train" / "images",
             out / "cache",
             ExtractOptions(
-                teacher=str(teacher), timestep=(options.timestep,), seed=options.seed,
-                device=options.device, precision=options.precision,
+                teacher=str(teacher),
+                timestep=(options.timestep,),
+                seed=options.seed,
+                device=options.device,
+                precision=options.precision,
             ),
-        )  # fmt: skip
+        )
     return {}
 
 
@@ -153,7 +165,14 @@ def render_demo(summary: Json) -> Table:
     for student in summary["students"]:
         name = student["name"].split(",")[0]
         spent = seconds[f"train {name}"] if "cache" in student["name"] else 0.0
-        table.add_row(student["name"], f"{student['knn_top1']:.1f}", f"{student['linear_top1']:.1f}", f"{spent:.0f}")
-    rest = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if not name.startswith("train"))
+        table.add_row(
+            student["name"],
+            f"{student['knn_top1']:.1f}",
+            f"{student['linear_top1']:.1f}",
+            f"{spent:.0f}",
+        )
+    rest = ", ".join(
+        f"{name} {value:.0f} s" for name, value in seconds.items() if not name.startswith("train")
+    )
     table.caption = f"{rest}; in all {sum(seconds.values()):.0f} s"
     return table

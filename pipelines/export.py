@@ -10,13 +10,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dtcache.atomic_files import disk_errors, write_file
 from dtcache.errors import ConfigError, ExportError
 from dtcache.options import ExportOptions
-from dtcache.storage import disk_errors, write_file
 from dtcache.student import Backbone, load_backbone
-from dtcache.student.folder import open_in_timm
-from dtcache.student.stored import CONFIG, WEIGHTS
+from dtcache.student.backbone_io import open_in_timm
 from dtcache.student.torchvision import torchvision_network
+from dtcache.student.weights_io import CONFIG, WEIGHTS
 
 TOLERANCE = 1e-5
 """Most that outputs may differ, over the largest: the same weights may be summed in another order."""
@@ -67,7 +67,11 @@ def export(source: Path, out: Path, options: ExportOptions) -> Exported:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return Exported(
-        out=out, architecture=backbone.name, difference=difference, largest=largest, usage=usage.format(out=out)
+        out=out,
+        architecture=backbone.name,
+        difference=difference,
+        largest=largest,
+        usage=usage.format(out=out),
     )
 
 
@@ -78,8 +82,12 @@ def backbone_folder(source: Path) -> Path:
     if (source / "backbone" / CONFIG).is_file():
         return source / "backbone"
     if (source / "run.json").is_file():
-        raise ConfigError(f"{source}: the run has no backbone yet; finish it with the dtcache train that began it")
-    raise ConfigError(f"{source}: expected a run of dtcache train, or a backbone's folder with {CONFIG}")
+        raise ConfigError(
+            f"{source}: the run has no backbone yet; finish it with the dtcache train that began it"
+        )
+    raise ConfigError(
+        f"{source}: expected a run of dtcache train, or a backbone's folder with {CONFIG}"
+    )
 
 
 @torch.inference_mode()
@@ -96,7 +104,9 @@ def compare(original: nn.Module, network: nn.Module, size: tuple[int, int]) -> t
     return float((outputs[0] - outputs[1]).abs().max()), largest
 
 
-def _write_timm(folder: Path, draft: Path, backbone: Backbone, size: tuple[int, int]) -> tuple[nn.Module, str]:
+def _write_timm(
+    folder: Path, draft: Path, backbone: Backbone, size: tuple[int, int]
+) -> tuple[nn.Module, str]:
     """Copy a backbone's folder, which is timm's own form already, and read it back through timm."""
     for name in (WEIGHTS, CONFIG):
         write_file(draft / name, (folder / name).read_bytes())
@@ -104,7 +114,9 @@ def _write_timm(folder: Path, draft: Path, backbone: Backbone, size: tuple[int, 
     return open_in_timm(draft), usage
 
 
-def _write_torchvision(folder: Path, draft: Path, backbone: Backbone, size: tuple[int, int]) -> tuple[nn.Module, str]:
+def _write_torchvision(
+    folder: Path, draft: Path, backbone: Backbone, size: tuple[int, int]
+) -> tuple[nn.Module, str]:
     """Write a state dict and how to prepare images for it, and read it back, strictly."""
     network, head = torchvision_network(backbone)
     weights = {name: value.contiguous() for name, value in backbone.model.state_dict().items()}

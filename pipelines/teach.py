@@ -13,18 +13,25 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from dtcache.atomic_files import FolderLock, disk_errors, write_file
+from dtcache.average import warmed_up_ema
 from dtcache.device import Compute, compile_errors, compiled, memory_errors, resolve_compute
 from dtcache.errors import ImagesError, TrainingError
 from dtcache.images import ImageSource, load_views, open_source, permuted
 from dtcache.options import TeachOptions, parse_ints, parse_size
-from dtcache.spec import ViewSpec, sha256_json
-from dtcache.storage import FolderLock, disk_errors, write_file
-from dtcache.teacher.build import TRAIN_STEPS, build_unet, ddpm_loss, ddpm_scheduler, sample_images, save_teacher
-from pipelines.average import warmed_up_ema
-from pipelines.plots import plot_curves
-from pipelines.progress import track
-from pipelines.run import CHECKPOINT, claim_run, load_checkpoint, save_checkpoint
-from pipelines.schedule import warmup_cosine
+from dtcache.recipe import ViewSpec, sha256_json
+from dtcache.schedule import warmup_cosine
+from dtcache.teacher.ddpm import (
+    TRAIN_STEPS,
+    build_unet,
+    ddpm_loss,
+    ddpm_scheduler,
+    sample_images,
+    save_teacher,
+)
+from pipelines.runs.folder import CHECKPOINT, claim_run, load_checkpoint, save_checkpoint
+from pipelines.runs.plots import plot_curves
+from pipelines.terminal.progress import track
 
 LOSSES = "losses.json"
 VOLATILE = ("device", "save_every", "samples")
@@ -46,7 +53,9 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
     """
     source = open_source(images, track)
     height, width = parse_size(options.size)
-    view = ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop")
+    view = ViewSpec(
+        height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop"
+    )
     rows = permuted(len(source.keys), seed=options.seed, stream="teach")[: options.limit]
     compute = resolve_compute(options.device, options.precision)
     with FolderLock(out):
@@ -61,16 +70,27 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
 
 
 def _fit(
-    source: ImageSource, rows: np.ndarray, view: ViewSpec, out: Path, options: TeachOptions, compute: Compute
+    source: ImageSource,
+    rows: np.ndarray,
+    view: ViewSpec,
+    out: Path,
+    options: TeachOptions,
+    compute: Compute,
 ) -> None:
     """Train from the last checkpoint on; losses.json comes last and marks the run as finished."""
     torch.manual_seed(options.seed)
     unet = build_unet(
-        view.height, view.width, parse_ints(options.channels, "--channels"), options.layers, options.attention
+        view.height,
+        view.width,
+        parse_ints(options.channels, "--channels"),
+        options.layers,
+        options.attention,
     )
     unet = unet.to(compute.device).to(memory_format=torch.channels_last)
     ema = AveragedModel(unet, multi_avg_fn=warmed_up_ema(options.ema))
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.99)
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, options.warmup, options.steps)
     )
@@ -79,23 +99,32 @@ def _fit(
     first, losses = _resume(out, state)
 
     def batches() -> Iterator[Tensor]:
-        stream = _row_stream(rows, first * options.batch_size, options.steps * options.batch_size, options.seed)
+        stream = _row_stream(
+            rows, first * options.batch_size, options.steps * options.batch_size, options.seed
+        )
         batch: list[np.ndarray] = []
         for count, loaded in enumerate(load_views(source, stream, view, threads=2), 1):
             if loaded.pixels_CHW is not None:
                 batch.append(loaded.pixels_CHW)
             if count % options.batch_size == 0:
                 if not batch:
-                    raise ImagesError(f"no image of a whole batch could be read ({loaded.failure}); check the source")
+                    raise ImagesError(
+                        f"no image of a whole batch could be read ({loaded.failure}); check the source"
+                    )
                 yield torch.from_numpy(np.stack(batch))
                 batch = []
 
     remedy = "give a smaller --batch-size"
-    with memory_errors(options.batch_size, remedy), track("teach", options.steps, first) as progress:
+    with (
+        memory_errors(options.batch_size, remedy),
+        track("teach", options.steps, first) as progress,
+    ):
         for step, pixels_BCHW in enumerate(batches(), first):
             loss = _train_step(network, optimizer, pixels_BCHW, step, options.seed, compute)
             if not math.isfinite(loss):
-                raise TrainingError(f"teach: the loss is {loss} at step {step}; lower --lr or use --precision fp32")
+                raise TrainingError(
+                    f"teach: the loss is {loss} at step {step}; lower --lr or use --precision fp32"
+                )
             schedule.step()
             ema.update_parameters(unet)
             losses.append(loss)
@@ -109,7 +138,8 @@ def _fit(
 
 def _row_stream(rows: np.ndarray, start: int, stop: int, seed: int) -> Iterator[int]:
     """Yield the source indices of draws [start, stop): a fresh permutation an epoch, a function of the seed alone."""
-    epoch, order = -1, rows
+    epoch = -1
+    order = rows
     for position in range(start, stop):
         if position // len(rows) != epoch:
             epoch = position // len(rows)
@@ -133,10 +163,14 @@ def _train_step(
     noise_BCHW = torch.randn(pixels_BCHW.shape, generator=draw)
     device = compute.device
     with compute.autocast():
-        loss = ddpm_loss(network, ddpm_scheduler(), pixels_BCHW.to(device), noise_BCHW.to(device), t_B.to(device))
+        loss = ddpm_loss(
+            network, ddpm_scheduler(), pixels_BCHW.to(device), noise_BCHW.to(device), t_B.to(device)
+        )
     with compile_errors():
         loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    torch.nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]], 1.0
+    )
     optimizer.step()
     optimizer.zero_grad()
     return float(loss.detach())
@@ -152,15 +186,21 @@ def _resume(out: Path, state: dict[str, Any]) -> tuple[int, list[float]]:
     return saved["step"], saved["losses"]
 
 
-def _save(out: Path, state: dict[str, Any], step: int, losses: list[float], options: TeachOptions) -> None:
+def _save(
+    out: Path, state: dict[str, Any], step: int, losses: list[float], options: TeachOptions
+) -> None:
     """Refresh the diffusers directory from the averaged weights, then checkpoint: a kill between repeats both."""
     dtype = torch.float16 if options.weights == "float16" else torch.float32
     with disk_errors(out):
         save_teacher(copy.deepcopy(state["ema"].module), out, dtype)
-    save_checkpoint(out, {**{n: part.state_dict() for n, part in state.items()}, "step": step, "losses": losses})
+    save_checkpoint(
+        out, {**{n: part.state_dict() for n, part in state.items()}, "step": step, "losses": losses}
+    )
 
 
-def _write_pictures(out: Path, unet: torch.nn.Module, losses: list[float], options: TeachOptions) -> None:
+def _write_pictures(
+    out: Path, unet: torch.nn.Module, losses: list[float], options: TeachOptions
+) -> None:
     """Write the loss curve, and a grid of samples where any are asked for."""
     from torchvision.utils import save_image
 
@@ -169,5 +209,7 @@ def _write_pictures(out: Path, unet: torch.nn.Module, losses: list[float], optio
         if options.samples:
             with track("samples", 1) as progress:
                 grid = sample_images(unet, options.samples, options.seed)
-                save_image(grid, out / "samples.png", nrow=max(1, round(math.sqrt(options.samples))))
+                save_image(
+                    grid, out / "samples.png", nrow=max(1, round(math.sqrt(options.samples)))
+                )
                 progress.advance()

@@ -8,8 +8,8 @@ import torch
 
 from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
-from dtcache.teacher.build import build_unet, save_teacher
-from pipelines.extract import extract
+from dtcache.teacher.ddpm import build_unet, save_teacher
+from pipelines.extract.extract import extract
 
 # Tiny tensors gain nothing from threads, and on a busy machine wait for each other; subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -50,12 +50,20 @@ def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def scene_cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scene_cache(
+    scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A cache of the 40 scenes, both flips, two taps, in three shards; copy it before anything is written to it."""
     options = ExtractOptions(
-        teacher=str(teacher_dir), timestep=(150,), taps="4,8", precision="fp32", device="cpu", batch_size=8,
-        shard_rows=16, bytes_per_image=4608,
-    )  # fmt: skip
+        teacher=str(teacher_dir),
+        timestep=(150,),
+        taps="4,8",
+        precision="fp32",
+        device="cpu",
+        batch_size=8,
+        shard_rows=16,
+        bytes_per_image=4608,
+    )
     out = tmp_path_factory.mktemp("scene-cache") / "cache"
     extract(scene_folder, out, options)
     return out

@@ -50,7 +50,17 @@ def test_every_verb_has_help_with_an_example(words: tuple[str, ...]) -> None:
 def test_the_verbs_are_the_documented_ones() -> None:
     """README names every verb."""
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    stages = {"scenes", "teach", "teacher", "convert-adm", "extract", "label", "train", "evaluate", "export"}
+    stages = {
+        "scenes",
+        "teach",
+        "teacher",
+        "convert-adm",
+        "extract",
+        "label",
+        "train",
+        "evaluate",
+        "export",
+    }
     assert set(main.commands) == stages | {"inspect", "verify", "demo"}
     assert all(re.search(rf"dtcache {verb}\b(?!-)", readme) for verb in main.commands)
 
@@ -66,10 +76,19 @@ def test_the_verbs_are_the_documented_ones() -> None:
         (lambda: TrainOptions(optimizer="sgd"), r"--optimizer sgd: expected one of adamw, lamb"),
         (lambda: TeachOptions(save_every=0), r"--save-every 0: expected at least 1"),
         (lambda: TeachOptions(steps=0), r"--steps 0: expected at least 1"),
-        (lambda: ExtractOptions(bytes_per_image=float("nan")), r"--bytes-per-image nan: expected at least 1"),
-        (lambda: ExtractOptions(bytes_per_image=0.0), r"--bytes-per-image 0.0: expected at least 1"),
+        (
+            lambda: ExtractOptions(bytes_per_image=float("nan")),
+            r"--bytes-per-image nan: expected at least 1",
+        ),
+        (
+            lambda: ExtractOptions(bytes_per_image=0.0),
+            r"--bytes-per-image 0.0: expected at least 1",
+        ),
         (lambda: ExtractOptions(shard_rows=0), r"--shard-rows 0: expected at least 1"),
-        (lambda: EvaluateOptions(train=Path("x"), neighbours=0), r"--neighbours 0: expected at least 1"),
+        (
+            lambda: EvaluateOptions(train=Path("x"), neighbours=0),
+            r"--neighbours 0: expected at least 1",
+        ),
         (lambda: TrainOptions(lr=float("nan")), r"--lr nan: expected at least 1e-12"),
         (lambda: TrainOptions(lr=0.0), r"--lr 0.0: expected at least 1e-12"),
         (lambda: TeachOptions(lr=-1.0), r"--lr -1.0: expected at least 1e-12"),
@@ -82,7 +101,9 @@ def test_options_have_bounds(make: object, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("options", [ExtractOptions, LabelFitOptions, TeachOptions, TrainOptions, EvaluateOptions])
+@pytest.mark.parametrize(
+    "options", [ExtractOptions, LabelFitOptions, TeachOptions, TrainOptions, EvaluateOptions]
+)
 def test_no_option_is_infinite_or_no_number(options: type) -> None:
     """Every option that is a number refuses nan and inf."""
     hints = typing.get_type_hints(options)
@@ -94,7 +115,9 @@ def test_no_option_is_infinite_or_no_number(options: type) -> None:
                 options(**{name: float(value)})
 
 
-@pytest.mark.parametrize(("text", "size"), [("64", (64, 64)), ("128x256", (128, 256)), ("8X4", (8, 4))])
+@pytest.mark.parametrize(
+    ("text", "size"), [("64", (64, 64)), ("128x256", (128, 256)), ("8X4", (8, 4))]
+)
 def test_sizes_are_height_by_width(text: str, size: tuple[int, int]) -> None:
     """H is a square, HxW is rows by columns."""
     assert parse_size(text) == size
@@ -103,7 +126,9 @@ def test_sizes_are_height_by_width(text: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("text", ["", "x", "0", "64x", "64x64x3", "-1", "6.4", "²", "999999"])
 def test_other_sizes_are_refused(text: str) -> None:
     """Anything else names the flag it was given to."""
-    with pytest.raises(ConfigError, match=r"--student-size .*: expected H or HxW in pixels, such as 256 or 128x256"):
+    with pytest.raises(
+        ConfigError, match=r"--student-size .*: expected H or HxW in pixels, such as 256 or 128x256"
+    ):
         parse_size(text, "--student-size")
 
 
@@ -111,7 +136,9 @@ def test_other_sizes_are_refused(text: str) -> None:
 def test_other_lists_are_refused(text: str) -> None:
     """Lists of strides are positive integers between commas."""
     assert parse_ints("4, 8", "--taps") == (4, 8)
-    with pytest.raises(ConfigError, match=r"--taps .*: expected positive integers separated by commas"):
+    with pytest.raises(
+        ConfigError, match=r"--taps .*: expected positive integers separated by commas"
+    ):
         parse_ints(text, "--taps")
 
 
@@ -123,13 +150,17 @@ def test_taps_are_strides_or_names() -> None:
 @pytest.mark.parametrize("text", ["", "4,", "Block1", "4;8", "²", "a/b"])
 def test_other_taps_are_refused(text: str) -> None:
     """Names are lower-case letters and digits."""
-    with pytest.raises(ConfigError, match=r"--taps .*: expected strides or names of taps separated by commas"):
+    with pytest.raises(
+        ConfigError, match=r"--taps .*: expected strides or names of taps separated by commas"
+    ):
         parse_taps(text)
 
 
 def test_scenes_are_written_with_progress(tmp_path: Path) -> None:
     """The verb writes images, masks and boxes, and says where."""
-    result = CliRunner().invoke(main, ["scenes", "--count", "5", "--size", "16", "--out", str(tmp_path / "s")])
+    result = CliRunner().invoke(
+        main, ["scenes", "--count", "5", "--size", "16", "--out", str(tmp_path / "s")]
+    )
     assert result.exit_code == 0, result.output
     assert "5 scenes" in result.output
     assert len(list((tmp_path / "s" / "images").rglob("*.png"))) == 5
@@ -156,12 +187,12 @@ def test_an_error_cannot_steer_the_terminal(tmp_path: Path) -> None:
     ("words", "module", "function", "resumes"),
     [
         ("teach x --out y", "pipelines.teach", "teach", True),
-        ("label write x y --name z", "pipelines.label.write", "write_labels", True),
-        ("extract x --teacher t --out y", "pipelines.extract", "extract", True),
-        ("extract x --teacher t --out y --dry-run", "pipelines.forecast", "forecast", False),
-        ("label fit x --out y", "pipelines.label.fit", "fit_interpreter", False),
-        ("evaluate x --train y", "pipelines.evaluate", "evaluate", False),
-        ("verify x", "pipelines.verify", "verify", False),
+        ("label write x y --name z", "pipelines.label.write_labels", "write_labels", True),
+        ("extract x --teacher t --out y", "pipelines.extract.extract", "extract", True),
+        ("extract x --teacher t --out y --dry-run", "pipelines.extract.dry_run", "forecast", False),
+        ("label fit x --out y", "pipelines.label.fit_interpreter", "fit_interpreter", False),
+        ("evaluate x --train y", "pipelines.evaluate.evaluate", "evaluate", False),
+        ("verify x", "pipelines.verify.verify", "verify", False),
     ],
 )
 def test_only_verbs_that_resume_say_so(

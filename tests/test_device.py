@@ -18,7 +18,11 @@ PIXELS = 2**24
         ("gpu", "auto", r"--device gpu: expected auto, cpu, cuda or cuda:N \("),
         ("meta", "auto", r"--device meta: expected auto, cpu, cuda or cuda:N$"),
         ("cuda:99", "auto", r"--device cuda:99: this machine has [0-9]+ CUDA devices; use cpu"),
-        ("cpu", "fp16", r"--precision fp16: expected a CUDA device, got cpu; use bf16 or fp32 there"),
+        (
+            "cpu",
+            "fp16",
+            r"--precision fp16: expected a CUDA device, got cpu; use bf16 or fp32 there",
+        ),
     ],
 )
 def test_devices_that_do_not_serve_are_named(device: str, precision: str, message: str) -> None:
@@ -39,7 +43,9 @@ def test_fp32_is_never_tf32() -> None:
 def test_running_out_of_memory_says_what_to_do() -> None:
     """The device's own words lose all but their first line."""
     with (
-        pytest.raises(DeviceMemoryError, match=r"ran out of memory with 8 views a pass \(no room\); use less$"),
+        pytest.raises(
+            DeviceMemoryError, match=r"ran out of memory with 8 views a pass \(no room\); use less$"
+        ),
         memory_errors(8, "use less"),
     ):
         raise torch.OutOfMemoryError("no room\nand more words")

@@ -7,10 +7,12 @@ import pytest
 from codec.codec_samples import reference_decode
 
 import dtcache
-from dtcache.cache import Cache
+from dtcache.cache.cache import Cache
 
 GOLDEN = Path(__file__).parent / "golden"
-FORMATS = pytest.mark.parametrize("root", sorted(GOLDEN.glob("format*")), ids=lambda path: path.name)
+FORMATS = pytest.mark.parametrize(
+    "root", sorted(GOLDEN.glob("format*")), ids=lambda path: path.name
+)
 
 
 def expected(root: Path) -> dict[str, np.ndarray]:
@@ -34,13 +36,19 @@ def test_a_golden_cache_of_each_format_is_here() -> None:
 @FORMATS
 def test_payloads_are_the_bytes_handed_in(root: Path) -> None:
     """Every payload of every array is, byte for byte, the one that was written."""
-    cache, wanted = dtcache.open(root / "cache"), expected(root)
+    cache = dtcache.open(root / "cache")
+    wanted = expected(root)
     for name in cache.reader.manifest.arrays:
-        where = pairs(wanted["rows"], cache) if name in cache.names else (wanted["rows"], 0 * wanted["rows"])
+        where = (
+            pairs(wanted["rows"], cache)
+            if name in cache.names
+            else (wanted["rows"], 0 * wanted["rows"])
+        )
         found = cache.reader.payloads(name, *where)
         sizes = wanted[f"{name}/sizes"].tolist()
         assert (
-            b"".join(p[:n].tobytes() for p, n in zip(found, sizes, strict=True)) == wanted[f"{name}/payloads"].tobytes()
+            b"".join(p[:n].tobytes() for p, n in zip(found, sizes, strict=True))
+            == wanted[f"{name}/payloads"].tobytes()
         )
         assert not any(p[n:].any() for p, n in zip(found, sizes, strict=True))
 
@@ -48,22 +56,35 @@ def test_payloads_are_the_bytes_handed_in(root: Path) -> None:
 @FORMATS
 def test_coefficients_are_those_that_were_encoded(root: Path) -> None:
     """The kernels and a decoder of Python integers both give the quantiser's own output."""
-    cache, wanted = dtcache.open(root / "cache"), expected(root)
+    cache = dtcache.open(root / "cache")
+    wanted = expected(root)
     for name in cache.names:
-        values = wanted[f"{name}/coefficients"].reshape(-1, wanted[f"{name}/coefficients"].shape[-1])
-        found, scalars = (parts[name] for parts in cache.coefficients(*pairs(wanted["rows"], cache), [name]))
+        values = wanted[f"{name}/coefficients"].reshape(
+            -1, wanted[f"{name}/coefficients"].shape[-1]
+        )
+        found, scalars = (
+            parts[name] for parts in cache.coefficients(*pairs(wanted["rows"], cache), [name])
+        )
         np.testing.assert_array_equal(found.numpy(), values)
         ends = np.cumsum(wanted[f"{name}/sizes"])
-        for place, (start, end) in enumerate(zip(ends - wanted[f"{name}/sizes"], ends, strict=True)):
+        for place, (start, end) in enumerate(
+            zip(ends - wanted[f"{name}/sizes"], ends, strict=True)
+        ):
             payload = wanted[f"{name}/payloads"][start:end].tobytes()
-            assert reference_decode(payload, cache.fit[name]) == (values[place].tolist(), *scalars[place].tolist())
+            assert reference_decode(payload, cache.fit[name]) == (
+                values[place].tolist(),
+                *scalars[place].tolist(),
+            )
 
 
 @FORMATS
 def test_features_and_images_decode_to_what_they_did(root: Path) -> None:
     """Decoded features are equal within the rounding of fp32 on another machine; images are equal."""
-    cache, wanted = dtcache.open(root / "cache"), expected(root)
+    cache = dtcache.open(root / "cache")
+    wanted = expected(root)
     rows = wanted["rows"]
     np.testing.assert_array_equal(cache.images(rows), wanted["pixels"])
     for name in cache.names:
-        np.testing.assert_allclose(cache.raw(name, rows).numpy(), wanted[f"{name}/features"], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            cache.raw(name, rows).numpy(), wanted[f"{name}/features"], rtol=1e-4, atol=1e-4
+        )

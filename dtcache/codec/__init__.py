@@ -1,7 +1,6 @@
 """The feature codec: whitening, PCA over channels, full-frame DCT, one global step, static-table rANS."""
 
-from dtcache.codec.bands import DeterminedBands
-from dtcache.codec.codec import (
+from dtcache.codec.feature_codec import (
     EncodedView,
     FeatureDecoder,
     FeatureEncoder,
@@ -10,8 +9,9 @@ from dtcache.codec.codec import (
     TapFit,
     sha256_fit,
 )
-from dtcache.codec.fitted import FittedTap, most_bytes
-from dtcache.codec.half import HalfTap
+from dtcache.codec.float16 import HalfTap
+from dtcache.codec.tap_codec import FittedTap, most_bytes
+from dtcache.losses.band_weighting import DeterminedBands
 
 __all__ = [
     "DeterminedBands",

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtcache.codec.codec import TapFit
-from dtcache.codec.fitted import DEAD, FittedTap
-from dtcache.codec.half import HalfTap
-from dtcache.codec.tables import DEAD_RATIO, fit_tables, variance_class
-from dtcache.codec.transform import forward_transform, quantise
+from dtcache.codec.feature_codec import TapFit
+from dtcache.codec.float16 import HalfTap
+from dtcache.codec.pca_dct import forward_transform, quantise
+from dtcache.codec.symbol_tables import DEAD_RATIO, fit_tables, variance_class
+from dtcache.codec.tap_codec import DEAD, FittedTap
 
 CHUNK = 16
 MAX_LEVEL = 6
@@ -69,9 +69,12 @@ def tap_statistics(whitened: Whitened) -> TapStatistics:
     The covariance is shrunk to its diagonal by 1/M: from one image alone PCA is the identity, up to order.
     """
     draws, views, channels, height, width = whitened.shape
-    total, outer = np.zeros(channels), np.zeros((channels, channels))
+    total = np.zeros(channels)
+    outer = np.zeros((channels, channels))
     for start in range(0, views, CHUNK):
-        x = np.moveaxis(np.asarray(whitened[:, start : start + CHUNK], np.float64), 2, 0).reshape(channels, -1)
+        x = np.moveaxis(np.asarray(whitened[:, start : start + CHUNK], np.float64), 2, 0).reshape(
+            channels, -1
+        )
         total += x.sum(1)
         outer += x @ x.T
     count = draws * views * height * width
@@ -81,18 +84,27 @@ def tap_statistics(whitened: Whitened) -> TapStatistics:
     eigenvalues, vectors = np.linalg.eigh(covariance)
     basis = vectors[:, np.argsort(-eigenvalues, kind="stable")]
     # The sign of an eigenvector is arbitrary; fix it, so that the fit does not hang on the linear algebra library.
-    basis = (basis * np.where(basis[np.abs(basis).argmax(0), np.arange(channels)] < 0, -1, 1)).astype(np.float16)
+    basis = (
+        basis * np.where(basis[np.abs(basis).argmax(0), np.arange(channels)] < 0, -1, 1)
+    ).astype(np.float16)
 
-    square, difference = np.zeros((channels, height, width)), np.zeros((channels, height, width))
+    square = np.zeros((channels, height, width))
+    difference = np.zeros((channels, height, width))
     kept: list[NDArray[np.float32]] = []
     keep = max(1, min(views, MAX_SOLVE_VALUES // (2 * channels * height * width)))
-    basis_CK, mean_C = torch.from_numpy(basis).float(), torch.from_numpy(mean).float()
+    basis_CK = torch.from_numpy(basis).float()
+    mean_C = torch.from_numpy(mean).float()
     for start in range(0, views, CHUNK):
         found = [
-            forward_transform(torch.from_numpy(np.asarray(draw[start : start + CHUNK], np.float32)), basis_CK, mean_C)
+            forward_transform(
+                torch.from_numpy(np.asarray(draw[start : start + CHUNK], np.float32)),
+                basis_CK,
+                mean_C,
+            )
             for draw in whitened
         ]
-        first, second = found[0], found[-1]
+        first = found[0]
+        second = found[-1]
         square += ((first.double().square() + second.double().square()) / 2).sum(0).numpy()
         difference += (first.double() - second.double()).square().sum(0).numpy() / 2
         kept.append(np.stack([first.numpy(), second.numpy()])[:, : max(0, keep - start)])
@@ -100,21 +112,31 @@ def tap_statistics(whitened: Whitened) -> TapStatistics:
     noise = _smooth(difference / views, views)
     share = np.clip(noise / np.maximum(variance, 1e-12), 0.0, 1.0)
     return TapStatistics(
-        basis=basis, mean=mean, variance=variance, noise_share=share, coefficients=np.concatenate(kept, 1)
+        basis=basis,
+        mean=mean,
+        variance=variance,
+        noise_share=share,
+        coefficients=np.concatenate(kept, 1),
     )
 
 
 def _smooth(moment: NDArray[np.float64], views: int) -> NDArray[np.float64]:
     """Shrink each coefficient's moment towards its ring's: few views say little about one, more about the ring."""
     height, width = moment.shape[1:]
-    ring = np.maximum(*np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij"))
+    ring = np.maximum(
+        *np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
+    )
     ring = np.unique(ring, return_inverse=True)[1].reshape(-1)
     sizes = np.bincount(ring)
-    pooled = np.stack([np.bincount(ring, band.reshape(-1)) / sizes for band in moment])[:, ring].reshape(moment.shape)
+    pooled = np.stack([np.bincount(ring, band.reshape(-1)) / sizes for band in moment])[
+        :, ring
+    ].reshape(moment.shape)
     return (views * moment + SMOOTHING * pooled) / (views + SMOOTHING)
 
 
-def quantised_fit(statistics: TapStatistics, step: float, objective: Objective = "student") -> FittedTap:
+def quantised_fit(
+    statistics: TapStatistics, step: float, objective: Objective = "student"
+) -> FittedTap:
     """Return the fit of one tap at a step: classes, their steps and gains, and the probability tables.
 
     student: a band's step is step / (share that the image determines): error in a band that is mostly noise costs a
@@ -123,12 +145,16 @@ def quantised_fit(statistics: TapStatistics, step: float, objective: Objective =
     few nonzero values would cost more than a finer step of the others (4 % of the bytes at 50x; students lose by it).
     """
     dead = DEAD_RATIO if objective == "student" else DEAD_RATIO_FOR_DISTORTION
-    share = statistics.noise_share if objective == "student" else np.zeros_like(statistics.noise_share)
+    share = (
+        statistics.noise_share if objective == "student" else np.zeros_like(statistics.noise_share)
+    )
     determined = np.clip(1.0 - share, 2.0 ** (-MAX_LEVEL / 2), 1.0)
     level = np.clip(np.rint(-2 * np.log2(determined)), 0, MAX_LEVEL).astype(np.int64)
     band_step = step * 2.0 ** (level / 2)
     table = variance_class(np.sqrt(statistics.variance) / band_step, dead)
-    joint, inverse = np.unique(np.where(table < 0, -1, table * (MAX_LEVEL + 1) + level), return_inverse=True)
+    joint, inverse = np.unique(
+        np.where(table < 0, -1, table * (MAX_LEVEL + 1) + level), return_inverse=True
+    )
     inverse = inverse.reshape(level.shape) - int(joint[0] < 0)
     joint = joint[joint >= 0]
     kinds, class_table = np.unique(joint // (MAX_LEVEL + 1), return_inverse=True)
@@ -164,7 +190,9 @@ def _values_by_table(
     coefficients = statistics.coefficients[0].reshape(statistics.coefficients.shape[1], -1)
     values = []
     for t in range(len(gains)):
-        places = np.flatnonzero((flat != DEAD) & (class_table[np.where(flat == DEAD, 0, flat)] == t))
+        places = np.flatnonzero(
+            (flat != DEAD) & (class_table[np.where(flat == DEAD, 0, flat)] == t)
+        )
         c = torch.from_numpy(coefficients[:, places])
         steps = torch.from_numpy(class_step[flat[places]])
         q = quantise(c, steps)
@@ -175,7 +203,10 @@ def _values_by_table(
 
 def _gain(c: Tensor, decoded: Tensor, objective: Objective) -> float:
     """Return E[c^2] / E[c c_hat], within bounds, for a student; E[c c_hat] / E[c_hat^2] for the least squared error."""
-    met, energy, left = (float((a * b).sum(dtype=torch.float64)) for a, b in ((c, decoded), (c, c), (decoded, decoded)))
+    met, energy, left = (
+        float((a * b).sum(dtype=torch.float64))
+        for a, b in ((c, decoded), (c, c), (decoded, decoded))
+    )
     if objective == "distortion":
         return met / left if left > 0 else 1.0
     return float(np.clip(energy / met, *GAIN_RANGE)) if met > 0 else GAIN_RANGE[1]
@@ -193,10 +224,12 @@ def determined_error(statistics: TapStatistics, fitted: FittedTap) -> float:
     classes = torch.from_numpy(fitted.classes.reshape(-1)).long()[live]
     step = torch.from_numpy(fitted.class_step)[classes]
     scale = step * torch.from_numpy(fitted.class_gain)[classes]
-    error, variance = 0.0, 0.0
+    error = 0.0
+    variance = 0.0
     for first, second in zip(*both, strict=True):
         variance += float((first * second).sum(dtype=torch.float64))
-        e_1, e_2 = first.clone(), second.clone()
+        e_1 = first.clone()
+        e_2 = second.clone()
         for c, e in ((first, e_1), (second, e_2)):
             e[live] -= quantise(c[live], step) * scale
         error += float((e_1 * e_2).sum(dtype=torch.float64))
@@ -214,7 +247,8 @@ def solve_step(
     One step serves all taps: whitened features have unit variance, so equal steps spend bits where they reduce the
     total error most. Where even the coarsest step costs more, that one is returned.
     """
-    low, high = np.log(STEP_RANGE[0]), np.log(STEP_RANGE[1])
+    low = np.log(STEP_RANGE[0])
+    high = np.log(STEP_RANGE[1])
     tried: list[tuple[float, float]] = []
     for _ in range(14):
         step = float(np.float32(np.exp((low + high) / 2)))
@@ -232,6 +266,9 @@ def solve_step(
 
 def half_fits(statistics: Mapping[str, TapStatistics]) -> Solved:
     """Return the fits of features that stay float16."""
-    fit = {name: HalfTap(mean=s.mean, grid=np.array(s.variance.shape[1:], np.int32)) for name, s in statistics.items()}
+    fit = {
+        name: HalfTap(mean=s.mean, grid=np.array(s.variance.shape[1:], np.int32))
+        for name, s in statistics.items()
+    }
     size = float(sum(tap.payload_bound for tap in fit.values()))
     return Solved(step=None, fit=fit, bytes_per_view=size, determined_error=dict.fromkeys(fit, 0.0))

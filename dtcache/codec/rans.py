@@ -11,7 +11,7 @@ import numpy as np
 from numba import int16, int32, njit, uint64
 from numpy.typing import NDArray
 
-from dtcache.codec.fitted import DEAD, TABLE_BITS, TABLE_SIZE, FittedTap
+from dtcache.codec.tap_codec import DEAD, TABLE_BITS, TABLE_SIZE, FittedTap
 from dtcache.errors import PayloadError
 from dtcache.payloads import Payloads
 
@@ -73,7 +73,9 @@ def rans_tables(fitted: FittedTap) -> RansTables:
     )
 
 
-def encode(values_N: NDArray[np.int16], mu: float, sigma: float, tables: RansTables, bound: int) -> bytes:
+def encode(
+    values_N: NDArray[np.int16], mu: float, sigma: float, tables: RansTables, bound: int
+) -> bytes:
     """Encode one sample's quantised coefficients and its two whitening scalars."""
     words = np.zeros(bound // 2, np.uint16)
     words[:HEADER_WORDS] = np.array([sigma, mu], np.float32).view(np.uint16)
@@ -81,7 +83,9 @@ def encode(values_N: NDArray[np.int16], mu: float, sigma: float, tables: RansTab
     return words[:used].tobytes()
 
 
-def decode_batch(payloads: Payloads, tables: RansTables) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+def decode_batch(
+    payloads: Payloads, tables: RansTables
+) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
     """Decode B payloads to coefficients (B, n) and (sigma, mu) pairs (B, 2).
 
     Raises CodecError naming the place in the batch of a payload that no encoder wrote.
@@ -89,12 +93,22 @@ def decode_batch(payloads: Payloads, tables: RansTables) -> tuple[NDArray[np.int
     values = np.empty((len(payloads), len(tables.table)), np.int16)
     scalars = np.empty((len(payloads), 2), np.float32)
     bad = _decode(
-        payloads.data[: len(payloads.data) // 2 * 2].view(np.uint16), payloads.starts // 2, payloads.sizes // 2,
-        tables.slots, tables.value_at, tables.escape, tables.half_width, tables.runs, tables.table, values,
+        payloads.data[: len(payloads.data) // 2 * 2].view(np.uint16),
+        payloads.starts // 2,
+        payloads.sizes // 2,
+        tables.slots,
+        tables.value_at,
+        tables.escape,
+        tables.half_width,
+        tables.runs,
+        tables.table,
+        values,
         scalars.view(np.uint16),
-    )  # fmt: skip
+    )
     if bad >= 0:
-        raise PayloadError("a payload does not decode: its bytes are not ones that the encoder wrote", int(bad))
+        raise PayloadError(
+            "a payload does not decode: its bytes are not ones that the encoder wrote", int(bad)
+        )
     return values, scalars
 
 
@@ -121,7 +135,9 @@ def _encode(values, table, frequency, start, half_width, out):  # type: ignore[n
             words[used] = x & np.uint64(0xFFFF)
             used += 1
             x >>= np.uint64(16)
-        states[i % LANES] = ((x // f) << np.uint64(TABLE_BITS)) + x % f + np.uint64(start[t, symbol])
+        states[i % LANES] = (
+            ((x // f) << np.uint64(TABLE_BITS)) + x % f + np.uint64(start[t, symbol])
+        )
     head = HEADER_WORDS
     for lane in range(LANES):
         out[head] = states[lane] & np.uint64(0xFFFF)
@@ -133,45 +149,73 @@ def _encode(values, table, frequency, start, half_width, out):  # type: ignore[n
 
 
 @njit(cache=True, nogil=True)
-def _decode(words, starts, sizes, slots, value_at, escape, half_width, runs, table, values, scalars):  # type: ignore[no-untyped-def]
+def _decode(  # type: ignore[no-untyped-def]
+    words, starts, sizes, slots, value_at, escape, half_width, runs, table, values, scalars
+):
     """Decode payloads two by two, so that their eight lanes run side by side; return the first bad one, or -1.
 
     Words may be read, but are not used, up to SLACK bytes after a payload's end. All indices are unsigned: signed ones
     are tested for wrapping.
     """
-    out, count = values.reshape(-1), uint64(values.shape[1])
+    out = values.reshape(-1)
+    count = uint64(values.shape[1])
     for first in range(0, len(starts), 2):
         second = min(first + 1, len(starts) - 1)
         if min(sizes[first], sizes[second]) < HEADER_WORDS + 2 * LANES:
             return first if sizes[first] < HEADER_WORDS + 2 * LANES else second
-        p, q = uint64(starts[first]), uint64(starts[second])
-        end_p, end_q = p + uint64(sizes[first]), q + uint64(sizes[second])
-        at_p, at_q = uint64(first) * count, uint64(second) * count
+        p = uint64(starts[first])
+        q = uint64(starts[second])
+        end_p = p + uint64(sizes[first])
+        end_q = q + uint64(sizes[second])
+        at_p = uint64(first) * count
+        at_q = uint64(second) * count
         for k in range(HEADER_WORDS):
             scalars[first, k], scalars[second, k] = words[p], words[q]
-            p, q = p + uint64(1), q + uint64(1)
-        a, b, c, d = _lane(words, p, 0), _lane(words, p, 1), _lane(words, p, 2), _lane(words, p, 3)
-        e, f, g, h = _lane(words, q, 0), _lane(words, q, 1), _lane(words, q, 2), _lane(words, q, 3)
-        p, q = p + uint64(2 * LANES), q + uint64(2 * LANES)
+            p = p + uint64(1)
+            q = q + uint64(1)
+        a = _lane(words, p, 0)
+        b = _lane(words, p, 1)
+        c = _lane(words, p, 2)
+        d = _lane(words, p, 3)
+        e = _lane(words, q, 0)
+        f = _lane(words, q, 1)
+        g = _lane(words, q, 2)
+        h = _lane(words, q, 3)
+        p = p + uint64(2 * LANES)
+        q = q + uint64(2 * LANES)
         for r in range(len(runs) - 1):
             t = uint64(table[runs[r]])
-            base, rare, half = t * uint64(TABLE_SIZE), uint64(escape[t]), half_width[t]
+            base = t * uint64(TABLE_SIZE)
+            rare = uint64(escape[t])
+            half = half_width[t]
             for i in range(uint64(runs[r]), uint64(runs[r + 1])):
                 slot = base + (a & SLOT_MASK)
                 place = uint64(slots[slot + slot + uint64(1)])
-                x, value = uint64(slots[slot + slot]) * (a >> SLOT_BITS) + place, value_at[slot]
+                x = uint64(slots[slot + slot]) * (a >> SLOT_BITS) + place
+                value = value_at[slot]
                 if x < LOW:
-                    x, value, p = _refill(a, x, value, words[p], words[p + uint64(1)], p, end_p, place, rare, half)
+                    x, value, p = _refill(
+                        a, x, value, words[p], words[p + uint64(1)], p, end_p, place, rare, half
+                    )
                 out[at_p + i] = value
-                a, b, c, d = b, c, d, x
+                a = b
+                b = c
+                c = d
+                d = x
 
                 slot = base + (e & SLOT_MASK)
                 place = uint64(slots[slot + slot + uint64(1)])
-                x, value = uint64(slots[slot + slot]) * (e >> SLOT_BITS) + place, value_at[slot]
+                x = uint64(slots[slot + slot]) * (e >> SLOT_BITS) + place
+                value = value_at[slot]
                 if x < LOW:
-                    x, value, q = _refill(e, x, value, words[q], words[q + uint64(1)], q, end_q, place, rare, half)
+                    x, value, q = _refill(
+                        e, x, value, words[q], words[q + uint64(1)], q, end_q, place, rare, half
+                    )
                 out[at_q + i] = value
-                e, f, g, h = f, g, h, x
+                e = f
+                f = g
+                g = h
+                h = x
         # The decoder must end where the encoder began; anything else is damage that got past the checksums.
         if p > end_p or a != LOW or b != LOW or c != LOW or d != LOW:
             return first

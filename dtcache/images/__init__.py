@@ -1,12 +1,12 @@
 """Where images come from, and the view of them that teacher and students share."""
 
+from dtcache.images.decode import LoadedView, decode_view, load_views
 from dtcache.images.folder import FolderSource
-from dtcache.images.linked import LinkedImages
 from dtcache.images.masks import MaskFolder, open_masks
 from dtcache.images.parquet import ParquetSource
 from dtcache.images.source import ImageSource, open_source, permuted
-from dtcache.images.tars import TarSource
-from dtcache.images.view import LoadedView, decode_view, load_views
+from dtcache.images.source_images import LinkedImages
+from dtcache.images.tar import TarSource
 
 __all__ = [
     "FolderSource",

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from dtcache.columns import Column
 from dtcache.errors import ImagesError, ImagesNotFoundError
+from dtcache.samples import Column
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+)
 MAX_FILE_BYTES = 1 << 30
 """A larger image fails: nothing that the view's limit of pixels lets through needs as much."""
 LISTED_AT_ONCE = 1 << 16
@@ -43,7 +45,9 @@ class FolderSource:
         while part := list(islice(keys, LISTED_AT_ONCE)):
             odd = next((key for key in part if not key.isprintable()), None)
             if odd is not None:
-                raise ImagesError(f"{root}: expected printable UTF-8 file names, got {odd!r}; rename the file")
+                raise ImagesError(
+                    f"{root}: expected printable UTF-8 file names, got {odd!r}; rename the file"
+                )
             chunks.append(pa.array(part, pa.string()))
             for key in part:
                 folder, slash, _ = key.partition("/")
@@ -60,7 +64,9 @@ class FolderSource:
             self.classes = sorted(counts)
             index_of = {name: i for i, name in enumerate(self.classes)}
             # Keys are sorted, so that those of one folder run together.
-            labels = np.repeat(np.array([index_of[name] for name in counts], np.int32), list(counts.values()))
+            labels = np.repeat(
+                np.array([index_of[name] for name in counts], np.int32), list(counts.values())
+            )
             self.labels = Column(pa.array(labels))
 
     def read(self, index: int) -> bytes:
@@ -96,9 +102,12 @@ def list_images(root: Path) -> Iterator[str]:
         try:
             with os.scandir(root / key) as entries:
                 found = (
-                    f"{key}{entry.name}/" if entry.is_dir(follow_symlinks=False) else f"{key}{entry.name}"
+                    f"{key}{entry.name}/"
+                    if entry.is_dir(follow_symlinks=False)
+                    else f"{key}{entry.name}"
                     for entry in entries
-                    if entry.is_dir(follow_symlinks=False) or (is_image(entry.name) and entry.is_file())
+                    if entry.is_dir(follow_symlinks=False)
+                    or (is_image(entry.name) and entry.is_file())
                 )
                 todo += sorted(found, reverse=True)
         except OSError as error:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dtcache.errors import ImagesError, ImagesNotFoundError
+from dtcache.images.decode import MAX_PIXELS, resize_to_view
 from dtcache.images.folder import is_image, read_bounded
-from dtcache.images.view import MAX_PIXELS, resize_to_view
-from dtcache.spec import ViewSpec
+from dtcache.recipe import ViewSpec
 
 CLASSES_FILE = "classes.toml"
 MAX_CLASSES_BYTES = 1 << 20
@@ -55,7 +55,9 @@ class MaskFolder:
                 "the classes 0, 1, ..., or give another --ignore"
             )
 
-    def load(self, key: str, view: ViewSpec, image_size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    def load(
+        self, key: str, view: ViewSpec, image_size: tuple[int, int] | None = None
+    ) -> NDArray[np.uint8]:
         """Return an image's mask as the view shows it, uint8 (H, W) of class numbers and `ignore`, by nearest pixels.
 
         `image_size` is the upright image's (height, width), which the mask must share; None where it is not known.
@@ -63,7 +65,9 @@ class MaskFolder:
         """
         path = self.path(key)
         if not self.has(key):
-            raise ImagesNotFoundError(f"{path}: expected the mask of image {key}, got no such file; add it")
+            raise ImagesNotFoundError(
+                f"{path}: expected the mask of image {key}, got no such file; add it"
+            )
         mask = _decode(path)
         if image_size is not None and mask.shape != image_size:
             raise ImagesError(
@@ -95,12 +99,17 @@ def open_masks(root: Path, ignore: int | None = None) -> MaskFolder:
         )
     path = root / CLASSES_FILE
     found = _read_classes(path) if path.is_file() else {}
-    names, value = found.get("names"), found.get("ignore", IGNORE) if ignore is None else ignore
+    names = found.get("names")
+    value = found.get("ignore", IGNORE) if ignore is None else ignore
     where = path if ignore is None else root
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 255:
-        raise ImagesError(f"{where}: expected a value to ignore from 0 to 255, got {str(value)[:40]!r}")
+        raise ImagesError(
+            f"{where}: expected a value to ignore from 0 to 255, got {str(value)[:40]!r}"
+        )
     if names is not None:
-        good = isinstance(names, list) and all(isinstance(n, str) and n and n.isprintable() for n in names)
+        good = isinstance(names, list) and all(
+            isinstance(n, str) and n and n.isprintable() for n in names
+        )
         if not good or not 1 <= len(names) <= 256 or len(set(names)) < len(names):
             raise ImagesError(
                 f"{path}: expected names = [...], 1 to 256 distinct class names by number, got {str(names)[:80]}"
@@ -111,12 +120,18 @@ def open_masks(root: Path, ignore: int | None = None) -> MaskFolder:
 def _read_classes(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CLASSES_BYTES:
-            raise ImagesError(f"{path}: expected at most {MAX_CLASSES_BYTES} bytes, got {path.stat().st_size}")
+            raise ImagesError(
+                f"{path}: expected at most {MAX_CLASSES_BYTES} bytes, got {path.stat().st_size}"
+            )
         found = tomllib.loads(path.read_text())
     except OSError as error:
-        raise ImagesError(f"{path}: cannot be read ({error.strerror or error}); make it readable") from error
+        raise ImagesError(
+            f"{path}: cannot be read ({error.strerror or error}); make it readable"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ImagesError(f"{path}: not TOML ({error}); expected names = [...] and, if needed, ignore = N") from error
+        raise ImagesError(
+            f"{path}: not TOML ({error}); expected names = [...] and, if needed, ignore = N"
+        ) from error
     if odd := sorted(found.keys() - {"names", "ignore"}):
         raise ImagesError(f"{path}: expected names and ignore, got {odd[0][:40]!r}; leave it out")
     return found
@@ -126,21 +141,30 @@ def _decode(path: Path) -> NDArray[np.uint8]:
     """Return a PNG file's values (H, W) as they are stored. Raises ImagesError."""
     try:
         with Image.open(io.BytesIO(read_bounded(path)), formats=("PNG",)) as opened:
-            mode, size = opened.mode, opened.size
+            mode = opened.mode
+            size = opened.size
             stored = opened.tile[0][3] if opened.tile else mode
-            values = np.asarray(opened) if mode in MODES and size[0] * size[1] <= MAX_PIXELS else None
+            values = (
+                np.asarray(opened) if mode in MODES and size[0] * size[1] <= MAX_PIXELS else None
+            )
     except Exception as error:  # damaged files raise nearly anything: struct.error, SyntaxError, AttributeError, ...
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).split(" <_io")[0]
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).split(
+            " <_io"
+        )[0]
         raise ImagesError(
             f"{path}: not a mask that can be read ({reason or type(error).__name__}); write it anew as PNG"
         ) from error
     if size[0] * size[1] > MAX_PIXELS:
-        raise ImagesError(f"{path}: {size[0]}x{size[1]} pixels, over the limit of {MAX_PIXELS}; make it smaller")
+        raise ImagesError(
+            f"{path}: {size[0]}x{size[1]} pixels, over the limit of {MAX_PIXELS}; make it smaller"
+        )
     if values is None:
         raise ImagesError(
             f"{path}: expected a mask of one channel, class numbers as grey values or palette indices, got {mode} "
             "pixels; convert colours to class numbers"
         )
     if values.max(initial=0) > 255:
-        raise ImagesError(f"{path}: expected class numbers from 0 to 255, got {values.max()}; renumber the classes")
+        raise ImagesError(
+            f"{path}: expected class numbers from 0 to 255, got {values.max()}; renumber the classes"
+        )
     return (values.astype(np.uint8) // STRETCHED.get(str(stored), 1)).astype(np.uint8)

@@ -18,17 +18,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dtcache.columns import Column
 from dtcache.errors import ImagesNotFoundError
-from dtcache.images.row_groups import BYTES, RowGroup, failed_row, read_columns, unreadable
-from dtcache.images.unique import require_unique
+from dtcache.images.duplicate_keys import require_unique
+from dtcache.images.parquet_index import BYTES, RowGroup, failed_row, read_columns, unreadable
+from dtcache.samples import Column
 
 LEAST_HELD_BYTES = 2 << 30
 HELD_SHARE = 16
 """Encoded images of 2 GiB are held, or of a sixteenth of the memory where that is more."""
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """What a container may use, where Linux runs it."""
-BATCH_BYTES, BATCH_ROWS = 16 << 20, 256
+BATCH_BYTES = 16 << 20
+BATCH_ROWS = 256
 """Images that are decoded at once on the way through a row group; a page of the file may be more."""
 
 
@@ -53,10 +54,14 @@ class ParquetSource:
         self._starts = np.cumsum([0, *(group.rows for group in self._groups)])
         count = int(self._starts[-1])
         if not count:
-            raise ImagesNotFoundError(f"no images in {', '.join(map(str, files))}: the files have no rows")
+            raise ImagesNotFoundError(
+                f"no images in {', '.join(map(str, files))}: the files have no rows"
+            )
         self.classes: list[str] | None = None
         labelled = sum(map(len, labels)) == count
-        self.labels: Column[int | None] | None = Column(pa.chunked_array(labels)) if labelled else None
+        self.labels: Column[int | None] | None = (
+            Column(pa.chunked_array(labels)) if labelled else None
+        )
         self.keys: Column[str] = Column(self._names(pa.chunked_array(paths)))
         self._held = self._hold()
 
@@ -71,16 +76,23 @@ class ParquetSource:
 
         def place(index: int) -> str:
             group = self._groups[self._group_of(index)]
-            return f"row {index - self._starts[self._group_of(index)] + group.first} of {group.file}"
+            return (
+                f"row {index - self._starts[self._group_of(index)] + group.first} of {group.file}"
+            )
 
-        require_unique(paths, place, "give each a path of its own, or none to any: they are then named FILE:ROW")
+        require_unique(
+            paths,
+            place,
+            "give each a path of its own, or none to any: they are then named FILE:ROW",
+        )
         return paths
 
     def _hold(self) -> pa.ChunkedArray | None:
         """Return all images where they fit, None where they do not."""
         if sum(group.size for group in self._groups) > self._held_bytes:
             return None
-        held, room = [], self._held_bytes
+        held = []
+        room = self._held_bytes
         for number, group in enumerate(self._groups):
             try:
                 for _, values in self._stream(number, np.arange(group.rows)):
@@ -114,13 +126,15 @@ class ParquetSource:
         if self._held is not None:
             yield from ((index, partial(self.read, index)) for index in indices)
             return
-        todo, given_up = iter(indices), Event()
+        todo = iter(indices)
+        given_up = Event()
         with ThreadPoolExecutor(1, thread_name_prefix="parquet") as pool:
             try:
                 coming = self._next_rows(todo)
                 waiting = pool.submit(self._window, coming, given_up)
                 while len(coming):
-                    rows, window = coming, waiting.result()
+                    rows = coming
+                    window = waiting.result()
                     coming = self._next_rows(todo)
                     waiting = pool.submit(self._window, coming, given_up)
                     for place, index in enumerate(rows.tolist()):
@@ -135,7 +149,8 @@ class ParquetSource:
 
     def _next_rows(self, todo: Iterator[int]) -> NDArray[np.int64]:
         """Take as many indices as a window holds, by the mean size of the images of their row groups."""
-        room, rows = self._held_bytes / 2, []
+        room = self._held_bytes / 2
+        rows = []
         for index in todo:
             group = self._groups[self._group_of(index)]
             rows.append(index)
@@ -160,7 +175,9 @@ class ParquetSource:
             try:
                 for at, values in self._stream(number, rows[places] - self._starts[number]):
                     room -= values.nbytes
-                    for place, value in zip(places[at : at + len(values)].tolist(), values, strict=True):
+                    for place, value in zip(
+                        places[at : at + len(values)].tolist(), values, strict=True
+                    ):
                         found[place] = (value.as_py() or b"") if room >= 0 else None
             except (OSError, pa.ArrowException) as error:
                 for place in places.tolist():
@@ -169,14 +186,20 @@ class ParquetSource:
 
     def _stream(self, number: int, wanted: NDArray[np.int64]) -> Iterator[tuple[int, pa.Array]]:
         """Yield (place in `wanted`, images from there on) of sorted rows of a row group, a batch at a time."""
-        group, start = self._groups[number], 0
+        group = self._groups[number]
+        start = 0
         batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.rows // max(1, group.size)))
         # Without pre-buffering a row group passes through page by page, however large it is.
         with pq.ParquetFile(group.file, pre_buffer=False, buffer_size=1 << 20) as file:
-            for batch in file.iter_batches(batch_rows, row_groups=[group.number], columns=[BYTES], use_threads=False):
+            for batch in file.iter_batches(
+                batch_rows, row_groups=[group.number], columns=[BYTES], use_threads=False
+            ):
                 first, last = np.searchsorted(wanted, [start, start + len(batch)]).tolist()
                 if first < last:
-                    yield first, batch.column(0).field("bytes").take(pa.array(wanted[first:last] - start))
+                    yield (
+                        first,
+                        batch.column(0).field("bytes").take(pa.array(wanted[first:last] - start)),
+                    )
                 start += len(batch)
                 if last == len(wanted):
                     return
@@ -189,4 +212,6 @@ def default_held_bytes() -> int:
     """Return how many bytes of encoded images a source holds: 2 GiB, or a sixteenth of the memory if that is more."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     granted = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else ""
-    return max(LEAST_HELD_BYTES, min(memory, int(granted) if granted.isdigit() else memory) // HELD_SHARE)
+    return max(
+        LEAST_HELD_BYTES, min(memory, int(granted) if granted.isdigit() else memory) // HELD_SHARE
+    )

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dtcache.config import config_text
+from dtcache.atomic_files import disk_errors
 from dtcache.errors import ConfigError
 from dtcache.images.masks import CLASSES_FILE
-from dtcache.storage import disk_errors
+from dtcache.options.toml import config_text
 
 _Floats = NDArray[np.floating]
 _VERSION = 1  # of the generator: raise it with every change of a pixel, so that old folders are not taken for new
@@ -39,10 +39,12 @@ def _length(x: _Floats, y: _Floats) -> _Floats:
 
 def _star(x: _Floats, y: _Floats) -> _Floats:
     # Mirrored at the tips' axes until one half tip is left, whose single straight edge bounds the star.
-    x, y = np.abs(x), -y
+    x = np.abs(x)
+    y = -y
     for mirror in (0.809, -0.809):
         over = 2 * np.maximum(mirror * x - 0.588 * y, 0)
-        x, y = x - over * mirror, y + over * 0.588
+        x = x - over * mirror
+        y = y + over * 0.588
     return np.asarray(0.728 * np.abs(x) + 0.588 * (y - 1.28))
 
 
@@ -50,9 +52,13 @@ def _star(x: _Floats, y: _Floats) -> _Floats:
 # not tell the classes apart; the order is the alphabet's, so that labels agree with those read off a folder tree.
 _SHAPES: dict[str, Callable[[_Floats, _Floats], _Floats]] = {
     "crescent": lambda x, y: np.maximum(_length(x - 0.15, y) - 1.33, 1.05 - _length(x - 0.93, y)),
-    "cross": lambda x, y: np.maximum(np.maximum(abs(x), abs(y)) - 1.19, np.minimum(abs(x), abs(y)) - 0.4),
+    "cross": lambda x, y: np.maximum(
+        np.maximum(abs(x), abs(y)) - 1.19, np.minimum(abs(x), abs(y)) - 0.4
+    ),
     "disc": lambda x, y: _length(x, y) - 1,
-    "heart": lambda x, y: np.minimum(0.707 * (abs(x) + abs(y - 0.1)), _length(abs(x) - 0.467, y + 0.367)) - 0.66,
+    "heart": lambda x, y: (
+        np.minimum(0.707 * (abs(x) + abs(y - 0.1)), _length(abs(x) - 0.467, y + 0.367)) - 0.66
+    ),
     "ring": lambda x, y: abs(_length(x, y) - 0.83) - 0.3,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.886,
     "star": _star,
@@ -90,33 +96,52 @@ def scene(seed: int, index: int, size: int = 64) -> Scene:
     labels = rng.permutation(len(CLASSES)).astype(np.int32)[: 1 + rng.integers(3)]
     ticks = ((np.arange(2 * size) + 0.5) / (2 * size)).astype(np.float32)
     background = _draw_colours(rng)
-    canvas = _texture(rng, _BACKGROUND_TEXTURES, (0.3, 1.5), background, ticks[None, :], ticks[:, None])
+    canvas = _texture(
+        rng, _BACKGROUND_TEXTURES, (0.3, 1.5), background, ticks[None, :], ticks[:, None]
+    )
     owner = np.full((size, size), -1)
-    light, shadow = rng.uniform(0, 2 * math.pi), rng.uniform(0.15, 0.6)
+    light = rng.uniform(0, 2 * math.pi)
+    shadow = rng.uniform(0.15, 0.6)
     for number, (x, y, scale) in enumerate(_draw_places(rng, len(labels))):
         reach = _REACH * scale  # only so much is painted, which is what makes scenes cheap
-        columns, rows = (slice(max(0, int((at - reach) * size)), int((at + reach) * size) + 1) for at in (x, y))
+        columns, rows = (
+            slice(max(0, int((at - reach) * size)), int((at + reach) * size) + 1) for at in (x, y)
+        )
         across, down = (slice(2 * part.start, 2 * part.stop) for part in (columns, rows))
         local = (ticks[None, across] - x) / scale, (ticks[down, None] - y) / scale
         # An object coloured like its background would have no outline to learn from: the farthest of 16 is taken.
         choices = [_draw_colours(rng) for _ in range(16)]
-        colours = max(choices, key=lambda pair: float(abs(pair - background.mean(axis=0)).sum(axis=1).min()))
-        alpha = _paint_object(rng, canvas[:, down, across], CLASSES[labels[number]], colours, light, shadow, *local)
+        colours = max(
+            choices, key=lambda pair: float(abs(pair - background.mean(axis=0)).sum(axis=1).min())
+        )
+        alpha = _paint_object(
+            rng, canvas[:, down, across], CLASSES[labels[number]], colours, light, shadow, *local
+        )
         owner[rows, columns][_shrink(alpha) >= 0.5] = number
     visible = np.unique(owner[owner >= 0])
     return Scene(
-        pixels=np.ascontiguousarray((_shrink(canvas) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)),
+        pixels=np.ascontiguousarray(
+            (_shrink(canvas) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+        ),
         label=int(labels[-1]),
         mask=np.where(owner < 0, 0, 1 + labels[owner]).astype(np.uint8),
-        boxes=np.array([Image.fromarray(owner == number).getbbox() for number in visible], np.int32),
+        boxes=np.array(
+            [Image.fromarray(owner == number).getbbox() for number in visible], np.int32
+        ),
         box_labels=labels[visible],
     )
 
 
 def write_scenes(
-    root: Path, *, seed: int, size: int, count: int, start: int = 0, masks: bool = True,
+    root: Path,
+    *,
+    seed: int,
+    size: int,
+    count: int,
+    start: int = 0,
+    masks: bool = True,
     on_progress: Callable[[int], None] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write scenes start .. start + count - 1 as images/<class>/<index>.png, masks/<class>/<index>.png and boxes.json.
 
     boxes.json maps each index to its "label", "boxes" [n][4] and "labels" [n]; masks/classes.toml names the masks'
@@ -126,27 +151,42 @@ def write_scenes(
     """
     _check_size(size)
     if count < 0 or start < 0:
-        raise ConfigError(f"scene range: expected start and count of 0 or more, got start {start}, count {count}")
-    boxes_path, recipe_path = root / "boxes.json", root / "scenes.json"
+        raise ConfigError(
+            f"scene range: expected start and count of 0 or more, got start {start}, count {count}"
+        )
+    boxes_path = root / "boxes.json"
+    recipe_path = root / "scenes.json"
     recipe = {"seed": seed, "size": size, "version": _VERSION}
     # Skipping finished files is only right when they show the scenes asked for.
     with disk_errors(root):
         found = json.loads(recipe_path.read_text()) if recipe_path.exists() else recipe
     if found != recipe:
-        raise ConfigError(f"{root} holds other scenes: expected {recipe}, got {found}; choose another directory")
+        raise ConfigError(
+            f"{root} holds other scenes: expected {recipe}, got {found}; choose another directory"
+        )
     _write(recipe_path, json.dumps(recipe).encode())
     if masks:
-        _write(root / "masks" / CLASSES_FILE, config_text({"names": ("background", *CLASSES)}).encode())
+        _write(
+            root / "masks" / CLASSES_FILE, config_text({"names": ("background", *CLASSES)}).encode()
+        )
     entries = json.loads(boxes_path.read_text()) if boxes_path.exists() else {}
     for index in range(start, start + count):
         entry = entries.get(str(index))
-        if entry is None or not all(path.exists() for path in _paths(root, index, entry["label"], masks)):
+        if entry is None or not all(
+            path.exists() for path in _paths(root, index, entry["label"], masks)
+        ):
             item = scene(seed, index, size)
-            for path, array in zip(_paths(root, index, item.label, masks), (item.pixels, item.mask), strict=False):
+            for path, array in zip(
+                _paths(root, index, item.label, masks), (item.pixels, item.mask), strict=False
+            ):
                 if not path.exists():
                     Image.fromarray(array).save(png := io.BytesIO(), format="PNG")
                     _write(path, png.getvalue())
-            entry = {"label": item.label, "boxes": item.boxes.tolist(), "labels": item.box_labels.tolist()}
+            entry = {
+                "label": item.label,
+                "boxes": item.boxes.tolist(),
+                "labels": item.box_labels.tolist(),
+            }
             entries[str(index)] = entry
         if on_progress is not None:
             on_progress(1)
@@ -159,7 +199,10 @@ def _check_size(size: int) -> None:
 
 
 def _paths(root: Path, index: int, label: int, masks: bool) -> list[Path]:
-    return [root / kind / CLASSES[label] / f"{index:06d}.png" for kind in ("images", "masks")[: 1 + masks]]
+    return [
+        root / kind / CLASSES[label] / f"{index:06d}.png"
+        for kind in ("images", "masks")[: 1 + masks]
+    ]
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -177,32 +220,52 @@ def _shrink(planes: _Floats) -> _Floats:
 
 def _draw_places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
     """Draw each object's x, y and scale (radius of the disc of its area) in frames: clutter, then the main object."""
-    x, y, scale = rng.uniform(0.46, 0.54), rng.uniform(0.46, 0.54), rng.uniform(0.25, 0.31)
+    x = rng.uniform(0.46, 0.54)
+    y = rng.uniform(0.46, 0.54)
+    scale = rng.uniform(0.25, 0.31)
     places = [(x, y, scale)]
     for _ in range(count - 1):
-        angle, distance = rng.uniform(0, 2 * math.pi), scale * rng.uniform(1.5, 2.3)
-        beside = np.clip((x + distance * math.cos(angle), y + distance * math.sin(angle)), 0.06, 0.94).tolist()
+        angle = rng.uniform(0, 2 * math.pi)
+        distance = scale * rng.uniform(1.5, 2.3)
+        beside = np.clip(
+            (x + distance * math.cos(angle), y + distance * math.sin(angle)), 0.06, 0.94
+        ).tolist()
         places.insert(0, (*beside, scale * rng.uniform(0.2, 0.35)))
     return places
 
 
 def _draw_colours(rng: np.random.Generator) -> _Floats:
     """Draw two colours, [2, 3] in 0..1, near each other: strong textures keep small diffusion models from shapes."""
-    hue, saturation, value = rng.random(), rng.uniform(0.1, 0.8), rng.uniform(0.25, 1.0)
+    hue = rng.random()
+    saturation = rng.uniform(0.1, 0.8)
+    value = rng.uniform(0.25, 1.0)
     other_value = value + rng.uniform(0.05, 0.14) * (1 if value < 0.6 else -1)
-    other = colorsys.hsv_to_rgb((hue + rng.normal(0, 0.05)) % 1, saturation * rng.uniform(0.78, 1.05), other_value)
+    other = colorsys.hsv_to_rgb(
+        (hue + rng.normal(0, 0.05)) % 1, saturation * rng.uniform(0.78, 1.05), other_value
+    )
     return np.array([colorsys.hsv_to_rgb(hue, saturation, value), other], np.float32)
 
 
 def _paint_object(
-    rng: np.random.Generator, canvas: _Floats, shape: str, colours: _Floats, light: float, shadow: float,
-    across: _Floats, down: _Floats,
-) -> _Floats:  # fmt: skip
+    rng: np.random.Generator,
+    canvas: _Floats,
+    shape: str,
+    colours: _Floats,
+    light: float,
+    shadow: float,
+    across: _Floats,
+    down: _Floats,
+) -> _Floats:
     """Paint on canvas [3, H, W], across and down in scales; return the object's coverage [H, W] in 0..1."""
-    turn, stretch, gloss = rng.uniform(-0.2, 0.2), math.exp(rng.uniform(-0.13, 0.13)), rng.uniform(-0.2, 0.55)
+    turn = rng.uniform(-0.2, 0.2)
+    stretch = math.exp(rng.uniform(-0.13, 0.13))
+    gloss = rng.uniform(-0.2, 0.55)
     # The object's reach, about -2 to 2 scales, is its texture's 0 to 1.
     colour = _texture(rng, _OBJECT_TEXTURES, (1.0, 4.0), colours, 0.5 + across / 4, 0.5 + down / 4)
-    light_x, light_y, cos, sin = math.cos(light), math.sin(light), math.cos(turn), math.sin(turn)
+    light_x = math.cos(light)
+    light_y = math.sin(light)
+    cos = math.cos(turn)
+    sin = math.sin(turn)
     # The far one of the two outlines is the shadow's.
     inside, far = (
         -_SHAPES[shape]((x * cos + y * sin) / stretch, (y * cos - x * sin) * stretch)
@@ -218,14 +281,22 @@ def _paint_object(
 
 
 def _texture(
-    rng: np.random.Generator, kinds: tuple[str, ...], frequencies: tuple[float, float], colours: _Floats,
-    x: _Floats, y: _Floats,
-) -> _Floats:  # fmt: skip
+    rng: np.random.Generator,
+    kinds: tuple[str, ...],
+    frequencies: tuple[float, float],
+    colours: _Floats,
+    x: _Floats,
+    y: _Floats,
+) -> _Floats:
     """Mix two colours by a random pattern into [3, H, W] at columns x [1, W] and rows y [H, 1], both about 0..1."""
-    kind, frequency, phase = kinds[rng.integers(len(kinds))], rng.uniform(*frequencies), rng.random()
+    kind = kinds[rng.integers(len(kinds))]
+    frequency = rng.uniform(*frequencies)
+    phase = rng.random()
     angle = rng.uniform(0, 2 * math.pi)
-    cos, sin = math.cos(angle), math.sin(angle)
-    along, sideways = (x - 0.5) * cos + (y - 0.5) * sin, (y - 0.5) * cos - (x - 0.5) * sin
+    cos = math.cos(angle)
+    sin = math.sin(angle)
+    along = (x - 0.5) * cos + (y - 0.5) * sin
+    sideways = (y - 0.5) * cos - (x - 0.5) * sin
     periods = along * frequency + phase, sideways * frequency
     u, v = (np.abs(t - np.floor(t) - 0.5) * 4 - 1 for t in periods)  # triangle waves in -1..1
     below = y - 0.35 - 0.3 * phase + 0.25 * cos * (x - 0.5)
@@ -254,6 +325,7 @@ def _noise(rng: np.random.Generator, cells: int, x: _Floats, y: _Floats) -> _Flo
         place = np.clip(ticks.ravel()[:, None], 0, 0.999) * cells
         knot = place.astype(np.intp)
         offset = (place - knot).astype(np.float32)
-        low, high = values[knot[:, 0]], values[knot[:, 0] + 1]
+        low = values[knot[:, 0]]
+        high = values[knot[:, 0] + 1]
         values = (low + offset * offset * (3 - 2 * offset) * (high - low)).T
     return values

@@ -9,8 +9,8 @@ import numpy as np
 from dtcache.errors import ImagesError, ImagesNotFoundError
 from dtcache.images.folder import FolderSource, list_images
 from dtcache.images.parquet import ParquetSource
-from dtcache.images.tars import TarSource, Track
-from dtcache.spec import sha256_json
+from dtcache.images.tar import TarSource, Track
+from dtcache.recipe import sha256_json
 
 KINDS = "a folder of images, .parquet or .tar files, or one such file"
 
@@ -50,14 +50,21 @@ def open_source(path: Path, track: Track | None = None) -> ImageSource:
     if path.is_file() and path.suffix == ".tar":
         return TarSource([path], track)
     if path.is_dir():
-        parquet, tars = sorted(path.glob("*.parquet")), sorted(p for p in path.glob("*.tar") if not p.is_dir())
+        parquet = sorted(path.glob("*.parquet"))
+        tars = sorted(p for p in path.glob("*.tar") if not p.is_dir())
         image = next(list_images(path), None) if tars else None
         if tars and (parquet or image):
             raise ImagesError(
                 f"{path}: expected one kind of images, got {tars[0].name} beside {image or parquet[0].name}; give the "
                 "file, or a folder that holds one kind"
             )
-        return ParquetSource(parquet) if parquet else TarSource(tars, track) if tars else FolderSource(path)
+        return (
+            ParquetSource(parquet)
+            if parquet
+            else TarSource(tars, track)
+            if tars
+            else FolderSource(path)
+        )
     if path.exists():
         raise ImagesError(f"{path}: expected {KINDS}, got a file of another kind")
     raise ImagesNotFoundError(f"{path} does not exist: expected {KINDS}")

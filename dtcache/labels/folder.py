@@ -5,11 +5,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dtcache.atomic_files import file_sha256, write_file
 from dtcache.errors import CacheMismatchError, ConfigError
 from dtcache.labels.interpreter import GROUPS, MAX_WIDTH, FeatureInterpreter, Shapes, logit_grid
-from dtcache.spec import Json, ViewSpec, check_scores
-from dtcache.storage import file_sha256, write_file
-from dtcache.student.stored import CONFIG, WEIGHTS, bounded, load_weights, read_config, read_view, weight_bytes
+from dtcache.recipe import Json, ViewSpec, check_scores
+from dtcache.student.weights_io import (
+    CONFIG,
+    WEIGHTS,
+    bounded,
+    load_weights,
+    read_config,
+    read_view,
+    weight_bytes,
+)
 
 KIND = "dtcache interpreter 1"
 AGAIN = "fit it again with dtcache label fit"
@@ -82,9 +90,13 @@ def load_interpreter(folder: Path) -> Interpreter:
     except ConfigError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{folder / CONFIG}: not the configuration of an interpreter ({error}); {AGAIN}") from error
+        raise ConfigError(
+            f"{folder / CONFIG}: not the configuration of an interpreter ({error}); {AGAIN}"
+        ) from error
     hashes = [file_sha256(folder / name) for name in (WEIGHTS, CONFIG)]
-    return Interpreter(spec=spec, network=network.eval(), weights_sha256=hashes[0], config_sha256=hashes[1])
+    return Interpreter(
+        spec=spec, network=network.eval(), weights_sha256=hashes[0], config_sha256=hashes[1]
+    )
 
 
 def require_serves(spec: InterpreterSpec, where: Path, recipe: Json, shapes: Shapes) -> None:
@@ -97,8 +109,12 @@ def require_serves(spec: InterpreterSpec, where: Path, recipe: Json, shapes: Sha
     view = {"height": spec.view.height, "width": spec.view.width, "fit": spec.view.fit}
     differences += [("view", view, recipe["view"])] if recipe["view"] != view else []
     for part, what in enumerate(("timesteps", "taps")):
-        wanted, found = (sorted({name.split("/")[part] for name in names}) for names in (spec.shapes, shapes))
-        differences += [(what, ", ".join(wanted), ", ".join(found))] if not set(wanted) <= set(found) else []
+        wanted, found = (
+            sorted({name.split("/")[part] for name in names}) for names in (spec.shapes, shapes)
+        )
+        differences += (
+            [(what, ", ".join(wanted), ", ".join(found))] if not set(wanted) <= set(found) else []
+        )
     differences += [
         (f"shape of {name}", shape, shapes[name])
         for name, shape in spec.shapes.items()
@@ -121,8 +137,14 @@ def _spec(config: Json) -> InterpreterSpec:
     """Return a configuration, checked. Raises KeyError, TypeError, ValueError or AttributeError."""
     if config.get("kind") != KIND:
         raise ValueError(f"kind {str(config.get('kind'))[:40]!r}, expected {KIND!r}")
-    level, classes, validation = config["level"], config["classes"], config["validation"]
-    if level not in ("pixel", "image") or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+    level = config["level"]
+    classes = config["classes"]
+    validation = config["validation"]
+    if (
+        level not in ("pixel", "image")
+        or not isinstance(classes, list)
+        or not all(isinstance(c, str) for c in classes)
+    ):
         raise ValueError(f"level {str(level)[:40]!r} or its classes are not such")
     bounded(len(classes), 256 if level == "pixel" else MAX_CLASSES)
     shapes = {str(name): tuple(map(bounded, shape)) for name, shape in config["shapes"].items()}

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dtcache.errors import ConfigError
-from dtcache.spec import ViewSpec
+from dtcache.recipe import ViewSpec
 from dtcache.student.blocks import resize
 
-GROUPS, MAX_WIDTH = 32, 4096
+GROUPS = 32
+MAX_WIDTH = 4096
 DROPOUT = 0.1
 LARGEST_STRIDE = 4
 """Logits are at the finest map's stride, and at this one where that is coarser."""
@@ -58,10 +59,13 @@ class FeatureInterpreter(nn.Module):
                 f"--width {width}: expected a multiple of {GROUPS}, the groups of its normalisation, up to {MAX_WIDTH}"
             )
         # Coarsest first; of equal grids, such as a transformer's, the deepest block first.
-        self._order = sorted(reversed(list(shapes)), key=lambda name: shapes[name][1] * shapes[name][2])
+        self._order = sorted(
+            reversed(list(shapes)), key=lambda name: shapes[name][1] * shapes[name][2]
+        )
         self._grid = grid
         self.fuse = nn.ModuleList(
-            FuseLayer(shapes[name][0], width, first=not place) for place, name in enumerate(self._order)
+            FuseLayer(shapes[name][0], width, first=not place)
+            for place, name in enumerate(self._order)
         )
         self.dropout = nn.Dropout(DROPOUT)
         self.logits = nn.Conv2d(width, classes, 1)
@@ -72,7 +76,11 @@ class FeatureInterpreter(nn.Module):
         for name, layer in zip(self._order, self.fuse, strict=True):
             x_BCHW = layer(maps[name], x_BCHW)
         assert x_BCHW is not None, "a cache has at least one tap"
-        x_BCHW = x_BCHW.mean((2, 3), keepdim=True) if self._grid == (1, 1) else resize(x_BCHW, self._grid)
+        x_BCHW = (
+            x_BCHW.mean((2, 3), keepdim=True)
+            if self._grid == (1, 1)
+            else resize(x_BCHW, self._grid)
+        )
         found: Tensor = self.logits(self.dropout(x_BCHW))
         return found
 
@@ -80,4 +88,6 @@ class FeatureInterpreter(nn.Module):
 def logit_grid(shapes: Shapes, view: ViewSpec) -> tuple[int, int]:
     """Return (H, W) of pixel logits: the finest map's grid, or that of stride 4 where it is coarser."""
     _, height, width = max(shapes.values(), key=lambda shape: shape[1] * shape[2])
-    return max(height, -(-view.height // LARGEST_STRIDE)), max(width, -(-view.width // LARGEST_STRIDE))
+    return max(height, -(-view.height // LARGEST_STRIDE)), max(
+        width, -(-view.width // LARGEST_STRIDE)
+    )

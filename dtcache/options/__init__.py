@@ -1,11 +1,16 @@
 """The options of each command: frozen dataclasses that become flags, and that Python callers pass as they are."""
 
-from dtcache.options.cache import QUALITY_RATIOS, ExtractOptions, InspectOptions, VerifyOptions
+from dtcache.options.demo import DemoOptions
+from dtcache.options.evaluate import EvaluateOptions
+from dtcache.options.export import ExportOptions
+from dtcache.options.extract import QUALITY_RATIOS, ExtractOptions
 from dtcache.options.field import Options, option
+from dtcache.options.inspect import InspectOptions
 from dtcache.options.label import LabelFitOptions, LabelWriteOptions
 from dtcache.options.parse import parse_ints, parse_share, parse_size, parse_taps
-from dtcache.options.student import DemoOptions, EvaluateOptions, ExportOptions, TrainOptions
 from dtcache.options.teacher import ADM_PRESETS, ConvertOptions, TeachOptions
+from dtcache.options.train import TrainOptions
+from dtcache.options.verify import VerifyOptions
 
 __all__ = [
     "ADM_PRESETS",

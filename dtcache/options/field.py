@@ -44,8 +44,10 @@ class Options:
     def __post_init__(self) -> None:
         """Raise ConfigError naming the first option that is out of bounds, or a number that is not finite."""
         for f in fields(self):  # type: ignore[arg-type]
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            least, most = f.metadata["minimum"], f.metadata["maximum"]
+            value = getattr(self, f.name)
+            choices = f.metadata["choices"]
+            least = f.metadata["minimum"]
+            most = f.metadata["maximum"]
             flag = f"--{f.name.replace('_', '-')}"
             if choices and value is not None and value not in choices:
                 raise ConfigError(f"{flag} {value}: expected one of {', '.join(choices)}")

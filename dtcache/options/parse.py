@@ -16,7 +16,9 @@ def parse_size(text: str, flag: str = "--size") -> tuple[int, int]:
 def parse_ints(text: str, flag: str) -> tuple[int, ...]:
     """Parse comma-separated positive integers. Raises ConfigError, naming the flag, where it is something else."""
     if not re.fullmatch(r" *[1-9][0-9]{0,8} *(, *[1-9][0-9]{0,8} *)*", text):
-        raise ConfigError(f"{flag} {text}: expected positive integers separated by commas, such as 8,16,32")
+        raise ConfigError(
+            f"{flag} {text}: expected positive integers separated by commas, such as 8,16,32"
+        )
     return tuple(int(part) for part in text.split(","))
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from dtcache.atomic_files import write_file
 from dtcache.errors import CacheDamagedError
-from dtcache.spec import FailedSample, Json, canonical_json, sha256_json
-from dtcache.storage import write_file
+from dtcache.recipe import FailedSample, Json, canonical_json, sha256_json
 from dtcache.store.hashed import read_hashed_json
 from dtcache.store.layout import COMMITS
 
@@ -56,10 +56,15 @@ class CommitRecord:
         body: Json = {
             "shard": self.shard,
             "fingerprint": self.fingerprint,
-            "objects": [{"path": o.path, "bytes": o.size, "sha256": o.sha256} for o in self.objects],
+            "objects": [
+                {"path": o.path, "bytes": o.size, "sha256": o.sha256} for o in self.objects
+            ],
             "content_sha256": list(self.content_sha256),
             "failures": [{"row": f.row, "key": f.key, "reason": f.reason} for f in self.failures],
-            "sums": {n: {"squared_error": s.squared_error, "energy": s.energy} for n, s in self.sums.items()},
+            "sums": {
+                n: {"squared_error": s.squared_error, "energy": s.energy}
+                for n, s in self.sums.items()
+            },
         }
         return {**body, "sha256": sha256_json(body)}
 
@@ -98,26 +103,47 @@ def read_commit(path: Path) -> CommitRecord:
         return CommitRecord(
             shard=value["shard"],
             fingerprint=value["fingerprint"],
-            objects=tuple(ShardObject(path=o["path"], size=o["bytes"], sha256=o["sha256"]) for o in value["objects"]),
+            objects=tuple(
+                ShardObject(path=o["path"], size=o["bytes"], sha256=o["sha256"])
+                for o in value["objects"]
+            ),
             content_sha256=tuple(value["content_sha256"]),
-            failures=tuple(FailedSample(row=f["row"], key=f["key"], reason=f["reason"]) for f in value["failures"]),
+            failures=tuple(
+                FailedSample(row=f["row"], key=f["key"], reason=f["reason"])
+                for f in value["failures"]
+            ),
             sums={n: CodecSums(**s) for n, s in value["sums"].items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CacheDamagedError(f"{path}: not a commit record of dtcache ({error}); {ANEW}") from error
+        raise CacheDamagedError(
+            f"{path}: not a commit record of dtcache ({error}); {ANEW}"
+        ) from error
 
 
 def _check_types(value: Json) -> None:
     """Check what the record's users rely on. Raises KeyError, TypeError or ValueError."""
-    objects, failures, sums = value["objects"], value["failures"], value["sums"].values()
+    objects = value["objects"]
+    failures = value["failures"]
+    sums = value["sums"].values()
     numbers = [value["shard"], *(o["bytes"] for o in objects), *(f["row"] for f in failures)]
-    words = [value["fingerprint"], *(o["path"] for o in objects), *(f[n] for f in failures for n in ("key", "reason"))]
-    hashes = [*(o["sha256"] for o in objects), *(sha for sha in value["content_sha256"] if sha is not None)]
+    words = [
+        value["fingerprint"],
+        *(o["path"] for o in objects),
+        *(f[n] for f in failures for n in ("key", "reason")),
+    ]
+    hashes = [
+        *(o["sha256"] for o in objects),
+        *(sha for sha in value["content_sha256"] if sha is not None),
+    ]
     for expected, found, is_one in (
         ("a count", numbers, lambda x: type(x) is int and x >= 0),
         ("text", words, lambda x: isinstance(x, str)),
         ("a SHA-256", hashes, lambda x: isinstance(x, str) and _SHA256.fullmatch(x)),
-        ("a finite number", [x for s in sums for x in s.values()], lambda x: type(x) in (int, float) and isfinite(x)),
+        (
+            "a finite number",
+            [x for s in sums for x in s.values()],
+            lambda x: type(x) in (int, float) and isfinite(x),
+        ),
     ):
         for x in found:
             if not is_one(x):
@@ -131,6 +157,7 @@ def total_sums(records: Iterable[CommitRecord]) -> dict[str, CodecSums]:
         for name, sums in record.sums.items():
             so_far = totals.get(name, CodecSums(squared_error=0.0, energy=0.0))
             totals[name] = CodecSums(
-                squared_error=so_far.squared_error + sums.squared_error, energy=so_far.energy + sums.energy
+                squared_error=so_far.squared_error + sums.squared_error,
+                energy=so_far.energy + sums.energy,
             )
     return totals

@@ -3,13 +3,28 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dtcache.atomic_files import TEMPORARY, file_sha256
 from dtcache.errors import CacheDamagedError
-from dtcache.storage import TEMPORARY, file_sha256
 from dtcache.store.commits import CommitRecord, ShardObject, commit_files, read_commit
 from dtcache.store.label_sets import label_set_names
-from dtcache.store.layout import CLUSTER_LOG, COMMITS, LABELS, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray
+from dtcache.store.layout import (
+    CLUSTER_LOG,
+    COMMITS,
+    LABELS,
+    LOG,
+    MANIFEST,
+    SAMPLES,
+    SHARDS,
+    PayloadArray,
+)
 from dtcache.store.manifest import CacheManifest, read_manifest
-from dtcache.store.samples import checked_rows, parquet_bytes, read_objects, read_table, sealed_samples
+from dtcache.store.sample_index import (
+    checked_rows,
+    parquet_bytes,
+    read_objects,
+    read_table,
+    sealed_samples,
+)
 
 LOCK = ".lock"
 
@@ -81,7 +96,9 @@ def read_contents(root: Path) -> Contents:
     try:
         manifest = read_manifest(root)
     except CacheDamagedError as error:
-        return Contents(manifest=None, damage=(Damage(path=MANIFEST, reason=_bare(root / MANIFEST, error)),))
+        return Contents(
+            manifest=None, damage=(Damage(path=MANIFEST, reason=_bare(root / MANIFEST, error)),)
+        )
     records: dict[int, CommitRecord] = {}
     shards = set(range(next(iter(manifest.arrays.values())).num_shards))
     if manifest.state == "sealed":
@@ -89,7 +106,11 @@ def read_contents(root: Path) -> Contents:
     else:
         records, damage = _committed(root, manifest)
         listed = {o.path: o for record in records.values() for o in record.objects}
-        missing = shards - set(records) - {int(path.stem) for path in commit_files(root) if path.stem.isdecimal()}
+        missing = (
+            shards
+            - set(records)
+            - {int(path.stem) for path in commit_files(root) if path.stem.isdecimal()}
+        )
     problem = samples_problem(root, manifest, records)
     if problem:
         damage.append(Damage(path=SAMPLES, reason=problem))
@@ -111,22 +132,35 @@ def _listed(root: Path, manifest: CacheManifest) -> tuple[dict[str, ShardObject]
     """Return what the shard index of a sealed cache lists."""
     problem = file_problem(root / SHARDS, manifest.files.get(SHARDS))
     if problem is None:
-        listed = {path: ShardObject(path=path, size=size, sha256=sha) for path, size, sha in read_objects(root)}
-        wanted = {array.object_path(s) for array in manifest.arrays.values() for s in range(array.num_shards)}
+        listed = {
+            path: ShardObject(path=path, size=size, sha256=sha)
+            for path, size, sha in read_objects(root)
+        }
+        wanted = {
+            array.object_path(s)
+            for array in manifest.arrays.values()
+            for s in range(array.num_shards)
+        }
         if listed.keys() == wanted:
             return listed, []
-        problem = f"expected one row for every shard of every array, got {min(listed.keys() ^ wanted)}"
+        problem = (
+            f"expected one row for every shard of every array, got {min(listed.keys() ^ wanted)}"
+        )
     return {}, [Damage(path=SHARDS, reason=problem)]
 
 
 def _committed(root: Path, manifest: CacheManifest) -> tuple[dict[int, CommitRecord], list[Damage]]:
     """Return the commit records of an unfinished cache, and those that are damaged or another cache's."""
-    records, damage = {}, []
+    records = {}
+    damage = []
     for path in commit_files(root):
         try:
             record = read_commit(path)
             wanted = {array.object_path(record.shard) for array in manifest.arrays.values()}
-            if record.fingerprint != manifest.fingerprint or {o.path for o in record.objects} != wanted:
+            if (
+                record.fingerprint != manifest.fingerprint
+                or {o.path for o in record.objects} != wanted
+            ):
                 raise CacheDamagedError(f"{path}: the record belongs to another cache")
             checked_rows(root, manifest, record)
         except CacheDamagedError as error:
@@ -138,10 +172,14 @@ def _committed(root: Path, manifest: CacheManifest) -> tuple[dict[int, CommitRec
 
 def _wanted(array: PayloadArray, shard: int, listed: ShardObject | None) -> WantedObject:
     size, sha256 = (listed.size, listed.sha256) if listed is not None else (None, None)
-    return WantedObject(path=array.object_path(shard), array=array, shard=shard, size=size, sha256=sha256)
+    return WantedObject(
+        path=array.object_path(shard), array=array, shard=shard, size=size, sha256=sha256
+    )
 
 
-def samples_problem(root: Path, manifest: CacheManifest, records: dict[int, CommitRecord]) -> str | None:
+def samples_problem(
+    root: Path, manifest: CacheManifest, records: dict[int, CommitRecord]
+) -> str | None:
     """Return what is wrong with samples.parquet, None where it is as the manifest says.
 
     While the cache is being written it may also be, byte for byte, the one that its commit records seal to.
@@ -152,7 +190,9 @@ def samples_problem(root: Path, manifest: CacheManifest, records: dict[int, Comm
     if problem is None or manifest.state == "sealed" or not all_there:
         return problem
     try:
-        table = sealed_samples(path, manifest.recipe["samples_sha256"], [r for _, r in sorted(records.items())])
+        table = sealed_samples(
+            path, manifest.recipe["samples_sha256"], [r for _, r in sorted(records.items())]
+        )
         return None if parquet_bytes(table) == path.read_bytes() else problem
     except CacheDamagedError:
         return problem
@@ -173,10 +213,21 @@ def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
     """Return every file in the cache's folder that neither it nor a label set names, and what is known of it."""
     if contents.manifest is None:
         return {}
-    named = {MANIFEST, LOG, CLUSTER_LOG, LOCK, *contents.manifest.files, *(o.path for o in contents.objects)}
+    named = {
+        MANIFEST,
+        LOG,
+        CLUSTER_LOG,
+        LOCK,
+        *contents.manifest.files,
+        *(o.path for o in contents.objects),
+    }
     if not contents.sealed:
         named |= {path.relative_to(root).as_posix() for path in commit_files(root)}
-    uncommitted = {array.object_path(s) for array in contents.manifest.arrays.values() for s in contents.missing}
+    uncommitted = {
+        array.object_path(s)
+        for array in contents.manifest.arrays.values()
+        for s in contents.missing
+    }
     found = {}
     sets = tuple(f"{LABELS}/{name}/" for name in label_set_names(root))
     for path in sorted(p for p in root.rglob("*") if p.is_symlink() or not p.is_dir()):

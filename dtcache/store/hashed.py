@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from dtcache.spec import Json, canonical_json, sha256_json
+from dtcache.recipe import Json, canonical_json, sha256_json
 
 
 def read_hashed_json(path: Path, limit: int) -> tuple[Json, bool]:

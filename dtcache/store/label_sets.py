@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dtcache.errors import ConfigError, UnknownLabelsError
-from dtcache.spec import MAX_VIEWS, Json, check_range, check_scores
+from dtcache.recipe import MAX_VIEWS, Json, check_range, check_scores
 from dtcache.store.layout import LABELS, LOGITS, MANIFEST
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -23,7 +23,9 @@ def label_set_root(root: Path, name: str) -> Path:
     """Return the folder of a cache's label set. Raises UnknownLabelsError naming those that there are."""
     names = label_set_names(root)
     if name not in names:
-        have = f"it has {', '.join(names)}" if names else "it has none; dtcache label write makes one"
+        have = (
+            f"it has {', '.join(names)}" if names else "it has none; dtcache label write makes one"
+        )
         raise UnknownLabelsError(f"{root}: no label set {name[:64]!r}; {have}")
     return root / LABELS / name
 
@@ -39,8 +41,13 @@ def require_name(name: str) -> None:
 
 def check_labels(labels: Json, arrays: list[str], taps: list[Json]) -> None:
     """Check what a recipe says of soft labels. Raises KeyError, TypeError or ValueError."""
-    classes, views = labels["classes"], labels["views"]
-    whole = labels["level"] in LEVELS and isinstance(classes, list) and all(isinstance(c, str) for c in classes)
+    classes = labels["classes"]
+    views = labels["views"]
+    whole = (
+        labels["level"] in LEVELS
+        and isinstance(classes, list)
+        and all(isinstance(c, str) for c in classes)
+    )
     whole = whole and isinstance(views, int) and 0 < views <= MAX_VIEWS and arrays == [LOGITS]
     if not whole or taps[0]["channels"] != views * len(classes):
         raise ValueError(f"labels {str(labels)[:120]} in {arrays}")

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcache.errors import AGAIN, CacheDamagedError
-from dtcache.spec import Json, Recipe, tap_name
-from dtcache.store.frame import ZSTD_LEVEL
+from dtcache.recipe import Json, Recipe, tap_name
 from dtcache.store.shard import unpack_chunk
+from dtcache.store.zstd_frame import ZSTD_LEVEL
 
 if TYPE_CHECKING:
     from zarr.storage import MemoryStore
@@ -73,14 +73,19 @@ def tap_names(recipe: Recipe) -> list[str]:
     return [tap_name(t, tap.name) for t in recipe.teacher.timesteps for tap in recipe.teacher.taps]
 
 
-def payload_arrays(recipe: Recipe, image_bound: int, tap_bounds: Mapping[str, int]) -> dict[str, PayloadArray]:
+def payload_arrays(
+    recipe: Recipe, image_bound: int, tap_bounds: Mapping[str, int]
+) -> dict[str, PayloadArray]:
     """Return all arrays of a cache by name, given the upper bounds of their payloads."""
-    count, rows = recipe.num_samples, recipe.shard_rows
+    count = recipe.num_samples
+    rows = recipe.shard_rows
     arrays = {}
     if recipe.images == "view":
         arrays[IMAGES] = PayloadArray(name=IMAGES, shape=(count, image_bound), shard_rows=rows)
     for name in tap_names(recipe):
-        arrays[name] = PayloadArray(name=name, shape=(count, recipe.num_views, tap_bounds[name]), shard_rows=rows)
+        arrays[name] = PayloadArray(
+            name=name, shape=(count, recipe.num_views, tap_bounds[name]), shard_rows=rows
+        )
     return arrays
 
 
@@ -132,15 +137,26 @@ def read_fit(root: Path, tap: str, most: int) -> dict[str, NDArray[np.generic]]:
 
     found = {}
     for name, array in zarr.open_group(root, mode="r", path=f"codec/{tap}", zarr_format=3).arrays():
-        size, where = array.dtype.itemsize * math.prod(array.shape), f"codec/{tap}/{name[:40]}"
+        size = array.dtype.itemsize * math.prod(array.shape)
+        where = f"codec/{tap}/{name[:40]}"
         if size > most or array.dtype.kind not in "iuf":
-            raise ValueError(f"{where}: expected at most {most} bytes of numbers, got {size} of {array.dtype.kind!r}")
+            raise ValueError(
+                f"{where}: expected at most {most} bytes of numbers, got {size} of {array.dtype.kind!r}"
+            )
         if array.chunks != array.shape or array.shards is not None:
-            raise ValueError(f"{where}: expected one chunk of {array.shape}, got chunks of {array.chunks}")
+            raise ValueError(
+                f"{where}: expected one chunk of {array.shape}, got chunks of {array.chunks}"
+            )
         described: Json = array.metadata.to_dict()
-        coding = [(c["name"], c.get("configuration", {}).get("endian")) for c in described["codecs"]]
-        if coding not in ([("bytes", e), ("zstd", None), ("crc32c", None)] for e in ("little", None)):
-            raise ValueError(f"{where}: expected codecs bytes (little-endian), zstd and crc32c, got {coding}")
+        coding = [
+            (c["name"], c.get("configuration", {}).get("endian")) for c in described["codecs"]
+        ]
+        if coding not in (
+            [("bytes", e), ("zstd", None), ("crc32c", None)] for e in ("little", None)
+        ):
+            raise ValueError(
+                f"{where}: expected codecs bytes (little-endian), zstd and crc32c, got {coding}"
+            )
         found[name] = np.empty(array.shape, array.dtype)
         if size > 0:  # where no component lives, nothing was written
             chunk = root / "codec" / tap / name / array.metadata.encode_chunk_key((0,) * array.ndim)

@@ -6,8 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from dtcache.errors import CacheDamagedError, CacheFormatError, CacheMismatchError, CacheNotFoundError
-from dtcache.spec import (
+from dtcache.atomic_files import write_file
+from dtcache.errors import (
+    CacheDamagedError,
+    CacheFormatError,
+    CacheMismatchError,
+    CacheNotFoundError,
+)
+from dtcache.recipe import (
     FORMAT_VERSION,
     Json,
     Recipe,
@@ -15,12 +21,11 @@ from dtcache.spec import (
     sha256_json,
     tap_name,
 )
-from dtcache.storage import write_file
-from dtcache.store.checks import check_recipe, checked_array
 from dtcache.store.commits import CodecSums
 from dtcache.store.hashed import read_hashed_json
 from dtcache.store.label_sets import checked_measured
 from dtcache.store.layout import IMAGES, MANIFEST, PayloadArray
+from dtcache.store.validate import check_recipe, checked_array
 
 T = TypeVar("T")
 
@@ -53,10 +58,16 @@ class CacheManifest:
             "state": self.state,
             "recipe": self.recipe,
             "fingerprint": self.fingerprint,
-            "arrays": {n: {"shape": list(a.shape), "shard_rows": a.shard_rows} for n, a in self.arrays.items()},
+            "arrays": {
+                n: {"shape": list(a.shape), "shard_rows": a.shard_rows}
+                for n, a in self.arrays.items()
+            },
             "classes": list(self.classes) if self.classes is not None else None,
             "files": self.files,
-            "sums": {n: {"squared_error": s.squared_error, "energy": s.energy} for n, s in self.sums.items()},
+            "sums": {
+                n: {"squared_error": s.squared_error, "energy": s.energy}
+                for n, s in self.sums.items()
+            },
         }
         if self.measured is not None:
             body["measured"] = self.measured
@@ -66,7 +77,9 @@ class CacheManifest:
         self, files: dict[str, str], sums: dict[str, CodecSums], measured: Json | None = None
     ) -> "CacheManifest":
         """Return the manifest of the finished cache, with the hashes of files that changed or came."""
-        return replace(self, state="sealed", files={**self.files, **files}, sums=sums, measured=measured)
+        return replace(
+            self, state="sealed", files={**self.files, **files}, sums=sums, measured=measured
+        )
 
     @property
     def identity(self) -> str:
@@ -82,8 +95,12 @@ class CacheManifest:
     def tap_shapes(self) -> dict[str, tuple[int, int, int]]:
         """(C, H, W) of the features by array, in the order of `tap_names`."""
         teacher = self.recipe["teacher"]
-        shapes = {tap["name"]: (tap["channels"], tap["height"], tap["width"]) for tap in teacher["taps"]}
-        return {tap_name(t, tap): shape for t in teacher["timesteps"] for tap, shape in shapes.items()}
+        shapes = {
+            tap["name"]: (tap["channels"], tap["height"], tap["width"]) for tap in teacher["taps"]
+        }
+        return {
+            tap_name(t, tap): shape for t in teacher["timesteps"] for tap, shape in shapes.items()
+        }
 
     @property
     def num_samples(self) -> int:
@@ -93,7 +110,9 @@ class CacheManifest:
     @property
     def num_views(self) -> int:
         """Views of a row: view = draw x flips + flip, where draws are not averaged."""
-        return (1 if self.recipe["average"] else int(self.recipe["draws"])) * (2 if self.recipe["flips"] else 1)
+        return (1 if self.recipe["average"] else int(self.recipe["draws"])) * (
+            2 if self.recipe["flips"] else 1
+        )
 
     def is_mirrored(self, view: int) -> bool:
         """Return whether a view shows the mirrored image."""
@@ -101,7 +120,10 @@ class CacheManifest:
 
 
 def new_manifest(
-    recipe: Recipe, arrays: dict[str, PayloadArray], classes: list[str] | None, files: dict[str, str]
+    recipe: Recipe,
+    arrays: dict[str, PayloadArray],
+    classes: list[str] | None,
+    files: dict[str, str],
 ) -> CacheManifest:
     """Return the manifest of a cache that is about to be written."""
     return CacheManifest(
@@ -140,7 +162,9 @@ def read_manifest(root: Path) -> CacheManifest:
                 "that wrote it, or a newer one"
             )
         if not whole:
-            raise CacheDamagedError(f"{path}: its own checksum does not match; restore it from a copy or extract again")
+            raise CacheDamagedError(
+                f"{path}: its own checksum does not match; restore it from a copy or extract again"
+            )
         arrays = {name: checked_array(name, a) for name, a in value["arrays"].items()}
         check_recipe(value["recipe"])
         manifest = CacheManifest(
@@ -156,7 +180,9 @@ def read_manifest(root: Path) -> CacheManifest:
         _check_arrays(manifest)
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheDamagedError(f"{path}: not a manifest of dtcache ({error!r}); extract again") from error
+        raise CacheDamagedError(
+            f"{path}: not a manifest of dtcache ({error!r}); extract again"
+        ) from error
 
 
 def look_at(root: Path, look: Callable[[CacheManifest], T]) -> T:
@@ -180,16 +206,22 @@ def look_at(root: Path, look: Callable[[CacheManifest], T]) -> T:
 
 def _check_arrays(manifest: CacheManifest) -> None:
     """Check that the payload arrays are those of the recipe. Raises ValueError."""
-    rows, views, shard_rows = manifest.num_samples, manifest.num_views, manifest.recipe["shard_rows"]
+    rows = manifest.num_samples
+    views = manifest.num_views
+    shard_rows = manifest.recipe["shard_rows"]
     wanted: dict[str, tuple[int, ...]] = dict.fromkeys(manifest.tap_names, (rows, views))
     if manifest.recipe["images"] == "view":
         wanted[IMAGES] = (rows,)
     found = {name: array.shape[:-1] for name, array in manifest.arrays.items()}
     if found != wanted or {array.shard_rows for array in manifest.arrays.values()} != {shard_rows}:
-        raise ValueError(f"arrays that are not those of {rows} samples, {views} views and {shard_rows} rows a shard")
+        raise ValueError(
+            f"arrays that are not those of {rows} samples, {views} views and {shard_rows} rows a shard"
+        )
 
 
-def require_same(root: Path, found: Json, wanted: Json, where: str = "", remedy: str = SAME) -> None:
+def require_same(
+    root: Path, found: Json, wanted: Json, where: str = "", remedy: str = SAME
+) -> None:
     """Raise CacheMismatchError naming the first field of `wanted` that a cache's recipe holds with another value."""
     for name, value in wanted.items():
         have: Any = found.get(name)

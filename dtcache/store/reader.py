@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
+from dtcache.atomic_files import file_sha256
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheIncompleteError
 from dtcache.payloads import SLACK, Payloads
-from dtcache.storage import file_sha256
-from dtcache.store.files import OpenFile, OpenFiles, open_limit
-from dtcache.store.frame import BLOCK_HEADER, frame_header
 from dtcache.store.layout import SHARDS, PayloadArray
 from dtcache.store.manifest import CacheManifest, look_at
-from dtcache.store.samples import committed, damaged_objects, read_objects, read_samples
+from dtcache.store.open_files import OpenFile, OpenFiles, open_limit
+from dtcache.store.sample_index import committed, damaged_objects, read_objects, read_samples
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
+from dtcache.store.zstd_frame import BLOCK_HEADER, frame_header
 
 HELD_FILES = 64
 """Shards that one call holds open at a time, beyond those that are kept."""
@@ -41,7 +41,8 @@ class CacheReader:
         samples of the others count as failed. With damage shards may also be lost: `usable_rows` leaves their rows
         out. Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError.
         """
-        self.root, self._allow = root, allow
+        self.root = root
+        self._allow = allow
         self.manifest: CacheManifest
         self.samples: pa.Table
         self.manifest, self.samples, self._objects = look_at(root, partial(_look, root, allow))
@@ -49,10 +50,15 @@ class CacheReader:
         self.damaged: dict[str, str] = damaged_objects(root, self._objects)
         """Shard files that are not as recorded, and what is there instead; none unless damage is allowed."""
         arrays = self.manifest.arrays
-        self._paths = {name: [a.object_path(shard) for shard in range(a.num_shards)] for name, a in arrays.items()}
+        self._paths = {
+            name: [a.object_path(shard) for shard in range(a.num_shards)]
+            for name, a in arrays.items()
+        }
         if allow != "damage":
             for name, got in self.damaged.items():
-                raise CacheDamagedError(f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}")
+                raise CacheDamagedError(
+                    f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}"
+                )
             listed = (path for paths in self._paths.values() for path in paths)
             for lacking in (path for path in listed if sealed and path not in self._objects):
                 raise CacheDamagedError(f"{root / lacking}: {SHARDS} does not list it; {AGAIN}")
@@ -86,7 +92,9 @@ class CacheReader:
                 f"{self.root}: this cache was opened in another process and then forked; start workers with the spawn "
                 "method, or open the cache in each of them"
             )
-        chunks = self._locate(self.manifest.arrays[name], np.asarray(rows, np.int64), np.asarray(views, np.int64))
+        chunks = self._locate(
+            self.manifest.arrays[name], np.asarray(rows, np.int64), np.asarray(views, np.int64)
+        )
         return self._gather(chunks)
 
     def will_need(self, name: str, rows: NDArray[np.int64]) -> None:
@@ -102,17 +110,23 @@ class CacheReader:
                 last = np.append(first[1:], len(part)) - 1
                 self._open(chunks, shard).will_need(begin[first], end[last] - begin[first])
 
-    def _locate(self, array: PayloadArray, rows: NDArray[np.int64], views: NDArray[np.int64]) -> "_Chunks":
+    def _locate(
+        self, array: PayloadArray, rows: NDArray[np.int64], views: NDArray[np.int64]
+    ) -> "_Chunks":
         """Return where the chunks of (row, view) pairs lie; reads the indices of shards met for the first time."""
         _require_within(array, rows, views)
         shards, inner = np.divmod(rows, array.shard_rows)
         index = self._indices[array.name]
-        for number, place in zip(*(found.tolist() for found in np.unique(shards, return_index=True)), strict=True):
+        for number, place in zip(
+            *(found.tolist() for found in np.unique(shards, return_index=True)), strict=True
+        ):
             try:
                 if not index.loaded[number]:
                     path = self._paths[array.name][number]
                     if path not in self._objects:
-                        raise CacheDamagedError("the shard was not extracted yet when the cache was opened")
+                        raise CacheDamagedError(
+                            "the shard was not extracted yet when the cache was opened"
+                        )
                     index.load(number, self._files.open(path), self._objects[path])
             except CacheDamagedError as error:
                 raise self._damaged(array, rows[place], views[place], str(error)) from error
@@ -120,11 +134,13 @@ class CacheReader:
         for place in np.flatnonzero(entries[:, 0] == ABSENT):
             raise self._damaged(array, rows[place], views[place], "the shard holds no such chunk")
         offsets, sizes = entries.T.astype(np.int64)
-        return _Chunks(array=array, rows=rows, views=views, shards=shards, offsets=offsets, sizes=sizes)
+        return _Chunks(
+            array=array, rows=rows, views=views, shards=shards, offsets=offsets, sizes=sizes
+        )
 
     def _gather(self, chunks: "_Chunks") -> Payloads:
         """Read chunks: the kernel takes those whose frame is ours and intact, the general way the rest."""
-        from dtcache.store.gather import gather
+        from dtcache.store.read_kernel import gather
 
         length = chunks.array.length
         head = np.frombuffer(frame_header(length), np.uint8)
@@ -134,11 +150,23 @@ class CacheReader:
         starts = np.concatenate([np.full(1, _aligned(skip)), ends])
         data = np.empty(int(starts[-1]) + SLACK, np.uint8)
         starts = starts[:-1]
-        done, used = np.zeros(len(starts), np.bool_), np.zeros(len(starts), np.int64)
+        done = np.zeros(len(starts), np.bool_)
+        used = np.zeros(len(starts), np.int64)
         for todo, shards, counts in chunks.by_shards(HELD_FILES):
             files = [self._open(chunks, shard) for shard in shards]
             handles = np.repeat(np.array([file.handle for file in files], np.int32), counts)
-            gather(todo, handles, chunks.offsets, chunks.sizes, starts - skip, head, length, data, done, used)
+            gather(
+                todo,
+                handles,
+                chunks.offsets,
+                chunks.sizes,
+                starts - skip,
+                head,
+                length,
+                data,
+                done,
+                used,
+            )
         rest = np.flatnonzero(~done)
         if len(rest):
             starts[rest] = len(data) + _aligned(length) * np.arange(len(rest))
@@ -153,9 +181,13 @@ class CacheReader:
         for row, place in zip(out, rest.tolist(), strict=True):
             file = self._open(chunks, int(chunks.shards[place]))
             try:
-                unpack_chunk(file.read(int(chunks.offsets[place]), int(chunks.sizes[place])), row[:length])
+                unpack_chunk(
+                    file.read(int(chunks.offsets[place]), int(chunks.sizes[place])), row[:length]
+                )
             except CacheDamagedError as error:
-                raise self._damaged(chunks.array, chunks.rows[place], chunks.views[place], str(error)) from error
+                raise self._damaged(
+                    chunks.array, chunks.rows[place], chunks.views[place], str(error)
+                ) from error
         return out.reshape(-1)
 
     def _open(self, chunks: "_Chunks", shard: int) -> OpenFile:
@@ -163,12 +195,18 @@ class CacheReader:
             return self._files.open(self._paths[chunks.array.name][shard])
         except CacheDamagedError as error:
             place = int(np.flatnonzero(chunks.shards == shard)[0])
-            raise self._damaged(chunks.array, chunks.rows[place], chunks.views[place], str(error)) from error
+            raise self._damaged(
+                chunks.array, chunks.rows[place], chunks.views[place], str(error)
+            ) from error
 
-    def _damaged(self, array: PayloadArray, row: np.int64, view: np.int64, what: str) -> CacheDamagedError:
+    def _damaged(
+        self, array: PayloadArray, row: np.int64, view: np.int64, what: str
+    ) -> CacheDamagedError:
         path = self.root / self._paths[array.name][int(row) // array.shard_rows]
         key = self.samples["key"][int(row)]
-        return CacheDamagedError(f"{path}: sample {key} of {array.name}, view {view}: {what}; {AGAIN}")
+        return CacheDamagedError(
+            f"{path}: sample {key} of {array.name}, view {view}: {what}; {AGAIN}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +220,9 @@ class _Chunks:
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
 
-    def by_shards(self, most: int) -> Iterator[tuple[NDArray[np.int64], list[int], NDArray[np.int64]]]:
+    def by_shards(
+        self, most: int
+    ) -> Iterator[tuple[NDArray[np.int64], list[int], NDArray[np.int64]]]:
         """Yield places in the order of the disk, with the shards (`most` at a time) and how many places each has."""
         order = np.lexsort((self.offsets, self.shards))
         numbers, first = np.unique(self.shards[order], return_index=True)
@@ -200,14 +240,21 @@ def _aligned(size: Any) -> Any:
 
 def _require_within(array: PayloadArray, rows: NDArray[np.int64], views: NDArray[np.int64]) -> None:
     if rows.shape != views.shape or rows.ndim != 1:
-        raise IndexError(f"{array.name}: expected as many views as rows, got {views.shape} and {rows.shape}")
-    for what, found, count in (("rows", rows, array.shape[0]), ("views", views, array.payloads_a_row)):
+        raise IndexError(
+            f"{array.name}: expected as many views as rows, got {views.shape} and {rows.shape}"
+        )
+    for what, found, count in (
+        ("rows", rows, array.shape[0]),
+        ("views", views, array.payloads_a_row),
+    ):
         if len(found) and not 0 <= found.min() <= found.max() < count:
             wrong = found.min() if found.min() < 0 else found.max()
             raise IndexError(f"{array.name} has {what} 0 to {count - 1}, got {wrong}")
 
 
-def _look(root: Path, allow: Allowed, manifest: CacheManifest) -> tuple[CacheManifest, pa.Table, dict[str, int]]:
+def _look(
+    root: Path, allow: Allowed, manifest: CacheManifest
+) -> tuple[CacheManifest, pa.Table, dict[str, int]]:
     """Return a cache's manifest, sample index and bytes by shard file; its other files are as the manifest says."""
     if manifest.state != "sealed" and allow == "nothing":
         raise CacheIncompleteError(
@@ -218,7 +265,11 @@ def _look(root: Path, allow: Allowed, manifest: CacheManifest) -> tuple[CacheMan
         if not path.is_file() or file_sha256(path) != sha256:
             raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
     if manifest.state == "sealed":
-        return manifest, read_samples(root, manifest), {path: size for path, size, _ in read_objects(root)}
+        return (
+            manifest,
+            read_samples(root, manifest),
+            {path: size for path, size, _ in read_objects(root)},
+        )
     return manifest, *committed(root, manifest)
 
 

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from zstandard import ZstdDecompressor, ZstdError, get_frame_parameters
 
 from dtcache.errors import CacheDamagedError, CodecError
-from dtcache.store.frame import pack_frame
+from dtcache.store.zstd_frame import pack_frame
 
 CRC_BYTES = 4
 ENTRY_BYTES = 16
@@ -22,7 +22,9 @@ def build_shard(payloads: list[bytes], length: int, entries: int) -> bytes:
     """
     longest = max(map(len, payloads), default=0)
     if longest > length or len(payloads) > entries:
-        raise CodecError(f"a shard of {len(payloads)} payloads of up to {longest} bytes exceeds {entries} of {length}")
+        raise CodecError(
+            f"a shard of {len(payloads)} payloads of up to {longest} bytes exceeds {entries} of {length}"
+        )
     index = np.full((entries, 2), ABSENT, "<u8")
     parts: list[bytes] = []
     offset = 0
@@ -46,7 +48,8 @@ def parse_index(tail: bytes, entries: int, size: int) -> NDArray[np.uint64]:
 
     Raises CacheDamagedError where the checksum fails or an entry points outside a shard of `size` bytes.
     """
-    table, checksum = tail[:-CRC_BYTES], tail[-CRC_BYTES:]
+    table = tail[:-CRC_BYTES]
+    checksum = tail[-CRC_BYTES:]
     if len(tail) != index_bytes(entries) or crc32c(table) != int.from_bytes(checksum, "little"):
         raise CacheDamagedError("the shard's index is damaged")
     index = np.frombuffer(table, "<u8").reshape(entries, 2)
@@ -59,7 +62,8 @@ def parse_index(tail: bytes, entries: int, size: int) -> NDArray[np.uint64]:
 
 def unpack_chunk(chunk: bytes, out: NDArray[np.uint8]) -> None:
     """Check one inner chunk and decompress it into `out` (L,). Raises CacheDamagedError where a byte is wrong."""
-    packed, checksum = chunk[:-CRC_BYTES], chunk[-CRC_BYTES:]
+    packed = chunk[:-CRC_BYTES]
+    checksum = chunk[-CRC_BYTES:]
     if len(chunk) <= CRC_BYTES or crc32c(packed) != int.from_bytes(checksum, "little"):
         raise CacheDamagedError("the checksum does not match")
     try:

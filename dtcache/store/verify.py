@@ -9,10 +9,17 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from dtcache.atomic_files import file_sha256
 from dtcache.errors import CacheBusyError, CacheDamagedError
 from dtcache.images.source import permuted
-from dtcache.storage import file_sha256
-from dtcache.store.contents import Contents, Damage, SamplePlace, WantedObject, file_problem, unnamed_files
+from dtcache.store.contents import (
+    Contents,
+    Damage,
+    SamplePlace,
+    WantedObject,
+    file_problem,
+    unnamed_files,
+)
 from dtcache.store.hashed import read_hashed_json
 from dtcache.store.layout import IMAGES, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
@@ -64,7 +71,10 @@ def chosen_objects(contents: Contents, share: float, seed: int) -> list[WantedOb
 
 
 def verify_contents(
-    root: Path, contents: Contents, chosen: Sequence[WantedObject], on_object: Callable[[WantedObject], None]
+    root: Path,
+    contents: Contents,
+    chosen: Sequence[WantedObject],
+    on_object: Callable[[WantedObject], None],
 ) -> Verification:
     """Check all files of a cache but shards, the chosen shard files, and the size of the others.
 
@@ -73,7 +83,9 @@ def verify_contents(
     damage = list(contents.damage)
     if contents.manifest is not None:
         damage += _file_damage(root, contents)
-        homes = {wanted.sha256: wanted.path for wanted in contents.objects if wanted.sha256 is not None}
+        homes = {
+            wanted.sha256: wanted.path for wanted in contents.objects if wanted.sha256 is not None
+        }
         whole = {wanted.path for wanted in chosen}
         damage += [
             found
@@ -82,16 +94,22 @@ def verify_contents(
         ]
         with ThreadPoolExecutor(THREADS, thread_name_prefix="verify") as pool:
             try:
-                checks = pool.map(lambda wanted: check_object(root, wanted, contents.keys, homes), chosen)
+                checks = pool.map(
+                    lambda wanted: check_object(root, wanted, contents.keys, homes), chosen
+                )
                 for wanted, found in zip(chosen, checks, strict=True):
                     damage += [found] if found is not None else []
                     on_object(wanted)
             finally:
                 pool.shutdown(cancel_futures=True)
         if not contents.sealed and b'"state":"sealed"' in (root / MANIFEST).read_bytes():
-            raise CacheBusyError(f"{root}: the cache was finished while it was being checked; check it again")
+            raise CacheBusyError(
+                f"{root}: the cache was finished while it was being checked; check it again"
+            )
     unnamed = unnamed_files(root, contents)
-    return Verification(contents=contents, damage=tuple(damage), unnamed=unnamed, checked=tuple(chosen))
+    return Verification(
+        contents=contents, damage=tuple(damage), unnamed=unnamed, checked=tuple(chosen)
+    )
 
 
 def check_object(
@@ -153,17 +171,28 @@ def _size_damage(root: Path, wanted: WantedObject, keys: Sequence[str] | None) -
     return None
 
 
-def _damage(wanted: WantedObject, reason: str, entries: Iterable[int] | None, keys: Sequence[str] | None) -> Damage:
+def _damage(
+    wanted: WantedObject, reason: str, entries: Iterable[int] | None, keys: Sequence[str] | None
+) -> Damage:
     """Describe a damaged shard file by the samples of its `entries`, None for all of them."""
-    array, rows = wanted.array, wanted.array.rows_of(wanted.shard)
+    array = wanted.array
+    rows = wanted.array.rows_of(wanted.shard)
     places: list[tuple[int, int | None]] = [(row, None) for row in rows]
     if entries is not None:
-        places = [(rows[entry // array.payloads_a_row], entry % array.payloads_a_row) for entry in entries]
+        places = [
+            (rows[entry // array.payloads_a_row], entry % array.payloads_a_row) for entry in entries
+        ]
     samples = tuple(
-        SamplePlace(row=row, key=keys[row] if keys is not None else None, view=None if array.name == IMAGES else view)
+        SamplePlace(
+            row=row,
+            key=keys[row] if keys is not None else None,
+            view=None if array.name == IMAGES else view,
+        )
         for row, view in places
     )
-    return Damage(path=wanted.path, reason=reason, array=array.name, shard=wanted.shard, samples=samples)
+    return Damage(
+        path=wanted.path, reason=reason, array=array.name, shard=wanted.shard, samples=samples
+    )
 
 
 def _file_damage(root: Path, contents: Contents) -> list[Damage]:
@@ -175,7 +204,9 @@ def _file_damage(root: Path, contents: Contents) -> list[Damage]:
         if name not in (SAMPLES, SHARDS)
     }
     problems[LOG] = log_problem(root / LOG)
-    return [Damage(path=name, reason=reason) for name, reason in problems.items() if reason is not None]
+    return [
+        Damage(path=name, reason=reason) for name, reason in problems.items() if reason is not None
+    ]
 
 
 def log_problem(path: Path) -> str | None:

@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dtcache.atomic_files import (
+    TEMPORARY,
+    disk_errors,
+    file_sha256,
+    fsync_tree,
+    publish,
+    write_file,
+)
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheMismatchError
-from dtcache.spec import FailedSample, Json, Recipe, Sample, canonical_json, sha256_json
-from dtcache.storage import TEMPORARY, disk_errors, file_sha256, fsync_tree, publish, write_file
-from dtcache.store.attempt import ShardData, WrittenShard, drop_temporaries, remove, write_attempt
+from dtcache.recipe import FailedSample, Json, Recipe, Sample, canonical_json, sha256_json
 from dtcache.store.commits import CommitRecord, commit_path, read_commits, total_sums, write_commit
-from dtcache.store.embedding import embedding_bytes
 from dtcache.store.layout import (
     CLUSTER_LOG,
     COMMITS,
@@ -27,7 +32,15 @@ from dtcache.store.layout import (
     write_zarr_nodes,
 )
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
-from dtcache.store.samples import (
+from dtcache.store.pending_shard import (
+    ShardData,
+    WrittenShard,
+    drop_temporaries,
+    remove,
+    write_attempt,
+)
+from dtcache.store.prompt_embedding import embedding_bytes
+from dtcache.store.sample_index import (
     checked_rows,
     damaged_objects,
     parquet_bytes,
@@ -56,7 +69,9 @@ class CacheWriter:
         if manifest.state == "sealed":
             sizes = {path: size for path, size, _ in read_objects(root)}
             for path, got in damaged_objects(root, sizes).items():
-                raise CacheDamagedError(f"{root / path}: expected {sizes[path]} bytes, got {got}; {AGAIN}")
+                raise CacheDamagedError(
+                    f"{root / path}: expected {sizes[path]} bytes, got {got}; {AGAIN}"
+                )
         else:
             self._drop_uncommitted()
         drop_temporaries(self.root)
@@ -90,7 +105,9 @@ class CacheWriter:
         fsync_tree(nodes)
         publish({nodes: root / DATA})
         files = {
-            p.relative_to(root).as_posix(): file_sha256(p) for p in sorted((root / DATA).rglob("*")) if p.is_file()
+            p.relative_to(root).as_posix(): file_sha256(p)
+            for p in sorted((root / DATA).rglob("*"))
+            if p.is_file()
         }
         table = samples_table((s.key for s in samples), (s.label for s in samples))
         write_file(root / SAMPLES, parquet_bytes(table))
@@ -168,16 +185,24 @@ class CacheWriter:
         """
         if self.manifest.state == "writing":
             if self.missing:
-                raise CacheError(f"{self.root}: cannot seal, {len(self.missing)} shards are missing")
+                raise CacheError(
+                    f"{self.root}: cannot seal, {len(self.missing)} shards are missing"
+                )
             records = [self._records[shard] for shard in sorted(self._records)]
-            samples = sealed_samples(self.root / SAMPLES, self.manifest.recipe["samples_sha256"], records)
+            samples = sealed_samples(
+                self.root / SAMPLES, self.manifest.recipe["samples_sha256"], records
+            )
             contents = {
-                SHARDS: parquet_bytes(shards_table((r.shard, o) for r in records for o in r.objects)),
+                SHARDS: parquet_bytes(
+                    shards_table((r.shard, o) for r in records for o in r.objects)
+                ),
                 SAMPLES: parquet_bytes(samples),
             }
             for name, content in contents.items():
                 write_file(self.root / name, content)
-            files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+            files = {
+                name: hashlib.sha256(content).hexdigest() for name, content in contents.items()
+            }
             self.manifest = self.manifest.sealed(files, total_sums(records), measured)
             write_manifest(self.root, self.manifest)
         if (self.root / COMMITS).exists():
@@ -210,7 +235,8 @@ class CacheWriter:
         """Check that a shard that another process describes is one of this cache, so that no other path is touched."""
         record = written.record
         arrays = list(self.manifest.arrays.values())
-        places, rows = [array.object_path(record.shard) for array in arrays], arrays[0].rows_of(record.shard)
+        places = [array.object_path(record.shard) for array in arrays]
+        rows = arrays[0].rows_of(record.shard)
         if (
             record.fingerprint != self.manifest.fingerprint
             or [o.path for o in record.objects] != places
@@ -243,7 +269,9 @@ class CacheWriter:
 def require_ours(root: Path) -> None:
     """Raise CacheMismatchError where a folder holds anything that a begun cache would not."""
     known = {DATA, COMMITS, SAMPLES, MANIFEST, LOG, CLUSTER_LOG, PROMPT, ".lock"}
-    foreign = sorted(p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(TEMPORARY))
+    foreign = sorted(
+        p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(TEMPORARY)
+    )
     if foreign:
         raise CacheMismatchError(
             f"{root} is not empty and not a cache: found {foreign[0]}; give an --out that is new or a cache"

@@ -1,5 +1,7 @@
 """The student: a backbone, what it sees, and the regressor that reads the teacher's features off its pyramid."""
 
+from dtcache.optim import make_optimizer
+from dtcache.student.augmentation import Views
 from dtcache.student.backbone import (
     Backbone,
     MapsModule,
@@ -7,11 +9,9 @@ from dtcache.student.backbone import (
     student_input,
     synchronise_batch_norm,
 )
-from dtcache.student.folder import load_backbone, make_backbone, save_backbone
-from dtcache.student.optimizer import make_optimizer
+from dtcache.student.backbone_io import load_backbone, make_backbone, save_backbone
 from dtcache.student.regressor import FeatureRegressor
 from dtcache.student.student import Student, build_student, probe_maps
-from dtcache.student.views import Views
 
 __all__ = [
     "Backbone",

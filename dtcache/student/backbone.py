@@ -24,7 +24,8 @@ class MapsModule(nn.Module):
         """Wrap `model`, whose inputs are normalised by `mean` and `std` (of pixels in [0, 1])."""
         super().__init__()
         self.model = model
-        self.mean, self.std = mean, std
+        self.mean = mean
+        self.std = std
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
         """Return the maps (B, C, H, W) of normalised images, finest first. Raises ConfigError where it has none."""
@@ -32,7 +33,9 @@ class MapsModule(nn.Module):
         maps = list(found) if isinstance(found, (list, tuple)) else []
         fits = bool(maps) and all(isinstance(x, Tensor) and x.ndim == 4 for x in maps)
         if not fits or any(fine.shape[2] <= coarse.shape[2] for fine, coarse in pairwise(maps)):
-            got = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in maps] or type(found).__name__
+            got = [
+                tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in maps
+            ] or type(found).__name__
             raise ConfigError(
                 f"{type(self.model).__name__}: expected a list of maps (B, C, H, W), finest first, each coarser than "
                 f"the one before, got {got}"
@@ -51,7 +54,9 @@ class MapsModule(nn.Module):
 class Backbone(MapsModule):
     """A timm network without its classifier, as the maps that a regressor reads: a pyramid, or a plain ViT's last."""
 
-    def __init__(self, model: nn.Module, *, mean: Rgb, std: Rgb, size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, mean: Rgb, std: Rgb, size: tuple[int, int] | None = None
+    ) -> None:
         """Wrap timm's `model`; `size` (H, W) is the one that it was built for, where it serves no other.
 
         Raises ConfigError where the network has no maps to read.
@@ -102,7 +107,9 @@ def student_input(images_BCHW: Tensor, input_size: tuple[int, int], mean: Rgb, s
     size = x_BCHW.shape[2:]
     if tuple(size) != input_size:
         shrinks = input_size[0] < size[0] or input_size[1] < size[1]
-        x_BCHW = F.interpolate(x_BCHW, input_size, mode="bilinear", align_corners=False, antialias=shrinks)
+        x_BCHW = F.interpolate(
+            x_BCHW, input_size, mode="bilinear", align_corners=False, antialias=shrinks
+        )
     mean_C11, std_C11 = (x_BCHW.new_tensor(value)[:, None, None] for value in (mean, std))
     return (x_BCHW - mean_C11) / std_C11
 
@@ -119,12 +126,15 @@ def recalibrate_batch_norm(
     norms = _batch_norms(backbone) if norms is None else norms
     if not norms:
         return
-    training, momenta = backbone.training, [norm.momentum for norm in norms]
+    training = backbone.training
+    momenta = [norm.momentum for norm in norms]
     backbone.eval()
     for norm in norms:
         # A cumulative average, whose first batch replaces what was there; a norm that no map hangs on keeps it.
         norm.momentum = None
-        assert norm.num_batches_tracked is not None, "a norm that tracks statistics counts its batches"
+        assert norm.num_batches_tracked is not None, (
+            "a norm that tracks statistics counts its batches"
+        )
         norm.num_batches_tracked.zero_()
         norm.train()
     try:
@@ -149,7 +159,8 @@ def _batch_norms(backbone: Backbone) -> list[_BatchNorm]:
 
 
 def _is_fresh(norm: _BatchNorm) -> bool:
-    mean, var = norm.running_mean, norm.running_var
+    mean = norm.running_mean
+    var = norm.running_var
     assert mean is not None and var is not None, "only norms that track statistics are asked about"
     return not norm.num_batches_tracked and not mean.any() and bool((var == 1).all())
 
@@ -167,7 +178,8 @@ def _levels(name: str, model: nn.Module) -> list[tuple[int, int, int]]:
     ]
     reductions = [reduction for _, _, reduction in levels]
     if len(levels) > 1 and len(levels) == len(info) and len(set(reductions)) == 1:
-        levels, reductions = levels[-1:], reductions[-1:]
+        levels = levels[-1:]
+        reductions = reductions[-1:]
     elif len(levels) < 2 or not all(fine < coarse for fine, coarse in pairwise(reductions)):
         levels = []
     if not levels or not hasattr(model, "forward_intermediates"):

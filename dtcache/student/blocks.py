@@ -55,7 +55,9 @@ class NonLocal(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return (B, C, H, W)."""
-        query, key, value = (f(x_BCHW).flatten(2).transpose(1, 2) for f in (self.query, self.key, self.value))
+        query, key, value = (
+            f(x_BCHW).flatten(2).transpose(1, 2) for f in (self.query, self.key, self.value)
+        )
         mixed_BPC = F.scaled_dot_product_attention(query, key, value)
         mixed_BCHW = mixed_BPC.transpose(1, 2).reshape(len(x_BCHW), -1, *x_BCHW.shape[2:])
         return x_BCHW + self.out(mixed_BCHW)  # type: ignore[no-any-return]

@@ -22,7 +22,9 @@ class SimplePyramid(nn.Module):
         finest = round(math.log2(stride / FINEST_STRIDE))
         doublings = [finest - level for level in range(LEVELS)]
         self.levels = nn.ModuleList(
-            _deconvolutions(channels, n) if n > 0 else nn.Sequential(*(nn.MaxPool2d(2, ceil_mode=True),) * -n)
+            _deconvolutions(channels, n)
+            if n > 0
+            else nn.Sequential(*(nn.MaxPool2d(2, ceil_mode=True),) * -n)
             for n in doublings
         )
         self.channels = [max(1, channels >> max(0, n)) for n in doublings]

@@ -35,12 +35,15 @@ class FeatureRegressor(nn.Module):
             levels.append((-(-levels[-1][0] // 2), -(-levels[-1][1] // 2)))
         self._extra = len(levels) - len(grids)
         self.level_of = {name: _level(levels, size) for name, size in self._sizes.items()}
-        self.resized = [name for name in self._names if levels[self.level_of[name]] != self._sizes[name]]
+        self.resized = [
+            name for name in self._names if levels[self.level_of[name]] != self._sizes[name]
+        ]
 
         # In this order: random weights are a function of the seed and of the order in which modules are made.
         self.pooling = PyramidPooling(channels[-1], width) if kind == "fpn-ppm" else None
         self.laterals = nn.ModuleList(
-            ConvBlock(c, width, 1) for c in (channels[:-1] if self.pooling is not None else channels)
+            ConvBlock(c, width, 1)
+            for c in (channels[:-1] if self.pooling is not None else channels)
         )
         self.attention = NonLocal(width) if kind == "fpn-attention" else None
         used = sorted(set(self.level_of.values()))
@@ -53,7 +56,9 @@ class FeatureRegressor(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return predictions (B, C, H, W) of the whitened teacher features by target name."""
         levels = [self._coarsest(maps[-1])]
-        for lateral, x_BCHW in zip(reversed(self.laterals[: len(maps) - 1]), reversed(maps[:-1]), strict=True):
+        for lateral, x_BCHW in zip(
+            reversed(self.laterals[: len(maps) - 1]), reversed(maps[:-1]), strict=True
+        ):
             levels.insert(0, lateral(x_BCHW) + resize(levels[0], x_BCHW.shape[2:]))
         for _ in range(self._extra):
             levels.append(F.max_pool2d(levels[-1], 2, ceil_mode=True))
@@ -66,7 +71,9 @@ class FeatureRegressor(nn.Module):
         }
 
     def _coarsest(self, x_BCHW: Tensor) -> Tensor:
-        top_BCHW: Tensor = self.pooling(x_BCHW) if self.pooling is not None else self.laterals[-1](x_BCHW)
+        top_BCHW: Tensor = (
+            self.pooling(x_BCHW) if self.pooling is not None else self.laterals[-1](x_BCHW)
+        )
         return self.attention(top_BCHW) if self.attention is not None else top_BCHW
 
 

@@ -7,9 +7,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from dtcache.errors import ConfigError
-from dtcache.spec import ViewSpec
+from dtcache.recipe import ViewSpec
 from dtcache.student.backbone import MapsModule, Rgb, student_input
-from dtcache.student.folder import make_backbone
+from dtcache.student.backbone_io import make_backbone
 from dtcache.student.pyramid import SimplePyramid
 from dtcache.student.regressor import FeatureRegressor
 
@@ -26,13 +26,18 @@ class Student(nn.Module):
     ) -> None:
         """Join the parts; `pyramid` makes four maps of a backbone's one."""
         super().__init__()
-        self.backbone, self.pyramid, self.regressor, self.input_size = backbone, pyramid, regressor, input_size
+        self.backbone = backbone
+        self.pyramid = pyramid
+        self.regressor = regressor
+        self.input_size = input_size
 
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """Return predictions (B, C, H, W) by tap array, of images in 0..255."""
         x_BCHW = student_input(images_BCHW, self.input_size, self.backbone.mean, self.backbone.std)
         maps = self.backbone(x_BCHW.contiguous(memory_format=torch.channels_last))
-        predictions: dict[str, Tensor] = self.regressor(maps if self.pyramid is None else self.pyramid(maps[-1]))
+        predictions: dict[str, Tensor] = self.regressor(
+            maps if self.pyramid is None else self.pyramid(maps[-1])
+        )
         return predictions
 
 
@@ -61,7 +66,9 @@ def build_student(
     if isinstance(student, str):
         backbone: MapsModule = make_backbone(student, init=init, seed=seed, size=size)
     elif init is not None:
-        raise ConfigError(f"--init {init}: expected with a timm name; load a module's weights before it is passed")
+        raise ConfigError(
+            f"--init {init}: expected with a timm name; load a module's weights before it is passed"
+        )
     else:
         backbone = MapsModule(student, mean=mean, std=std)
     shapes = probe_maps(backbone, size)
@@ -70,9 +77,14 @@ def build_student(
         pyramid = None
         if len(shapes) == 1:
             pyramid = SimplePyramid(shapes[0][0], size[0] / shapes[0][1])
-            shapes = [(x.shape[1], x.shape[2], x.shape[3]) for x in pyramid(torch.zeros(1, *shapes[0]))]
-        channels, grids = [c for c, _, _ in shapes], [(h, w) for _, h, w in shapes]
-        return Student(backbone, FeatureRegressor(channels, grids, targets, width, regressor), size, pyramid)
+            shapes = [
+                (x.shape[1], x.shape[2], x.shape[3]) for x in pyramid(torch.zeros(1, *shapes[0]))
+            ]
+        channels = [c for c, _, _ in shapes]
+        grids = [(h, w) for _, h, w in shapes]
+        return Student(
+            backbone, FeatureRegressor(channels, grids, targets, width, regressor), size, pyramid
+        )
 
 
 def default_size(targets: Mapping[str, tuple[int, int, int]], view: ViewSpec) -> tuple[int, int]:
@@ -82,7 +94,9 @@ def default_size(targets: Mapping[str, tuple[int, int, int]], view: ViewSpec) ->
 
 
 @torch.no_grad()
-def probe_maps(backbone: MapsModule, size: tuple[int, int], flag: str = "--student-size") -> list[tuple[int, int, int]]:
+def probe_maps(
+    backbone: MapsModule, size: tuple[int, int], flag: str = "--student-size"
+) -> list[tuple[int, int, int]]:
     """Return the maps' shapes (C, H, W) at an input size, and leave the backbone in evaluation mode.
 
     Raises ConfigError, naming the flag, where the network does not take that size.

@@ -28,7 +28,9 @@ def torchvision_network(backbone: Backbone) -> tuple[nn.Module, str]:
         )
     network: nn.Module = torchvision.models.get_model(backbone.name, weights=None)
     setattr(network, head, nn.Identity())
-    ours, theirs = ({k: v.shape for k, v in net.state_dict().items()} for net in (backbone.model, network))
+    ours, theirs = (
+        {k: v.shape for k, v in net.state_dict().items()} for net in (backbone.model, network)
+    )
     if ours != theirs:
         odd = sorted(set(ours.items()) ^ set(theirs.items()))
         raise ConfigError(

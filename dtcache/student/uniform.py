@@ -13,7 +13,9 @@ def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return mixed
 
 
-def sample_uniforms(seed: int, step: int, rows: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+def sample_uniforms(
+    seed: int, step: int, rows: NDArray[np.int64], count: int
+) -> NDArray[np.float64]:
     """Return numbers (B, count) in [0, 1): a pure function of (seed, step, row, place), mixed one after the other."""
     key_B = splitmix64(splitmix64(np.full(len(rows), seed, np.uint64)) ^ np.uint64(step))
     key_B = splitmix64(key_B ^ rows.astype(np.uint64))

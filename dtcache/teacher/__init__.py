@@ -1,9 +1,15 @@
 """The teacher: making one, loading one safely, encoding an image, and tapping decoder features."""
 
-from dtcache.teacher.callable import CallableTeacher
-from dtcache.teacher.encode import Teacher, TeacherBatch, TeacherInput, native_size, prepare_teacher
 from dtcache.teacher.load import LoadedTeacher, load_teacher
+from dtcache.teacher.module_teacher import CallableTeacher
 from dtcache.teacher.prompt import Prompt
+from dtcache.teacher.teacher import (
+    Teacher,
+    TeacherBatch,
+    TeacherInput,
+    native_size,
+    prepare_teacher,
+)
 
 __all__ = [
     "CallableTeacher",

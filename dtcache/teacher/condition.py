@@ -4,12 +4,14 @@ import re
 from collections.abc import Iterable
 
 from dtcache.errors import ConfigError, ImagesError
-from dtcache.spec import ConditionSpec
+from dtcache.recipe import ConditionSpec
 from dtcache.teacher.denoiser import Denoiser
 from dtcache.teacher.prompt import Prompt
 
 
-def choose_condition(denoiser: Denoiser, prompt: Prompt | None, asked: str | None) -> ConditionSpec | None:
+def choose_condition(
+    denoiser: Denoiser, prompt: Prompt | None, asked: str | None
+) -> ConditionSpec | None:
     """Return the condition that `asked` names (label, null, or a class number), or a default.
 
     The default is null where the teacher was trained with a null class. Raises ConfigError where the teacher cannot
@@ -18,11 +20,15 @@ def choose_condition(denoiser: Denoiser, prompt: Prompt | None, asked: str | Non
     classes = denoiser.num_classes
     if prompt is not None:
         if asked is not None:
-            raise ConfigError(f"--condition {asked}: this teacher is conditioned on text; use --prompt instead")
+            raise ConfigError(
+                f"--condition {asked}: this teacher is conditioned on text; use --prompt instead"
+            )
         return ConditionSpec(kind="prompt", prompt=prompt.text, embedding_sha256=prompt.sha256)
     if classes is None:
         if asked is not None:
-            raise ConfigError(f"--condition {asked}: this teacher is not class-conditional; leave --condition out")
+            raise ConfigError(
+                f"--condition {asked}: this teacher is not class-conditional; leave --condition out"
+            )
         return None
     if asked is None and denoiser.null_class is None:
         raise ConfigError(
@@ -39,11 +45,15 @@ def choose_condition(denoiser: Denoiser, prompt: Prompt | None, asked: str | Non
             )
         return ConditionSpec(kind="null")
     if not re.fullmatch(r"[0-9]{1,9}", str(asked)) or int(str(asked)) >= classes:
-        raise ConfigError(f"--condition {asked}: expected label, null or a class number from 0 to {classes - 1}")
+        raise ConfigError(
+            f"--condition {asked}: expected label, null or a class number from 0 to {classes - 1}"
+        )
     return ConditionSpec(kind="class", number=int(str(asked)))
 
 
-def require_labels(keys: Iterable[str], labels: Iterable[int | None] | None, num_classes: int) -> None:
+def require_labels(
+    keys: Iterable[str], labels: Iterable[int | None] | None, num_classes: int
+) -> None:
     """Raise ImagesError naming the first image whose label is none of the teacher's classes."""
     if labels is None:
         raise ImagesError(

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import nn
 
 from dtcache.errors import ConfigError
-from dtcache.spec import TapSpec
+from dtcache.recipe import TapSpec
 
 PREFERRED_STRIDES = (4, 8, 16, 32)
 DEFAULT_TAPS = 4
@@ -67,7 +67,9 @@ def choose_taps(taps: tuple[TapSpec, ...], names: tuple[str, ...] | None) -> tup
     offered = [tap.name for tap in taps]
     missing = [name for name in names if name not in offered]
     if missing:
-        raise ConfigError(f"--taps: the teacher has no map {missing[0]} at this size; it offers {', '.join(offered)}")
+        raise ConfigError(
+            f"--taps: the teacher has no map {missing[0]} at this size; it offers {', '.join(offered)}"
+        )
     return tuple(tap for tap in taps if tap.name in names)
 
 

@@ -8,14 +8,21 @@ import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from dtcache.errors import ConfigError, TeacherError
-from dtcache.spec import Json, sha256_json
+from dtcache.recipe import Json, sha256_json
+from dtcache.teacher.attention_heads import set_heads, stand_in
+from dtcache.teacher.autoencoder import FOLDERS, LatentEncoder, load_latents
 from dtcache.teacher.denoiser import Denoiser
-from dtcache.teacher.encoding import Encoding
-from dtcache.teacher.heads import set_heads, stand_in
-from dtcache.teacher.latents import FOLDERS, LatentEncoder, load_latents
-from dtcache.teacher.parts import hash_weights, load_part, locate, read_class, read_config, weight_files
+from dtcache.teacher.diffusers_files import (
+    hash_weights,
+    load_part,
+    locate,
+    read_class,
+    read_config,
+    weight_files,
+)
+from dtcache.teacher.dit import TransformerDenoiser
+from dtcache.teacher.noising import Encoding
 from dtcache.teacher.prompt import Prompt, embed_prompt
-from dtcache.teacher.transformer import TransformerDenoiser
 from dtcache.teacher.unet import UNetDenoiser
 
 ARCHITECTURES: dict[str, Any] = {
@@ -29,15 +36,28 @@ NETWORKS = ("unet", "transformer")
 # Schedulers of variance-preserving models: the same betas, whatever sampler the file names (design: trap 4).
 SCHEDULERS = frozenset(
     {
-        "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
-        "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
-        "HeunDiscreteScheduler", "DEISMultistepScheduler", "DPMSolverSinglestepScheduler",
+        "DDPMScheduler",
+        "DDIMScheduler",
+        "PNDMScheduler",
+        "LMSDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "HeunDiscreteScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
     }
-)  # fmt: skip
+)
 # Conditions that a network would want and dtcache does not give, by the key of its configuration.
 UNSERVED = {
     "UNet2DModel": ("class_embed_type",),
-    "UNet2DConditionModel": ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"),
+    "UNet2DConditionModel": (
+        "class_embed_type",
+        "num_class_embeds",
+        "addition_embed_type",
+        "encoder_hid_dim",
+    ),
 }
 
 
@@ -70,7 +90,9 @@ class LoadedTeacher:
         return self.latents.stride if self.latents is not None else 1
 
 
-def load_teacher(where: str, *, prompt: str | None = None, stored: Prompt | None = None) -> LoadedTeacher:
+def load_teacher(
+    where: str, *, prompt: str | None = None, stored: Prompt | None = None
+) -> LoadedTeacher:
     """Load a teacher from a directory (as save_pretrained writes them, or flat as google/ddpm-*) or a Hugging Face id.
 
     A U-Net or DiT on pixels or, with an autoencoder beside it, on latents. One that is conditioned on text embeds
@@ -94,7 +116,9 @@ def load_teacher(where: str, *, prompt: str | None = None, stored: Prompt | None
     try:
         scheduler = DDPMScheduler.from_config(schedule)
     except Exception as error:  # whatever diffusers makes of numbers that are none
-        raise TeacherError(f"{root}: diffusers cannot make this noise schedule ({error}); download it again") from error
+        raise TeacherError(
+            f"{root}: diffusers cannot make this noise schedule ({error}); download it again"
+        ) from error
     found = load_latents(root)
     latents, more, about = found if found is not None else (None, [], None)
     if latents is not None and config.get("in_channels") != latents.channels:
@@ -113,8 +137,12 @@ def load_teacher(where: str, *, prompt: str | None = None, stored: Prompt | None
         alpha_bars=scheduler.alphas_cumprod.float(),
         architecture=name,
         weights_sha256=hash_weights(root, [*weights, *more]),
-        config_sha256=sha256_json([config, schedule] if about is None else [config, schedule, about]),
-        schedule="given" if schedule.get("trained_betas") else str(schedule.get("beta_schedule", "linear")),
+        config_sha256=sha256_json(
+            [config, schedule] if about is None else [config, schedule, about]
+        ),
+        schedule="given"
+        if schedule.get("trained_betas")
+        else str(schedule.get("beta_schedule", "linear")),
         prediction=str(scheduler.config.prediction_type),
     )
 
@@ -124,7 +152,8 @@ def _denoiser(network: Any, prompt: Prompt | None) -> Denoiser:
         return TransformerDenoiser(network)
     if prompt is None:
         return UNetDenoiser(network)
-    told, wanted = prompt.embedding_LD.shape[-1], network.config.cross_attention_dim
+    told = prompt.embedding_LD.shape[-1]
+    wanted = network.config.cross_attention_dim
     if told != wanted:
         raise TeacherError(
             f"the text encoder's embedding has {told} channels, but the U-Net takes {wanted}; the two belong to "
@@ -143,7 +172,9 @@ def _require_served(folder: Path, name: str, config: Json, has_latents: bool) ->
         )
     for key in UNSERVED.get(name, ()):
         if config.get(key) is not None:
-            raise TeacherError(f"{path}: {key} is {config[key]!r}, a condition that dtcache cannot give")
+            raise TeacherError(
+                f"{path}: {key} is {config[key]!r}, a condition that dtcache cannot give"
+            )
     is_dit = config.get("norm_type") == "ada_norm_zero" and config.get("patch_size") is not None
     if name == "Transformer2DModel" and not is_dit:
         raise TeacherError(
@@ -163,5 +194,7 @@ def _scheduler_config(root: Path) -> Json:
     config = read_config(path, "the noise schedule")
     name = config.get("_class_name")
     if name not in SCHEDULERS:
-        raise TeacherError(f"{path}: expected the scheduler of a variance-preserving model, got {name!r}")
+        raise TeacherError(
+            f"{path}: expected the scheduler of a variance-preserving model, got {name!r}"
+        )
     return config

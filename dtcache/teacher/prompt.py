@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from dtcache.errors import ConfigError, TeacherError, TeacherNotFoundError
-from dtcache.teacher.parts import TEXT_WEIGHTS, load_part, read_config, weight_files
+from dtcache.teacher.diffusers_files import TEXT_WEIGHTS, load_part, read_config, weight_files
 
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 """What a tokenizer can be made from: its one file, or the two that older models bring."""
@@ -79,14 +79,20 @@ def _tokenize(folder: Path, tokenizer_class: Any, text: str) -> torch.Tensor:
         )
     for path in folder.iterdir():
         if path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise TeacherError(f"{path}: expected at most {MAX_TOKENIZER_BYTES} bytes, got {path.stat().st_size}")
+            raise TeacherError(
+                f"{path}: expected at most {MAX_TOKENIZER_BYTES} bytes, got {path.stat().st_size}"
+            )
     try:
         tokenizer = tokenizer_class.from_pretrained(str(folder), local_files_only=True)
         most = int(tokenizer.model_max_length)
         tokens = tokenizer(text, padding="max_length", max_length=min(most, 4096)).input_ids
     except Exception as error:  # whatever the library makes of damaged files
         reason = " ".join(str(error).split())[:300]
-        raise TeacherError(f"{folder}: transformers cannot use this tokenizer ({reason})") from error
+        raise TeacherError(
+            f"{folder}: transformers cannot use this tokenizer ({reason})"
+        ) from error
     if len(tokens) > most:
-        raise ConfigError(f"--prompt: expected at most {most} tokens, got {len(tokens)}; shorten it")
+        raise ConfigError(
+            f"--prompt: expected at most {most} tokens, got {len(tokens)}; shorten it"
+        )
     return torch.tensor([tokens], dtype=torch.long)

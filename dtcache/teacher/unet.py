@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dtcache.errors import ConfigError, TeacherError
-from dtcache.spec import TapSpec
+from dtcache.recipe import TapSpec
 from dtcache.teacher.denoiser import shared_copy
 
 UNet = Any
@@ -23,7 +23,13 @@ class UNetDenoiser:
         self.unet = unet
         self.channels: int = unet.config.in_channels
         size = unet.config.sample_size
-        self.native_size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])) if size else None
+        self.native_size = (
+            (size, size)
+            if isinstance(size, int)
+            else (int(size[0]), int(size[1]))
+            if size
+            else None
+        )
         self.num_classes: int | None = unet.config.num_class_embeds or None
         # Whether one of its rows is trained as no class, its configuration does not say.
         self.null_class: int | None = None
@@ -49,13 +55,20 @@ class UNetDenoiser:
             stride = height // rows
             # Of several levels at one stride the last has seen most of the decoder.
             by_stride[stride] = TapSpec(
-                name=f"stride{stride}", block=block, stride=stride, channels=channels, height=rows, width=columns
+                name=f"stride{stride}",
+                block=block,
+                stride=stride,
+                channels=channels,
+                height=rows,
+                width=columns,
             )
         return tuple(by_stride[stride] for stride in sorted(by_stride))
 
     def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
         """Return the U-Net cut off after the last tap; the taps stay bit-identical."""
-        return TappedUNet(shared_copy(self.unet), {tap.block: tap.name for tap in taps}, self._embedding_LD)
+        return TappedUNet(
+            shared_copy(self.unet), {tap.block: tap.name for tap in taps}, self._embedding_LD
+        )
 
     def predictor(self) -> nn.Module:
         """Return the U-Net as it is."""
@@ -71,13 +84,21 @@ class UNetDenoiser:
             block.resnets[-1].register_forward_hook(_record(shapes, index))
             for index, block in enumerate(self.unet.up_blocks)
         ]
-        shapeless = {name: x.to("meta") for name, x in (*self.unet.named_parameters(), *self.unet.named_buffers())}
+        shapeless = {
+            name: x.to("meta")
+            for name, x in (*self.unet.named_parameters(), *self.unet.named_buffers())
+        }
         try:
             with torch.inference_mode(), torch.device("meta"):
                 labels_B = None if self.num_classes is None else torch.zeros(1, dtype=torch.long)
-                embedding_LD = None if self._embedding_LD is None else torch.zeros(self._embedding_LD.shape)
-                x_BCHW, t_B = torch.zeros(1, self.channels, height, width), torch.zeros(1, dtype=torch.long)
-                functional_call(self.unet, shapeless, (x_BCHW, t_B), _conditions(1, labels_B, embedding_LD))
+                embedding_LD = (
+                    None if self._embedding_LD is None else torch.zeros(self._embedding_LD.shape)
+                )
+                x_BCHW = torch.zeros(1, self.channels, height, width)
+                t_B = torch.zeros(1, dtype=torch.long)
+                functional_call(
+                    self.unet, shapeless, (x_BCHW, t_B), _conditions(1, labels_B, embedding_LD)
+                )
         finally:
             for handle in handles:
                 handle.remove()
@@ -108,7 +129,9 @@ class TappedUNet(nn.Module):
 
     embedding_LD: Tensor | None
 
-    def __init__(self, unet: UNet, name_of: Mapping[int, str], embedding_LD: Tensor | None = None) -> None:
+    def __init__(
+        self, unet: UNet, name_of: Mapping[int, str], embedding_LD: Tensor | None = None
+    ) -> None:
         """Truncate `unet` in place after the last block of `name_of`, which names the taps by block."""
         super().__init__()
         last = max(name_of)
@@ -137,14 +160,18 @@ class TappedUNet(nn.Module):
 
         return hook
 
-    def forward(self, noisy_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, noisy_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Return the tapped maps by name, each (B, C_block, H_block, W_block)."""
         self._found = {}
         self.unet(noisy_BCHW, t_B, **_conditions(len(noisy_BCHW), labels_B, self.embedding_LD))
         return self._found
 
 
-def _conditions(count: int, labels_B: Tensor | None, embedding_LD: Tensor | None) -> dict[str, Tensor]:
+def _conditions(
+    count: int, labels_B: Tensor | None, embedding_LD: Tensor | None
+) -> dict[str, Tensor]:
     """Return what a U-Net of diffusers is told of `count` samples, by the names of its arguments."""
     told = {}
     if labels_B is not None:

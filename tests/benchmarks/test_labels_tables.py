@@ -19,7 +19,9 @@ def lines_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     )
 
 
-def test_differences_are_of_the_seeds_that_both_arms_have(lines_of: Callable[..., list[str]]) -> None:
+def test_differences_are_of_the_seeds_that_both_arms_have(
+    lines_of: Callable[..., list[str]],
+) -> None:
     """An arm's mean is of its own seeds, its differences of common ones, its losses of the same."""
     found = lines_of(
         {
@@ -38,7 +40,9 @@ def test_differences_are_of_the_seeds_that_both_arms_have(lines_of: Callable[...
     assert row == "| mixed | 3 | 3 | 0.300 | 0.600 | - | 30.00 | +8.00 [-4.71, +20.71] | - |"
 
 
-def test_several_finetunings_of_a_start_count_by_their_mean(lines_of: Callable[..., list[str]]) -> None:
+def test_several_finetunings_of_a_start_count_by_their_mean(
+    lines_of: Callable[..., list[str]],
+) -> None:
     """Intervals are over seeds: a second finetuning narrows its seed's difference, where both arms have it."""
     found = lines_of(
         {
@@ -65,20 +69,33 @@ def test_students_are_compared_by_their_own_heads_too(lines_of: Callable[..., li
         {
             f"n40-seed{seed}-{arm}{what}": {"miou": score}
             for seed in range(3)
-            for arm, own, finetuned in (("label", 28.0 + 0.1 * seed, 60.0), ("label-exact", 28.0, 70.0))
+            for arm, own, finetuned in (
+                ("label", 28.0 + 0.1 * seed, 60.0),
+                ("label-exact", 28.0, 70.0),
+            )
             for what, score in (("", finetuned + seed), ("-own", own))
         }
-        | {"n40-seed0-mixed-own": {"miou": 29.0}, "n40-seed0-mixed-held-out": {"mse": 0.5, "label": 0.6}}
+        | {
+            "n40-seed0-mixed-own": {"miou": 29.0},
+            "n40-seed0-mixed-held-out": {"mse": 0.5, "label": 0.6},
+        }
     )
     assert "| mixed | 1 | - | 0.500 | 0.600 | 29.00 | - | - | - |" in found
     [row] = [line for line in found if line.startswith("| label |")]
     assert row.startswith("| label | 3 | 3 | - | - | 28.10 | 61.00 |")
-    assert "- label over label-exact, own heads: +0.10 [-0.15, +0.35] points, goal at least -1: met" in found
-    assert "- label over label-exact: -10.00 [-10.00, -10.00] points, goal at least -1: missed" in found
+    assert (
+        "- label over label-exact, own heads: +0.10 [-0.15, +0.35] points, goal at least -1: met"
+        in found
+    )
+    assert (
+        "- label over label-exact: -10.00 [-10.00, -10.00] points, goal at least -1: missed"
+        in found
+    )
 
 
 @pytest.mark.parametrize(
-    ("gains", "verdict"), [((7.0, 7.1, 7.2), "met"), ((1.0, 1.1, 1.2), "missed"), ((1.0, 5.0, 9.0), "undecided")]
+    ("gains", "verdict"),
+    [((7.0, 7.1, 7.2), "met"), ((1.0, 1.1, 1.2), "missed"), ((1.0, 5.0, 9.0), "undecided")],
 )
 def test_a_goal_is_met_where_the_whole_interval_is(
     lines_of: Callable[..., list[str]], gains: tuple[float, ...], verdict: str
@@ -95,10 +112,13 @@ def test_a_goal_is_met_where_the_whole_interval_is(
     assert line.endswith(f"goal at least +5: {verdict}")
 
 
-def test_other_images_than_scenes_are_reported_without_goals(lines_of: Callable[..., list[str]]) -> None:
+def test_other_images_than_scenes_are_reported_without_goals(
+    lines_of: Callable[..., list[str]],
+) -> None:
     """Their differences stand there, and no verdict."""
     found = lines_of(
-        {"n40-seed0-random": {"miou": 30.0}, "n40-seed0-mixed": {"miou": 31.0}}, "labels.py --name x --train TRAIN"
+        {"n40-seed0-random": {"miou": 30.0}, "n40-seed0-mixed": {"miou": 31.0}},
+        "labels.py --name x --train TRAIN",
     )
     assert "- mixed over random: +1.00 [-inf, +inf] points" in found
 

@@ -11,8 +11,17 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS, RESULTS = ROOT / "benchmarks", ROOT / "docs" / "results"
-SKIPPING = ("attention_error", "cached_vs_online", "cifar10", "inputs", "labels", "stored_images", "student_vs_size")
+SCRIPTS = ROOT / "benchmarks"
+RESULTS = ROOT / "docs" / "results"
+SKIPPING = (
+    "attention_error",
+    "cached_vs_online",
+    "cifar10",
+    "inputs",
+    "labels",
+    "stored_images",
+    "student_vs_size",
+)
 """Scripts that skip what is recorded."""
 TABLES = ("cached_vs_online", "labels", "student_vs_size")
 """Of these, the ones that prepare images or caches before they look for a record."""
@@ -22,7 +31,9 @@ def documented() -> list[str]:
     """Return the commands of these scripts that the documents name, on one line each."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     text = "\n".join(re.sub(r"\\\n\s*", "", page.read_text()) for page in pages)
-    found = re.findall(r"`(python benchmarks/[^`]*)`", text) + re.findall(r"^python benchmarks/.*", text, re.MULTILINE)
+    found = re.findall(r"`(python benchmarks/[^`]*)`", text) + re.findall(
+        r"^python benchmarks/.*", text, re.MULTILINE
+    )
     named = {" ".join(command.split()).removeprefix("python benchmarks/") for command in found}
     return sorted(c for c in named if c.split(".py")[0] in SKIPPING and "--" in c)
 
@@ -50,7 +61,9 @@ def test_results_say_how_they_were_made() -> None:
     assert files
     for path in files:
         record = json.loads(path.read_text())
-        assert all(isinstance(record.get(key), str) for key in ("command", "machine", "commit")), path
+        assert all(isinstance(record.get(key), str) for key in ("command", "machine", "commit")), (
+            path
+        )
 
 
 def test_the_documents_name_commands() -> None:
@@ -72,8 +85,14 @@ EXPERIMENT = "--train TRAIN --test TEST --teacher TEACHER --timestep 20"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("student_vs_size.py --epochs 100", "recorded with --epochs 12, asked for --epochs 100; give another --name"),
-        ("cached_vs_online.py --student-size 32 --images 1000 --probe-images 4000", r"--compile on, .* --compile not"),
+        (
+            "student_vs_size.py --epochs 100",
+            "recorded with --epochs 12, asked for --epochs 100; give another --name",
+        ),
+        (
+            "cached_vs_online.py --student-size 32 --images 1000 --probe-images 4000",
+            r"--compile on, .* --compile not",
+        ),
         (
             "cached_vs_online.py --student-size 32 --images 1000 --probe-images 4000 --compile --scenes 9",
             "recorded with --scenes 300, asked for --scenes 9",
@@ -94,10 +113,20 @@ def test_a_result_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     first = Results(folder=tmp_path, command="x --out a/c --rounds 3")
     assert first.once("r", lambda: [1]) == [1]
     later = Results(
-        folder=tmp_path, command="x --out b/c --rounds 5 --size 64", defaults="x --size 64", amounts=("--rounds",)
+        folder=tmp_path,
+        command="x --out b/c --rounds 5 --size 64",
+        defaults="x --size 64",
+        amounts=("--rounds",),
     )
     assert later.once("r", lambda: [2]) == [1]
     assert later.read()["r"]["command"] == first.command
-    other = Results(folder=tmp_path, command="x --out b/c --size 32", defaults="x --size 64", amounts=("--rounds",))
-    with pytest.raises(SystemExit, match="recorded with --size 64, asked for --size 32; give another --results"):
+    other = Results(
+        folder=tmp_path,
+        command="x --out b/c --size 32",
+        defaults="x --size 64",
+        amounts=("--rounds",),
+    )
+    with pytest.raises(
+        SystemExit, match="recorded with --size 64, asked for --size 32; give another --results"
+    ):
         other.once("r", lambda: [2])

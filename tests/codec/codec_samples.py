@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcache.codec import FittedTap
-from dtcache.codec.tables import normalise
+from dtcache.codec.symbol_tables import normalise
 
 
 def random_fit(count: int, seed: int, tables: int = 3, max_half: int = 20) -> FittedTap:
@@ -17,11 +17,15 @@ def random_fit(count: int, seed: int, tables: int = 3, max_half: int = 20) -> Fi
     for row, h in zip(rows, half, strict=True):
         row[: 2 * h + 2] = normalise(rng.gamma(0.3, size=2 * h + 2) + 1e-9)
     return FittedTap(
-        basis=np.eye(1, dtype=np.float16), mean=np.zeros(1, np.float16),
+        basis=np.eye(1, dtype=np.float16),
+        mean=np.zeros(1, np.float16),
         classes=rng.integers(0, tables, (1, 1, count)).astype(np.uint8),
-        class_step=np.ones(tables, np.float32), class_gain=np.ones(tables, np.float32),
-        class_table=rng.permutation(tables).astype(np.uint8), tables=rows, half_width=half.astype(np.uint8),
-    )  # fmt: skip
+        class_step=np.ones(tables, np.float32),
+        class_gain=np.ones(tables, np.float32),
+        class_table=rng.permutation(tables).astype(np.uint8),
+        tables=rows,
+        half_width=half.astype(np.uint8),
+    )
 
 
 def coded_tables(fitted: FittedTap) -> NDArray[np.int64]:
@@ -58,7 +62,9 @@ def reference_decode(payload: bytes, fitted: FittedTap) -> tuple[list[int], floa
         states[i % 4] = state
         half = int(fitted.half_width[t])
         # An escaped value is one more word, read as a signed number.
-        values.append(symbol - half if symbol <= 2 * half else (words.pop(0) + 32768) % 65536 - 32768)
+        values.append(
+            symbol - half if symbol <= 2 * half else (words.pop(0) + 32768) % 65536 - 32768
+        )
     if words or states != [1 << 16] * 4:
         raise ValueError(f"{len(words)} words and states {states} are left")
     return values, sigma, mu

@@ -9,19 +9,23 @@ from codec.codec_samples import random_fit
 
 from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
 from dtcache.codec.fit import determined_error, half_fits, quantised_fit, solve_step, tap_statistics
-from dtcache.codec.transform import Decoder, Encoder
+from dtcache.codec.pca_dct import Decoder, Encoder
 from dtcache.errors import CodecError
 
 DEVIATIONS = np.array([3.0, 2.0, 1.4, 1.0, 0.7, 0.4])
 
 
-def planted(views: int, shares: np.ndarray, seed: int, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def planted(
+    views: int, shares: np.ndarray, seed: int, size: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
     """Return (2, M, 6, H, W) features of a planted basis whose components change by `shares` from draw to draw."""
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(rng.normal(size=(6, 6)))[0]
     signal, first, second = rng.normal(size=(3, views, 6, size, size)) * DEVIATIONS[:, None, None]
     share = shares[:, None, None]
-    draws = np.stack([np.sqrt(1 - share) * signal + np.sqrt(share) * noise for noise in (first, second)])
+    draws = np.stack(
+        [np.sqrt(1 - share) * signal + np.sqrt(share) * noise for noise in (first, second)]
+    )
     return np.einsum("dmkhw,ck->dmchw", draws, basis).astype(np.float16), basis
 
 
@@ -50,7 +54,9 @@ def test_moments_are_numpys() -> None:
     whitened = (whitened + np.arange(6, dtype=np.float16)[:, None, None]).astype(np.float16)
     found = tap_statistics(whitened)
     x = whitened.astype(np.float64)
-    np.testing.assert_allclose(found.mean.astype(np.float64), x.mean((0, 1, 3, 4)), rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(
+        found.mean.astype(np.float64), x.mean((0, 1, 3, 4)), rtol=2e-3, atol=2e-3
+    )
     total = np.square(x - x.mean((0, 1, 3, 4), keepdims=True)).sum((2, 3, 4)).mean()
     np.testing.assert_allclose(found.variance.sum(), total, rtol=3e-3)
     assert found.coefficients.shape == (2, 50, 6, 8, 8)
@@ -59,7 +65,8 @@ def test_moments_are_numpys() -> None:
 def test_a_teacher_without_noise_is_fitted_on_one_draw() -> None:
     """One draw gives the fit of two equal ones: no noise, and a step that is the same in every band."""
     whitened, _ = planted(40, np.full(6, 0.4), seed=3)
-    one, two = tap_statistics(whitened[:1]), tap_statistics(np.stack([whitened[0], whitened[0]]))
+    one = tap_statistics(whitened[:1])
+    two = tap_statistics(np.stack([whitened[0], whitened[0]]))
     assert not one.noise_share.any()
     np.testing.assert_allclose(one.variance, two.variance, rtol=1e-12)
     np.testing.assert_array_equal(one.coefficients, two.coefficients)
@@ -88,7 +95,8 @@ def test_a_smaller_step_gives_a_smaller_error() -> None:
     whitened, _ = planted(64, np.full(6, 0.3), seed=4)
     statistics = tap_statistics(whitened)
     x = torch.from_numpy(whitened[0].astype(np.float32))
-    errors, sizes = [], []
+    errors = []
+    sizes = []
     for step in (4.0, 2.0, 1.0, 0.5, 0.25, 0.1):
         fitted = quantised_fit(statistics, step)
         errors.append(float(Encoder(fitted)(x)[1].sum()))
@@ -129,20 +137,32 @@ def test_a_fit_for_distortion_has_flat_steps_and_the_least_error() -> None:
     least = float(Encoder(fitted)(x)[1].sum())
     for j in range(len(fitted.class_gain)):
         for factor in (0.95, 1.05):
-            gain = fitted.class_gain * np.where(np.arange(len(fitted.class_gain)) == j, factor, 1).astype(np.float32)
+            gain = fitted.class_gain * np.where(
+                np.arange(len(fitted.class_gain)) == j, factor, 1
+            ).astype(np.float32)
             assert float(Encoder(replace(fitted, class_gain=gain))(x)[1].sum()) > least
 
 
 @pytest.mark.parametrize("ratio", [4.0, 12.0])
 def test_solve_step_meets_a_target_in_real_payloads(ratio: float) -> None:
     """The solved step's real payloads cost the target within 5 %, over two taps that share the step."""
-    taps = {"t1/stride1": planted(24, np.full(6, 0.3), seed=7)[0], "t1/stride2": planted(24, np.zeros(6), seed=8)[0]}
+    taps = {
+        "t1/stride1": planted(24, np.full(6, 0.3), seed=7)[0],
+        "t1/stride2": planted(24, np.zeros(6), seed=8)[0],
+    }
     statistics = {name: tap_statistics(x) for name, x in taps.items()}
 
     def size_of(fit: dict[str, FittedTap]) -> float:
         encoder = FeatureEncoder(fit, torch.device("cpu"))
         return sum(
-            float(np.mean([len(v.payload) for v in encoder.encode(name, torch.from_numpy(x[0].astype(np.float32)))]))
+            float(
+                np.mean(
+                    [
+                        len(v.payload)
+                        for v in encoder.encode(name, torch.from_numpy(x[0].astype(np.float32)))
+                    ]
+                )
+            )
             for name, x in taps.items()
         )
 
@@ -150,7 +170,9 @@ def test_solve_step_meets_a_target_in_real_payloads(ratio: float) -> None:
     solved = solve_step(statistics, size_of, target)
     assert abs(size_of(solved.fit) / target - 1) < 0.05
     assert solved.bytes_per_view == size_of(solved.fit)
-    assert sha256_fit(solved.fit) == sha256_fit({n: quantised_fit(s, solved.step) for n, s in statistics.items()})
+    assert sha256_fit(solved.fit) == sha256_fit(
+        {n: quantised_fit(s, solved.step) for n, s in statistics.items()}
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -158,13 +180,19 @@ def test_solve_step_meets_a_target_in_real_payloads(ratio: float) -> None:
 def test_determined_error_is_the_bias_given_the_image(share: float, step: float) -> None:
     """It agrees with the error of what very many draws of the same images decode to in the mean, over the signal."""
     rng = np.random.default_rng(11)
-    signal, *noise = rng.normal(size=(3, 600, 1, 4, 4)) * np.sqrt([1 - share, share, share])[:, None, None, None, None]
+    signal, *noise = (
+        rng.normal(size=(3, 600, 1, 4, 4))
+        * np.sqrt([1 - share, share, share])[:, None, None, None, None]
+    )
     statistics = tap_statistics(np.stack([signal + n for n in noise]).astype(np.float16))
     fitted = quantised_fit(statistics, step)
-    encoder, decoder = Encoder(fitted), Decoder(fitted)
+    encoder = Encoder(fitted)
+    decoder = Decoder(fitted)
     error = np.zeros((2, *signal.shape))
     for k in range(200):
-        x = torch.from_numpy((signal + rng.normal(size=signal.shape) * np.sqrt(share)).astype(np.float32))
+        x = torch.from_numpy(
+            (signal + rng.normal(size=signal.shape) * np.sqrt(share)).astype(np.float32)
+        )
         error[k % 2] += (decoder(encoder(x)[0]).numpy() - signal) / 100
     wanted = (error[0] * error[1]).sum() / np.square(signal).sum()
     assert determined_error(statistics, fitted) == pytest.approx(wanted, abs=0.04)
@@ -190,7 +218,9 @@ def test_solve_step_returns_the_coarsest_for_an_impossible_target() -> None:
 def test_fitting_twice_gives_the_same_bytes() -> None:
     """Two fits of the same features agree in every bit."""
     whitened, _ = planted(40, np.full(6, 0.3), seed=10)
-    first, second = ({"t1/stride1": quantised_fit(tap_statistics(whitened.copy()), 0.37)} for _ in range(2))
+    first, second = (
+        {"t1/stride1": quantised_fit(tap_statistics(whitened.copy()), 0.37)} for _ in range(2)
+    )
     assert sha256_fit(first) == sha256_fit(second)
 
 
@@ -210,8 +240,10 @@ CONTRADICTIONS = {
     "a basis that is not finite": {"basis": np.full((1, 1), np.nan, np.float16)},
     "a mean that is not finite": {"mean": np.full(1, np.inf, np.float16)},
     "half widths without tables": {
-        "tables": np.zeros((0, 4), np.uint16), "class_table": np.zeros(0, np.uint8),
-        "class_step": np.zeros(0, np.float32), "class_gain": np.zeros(0, np.float32),
+        "tables": np.zeros((0, 4), np.uint16),
+        "class_table": np.zeros(0, np.uint8),
+        "class_step": np.zeros(0, np.float32),
+        "class_gain": np.zeros(0, np.float32),
         "classes": np.full((1, 1, 5), 255, np.uint8),
     },
     "a table number under zero": {"class_table": np.array([-1, 0, 1], np.int8)},
@@ -219,13 +251,15 @@ CONTRADICTIONS = {
     "a frequency under zero": {"tables": np.array([[4096, -2048, 0, 0]] * 3, np.int64)},
     "a class under zero": {"classes": np.full((1, 1, 5), -1, np.int64)},
     "a half width under zero": {"half_width": np.full(3, -1, np.int64)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", CONTRADICTIONS)
 def test_contradicting_arrays_are_refused(what: str) -> None:
     """Arrays that a decoder could not rely on raise CodecError before any payload is read."""
-    with pytest.raises(CodecError, match=r"codec arrays contradict each other; the cache is damaged"):
+    with pytest.raises(
+        CodecError, match=r"codec arrays contradict each other; the cache is damaged"
+    ):
         FittedTap(**{**random_fit(5, 0).arrays(), **CONTRADICTIONS[what]})
 
 
@@ -234,7 +268,12 @@ def test_arrays_of_another_type_are_refused(field: str) -> None:
     """Each array has one type, byte order and number of axes: with others, compiled decoders would read elsewhere."""
     arrays = random_fit(5, 0).arrays()
     array = arrays[field]
-    others = [np.float64, np.int64, np.int8, array.dtype.newbyteorder() if array.itemsize > 1 else np.uint16]
+    others = [
+        np.float64,
+        np.int64,
+        np.int8,
+        array.dtype.newbyteorder() if array.itemsize > 1 else np.uint16,
+    ]
     for other in (*(array.astype(kind) for kind in others), array[None], array.reshape(-1)[0]):
         with pytest.raises(CodecError, match="codec arrays contradict each other"):
             FittedTap(**{**arrays, field: other})
@@ -245,11 +284,15 @@ def test_fit_hash_covers_every_array() -> None:
     fitted = random_fit(20, 4)
     hashes = {sha256_fit({"t1/stride1": fitted}), sha256_fit({"t1/stride2": fitted})}
     assert len(hashes) == 2
-    assert sha256_fit({"t1/stride1": FittedTap(**{n: a.copy() for n, a in fitted.arrays().items()})}) in hashes
+    assert (
+        sha256_fit({"t1/stride1": FittedTap(**{n: a.copy() for n, a in fitted.arrays().items()})})
+        in hashes
+    )
     for field in fields(FittedTap):
         changed = getattr(fitted, field.name).copy()
         if field.name == "tables":
-            row, most = changed[0], int(changed[0].argmax())
+            row = changed[0]
+            most = int(changed[0].argmax())
             row[most] -= 1
             row[(most + 1) % 3] += 1
         elif field.name == "classes":
@@ -260,7 +303,9 @@ def test_fit_hash_covers_every_array() -> None:
             changed[0] -= 1
         else:
             changed.reshape(-1)[0] += 0.5
-        hashes.add(sha256_fit({"t1/stride1": FittedTap(**{**fitted.arrays(), field.name: changed})}))
+        hashes.add(
+            sha256_fit({"t1/stride1": FittedTap(**{**fitted.arrays(), field.name: changed})})
+        )
     assert len(hashes) == 2 + len(fields(FittedTap))
     both = {"a": fitted, "b": random_fit(20, 5)}
     assert sha256_fit(both) == sha256_fit(dict(reversed(both.items())))

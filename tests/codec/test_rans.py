@@ -32,7 +32,9 @@ def test_round_trip_on_random_tables(count: int) -> None:
         for served in (pack(payloads), padded(*payloads, length=fitted.payload_bound)):
             found, scalars = decode_batch(served, rans_tables(fitted))
             np.testing.assert_array_equal(found, values)
-            np.testing.assert_array_equal(scalars, np.array([[3.7, 0.0], [3.7, 0.1], [3.7, 0.2]], np.float32))
+            np.testing.assert_array_equal(
+                scalars, np.array([[3.7, 0.0], [3.7, 0.1], [3.7, 0.2]], np.float32)
+            )
 
 
 @pytest.mark.parametrize("count", [*range(10), 200])
@@ -51,11 +53,26 @@ def test_reference_decoder_reads_the_same(count: int) -> None:
 def test_extremes_stay_within_the_bound(count: int, max_half: int) -> None:
     """Payloads of nothing but the dearest symbols or +-32767 round-trip and never exceed payload_bound."""
     fitted = random_fit(count, 3 * count + max_half, tables=2, max_half=max_half)
-    tables, room = rans_tables(fitted), 4 * fitted.payload_bound
+    tables = rans_tables(fitted)
+    room = 4 * fitted.payload_bound
     table = coded_tables(fitted)
     half = fitted.half_width[table].astype(np.int64)
-    rarest = np.array([fitted.tables[t, : 2 * int(fitted.half_width[t]) + 1].argmin() for t in table], np.int64) - half
-    cases = [np.full(count, 32767), np.full(count, -32767), half, -half, half + 1, -half - 1, rarest]
+    rarest = (
+        np.array(
+            [fitted.tables[t, : 2 * int(fitted.half_width[t]) + 1].argmin() for t in table],
+            np.int64,
+        )
+        - half
+    )
+    cases = [
+        np.full(count, 32767),
+        np.full(count, -32767),
+        half,
+        -half,
+        half + 1,
+        -half - 1,
+        rarest,
+    ]
     for case in cases:
         values = case.astype(np.int16)
         payload = encode(values, 0.0, 1.0, tables, room)
@@ -79,7 +96,8 @@ def test_size_is_the_cross_entropy(count: int) -> None:
     for seed in range(3):
         fitted = random_fit(count, 7 + seed)
         values = draw_values(fitted, seed)
-        bits, escapes = 0.0, 0
+        bits = 0.0
+        escapes = 0
         for value, t in zip(values.tolist(), coded_tables(fitted), strict=True):
             half = int(fitted.half_width[t])
             symbol = value + half if abs(value) <= half else 2 * half + 1
@@ -94,10 +112,12 @@ def test_flipped_bits_of_states_and_words() -> None:
 
     Two symbols of one frequency lead to one next state: the coder alone cannot tell; the store's crc32c does.
     """
-    flips, missed = 0, 0
+    flips = 0
+    missed = 0
     for seed in range(8):
         fitted = random_fit(150, 900 + seed)
-        values, tables = draw_values(fitted, seed, escape_values=False), rans_tables(fitted)
+        values = draw_values(fitted, seed, escape_values=False)
+        tables = rans_tables(fitted)
         payload = encoded(fitted, values)
         frequency = fitted.tables[coded_tables(fitted)]
         half = fitted.half_width[coded_tables(fitted)].astype(np.int64)
@@ -111,7 +131,10 @@ def test_flipped_bits_of_states_and_words() -> None:
                 continue
             missed += 1
             places = np.flatnonzero(found[0] != values)
-            symbols = [np.where(np.abs(v) <= half, v + half, 2 * half + 1) for v in (found[0].astype(np.int64), values)]
+            symbols = [
+                np.where(np.abs(v) <= half, v + half, 2 * half + 1)
+                for v in (found[0].astype(np.int64), values)
+            ]
             assert len(places) == 1
             assert len({int(frequency[places[0], s[places[0]]]) for s in symbols}) == 1
     assert flips > 3000
@@ -123,7 +146,8 @@ def test_flipped_scalars_and_escapes_are_not_the_coders_to_find() -> None:
     fitted = random_fit(40, 5)
     values = draw_values(fitted, 1, escape_values=False)
     values[30] = 0x5A5A
-    payload, tables = bytearray(encoded(fitted, values)), rans_tables(fitted)
+    payload = bytearray(encoded(fitted, values))
+    tables = rans_tables(fitted)
     payload[0] ^= 1
     payload[payload.index(b"\x5a\x5a")] ^= 1
     found, scalars = decode_batch(padded(bytes(payload), length=fitted.payload_bound), tables)
@@ -155,7 +179,8 @@ def test_all_zero_payload_raises(count: int) -> None:
     fitted = random_fit(count, count)
     good = encoded(fitted, draw_values(fitted, 0))
     with pytest.raises(
-        PayloadError, match=r"a payload does not decode: its bytes are not ones that the encoder wrote"
+        PayloadError,
+        match=r"a payload does not decode: its bytes are not ones that the encoder wrote",
     ) as caught:
         decode_batch(padded(good, b"", good, length=fitted.payload_bound), rans_tables(fitted))
     assert caught.value.place == 1
@@ -208,10 +233,15 @@ def test_random_bytes_never_decode() -> None:
 def test_a_tap_without_live_coefficients_round_trips() -> None:
     """Where the step drops every band and no table is left, a payload is its scalars alone."""
     fitted = FittedTap(
-        basis=np.zeros((3, 0), np.float16), mean=np.zeros(3, np.float16), classes=np.zeros((0, 4, 4), np.uint8),
-        class_step=np.zeros(0, np.float32), class_gain=np.zeros(0, np.float32), class_table=np.zeros(0, np.uint8),
-        tables=np.zeros((0, 2), np.uint16), half_width=np.zeros(0, np.uint8),
-    )  # fmt: skip
+        basis=np.zeros((3, 0), np.float16),
+        mean=np.zeros(3, np.float16),
+        classes=np.zeros((0, 4, 4), np.uint8),
+        class_step=np.zeros(0, np.float32),
+        class_gain=np.zeros(0, np.float32),
+        class_table=np.zeros(0, np.uint8),
+        tables=np.zeros((0, 2), np.uint16),
+        half_width=np.zeros(0, np.uint8),
+    )
     payload = encoded(fitted, np.zeros(0, np.int16))
     found, scalars = decode_batch(padded(payload, length=fitted.payload_bound), rans_tables(fitted))
     assert found.shape == (1, 0)

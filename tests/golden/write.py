@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from store.builders import FAILED_ROW, IMAGES, ROWS, VIEWS, tiny_plan, write_cache
 
-from dtcache.cache import Cache
-from dtcache.spec import FORMAT_VERSION
+from dtcache.cache.cache import Cache
+from dtcache.recipe import FORMAT_VERSION
 
 HERE = Path(__file__).parent / f"format{FORMAT_VERSION}"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from dtcache.columns import SampleList
 from dtcache.errors import ImagesError, ImagesNotFoundError
 from dtcache.images import FolderSource, folder, open_source, permuted
-from dtcache.store.samples import hash_samples
+from dtcache.samples import SampleList
+from dtcache.store.sample_index import hash_samples
 
 
 def test_class_folders_give_labels(tmp_path: Path) -> None:
@@ -36,14 +36,35 @@ def test_loose_images_have_no_labels(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     """No images is an error that says where it looked and for what."""
-    with pytest.raises(ImagesNotFoundError, match=r"no images under .*expected files ending in \.bmp"):
+    with pytest.raises(
+        ImagesNotFoundError, match=r"no images under .*expected files ending in \.bmp"
+    ):
         open_source(tmp_path)
 
 
 def test_the_order_is_that_of_the_whole_paths(tmp_path: Path) -> None:
     """Walking in place gives what pathlib lists and sorts as strings, for names on both sides of the slash."""
-    names = ["a/b.jpg", "a-b/c.jpg", "a.b/c.jpg", "a.jpg", "a0/x.PNG", "a/-.jpg", "a/a/z.jpeg", "a/a.jpg", "a/a-/y.jpg"]
-    names += ["Z.jpg", "\u00e9/1.jpg", "a/.hidden.jpg", ".dot/1.png", "a/.jpg", "a/jpg", "a/x.jpg.txt", "a/x.tar.jpg"]
+    names = [
+        "a/b.jpg",
+        "a-b/c.jpg",
+        "a.b/c.jpg",
+        "a.jpg",
+        "a0/x.PNG",
+        "a/-.jpg",
+        "a/a/z.jpeg",
+        "a/a.jpg",
+        "a/a-/y.jpg",
+    ]
+    names += [
+        "Z.jpg",
+        "\u00e9/1.jpg",
+        "a/.hidden.jpg",
+        ".dot/1.png",
+        "a/.jpg",
+        "a/jpg",
+        "a/x.jpg.txt",
+        "a/x.tar.jpg",
+    ]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -51,8 +72,12 @@ def test_the_order_is_that_of_the_whole_paths(tmp_path: Path) -> None:
     (tmp_path / "link.jpg").symlink_to("a/b.jpg")
     (tmp_path / "broken.jpg").symlink_to("nowhere")
     (tmp_path / "linked").symlink_to("a", target_is_directory=True)
-    paths = (p for p in tmp_path.rglob("*") if p.suffix.lower() in folder.EXTENSIONS and p.is_file())
-    assert list(FolderSource(tmp_path).keys) == sorted(p.relative_to(tmp_path).as_posix() for p in paths)
+    paths = (
+        p for p in tmp_path.rglob("*") if p.suffix.lower() in folder.EXTENSIONS and p.is_file()
+    )
+    assert list(FolderSource(tmp_path).keys) == sorted(
+        p.relative_to(tmp_path).as_posix() for p in paths
+    )
 
 
 def test_classes_sort_as_names(tmp_path: Path) -> None:
@@ -69,11 +94,16 @@ def test_classes_sort_as_names(tmp_path: Path) -> None:
 def test_names_that_cannot_be_printed_are_refused(tmp_path: Path, name: str | bytes) -> None:
     """They could neither be stored as UTF-8 nor shown on a terminal."""
     open(bytes(tmp_path) + b"/" + (name if isinstance(name, bytes) else name.encode()), "w").close()
-    with pytest.raises(ImagesError, match=r"expected printable UTF-8 file names, got '.*\\.*\.jpg'; rename the file"):
+    with pytest.raises(
+        ImagesError,
+        match=r"expected printable UTF-8 file names, got '.*\\.*\.jpg'; rename the file",
+    ):
         FolderSource(tmp_path)
 
 
-def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its images would be left out silently."""
     (tmp_path / "a").mkdir()
     real = folder.os.scandir
@@ -84,7 +114,9 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: 
         return real(path)
 
     monkeypatch.setattr(folder.os, "scandir", scandir)
-    with pytest.raises(ImagesError, match=r"/a: cannot be listed \(Permission denied\); make it readable"):
+    with pytest.raises(
+        ImagesError, match=r"/a: cannot be listed \(Permission denied\); make it readable"
+    ):
         FolderSource(tmp_path)
 
 
@@ -101,10 +133,13 @@ def test_a_sample_costs_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     count = 200_000
 
     def names(root: Path) -> Iterator[str]:
-        return (f"class_{i // 1000:08}/n{i // 1000:08}_{i:08}_photograph.jpeg" for i in range(count))
+        return (
+            f"class_{i // 1000:08}/n{i // 1000:08}_{i:08}_photograph.jpeg" for i in range(count)
+        )
 
     monkeypatch.setattr(folder, "list_images", names)
-    before, pool = pa.total_allocated_bytes(), pa.default_memory_pool()
+    before = pa.total_allocated_bytes()
+    pool = pa.default_memory_pool()
     tracemalloc.start()
     source = FolderSource(Path("images"))
     samples = SampleList(source.keys, source.labels, permuted(count, seed=0, stream="rows"))

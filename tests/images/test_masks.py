@@ -11,9 +11,9 @@ from PIL import Image
 
 from dtcache.errors import ImagesError, ImagesNotFoundError
 from dtcache.images import MaskFolder, decode_view, open_masks
+from dtcache.images.decode import upright_size
 from dtcache.images.scenes import CLASSES, scene, write_scenes
-from dtcache.images.view import upright_size
-from dtcache.spec import ViewSpec
+from dtcache.recipe import ViewSpec
 
 SQUARE = ViewSpec(height=16, width=16)
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
@@ -46,7 +46,9 @@ def blobs(height: int, width: int) -> np.ndarray:
         ((12, 9), SQUARE),
     ],
 )
-def test_a_mask_goes_through_the_geometry_of_its_image(tmp_path: Path, size: tuple[int, int], view: ViewSpec) -> None:
+def test_a_mask_goes_through_the_geometry_of_its_image(
+    tmp_path: Path, size: tuple[int, int], view: ViewSpec
+) -> None:
     """Where an image paints its own mask, the view's colours tell the view's mask, but for blends at edges."""
     mask = blobs(*size)
     save(tmp_path / "a.png", mask)
@@ -72,7 +74,12 @@ def test_cropping_alone_is_exact_and_the_views_own_size_is_as_stored(tmp_path: P
 
 @pytest.mark.parametrize(
     ("key", "file"),
-    [("a.jpg", "a.png"), ("x/a.b.JPEG", "x/a.b.png"), ("x/0001", "x/0001.png"), ("v1.5", "v1.5.png")],
+    [
+        ("a.jpg", "a.png"),
+        ("x/a.b.JPEG", "x/a.b.png"),
+        ("x/0001", "x/0001.png"),
+        ("v1.5", "v1.5.png"),
+    ],
 )
 def test_a_mask_lies_at_the_images_path(tmp_path: Path, key: str, file: str) -> None:
     """Only an image's extension is replaced, whatever dots the key has."""
@@ -89,7 +96,9 @@ def test_a_key_that_leads_out_of_the_folder_has_no_mask(tmp_path: Path) -> None:
     folder = open_masks(tmp_path / "inner")
     for key in ("../a.jpg", str(tmp_path / "a.jpg")):
         assert not folder.has(key)
-        with pytest.raises(ImagesNotFoundError, match=r"expected the mask of image .* got no such file"):
+        with pytest.raises(
+            ImagesNotFoundError, match=r"expected the mask of image .* got no such file"
+        ):
             folder.load(key, SQUARE)
 
 
@@ -97,16 +106,27 @@ def four_bit_png(values: np.ndarray) -> bytes:
     """Encode values under 16 as greyscale PNG of four bits a pixel, which Pillow does not write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
-    rows = b"".join(b"\0" + bytes(16 * a + b for a, b in row.reshape(-1, 2).tolist()) for row in values)
+    rows = b"".join(
+        b"\0" + bytes(16 * a + b for a, b in row.reshape(-1, 2).tolist()) for row in values
+    )
     header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 4, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_every_way_to_store_class_numbers_reads_alike(tmp_path: Path) -> None:
     """Grey of 4, 8 and 16 bits, palette indices and one bit a pixel give the numbers that were stored."""
-    mask, folder, view = blobs(8, 8), open_masks(tmp_path), ViewSpec(height=8, width=8)
+    mask = blobs(8, 8)
+    folder = open_masks(tmp_path)
+    view = ViewSpec(height=8, width=8)
     save(tmp_path / "grey.png", mask)
     save(tmp_path / "palette.png", mask, "P")
     save(tmp_path / "deep.png", mask.astype(np.uint16))
@@ -121,10 +141,14 @@ def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     """Colours, large numbers, damage, another format and another size each give one line with the file."""
     folder = open_masks(tmp_path)
     save(tmp_path / "colour.png", COLOURS[blobs(4, 4)])
-    with pytest.raises(ImagesError, match=r"colour\.png: expected a mask of one channel, .* got RGB pixels"):
+    with pytest.raises(
+        ImagesError, match=r"colour\.png: expected a mask of one channel, .* got RGB pixels"
+    ):
         folder.load("colour", SQUARE)
     save(tmp_path / "deep.png", np.full((4, 4), 300, np.uint16))
-    with pytest.raises(ImagesError, match=r"deep\.png: expected class numbers from 0 to 255, got 300"):
+    with pytest.raises(
+        ImagesError, match=r"deep\.png: expected class numbers from 0 to 255, got 300"
+    ):
         folder.load("deep", SQUARE)
     save(tmp_path / "cut.png", blobs(64, 64))
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
@@ -134,13 +158,16 @@ def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     with pytest.raises(ImagesError, match=r"jpeg\.png: not a mask that can be read"):
         folder.load("jpeg", SQUARE)
     save(tmp_path / "small.png", blobs(4, 6))
-    with pytest.raises(ImagesError, match=r"small\.png: expected the size of image small, 8x8 pixels, got 6x4"):
+    with pytest.raises(
+        ImagesError, match=r"small\.png: expected the size of image small, 8x8 pixels, got 6x4"
+    ):
         folder.load("small", SQUARE, (8, 8))
 
 
 def test_the_size_of_an_image_is_that_of_its_upright_view() -> None:
     """An image that EXIF turns by a quarter has height and width swapped, as the view's pixels have."""
-    data, exif = io.BytesIO(), Image.Exif()
+    data = io.BytesIO()
+    exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((4, 10, 3), np.uint8)).save(data, "JPEG", exif=exif)
     assert upright_size(data.getvalue()) == (10, 4)
@@ -164,7 +191,9 @@ def test_a_value_without_a_class_is_named_and_the_ignored_one_stays(tmp_path: Pa
     save(tmp_path / "bad.png", np.array([[0, 1], [2, 0]], np.uint8))
     folder = open_masks(tmp_path)
     assert folder.load("good", ViewSpec(height=2, width=2)).tolist() == [[0, 1], [11, 0]]
-    with pytest.raises(ImagesError, match=r"bad\.png: expected the values 0 to 1 .*\(sky, road\) or 11, .*, got 2;"):
+    with pytest.raises(
+        ImagesError, match=r"bad\.png: expected the values 0 to 1 .*\(sky, road\) or 11, .*, got 2;"
+    ):
         folder.load("bad", SQUARE)
 
 

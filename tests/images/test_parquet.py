@@ -20,7 +20,9 @@ def write_parquet(path: Path, paths: list[str | None], *, labels: bool = True) -
         [{"bytes": str(i).encode(), "path": p} for i, p in enumerate(paths)],
         pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
     )
-    columns = {"image": image} | ({"label": pa.array(range(len(paths)), pa.int64())} if labels else {})
+    columns = {"image": image} | (
+        {"label": pa.array(range(len(paths)), pa.int64())} if labels else {}
+    )
     pq.write_table(pa.table(columns), path)
     return path
 
@@ -34,7 +36,9 @@ def test_parquet_paths_are_keys_where_unique(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("paths", [["same", None], [None, "a"], ["", "a"]])
-def test_parquet_rows_are_keys_where_paths_are_missing(tmp_path: Path, paths: list[str | None]) -> None:
+def test_parquet_rows_are_keys_where_paths_are_missing(
+    tmp_path: Path, paths: list[str | None]
+) -> None:
     """Where paths are missing all rows have file:row keys."""
     assert list(open_source(write_parquet(tmp_path / "a.parquet", paths)).keys) == ["a:0", "a:1"]
 
@@ -52,7 +56,9 @@ def test_a_folder_of_parquet_files_is_one_source(tmp_path: Path) -> None:
 def test_parquet_of_another_layout_is_refused(tmp_path: Path) -> None:
     """The columns that were found are named."""
     pq.write_table(pa.table({"pixels": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(ImagesError, match=r"expected a column image: struct<bytes, path>.*got columns pixels"):
+    with pytest.raises(
+        ImagesError, match=r"expected a column image: struct<bytes, path>.*got columns pixels"
+    ):
         open_source(tmp_path / "a.parquet")
 
 
@@ -79,7 +85,9 @@ def test_rows_are_counted_a_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         table = pq.read_table(write_parquet(tmp_path / f"{name}.parquet", [None] * 5))
         pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
-    assert list(open_source(tmp_path).keys) == [f"{name}:{row}" for name in "ab" for row in range(5)]
+    assert list(open_source(tmp_path).keys) == [
+        f"{name}:{row}" for name in "ab" for row in range(5)
+    ]
 
 
 def test_labels_may_be_missing(tmp_path: Path) -> None:
@@ -96,13 +104,17 @@ def test_labels_of_more_than_32_bits_are_refused(tmp_path: Path) -> None:
     """A cache holds labels as int32."""
     table = pq.read_table(write_parquet(tmp_path / "a.parquet", ["1"]))
     pq.write_table(table.set_column(1, "label", pa.array([1 << 40])), tmp_path / "a.parquet")
-    with pytest.raises(ImagesError, match=r"a\.parquet: expected labels of 32 bits .*; number the classes from 0"):
+    with pytest.raises(
+        ImagesError, match=r"a\.parquet: expected labels of 32 bits .*; number the classes from 0"
+    ):
         open_source(tmp_path)
 
 
 def test_files_without_rows_are_refused(tmp_path: Path) -> None:
     """It names them."""
-    with pytest.raises(ImagesNotFoundError, match=r"no images in \S+a\.parquet: the files have no rows"):
+    with pytest.raises(
+        ImagesNotFoundError, match=r"no images in \S+a\.parquet: the files have no rows"
+    ):
         open_source(write_parquet(tmp_path / "a.parquet", []))
 
 
@@ -120,22 +132,31 @@ def large(tmp_path: Path) -> tuple[list[Path], list[bytes]]:
 
 
 @pytest.mark.parametrize("held_bytes", [1 << 30, 200_000, 20_000, 100])
-def test_rows_are_the_same_however_little_is_held(large: tuple[list[Path], list[bytes]], held_bytes: int) -> None:
+def test_rows_are_the_same_however_little_is_held(
+    large: tuple[list[Path], list[bytes]], held_bytes: int
+) -> None:
     """Held whole, in a few windows, in many, or one row a window: the same bytes in the order asked for."""
     files, rows = large
-    source, order = ParquetSource(files, held_bytes), RNG.permutation(450).tolist()
-    assert [(i, fetch()) for i, fetch in source.fetches(iter(order))] == [(i, rows[i]) for i in order]
+    source = ParquetSource(files, held_bytes)
+    order = RNG.permutation(450).tolist()
+    assert [(i, fetch()) for i, fetch in source.fetches(iter(order))] == [
+        (i, rows[i]) for i in order
+    ]
     assert [source.read(i) for i in order[:5]] == [rows[i] for i in order[:5]]
     assert list(source.fetches([])) == []
     twice = [7, 7, 449, 0, 7]
     assert [fetch() for _, fetch in source.fetches(twice)] == [rows[i] for i in twice]
 
 
-def test_what_is_held_is_bounded(large: tuple[list[Path], list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_held_is_bounded(
+    large: tuple[list[Path], list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two windows never hold more than was allowed, though images differ in size; a row group is read once a window."""
     files, rows = large
-    windows, streams = [], []
-    window, stream = ParquetSource._window, ParquetSource._stream
+    windows = []
+    streams = []
+    window = ParquetSource._window
+    stream = ParquetSource._stream
 
     def counted_window(source: ParquetSource, *asked: object) -> list:
         found = window(source, *asked)
@@ -157,15 +178,20 @@ def test_what_is_held_is_bounded(large: tuple[list[Path], list[bytes]], monkeypa
     assert 14 <= len(windows) - 1 <= 20  # 450 kB in windows of 30 kB, and an empty one at the end
     assert max(windows) <= 30_000
     assert all(len(read) == len(set(read)) <= 12 for read in streams)
-    assert [fetch() for fetch in handed] == [rows[i] for i in order]  # those that did not fit are read by themselves
+    assert [fetch() for fetch in handed] == [
+        rows[i] for i in order
+    ]  # those that did not fit are read by themselves
 
 
 def test_nobody_waits_for_a_window_that_is_not_wanted(
     large: tuple[list[Path], list[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever stops early, as by Ctrl-C, waits for one row group, not for a pass over all files."""
-    source, streams, stream = ParquetSource(large[0], 200_000), [], ParquetSource._stream
-    first_read, go_on = threading.Event(), threading.Event()
+    source = ParquetSource(large[0], 200_000)
+    streams = []
+    stream = ParquetSource._stream
+    first_read = threading.Event()
+    go_on = threading.Event()
 
     def held_up(source: ParquetSource, number: int, wanted: np.ndarray) -> object:
         streams.append(number)
@@ -186,13 +212,16 @@ def test_nobody_waits_for_a_window_that_is_not_wanted(
 def test_one_image_for_many_rows_is_not_held_as_many(tmp_path: Path) -> None:
     """A file of few bytes whose dictionary stands for many rows is read in windows all the same."""
     image = pa.array(
-        [{"bytes": bytes(10_000), "path": None}] * 1000, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        [{"bytes": bytes(10_000), "path": None}] * 1000,
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
     )
     pq.write_table(pa.table({"image": image}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 100_000
     source = ParquetSource([tmp_path / "a.parquet"], 1_000_000)
     assert source._held is None
-    assert {fetch() for _, fetch in source.fetches(RNG.permutation(1000).tolist())} == {bytes(10_000)}
+    assert {fetch() for _, fetch in source.fetches(RNG.permutation(1000).tolist())} == {
+        bytes(10_000)
+    }
 
 
 def test_a_damaged_row_group_fails_its_own_rows(large: tuple[list[Path], list[bytes]]) -> None:
@@ -221,14 +250,20 @@ def test_at_least_two_gibibytes_are_held(monkeypatch: pytest.MonkeyPatch) -> Non
     """A sixteenth of the memory where that is more."""
     monkeypatch.setattr(parquet, "CGROUP_LIMIT", Path("nowhere"))
     for memory, held in ((8 << 30, 2 << 30), (512 << 30, 32 << 30)):
-        monkeypatch.setattr(parquet.os, "sysconf", lambda name, m=memory: 4096 if "SIZE" in name else m // 4096)
+        monkeypatch.setattr(
+            parquet.os, "sysconf", lambda name, m=memory: 4096 if "SIZE" in name else m // 4096
+        )
         assert parquet.default_held_bytes() == held
 
 
 @pytest.mark.parametrize(("limit", "held"), [("137438953472\n", 8 << 30), ("max\n", 32 << 30)])
-def test_a_containers_memory_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, held: int) -> None:
+def test_a_containers_memory_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, held: int
+) -> None:
     """What a control group may use, not what its machine has."""
     (tmp_path / "memory.max").write_text(limit)
     monkeypatch.setattr(parquet, "CGROUP_LIMIT", tmp_path / "memory.max")
-    monkeypatch.setattr(parquet.os, "sysconf", lambda name: 4096 if "SIZE" in name else (512 << 30) // 4096)
+    monkeypatch.setattr(
+        parquet.os, "sysconf", lambda name: 4096 if "SIZE" in name else (512 << 30) // 4096
+    )
     assert parquet.default_held_bytes() == held

@@ -41,7 +41,11 @@ def test_another_process_makes_the_same_scenes() -> None:
     digests = [
         subprocess.run(
             [sys.executable, "-c", _DIGEST],
-            env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env=os.environ
+            | {
+                "PYTHONHASHSEED": hash_seed,
+                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            },
             capture_output=True,
             text=True,
             check=True,
@@ -84,7 +88,8 @@ def test_shapes_and_types_at_every_size(size: int) -> None:
 def test_the_layout_is_the_same_at_every_size() -> None:
     """A scene at 128 pixels, averaged down to 32, is nearly the scene at 32, and its boxes are four times as large."""
     for index in range(20):
-        small, large = scene(0, index, 32), scene(0, index, 128)
+        small = scene(0, index, 32)
+        large = scene(0, index, 128)
         averaged = large.pixels.reshape(32, 4, 32, 4, 3).mean(axis=(1, 3))
         assert np.abs(averaged - small.pixels).mean() < 4
         assert small.label == large.label
@@ -112,7 +117,12 @@ def test_boxes_enclose_the_mask_of_their_class_exactly(some_scenes: list[Scene])
         assert item.box_labels[-1] == item.label
         for (left, top, right, bottom), label in zip(item.boxes, item.box_labels, strict=True):
             rows, columns = np.nonzero(item.mask == label + 1)
-            assert (left, top, right, bottom) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            assert (left, top, right, bottom) == (
+                columns.min(),
+                rows.min(),
+                columns.max() + 1,
+                rows.max() + 1,
+            )
 
 
 def test_the_main_object_lies_within_the_frame_and_stands_out(some_scenes: list[Scene]) -> None:
@@ -120,7 +130,10 @@ def test_the_main_object_lies_within_the_frame_and_stands_out(some_scenes: list[
     boxes = np.array([item.boxes[-1] for item in some_scenes])
     assert np.mean((boxes[:, :2] > 0).all(axis=1) & (boxes[:, 2:] < 64).all(axis=1)) > 0.95
     contrasts = [
-        np.abs(item.pixels[item.mask == item.label + 1].mean(axis=0) - item.pixels[item.mask == 0].mean(axis=0)).max()
+        np.abs(
+            item.pixels[item.mask == item.label + 1].mean(axis=0)
+            - item.pixels[item.mask == 0].mean(axis=0)
+        ).max()
         for item in some_scenes
     ]
     assert np.mean(np.array(contrasts) > 20) > 0.95
@@ -131,7 +144,9 @@ def test_colour_statistics_tell_next_to_nothing_about_the_class(some_scenes: lis
     pixels = np.stack([item.pixels for item in some_scenes]).reshape(600, -1, 3) / 255
     labels = np.array([item.label for item in some_scenes])
     statistics = np.concatenate([pixels.mean(axis=1), pixels.std(axis=1)], axis=1)
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(statistics[:400], labels[:400])
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(
+        statistics[:400], labels[:400]
+    )
     assert model.score(statistics[400:], labels[400:]) < 1 / len(CLASSES) + 0.08
 
 
@@ -142,7 +157,8 @@ def test_the_silhouette_alone_tells_the_class(some_scenes: list[Scene]) -> None:
         shape = Image.fromarray(((item.mask == item.label + 1) * 255).astype(np.uint8))
         cut = shape.crop(tuple(item.boxes[-1].tolist())).resize((16, 16), Image.Resampling.BOX)
         outlines.append(np.asarray(cut, np.float32).ravel())
-    known, asked = np.stack(outlines[:400]), np.stack(outlines[400:])
+    known = np.stack(outlines[:400])
+    asked = np.stack(outlines[400:])
     labels = np.array([item.label for item in some_scenes])
     nearest = ((asked[:, None] - known[None]) ** 2).sum(axis=2).argmin(axis=1)
     assert np.mean(labels[:400][nearest] == labels[400:]) > 0.9
@@ -170,7 +186,9 @@ def test_written_files_hold_the_scenes(tmp_path: Path) -> None:
             "boxes": item.boxes.tolist(),
             "labels": item.box_labels.tolist(),
         }
-    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == expected
+    assert {
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+    } == expected
     assert len(entries) == 6
 
 
@@ -215,7 +233,11 @@ def test_a_run_cut_short_is_finished_by_the_next(tmp_path: Path) -> None:
     write_scenes(tmp_path / "cut", seed=0, size=16, count=4)
     write_scenes(tmp_path / "whole", seed=0, size=16, count=4)
     files = [
-        {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        {
+            path.relative_to(root).as_posix(): path.read_bytes()
+            for path in root.rglob("*")
+            if path.is_file()
+        }
         for root in (tmp_path / "cut", tmp_path / "whole")
     ]
     assert files[0] == files[1]
@@ -224,7 +246,9 @@ def test_a_run_cut_short_is_finished_by_the_next(tmp_path: Path) -> None:
 def test_a_root_with_other_scenes_is_refused(tmp_path: Path) -> None:
     """Scenes of another seed or size are not mixed into a root."""
     write_scenes(tmp_path, seed=0, size=16, count=1)
-    with pytest.raises(ConfigError, match=r"holds other scenes: expected .*'seed': 1.*, got .*'seed': 0"):
+    with pytest.raises(
+        ConfigError, match=r"holds other scenes: expected .*'seed': 1.*, got .*'seed': 0"
+    ):
         write_scenes(tmp_path, seed=1, size=16, count=1)
     with pytest.raises(ConfigError, match="holds other scenes"):
         write_scenes(tmp_path, seed=0, size=32, count=1)
@@ -236,17 +260,24 @@ def test_impossible_requests_say_what_was_expected(tmp_path: Path) -> None:
         scene(0, 0, 15)
     with pytest.raises(ConfigError, match="scene size: expected at least 16 pixels, got 8"):
         write_scenes(tmp_path / "new", seed=0, size=8, count=0)
-    with pytest.raises(ConfigError, match="expected start and count of 0 or more, got start 0, count -1"):
+    with pytest.raises(
+        ConfigError, match="expected start and count of 0 or more, got start 0, count -1"
+    ):
         write_scenes(tmp_path / "new", seed=0, size=16, count=-1)
     with pytest.raises(ConfigError, match="got start -2, count 1"):
         write_scenes(tmp_path / "new", seed=0, size=16, count=1, start=-2)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_disk_that_refuses_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_refuses_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file in the folder's place, and a disk that fills up, say what could not be written; a resume finishes it."""
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(DiskError, match=r"cannot write .*file/scenes.json: File exists; check the disk and its rights"):
+    with pytest.raises(
+        DiskError,
+        match=r"cannot write .*file/scenes.json: File exists; check the disk and its rights",
+    ):
         write_scenes(tmp_path / "file", seed=0, size=16, count=1)
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -255,7 +286,10 @@ def test_a_disk_that_refuses_is_one_clear_error(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(DiskError, match="No space left on device; free some space and run the same command again"):
+        with pytest.raises(
+            DiskError,
+            match="No space left on device; free some space and run the same command again",
+        ):
             write_scenes(tmp_path / "new", seed=0, size=16, count=1)
     write_scenes(tmp_path / "new", seed=0, size=16, count=1)
     assert len(list((tmp_path / "new" / "images").rglob("*.png"))) == 1

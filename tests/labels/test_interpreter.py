@@ -17,17 +17,26 @@ from dtcache.labels import (
     require_serves,
     save_interpreter,
 )
-from dtcache.spec import Json, ViewSpec
+from dtcache.recipe import Json, ViewSpec
 
 VIEW = ViewSpec(height=32, width=48)
 SHAPES = {"t50/stride8": (6, 4, 6), "t50/stride16": (10, 2, 3)}
 TEACHER: Json = {
-    "architecture": "UNet2DModel", "weights_sha256": "a" * 64, "config_sha256": "b" * 64, "ddim_steps": None,
+    "architecture": "UNet2DModel",
+    "weights_sha256": "a" * 64,
+    "config_sha256": "b" * 64,
+    "ddim_steps": None,
     "condition": None,
-}  # fmt: skip
+}
 RECIPE: Json = {"teacher": dict(TEACHER), "view": {"height": 32, "width": 48, "fit": "crop"}}
 SPEC = InterpreterSpec(
-    level="pixel", classes=("sky", "road", "car"), width=32, shapes=SHAPES, view=VIEW, teacher=TEACHER, validation=None
+    level="pixel",
+    classes=("sky", "road", "car"),
+    width=32,
+    shapes=SHAPES,
+    view=VIEW,
+    teacher=TEACHER,
+    validation=None,
 )
 
 
@@ -45,16 +54,23 @@ def maps(count: int = 2) -> dict[str, torch.Tensor]:
         ({"t50/stride4": (6, 8, 12)}, (8, 12)),
     ],
 )
-def test_logits_lie_on_the_finest_grid_or_that_of_stride_4(shapes: Any, grid: tuple[int, int]) -> None:
+def test_logits_lie_on_the_finest_grid_or_that_of_stride_4(
+    shapes: Any, grid: tuple[int, int]
+) -> None:
     """A coarser teacher's are upsampled, a finer one's are not thrown away."""
     assert logit_grid(shapes, VIEW) == grid
     network = FeatureInterpreter(shapes, 3, width=32, grid=grid)
-    assert network({name: torch.randn(1, *shape) for name, shape in shapes.items()}).shape == (1, 3, *grid)
+    assert network({name: torch.randn(1, *shape) for name, shape in shapes.items()}).shape == (
+        1,
+        3,
+        *grid,
+    )
 
 
 def test_every_map_and_the_image_alone_decide_an_images_logits() -> None:
     """Each map matters, other images of the batch do not, and the pooled head gives one vector an image."""
-    network, x = SPEC.build().eval(), maps()
+    network = SPEC.build().eval()
+    x = maps()
     whole = network(x)
     assert whole.shape == (2, 3, 8, 12)
     assert torch.allclose(network({n: v[:1] for n, v in x.items()}), whole[:1], atol=1e-5)
@@ -82,15 +98,30 @@ def test_a_folder_gives_the_same_interpreter_back(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"kind": "other"}, r"kind 'other', expected 'dtcache interpreter 1'\); fit it again"),
-        ({"width": 1 << 30}, r"not the configuration of an interpreter \(a size of 1073741824 is not a number"),
+        (
+            {"width": 1 << 30},
+            r"not the configuration of an interpreter \(a size of 1073741824 is not a number",
+        ),
         ({"width": 48}, r"an interpreter \(a width of 48 is no multiple of 32\); fit it again"),
-        ({"validation": {"images": 2, "miou": float("nan"), "accuracy": None}}, r"nan is no number from 0 to 1"),
-        ({"validation": {"images": 2, "miou": None, "accuracy": 1e300}}, r"1e\+300 is no number from 0 to 1"),
+        (
+            {"validation": {"images": 2, "miou": float("nan"), "accuracy": None}},
+            r"nan is no number from 0 to 1",
+        ),
+        (
+            {"validation": {"images": 2, "miou": None, "accuracy": 1e300}},
+            r"1e\+300 is no number from 0 to 1",
+        ),
         ({"validation": {"images": True, "miou": 0.5, "accuracy": 0.5}}, r"scores of True images"),
-        ({"width": 64}, r"model.safetensors: not the weights of this interpreter .*asks for \d+ bytes, the file has"),
+        (
+            {"width": 64},
+            r"model.safetensors: not the weights of this interpreter .*asks for \d+ bytes, the file has",
+        ),
         ({"classes": ["sky"]}, r"not the weights of this interpreter"),
         ({"classes": ["x"] * 300}, r"a size of 300 is not a number from 1 to 256"),
-        ({"shapes": {"t50/stride8": [6, 4]}}, r"its shapes are not \(channels, height, width\) by array"),
+        (
+            {"shapes": {"t50/stride8": [6, 4]}},
+            r"its shapes are not \(channels, height, width\) by array",
+        ),
         ({"shapes": 3}, r"not the configuration of an interpreter"),
         ({"teacher": {}}, r"its teacher is not named"),
         ({"view": {"height": 32, "width": 48, "fit": "x"}}, r"fit 'x' is neither crop nor stretch"),
@@ -107,7 +138,9 @@ def test_a_folder_that_was_changed_is_refused(tmp_path: Path, change: Json, mess
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     """A missing configuration, missing weights, and weights that are not finite are one line each."""
-    with pytest.raises(ConfigError, match=r"config.json: missing; expected the --out of dtcache label fit"):
+    with pytest.raises(
+        ConfigError, match=r"config.json: missing; expected the --out of dtcache label fit"
+    ):
         load_interpreter(tmp_path)
     network = SPEC.build()
     torch.nn.init.constant_(network.logits.bias, float("nan"))  # type: ignore[arg-type]
@@ -132,28 +165,37 @@ def test_features_of_its_own_teacher_are_served(tmp_path: Path) -> None:
     ("recipe", "shapes", "message"),
     [
         (
-            {"teacher": {**TEACHER, "weights_sha256": "c" * 64}}, SHAPES,
+            {"teacher": {**TEACHER, "weights_sha256": "c" * 64}},
+            SHAPES,
             r"other features: teacher weights_sha256 is c{64} in the cache, the interpreter expects a{64}",
         ),
         (
-            {"teacher": {**TEACHER, "ddim_steps": 20}}, SHAPES,
+            {"teacher": {**TEACHER, "ddim_steps": 20}},
+            SHAPES,
             r"teacher ddim_steps is 20 in the cache, the interpreter expects None",
         ),
-        ({"view": {"height": 64, "width": 64, "fit": "crop"}}, SHAPES, r"view is \{'height': 64.* in the cache"),
         (
-            {}, {"t150/stride8": (6, 4, 6), "t150/stride16": (10, 2, 3)},
+            {"view": {"height": 64, "width": 64, "fit": "crop"}},
+            SHAPES,
+            r"view is \{'height': 64.* in the cache",
+        ),
+        (
+            {},
+            {"t150/stride8": (6, 4, 6), "t150/stride16": (10, 2, 3)},
             r"timesteps is t150 in the cache, the interpreter expects t50;",
         ),
         (
-            {}, {"t50/stride8": (6, 4, 6)},
+            {},
+            {"t50/stride8": (6, 4, 6)},
             r"taps is stride8 in the cache, the interpreter expects stride16, stride8;",
         ),
         (
-            {}, {**SHAPES, "t50/stride8": (7, 4, 6)},
+            {},
+            {**SHAPES, "t50/stride8": (7, 4, 6)},
             r"shape of t50/stride8 is \(7, 4, 6\) in the cache, the interpreter expects \(6, 4, 6\)",
         ),
     ],
-)  # fmt: skip
+)
 def test_other_features_are_refused_and_the_difference_named(
     tmp_path: Path, recipe: Json, shapes: Any, message: str
 ) -> None:

@@ -31,10 +31,24 @@ def tiny_copy(tiny_cache: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def interpreter(scene_folder: Path, scene_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def interpreter(
+    scene_folder: Path, scene_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """An interpreter of the scenes' pixels, barely fitted."""
-    out, masks = tmp_path_factory.mktemp("fit") / "interpreter", scene_folder.parent / "masks"
-    flags = ["--width", "32", "--epochs", "2", "--warmup-epochs", "1", "--device", "cpu", "--limit", "12"]
+    out = tmp_path_factory.mktemp("fit") / "interpreter"
+    masks = scene_folder.parent / "masks"
+    flags = [
+        "--width",
+        "32",
+        "--epochs",
+        "2",
+        "--warmup-epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--limit",
+        "12",
+    ]
     command = ["label", "fit", str(scene_cache), "--masks", str(masks), "--out", str(out), *flags]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
@@ -43,12 +57,25 @@ def interpreter(scene_folder: Path, scene_cache: Path, tmp_path_factory: pytest.
 
 @pytest.fixture(scope="session")
 def labelled(
-    scene_folder: Path, scene_cache: Path, interpreter: Path, tmp_path_factory: pytest.TempPathFactory
+    scene_folder: Path,
+    scene_cache: Path,
+    interpreter: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """The cache of the scenes with a label set, parts; copy it before anything is written to it."""
-    root, masks = tmp_path_factory.mktemp("labelled") / "cache", scene_folder.parent / "masks"
+    root = tmp_path_factory.mktemp("labelled") / "cache"
+    masks = scene_folder.parent / "masks"
     shutil.copytree(scene_cache, root)
-    command = ["label", "write", str(root), str(interpreter), "--name", "parts", "--masks", str(masks)]
+    command = [
+        "label",
+        "write",
+        str(root),
+        str(interpreter),
+        "--name",
+        "parts",
+        "--masks",
+        str(masks),
+    ]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     assert "soft labels of 40 images" in result.output

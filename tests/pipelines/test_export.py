@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from cli import main
 from dtcache.errors import ConfigError, ExportError
 from dtcache.options import ExportOptions
-from dtcache.spec import ViewSpec
+from dtcache.recipe import ViewSpec
 from dtcache.student import Backbone, make_backbone, save_backbone
 from dtcache.student.torchvision import HEADS, torchvision_network
 from pipelines import export as stage
@@ -53,26 +53,39 @@ def test_torchvision_loads_the_state_dict_strictly(resnet: Path, tmp_path: Path)
     out = tmp_path / "deep" / "tv"
     result = run("export", resnet, "--to", "torchvision", "--out", out)
     assert result.exit_code == 0, result.output
-    assert f"{out}: resnet18 for torchvision; on random images its outputs differ from the original's by at most" in (
-        result.output
+    assert (
+        f"{out}: resnet18 for torchvision; on random images its outputs differ from the original's by at most"
+        in (result.output)
     )
     scope = {"torchvision": torchvision, "torch": torch, "safetensors": safetensors}
     exec(result.output.splitlines()[1].strip(), scope)
-    ours = timm.create_model(f"local-dir:{resnet / 'backbone'}", pretrained=True, num_classes=0).eval()
+    ours = timm.create_model(
+        f"local-dir:{resnet / 'backbone'}", pretrained=True, num_classes=0
+    ).eval()
     images = torch.randn(2, 3, 64, 48)
     with torch.no_grad():
         wanted = ours(images)
         torch.testing.assert_close(scope["net"].eval()(images), wanted)
     assert float(wanted.std()) > 0.01
     config = json.loads((out / "config.json").read_text())
-    assert config["mean"] == list(ours.pretrained_cfg["mean"]) and config["std"] == list(ours.pretrained_cfg["std"])
-    assert (config["architecture"], config["input_size"], config["removed_head"]) == ("resnet18", [3, 32, 32], "fc")
+    assert config["mean"] == list(ours.pretrained_cfg["mean"]) and config["std"] == list(
+        ours.pretrained_cfg["std"]
+    )
+    assert (config["architecture"], config["input_size"], config["removed_head"]) == (
+        "resnet18",
+        [3, 32, 32],
+        "fc",
+    )
     whole = torchvision.models.resnet18()
-    missing, unexpected = whole.load_state_dict(safetensors.torch.load_file(out / "model.safetensors"), strict=False)
+    missing, unexpected = whole.load_state_dict(
+        safetensors.torch.load_file(out / "model.safetensors"), strict=False
+    )
     assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
 
 
-@pytest.mark.parametrize("name", ["resnet18", "test_convnext", "test_efficientnet", "test_vit", "regnetx_002"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "test_convnext", "test_efficientnet", "test_vit", "regnetx_002"]
+)
 def test_timm_gets_the_very_folder(name: str, tmp_path: Path) -> None:
     """A backbone's folder by itself is copied byte by byte, once timm's own network has given its outputs."""
     folder = folder_of(name, tmp_path / "backbone")
@@ -83,7 +96,9 @@ def test_timm_gets_the_very_folder(name: str, tmp_path: Path) -> None:
     assert eval(done.usage, {"timm": timm}).state_dict().keys()
 
 
-def test_an_export_that_differs_is_none(resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_differs_is_none(
+    resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One weight that changes on the way is found by running both, and leaves nothing behind."""
     real = stage.torchvision_network
 
@@ -93,14 +108,18 @@ def test_an_export_that_differs_is_none(resnet: Path, tmp_path: Path, monkeypatc
         return network, head
 
     monkeypatch.setattr(stage, "torchvision_network", changed)
-    with pytest.raises(ExportError, match=r"torchvision's resnet18 gives other outputs than the original: they differ"):
+    with pytest.raises(
+        ExportError,
+        match=r"torchvision's resnet18 gives other outputs than the original: they differ",
+    ):
         export(resnet, tmp_path / "out", ExportOptions(to="torchvision"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_outputs_that_are_not_comparable_differ_by_infinity() -> None:
     """Another shape, and numbers that are not finite, are never taken for equal."""
-    plain, nan = torch.nn.Flatten(), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Threshold(1e9, float("nan")))
+    plain = torch.nn.Flatten()
+    nan = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Threshold(1e9, float("nan")))
     assert compare(plain, torch.nn.Identity(), (4, 4))[0] == float("inf")
     assert compare(nan, nan, (4, 4))[0] == float("inf")
     assert compare(plain, plain, (4, 4))[0] == 0
@@ -111,17 +130,25 @@ def test_what_cannot_be_exported_says_why(resnet: Path, tmp_path: Path) -> None:
     other = folder_of("test_resnet", tmp_path / "backbone")
     result = run("export", other, "--to", "torchvision", "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert "no network with the weights' names of test_resnet; it has resnet18, resnet34, resnet50" in (
-        result.output.replace("\n", " ")
+    assert (
+        "no network with the weights' names of test_resnet; it has resnet18, resnet34, resnet50"
+        in (result.output.replace("\n", " "))
     )
     unfinished = tmp_path / "run"
     unfinished.mkdir()
-    with pytest.raises(ConfigError, match=r"run: expected a run of dtcache train, or a backbone's folder with config"):
+    with pytest.raises(
+        ConfigError,
+        match=r"run: expected a run of dtcache train, or a backbone's folder with config",
+    ):
         export(unfinished, tmp_path / "out", ExportOptions())
     (unfinished / "run.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"run: the run has no backbone yet; finish it with the dtcache train"):
+    with pytest.raises(
+        ConfigError, match=r"run: the run has no backbone yet; finish it with the dtcache train"
+    ):
         export(unfinished, tmp_path / "out", ExportOptions())
-    with pytest.raises(ConfigError, match=r"--out .*run: it is there already; give a folder that is new"):
+    with pytest.raises(
+        ConfigError, match=r"--out .*run: it is there already; give a folder that is new"
+    ):
         export(resnet, unfinished, ExportOptions())
     with pytest.raises(ConfigError, match=r"--to onnx: expected one of timm, torchvision"):
         ExportOptions(to="onnx")
@@ -132,7 +159,10 @@ def test_other_weights_under_a_known_name_are_refused(monkeypatch: pytest.Monkey
     monkeypatch.setitem(HEADS, "mobilenet_v2", "classifier")
     backbone = make_backbone("test_resnet", init=None, seed=0)
     backbone.name = "mobilenet_v2"
-    with pytest.raises(ConfigError, match=r"the weights of mobilenet_v2 differ from those of torchvision .*; use --to"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the weights of mobilenet_v2 differ from those of torchvision .*; use --to",
+    ):
         torchvision_network(backbone)
 
 
@@ -140,6 +170,8 @@ def test_other_weights_under_a_known_name_are_refused(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", sorted(set(HEADS) - {"resnet18"}))
 def test_every_listed_network_is_torchvisions(name: str, tmp_path: Path) -> None:
     """Every architecture that --to torchvision promises gives the original's outputs there."""
-    done = export(folder_of(name, tmp_path / "b"), tmp_path / "out", ExportOptions(to="torchvision"))
+    done = export(
+        folder_of(name, tmp_path / "b"), tmp_path / "out", ExportOptions(to="torchvision")
+    )
     assert done.difference <= 1e-5 * done.largest
     assert done.largest > 0

@@ -15,17 +15,37 @@ from safetensors.torch import load_file
 from cli import main
 from dtcache.errors import ConfigError
 from dtcache.teacher import load_teacher
-from dtcache.teacher.build import build_unet, ddpm_loss, ddpm_scheduler, sample_images
+from dtcache.teacher.ddpm import build_unet, ddpm_loss, ddpm_scheduler, sample_images
 
 FLAGS = (
-    "--size", "16", "--channels", "8,16", "--steps", "6", "--batch-size", "4", "--warmup", "2", "--samples", "4",
-    "--save-every", "2", "--device", "cpu", "--precision", "fp32", "--attention", "1",
-)  # fmt: skip
+    "--size",
+    "16",
+    "--channels",
+    "8,16",
+    "--steps",
+    "6",
+    "--batch-size",
+    "4",
+    "--warmup",
+    "2",
+    "--samples",
+    "4",
+    "--save-every",
+    "2",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--attention",
+    "1",
+)
 
 
 def teach(images: Path, out: Path, *more: object) -> Result:
     """Fit a tiny DDPM."""
-    return CliRunner().invoke(main, [str(a) for a in ("teach", images, "--out", out, *FLAGS, *more)])
+    return CliRunner().invoke(
+        main, [str(a) for a in ("teach", images, "--out", out, *FLAGS, *more)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +75,26 @@ def test_the_directory_is_standard_and_holds_no_pickle_but_the_checkpoint(taught
             assert np.asarray(picture.convert("L")).std() > 1
 
 
-def test_a_taught_teacher_can_be_extracted_from(taught: Path, scene_folder: Path, tmp_path: Path) -> None:
+def test_a_taught_teacher_can_be_extracted_from(
+    taught: Path, scene_folder: Path, tmp_path: Path
+) -> None:
     """The output of teach is an input of extract, at its own size."""
     flags = ("--limit", "4", "--device", "cpu", "--batch-size", "4", "--out", str(tmp_path / "c"))
-    result = CliRunner().invoke(main, ["extract", str(scene_folder), "--teacher", str(taught), *flags])
+    result = CliRunner().invoke(
+        main, ["extract", str(scene_folder), "--teacher", str(taught), *flags]
+    )
     assert result.exit_code == 0, result.output
 
 
 @pytest.mark.slow
-def test_a_compiled_network_takes_the_same_steps(taught: Path, scene_folder: Path, tmp_path: Path) -> None:
+def test_a_compiled_network_takes_the_same_steps(
+    taught: Path, scene_folder: Path, tmp_path: Path
+) -> None:
     """--compile changes the losses by rounding alone, and leaves the same kind of directory."""
     assert teach(scene_folder, tmp_path / "t", "--compile").exit_code == 0
-    plain, compiled = (json.loads((out / "losses.json").read_text()) for out in (taught, tmp_path / "t"))
+    plain, compiled = (
+        json.loads((out / "losses.json").read_text()) for out in (taught, tmp_path / "t")
+    )
     np.testing.assert_allclose(compiled, plain, rtol=1e-3)
     assert weights(tmp_path / "t").keys() == weights(taught).keys()
 
@@ -113,9 +141,13 @@ def test_a_run_of_other_options_is_refused(taught: Path, scene_folder: Path) -> 
     assert "holds a run with another lr: 0.0004 there, 1.0 was asked for" in result.output
 
 
-def test_half_precision_weights_are_half_the_size(taught: Path, scene_folder: Path, tmp_path: Path) -> None:
+def test_half_precision_weights_are_half_the_size(
+    taught: Path, scene_folder: Path, tmp_path: Path
+) -> None:
     """--weights float16 stores fp16 tensors, which load as fp32."""
-    assert teach(scene_folder, tmp_path / "t", "--weights", "float16", "--samples", 0).exit_code == 0
+    assert (
+        teach(scene_folder, tmp_path / "t", "--weights", "float16", "--samples", 0).exit_code == 0
+    )
     assert {value.dtype for value in weights(tmp_path / "t").values()} == {torch.float16}
     assert next(load_teacher(str(tmp_path / "t")).denoiser.unet.parameters()).dtype == torch.float32
 
@@ -123,7 +155,10 @@ def test_half_precision_weights_are_half_the_size(taught: Path, scene_folder: Pa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--size", "17"), "--size 17x17: 2 levels halve the image 1 times, so both sides must be multiples of 2"),
+        (
+            ("--size", "17"),
+            "--size 17x17: 2 levels halve the image 1 times, so both sides must be multiples of 2",
+        ),
         (("--channels", "6,10"), "expected multiples of 4"),
         (("--channels", "8,x"), "--channels 8,x: expected positive integers separated by commas"),
         (("--attention", "3"), "--attention 3: expected 0 to 2, the number of levels"),
@@ -148,7 +183,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(scene_folder: Path, tmp_path: P
 def test_the_loss_is_the_simple_objective() -> None:
     """eq. 14 of Ho et al.: the mean squared error of the predicted noise at x_t = sqrt(a) x + sqrt(1 - a) e."""
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    noise, t = torch.randn(2, 3, 8, 8), torch.tensor([10, 900])
+    noise = torch.randn(2, 3, 8, 8)
+    t = torch.tensor([10, 900])
     seen = {}
 
     class Predictor(torch.nn.Module):
@@ -157,7 +193,9 @@ def test_the_loss_is_the_simple_objective() -> None:
             return type("Output", (), {"sample": x * 0.5})
 
     loss = ddpm_loss(Predictor(), ddpm_scheduler(), pixels, noise, t)
-    a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t][:, None, None, None]
+    a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t][
+        :, None, None, None
+    ]
     x = a.sqrt() * (pixels.double() / 127.5 - 1) + (1 - a).sqrt() * noise.double()
     torch.testing.assert_close(seen["x"].double(), x, rtol=1e-4, atol=1e-4)
     assert float(loss) == pytest.approx(float((0.5 * x - noise.double()).square().mean()), rel=1e-4)

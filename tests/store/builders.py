@@ -13,23 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dtcache.images.stored import encode_stored, image_bound
-from dtcache.images.view import LoadedView
-from dtcache.spec import CodecSpec, FailedSample, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
-from dtcache.store.attempt import ShardData
+from dtcache.images.decode import LoadedView
+from dtcache.images.stored_images import encode_stored, image_bound
+from dtcache.recipe import CodecSpec, FailedSample, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import IMAGES, LOG, PayloadArray, payload_arrays, tap_names
-from dtcache.store.samples import hash_samples
+from dtcache.store.pending_shard import ShardData
+from dtcache.store.sample_index import hash_samples
 from dtcache.store.writer import CacheWriter
 
-ROWS, VIEWS, SHARD_ROWS, FAILED_ROW = 10, 2, 4, 5
+ROWS = 10
+VIEWS = 2
+SHARD_ROWS = 4
+FAILED_ROW = 5
 STEP = 0.1
 VIEW = ViewSpec(height=8, width=8)
 TAPS = (
     TapSpec(name="stride2", block=1, stride=2, channels=4, height=4, width=4),
     TapSpec(name="stride4", block=0, stride=4, channels=6, height=2, width=2),
 )
-FINE, COARSE = "t150/stride2", "t150/stride4"
+FINE = "t150/stride2"
+COARSE = "t150/stride4"
 VOLATILE = (LOG, ".lock")
 
 
@@ -59,7 +63,10 @@ class Plan:
 def correlated_features(tap: TapSpec, count: int, seed: int) -> NDArray[np.float32]:
     """Return (count, C, H, W) random features with unequal channel variances and smooth maps."""
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(count, tap.channels, tap.height, tap.width)) * 2.0 ** -np.arange(tap.channels)[:, None, None]
+    x = (
+        rng.normal(size=(count, tap.channels, tap.height, tap.width))
+        * 2.0 ** -np.arange(tap.channels)[:, None, None]
+    )
     x += 2 * rng.normal(size=(count, tap.channels, 1, 1))
     return (3 * x + 5).astype(np.float32)
 
@@ -71,7 +78,7 @@ def tiny_plan() -> Plan:
 
     from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
     from dtcache.codec.fit import quantised_fit, tap_statistics
-    from dtcache.codec.transform import Encoder, whiten
+    from dtcache.codec.pca_dct import Encoder, whiten
 
     fit: dict[str, FittedTap] = {}
     raw: dict[str, NDArray[np.float32]] = {}
@@ -79,25 +86,45 @@ def tiny_plan() -> Plan:
         name = f"t150/{tap.name}"
         signal = torch.from_numpy(correlated_features(tap, 48, seed=place))
         other = signal + 0.3 * torch.from_numpy(correlated_features(tap, 48, seed=10 + place) - 5)
-        whitened = np.stack([whiten(signal)[0].numpy(), whiten(other)[0].numpy()]).astype(np.float16)
+        whitened = np.stack([whiten(signal)[0].numpy(), whiten(other)[0].numpy()]).astype(
+            np.float16
+        )
         fit[name] = quantised_fit(tap_statistics(whitened), STEP)
         raw[name] = correlated_features(tap, ROWS * VIEWS, seed=20 + place).reshape(
             ROWS, VIEWS, tap.channels, tap.height, tap.width
         )
-    samples = [Sample(index=row, key=f"class{row % 3}/image{row:02}.png", label=row % 3) for row in range(ROWS)]
+    samples = [
+        Sample(index=row, key=f"class{row % 3}/image{row:02}.png", label=row % 3)
+        for row in range(ROWS)
+    ]
     recipe = Recipe(
         teacher=TeacherSpec(
-            architecture="UNet2DModel", weights_sha256="a" * 64, config_sha256="b" * 64, timesteps=(150,),
-            alpha_bars=(0.75,), taps=TAPS, precision="fp32", batch_size=8, device_type="cpu",
+            architecture="UNet2DModel",
+            weights_sha256="a" * 64,
+            config_sha256="b" * 64,
+            timesteps=(150,),
+            alpha_bars=(0.75,),
+            taps=TAPS,
+            precision="fp32",
+            batch_size=8,
+            device_type="cpu",
         ),
         view=VIEW,
         codec=CodecSpec(
-            ratio=8.0, step=STEP, fit_rows=4, fit_sha256=sha256_fit(fit),
-            noise_share=dict.fromkeys(fit, 0.1), noise_floor=dict.fromkeys(fit, 0.1),
+            ratio=8.0,
+            step=STEP,
+            fit_rows=4,
+            fit_sha256=sha256_fit(fit),
+            noise_share=dict.fromkeys(fit, 0.1),
+            noise_floor=dict.fromkeys(fit, 0.1),
             determined_error=dict.fromkeys(fit, 0.1),
         ),
-        samples_sha256=hash_samples(samples), num_samples=ROWS, flips=True, seed=3, shard_rows=SHARD_ROWS,
-    )  # fmt: skip
+        samples_sha256=hash_samples(samples),
+        num_samples=ROWS,
+        flips=True,
+        seed=3,
+        shard_rows=SHARD_ROWS,
+    )
     bounds = {name: fitted.payload_bound for name, fitted in fit.items()}
     arrays = payload_arrays(recipe, image_bound(VIEW), bounds)
     pixels = np.random.default_rng(7).integers(0, 256, (ROWS, 3, VIEW.height, VIEW.width), np.uint8)
@@ -106,7 +133,10 @@ def tiny_plan() -> Plan:
     encoder = FeatureEncoder(fit, torch.device("cpu"))
     flat = {name: torch.from_numpy(x).flatten(0, 1) for name, x in raw.items()}
     encoded = {name: encoder.encode(name, x) for name, x in flat.items()}
-    values = {name: Encoder(fit[name])(whiten(x)[0])[0].numpy().reshape(ROWS, VIEWS, -1) for name, x in flat.items()}
+    values = {
+        name: Encoder(fit[name])(whiten(x)[0])[0].numpy().reshape(ROWS, VIEWS, -1)
+        for name, x in flat.items()
+    }
     shards = []
     for shard in range(arrays[IMAGES].num_shards):
         rows = arrays[IMAGES].rows_of(shard)
@@ -114,41 +144,59 @@ def tiny_plan() -> Plan:
         payloads = {
             name: [
                 encoded[name][row * VIEWS + view].payload if row != FAILED_ROW else b""
-                for row in rows for view in range(VIEWS)
+                for row in rows
+                for view in range(VIEWS)
             ]
             for name in tap_names(recipe)
-        }  # fmt: skip
+        }
         payloads[IMAGES] = [
             encode_stored(
-                LoadedView(index=row, pixels_CHW=pixels[row], source=sources[row], unchanged=True, failure=None),
+                LoadedView(
+                    index=row,
+                    pixels_CHW=pixels[row],
+                    source=sources[row],
+                    unchanged=True,
+                    failure=None,
+                ),
                 arrays[IMAGES].length,
-            ) if row != FAILED_ROW else b""
+            )
+            if row != FAILED_ROW
+            else b""
             for row in rows
-        ]  # fmt: skip
+        ]
         places = [row * VIEWS + view for row in good for view in range(VIEWS)]
         shards.append(
             ShardData(
                 shard=shard,
                 payloads=payloads,
                 content_sha256=tuple(
-                    hashlib.sha256(sources[row]).hexdigest() if row != FAILED_ROW else None for row in rows
+                    hashlib.sha256(sources[row]).hexdigest() if row != FAILED_ROW else None
+                    for row in rows
                 ),
                 failures=tuple(
                     FailedSample(row=row, key=samples[row].key, reason="cannot identify image file")
-                    for row in rows if row == FAILED_ROW
+                    for row in rows
+                    if row == FAILED_ROW
                 ),
                 sums={
                     name: CodecSums(
-                        squared_error=sum(e[i].squared_error for i in places), energy=sum(e[i].energy for i in places)
+                        squared_error=sum(e[i].squared_error for i in places),
+                        energy=sum(e[i].energy for i in places),
                     )
                     for name, e in encoded.items()
                 },
             )
-        )  # fmt: skip
+        )
     return Plan(
-        recipe=recipe, arrays=arrays, fit={name: fitted.arrays() for name, fitted in fit.items()}, samples=samples,
-        shards=shards, pixels=pixels, raw=raw, values=values,
-    )  # fmt: skip
+        recipe=recipe,
+        arrays=arrays,
+        fit={name: fitted.arrays() for name, fitted in fit.items()},
+        samples=samples,
+        shards=shards,
+        pixels=pixels,
+        raw=raw,
+        values=values,
+    )
 
 
 def begin(root: Path, plan: Plan) -> CacheWriter:
@@ -156,7 +204,9 @@ def begin(root: Path, plan: Plan) -> CacheWriter:
     if (root / "manifest.json").exists():
         return CacheWriter.resume(root)
     root.mkdir(parents=True, exist_ok=True)
-    return CacheWriter.create(root, plan.recipe, plan.arrays, plan.fit, plan.samples, ["red", "green", "blue"])
+    return CacheWriter.create(
+        root, plan.recipe, plan.arrays, plan.fit, plan.samples, ["red", "green", "blue"]
+    )
 
 
 def write_cache(root: Path, plan: Plan) -> Path:

@@ -13,9 +13,9 @@ from pathlib import Path
 import zarr  # noqa: F401  (a worker that dies should not die while importing)
 
 from dtcache.errors import ClusterError, DiskError
-from dtcache.store.attempt import ShardData, WrittenShard, write_attempt
 from dtcache.store.commits import CodecSums
 from dtcache.store.manifest import CacheManifest, read_manifest
+from dtcache.store.pending_shard import ShardData, WrittenShard, write_attempt
 
 
 def planned(manifest: CacheManifest, shard: int) -> ShardData:
@@ -25,19 +25,26 @@ def planned(manifest: CacheManifest, shard: int) -> ShardData:
     return ShardData(
         shard=shard,
         payloads={
-            name: [random_bytes.randbytes(min(array.length, 24)) for _ in range(len(rows) * array.payloads_a_row)]
+            name: [
+                random_bytes.randbytes(min(array.length, 24))
+                for _ in range(len(rows) * array.payloads_a_row)
+            ]
             for name, array in manifest.arrays.items()
         },
         content_sha256=tuple(f"{row:064x}" for row in rows),
         failures=(),
-        sums={name: CodecSums(squared_error=shard / 3, energy=shard + 0.1) for name in manifest.tap_names},
+        sums={
+            name: CodecSums(squared_error=shard / 3, energy=shard + 0.1)
+            for name in manifest.tap_names
+        },
     )
 
 
 def write(assignment: str, shard: int, on_rows: Callable[[int], None]) -> WrittenShard:
     """Write a planned shard; die of it now and then, as the assignment says: before, in the middle or after it."""
     told = json.loads(assignment)
-    root, moment = Path(told["root"]), random.random() / told.get("deaths", 1e-9)
+    root = Path(told["root"])
+    moment = random.random() / told.get("deaths", 1e-9)
     if moment < 0.3:
         os.kill(os.getpid(), signal.SIGKILL)
     manifest = read_manifest(root)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dtcache import storage
+from dtcache import atomic_files as storage
 from dtcache.store import writer
 
 Tree = dict[str, bytes | None]
@@ -29,22 +29,32 @@ class Operation:
 class Recorder:
     """Records every write, fsync, rename, unlink, mkdir and rmdir below a folder, and lets all but the fsync happen.
 
-    Writes of dtcache.storage arrive in two halves. zarr-python's layout is recorded as it lies once it is done: until
-    its fsync no part of it counts, whatever their order.
+    Writes of dtcache.atomic_files arrive in two halves. zarr-python's layout is recorded as it lies once it is
+    done: until its fsync no part of it counts, whatever their order.
     """
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
-        self.root, self.log = root, list[Operation]()
+        self.root = root
+        self.log = list[Operation]()
         self._quiet = False
-        for kind, name in (("rename", "replace"), ("mkdir", "mkdir"), ("unlink", "unlink"), ("rmdir", "rmdir")):
+        for kind, name in (
+            ("rename", "replace"),
+            ("mkdir", "mkdir"),
+            ("unlink", "unlink"),
+            ("rmdir", "rmdir"),
+        ):
             patch.setattr(os, name, self._recorded(kind, getattr(os, name)))
-        patch.setattr(os, "fsync", lambda handle: self.add("fsync", os.readlink(f"/proc/self/fd/{handle}")))
+        patch.setattr(
+            os, "fsync", lambda handle: self.add("fsync", os.readlink(f"/proc/self/fd/{handle}"))
+        )
         patch.setattr(storage, "open", self._open, raising=False)
         patch.setattr(writer, "write_zarr_nodes", self._nodes(writer.write_zarr_nodes))
 
     def add(self, kind: str, path: Any, target: Any = None, data: bytes = b"") -> None:
         """Append one operation."""
-        names = ["" if p is None else Path(p).relative_to(self.root).as_posix() for p in (path, target)]
+        names = [
+            "" if p is None else Path(p).relative_to(self.root).as_posix() for p in (path, target)
+        ]
         self.log.append(Operation(kind, *names, data))
 
     def _recorded(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +62,9 @@ class Recorder:
             result = function(path, *rest, **options)  # one that fails is no operation
             if not self._quiet:
                 folder = options.get("dir_fd")
-                whole = Path(path if folder is None else f"{os.readlink(f'/proc/self/fd/{folder}')}/{path}")
+                whole = Path(
+                    path if folder is None else f"{os.readlink(f'/proc/self/fd/{folder}')}/{path}"
+                )
                 self.add(kind, whole, rest[0] if kind == "rename" else None)
             return result
 
@@ -82,7 +94,8 @@ class Written:
     """A file whose writes are recorded in two halves."""
 
     def __init__(self, recorder: Recorder, path: Path) -> None:
-        self._recorder, self._path = recorder, path
+        self._recorder = recorder
+        self._path = path
         self._file = builtins.open(path, "wb")  # noqa: SIM115
 
     def __enter__(self) -> "Written":
@@ -119,14 +132,17 @@ class Disk:
         self._root = Node(is_folder=True)
         for path, data in sorted(tree.items()):
             folder, name = self._place(path)
-            folder.names[name] = Node(is_folder=data is None, data=data or b"", kept_data=data or b"")
+            folder.names[name] = Node(
+                is_folder=data is None, data=data or b"", kept_data=data or b""
+            )
             folder.kept_names = dict(folder.names)
 
     def apply(self, operation: Operation) -> None:
         """Do one operation."""
         if operation.kind == "fsync":
             node = self._node(operation.path)
-            node.kept_data, node.kept_names = node.data, dict(node.names)
+            node.kept_data = node.data
+            node.kept_names = dict(node.names)
             return
         folder, name = self._place(operation.path)
         if operation.kind == "mkdir":
@@ -148,7 +164,9 @@ class Disk:
 
         def walk(folder: Node, prefix: str) -> None:
             for name, node in sorted((folder.names if names else folder.kept_names).items()):
-                found[prefix + name] = None if node.is_folder else node.data if writes else node.kept_data
+                found[prefix + name] = (
+                    None if node.is_folder else node.data if writes else node.kept_data
+                )
                 walk(node, f"{prefix}{name}/")
 
         walk(self._root, "")

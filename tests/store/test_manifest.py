@@ -9,7 +9,7 @@ import pytest
 from store.builders import COARSE, FINE, VIEWS, tiny_plan
 
 from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
-from dtcache.spec import ConditionSpec, Json, Recipe, canonical_json, sha256_json
+from dtcache.recipe import ConditionSpec, Json, Recipe, canonical_json, sha256_json
 from dtcache.store.commits import (
     CodecSums,
     CommitRecord,
@@ -20,24 +20,36 @@ from dtcache.store.commits import (
     write_commit,
 )
 from dtcache.store.layout import IMAGES
-from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, require_same, write_manifest
+from dtcache.store.manifest import (
+    CacheManifest,
+    new_manifest,
+    read_manifest,
+    require_same,
+    write_manifest,
+)
 
 
 def tiny_manifest() -> CacheManifest:
     """Return the manifest of the tiny plan's cache, sealed."""
     plan = tiny_plan()
-    manifest = new_manifest(plan.recipe, plan.arrays, ["red", "grün"], {"samples.parquet": "0" * 64})
-    return manifest.sealed({"shards.parquet": "1" * 64}, {"t150/stride2": CodecSums(squared_error=0.1, energy=3.0)})
+    manifest = new_manifest(
+        plan.recipe, plan.arrays, ["red", "grün"], {"samples.parquet": "0" * 64}
+    )
+    return manifest.sealed(
+        {"shards.parquet": "1" * 64}, {"t150/stride2": CodecSums(squared_error=0.1, energy=3.0)}
+    )
 
 
 def tiny_record(shard: int = 0) -> CommitRecord:
     """Return a commit record with every kind of field filled."""
     return CommitRecord(
-        shard=shard, fingerprint="f" * 64,
+        shard=shard,
+        fingerprint="f" * 64,
         objects=(ShardObject(path="data.zarr/images/c.0.0", size=5, sha256="e" * 64),),
-        content_sha256=("d" * 64, None), failures=tiny_plan().shards[1].failures,
+        content_sha256=("d" * 64, None),
+        failures=tiny_plan().shards[1].failures,
         sums={"t150/stride2": CodecSums(squared_error=0.1 + shard, energy=1e-3)},
-    )  # fmt: skip
+    )
 
 
 def test_manifest_round_trips(tmp_path: Path) -> None:
@@ -62,7 +74,9 @@ def test_every_flipped_character_of_a_manifest_is_found(tmp_path: Path) -> None:
         damaged = bytearray(text)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        with pytest.raises(CacheError, match=r"checksum does not match|not a manifest of dtcache|expected format 1"):
+        with pytest.raises(
+            CacheError, match=r"checksum does not match|not a manifest of dtcache|expected format 1"
+        ):
             read_manifest(tmp_path)
 
 
@@ -77,15 +91,25 @@ def test_every_truncated_manifest_is_found(tmp_path: Path) -> None:
             read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("value", ["[]", "3", "null", '{"format":1}', '{"format":1,"sha256":3}', '{"format":[]}'])
+@pytest.mark.parametrize(
+    "value", ["[]", "3", "null", '{"format":1}', '{"format":1,"sha256":3}', '{"format":[]}']
+)
 def test_json_that_is_no_manifest(tmp_path: Path, value: str) -> None:
     """JSON of another kind raises CacheError, never a bare KeyError or TypeError."""
     (tmp_path / "manifest.json").write_text(value)
-    with pytest.raises(CacheError, match=r"not a manifest of dtcache|checksum does not match|expected format 1"):
+    with pytest.raises(
+        CacheError, match=r"not a manifest of dtcache|checksum does not match|expected format 1"
+    ):
         read_manifest(tmp_path)
 
 
-MEASURED = {"images": 8, "flip": {"t150/stride2": 0.5}, "box": None, "crop": None, "crop_interior": None}
+MEASURED = {
+    "images": 8,
+    "flip": {"t150/stride2": 0.5},
+    "box": None,
+    "crop": None,
+    "crop_interior": None,
+}
 
 
 def with_recipe(changes: dict, teacher: dict) -> CacheManifest:
@@ -113,9 +137,14 @@ def with_recipe(changes: dict, teacher: dict) -> CacheManifest:
         ({"equivariance": {"images": 8}}, {}),
     ],
 )
-def test_measurements_that_cannot_be_are_damage(tmp_path: Path, changes: dict, teacher: dict) -> None:
+def test_measurements_that_cannot_be_are_damage(
+    tmp_path: Path, changes: dict, teacher: dict
+) -> None:
     """What inspect shows of noise and teacher is checked, whoever hashed it."""
-    write_manifest(tmp_path, with_recipe({"equivariance": MEASURED, "round_trip": {"t150": 0.0}}, {"ddim_steps": 2}))
+    write_manifest(
+        tmp_path,
+        with_recipe({"equivariance": MEASURED, "round_trip": {"t150": 0.0}}, {"ddim_steps": 2}),
+    )
     assert read_manifest(tmp_path).recipe["equivariance"] == MEASURED
     write_manifest(tmp_path, with_recipe(changes, teacher))
     with pytest.raises(CacheDamagedError, match="not a manifest of dtcache"):
@@ -125,7 +154,9 @@ def test_measurements_that_cannot_be_are_damage(tmp_path: Path, changes: dict, t
 def with_sizes(recipe: dict, arrays: dict) -> CacheManifest:
     """The tiny manifest with other recipe fields and other arrays, hashed as if it had been written so."""
     manifest = with_recipe(recipe, {})
-    return replace(manifest, arrays={n: replace(a, **arrays.get(n, {})) for n, a in manifest.arrays.items()})
+    return replace(
+        manifest, arrays={n: replace(a, **arrays.get(n, {})) for n, a in manifest.arrays.items()}
+    )
 
 
 ALL = (IMAGES, FINE, COARSE)
@@ -134,7 +165,11 @@ L = {name: array.length for name, array in tiny_plan().arrays.items()}
 
 def of_rows(count: int, shard_rows: int) -> dict:
     """Return changes that make every array as long as this, in shards of so many rows."""
-    shapes = {IMAGES: (count, L[IMAGES]), FINE: (count, VIEWS, L[FINE]), COARSE: (count, VIEWS, L[COARSE])}
+    shapes = {
+        IMAGES: (count, L[IMAGES]),
+        FINE: (count, VIEWS, L[FINE]),
+        COARSE: (count, VIEWS, L[COARSE]),
+    }
     return {name: {"shape": shape, "shard_rows": shard_rows} for name, shape in shapes.items()}
 
 
@@ -155,24 +190,33 @@ def of_rows(count: int, shard_rows: int) -> dict:
         ({"num_samples": 10**6 + 1, "shard_rows": 1}, of_rows(10**6 + 1, 1)),
     ],
 )
-def test_sizes_that_contradict_each_other_are_damage(tmp_path: Path, recipe: dict, arrays: dict) -> None:
+def test_sizes_that_contradict_each_other_are_damage(
+    tmp_path: Path, recipe: dict, arrays: dict
+) -> None:
     """Arrays are as long as the samples, as wide as the views, in the recipe's shards, and within bounds."""
     write_manifest(tmp_path, with_sizes(recipe, arrays))
-    with pytest.raises(CacheDamagedError, match=r"not a manifest of dtcache .*(arrays that are not|samples in shards)"):
+    with pytest.raises(
+        CacheDamagedError,
+        match=r"not a manifest of dtcache .*(arrays that are not|samples in shards)",
+    ):
         read_manifest(tmp_path)
 
 
 def test_the_largest_sizes_are_read(tmp_path: Path) -> None:
     """2^30 samples, and a million shards, are within the bounds."""
     for count, rows in ((2**30, 2**20), (10**6, 1)):
-        write_manifest(tmp_path, with_sizes({"num_samples": count, "shard_rows": rows}, of_rows(count, rows)))
+        write_manifest(
+            tmp_path, with_sizes({"num_samples": count, "shard_rows": rows}, of_rows(count, rows))
+        )
         assert read_manifest(tmp_path).arrays[FINE].num_shards == count // rows
 
 
 def test_a_map_beyond_any_payload_is_damage(tmp_path: Path) -> None:
     """A tap whose map is larger than a payload may be is refused, each side of it within bounds or not."""
     tap = tiny_plan().recipe.to_json()["teacher"]["taps"][0]
-    write_manifest(tmp_path, with_recipe({}, {"taps": [{**tap, "height": 1 << 14, "width": 1 << 14}]}))
+    write_manifest(
+        tmp_path, with_recipe({}, {"taps": [{**tap, "height": 1 << 14, "width": 1 << 14}]})
+    )
     with pytest.raises(CacheDamagedError, match=r"not a manifest of dtcache .*tap "):
         read_manifest(tmp_path)
 
@@ -197,14 +241,18 @@ def test_json_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_newer_format_is_refused(tmp_path: Path) -> None:
     """A manifest of a newer format is refused with the number and the next step, though its fields be unknown."""
     (tmp_path / "manifest.json").write_text('{"format":2,"unknown":true}')
-    with pytest.raises(CacheError, match=r"manifest.json: expected format 1, got 2; install the dtcache that wrote it"):
+    with pytest.raises(
+        CacheError,
+        match=r"manifest.json: expected format 1, got 2; install the dtcache that wrote it",
+    ):
         read_manifest(tmp_path)
 
 
 def test_missing_manifest(tmp_path: Path) -> None:
     """A folder without a manifest is not a cache."""
     with pytest.raises(
-        CacheNotFoundError, match=r"is not a cache: expected manifest.json in it; give a folder made by"
+        CacheNotFoundError,
+        match=r"is not a cache: expected manifest.json in it; give a folder made by",
     ):
         read_manifest(tmp_path)
 
@@ -217,10 +265,18 @@ def test_require_same_names_the_dotted_field(tmp_path: Path) -> None:
     for path, value, message in (
         (("seed",), 4, r"another recipe: seed is 3 there, 4 was asked for; give the same options"),
         (("view", "fit"), "stretch", r'view\.fit is "crop" there, "stretch" was asked for'),
-        (("teacher", "weights_sha256"), "c" * 64, r'teacher\.weights_sha256 is "a{56}\.\.\. there, "c{56}\.\.\. was'),
-        (("codec", "noise_share", "t150/stride2"), 0.5, r"codec\.noise_share\.t150/stride2 is 0\.1 there, 0\.5 was"),
+        (
+            ("teacher", "weights_sha256"),
+            "c" * 64,
+            r'teacher\.weights_sha256 is "a{56}\.\.\. there, "c{56}\.\.\. was',
+        ),
+        (
+            ("codec", "noise_share", "t150/stride2"),
+            0.5,
+            r"codec\.noise_share\.t150/stride2 is 0\.1 there, 0\.5 was",
+        ),
         (("new",), 1, r"new is null there, 1 was asked for"),
-    ):  # fmt: skip
+    ):
         wanted = copy.deepcopy(found)
         place = wanted
         for name in path[:-1]:
@@ -234,13 +290,17 @@ def test_fingerprint_covers_every_field() -> None:
     """Changing any field of the recipe changes its fingerprint."""
     recipe = tiny_plan().recipe
     others = [
-        replace(recipe, seed=4), replace(recipe, flips=False), replace(recipe, shard_rows=8),
-        replace(recipe, num_samples=11), replace(recipe, samples_sha256=""), replace(recipe, noise="other"),
+        replace(recipe, seed=4),
+        replace(recipe, flips=False),
+        replace(recipe, shard_rows=8),
+        replace(recipe, num_samples=11),
+        replace(recipe, samples_sha256=""),
+        replace(recipe, noise="other"),
         replace(recipe, view=replace(recipe.view, fit="stretch")),
         replace(recipe, codec=replace(recipe.codec, fit_sha256="")),
         replace(recipe, teacher=replace(recipe.teacher, timesteps=(151,))),
         replace(recipe, teacher=replace(recipe.teacher, device_type="cuda")),
-    ]  # fmt: skip
+    ]
     assert len({recipe.fingerprint, *(o.fingerprint for o in others)}) == 11
 
 
@@ -262,9 +322,12 @@ def told(condition: ConditionSpec) -> Recipe:
         ),
     ],
 )
-def test_a_condition_is_in_the_recipe_where_there_is_one(tmp_path: Path, condition: ConditionSpec, value: Json) -> None:
+def test_a_condition_is_in_the_recipe_where_there_is_one(
+    tmp_path: Path, condition: ConditionSpec, value: Json
+) -> None:
     """Fields that say nothing are left out, so that recipes without a condition keep their fingerprints."""
-    plan, recipe = tiny_plan(), told(condition)
+    plan = tiny_plan()
+    recipe = told(condition)
     assert "condition" not in plan.recipe.to_json()["teacher"]
     assert recipe.fingerprint != plan.recipe.fingerprint
     write_manifest(tmp_path, new_manifest(recipe, plan.arrays, None, {}))
@@ -272,7 +335,15 @@ def test_a_condition_is_in_the_recipe_where_there_is_one(tmp_path: Path, conditi
 
 
 @pytest.mark.parametrize(
-    "value", [{"kind": "mood"}, {}, [], {"kind": "class", "number": "1"}, {"kind": "class"}, {"kind": "prompt"}]
+    "value",
+    [
+        {"kind": "mood"},
+        {},
+        [],
+        {"kind": "class", "number": "1"},
+        {"kind": "class"},
+        {"kind": "prompt"},
+    ],
 )
 def test_a_condition_of_another_kind_is_damage(tmp_path: Path, value: object) -> None:
     """A reader refuses what it would not know how to tell a teacher."""
@@ -306,7 +377,8 @@ def test_every_flipped_character_of_a_commit_record_is_found(tmp_path: Path) -> 
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
         with pytest.raises(
-            CacheDamagedError, match=r"000000.json: not a commit record of dtcache .*; delete it and run"
+            CacheDamagedError,
+            match=r"000000.json: not a commit record of dtcache .*; delete it and run",
         ):
             read_commits(tmp_path)
 
@@ -316,7 +388,9 @@ def test_a_commit_record_under_another_name_is_found(tmp_path: Path) -> None:
     (tmp_path / "commits").mkdir()
     write_commit(tmp_path, tiny_record(2))
     commit_path(tmp_path, 2).rename(commit_path(tmp_path, 1))
-    with pytest.raises(CacheDamagedError, match=r"000001.json: not a commit record of dtcache \(it is of shard 2\)"):
+    with pytest.raises(
+        CacheDamagedError, match=r"000001.json: not a commit record of dtcache \(it is of shard 2\)"
+    ):
         read_commits(tmp_path)
 
 
@@ -331,17 +405,27 @@ def test_a_commit_record_under_another_name_is_found(tmp_path: Path) -> None:
         ({"failures": [{"row": 1, "key": "a", "reason": 2}]}, "expected text, got '2'"),
         ({"failures": [{"row": 1, "reason": "b"}]}, "key"),
         ({"failures": [1]}, "not subscriptable"),
-        ({"objects": [{"path": "p", "bytes": "5", "sha256": "0" * 64}]}, "expected a count, got '5'"),
-        ({"sums": {"t0/a": {"squared_error": "x", "energy": 1.0}}}, "expected a finite number, got 'x'"),
+        (
+            {"objects": [{"path": "p", "bytes": "5", "sha256": "0" * 64}]},
+            "expected a count, got '5'",
+        ),
+        (
+            {"sums": {"t0/a": {"squared_error": "x", "energy": 1.0}}},
+            "expected a finite number, got 'x'",
+        ),
     ],
 )
-def test_a_commit_record_of_other_types_is_found(tmp_path: Path, changes: dict, reason: str) -> None:
+def test_a_commit_record_of_other_types_is_found(
+    tmp_path: Path, changes: dict, reason: str
+) -> None:
     """A record that carries its own hash, but hashes or failures that are none, is damage."""
     (tmp_path / "commits").mkdir()
     body = {**tiny_record().to_json(), **changes}
     del body["sha256"]
     commit_path(tmp_path, 0).write_bytes(canonical_json({**body, "sha256": sha256_json(body)}))
-    with pytest.raises(CacheDamagedError, match=rf"000000.json: not a commit record of dtcache .*{reason}"):
+    with pytest.raises(
+        CacheDamagedError, match=rf"000000.json: not a commit record of dtcache .*{reason}"
+    ):
         read_commits(tmp_path)
 
 
@@ -350,7 +434,10 @@ def test_sums_add_in_the_order_given() -> None:
     sums = [0.1, 0.2, 0.3, 1e16, 1.0, -1e16]
     small = {"b": CodecSums(squared_error=1.0, energy=0.0)}
     records = [
-        replace(tiny_record(), sums={"a": CodecSums(squared_error=s, energy=1.0), **(small if 0 < s < 1 else {})})
+        replace(
+            tiny_record(),
+            sums={"a": CodecSums(squared_error=s, energy=1.0), **(small if 0 < s < 1 else {})},
+        )
         for s in sums
     ]
     found = total_sums(records)

@@ -10,9 +10,9 @@ import zarr
 import zarrs  # noqa: F401  (registers its codec pipeline)
 from store.builders import COARSE, FINE, ROWS, VIEWS, tiny_plan, write_cache
 
-from dtcache.store.frame import MAX_BLOCK
 from dtcache.store.layout import IMAGES, PayloadArray, write_zarr_nodes
 from dtcache.store.shard import build_shard
+from dtcache.store.zstd_frame import MAX_BLOCK
 
 Read = Callable[[Path, str], np.ndarray]
 
@@ -48,8 +48,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_payloads_of_a_cache(data: Path, name: str, read: Read) -> None:
     """Every payload of every array comes out as it was handed in, padded with zeros, the failed row's too."""
     plan = tiny_plan()
-    array, views = plan.arrays[name], 1 if name == IMAGES else VIEWS
-    wanted = [plan.payload(name, row, view).ljust(array.length, b"\0") for row in range(ROWS) for view in range(views)]
+    array = plan.arrays[name]
+    views = 1 if name == IMAGES else VIEWS
+    wanted = [
+        plan.payload(name, row, view).ljust(array.length, b"\0")
+        for row in range(ROWS)
+        for view in range(views)
+    ]
     found = read(data, name)
     assert found.shape == array.shape
     assert found.tobytes() == b"".join(wanted)
@@ -68,7 +73,10 @@ def test_codec_arrays_of_a_cache(data: Path, read: Read) -> None:
 def test_frames_of_every_shape(tmp_path: Path, length: int, read: Read) -> None:
     """Headers of one, two and four bytes, payloads and paddings of several blocks, and real compressor's frames."""
     rng = np.random.default_rng(length)
-    payloads = [rng.bytes(size) for size in (0, 1, length // 2, length - 1, length, min(length, MAX_BLOCK + 1))]
+    payloads = [
+        rng.bytes(size)
+        for size in (0, 1, length // 2, length - 1, length, min(length, MAX_BLOCK + 1))
+    ]
     payloads += [b"teacher " * (length // 8), bytes(range(16))]
     array = PayloadArray(name="t1/stride2", shape=(len(payloads) // 2, 2, length), shard_rows=3)
     write_zarr_nodes(tmp_path, {array.name: array}, {})
@@ -76,4 +84,6 @@ def test_frames_of_every_shape(tmp_path: Path, length: int, read: Read) -> None:
         rows = array.rows_of(shard)
         content = build_shard(payloads[2 * rows.start : 2 * rows.stop], length, 6)
         (tmp_path / array.name / f"c.{shard}.0.0").write_bytes(content)
-    assert read(tmp_path, array.name).tobytes() == b"".join(p.ljust(length, b"\0") for p in payloads)
+    assert read(tmp_path, array.name).tobytes() == b"".join(
+        p.ljust(length, b"\0") for p in payloads
+    )

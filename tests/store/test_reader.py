@@ -18,20 +18,30 @@ import zarr
 from google_crc32c import value as crc32c
 from numcodecs.zstd import compress
 from numpy.typing import ArrayLike
-from store.builders import COARSE, FAILED_ROW, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
+from store.builders import (
+    COARSE,
+    FAILED_ROW,
+    FINE,
+    ROWS,
+    VIEWS,
+    begin,
+    tiny_plan,
+    tree,
+    write_cache,
+)
 
+from dtcache.atomic_files import file_sha256
 from dtcache.errors import CacheDamagedError, CacheError, CacheIncompleteError, CacheNotFoundError
-from dtcache.spec import FailedSample, canonical_json
-from dtcache.storage import file_sha256
+from dtcache.recipe import FailedSample, canonical_json
 from dtcache.store import commits as commits_module
-from dtcache.store import frame, shard
 from dtcache.store import reader as reader_module
+from dtcache.store import shard, zstd_frame
 from dtcache.store.commits import read_commits, write_commit
 from dtcache.store.contents import read_contents
 from dtcache.store.layout import IMAGES, PayloadArray, read_fit
 from dtcache.store.manifest import read_manifest, write_manifest
 from dtcache.store.reader import CacheReader
-from dtcache.store.samples import parquet_bytes, read_table
+from dtcache.store.sample_index import parquet_bytes, read_table
 from dtcache.store.writer import CacheWriter
 
 NAMES = (IMAGES, FINE, COARSE)
@@ -63,7 +73,9 @@ def views_of(name: str) -> int:
 def shard_files(root: Path) -> list[tuple[str, PayloadArray, int, Path]]:
     """Return every shard's array name, array, number and file."""
     arrays = tiny_plan().arrays
-    return [(n, a, s, root / a.object_path(s)) for n, a in arrays.items() for s in range(a.num_shards)]
+    return [
+        (n, a, s, root / a.object_path(s)) for n, a in arrays.items() for s in range(a.num_shards)
+    ]
 
 
 def read(reader: CacheReader, name: str, rows: ArrayLike, views: ArrayLike) -> np.ndarray:
@@ -77,7 +89,10 @@ def read(reader: CacheReader, name: str, rows: ArrayLike, views: ArrayLike) -> n
 
 def read_all(reader: CacheReader) -> dict[str, np.ndarray]:
     """Read every payload of a cache, array by array."""
-    pairs = {name: [(row, view) for row in range(ROWS) for view in range(views_of(name))] for name in NAMES}
+    pairs = {
+        name: [(row, view) for row in range(ROWS) for view in range(views_of(name))]
+        for name in NAMES
+    }
     return {name: read(reader, name, *zip(*pairs[name], strict=True)) for name in NAMES}
 
 
@@ -92,9 +107,12 @@ def test_zarr_reads_the_same(shared: Path, name: str) -> None:
         for view in range(views_of(name)):
             found = read(reader, name, [row], [view])
             np.testing.assert_array_equal(found, whole[row, view][None])
-            assert found.tobytes() == plan.payload(name, row, view).ljust(plan.arrays[name].length, b"\0")
+            assert found.tobytes() == plan.payload(name, row, view).ljust(
+                plan.arrays[name].length, b"\0"
+            )
     rng = np.random.default_rng(0)
-    rows, views = rng.integers(0, ROWS, 50), rng.integers(0, views_of(name), 50)
+    rows = rng.integers(0, ROWS, 50)
+    views = rng.integers(0, views_of(name), 50)
     np.testing.assert_array_equal(read(reader, name, rows, views), whole[rows, views])
 
 
@@ -103,7 +121,10 @@ def test_zarr_sees_nothing_foreign(shared: Path) -> None:
     group = zarr.open_group(shared / "data.zarr", mode="r")
     plan = tiny_plan()
     arrays = {name for name, node in group.members(max_depth=None) if isinstance(node, zarr.Array)}
-    assert arrays == {*NAMES, *(f"codec/{tap}/{a}" for tap, fitted in plan.fit.items() for a in fitted)}
+    assert arrays == {
+        *NAMES,
+        *(f"codec/{tap}/{a}" for tap, fitted in plan.fit.items() for a in fitted),
+    }
     for tap, fitted in plan.fit.items():
         found = read_fit(shared / "data.zarr", tap, 1 << 20)
         assert {n: (a.dtype, a.tolist()) for n, a in found.items()} == {
@@ -115,7 +136,10 @@ def test_zarr_sees_nothing_foreign(shared: Path) -> None:
     ("changes", "reason"),
     [
         ({"shape": [2**50]}, "at most 1048576 bytes of numbers, got 2251799813685248 of 'f'"),
-        ({"data_type": "bool", "fill_value": False}, "at most 1048576 bytes of numbers, got 4 of 'b'"),
+        (
+            {"data_type": "bool", "fill_value": False},
+            "at most 1048576 bytes of numbers, got 4 of 'b'",
+        ),
         (
             {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2**50]}}},
             "one chunk of .*11258999068",
@@ -136,7 +160,9 @@ def test_zarr_sees_nothing_foreign(shared: Path) -> None:
         ),
     ],
 )
-def test_a_codec_array_of_any_size_is_refused_unread(root: Path, changes: dict, reason: str) -> None:
+def test_a_codec_array_of_any_size_is_refused_unread(
+    root: Path, changes: dict, reason: str
+) -> None:
     """What an array's zarr.json claims is compared with what a fit may hold, and how, before memory is taken for it."""
     path = root / "data.zarr" / "codec" / FINE / "mean" / "zarr.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -147,8 +173,12 @@ def test_a_codec_array_of_any_size_is_refused_unread(root: Path, changes: dict, 
 def test_a_codec_chunk_that_claims_any_size_is_refused_unread(root: Path) -> None:
     """A small frame that says it decompresses to terabytes is damage, found before memory is taken for it."""
     claim = b"\x28\xb5\x2f\xfd\xe0" + (1 << 45).to_bytes(8, "little") + b"\x01\x00\x00"
-    (root / "data.zarr" / "codec" / FINE / "mean" / "c.0").write_bytes(claim + crc32c(claim).to_bytes(4, "little"))
-    with pytest.raises(CacheDamagedError, match=f"c.0: it decompresses to {1 << 45} bytes instead of [0-9]+; run"):
+    (root / "data.zarr" / "codec" / FINE / "mean" / "c.0").write_bytes(
+        claim + crc32c(claim).to_bytes(4, "little")
+    )
+    with pytest.raises(
+        CacheDamagedError, match=f"c.0: it decompresses to {1 << 45} bytes instead of [0-9]+; run"
+    ):
         read_fit(root / "data.zarr", FINE, 1 << 20)
 
 
@@ -160,8 +190,12 @@ def test_an_index_of_another_length_is_damage(root: Path, tmp_path: Path, sealed
         begin(root, tiny_plan())
     manifest = read_manifest(root)
     arrays = {n: replace(a, shape=(ROWS - 1, *a.shape[1:])) for n, a in manifest.arrays.items()}
-    write_manifest(root, replace(manifest, recipe={**manifest.recipe, "num_samples": ROWS - 1}, arrays=arrays))
-    with pytest.raises(CacheDamagedError, match=r"samples\.parquet: expected 9 rows, got 10; run dtcache verify"):
+    write_manifest(
+        root, replace(manifest, recipe={**manifest.recipe, "num_samples": ROWS - 1}, arrays=arrays)
+    )
+    with pytest.raises(
+        CacheDamagedError, match=r"samples\.parquet: expected 9 rows, got 10; run dtcache verify"
+    ):
         CacheReader(root, allow="incomplete")
 
 
@@ -173,7 +207,9 @@ def test_failed_row_is_not_usable(shared: Path) -> None:
         assert not read(reader, name, [FAILED_ROW], [0]).any()
 
 
-def test_flipped_bytes_of_every_shard_are_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flipped_bytes_of_every_shard_are_found(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A flipped byte makes its own sample raise CacheDamagedError by name; others stay right, or raise with it."""
     monkeypatch.setattr(reader_module, "open_limit", lambda: 0)
     reader = CacheReader(root)
@@ -204,7 +240,10 @@ def test_flipped_bytes_of_every_shard_are_found(root: Path, monkeypatch: pytest.
             else:
                 [((row, view), message)] = messages.items()
                 key = tiny_plan().samples[row].key
-                assert f"{path}: sample {key} of {name}, view {view}: the checksum does not match" in message
+                assert (
+                    f"{path}: sample {key} of {name}, view {view}: the checksum does not match"
+                    in message
+                )
             path.write_bytes(content)
     np.testing.assert_equal(read_all(CacheReader(root)), wanted)
 
@@ -218,9 +257,16 @@ def test_missing_and_resized_shards_are_found_at_open(root: Path, what: str) -> 
         if what == "a folder":
             path.mkdir()
         elif what != "gone":
-            path.write_bytes({"empty": b"", "one byte short": content[:-1], "one byte long": content + b"\0"}[what])
+            path.write_bytes(
+                {"empty": b"", "one byte short": content[:-1], "one byte long": content + b"\0"}[
+                    what
+                ]
+            )
         got = {"gone": "no file", "a folder": "no file", "empty": "0 bytes"}.get(what, r"\d+ bytes")
-        with pytest.raises(CacheDamagedError, match=rf"{path}: expected {len(content)} bytes, got {got}; run dtcache"):
+        with pytest.raises(
+            CacheDamagedError,
+            match=rf"{path}: expected {len(content)} bytes, got {got}; run dtcache",
+        ):
             CacheReader(root)
         if what == "a folder":
             path.rmdir()
@@ -228,7 +274,9 @@ def test_missing_and_resized_shards_are_found_at_open(root: Path, what: str) -> 
     CacheReader(root)
 
 
-@pytest.mark.parametrize("opened", [False, True], ids=["before its index is read", "after its index is read"])
+@pytest.mark.parametrize(
+    "opened", [False, True], ids=["before its index is read", "after its index is read"]
+)
 @pytest.mark.parametrize("what", ["gone", "empty", "short", "zeros"])
 def test_damage_after_open_is_found_at_read(root: Path, what: str, opened: bool) -> None:
     """A shard that changes after the cache was opened raises CacheDamagedError at the next read of it."""
@@ -257,11 +305,13 @@ def test_swapped_shards_are_found_when_they_differ_in_size(root: Path) -> None:
     for first in files:
         for second in files:
             if first < second and first.stat().st_size != second.stat().st_size:
-                a, b = first.read_bytes(), second.read_bytes()
+                a = first.read_bytes()
+                b = second.read_bytes()
                 first.write_bytes(b)
                 second.write_bytes(a)
                 with pytest.raises(
-                    CacheDamagedError, match=r"expected .* bytes, got .* bytes; run dtcache verify on the cache"
+                    CacheDamagedError,
+                    match=r"expected .* bytes, got .* bytes; run dtcache verify on the cache",
                 ):
                     CacheReader(root)
                 first.write_bytes(a)
@@ -283,7 +333,8 @@ def test_swapped_shards_of_equal_size_pass_the_reader_but_not_their_hash(tmp_pat
     """
     root = with_equal_shards(tmp_path / "cache")
     first, second = (root / "data.zarr" / COARSE / f"c.{shard}.0.0" for shard in range(2))
-    a, b = first.read_bytes(), second.read_bytes()
+    a = first.read_bytes()
+    b = second.read_bytes()
     assert len(a) == len(b) and a != b
     before = read(CacheReader(root), COARSE, [0], [0])
     first.write_bytes(b)
@@ -305,10 +356,14 @@ def test_every_other_file_is_hashed_at_open(root: Path) -> None:
         path = root / name
         content = path.read_bytes()
         path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-        with pytest.raises(CacheDamagedError, match=rf"{name}: missing or not as the manifest says; run dtcache"):
+        with pytest.raises(
+            CacheDamagedError, match=rf"{name}: missing or not as the manifest says; run dtcache"
+        ):
             CacheReader(root)
         path.unlink()
-        with pytest.raises(CacheDamagedError, match=rf"{name}: missing or not as the manifest says"):
+        with pytest.raises(
+            CacheDamagedError, match=rf"{name}: missing or not as the manifest says"
+        ):
             CacheReader(root)
         path.write_bytes(content)
 
@@ -323,7 +378,10 @@ def test_reading_changes_nothing(root: Path) -> None:
 def test_incomplete_and_missing_caches(tmp_path: Path) -> None:
     """A cache that is still being written, and a folder that is none, are told apart, each with the next step."""
     begin(tmp_path / "cache", tiny_plan())
-    with pytest.raises(CacheIncompleteError, match="the cache is not complete; run its dtcache extract command again"):
+    with pytest.raises(
+        CacheIncompleteError,
+        match="the cache is not complete; run its dtcache extract command again",
+    ):
         CacheReader(tmp_path / "cache")
     with pytest.raises(CacheNotFoundError, match=r"is not a cache: expected manifest\.json in it"):
         CacheReader(tmp_path)
@@ -337,27 +395,33 @@ def test_what_is_committed_of_an_incomplete_cache_can_be_read(shared: Path, tmp_
     writer = begin(tmp_path / "cache", plan)
     for number in (0, 2):
         writer.write_shard(plan.shards[number])
-    reader, whole = CacheReader(tmp_path / "cache", allow="incomplete"), CacheReader(shared)
+    reader = CacheReader(tmp_path / "cache", allow="incomplete")
+    whole = CacheReader(shared)
     rows = [0, 1, 2, 3, 8, 9]
     assert reader.usable_rows.tolist() == rows
     assert reader.samples.take(rows).equals(whole.samples.take(rows))
     assert set(reader.samples["failure"].slice(4, 4).to_pylist()) == {"not extracted yet"}
     for name in NAMES:
         assert np.array_equal(read(reader, name, rows, [0] * 6), read(whole, name, rows, [0] * 6))
-    with pytest.raises(CacheDamagedError, match="the shard was not extracted yet when the cache was opened"):
+    with pytest.raises(
+        CacheDamagedError, match="the shard was not extracted yet when the cache was opened"
+    ):
         read(reader, FINE, [4], [0])
     assert pickle.loads(pickle.dumps(reader)).usable_rows.tolist() == rows
     assert read_all(CacheReader(shared, allow="incomplete")).keys() == read_all(whole).keys()
 
 
 @pytest.mark.parametrize("step", ["file_sha256", "committed"])
-def test_a_cache_that_is_sealed_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_a_cache_that_is_sealed_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     """Commit records that a seal takes away meanwhile, and a sample index that it replaces, are no damage."""
     plan = tiny_plan()
     writer = begin(tmp_path / "cache", plan)
     for number in writer.missing:
         writer.write_shard(plan.shards[number])
-    real, calls = getattr(reader_module, step), []
+    real = getattr(reader_module, step)
+    calls = []
 
     def meanwhile(*arguments: object) -> object:
         calls.append(1)
@@ -377,8 +441,11 @@ def test_commit_records_are_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     writer = begin(tmp_path / "cache", plan)
     for number in (0, 2):
         writer.write_shard(plan.shards[number])
-    real, read_paths = commits_module.read_commit, []
-    monkeypatch.setattr(commits_module, "read_commit", lambda path: read_paths.append(path.name) or real(path))
+    real = commits_module.read_commit
+    read_paths = []
+    monkeypatch.setattr(
+        commits_module, "read_commit", lambda path: read_paths.append(path.name) or real(path)
+    )
     CacheReader(tmp_path / "cache", allow="incomplete")
     assert read_paths == ["000000.json", "000002.json"]
 
@@ -391,7 +458,9 @@ def test_an_incomplete_cache_with_damage_is_refused(tmp_path: Path) -> None:
     path = root / plan.arrays[FINE].object_path(0)
     data = path.read_bytes()
     path.write_bytes(data[:-1])
-    with pytest.raises(CacheDamagedError, match=rf"expected {len(data)} bytes, got {len(data) - 1} bytes"):
+    with pytest.raises(
+        CacheDamagedError, match=rf"expected {len(data)} bytes, got {len(data) - 1} bytes"
+    ):
         CacheReader(root, allow="incomplete")
     damaged = CacheReader(root, allow="damage")
     assert list(damaged.damaged) == [plan.arrays[FINE].object_path(0)]
@@ -407,7 +476,10 @@ def test_an_incomplete_cache_with_damage_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"failures": (FailedSample(row=4, key="k", reason="none"),)}, "expected failures of rows 0 to 3, got row 4"),
+        (
+            {"failures": (FailedSample(row=4, key="k", reason="none"),)},
+            "expected failures of rows 0 to 3, got row 4",
+        ),
         (
             {"failures": (FailedSample(row=1 << 60, key="k", reason="none"),)},
             "expected failures of rows 0 to 3, got row",
@@ -416,7 +488,9 @@ def test_an_incomplete_cache_with_damage_is_refused(tmp_path: Path) -> None:
         ({"content_sha256": (None,) * 3}, "expected 4 rows, got 3"),
     ],
 )
-def test_a_record_of_rows_outside_its_shard_is_damage(tmp_path: Path, changes: dict, reason: str) -> None:
+def test_a_record_of_rows_outside_its_shard_is_damage(
+    tmp_path: Path, changes: dict, reason: str
+) -> None:
     """A record that speaks of more or fewer rows than its shard has, or of another's, is refused by all who read it."""
     plan = tiny_plan()
     root = tmp_path / "cache"
@@ -437,12 +511,16 @@ def test_a_record_of_rows_outside_its_shard_is_damage(tmp_path: Path, changes: d
 def test_absent_chunk_in_range_is_damage(tmp_path: Path) -> None:
     """A shard whose intact index lacks a chunk in range raises: absence never reads as zeros."""
     plan = tiny_plan()
-    short = replace(plan.shards[2], payloads={**plan.shards[2].payloads, FINE: plan.shards[2].payloads[FINE][:-1]})
+    short = replace(
+        plan.shards[2],
+        payloads={**plan.shards[2].payloads, FINE: plan.shards[2].payloads[FINE][:-1]},
+    )
     root = write_cache(tmp_path / "cache", replace(plan, shards=[*plan.shards[:2], short]))
     reader = CacheReader(root)
     assert read(reader, FINE, [9], [0]).any()
     with pytest.raises(
-        CacheDamagedError, match=rf"sample {plan.samples[9].key} of {FINE}, view 1: the shard holds no such"
+        CacheDamagedError,
+        match=rf"sample {plan.samples[9].key} of {FINE}, view 1: the shard holds no such",
     ):
         read(reader, FINE, [9], [1])
 
@@ -451,7 +529,9 @@ def test_a_replaced_shard_index_is_found(root: Path) -> None:
     """A valid shards.parquet with other rows does not match the manifest, and an adjusted manifest not its own hash."""
     table = read_table(root / "shards.parquet")
     (root / "shards.parquet").write_bytes(parquet_bytes(table.slice(0, 6)))
-    with pytest.raises(CacheDamagedError, match=r"shards\.parquet: missing or not as the manifest says"):
+    with pytest.raises(
+        CacheDamagedError, match=r"shards\.parquet: missing or not as the manifest says"
+    ):
         CacheReader(root)
     manifest = json.loads((root / "manifest.json").read_bytes())
     manifest["files"]["shards.parquet"] = file_sha256(root / "shards.parquet")
@@ -468,7 +548,9 @@ def open_below(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("most", [0, 1, 2])
-def test_more_shards_than_open_files(shared: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_more_shards_than_open_files(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
     """With nine shards and fewer open files all reads are right, and no more descriptors stay open than allowed."""
     wanted = read_all(CacheReader(shared))
     monkeypatch.setattr(reader_module, "open_limit", lambda: most)
@@ -477,7 +559,8 @@ def test_more_shards_than_open_files(shared: Path, monkeypatch: pytest.MonkeyPat
     rng = np.random.default_rng(most)
     for _ in range(100):
         name = NAMES[rng.integers(3)]
-        row, view = int(rng.integers(ROWS)), int(rng.integers(views_of(name)))
+        row = int(rng.integers(ROWS))
+        view = int(rng.integers(views_of(name)))
         found = read(reader, name, [row], [view])
         np.testing.assert_array_equal(found[0], wanted[name][row * views_of(name) + view])
         assert len(open_below(shared / "data.zarr")) <= most
@@ -498,7 +581,8 @@ def test_threads_share_one_reader(shared: Path, monkeypatch: pytest.MonkeyPatch,
         start.wait()
         for _ in range(40):
             name = NAMES[rng.integers(3)]
-            rows, views = rng.integers(0, ROWS, 6), rng.integers(0, views_of(name), 6)
+            rows = rng.integers(0, ROWS, 6)
+            views = rng.integers(0, views_of(name), 6)
             found = read(reader, name, rows, views)
             np.testing.assert_array_equal(found, wanted[name][rows * views_of(name) + views])
         return seed
@@ -520,7 +604,9 @@ def test_a_forked_reader_is_refused(shared: Path, monkeypatch: pytest.MonkeyPatc
     """In another process than the one that opened it, a reader raises with what to do instead."""
     reader = CacheReader(shared)
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    with pytest.raises(CacheError, match=r"opened in another process and then forked; start workers with the spawn"):
+    with pytest.raises(
+        CacheError, match=r"opened in another process and then forked; start workers with the spawn"
+    ):
         read(reader, FINE, [0], [0])
 
 
@@ -548,7 +634,11 @@ def test_frames_of_other_writers_read_the_same(
     def pack_frame(payload: bytes, length: int) -> bytes:
         nonlocal made
         made += 1
-        return compress(payload.ljust(length, b"\0"), 1) if made % every == 0 else frame.pack_frame(payload, length)
+        return (
+            compress(payload.ljust(length, b"\0"), 1)
+            if made % every == 0
+            else zstd_frame.pack_frame(payload, length)
+        )
 
     monkeypatch.setattr(shard, "pack_frame", pack_frame)
     root = write_cache(tmp_path / "cache", tiny_plan())
@@ -556,7 +646,9 @@ def test_frames_of_other_writers_read_the_same(
     np.testing.assert_equal(read_all(CacheReader(root)), read_all(CacheReader(shared)))
 
 
-def test_a_process_that_may_open_no_more_files_is_told_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_may_open_no_more_files_is_told_so(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Running out of file descriptors is no damage: the message names the limit, not a repair."""
     reader = CacheReader(root)
 
@@ -564,6 +656,8 @@ def test_a_process_that_may_open_no_more_files_is_told_so(root: Path, monkeypatc
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(CacheError, match=r"c\.0.*: Too many open files; raise the limit \(ulimit -n\)") as caught:
+    with pytest.raises(
+        CacheError, match=r"c\.0.*: Too many open files; raise the limit \(ulimit -n\)"
+    ) as caught:
         reader.payloads(FINE, [0], [0])
     assert not isinstance(caught.value, CacheDamagedError)

@@ -43,7 +43,9 @@ def with_index(chunks: bytes, entries: list[tuple[int, int]]) -> bytes:
 
 
 @pytest.mark.parametrize(("rows", "views"), [(10, (2,)), (8, (2,)), (3, (1,)), (9, ())])
-def test_zarr_reads_what_build_shard_wrote(tmp_path: Path, rows: int, views: tuple[int, ...]) -> None:
+def test_zarr_reads_what_build_shard_wrote(
+    tmp_path: Path, rows: int, views: tuple[int, ...]
+) -> None:
     """zarr-python reads the same payloads, in ragged last shards and all-zero chunks too."""
     array = PayloadArray(name="t1/stride2", shape=(rows, *views, LENGTH), shard_rows=4)
     payloads = random_payloads(rows * array.payloads_a_row, seed=rows)
@@ -54,7 +56,9 @@ def test_zarr_reads_what_build_shard_wrote(tmp_path: Path, rows: int, views: tup
         path = tmp_path / array.object_path(shard)
         path.write_bytes(build_shard(mine, LENGTH, 4 * array.payloads_a_row))
     found = zarr.open_array(tmp_path / "data.zarr", path=array.name, mode="r")
-    wanted = np.frombuffer(b"".join(p.ljust(LENGTH, b"\0") for p in payloads), np.uint8).reshape(array.shape)
+    wanted = np.frombuffer(b"".join(p.ljust(LENGTH, b"\0") for p in payloads), np.uint8).reshape(
+        array.shape
+    )
     np.testing.assert_array_equal(found[...], wanted)
     np.testing.assert_array_equal(found[rows - 1], wanted[rows - 1])
 
@@ -79,7 +83,9 @@ def test_every_flipped_byte_is_found() -> None:
         for mask in (0x01, 0x10, 0x80, 0xFF):
             damaged = bytearray(shard)
             damaged[place] ^= mask
-            with pytest.raises(CacheDamagedError, match=r"^the (shard's index is damaged|checksum does not match)"):
+            with pytest.raises(
+                CacheDamagedError, match=r"^the (shard's index is damaged|checksum does not match)"
+            ):
                 read_all(bytes(damaged), 6, 8)
 
 
@@ -91,7 +97,9 @@ def test_every_truncation_is_found() -> None:
             read_all(shard[:size], 6, 8)
 
 
-@pytest.mark.parametrize("entry", [(0, 1000), (1000, 8), (40, 1), (2**64 - 10, 20), (8, 2**64 - 1), (2**63, 2**63)])
+@pytest.mark.parametrize(
+    "entry", [(0, 1000), (1000, 8), (40, 1), (2**64 - 10, 20), (8, 2**64 - 1), (2**63, 2**63)]
+)
 def test_an_index_that_points_outside_raises(entry: tuple[int, int]) -> None:
     """An intact index whose entry leaves the chunks' part of the file raises, sums beyond 2^64 included."""
     shard = with_index(b"x" * 40, [(0, 8), entry])
@@ -104,7 +112,9 @@ def test_a_chunk_of_another_length_raises(size: int) -> None:
     """An intact chunk that decompresses to another length than the array's raises; nothing is left unwritten."""
     packed = compress(b"\x05" * size, 1)
     chunk = packed + crc32c(packed).to_bytes(4, "little")
-    with pytest.raises(CacheDamagedError, match=rf"^it decompresses to \d+ bytes instead of {LENGTH}"):
+    with pytest.raises(
+        CacheDamagedError, match=rf"^it decompresses to \d+ bytes instead of {LENGTH}"
+    ):
         unpack_chunk(chunk, np.full(LENGTH, 0xAA, np.uint8))
 
 
@@ -112,14 +122,23 @@ def test_a_chunk_that_is_no_zstd_raises() -> None:
     """Bytes with a right checksum that are no zstd frame raise CacheDamagedError, not a codec's own error."""
     for packed in (b"", b"\x01", b"not zstd at all", compress(b"y" * LENGTH, 1)[:-2]):
         chunk = packed + crc32c(packed).to_bytes(4, "little")
-        with pytest.raises(CacheDamagedError, match=r"^(it (does not )?decompress|the checksum does not)"):
+        with pytest.raises(
+            CacheDamagedError, match=r"^(it (does not )?decompress|the checksum does not)"
+        ):
             unpack_chunk(chunk, np.zeros(LENGTH, np.uint8))
 
 
 def test_array_layout() -> None:
     """Shards cover all rows once, the last one short, and their files carry one zero an inner axis."""
     array = PayloadArray(name="t1/stride2", shape=(10, 2, 48), shard_rows=4)
-    assert [list(array.rows_of(s)) for s in range(array.num_shards)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [list(array.rows_of(s)) for s in range(array.num_shards)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+    ]
     assert (array.length, array.payloads_a_row) == (48, 2)
     assert array.object_path(2) == "data.zarr/t1/stride2/c.2.0.0"
-    assert PayloadArray(name="images", shape=(10, 48), shard_rows=4).object_path(1) == "data.zarr/images/c.1.0"
+    assert (
+        PayloadArray(name="images", shape=(10, 48), shard_rows=4).object_path(1)
+        == "data.zarr/images/c.1.0"
+    )

@@ -3,7 +3,16 @@
 import subprocess
 import sys
 
-HEAVY = ("torch", "torchvision", "diffusers", "timm", "numba", "transformers", "sklearn", "matplotlib")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "timm",
+    "numba",
+    "transformers",
+    "sklearn",
+    "matplotlib",
+)
 
 
 def test_the_store_loads_no_model_library() -> None:
@@ -12,5 +21,7 @@ def test_the_store_loads_no_model_library() -> None:
         "import sys, dtcache.store.reader, dtcache.store.writer, dtcache.store.manifest\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"

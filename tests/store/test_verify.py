@@ -13,14 +13,20 @@ import pytest
 from store.builders import COARSE, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
 
 from dtcache.errors import CacheBusyError, CacheFormatError, CacheNotFoundError
-from dtcache.spec import canonical_json, sha256_json
+from dtcache.recipe import canonical_json, sha256_json
 from dtcache.store import contents as contents_module
 from dtcache.store import verify as verify_module
 from dtcache.store.contents import Damage, SamplePlace, read_contents
 from dtcache.store.layout import IMAGES
-from dtcache.store.samples import hash_samples
+from dtcache.store.sample_index import hash_samples
 from dtcache.store.shard import index_bytes, parse_index
-from dtcache.store.verify import Verification, check_object, chosen_objects, log_problem, verify_contents
+from dtcache.store.verify import (
+    Verification,
+    check_object,
+    chosen_objects,
+    log_problem,
+    verify_contents,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +61,9 @@ def begun(tmp_path: Path) -> Path:
 def verify(root: Path, share: float = 1.0, seed: int = 0) -> Verification:
     """Check a cache."""
     contents = read_contents(root)
-    return verify_contents(root, contents, chosen_objects(contents, share, seed), lambda wanted: None)
+    return verify_contents(
+        root, contents, chosen_objects(contents, share, seed), lambda wanted: None
+    )
 
 
 def flip(path: Path, place: int) -> None:
@@ -67,7 +75,8 @@ def flip(path: Path, place: int) -> None:
 
 def swap(first: Path, second: Path) -> None:
     """Let two files change places."""
-    a, b = first.read_bytes(), second.read_bytes()
+    a = first.read_bytes()
+    b = second.read_bytes()
     first.write_bytes(b)
     second.write_bytes(a)
 
@@ -94,7 +103,9 @@ def problem_of(root: Path, name: str) -> Callable[[], object]:
     if name == "extraction.log.json":
         return functools.partial(log_problem, root / name)
     if name in contents.manifest.files:
-        return functools.partial(contents_module.file_problem, root / name, contents.manifest.files[name])
+        return functools.partial(
+            contents_module.file_problem, root / name, contents.manifest.files[name]
+        )
     assert name == "manifest.json" or name.startswith("commits/")
     return lambda: read_contents(root).damage
 
@@ -108,18 +119,23 @@ def found_by(check: Callable[[], object]) -> bool:
 
 
 @pytest.mark.parametrize("state", ["sealed", "begun"])
-def test_every_flipped_byte_and_every_truncation_of_every_file_is_found(root: Path, begun: Path, state: str) -> None:
+def test_every_flipped_byte_and_every_truncation_of_every_file_is_found(
+    root: Path, begun: Path, state: str
+) -> None:
     """One bit flipped in any byte of any file, and any file cut short anywhere, is found; a whole file never is."""
     folder = {"sealed": root, "begun": begun}[state]
     names = [name for name, content in tree(folder).items() if content is not None]
     names += ["extraction.log.json"] * (state == "sealed")
     assert len(names) > 45
     for name in names:
-        path, check = folder / name, problem_of(folder, name)
+        path = folder / name
+        check = problem_of(folder, name)
         content = path.read_bytes()
         assert not found_by(check)
         # tests/store/test_manifest.py flips every other byte of what is parsed anew each time: every tenth here.
-        places = range(0, len(content), 10 if name == "manifest.json" or name.startswith("commits/") else 1)
+        places = range(
+            0, len(content), 10 if name == "manifest.json" or name.startswith("commits/") else 1
+        )
         with open(path, "r+b", buffering=0) as file:
             for place in places:
                 os.pwrite(file.fileno(), bytes([content[place] ^ (1 << place % 8)]), place)
@@ -134,7 +150,9 @@ def test_every_flipped_byte_and_every_truncation_of_every_file_is_found(root: Pa
 
 @pytest.mark.parametrize("state", ["sealed", "begun"])
 @pytest.mark.parametrize("what", ["flipped", "empty", "gone", "longer"])
-def test_each_damaged_file_is_named_and_no_other(root: Path, begun: Path, state: str, what: str) -> None:
+def test_each_damaged_file_is_named_and_no_other(
+    root: Path, begun: Path, state: str, what: str
+) -> None:
     """A whole check after any one file was damaged reports just that file."""
     folder = {"sealed": root, "begun": begun}[state]
     for name, content in tree(folder).items():
@@ -165,9 +183,12 @@ def test_a_damaged_chunk_is_told_by_shard_tap_key_and_view(root: Path) -> None:
     flip(root / wanted.path, 3)
     [damage] = verify(root).damage
     assert damage == Damage(
-        path="data.zarr/t150/stride2/c.1.0.0", reason="1 of its chunks: the checksum does not match", array=FINE,
-        shard=1, samples=(SamplePlace(row=4, key=keys[4], view=0),),
-    )  # fmt: skip
+        path="data.zarr/t150/stride2/c.1.0.0",
+        reason="1 of its chunks: the checksum does not match",
+        array=FINE,
+        shard=1,
+        samples=(SamplePlace(row=4, key=keys[4], view=0),),
+    )
     flip(root / wanted.path, 3)
     flip(root / "data.zarr/images/c.2.0", 3)
     [damage] = verify(root).damage
@@ -210,7 +231,9 @@ def test_two_intact_shards_of_one_size_that_are_swapped(tmp_path: Path) -> None:
     swap(root / names[0], root / names[1])
     found = verify(root).damage
     assert [damage.path for damage in found] == names
-    assert found[0].reason.endswith(f"it is {names[1]}") and found[1].reason.endswith(f"it is {names[0]}")
+    assert found[0].reason.endswith(f"it is {names[1]}") and found[1].reason.endswith(
+        f"it is {names[0]}"
+    )
     assert [s.row for s in found[0].samples] == [0, 1, 2, 3]
 
 
@@ -218,23 +241,37 @@ def test_files_of_another_cache_or_another_tap(root: Path, tmp_path: Path) -> No
     """Intact files of a cache with other numbers, or of another tap of this one, are found wherever they are put."""
     plan = tiny_plan()
     shards = [
-        replace(s, payloads={**s.payloads, FINE: [p[:-1] + bytes([p[-1] ^ 1]) if p else p for p in s.payloads[FINE]]})
+        replace(
+            s,
+            payloads={
+                **s.payloads,
+                FINE: [p[:-1] + bytes([p[-1] ^ 1]) if p else p for p in s.payloads[FINE]],
+            },
+        )
         for s in plan.shards
     ]
-    other = write_cache(tmp_path / "other", replace(plan, shards=shards, recipe=replace(plan.recipe, seed=9)))
+    other = write_cache(
+        tmp_path / "other", replace(plan, shards=shards, recipe=replace(plan.recipe, seed=9))
+    )
     for name in (f"data.zarr/{FINE}/c.0.0.0", "shards.parquet"):
         shutil.copy(other / name, root / name)
         assert {damage.path for damage in verify(root).damage} == {name}
         shutil.copytree(other, tmp_path / name.replace("/", "-"))
         shutil.copy(write_cache(tmp_path / "again", plan) / name, root / name)
-    for name in (f"data.zarr/{FINE}/c.1.0.0", f"data.zarr/{FINE}/zarr.json", f"data.zarr/codec/{FINE}/mean/c.0"):
+    for name in (
+        f"data.zarr/{FINE}/c.1.0.0",
+        f"data.zarr/{FINE}/zarr.json",
+        f"data.zarr/codec/{FINE}/mean/c.0",
+    ):
         shutil.copy(root / name.replace(FINE, COARSE), root / name)
         assert {damage.path for damage in verify(root).damage} == {name}
         shutil.copy(tmp_path / "again" / name, root / name)
     assert verify(root).state == "good"
 
 
-def test_the_manifest_of_another_cache_and_of_another_time(root: Path, begun: Path, tmp_path: Path) -> None:
+def test_the_manifest_of_another_cache_and_of_another_time(
+    root: Path, begun: Path, tmp_path: Path
+) -> None:
     """A manifest that is whole, but not this cache's or no longer, does not make the cache good."""
     plan = tiny_plan()
     stale = (begun / "manifest.json").read_bytes()
@@ -318,7 +355,10 @@ def test_a_commit_record_of_another_cache_is_damage(begun: Path) -> None:
         del record["sha256"]
         path.write_bytes(canonical_json({**record, "sha256": sha256_json(record)}))
         [damage] = verify(begun).damage
-        assert (damage.path, damage.reason) == ("commits/000001.json", "the record belongs to another cache")
+        assert (damage.path, damage.reason) == (
+            "commits/000001.json",
+            "the record belongs to another cache",
+        )
         path.write_bytes(content)
     path.rename(path.with_name("1of2.json"))
     found = verify(begun)
@@ -374,7 +414,9 @@ def test_no_cache_and_a_newer_one(tmp_path: Path, root: Path) -> None:
     with pytest.raises(CacheNotFoundError, match=r"is not a cache: expected manifest\.json in it"):
         verify(tmp_path)
     (root / "manifest.json").write_text('{"format":2}')
-    with pytest.raises(CacheFormatError, match="expected format 1, got 2; install the dtcache that wrote it"):
+    with pytest.raises(
+        CacheFormatError, match="expected format 1, got 2; install the dtcache that wrote it"
+    ):
         verify(root)
 
 
@@ -384,7 +426,9 @@ def test_small_and_empty_caches_are_good(tmp_path: Path, what: str) -> None:
     plan = tiny_plan()
     shards = plan.shards
     if what == "all zeros":
-        shards = [replace(s, payloads={n: [b""] * len(p) for n, p in s.payloads.items()}) for s in shards]
+        shards = [
+            replace(s, payloads={n: [b""] * len(p) for n, p in s.payloads.items()}) for s in shards
+        ]
     else:
         first = shards[0]
         payloads = {n: p[: 1 if n == IMAGES else VIEWS] for n, p in first.payloads.items()}

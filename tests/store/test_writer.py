@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from store.builders import FAILED_ROW, FINE, begin, tiny_plan, tree, write_cache
 
-from dtcache import storage
+from dtcache import atomic_files as storage
+from dtcache.atomic_files import FolderLock, file_sha256
 from dtcache.errors import (
     CacheBusyError,
     CacheDamagedError,
@@ -23,11 +24,10 @@ from dtcache.errors import (
     CacheMismatchError,
     DiskError,
 )
-from dtcache.spec import sha256_json
-from dtcache.storage import FolderLock, file_sha256
+from dtcache.recipe import sha256_json
 from dtcache.store.commits import read_commits, total_sums, write_commit
 from dtcache.store.manifest import read_manifest
-from dtcache.store.samples import parquet_bytes, read_table
+from dtcache.store.sample_index import parquet_bytes, read_table
 from dtcache.store.writer import CacheWriter, require_ours
 
 
@@ -57,8 +57,14 @@ def test_create_write_seal(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path)
     assert manifest.state == "sealed"
     assert manifest.sums == total_sums(records[s] for s in range(3))
-    listed = {*manifest.files, *read_table(tmp_path / "shards.parquet")["path"].to_pylist(), "manifest.json"}
-    assert listed == {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    listed = {
+        *manifest.files,
+        *read_table(tmp_path / "shards.parquet")["path"].to_pylist(),
+        "manifest.json",
+    }
+    assert listed == {
+        p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()
+    }
     assert all(file_sha256(tmp_path / name) == sha256 for name, sha256 in manifest.files.items())
 
 
@@ -118,7 +124,9 @@ def test_failures_are_known_before_and_after_sealing(tmp_path: Path) -> None:
     assert writer.failures == wanted
     assert CacheWriter.resume(tmp_path).failures == wanted
     (tmp_path / "commits").mkdir()
-    write_commit(tmp_path, records[2])  # killed while the records were being deleted: two of three are gone
+    write_commit(
+        tmp_path, records[2]
+    )  # killed while the records were being deleted: two of three are gone
     assert CacheWriter.resume(tmp_path).failures == wanted
 
 
@@ -164,10 +172,15 @@ def test_missing_or_short_committed_object_is_reported(tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-1])
     size = len(content)
-    with pytest.raises(CacheDamagedError, match=rf"c\.0\.0\.0: expected {size} bytes, got {size - 1} bytes; delete"):
+    with pytest.raises(
+        CacheDamagedError, match=rf"c\.0\.0\.0: expected {size} bytes, got {size - 1} bytes; delete"
+    ):
         CacheWriter.resume(root)
     path.unlink()
-    with pytest.raises(CacheDamagedError, match=rf"expected {size} bytes, got no file; delete .*000000.json and run"):
+    with pytest.raises(
+        CacheDamagedError,
+        match=rf"expected {size} bytes, got no file; delete .*000000.json and run",
+    ):
         CacheWriter.resume(root)
     (root / "commits" / "000000.json").unlink()
     assert tree(write_cache(root, plan)) == tree(tmp_path / "whole")
@@ -188,14 +201,18 @@ def test_a_resume_removes_nothing_from_a_damaged_cache(tmp_path: Path) -> None:
         content = (root / name).read_bytes()
         (root / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         before = tree(root)
-        with pytest.raises(CacheDamagedError, match=rf"{name}: missing or not as the manifest says; run dtcache"):
+        with pytest.raises(
+            CacheDamagedError, match=rf"{name}: missing or not as the manifest says; run dtcache"
+        ):
             CacheWriter.resume(root)
         assert tree(root) == before
         (root / name).write_bytes(content)
     write_cache(root, plan)
     (root / "manifest.json").write_bytes(stale)
     before = tree(root)
-    with pytest.raises(CacheDamagedError, match=r"samples\.parquet: missing or not as the manifest says"):
+    with pytest.raises(
+        CacheDamagedError, match=r"samples\.parquet: missing or not as the manifest says"
+    ):
         CacheWriter.resume(root)
     assert tree(root) == before
 
@@ -211,7 +228,8 @@ def test_seal_refuses_samples_that_the_recipe_does_not_name(tmp_path: Path) -> N
     other = table.set_column(1, table.schema.field("key"), [keys])
     (tmp_path / "samples.parquet").write_bytes(parquet_bytes(other))
     with pytest.raises(
-        CacheDamagedError, match=r"samples\.parquet: not the samples that the recipe names; delete this"
+        CacheDamagedError,
+        match=r"samples\.parquet: not the samples that the recipe names; delete this",
     ):
         CacheWriter.resume(tmp_path).seal()
     assert read_manifest(tmp_path).state == "writing"
@@ -235,7 +253,8 @@ def test_foreign_folder_is_refused(tmp_path: Path) -> None:
     require_ours(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(
-        CacheMismatchError, match=r"not empty and not a cache: found notes.txt; give an --out that is new"
+        CacheMismatchError,
+        match=r"not empty and not a cache: found notes.txt; give an --out that is new",
     ):
         begin(tmp_path, tiny_plan())
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -255,7 +274,9 @@ class FullDisk:
     """`open` of the store's storage, but the n-th write finds no space after half of its bytes."""
 
     def __init__(self, fail_at: int, code: int = errno.ENOSPC) -> None:
-        self.fail_at, self.code, self.writes = fail_at, code, 0
+        self.fail_at = fail_at
+        self.code = code
+        self.writes = 0
 
     def open(self, path: Path, mode: str) -> Any:
         """Open a file whose write may fail."""
@@ -296,26 +317,35 @@ def test_full_disk_while_laying_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace_fails)
-        with pytest.raises(DiskError, match=r"cannot write .*data\.zarr: No space left on device; free some space"):
+        with pytest.raises(
+            DiskError, match=r"cannot write .*data\.zarr: No space left on device; free some space"
+        ):
             begin(tmp_path / "a", plan)
     for fail_at in (1, 2):
         with monkeypatch.context() as patch:
             patch.setattr(storage, "open", FullDisk(fail_at).open, raising=False)
-            with pytest.raises(DiskError, match=r"cannot write .*(samples|manifest).* bytes.*free some space"):
+            with pytest.raises(
+                DiskError, match=r"cannot write .*(samples|manifest).* bytes.*free some space"
+            ):
                 begin(tmp_path / "a", plan)
         assert not (tmp_path / "a" / "manifest.json").exists()
     assert tree(write_cache(tmp_path / "a", plan)) == tree(write_cache(tmp_path / "b", plan))
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
-def test_full_disk_while_writing_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int) -> None:
+def test_full_disk_while_writing_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int
+) -> None:
     """ENOSPC at any file of a shard gives DiskError with advice, commits nothing, and the same writer can go on."""
     plan = tiny_plan()
     writer = begin(tmp_path / "a", plan)
     writer.write_shard(plan.shards[0])
     with monkeypatch.context() as patch:
         patch.setattr(storage, "open", FullDisk(fail_at).open, raising=False)
-        with pytest.raises(DiskError, match=r"cannot write .* \(\d+ bytes\): No space left on device; free some space"):
+        with pytest.raises(
+            DiskError,
+            match=r"cannot write .* \(\d+ bytes\): No space left on device; free some space",
+        ):
             writer.write_shard(plan.shards[1])
     assert writer.missing == [1, 2]
     assert sorted(read_commits(tmp_path / "a")) == [0]
@@ -328,7 +358,9 @@ def test_full_disk_while_writing_a_shard(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3])
-def test_full_disk_while_sealing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int) -> None:
+def test_full_disk_while_sealing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int
+) -> None:
     """ENOSPC at either index or the manifest leaves the cache unsealed with all records, and a resume seals it."""
     plan = tiny_plan()
     writer = begin(tmp_path / "a", plan)
@@ -336,7 +368,9 @@ def test_full_disk_while_sealing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         writer.write_shard(data)
     with monkeypatch.context() as patch:
         patch.setattr(storage, "open", FullDisk(fail_at).open, raising=False)
-        with pytest.raises(DiskError, match="free some space and run the same command again: it resumes"):
+        with pytest.raises(
+            DiskError, match="free some space and run the same command again: it resumes"
+        ):
             writer.seal()
     assert read_manifest(tmp_path / "a").state == "writing"
     assert sorted(read_commits(tmp_path / "a")) == [0, 1, 2]
@@ -366,14 +400,20 @@ def test_failing_disk_gives_other_advice(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_any_failing_fsync_or_rename_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_any_failing_fsync_or_rename_of_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """EIO at any fsync or rename is DiskError; what a resume makes of it, or the same writer, is exact."""
     plan = tiny_plan()
     wanted = tree(write_cache(tmp_path / "undisturbed", plan))
-    real, calls = getattr(os, name), 0
-    fail_at, failed = 0, True
+    real = getattr(os, name)
+    calls = 0
+    fail_at = 0
+    failed = True
     while failed:
-        fail_at, failed, calls = fail_at + 1, False, 0
+        fail_at = fail_at + 1
+        failed = False
+        calls = 0
         root = tmp_path / f"{fail_at}"
         writer = begin(root, plan)
 
@@ -402,12 +442,15 @@ def test_any_failing_fsync_or_rename_of_a_shard(tmp_path: Path, monkeypatch: pyt
     assert fail_at == {"fsync": 8, "replace": 4}[name] + 1
 
 
-def test_data_is_durable_before_its_commit_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_durable_before_its_commit_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each file is fsynced before its rename, and each folder after it, before the commit record is begun."""
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     events: list[tuple[str, str]] = []
-    real_fsync, real_replace = os.fsync, os.replace
+    real_fsync = os.fsync
+    real_replace = os.replace
 
     def fsync(handle: int) -> None:
         events.append(("fsync", os.readlink(f"/proc/self/fd/{handle}")))
@@ -427,7 +470,11 @@ def test_data_is_durable_before_its_commit_record(tmp_path: Path, monkeypatch: p
     for array in plan.arrays.values():
         target = tmp_path / array.object_path(0)
         renamed = events.index(("rename", str(target)))
-        (temporary,) = (name for name in synced if re.fullmatch(rf"{target.parent}/\.tmp-\w+-{target.name}", name))
+        (temporary,) = (
+            name
+            for name in synced
+            if re.fullmatch(rf"{target.parent}/\.tmp-\w+-{target.name}", name)
+        )
         assert synced[temporary] < renamed
         assert any(event == ("fsync", str(target.parent)) for event in events[renamed:begun])
     assert begun < events.index(("rename", commit))
@@ -437,7 +484,7 @@ def test_data_is_durable_before_its_commit_record(tmp_path: Path, monkeypatch: p
 _HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from dtcache.storage import FolderLock
+from dtcache.atomic_files import FolderLock
 with FolderLock(Path(sys.argv[1])):
     child = subprocess.Popen(["sleep", "60"], close_fds=False)
     print("held", child.pid, flush=True)
@@ -451,11 +498,16 @@ def test_lock_admits_one_and_dies_with_its_process(tmp_path: Path) -> None:
     A child of the first that outlives it, and inherits what it may, does not keep it.
     """
     folder = tmp_path / "new" / "cache"
-    with subprocess.Popen([sys.executable, "-c", _HOLDER, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None
         held, child = holder.stdout.readline().split()
         assert held == "held"
-        with pytest.raises(CacheBusyError, match="cache is being written by another process; wait for it or stop it"):
+        with pytest.raises(
+            CacheBusyError,
+            match="cache is being written by another process; wait for it or stop it",
+        ):
             FolderLock(folder)
         holder.kill()
         holder.wait()
@@ -469,5 +521,7 @@ def test_lock_admits_one_and_dies_with_its_process(tmp_path: Path) -> None:
 def test_lock_where_no_folder_can_be(tmp_path: Path) -> None:
     """A path under a file gives DiskError that names it."""
     (tmp_path / "file").touch()
-    with pytest.raises(DiskError, match=r"cannot write .*file/cache: Not a directory; check the disk"):
+    with pytest.raises(
+        DiskError, match=r"cannot write .*file/cache: Not a directory; check the disk"
+    ):
         FolderLock(tmp_path / "file" / "cache")

@@ -33,7 +33,8 @@ def crashed_states(before: Tree, log: list[Operation]) -> dict[str, tuple[str, T
 
     States that differ in nothing but what lies below .tmp-data.zarr count as few: the next run deletes it unread.
     """
-    disk, states = Disk(before), dict[str, tuple[str, Tree]]()
+    disk = Disk(before)
+    states = dict[str, tuple[str, Tree]]()
     for place in range(len(log) + 1):
         for crash, lost in CRASHES.items():
             left = disk.left(**lost)
@@ -46,19 +47,25 @@ def crashed_states(before: Tree, log: list[Operation]) -> dict[str, tuple[str, T
     return states
 
 
-def assert_resumes(states: dict[str, tuple[str, Tree]], folder: Path, plan: Plan, wanted: Tree) -> None:
+def assert_resumes(
+    states: dict[str, tuple[str, Tree]], folder: Path, plan: Plan, wanted: Tree
+) -> None:
     """Check that a whole cache comes out of every state, and that verify calls none of them damaged."""
     for number, (how, left) in enumerate(states.values()):
         root = lay_out(left, folder / f"{number:04}")
         if "manifest.json" in left:
             contents = read_contents(root)
-            found = verify_contents(root, contents, chosen_objects(contents, 1.0, 0), lambda wanted: None)
+            found = verify_contents(
+                root, contents, chosen_objects(contents, 1.0, 0), lambda wanted: None
+            )
             assert found.damage == (), how
         assert tree(write_cache(root, plan)) == wanted, how
         shutil.rmtree(root)
 
 
-def test_a_crash_after_any_operation_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_after_any_operation_resumes_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From every prefix of the operation log of three shards, whatever no fsync kept lost or not, a resume is exact."""
     plan = tiny_plan()
     root = tmp_path / "cache"
@@ -66,7 +73,8 @@ def test_a_crash_after_any_operation_resumes_to_the_same_bytes(tmp_path: Path, m
     with monkeypatch.context() as patch:
         recorder = Recorder(root, patch)
         write_cache(root, plan)
-    wanted, log = tree(root), recorder.log
+    wanted = tree(root)
+    log = recorder.log
     disk = Disk({})
     for operation in log:
         disk.apply(operation)
@@ -81,7 +89,9 @@ def test_a_crash_after_any_operation_resumes_to_the_same_bytes(tmp_path: Path, m
     assert_resumes(states, tmp_path, plan, wanted)
 
 
-def test_a_crash_without_any_fsync_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_without_any_fsync_would_be_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The simulation has teeth: without the fsyncs, power cuts leave committed shards that are not as written."""
     plan = tiny_plan()
     root = tmp_path / "cache"
@@ -89,14 +99,20 @@ def test_a_crash_without_any_fsync_would_be_noticed(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         recorder = Recorder(root, patch)
         write_cache(root, plan)
-    files = {o.path for o in recorder.log if o.kind == "create" and "c.1" in o.path and "codec" not in o.path}
+    files = {
+        o.path
+        for o in recorder.log
+        if o.kind == "create" and "c.1" in o.path and "codec" not in o.path
+    }
     careless = [o for o in recorder.log if o.kind != "fsync" or o.path not in files]
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     with pytest.raises(AssertionError, match="un-fsynced writes lost after operation"):
         assert_resumes(crashed_states({}, careless), tmp_path, plan, tree(root))
 
 
-def test_a_second_crash_while_resuming_is_no_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_crash_while_resuming_is_no_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A resume that is cut short itself, at any operation, leaves a state that the next resume finishes exactly."""
     plan = tiny_plan()
     with monkeypatch.context() as patch:
@@ -104,7 +120,11 @@ def test_a_second_crash_while_resuming_is_no_worse(tmp_path: Path, monkeypatch: 
         wanted = tree(write_cache(tmp_path / "undisturbed", plan))
         root = tmp_path / "cache"
         begin(root, plan).write_shard(plan.shards[0])
-    for path in ("data.zarr/images/c.1.0", "data.zarr/images/.tmp-c.2.0", "commits/.tmp-000001.json"):
+    for path in (
+        "data.zarr/images/c.1.0",
+        "data.zarr/images/.tmp-c.2.0",
+        "commits/.tmp-000001.json",
+    ):
         (root / path).write_bytes(b"left by the first kill")
     before = tree(root)
     with monkeypatch.context() as patch:
@@ -122,7 +142,7 @@ import os, pickle, sys
 from pathlib import Path
 import zarr
 from store.builders import begin
-from dtcache.storage import FolderLock
+from dtcache.atomic_files import FolderLock
 plan, root = pickle.loads(Path(sys.argv[2]).read_bytes()), Path(sys.argv[1])
 print("torch" in sys.modules or "numba" in sys.modules, flush=True)
 for line in sys.stdin:
@@ -146,19 +166,30 @@ def kill_and_resume(folder: Path, kills: int) -> None:
     """
     plan = tiny_plan()
     (folder / "plan.pickle").write_bytes(pickle.dumps(plan))
-    root, wanted = folder / "cache", tree(write_cache(folder / "undisturbed", plan))
-    where = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(dtcache.__file__).parents[1])])
+    root = folder / "cache"
+    wanted = tree(write_cache(folder / "undisturbed", plan))
+    where = os.pathsep.join(
+        [str(Path(__file__).parents[1]), str(Path(dtcache.__file__).parents[1])]
+    )
     command = [sys.executable, "-c", _WRITERS, str(root), str(folder / "plan.pickle")]
-    moments, done, killed, seconds = random.Random(5), False, 0, 0.0
+    moments = random.Random(5)
+    done = False
+    killed = 0
+    seconds = 0.0
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": where}
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": where},
     ) as server:
         assert server.stdin is not None and server.stdout is not None
         assert server.stdout.readline() == "False\n"
         while killed < kills or not done:
             server.stdin.write("\n")
             server.stdin.flush()
-            child, began = int(server.stdout.readline()), time.monotonic()
+            child = int(server.stdout.readline())
+            began = time.monotonic()
             if seconds and killed < kills:
                 time.sleep(moments.uniform(0, seconds))
                 with contextlib.suppress(ProcessLookupError):  # it was done by then

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dtcache.errors import ConfigError, DiskError
-from dtcache.spec import ViewSpec
+from dtcache.recipe import ViewSpec
 from dtcache.student import (
     Backbone,
     load_backbone,
@@ -25,7 +25,14 @@ from dtcache.student import (
     synchronise_batch_norm,
 )
 
-NAMES = ("resnet18", "resnet50", "convnext_atto", "mobilenetv3_small_100", "efficientnet_b0", "regnetx_002")
+NAMES = (
+    "resnet18",
+    "resnet50",
+    "convnext_atto",
+    "mobilenetv3_small_100",
+    "efficientnet_b0",
+    "regnetx_002",
+)
 VIEW = ViewSpec(height=24, width=48, fit="stretch")
 SMALL = "resnet10t"
 
@@ -66,13 +73,18 @@ def test_timm_reads_the_folder_back_exactly(name: str, tmp_path: Path) -> None:
     save_backbone(backbone, tmp_path, input_size=(64, 96), view=VIEW)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
-    ours, theirs = backbone.model.state_dict(), plain.state_dict()
+    ours = backbone.model.state_dict()
+    theirs = plain.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     pyramid = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()
     with torch.no_grad():
         assert torch.equal(plain(images()), backbone.model(images()))
-        coarse = [x for x, r in zip(pyramid(images()), pyramid.feature_info.reduction(), strict=True) if r >= 4]
+        coarse = [
+            x
+            for x, r in zip(pyramid(images()), pyramid.feature_info.reduction(), strict=True)
+            if r >= 4
+        ]
         assert all(torch.equal(a, b) for a, b in zip(coarse, backbone(images()), strict=True))
 
 
@@ -81,7 +93,10 @@ def test_timm_learns_how_to_normalise_and_resize(saved: Path) -> None:
     model = timm.create_model(f"local-dir:{saved}", pretrained=True, num_classes=0)
     data = timm.data.resolve_model_data_config(model)
     assert (tuple(data["input_size"]), data["crop_mode"]) == ((3, 48, 96), "squash")
-    assert (tuple(data["mean"]), tuple(data["std"])) == (backbone_of(SMALL).mean, backbone_of(SMALL).std)
+    assert (tuple(data["mean"]), tuple(data["std"])) == (
+        backbone_of(SMALL).mean,
+        backbone_of(SMALL).std,
+    )
     assert "dtcache" not in model.pretrained_cfg
 
 
@@ -89,8 +104,15 @@ def test_channels_last_and_training_weights_are_saved_too(tmp_path: Path) -> Non
     """A backbone in channels-last memory and training mode saves the same bytes as one that is not."""
     backbone = make_backbone(SMALL, init=None, seed=3)
     save_backbone(backbone, tmp_path / "a", input_size=(32, 32), view=VIEW)
-    save_backbone(backbone.to(memory_format=torch.channels_last), tmp_path / "b", input_size=(32, 32), view=VIEW)
-    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    save_backbone(
+        backbone.to(memory_format=torch.channels_last),
+        tmp_path / "b",
+        input_size=(32, 32),
+        view=VIEW,
+    )
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (
+        tmp_path / "b/model.safetensors"
+    ).read_bytes()
 
 
 def test_random_weights_are_a_function_of_the_seed() -> None:
@@ -120,27 +142,41 @@ def test_a_saved_folder_starts_another_backbone(saved: Path) -> None:
     assert torch.equal(torch.rand(3), untouched)
     for net in (loaded, again):
         expected = backbone_of(SMALL).model.state_dict()
-        assert all(torch.equal(value, expected[key]) for key, value in net.model.state_dict().items())
-    with pytest.raises(ConfigError, match=r"--init .*backbone: expected a backbone of resnet18, got one of resnet10t"):
+        assert all(
+            torch.equal(value, expected[key]) for key, value in net.model.state_dict().items()
+        )
+    with pytest.raises(
+        ConfigError,
+        match=r"--init .*backbone: expected a backbone of resnet18, got one of resnet10t",
+    ):
         make_backbone("resnet18", init=str(saved), seed=0)
 
 
 def test_names_that_cannot_serve_are_refused_with_advice() -> None:
     """A misspelt name gets suggestions, a wrong tag its name, a network without a pyramid an explanation."""
-    with pytest.raises(ConfigError, match=r"resnet5O: timm .* has no network of this name; did you mean resnet5"):
+    with pytest.raises(
+        ConfigError, match=r"resnet5O: timm .* has no network of this name; did you mean resnet5"
+    ):
         make_backbone("resnet5O", init=None, seed=0)
     with pytest.raises(ConfigError, match=r"\?{9}: .*resnet50 is one"):
         make_backbone("?????????", init=None, seed=0)
-    with pytest.raises(ConfigError, match=r"timm cannot make resnet18\.nope with random weights .*nope"):
+    with pytest.raises(
+        ConfigError, match=r"timm cannot make resnet18\.nope with random weights .*nope"
+    ):
         make_backbone("resnet18.nope", init=None, seed=0)
-    with pytest.raises(ConfigError, match=r"a feature pyramid .* or a plain ViT, got strides 12, 17; .*resnet50"):
+    with pytest.raises(
+        ConfigError, match=r"a feature pyramid .* or a plain ViT, got strides 12, 17; .*resnet50"
+    ):
         make_backbone("crossvit_tiny_240", init=None, seed=0)
 
 
 def test_a_network_of_one_input_size_says_so() -> None:
     """Swin serves 224 pixels only; another size is refused instead of a traceback out of timm."""
     backbone = make_backbone("swin_tiny_patch4_window7_224", init=None, seed=0)
-    with pytest.raises(ConfigError, match=r"swin_tiny.*expected images of 224x224 pixels.*got 64x96; give that size"):
+    with pytest.raises(
+        ConfigError,
+        match=r"swin_tiny.*expected images of 224x224 pixels.*got 64x96; give that size",
+    ):
         backbone(images())
 
 
@@ -150,7 +186,9 @@ def _edited(**changes: object) -> bytes:
         "pretrained_cfg": {"input_size": [3, 48, 96], "mean": [0.5] * 3, "std": [0.5] * 3},
         "dtcache": {"view": {"height": 24, "width": 48, "fit": "crop"}},
     }
-    config["pretrained_cfg"].update({k: v for k, v in changes.items() if k in config["pretrained_cfg"]})  # type: ignore[attr-defined]
+    config["pretrained_cfg"].update(
+        {k: v for k, v in changes.items() if k in config["pretrained_cfg"]}
+    )  # type: ignore[attr-defined]
     config.update({k: v for k, v in changes.items() if k in config})
     return json.dumps(config).encode()
 
@@ -166,7 +204,10 @@ def _edited(**changes: object) -> bytes:
         (_edited(mean=[0.5, 0.5]), "not enough values"),
         (_edited(mean=[0.5, 0.5, float("nan")]), "not three finite numbers"),
         (_edited(std=[0.5, 0.5, 0.0]), "is not positive"),
-        (_edited(dtcache={"view": {"height": 24, "width": 48, "fit": "zoom"}}), "'zoom' is neither crop nor stretch"),
+        (
+            _edited(dtcache={"view": {"height": 24, "width": 48, "fit": "zoom"}}),
+            "'zoom' is neither crop nor stretch",
+        ),
         (_edited(dtcache=[]), "not the configuration of a backbone"),
         (b"[1]", "expected a JSON object, got list"),
         (b"{", "not JSON"),
@@ -190,13 +231,17 @@ def test_weights_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> Non
         load_backbone(saved)
     save_backbone(backbone_of("resnet18"), tmp_path / "other", input_size=(32, 32), view=VIEW)
     weights.write_bytes((tmp_path / "other/model.safetensors").read_bytes())
-    with pytest.raises(ConfigError, match=r"not the weights of resnet10t \(Error.*(Missing|Unexpected) key"):
+    with pytest.raises(
+        ConfigError, match=r"not the weights of resnet10t \(Error.*(Missing|Unexpected) key"
+    ):
         load_backbone(saved)
     weights.unlink()
     (saved / "pytorch_model.bin").write_bytes(b"\x80\x04garbage")
     with pytest.raises(ConfigError, match=r"model\.safetensors: the weights are missing"):
         load_backbone(saved)
-    with pytest.raises(ConfigError, match=r"nowhere/config\.json: missing; expected a backbone folder"):
+    with pytest.raises(
+        ConfigError, match=r"nowhere/config\.json: missing; expected a backbone folder"
+    ):
         load_backbone(tmp_path / "nowhere")
 
 
@@ -205,14 +250,19 @@ def test_weights_that_are_not_finite_are_refused(saved: Path) -> None:
     weights = safetensors.torch.load_file(saved / "model.safetensors")
     weights["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
     safetensors.torch.save_file(weights, saved / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"not the weights of resnet10t \(some of them are not finite\); export"):
+    with pytest.raises(
+        ConfigError, match=r"not the weights of resnet10t \(some of them are not finite\); export"
+    ):
         load_backbone(saved)
 
 
-def test_a_larger_network_than_its_file_takes_no_memory(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_larger_network_than_its_file_takes_no_memory(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An architecture that the file is too small for is refused before it is made anywhere but on the meta device."""
     (saved / "config.json").write_bytes(_edited(architecture="resnet101"))
-    create, devices = timm.create_model, set()
+    create = timm.create_model
+    devices = set()
 
     def watched(*args: Any, **kwargs: Any) -> nn.Module:
         network = create(*args, **kwargs)
@@ -220,14 +270,20 @@ def test_a_larger_network_than_its_file_takes_no_memory(saved: Path, monkeypatch
         return network
 
     monkeypatch.setattr(timm, "create_model", watched)
-    with pytest.raises(ConfigError, match=r"not the weights of resnet101 \(its configuration asks for \d+ bytes, the"):
+    with pytest.raises(
+        ConfigError,
+        match=r"not the weights of resnet101 \(its configuration asks for \d+ bytes, the",
+    ):
         load_backbone(saved)
     assert devices == {"meta"}
 
 
-def test_a_network_that_computes_while_it_is_built_loads(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_computes_while_it_is_built_loads(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Older versions of timm do, so that its size cannot be told beforehand; that is no reason to refuse it."""
-    create, numbers = timm.create_model, []
+    create = timm.create_model
+    numbers = []
 
     def computing(*args: Any, **kwargs: Any) -> nn.Module:
         numbers.append(torch.linspace(0, 1, 2)[1].item())
@@ -237,21 +293,28 @@ def test_a_network_that_computes_while_it_is_built_loads(saved: Path, monkeypatc
     loaded, _, _ = load_backbone(saved)
     assert numbers == [1]
     expected = backbone_of(SMALL).model.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in loaded.model.state_dict().items())
+    assert all(
+        torch.equal(value, expected[key]) for key, value in loaded.model.state_dict().items()
+    )
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     """A file where a folder should be is a DiskError, no traceback."""
     (tmp_path / "file").touch()
-    with pytest.raises(DiskError, match=r"cannot write .*/file: File exists; check the disk and its rights"):
-        save_backbone(backbone_of(SMALL), tmp_path / "file/backbone", input_size=(48, 96), view=VIEW)
+    with pytest.raises(
+        DiskError, match=r"cannot write .*/file: File exists; check the disk and its rights"
+    ):
+        save_backbone(
+            backbone_of(SMALL), tmp_path / "file/backbone", input_size=(48, 96), view=VIEW
+        )
 
 
 @pytest.mark.parametrize("size", [(16, 24), (32, 48), (40, 33), (8, 10)])
 def test_student_input_resizes_as_pillow_does(size: tuple[int, int]) -> None:
     """Enlarging is plain bilinear, shrinking antialiased, both as in Pillow's float images; then mean and std."""
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 24), np.uint8)
-    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.5)
+    mean = (0.4, 0.5, 0.6)
+    std = (0.2, 0.25, 0.5)
     got = student_input(torch.from_numpy(pixels), size, mean, std).numpy()
     for b, c in np.ndindex(2, 3):
         plane = Image.fromarray(pixels[b, c].astype(np.float32) / 255)
@@ -267,7 +330,9 @@ class LinearNet(nn.Module):
         self.pretrained_cfg = {"architecture": "linear", "input_size": (3, 8, 8)}
         self.feature_info = [{"num_chs": 4, "reduction": 4}, {"num_chs": 4, "reduction": 8}]
         self.conv = nn.Conv2d(3, 4, 1)
-        self.first, self.drop, self.second = nn.BatchNorm2d(4), nn.Dropout(0.5), nn.BatchNorm2d(4, momentum=0.3)
+        self.first = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.5)
+        self.second = nn.BatchNorm2d(4, momentum=0.3)
 
     def forward_intermediates(self, x_BCHW: Tensor, **options: object) -> list[Tensor]:
         """Return the last map (B, 4, H, W)."""
@@ -285,12 +350,20 @@ def test_batch_norm_statistics_are_averages_over_batches() -> None:
     backbone = linear_backbone()
     net = backbone.model
     batches = [images(5, 8, 8) * 2 + 1, images(3, 8, 8) - 4, images(4, 8, 8) * 0.5]
-    weight, bias = net.conv.weight.detach().numpy()[:, :, 0, 0].copy(), net.conv.bias.detach().numpy().copy()
+    weight = net.conv.weight.detach().numpy()[:, :, 0, 0].copy()
+    bias = net.conv.bias.detach().numpy().copy()
     backbone.train()
     recalibrate_batch_norm(backbone, batches)
-    maps = [np.einsum("oc,bchw->obhw", weight, x.numpy()).reshape(4, -1) + bias[:, None] for x in batches]
-    np.testing.assert_allclose(net.first.running_mean, np.mean([m.mean(1) for m in maps], 0), rtol=1e-5)
-    np.testing.assert_allclose(net.first.running_var, np.mean([m.var(1, ddof=1) for m in maps], 0), rtol=1e-5)
+    maps = [
+        np.einsum("oc,bchw->obhw", weight, x.numpy()).reshape(4, -1) + bias[:, None]
+        for x in batches
+    ]
+    np.testing.assert_allclose(
+        net.first.running_mean, np.mean([m.mean(1) for m in maps], 0), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        net.first.running_var, np.mean([m.var(1, ddof=1) for m in maps], 0), rtol=1e-5
+    )
     # Normalised by the batch and with dropout off, the second norm sees zero mean and unit variance.
     np.testing.assert_allclose(net.second.running_mean, 0, atol=1e-5)
     np.testing.assert_allclose(net.second.running_var, 1, atol=1e-2)
@@ -316,8 +389,12 @@ def test_only_the_named_batch_norms_are_recalibrated() -> None:
 
 def test_a_network_without_batch_norm_draws_no_batch() -> None:
     """ConvNeXt has layer norms only, so that recalibration asks for no image at all."""
-    before = {key: value.clone() for key, value in backbone_of("convnext_atto").model.state_dict().items()}
-    recalibrate_batch_norm(backbone_of("convnext_atto"), (pytest.fail("a batch was drawn") for _ in range(1)))
+    before = {
+        key: value.clone() for key, value in backbone_of("convnext_atto").model.state_dict().items()
+    }
+    recalibrate_batch_norm(
+        backbone_of("convnext_atto"), (pytest.fail("a batch was drawn") for _ in range(1))
+    )
     after = backbone_of("convnext_atto").model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
 

@@ -24,7 +24,9 @@ def shaken(regressor: FeatureRegressor) -> FeatureRegressor:
     generator = torch.Generator().manual_seed(1)
     for name, value in regressor.state_dict().items():
         if value.is_floating_point():
-            value.copy_(0.4 * torch.randn(value.shape, generator=generator) + (1.5 if "var" in name else 0))
+            value.copy_(
+                0.4 * torch.randn(value.shape, generator=generator) + (1.5 if "var" in name else 0)
+            )
             value.abs_() if "var" in name else value
     return regressor.eval()
 
@@ -32,7 +34,8 @@ def shaken(regressor: FeatureRegressor) -> FeatureRegressor:
 @pytest.mark.parametrize("kind", ["fpn", "fpn-attention", "pafpn", "fpn-ppm"])
 def test_every_kind_is_its_papers_formula(kind: str) -> None:
     """Predictions equal a second implementation in NumPy, on an odd pyramid whose steps are not all 2."""
-    grids, channels = ((9, 14), (5, 7), (3, 4)), (3, 4, 5)
+    grids = ((9, 14), (5, 7), (3, 4))
+    channels = (3, 4, 5)
     targets = {"fine": (2, 9, 14), "coarse": (3, 3, 4)}
     regressor = shaken(FeatureRegressor(channels, grids, targets, 6, kind))
     rng = np.random.default_rng(0)
@@ -43,7 +46,9 @@ def test_every_kind_is_its_papers_formula(kind: str) -> None:
         found = regressor([torch.from_numpy(x).float() for x in xs])
     for name, wanted in expected.items():
         assert float(np.abs(wanted).max()) > 0.1
-        np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=1e-4 * float(np.abs(wanted).max()))
+        np.testing.assert_allclose(
+            found[name], wanted, rtol=1e-4, atol=1e-4 * float(np.abs(wanted).max())
+        )
 
 
 def test_the_default_regressor_stays_what_it_was() -> None:
@@ -54,12 +59,15 @@ def test_the_default_regressor_stays_what_it_was() -> None:
     assert next(iter(items))[0] == "pooling.branches.0.0.weight"
     digest = hashlib.sha256("".join(f"{k}{tuple(v.shape)}" for k, v in items).encode()).hexdigest()
     assert digest[:16] == "bd7371cee0bbb648"
-    assert float(regressor.heads[0].weight[0, 0, 0, 0].detach()) == pytest.approx(-0.0161950, rel=1e-5)
+    assert float(regressor.heads[0].weight[0, 0, 0, 0].detach()) == pytest.approx(
+        -0.0161950, rel=1e-5
+    )
 
 
 def test_attention_starts_as_the_identity_and_then_sees_the_whole_map() -> None:
     """Wang et al. start the block's last normalisation at zero; with another value a corner reaches its opposite."""
-    block, x = NonLocal(8).eval(), torch.randn(1, 8, 5, 6)
+    block = NonLocal(8).eval()
+    x = torch.randn(1, 8, 5, 6)
     assert torch.equal(block(x), x)
     torch.nn.init.ones_(block.out[1].weight)
     changed = x.clone()
@@ -70,7 +78,8 @@ def test_attention_starts_as_the_identity_and_then_sees_the_whole_map() -> None:
 def test_the_bottom_up_branch_starts_at_the_finest_level() -> None:
     """PaFPN's coarse prediction changes with the finest map alone, which an FPN's does not; its finest level stays."""
     targets = {"a": (5, 4, 4)}
-    xs, changed = maps(), maps()
+    xs = maps()
+    changed = maps()
     changed[1:] = xs[1:]
     for kind, reaches in (("fpn", False), ("pafpn", True)):
         regressor = FeatureRegressor(CHANNELS, GRIDS, targets, 16, kind).eval()
@@ -98,7 +107,9 @@ def test_each_tap_gets_a_head_on_the_level_of_its_grid() -> None:
 
 def test_two_timesteps_of_one_tap_share_a_level_but_not_a_head() -> None:
     """Every (tap, timestep) has its own 1x1 head."""
-    regressor = FeatureRegressor(CHANNELS, GRIDS, {"t50/a": (5, 8, 8), "t150/a": (5, 8, 8)}, width=16)
+    regressor = FeatureRegressor(
+        CHANNELS, GRIDS, {"t50/a": (5, 8, 8), "t150/a": (5, 8, 8)}, width=16
+    )
     first, second = regressor(maps()).values()
     assert list(regressor.smooth) == ["2"]
     assert not torch.equal(first, second)
@@ -114,7 +125,9 @@ def test_a_coarser_tap_gets_an_extra_pooled_level() -> None:
 
 def test_a_grid_that_no_level_has_is_resized_and_named() -> None:
     """A 12x12 tap is predicted on the 16x16 level and resized bilinearly."""
-    regressor = FeatureRegressor(CHANNELS, GRIDS, {"odd": (5, 12, 12), "even": (5, 16, 16)}, width=16)
+    regressor = FeatureRegressor(
+        CHANNELS, GRIDS, {"odd": (5, 12, 12), "even": (5, 16, 16)}, width=16
+    )
     assert regressor.level_of == {"odd": 1, "even": 1}
     assert regressor.resized == ["odd"]
     assert regressor(maps())["odd"].shape == (2, 5, 12, 12)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcache.errors import ConfigError
-from dtcache.spec import ViewSpec
+from dtcache.recipe import ViewSpec
 from dtcache.student import Backbone, build_student, load_backbone, make_backbone, save_backbone
 from dtcache.student.pyramid import SimplePyramid
 from dtcache.student.regressor import FeatureRegressor
@@ -15,9 +15,15 @@ from dtcache.student.regressor import FeatureRegressor
 VIEW = ViewSpec(height=64, width=96)
 TARGETS = {f"t150/stride{s}": (s + 1, 64 // s, 96 // s) for s in (4, 8, 16, 32)}
 FAMILIES = (
-    "test_resnet", "test_convnext", "test_efficientnet", "test_mambaout", "regnetx_002", "mobilenetv3_small_050",
-    "swin_tiny_patch4_window7_224", "test_vit",
-)  # fmt: skip
+    "test_resnet",
+    "test_convnext",
+    "test_efficientnet",
+    "test_mambaout",
+    "regnetx_002",
+    "mobilenetv3_small_050",
+    "swin_tiny_patch4_window7_224",
+    "test_vit",
+)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -44,22 +50,30 @@ def test_networks_of_one_size_are_built_for_the_students(name: str, tmp_path: ob
     images = torch.randn(2, 3, 32, 64)
     network = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
     loaded, size, _ = load_backbone(tmp_path)
-    assert list(network.state_dict()) == list(timm.create_model(name, num_classes=0, img_size=(32, 64)).state_dict())
+    assert list(network.state_dict()) == list(
+        timm.create_model(name, num_classes=0, img_size=(32, 64)).state_dict()
+    )
     with torch.no_grad():
         assert torch.equal(network(images), backbone.model(images))
         assert torch.equal(loaded.eval()(images)[-1], backbone(images)[-1])
     assert size == loaded.default_size == (32, 64)
-    with pytest.raises(ConfigError, match=rf"{name}: expected images of 32x64 pixels, the only size that it serves"):
+    with pytest.raises(
+        ConfigError, match=rf"{name}: expected images of 32x64 pixels, the only size that it serves"
+    ):
         loaded(torch.randn(1, 3, 64, 64))
     weights = tmp_path / "model.safetensors"
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("32,\n   64", "8192,\n   8192"))
-    with pytest.raises(ConfigError, match=rf"not the weights of {name} \(its configuration asks for \d+ bytes"):
+    with pytest.raises(
+        ConfigError, match=rf"not the weights of {name} \(its configuration asks for \d+ bytes"
+    ):
         load_backbone(tmp_path)
     assert weights.exists()
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_efficientnet", "test_vit", "test_resnet"])
+@pytest.mark.parametrize(
+    "name", ["mobilenetv3_small_050", "test_efficientnet", "test_vit", "test_resnet"]
+)
 def test_pooled_features_end_where_training_does(name: str) -> None:
     """They are the means of the coarsest map: no weight behind it, which no loss ever reached, can change them."""
     backbone = make_backbone(name, init=None, seed=0, size=(64, 64)).eval()
@@ -71,7 +85,9 @@ def test_pooled_features_end_where_training_does(name: str) -> None:
     backbone.eval()
     with torch.no_grad():
         before = backbone.pooled(images)
-        np.testing.assert_allclose(before, backbone(images)[-1].numpy().mean((2, 3)), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            before, backbone(images)[-1].numpy().mean((2, 3)), rtol=1e-4, atol=1e-6
+        )
         for weight in untrained:
             weight.add_(1)
         assert torch.equal(backbone.pooled(images), before)
@@ -84,7 +100,9 @@ class Maps(nn.Module):
 
     def __init__(self, strides: tuple[int, ...], kind: type = list) -> None:
         super().__init__()
-        self.conv, self._strides, self._kind = nn.Conv2d(3, 6, 1), strides, kind
+        self.conv = nn.Conv2d(3, 6, 1)
+        self._strides = strides
+        self._kind = kind
 
     def forward(self, images_BCHW: Tensor) -> object:
         """Return the maps."""
@@ -96,7 +114,9 @@ class Maps(nn.Module):
 def test_any_module_that_returns_maps_is_a_student(strides: tuple[int, ...]) -> None:
     """A list of maps is regressed as a timm pyramid is; of a single one, strides 4 to 32 are made."""
     module = Maps(strides)
-    student = build_student(module, TARGETS, VIEW, size=None, width=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    student = build_student(
+        module, TARGETS, VIEW, size=None, width=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+    )
     found = student(torch.full((2, 3, 64, 96), 255, dtype=torch.uint8))
     assert {key: tuple(x.shape[1:]) for key, x in found.items()} == TARGETS
     assert student.backbone.model is module
@@ -111,7 +131,10 @@ def test_any_module_that_returns_maps_is_a_student(strides: tuple[int, ...]) -> 
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Maps((8, 4)), r"Maps: expected a list of maps .* each coarser .*got \[\(1, 6, 8, 12\), \(1, 6, 16, 24\)\]"),
+        (
+            Maps((8, 4)),
+            r"Maps: expected a list of maps .* each coarser .*got \[\(1, 6, 8, 12\), \(1, 6, 16, 24\)\]",
+        ),
         (Maps(()), r"Maps: expected a list of maps .* got list"),
         (nn.Conv2d(3, 4, 1), r"Conv2d: expected a list of maps .* got Tensor"),
         (Maps((128,)), r"does not take images of 64x96 pixels \(.*\); give another --student-size"),
@@ -130,10 +153,12 @@ def test_initial_weights_are_a_function_of_the_seed(strides: tuple[int, ...]) ->
     """They are those that a generator of this seed gives, pyramid first; the caller's random numbers are left alone."""
     module = Maps(strides)
     torch.manual_seed(7)
-    channels, grids = [6] * len(strides), [(64 // s, 96 // s) for s in strides]
+    channels = [6] * len(strides)
+    grids = [(64 // s, 96 // s) for s in strides]
     pyramid = SimplePyramid(6, 16) if len(strides) == 1 else None
     if pyramid is not None:
-        channels, grids = pyramid.channels, [(64 // s, 96 // s) for s in (4, 8, 16, 32)]
+        channels = pyramid.channels
+        grids = [(64 // s, 96 // s) for s in (4, 8, 16, 32)]
     expected = FeatureRegressor(channels, grids, TARGETS, 8, "fpn-ppm").state_dict()
     torch.manual_seed(5)
     untouched = torch.rand(3)
@@ -141,25 +166,36 @@ def test_initial_weights_are_a_function_of_the_seed(strides: tuple[int, ...]) ->
     student = build_student(module, TARGETS, VIEW, size=(64, 96), width=8, seed=7)
     assert torch.equal(torch.rand(3), untouched)
     found = student.regressor.state_dict()
-    assert list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert list(found) == list(expected) and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
     if pyramid is not None:
         assert student.pyramid is not None
         found = student.pyramid.state_dict()
-        assert found and all(torch.equal(found[name], value) for name, value in pyramid.state_dict().items())
+        assert found and all(
+            torch.equal(found[name], value) for name, value in pyramid.state_dict().items()
+        )
 
 
 def test_sizes_that_a_network_cannot_take_are_refused() -> None:
     """Sizes that timm refuses, when the network is built or first run, are named with its reason."""
-    with pytest.raises(ConfigError, match=r"images of 64x90 pixels \(.*divisible by patch size \(16\)\.\)"):
+    with pytest.raises(
+        ConfigError, match=r"images of 64x90 pixels \(.*divisible by patch size \(16\)\.\)"
+    ):
         build_student("test_vit", TARGETS, VIEW, size=(64, 90), width=8)
-    with pytest.raises(ConfigError, match=r"cannot make nest_tiny with random weights at 64x96 pixels \(Model only"):
+    with pytest.raises(
+        ConfigError, match=r"cannot make nest_tiny with random weights at 64x96 pixels \(Model only"
+    ):
         build_student("nest_tiny", TARGETS, VIEW, size=None, width=8)
 
 
-@pytest.mark.parametrize(("stride", "scales"), [(16, (4, 2, 1, 0.5)), (14, (4, 2, 1, 0.5)), (8, (2, 1, 0.5, 0.25))])
+@pytest.mark.parametrize(
+    ("stride", "scales"), [(16, (4, 2, 1, 0.5)), (14, (4, 2, 1, 0.5)), (8, (2, 1, 0.5, 0.25))]
+)
 def test_the_simple_pyramid_is_vitdets(stride: int, scales: tuple[float, ...]) -> None:
     """Strides 4 to 32 by deconvolution, identity and pooling; a deconvolution halves the channels."""
-    pyramid, x = SimplePyramid(8, stride), torch.randn(2, 8, 4, 8)
+    pyramid = SimplePyramid(8, stride)
+    x = torch.randn(2, 8, 4, 8)
     maps = pyramid(x)
     assert [tuple(m.shape[2:]) for m in maps] == [(4 * s, 8 * s) for s in scales]
     assert [m.shape[1] for m in maps] == pyramid.channels == [int(8 / max(1, s)) for s in scales]

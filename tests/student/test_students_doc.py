@@ -16,7 +16,8 @@ class Pair(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fine, self.coarse = nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 6, 2, 2)
+        self.fine = nn.Conv2d(3, 4, 4, 4)
+        self.coarse = nn.Conv2d(4, 6, 2, 2)
 
     def forward(self, images_BCHW: torch.Tensor) -> list[torch.Tensor]:
         """Return maps at strides 4 and 8."""
@@ -24,11 +25,17 @@ class Pair(nn.Module):
         return [fine, self.coarse(fine)]
 
 
-def test_the_documented_loop_trains_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_loop_trains_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The loop over a cache with a module of one's own takes steps: weights move, and the loss is finite."""
     write_cache(tmp_path / "cats.cache", tiny_plan())
     monkeypatch.chdir(tmp_path)
-    (block,) = (code for code in re.findall(r"```python\n(.*?)```", DOC.read_text(), re.S) if "MyNetwork" in code)
+    (block,) = (
+        code
+        for code in re.findall(r"```python\n(.*?)```", DOC.read_text(), re.S)
+        if "MyNetwork" in code
+    )
     network = Pair()
     before = network.fine.weight.detach().clone()
     scope = {"MyNetwork": lambda: network}

@@ -41,7 +41,11 @@ class Halve(nn.Module):
 
     def __init__(self, channels: int, with_conv: bool) -> None:
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if with_conv else nn.AvgPool2d(2, 2)
+        self.op = (
+            nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+            if with_conv
+            else nn.AvgPool2d(2, 2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
@@ -50,12 +54,24 @@ class Halve(nn.Module):
 class Residual(nn.Module):
     """Norm, SiLU, [resample], conv; time embedding; norm, SiLU, conv. The shortcut is resampled too."""
 
-    def __init__(self, c_in: int, c_out: int, c_emb: int, *, scale_shift: bool, resample: nn.Module | None = None):
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        c_emb: int,
+        *,
+        scale_shift: bool,
+        resample: nn.Module | None = None,
+    ):
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = resample or nn.Identity()
-        self.in_layers = nn.Sequential(group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(c_emb, c_out * (2 if scale_shift else 1)))
+        self.in_layers = nn.Sequential(
+            group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(c_emb, c_out * (2 if scale_shift else 1))
+        )
         self.out_layers = nn.Sequential(
             group_norm(c_out), nn.SiLU(), nn.Dropout(0.1), nn.Conv2d(c_out, c_out, 3, padding=1)
         )
@@ -77,7 +93,8 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int, new_order: bool) -> None:
         super().__init__()
-        self.heads, self.new_order = heads, new_order
+        self.heads = heads
+        self.new_order = new_order
         self.norm = group_norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
@@ -125,7 +142,8 @@ class GuidedUNet(nn.Module):
         resblock_updown: bool = True,
     ) -> None:
         super().__init__()
-        self.width, emb = width, 4 * width
+        self.width = width
+        emb = 4 * width
         channels = [int(width * m) for m in mult]
 
         def residual(c_in: int, c_out: int, resample: nn.Module | None = None) -> Residual:
@@ -137,8 +155,11 @@ class GuidedUNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
         if classes is not None:
             self.label_emb = nn.Embedding(classes, emb)
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels[0], 3, padding=1))])
-        skips, c = [channels[0]], channels[0]
+        self.input_blocks = nn.ModuleList(
+            [Stage(nn.Conv2d(in_channels, channels[0], 3, padding=1))]
+        )
+        skips = [channels[0]]
+        c = channels[0]
         for level, c_level in enumerate(channels):
             for _ in range(blocks):
                 layers = [residual(c, c_level)] + [attend(c_level)] * (2**level in attention)
@@ -146,23 +167,29 @@ class GuidedUNet(nn.Module):
                 c = c_level
                 skips.append(c)
             if level < len(channels) - 1:
-                self.input_blocks.append(Stage(residual(c, c, Halve(c, False)) if resblock_updown else Halve(c, True)))
+                self.input_blocks.append(
+                    Stage(residual(c, c, Halve(c, False)) if resblock_updown else Halve(c, True))
+                )
                 skips.append(c)
         self.middle_block = Stage(residual(c, c), attend(c), residual(c, c))
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(channels))):
             for i in range(blocks + 1):
-                layers = [residual(c + skips.pop(), channels[level])] + [attend(channels[level])] * (
-                    2**level in attention
-                )
+                layers = [residual(c + skips.pop(), channels[level])] + [
+                    attend(channels[level])
+                ] * (2**level in attention)
                 c = channels[level]
                 if level > 0 and i == blocks:
-                    layers.append(residual(c, c, Double(c, False)) if resblock_updown else Double(c, True))
+                    layers.append(
+                        residual(c, c, Double(c, False)) if resblock_updown else Double(c, True)
+                    )
                 self.output_blocks.append(Stage(*layers))
         self.out = nn.Sequential(group_norm(c), nn.SiLU(), nn.Conv2d(c, out_channels, 3, padding=1))
         self.per_level = blocks + 1
 
-    def forward(self, x: Tensor, t_N: Tensor, label_N: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, t_N: Tensor, label_N: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the output, and each decoder level's last feature before its upsampler, coarsest first."""
         emb = self.time_embed(sinusoids(t_N, self.width).to(x.dtype))
         if label_N is not None:
@@ -200,10 +227,26 @@ def random_unet(seed: int = 0, **shape: object) -> GuidedUNet:
 def published(name: str, width: int, **changes: object) -> dict[str, object]:
     """The shape of a published model, at another width, as its README's flags have it."""
     shapes: dict[str, dict[str, object]] = {
-        "adm-64": {"mult": (1, 2, 3, 4), "blocks": 3, "attention": (2, 4, 8), "head_channels": 64, "new_order": True},
+        "adm-64": {
+            "mult": (1, 2, 3, 4),
+            "blocks": 3,
+            "attention": (2, 4, 8),
+            "head_channels": 64,
+            "new_order": True,
+        },
         "adm-128": {"mult": (1, 1, 2, 3, 4), "blocks": 2, "attention": (4, 8, 16), "heads": 4},
-        "adm-256": {"mult": (1, 1, 2, 2, 4, 4), "blocks": 2, "attention": (8, 16, 32), "head_channels": 64},
-        "adm-512": {"mult": (0.5, 1, 1, 2, 2, 4, 4), "blocks": 2, "attention": (16, 32, 64), "head_channels": 64},
+        "adm-256": {
+            "mult": (1, 1, 2, 2, 4, 4),
+            "blocks": 2,
+            "attention": (8, 16, 32),
+            "head_channels": 64,
+        },
+        "adm-512": {
+            "mult": (0.5, 1, 1, 2, 2, 4, 4),
+            "blocks": 2,
+            "attention": (16, 32, 64),
+            "head_channels": 64,
+        },
     }
     return {"width": width, **shapes[name], **changes}
 
@@ -211,5 +254,7 @@ def published(name: str, width: int, **changes: object) -> dict[str, object]:
 def small(name: str, **changes: object) -> dict[str, object]:
     """The same shape with few channels. At 512 px the timesteps need the full base width, so that levels shrink."""
     if name == "adm-512":
-        return published(name, 256, mult=(0.5, *[0.125] * 3, *[0.25] * 3), head_channels=16, **changes)
+        return published(
+            name, 256, mult=(0.5, *[0.125] * 3, *[0.25] * 3), head_channels=16, **changes
+        )
     return published(name, 32, **({} if name == "adm-128" else {"head_channels": 16}), **changes)

@@ -16,7 +16,8 @@ from diffusers import (
     VQModel,
 )
 
-TOKENS, TEXT_CHANNELS = 7, 16
+TOKENS = 7
+TEXT_CHANNELS = 16
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -26,7 +27,9 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(value))
 
 
-def save_stable_diffusion(root: Path, **unet_options: Any) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+def save_stable_diffusion(
+    root: Path, **unet_options: Any
+) -> tuple[UNet2DConditionModel, AutoencoderKL]:
     """Write a text-conditioned latent teacher of 32 px: latent stride 4, U-Net strides 1, 2 and 4; no text encoder."""
     torch.manual_seed(1)
     unet = UNet2DConditionModel(
@@ -34,7 +37,11 @@ def save_stable_diffusion(root: Path, **unet_options: Any) -> tuple[UNet2DCondit
         block_out_channels=(16, 16, 32),
         layers_per_block=1,
         norm_num_groups=8,
-        attention_head_dim=(2, 4, 8),  # a list, as Stable Diffusion 2.x has it: numbers of heads, whatever its name
+        attention_head_dim=(
+            2,
+            4,
+            8,
+        ),  # a list, as Stable Diffusion 2.x has it: numbers of heads, whatever its name
         cross_attention_dim=TEXT_CHANNELS,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -52,9 +59,11 @@ def save_kl(folder: Path) -> AutoencoderKL:
     """Write an autoencoder of latent stride 4 with 4 latent channels."""
     torch.manual_seed(2)
     vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-    ).eval()  # fmt: skip
+    ).eval()
     vae.save_pretrained(folder)
     return vae
 
@@ -63,18 +72,30 @@ def save_ldm(root: Path) -> tuple[UNet2DModel, VQModel]:
     """Write an unconditional latent teacher of 32 px on a VQ autoencoder of stride 2, with its channels apart."""
     torch.manual_seed(3)
     unet = UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(16, 16, 32), layers_per_block=1,
-        norm_num_groups=8, attention_head_dim=8,
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(16, 16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    ).eval()  # fmt: skip
+    ).eval()
     unet.save_pretrained(root / "unet")
     vae = VQModel(
-        block_out_channels=(8, 16), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=5, vq_embed_dim=3, num_vq_embeddings=16,
-    ).eval()  # fmt: skip
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=5,
+        vq_embed_dim=3,
+        num_vq_embeddings=16,
+    ).eval()
     vae.save_pretrained(root / "vqvae")
-    DDPMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear").save_pretrained(root / "scheduler")
+    DDPMScheduler(
+        beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear"
+    ).save_pretrained(root / "scheduler")
     return unet, vae
 
 
@@ -82,9 +103,15 @@ def save_dit(root: Path, blocks: int = 6) -> tuple[DiTTransformer2DModel, Autoen
     """Write a DiT of 32 px, 3 classes, `blocks` blocks of 16 channels at stride 8."""
     torch.manual_seed(4)
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=blocks, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=3,
-    ).eval()  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=blocks,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=3,
+    ).eval()
     transformer.save_pretrained(root / "transformer")
     DDPMScheduler().save_pretrained(root / "scheduler")
     return transformer, save_kl(root / "vae")
@@ -94,10 +121,15 @@ def save_class_unet(root: Path, classes: int = 8) -> UNet2DModel:
     """Write a class-conditional pixel U-Net of 32 px, as a converted ADM is."""
     torch.manual_seed(5)
     unet = UNet2DModel(
-        sample_size=32, block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=8, attention_head_dim=8,
+        sample_size=32,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), num_class_embeds=classes,
-    ).eval()  # fmt: skip
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        num_class_embeds=classes,
+    ).eval()
     unet.save_pretrained(root / "unet")
     DDPMScheduler().save_pretrained(root / "scheduler")
     return unet
@@ -114,13 +146,17 @@ def hooked_unet(
                 lambda m, args, s=stride: seen.update({f"stride{s}": args[0]})
             )
         else:
-            block.register_forward_hook(lambda m, args, out, s=stride: seen.update({f"stride{s}": out}))
+            block.register_forward_hook(
+                lambda m, args, out, s=stride: seen.update({f"stride{s}": out})
+            )
     with torch.inference_mode():
         unet(*inputs, **told)
     return seen
 
 
-def hooked_transformer(transformer: Any, size: tuple[int, int], *inputs: torch.Tensor, **told: torch.Tensor) -> dict:
+def hooked_transformer(
+    transformer: Any, size: tuple[int, int], *inputs: torch.Tensor, **told: torch.Tensor
+) -> dict:
     """Run a whole DiT; return every block's tokens as a map of `size`."""
     seen: dict[str, torch.Tensor] = {}
 
@@ -132,7 +168,9 @@ def hooked_transformer(transformer: Any, size: tuple[int, int], *inputs: torch.T
         return maps
 
     for number, block in enumerate(transformer.transformer_blocks):
-        block.register_forward_hook(lambda m, args, out, n=number: seen.update({f"block{n}": folded(out)}))
+        block.register_forward_hook(
+            lambda m, args, out, n=number: seen.update({f"block{n}": folded(out)})
+        )
     with torch.inference_mode():
         transformer(*inputs, **told)
     return seen

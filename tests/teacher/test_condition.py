@@ -7,10 +7,10 @@ import pytest
 import torch
 from teacher.batches import batch_of
 from teacher.kinds import hooked_unet, save_class_unet
-from teacher.test_latents import CPU, PIXELS, noisy, pixels
+from teacher.test_autoencoder import CPU, PIXELS, noisy, pixels
 
 from dtcache.errors import ConfigError, ImagesError
-from dtcache.spec import ConditionSpec, ViewSpec
+from dtcache.recipe import ConditionSpec, ViewSpec
 from dtcache.teacher import Prompt, load_teacher, prepare_teacher
 from dtcache.teacher.condition import choose_condition, require_labels
 from dtcache.teacher.unet import UNetDenoiser
@@ -20,7 +20,8 @@ class Fake:
     """A denoiser as far as its condition goes."""
 
     def __init__(self, num_classes: int | None, null_class: int | None) -> None:
-        self.num_classes, self.null_class = num_classes, null_class
+        self.num_classes = num_classes
+        self.null_class = null_class
 
 
 PROMPT = Prompt(text="a cat", embedding_LD=np.ones((2, 3), np.float32))
@@ -34,10 +35,17 @@ PROMPT = Prompt(text="a cat", embedding_LD=np.ones((2, 3), np.float32))
         (Fake(10, 10), None, "null", ConditionSpec(kind="null")),
         (Fake(10, None), None, "label", ConditionSpec(kind="label")),
         (Fake(10, None), None, "9", ConditionSpec(kind="class", number=9)),
-        (Fake(None, None), PROMPT, None, ConditionSpec(kind="prompt", prompt="a cat", embedding_sha256=PROMPT.sha256)),
+        (
+            Fake(None, None),
+            PROMPT,
+            None,
+            ConditionSpec(kind="prompt", prompt="a cat", embedding_sha256=PROMPT.sha256),
+        ),
     ],
 )
-def test_conditions(denoiser: Fake, prompt: Prompt | None, asked: str | None, chosen: ConditionSpec | None) -> None:
+def test_conditions(
+    denoiser: Fake, prompt: Prompt | None, asked: str | None, chosen: ConditionSpec | None
+) -> None:
     """Null by default where it exists, else what is asked for; a prompt where the teacher reads text."""
     assert choose_condition(denoiser, prompt, asked) == chosen  # type: ignore[arg-type]
 
@@ -45,22 +53,49 @@ def test_conditions(denoiser: Fake, prompt: Prompt | None, asked: str | None, ch
 @pytest.mark.parametrize(
     ("denoiser", "prompt", "asked", "message"),
     [
-        (Fake(None, None), None, "label", "--condition label: this teacher is not class-conditional; leave"),
-        (Fake(None, None), PROMPT, "null", "--condition null: this teacher is conditioned on text; use --prompt"),
-        (Fake(10, None), None, None, "conditioned on one of 10 classes: choose --condition label .* 0 to 9"),
+        (
+            Fake(None, None),
+            None,
+            "label",
+            "--condition label: this teacher is not class-conditional; leave",
+        ),
+        (
+            Fake(None, None),
+            PROMPT,
+            "null",
+            "--condition null: this teacher is conditioned on text; use --prompt",
+        ),
+        (
+            Fake(10, None),
+            None,
+            None,
+            "conditioned on one of 10 classes: choose --condition label .* 0 to 9",
+        ),
         (
             Fake(10, None),
             None,
             "null",
             "configuration has 10 classes and does not say whether one of them stands for no",
         ),
-        (Fake(10, 10), None, "10", "--condition 10: expected label, null or a class number from 0 to 9"),
-        (Fake(10, 10), None, "cat", "--condition cat: expected label, null or a class number from 0 to 9"),
+        (
+            Fake(10, 10),
+            None,
+            "10",
+            "--condition 10: expected label, null or a class number from 0 to 9",
+        ),
+        (
+            Fake(10, 10),
+            None,
+            "cat",
+            "--condition cat: expected label, null or a class number from 0 to 9",
+        ),
         (Fake(10, 10), None, "-1", "--condition -1: expected label, null or a class number"),
         (Fake(10, 10), None, "²", "--condition ²: expected label, null or a class number"),
     ],
 )
-def test_impossible_conditions_are_refused(denoiser: Fake, prompt: Prompt | None, asked: str, message: str) -> None:
+def test_impossible_conditions_are_refused(
+    denoiser: Fake, prompt: Prompt | None, asked: str, message: str
+) -> None:
     """Each with its reason and what to do."""
     with pytest.raises(ConfigError, match=message):
         choose_condition(denoiser, prompt, asked)  # type: ignore[arg-type]
@@ -69,25 +104,41 @@ def test_impossible_conditions_are_refused(denoiser: Fake, prompt: Prompt | None
 def test_labels_outside_the_teachers_classes_are_refused() -> None:
     """The first image whose label is missing or too large is named."""
     require_labels(["a", "b"], [0, 2], 3)
-    with pytest.raises(ImagesError, match="--condition label: the images have no labels; give a folder with"):
+    with pytest.raises(
+        ImagesError, match="--condition label: the images have no labels; give a folder with"
+    ):
         require_labels(["a"], None, 3)
     for label in (None, 3, -1):
-        with pytest.raises(ImagesError, match=rf"image b has the label {label}, but the teacher knows classes 0 to 2"):
+        with pytest.raises(
+            ImagesError,
+            match=rf"image b has the label {label}, but the teacher knows classes 0 to 2",
+        ):
             require_labels(["a", "b"], [0, label], 3)
 
 
 @pytest.mark.parametrize(("condition", "told"), [("label", [7, 2]), ("5", [5, 5])])
-def test_a_class_conditional_unet_is_told_its_class(tmp_path: Path, condition: str, told: list[int]) -> None:
+def test_a_class_conditional_unet_is_told_its_class(
+    tmp_path: Path, condition: str, told: list[int]
+) -> None:
     """Its taps equal hooks on the whole model in memory, which is given the same classes."""
     unet = save_class_unet(tmp_path)
     teacher = prepare_teacher(
-        load_teacher(str(tmp_path)), ViewSpec(height=32, width=32), taps=None, timesteps=(50,), batch_size=3,
-        compute=CPU, condition=condition,
-    )  # fmt: skip
-    batch = batch_of(teacher, list(PIXELS), ["a", "b"], [False, True], seed=3, draws=[0], labels=[7, 2])
+        load_teacher(str(tmp_path)),
+        ViewSpec(height=32, width=32),
+        taps=None,
+        timesteps=(50,),
+        batch_size=3,
+        compute=CPU,
+        condition=condition,
+    )
+    batch = batch_of(
+        teacher, list(PIXELS), ["a", "b"], [False, True], seed=3, draws=[0], labels=[7, 2]
+    )
     (found,) = teacher.features(batch)
     x_BCHW = noisy(pixels(), torch.linspace(1e-4, 0.02, 1000), 50)
-    wanted = hooked_unet(unet, (4, 2, 1), x_BCHW, torch.tensor([50, 50]), class_labels=torch.tensor(told))
+    wanted = hooked_unet(
+        unet, (4, 2, 1), x_BCHW, torch.tensor([50, 50]), class_labels=torch.tensor(told)
+    )
     for name, maps in found.items():
         torch.testing.assert_close(maps, wanted[name.removeprefix("t50/")], rtol=1e-4, atol=1e-4)
 

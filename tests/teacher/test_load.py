@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dtcache.errors import TeacherError, TeacherNotFoundError
 from dtcache.teacher import load_teacher
-from dtcache.teacher.parts import DOWNLOADED, WEIGHTS
+from dtcache.teacher.diffusers_files import DOWNLOADED, WEIGHTS
 
 
 @pytest.fixture
@@ -33,10 +33,16 @@ def test_both_layouts_load_the_same_network(teacher_dir: Path, tmp_path: Path) -
     shutil.copy(teacher_dir / "unet" / "config.json", tmp_path)
     shutil.copy(teacher_dir / "unet" / WEIGHTS, tmp_path)
     shutil.copy(teacher_dir / "scheduler" / "scheduler_config.json", tmp_path)
-    nested, flat = load_teacher(str(teacher_dir)), load_teacher(str(tmp_path))
-    assert (nested.weights_sha256, nested.config_sha256) == (flat.weights_sha256, flat.config_sha256)
+    nested = load_teacher(str(teacher_dir))
+    flat = load_teacher(str(tmp_path))
+    assert (nested.weights_sha256, nested.config_sha256) == (
+        flat.weights_sha256,
+        flat.config_sha256,
+    )
     assert torch.equal(nested.alpha_bars, flat.alpha_bars)
-    for a, b in zip(nested.denoiser.unet.parameters(), flat.denoiser.unet.parameters(), strict=True):
+    for a, b in zip(
+        nested.denoiser.unet.parameters(), flat.denoiser.unet.parameters(), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -53,13 +59,20 @@ def test_the_weights_are_the_files(teacher_dir: Path) -> None:
 def test_the_schedule_is_the_ddpm_formula(teacher_dir: Path) -> None:
     """alpha_bar_t is the product of 1 - beta over Ho et al.'s linear betas, whatever sampler the file names."""
     expected = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    torch.testing.assert_close(load_teacher(str(teacher_dir)).alpha_bars.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        load_teacher(str(teacher_dir)).alpha_bars.double(), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_other_samplers_give_the_same_schedule(teacher_dir: Path, teacher_copy: Path) -> None:
     """An Euler scheduler's file, with the same betas, gives DDPM's noise levels."""
-    edit(teacher_copy / "scheduler" / "scheduler_config.json", lambda c: c.update(_class_name="EulerDiscreteScheduler"))
-    assert torch.equal(load_teacher(str(teacher_copy)).alpha_bars, load_teacher(str(teacher_dir)).alpha_bars)
+    edit(
+        teacher_copy / "scheduler" / "scheduler_config.json",
+        lambda c: c.update(_class_name="EulerDiscreteScheduler"),
+    )
+    assert torch.equal(
+        load_teacher(str(teacher_copy)).alpha_bars, load_teacher(str(teacher_dir)).alpha_bars
+    )
 
 
 def test_what_the_network_predicts_is_the_schedulers(teacher_dir: Path, teacher_copy: Path) -> None:
@@ -72,8 +85,14 @@ def test_what_the_network_predicts_is_the_schedulers(teacher_dir: Path, teacher_
     assert (changed.schedule, changed.prediction) == ("scaled_linear", "v_prediction")
     edit(path, lambda c: c.update(trained_betas=[1e-3] * 10, num_train_timesteps=10))
     assert load_teacher(str(teacher_copy)).schedule == "given"
-    edit(path, lambda c: [c.pop(name) for name in ("prediction_type", "trained_betas", "beta_schedule")])
-    assert (load_teacher(str(teacher_copy)).schedule, load_teacher(str(teacher_copy)).prediction) == (
+    edit(
+        path,
+        lambda c: [c.pop(name) for name in ("prediction_type", "trained_betas", "beta_schedule")],
+    )
+    assert (
+        load_teacher(str(teacher_copy)).schedule,
+        load_teacher(str(teacher_copy)).prediction,
+    ) == (
         "linear",
         "epsilon",
     )
@@ -117,7 +136,10 @@ def latent_without_autoencoder(root: Path) -> None:
 
 
 def other_schedule(root: Path) -> None:
-    edit(root / "scheduler" / "scheduler_config.json", lambda c: c.update(_class_name="ScoreSdeVeScheduler"))
+    edit(
+        root / "scheduler" / "scheduler_config.json",
+        lambda c: c.update(_class_name="ScoreSdeVeScheduler"),
+    )
 
 
 def no_schedule(root: Path) -> None:
@@ -144,15 +166,33 @@ def huge_config(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove_weights, r"the weights are missing; where a repository has pickles alone, save it anew"),
-        (misname_weights, r"the weights are missing; found diffusion_pytorch_model\.fp16\.safetensors: rename"),
-        (pickle_weights, r"only pickled weights \(diffusion_pytorch_model\.bin\), which dtcache never loads"),
+        (
+            remove_weights,
+            r"the weights are missing; where a repository has pickles alone, save it anew",
+        ),
+        (
+            misname_weights,
+            r"the weights are missing; found diffusion_pytorch_model\.fp16\.safetensors: rename",
+        ),
+        (
+            pickle_weights,
+            r"only pickled weights \(diffusion_pytorch_model\.bin\), which dtcache never loads",
+        ),
         (drop_a_tensor, "1 missing_keys, such as conv_in.weight"),
         (add_a_tensor, "1 unexpected_keys, such as extra.weight"),
-        (other_class, "expected _class_name UNet2DModel or .*, got 'UNet1DModel'; dtcache cannot tap this kind of"),
+        (
+            other_class,
+            "expected _class_name UNet2DModel or .*, got 'UNet1DModel'; dtcache cannot tap this kind of",
+        ),
         (other_condition, "class_embed_type is 'timestep', a condition that dtcache cannot give"),
-        (latent_without_autoencoder, r"expected a model of RGB pixels or an autoencoder beside it .*in_channels=4"),
-        (other_schedule, "expected the scheduler of a variance-preserving model, got 'ScoreSdeVeScheduler'"),
+        (
+            latent_without_autoencoder,
+            r"expected a model of RGB pixels or an autoencoder beside it .*in_channels=4",
+        ),
+        (
+            other_schedule,
+            "expected the scheduler of a variance-preserving model, got 'ScoreSdeVeScheduler'",
+        ),
         (no_schedule, r"scheduler_config\.json: the noise schedule is missing"),
         (no_config, r"config\.json: the network's configuration is missing"),
         (broken_config, r"config\.json: not JSON"),
@@ -160,7 +200,9 @@ def huge_config(root: Path) -> None:
         (huge_config, "expected at most 1048576 bytes of JSON"),
     ],
 )
-def test_a_bad_directory_is_refused(teacher_copy: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_a_bad_directory_is_refused(
+    teacher_copy: Path, damage: Callable[[Path], None], message: str
+) -> None:
     """Whatever is missing, misnamed, pickled or of another model is named, and nothing is loaded."""
     damage(teacher_copy)
     with pytest.raises(TeacherError, match=message):
@@ -169,7 +211,10 @@ def test_a_bad_directory_is_refused(teacher_copy: Path, damage: Callable[[Path],
 
 def test_a_missing_directory_is_refused() -> None:
     """A path that is neither a directory nor a hub id says what was expected."""
-    with pytest.raises(TeacherNotFoundError, match=r"teacher \./nowhere: no such directory; expected a diffusers dir"):
+    with pytest.raises(
+        TeacherNotFoundError,
+        match=r"teacher \./nowhere: no such directory; expected a diffusers dir",
+    ):
         load_teacher("./nowhere")
 
 
@@ -184,12 +229,26 @@ def test_a_hub_id_is_downloaded_as_json_and_safetensors_only(
         return str(teacher_dir)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    assert load_teacher("google/ddpm-cat-256").weights_sha256 == load_teacher(str(teacher_dir)).weights_sha256
+    assert (
+        load_teacher("google/ddpm-cat-256").weights_sha256
+        == load_teacher(str(teacher_dir)).weights_sha256
+    )
     assert asked == {"google/ddpm-cat-256": list(DOWNLOADED)}
-    fetched = ("model_index.json", "unet/config.json", f"vae/{WEIGHTS}", "text_encoder/model.safetensors")
-    left = ("evil.py", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors",
-            "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "safety_checker/model.safetensors",
-            "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors")  # fmt: skip
+    fetched = (
+        "model_index.json",
+        "unet/config.json",
+        f"vae/{WEIGHTS}",
+        "text_encoder/model.safetensors",
+    )
+    left = (
+        "evil.py",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+        "safety_checker/model.safetensors",
+        "v1-5-pruned.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+    )
     shard = "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
     for name in (*fetched, shard, *left):
         assert any(fnmatch(name, pattern) for pattern in DOWNLOADED) == (name not in left), name
@@ -202,7 +261,9 @@ def test_a_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
         raise OSError("offline")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    with pytest.raises(TeacherNotFoundError, match=r"teacher google/x: neither a directory here nor .*\(offline\)"):
+    with pytest.raises(
+        TeacherNotFoundError, match=r"teacher google/x: neither a directory here nor .*\(offline\)"
+    ):
         load_teacher("google/x")
 
 
@@ -210,6 +271,9 @@ def test_code_in_the_directory_is_never_run(teacher_copy: Path) -> None:
     """A model_index.json that names a Python file, and that file, have no effect."""
     mark = teacher_copy / "ran"
     (teacher_copy / "evil.py").write_text(f"open({str(mark)!r}, 'w')")
-    edit(teacher_copy / "model_index.json", lambda c: c.update(_class_name=["evil", "Evil"], unet=["evil", "Evil"]))
+    edit(
+        teacher_copy / "model_index.json",
+        lambda c: c.update(_class_name=["evil", "Evil"], unet=["evil", "Evil"]),
+    )
     load_teacher(str(teacher_copy))
     assert not mark.exists()

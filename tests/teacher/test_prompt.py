@@ -13,10 +13,11 @@ from teacher.kinds import TEXT_CHANNELS, TOKENS, edit, save_stable_diffusion
 
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.teacher import Prompt, load_teacher
-from dtcache.teacher.parts import TEXT_WEIGHTS
+from dtcache.teacher.diffusers_files import TEXT_WEIGHTS
 from dtcache.teacher.prompt import embed_prompt
 
-START, END = "<|startoftext|>", "<|endoftext|>"
+START = "<|startoftext|>"
+END = "<|endoftext|>"
 VOCABULARY = {
     START: 0,
     END: 1,
@@ -33,10 +34,17 @@ def save_text_encoder(root: Path) -> Any:
     torch.manual_seed(0)
     encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(VOCABULARY), hidden_size=TEXT_CHANNELS, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+            vocab_size=len(VOCABULARY),
+            hidden_size=TEXT_CHANNELS,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=TOKENS,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     encoder.save_pretrained(root / "text_encoder")
     (root / "tokenizer").mkdir()
     (root / "tokenizer" / "vocab.json").write_text(json.dumps(VOCABULARY))
@@ -54,8 +62,12 @@ def text(tmp_path: Path) -> Any:
     return save_text_encoder(tmp_path)
 
 
-@pytest.mark.parametrize(("prompt", "tokens"), [("", [0, 1, 1, 1, 1, 1, 1]), ("A cat", [0, 5, 3, 2, 7, 1, 1])])
-def test_the_embedding_is_the_text_encoders(text: Any, tmp_path: Path, prompt: str, tokens: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "tokens"), [("", [0, 1, 1, 1, 1, 1, 1]), ("A cat", [0, 5, 3, 2, 7, 1, 1])]
+)
+def test_the_embedding_is_the_text_encoders(
+    text: Any, tmp_path: Path, prompt: str, tokens: list[int]
+) -> None:
     """The last hidden states of the padded tokens, without a mask, whatever torch's thread count."""
     with torch.inference_mode():
         wanted = text(torch.tensor([tokens]))[0][0].numpy()
@@ -70,7 +82,10 @@ def test_weights_of_stable_diffusions_age_load(text: Any, tmp_path: Path) -> Non
     """Keys under text_model., and the position numbers that older libraries saved, are the same encoder."""
     wanted = embed_prompt(tmp_path, "cat")
     path = tmp_path / "text_encoder" / TEXT_WEIGHTS
-    old = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+    old = {
+        f"text_model.{name.removeprefix('text_model.')}": tensor
+        for name, tensor in load_file(path).items()
+    }
     old["text_model.embeddings.position_ids"] = torch.arange(TOKENS)[None]
     save_file(old, path, metadata={"format": "pt"})
     assert embed_prompt(tmp_path, "cat").sha256 == wanted.sha256
@@ -90,7 +105,9 @@ def test_the_prompt_is_embedded_where_the_teacher_is_loaded(text: Any, tmp_path:
 
 
 def other_class(root: Path) -> None:
-    edit(root / "text_encoder" / "config.json", lambda c: c.update(architectures=["T5EncoderModel"]))
+    edit(
+        root / "text_encoder" / "config.json", lambda c: c.update(architectures=["T5EncoderModel"])
+    )
 
 
 def no_weights(root: Path) -> None:
@@ -117,25 +134,39 @@ def huge_tokenizer(root: Path) -> None:
 
 
 def long_tokenizer(root: Path) -> None:
-    edit(root / "tokenizer" / "tokenizer_config.json", lambda c: c.update(model_max_length=TOKENS + 1))
+    edit(
+        root / "tokenizer" / "tokenizer_config.json",
+        lambda c: c.update(model_max_length=TOKENS + 1),
+    )
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (other_class, r"expected architectures \[CLIPTextModel\], got \['T5EncoderModel'\]"),
-        (no_weights, r"only pickled weights \(pytorch_model\.bin\), which dtcache never loads.*expected model\.safe"),
-        (fewer_weights, r"the weights do not fit .*: 1 missing_keys, such as .*final_layer_norm\.bias"),
+        (
+            no_weights,
+            r"only pickled weights \(pytorch_model\.bin\), which dtcache never loads.*expected model\.safe",
+        ),
+        (
+            fewer_weights,
+            r"the weights do not fit .*: 1 missing_keys, such as .*final_layer_norm\.bias",
+        ),
         (
             no_tokenizer,
             r"tokenizer: the tokenizer is missing; expected tokenizer\.json, or vocab\.json and merges\.txt",
         ),
         (broken_tokenizer, r"tokenizer: transformers cannot use this tokenizer \("),
         (huge_tokenizer, r"merges\.txt: expected at most 16777216 bytes, got 16777217"),
-        (long_tokenizer, r"pads to 8 tokens, but the text encoder takes 7; the two belong to different models"),
+        (
+            long_tokenizer,
+            r"pads to 8 tokens, but the text encoder takes 7; the two belong to different models",
+        ),
     ],
 )
-def test_a_bad_text_encoder_is_refused(text: Any, tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_a_bad_text_encoder_is_refused(
+    text: Any, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
     """Whatever is missing, pickled, damaged or of another model is named."""
     damage(tmp_path)
     with pytest.raises(TeacherError, match=message):
@@ -144,13 +175,19 @@ def test_a_bad_text_encoder_is_refused(text: Any, tmp_path: Path, damage: Callab
 
 def test_a_prompt_that_is_too_long_is_refused(text: Any, tmp_path: Path) -> None:
     """Nothing is cut off silently."""
-    with pytest.raises(ConfigError, match=r"--prompt: expected at most 7 tokens, got 10; shorten it"):
+    with pytest.raises(
+        ConfigError, match=r"--prompt: expected at most 7 tokens, got 10; shorten it"
+    ):
         embed_prompt(tmp_path, "a cat a cat")
 
 
-def test_without_transformers_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The library is an extra, asked for only where a text encoder has to run."""
     save_stable_diffusion(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=r"needs the transformers library, once, .*pip install 'dtcache\[text\]'"):
+    with pytest.raises(
+        ConfigError, match=r"needs the transformers library, once, .*pip install 'dtcache\[text\]'"
+    ):
         load_teacher(str(tmp_path))

@@ -1,0 +1,172 @@
+"""The only file-system writes. Files are whole or absent: write beside, fsync, rename, fsync the folder."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from dtcache.errors import CacheBusyError, DiskError
+
+TEMPORARY = ".tmp-"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable. Raises DiskError."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise _disk_error(folder, 0, error) from error
+
+
+def temporary_path(target: Path, attempt: str = "") -> Path:
+    """Return the temporary file beside `target`; `attempt` gives it a name that no other attempt at it has."""
+    return target.with_name(f"{TEMPORARY}{attempt}{'-' if attempt else ''}{target.name}")
+
+
+def write_temporary(target: Path, data: bytes | memoryview, attempt: str = "") -> Path:
+    """Write and fsync `data` to the temporary file of an attempt at `target` and return its path.
+
+    Raises DiskError with what to do; after a failed fsync the file is removed, to be written anew, never retried.
+    """
+    temporary = temporary_path(target, attempt)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _disk_error(target, len(data), error) from error
+    return temporary
+
+
+def publish(temporaries: Mapping[Path, Path]) -> None:
+    """Rename temporary files to their targets, then make the folders durable. Raises DiskError."""
+    for temporary, target in temporaries.items():
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            raise _disk_error(target, 0, error) from error
+    for folder in sorted({target.parent for target in temporaries.values()}):
+        fsync_folder(folder)
+
+
+def write_file(target: Path, data: bytes | memoryview) -> None:
+    """Replace `target` by `data`, atomically and durably. Raises DiskError."""
+    publish({write_temporary(target, data): target})
+
+
+def make_folders(folder: Path) -> None:
+    """Make a folder and its parents where they are missing, durably. Raises DiskError."""
+    if not folder.is_dir():
+        make_folders(folder.parent)
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+
+
+def fsync_tree(root: Path) -> None:
+    """Make every file and name under a folder durable. Raises DiskError."""
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            with disk_errors(path), open(path, "rb") as file:
+                os.fsync(file.fileno())
+        else:
+            fsync_folder(path)
+    fsync_folder(root)
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Raise any OSError of the block, such as one of another library's, as DiskError about `target`."""
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(target, 0, error) from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _disk_error(target: Path, size: int, error: OSError) -> DiskError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = (
+        "free some space and run the same command again: it resumes"
+        if full
+        else "check the disk and its rights"
+    )
+    what = f"{target} ({size} bytes)" if size else str(target)
+    return DiskError(f"cannot write {what}: {error.strerror or error}; {advice}")
+
+
+class FolderLock:
+    """An exclusive `flock` on `FOLDER/.lock`: it ends with its process, however that ends."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folder where it is missing and take the lock. Raises CacheBusyError where another process has it."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Python opens files close-on-exec, so that no child keeps the lock alive.
+            self._handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _disk_error(folder, 0, error) from error
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._handle)
+            if error.errno != errno.EWOULDBLOCK:
+                raise _disk_error(folder / ".lock", 0, error) from error
+            raise CacheBusyError(
+                f"{folder} is being written by another process; wait for it or stop it"
+            ) from error
+
+    def __enter__(self) -> "FolderLock":
+        """Return the lock."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Let go of the lock."""
+        os.close(self._handle)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target`, durably, when the block succeeds, and is removed when it fails.
+
+    `target` must be missing or empty. What a killed process left is cleared first. Raises CacheBusyError where
+    another process writes the same folder, and DiskError.
+    """
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    with FolderLock(temporary):
+        try:
+            for left in temporary.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != ".lock":
+                    left.unlink()
+            yield temporary
+            fsync_tree(temporary)
+            with disk_errors(target):
+                (temporary / ".lock").unlink()
+                os.replace(temporary, target)
+            fsync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise

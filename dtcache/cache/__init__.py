@@ -1,0 +1,1 @@
+"""An open cache: samples, batches, dask arrays and label sets."""

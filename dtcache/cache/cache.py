@@ -1,0 +1,354 @@
+"""A cache opened for reading: samples, images, features."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dtcache.codec import (
+    FeatureDecoder,
+    FittedTap,
+    HalfTap,
+    HostDecoder,
+    TapFit,
+    most_bytes,
+    sha256_fit,
+)
+from dtcache.errors import (
+    AGAIN,
+    BadImageError,
+    CacheDamagedError,
+    ConfigError,
+    PayloadError,
+    UnknownSampleError,
+)
+from dtcache.images import LinkedImages
+from dtcache.images.stored_images import decode_stored
+from dtcache.losses.features import unwhiten
+from dtcache.recipe import ViewSpec, tap_name
+from dtcache.store.layout import DATA, IMAGES, read_fit
+from dtcache.store.manifest import CacheManifest
+from dtcache.store.reader import Allowed, CacheReader
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelBatch:
+    """The soft labels of one batch, entropy-decoded; a LabelDecoder turns them into logits."""
+
+    coefficients_BN: Tensor
+    """int16: of all views of each row."""
+    scalars_B2: Tensor
+    """fp32 sigma and mu: raw = whitened * sigma + mu."""
+    views_B: Tensor
+    """int64: the view that the batch shows of each row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainBatch:
+    """One batch, entropy-decoded; a FeatureDecoder turns its coefficients into targets."""
+
+    rows: Rows
+    """(B,): rows of the cache."""
+    images_BCHW: Tensor
+    """uint8 RGB; already mirrored where the view is."""
+    coefficients: dict[str, Tensor]
+    """(B, n) by array: int16, or fp16 where features are stored so. Online: the whitened maps, fp32 (B, C, H, W)."""
+    scalars: dict[str, Tensor]
+    """(B, 2) fp32 sigma and mu by array: raw = whitened * sigma + mu."""
+    labels: LabelBatch | None = None
+    """Where the training asks for them."""
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "TrainBatch":
+        """Return the batch with the same change made to every tensor."""
+        return TrainBatch(
+            rows=self.rows,
+            images_BCHW=change(self.images_BCHW),
+            coefficients={name: change(values) for name, values in self.coefficients.items()},
+            scalars={name: change(values) for name, values in self.scalars.items()},
+            labels=self.labels
+            and LabelBatch(
+                **{f.name: change(getattr(self.labels, f.name)) for f in fields(self.labels)}
+            ),
+        )
+
+
+def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapFit]:
+    """Read a cache's fitted codec by array. Raises CacheDamagedError where it is not the one that the recipe names."""
+    try:
+        arrays: dict[str, dict[str, Any]] = {
+            name: read_fit(root / DATA, name, most_bytes(shape))
+            for name, shape in manifest.tap_shapes.items()
+        }
+        kind = HalfTap if manifest.recipe["codec"]["name"] == "float16" else FittedTap
+        fit: dict[str, TapFit] = {name: kind(**found) for name, found in arrays.items()}
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CacheDamagedError(
+            f"{root}: the codec's arrays are damaged ({error}); {AGAIN}"
+        ) from error
+    if {name: tap.shape for name, tap in fit.items()} != manifest.tap_shapes:
+        raise CacheDamagedError(
+            f"{root}: the codec's arrays are not of the taps that the recipe names; {AGAIN}"
+        )
+    if sha256_fit(fit) != manifest.recipe["codec"]["fit_sha256"]:
+        raise CacheDamagedError(f"{root}: the codec's arrays are not the fitted ones; {AGAIN}")
+    return fit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedSample:
+    """One row of a cache, decoded."""
+
+    key: str
+    label: int | None
+    image_CHW: Tensor
+    """uint8 RGB, not mirrored."""
+    features: dict[str, Tensor]
+    """By array, such as t150/stride8: fp32 (V, C, H, W) in the teacher's own scale.
+
+    With flips, odd views are the mirrored image's.
+    """
+
+
+class Cache:
+    """A cache: a sequence of CachedSample, and batches of it. Safe to share between threads.
+
+    It travels to other processes as its path and is opened again there; a forked process is refused.
+    """
+
+    def __init__(
+        self, root: Path, images: Path | None = None, *, allow: Allowed = "nothing"
+    ) -> None:
+        """Open and check a cache, with the source of its images where it stores none.
+
+        With `allow` incomplete it need not be sealed: it is what is committed by now. With damage shards may be lost
+        too, which is to look at, not to train on. Raises CacheNotFoundError, CacheIncompleteError or
+        CacheDamagedError, and ImagesError for another source.
+        """
+        self.reader = CacheReader(root, allow=allow)
+        recipe = self.reader.manifest.recipe
+        self.view = ViewSpec(**recipe["view"])
+        self.names = self.reader.manifest.tap_names
+        self.fit = load_fit(root, self.reader.manifest)
+        self._host = HostDecoder(self.fit)
+        self._source = images
+        self.allow = allow
+        self._linked: LinkedImages | None = None
+        if images is not None and IMAGES in self.reader.manifest.arrays:
+            raise ConfigError(f"{root} stores its images: open it without others")
+        if images is not None:
+            samples = self.reader.samples
+            self._linked = LinkedImages(
+                images, samples["key"], samples["content_sha256"], self.view
+            )
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """Travel as paths."""
+        again = functools.partial(Cache, allow=self.allow)
+        return again, (self.reader.root, self._source)
+
+    @property
+    def num_views(self) -> int:
+        """Views of a row."""
+        return self.reader.manifest.num_views
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a shard."""
+        return int(self.reader.manifest.recipe["shard_rows"])
+
+    @property
+    def samples(self) -> pa.Table:
+        """One row a sample: row, key, label, content_sha256, failure."""
+        return self.reader.samples
+
+    def __len__(self) -> int:
+        """Return the number of rows, those of failed images included."""
+        return self.reader.manifest.num_samples
+
+    def __getitem__(self, row: int) -> CachedSample:
+        """Return one row, decoded. Raises IndexError, and UnknownSampleError where its image failed."""
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"{self.reader.root} has {len(self)} rows, got {row}")
+        rows = np.array([row % len(self)])
+        self._require_usable(rows)
+        key, label = (self.samples[name][int(rows[0])].as_py() for name in ("key", "label"))
+        features = {name: self.raw(name, rows)[0] for name in self.names}
+        return CachedSample(
+            key=key,
+            label=label,
+            image_CHW=torch.from_numpy(self.images(rows)[0]),
+            features=features,
+        )
+
+    def features(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Return the decoded features of B samples by array: fp32 (B, V, C, H, W) in the teacher's own scale.
+
+        Raises UnknownSampleError for a key that the cache does not have, or whose image failed.
+        """
+        found = pc.index_in(pa.array(keys, pa.string()), value_set=self.samples["key"]).to_numpy(
+            zero_copy_only=False
+        )
+        missing = [key for key, row in zip(keys, found, strict=True) if np.isnan(row)]
+        if missing:
+            raise UnknownSampleError(
+                f"{self.reader.root}: no sample has the key {missing[0]!r}; cache.samples['key'] lists them"
+            )
+        rows = found.astype(np.int64)
+        self._require_usable(rows)
+        return {name: self.raw(name, rows) for name in self.names}
+
+    def loader(
+        self,
+        *,
+        batch_size: int,
+        epoch: int = 0,
+        seed: int = 0,
+        threads: int = 2,
+        shuffle: str = "full",
+    ) -> Iterator[TrainBatch]:
+        """Yield every usable sample once, in batches (the last one may be short), shuffled by (seed, epoch).
+
+        Raises ConfigError for a batch size below 1, another shuffle than full and block, or a cache without samples.
+        """
+        from dtcache.cache.loader import EpochLoader
+
+        return EpochLoader(
+            self,
+            self.reader.usable_rows,
+            self.names,
+            batch_size=batch_size,
+            seed=seed,
+            threads=threads,
+            shuffle=shuffle,
+            drop_last=False,
+        ).epoch(epoch)
+
+    def stack(self, tap: str, *, timestep: int | None = None) -> "da.Array":
+        """Return a tap's decoded features as a lazy dask array, fp32 (N, V, C, H, W); NaN where an image failed or a
+        shard is not there.
+
+        `timestep` may be left out where the cache has one. Raises ConfigError naming what the cache has.
+        """
+        from dtcache.cache.dask_array import lazy_stack
+
+        timesteps = self.reader.manifest.recipe["teacher"]["timesteps"]
+        if timestep is None and len(timesteps) > 1:
+            raise ConfigError(
+                f"{self.reader.root}: name the timestep, one of {', '.join(map(str, timesteps))}"
+            )
+        name = tap_name(timesteps[0] if timestep is None else timestep, tap)
+        if name not in self.names:
+            raise ConfigError(
+                f"{self.reader.root} has no {name}, only {', '.join(self.names)}; choose among these"
+            )
+        return lazy_stack(self, name)
+
+    @functools.cached_property
+    def _decoder(self) -> FeatureDecoder:
+        return self.decoder(self.names)
+
+    def shape(self, name: str) -> tuple[int, int, int]:
+        """Return (C, H, W) of a tap's maps."""
+        return self.fit[name].shape
+
+    def decoder(self, names: Sequence[str]) -> FeatureDecoder:
+        """Return a new device-side decoder of some taps."""
+        return FeatureDecoder({name: self.fit[name] for name in names})
+
+    def batch(
+        self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows, names: Sequence[str]
+    ) -> TrainBatch:
+        """Read B (row, view) pairs. Raises CacheDamagedError naming the sample where a byte is wrong."""
+        images = self.images(rows)
+        coefficients, scalars = self.coefficients(rows, views, names)
+        pixels = np.empty((len(images), 3, self.view.height, self.view.width), np.uint8)
+        for place, (image, view) in enumerate(zip(images, views, strict=True)):
+            pixels[place] = (
+                image[:, :, ::-1] if self.reader.manifest.is_mirrored(int(view)) else image
+            )
+        return TrainBatch(
+            rows=np.asarray(rows, np.int64),
+            images_BCHW=torch.from_numpy(pixels),
+            coefficients=coefficients,
+            scalars=scalars,
+        )
+
+    def images(self, rows: Sequence[int] | Rows) -> list[NDArray[np.uint8]]:
+        """Return unmirrored views (3, H, W) of rows.
+
+        Raises CacheDamagedError naming the sample where a byte is wrong, ConfigError where the cache stores no images
+        and was opened without their source.
+        """
+        if self._linked is not None:
+            return [self._linked.pixels(int(row)) for row in rows]
+        if IMAGES not in self.reader.manifest.arrays:
+            raise ConfigError(
+                f"{self.reader.root} stores no images: open it with those that it was extracted from"
+            )
+        found = []
+        for row, payload in zip(
+            rows, self.reader.payloads(IMAGES, rows, np.zeros(len(rows))), strict=True
+        ):
+            try:
+                found.append(decode_stored(payload, self.view))
+            except BadImageError as error:
+                key = self.samples["key"][int(row)]
+                raise CacheDamagedError(f"{self.reader.root}: image {key}: {error}") from error
+        return found
+
+    def coefficients(
+        self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows, names: Sequence[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return coefficients (B, n) and (sigma, mu) pairs (B, 2) by array. Raises CacheDamagedError."""
+        coefficients = {}
+        scalars = {}
+        for name in names:
+            try:
+                coefficients[name], scalars[name] = self._host.decode(
+                    name, self.reader.payloads(name, rows, views)
+                )
+            except PayloadError as error:
+                key = self.samples["key"][int(rows[error.place])]
+                raise CacheDamagedError(
+                    f"{self.reader.root}: {name} of sample {key}: {error}; {AGAIN}"
+                ) from error
+        return coefficients, scalars
+
+    def will_need(self, rows: Rows, names: Sequence[str]) -> None:
+        """Tell the disk of rows that will be read soon."""
+        for name in {IMAGES, *names} & set(self.reader.manifest.arrays):
+            self.reader.will_need(name, rows)
+
+    def raw(self, name: str, rows: Rows) -> Tensor:
+        """Return one array's decoded features of all views of rows, fp32 (B, V, C, H, W) in the teacher's own scale."""
+        views = self.reader.manifest.num_views
+        pairs = np.repeat(rows, views), np.tile(np.arange(views), len(rows))
+        values, scalars = self.coefficients(*pairs, [name])
+        raw = unwhiten(self._decoder(values)[name], scalars[name])
+        return raw.view(len(rows), views, *self.shape(name))
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the cache stores its images, or was opened with their source."""
+        return self._linked is not None or IMAGES in self.reader.manifest.arrays
+
+    def _require_usable(self, rows: Rows) -> None:
+        for sample in self.samples.select(["key", "failure"]).take(rows).to_pylist():
+            if sample["failure"] is not None:
+                raise UnknownSampleError(
+                    f"{self.reader.root}: sample {sample['key']} has no features: {sample['failure']}"
+                )

@@ -1,0 +1,109 @@
+"""A set of soft labels opened for reading, beside the cache that it belongs to."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtcache.cache.cache import Cache, LabelBatch, Rows, TrainBatch
+from dtcache.codec import FittedTap
+from dtcache.errors import CacheIncompleteError, CacheMismatchError
+from dtcache.labels.label_decoder import LabelDecoder
+from dtcache.recipe import Json
+from dtcache.store.label_sets import label_set_root
+from dtcache.store.layout import LOGITS, SAMPLES
+from dtcache.store.manifest import read_manifest
+from dtcache.store.reader import Allowed
+
+
+class LabelSet:
+    """Soft labels of every row and view of a cache. Safe to share between threads."""
+
+    def __init__(self, cache: Cache, name: str, *, unfinished: bool = False) -> None:
+        """Open and check a label set; with `unfinished` what is committed of one that is still being written.
+
+        Raises UnknownLabelsError naming those there are, CacheIncompleteError, CacheMismatchError where it was made for
+        other features or images, or CacheDamagedError.
+        """
+        root = label_set_root(cache.reader.root, name)
+        manifest = read_manifest(root)
+        own = cache.reader.manifest
+        if manifest.state != "sealed" and not unfinished:
+            raise CacheIncompleteError(
+                f"{root}: the label set is not complete; run its dtcache label write command again to finish it"
+            )
+        self.about: Json = manifest.recipe.get("labels") or {}
+        for what, found, wanted in (
+            ("features", self.about.get("cache_fingerprint"), own.fingerprint),
+            ("images", self.about.get("cache_samples"), own.files[SAMPLES]),
+        ):
+            if found != wanted:
+                raise CacheMismatchError(
+                    f"{root}: made for other {what}: expected {wanted[:16]}..., got {str(found)[:16]}...; write it "
+                    "again with dtcache label write, under another --name"
+                )
+        self._cache = cache
+        self._stored = Cache(root, allow="incomplete" if unfinished else "nothing")
+        self.identity = manifest.fingerprint
+        self.classes = tuple(self.about["classes"])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(K, H, W) of a view's logits."""
+        channels, height, width = self._stored.shape(LOGITS)
+        return channels // int(self.about["views"]), height, width
+
+    def decoder(self) -> LabelDecoder:
+        """Return a new device-side decoder."""
+        fitted = self._stored.fit[LOGITS]
+        assert isinstance(fitted, FittedTap), "labels are always coded"
+        is_mirrored = self._cache.reader.manifest.is_mirrored
+        return LabelDecoder(fitted, [is_mirrored(view) for view in range(self._cache.num_views)])
+
+    def batch(self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows) -> LabelBatch:
+        """Read the labels of B (row, view) pairs. Raises CacheDamagedError naming the sample where a byte is wrong."""
+        coefficients, scalars = self._stored.coefficients(
+            rows, np.zeros(len(rows), np.int64), [LOGITS]
+        )
+        return LabelBatch(
+            coefficients_BN=coefficients[LOGITS],
+            scalars_B2=scalars[LOGITS],
+            views_B=torch.as_tensor(np.asarray(views, np.int64)),
+        )
+
+    def logits(self, rows: Sequence[int] | Rows) -> Tensor:
+        """Return the stored logits of every view of rows, fp32 (B, V, K, H, W)."""
+        found = self.batch(rows, np.zeros(len(rows), np.int64))
+        decoded: Tensor = self._decoder(found.coefficients_BN, found.scalars_B2)
+        return decoded
+
+    @functools.cached_property
+    def _decoder(self) -> LabelDecoder:
+        return self.decoder()
+
+
+class LabelledCache(Cache):
+    """A cache whose batches carry the soft labels of one of its sets too."""
+
+    def __init__(
+        self, root: Path, name: str, images: Path | None = None, *, allow: Allowed = "nothing"
+    ) -> None:
+        """Open a cache and one of its label sets; raises what opening either raises."""
+        super().__init__(root, images, allow=allow)
+        self.labels = LabelSet(self, name)
+        self._again = functools.partial(LabelledCache, root, name, images, allow=allow)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """Travel as paths and a name."""
+        return self._again, ()
+
+    def batch(
+        self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows, names: Sequence[str]
+    ) -> TrainBatch:
+        """Read B (row, view) pairs of features and labels. Raises CacheDamagedError."""
+        return replace(super().batch(rows, views, names), labels=self.labels.batch(rows, views))

@@ -1,0 +1,69 @@
+"""Images of a cache that stores none: read from their source, each checked against the hash that the cache recorded."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from dtcache.errors import BadImageError, ImagesError
+from dtcache.images.decode import decode_view, upright_size
+from dtcache.images.source import open_source
+from dtcache.recipe import ViewSpec
+from dtcache.samples import Column
+
+
+class LinkedImages:
+    """Views by row, from the images that a cache was extracted from; safe to share between threads."""
+
+    def __init__(
+        self, images: Path, keys: pa.ChunkedArray, content_sha256: pa.ChunkedArray, view: ViewSpec
+    ) -> None:
+        """Find each row's image in a source by key; rows without a hash failed and need none.
+
+        Raises ImagesError naming the first key that the source lacks.
+        """
+        self._images = images
+        self._view = view
+        self._source = open_source(images)
+        self._keys: Column[str] = Column(keys)
+        self._hashes: Column[bytes | None] = Column(content_sha256)
+        wanted = content_sha256.is_valid()
+        self._index_of = pc.index_in(keys, value_set=pa.array(self._source.keys, pa.string()))
+        lacking = keys.filter(pc.and_(wanted, self._index_of.is_null()))
+        if len(lacking):
+            raise ImagesError(
+                f"{images}: {len(lacking)} of {pc.sum(wanted).as_py()} images of the cache are not there, such as "
+                f"{lacking[0]}; give the images that the cache was extracted from"
+            )
+
+    def pixels(self, row: int) -> NDArray[np.uint8]:
+        """Return a row's view (3, H, W), uint8. Raises ImagesError where it is not the image that was extracted."""
+        data = self._read(row)
+        try:
+            return decode_view(data, self._view)[0]
+        except BadImageError as error:
+            raise self._unreadable(row, error) from error
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Return (height, width) of a row's image, upright. Raises ImagesError where it is not the one extracted."""
+        return upright_size(self._read(row))
+
+    def _read(self, row: int) -> bytes:
+        try:
+            data = self._source.read(self._index_of[row].as_py())
+        except OSError as error:
+            raise self._unreadable(row, error) from error
+        if hashlib.sha256(data).digest() != self._hashes[row]:
+            raise ImagesError(
+                f"{self._images}: {self._keys[row]} is not the image that the cache was extracted from (SHA-256 "
+                "differs); give the images that it was extracted from"
+            )
+        return data
+
+    def _unreadable(self, row: int, error: Exception) -> ImagesError:
+        return ImagesError(
+            f"{self._images}: {self._keys[row]}: {error}; it could be read when the cache was made"
+        )

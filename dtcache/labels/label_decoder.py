@@ -1,0 +1,46 @@
+"""All views' logits of an image as one map, and back: views agree on most, so that together they cost less.
+
+Shapes: B batch, V views, K classes, H rows, W columns.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dtcache.codec import FeatureDecoder, FittedTap
+from dtcache.losses.features import unwhiten
+
+ONLY = "logits"
+
+
+def join_views(logits_BVKHW: Tensor, mirrored: Sequence[bool]) -> Tensor:
+    """Return (B, V x K, H, W): views one after the other as channels, those that are `mirrored` mirrored back."""
+    views = [
+        x.flip(3) if flip else x for x, flip in zip(logits_BVKHW.unbind(1), mirrored, strict=True)
+    ]
+    return torch.cat(views, 1)
+
+
+class LabelDecoder(nn.Module):
+    """Coefficients to logits on the student's device."""
+
+    mirrored_V: Tensor
+
+    def __init__(self, fitted: FittedTap, mirrored: Sequence[bool]) -> None:
+        """Decode maps that `join_views` made, of as many views as `mirrored` tells of."""
+        super().__init__()
+        self._decoder = FeatureDecoder({ONLY: fitted})
+        self.register_buffer("mirrored_V", torch.tensor(list(mirrored)))
+
+    def forward(self, coefficients_BN: Tensor, scalars_B2: Tensor) -> Tensor:
+        """Return the logits of every view as the view shows it, fp32 (B, V, K, H, W)."""
+        joined = unwhiten(self._decoder({ONLY: coefficients_BN})[ONLY], scalars_B2)
+        views = joined.view(len(joined), len(self.mirrored_V), -1, *joined.shape[2:])
+        return torch.where(self.mirrored_V[:, None, None, None], views.flip(4), views)
+
+    def chosen(self, coefficients_BN: Tensor, scalars_B2: Tensor, views_B: Tensor) -> Tensor:
+        """Return the logits of one view of each row, fp32 (B, K, H, W)."""
+        views = self(coefficients_BN, scalars_B2)
+        one: Tensor = views[torch.arange(len(views), device=views.device), views_B]
+        return one

@@ -1,0 +1,1 @@
+"""Accuracy of features and of segmentations."""

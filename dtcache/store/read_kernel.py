@@ -1,0 +1,125 @@
+"""The hot path of the reader as one numba kernel a (array, batch): read, check and unwrap every chunk in place.
+
+Chunks are read with pread, not mapped: a file that shrinks or a disk that fails gives an error here, where a map kills
+the process with SIGBUS; a cold disk reads the chunk alone, where a page fault reads around it; and no more than the
+batch lies in memory. It costs about half a microsecond a chunk over a map.
+
+numba is loaded with this module, so that readers import it when they read, not when they open.
+"""
+
+import numpy as np
+from numba import int32, int64, intp, njit, types, uint8, uint32, uint64, uintp
+from numpy.typing import NDArray
+
+from dtcache.store.shard import CRC_BYTES
+from dtcache.store.zstd_frame import BLOCK_HEADER, MAX_BLOCK, RAW, RLE
+
+POLYNOMIAL = 0x82F63B78
+"""Castagnoli's, bits reversed."""
+
+_pread = types.ExternalFunction("pread", intp(int32, intp, uintp, int64))
+
+
+def _crc_tables() -> NDArray[np.uint32]:
+    """Return (8, 256): row k advances a byte that k more bytes follow, so that eight are taken at once."""
+    row = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        row = np.where(row & 1, row >> 1 ^ np.uint32(POLYNOMIAL), row >> 1).astype(np.uint32)
+    rows = [row]
+    for _ in range(7):
+        rows.append(rows[-1] >> 8 ^ row[rows[-1] & 255])
+    return np.stack(rows)
+
+
+_TABLES = _crc_tables()
+_BYTE = uint64(255)
+
+
+@njit(cache=True, nogil=True)
+def gather(todo, handles, offsets, sizes, places, head, length, data, done, used):  # type: ignore[no-untyped-def]
+    """Read the chunks `todo`, each to its place in `data`, and check them; leave their payloads there in one piece.
+
+    Chunk i = todo[k] is `sizes[i]` bytes at `offsets[i]` of the file `handles[k]`. Where its checksum is right and its
+    frame one of ours (it begins with `head` and makes `length` bytes), done[i] becomes True and used[i] the payload's
+    size; the payload begins `len(head)` and a block header after the place. All others are left to the general way,
+    which knows every frame and every error.
+    """
+    words = data.view(np.uint64)
+    for k in range(len(todo)):
+        i = todo[k]
+        begin = places[i]
+        size = sizes[i]
+        if (
+            size <= CRC_BYTES
+            or _pread(handles[k], data.ctypes.data + begin, size, offsets[i]) != size
+        ):
+            continue
+        end = begin + size - CRC_BYTES
+        stored = uint32(data[end]) | uint32(data[end + 1]) << 8 | uint32(data[end + 2]) << 16
+        stored |= uint32(data[end + 3]) << 24
+        if uint32(stored) != crc32c(data, words, begin, end):
+            continue
+        used[i] = _unwrap(data, begin, end, head, length)
+        done[i] = used[i] >= 0
+
+
+@njit(cache=True, nogil=True)
+def crc32c(data, words, begin, end):  # type: ignore[no-untyped-def]
+    """Return the CRC-32C of data[begin:end], eight bytes at a time; `words` is `data` as uint64."""
+    crc = uint64(0xFFFFFFFF)
+    at = uint64(begin)
+    end = uint64(end)
+    while at < end and at & uint64(7):
+        crc = uint64(_TABLES[0, (crc ^ uint64(data[at])) & _BYTE]) ^ crc >> uint64(8)
+        at += uint64(1)
+    while at + uint64(8) <= end:
+        x = words[at >> uint64(3)] ^ crc
+        crc = uint64(_TABLES[7, x & _BYTE]) ^ uint64(_TABLES[6, x >> uint64(8) & _BYTE])
+        crc ^= uint64(_TABLES[5, x >> uint64(16) & _BYTE]) ^ uint64(
+            _TABLES[4, x >> uint64(24) & _BYTE]
+        )
+        crc ^= uint64(_TABLES[3, x >> uint64(32) & _BYTE]) ^ uint64(
+            _TABLES[2, x >> uint64(40) & _BYTE]
+        )
+        crc ^= uint64(_TABLES[1, x >> uint64(48) & _BYTE]) ^ uint64(_TABLES[0, x >> uint64(56)])
+        at += uint64(8)
+    while at < end:
+        crc = uint64(_TABLES[0, (crc ^ uint64(data[at])) & _BYTE]) ^ crc >> uint64(8)
+        at += uint64(1)
+    return uint32(crc ^ uint64(0xFFFFFFFF))
+
+
+@njit(cache=True, nogil=True)
+def _unwrap(data, begin, end, head, length):  # type: ignore[no-untyped-def]
+    """Join the Raw blocks of the frame data[begin:end] and return their size, or -1 for a frame not made like ours."""
+    if end - begin < len(head) + BLOCK_HEADER:
+        return -1
+    for k in range(len(head)):
+        if data[begin + k] != head[k]:
+            return -1
+    at = begin + len(head)
+    target = at + BLOCK_HEADER
+    payload = 0
+    zeros = 0
+    last = False
+    while not last:
+        if end - at < BLOCK_HEADER:
+            return -1
+        header = int64(data[at]) | int64(data[at + 1]) << 8 | int64(data[at + 2]) << 16
+        last = header & 1 == 1
+        kind = header >> 1 & 3
+        size = header >> 3
+        at += BLOCK_HEADER
+        if size > MAX_BLOCK or payload + zeros + size > length:
+            return -1
+        if kind == RAW and zeros == 0 and size <= end - at:
+            if at != target + payload:
+                data[target + payload : target + payload + size] = data[at : at + size]
+            payload += size
+            at += size
+        elif kind == RLE and at < end and data[at] == uint8(0):
+            zeros += size
+            at += 1
+        else:
+            return -1
+    return payload if at == end and payload + zeros == length else -1

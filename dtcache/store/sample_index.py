@@ -1,0 +1,278 @@
+"""The sample index and the shard index, as Parquet with one fixed encoding."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dtcache.errors import AGAIN, CacheDamagedError
+from dtcache.recipe import FailedSample, Sample
+from dtcache.samples import Column, SampleList
+from dtcache.store.commits import ANEW, CommitRecord, ShardObject, commit_path, read_commits
+from dtcache.store.layout import SAMPLES, SHARDS
+from dtcache.store.manifest import CacheManifest
+
+AT_ONCE = 1 << 16
+NOT_YET = "not extracted yet"
+"""Failure of the rows that an unfinished cache does not have yet."""
+SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.int32()),
+        pa.field("content_sha256", pa.binary(32)),
+        pa.field("failure", pa.string()),
+    ]
+)
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int64(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+
+
+def hash_samples(samples: Sequence[Sample]) -> str:
+    """Return the SHA-256 over keys and labels in row order."""
+    return hash_keys((sample.key, sample.label) for sample in samples)
+
+
+def hash_keys(pairs: Iterable[tuple[str, int | None]]) -> str:
+    """Return the SHA-256 over (key, label) pairs."""
+    digest = hashlib.sha256()
+    for key, label in pairs:
+        digest.update(f"{key}\0{label}\n".encode())
+    return digest.hexdigest()
+
+
+def changed_samples(was: pa.Table, samples: SampleList) -> str:
+    """Say how samples differ from those of a cache's index: what was removed and added, else labels, else the order."""
+    now = samples_table((s.key for s in samples), (s.label for s in samples))
+    both = min(len(was), len(now))
+    if was["key"][:both].equals(now["key"][:both]) and was["label"][:both].equals(
+        now["label"][:both]
+    ):
+        return f"{len(was)} of the same images are there, {len(now)} were asked for (--limit)"
+    limited = len(samples) < len(samples.source_keys)
+    removed = was["key"].filter(
+        pc.invert(pc.is_in(was["key"], pa.array(samples.source_keys, pa.string())))
+    )
+    added = now["key"].filter(pc.invert(pc.is_in(now["key"], was["key"])))
+    changes = []
+    if len(added) and not limited:
+        changes.append(_named("added", added))
+    if len(removed):
+        changes.append(_named("removed", removed))
+    place = pc.index_in(now["key"], was["key"])
+    before = was["label"].take(place)
+    other = pc.and_(
+        place.is_valid(), pc.not_equal(pc.fill_null(before, -1), pc.fill_null(now["label"], -1))
+    )
+    if pc.any(other).as_py():
+        key, old, new = (column.filter(other)[0] for column in (now["key"], before, now["label"]))
+        changes.append(
+            f"labels changed, of {pc.sum(other)} images (such as {key}: {old} there, {new} now)"
+        )
+    if not changes and limited:
+        changes.append(
+            f"--limit chooses others of the {len(samples.source_keys)} images that there are now"
+        )
+    return " and ".join(changes) or "the order of the images changed"
+
+
+def _named(change: str, keys: pa.ChunkedArray) -> str:
+    count = "1 image was" if len(keys) == 1 else f"{len(keys)} images were"
+    return f"{count} {change} (first {min(keys.to_pylist())})"
+
+
+def samples_table(
+    keys: Iterable[str],
+    labels: Iterable[int | None],
+    content: Iterable[bytes | None] | None = None,
+    failures: Iterable[str | None] | None = None,
+) -> pa.Table:
+    """Return the sample index; content hashes and failures are null while the cache is being written."""
+    names = _column(keys, pa.string())
+    rest = [labels, content, failures]
+    columns = [
+        pa.nulls(len(names), field.type) if values is None else _column(values, field.type)
+        for values, field in zip(rest, list(SCHEMA)[2:], strict=True)
+    ]
+    return pa.Table.from_arrays([pa.array(np.arange(len(names))), names, *columns], schema=SCHEMA)
+
+
+def _column(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
+    """Return values as one array; those of a generator never become a list, which would take twice the memory."""
+    left = iter(values)
+    parts = iter(lambda: pa.array(islice(left, AT_ONCE), kind), pa.array([], kind))
+    return pa.chunked_array(list(parts), kind).combine_chunks()
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Return a table's Parquet file; the same table always gives the same bytes with one version of pyarrow."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_statistics=False)
+    return sink.getvalue()
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a Parquet file of the cache. Raises CacheDamagedError where it is missing or not one."""
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise CacheDamagedError(
+            f"{path}: missing or damaged ({error}); delete this cache and extract it again"
+        ) from error
+
+
+def read_samples(root: Path, manifest: CacheManifest) -> pa.Table:
+    """Read a cache's sample index. Raises CacheDamagedError where it has not a row for each of the recipe's samples."""
+    table = read_table(root / SAMPLES)
+    if len(table) != manifest.num_samples:
+        raise CacheDamagedError(
+            f"{root / SAMPLES}: expected {manifest.num_samples} rows, got {len(table)}; {AGAIN}"
+        )
+    return table
+
+
+def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitRecord]) -> pa.Table:
+    """Return the finished sample index: the begun one at `path`, with what the records of all shards, in order, add.
+
+    Raises CacheDamagedError where its keys and labels are not the ones that the recipe's `samples_sha256` names.
+    """
+    table = read_table(path)
+    try:
+        keys = Column[str](table["key"])
+        labels = Column[int | None](table["label"])
+    except KeyError as error:
+        raise CacheDamagedError(
+            f"{path}: expected a column {error}; delete this cache and extract it again"
+        ) from error
+    if hash_keys(zip(keys, labels, strict=True)) != samples_sha256:
+        raise CacheDamagedError(
+            f"{path}: not the samples that the recipe names; delete this cache and extract it again"
+        )
+    failures: list[str | None] = [None] * len(keys)
+    for failed in (f for record in records for f in record.failures):
+        failures[failed.row] = failed.reason
+    content = (
+        bytes.fromhex(sha) if sha else None for record in records for sha in record.content_sha256
+    )
+    return samples_table(keys, labels, content, failures)
+
+
+def committed(root: Path, manifest: CacheManifest) -> tuple[pa.Table, dict[str, int]]:
+    """Return the sample index of a cache that is not sealed, and bytes by shard file, as its commit records have them.
+
+    The rows of shards without a record count as failed: NOT_YET. Raises CacheDamagedError where a record is not as
+    written or belongs to another cache.
+    """
+    table = read_samples(root, manifest)
+    failures: list[str | None] = [NOT_YET] * manifest.num_samples
+    content: list[bytes | None] = [None] * manifest.num_samples
+    records = read_commits(root)
+    for shard, record in records.items():
+        if record.fingerprint != manifest.fingerprint:
+            raise CacheDamagedError(
+                f"{commit_path(root, shard)}: the record belongs to another cache; {AGAIN}"
+            )
+        rows = checked_rows(root, manifest, record)
+        content[rows.start : rows.stop] = [
+            bytes.fromhex(sha) if sha else None for sha in record.content_sha256
+        ]
+        failures[rows.start : rows.stop] = [None] * len(rows)
+        for failed in record.failures:
+            failures[failed.row] = failed.reason
+    samples = samples_table(
+        Column[str](table["key"]), Column[int | None](table["label"]), content, failures
+    )
+    return samples, {o.path: o.size for record in records.values() for o in record.objects}
+
+
+def checked_rows(root: Path, manifest: CacheManifest, record: CommitRecord) -> range:
+    """Return the rows of a record's shard. Raises CacheDamagedError where what it says is not of these rows."""
+    array = next(iter(manifest.arrays.values()))
+    path = commit_path(root, record.shard)
+    rows = array.rows_of(record.shard)
+    if record.shard >= array.num_shards or len(record.content_sha256) != len(rows):
+        raise CacheDamagedError(
+            f"{path}: expected {len(rows)} rows, got {len(record.content_sha256)}; {ANEW}"
+        )
+    for failed in record.failures:
+        if failed.row not in rows:
+            raise CacheDamagedError(
+                f"{path}: expected failures of rows {rows.start} to {rows.stop - 1}, got row {failed.row}; {ANEW}"
+            )
+    return rows
+
+
+def shards_table(objects: Iterable[tuple[int, ShardObject]]) -> pa.Table:
+    """Return the shard index of (shard, object) pairs, given in shard order."""
+    rows = [(shard, o.path, o.size, o.sha256) for shard, o in objects]
+    return pa.Table.from_arrays(
+        [pa.array(column) for column in zip(*rows, strict=True)], schema=SHARD_SCHEMA
+    )
+
+
+def read_objects(root: Path) -> list[tuple[str, int, str]]:
+    """Return (path, bytes, SHA-256) of every shard of a sealed cache. Raises CacheDamagedError."""
+    table = read_table(root / SHARDS)
+    return list(
+        zip(*(table[name].to_pylist() for name in ("path", "bytes", "sha256")), strict=True)
+    )
+
+
+def damaged_objects(root: Path, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Return those of some files that are missing or of another size than the one given, and what is there instead."""
+    found = {}
+    for name, size in sizes.items():
+        path = root / name
+        if not path.is_file():
+            found[name] = "no file"
+        elif path.stat().st_size != size:
+            found[name] = f"{path.stat().st_size} bytes"
+    return found
+
+
+def read_failures(path: Path) -> list[FailedSample]:
+    """Return the samples of an index that have a row but no features, in row order."""
+    table = read_table(path)
+    rows = zip(
+        table["row"].to_pylist(),
+        table["key"].to_pylist(),
+        table["failure"].to_pylist(),
+        strict=True,
+    )
+    return [
+        FailedSample(row=row, key=key, reason=reason)
+        for row, key, reason in rows
+        if reason is not None
+    ]
+
+
+def held_out(keys: Sequence[str]) -> list[int]:
+    """Return the places of the held-out samples: one per cent, at least 64 (but at most half), by hash of the key.
+
+    A key's membership hangs on the set of keys only, never on their order. The hash is SHA-256 of the canonical JSON of
+    ["held-out", key], spelled out: a million keys take a second.
+    """
+    count = min(max(64, len(keys) // 100), len(keys) // 2)
+    if not count:
+        return []
+    quoted = json.encoder.encode_basestring
+    digests = [hashlib.sha256(b'["held-out",%b]' % quoted(key).encode()).digest() for key in keys]
+    heads = np.frombuffer(b"".join(digests), ">u8")[::4].astype(np.uint64)
+    # The head of the last one that is in; whole digests decide among those few.
+    last = np.partition(heads, count - 1)[count - 1]
+    within = np.flatnonzero(heads <= last).tolist()
+    return sorted(sorted(within, key=lambda place: digests[place])[:count])

@@ -1,0 +1,86 @@
+"""Segmentation heads: from the maps of a network to a score a class and place. B images, C channels, K classes."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dtcache.errors import ConfigError
+from dtcache.student.pyramid import SimplePyramid
+
+Shapes = Sequence[tuple[int, int, int]]
+"""(C, H, W) of the maps, finest first."""
+LEVELS = 4
+
+
+class LinearHead(nn.Module):
+    """A 1x1 convolution of all maps, their channels standardised, enlarged bilinearly to the finest and concatenated.
+
+    Each map's share of the convolution is taken before it is enlarged: both are linear and bilinear weights add up to
+    one, so that the result is the same, and of K channels in the place of thousands. Statistics are those of each map
+    on its own grid, as in the linear heads of DINOv2 (Oquab et al. 2023, 7.4).
+    """
+
+    def __init__(self, shapes: Shapes, classes: int, *, momentum: float | None) -> None:
+        """Read maps of these shapes; `momentum` None averages the statistics over all of the training."""
+        super().__init__()
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(c, affine=False, momentum=momentum) for c, _, _ in shapes
+        )
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(c, classes, 1, bias=i == 0) for i, (c, _, _) in enumerate(shapes)
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Return scores (B, K, H, W) on the grid of the finest map."""
+        levels = [
+            conv(norm(x)) for conv, norm, x in zip(self.convolutions, self.norms, maps, strict=True)
+        ]
+        size = levels[0].shape[2:]
+        enlarged = [
+            F.interpolate(x, size, mode="bilinear", align_corners=False) for x in levels[1:]
+        ]
+        return torch.stack([levels[0], *enlarged]).sum(0)
+
+
+class FpnHead(nn.Module):
+    """The FPN decoder of segmentation-models-pytorch (Kirillov et al. 2019) over a backbone as its encoder.
+
+    Of a backbone with one map only, a simple pyramid makes four.
+    """
+
+    def __init__(self, shapes: Shapes, classes: int, input_size: tuple[int, int]) -> None:
+        """Read maps of these shapes. Raises ConfigError without that library, or where it does not take such maps."""
+        super().__init__()
+        try:
+            from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+        except ImportError as error:
+            raise ConfigError(
+                f"--head fpn: segmentation-models-pytorch cannot be imported ({error}); run pip install "
+                "'dtcache[segmentation]', or give --head linear"
+            ) from error
+        self.pyramid = None
+        if len(shapes) == 1:
+            self.pyramid = SimplePyramid(shapes[0][0], input_size[0] / shapes[0][1])
+            with torch.no_grad():
+                shapes = [
+                    (x.shape[1], x.shape[2], x.shape[3])
+                    for x in self.pyramid(torch.zeros(1, *shapes[0]))
+                ]
+        shapes, grids = shapes[-LEVELS:], [(h, w) for _, h, w in shapes[-LEVELS:]]
+        if len(grids) < LEVELS or any((2 * h, 2 * w) != fine for fine, (h, w) in pairwise(grids)):
+            raise ConfigError(
+                f"--head fpn: expected four maps, each twice as fine as the next, got grids of "
+                f"{', '.join(f'{h}x{w}' for h, w in grids)} at an input of {input_size[0]}x{input_size[1]} pixels; "
+                "give a --size in multiples of 32, or --head linear"
+            )
+        self.decoder = FPNDecoder(encoder_channels=[c for c, _, _ in shapes])
+        self.score = nn.Conv2d(self.decoder.out_channels, classes, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Return scores (B, K, H, W) on the grid of the finest of the four maps."""
+        levels = list(maps) if self.pyramid is None else self.pyramid(maps[-1])
+        scores: Tensor = self.score(self.decoder(levels[-LEVELS:]))
+        return scores

@@ -1,0 +1,1 @@
+"""OpenAI's guided-diffusion (ADM) checkpoints as diffusers networks."""

@@ -1,0 +1,82 @@
+"""Reading a PyTorch checkpoint of plain tensors: whole, undamaged, and with nothing else unpickled."""
+
+import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dtcache.errors import TeacherError, TeacherNotFoundError
+
+ZIP_START = b"PK\x03\x04"
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors by name, mapped from the file where its format allows it.
+
+    Raises TeacherNotFoundError where there is no such file, and TeacherError where it is not a whole checkpoint of
+    nothing but floating-point tensors.
+    """
+    if not path.is_file():
+        raise TeacherNotFoundError(f"checkpoint {path}: no such file; expected a PyTorch .pt file")
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        _check_archive(path)
+    elif _start(path) == ZIP_START:
+        raise TeacherError(
+            f"{path}: the end of the file is missing ({path.stat().st_size} bytes); download it again"
+        )
+    try:
+        # Files of torch before 1.6 are no zip archives and cannot be mapped. Torch warns of odd pickles, then fails.
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # whatever torch makes of another file's bytes
+        reason = " ".join(str(error).split())[:160]
+        raise TeacherError(
+            f"{path}: not a whole PyTorch checkpoint of plain tensors ({reason}); dtcache unpickles nothing else: "
+            "download it again, or save the network's state_dict() alone"
+        ) from error
+    if not isinstance(content, Mapping) or not content:
+        raise TeacherError(
+            f"{path}: expected a state dict of tensors by name, got {_kind(content)}"
+        )
+    for name, value in content.items():
+        if (
+            not isinstance(name, str)
+            or not isinstance(value, Tensor)
+            or not value.is_floating_point()
+        ):
+            raise TeacherError(
+                f"{path}: expected nothing but floating-point tensors by name, got {_kind(value)} at {name!r}; "
+                "save the network's state_dict() alone"
+            )
+    return dict(content)
+
+
+def _check_archive(path: Path) -> None:
+    """Compare every record's CRC-32 with its bytes, which torch does not. Raises TeacherError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        damaged = str(error)
+    if damaged is not None:
+        raise TeacherError(f"{path}: damaged at {damaged}; download it again")
+
+
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(len(ZIP_START))
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype}"
+    return (
+        f"an empty {type(value).__name__}"
+        if isinstance(value, Mapping) and not value
+        else type(value).__name__
+    )

@@ -1,0 +1,88 @@
+"""Latent diffusion's first stage: pixels to the latents that a denoiser was trained on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor, nn
+
+from dtcache.errors import TeacherError
+from dtcache.teacher.diffusers_files import load_part, read_class, weight_files
+
+AUTOENCODERS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+FOLDERS = ("vae", "vqvae")
+KL_SCALE = 0.18215
+"""Stable Diffusion's: its first configurations do not state it, and diffusers takes it for them."""
+VQ_SCALE = 1.0
+"""CompVis' latent-diffusion scales no VQ latents, and its converted configurations (ldm-celebahq-256) state nothing.
+
+diffusers fills in Stable Diffusion's 0.18215 there, which breaks LDMPipeline (its issue 6725).
+"""
+
+
+class LatentEncoder(nn.Module):
+    """The encoder of an autoencoder: fp32 pixels in [-1, 1] to scaled latents, without sampling."""
+
+    def __init__(self, autoencoder: AutoencoderKL | VQModel, scale: float, shift: float) -> None:
+        """Take over `autoencoder`, whose decoder is dropped. latents = (encoded - shift) * scale."""
+        super().__init__()
+        config = autoencoder.config
+        self.is_vq = isinstance(autoencoder, VQModel)
+        self.channels: int = (config.vq_embed_dim if self.is_vq else None) or config.latent_channels
+        self.stride: int = 2 ** (len(config.block_out_channels) - 1)
+        self.scale = scale
+        self.shift = shift
+        self.doubt: str | None = None
+        if self.is_vq and scale == KL_SCALE:
+            self.doubt = (
+                f"the VQ autoencoder's scaling_factor is {KL_SCALE}, which save_pretrained writes where a model states "
+                "none: CompVis' latent-diffusion models were trained with 1.0; see that this one was not"
+            )
+        autoencoder.decoder = nn.Identity()
+        self.autoencoder = autoencoder
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return latents (B, channels, H / stride, W / stride) of pixels (B, 3, H, W)."""
+        encoded = self.autoencoder.encode(pixels_BCHW)
+        # A VQ denoiser works on what comes before the codebook; a KL one is given the mode, so that a cache is a
+        # function of the image.
+        found_BCHW = encoded.latents if self.is_vq else encoded.latent_dist.mode()
+        scaled_BCHW: Tensor = (found_BCHW - self.shift) * self.scale
+        return scaled_BCHW
+
+
+def load_latents(root: Path) -> tuple[LatentEncoder, list[Path], dict[str, Any]] | None:
+    """Return a directory's autoencoder, its weight files and what its latents depend on; None where it has none.
+
+    Raises TeacherNotFoundError and TeacherError as `load_part` does, and for latents that no known rule scales.
+    """
+    folder = next((root / name for name in FOLDERS if (root / name).is_dir()), None)
+    if folder is None:
+        return None
+    name, config = read_class(folder, "the autoencoder's configuration", tuple(AUTOENCODERS))
+    for key in ("latents_mean", "latents_std"):
+        if config.get(key) is not None:
+            raise TeacherError(
+                f"{folder / 'config.json'}: {key} is set, and dtcache only knows a scale and a shift"
+            )
+    scale = _number(folder, config, "scaling_factor", VQ_SCALE if name == "VQModel" else KL_SCALE)
+    shift = _number(folder, config, "shift_factor", 0.0)
+    weights = weight_files(folder)
+    encoder = LatentEncoder(load_part(AUTOENCODERS[name], folder, weights), scale, shift)
+    return encoder, weights, {"autoencoder": config, "scaling_factor": scale, "shift_factor": shift}
+
+
+def _number(folder: Path, config: dict[str, Any], key: str, default: float) -> float:
+    value = config.get(key)
+    if value is None:
+        return default
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not torch.tensor(float(value)).isfinite()
+    ):
+        raise TeacherError(
+            f"{folder / 'config.json'}: expected {key} to be a number, got {value!r}"
+        )
+    return float(value)

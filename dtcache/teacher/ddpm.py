@@ -1,0 +1,92 @@
+"""Making an unconditional pixel DDPM: the network, its loss, its samples, its directory."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor
+
+from dtcache.errors import ConfigError
+
+TRAIN_STEPS = 1000
+
+
+def build_unet(
+    height: int, width: int, channels: tuple[int, ...], layers: int, attention: int
+) -> UNet2DModel:
+    """Return a randomly initialised U-Net (DDPM, Ho et al. 2020) with attention at the coarsest levels.
+
+    Raises ConfigError where the view cannot be halved once a level or the channels do not share a group size.
+    """
+    levels = len(channels)
+    halvings = 2 ** (levels - 1)
+    if height % halvings or width % halvings:
+        raise ConfigError(
+            f"--size {height}x{width}: {levels} levels halve the image {levels - 1} times, so both sides must be "
+            f"multiples of {halvings}; change --size or give fewer --channels"
+        )
+    if not 0 <= attention <= levels:
+        raise ConfigError(f"--attention {attention}: expected 0 to {levels}, the number of levels")
+    groups = math.gcd(32, *channels)
+    if groups < 4:
+        raise ConfigError(
+            f"--channels {channels}: expected multiples of 4 (for group normalisation)"
+        )
+    plain = levels - attention
+    return UNet2DModel(
+        sample_size=height if height == width else (height, width),
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=layers,
+        block_out_channels=channels,
+        down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",) * attention,
+        up_block_types=("AttnUpBlock2D",) * attention + ("UpBlock2D",) * plain,
+        attention_head_dim=math.gcd(32, *channels),
+        norm_num_groups=groups,
+    )
+
+
+def ddpm_scheduler() -> DDPMScheduler:
+    """Return the linear schedule of 1000 steps that Ho et al. train with."""
+    return DDPMScheduler(num_train_timesteps=TRAIN_STEPS)
+
+
+def ddpm_loss(
+    unet: Callable[..., Any],
+    scheduler: DDPMScheduler,
+    pixels_BCHW: Tensor,
+    noise_BCHW: Tensor,
+    t_B: Tensor,
+) -> Tensor:
+    """Return the simple loss of Ho et al. 2020, eq. 14: mean squared error of the predicted noise (fp32 scalar).
+
+    `pixels_BCHW` are uint8; noise is fp32 of the same shape; `t_B` int64 in [0, 1000).
+    """
+    clean_BCHW = pixels_BCHW.float() / 127.5 - 1.0
+    predicted_BCHW = unet(scheduler.add_noise(clean_BCHW, noise_BCHW, t_B), t_B).sample
+    return torch.nn.functional.mse_loss(predicted_BCHW.float(), noise_BCHW)
+
+
+@torch.inference_mode()
+def sample_images(unet: UNet2DModel, count: int, seed: int, steps: int = 50) -> Tensor:
+    """Return `count` DDIM samples of the teacher, fp32 in [0, 1], shape (count, 3, H, W)."""
+    device = next(unet.parameters()).device
+    scheduler = DDIMScheduler.from_config(ddpm_scheduler().config)
+    scheduler.set_timesteps(steps)
+    size = unet.config.sample_size
+    shape = (count, 3, *((size, size) if isinstance(size, int) else size))
+    x_BCHW = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    for t in scheduler.timesteps:
+        x_BCHW = scheduler.step(unet(x_BCHW, t).sample.float(), t, x_BCHW).prev_sample
+    return (x_BCHW.clamp(-1, 1) + 1) / 2
+
+
+def save_teacher(unet: UNet2DModel, out: Path, dtype: torch.dtype) -> None:
+    """Write a standard diffusers directory (unet/, scheduler/, model_index.json; safetensors only)."""
+    # torch's own `to`: diffusers' warns of modules to keep in fp32 even where there are none.
+    DDPMPipeline(torch.nn.Module.to(unet, dtype), ddpm_scheduler()).save_pretrained(
+        out, safe_serialization=True
+    )

@@ -1,0 +1,260 @@
+"""Any torch module as a teacher, from Python: checked by a dry run, named by hashes of what it computes."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dtcache.errors import ConfigError, TeacherError
+from dtcache.recipe import TapSpec, sha256_json
+from dtcache.teacher.load import LoadedTeacher
+
+TAP_NAME = re.compile(r"stride([1-9][0-9]{0,4})")
+
+Prepare = Callable[[Tensor, Tensor, int], Tensor | tuple[Tensor, ...]]
+"""(pixels_BCHW, noise_BCHW, timestep) to the module's positional arguments: see CallableTeacher."""
+
+
+class CallableTeacher:
+    """A torch module whose inner maps are cached.
+
+    `taps` names module paths, as `module.named_modules()` has them, by stride against the view: {"stride8": "up.2"};
+    "" is the module itself. What is cached is a path's output: a tensor (B, C, H, W), or a tuple that begins with one.
+
+    `prepare(pixels_BCHW, noise_BCHW, timestep)` returns the module's argument, or a tuple of positional ones. It is
+    called in inference mode, outside autocast, once a pass, with
+    pixels_BCHW: fp32 in [-1, 1], RGB, (batch size, 3, H, W) on the device; mirrored views are mirrored already; a
+    short batch is padded to the batch size with zeros, whose features are thrown away;
+    noise_BCHW: fp32, standard normal, (batch size, noise_channels, H / noise_stride, W / noise_stride) on the device:
+    that of each sample, timestep, draw and flip;
+    timestep: the int of --timestep.
+    Without `prepare` the module is called with pixels_BCHW alone and there is no noise: the timestep is then 0.
+
+    The module is switched to evaluation mode and moved to the device. It runs to its end: cut off what no tap needs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        taps: Mapping[str, str],
+        version: str,
+        prepare: Prepare | None = None,
+        alpha_bars: Sequence[float] = (1.0,),
+        size: tuple[int, int] | None = None,
+        noise_channels: int = 3,
+        noise_stride: int = 1,
+    ) -> None:
+        """Check what can be checked without running anything.
+
+        `version` is yours to change whenever `prepare` or code of the module changes what is computed: hashes cover
+        weights, taps and class name, never code. `alpha_bars` is the share of the signal's variance at each timestep,
+        SNR / (1 + SNR): it is recorded, and bounds the timesteps. `size` is the default view (height, width).
+
+        Raises ConfigError where arguments contradict each other or name no module.
+        """
+        modules = dict(module.named_modules())
+        for name, path in taps.items():
+            if not TAP_NAME.fullmatch(name):
+                raise ConfigError(
+                    f"CallableTeacher: tap {name!r}: expected a name such as stride8, its stride"
+                )
+            if path not in modules:
+                raise ConfigError(
+                    f"CallableTeacher: tap {name}: {type(module).__name__} has no module {path!r}; "
+                    f"it has {_some(modules)}"
+                )
+        if not taps:
+            raise ConfigError(
+                "CallableTeacher: expected at least one tap, such as {'stride8': 'up.2'}"
+            )
+        if not version:
+            raise ConfigError(
+                "CallableTeacher: expected a version, such as '1': change it when its code changes"
+            )
+        if not alpha_bars or not all(0.0 <= a <= 1.0 for a in alpha_bars):
+            raise ConfigError(
+                "CallableTeacher: alpha_bars: expected shares of variance from 0 to 1, one a timestep"
+            )
+        if prepare is None and len(alpha_bars) > 1:
+            raise ConfigError(
+                "CallableTeacher: alpha_bars without prepare: the module would see no noise; give both"
+            )
+        self.channels = noise_channels
+        self.native_size = size
+        self.num_classes: int | None = None
+        self.null_class: int | None = None
+        self._stride = noise_stride
+        self._module = module.eval()
+        self._prepare = prepare
+        self._paths = dict(taps)
+        self._version = version
+        self._alpha_bars = tuple(alpha_bars)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it takes noise."""
+        return self._prepare is not None
+
+    def loaded(self) -> LoadedTeacher:
+        """Return it as what `load_teacher` returns of a directory, with its hashes."""
+        name = type(self._module).__qualname__
+        config = {
+            "class": name,
+            "taps": self._paths,
+            "version": self._version,
+            "alpha_bars": self._alpha_bars,
+            "noise": [self.channels, self._stride] if self.is_random else None,
+        }
+        return LoadedTeacher(
+            denoiser=self,
+            alpha_bars=torch.tensor(self._alpha_bars),
+            architecture=name,
+            weights_sha256=weights_sha256(self._module),
+            config_sha256=sha256_json(config),
+            encoding=self,
+        )
+
+    def noise_shape(self, height: int, width: int) -> tuple[int, int, int] | None:
+        """Return the (C, H, W) of a view's noise, None without `prepare`."""
+        return (
+            (self.channels, height // self._stride, width // self._stride)
+            if self.is_random
+            else None
+        )
+
+    def inputs(
+        self,
+        clean_BCHW: Tensor,
+        noise_BCHW: Tensor | None,
+        timestep: int,
+        labels_B: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """Return the module's arguments."""
+        if self._prepare is None or noise_BCHW is None:
+            return (clean_BCHW,)
+        prepared = self._prepare(clean_BCHW, noise_BCHW, timestep)
+        return prepared if isinstance(prepared, tuple) else (prepared,)
+
+    def find_taps(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
+        """Return the taps, finest first, as a dry run on one grey view has them.
+
+        Raises TeacherError where it fails, or where an output is not a map of the claimed stride.
+        """
+        where = next((p.device for p in self._module.parameters()), torch.device("cpu"))
+        shape = self.noise_shape(height, width)
+        what = f"CallableTeacher: {type(self._module).__name__}"
+        try:
+            with torch.inference_mode():
+                noise_BCHW = torch.zeros(1, *shape, device=where) if shape else None
+                pixels_BCHW = torch.zeros(1, 3, height, width, device=where)
+                found = TappedModule(self._module, self._paths)(
+                    *self.inputs(pixels_BCHW, noise_BCHW, 0)
+                )
+        except TeacherError:
+            raise
+        except Exception as error:  # whatever the user's code raises
+            reason = " ".join(str(error).split())[:200]
+            raise TeacherError(
+                f"{what}: its dry run on a {height}x{width} view failed ({type(error).__name__}: {reason}); see that "
+                "prepare returns the module's arguments and that it takes this size"
+            ) from error
+        taps = []
+        for place, (name, map_BCHW) in enumerate(found.items()):
+            channels, rows, columns = map_BCHW.shape[1:]
+            stride = int(name.removeprefix("stride"))
+            if (rows * stride, columns * stride) != (height, width):
+                raise TeacherError(
+                    f"{what}: tap {name} at {self._paths[name]!r}: expected {height / stride:g}x{width / stride:g} "
+                    f"values of a {height}x{width} view, got {rows}x{columns} ({channels} channels); correct its stride"
+                )
+            taps.append(
+                TapSpec(
+                    name=name,
+                    block=place,
+                    stride=stride,
+                    channels=channels,
+                    height=rows,
+                    width=columns,
+                )
+            )
+        return tuple(sorted(taps, key=lambda tap: tap.stride))
+
+    def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
+        """Return the module as a network that returns the taps' maps by name."""
+        return TappedModule(self._module, {tap.name: self._paths[tap.name] for tap in taps})
+
+    def predictor(self) -> nn.Module:
+        """Raise ConfigError: nobody knows what the module predicts."""
+        raise ConfigError(
+            "--encoding ddim: a CallableTeacher makes its own inputs, and what it predicts is not known; invert the "
+            "images in its prepare, and leave --encoding ddpm"
+        )
+
+
+class TappedModule(nn.Module):
+    """A module whose forward pass returns the outputs of some of its parts. Nothing stays hooked between passes."""
+
+    def __init__(self, module: nn.Module, paths: Mapping[str, str]) -> None:
+        super().__init__()
+        self.module = module
+        self._paths = dict(paths)
+
+    def forward(self, *arguments: Tensor) -> dict[str, Tensor]:
+        """Return the maps (B, C, H, W) by name. Raises TeacherError where an output is no such map."""
+        seen: dict[str, object] = {}
+
+        def recorder(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: object, output: object) -> None:
+                first = output[0] if isinstance(output, tuple) and output else output
+                # The next module may work in place.
+                seen[name] = first.clone() if isinstance(first, Tensor) else first
+
+            return hook
+
+        handles = [
+            self.module.get_submodule(path).register_forward_hook(recorder(name))
+            for name, path in self._paths.items()
+        ]
+        try:
+            self.module(*arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+        maps = {}
+        for name, path in self._paths.items():
+            output = seen.get(name)
+            if not isinstance(output, Tensor) or output.dim() != 4:
+                raise TeacherError(
+                    f"CallableTeacher: tap {name} at {path!r}: expected a tensor (B, C, H, W), got {_kind(output)}"
+                )
+            maps[name] = output
+        return maps
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Return the SHA-256 over the state dict's tensors by name: name, type, shape, bytes; no layout, no device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+            digest.update(
+                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )
+    return digest.hexdigest()
+
+
+def _some(modules: Mapping[str, nn.Module]) -> str:
+    names = [name for name in modules if name]
+    return (
+        ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        or "no parts at all"
+    )
+
+
+def _kind(output: object) -> str:
+    if output is None:
+        return "nothing: it did not run"
+    return f"one of {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__

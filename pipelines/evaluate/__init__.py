@@ -1,0 +1,1 @@
+"""Accuracy of frozen or finetuned features on labelled images."""

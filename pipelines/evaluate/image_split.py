@@ -1,0 +1,67 @@
+"""The images of an evaluation: two sides of them, permuted, in batches."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from dtcache.errors import ConfigError
+from dtcache.images import ImageSource, LoadedView, load_views, permuted
+from dtcache.options import EvaluateOptions
+from dtcache.recipe import ViewSpec
+
+DECODE_THREADS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluatedImages:
+    """One side of an evaluation."""
+
+    title: str
+    source: ImageSource
+    indices: list[int]
+    """Places in the source's order, permuted."""
+
+    def chosen(self, indices: list[int]) -> "EvaluatedImages":
+        """Return the same side with these images only."""
+        return replace(self, indices=indices)
+
+
+def split_images(
+    options: EvaluateOptions, open_images: Callable[[Path], ImageSource]
+) -> tuple[EvaluatedImages, EvaluatedImages]:
+    """Return all training and all test images, opened by `open_images`, each permuted by the seed.
+
+    Without --test, the last fifth of the permuted training images is it. Raises ConfigError without --train, and what
+    `open_images` raises.
+    """
+    if not options.train or not str(options.train):
+        raise ConfigError(
+            "--train: expected labelled training images (a folder tree of classes, or Parquet)"
+        )
+    train = open_images(options.train)
+    order = permuted(len(train.keys), seed=options.seed, stream="evaluate-train").tolist()
+    if options.test is not None:
+        test = open_images(options.test)
+        test_order = permuted(len(test.keys), seed=options.seed, stream="evaluate-test").tolist()
+    else:
+        held = len(order) // 5
+        test = train
+        test_order = order[len(order) - held :]
+        order = order[: len(order) - held]
+        print(
+            f"no --test: {held} of {len(train.keys)} training images are held out as test images",
+            file=sys.stderr,
+        )
+    return (
+        EvaluatedImages(title="training images", source=train, indices=order),
+        EvaluatedImages(title="test images", source=test, indices=test_order),
+    )
+
+
+def load_batches(images: EvaluatedImages, view: ViewSpec, size: int) -> Iterator[list[LoadedView]]:
+    """Yield the images in order, decoded or failed, `size` at a time; the last batch may be short."""
+    views = load_views(images.source, images.indices, view, threads=DECODE_THREADS)
+    while batch := list(islice(views, size)):
+        yield batch

@@ -1,0 +1,1 @@
+"""Stage 1: images and a teacher to a sealed cache."""

@@ -1,0 +1,66 @@
+"""The worker's side of a run: one attempt at a shard, what it reports, how it fails."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dask.distributed import Worker, get_worker
+
+from dtcache.errors import DiskError, DtcacheError
+from dtcache.store.pending_shard import WrittenShard
+
+Task = Callable[[str, int, Callable[[int], None]], WrittenShard]
+"""Computes one shard of an assignment and reports finished rows; a function of a module that workers can import."""
+
+REPORT_SECONDS = 1.0
+"""How often a worker reports rows."""
+
+logger = logging.getLogger("distributed.dtcache")
+"""Below Dask's own, so that it ends in the same log."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """An attempt at a shard that raised on its worker."""
+
+    worker: str
+    """Its address."""
+    reason: str
+    final: bool
+    """Whether another worker would fail too."""
+
+
+def run_task(task: Task, assignment: str, shard: int, topic: str) -> WrittenShard | Failed:
+    """Run a task on the worker that this is; a failure comes back as words, for exceptions do not always travel."""
+    worker = get_worker()
+    report = _Report(worker, topic, shard)
+    try:
+        return task(assignment, shard, report)
+    except DtcacheError as error:
+        # A disk may fail on one machine alone; what else dtcache refuses, it refuses everywhere.
+        return Failed(
+            worker=worker.address, reason=str(error), final=not isinstance(error, DiskError)
+        )
+    except Exception as error:
+        logger.exception("shard %d", shard)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return Failed(worker=worker.address, reason=reason, final=False)
+
+
+class _Report:
+    """Tells the coordinator, now and then, how many rows of a shard an attempt has done."""
+
+    def __init__(self, worker: Worker, topic: str, shard: int) -> None:
+        self._worker = worker
+        self._topic = topic
+        self._shard = shard
+        self._rows = 0
+        self._sent = time.monotonic()
+
+    def __call__(self, rows: int) -> None:
+        """Count finished rows."""
+        self._rows += rows
+        if time.monotonic() - self._sent > REPORT_SECONDS:
+            self._sent = time.monotonic()
+            self._worker.log_event(self._topic, (self._shard, self._rows))

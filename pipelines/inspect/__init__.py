@@ -1,0 +1,1 @@
+"""What a cache or a run holds, as tables and as a page."""

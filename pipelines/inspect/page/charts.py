@@ -1,0 +1,249 @@
+"""Charts as inline SVG, in colours that the page's style sheet gives: they follow light and dark by themselves."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from markupsafe import Markup, escape
+
+WIDTH = 264
+HEIGHT = 200
+LEFT = 50
+RIGHT = 10
+TOP = 24
+BOTTOM = 34
+BAR_BOTTOM = 66
+"""Room for names under bars."""
+MOST_SCALE = 1.4
+"""A chart is never drawn larger than this many times its units, so that its text stays near the page's."""
+STRONG = 0.68
+"""Share of a cell's colour from which its number is written in the colour of the paper: the two contrast alike."""
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+COLOURS = 8
+"""Series colours of the style sheet: c0 to c7."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """One line of a chart."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    """None, or 0 on a logarithmic axis, breaks the line."""
+    style: str = "c0"
+    """Classes of the style sheet: a colour, `water`, or a colour and `dashed`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """Where values lie between two pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool
+
+    def place(self, value: float) -> float:
+        """Return a value's pixel."""
+        low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return a few round values and their labels."""
+        if not self.log:
+            return [(value, f"{value:.6g}") for value in self._round_values()]
+        first = math.ceil(math.log10(self.low) - 1e-9)
+        last = math.floor(math.log10(self.high) + 1e-9)
+        if last - first < 1:
+            few = [f * 10.0**power for power in range(first - 1, last + 1) for f in (1, 2, 5)]
+            few = [value for value in few if self.low <= value <= self.high]
+            return [(value, f"{value:.6g}") for value in max(few, self._round_values(), key=len)]
+        powers = range(first, last + 1, max(1, math.ceil((last - first) / 4)))
+        plain = powers[0] >= -2 and powers[-1] <= 3
+        return [
+            (10.0**n, f"{10.0**n:g}" if plain else "10" + str(n).translate(RAISED)) for n in powers
+        ]
+
+    def _round_values(self) -> list[float]:
+        step = _round_step((self.high - self.low) / 4)
+        return [
+            k * step
+            for k in range(
+                math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1
+            )
+        ]
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    width: int = WIDTH,
+) -> str:
+    """Return a chart of lines; with more than one, `legend` of the same series tells them apart."""
+    points = [
+        [(a, b) for a, b in zip(s.x, s.y, strict=False) if _drawn(a, log_x) and _drawn(b, log_y)]
+        for s in series
+    ]
+    xs = [a for line in points for a, _ in line]
+    ys = [b for line in points for _, b in line]
+    if not xs:
+        return Markup('<p class="none">{}: nothing to draw</p>').format(title)
+    across = _axis(xs, LEFT, width - RIGHT, log_x, pad=False)
+    up = _axis(ys, HEIGHT - BOTTOM, TOP, log_y, pad=True)
+    body = [_grid(across, up, x, y, width)]
+    for s in series:
+        for run in _runs(s, log_x, log_y):
+            path = " ".join(f"{across.place(a):.1f},{up.place(b):.1f}" for a, b in run)
+            shape = f'<polyline class="{escape(s.style)}" points="{path}"/>'
+            if len(run) == 1:
+                a, b = run[0]
+                shape = f'<circle class="{escape(s.style)}" cx="{across.place(a):.1f}" cy="{up.place(b):.1f}" r="2.5"/>'
+            body.append(shape)
+    return _svg(title, body, width)
+
+
+def bar_chart(
+    names: Sequence[str],
+    values: Sequence[tuple[float, float | None, float | None]],
+    *,
+    title: str,
+    y: str,
+    line: float | None = None,
+    note: str = "",
+) -> str:
+    """Return bars from 0 of (value, low, high), with whiskers where an interval is known, and one level line.
+
+    `note` is written below, to say what the line is.
+    """
+    top = max([v[2] or v[0] for v in values] + [line or 0.0, 1e-9]) * 1.08
+    up = Axis(low=0.0, high=top, start=HEIGHT - BAR_BOTTOM, end=TOP, log=False)
+    width = (WIDTH - LEFT - RIGHT) / len(names)
+    body = [_grid(None, up, "", y, WIDTH)]
+    for place, (name, (value, low, high)) in enumerate(zip(names, values, strict=True)):
+        left = LEFT + place * width
+        middle = LEFT + (place + 0.5) * width
+        height = up.start - up.place(value)
+        body.append(
+            f'<rect class="bar c{place % COLOURS}" x="{left + width * 0.14:.1f}" y="{up.place(value):.1f}" '
+            f'width="{width * 0.72:.1f}" height="{height:.1f}"/>'
+        )
+        if low is not None and high is not None:
+            body.append(
+                f'<path class="whisker" d="M{middle:.1f} {up.place(low):.1f}V{up.place(high):.1f}"/>'
+            )
+        text = escape(name)
+        body.append(
+            f'<text class="tick" transform="translate({middle:.1f} {up.start + 11}) rotate(-50)" '
+            f'text-anchor="end">{text}</text>'
+        )
+    if line is not None:
+        body.append(f'<path class="water" d="M{LEFT} {up.place(line):.1f}H{WIDTH - RIGHT}"/>')
+    return _svg(title, body, note=note)
+
+
+def heat_map(names: Sequence[str], values: Sequence[Sequence[float | None]], *, title: str) -> str:
+    """Return a square of values from 0 to 1, each written into its cell."""
+    cell = 44
+    label = 96
+    side = label + cell * len(names)
+    body = []
+    for row, name in enumerate(names):
+        y = label + row * cell
+        body.append(
+            f'<text class="tick" x="{label - 6}" y="{y + cell / 2 + 4}" text-anchor="end">{escape(name)}</text>'
+        )
+        turned = (
+            f'transform="translate({label + row * cell + cell / 2 + 4} {label - 6}) rotate(-60)"'
+        )
+        body.append(f'<text class="tick" {turned}>{escape(name)}</text>')
+        for column, value in enumerate(values[row]):
+            x = label + column * cell
+            shown = "-" if value is None else f"{value:.2f}"
+            opacity = min(1.0, max(0.0, value or 0.0))
+            dark = " strong" if opacity > STRONG else ""
+            body.append(
+                f'<rect class="cell" x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" '
+                f'fill-opacity="{opacity:.3f}"/><text class="number{dark}" x="{x + cell / 2}" y="{y + cell / 2 + 4}" '
+                f'text-anchor="middle">{shown}</text>'
+            )
+    return _svg(title, body, side + 30, side)
+
+
+def legend(series: Sequence[Series]) -> str:
+    """Return the names of lines beside their colours."""
+    parts = [f'<span><i class="key {escape(s.style)}"></i>{escape(s.name)}</span>' for s in series]
+    return Markup(f'<p class="legend">{"".join(parts)}</p>')
+
+
+def _svg(
+    title: str, body: Sequence[str], width: int = WIDTH, height: int = HEIGHT, note: str = ""
+) -> str:
+    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
+    below = Markup("<small>{}</small>").format(note) if note else ""
+    return Markup(
+        f'<figure class="chart" style="--most: {round(MOST_SCALE * width)}px"><figcaption>{escape(title)}</figcaption>'
+        f"{head}{''.join(body)}</svg>{below}</figure>"
+    )
+
+
+def _grid(across: Axis | None, up: Axis, x: str, y: str, width: int) -> str:
+    parts = []
+    for value, label in up.ticks():
+        place = up.place(value)
+        parts.append(f'<path class="grid" d="M{LEFT} {place:.1f}H{width - RIGHT}"/>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 5}" y="{place + 3.5:.1f}" text-anchor="end">{label}</text>'
+        )
+    if across is not None:
+        for value, label in across.ticks():
+            parts.append(
+                f'<text class="tick" x="{across.place(value):.1f}" y="{HEIGHT - BOTTOM + 13}" '
+                f'text-anchor="middle">{label}</text>'
+            )
+    parts.append(
+        f'<text class="axis" x="{(LEFT + width - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>'
+    )
+    # Above the axis, not beside it: numbers of any width have the room there.
+    parts.append(f'<text class="axis" x="2" y="10">{escape(y)}</text>')
+    return "".join(parts)
+
+
+def _axis(values: Sequence[float], start: float, end: float, log: bool, pad: bool) -> Axis:
+    low = min(values)
+    high = max(values)
+    if log:
+        factor = (high / low) ** 0.06 if high > low else 1.3
+        low, high = (low / factor, high * factor) if pad or low == high else (low, high)
+    elif pad or low == high:
+        margin = (high - low) * 0.06 or 0.5
+        low = low - margin
+        high = high + margin
+    return Axis(low=low, high=high, start=start, end=end, log=log)
+
+
+def _runs(s: Series, log_x: bool, log_y: bool) -> list[list[tuple[float, float]]]:
+    """Return the stretches of a series without a gap."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for a, b in zip(s.x, s.y, strict=False):
+        if _drawn(a, log_x) and _drawn(b, log_y):
+            runs[-1].append((a, b))
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _drawn(value: float | None, log: bool) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value) and (value > 0 or not log)
+
+
+def _round_step(rough: float) -> float:
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))

@@ -1,0 +1,31 @@
+"""Writing a page: the template, filled in, within its size."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from dtcache._version import __version__
+from dtcache.atomic_files import write_file
+from dtcache.errors import ConfigError
+from pipelines.terminal.text import byte_size
+
+MAX_BYTES = 10_000_000
+
+
+def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
+    """Write a page of a template. Raises ConfigError where it would exceed 10 MB, and DiskError."""
+    environment = Environment(
+        loader=PackageLoader("pipelines", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["size"] = byte_size
+    page = environment.get_template(template).render(version=__version__, **values).encode()
+    if len(page) > MAX_BYTES:
+        raise ConfigError(
+            f"--report {path}: expected a page of at most {MAX_BYTES} bytes, got {len(page)}; give a smaller --gallery"
+        )
+    write_file(path, page)

@@ -1,0 +1,89 @@
+"""The page of one student's run, or of several: curves a tap, options, results, its features beside the teacher's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dtcache.errors import ConfigError
+from dtcache.options import InspectOptions
+from dtcache.recipe import Json
+from pipelines.inspect.compare import differences, short_paths, text_of
+from pipelines.inspect.page.charts import COLOURS, Series, legend, line_chart
+from pipelines.inspect.page.render import write_page
+from pipelines.inspect.run_report import HELD_OUT, held_out_curve
+from pipelines.inspect.tables import WEIGHTS
+
+CURVES = {"mse": "MSE", "at": "AT"}
+
+
+def write_run_page(roots: Sequence[Path], reports: Sequence[Json], options: InspectOptions) -> None:
+    """Write the page of runs; with `options.cache` one run's features stand beside the teacher's.
+
+    Raises ConfigError, DiskError and what `student_gallery` raises.
+    """
+    assert options.report is not None, "asked where one is given"
+    gallery = None
+    if options.cache is not None:
+        from pipelines.inspect.page.student_gallery import student_gallery
+
+        if len(roots) > 1:
+            raise ConfigError("--cache: expected one run with it; make a page of each run")
+        gallery = student_gallery(roots[0], reports[0], options)
+    names = short_paths(roots)
+    taps = list(dict.fromkeys(tap for report in reports for tap in report["taps"]))
+    trained = [
+        _line(name, place, r["curves"].get("loss"))
+        for place, (name, r) in enumerate(zip(names, reports, strict=True))
+    ]
+    charts = [
+        [
+            _chart("training loss", "loss", trained),
+            _held_out("held-out loss", "loss", "loss", names, reports),
+        ]
+    ]
+    charts += [
+        [_held_out(tap, f"{kind}/{tap}", y, names, reports) for tap in taps]
+        for kind, y in CURVES.items()
+    ]
+    differ = differences(reports) if len(reports) > 1 else {}
+    write_page(
+        options.report,
+        "run.html.j2",
+        {
+            "title": ", ".join(names) if len(names) > 1 else roots[0].resolve().name,
+            "names": names,
+            "reports": reports,
+            "charts": charts,
+            "weights": [WEIGHTS[report["weights"]] for report in reports],
+            "averaged": any(report["weights"] == "average" for report in reports),
+            "legend": legend(
+                [Series(name=n, x=[], y=[], style=_style(i)) for i, n in enumerate(names)]
+            ),
+            "differ": {
+                name: [text_of(name, value) for value in values] for name, values in differ.items()
+            },
+            "gallery": gallery,
+        },
+    )
+
+
+def _held_out(title: str, curve: str, y: str, names: Sequence[str], reports: Sequence[Json]) -> str:
+    """Return a held-out loss of the weights that each run exports; dashed, of the last ones, where these are others."""
+    lines = []
+    for place, (name, report) in enumerate(zip(names, reports, strict=True)):
+        lines.append(_line(name, place, held_out_curve(report, curve)))
+        if report["weights"] == "average":
+            lines.append(_line(name, place, report["curves"].get(HELD_OUT + curve), " dashed"))
+    return _chart(title, y, lines)
+
+
+def _line(name: str, place: int, curve: Json | None, more: str = "") -> Series:
+    found = curve or {"steps": [], "values": []}
+    return Series(name=name, x=found["steps"], y=found["values"], style=_style(place) + more)
+
+
+def _chart(title: str, y: str, lines: Sequence[Series]) -> str:
+    return line_chart(lines, title=title, x="step", y=y, log_y=True)
+
+
+def _style(place: int) -> str:
+    return f"c{place % COLOURS}"

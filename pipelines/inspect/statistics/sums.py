@@ -1,0 +1,231 @@
+"""Sums over one group of samples of one tap: everything that statistics follow from, decoded once, bounded in memory.
+
+R rows, V views, C channels, H rows, W columns, N coefficients.
+"""
+
+from dataclasses import dataclass, field, fields
+
+import dask.array as da
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dtcache.cache.cache import Cache
+from dtcache.codec import HalfTap
+from dtcache.codec.pca_dct import dct_matrix
+from dtcache.codec.tap_codec import DEAD
+from pipelines.inspect.statistics.decode import Decoded, Rows, in_parts, opened
+
+EDGES = np.linspace(-6.0, 6.0, 97)
+"""Of the histogram of whitened values; what lies beyond counts in the outermost bins."""
+POOLED_ROWS = 500
+"""Rows of a group whose pooled features are kept, for CKA and k-NN."""
+INT16_LIMIT = 32767
+HALF_LIMIT = 65504.0
+
+Float = NDArray[np.float64]
+
+
+@dataclass(kw_only=True, slots=True)
+class GroupSums:
+    """Additive: the sums of two groups are those of both together."""
+
+    rows: int
+    maps: int
+    """Rows x views."""
+    values: int
+    """Whitened values."""
+    whitened_C: Float
+    """Sum of whitened values over rows, views and positions."""
+    products_CC: Float
+    """Sum of their outer products."""
+    raw: float
+    """Sum in the teacher's own scale."""
+    raw_square: float
+    histogram: NDArray[np.int64]
+    rings: Float
+    """(max(H, W),): sum of squared DCT coefficients about the codec's mean, by ring of spatial frequency."""
+    coded: int
+    saturated: int
+    """Coded values at the limit of their type."""
+    escaped: int
+    """Coded values outside of their class's table."""
+    between_draws: Float
+    """(2,): squared deviations of draws from their row's mean, over draws - 1; and squares about the channel means."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Group:
+    """One group of rows: its sums, what is needed a row, and what could not be read."""
+
+    sums: GroupSums
+    pooled_rows: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
+    pooled_RC: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    """Spatial means of the first view, whitened."""
+    damaged: dict[str, str] = field(default_factory=dict)
+
+
+def add(some: list[GroupSums]) -> GroupSums:
+    """Return the sums of all groups together."""
+    return GroupSums(**{f.name: sum(getattr(s, f.name) for s in some) for f in fields(GroupSums)})
+
+
+def group_sums(cache: Cache, name: str, groups: list[Rows], identity: str) -> list[Group]:
+    """Return the sums of each group of rows of an array, groups in parallel, as Dask is set up."""
+    root = str(cache.reader.root.resolve())
+    opened(root, identity)  # once, before threads would open it each
+    numbers = da.from_array(np.concatenate(groups), chunks=(tuple(map(len, groups)),))
+    found = numbers.map_blocks(
+        _block,
+        root=root,
+        identity=identity,
+        tap=name,
+        dtype=object,
+        chunks=((1,) * len(groups),),
+        meta=np.empty(0, object),
+    )
+    return list(found.compute())
+
+
+def _block(numbers: Rows, root: str, identity: str, tap: str) -> NDArray[np.object_]:
+    out = np.empty(1, object)
+    out[0] = group_of(opened(root, identity), tap, numbers)
+    return out
+
+
+def group_of(cache: Cache, name: str, rows: Rows) -> Group:
+    """Return the sums of one group of rows."""
+    group = Group(sums=empty(cache, name))
+    pooled: list[NDArray[np.float32]] = []
+    kept: list[Rows] = []
+    for part in in_parts(cache, name, rows):
+        group.damaged |= part.damaged
+        if not len(part.rows):
+            continue
+        group.sums = add([group.sums, _part_sums(cache, name, part)])
+        room = POOLED_ROWS - sum(map(len, kept))
+        kept.append(part.rows[:room])
+        pooled.append(part.whitened_RVCHW[:room, 0].mean((2, 3)).numpy())
+    if kept:
+        group.pooled_rows = np.concatenate(kept)
+        group.pooled_RC = np.concatenate(pooled)
+    return group
+
+
+def empty(cache: Cache, name: str) -> GroupSums:
+    """Return the sums of no rows."""
+    channels, height, width = cache.shape(name)
+    return GroupSums(
+        rows=0,
+        maps=0,
+        values=0,
+        whitened_C=np.zeros(channels),
+        products_CC=np.zeros((channels, channels)),
+        raw=0.0,
+        raw_square=0.0,
+        histogram=np.zeros(len(EDGES) - 1, np.int64),
+        rings=np.zeros(max(height, width)),
+        coded=0,
+        saturated=0,
+        escaped=0,
+        between_draws=np.zeros(2),
+    )
+
+
+def rings_of(height: int, width: int) -> NDArray[np.int64]:
+    """Return (H, W): the ring of each DCT coefficient, 0 for the mean, by the larger share of the Nyquist frequency."""
+    rings = max(height, width)
+    y = np.arange(height)[:, None] * rings / height
+    x = np.arange(width)[None] * rings / width
+    return np.minimum(np.floor(np.maximum(y, x)).astype(np.int64), rings - 1)
+
+
+@torch.inference_mode()
+def _part_sums(cache: Cache, name: str, part: Decoded) -> GroupSums:
+    fit = cache.fit[name]
+    maps = part.whitened_RVCHW.flatten(0, 1)
+    channels, height, width = fit.shape
+    flat_CM = maps.transpose(0, 1).reshape(channels, -1).double()
+    sigma_B = part.sigma_RV.flatten().double()
+    mu_B = part.mu_RV.flatten().double()
+    sum_B = maps.double().sum((1, 2, 3))
+    square_B = maps.double().square().sum((1, 2, 3))
+    size = channels * height * width
+    centred = maps - torch.from_numpy(fit.mean).float()[:, None, None]
+    spectrum_HW = (
+        (dct_matrix(height).float() @ centred @ dct_matrix(width).float().T)
+        .double()
+        .square()
+        .sum((0, 1))
+    )
+    ring_HW = rings_of(height, width)
+    clipped = maps.numpy().clip(EDGES[0], EDGES[-1])
+    saturated, escaped = _limits(cache, name, part)
+    return GroupSums(
+        rows=len(part.rows),
+        maps=len(maps),
+        values=maps.numel(),
+        whitened_C=flat_CM.sum(1).numpy(),
+        products_CC=(flat_CM @ flat_CM.T).numpy(),
+        raw=float((sum_B * sigma_B + size * mu_B).sum()),
+        raw_square=float(
+            (square_B * sigma_B**2 + 2 * sigma_B * mu_B * sum_B + size * mu_B**2).sum()
+        ),
+        histogram=np.histogram(clipped, EDGES)[0].astype(np.int64),
+        rings=np.asarray(
+            np.bincount(ring_HW.ravel(), spectrum_HW.numpy().ravel(), max(height, width)),
+            np.float64,
+        ),
+        coded=part.coefficients_RVN.numel(),
+        saturated=saturated,
+        escaped=escaped,
+        between_draws=_between_draws(cache, part),
+    )
+
+
+def _limits(cache: Cache, name: str, part: Decoded) -> tuple[int, int]:
+    """Return how many coded values are at the limit of their type, and outside of their class's table."""
+    fit = cache.fit[name]
+    values = part.coefficients_RVN.numpy()
+    if isinstance(fit, HalfTap):
+        return int((np.abs(values.astype(np.float32)) >= HALF_LIMIT).sum()), 0
+    magnitude = np.abs(values.astype(np.int32))
+    classes = fit.classes.reshape(-1)[fit.live]
+    widest = fit.half_width.astype(np.int32)[fit.class_table[classes]]
+    return int((magnitude >= INT16_LIMIT).sum()), int((magnitude > widest).sum())
+
+
+def _between_draws(cache: Cache, part: Decoded) -> Float:
+    """Return what draws differ by, and squares about the channel means; zeros where there is one draw."""
+    manifest = cache.reader.manifest
+    flips = 2 if manifest.recipe["flips"] else 1
+    draws = manifest.num_views // flips
+    if draws < 2:
+        return np.zeros(2)
+    by_draw = part.whitened_RVCHW.unflatten(1, (draws, flips)).double()
+    noise = float((by_draw - by_draw.mean(1, keepdim=True)).square().sum()) / (draws - 1)
+    # A map's variance about its row's mean is noise once a map; all maps together are draws x rows x flips of them.
+    return np.array([noise * draws, float(by_draw.square().sum())])
+
+
+def water_lines(
+    cache: Cache, name: str
+) -> tuple[list[float | None], list[float | None], float | None]:
+    """Return the variance under which the quantiser hides a coefficient: by ring, by component, and overall.
+
+    A uniform quantiser's error, step^2 / 12, averaged over the coefficients that are coded; None where none is. It is
+    the level of reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3).
+    """
+    fit = cache.fit[name]
+    if isinstance(fit, HalfTap):
+        return [], [], None
+    coded = fit.classes != DEAD
+    level_KHW = np.where(coded, fit.class_step[np.where(coded, fit.classes, 0)] ** 2 / 12, np.nan)
+    ring_HW = rings_of(*fit.shape[1:])
+    rings = [level_KHW[:, ring_HW == ring] for ring in range(int(ring_HW.max()) + 1)]
+    return [_mean(part) for part in rings], [_mean(part) for part in level_KHW], _mean(level_KHW)
+
+
+def _mean(values: NDArray[np.floating]) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else None

@@ -1,0 +1,263 @@
+"""What writing soft labels computes: a cache and an interpreter, from the fit of the codec to any shard of the set."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from dtcache.cache.cache import Cache, Rows, load_fit
+from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
+from dtcache.codec.fit import Solved, solve_step, tap_statistics
+from dtcache.codec.pca_dct import whiten
+from dtcache.device import cpu_threads, memory_errors, resolve_compute
+from dtcache.errors import CacheIncompleteError, CodecError
+from dtcache.labels import SCORES, Interpreter, require_serves
+from dtcache.labels.label_decoder import join_views
+from dtcache.options import LabelWriteOptions, parse_share
+from dtcache.recipe import (
+    CodecSpec,
+    FailedSample,
+    Json,
+    LabelSpec,
+    Recipe,
+    Sample,
+    TapSpec,
+    TeacherSpec,
+    ViewSpec,
+)
+from dtcache.store.commits import CodecSums
+from dtcache.store.layout import LOGITS, SAMPLES, payload_arrays
+from dtcache.store.manifest import CacheManifest
+from dtcache.store.pending_shard import ShardData
+from dtcache.store.sample_index import parquet_bytes, samples_table
+from dtcache.store.summary import inspect_cache
+from dtcache.store.writer import CacheWriter
+from pipelines.extract.fit_codec import bytes_per_view
+from pipelines.extract.recipe_options import fit_rows
+from pipelines.terminal.progress import track
+
+AIM = 0.98
+"""Of the bytes asked for, as they are forecast from the rows of the fit."""
+FIXED_BYTES = 8000
+"""Of manifest and shard index, which few images cannot spread."""
+MAX_FIT_VALUES = 1 << 28
+"""Logits that the codec is fitted on at most, so that few rows of large maps serve too."""
+
+
+class LabelJob:
+    """A cache and an interpreter, ready to label any rows."""
+
+    def __init__(self, root: Path, interpreter: Interpreter, options: LabelWriteOptions) -> None:
+        """Open the cache.
+
+        Raises CacheMismatchError, naming the difference, where the interpreter was fitted to other features,
+        ConfigError, and what opening a cache raises.
+        """
+        cache = Cache(root)
+        compute = resolve_compute(options.device, "fp32")
+        require_serves(
+            interpreter.spec,
+            root,
+            cache.reader.manifest.recipe,
+            {n: cache.shape(n) for n in cache.names},
+        )
+        self.cache = cache
+        self._interpreter = interpreter
+        self._compute = compute
+        self._options = options
+        self._names = list(interpreter.spec.shapes)
+        self._network = interpreter.network.to(compute.device)
+        self._decoder = cache.decoder(self._names).to(compute.device)
+        self._mirrored = [
+            cache.reader.manifest.is_mirrored(view) for view in range(cache.num_views)
+        ]
+        report = inspect_cache(root)
+        features = report["parts"]["coefficients"] + report["parts"]["codec"]
+        self._target = (
+            AIM * parse_share(options.share, "--share") * features / max(1, report["num_done"])
+        )
+
+    @torch.no_grad()
+    def logits(self, rows: Rows) -> Tensor:
+        """Return exact logits of every view of usable rows, fp32 (B, V, K, H, W) on the host, pass by pass."""
+        views = self.cache.num_views
+        found = []
+        row_of = np.repeat(rows, views)
+        view_of = np.tile(np.arange(views, dtype=np.int64), len(rows))
+        size = self._options.batch_size
+        for start in range(0, len(row_of), size):
+            part = slice(start, start + size)
+            coefficients, _ = self.cache.coefficients(row_of[part], view_of[part], self._names)
+            with memory_errors(size, "give a smaller --batch-size"):
+                maps = self._decoder(
+                    {name: values.to(self._compute.device) for name, values in coefficients.items()}
+                )
+                found.append(self._network(maps).cpu())
+        whole = torch.cat(found)
+        return whole.view(len(rows), views, *whole.shape[1:])
+
+    def begin(self, out: Path) -> CacheWriter:
+        """Fit the codec and lay the set out; the manifest comes last."""
+        samples = self._samples()
+        rows = self.cache.reader.usable_rows
+        if not len(rows):
+            raise CacheIncompleteError(
+                f"{self.cache.reader.root}: none of its images has features to be labelled"
+            )
+        classes, (height, width) = len(self._interpreter.spec.classes), self._interpreter.spec.grid
+        values = classes * len(self._mirrored) * height * width
+        fitted = rows[: max(1, min(fit_rows(len(self.cache)), MAX_FIT_VALUES // values))]
+        solved = self._fitted(fitted, samples)
+        recipe = self._recipe(solved, int(fitted[-1]) + 1)
+        fit = solved.fit[LOGITS]
+        arrays = payload_arrays(recipe, 0, {LOGITS: fit.payload_bound})
+        return CacheWriter.create(out, recipe, arrays, {LOGITS: fit.arrays()}, samples, None)
+
+    def write(self, writer: CacheWriter) -> None:
+        """Label and commit the shards that are missing."""
+        array = writer.manifest.arrays[LOGITS]
+        left = sum(len(array.rows_of(shard)) for shard in writer.missing)
+        encoder = label_encoder(writer.root, writer.manifest)
+        with track("label write", len(self.cache), len(self.cache) - left) as progress:
+            for shard in writer.missing:
+                writer.write_shard(self.shard(writer.manifest, encoder, shard))
+                progress.advance(len(array.rows_of(shard)))
+
+    def shard(self, manifest: CacheManifest, encoder: FeatureEncoder, shard: int) -> ShardData:
+        """Label a shard's rows and encode them as a set of that manifest has them. Raises CodecError."""
+        rows = manifest.arrays[LOGITS].rows_of(shard)
+        fitted = int(manifest.recipe["codec"]["fit_rows"])
+        usable = np.intersect1d(np.array(rows), self.cache.reader.usable_rows)
+        payloads = dict.fromkeys(rows, b"")
+        sums = [0.0, 0.0]
+        step = max(1, self._options.batch_size // self.cache.num_views)
+        for start in range(0, len(usable), step):
+            chosen = usable[start : start + step]
+            for row, view in zip(
+                chosen.tolist(), encoder.encode(LOGITS, self._joined(chosen)), strict=True
+            ):
+                if not view.finite:
+                    key = self.cache.samples["key"][row]
+                    raise CodecError(
+                        f"the logits of {key} are not finite; fit the interpreter again, at a lower --lr"
+                    )
+                payloads[row] = view.payload
+                if row >= fitted or len(self.cache) == fitted:
+                    sums = [sums[0] + view.squared_error, sums[1] + view.energy]
+        failed = self.cache.samples.slice(rows.start, len(rows)).to_pylist()
+        return ShardData(
+            shard=shard,
+            payloads={LOGITS: [payloads[row] for row in rows]},
+            content_sha256=(None,) * len(rows),
+            failures=tuple(
+                FailedSample(row=s["row"], key=s["key"], reason=s["failure"])
+                for s in failed
+                if s["failure"] is not None
+            ),
+            sums={LOGITS: CodecSums(squared_error=sums[0], energy=sums[1])},
+        )
+
+    def asked(self) -> Json:
+        """Return the recipe's fields that the inputs fix, to be compared with a set that is there."""
+        fixed = self._recipe(None, 0).to_json()
+        codec = {"ratio": fixed["codec"]["ratio"]}
+        return {"labels": fixed["labels"], "teacher": fixed["teacher"], "codec": codec}
+
+    def _joined(self, rows: Rows) -> Tensor:
+        """Return (B, V x K, H, W), each pixel's logits centred: their mean says nothing of its classes."""
+        logits = self.logits(rows)
+        return join_views(logits - logits.mean(2, keepdim=True), self._mirrored)
+
+    def _fitted(self, rows: Rows, samples: list[Sample]) -> Solved:
+        """Fit the codec's transform, in one thread, and solve its step for the bytes that are asked for."""
+        maps = torch.cat(
+            [whiten(self._joined(rows[at : at + 32]))[0].half() for at in range(0, len(rows), 32)]
+        )
+        if not bool(maps.isfinite().all()):
+            raise CodecError(
+                "the interpreter's logits are not finite; fit it again, at a lower --lr"
+            )
+        index = len(
+            parquet_bytes(samples_table((s.key for s in samples), (s.label for s in samples)))
+        )
+        with cpu_threads(1), threadpool_limits(1):
+            statistics = {LOGITS: tap_statistics(maps.numpy()[None])}
+
+            def size_of(fit: dict[str, FittedTap]) -> float:
+                row_bytes = (index + FIXED_BYTES) / len(samples)
+                return bytes_per_view(
+                    fit, statistics, self._target, len(samples), 1, row_bytes, len(maps)
+                )
+
+            return solve_step(statistics, size_of, self._target, "distortion")
+
+    def _samples(self) -> list[Sample]:
+        table = self.cache.samples
+        pairs: Iterator[tuple[str, int | None]] = zip(
+            table["key"].to_pylist(), table["label"].to_pylist(), strict=True
+        )
+        return [Sample(index=row, key=key, label=label) for row, (key, label) in enumerate(pairs)]
+
+    def _recipe(self, solved: Solved | None, fitted: int) -> Recipe:
+        """Return the recipe of the set; without a solved codec the fields that it fixes are empty."""
+        own = self.cache.reader.manifest
+        spec = self._interpreter.spec
+        channels, (height, width) = len(spec.classes) * len(self._mirrored), spec.grid
+        scores = spec.validation and {name: spec.validation[name] for name in SCORES}
+        on_cpu = self._compute.device.type == "cpu"
+        return Recipe(
+            teacher=TeacherSpec(
+                architecture="FeatureInterpreter",
+                weights_sha256=self._interpreter.weights_sha256,
+                config_sha256=self._interpreter.config_sha256,
+                timesteps=(0,),
+                alpha_bars=(1.0,),
+                precision="fp32",
+                taps=(
+                    TapSpec(
+                        name=LOGITS.rpartition("/")[2],
+                        block=0,
+                        stride=self.cache.view.height // height,
+                        channels=channels,
+                        height=height,
+                        width=width,
+                    ),
+                ),
+                batch_size=self._options.batch_size,
+                device_type=self._compute.device.type,
+            ),
+            view=ViewSpec(**asdict(self.cache.view)),
+            codec=CodecSpec(
+                ratio=2 * channels * height * width / self._target,
+                step=solved.step if solved else None,
+                fit_rows=fitted,
+                fit_sha256=sha256_fit(solved.fit) if solved else "",
+                noise_share={LOGITS: 0.0},
+                noise_floor={LOGITS: 0.0},
+                determined_error=solved.determined_error if solved else {},
+            ),
+            samples_sha256=own.recipe["samples_sha256"],
+            num_samples=len(self.cache),
+            flips=False,
+            seed=own.recipe["seed"],
+            shard_rows=own.recipe["shard_rows"],
+            images="none",
+            threads=torch.get_num_threads() if on_cpu else None,
+            labels=LabelSpec(
+                level=spec.level,
+                classes=spec.classes,
+                views=len(self._mirrored),
+                cache_fingerprint=own.fingerprint,
+                cache_samples=own.files[SAMPLES],
+                validation=scores,
+            ),
+        )
+
+
+def label_encoder(root: Path, manifest: CacheManifest) -> FeatureEncoder:
+    """Read the codec of the label set at `root`. Raises CacheDamagedError."""
+    return FeatureEncoder(load_fit(root, manifest), torch.device("cpu"))

@@ -1,0 +1,1 @@
+"""What every run folder holds: options, checkpoint, metrics and plots."""

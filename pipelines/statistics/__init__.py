@@ -1,5 +1,0 @@
-"""Statistics of a cache's features, out of core: sums over groups of samples, and what follows from them."""
-
-from pipelines.statistics.run import cache_statistics
-
-__all__ = ["cache_statistics"]

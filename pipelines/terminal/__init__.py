@@ -1,0 +1,1 @@
+"""What every command shares with a terminal: flags, progress and text."""

@@ -1,0 +1,72 @@
+"""Progress of long work: a live bar with an ETA on a terminal, a line now and then elsewhere (always on stderr)."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_SECONDS = 20.0
+
+
+class Tracker:
+    """Counts finished units of one piece of work and says how fast they go."""
+
+    def __init__(
+        self, title: str, total: int, done: int, bar: Progress | None, shown: bool
+    ) -> None:
+        self._title = title
+        self._total = total
+        self._done = done
+        self._bar = bar
+        self._shown = shown
+        self._first = done
+        self._start = time.monotonic()
+        self._printed = time.monotonic()
+        self._task = bar.add_task(title, total=total, completed=done, note="") if bar else None
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Add finished units; `note` is shown beside the rate."""
+        self._done += count
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        rate = (self._done - self._first) / seconds
+        text = f"{rate:.1f}/s {note}".strip()
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done, note=text)
+        elif self._shown and time.monotonic() - self._printed > LINE_SECONDS:
+            self._printed = time.monotonic()
+            left = (self._total - self._done) / max(rate, 1e-9)
+            print(
+                f"{self._title}: {self._done}/{self._total}, {text}, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+@contextmanager
+def track(title: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Tracker]:
+    """Show progress of `total` units, `done` of them finished earlier; or nothing, where another process does."""
+    console = Console(stderr=True, quiet=not shown)
+    if not console.is_terminal:
+        yield Tracker(title, total, done, None, shown)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield Tracker(title, total, done, bar, shown)

@@ -1,0 +1,29 @@
+"""Sizes, durations and foreign text as people read them."""
+
+
+def byte_size(count: float | None) -> str:
+    """Return a number of bytes with a unit of 1024s, or a dash for None."""
+    if count is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as seconds, minutes, or hours and minutes."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min"
+        if seconds >= 90
+        else f"{seconds:.0f} s"
+    )
+
+
+def printable(text: str) -> str:
+    """Return text without what could steer a terminal: caches and model folders bring names of their own."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,0 +1,192 @@
+"""The paper's own way: the teacher in the student's loop, with noise that is fresh in every epoch.
+
+It is the baseline that a cache is measured against: rows, split, order, flips and noise of epoch 0 are those of a cache
+of the same seed, so that only the source of a batch differs.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from dtcache.cache.cache import Rows, TrainBatch
+from dtcache.cache.label_set import LabelSet
+from dtcache.cache.loader import EpochLoader
+from dtcache.codec import TapFit
+from dtcache.codec.pca_dct import whiten
+from dtcache.device import Compute
+from dtcache.distributed import Processes
+from dtcache.errors import BadImageError, ConfigError, ImagesError
+from dtcache.images import open_source
+from dtcache.images.decode import decode_view
+from dtcache.options import ExtractOptions, TrainOptions
+from dtcache.recipe import Json, tap_name
+from dtcache.store.sample_index import hash_samples
+from dtcache.teacher import TeacherBatch
+from pipelines.extract.plan import Job, make_job
+from pipelines.terminal.progress import track
+from pipelines.train.cached_batches import split_rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnlineBatch:
+    """B views on the host, before the teacher."""
+
+    rows: Rows
+    """(B,): places in the permuted order of the images."""
+    inputs: TeacherBatch
+    """Pixels, mirrored where the view is, with one draw of noise."""
+
+
+class _Drawn:
+    """Images with the noise of one draw; threads share it."""
+
+    num_views = 2  # as they are, and mirrored
+    shard_rows = None
+
+    def __init__(self, images: Path, job: Job, draw: int) -> None:
+        self._images = images
+        self._job = job
+        self._draw = draw
+
+    def will_need(self, rows: Rows, names: Sequence[str]) -> None:
+        """Do nothing: images have no shards."""
+
+    def batch(self, rows: Rows, views: Rows, names: Sequence[str]) -> OnlineBatch:
+        """Read and prepare B views. Raises ImagesError for an image that cannot be read."""
+        job = self._job
+        inputs = []
+        for row, view in zip(rows.tolist(), views.tolist(), strict=True):
+            sample = job.samples[row]
+            try:
+                pixels_CHW, _ = decode_view(job.source.read(sample.index), job.view)
+            except (OSError, BadImageError) as error:
+                raise ImagesError(
+                    f"{self._images}: {sample.key}: {error}; remove it, or train from a cache, which leaves it out"
+                ) from error
+            draws = [self._draw]
+            inputs.append(
+                job.teacher.input(
+                    pixels_CHW,
+                    sample.key,
+                    view == 1,
+                    seed=job.seed,
+                    draws=draws,
+                    label=sample.label,
+                )
+            )
+        return OnlineBatch(rows=rows, inputs=job.teacher.batch(inputs))
+
+
+class OnlineSource:
+    """Batches of images whose targets a teacher computes on the way."""
+
+    def __init__(
+        self, images: Path, options: TrainOptions, compute: Compute, processes: Processes
+    ) -> None:
+        """Load the teacher and list the images. Raises what either raises, and ConfigError."""
+        self._images = images
+        self._options = options
+        self._processes = processes
+        self._job = make_job(
+            open_source(images, track), _teacher_options(options, compute, processes)
+        )
+        spec = self._job.teacher.spec
+        self.view = self._job.view
+        self.names = self._job.names
+        self._shapes = {
+            tap_name(t, tap.name): (tap.channels, tap.height, tap.width)
+            for t in spec.timesteps
+            for tap in spec.taps
+        }
+        samples = self._job.samples
+        rows = np.arange(len(samples))
+        self._rows, self._held = split_rows(rows, self.keys(rows))
+        self.num_batches = self._drawn(0).num_batches
+        self.labels: LabelSet | None = None
+        self.decoder: nn.Module = nn.Identity()
+        self.fit: Mapping[str, TapFit] = {}
+        self.recipe: Json = {}
+        self.noise_floor: dict[str, float] = {}
+        self.identity: Json = {
+            "teacher_weights": spec.weights_sha256,
+            "teacher_config": spec.config_sha256,
+            "samples": hash_samples(samples),
+        }
+
+    def _drawn(self, draw: int) -> EpochLoader[OnlineBatch]:
+        options = self._options
+        return EpochLoader(
+            _Drawn(self._images, self._job, draw),
+            self._rows,
+            self.names,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            threads=options.threads,
+            shuffle=options.shuffle,
+            rank=self._processes.rank,
+            world_size=self._processes.world_size,
+            parts=options.accumulate,
+        )
+
+    def shape(self, name: str) -> tuple[int, int, int]:
+        """Return (C, H, W) of an array's maps."""
+        return self._shapes[name]
+
+    def epoch(self, epoch: int, start: int) -> Iterator[OnlineBatch]:
+        """Yield this process's batches; noise is of (seed, key, timestep, epoch, flip), the epoch being the draw."""
+        return self._drawn(epoch).epoch(epoch, start)
+
+    def held_out(self) -> Iterator[OnlineBatch]:
+        """Yield the held-out samples as they are, always with the noise of draw 0."""
+        drawn = _Drawn(self._images, self._job, 0)
+        size = self._job.teacher.spec.batch_size
+        for start in range(0, len(self._held), size):
+            rows = self._held[start : start + size]
+            yield drawn.batch(rows, np.zeros_like(rows), self.names)
+
+    def ready(self, batch: OnlineBatch) -> TrainBatch:
+        """Run the teacher and return its features whitened, as they are without any codec."""
+        coefficients = {}
+        scalars = {}
+        for name, raw_BCHW in next(iter(self._job.teacher.features(batch.inputs))).items():
+            whitened_BCHW, mu_B, sigma_B = whiten(raw_BCHW)
+            coefficients[name], scalars[name] = whitened_BCHW, torch.stack([sigma_B, mu_B], 1)
+        images_BCHW = batch.inputs.pixels_BCHW.to(self._job.teacher.device, non_blocking=True)
+        return TrainBatch(
+            rows=batch.rows, images_BCHW=images_BCHW, coefficients=coefficients, scalars=scalars
+        )
+
+    def keys(self, rows: Sequence[int] | Rows) -> list[str]:
+        """Return the names of samples."""
+        return [self._job.samples[int(row)].key for row in rows]
+
+
+def _teacher_options(
+    options: TrainOptions, compute: Compute, processes: Processes
+) -> ExtractOptions:
+    """Return what an extraction would be asked for. Raises ConfigError where the teacher or its step is not named."""
+    if options.teacher is None or options.timestep is None:
+        missing = "--teacher" if options.teacher is None else "--timestep"
+        raise ConfigError(f"--online: expected {missing} beside it, as dtcache extract takes it")
+    return ExtractOptions(
+        teacher=options.teacher,
+        prompt=options.prompt,
+        condition=options.condition,
+        size=options.size,
+        fit=options.fit or "crop",
+        taps=options.taps,
+        timestep=(options.timestep,),
+        encoding=options.encoding or "ddpm",
+        ddim_steps=options.ddim_steps,
+        seed=options.seed,
+        limit=options.limit,
+        batch_size=max(2, options.batch_size // (processes.world_size * options.accumulate)),
+        device=str(compute.device),
+        # The features are regressed in fp32: the teacher gains nothing from fp16's narrow range.
+        precision=compute.precision if compute.precision != "fp16" else "auto",
+        compile=options.compile,
+    )

@@ -1,0 +1,358 @@
+"""Tar shards: every image found where it lies, and nothing read from a tar that is not whole and plain."""
+
+import io
+import os
+import tarfile
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dtcache.errors import ImagesError, ImagesNotFoundError
+from dtcache.images import TarSource, load_views, open_source
+from dtcache.images.tar import MAX_HEADER_BYTES, group_of
+from dtcache.recipe import ViewSpec
+from pipelines.terminal.progress import track
+
+RNG = np.random.default_rng(0)
+
+
+def write_tar(path: Path, members: dict[str, bytes], **options: object) -> Path:
+    """Write a tar of files."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def add(path: Path, info: tarfile.TarInfo) -> Path:
+    """Write a tar of a good image and a special member."""
+    with tarfile.open(path, "w") as tar:
+        good = tarfile.TarInfo("good.jpg")
+        good.size = 3
+        tar.addfile(good, io.BytesIO(b"abc"))
+        tar.addfile(info)
+    return path
+
+
+def test_images_are_found_where_they_lie(tmp_path: Path) -> None:
+    """Keys are paths without extension, in the tars' order; bytes in any order are those that tarfile extracts."""
+    for shard in range(3):
+        members = {
+            f"dir/{shard}{i}.{'jpg' if i % 2 else 'PNG'}": RNG.bytes(100 + 700 * i)
+            for i in range(5)
+        }
+        members |= {f"dir/{shard}{i}.json": b"{}" for i in range(5)}
+        write_tar(tmp_path / f"{shard:03}.tar", members)
+    source = open_source(tmp_path)
+    assert list(source.keys) == [f"dir/{shard}{i}" for shard in range(3) for i in range(5)]
+    assert (source.labels, source.classes) == (None, None)
+    for index in RNG.permutation(15).tolist():
+        key = source.keys[index]
+        with tarfile.open(tmp_path / f"{key[4]:0>3}.tar") as tar:
+            name = next(
+                name
+                for name in tar.getnames()
+                if name.startswith(key) and not name.endswith("json")
+            )
+            extracted = tar.extractfile(name)
+            assert extracted is not None
+            assert source.read(index) == extracted.read()
+    assert [(i, fetch()) for i, fetch in source.fetches([9, 0])] == [
+        (i, source.read(i)) for i in (9, 0)
+    ]
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_tar_format_is_read(tmp_path: Path, kind: int) -> None:
+    """Long and non-ASCII names come out as they went in, whichever way a format keeps them."""
+    name = (
+        f"{'d' * 90}/{'n' * 80}" if kind == tarfile.USTAR_FORMAT else f"{'d' * 200}/ü/{'n' * 150}"
+    )
+    source = open_source(
+        write_tar(tmp_path / "a.tar", {f"./{name}.webp": b"x", "b.jpg": b"yz"}, format=kind)
+    )
+    assert list(source.keys) == [name, "b"]
+    assert [source.read(i) for i in (0, 1)] == [b"x", b"yz"]
+
+
+def test_cls_files_are_labels(tmp_path: Path) -> None:
+    """A sample's .cls, before or after its images, labels each of them; a sample without has none."""
+    members = {
+        "a.cls": b"7\n",
+        "a.jpg": b"1",
+        "b.left.png": b"2",
+        "b.right.png": b"3",
+        "c.jpg": b"4",
+        "b.cls": b"0",
+    }
+    source = open_source(write_tar(tmp_path / "a.tar", members))
+    assert list(source.keys) == ["a", "b.left", "b.right", "c"]
+    assert list(source.labels or []) == [7, 0, 0, None]
+
+
+def test_a_sample_is_named_up_to_the_first_dot() -> None:
+    """As WebDataset groups them; dots of folders do not count."""
+    assert [group_of(name) for name in ("a.jpg", "v1.5/a.b.png", "x/y")] == ["a", "v1.5/a", "x/y"]
+
+
+def test_keys_that_tars_share_have_the_tars_name(tmp_path: Path) -> None:
+    """Shards that each count from nought are told apart; the images of every shard are then named that way."""
+    write_tar(tmp_path / "train-0.tar", {"000.jpg": b"1", "001.jpg": b"2"})
+    write_tar(tmp_path / "train-1.tar", {"000.jpg": b"3", "002.jpg": b"4"})
+    source = open_source(tmp_path)
+    assert list(source.keys) == ["train-0/000", "train-0/001", "train-1/000", "train-1/002"]
+    assert source.read(2) == b"3"
+
+
+def test_a_key_that_comes_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
+    """Both places are named: two extensions of one name, or one name packed twice."""
+    path = write_tar(tmp_path / "a.tar", {"x/1.jpg": b"1", "x/2.jpg": b"2", "x/1.png": b"3"})
+    with pytest.raises(
+        ImagesError,
+        match=r"same name 'x/1': x/1\.jpg at byte 512 of \S+a\.tar and x/1\.png at byte 2560 of \S+a\.tar",
+    ):
+        open_source(path)
+
+
+def test_keys_may_differ_in_case_only(tmp_path: Path) -> None:
+    """A tar knows case, whatever the file system does."""
+    source = open_source(write_tar(tmp_path / "a.tar", {"A.jpg": b"1", "a.jpg": b"2"}))
+    assert list(source.keys) == ["A", "a"]
+
+
+def test_views_come_from_tars(tmp_path: Path, scene_folder: Path) -> None:
+    """Decoded views are those of the folder that was packed, in the order asked for."""
+    folder = open_source(scene_folder)
+    view = ViewSpec(height=16, width=16)
+    write_tar(tmp_path / "a.tar", {key: folder.read(i) for i, key in enumerate(folder.keys)})
+    order = RNG.permutation(len(folder.keys)).tolist()
+    tars = load_views(open_source(tmp_path), order, view, threads=2)
+    for packed, plain in zip(tars, load_views(folder, order, view, threads=2), strict=True):
+        assert packed.index == plain.index
+        np.testing.assert_array_equal(packed.pixels_CHW, plain.pixels_CHW)
+
+
+def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
+    """Return a member that is no plain file."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    info.linkname = link
+    return info
+
+
+@pytest.mark.parametrize(
+    ("info", "reason"),
+    [
+        (special("a.jpg", tarfile.SYMTYPE, "good.jpg"), r"'a\.jpg' is a link; pack the tar again"),
+        (special("a.jpg", tarfile.LNKTYPE, "good.jpg"), r"'a\.jpg' is a link"),
+        (special("a.jpg", tarfile.FIFOTYPE), r"'a\.jpg' is no file"),
+        (special("a.jpg", tarfile.GNUTYPE_SPARSE), r"'a\.jpg' is a sparse file"),
+        (tarfile.TarInfo("/etc/a.jpg"), r"expected printable relative paths, got '/etc/a\.jpg'"),
+        (
+            tarfile.TarInfo("x/../../a.jpg"),
+            r"expected printable relative paths, got 'x/\.\./\.\./a\.jpg'",
+        ),
+        (
+            tarfile.TarInfo("x\033[2J.jpg"),
+            r"expected printable relative paths, got 'x\\x1b\[2J\.jpg'",
+        ),
+    ],
+)
+def test_images_that_are_no_plain_files_are_refused(
+    tmp_path: Path, info: tarfile.TarInfo, reason: str
+) -> None:
+    """Links, sparse files, devices and paths out of the tar are named, as is the tar."""
+    with pytest.raises(ImagesError, match=rf"a\.tar: {reason}"):
+        open_source(add(tmp_path / "a.tar", info))
+
+
+def test_other_members_may_be_anything(tmp_path: Path) -> None:
+    """Folders, and links that are no images, are passed over."""
+    path = add(tmp_path / "a.tar", special("latest", tarfile.SYMTYPE, "good.jpg"))
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(special("folder.jpg.d", tarfile.DIRTYPE))
+    assert list(open_source(path).keys) == ["good"]
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_compressed_tars_are_refused(tmp_path: Path, kind: str) -> None:
+    """They could only be read from the front."""
+    with tarfile.open(tmp_path / "a.tar", f"w:{kind}") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    with pytest.raises(
+        ImagesError, match=r"a\.tar: compressed with \w+: .* in any order; decompress it"
+    ):
+        open_source(tmp_path / "a.tar")
+
+
+def test_every_cut_is_noticed(tmp_path: Path) -> None:
+    """A tar that ends anywhere before its end-of-archive is refused, whether in a header, a member or between."""
+    whole = write_tar(
+        tmp_path / "a.tar", {"a.jpg": RNG.bytes(700), "b.jpg": RNG.bytes(100)}
+    ).read_bytes()
+    end = 512 + 1024 + 512 + 512
+    for size in [
+        0,
+        100,
+        512,
+        700,
+        1211,
+        1212,
+        1536,
+        1700,
+        2048,
+        2100,
+        2148,
+        2559,
+        end,
+        end + 100,
+        end + 511,
+    ]:
+        (tmp_path / "a.tar").write_bytes(whole[:size])
+        with pytest.raises(ImagesError, match=r"a\.tar: (cut off|not a readable tar file)"):
+            open_source(tmp_path / "a.tar")
+    (tmp_path / "a.tar").write_bytes(whole[: end + 512])
+    assert len(open_source(tmp_path / "a.tar").keys) == 2
+
+
+def test_a_damaged_header_is_noticed(tmp_path: Path) -> None:
+    """It is not taken for the end of the archive, which would leave out every image behind it."""
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": RNG.bytes(700), "b.jpg": RNG.bytes(100)})
+    whole = bytearray(path.read_bytes())
+    whole[1536 + 20] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(
+        ImagesError, match=r"a\.tar: damaged: no header at byte 1536; copy or pack it again"
+    ):
+        open_source(path)
+
+
+def sized(size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """Return a header whose size field holds these bytes."""
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[124:136], header[156:157] = size, kind
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    return bytes(header)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "reason"),
+    [
+        (
+            b"77777777777\0",
+            tarfile.REGTYPE,
+            "cut off: 'a.jpg' ends at byte 8589935103, the file at",
+        ),
+        (b"\x80" + b"\0" * 3 + b"\x7f" * 8, tarfile.REGTYPE, "cut off: 'a.jpg' ends at byte"),
+        (b"\xff" * 10 + b"\xfe\0", tarfile.REGTYPE, "damaged: 'a.jpg' at byte 0 has -512 bytes"),
+        (
+            b"77777777777\0",
+            tarfile.XHDTYPE,
+            f"not a readable tar file .a header of more than {MAX_HEADER_BYTES} bytes",
+        ),
+        (
+            b"77777777777\0",
+            tarfile.GNUTYPE_LONGNAME,
+            "not a readable tar file .a header of more than",
+        ),
+        (
+            b"\xff" * 10 + b"\xfe\0",
+            tarfile.XHDTYPE,
+            "not a readable tar file .a header of more than",
+        ),
+    ],
+)
+def test_hostile_sizes_are_refused(tmp_path: Path, size: bytes, kind: bytes, reason: str) -> None:
+    """A size that its file cannot hold becomes neither memory nor an endless loop."""
+    (tmp_path / "a.tar").write_bytes(sized(size, kind) + bytes(4096))
+    with pytest.raises(ImagesError, match=rf"a\.tar: {reason}"):
+        open_source(tmp_path / "a.tar")
+
+
+def test_endless_sparse_maps_are_refused(tmp_path: Path) -> None:
+    """A map that promises more entries than the file has ends at the bound of a header."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.pax_headers = {
+            "GNU.sparse.major": "1",
+            "GNU.sparse.minor": "0",
+            "GNU.sparse.realsize": "9",
+        }
+        info.size = 512
+        tar.addfile(info, io.BytesIO(b"999999999\n".ljust(512, b"1")))
+    with pytest.raises(ImagesError, match=r"a\.tar: not a readable tar file"):
+        open_source(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("text", [b"cat", b"-1", b"", b"1.5", b"99999999999", b"7" * 40])
+def test_labels_that_are_no_index_are_refused(tmp_path: Path, text: bytes) -> None:
+    """The member and what it holds are named."""
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": b"1", "a.cls": text})
+    with pytest.raises(
+        ImagesError, match=r"a\.tar: 'a\.cls': expected a class index such as 7, got b'"
+    ):
+        open_source(path)
+
+
+def test_tars_without_images_are_refused(tmp_path: Path) -> None:
+    """It says which endings it looked for."""
+    with pytest.raises(
+        ImagesNotFoundError, match=r"no images in \S+a\.tar: expected files ending in \.bmp"
+    ):
+        open_source(write_tar(tmp_path / "a.tar", {"a.txt": b"1"}))
+
+
+@pytest.mark.parametrize("beside", ["x.parquet", "x.jpg", "sub/x.png"])
+def test_tars_beside_other_images_are_refused(tmp_path: Path, beside: str) -> None:
+    """One of the two kinds would be left out silently."""
+    write_tar(tmp_path / "a.tar", {"a.jpg": b"1"})
+    (tmp_path / beside).parent.mkdir(exist_ok=True)
+    (tmp_path / beside).touch()
+    with pytest.raises(
+        ImagesError, match=rf"expected one kind of images, got a\.tar beside {beside}"
+    ):
+        open_source(tmp_path)
+
+
+def test_a_tar_that_shrinks_or_goes_fails_its_images(tmp_path: Path) -> None:
+    """A read after the index was built gives the whole image or an OSError that says why."""
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": b"12345", "b.jpg": b"67890"})
+    source = open_source(path)
+    os.truncate(path, 512 + 3)
+    with pytest.raises(OSError, match=r"a\.tar ends within it, 2 bytes early"):
+        source.read(0)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        source.read(0)
+
+
+def test_a_link_to_nowhere_is_refused(tmp_path: Path) -> None:
+    """A shard that is not there is named, not left out; a folder of a tar's name is a folder."""
+    write_tar(tmp_path / "a.tar", {"a.jpg": b"1"})
+    (tmp_path / "c.tar").mkdir()
+    assert list(open_source(tmp_path).keys) == ["a"]
+    (tmp_path / "b.tar").symlink_to("nowhere")
+    with pytest.raises(ImagesError, match=r"b\.tar: cannot be read \(No such file or directory\)"):
+        open_source(tmp_path)
+
+
+def test_indexing_shows_its_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Units are MiB of tar, whatever the number of files."""
+    seen: list[int] = []
+
+    counter = SimpleNamespace(advance=lambda count=1: seen.append(count))
+    titles: list[tuple[str, int]] = []
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", {f"{shard}{i}.jpg": bytes(1 << 19) for i in range(6)})
+    files = sorted(tmp_path.glob("*.tar"))
+    TarSource(files, lambda title, total: titles.append((title, total)) or nullcontext(counter))
+    assert titles == [("index tar shards, MiB", 6)]
+    assert sum(seen) == 4  # the last member begins in the third MiB
+    with track("none", 1):
+        assert len(TarSource(files, track).keys) == 12

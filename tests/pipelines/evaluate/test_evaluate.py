@@ -1,0 +1,500 @@
+"""Evaluation: the probes against scikit-learn, the splits, and the features of backbones, caches and pixels."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from cli import main
+from dtcache.cache.cache import Cache
+from dtcache.device import resolve_compute
+from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError, TeacherError
+from dtcache.images import FolderSource, load_views
+from dtcache.metrics.probes import C_GRID, knn_predict, linear_predict
+from dtcache.options import EvaluateOptions, ExtractOptions
+from dtcache.recipe import Sample, ViewSpec
+from dtcache.student import make_backbone, save_backbone
+from dtcache.teacher.ddpm import build_unet, save_teacher
+from pipelines.evaluate.evaluate import (
+    ProbeResult,
+    evaluate,
+    pooled_features,
+    results_json,
+    split_labelled,
+)
+from pipelines.evaluate.image_split import EvaluatedImages
+from pipelines.evaluate.pooled_features import ALL_TAPS, CacheFeatures, NetworkFeatures, open_model
+from pipelines.extract.extract import extract
+
+CPU = resolve_compute("cpu", "fp32")
+SIZE = 16
+
+
+def write_images(
+    root: Path, count: int, *, seed: int, classes: tuple[str, ...] = ("blue", "red")
+) -> Path:
+    """Write `count` random PNG files a class; the classes differ in hue."""
+    rng = np.random.default_rng(seed)
+    for place, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(0, 120, (SIZE, SIZE, 3)).astype(np.uint8)
+            pixels[:, :, 2 * (1 - place)] += 100
+            Image.fromarray(pixels).save(root / name / f"{number:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two image folders, a tiny teacher, and the cache that it made of the first."""
+    root = tmp_path_factory.mktemp("evaluate")
+    write_images(root / "train", 20, seed=1)
+    write_images(root / "test", 6, seed=2)
+    torch.manual_seed(0)
+    save_teacher(build_unet(SIZE, SIZE, (8, 16, 16), 1, 0), root / "teacher", torch.float32)
+    taken = ExtractOptions(
+        teacher=str(root / "teacher"),
+        taps="2,4",
+        timestep=(50,),
+        bytes_per_image=1700.0,
+        batch_size=8,
+        device="cpu",
+        precision="fp32",
+    )
+    extract(root / "train", root / "cache", taken)
+    return root
+
+
+def options_for(root: Path, **changes: object) -> EvaluateOptions:
+    """Return options that suit a folder with train/ and test/."""
+    plain = EvaluateOptions(
+        train=root / "train", test=root / "test", neighbours=3, device="cpu", precision="fp32"
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+# The probes.
+
+
+@pytest.mark.parametrize(
+    ("classes", "k", "spread"), [(2, 1, 1.0), (2, 5, 1.0), (2, 21, 1.0), (4, 20, 0.05)]
+)
+def test_knn_agrees_with_scikit_learn(classes: int, k: int, spread: float) -> None:
+    """Odd k of two random classes cannot tie, separable classes do not: both agree with cosine KNeighborsClassifier."""
+    rng = np.random.default_rng(k)
+    centres = rng.standard_normal((classes, 12))
+    labels = rng.integers(0, classes, 400)
+    test_labels = rng.integers(0, classes, 1500)
+    train = (centres[labels] + spread * 4 * rng.standard_normal((400, 12))).astype(np.float32)
+    test = (centres[test_labels] + spread * 4 * rng.standard_normal((1500, 12))).astype(np.float32)
+    oracle = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(train, labels)
+    got = knn_predict(train, labels, test, k, CPU.device)
+    np.testing.assert_array_equal(got, oracle.predict(test))
+    assert spread == 1.0 or (got == test_labels).all()
+
+
+def test_knn_gives_ties_to_the_nearer_and_majority_to_the_more() -> None:
+    """Two against two goes to the nearest neighbour's class; three votes far away beat two close by."""
+    angles = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
+    train = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32) * [
+        [1],
+        [9],
+        [2],
+        [5],
+        [3],
+    ]
+    labels = np.array([7, 2, 2, 7, 2])
+    query = np.array([[1.0, 0.0]], np.float32)
+    train = train.astype(np.float32)
+    assert knn_predict(train, labels, query, 4, CPU.device).tolist() == [7]
+    assert knn_predict(train, labels, query, 5, CPU.device).tolist() == [2]
+    with pytest.raises(
+        ConfigError, match=r"--neighbours 6: expected 1 to 5, the number of training images"
+    ):
+        knn_predict(train, labels, query, 6, CPU.device)
+
+
+def test_linear_probe_chooses_c_on_the_last_tenth_and_refits_on_all() -> None:
+    """Predictions are those of a plain standardised LogisticRegression at the C that does best on the last tenth."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 200)
+    test_labels = rng.integers(0, 3, 300)
+    centres = rng.standard_normal((3, 30))
+    train = (centres[labels] + 2 * rng.standard_normal((200, 30))).astype(np.float32) * 50 + 7
+    test = (centres[test_labels] + 2 * rng.standard_normal((300, 30))).astype(np.float32) * 50 + 7
+
+    def oracle(count: int, c: float, other: np.ndarray) -> np.ndarray:
+        scaler = StandardScaler().fit(train[:count].astype(np.float64))
+        fitted = LogisticRegression(C=c, max_iter=5000, tol=1e-6).fit(
+            scaler.transform(train[:count]), labels[:count]
+        )
+        return np.asarray(fitted.predict(scaler.transform(other)))
+
+    scores = [(oracle(180, c, train[180:]) == labels[180:]).mean() for c in C_GRID]
+    predicted, c = linear_predict(train, labels, test)
+    assert c == C_GRID[int(np.argmax(scores))]
+    assert (predicted == oracle(200, c, test)).mean() > 0.99
+    np.testing.assert_array_equal(linear_predict(train, labels, test)[0], predicted)
+
+
+def test_linear_probe_needs_two_classes() -> None:
+    """Images of one class only are refused with advice instead of a traceback out of scikit-learn."""
+    features = np.zeros((4, 2), np.float32)
+    with pytest.raises(
+        ImagesError, match=r"images of two classes or more, got 4 images of 1; raise --limit-train"
+    ):
+        linear_predict(features, np.zeros(4, np.int64), features)
+
+
+# The images.
+
+
+def test_splits_depend_on_keys_options_and_seed_alone(shelf: Path) -> None:
+    """Splits repeat, limits take a prefix, another seed takes other images; the held-out fifth is disjoint."""
+    train, test = split_labelled(options_for(shelf))
+    assert sorted(train.indices) == list(range(40))
+    assert sorted(test.indices) == list(range(12))
+    short, few = split_labelled(options_for(shelf, limit_train=7, limit_test=5))
+    assert (short.indices, few.indices) == (train.indices[:7], test.indices[:5])
+    assert split_labelled(options_for(shelf, seed=1))[0].indices != train.indices
+
+
+def test_without_test_images_a_fifth_is_held_out(
+    shelf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last fifth of the permuted training images is the test set, and stderr says so."""
+    whole, _ = split_labelled(options_for(shelf))
+    train, test = split_labelled(options_for(shelf, test=None, limit_test=3))
+    assert train.indices == whole.indices[:32]
+    assert test.indices == whole.indices[32:35]
+    assert "no --test: 8 of 40 training images are held out" in capsys.readouterr().err
+
+
+def test_images_without_labels_are_refused(shelf: Path, tmp_path: Path) -> None:
+    """A flat folder, Parquet with a missing label and another set of classes each stop the evaluation."""
+    with pytest.raises(
+        ImagesError, match=r"red: expected a label for every image.*one sub-folder a class"
+    ):
+        split_labelled(options_for(shelf, train=shelf / "train" / "red"))
+    sink = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(sink, "PNG")
+    image = pa.array([{"bytes": sink.getvalue(), "path": f"{i}"} for i in range(2)])
+    for labels in ([0, None], [0, -1]):
+        pq.write_table(
+            pa.table({"image": image, "label": pa.array(labels, pa.int64())}),
+            tmp_path / "some.parquet",
+        )
+        with pytest.raises(ImagesError, match=r"some\.parquet: expected a label for every image"):
+            split_labelled(options_for(shelf, test=tmp_path / "some.parquet"))
+    other = write_images(tmp_path / "other", 1, seed=0, classes=("blue", "grey"))
+    with pytest.raises(
+        ImagesError,
+        match=r"other: expected the classes of .*train, got others: grey, red are in one",
+    ):
+        split_labelled(options_for(shelf, test=other))
+    with pytest.raises(ImagesNotFoundError, match=r"nowhere does not exist"):
+        split_labelled(options_for(shelf, test=tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": ""}, "--train: expected labelled training images"),
+        ({"limit_train": 0}, "--limit-train 0: expected at least 1"),
+        ({"limit_test": -1}, "--limit-test -1: expected at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: expected at least 1"),
+        ({"size": "big"}, "--size big: expected H or HxW"),
+        ({"neighbours": 41}, "--neighbours 41: expected 1 to 40"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(
+    shelf: Path, changes: dict[str, object], message: str
+) -> None:
+    """Each option out of its range is named with what was expected."""
+    with pytest.raises(ConfigError, match=message):
+        evaluate("pixels", options_for(shelf, **changes))
+
+
+def test_bad_images_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is no image costs its row and one line on stderr; none that decodes is an error."""
+    write_images(tmp_path / "train", 5, seed=0)
+    write_images(tmp_path / "test", 2, seed=1)
+    (tmp_path / "train" / "blue" / "000.png").write_bytes(b"no image")
+    (result,) = evaluate("pixels", options_for(tmp_path))
+    assert (result.num_train, result.num_test) == (9, 4)
+    assert "1 of 10 training images left out (cannot identify image file" in capsys.readouterr().err
+    for path in (tmp_path / "test").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(
+        ImagesError, match=r"expected test images that .* got none; all failed \(empty file\)"
+    ):
+        evaluate("pixels", options_for(tmp_path))
+
+
+# The features.
+
+
+def test_pixels_are_the_views_pixels(shelf: Path) -> None:
+    """The baseline's features are the files' own values over 255, and separable hues are separated."""
+    train, _ = split_labelled(options_for(shelf))
+    features, labels = pooled_features(
+        open_model("pixels", options_for(shelf, size="16"), CPU), train, 16
+    )
+    for place in (0, 39):
+        path = shelf / "train" / train.source.keys[train.indices[place]]
+        expected = np.asarray(Image.open(path), np.float32).transpose(2, 0, 1).reshape(-1) / 255
+        np.testing.assert_allclose(features["pixels"][place], expected, rtol=1e-6)
+        assert labels[place] == ["blue", "red"].index(path.parent.name)
+    (result,) = evaluate("pixels", options_for(shelf, size="16"))
+    assert (result.feature_dim, result.knn_top1, result.linear_top1) == (768, 100.0, 100.0)
+
+
+def test_a_backbone_folder_is_probed_as_timm_would_run_it(shelf: Path, tmp_path: Path) -> None:
+    """Features equal those of timm's own local-dir model on the recorded view, resized to the recorded size."""
+    backbone = make_backbone("resnet10t", init=None, seed=0)
+    backbone.train().pooled(torch.randn(8, 3, 32, 32))
+    save_backbone(
+        backbone, tmp_path, input_size=(32, 48), view=ViewSpec(height=8, width=12, fit="stretch")
+    )
+    extractor = open_model(str(tmp_path), options_for(shelf), CPU)
+    train, test = split_labelled(options_for(shelf))
+    extractor.prepare(train, test)
+    features, _ = pooled_features(extractor, test, 5)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    for place, index in enumerate(test.indices[:3]):
+        small = Image.open(shelf / "test" / test.source.keys[index]).resize(
+            (12, 8), Image.Resampling.BICUBIC
+        )
+        planes = [
+            plane.convert("F").resize((48, 32), Image.Resampling.BILINEAR)
+            for plane in small.split()
+        ]
+        x_CHW = np.stack([np.asarray(plane) for plane in planes]) / 255
+        x_CHW = (x_CHW - np.reshape(backbone.mean, (3, 1, 1))) / np.reshape(backbone.std, (3, 1, 1))
+        with torch.no_grad():
+            expected = model(torch.from_numpy(x_CHW[None]).float())
+        np.testing.assert_allclose(features["resnet10t"][place], expected[0], rtol=1e-3, atol=1e-4)
+
+
+def test_random_networks_are_calibrated_and_trained_ones_are_not(shelf: Path) -> None:
+    """A timm name's norms, all fresh, see the training images; once they have, another look changes nothing."""
+    train, test = split_labelled(options_for(shelf))
+    backbone = make_backbone("resnet10t", init=None, seed=0)
+    extractor = NetworkFeatures(backbone, ViewSpec(height=16, width=16), (32, 32), 16, CPU)
+    assert len(backbone.fresh_batch_norms) > 5
+    extractor.prepare(train, test)
+    assert backbone.fresh_batch_norms == []
+    # 40 images: two full batches of 16, the short third one left out.
+    assert {
+        int(v) for k, v in backbone.state_dict().items() if k.endswith("num_batches_tracked")
+    } == {2}
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    extractor.prepare(train, test)
+    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
+
+
+def test_a_timm_name_repeats_and_takes_a_size(shelf: Path) -> None:
+    """The same name, seed and size give the same results; the row carries the network's name and width."""
+    first = evaluate("resnet10t", options_for(shelf, size="32"))
+    assert first == evaluate("resnet10t", options_for(shelf, size="32"))
+    assert (first[0].name, first[0].feature_dim, first[0].num_train, first[0].num_test) == (
+        "resnet10t",
+        512,
+        40,
+        12,
+    )
+
+
+def test_models_of_no_kind_are_refused_with_a_hint(shelf: Path, tmp_path: Path) -> None:
+    """A run folder points to the backbone inside; a name that timm does not know gets suggestions."""
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "config.json").write_text("{}")
+    with pytest.raises(
+        ConfigError,
+        match=r"expected a cache .* or a backbone folder .*; did you mean .*/backbone\?",
+    ):
+        evaluate(str(tmp_path), options_for(shelf))
+    with pytest.raises(ConfigError, match=r"resnet1O: timm .* has no network of this name"):
+        evaluate("resnet1O", options_for(shelf))
+
+
+# The features of a cache.
+
+
+def test_cached_taps_are_means_of_decoded_features(shelf: Path) -> None:
+    """Rows are found by content; features are the spatial means of view 0, each tap and all side by side."""
+    cache = Cache(shelf / "cache")
+    extractor = CacheFeatures(cache, None, CPU)
+    source = FolderSource(shelf / "train")
+    batch = list(load_views(source, [3, 21, 8], extractor.view, threads=1))
+    got = extractor(batch, [Sample(index=0, key="renamed")] * 3)
+    keys = cache.reader.samples["key"].to_pylist()
+    rows = [keys.index(source.keys[i]) for i in (3, 21, 8)]
+    assert list(got) == ["t50/stride2", "t50/stride4", ALL_TAPS]
+    for name in cache.names:
+        coefficients = cache.batch(rows, [0, 0, 0], [name]).coefficients
+        maps = cache.decoder([name])(coefficients)[name].numpy()
+        assert maps.shape[2:] == ((8, 8) if name.endswith("2") else (4, 4))
+        np.testing.assert_allclose(got[name], maps.mean((2, 3)), atol=1e-5)
+    np.testing.assert_array_equal(got[ALL_TAPS], torch.cat([got[name] for name in cache.names], 1))
+
+
+def test_the_teacher_recomputes_what_the_cache_holds(shelf: Path) -> None:
+    """Features of an image that is not in the cache are what extract would have cached for it under its key."""
+    train, _ = split_labelled(options_for(shelf, limit_train=13))
+    cached, _ = pooled_features(CacheFeatures(Cache(shelf / "cache"), None, CPU), train, 13)
+    blind = CacheFeatures(Cache(shelf / "cache"), str(shelf / "teacher"), CPU)
+    blind.maps._row_of = {}
+    fresh, _ = pooled_features(blind, train, 13)
+    renamed = EvaluatedImages(
+        title="renamed", source=_Renamed(shelf / "train"), indices=train.indices
+    )
+    other, _ = pooled_features(blind, renamed, 13)
+    for name in cached:
+        # Batches were made up differently, so that a coefficient at a rounding edge may fall to the other side.
+        scale = np.abs(cached[name]).mean()
+        assert np.abs(fresh[name] - cached[name]).mean() < 0.01 * scale
+        assert np.abs(other[name] - cached[name]).mean() > 0.01 * scale
+
+
+class _Renamed(FolderSource):
+    """The same images under other keys, hence with other noise."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._paths = self.keys
+        self.keys = [f"other/{key}" for key in self.keys]
+
+    def read(self, index: int) -> bytes:
+        return (self.root / self._paths[index]).read_bytes()
+
+
+def test_a_cache_is_probed_tap_by_tap(shelf: Path) -> None:
+    """With the teacher, test images outside the cache are served, and every tap and their union has a row."""
+    results = evaluate(str(shelf / "cache"), options_for(shelf, teacher=str(shelf / "teacher")))
+    assert [(r.name, r.feature_dim) for r in results] == [
+        ("t50/stride2", 16),
+        ("t50/stride4", 16),
+        ("all", 32),
+    ]
+    assert {(r.num_train, r.num_test) for r in results} == {(40, 12)}
+    alone = evaluate(str(shelf / "cache"), options_for(shelf, test=None))
+    assert {(r.num_train, r.num_test) for r in alone} == {(32, 8)}
+
+
+def test_images_outside_the_cache_need_the_teacher(shelf: Path, tmp_path: Path) -> None:
+    """Without a teacher the missing images are counted; another teacher is refused with both hashes."""
+    with pytest.raises(
+        ConfigError,
+        match=r"cache: 12 of 52 images are not in the cache; give the cache's --teacher",
+    ):
+        evaluate(str(shelf / "cache"), options_for(shelf))
+    torch.manual_seed(1)
+    save_teacher(build_unet(SIZE, SIZE, (8, 16, 16), 1, 0), tmp_path / "other", torch.float32)
+    wanted = Cache(shelf / "cache").reader.manifest.recipe["teacher"]["weights_sha256"]
+    with pytest.raises(
+        TeacherError,
+        match=rf"other: not the teacher .*expected weights {wanted}, got [0-9a-f]{{64}}",
+    ):
+        evaluate(str(shelf / "cache"), options_for(shelf, teacher=str(tmp_path / "other")))
+
+
+def test_a_teacher_with_another_noise_schedule_is_refused(shelf: Path, tmp_path: Path) -> None:
+    """Equal weights do not make the same teacher where the noise levels differ."""
+    save_teacher(build_unet(SIZE, SIZE, (8, 16, 16), 1, 0), tmp_path / "bent", torch.float32)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    (tmp_path / "bent" / weights).write_bytes((shelf / "teacher" / weights).read_bytes())
+    schedule = tmp_path / "bent" / "scheduler" / "scheduler_config.json"
+    schedule.write_text(json.dumps({**json.loads(schedule.read_text()), "beta_end": 0.01}))
+    with pytest.raises(
+        TeacherError, match=r"bent: not the teacher of .*expected noise levels \[0\.9.*got \[0\.9"
+    ):
+        evaluate(str(shelf / "cache"), options_for(shelf, teacher=str(tmp_path / "bent")))
+
+
+def test_features_that_are_not_finite_are_left_out(
+    shelf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A teacher that overflows on one image costs that image alone."""
+    extractor = CacheFeatures(Cache(shelf / "cache"), str(shelf / "teacher"), CPU)
+    plain = extractor.maps._raw_draws
+
+    def overflowing(batch, samples, flips):  # type: ignore[no-untyped-def]
+        draws = [
+            {name: raw.clone() for name, raw in draw.items()}
+            for draw in plain(batch, samples, flips)
+        ]
+        draws[0]["t50/stride4"][0, 0, 0, 0] = torch.inf
+        return draws
+
+    extractor.maps._raw_draws = overflowing  # type: ignore[method-assign]
+    _, test = split_labelled(options_for(shelf))
+    features, labels = pooled_features(extractor, test, 12)
+    # Twelve images in passes of eight: the first of either pass overflows.
+    assert {len(x) for x in features.values()} == {len(labels)} == {10}
+    assert "2 of 12 test images left out (features that are not finite)" in capsys.readouterr().err
+
+
+# The command.
+
+
+def test_json_puts_the_best_single_row_on_top() -> None:
+    """The top level repeats the best single tap by the linear probe, never the concatenation."""
+    row = ProbeResult(
+        name="a",
+        knn_top1=1.0,
+        linear_top1=2.0,
+        num_train=3,
+        num_test=4,
+        feature_dim=5,
+        linear_c=0.1,
+    )
+    rows = [
+        row,
+        replace(row, name="b", linear_top1=9.0),
+        replace(row, name=ALL_TAPS, linear_top1=99.0),
+    ]
+    value = results_json("cache", rows)
+    assert (value["model"], value["best"], value["linear_top1"], value["linear_C"]) == (
+        "cache",
+        "b",
+        9.0,
+        0.1,
+    )
+    assert [r["name"] for r in value["rows"]] == ["a", "b", "all"]
+    assert {"knn_top1", "linear_top1", "num_train", "num_test", "feature_dim"} <= set(value)
+
+
+def test_stdout_is_json_and_nothing_else(shelf: Path) -> None:
+    """With --json stdout parses as JSON, notes go to stderr; without it stdout is a table; --train is asked for."""
+    flags = [
+        "evaluate",
+        "pixels",
+        "--train",
+        str(shelf / "train"),
+        "--neighbours",
+        "3",
+        "--size",
+        "8",
+    ]
+    done = CliRunner().invoke(main, [*flags, "--json"])
+    assert done.exit_code == 0, done.output
+    value = json.loads(done.stdout)
+    assert (value["model"], value["num_train"], value["num_test"]) == ("pixels", 32, 8)
+    assert "no --test" in done.stderr
+    assert "linear top-1 %" in CliRunner().invoke(main, flags).stdout
+    assert "Missing option '--train'" in CliRunner().invoke(main, ["evaluate", "pixels"]).output

@@ -1,0 +1,363 @@
+"""Encodings through the command line and from Python: DDIM inversion, and torch modules as teachers."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from interrupts import interrupt
+from teacher.batches import batch_of
+from torch import nn
+
+from cli import main
+from dtcache.cache.cache import Cache
+from dtcache.codec.pca_dct import whiten
+from dtcache.device import resolve_compute
+from dtcache.errors import CacheMismatchError, ConfigError
+from dtcache.images import FolderSource, decode_view
+from dtcache.options import ExtractOptions
+from dtcache.recipe import ViewSpec
+from dtcache.teacher import CallableTeacher, load_teacher, prepare_teacher
+from pipelines.extract.extract import extract
+
+DOCS = Path(__file__).resolve().parents[3] / "docs"
+FLAGS = (
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "4",
+    "--shard-rows",
+    "4",
+    "--limit",
+    "8",
+)
+DDIM = ("--encoding", "ddim", "--ddim-steps", 4, "--timestep", 200, "--taps", "4,8")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    files = (
+        p
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and p.name not in {"extraction.log.json", ".lock"}
+    )
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
+
+
+@pytest.fixture(scope="module")
+def inverted(
+    scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A cache of 8 inverted scenes, float16."""
+    out = tmp_path_factory.mktemp("ddim") / "cache"
+    result = run(
+        "extract",
+        scene_folder,
+        "--teacher",
+        teacher_dir,
+        "--out",
+        out,
+        *FLAGS,
+        *DDIM,
+        "--quality",
+        "fp16",
+    )
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"t200: images inverted and denoised back are off by \d\.\de[-+]\d\d of their square",
+        result.stderr,
+    )
+    return out
+
+
+def test_a_ddim_cache_holds_the_inverted_images_features(
+    inverted: Path, scene_folder: Path, teacher_dir: Path
+) -> None:
+    """Each view, the mirrored one too, is the float16 of the teacher's features of its own inversion."""
+    cache = Cache(inverted)
+    source = FolderSource(scene_folder)
+    made = prepare_teacher(
+        load_teacher(str(teacher_dir)),
+        ViewSpec(height=32, width=32),
+        taps=("stride4", "stride8"),
+        timesteps=(200,),
+        batch_size=4,
+        compute=resolve_compute("cpu", "fp32"),
+        ddim_steps=4,
+    )
+    key = cache.reader.samples["key"][3].as_py()
+    pixels = decode_view(source.read(source.keys.index(key)), cache.view)[0]
+    for view, flip in enumerate((False, True)):
+        (raw,) = made.features(batch_of(made, [pixels], ["any"], [flip], seed=5, draws=[0]))
+        coefficients, _ = cache.coefficients([3], [view], cache.names)
+        for name, found in cache.decoder(cache.names)(coefficients).items():
+            np.testing.assert_allclose(found[0].numpy(), whiten(raw[name])[0][0].numpy(), atol=4e-3)
+
+
+def test_a_ddim_cache_says_what_it_is(inverted: Path) -> None:
+    """Manifest and inspect tell steps, alpha-bar, SNR and round trip; nothing in it is noise."""
+    report = json.loads(run("inspect", inverted, "--json").stdout)
+    recipe = report["recipe"]
+    alpha_bar = float(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[200])
+    (noise,) = report["timesteps"]
+    assert noise["timestep"] == 200
+    assert (noise["alpha_bar"], noise["snr"]) == pytest.approx(
+        (alpha_bar, alpha_bar / (1 - alpha_bar)), rel=1e-4
+    )
+    assert recipe["teacher"]["snrs"] == [noise["snr"]]
+    assert recipe["teacher"]["ddim_steps"] == 4
+    assert 0 < noise["round_trip"] == recipe["round_trip"]["t200"] < 0.5
+    assert (
+        set(recipe["codec"]["noise_share"].values())
+        == set(recipe["codec"]["noise_floor"].values())
+        == {0.0}
+    )
+    for tap in report["taps"]:
+        assert tap["flip_error"] == recipe["equivariance"]["flip"][f"t200/{tap['name']}"] > 0
+        assert tap["crop_error"] == recipe["equivariance"]["crop"][f"t200/{tap['name']}"] > 0
+    shown = run("inspect", inverted).output
+    assert "DDIM: inverted in 4 steps" in shown
+    assert (
+        f"alpha-bar {alpha_bar:.4f}, SNR {noise['snr']:.3g}, round trip {noise['round_trip']:.1e}"
+        in shown
+    )
+    assert "equivariance: relative squared error" in shown
+    assert max(map(len, shown.splitlines()[1:])) <= 80
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (("--ddim-steps", 5), r"teacher\.ddim_steps is 4 there, 5 was asked for"),
+        (("--encoding", "ddpm"), r"teacher\.ddim_steps is 4 there, null was asked for"),
+    ],
+)
+def test_another_encoding_is_another_recipe(
+    inverted: Path, scene_folder: Path, teacher_dir: Path, flags: tuple[object, ...], field: str
+) -> None:
+    """Other steps, and noise instead of inversion, are refused."""
+    more = (
+        (*DDIM, *flags) if "--ddim-steps" in flags else ("--timestep", 200, "--taps", "4,8", *flags)
+    )
+    result = run(
+        "extract",
+        scene_folder,
+        "--teacher",
+        teacher_dir,
+        "--out",
+        inverted,
+        *FLAGS,
+        *more,
+        "--quality",
+        "fp16",
+    )
+    assert result.exit_code == 1
+    assert re.search(field, result.output)
+
+
+def test_a_noised_cache_is_not_inverted_into(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """A cache whose recipe has no such field is not taken for one of any encoding."""
+    flags = (*FLAGS, "--timestep", 200, "--taps", "4,8")
+    out = ("--teacher", teacher_dir, "--out", tmp_path / "c")
+    assert run("extract", scene_folder, *out, *flags).exit_code == 0
+    result = run("extract", scene_folder, *out, *FLAGS, *DDIM)
+    assert result.exit_code == 1
+    assert "teacher.ddim_steps is null there, 4 was asked for" in result.output
+
+
+def test_a_resumed_inversion_ends_in_the_same_bytes(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measurements are made once: an extraction that was interrupted goes on with those that it has."""
+    from pipelines.extract import extract as stage
+    from pipelines.extract import shard_runner as runner
+
+    real = stage.measure
+    measured = []
+    monkeypatch.setattr(stage, "measure", lambda *a: measured.append(1) or real(*a))
+    flags = (*FLAGS, *DDIM, "--bytes-per-image", 600)
+
+    for out, stops in (("whole", False), ("halved", True)):
+        with monkeypatch.context() as patch:
+            if stops:
+                interrupt(patch, runner, "run_shard", call=1)
+            result = run(
+                "extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / out, *flags
+            )
+            assert result.exit_code == (130 if stops else 0), result.output
+    assert (
+        run(
+            "extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "halved", *flags
+        ).exit_code
+        == 0
+    )
+    assert len(measured) == 2
+    assert tree(tmp_path / "whole") == tree(tmp_path / "halved")
+
+
+def test_a_lost_shard_of_an_inverted_cache_is_made_anew(
+    inverted: Path, scene_folder: Path, teacher_dir: Path
+) -> None:
+    """verify --repair inverts with the recipe's steps: the bytes are the recorded ones."""
+    victim = inverted / "data.zarr/t200/stride8/c.1.0.0"
+    before = victim.read_bytes()
+    victim.unlink()
+    result = run(
+        "verify", inverted, "--repair", "--images", scene_folder, "--teacher", teacher_dir, "--yes"
+    )
+    assert result.exit_code == 0, result.output
+    assert victim.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--draws", 2),
+            "--encoding ddim draws no noise: expected --draws 1 and no --average, got --draws 2",
+        ),
+        (
+            ("--average",),
+            "--encoding ddim draws no noise: expected --draws 1 and no --average, got --draws 1",
+        ),
+        (("--timestep", 10), "--ddim-steps 20: expected at most 10, the steps up to --timestep 10"),
+        (
+            ("--encoding", "ddpm", "--ddim-steps", 20),
+            "--ddim-steps 20: expected --encoding ddim beside it",
+        ),
+    ],
+)
+def test_contradicting_encodings_are_refused(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path, flags: tuple[object, ...], message: str
+) -> None:
+    """One clear line, and nothing is left behind."""
+    result = run(
+        "extract",
+        scene_folder,
+        "--teacher",
+        teacher_dir,
+        "--out",
+        tmp_path / "c",
+        *FLAGS,
+        "--encoding",
+        "ddim",
+        *flags,
+    )
+    assert result.exit_code == 1
+    assert message in result.output
+    assert not (tmp_path / "c" / "manifest.json").exists()
+
+
+class Edges(nn.Module):
+    """A map of stride 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.map = nn.Conv2d(3, 8, 4, stride=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.map(x)
+
+
+def test_a_module_is_extracted_and_its_cache_resumed_only_by_its_like(
+    scene_folder: Path, tmp_path: Path
+) -> None:
+    """The cache holds the module's own maps; another version of it is another recipe."""
+    options = ExtractOptions(
+        timestep=(0,),
+        size="32",
+        device="cpu",
+        precision="fp32",
+        batch_size=4,
+        limit=6,
+        quality="fp16",
+    )
+    edges = Edges()
+    done = extract(
+        scene_folder,
+        tmp_path,
+        options,
+        CallableTeacher(edges, taps={"stride4": "map"}, version="1"),
+    )
+    cache = Cache(done.root)
+    pixels = torch.from_numpy(np.stack(cache.images([2]))).float() / 127.5 - 1
+    with torch.inference_mode():
+        wanted = edges(pixels)[0]
+    torch.testing.assert_close(cache.raw("t0/stride4", [2])[0, 0], wanted, atol=4e-3, rtol=0)
+    assert "clean images" in run("inspect", tmp_path).output
+    assert extract(
+        scene_folder,
+        tmp_path,
+        options,
+        CallableTeacher(Edges(), taps={"stride4": "map"}, version="1"),
+    )
+    with pytest.raises(CacheMismatchError, match=r"teacher\.config_sha256"):
+        extract(
+            scene_folder,
+            tmp_path,
+            options,
+            CallableTeacher(Edges(), taps={"stride4": "map"}, version="2"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        (
+            {"teacher": "x/y"},
+            True,
+            "--teacher: expected the name of a teacher or, from Python, .* got both",
+        ),
+        ({}, False, "--teacher: expected the name of a teacher or, from Python, .* got neither"),
+        (
+            {"draws": 2},
+            True,
+            "a CallableTeacher without prepare draws no noise: expected --draws 1",
+        ),
+    ],
+)
+def test_contradicting_teachers_are_refused(
+    scene_folder: Path, tmp_path: Path, options: dict[str, object], given: bool, message: str
+) -> None:
+    """One teacher, and draws only of one that has noise."""
+    teacher = CallableTeacher(Edges(), taps={"stride4": "map"}, version="1") if given else None
+    with pytest.raises(ConfigError, match=message):
+        extract(
+            scene_folder,
+            tmp_path / "c",
+            ExtractOptions(size="32", timestep=(0,), **options),
+            teacher,
+        )
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.slow
+def test_the_documented_example_runs(
+    scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/teachers.md extracts from a module and trains a student on it; only weights are left random."""
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "teachers.md").read_text(), re.S)[:1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").symlink_to(scene_folder)
+    changes = {
+        'weights="DEFAULT"': "weights=None",
+        'size="128"': 'size="32"',
+        'student="resnet50"': 'student="resnet10t"',
+    }
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    exec(compile(code, "teachers.md", "exec"), {"__name__": "example"})
+    assert (tmp_path / "runs/resnet50/backbone/config.json").is_file()
+    assert Cache(tmp_path / "resnet18.cache").names == ["t0/stride4", "t0/stride8", "t0/stride16"]

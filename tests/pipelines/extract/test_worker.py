@@ -1,0 +1,264 @@
+"""What a worker does with an assignment, in this process: the same bytes, one teacher at a time; what it refuses."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from cli import main
+from dtcache.device import cpu_threads
+from dtcache.errors import CacheMismatchError, ClusterError, ConfigError, ImagesNotFoundError
+from dtcache.options import ExtractOptions
+from dtcache.store.manifest import read_manifest
+from pipelines.extract.extract import extract
+from pipelines.extract.workers import worker
+
+OPTIONS = ExtractOptions(
+    teacher="",
+    device="cpu",
+    precision="fp32",
+    batch_size=8,
+    shard_rows=8,
+    bytes_per_image=4608,
+    limit=24,
+    threads=1,
+)
+
+
+@pytest.fixture(scope="module")
+def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cache of three shards, made by one process."""
+    out = tmp_path_factory.mktemp("worker") / "cache"
+    extract(scene_folder, out, replace(OPTIONS, teacher=str(teacher_dir)))
+    return out
+
+
+@pytest.fixture
+def assignment(
+    cache: Path, scene_folder: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """What the coordinator of that cache would tell a worker, which has no teacher yet."""
+    monkeypatch.setattr(worker, "_RESIDENT", {})
+    options = replace(OPTIONS, teacher=str(teacher_dir), workers=2)
+    return worker.make_assignment(cache, read_manifest(cache), scene_folder, options)
+
+
+def changed(assignment: str, **fields: Any) -> str:
+    """Return an assignment with other fields."""
+    return json.dumps({**json.loads(assignment), **fields})
+
+
+def with_options(assignment: str, **fields: Any) -> str:
+    """Return an assignment with other options."""
+    return changed(assignment, options={**json.loads(assignment)["options"], **fields})
+
+
+def test_a_worker_writes_the_bytes_of_one_process(
+    cache: Path, assignment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that are asked for out of order are the committed ones; the teacher is loaded once, another one anew."""
+    real = worker.make_job
+    loads = []
+    rows = []
+
+    def make_job(*arguments: Any, **named: Any) -> Any:
+        loads.append(1)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(worker, "make_job", make_job)
+    for shard in (2, 0):
+        made = worker.compute(assignment, shard, rows.append)
+        places = made.temporaries(cache)
+        assert len(places) == 5
+        for temporary, place in places.items():
+            assert temporary.read_bytes() == place.read_bytes()
+            temporary.unlink()
+    assert (len(loads), sum(rows)) == (1, 16)
+    again = changed(assignment, threads=2)
+    for temporary in worker.compute(again, 1, rows.append).temporaries(cache):
+        temporary.unlink()
+    assert (len(loads), list(worker._RESIDENT)) == (2, [again])
+
+
+def test_a_worker_that_is_not_fit_says_why(
+    cache: Path, assignment: str, scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """Other versions, storage, images or teachers are one line each, before anything is computed."""
+
+    def refused(told: str, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            worker.compute(told, 0, lambda count: None)
+
+    refused(
+        changed(assignment, torch="1.0"),
+        ClusterError,
+        r"^it has torch \S+, the coordinator 1\.0: other versions give",
+    )
+    refused(
+        changed(assignment, dtcache="9"),
+        ClusterError,
+        r"^it has dtcache \S+, the coordinator 9: .*install the same",
+    )
+    elsewhere = str(tmp_path / "gone")
+    refused(
+        changed(assignment, root=elsewhere),
+        ClusterError,
+        rf"^it does not see the cache {elsewhere} \(.*\); give an --out on storage that the coordinator and all wor",
+    )
+    refused(
+        changed(assignment, fingerprint="0"),
+        ClusterError,
+        rf"^it sees another cache at {cache} than the coord",
+    )
+    refused(
+        changed(assignment, images=elsewhere), ImagesNotFoundError, rf"{elsewhere} does not exist"
+    )
+    fewer = Path(shutil.copytree(scene_folder, tmp_path / "fewer"))
+    next(iter(sorted(fewer.rglob("*.png")))).unlink()
+    refused(changed(assignment, images=str(fewer)), CacheMismatchError, "samples_sha256 is ")
+    other = Path(shutil.copytree(teacher_dir, tmp_path / "other"))
+    weights = next(other.rglob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    refused(
+        with_options(assignment, teacher=str(other)),
+        CacheMismatchError,
+        r"teacher\.weights_sha256 is ",
+    )
+    refused(
+        with_options(assignment, precision="bf16"),
+        CacheMismatchError,
+        r'teacher\.precision is "fp32" there',
+    )
+    if not torch.cuda.is_available():
+        refused(
+            with_options(assignment, device="cuda"),
+            ConfigError,
+            "--device cuda: this machine has 0 CUDA devices",
+        )
+    assert worker._RESIDENT == {}
+
+
+def test_an_assignment_is_resolved(cache: Path, assignment: str) -> None:
+    """Nothing is left to a worker's machine or working folder: absolute paths, the recipe's own constants."""
+    told = json.loads(assignment)
+    assert all(
+        Path(path).is_absolute()
+        for path in (told["root"], told["images"], told["options"]["teacher"])
+    )
+    wanted = {
+        "device": "cpu",
+        "precision": "fp32",
+        "size": "32x32",
+        "threads": 1,
+        "workers": None,
+        "scheduler": None,
+    }
+    assert {name: told["options"][name] for name in wanted} == wanted
+    assert (told["threads"], told["fingerprint"]) == (1, read_manifest(cache).fingerprint)
+
+
+def run(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(main, ["extract", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--workers", 2, "--scheduler", "tcp://a:1"),
+            "--workers 2 starts a cluster, --scheduler tcp://a:1 uses one",
+        ),
+        (("--dashboard",), "--dashboard: expected --workers beside it"),
+        (
+            ("--workers", 2, "--device", "cuda:1"),
+            "--device cuda:1 names one GPU, and --workers take one each",
+        ),
+        (("--workers", 0), "--workers 0: expected at least 1"),
+        (("--threads", 0), "--threads 0: expected at least 1"),
+    ],
+)
+def test_options_that_contradict_each_other(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path, flags: tuple[object, ...], message: str
+) -> None:
+    """Two clusters, a dashboard of none, or one GPU for many are refused before anything is loaded or made."""
+    result = run(scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *flags)
+    assert (result.exit_code, message in result.output) == (1, True), result.output
+    assert not (tmp_path / "c").exists()
+
+
+def test_threads_are_a_constant_of_the_recipe(
+    cache: Path,
+    scene_folder: Path,
+    teacher_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first run fixes them, a share of the cores a worker; a resume takes them, and refuses to change them."""
+    assert read_manifest(cache).recipe["threads"] == 1
+    job: Any = type(
+        "Job", (), {"teacher": type("T", (), {"spec": read_manifest(cache).recipe["teacher"]})}
+    )
+    job.teacher.spec = type("Spec", (), {"device_type": "cpu"})
+    from pipelines.extract.extract import _threads
+
+    with cpu_threads(8):
+        assert torch.get_num_threads() == 8
+
+        def chosen(**more: Any) -> int | None:
+            return _threads(job, replace(OPTIONS, threads=None, **more), None)
+
+        assert [chosen(), chosen(workers=3), chosen(workers=20), chosen(scheduler="tcp://a:1")] == [
+            8,
+            2,
+            1,
+            1,
+        ]
+        assert _threads(job, replace(OPTIONS, threads=None), {"threads": 5}) == 5
+        assert _threads(job, replace(OPTIONS, threads=3), {"threads": 5}) == 3
+        job.teacher.spec.device_type = "cuda"
+        assert _threads(job, replace(OPTIONS, threads=3), None) is None
+    assert torch.get_num_threads() == 1
+    flags = (
+        "--limit",
+        24,
+        "--shard-rows",
+        8,
+        "--batch-size",
+        8,
+        "--bytes-per-image",
+        4608,
+        "--device",
+        "cpu",
+    )
+    flags = (*flags, "--precision", "fp32")
+    result = run(scene_folder, "--teacher", teacher_dir, "--out", cache, *flags, "--threads", 2)
+    assert "threads is 1 there, 2 was asked for" in result.output
+    assert run(scene_folder, "--teacher", teacher_dir, "--out", cache, *flags).exit_code == 0
+
+
+def test_local_workers_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One GPU a worker, of those that CUDA_VISIBLE_DEVICES names; more workers than GPUs are refused."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert worker._environments(2, "cuda") == [
+        {"CUDA_VISIBLE_DEVICES": "0"},
+        {"CUDA_VISIBLE_DEVICES": "1"},
+    ]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,4,5")
+    assert worker._environments(2, "cuda") == [
+        {"CUDA_VISIBLE_DEVICES": "6"},
+        {"CUDA_VISIBLE_DEVICES": "4"},
+    ]
+    with pytest.raises(
+        ConfigError, match="--workers 4: expected at most one a GPU, and this machine offers 3"
+    ):
+        worker._environments(4, "cuda")
+    assert worker._environments(4, "cpu") == [{}] * 4

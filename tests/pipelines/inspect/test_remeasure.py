@@ -1,0 +1,174 @@
+"""The codec's error measured afresh, a student beside its teacher: against what extraction and training recorded."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from inspecting import documented
+from store.builders import FINE, tree
+
+from cli import main
+from dtcache.cache.cache import Cache
+from dtcache.errors import CacheDamagedError
+from dtcache.options import InspectOptions
+from pipelines.inspect.statistics.remeasure import measure_afresh
+
+SMALL = ("--precision", "fp32", "--device", "cpu", "--batch-size", "8")
+
+
+def run(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep statistics in a folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+@pytest.fixture(scope="module")
+def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 16 scenes in two draws, without images."""
+    out = tmp_path_factory.mktemp("afresh") / "cache"
+    more = ("--limit", 16, "--images", "none", "--quality", "high", "--draws", 2)
+    result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", out, *SMALL, *more)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_the_error_is_the_one_that_extraction_recorded(
+    cache: Path, scene_folder: Path, teacher_dir: Path
+) -> None:
+    """Of all samples' first views the error afresh is near the recorded one of all views; the worst come first."""
+    options = InspectOptions(teacher=str(teacher_dir), images=scene_folder, device="cpu")
+    found = measure_afresh(cache, options)
+    sums = Cache(cache).reader.manifest.sums
+    assert sorted(found.rows) == list(range(16))
+    for name, estimate in found.error.items():
+        recorded = sums[name].squared_error / sums[name].energy
+        assert estimate.value == pytest.approx(recorded, rel=0.25)
+        assert estimate.low == estimate.high == estimate.value  # all samples were measured
+    mean = np.mean([found.errors[name] for name in found.errors], 0)
+    assert [mean[place] for place in found.worst()] == sorted(mean, reverse=True)
+    shown = found.to_json()
+    assert [entry["key"] for entry in shown["worst"]] == [
+        found.keys[place] for place in found.worst()[:10]
+    ]
+    fields = [f"afresh.{name}" for name in shown] + [
+        f"afresh.worst[].{name}" for name in shown["worst"][0]
+    ]
+    assert sorted(fields) == [
+        name for name in documented("statistics") if name.startswith("afresh.")
+    ]
+
+
+def test_the_teacher_is_not_asked_of_what_cannot_be_read(tiny_copy: Path) -> None:
+    """Where no sample is whole at every tap, that is said before any teacher is loaded."""
+    for path in (tiny_copy / "data.zarr" / FINE).glob("c.*"):
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(
+        CacheDamagedError,
+        match="none of the samples that the teacher would run on can be read; run",
+    ):
+        measure_afresh(tiny_copy, InspectOptions(teacher="nowhere"))
+
+
+@pytest.mark.slow
+def test_a_page_has_originals_and_the_worst(
+    cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """With the teacher each tap has an original beside the decoded map, and the worst samples have their errors."""
+    out = tmp_path / "out.html"
+    more = ("--images", scene_folder, "--device", "cpu", "--report", out, "--gallery", 3)
+    before = tree(cache)
+    result = run("inspect", cache, "--teacher", teacher_dir, *more)
+    assert result.exit_code == 0, result.output
+    assert tree(cache) == before
+    page = out.read_text()
+    assert page.count(', original"') == 4 * 3 + 4 * 6
+    assert len(re.findall(r"<small>error \d\.\d\d</small>", page)) == 4 * 6
+    # The cache has two draws as views: the noise share is measured from them.
+    report = json.loads(run("inspect", cache, "--stats", "--json").stdout)
+    for tap in report["statistics"]["taps"]:
+        assert tap["noise_share_from"] == "draws"
+        assert 0 < tap["noise_share"]["value"] < 1
+
+
+def test_what_does_not_fit_is_refused(
+    cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """The teacher needs images; two caches have two teachers; a page without images says so."""
+    result = run("inspect", cache, "--teacher", teacher_dir, "--device", "cpu")
+    assert (
+        result.exit_code == 1
+        and "stores no images: open it with those that it was extracted from" in result.output
+    )
+    result = run("inspect", cache, cache, "--teacher", teacher_dir)
+    assert "--teacher: expected one cache, as each has a teacher of its own" in result.output
+    assert run("inspect", cache, "--report", tmp_path / "x.html").exit_code == 0
+    assert "give --images to see them" in (tmp_path / "x.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("average", [(), ("--ema", 0.5)])
+def test_a_student_stands_beside_its_teacher(
+    cache: Path, scene_folder: Path, tmp_path: Path, average: tuple[object, ...]
+) -> None:
+    """The pictures' errors average to the held-out MSE that training recorded of the weights that it exported, averaged
+    or not; another cache is refused.
+    """
+    result = run(
+        "train",
+        cache,
+        "--student",
+        "resnet10t",
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0.5,
+        "--batch-size",
+        4,
+        "--fpn-width",
+        8,
+        "--images",
+        scene_folder,
+        "--out",
+        tmp_path / "run",
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+        *average,
+    )
+    assert result.exit_code == 0, result.output
+    more = ("--images", scene_folder, "--device", "cpu", "--report", tmp_path / "run.html")
+    before = tree(cache), tree(tmp_path / "run")
+    result = run("inspect", tmp_path / "run", "--cache", cache, *more)
+    assert result.exit_code == 0, result.output
+    assert (tree(cache), tree(tmp_path / "run")) == before
+    errors = [
+        float(e)
+        for e in re.findall(r"<small>MSE (\d+\.\d\d)</small>", (tmp_path / "run.html").read_text())
+    ]
+    held = json.loads((tmp_path / "run" / "summary.json").read_text())["held_out"]
+    wanted = [value for name, value in held.items() if name.startswith("mse/")]
+    assert len(errors) == 4 * 8  # half of 16 samples are held out
+    assert np.mean(errors) == pytest.approx(np.mean(wanted), abs=0.01)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    os.makedirs(tmp_path / "other")
+    (tmp_path / "other" / "run.json").write_text(json.dumps(record | {"cache": "ab" * 32}))
+    result = run("inspect", tmp_path / "other", "--cache", cache, *more)
+    assert (
+        "not the cache that" in result.output
+        and "expected fingerprint abababababababab" in result.output
+    )
+    (tmp_path / "other" / "run.json").write_text(json.dumps(record))
+    assert (
+        "no checkpoint yet; its page needs one"
+        in run("inspect", tmp_path / "other", "--cache", cache, *more).output
+    )

@@ -1,0 +1,164 @@
+"""Students' runs inspected, and what differs between two of them, or between two caches."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from inspecting import documented, inspect, page_of
+from store.builders import FINE, begin, tiny_plan
+
+from dtcache.store.summary import inspect_cache
+from pipelines.inspect import run_report as student_run
+from pipelines.inspect.compare import differences
+
+pytestmark = pytest.mark.usefixtures("apart")
+
+
+def a_run(root: Path, **changed: object) -> Path:
+    """Write what a student's run leaves."""
+    root.mkdir()
+    options = {
+        "student": "resnet10t",
+        "cache": "ab" * 32,
+        "samples": "cd" * 32,
+        "lr": 0.1,
+        **changed,
+    }
+    (root / student_run.RUN).write_text(json.dumps(options))
+    lines = [
+        {"step": 2, "loss": 3.0},
+        {"step": 2, f"held_out/mse/{FINE}": 1.5, f"held_out/at/{FINE}": 0.2, "held_out/loss": 3.1},
+        {"step": 4, "loss": 2.0},
+        {"step": 4, f"held_out/mse/{FINE}": 1.0, f"held_out/at/{FINE}": 0.1, "held_out/loss": 2.1},
+    ]
+    (root / student_run.METRICS).write_text(
+        "".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 6, "lo'
+    )
+    return root
+
+
+def finish(root: Path, loss: float) -> None:
+    """Write the results of a run."""
+    held = {f"mse/{FINE}": 1.0, f"at/{FINE}": 0.1, "loss": loss}
+    results = {
+        "steps": 4,
+        "loss": 2.0,
+        "held_out": held,
+        "noise_floor": {FINE: 0.2},
+        "seconds": 9.0,
+        "images_per_second": 7.0,
+        "wait_share": 0.1,
+    }
+    (root / student_run.SUMMARY).write_text(json.dumps(results))
+
+
+def test_a_run_is_inspected_finished_or_not(tmp_path: Path) -> None:
+    """Curves end before a line that a kill cut short; results come with the summary; the file names are training's."""
+    from pipelines.runs.folder import METRICS, RUN
+
+    assert (student_run.RUN, student_run.METRICS) == (RUN, METRICS)
+    root = a_run(tmp_path / "run")
+    report = json.loads(inspect(root, "--json").stdout)
+    assert (report["kind"], report["state"], report["steps"], report["results"]) == (
+        "run",
+        "unfinished",
+        4,
+        None,
+    )
+    assert report["curves"][f"held_out/mse/{FINE}"] == {"steps": [2, 4], "values": [1.5, 1.0]}
+    assert report["taps"] == [FINE]
+    assert documented("a run") == sorted(report)
+    finish(root, 2.1)
+    output = inspect(root).output
+    assert "finished, 4 steps" in output and "2.1000" in output and "0.200" in output
+    page = page_of(root, tmp_path / "run.html")
+    assert f'aria-label="{FINE}"' in page and "2.1000" in page and "Give --cache CACHE" in page
+
+
+def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
+    """With --ema the held-out curves are those of the average, which is exported; the last weights' are dashed."""
+    root = a_run(tmp_path / "run", ema=0.9)
+    with open(root / student_run.METRICS, "w") as file:
+        for step, last, average in ((2, 4.0, 8.0), (4, 3.0, 1.0)):
+            values = {"held_out/loss": last, "held_out_ema/loss": average}
+            file.write(json.dumps({"step": step, "loss": 2.0, **values}) + "\n")
+    finish(root, 1.0)
+    report = json.loads(inspect(root, "--json").stdout)
+    assert report["weights"] == "average"
+    assert student_run.held_out_curve(report, "loss") == {"steps": [2, 4], "values": [8.0, 1.0]}
+    assert json.loads(inspect(a_run(tmp_path / "plain"), "--json").stdout)["weights"] == "last"
+    assert "averaged over steps" in inspect(root).output
+    page = page_of(root, tmp_path / "run.html")
+    assert "weights averaged over steps (--ema)" in page and "dashed" in page
+    chart = page[page.index('aria-label="held-out loss"') :].partition("</svg>")[0]
+    lines = dict(re.findall(r'<polyline class="([^"]+)" points="([^"]+)"', chart))
+    ends = {
+        style: [float(point.split(",")[1]) for point in points.split()]
+        for style, points in lines.items()
+    }
+    # Pixels grow downwards: the average begins highest and ends lowest.
+    assert ends["c0"][0] < ends["c0 dashed"][0] < ends["c0 dashed"][1] < ends["c0"][1]
+    assert "dashed are" not in page_of(tmp_path / "plain", tmp_path / "plain.html")
+
+
+def test_a_run_with_the_teacher_in_the_loop_is_inspected(tmp_path: Path) -> None:
+    """A run of --online names a teacher in the place of a cache; with a cache beside it, it is refused."""
+    root = a_run(tmp_path / "run", online=True, teacher_weights="ef" * 32)
+    record = json.loads((root / student_run.RUN).read_text())
+    del record["cache"]
+    (root / student_run.RUN).write_text(json.dumps(record))
+    assert "online" in inspect(root).output
+    assert "MSE" in page_of(root, tmp_path / "run.html")
+    result = inspect(root, "--cache", "x", "--report", tmp_path / "x.html")
+    assert (
+        f"--cache x: {root} was trained with the teacher in the loop, on no cache; leave it out"
+        in result.output
+    )
+
+
+def test_runs_differ_in_options_and_results(tmp_path: Path) -> None:
+    """Two runs show what differs in both, on the terminal and on one page."""
+    roots = [a_run(tmp_path / "a"), a_run(tmp_path / "b", lr=0.2)]
+    for root, loss in zip(roots, (2.1, 1.9), strict=True):
+        finish(root, loss)
+    report = json.loads(inspect(*roots, "--json").stdout)
+    assert report["differences"] == {"options.lr": [0.1, 0.2], "results.held_out.loss": [2.1, 1.9]}
+    assert "held_out.loss" in inspect(*roots).output
+    result = inspect(*roots, "--report", tmp_path / "runs.html")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "runs.html").read_text()
+    assert "What differs" in page and page.count("<polyline") >= 2 * 4
+    assert (
+        "--cache: expected one run with it"
+        in inspect(*roots, "--report", tmp_path / "y.html", "--cache", "x").output
+    )
+
+
+def test_two_caches_stand_side_by_side(tiny_cache: Path, tmp_path: Path) -> None:
+    """What differs is shown with both values, what does not is not; the same cache twice differs in nothing."""
+    plan = tiny_plan()
+    writer = begin(tmp_path / "other", plan)
+    writer.write_shard(plan.shards[0])
+    report = json.loads(inspect(tiny_cache, tmp_path / "other", "--json").stdout)
+    assert (report["kind"], report["schema"], len(report["reports"])) == ("comparison", 1, 2)
+    assert report["differences"]["num_done"] == [9, 4]
+    assert report["differences"]["state"] == ["complete", "unfinished"]
+    assert "num_images" not in report["differences"]
+    output = inspect(tiny_cache, tmp_path / "other").output
+    assert "how they were made: nothing differs" in output
+    assert "unfinished" in output
+    assert differences([inspect_cache(tiny_cache)] * 2) == {}
+
+
+def test_timesteps_stand_side_by_side(tiny_cache: Path) -> None:
+    """A tap at T = 150 stands beside the same tap of a cache of T = 50, not beside nothing."""
+    report = inspect_cache(tiny_cache)
+    other = json.loads(json.dumps(report).replace("150", "50"))
+    other["taps"][0]["bytes"] += 7
+    found = differences([report, other])
+    assert found["taps.stride2.bytes"] == [
+        report["taps"][0]["bytes"],
+        report["taps"][0]["bytes"] + 7,
+    ]
+    assert found["recipe.teacher.timesteps"] == [[150], [50]]

@@ -1,0 +1,277 @@
+"""Statistics against plain NumPy over everything, their intervals against the truth, and what is read and kept."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from inspecting import flip, inspect
+from store.builders import (
+    COARSE,
+    FAILED_ROW,
+    FINE,
+    ROWS,
+    SHARD_ROWS,
+    VIEWS,
+    begin,
+    tiny_plan,
+    tree,
+    write_cache,
+)
+
+from dtcache.cache.cache import Cache
+from dtcache.errors import ConfigError
+from dtcache.options import InspectOptions
+from pipelines.inspect.statistics import cache_statistics
+from pipelines.inspect.statistics.decode import decode
+from pipelines.inspect.statistics.disk_cache import kept_folder
+from pipelines.inspect.statistics.sums import add, group_of, rings_of
+
+pytestmark = pytest.mark.usefixtures("apart")
+
+GOOD = np.array([row for row in range(ROWS) if row != FAILED_ROW])
+
+
+def test_exact_statistics_are_those_of_all_values(tiny_cache: Path) -> None:
+    """Mean, std, effective rank, dead channels and histogram are NumPy's over every decoded value, without interval."""
+    found = cache_statistics(tiny_cache, InspectOptions(exact=True))
+    cache = Cache(tiny_cache)
+    assert (found["num_rows"], found["num_usable"], found["exact"], found["left_out"]) == (
+        9,
+        9,
+        True,
+        {},
+    )
+    for tap, name in zip(found["taps"], (FINE, COARSE), strict=True):
+        raw = cache.raw(name, GOOD).double().numpy()
+        for key, value in (("mean", raw.mean()), ("std", raw.std())):
+            assert tap[key]["value"] == pytest.approx(value, rel=1e-5)
+            assert tap[key]["low"] == tap[key]["high"] == tap[key]["value"]
+        whitened = decode(cache, name, GOOD).whitened_RVCHW.double().numpy()
+        flat = np.moveaxis(whitened, 2, 0).reshape(whitened.shape[2], -1)
+        eigenvalues = np.linalg.eigvalsh(np.cov(flat, bias=True)).clip(0)
+        share = eigenvalues / eigenvalues.sum()
+        entropy = -sum(s * np.log(s) for s in share if s > 0)
+        assert tap["effective_rank"]["value"] == pytest.approx(np.exp(entropy), rel=1e-4)
+        assert tap["dead_channels"]["value"] == np.mean(flat.var(1) <= 1e-4 * flat.var(1).mean())
+        edges = np.array(found["histogram_edges"])
+        assert (
+            tap["histogram"] == np.histogram(whitened.clip(edges[0], edges[-1]), edges)[0].tolist()
+        )
+        np.testing.assert_allclose(tap["spectrum"]["components"], eigenvalues[::-1], atol=1e-6)
+
+
+def test_the_spectrum_is_parsevals(tiny_cache: Path) -> None:
+    """Variance by ring, weighted by coefficients, adds up to that about the codec's mean; ring 0 is the map's mean."""
+    cache = Cache(tiny_cache)
+    group = group_of(cache, FINE, GOOD)
+    centred = (
+        decode(cache, FINE, GOOD).whitened_RVCHW
+        - torch.from_numpy(cache.fit[FINE].mean).float()[:, None, None]
+    )
+    assert group.sums.rings.sum() == pytest.approx(float(centred.double().square().sum()), rel=1e-5)
+    assert group.sums.rings[0] == pytest.approx(
+        float(centred.double().mean((3, 4)).square().sum()) * 16, rel=1e-5
+    )
+    assert rings_of(2, 4).tolist() == [[0, 1, 2, 3], [2, 2, 2, 3]]
+
+
+def test_sums_of_groups_add_up(tiny_cache: Path) -> None:
+    """The sums of two groups together are those of one group of all rows."""
+    cache = Cache(tiny_cache)
+    parts = add([group_of(cache, COARSE, GOOD[:4]).sums, group_of(cache, COARSE, GOOD[4:]).sums])
+    whole = group_of(cache, COARSE, GOOD).sums
+    assert (
+        (parts.rows, parts.maps, parts.coded)
+        == (whole.rows, whole.maps, whole.coded)
+        == (9, 18, whole.coded)
+    )
+    np.testing.assert_allclose(parts.products_CC, whole.products_CC, rtol=1e-9)
+
+
+def test_escapes_are_counted(tiny_cache: Path) -> None:
+    """The share of escapes is that of coded values beyond the half width of their table; none is at int16's limit."""
+    cache = Cache(tiny_cache)
+    sums = group_of(cache, FINE, GOOD).sums
+    fit = cache.fit[FINE]
+    classes = fit.classes.ravel()[fit.live]
+    half = fit.half_width[fit.class_table[classes]].astype(int)
+    values = tiny_plan().values[FINE][GOOD].astype(int)
+    assert sums.escaped == (np.abs(values) > half).sum()
+    assert (sums.saturated, sums.coded) == (0, values.size)
+
+
+def test_a_damaged_sample_is_left_out_and_named(tiny_copy: Path) -> None:
+    """A flipped bit takes one sample out of one tap; the statistics are those of the others, and are not kept."""
+    flip(tiny_copy / f"data.zarr/{FINE}/c.1.0.0")
+    found = cache_statistics(tiny_copy, InspectOptions(exact=True))
+    key = tiny_plan().samples[4].key
+    assert list(found["left_out"]) == [f"{FINE} of {key}"]
+    assert "the checksum does not match" in found["left_out"][f"{FINE} of {key}"]
+    rest = GOOD[GOOD != 4]
+    assert found["taps"][0]["mean"]["value"] == pytest.approx(
+        float(Cache(tiny_copy).raw(FINE, rest).double().mean()), rel=1e-5
+    )
+    assert not kept_folder().exists()
+    assert f"left out: {FINE} of {key}" in " ".join(inspect(tiny_copy, "--stats").output.split())
+
+
+def test_a_lost_shard_is_left_out_and_named(tiny_copy: Path) -> None:
+    """Rows of a shard file that is gone are not sampled; the file is named."""
+    (tiny_copy / f"data.zarr/{COARSE}/c.0.0.0").unlink()
+    found = cache_statistics(tiny_copy, InspectOptions())
+    assert found["num_usable"] == 5
+    assert found["left_out"] == {str(tiny_copy / f"data.zarr/{COARSE}/c.0.0.0"): "no file"}
+
+
+@pytest.mark.parametrize("shards", [(1,), (0, 1, 2)])
+def test_a_shard_of_rubbish_is_left_out_and_named(tiny_copy: Path, shards: tuple[int, ...]) -> None:
+    """A shard file of the right size and wrong bytes takes its rows out of one tap, all such files the whole tap; the
+    other tap has its statistics, and each sample is named.
+    """
+    for shard in shards:
+        path = tiny_copy / f"data.zarr/{FINE}/c.{shard}.0.0"
+        path.write_bytes(bytes(path.stat().st_size))
+    rows = [row for row in GOOD if row // SHARD_ROWS in shards]
+    found = cache_statistics(tiny_copy, InspectOptions(exact=True))
+    assert set(found["left_out"]) == {f"{FINE} of {tiny_plan().samples[row].key}" for row in rows}
+    fine, coarse = found["taps"]
+    rest = [row for row in GOOD if row not in rows]
+    cache = Cache(tiny_copy)
+    if rest:
+        assert fine["mean"]["value"] == pytest.approx(
+            float(cache.raw(FINE, rest).double().mean()), rel=1e-5
+        )
+    else:
+        assert (fine["mean"], fine["spectrum"], fine["histogram"]) == (None, None, [])
+    assert coarse["mean"]["value"] == pytest.approx(
+        float(cache.raw(COARSE, GOOD).double().mean()), rel=1e-5
+    )
+    output = " ".join(inspect(tiny_copy, "--exact").output.split())
+    assert "left out" in output and (
+        len(rows) <= 5 or f"and {len(rows) - 5} more; --json has all" in output
+    )
+
+
+@pytest.mark.parametrize("flags", [("--stats",), ("--exact", "--json"), ("--report", "x.html")])
+def test_what_has_no_statistics_is_refused_in_a_line(
+    tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    """No cache, a newer one, and one that is empty as yet."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    begin(tmp_path / "empty", tiny_plan())
+    (tiny_copy / "manifest.json").write_text('{"format":2}')
+    for root, message in (
+        (
+            tmp_path / "folder",
+            "is not a cache: expected manifest.json in it; give a folder made by dtcache extract",
+        ),
+        (tiny_copy, "expected format 1, got 2; install the dtcache that wrote it"),
+        (tmp_path / "empty", "no sample with features is there yet; statistics need one"),
+    ):
+        result = inspect(root, *flags)
+        assert result.exit_code == 1
+        assert message in result.output and result.output.count("\n") == 1
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_an_unfinished_cache_has_statistics_of_what_is_there(tmp_path: Path) -> None:
+    """Before the first commit there is nothing to take; after it, and after the next, what is there counts."""
+    plan = tiny_plan()
+    root = tmp_path / "cache"
+    writer = begin(root, plan)
+    with pytest.raises(
+        ConfigError, match="no sample with features is there yet; statistics need one"
+    ):
+        cache_statistics(root, InspectOptions())
+    counts = []
+    for shard in writer.missing:
+        writer.write_shard(plan.shards[shard])
+        before = tree(root)
+        counts.append(cache_statistics(root, InspectOptions())["num_usable"])
+        assert tree(root) == before
+    assert counts == [4, 7, 9]
+
+
+def test_statistics_are_kept_outside_of_the_cache(
+    tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time nothing is decoded; other options or a spoilt file are computed anew; the cache stays."""
+    before = tree(tiny_cache)
+    first = cache_statistics(tiny_cache, InspectOptions(samples=6))
+    [file] = kept_folder().iterdir()
+    assert file.name.startswith(Cache(tiny_cache).reader.manifest.identity[:32])
+    with monkeypatch.context() as patched:
+        patched.setattr("pipelines.inspect.statistics.compute.group_sums", None)
+        assert cache_statistics(tiny_cache, InspectOptions(samples=6)) == first
+        with pytest.raises(TypeError):
+            cache_statistics(tiny_cache, InspectOptions(samples=5))
+    file.write_bytes(file.read_bytes().replace(b'"num_rows":6', b'"num_rows":7'))
+    assert cache_statistics(tiny_cache, InspectOptions(samples=6)) == first
+    assert tree(tiny_cache) == before
+
+
+def test_a_folder_that_cannot_be_written_is_no_failure(
+    tiny_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where the user's cache folder is a file, statistics are shown and not kept."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cache_statistics(tiny_cache, InspectOptions())["num_rows"] == 9
+    assert "statistics are not kept" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/io").exists(), reason="the kernel counts no bytes read here"
+)
+def test_a_sample_is_all_that_is_read(tmp_path: Path) -> None:
+    """The kernel counts no more bytes read for a sample of two rows than opening, indices and their own chunks."""
+
+    def bytes_read() -> int:
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
+
+    plan = tiny_plan()
+    root = write_cache(tmp_path / "cache", plan)
+    cache_statistics(root, InspectOptions(samples=3))  # whatever is loaded on the way
+    before = bytes_read()
+    Cache(root, allow="damage")
+    opening = bytes_read() - before
+    before = bytes_read()
+    cache_statistics(root, InspectOptions(samples=2))
+    spent = bytes_read() - before
+    before = bytes_read()
+    cache_statistics(root, InspectOptions(exact=True))
+    everything = bytes_read() - before
+    payload = {name: plan.arrays[name].length for name in (FINE, COARSE)}
+    index = sum(
+        a.num_shards * (a.shard_rows * a.payloads_a_row * 16 + 4) for a in plan.arrays.values()
+    )
+    # A chunk is a payload in a frame: at most its length and 64 bytes.
+    assert spent - 2 * opening <= 2 * VIEWS * (sum(payload.values()) + 2 * 64) + index + 2048
+    assert everything - spent >= 5 * VIEWS * sum(len(plan.payload(name, 0, 0)) for name in payload)
+
+
+def test_the_json_has_statistics(tiny_cache: Path) -> None:
+    """--json --stats holds all of them, as JSON without NaN; the terminal shows every tap."""
+    report = json.loads(inspect(tiny_cache, "--stats", "--json").stdout, parse_constant=pytest.fail)
+    assert report["statistics"]["num_rows"] == 9
+    assert report["statistics"]["cka"]["names"] == [FINE, COARSE]
+    assert "all 9 of 9 samples" in inspect(tiny_cache, "--exact").output
+    assert "a sample of 6 of 9 samples" in inspect(tiny_cache, "--stats", "--samples", 6).output
+
+
+def test_recorded_measurements_are_shown(tmp_path: Path) -> None:
+    """The codec's error is that of the manifest's sums, the noise share the fit's where there is one draw."""
+    plan = tiny_plan()
+    root = write_cache(tmp_path / "cache", replace(plan))
+    found = cache_statistics(root, InspectOptions())["taps"][0]
+    sums = Cache(root).reader.manifest.sums[FINE]
+    assert found["codec_error"]["value"] == sums.squared_error / sums.energy
+    assert (found["noise_share"]["value"], found["noise_share_from"]) == (0.1, "fit")

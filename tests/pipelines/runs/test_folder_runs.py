@@ -1,0 +1,29 @@
+"""What every run folder has: the clock."""
+
+import pytest
+
+from pipelines.runs import folder as run
+from pipelines.runs.folder import Clock
+
+
+def test_the_share_of_waiting_is_that_of_the_time_that_batches_take_to_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Batches took one each to come and the student three with each: over two of them, a quarter."""
+    now = [100.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+
+    def slow() -> object:
+        for number in range(2):
+            now[0] += 1
+            yield number
+
+    clock = Clock()
+    for _ in clock.waiting(slow()):
+        now[0] += 3
+        clock.count(16)
+    assert (clock.seconds, clock.rate, clock.share) == (8.0, 4.0, 0.25)
+    resumed = Clock()
+    resumed.load_state_dict(clock.state_dict())
+    now[0] += 8
+    assert (resumed.seconds, resumed.rate, resumed.share) == (16.0, 2.0, 0.125)

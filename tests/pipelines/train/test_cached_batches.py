@@ -1,0 +1,56 @@
+"""Where a student's batches come from: what a cache's batches are on a GPU, with none at hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from store.builders import tiny_plan, write_cache
+from torch import Tensor, nn
+
+from dtcache.cache.cache import Cache
+from dtcache.cache.loader import EpochLoader
+from dtcache.device import Compute
+from dtcache.distributed import Processes
+from dtcache.options import TrainOptions
+from pipelines.train.cached_batches import CachedSource
+
+
+@pytest.mark.parametrize("shuffle", ["full", "block"])
+def test_batches_for_a_gpu_are_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: str
+) -> None:
+    """Under either shuffle every tensor is pinned, the disk is told of a block's rows, and the order stays as it is."""
+    root = write_cache(tmp_path / "cache", tiny_plan())
+    pinned: list[Tensor] = []
+    told: list[int] = []
+
+    def pin(values: Tensor) -> Tensor:
+        there = values.clone()
+        pinned.append(there)
+        return there
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(nn.Module, "to", lambda module, device: module)
+    monkeypatch.setattr(Cache, "will_need", lambda cache, rows, names: told.extend(rows.tolist()))
+    options = TrainOptions(student="resnet10t", batch_size=2, shuffle=shuffle)
+    source = CachedSource(
+        root, options, Compute(device=torch.device("cuda"), precision="fp32"), Processes()
+    )
+    batches = list(source._loader.epoch(1))
+    tensors = [
+        x for b in batches for x in (b.images_BCHW, *b.coefficients.values(), *b.scalars.values())
+    ]
+    assert tensors and {id(x) for x in tensors} <= {id(x) for x in pinned}
+    served = np.concatenate([batch.rows for batch in batches]).tolist()
+    assert set(served) <= set(told) if shuffle == "block" else not told
+    plain = EpochLoader(
+        Cache(root),
+        source._loader._rows,
+        source.names,
+        batch_size=2,
+        seed=options.seed,
+        threads=1,
+        shuffle=shuffle,
+    )
+    assert served == plain.order(1)[0][: len(served)].tolist()

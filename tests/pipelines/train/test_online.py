@@ -1,0 +1,249 @@
+"""The online baseline: the teacher in the loop, through the same stage; only the source of a batch differs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from interrupts import interrupt
+
+from cli import main
+from dtcache.device import resolve_compute
+from dtcache.distributed import Processes
+from dtcache.images.scenes import write_scenes
+from dtcache.options import TrainOptions
+from dtcache.teacher.ddpm import build_unet, save_teacher
+from pipelines.train.cached_batches import CachedSource
+from pipelines.train.online_batches import OnlineSource
+
+CPU = ("--precision", "fp32", "--device", "cpu")
+FLAGS = (
+    "--student",
+    "resnet10t",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "8",
+    "--warmup-epochs",
+    "1",
+    "--fpn-width",
+    "16",
+    "--log-every",
+    "1",
+    "--save-every",
+    "1",
+    "--student-size",
+    "32",
+    "--taps",
+    "4,8",
+    *CPU,
+)
+
+
+def run(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def metrics(run_folder: Path) -> list[dict]:
+    """Return the metrics that must not vary: everything but times."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    times = ("seconds", "images_per_second", "wait_share")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+
+
+@pytest.fixture
+def online(teacher_dir: Path) -> tuple[str, ...]:
+    """The flags that put the teacher into the loop."""
+    return (*FLAGS, "--online", "--teacher", str(teacher_dir), "--timestep", "150")
+
+
+def source_of(images: Path, teacher: Path, **options: object) -> OnlineSource:
+    """Return an online source of tiny batches."""
+    chosen = {"batch_size": 8, "taps": "4,8", "timestep": 150, "precision": "fp32", "threads": 1}
+    asked = TrainOptions(online=True, teacher=str(teacher), **{**chosen, **options})
+    return OnlineSource(images, asked, resolve_compute("cpu", "fp32"), Processes())
+
+
+def targets(source: OnlineSource, epoch: int, start: int = 0) -> list[torch.Tensor]:
+    """Return the stride-8 targets of an epoch's batches."""
+    return [
+        source.ready(batch).coefficients["t150/stride8"] for batch in source.epoch(epoch, start)
+    ]
+
+
+def test_the_first_epoch_is_that_of_an_exact_cache(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """Rows, views, images, targets and held-out samples are those of a float16 cache of the same seed."""
+    flags = (*CPU, "--batch-size", 8, "--quality", "fp16", "--taps", "4,8", "--timestep", 150)
+    assert (
+        run(
+            "extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *flags
+        ).exit_code
+        == 0
+    )
+    options = TrainOptions(batch_size=8, precision="fp32", threads=1)
+    cached = CachedSource(tmp_path / "c", options, resolve_compute("cpu", "fp32"), Processes())
+    source = source_of(scene_folder, teacher_dir)
+    assert source.names == cached.names
+    assert source.num_batches == cached.num_batches
+    for ours, theirs in (
+        *zip(source.epoch(0, 0), cached.epoch(0, 0), strict=True),
+        *zip(source.held_out(), cached.held_out(), strict=False),
+    ):
+        batch = source.ready(ours)
+        count = len(batch.rows)
+        assert batch.rows.tolist() == theirs.rows[:count].tolist()
+        assert torch.equal(batch.images_BCHW, theirs.images_BCHW[:count])
+        for name, wanted in cached.decoder(theirs.coefficients).items():
+            torch.testing.assert_close(
+                source.decoder(batch.coefficients)[name], wanted[:count], rtol=1e-3, atol=2e-3
+            )
+            torch.testing.assert_close(
+                batch.scalars[name], theirs.scalars[name][:count], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_noise_is_fresh_in_every_epoch_and_fixed_for_held_out(
+    scene_folder: Path, teacher_dir: Path
+) -> None:
+    """A sample's target is a function of (seed, key, epoch, flip): new in another epoch, the same after a resume."""
+    source = source_of(scene_folder, teacher_dir)
+    whole = targets(source, 1)
+    resumed = targets(source, 1, start=1)
+    assert all(torch.equal(a, b) for a, b in zip(whole[1:], resumed, strict=True))
+    seen: dict[tuple[int, int], list[np.ndarray]] = {}
+    for epoch in range(4):
+        for batch in source.epoch(epoch, 0):
+            mirrored = batch.inputs.pixels_BCHW.sum((1, 2)).tolist()
+            for row, image, target in zip(
+                batch.rows.tolist(),
+                mirrored,
+                source.ready(batch).coefficients["t150/stride8"],
+                strict=True,
+            ):
+                seen.setdefault((row, hash(tuple(image))), []).append(target.numpy())
+    twice = [found for found in seen.values() if len(found) > 1]
+    assert twice
+    assert all(not np.allclose(found[0], found[1]) for found in twice)
+    held = [
+        torch.cat([source.ready(b).coefficients["t150/stride8"] for b in source.held_out()])
+        for _ in range(2)
+    ]
+    assert torch.equal(*held)
+
+
+def test_an_online_run_trains_and_resumes_to_the_bit(
+    scene_folder: Path, tmp_path: Path, online: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage is the same: losses a tap, held-out losses, export, and a resume that repeats nothing."""
+    from pipelines.train import train as stage
+
+    result = run("train", scene_folder, "--out", tmp_path / "a", *online)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "a" / "backbone" / "model.safetensors").exists()
+    interrupt(monkeypatch, stage, "train_step", call=4)
+    assert run("train", scene_folder, "--out", tmp_path / "b", *online).exit_code == 130
+    assert run("train", scene_folder, "--out", tmp_path / "b", *online).exit_code == 0
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    ends = [(tmp_path / name / "backbone" / "model.safetensors").read_bytes() for name in "ab"]
+    assert ends[0] == ends[1]
+    fresh = tmp_path / "other"
+    torch.manual_seed(9)
+    save_teacher(build_unet(32, 32, (16, 16, 32, 32), layers=1, attention=1), fresh, torch.float32)
+    other = ("--teacher", fresh)
+    said = run("train", scene_folder, "--out", tmp_path / "a", *online, *other).output
+    assert "holds a run with another teacher_weights" in said
+    write_scenes(tmp_path / "s", seed=8, size=32, count=40)
+    said = run("train", tmp_path / "s" / "images", "--out", tmp_path / "a", *online).output
+    assert "holds a run with another samples" in said
+
+
+def test_an_image_that_cannot_be_read_is_named(
+    teacher_dir: Path, tmp_path: Path, online: tuple[str, ...]
+) -> None:
+    """The online way has no row for a failed image: it stops with the name."""
+    write_scenes(tmp_path / "s", seed=7, size=32, count=40)
+    for path in (tmp_path / "s" / "images").rglob("*.png"):
+        path.write_bytes(b"no image")
+    result = run("train", tmp_path / "s" / "images", "--out", tmp_path / "r", *online)
+    assert result.exit_code == 1
+    assert ".png: " in result.output
+    assert "remove it, or train from a cache, which leaves it out" in result.output.replace(
+        "\n", " "
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--online",), "--online: expected --teacher beside it, as dtcache extract takes it"),
+        (("--online", "--teacher", "x"), "--online: expected --timestep beside it"),
+        (("--teacher", "x"), "--teacher: a cache knows its own; expected --online beside it"),
+        (("--fit", "stretch"), "--fit: a cache knows its own; expected --online beside it"),
+        (
+            ("--online", "--shuffle", "block"),
+            "--shuffle: it is about a cache, which --online does without",
+        ),
+        (("--online", "--allow-incomplete"), "--allow-incomplete: it is about a cache"),
+        (
+            ("--online", "--noise-weighting"),
+            "--noise-weighting: a cache records its noise, --online measures none; leave one out",
+        ),
+        (("--ema", "1"), "--ema 1: expected a decay under 1, such as 0.999"),
+        (("--warmup-epochs", "2"), "--warmup-epochs 2: expected fewer than the 2 --epochs"),
+    ],
+)
+def test_options_that_contradict_each_other_are_named(
+    scene_folder: Path, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    """What belongs to a cache and what belongs to a teacher in the loop do not mix."""
+    result = run("train", scene_folder, "--out", tmp_path / "r", *FLAGS, *flags)
+    assert result.exit_code == 1
+    assert message in result.output.replace("\n", " ")
+    assert not (tmp_path / "r").exists()
+
+
+def test_views_of_the_first_epoch_are_those_of_an_exact_cache(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path, online: tuple[str, ...]
+) -> None:
+    """With crops and jitter the student sees online what it sees from a float16 cache: the same losses in epoch 0.
+
+    Nothing is known of the teacher's equivariance then, and nothing is said of it.
+    """
+    extraction = (*CPU, "--batch-size", 8, "--quality", "fp16", "--taps", "4,8", "--timestep", 150)
+    assert (
+        run(
+            "extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *extraction
+        ).exit_code
+        == 0
+    )
+    views = (
+        "--crop",
+        "0.3,0.9",
+        "--jitter",
+        "0.5",
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+        "--lr",
+        "1e-5",
+    )
+    cached = run("train", tmp_path / "c", "--out", tmp_path / "cached", *FLAGS, *views)
+    taught = run("train", scene_folder, "--out", tmp_path / "online", *online, *views)
+    assert cached.exit_code == taught.exit_code == 0, (cached.output, taught.output)
+    assert "crops: the teacher's features of a crop differ" in cached.output
+    assert "crops:" not in taught.output
+    steps = [
+        [line["loss"] for line in metrics(tmp_path / name) if "loss" in line]
+        for name in ("online", "cached")
+    ]
+    np.testing.assert_allclose(*steps, rtol=2e-3)
+    seen_whole = run("train", scene_folder, "--out", tmp_path / "w", *online, *views[4:])
+    assert seen_whole.exit_code == 0, seen_whole.output
+    whole = [line["loss"] for line in metrics(tmp_path / "w") if "loss" in line]
+    assert not np.allclose(whole, steps[0], rtol=2e-3)

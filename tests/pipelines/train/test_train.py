@@ -1,0 +1,635 @@
+"""Stage 2 through the command line: golden losses, resume to the bit, and a backbone that timm loads."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner, Result
+from interrupts import interrupt
+from safetensors.torch import load_file
+
+from cli import main
+from dtcache.cache.cache import Cache
+from dtcache.cache.loader import EpochLoader
+from dtcache.device import resolve_compute
+from dtcache.losses.objective import make_objective
+from dtcache.options import TrainOptions
+from dtcache.store.commits import CommitRecord, ShardObject, write_commit
+from dtcache.store.manifest import CacheManifest, read_manifest, write_manifest
+from dtcache.store.sample_index import held_out, read_objects, read_table
+from dtcache.student import Student, Views, build_student
+from pipelines.train.cached_batches import split_rows
+from pipelines.train.distillation import Distillation, remarks
+from pipelines.train.train import peak_lr
+
+ROOT = Path(__file__).resolve().parents[3]
+FLAGS = (
+    "--student",
+    "resnet10t",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "8",
+    "--warmup-epochs",
+    "1",
+    "--fpn-width",
+    "16",
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+    "--log-every",
+    "1",
+    "--save-every",
+    "2",
+    "--student-size",
+    "32",
+    "--taps",
+    "4,8",
+)
+
+
+def run(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def small_student(cache: Cache) -> Student:
+    """Return an untrained student of 32 px of all of a cache's arrays."""
+    targets = {name: cache.shape(name) for name in cache.names}
+    return build_student("resnet10t", targets, cache.view, size=(32, 32), width=16, seed=0)
+
+
+def distillation(cache: Cache, options: TrainOptions) -> Distillation:
+    """Return everything that turns this cache's batches into losses, for a student of 32 px."""
+    codec = cache.reader.manifest.recipe["codec"]
+    compute = resolve_compute("cpu", "fp32")
+    return Distillation(
+        decoder=cache.decoder(cache.names),
+        objective=make_objective(options, cache.fit, codec, cache.names),
+        views=Views(crop=options.crop, jitter=options.jitter, seed=options.seed),
+        input_size=(32, 32),
+        whitening=options.whitening,
+        compute=compute,
+    )
+
+
+def losses(run_folder: Path) -> list[dict]:
+    """Return the metrics that must not vary: everything but times."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    times = ("seconds", "images_per_second", "wait_share")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 40 scenes."""
+    out = tmp_path_factory.mktemp("train") / "cache"
+    flags = (
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "8",
+        "--shard-rows",
+        "8",
+        "--bytes-per-image",
+        "4608",
+    )
+    result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", out, *flags)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    result = run("train", cache, "--out", out, *FLAGS)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_every_loss_is_logged(trained: Path) -> None:
+    """Every step and every epoch's held-out losses are in the metrics, a tap each, and add up to the loss."""
+    lines = losses(trained)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 7))
+    assert [line["epoch"] for line in lines if "held_out/loss" in line] == [0, 1, 2]
+    for line in steps:
+        parts = [
+            line[f"mse/t150/{tap}"] + 10 * line[f"at/t150/{tap}"] for tap in ("stride4", "stride8")
+        ]
+        assert line["loss"] == pytest.approx(np.mean(parts), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_the_loss_falls(cache: Path, tmp_path: Path, optimizer: str) -> None:
+    """Both optimizers learn: the last training losses are well under the first."""
+    rate = "3e-3" if optimizer == "adamw" else "1e-2"
+    flags = (*FLAGS, "--epochs", 15, "--lr", rate, "--optimizer", optimizer)
+    assert run("train", cache, "--out", tmp_path / "r", *flags).exit_code == 0
+    got = [line["loss"] for line in losses(tmp_path / "r") if "loss" in line]
+    assert np.mean(got[-4:]) < 0.8 * np.mean(got[:4])
+
+
+def test_the_first_loss_is_the_formulas(cache: Path, trained: Path) -> None:
+    """The golden first loss: an untouched student, the first batch, MSE + 10 AT computed in NumPy from decoded maps."""
+    opened = Cache(cache)
+    names = ["t150/stride4", "t150/stride8"]
+    rows, _ = split_rows(np.arange(40), opened.samples["key"].to_pylist())
+    batch = next(iter(EpochLoader(opened, rows, names, batch_size=8, seed=0, threads=1).epoch(0)))
+    student = build_student(
+        "resnet10t",
+        {n: opened.shape(n) for n in names},
+        opened.view,
+        size=(32, 32),
+        width=16,
+        init=None,
+        seed=0,
+    ).train()
+    with torch.no_grad():
+        predicted = {n: p.double().numpy() for n, p in student(batch.images_BCHW).items()}
+    targets = {n: t.double().numpy() for n, t in opened.decoder(names)(batch.coefficients).items()}
+    total = []
+    for name in names:
+        p = predicted[name]
+        t = targets[name]
+        sigma, mu = (batch.scalars[name].double().numpy()[:, k, None, None, None] for k in (0, 1))
+        q = [np.square(x).sum(1).reshape(8, -1) for x in (p, t * sigma + mu)]
+        q = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in q]
+        total.append(np.square(p - t).mean() + 10 * np.linalg.norm(q[0] - q[1], axis=1).mean())
+    logged = next(line for line in losses(trained) if line["step"] == 1)
+    assert logged["loss"] == pytest.approx(np.mean(total), rel=1e-4)
+
+
+def test_the_schedule_is_warm_up_and_cosine(trained: Path) -> None:
+    """Rates rise linearly over one epoch to 4e-3 x 8 / 256, then fall by a cosine."""
+    peak = 4e-3 * 8 / 256
+    expected = [peak / 2, peak] + [peak * 0.5 * (1 + np.cos(np.pi * k / 4)) for k in range(4)]
+    got = [line["lr"] for line in losses(trained) if "lr" in line]
+    assert got == pytest.approx(expected)
+    assert peak_lr(TrainOptions(optimizer="lamb", batch_size=2048)) == pytest.approx(4e-3)
+    assert peak_lr(TrainOptions(lr=0.5)) == 0.5
+
+
+def test_held_out_samples_are_never_trained_on(cache: Path) -> None:
+    """The split is by key hash: training and held-out rows are disjoint and complete."""
+    opened = Cache(cache)
+    rows, held = split_rows(np.arange(40), opened.samples["key"].to_pylist())
+    assert sorted([*rows, *held]) == list(range(40))
+    assert held.tolist() == held_out(opened.reader.samples["key"].to_pylist())
+
+
+def test_a_finished_run_is_not_repeated(cache: Path, trained: Path) -> None:
+    """The same command again leaves metrics and weights as they are."""
+    before = (losses(trained), (trained / "backbone" / "model.safetensors").read_bytes())
+    assert run("train", cache, "--out", trained, *FLAGS).exit_code == 0
+    assert (losses(trained), (trained / "backbone" / "model.safetensors").read_bytes()) == before
+
+
+def test_the_export_loads_in_timm(trained: Path) -> None:
+    """timm loads the backbone strictly, with our weights, in both of its forms; the starting weights differ."""
+    folder = trained / "backbone"
+    ours = load_file(folder / "model.safetensors")
+    plain = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, ours[name]), name
+    pyramid = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
+    for name, value in pyramid.state_dict().items():
+        assert torch.equal(value, ours[name]), name
+    assert list(plain.pretrained_cfg["input_size"]) == [3, 32, 32]
+    start = load_file(trained / "init" / "model.safetensors")
+    assert start.keys() == ours.keys()
+    assert not torch.equal(start["conv1.0.weight"], ours["conv1.0.weight"])
+
+
+def test_an_interrupted_run_resumes_to_the_bit(
+    cache: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after five of six steps, then the same command: the same losses and the same weights."""
+    from pipelines.train import train as stage
+
+    calls = interrupt(monkeypatch, stage, "train_step", call=6)
+    out = tmp_path / "run"
+    result = run("train", cache, "--out", out, *FLAGS)
+    assert result.exit_code == 130
+    assert run("train", cache, "--out", out, *FLAGS).exit_code == 0
+    assert len(calls) == 6 + 2
+    assert losses(out) == losses(trained)
+    assert (out / "backbone" / "model.safetensors").read_bytes() == (
+        trained / "backbone" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_runs_resume_to_the_same_curve(cache: Path, tmp_path: Path) -> None:
+    """SIGKILL at random steps of a subprocess, several times: the loss curve of an uninterrupted one."""
+    rng = random.Random(1)
+    flags = [*FLAGS, "--epochs", "8"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "cli.py"), "train", str(cache), *flags, "--out"]
+    subprocess.run(
+        [*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True
+    )
+    out = tmp_path / "killed"
+    kills = 0
+    for _ in range(5):
+        process = subprocess.Popen(
+            [*command, str(out)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        metrics = out / "metrics.jsonl"
+        before = metrics.stat().st_size if metrics.exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and metrics.stat().st_size > before:
+                break
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    subprocess.run([*command, str(out)], env=environment, check=True, capture_output=True)
+    assert kills >= 2
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_two_students_share_one_cache(cache: Path, tmp_path: Path) -> None:
+    """A different backbone trains from the same cache, which is not written to."""
+    stamps = {p: p.stat().st_mtime_ns for p in cache.rglob("*") if p.is_file()}
+    result = run(
+        "train",
+        cache,
+        "--out",
+        tmp_path / "r",
+        *FLAGS,
+        "--student",
+        "mobilenetv3_small_100",
+        "--epochs",
+        2,
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "r" / "backbone" / "model.safetensors").exists()
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*") if p.is_file()} == stamps
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--taps", "16"),
+            "--taps stride16: the cache has stride1, stride2, stride4, stride8; choose among these",
+        ),
+        (
+            ("--accumulate", "3"),
+            "--batch-size 8: expected a multiple of 3, the 3 parts (--accumulate) of each of 1 processes",
+        ),
+        (("--accumulate", "8"), "--accumulate 8: expected at least 2 samples a part, got 1"),
+        (("--config", "nowhere.toml"), "--config nowhere.toml: No such file or directory"),
+        (("--timestep", "50"), "--timestep 50: the cache has 150; choose among these"),
+        (
+            ("--batch-size", "64"),
+            "--batch-size 64: expected 1 to 20, the samples left for training",
+        ),
+        (("--student", "resnet5000"), "has no network of this name"),
+        (("--student", "crossvit_tiny_240"), "expected a backbone with a feature pyramid"),
+        (("--init", "nowhere"), "nowhere/config.json"),
+        (
+            ("--loss", "at", "--at-weight", "5"),
+            "--at-weight 5 weighs AT beside the MSE, and --loss at is one of them",
+        ),
+        (
+            ("--tap-weights", "stride16=1"),
+            "--tap-weights stride16: expected one of the taps trained on, t150/stride4,",
+        ),
+        (
+            ("--crop", "1.0,0.3"),
+            "--crop 1.0,0.3: expected two rising shares of the area over 0 and up to 1",
+        ),
+        (("--jitter", "3"), "--jitter 3: expected a strength from 0 (none) to 2"),
+        (
+            ("--student", "test_vit", "--student-size", "40"),
+            "images of 40x40 pixels (Input height (40) should be",
+        ),
+    ],
+)
+def test_bad_options_are_one_clear_line(
+    cache: Path, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    """Options that cannot work are named, with what can."""
+    result = run("train", cache, "--out", tmp_path / "r", *FLAGS, *flags)
+    assert result.exit_code == 1
+    assert message in result.output.replace("\n", "")
+    assert "Traceback" not in result.output
+
+
+def test_a_run_of_other_options_is_refused(cache: Path, trained: Path) -> None:
+    """A run folder belongs to its options; the field that differs is named."""
+    result = run("train", cache, "--out", trained, *FLAGS, "--seed", 1)
+    assert result.exit_code == 1
+    assert "holds a run with another seed: 0 there, 1 was asked for" in result.output
+
+
+def test_an_incomplete_or_absent_cache_is_refused(cache: Path, tmp_path: Path) -> None:
+    """Training needs a sealed cache, and says so."""
+    assert (
+        "is not a cache: expected manifest.json"
+        in run("train", tmp_path, "--out", tmp_path / "r", *FLAGS).output
+    )
+    broken = Path(shutil.copytree(cache, tmp_path / "c"))
+    shard = next((broken / "data.zarr" / "t150" / "stride8").glob("c.*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "expected" in run("train", broken, "--out", tmp_path / "r", *FLAGS).output
+
+
+def test_what_is_committed_can_be_trained_on(cache: Path, tmp_path: Path) -> None:
+    """--allow-incomplete trains on the committed shards, says how many samples that is, and is not resumed on more."""
+    part = Path(shutil.copytree(cache, tmp_path / "c"))
+    manifest = read_manifest(part)
+    records = [
+        record_of(part, manifest, shard)
+        for shard in range(next(iter(manifest.arrays.values())).num_shards)
+    ]
+    (part / "commits").mkdir()
+    for record in records[:4]:
+        write_commit(part, record)
+    files = {name: sha for name, sha in manifest.files.items() if name != "shards.parquet"}
+    write_manifest(part, replace(manifest, state="writing", files=files, sums={}))
+    refused = run("train", part, "--out", tmp_path / "r", *FLAGS)
+    assert (
+        "the cache is not complete; run its dtcache extract command again to finish it"
+        in refused.output
+    )
+    flags = (*FLAGS, "--allow-incomplete", "--epochs", 1, "--warmup-epochs", 0)
+    result = run("train", part, "--out", tmp_path / "r", *flags)
+    assert result.exit_code == 0, result.output
+    assert "is not complete: 32 of 40 samples are there" in result.output.replace("\n", " ")
+    assert run("train", part, "--out", tmp_path / "r", *flags).exit_code == 0
+    page = ("--cache", part, "--device", "cpu", "--report", tmp_path / "r.html")
+    assert run("inspect", tmp_path / "r", *page).exit_code == 0
+    write_commit(part, records[4])
+    assert "or its samples are others now" in run("inspect", tmp_path / "r", *page).output
+    assert (
+        "holds a run with another samples"
+        in run("train", part, "--out", tmp_path / "r", *flags).output
+    )
+    whole = run(
+        "train", cache, "--out", tmp_path / "w", *FLAGS, "--allow-incomplete", "--epochs", 1
+    )
+    assert "is not complete" not in whole.output
+
+
+def record_of(root: Path, manifest: CacheManifest, shard: int) -> CommitRecord:
+    """Return the record that a shard of a sealed cache was committed with, but for its sums."""
+    listed = {path: (size, sha256) for path, size, sha256 in read_objects(root)}
+    paths = [array.object_path(shard) for array in manifest.arrays.values()]
+    rows = next(iter(manifest.arrays.values())).rows_of(shard)
+    content = read_table(root / "samples.parquet")["content_sha256"].to_pylist()
+    return CommitRecord(
+        shard=shard,
+        fingerprint=manifest.fingerprint,
+        objects=tuple(
+            ShardObject(path=path, size=listed[path][0], sha256=listed[path][1]) for path in paths
+        ),
+        content_sha256=tuple(content[row].hex() for row in rows),
+        failures=(),
+        sums={},
+    )
+
+
+def test_the_resolved_options_can_be_given_back(cache: Path, trained: Path, tmp_path: Path) -> None:
+    """A run's config.toml repeats the run to the bit, and resumes it; a flag beside it wins."""
+    config = trained / "config.toml"
+    assert run("train", cache, "--out", trained, "--config", config).exit_code == 0
+    assert run("train", cache, "--out", tmp_path / "again", "--config", config).exit_code == 0
+    assert losses(tmp_path / "again") == losses(trained)
+    refused = run("train", cache, "--out", trained, "--config", config, "--seed", 1)
+    assert "holds a run with another seed: 0 there, 1 was asked for" in refused.output
+
+
+def test_damaged_features_stop_the_run_naming_the_sample(cache: Path, tmp_path: Path) -> None:
+    """A flipped byte is never trained on."""
+    broken = Path(shutil.copytree(cache, tmp_path / "c"))
+    for shard in (broken / "data.zarr" / "t150" / "stride8").glob("c.*"):
+        data = bytearray(shard.read_bytes())
+        data[10] ^= 1
+        shard.write_bytes(data)
+    result = run("train", broken, "--out", tmp_path / "r", *FLAGS)
+    assert result.exit_code == 1
+    assert "the checksum does not match" in result.output.replace("\n", " ")
+    assert ".png of t150/stride8" in result.output.replace("\n", "")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN is reported with its step, its part and samples; no checkpoint of it is written."""
+    from dtcache.losses import objective
+
+    monkeypatch.setattr(objective, "at_loss", lambda a, b: (a * float("nan")).mean())
+    result = run("train", cache, "--out", tmp_path / "r", *FLAGS)
+    assert result.exit_code == 1
+    assert (
+        "the loss is not finite at step 0 (loss, at/t150/stride4, at/t150/stride8" in result.output
+    )
+    assert not (tmp_path / "r" / "checkpoint.pt").exists()
+
+
+def test_a_target_that_is_not_finite_names_its_sample(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where some samples' targets are to blame, they alone are named, whatever part of the batch they are in."""
+    real = Cache.batch
+    spoilt = []
+
+    def spoiling(self: Cache, rows: np.ndarray, views: np.ndarray, names: list[str]) -> object:
+        batch = real(self, rows, views, names)
+        spoilt.append(self.samples["key"][int(rows[1])].as_py())
+        batch.scalars["t150/stride8"][1] = float("nan")
+        return batch
+
+    monkeypatch.setattr(Cache, "batch", spoiling)
+    result = run("train", cache, "--out", tmp_path / "r", *FLAGS, "--accumulate", 2, "--threads", 1)
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert (
+        f"not finite at step 0 (loss, at/t150/stride8; samples {spoilt[0]}, {spoilt[1]}); lower --lr"
+        in said
+    )
+    assert not (tmp_path / "r" / "checkpoint.pt").exists()
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_run_that_diverges_is_stopped(cache: Path, tmp_path: Path) -> None:
+    """A rate that is far too high ends in one line with the step and all of the batch's samples counted."""
+    result = run(
+        "train", cache, "--out", tmp_path / "r", *FLAGS, "--lr", 1e30, "--warmup-epochs", 0
+    )
+    assert result.exit_code == 1
+    assert "the loss is not finite at step" in result.output
+    assert result.output.count(".png") == 8
+    assert "Traceback" not in result.output
+
+
+def test_losses_of_every_tap_reach_the_backbone(cache: Path) -> None:
+    """The summed loss has a gradient in the stem and in every head."""
+    opened = Cache(cache)
+    targets = {n: opened.shape(n) for n in opened.names}
+    student = build_student(
+        "resnet10t", targets, opened.view, size=None, width=16, init=None, seed=0
+    ).train()
+    assert student.input_size == (128, 128)
+    batch = opened.batch([0, 1], [0, 1], opened.names)
+    distillation(opened, TrainOptions()).losses(student, batch)["loss"].backward()
+    assert student.backbone.model.conv1[0].weight.grad.abs().sum() > 0
+    assert all(head.weight.grad.abs().sum() > 0 for head in student.regressor.heads)
+
+
+VIEW_FLAGS = (
+    "--crop",
+    "0.3,1.0",
+    "--jitter",
+    "0.5",
+    "--noise-weighting",
+    "--tap-weights",
+    "stride4=2",
+)
+
+
+def test_random_views_resume_to_the_bit(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with crops and jitter, stopped between two checkpoints, ends in an uninterrupted one's losses."""
+    from pipelines.train import train as stage
+
+    flags = (*FLAGS, *VIEW_FLAGS, "--epochs", "2")
+    whole = run("train", cache, "--out", tmp_path / "whole", *flags)
+    assert whole.exit_code == 0, whole.output
+    assert "noise weighting: tap by tap (crops mix a map's bands)" in whole.output
+    interrupt(monkeypatch, stage, "train_step", call=4)
+    assert run("train", cache, "--out", tmp_path / "run", *flags).exit_code == 130
+    assert run("train", cache, "--out", tmp_path / "run", *flags).exit_code == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_crops_show_image_and_targets_by_one_box(cache: Path) -> None:
+    """What the student is shown, and the targets of MSE and AT, are the whole ones cropped by the row's own box.
+
+    The target of the MSE is not whitened again; that of AT is the raw feature; held-out batches are whole.
+    """
+    opened = Cache(cache)
+    seen: dict[str, object] = {}
+    whole, cropped = (distillation(opened, TrainOptions(crop=crop)) for crop in (None, "0.3,0.5"))
+    whole.objective.register_forward_pre_hook(lambda _, inputs: seen.update(whole=inputs[1]))
+    cropped.objective.register_forward_pre_hook(lambda _, inputs: seen.update(cropped=inputs[1]))
+    student = small_student(opened)
+    student.register_forward_pre_hook(lambda _, inputs: seen.update(images=inputs[0]))
+    batch = opened.batch([3, 5], [0, 1], opened.names)
+    with torch.no_grad():
+        whole.losses(student, batch, step=4)
+        cropped.losses(student, batch, step=4)
+    boxes = cropped.views.boxes(4, batch.rows)
+    for place, (left, top, right, bottom) in enumerate(boxes.double().tolist()):
+        image = batch.images_BCHW[place].double().numpy()
+        expected = reference_crop(image, (left, top, right, bottom), (32, 32))
+        np.testing.assert_allclose(seen["images"][place], expected, atol=0.01)
+        for kind in ("whitened", "raw"):
+            for name, x_BCHW in getattr(seen["whole"], kind).items():
+                found = getattr(seen["cropped"], kind)[name][place]
+                expected = reference_crop(
+                    x_BCHW[place].double().numpy(), (left, top, right, bottom), found.shape[1:]
+                )
+                np.testing.assert_allclose(
+                    found, expected, atol=1e-3 * float(np.abs(expected).max())
+                )
+    with torch.no_grad():
+        whole.losses(student, batch)
+        plain = seen["whole"].raw
+        cropped.losses(student, batch)
+    assert all(torch.equal(x, plain[name]) for name, x in seen["cropped"].raw.items())
+    assert torch.equal(seen["images"], batch.images_BCHW)
+
+
+def reference_crop(x_CHW: np.ndarray, box: tuple[float, ...], size: tuple[int, int]) -> np.ndarray:
+    """Return a box resampled at its cells' centres, bilinearly between pixel centres, by scipy."""
+    from scipy.ndimage import map_coordinates
+
+    height, width = x_CHW.shape[1:]
+    left, top, right, bottom = box
+    y = (top + (np.arange(size[0]) + 0.5) / size[0] * (bottom - top)) * height - 0.5
+    x = (left + (np.arange(size[1]) + 0.5) / size[1] * (right - left)) * width - 0.5
+    grid = np.meshgrid(y, x, indexing="ij")
+    return np.stack([map_coordinates(plane, grid, order=1, mode="nearest") for plane in x_CHW])
+
+
+def test_a_run_tells_what_was_measured_of_its_crops(cache: Path) -> None:
+    """A recipe that has the teacher's equivariance is quoted for what is cropped; others are silent."""
+    opened = Cache(cache)
+    recipe = opened.reader.manifest.recipe
+    measured = {**recipe, "equivariance": {"flip": {}, "crop": {"t150/stride8": 0.25}}}
+    options = TrainOptions(crop="0.3,1.0")
+    student = small_student(opened)
+    objective = distillation(opened, options).objective
+    (line,) = (
+        line for line in remarks(student, objective, measured, options) if line.startswith("crops")
+    )
+    assert line.startswith(
+        "crops: the teacher's features of a crop differ from the cropped features by t150/stride8 "
+    )
+    assert "0.250 (measured relative squared error" in line
+    early = {name: value for name, value in recipe.items() if name != "equivariance"}
+    others = [
+        *remarks(student, objective, early, options),
+        *remarks(student, objective, measured, TrainOptions()),
+    ]
+    assert not any("crops" in other for other in others)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--loss", "mse", "--regressor", "pafpn", "--noise-weighting"),
+        ("--loss", "at", "--regressor", "fpn-attention"),
+        ("--student", "test_vit", "--regressor", "fpn"),
+    ],
+)
+def test_every_kind_of_run_ends_in_a_backbone(
+    cache: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    """Other losses, regressors and a plain ViT train and leave a backbone of timm's own weights, no more."""
+    result = run("train", cache, "--out", tmp_path / "r", *FLAGS, "--epochs", 2, *flags)
+    assert result.exit_code == 0, result.output
+    backbone = tmp_path / "r" / "backbone"
+    timm.create_model(f"local-dir:{backbone}", pretrained=True, num_classes=0)
+    lines = [line for line in losses(tmp_path / "r") if "loss" in line]
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    if "--loss" in flags:
+        part = "determined_mse" if "--noise-weighting" in flags else flags[1]
+        weights = {"t150/stride4": 1.0, "t150/stride8": 1.0}
+        if "--noise-weighting" in flags:
+            shares = Cache(cache).reader.manifest.recipe["codec"]["noise_share"]
+            weights = dict.fromkeys(
+                weights, 1 / np.mean([max(1 - shares[name], 1 / 8) for name in weights])
+            )
+        for line in lines:
+            expected = np.mean(
+                [weight * line[f"{part}/{name}"] for name, weight in weights.items()]
+            )
+            assert line["loss"] == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,324 @@
+"""Stage 2 at scale: parts of a batch, several processes, averages, compilation. They change rounding, never the run."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from interrupts import interrupt
+from safetensors.torch import load_file
+
+from cli import main
+from dtcache.device import compile_errors, compiled, resolve_compute
+from dtcache.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+FLAGS = (
+    "--student",
+    "convnext_atto",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "8",
+    "--warmup-epochs",
+    "1",
+    "--fpn-width",
+    "16",
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+    "--log-every",
+    "1",
+    "--student-size",
+    "32",
+    "--taps",
+    "4,8",
+)
+RTOL = 1e-4
+"""Of losses, under another number of processes or parts: sums in another order, and what steps make of it."""
+PLAIN = """
+import sys, torch
+import cli, dtcache.student
+class Alone(torch.nn.GroupNorm):
+    def __init__(self, channels):
+        super().__init__(1, channels)
+torch.nn.BatchNorm2d = Alone
+from pipelines.train import train as stage
+real, left = stage.train_step, [int(sys.argv.pop(1))]
+def stopping(*arguments):
+    left[0] -= 1
+    if left[0] < 0:
+        raise KeyboardInterrupt
+    return real(*arguments)
+stage.train_step = stopping
+cli.main()
+"""
+
+
+def run(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def metric(run_folder: Path, name: str) -> list[float]:
+    """Return one metric's values in the order of steps."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+@pytest.fixture(scope="module")
+def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 40 scenes."""
+    out = tmp_path_factory.mktemp("scale") / "cache"
+    flags = (
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+        "--batch-size",
+        8,
+        "--shard-rows",
+        8,
+        "--bytes-per-image",
+        4608,
+    )
+    result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", out, *flags)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+class Alone(torch.nn.GroupNorm):
+    """Normalises a sample by itself."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(1, channels)
+
+
+@pytest.fixture
+def no_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give regressors no batch statistics, the one thing that hangs on how a batch is cut."""
+    # timm keeps the class that it finds when it is first imported; its networks are to keep the real one.
+    importlib.import_module("dtcache.student")
+    monkeypatch.setattr(torch.nn, "BatchNorm2d", Alone)
+
+
+@pytest.fixture
+def whole(cache: Path, tmp_path: Path, no_batch_norm: None) -> Path:
+    """A run in one process and one part."""
+    assert run("train", cache, "--out", tmp_path / "whole", *FLAGS).exit_code == 0
+    return tmp_path / "whole"
+
+
+def test_parts_of_a_batch_take_the_steps_of_the_whole(
+    cache: Path, whole: Path, tmp_path: Path
+) -> None:
+    """--accumulate 4 gives the losses and weights of the undivided batch, up to rounding; so does a resume with it."""
+    result = run("train", cache, "--out", tmp_path / "parts", *FLAGS, "--accumulate", 4)
+    assert result.exit_code == 0, result.output
+    for name in ("loss", "mse/t150/stride4", "at/t150/stride8", "held_out/loss"):
+        np.testing.assert_allclose(metric(tmp_path / "parts", name), metric(whole, name), rtol=RTOL)
+    ours, theirs = (
+        load_file(p / "backbone" / "model.safetensors") for p in (tmp_path / "parts", whole)
+    )
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-4)
+    assert run("train", cache, "--out", whole, *FLAGS, "--accumulate", 2).exit_code == 0
+
+
+def torchrun(script: Path, processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script in several processes, over gloo."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(script), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(cache: Path, whole: Path, tmp_path: Path) -> None:
+    """Two processes over gloo give the losses of one within 1e-4, and one process goes on with what two began.
+
+    The first process alone writes: each step has one line.
+    """
+    script = tmp_path / "plain.py"
+    out = tmp_path / "two"
+    script.write_text(PLAIN)
+    flags = (*FLAGS, "--save-every", 1, "--ema", "0.9", "--accumulate", 2)
+    begun = torchrun(script, 2, 3, "train", cache, "--out", out, *flags)
+    assert begun.returncode != 0
+    assert metric(out, "step") == [1, 2, 2, 3], begun.stderr
+    ended = run("train", cache, "--out", out, *FLAGS, "--save-every", 1, "--ema", "0.9")
+    assert ended.exit_code == 0, ended.output
+    np.testing.assert_allclose(metric(out, "loss"), metric(whole, "loss"), rtol=RTOL)
+    np.testing.assert_allclose(
+        metric(out, "held_out/loss"), metric(whole, "held_out/loss"), rtol=RTOL
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_distil_labels_as_one_does(
+    labelled: Path, tmp_path: Path, no_batch_norm: None
+) -> None:
+    """With --labels two processes over gloo give the losses of one, of features and of labels, within 1e-4."""
+    script = tmp_path / "plain.py"
+    flags = (*FLAGS, "--labels", "parts", "--label-weight", 2)
+    script.write_text(PLAIN)
+    one = run("train", labelled, "--out", tmp_path / "one", *flags)
+    assert one.exit_code == 0, one.output
+    two = torchrun(script, 2, 99, "train", labelled, "--out", tmp_path / "two", *flags)
+    assert two.returncode == 0, two.stderr
+    for name in ("loss", "feature", "label", "held_out/loss", "held_out/label"):
+        assert metric(tmp_path / "one", name)
+        np.testing.assert_allclose(
+            metric(tmp_path / "two", name), metric(tmp_path / "one", name), rtol=RTOL
+        )
+    ours, theirs = (load_file(tmp_path / p / "head" / "model.safetensors") for p in ("two", "one"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_refused_ends_all(cache: Path, tmp_path: Path) -> None:
+    """A batch that the processes cannot share is one clear line."""
+    script = tmp_path / "plain.py"
+    script.write_text(PLAIN)
+    refused = torchrun(
+        script, 2, 99, "train", cache, "--out", tmp_path / "r", *FLAGS, "--batch-size", 9
+    )
+    assert refused.returncode != 0
+    assert "--batch-size 9: expected a multiple of the 2 processes that share it" in refused.stderr
+
+
+def test_the_average_is_evaluated_and_exported(
+    cache: Path, tmp_path: Path, no_batch_norm: None
+) -> None:
+    """--ema exports the warmed-up average of the weights and judges it on held-out samples beside the student."""
+    out = tmp_path / "ema"
+    result = run("train", cache, "--out", out, *FLAGS, "--ema", "0.5")
+    assert result.exit_code == 0, result.output
+    assert len(metric(out, "held_out_ema/loss")) == len(metric(out, "held_out/loss")) == 2
+    assert metric(out, "held_out_ema/loss") != metric(out, "held_out/loss")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["held_out"]["loss"] == metric(out, "held_out_ema/loss")[-1]
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    exported = load_file(out / "backbone" / "model.safetensors")
+    name = "stem.0.weight"
+    assert torch.equal(exported[name], state["average"][f"module.backbone.model.{name}"])
+    assert not torch.equal(exported[name], state["student"][f"backbone.model.{name}"])
+
+
+def test_an_averaged_run_resumes_to_the_bit(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at the third step, then the same command: the exported average is that of an undisturbed run."""
+    from pipelines.train import train as stage
+
+    flags = (*FLAGS, "--ema", "0.9", "--save-every", "1", "--accumulate", "2")
+    assert run("train", cache, "--out", tmp_path / "a", *flags).exit_code == 0
+    interrupt(monkeypatch, stage, "train_step", call=3)
+    assert run("train", cache, "--out", tmp_path / "b", *flags).exit_code == 130
+    assert run("train", cache, "--out", tmp_path / "b", *flags).exit_code == 0
+    ends = [(tmp_path / name / "backbone" / "model.safetensors").read_bytes() for name in "ab"]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.slow
+def test_a_compiled_student_takes_the_same_steps(cache: Path, whole: Path, tmp_path: Path) -> None:
+    """--compile changes the losses by rounding alone, and the export not at all in its names."""
+    result = run("train", cache, "--out", tmp_path / "c", *FLAGS, "--compile")
+    assert result.exit_code == 0, result.output
+    np.testing.assert_allclose(metric(tmp_path / "c", "loss"), metric(whole, "loss"), rtol=1e-3)
+    ours, theirs = (
+        load_file(p / "backbone" / "model.safetensors") for p in (tmp_path / "c", whole)
+    )
+    assert ours.keys() == theirs.keys()
+
+
+def test_a_compiler_that_fails_in_a_backward_pass_is_named() -> None:
+    """What torch's compiler raises becomes a ConfigError wherever it compiles; other failures stay what they are."""
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    with pytest.raises(ConfigError, match=r"--compile: .*; run without it"), compile_errors():
+        raise InvalidCxxCompiler
+    with pytest.raises(RuntimeError, match=r"^other$"), compile_errors():
+        raise RuntimeError("other")
+
+    def broken(module: object, inputs: object) -> object:
+        raise ValueError("no compiler")
+
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch, "compile", lambda module, dynamic: torch._dynamo.optimize(broken)(module)
+        )
+        call = compiled(torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match=r"--compile: .*no compiler.*; run without it"):
+        call(torch.zeros(1, 2))
+    torch._dynamo.reset()
+
+
+def test_fp16_is_refused_on_a_cpu() -> None:
+    """fp16 without a GPU is refused with what works there."""
+    with pytest.raises(
+        ConfigError,
+        match="--precision fp16: expected a CUDA device, got cpu; use bf16 or fp32 there",
+    ):
+        resolve_compute("cpu", "fp16")
+
+
+def test_views_and_weights_hang_on_no_part(
+    cache: Path, tmp_path: Path, no_batch_norm: None
+) -> None:
+    """Crops, jitter and weighed taps are those of the undivided batch under --accumulate: keyed by step and row."""
+    flags = (
+        *FLAGS,
+        "--crop",
+        "0.3,1.0",
+        "--jitter",
+        "0.5",
+        "--noise-weighting",
+        "--tap-weights",
+        "stride4=2",
+    )
+    assert run("train", cache, "--out", tmp_path / "whole", *flags).exit_code == 0
+    result = run(
+        "train", cache, "--out", tmp_path / "parts", *flags, "--accumulate", 4, "--ema", "0.5"
+    )
+    assert result.exit_code == 0, result.output
+    for name in ("loss", "mse/t150/stride4", "at/t150/stride8", "held_out/loss"):
+        np.testing.assert_allclose(
+            metric(tmp_path / "parts", name), metric(tmp_path / "whole", name), rtol=RTOL
+        )
+    assert len(metric(tmp_path / "parts", "held_out_ema/loss")) == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "named"),
+    [
+        ("--crop", "0.3,1.0", "another crop: None there"),
+        ("--regressor", "pafpn", "another regressor: 'fpn-ppm' there"),
+    ],
+)
+def test_a_run_belongs_to_its_views_and_regressor(
+    cache: Path, whole: Path, flag: str, value: str, named: str
+) -> None:
+    """What a student is and sees is part of the run's claim, and is refused by name where it differs."""
+    assert named in run("train", cache, "--out", whole, *FLAGS, flag, value).output

@@ -1,0 +1,354 @@
+"""Repair through the command line: what is damaged comes back byte for byte, or nothing is written."""
+
+import json
+import os
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from interrupts import interrupt
+from safetensors.torch import load_file, save_file
+
+from cli import main
+from dtcache.atomic_files import FolderLock
+from dtcache.cache.cache import Cache
+from dtcache.options import ExtractOptions
+from dtcache.store.manifest import read_manifest
+from dtcache.store.writer import ShardData
+from dtcache.store.zarr_nodes import zarr_nodes
+from pipelines.verify import repair as repair_module
+
+VOLATILE = {"extraction.log.json", ".lock"}
+FLAGS = [
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "8",
+    "--shard-rows",
+    "8",
+    "--bytes-per-image",
+    "512",
+    "--limit",
+    "20",
+    "--taps",
+    "4,8",
+]
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Return a cache's files but the volatile ones."""
+    files = (p for p in sorted(root.rglob("*")) if p.is_file() and p.name not in VOLATILE)
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
+
+
+@pytest.fixture(scope="module")
+def shared(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cache of 20 scenes, three shards, that no test changes."""
+    out = tmp_path_factory.mktemp("repair") / "cache"
+    result = CliRunner().invoke(
+        main,
+        ["extract", str(scene_folder), "--teacher", str(teacher_dir), "--out", str(out), *FLAGS],
+    )
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture
+def root(shared: Path, tmp_path: Path) -> Path:
+    """A copy of the cache, to be damaged."""
+    return Path(shutil.copytree(shared, tmp_path / "cache"))
+
+
+def repair(root: Path, images: Path, teacher: Path) -> tuple[Result, dict[str, dict[str, str]]]:
+    """Run the repair for good; return its result, and what it says of each file."""
+    command = [
+        "verify",
+        root,
+        "--repair",
+        "--images",
+        images,
+        "--teacher",
+        teacher,
+        "--yes",
+        "--json",
+    ]
+    result = CliRunner().invoke(main, [str(part) for part in command])
+    lines = json.loads(result.stdout)["repair"] if result.stdout else []
+    return result, {line["path"]: line for line in lines}
+
+
+def flip(path: Path, place: int = 3) -> None:
+    """Flip one bit of one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_files_come_back_byte_for_byte(
+    root: Path, scene_folder: Path, teacher_dir: Path
+) -> None:
+    """A flipped, a cut and a lost shard, a lost tap and every lost Zarr node are made anew; no other shard is."""
+    wanted = tree(root)
+    flip(root / "data.zarr/t150/stride8/c.0.0.0")
+    os.truncate(root / "data.zarr/images/c.2.0", 9)
+    shutil.rmtree(root / "data.zarr/t150/stride4")
+    for path in list((root / "data.zarr").rglob("zarr.json")):
+        path.unlink()
+    result, said = repair(root, scene_folder, teacher_dir)
+    assert result.exit_code == 0, result.output
+    assert {line["outcome"] for line in said.values()} == {"repaired"}
+    assert {path for path in said if "zarr.json" not in path} == {
+        "data.zarr/t150/stride8/c.0.0.0",
+        "data.zarr/images/c.2.0",
+        *(f"data.zarr/t150/stride4/c.{shard}.0.0" for shard in range(3)),
+    }
+    assert tree(root) == wanted
+
+
+def test_a_lost_shard_index_is_proved_by_its_own_hash(
+    root: Path, scene_folder: Path, teacher_dir: Path
+) -> None:
+    """shards.parquet is made from whole shard files, and refused where one of them is damaged as well."""
+    wanted = tree(root)
+    (root / "shards.parquet").unlink()
+    flip(root / "data.zarr/images/c.1.0")
+    before = tree(root)
+    result, said = repair(root, scene_folder, teacher_dir)
+    assert result.exit_code == 3
+    wanted_note = "what it follows from is damaged too; delete this cache and extract it again"
+    assert said["shards.parquet"]["note"] == wanted_note
+    assert "its record is damaged too" in said["data.zarr/images/c.1.0"]["note"]
+    assert tree(root) == before
+    flip(root / "data.zarr/images/c.1.0")
+    result, said = repair(root, scene_folder, teacher_dir)
+    assert (result.exit_code, said["shards.parquet"]["outcome"]) == (0, "repaired")
+    assert tree(root) == wanted
+
+
+def test_an_unfinished_cache_is_repaired_too(
+    scene_folder: Path,
+    teacher_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shared: Path,
+) -> None:
+    """A committed shard of a killed extraction comes back, and the extraction then finishes to the same bytes."""
+    from pipelines.extract import shard_runner as runner
+
+    out = tmp_path / "c"
+    command = [
+        "extract",
+        str(scene_folder),
+        "--teacher",
+        str(teacher_dir),
+        "--out",
+        str(out),
+        *FLAGS,
+    ]
+    with monkeypatch.context() as patch:
+        interrupt(patch, runner, "run_shard", call=3)
+        assert CliRunner().invoke(main, command).exit_code == 130
+    (out / "data.zarr/t150/stride8/c.1.0.0").unlink()
+    result, said = repair(out, scene_folder, teacher_dir)
+    assert result.exit_code == 4, result.output
+    assert {path: line["outcome"] for path, line in said.items()} == {
+        "data.zarr/t150/stride8/c.1.0.0": "repaired"
+    }
+    assert CliRunner().invoke(main, command).exit_code == 0
+    assert tree(out) == tree(shared)
+
+
+def test_other_bytes_are_refused(
+    root: Path, scene_folder: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where this machine computes other features, images are repaired and features refused, untouched, with advice."""
+    real = repair_module.run_shard
+
+    def elsewhere(*arguments: object) -> ShardData:
+        work = real(*arguments)
+        payloads = {
+            n: [p[:-1] + b"\1" if n != "images" else p for p in found]
+            for n, found in work.payloads.items()
+        }
+        return replace(work, payloads=payloads)
+
+    wanted = tree(root)
+    flip(root / "data.zarr/images/c.0.0")
+    flip(root / "data.zarr/t150/stride8/c.0.0.0")
+    damaged = (root / "data.zarr/t150/stride8/c.0.0.0").read_bytes()
+    monkeypatch.setattr(repair_module, "run_shard", elsewhere)
+    result, said = repair(root, scene_folder, teacher_dir)
+    assert result.exit_code == 3
+    line = said["data.zarr/t150/stride8/c.0.0.0"]
+    assert (line["outcome"], said["data.zarr/images/c.0.0"]["outcome"]) == ("refused", "repaired")
+    assert (
+        "made anew it has another SHA-256 than the recorded one, so it was not written; repair on"
+        in line["note"]
+    )
+    assert tree(root) == {**wanted, "data.zarr/t150/stride8/c.0.0.0": damaged}
+
+
+def test_other_images_or_another_teacher_are_refused(
+    root: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """An image that changed since is named; another list of images or teacher is refused; nothing is written."""
+    flip(root / "data.zarr/images/c.0.0")
+    before = tree(root)
+    key = json.loads(CliRunner().invoke(main, ["verify", str(root), "--json"]).stdout)["damage"][0][
+        "samples"
+    ][0]["key"]
+    images = Path(shutil.copytree(scene_folder, tmp_path / "images"))
+    other = next(p for p in sorted(images.rglob("*.png")) if p != images / key)
+    shutil.copy(other, images / key)
+    result, said = repair(root, images, teacher_dir)
+    assert result.exit_code == 3
+    assert (
+        f"image {key} has changed since, so it was not written"
+        in said["data.zarr/images/c.0.0"]["note"]
+    )
+    (images / key).rename(images / key.replace("/", "/renamed-"))
+    result, _ = repair(root, images, teacher_dir)
+    assert result.exit_code == 1
+    assert "holds a cache of another recipe: of other images: 1 image was removed" in result.stderr
+    teacher = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
+    config = teacher / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("0.02", "0.03"))
+    result, _ = repair(root, scene_folder, teacher)
+    assert result.exit_code == 1
+    assert (
+        f"--teacher {teacher}: not the teacher of {root}: expected noise levels [" in result.stderr
+    )
+    assert tree(root) == before
+
+
+def test_what_cannot_be_repaired_is_left_and_said(
+    root: Path, scene_folder: Path, teacher_dir: Path
+) -> None:
+    """Codec arrays, sample index and manifest are left as they are, with what to do; so are shards that need them."""
+    flip(root / "data.zarr/codec/t150/stride8/basis/c.0.0")
+    flip(root / "data.zarr/t150/stride8/c.0.0.0")
+    flip(root / "samples.parquet")
+    before = tree(root)
+    result, said = repair(root, scene_folder, teacher_dir)
+    assert result.exit_code == 3
+    assert (
+        said["samples.parquet"]["note"]
+        == "restore it from a copy, or delete this cache and extract it again"
+    )
+    assert said["data.zarr/codec/t150/stride8/basis/c.0.0"]["outcome"] == "impossible"
+    assert "the codec's arrays are damaged" in said["data.zarr/t150/stride8/c.0.0.0"]["note"]
+    assert tree(root) == before
+    flip(root / "manifest.json", 30)
+    result, said = repair(root, scene_folder, teacher_dir)
+    assert (result.exit_code, said["manifest.json"]["outcome"]) == (3, "impossible")
+
+
+def test_a_cache_that_is_being_written_is_not_repaired(
+    root: Path, scene_folder: Path, teacher_dir: Path
+) -> None:
+    """The repair takes the cache's lock, and says so where another process has it."""
+    with FolderLock(root):
+        result, _ = repair(root, scene_folder, teacher_dir)
+    assert result.exit_code == 1
+    assert "is being written by another process; wait for it or stop it" in result.stderr
+
+
+def test_nodes_are_the_writers_own(root: Path) -> None:
+    """Every zarr.json made from manifest and codec chunks is, byte for byte, the one on disk."""
+    wanted = {name: content for name, content in tree(root).items() if name.endswith("zarr.json")}
+    assert len(wanted) > 20
+    assert zarr_nodes(root, read_manifest(root)) == wanted
+
+
+def test_nodes_of_a_float16_cache_are_the_writers_own(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """The codec that stores features as they are has other arrays, and its nodes are made anew as well."""
+    flags = [
+        "--quality",
+        "fp16",
+        "--limit",
+        "4",
+        "--taps",
+        "4,8",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
+    out = tmp_path / "cache"
+    command = [
+        "extract",
+        str(scene_folder),
+        "--teacher",
+        str(teacher_dir),
+        "--out",
+        str(out),
+        *flags,
+    ]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    wanted = {name: content for name, content in tree(out).items() if name.endswith("zarr.json")}
+    assert zarr_nodes(out, read_manifest(out)) == wanted
+
+
+def test_a_teacher_whose_features_are_all_zero(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """Its cache is whole, decodes to zeros, and its empty codec arrays' nodes are made anew like any other."""
+    teacher = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
+    weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(
+        {name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}, weights
+    )
+    out = tmp_path / "cache"
+    command = ["extract", str(scene_folder), "--teacher", str(teacher), "--out", str(out), *FLAGS]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    wanted = tree(out)
+    opened = Cache(out)
+    decoded = opened.decoder(opened.names)(opened.batch([0, 1], [0, 1], opened.names).coefficients)
+    assert all(torch.equal(maps, torch.zeros_like(maps)) for maps in decoded.values())
+    for path in [*(out / "data.zarr").rglob("zarr.json"), out / "data.zarr/t150/stride8/c.1.0.0"]:
+        path.unlink()
+    result, said = repair(out, scene_folder, teacher)
+    assert result.exit_code == 0, said
+    assert tree(out) == wanted
+
+
+def test_every_option_follows_from_the_recipe(shared: Path) -> None:
+    """A repair asks for what the extraction asked for but the size: the cache's own fit is used; an option that is
+    added needs its place in options_of."""
+    found = repair_module.options_of(read_manifest(shared).recipe, "teacher")
+    told = {
+        "teacher": "teacher",
+        "size": "32x32",
+        "taps": "stride4,stride8",
+        "batch_size": 8,
+        "limit": 20,
+    }
+    told |= {"timestep": (150,), "fit": "crop", "seed": 0, "flip": True, "shard_rows": 8}
+    told |= {"device": "cpu", "precision": "fp32", "draws": 1, "average": False, "images": "view"}
+    told |= {
+        "prompt": None,
+        "condition": None,
+        "threads": 1,
+        "encoding": "ddpm",
+        "ddim_steps": None,
+        "compile": False,
+    }
+    assert {name: getattr(found, name) for name in told} == told
+    assert {f.name for f in fields(ExtractOptions)} == {
+        *told,
+        "max_failures",
+        "quality",
+        "bytes_per_image",
+        "workers",
+        "scheduler",
+        "dashboard",
+        "force",
+    }

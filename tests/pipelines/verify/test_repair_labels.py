@@ -1,0 +1,232 @@
+"""Label sets under `dtcache verify`: repaired as features are, and told where their format is a newer one."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from inspecting import flip
+from interrupts import interrupt
+from store.builders import tree
+
+from cli import main
+from dtcache.atomic_files import FolderLock
+from dtcache.errors import ConfigError
+from dtcache.options import VerifyOptions
+from dtcache.store import writer
+from pipelines.label.label_writer import LabelJob
+from pipelines.verify.verify import verify
+
+SET = "labels/parts"
+SHARD = f"{SET}/data.zarr/t0/logits/c.1.0.0"
+
+
+def run(*arguments: object) -> Result:
+    """Run `dtcache verify` in this process."""
+    return CliRunner().invoke(main, ["verify", *map(str, arguments)])
+
+
+def repair(root: Path, *flags: object) -> tuple[Result, dict[str, tuple[str, str]]]:
+    """Repair for good; return the result, and outcome and note of each file."""
+    result = run(root, "--repair", *flags, "--yes", "--json")
+    lines = json.loads(result.stdout)["repair"] if result.stdout else []
+    return result, {line["path"]: (line["outcome"], line["note"]) for line in lines}
+
+
+@pytest.fixture
+def root(labelled: Path, tmp_path: Path) -> Path:
+    """A copy of a cache with a label set, to be damaged."""
+    return Path(shutil.copytree(labelled, tmp_path / "cache"))
+
+
+def test_damaged_files_of_a_label_set_come_back_byte_for_byte(
+    root: Path, interpreter: Path
+) -> None:
+    """A flipped, a cut and a lost shard and every lost Zarr node are made anew, without images and teacher."""
+    wanted = tree(root)
+    flip(root / SHARD)
+    os.truncate(root / SHARD.replace("c.1", "c.2"), 9)
+    (root / SHARD.replace("c.1", "c.0")).unlink()
+    for path in list((root / SET / "data.zarr").rglob("zarr.json")):
+        path.unlink()
+    result, said = repair(root, "--interpreter", interpreter)
+    assert result.exit_code == 0, result.output
+    assert {outcome for outcome, _ in said.values()} == {"repaired"}
+    assert {path for path in said if "zarr.json" not in path} == {
+        SHARD.replace("c.1", f"c.{i}") for i in range(3)
+    }
+    assert tree(root) == wanted
+
+
+def test_features_are_repaired_before_the_labels_that_follow_from_them(
+    root: Path, interpreter: Path, scene_folder: Path, teacher_dir: Path
+) -> None:
+    """With the interpreter alone both are left, each with what it needs; with all three both come back."""
+    wanted = tree(root)
+    feature = "data.zarr/t150/stride8/c.1.0.0"
+    (root / feature).unlink()
+    (root / SHARD).unlink()
+    before = tree(root)
+    result, said = repair(root, "--interpreter", interpreter)
+    assert result.exit_code == 3
+    assert said[feature] == ("refused", "give --images and --teacher, of which it is computed")
+    assert said[SHARD][0] == "refused"
+    assert f"{feature}: expected" in said[SHARD][1]
+    assert tree(root) == before
+    result, said = repair(
+        root, "--interpreter", interpreter, "--images", scene_folder, "--teacher", teacher_dir
+    )
+    assert result.exit_code == 0, said
+    assert tree(root) == wanted
+
+
+def test_an_unfinished_label_set_is_repaired_too(
+    scene_cache: Path,
+    labelled: Path,
+    interpreter: Path,
+    scene_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A committed shard of a killed writing comes back, and the same command then finishes to the same bytes."""
+    root = Path(shutil.copytree(scene_cache, tmp_path / "cache"))
+    command = [
+        "label",
+        "write",
+        root,
+        interpreter,
+        "--name",
+        "parts",
+        "--masks",
+        scene_folder.parent / "masks",
+    ]
+    with monkeypatch.context() as patch:
+        interrupt(patch, writer, "write_attempt", 3)
+        assert CliRunner().invoke(main, [*map(str, command)]).exit_code == 130
+    (root / SHARD).unlink()
+    record = root / SET / "commits" / "000000.json"
+    flip(record)
+    result, said = repair(root, "--interpreter", interpreter)
+    assert result.exit_code == 3
+    assert said[SHARD] == ("repaired", "its SHA-256 is the recorded one")
+    advice = "delete it and run its dtcache label write again: it computes the shard anew"
+    assert said[f"{SET}/commits/000000.json"] == ("impossible", advice)
+    record.unlink()
+    assert CliRunner().invoke(main, [*map(str, command)]).exit_code == 0
+    assert tree(root) == tree(labelled)
+
+
+def test_what_cannot_be_repaired_is_left_and_said(
+    root: Path,
+    interpreter: Path,
+    scene_folder: Path,
+    teacher_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No or another interpreter, other bytes, a damaged codec, a damaged manifest: nothing is written, each is told."""
+    flip(root / SHARD)
+    before = tree(root)
+    other = Path(shutil.copytree(interpreter, tmp_path / "other"))
+    flip(other / "model.safetensors", -1)
+    for flags in (["--interpreter", other], ["--images", scene_folder, "--teacher", teacher_dir]):
+        result, said = repair(root, *flags)
+        assert result.exit_code == 3
+        assert said[SHARD][0] == "refused"
+        assert (
+            "give --interpreter, the interpreter that wrote it, whose weights' SHA-256 is "
+            in said[SHARD][1]
+        )
+    with monkeypatch.context() as patch:
+        real = LabelJob.logits
+        patch.setattr(LabelJob, "logits", lambda job, rows: 1.5 * real(job, rows).flip(2))
+        result, said = repair(root, "--interpreter", interpreter)
+    assert result.exit_code == 3
+    assert (
+        "made anew it has another SHA-256 than the recorded one, so it was not written; repair on"
+        in said[SHARD][1]
+    )
+    (root / SET / "shards.parquet").unlink()
+    result, said = repair(root, "--interpreter", interpreter)
+    again = "delete labels/parts and run its dtcache label write again"
+    assert said[f"{SET}/shards.parquet"] == (
+        "refused",
+        f"what it follows from is damaged too; {again}",
+    )
+    assert "its record is damaged too" in said[SHARD][1]
+    flip(root / SHARD)
+    result, said = repair(root, "--interpreter", interpreter)
+    assert (result.exit_code, said) == (
+        0,
+        {f"{SET}/shards.parquet": ("repaired", "its SHA-256 is the recorded one")},
+    )
+    flip(root / SHARD)
+    assert tree(root) == before
+    flip(next((root / SET / "data.zarr/codec/t0/logits/basis").glob("c.*")))
+    result, said = repair(root, "--interpreter", interpreter)
+    assert "the codec's arrays are damaged" in said[SHARD][1]
+    flip(root / SET / "manifest.json", 30)
+    result, said = repair(root, "--interpreter", interpreter)
+    assert said == {f"{SET}/manifest.json": ("impossible", f"restore it from a copy, or {again}")}
+
+
+def test_the_plan_names_the_flags_that_are_missing(root: Path) -> None:
+    """Without --yes a repair says what it would do for a label set and what it needs; nothing is written."""
+    flip(root / SHARD)
+    before = tree(root)
+    output = " ".join(run(root, "--repair").output.split())
+    assert f"planned: {SHARD}: compute shard 1 (16 images) again with the interpreter" in output
+    assert "nothing was written: add --interpreter and --yes to do what is planned" in output
+    flip(root / "data.zarr/images/c.0.0")
+    output = " ".join(run(root, "--repair").output.split())
+    assert (
+        "nothing was written: add --images, --teacher, --interpreter and --yes to do what is planned"
+        in output
+    )
+    flip(root / "data.zarr/images/c.0.0")
+    assert tree(root) == before
+    with pytest.raises(
+        ConfigError, match="--images, --teacher and --interpreter: expected --repair beside them"
+    ):
+        verify(root, VerifyOptions(interpreter=root))
+
+
+def test_a_label_set_that_is_being_written_is_not_repaired(root: Path, interpreter: Path) -> None:
+    """The repair takes the locks of label sets, and says which one another process has."""
+    with FolderLock(root / SET):
+        result, _ = repair(root, "--interpreter", interpreter)
+    assert result.exit_code == 1
+    assert (
+        f"{root / SET} is being written by another process; wait for it or stop it" in result.stderr
+    )
+
+
+def test_a_label_set_of_a_newer_format_is_named_and_the_cache_verified(
+    root: Path, interpreter: Path
+) -> None:
+    """It is one line and exit code 5; damage of the cache, or of another set, is found and outweighs it."""
+    shutil.copytree(root / SET, root / "labels" / "newer")
+    path = root / "labels" / "newer" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    before = tree(root)
+    result = run(root)
+    assert result.exit_code == 5
+    text = " ".join(re.sub(r"[│\s]+", " ", result.output).split())
+    reason = "expected format 1, got 2; install the dtcache that wrote it, or a newer one"
+    assert f"labels newer not read by this version: {reason}" in text
+    assert "state good" in text and "labels parts good" in text
+    found = json.loads(run(root, "--json").stdout)
+    assert (found["state"], found["damage"], found["labels"]["parts"]["state"]) == (
+        "unreadable",
+        [],
+        "good",
+    )
+    assert found["labels"]["newer"] == {"state": "unreadable", "reason": reason}
+    flip(root / SHARD)
+    assert run(root).exit_code == 3
+    result, said = repair(root, "--interpreter", interpreter)
+    assert (result.exit_code, list(said)) == (5, [SHARD])
+    assert tree(root) == before

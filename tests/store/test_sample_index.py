@@ -1,0 +1,185 @@
+"""The sample index: held-out rows, hashes, and one fixed Parquet encoding."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dtcache.recipe import Sample, sha256_json
+from dtcache.samples import SampleList
+from dtcache.store.sample_index import (
+    SCHEMA,
+    changed_samples,
+    hash_samples,
+    held_out,
+    parquet_bytes,
+    read_table,
+    samples_table,
+)
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted"),
+    [
+        (0, 0),
+        (1, 0),
+        (2, 1),
+        (9, 4),
+        (127, 63),
+        (128, 64),
+        (129, 64),
+        (1000, 64),
+        (6400, 64),
+        (6599, 65),
+        (12_345, 123),
+    ],
+)
+def test_held_out_count(count: int, wanted: int) -> None:
+    """One per cent is held out, at least 64, at most half; places are sorted, unique and in range."""
+    places = held_out([f"image{i}" for i in range(count)])
+    assert len(places) == wanted
+    assert places == sorted(set(places))
+    assert all(0 <= p < count for p in places)
+
+
+def test_held_out_ignores_order() -> None:
+    """The same keys are held out whatever order they come in, and they are not simply the first ones."""
+    keys = [f"folder/{i}.png" for i in range(500)]
+    wanted = {keys[p] for p in held_out(keys)}
+    for seed in range(5):
+        shuffled = random.Random(seed).sample(keys, len(keys))
+        assert {shuffled[p] for p in held_out(shuffled)} == wanted
+    assert wanted != set(sorted(keys)[:64])
+
+
+def test_held_out_hashes_canonical_json() -> None:
+    """Whatever characters a key has, its hash is that of the canonical JSON of its name and purpose."""
+    keys = [f'n{i}/\u00fc"\\\n\x7f\u65e5\U0001f600{i}.png' for i in range(300)]
+    ranked = sorted(range(300), key=lambda i: sha256_json(["held-out", keys[i]]))
+    assert held_out(keys) == sorted(ranked[:64])
+    assert held_out([]) == held_out(["one"]) == []
+
+
+def test_hash_samples_covers_order_keys_and_labels() -> None:
+    """The list's hash changes with its order, one key or one label, and not with the source's own order."""
+    samples = [Sample(index=i, key=f"k{i}", label=i % 2) for i in range(5)]
+    hashes = {
+        hash_samples(samples),
+        hash_samples(samples[::-1]),
+        hash_samples(samples[:4]),
+        hash_samples([*samples[:4], Sample(index=4, key="k5", label=0)]),
+        hash_samples([*samples[:4], Sample(index=4, key="k4", label=1)]),
+        hash_samples([*samples[:4], Sample(index=4, key="k4")]),
+    }
+    assert len(hashes) == 6
+    assert (
+        hash_samples([Sample(index=9 - s.index, key=s.key, label=s.label) for s in samples])
+        in hashes
+    )
+
+
+def table() -> pa.Table:
+    """Return a small sample index with every kind of missing value."""
+    return samples_table(
+        ["a", "b/ü", "c"], [1, None, 3], [b"x" * 32, None, b"\0" * 32], [None, "broken", None]
+    )
+
+
+def test_samples_table_round_trips(tmp_path: Path) -> None:
+    """pyarrow reads rows, keys, labels, hashes and failures as they were given, under the declared schema."""
+    path = tmp_path / "samples.parquet"
+    path.write_bytes(parquet_bytes(table()))
+    found = read_table(path)
+    assert found.schema.equals(SCHEMA)
+    assert found.to_pydict() == {
+        "row": [0, 1, 2],
+        "key": ["a", "b/ü", "c"],
+        "label": [1, None, 3],
+        "content_sha256": [b"x" * 32, None, b"\0" * 32],
+        "failure": [None, "broken", None],
+    }
+    assert pq.read_table(path).equals(found)
+
+
+def test_parquet_bytes_are_deterministic() -> None:
+    """Equal tables give equal bytes, one that was read back too; another value gives other bytes."""
+    first = parquet_bytes(table())
+    assert parquet_bytes(table()) == first
+    assert parquet_bytes(pq.read_table(pa.BufferReader(first))) == first
+    assert parquet_bytes(table().slice(0, 2)) != first
+
+
+WAS = ["ant/1", "ant/2", "bee/1", "bee/2"]
+LABELS = [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "labels", "order", "what"),
+    [
+        (
+            ["ant/1", "ant/2", "ant/3", "ant/4", "bee/1", "bee/2"],
+            [0, 0, 0, 0, 1, 1],
+            [5, 3, 1, 0, 2, 4],
+            "2 images were added (first ant/3)",
+        ),
+        (WAS[1:], LABELS[1:], [2, 0, 1], "1 image was removed (first ant/1)"),
+        (
+            ["ant/0", "ant/2", "bee/1", "bee/2"],
+            LABELS,
+            [0, 1, 2, 3],
+            "1 image was added (first ant/0) and 1 image was removed (first ant/1)",
+        ),
+        (
+            WAS,
+            [0, 0, 2, 1],
+            [2, 0, 3, 1],
+            "labels changed, of 1 images (such as bee/1: 1 there, 2 now)",
+        ),
+        (
+            WAS,
+            [0, 0, 1, None],
+            [2, 0, 3, 1],
+            "labels changed, of 1 images (such as bee/2: 1 there, None now)",
+        ),
+        (WAS, LABELS, [3, 0, 2, 1], "the order of the images changed"),
+        (WAS, LABELS, [2, 0], "4 of the same images are there, 2 were asked for (--limit)"),
+        (
+            [*WAS, "cow/1"],
+            [*LABELS, 2],
+            [4, 1],
+            "--limit chooses others of the 5 images that there are now",
+        ),
+        ([*WAS[1:], "cow/1"], [*LABELS[1:], 2], [3, 1], "1 image was removed (first ant/1)"),
+    ],
+    ids=[
+        "more",
+        "fewer",
+        "renamed",
+        "label",
+        "lost label",
+        "order",
+        "limit",
+        "more and limit",
+        "fewer and limit",
+    ],
+)
+def test_what_changed_in_a_data_set_is_named(
+    keys: list[str], labels: list[int | None], order: list[int], what: str
+) -> None:
+    """Additions and removals come with a name, then labels, and the order only where nothing else changed."""
+    was = samples_table([WAS[i] for i in (2, 0, 3, 1)], [LABELS[i] for i in (2, 0, 3, 1)])
+    assert changed_samples(was, SampleList(keys, labels, np.array(order))) == what
+
+
+def test_a_new_class_shifts_the_labels_after_it() -> None:
+    """Both are told: the images that came, and how many others have another label by that."""
+    was = samples_table(WAS, LABELS)
+    now = SampleList(
+        ["ant/1", "ant/2", "ape/1", "bee/1", "bee/2"], [0, 0, 1, 2, 2], np.array([4, 3, 2, 1, 0])
+    )
+    assert changed_samples(was, now) == (
+        "1 image was added (first ape/1) and labels changed, of 2 images (such as bee/2: 1 there, 2 now)"
+    )

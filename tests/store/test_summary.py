@@ -1,0 +1,233 @@
+"""What inspect knows without reading features: parts, states, races with a writer, and how little it reads."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from inspecting import DOCS, documented, inspect
+from store.builders import COARSE, FINE, begin, tiny_plan, tree
+
+from dtcache.errors import CacheDamagedError, CacheFormatError
+from dtcache.store import summary as report_module
+from dtcache.store.layout import MANIFEST, SAMPLES, SHARDS
+from dtcache.store.summary import SCHEMA, inspect_cache
+from pipelines.inspect.tables import interval
+
+pytestmark = pytest.mark.usefixtures("apart")
+
+
+def bytes_read() -> int:
+    """Return the bytes that this process has read from files so far, by any call, as the kernel counts them."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
+
+
+def test_parts_add_up_to_the_files(tiny_cache: Path) -> None:
+    """Bytes by part and by tap are those of the files that they name, and nothing is counted twice."""
+    report = inspect_cache(tiny_cache)
+    sizes = {
+        p.relative_to(tiny_cache).as_posix(): p.stat().st_size
+        for p in tiny_cache.rglob("*")
+        if p.is_file()
+    }
+    parts = report["parts"]
+    assert sum(parts.values()) == sum(sizes.values()) == report["bytes_on_disk"]
+    shards = {
+        n: sum(s for p, s in sizes.items() if p.startswith(f"data.zarr/{n}/c."))
+        for n in ("images", FINE, COARSE)
+    }
+    assert parts["images"] == shards["images"]
+    assert parts["coefficients"] == shards[FINE] + shards[COARSE]
+    assert parts["index"] == sum(sizes[name] for name in (MANIFEST, SAMPLES, SHARDS))
+    assert parts["codec"] == sum(
+        size for path, size in sizes.items() if path.startswith("data.zarr/codec/")
+    )
+    assert [tap["bytes"] - tap["codec_bytes"] for tap in report["taps"]] == [
+        shards[FINE],
+        shards[COARSE],
+    ]
+    assert (report["state"], report["damaged"]) == ("complete", {})
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/io").exists(), reason="the kernel counts no bytes read here"
+)
+def test_only_manifest_and_index_are_read(tiny_copy: Path) -> None:
+    """However large the shards are, the kernel counts no more bytes read than manifest and indices have."""
+    inspect_cache(tiny_copy)  # whatever is imported on the way
+    index = sum((tiny_copy / name).stat().st_size for name in (MANIFEST, SAMPLES, SHARDS))
+    for path in (tiny_copy / "data.zarr").rglob("c.*"):
+        os.truncate(path, path.stat().st_size + (1 << 26))
+    before = bytes_read()
+    inspect_cache(tiny_copy)
+    # Reading the counter itself, and Parquet's footers, which are met twice.
+    assert bytes_read() - before < 2 * index + 4096
+
+
+def test_a_cache_is_inspected_while_it_is_written(tmp_path: Path) -> None:
+    """After each commit the report counts what is there; it says unfinished, and nothing in the folder changes."""
+    plan = tiny_plan()
+    root = tmp_path / "cache"
+    writer = begin(root, plan)
+    done = []
+    for shard in writer.missing:
+        before = tree(root)
+        report = inspect_cache(root)
+        assert tree(root) == before
+        assert (report["state"], report["complete"]) == ("unfinished", False)
+        done.append(report["num_done"])
+        assert sum(report["parts"].values()) == report["bytes_on_disk"]
+        writer.write_shard(plan.shards[shard])
+    assert done == [0, 4, 7]  # a row of the second shard failed
+    empty = inspect(tmp_path / "cache")
+    assert empty.exit_code == 0
+
+
+def test_a_seal_in_between_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the cache is sealed after its manifest was read, its commit records are gone: it is looked at again."""
+    plan = tiny_plan()
+    root = tmp_path / "cache"
+    writer = begin(root, plan)
+    for shard in writer.missing:
+        writer.write_shard(plan.shards[shard])
+
+    def sealed_meanwhile(where: Path) -> dict[int, object]:
+        writer.seal()
+        raise CacheDamagedError(f"{where}: a record went away")
+
+    monkeypatch.setattr(report_module, "read_commits", sealed_meanwhile)
+    assert inspect_cache(root)["state"] == "complete"
+
+
+def test_records_that_are_gone_already_are_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a seal has taken some records away before they are listed, what is left is not taken for all there is."""
+    plan = tiny_plan()
+    root = tmp_path / "cache"
+    writer = begin(root, plan)
+    for shard in writer.missing:
+        writer.write_shard(plan.shards[shard])
+    read_commits = report_module.read_commits
+
+    def listed_after_the_seal(where: Path) -> dict[int, object]:
+        writer.seal()
+        return read_commits(where)
+
+    monkeypatch.setattr(report_module, "read_commits", listed_after_the_seal)
+    assert inspect_cache(root)["num_done"] == 9
+
+
+def test_files_that_go_meanwhile_are_passed_over(
+    tiny_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A temporary file that is renamed between listing and looking ends in no traceback."""
+    (tiny_copy / ".tmp-shard").write_bytes(b"x")
+    stat = Path.stat
+
+    def vanishing(path: Path, **more: bool) -> os.stat_result:
+        if path.name == ".tmp-shard" and path.exists(follow_symlinks=False) is not None:
+            raise FileNotFoundError(path)
+        return stat(path, **more)
+
+    monkeypatch.setattr(
+        Path, "is_file", lambda path: True if path.name == ".tmp-shard" else os.path.isfile(path)
+    )
+    monkeypatch.setattr(Path, "exists", lambda path, **more: True)
+    monkeypatch.setattr(Path, "stat", vanishing)
+    assert inspect_cache(tiny_copy)["state"] == "complete"
+
+
+def test_damaged_shards_are_named(tiny_copy: Path) -> None:
+    """A shard that is short or gone makes the cache damaged; both are named, with what is there instead."""
+    short, gone = (tiny_copy / f"data.zarr/{name}/c.1.0.0" for name in (FINE, COARSE))
+    os.truncate(short, 7)
+    gone.unlink()
+    report = inspect_cache(tiny_copy)
+    assert report["state"] == "damaged"
+    assert report["damaged"] == {
+        f"data.zarr/{FINE}/c.1.0.0": "7 bytes",
+        f"data.zarr/{COARSE}/c.1.0.0": "no file",
+    }
+    output = inspect(tiny_copy, COLUMNS="200").output
+    assert "2 shard files DAMAGED: run dtcache verify" in output
+    assert f"{FINE}/c.1.0.0: 7 bytes" in output
+
+
+def test_a_newer_format_is_refused(tiny_copy: Path) -> None:
+    """A manifest of a later version says which one this dtcache reads."""
+    (tiny_copy / MANIFEST).write_text('{"format":2}')
+    with pytest.raises(
+        CacheFormatError, match="expected format 1, got 2; install the dtcache that wrote it"
+    ):
+        inspect_cache(tiny_copy)
+    assert inspect(tiny_copy).output.count("\n") == 1
+
+
+def test_the_terminal_is_narrow_safe(tiny_cache: Path) -> None:
+    """In 60 columns every number is whole; in 40 no line is longer, and nothing is hidden behind an ellipsis."""
+    report = inspect_cache(tiny_cache)
+    wide = inspect(tiny_cache, COLUMNS="60").output
+    for tap in report["taps"]:
+        for number in (f"{tap['bits_per_value']:.3f}", f"{tap['relative_mse']:.3f}", tap["name"]):
+            assert number in wide
+    narrow = inspect(tiny_cache, COLUMNS="40").output
+    assert max(map(len, narrow.splitlines())) <= 40
+    assert "…" not in narrow
+    for part in report["parts"]:
+        assert part in wide
+
+
+def test_the_schema_is_documented(tiny_cache: Path) -> None:
+    """docs/inspect.md lists exactly the fields that --json prints of a cache, and names their version."""
+    report = json.loads(inspect(tiny_cache, "--json").stdout)
+    assert f"Schema {SCHEMA}" in DOCS.read_text()
+    found = [name for name in report if name != "statistics"] + [
+        f"taps[].{name}" for name in report["taps"][0]
+    ]
+    found += [f"parts.{name}" for name in report["parts"]] + [
+        f"timesteps[].{n}" for n in report["timesteps"][0]
+    ]
+    assert documented("a cache") == sorted(found)
+
+
+def fields(value: object, prefix: str = "") -> set[str]:
+    """Return the dotted paths of an object's fields, down to estimates, and of the objects in its lists."""
+    found = set()
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        found.add(f"{prefix}{name}")
+        if isinstance(inner, dict) and set(inner) != {"value", "low", "high"}:
+            found |= fields(inner, f"{prefix}{name}.")
+        elif isinstance(inner, list) and inner:
+            found |= fields(inner[0], f"{prefix}{name}[].")
+    return found
+
+
+def test_the_schema_of_statistics_is_documented(tiny_cache: Path) -> None:
+    """Beside what a teacher adds, docs/inspect.md lists exactly the fields of statistics, and explains each of them."""
+    statistics = json.loads(inspect(tiny_cache, "--stats", "--json").stdout)["statistics"]
+    found = {name for name in documented("statistics") if not name.startswith("afresh")}
+    assert found == fields(statistics)
+    assert f"of a schema of their own, {statistics['schema']}." in DOCS.read_text()
+    text = DOCS.read_text().partition("\n## Statistics\n")[2].partition("\n## ")[0]
+    explained = set(re.findall(r"\*\*([A-Za-z -]+)\*\*", text))
+    for tap in statistics["taps"]:
+        for name, value in tap.items():
+            title = name.replace("_", " ").replace("knn top1", "k-NN")
+            assert title in explained or not isinstance(value, dict), title
+    assert {"spectrum", "water line", "flip error", "crop error", "CKA"} <= explained
+
+
+def test_statistics_are_narrow_safe(tiny_cache: Path) -> None:
+    """In 60 columns every number of the statistics is whole, and so are the names of what differs between caches."""
+    statistics = json.loads(inspect(tiny_cache, "--stats", "--samples", 6, "--json").stdout)[
+        "statistics"
+    ]
+    output = inspect(tiny_cache, "--stats", "--samples", 6, COLUMNS="60").output
+    assert "a sample of 6 of 9 samples" in output
+    for tap in statistics["taps"]:
+        for measure in ("mean", "std", "effective_rank", "escapes", "noise_share", "codec_error"):
+            assert interval(tap[measure]) in output
+        assert tap["name"] in output
+    assert "…" not in output

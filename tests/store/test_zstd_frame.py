@@ -1,0 +1,145 @@
+"""Hand-made zstd frames against other decoders of zstd, and the kernel that reads them against the general way."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from google_crc32c import value as crc32c
+from numcodecs.zstd import compress, decompress
+from zstandard import ZstdDecompressor, get_frame_parameters
+
+from dtcache.store.shard import unpack_chunk
+from dtcache.store.zstd_frame import BLOCK_HEADER, MAX_BLOCK, frame_header, pack_frame
+
+LENGTHS = [1, 16, 255, 256, 1000, 65_791, 65_792, MAX_BLOCK, MAX_BLOCK + 16, 3 * MAX_BLOCK + 5]
+
+
+def payload_sizes(length: int) -> list[int]:
+    """Return sizes at every border of a frame's blocks."""
+    return sorted(
+        {0, 1, length // 2, length - 1, length, *(min(length, k * MAX_BLOCK) for k in (1, 2, 3))}
+        - {-1}
+    )
+
+
+def random_payload(size: int) -> bytes:
+    """Return bytes that no compressor makes smaller."""
+    return np.random.default_rng(size).bytes(size)
+
+
+def checked(packed: bytes) -> bytes:
+    """Return a chunk: a frame and its checksum."""
+    return packed + crc32c(packed).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_other_decoders_read_the_frames(length: int) -> None:
+    """zstandard and numcodecs give the payload and its zeros, at every border of header and blocks."""
+    for size in payload_sizes(length):
+        payload = random_payload(size)
+        packed = pack_frame(payload, length)
+        assert get_frame_parameters(packed).content_size == length
+        assert (
+            ZstdDecompressor().decompress(packed)
+            == decompress(packed)
+            == payload.ljust(length, b"\0")
+        )
+
+
+def test_frames_are_no_larger_than_a_compressors() -> None:
+    """Random payloads, a tenth of their padded length, cost at most their own bytes and 20, and no more than zstd-1."""
+    for size in (16, 300, 3000, 100_000):
+        payload = random_payload(size)
+        packed = pack_frame(payload, 10 * size)
+        assert len(packed) <= size + 13 + 4 * (10 * size // MAX_BLOCK + 2)
+        assert len(packed) <= 1.001 * len(compress(payload.ljust(10 * size, b"\0"), 1))
+
+
+def test_what_compresses_is_compressed() -> None:
+    """A payload that a compressor makes smaller by over a sixteenth is left to it; another one is not."""
+    text = b"features of a teacher; " * 100
+    assert len(pack_frame(text, 4000)) < len(text) / 10
+    almost = random_payload(970) + b"\1" * 30
+    assert pack_frame(almost, 4000).startswith(frame_header(4000))
+    assert len(pack_frame(almost, 4000)) > len(almost)
+
+
+def gathered(
+    tmp_path: Path, chunks: list[bytes], length: int
+) -> tuple[list[bytes | None], np.ndarray]:
+    """Read chunks with the kernel; return the payload of each, None where it left the chunk to the general way."""
+    from dtcache.store.read_kernel import gather
+
+    path = tmp_path / "chunks"
+    path.write_bytes(b"".join(chunks))
+    handle = os.open(path, os.O_RDONLY)
+    head = np.frombuffer(frame_header(length), np.uint8)
+    sizes = np.array([len(chunk) for chunk in chunks], np.int64)
+    places = np.cumsum(sizes + 40) - sizes
+    data = np.full((int(places[-1] + sizes[-1]) + 64) // 8 * 8, 0xAA, np.uint8)
+    done = np.zeros(len(chunks), np.bool_)
+    used = np.zeros(len(chunks), np.int64)
+    handles = np.full(len(chunks), handle, np.int32)
+    offsets = np.cumsum(sizes) - sizes
+    gather(np.arange(len(chunks)), handles, offsets, sizes, places, head, length, data, done, used)
+    os.close(handle)
+    starts = places + len(head) + BLOCK_HEADER
+    found = [
+        data[s : s + n].tobytes() if d else None for s, n, d in zip(starts, used, done, strict=True)
+    ]
+    for place, size in zip(places, sizes, strict=True):
+        data[place : place + size] = 0xAA
+    return found, data
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_kernel_reads_our_frames(tmp_path: Path, length: int) -> None:
+    """The kernel returns the payload of every frame of ours in one piece and writes nothing outside the chunks."""
+    payloads = [random_payload(size) for size in payload_sizes(length)]
+    packed = [pack_frame(payload, length) for payload in payloads]
+    found, outside = gathered(tmp_path, [checked(p) for p in packed], length)
+    assert (outside == 0xAA).all()
+    theirs = [
+        p == compress(payload.ljust(length, b"\0"), 1)
+        for payload, p in zip(payloads, packed, strict=True)
+    ]
+    assert all(
+        got == payload
+        for got, payload, other in zip(found, payloads, theirs, strict=True)
+        if not other
+    )
+    for got, payload in zip(found, payloads, strict=True):
+        assert got is None or got.ljust(length, b"\0") == payload.ljust(length, b"\0")
+
+
+def test_the_kernel_takes_no_damaged_chunk(tmp_path: Path) -> None:
+    """With any one byte of a chunk changed the kernel leaves it to the general way, which raises."""
+    chunk = checked(pack_frame(random_payload(40), 96))
+    damaged = [
+        chunk[:k] + bytes([chunk[k] ^ mask]) + chunk[k + 1 :]
+        for k in range(len(chunk))
+        for mask in (1, 128)
+    ]
+    found, _ = gathered(tmp_path, [chunk, *damaged, chunk[:-1], chunk[:4], b""], 96)
+    assert found[0] == random_payload(40)
+    assert found[1:] == [None] * (len(damaged) + 3)
+
+
+def test_the_kernel_agrees_with_the_general_way_on_any_frame(tmp_path: Path) -> None:
+    """Frames with a right checksum and one changed byte: what the kernel takes, zstd decompresses to the same."""
+    packed = pack_frame(random_payload(40), 96)
+    frames = [
+        packed[:k] + bytes([b]) + packed[k + 1 :]
+        for k in range(len(packed))
+        for b in range(0, 256, 5)
+    ]
+    found, _ = gathered(tmp_path, [checked(frame) for frame in frames], 96)
+    taken = 0
+    for got, frame in zip(found, frames, strict=True):
+        if got is not None:
+            out = np.empty(96, np.uint8)
+            unpack_chunk(checked(frame), out)
+            assert out.tobytes() == got.ljust(96, b"\0")
+            taken += 1
+    assert 0 < taken < len(frames)

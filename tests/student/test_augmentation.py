@@ -1,0 +1,198 @@
+"""Random views: boxes and factors belong to (seed, step, row), and do to pixels what torchvision does."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+
+from dtcache.errors import ConfigError
+from dtcache.student.augmentation import (
+    Views,
+    crop_images,
+    crop_maps,
+    crop_masks,
+    parse_crop,
+    random_boxes,
+)
+from dtcache.student.color_jitter import jitter, turn_hue
+from dtcache.student.uniform import sample_uniforms, splitmix64
+
+ROWS = np.arange(5000)
+MASK = (1 << 64) - 1
+
+
+def mixed(x: int) -> int:
+    """Return SplitMix64's output of a state, in Python integers."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def test_splitmix_gives_its_published_numbers() -> None:
+    """The first outputs of a generator that starts at 1234567 are those that its implementations are tested with."""
+    states = np.uint64(1234567) + np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert splitmix64(states).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]
+
+
+def test_uniforms_belong_to_the_row_and_the_step() -> None:
+    """They equal Python's integers, whatever batch a row is in, and change with seed, step, row and place."""
+    found = sample_uniforms(3, 17, np.array([9, 4]), 2)
+    wanted = mixed(mixed(mixed(mixed(3) ^ 17) ^ 4) ^ 1) >> 11
+    assert found[1, 1] == wanted / 2**53
+    assert np.array_equal(found[1:], sample_uniforms(3, 17, np.array([4]), 2))
+    others = [sample_uniforms(*key, np.array([4]), 2) for key in ((4, 17), (3, 18))]
+    assert len({*found.ravel().tolist(), *np.ravel(others).tolist()}) == 8
+
+
+def test_uniforms_are_uniform_and_independent() -> None:
+    """Means, variances and correlations of 5000 rows, by place and from step to step, are those of uniform numbers."""
+    x = np.concatenate([sample_uniforms(0, step, ROWS, 4) for step in (0, 1)], 1)
+    assert x.min() >= 0 and x.max() < 1
+    np.testing.assert_allclose(x.mean(0), 0.5, atol=0.02)
+    np.testing.assert_allclose(x.var(0), 1 / 12, atol=0.005)
+    assert np.abs(np.corrcoef(x.T) - np.eye(8)).max() < 0.06
+
+
+@pytest.mark.parametrize("areas", [(0.08, 1.0), (0.3, 0.5), (0.9, 1.0), (1.0, 1.0)])
+def test_boxes_lie_inside_and_have_the_areas_asked_for(areas: tuple[float, float]) -> None:
+    """Areas are uniform between the bounds, aspects within 3/4 and 4/3, all inside the view; all of it at 1."""
+    left, top, right, bottom = random_boxes(sample_uniforms(0, 0, ROWS, 4), areas).T
+    area = (right - left) * (bottom - top)
+    aspect = (right - left) / (bottom - top)
+    assert min(left.min(), top.min()) >= 0 and max(right.max(), bottom.max()) <= 1 + 1e-12
+    np.testing.assert_allclose(
+        np.quantile(area, (0, 0.5, 1)), (areas[0], sum(areas) / 2, areas[1]), atol=0.02
+    )
+    assert aspect.min() >= 3 / 4 - 1e-9 and aspect.max() <= 4 / 3 + 1e-9
+    if areas[1] <= 0.5:
+        assert aspect.min() < 0.77 and aspect.max() > 1.3
+        assert abs(np.log(aspect).mean()) < 0.02
+
+
+def test_the_whole_view_is_left_as_it_is() -> None:
+    """A box of everything on a map's own grid returns the map to the bit; one on pixel edges is a slice."""
+    maps = torch.randn(2, 3, 6, 8)
+    whole = torch.tensor([[0.0, 0, 1, 1]] * 2)
+    part = torch.tensor([[0.25, 0.5, 0.75, 1.0]] * 2)
+    assert torch.equal(crop_maps(maps, whole, (6, 8)), maps)
+    torch.testing.assert_close(crop_maps(maps, part, (3, 4)), maps[:, :, 3:, 2:6])
+
+
+def test_image_and_features_show_the_same_place() -> None:
+    """A plane that is linear over the view, cropped on a fine and on a coarse grid, agrees with the box at both."""
+    box = (0.2, 0.35, 0.7, 0.8)
+    for side in (64, 16):
+        ramp = ((torch.arange(side) + 0.5) / side).expand(1, 1, side, side)
+        cropped = crop_maps(ramp, torch.tensor([box]), (4, 4))[0, 0, 0]
+        torch.testing.assert_close(
+            cropped, box[0] + (torch.arange(4) + 0.5) / 4 * (box[2] - box[0])
+        )
+
+
+def test_shrunk_images_are_averaged() -> None:
+    """A chequered image shown at a third of its size is grey, where single points would be black and white."""
+    image = ((torch.arange(24)[:, None] + torch.arange(24)) % 2 * 255).expand(1, 3, 24, 24)
+    shown = crop_images(image.to(torch.uint8), torch.tensor([[0.0, 0, 1, 1]]), (8, 8))
+    assert shown.shape == (1, 3, 8, 8)
+    assert float((shown - 127.5).abs().max()) < 20
+
+
+def test_without_options_nothing_is_touched() -> None:
+    """No crop and no jitter return the very tensors that came in."""
+    views = Views(crop=None, jitter=0.0, seed=0)
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    maps = {"a": torch.zeros(2, 3, 2, 2)}
+    assert views.images(images, 0, ROWS[:2], (8, 8)) is images
+    assert views.features(maps, 0, ROWS[:2]) is maps
+
+
+def test_views_are_a_function_of_seed_step_and_row() -> None:
+    """A row is shown alike in any batch; another step, seed or row shows it otherwise; crops do not hang on jitter."""
+    images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).repeat(3, 1, 1, 1)
+    views = Views(crop="0.3,1.0", jitter=1.0, seed=5)
+    shown = views.images(images, 7, np.array([4, 9, 2]), (16, 16))
+    assert torch.equal(views.images(images[:1], 7, np.array([9]), (16, 16)), shown[1:2])
+    others = [views.images(images[:1], 8, np.array([9]), (16, 16)), shown[:1], shown[2:]]
+    others.append(
+        Views(crop="0.3,1.0", jitter=1.0, seed=6).images(images[:1], 7, np.array([9]), (16, 16))
+    )
+    assert not any(torch.equal(other, shown[1:2]) for other in others)
+    assert torch.equal(
+        Views(crop="0.3,1.0", jitter=0.0, seed=5).boxes(7, ROWS), views.boxes(7, ROWS)
+    )
+
+
+def test_masks_are_cropped_with_their_images() -> None:
+    """A box that lies on cells is repeated exactly; on random boxes masks agree with cropped one-hot images."""
+    masks = torch.randint(
+        0, 9, (2, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    boxes = torch.tensor([[0.25, 0.5, 0.75, 1.0], [0.0, 0.0, 1.0, 1.0]])
+    found = crop_masks(masks, boxes)
+    assert np.array_equal(found[0], np.kron(masks[0, 4:, 2:6], np.ones((2, 2), np.uint8)))
+    assert torch.equal(found[1], masks[1]) and found.dtype == torch.uint8
+
+    y, x = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
+    large = torch.stack([(y * 3 // 48 + x * 4 // 64 + i) % 3 for i in range(20)])
+    views = Views(crop="0.25,1.0", jitter=0, seed=3)
+    rows = ROWS[:20]
+    planes = torch.nn.functional.one_hot(large, 3).permute(0, 3, 1, 2).float()
+    shown = views.images(planes, 7, rows, (48, 64)).argmax(1)
+    cropped = views.masks(large, 7, rows)
+    assert (cropped == shown).float().mean() > 0.97 > (large == shown).float().mean()
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_jitter_is_torchvisions_an_image_at_a_time(strength: float) -> None:
+    """Batched, it does what torchvision's brightness, contrast, saturation, hue and grey do one after the other."""
+    images = torch.rand(6, 3, 7, 5, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(6, 6, generator=torch.Generator().manual_seed(1))
+    uniforms[:, 0] = torch.tensor([0.1, 0.2, 0.79, 0.81, 0.3, 0.4])
+    uniforms[:, 5] = torch.tensor([0.5, 0.19, 0.21, 0.9, 0.1, 0.6])
+    found = jitter(images, uniforms, strength)
+    for image, (whether, b, c, s, hue, grey), got in zip(
+        images, uniforms.tolist(), found, strict=True
+    ):
+        if whether < 0.8:
+            factors = [max(0.0, 1 + 0.8 * strength * (2 * u - 1)) for u in (b, c, s)]
+            adjustments = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+            for adjust, factor in zip(adjustments, factors, strict=True):
+                image = adjust(image, factor)
+            image = TF.adjust_hue(image, 0.2 * strength * (2 * hue - 1))
+        if grey < 0.2:
+            image = TF.rgb_to_grayscale(image, 3)
+        torch.testing.assert_close(got, image, atol=1e-4, rtol=0)
+
+
+def test_hue_turns_by_the_circle() -> None:
+    """A third of the circle takes red to green; a whole turn and grey pixels change nothing."""
+    red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)
+    torch.testing.assert_close(
+        turn_hue(red, torch.tensor(1 / 3)).ravel(), torch.tensor([0.0, 1, 0])
+    )
+    images = torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(turn_hue(images, torch.tensor(1.0)), images, atol=1e-5, rtol=0)
+    grey = torch.rand(2, 1, 4, 4).expand(2, 3, 4, 4)
+    assert torch.equal(turn_hue(grey, torch.tensor(0.3)), grey)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0.3", "0,1", "0.5,0.3", "0.3,1.1", "a,b", "0.3,1,1", "nan,1"]
+)
+def test_other_areas_are_refused(text: str) -> None:
+    """Anything but two rising shares names the flag; so does a strength out of bounds."""
+    assert parse_crop(" 0.3, 1") == (0.3, 1.0)
+    with pytest.raises(ConfigError, match=r"--crop .*: expected two rising shares of the area"):
+        parse_crop(text)
+    for strength in (-0.1, 2.5, math.nan):
+        with pytest.raises(
+            ConfigError, match=r"--jitter .*: expected a strength from 0 \(none\) to 2"
+        ):
+            Views(crop=None, jitter=strength, seed=0)

@@ -1,0 +1,68 @@
+"""Heads of another width on each level: computed right, stored loudly, refused where they do not fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from teacher.guided_diffusion import random_unet, small
+
+from dtcache.errors import TeacherError
+from dtcache.teacher.attention_heads import set_heads, stand_in
+from pipelines.convert_adm import ConvertOptions, convert_adm
+
+
+@pytest.fixture(scope="module")
+def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 128 px shape, whose levels have four heads each, as a converted directory."""
+    root = tmp_path_factory.mktemp("heads")
+    torch.save(random_unet(**small("adm-128", classes=7)).state_dict(), root / "adm.pt")
+    convert_adm(root / "adm.pt", root / "out", ConvertOptions(size=16))
+    return root / "out" / "unet"
+
+
+def test_the_directory_loads_and_computes_what_the_reference_does(four_heads: Path) -> None:
+    """from_pretrained with the stand-in, then the listed heads: the reference's output, and the list in the config."""
+    config = UNet2DModel.load_config(str(four_heads))
+    assert config["attention_head_dim"] == [32, 32, 16, 24, 32]
+    unet = UNet2DModel.from_pretrained(str(four_heads), **stand_in(config))
+    set_heads(unet, config)
+    assert unet.config.attention_head_dim == [32, 32, 16, 24, 32]
+    reference = random_unet(**small("adm-128", classes=7)).double()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    t = torch.tensor([11, 400])
+    label = torch.tensor([6, 2])
+    with torch.inference_mode():
+        expected, _ = reference(x, t, label)
+        got = torch.nn.Module.to(unet.eval(), torch.float64)(x, t, class_labels=label).sample
+    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-12
+
+
+def test_diffusers_alone_refuses_it_loudly(four_heads: Path) -> None:
+    """Without dtcache the list stops the loading: never other heads without a word."""
+    with pytest.raises(TypeError, match="list"):
+        UNet2DModel.from_pretrained(str(four_heads))
+
+
+@pytest.mark.parametrize(
+    "widths", [[32, 32], [32, 32, 16, 24, 0], [32, 32, 16, 25, 32], [32, 32, 16, 24, "a"], []]
+)
+def test_a_list_that_does_not_fit_is_refused(four_heads: Path, widths: list[object]) -> None:
+    """One positive divisor of each level's channels, or nothing."""
+    config = {**UNet2DModel.load_config(str(four_heads)), "attention_head_dim": widths}
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config({**config, **stand_in(config)})
+    with pytest.raises(
+        TeacherError, match=r"expected one divisor of each level's channels \[32, 32, 64, 96, 128\]"
+    ):
+        set_heads(unet, config)
+
+
+def test_one_number_for_all_is_left_alone(teacher_dir: Path) -> None:
+    """An ordinary configuration needs no stand-in and changes nothing."""
+    config = UNet2DModel.load_config(str(teacher_dir / "unet"))
+    unet = UNet2DModel.from_pretrained(str(teacher_dir / "unet"))
+    before = [m.heads for m in unet.modules() if hasattr(m, "heads")]
+    set_heads(unet, config)
+    assert stand_in(config) == {}
+    assert before == [m.heads for m in unet.modules() if hasattr(m, "heads")]

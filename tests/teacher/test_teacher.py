@@ -1,0 +1,308 @@
+"""Taps: where they are, and that cutting the network off changes no bit of them."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from teacher.batches import batch_of
+from teacher.kinds import (
+    TEXT_CHANNELS,
+    TOKENS,
+    save_class_unet,
+    save_dit,
+    save_ldm,
+    save_stable_diffusion,
+)
+
+from dtcache.device import resolve_compute
+from dtcache.errors import ConfigError, DeviceMemoryError
+from dtcache.recipe import TapSpec, ViewSpec
+from dtcache.teacher import Prompt, Teacher, load_teacher, prepare_teacher
+from dtcache.teacher.ddpm import build_unet
+from dtcache.teacher.denoiser import choose_taps
+from dtcache.teacher.noise import sample_noise
+from dtcache.teacher.unet import TappedUNet, UNetDenoiser
+
+CPU = resolve_compute("cpu", "fp32")
+
+
+def tap(stride: int) -> TapSpec:
+    """A tap of some stride."""
+    return TapSpec(name=f"stride{stride}", block=0, stride=stride, channels=1, height=1, width=1)
+
+
+def test_taps_are_found_before_the_upsamplers(teacher_dir: Path) -> None:
+    """Each level's map is at that level's own stride, with its own channels, finest first."""
+    taps = load_teacher(str(teacher_dir)).denoiser.find_taps(32, 32)
+    found = [(t.name, t.block, t.stride, t.channels, t.height, t.width) for t in taps]
+    assert found == [
+        ("stride1", 3, 1, 16, 32, 32),
+        ("stride2", 2, 2, 16, 16, 16),
+        ("stride4", 1, 4, 32, 8, 8),
+        ("stride8", 0, 8, 32, 4, 4),
+    ]
+
+
+def test_strides_hold_on_a_non_square_view(teacher_dir: Path) -> None:
+    """A 16x64 view has the same strides, and maps of its shape."""
+    taps = load_teacher(str(teacher_dir)).denoiser.find_taps(16, 64)
+    assert [(t.stride, t.height, t.width) for t in taps] == [
+        (1, 16, 64),
+        (2, 8, 32),
+        (4, 4, 16),
+        (8, 2, 8),
+    ]
+
+
+def test_a_size_the_network_cannot_halve_is_refused(teacher_dir: Path) -> None:
+    """The multiple that both sides must be is named."""
+    with pytest.raises(
+        ConfigError, match=r"--size 36x32: this U-Net halves the image 3 times.*multiples of 8"
+    ):
+        load_teacher(str(teacher_dir)).denoiser.find_taps(36, 32)
+
+
+@pytest.mark.parametrize(
+    ("offered", "asked", "chosen"),
+    [
+        ((1, 2, 4, 8, 16, 32), None, (4, 8, 16, 32)),
+        ((1, 2, 4, 8), None, (1, 2, 4, 8)),
+        ((1, 2, 4, 8, 16), None, (2, 4, 8, 16)),
+        ((1, 2), None, (1, 2)),
+        ((8, 16, 32, 64), None, (8, 16, 32, 64)),
+        ((1, 2, 4, 8), ("stride8", "stride2"), (2, 8)),
+    ],
+)
+def test_default_taps(
+    offered: tuple[int, ...], asked: tuple[int, ...] | None, chosen: tuple[int, ...]
+) -> None:
+    """Strides 4 to 32 where all exist, else the four coarsest, else what is asked for."""
+    assert tuple(t.stride for t in choose_taps(tuple(map(tap, offered)), asked)) == chosen
+
+
+def test_a_stride_that_is_not_offered_is_refused() -> None:
+    """The taps on offer are named."""
+    with pytest.raises(
+        ConfigError, match="no map stride16 at this size; it offers stride4, stride8"
+    ):
+        choose_taps((tap(4), tap(8)), ("stride16",))
+
+
+@pytest.mark.parametrize("blocks", [(0,), (0, 1), (1, 2), (0, 1, 2, 3)])
+def test_truncation_changes_no_bit(blocks: tuple[int, ...]) -> None:
+    """The taps of the cut network equal those of the whole one, recorded where the upsamplers read them."""
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return build_unet(32, 32, (16, 16, 32, 32), layers=1, attention=2).eval()
+
+    whole = network()
+    seen = {}
+    for block in blocks:
+        layer = whole.up_blocks[block]
+        if block < 3:
+            layer.upsamplers[0].register_forward_pre_hook(
+                lambda m, args, b=block: seen.__setitem__(b, args[0])
+            )
+        else:
+            layer.register_forward_hook(lambda m, args, out, b=block: seen.__setitem__(b, out))
+    x = torch.randn(2, 3, 32, 32)
+    t = torch.tensor([150, 150])
+    with torch.inference_mode():
+        whole(x, t)
+        cut = TappedUNet(network(), {b: f"block{b}" for b in blocks})(x, t)
+    assert set(cut) == {f"block{b}" for b in blocks}
+    for block in blocks:
+        assert torch.equal(cut[f"block{block}"], seen[block])
+
+
+def test_truncation_drops_the_layers_after_the_last_tap() -> None:
+    """A tap of the coarsest level leaves a fraction of the decoder's weights."""
+    unet = build_unet(32, 32, (16, 16, 32, 32), layers=1, attention=1)
+    before = sum(p.numel() for p in unet.parameters())
+    after = sum(p.numel() for p in TappedUNet(unet, {0: "stride8"}).parameters())
+    assert after < 0.8 * before
+
+
+def test_features_do_not_depend_on_the_rest_of_the_batch(teacher_dir: Path) -> None:
+    """A short batch is padded to the recipe's shape: a sample's features are the same alone and in company."""
+    view = ViewSpec(height=32, width=32)
+    teacher = prepare_teacher(
+        load_teacher(str(teacher_dir)), view, taps=None, timesteps=(150,), batch_size=4, compute=CPU
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
+    flips = (False, True, False)
+    inputs = [
+        teacher.input(p, key, flip, seed=0, draws=[0])
+        for p, key, flip in zip(pixels, "abc", flips, strict=True)
+    ]
+    (together,), (alone,) = (teacher.features(teacher.batch(part)) for part in (inputs, inputs[:1]))
+    for name in together:
+        assert together[name].dtype == torch.float32
+        torch.testing.assert_close(together[name][:1], alone[name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_noised_input_is_the_papers_formula(teacher_dir: Path) -> None:
+    """The network sees sqrt(a) x + sqrt(1 - a) noise with x in [-1, 1], and the timestep."""
+    view = ViewSpec(height=32, width=32)
+    teacher = prepare_teacher(
+        load_teacher(str(teacher_dir)), view, taps=None, timesteps=(50,), batch_size=1, compute=CPU
+    )
+    seen = []
+    teacher.network.unet.register_forward_pre_hook(lambda m, args: seen.append(args))
+    pixels_CHW = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)
+    list(teacher.features(teacher.batch([teacher.input(pixels_CHW, "a", True, seed=0, draws=[0])])))
+    mirrored_BCHW = torch.from_numpy(pixels_CHW.copy()).flip(2)[None]
+    noise_BCHW = torch.from_numpy(
+        sample_noise((3, 32, 32), seed=0, key="a", timestep=50, draw=0, flip=True)
+    )[None]
+    a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[50]
+    expected = (
+        a.sqrt() * (mirrored_BCHW.double() / 127.5 - 1) + (1 - a).sqrt() * noise_BCHW.double()
+    )
+    torch.testing.assert_close(seen[0][0].double(), expected, rtol=1e-5, atol=1e-5)
+    assert seen[0][1].tolist() == [50]
+    assert teacher.spec.alpha_bars[0] == pytest.approx(float(a), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "batch_size", "message"),
+    [
+        ((1000,), 4, r"--timestep 1000: this teacher was trained with steps 0 to 999"),
+        ((50, 50), 4, r"--timestep: expected one or several different steps, got \[50, 50\]"),
+        ((50,), 0, r"--batch-size 0: expected at least 1"),
+    ],
+)
+def test_bad_constants_are_refused(
+    teacher_dir: Path, timesteps: tuple[int, ...], batch_size: int, message: str
+) -> None:
+    """A timestep or batch size that cannot be used is named."""
+    with pytest.raises(ConfigError, match=message):
+        prepare_teacher(
+            load_teacher(str(teacher_dir)),
+            ViewSpec(height=32, width=32),
+            taps=None,
+            timesteps=timesteps,
+            batch_size=batch_size,
+            compute=CPU,
+        )
+
+
+def test_native_size_reads_both_forms() -> None:
+    """A square sample size is one number, another is a pair."""
+    assert UNetDenoiser(build_unet(32, 32, (16, 16), layers=1, attention=1)).native_size == (32, 32)
+    assert UNetDenoiser(build_unet(16, 32, (16, 16), layers=1, attention=1)).native_size == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("save", "condition"),
+    [(save_stable_diffusion, None), (save_ldm, None), (save_dit, None), (save_class_unet, "3")],
+)
+def test_every_kind_runs_in_bfloat16(
+    tmp_path: Path, save: Callable[[Path], object], condition: str | None
+) -> None:
+    """Autocast moves features by a few per cent of their scale, and returns fp32."""
+    save(tmp_path)
+    embedding_LD = np.random.default_rng(0).normal(size=(TOKENS, TEXT_CHANNELS)).astype(np.float32)
+    stored = Prompt(text="", embedding_LD=embedding_LD)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), np.uint8)
+    found = []
+    for precision in ("fp32", "bf16"):
+        teacher = prepare_teacher(
+            load_teacher(str(tmp_path), stored=stored),
+            ViewSpec(height=32, width=32),
+            taps=None,
+            timesteps=(150,),
+            batch_size=2,
+            compute=resolve_compute("cpu", precision),
+            condition=condition,
+        )
+        found.append(
+            next(
+                teacher.features(
+                    batch_of(teacher, list(pixels), ["a", "b"], [False] * 2, seed=0, draws=[0])
+                )
+            )
+        )
+    exact, rough = found
+    for name, maps in rough.items():
+        assert maps.dtype == torch.float32
+        assert 0 < float((maps - exact[name]).square().mean() / exact[name].var()) < 1e-2
+
+
+def test_one_graph_is_compiled_for_whole_views(
+    teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiled teacher says so, gives the same features, and compiles nothing more for other shapes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    loaded = load_teacher(str(teacher_dir))
+    view = ViewSpec(height=32, width=32)
+
+    def prepared(compile: bool) -> Teacher:
+        return prepare_teacher(
+            loaded, view, taps=None, timesteps=(150,), batch_size=4, compute=CPU, compile=compile
+        )
+
+    pixels = list(np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8))
+    fast = prepared(True)
+    plain = prepared(False)
+    assert (fast.spec.compiled, plain.spec.compiled) == (True, None)
+    batch = batch_of(fast, pixels, list("abcd"), [False] * 4)
+    torch._dynamo.utils.counters.clear()
+    (found,), (wanted,) = fast.features(batch), plain.features(batch)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name])
+    list(
+        fast.features(batch_of(fast, pixels[:3], list("abc"), [True] * 3))
+    )  # padded to the same shape
+    list(fast.features(batch.changed(lambda x: x[:, :, 8:24, 8:24])))  # a crop
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_device_without_room_is_one_clear_line(
+    teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Running out of memory names the batch size and what to do."""
+    teacher = prepare_teacher(
+        load_teacher(str(teacher_dir)),
+        ViewSpec(height=32, width=32),
+        taps=None,
+        timesteps=(150,),
+        batch_size=2,
+        compute=CPU,
+    )
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words")
+
+    monkeypatch.setattr(teacher, "_run", full)
+    pixels_CHW = np.zeros((3, 32, 32), np.uint8)
+    with pytest.raises(
+        DeviceMemoryError,
+        match=r"ran out of memory with 2 views a pass \(CUDA out.*GiB\.\); give a",
+    ):
+        list(teacher.features(batch_of(teacher, [pixels_CHW], ["a"], [False])))
+
+
+def test_the_clock_counts_the_passes(teacher_dir: Path) -> None:
+    """It grows with every pass, and with nothing else."""
+    teacher = prepare_teacher(
+        load_teacher(str(teacher_dir)),
+        ViewSpec(height=32, width=32),
+        taps=None,
+        timesteps=(150,),
+        batch_size=2,
+        compute=CPU,
+    )
+    batch = batch_of(teacher, [np.zeros((3, 32, 32), np.uint8)], ["a"], [False])
+    assert teacher.clock.seconds == 0
+    seen = []
+    for _ in range(3):
+        list(teacher.features(batch))
+        seen.append(teacher.clock.seconds)
+    assert 0 < seen[0] < seen[1] < seen[2] == teacher.clock.seconds
