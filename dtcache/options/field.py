@@ -22,18 +22,30 @@ def option(
     maximum: float | None = None,
     auto: bool = False,
     off: str = "",
+    group: str = "",
 ) -> Any:
-    """Return a dataclass field that carries its help text, choices, metavar and bounds.
+    """Return a dataclass field that carries its help text, choices, metavar, bounds and group.
 
-    With `auto` the word auto is one of its values, and None stands for it. `off` names the flag that turns it off.
+    If `auto` is true, the command line also takes the word auto, which becomes None. `off` names
+    the flag that sets a boolean to false (default: `no-` and the name). `group` is the heading in
+    `--help` under which the flag stands.
     """
-    about = {"help": text, "choices": choices, "metavar": metavar, "auto": auto, "off": off}
-    return field(default=default, metadata={**about, "minimum": minimum, "maximum": maximum})
+    metadata = {
+        "help": text,
+        "choices": choices,
+        "metavar": metavar,
+        "minimum": minimum,
+        "maximum": maximum,
+        "auto": auto,
+        "off": off,
+        "group": group,
+    }
+    return field(default=default, metadata=metadata)
 
 
-def seed_option(text: str) -> Any:
-    """Return the field of a seed."""
-    return option(0, text, minimum=0, maximum=MAX_SEED)
+def seed_option(text: str, *, group: str = "") -> Any:
+    """Return the field of a seed, an integer from 0 to `MAX_SEED`."""
+    return option(0, text, minimum=0, maximum=MAX_SEED, group=group)
 
 
 class Options:
