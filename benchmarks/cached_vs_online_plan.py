@@ -7,8 +7,9 @@ from typing import Any
 from experiment import Experiment, experiment_flags, parsed
 from records import ROOT
 
-from dtcache.images import open_source, permuted
+from dtcache.images import open_source
 from dtcache.options import ExtractOptions, TrainOptions
+from dtcache.rng import permuted
 from dtcache.student import Student, build_student
 
 AMOUNTS = ("--seeds", "--parts", "--large", "--rounds", "--steps")

@@ -11,10 +11,11 @@ import torch
 
 from dtcache.codec.pca_dct import whiten
 from dtcache.device import resolve_compute
-from dtcache.images import load_views, open_source, permuted
+from dtcache.images import load_views, open_source
 from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
 from dtcache.recipe import ViewSpec, tap_name
+from dtcache.rng import permuted
 from dtcache.samples import SampleList
 from dtcache.teacher import LoadedTeacher, Teacher, prepare_teacher
 from dtcache.teacher.ddpm import build_unet, ddpm_scheduler

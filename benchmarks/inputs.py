@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dtcache.images import FolderSource, ImageSource, ParquetSource, TarSource, folder, permuted
+from dtcache.images import FolderSource, ImageSource, ParquetSource, TarSource, folder
+from dtcache.rng import permuted
 from dtcache.samples import SampleList
 from dtcache.store.sample_index import hash_samples
 

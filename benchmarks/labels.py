@@ -30,7 +30,7 @@ from labels_plan import Plan, asked_plan
 from labels_tables import write_tables
 
 from dtcache.cache.cache import Cache
-from dtcache.images import open_masks, permuted
+from dtcache.images import open_masks
 from dtcache.images.scenes import write_scenes
 from dtcache.options import (
     EvaluateOptions,
@@ -39,6 +39,7 @@ from dtcache.options import (
     LabelWriteOptions,
     TrainOptions,
 )
+from dtcache.rng import permuted
 from dtcache.store.summary import inspect_cache
 from dtcache.student import load_backbone, probe_maps
 from dtcache.student.logit_head import LogitHead, load_head, save_head

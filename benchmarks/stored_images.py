@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image
 from records import Results, results_flag
 
-from dtcache.images import load_views, open_source, permuted
+from dtcache.images import load_views, open_source
 from dtcache.options import parse_size
 from dtcache.recipe import ViewSpec
+from dtcache.rng import permuted
 
 CONTAINERS: dict[str, dict[str, Any]] = {
     "PNG": {"format": "PNG", "optimize": True},

@@ -17,9 +17,10 @@ from dtcache.atomic_files import FolderLock, disk_errors, write_file
 from dtcache.average import warmed_up_ema
 from dtcache.device import Compute, compile_errors, compiled, memory_errors, resolve_compute
 from dtcache.errors import ImagesError, TrainingError
-from dtcache.images import ImageSource, load_views, open_source, permuted
+from dtcache.images import ImageSource, load_views, open_source
 from dtcache.options import TeachOptions, parse_ints, parse_size
 from dtcache.recipe import ViewSpec, sha256_json
+from dtcache.rng import permuted
 from dtcache.schedule import warmup_cosine
 from dtcache.teacher.ddpm import (
     TRAIN_STEPS,

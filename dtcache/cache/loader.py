@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcache.errors import ConfigError
-from dtcache.images.source import permuted
+from dtcache.rng import permuted
 
 SHUFFLES = ("full", "block")
 LOOKAHEAD = 4

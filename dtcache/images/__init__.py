@@ -4,7 +4,7 @@ from dtcache.images.decode import LoadedView, decode_view, load_views
 from dtcache.images.folder import FolderSource
 from dtcache.images.masks import MaskFolder, open_masks
 from dtcache.images.parquet import ParquetSource
-from dtcache.images.source import ImageSource, open_source, permuted
+from dtcache.images.source import ImageSource, open_source
 from dtcache.images.source_images import LinkedImages
 from dtcache.images.tar import TarSource
 
@@ -20,5 +20,4 @@ __all__ = [
     "load_views",
     "open_masks",
     "open_source",
-    "permuted",
 ]

@@ -4,13 +4,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from dtcache.errors import ImagesError, ImagesNotFoundError
 from dtcache.images.folder import FolderSource, list_images
 from dtcache.images.parquet import ParquetSource
 from dtcache.images.tar import TarSource, Track
-from dtcache.recipe import sha256_json
 
 KINDS = "a folder of images, .parquet or .tar files, or one such file"
 
@@ -68,9 +65,3 @@ def open_source(path: Path, track: Track | None = None) -> ImageSource:
     if path.exists():
         raise ImagesError(f"{path}: expected {KINDS}, got a file of another kind")
     raise ImagesNotFoundError(f"{path} does not exist: expected {KINDS}")
-
-
-def permuted(count: int, *, seed: int, stream: str) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-    """Return a permutation of range(count) that depends on (count, seed, stream) alone."""
-    key = int(sha256_json([stream, seed, count])[:32], 16)
-    return np.random.Generator(np.random.Philox(key=key)).permutation(count)

@@ -11,7 +11,7 @@ import numpy as np
 
 from dtcache.atomic_files import file_sha256
 from dtcache.errors import CacheBusyError, CacheDamagedError
-from dtcache.images.source import permuted
+from dtcache.rng import permuted
 from dtcache.store.contents import (
     Contents,
     Damage,

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from dtcache.errors import ConfigError
+from dtcache.rng import sample_uniforms
 from dtcache.student.color_jitter import DRAWS, jitter
-from dtcache.student.uniform import sample_uniforms
 
 ASPECTS = (3 / 4, 4 / 3)
 """Bounds of a crop's aspect ratio, beside the view's own (Szegedy et al. 2015, as RandomResizedCrop has them)."""

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from dtcache.device import Compute, DeviceClock, compiled, memory_errors
 from dtcache.errors import ConfigError
 from dtcache.recipe import Box, TeacherSpec, ViewSpec, signal_to_noise, tap_name
+from dtcache.rng import sample_noise
 from dtcache.teacher.aligned_crop import find_crop
 from dtcache.teacher.condition import choose_condition, require_labels
 from dtcache.teacher.ddim_inversion import Inversion, ddim_levels
 from dtcache.teacher.denoiser import choose_taps
 from dtcache.teacher.load import LoadedTeacher
-from dtcache.teacher.noise import sample_noise
 from dtcache.teacher.noising import Encoding, Noising
 
 SMALLER_BATCH = "give a smaller --batch-size, or auto"

@@ -7,9 +7,10 @@ from itertools import islice
 from pathlib import Path
 
 from dtcache.errors import ConfigError
-from dtcache.images import ImageSource, LoadedView, load_views, permuted
+from dtcache.images import ImageSource, LoadedView, load_views
 from dtcache.options import EvaluateOptions
 from dtcache.recipe import ViewSpec
+from dtcache.rng import permuted
 
 DECODE_THREADS = 2
 

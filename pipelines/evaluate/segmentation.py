@@ -16,7 +16,6 @@ from torch import nn
 from dtcache.class_names import alike, numbered, warn_of_absent
 from dtcache.device import Compute, memory_errors, resolve_compute
 from dtcache.errors import ConfigError, TrainingError
-from dtcache.images import permuted
 from dtcache.losses.labels import cross_entropy
 from dtcache.metrics.segmentation import (
     Counts,
@@ -27,13 +26,13 @@ from dtcache.metrics.segmentation import (
 )
 from dtcache.options import EvaluateOptions
 from dtcache.recipe import Json
+from dtcache.rng import permuted, sample_uniforms
 from dtcache.schedule import warmup_cosine
 from dtcache.student import Views, make_optimizer
 from dtcache.student.augmentation import VIEW_DRAWS
 from dtcache.student.blocks import PyramidPooling, resize
 from dtcache.student.logit_head import load_head
 from dtcache.student.segmentation_heads import FpnHead, LinearHead
-from dtcache.student.uniform import sample_uniforms
 from dtcache.student.weights_io import CONFIG
 from pipelines.evaluate.dense_features import Trunk, mirror, open_trunk
 from pipelines.evaluate.masked_images import MaskedImages, masked_images

@@ -8,7 +8,7 @@ import torch
 
 from dtcache.device import cpu_threads, resolve_compute
 from dtcache.errors import ConfigError
-from dtcache.images import ImageSource, LoadedView, permuted
+from dtcache.images import ImageSource, LoadedView
 from dtcache.options import ExtractOptions, parse_size, parse_taps
 from dtcache.recipe import (
     MAX_SAMPLES,
@@ -19,6 +19,7 @@ from dtcache.recipe import (
     ViewSpec,
     tap_name,
 )
+from dtcache.rng import permuted
 from dtcache.samples import SampleList
 from dtcache.teacher import (
     CallableTeacher,

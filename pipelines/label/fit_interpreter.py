@@ -15,12 +15,12 @@ from dtcache.cache.cache import Cache, Rows
 from dtcache.class_names import warn_of_absent
 from dtcache.device import Compute, memory_errors, resolve_compute
 from dtcache.errors import ConfigError, ImagesError, TrainingError
-from dtcache.images import permuted
 from dtcache.labels import FeatureInterpreter, InterpreterSpec, save_interpreter, teacher_identity
 from dtcache.losses.labels import cross_entropy, interpreter_loss
 from dtcache.metrics.segmentation import Counts, confusion_matrix, mean_iou, pixel_accuracy
 from dtcache.options import LabelFitOptions
 from dtcache.recipe import Json
+from dtcache.rng import permuted
 from dtcache.schedule import warmup_cosine
 from dtcache.student import make_optimizer
 from dtcache.student.blocks import resize

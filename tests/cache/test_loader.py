@@ -18,7 +18,6 @@ from dtcache.cache.cache import Cache, TrainBatch
 from dtcache.cache.loader import EpochLoader
 from dtcache.codec.pca_dct import whiten
 from dtcache.errors import CacheDamagedError, CacheIncompleteError, CacheNotFoundError, ConfigError
-from dtcache.images.source import permuted
 from dtcache.store.layout import IMAGES
 from dtcache.store.shard import index_bytes, parse_index
 
@@ -522,16 +521,3 @@ def test_a_spawned_worker_reads(cache: Cache) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.apply(first_batch, (loader(cache),))
     assert_same(found, first_batch(loader(cache)))
-
-
-def test_permuted_is_a_permutation_of_its_own_stream() -> None:
-    """Every (count, seed, stream) gives its own permutation, always the same one."""
-    found = permuted(1000, seed=1, stream="rows")
-    assert sorted(found.tolist()) == list(range(1000))
-    np.testing.assert_array_equal(permuted(1000, seed=1, stream="rows"), found)
-    others = [
-        permuted(1000, seed=2, stream="rows"),
-        permuted(1000, seed=1, stream="epoch-0"),
-        permuted(999, seed=1, stream="rows"),
-    ]
-    assert all((other[:999] != found[:999]).mean() > 0.9 for other in others)

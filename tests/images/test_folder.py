@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from dtcache.errors import ImagesError, ImagesNotFoundError
-from dtcache.images import FolderSource, folder, open_source, permuted
+from dtcache.images import FolderSource, folder, open_source
+from dtcache.rng import permuted
 from dtcache.samples import SampleList
 from dtcache.store.sample_index import hash_samples
 

@@ -8,6 +8,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 
 from dtcache.errors import ConfigError
+from dtcache.rng import sample_uniforms
 from dtcache.student.augmentation import (
     Views,
     crop_images,
@@ -17,47 +18,8 @@ from dtcache.student.augmentation import (
     random_boxes,
 )
 from dtcache.student.color_jitter import jitter, turn_hue
-from dtcache.student.uniform import sample_uniforms, splitmix64
 
 ROWS = np.arange(5000)
-MASK = (1 << 64) - 1
-
-
-def mixed(x: int) -> int:
-    """Return SplitMix64's output of a state, in Python integers."""
-    x = (x + 0x9E3779B97F4A7C15) & MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-    return x ^ (x >> 31)
-
-
-def test_splitmix_gives_its_published_numbers() -> None:
-    """The first outputs of a generator that starts at 1234567 are those that its implementations are tested with."""
-    states = np.uint64(1234567) + np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    assert splitmix64(states).tolist() == [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-    ]
-
-
-def test_uniforms_belong_to_the_row_and_the_step() -> None:
-    """They equal Python's integers, whatever batch a row is in, and change with seed, step, row and place."""
-    found = sample_uniforms(3, 17, np.array([9, 4]), 2)
-    wanted = mixed(mixed(mixed(mixed(3) ^ 17) ^ 4) ^ 1) >> 11
-    assert found[1, 1] == wanted / 2**53
-    assert np.array_equal(found[1:], sample_uniforms(3, 17, np.array([4]), 2))
-    others = [sample_uniforms(*key, np.array([4]), 2) for key in ((4, 17), (3, 18))]
-    assert len({*found.ravel().tolist(), *np.ravel(others).tolist()}) == 8
-
-
-def test_uniforms_are_uniform_and_independent() -> None:
-    """Means, variances and correlations of 5000 rows, by place and from step to step, are those of uniform numbers."""
-    x = np.concatenate([sample_uniforms(0, step, ROWS, 4) for step in (0, 1)], 1)
-    assert x.min() >= 0 and x.max() < 1
-    np.testing.assert_allclose(x.mean(0), 0.5, atol=0.02)
-    np.testing.assert_allclose(x.var(0), 1 / 12, atol=0.005)
-    assert np.abs(np.corrcoef(x.T) - np.eye(8)).max() < 0.06
 
 
 @pytest.mark.parametrize("areas", [(0.08, 1.0), (0.3, 0.5), (0.9, 1.0), (1.0, 1.0)])

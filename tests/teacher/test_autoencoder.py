@@ -14,9 +14,9 @@ from teacher.kinds import TEXT_CHANNELS, TOKENS, edit, hooked_unet, save_ldm, sa
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.recipe import ViewSpec
+from dtcache.rng import sample_noise
 from dtcache.teacher import LoadedTeacher, Prompt, Teacher, load_teacher, prepare_teacher
 from dtcache.teacher.diffusers_files import WEIGHTS
-from dtcache.teacher.noise import sample_noise
 from dtcache.teacher.unet import UNetDenoiser
 
 CPU = resolve_compute("cpu", "fp32")

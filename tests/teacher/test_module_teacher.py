@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.recipe import ViewSpec
+from dtcache.rng import sample_noise
 from dtcache.teacher import CallableTeacher, Teacher, load_teacher, prepare_teacher
-from dtcache.teacher.noise import sample_noise
 
 
 class Pyramid(nn.Module):

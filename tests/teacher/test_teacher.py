@@ -20,10 +20,10 @@ from teacher.kinds import (
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, DeviceMemoryError
 from dtcache.recipe import TapSpec, ViewSpec
+from dtcache.rng import sample_noise
 from dtcache.teacher import Prompt, Teacher, load_teacher, prepare_teacher
 from dtcache.teacher.ddpm import build_unet
 from dtcache.teacher.denoiser import choose_taps
-from dtcache.teacher.noise import sample_noise
 from dtcache.teacher.unet import TappedUNet, UNetDenoiser
 
 CPU = resolve_compute("cpu", "fp32")

@@ -7,9 +7,9 @@ import numpy as np
 
 from dtcache.cache.cache import Cache
 from dtcache.errors import ConfigError
-from dtcache.images import permuted
 from dtcache.options import InspectOptions
 from dtcache.recipe import Json, sha256_json, tap_name
+from dtcache.rng import permuted
 from pipelines.inspect.statistics import measures
 from pipelines.inspect.statistics.decode import Rows
 from pipelines.inspect.statistics.disk_cache import keep, load_kept

@@ -28,10 +28,10 @@ from dtcache.atomic_files import FolderLock
 from dtcache.cache.cache import Cache
 from dtcache.codec.pca_dct import whiten
 from dtcache.errors import ExtractionError
-from dtcache.images import FolderSource, decode_view, permuted
+from dtcache.images import FolderSource, decode_view
 from dtcache.recipe import FailedSample
+from dtcache.rng import permuted, sample_noise
 from dtcache.teacher import load_teacher
-from dtcache.teacher.noise import sample_noise
 from pipelines.extract.extract import require_few_failures
 
 ROOT = Path(__file__).resolve().parents[3]
