@@ -20,8 +20,9 @@ from records import Results, results_flag
 from dtcache.cache.cache import Cache
 from dtcache.codec import FeatureDecoder
 from dtcache.codec.pca_dct import Encoder
-from dtcache.losses.features import at_loss, attention_map, unwhiten
+from dtcache.losses.features import at_loss, attention_map
 from dtcache.options import ExtractOptions
+from dtcache.whitening import unwhiten
 from pipelines.extract.extract import extract
 
 ARMS = ("10x", "50x", "100x")

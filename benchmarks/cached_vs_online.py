@@ -31,9 +31,10 @@ from student_vs_size import reference_losses
 from dtcache.cache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.images.scenes import write_scenes
-from dtcache.losses.features import at_loss, unwhiten, whiten_positions
+from dtcache.losses.features import at_loss
 from dtcache.options import EvaluateOptions, TrainOptions
 from dtcache.store.summary import inspect_cache
+from dtcache.whitening import unwhiten, whiten_positions
 from pipelines.evaluate.evaluate import evaluate
 from pipelines.evaluate.segmentation import segment
 from pipelines.extract.extract import extract

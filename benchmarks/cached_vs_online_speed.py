@@ -21,7 +21,7 @@ from dtcache.distributed import Processes
 from dtcache.losses.objective import make_objective
 from dtcache.options import TrainOptions
 from dtcache.recipe import ViewSpec
-from dtcache.student import Views, build_student
+from dtcache.student import Augmentation, build_student
 from dtcache.teacher.ddpm import build_unet
 from dtcache.teacher.denoiser import choose_taps
 from dtcache.teacher.unet import UNetDenoiser
@@ -119,7 +119,7 @@ def blocks(plan: Plan, images: Path, cache: Path, name: str) -> dict[str, Any]:
             distillation = Distillation(
                 decoder=source.decoder,
                 objective=objective,
-                views=Views(crop=None, jitter=0.0, seed=0),
+                augmentation=Augmentation(seed=0),
                 input_size=student.input_size,
                 whitening=options.whitening,
                 compute=compute,

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dtcache.codec.pca_dct import whiten
 from dtcache.device import resolve_compute
 from dtcache.images import load_views, open_source
 from dtcache.images.scenes import write_scenes
@@ -20,6 +19,7 @@ from dtcache.samples import SampleList
 from dtcache.teacher import LoadedTeacher, Teacher, prepare_teacher
 from dtcache.teacher.ddpm import build_unet, ddpm_scheduler
 from dtcache.teacher.unet import UNetDenoiser
+from dtcache.whitening import whiten
 from pipelines.extract.plan import Job, make_job
 from pipelines.terminal.progress import track
 

@@ -29,7 +29,7 @@ from dtcache.device import Compute, resolve_compute
 from dtcache.losses.objective import make_objective
 from dtcache.options import EvaluateOptions, ExtractOptions, TrainOptions
 from dtcache.store.summary import inspect_cache
-from dtcache.student import Student, Views, build_student
+from dtcache.student import Augmentation, Student, build_student
 from pipelines.evaluate.evaluate import evaluate
 from pipelines.extract.extract import extract
 from pipelines.runs.folder import load_checkpoint
@@ -143,7 +143,7 @@ def reference_losses(
         objective=make_objective(
             options, cache.fit, cache.reader.manifest.recipe["codec"], cache.names
         ),
-        views=Views(crop=None, jitter=0.0, seed=0),
+        augmentation=Augmentation(seed=0),
         input_size=student.input_size,
         whitening=options.whitening,
         compute=compute,

@@ -11,13 +11,13 @@ from PIL import Image
 
 from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
 from dtcache.codec.fit import solve_step, tap_statistics
-from dtcache.codec.pca_dct import whiten
 from dtcache.recipe import CodecSpec, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import IMAGES, payload_arrays
 from dtcache.store.pending_shard import ShardData
 from dtcache.store.sample_index import hash_samples
 from dtcache.store.writer import CacheWriter
+from dtcache.whitening import whiten
 
 TIMESTEP = 150
 # (C, H, W), finest first, of 67,584 and of 2.95 million values a view: a CIFAR-10 DDPM, and ADM at 256 pixels.

@@ -16,6 +16,7 @@ FLOORS = [
         "dtcache.options",
         "dtcache.options.toml",
         "dtcache.payloads",
+        "dtcache.whitening",
         "dtcache.samples",
         "dtcache.atomic_files",
     },

@@ -32,11 +32,11 @@ from dtcache.errors import (
 )
 from dtcache.images import LinkedImages
 from dtcache.images.stored_images import decode_stored
-from dtcache.losses.features import unwhiten
 from dtcache.recipe import ViewSpec, tap_name
 from dtcache.store.layout import DATA, IMAGES, read_fit
 from dtcache.store.manifest import CacheManifest
 from dtcache.store.reader import Allowed, CacheReader
+from dtcache.whitening import unwhiten
 
 if TYPE_CHECKING:
     import dask.array as da

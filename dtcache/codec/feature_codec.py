@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dtcache.codec.float16 import HalfDecoder, HalfEncoder, HalfTap, pack_half, unpack_half
-from dtcache.codec.pca_dct import Decoder, Encoder, whiten
+from dtcache.codec.pca_dct import Decoder, Encoder
 from dtcache.codec.rans import RansTables, decode_batch, encode, rans_tables
 from dtcache.codec.tap_codec import FittedTap
 from dtcache.payloads import Payloads
+from dtcache.whitening import whiten
 
 TapFit = FittedTap | HalfTap
 """The fit of one tap, of either codec."""

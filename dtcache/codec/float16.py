@@ -7,10 +7,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dtcache.codec.pca_dct import energy_about, square_norms
+from dtcache.codec.pca_dct import energy_about
 from dtcache.codec.tap_codec import CONTRADICTION, are_of
 from dtcache.errors import CodecError, PayloadError
 from dtcache.payloads import Payloads
+from dtcache.whitening import square_norms
 
 HEADER_BYTES = 8
 KINDS = {"mean": (np.float16, 1), "grid": (np.int32, 1)}

@@ -7,23 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from dtcache.codec.tap_codec import FittedTap
+from dtcache.whitening import square_norms
 
-WHITEN_EPS = 1e-6
 ROUNDING = 0.42
 """Added before the floor: under 0.5 it widens the dead zone, which pays at low rates (design: codec)."""
-
-
-def whiten(raw_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Non-affine LayerNorm a sample over (C, H, W): return whitened fp32 features, mu (B,) and sigma (B,).
-
-    raw = whitened * sigma + mu, sigma including the epsilon (paper: W, on the teacher only).
-    """
-    raw_BCHW = raw_BCHW.float()
-    count = raw_BCHW[0].numel()
-    mu_B = raw_BCHW.sum((1, 2, 3)) / count
-    centred_BCHW = raw_BCHW - mu_B[:, None, None, None]
-    sigma_B = (square_norms(centred_BCHW) / count + WHITEN_EPS).sqrt().float()
-    return centred_BCHW.div_(sigma_B[:, None, None, None]), mu_B, sigma_B
 
 
 def dct_matrix(size: int) -> Tensor:
@@ -108,14 +95,6 @@ def energy_about(whitened_BCHW: Tensor, mean_C: Tensor) -> Tensor:
         - 2 * sum_BC @ mean
         + whitened_BCHW[0, 0].numel() * mean.square().sum()
     )
-
-
-def square_norms(maps_BCHW: Tensor) -> Tensor:
-    """Return |x|^2 a map, (B,), summed in float64; neither memory order is copied."""
-    if not maps_BCHW.is_contiguous():
-        maps_BCHW = maps_BCHW.permute(0, 2, 3, 1)
-    norms_B: Tensor = torch.linalg.vector_norm(maps_BCHW.flatten(1), dim=1, dtype=torch.float64)
-    return norms_B.square()
 
 
 def quantise(coefficients: Tensor, step: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcache.codec import FeatureDecoder, FittedTap
-from dtcache.losses.features import unwhiten
+from dtcache.whitening import unwhiten
 
 ONLY = "logits"
 

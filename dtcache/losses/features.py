@@ -1,9 +1,6 @@
 """The losses of feature distillation, pure functions in fp32. Shapes: B batch, C channels, H rows, W columns."""
 
-import torch
 from torch import Tensor
-
-from dtcache.codec.pca_dct import WHITEN_EPS
 
 EPS = 1e-12
 """Under every root, so that its gradient exists where the argument is zero."""
@@ -24,18 +21,3 @@ def at_loss(predicted_BCHW: Tensor, raw_BCHW: Tensor) -> Tensor:
     """Return the attention-transfer loss against the RAW teacher feature: the samples' mean distance of unit maps."""
     difference_BP = attention_map(predicted_BCHW) - attention_map(raw_BCHW)
     return (difference_BP.square().sum(1) + EPS).sqrt().mean()
-
-
-def unwhiten(whitened_BCHW: Tensor, scalars_B2: Tensor) -> Tensor:
-    """Return the raw feature from the whitened one and its (sigma, mu) pairs."""
-    sigma_B, mu_B = scalars_B2.float().unbind(1)
-    return torch.addcmul(mu_B[:, None, None, None], whitened_BCHW, sigma_B[:, None, None, None])
-
-
-def whiten_positions(raw_BCHW: Tensor) -> Tensor:
-    """Return fp32 features under a non-affine LayerNorm a position over C: the other reading of the paper's W.
-
-    An ablation: every position then has the same energy, which the attention loss contradicts (design: losses).
-    """
-    centred_BCHW = raw_BCHW.float() - raw_BCHW.float().mean(1, keepdim=True)
-    return centred_BCHW / (centred_BCHW.square().mean(1, keepdim=True) + WHITEN_EPS).sqrt()

@@ -1,7 +1,7 @@
 """The student: a backbone, what it sees, and the regressor that reads the teacher's features off its pyramid."""
 
 from dtcache.optim import make_optimizer
-from dtcache.student.augmentation import Views
+from dtcache.student.augmentation import Augmentation
 from dtcache.student.backbone import (
     Backbone,
     MapsModule,
@@ -14,11 +14,11 @@ from dtcache.student.regressor import FeatureRegressor
 from dtcache.student.student import Student, build_student, probe_maps
 
 __all__ = [
+    "Augmentation",
     "Backbone",
     "FeatureRegressor",
     "MapsModule",
     "Student",
-    "Views",
     "build_student",
     "load_backbone",
     "make_backbone",

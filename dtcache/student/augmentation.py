@@ -1,10 +1,11 @@
-"""What a student sees of a batch: random crops of image and features alike, photometric jitter of the image alone.
+"""Random augmentation of training batches: crops of image and features alike, colour jitter of the image alone.
 
-Shapes: B batch, C channels, H rows, W columns; boxes are (left, top, right, bottom) as shares of the view.
+Shapes: B batch, C channels, H rows, W columns; boxes are (left, top, right, bottom) as fractions of the view's sides.
 """
 
 import math
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,56 +18,62 @@ from dtcache.rng import sample_uniforms
 from dtcache.student.color_jitter import DRAWS, jitter
 
 ASPECTS = (3 / 4, 4 / 3)
-"""Bounds of a crop's aspect ratio, beside the view's own (Szegedy et al. 2015, as RandomResizedCrop has them)."""
-MAX_JITTER = 2.0
+"""Bounds of a crop's aspect ratio relative to the view's own (Szegedy et al. 2015), as in RandomResizedCrop."""
+MAX_COLOR_JITTER = 2.0
 BOX_DRAWS = 4
-VIEW_DRAWS = BOX_DRAWS + DRAWS
-"""Random numbers of a sample at a step that crop and jitter take; what else is drawn takes those after them."""
+AUGMENTATION_DRAWS = BOX_DRAWS + DRAWS
+"""Number of uniforms that crop and jitter take per sample and step; other random choices take the uniforms after."""
 
 
-class Views:
-    """Random crops and jitter, on the device of what they are applied to: pure functions of (seed, step, row)."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Augmentation:
+    """Random crops and colour jitter, computed on the device of the input: pure functions of (seed, step, row)."""
 
-    def __init__(self, *, crop: str | None, jitter: float, seed: int) -> None:
-        """Crop to shares of the area between those of, say, `0.3,1.0`, and jitter at a strength from 0 to 2.
+    scale: str | None = None
+    """Least and most fraction of the area that a crop keeps, such as `0.3,1.0`; None crops nothing."""
+    color_jitter: float = 0.0
+    """Strength of the colour jitter, from 0 (none) to 2; SimCLR's is 1."""
+    seed: int
 
-        Raises ConfigError where these are not such.
-        """
-        if not 0 <= jitter <= MAX_JITTER:
+    def __post_init__(self) -> None:
+        """Check the options. Raises ConfigError for a scale or a strength out of bounds."""
+        if not 0 <= self.color_jitter <= MAX_COLOR_JITTER:
             raise ConfigError(
-                f"--jitter {jitter:g}: expected a strength from 0 (none) to {MAX_JITTER:g}"
+                f"`jitter` {self.color_jitter:g}: expected a strength from 0 (none) to "
+                f"{MAX_COLOR_JITTER:g}"
             )
-        self._areas = parse_crop(crop) if crop is not None else None
-        self._jitter = jitter
-        self._seed = seed
+        if self.scale is not None:
+            parse_scale(self.scale)
 
     def boxes(self, step: int, rows: NDArray[np.int64]) -> Tensor | None:
-        """Return the crops of rows at a step, fp32 (B, 4), or None where nothing is cropped."""
-        if self._areas is None:
+        """Return the crops of rows at a step, fp32 (B, 4), or None if nothing is cropped."""
+        if self.scale is None:
             return None
-        return torch.from_numpy(
-            random_boxes(sample_uniforms(self._seed, step, rows, BOX_DRAWS), self._areas)
-        ).float()
+        uniforms_B4 = sample_uniforms(self.seed, step, rows, BOX_DRAWS)
+        return torch.from_numpy(random_boxes(uniforms_B4, parse_scale(self.scale))).float()
 
     def images(
         self, images_BCHW: Tensor, step: int, rows: NDArray[np.int64], size: tuple[int, int]
     ) -> Tensor:
-        """Return what a student sees of uint8 images: uint8, or fp32 in 0..255; crops are resized to `size` (H, W)."""
+        """Crop uint8 images, resize the crops to `size` (H, W), jitter their colours.
+
+        Returns uint8 images if neither is on, otherwise fp32 in [0, 255].
+        """
         boxes_B4 = self.boxes(step, rows)
         if boxes_B4 is not None:
             images_BCHW = crop_images(images_BCHW, boxes_B4, size)
-        if self._jitter:
-            uniforms = sample_uniforms(self._seed, step, rows, VIEW_DRAWS)[:, BOX_DRAWS:]
+        if self.color_jitter:
+            uniforms = sample_uniforms(self.seed, step, rows, AUGMENTATION_DRAWS)[:, BOX_DRAWS:]
             device = images_BCHW.device
             images_BCHW = 255 * jitter(
                 images_BCHW.float() / 255,
                 torch.from_numpy(uniforms).float().to(device),
-                self._jitter,
+                self.color_jitter,
             )
         return images_BCHW
 
     def masks(self, masks_BHW: Tensor, step: int, rows: NDArray[np.int64]) -> Tensor:
-        """Return masks of their own size, cropped with the boxes of the images, by nearest pixels."""
+        """Crop masks with the boxes of their images by nearest pixels, and keep their size (H, W)."""
         boxes_B4 = self.boxes(step, rows)
         return (
             masks_BHW if boxes_B4 is None else crop_masks(masks_BHW, boxes_B4.to(masks_BHW.device))
@@ -75,7 +82,7 @@ class Views:
     def features(
         self, maps: dict[str, Tensor], step: int, rows: NDArray[np.int64]
     ) -> dict[str, Tensor]:
-        """Return feature maps by array on their own grids, cropped with the boxes of the images."""
+        """Crop feature maps (B, C, H, W) by array with the boxes of their images; each map keeps its grid."""
         boxes_B4 = self.boxes(step, rows)
         if boxes_B4 is None:
             return maps
@@ -85,13 +92,14 @@ class Views:
         }
 
 
-def parse_crop(text: str) -> tuple[float, float]:
-    """Parse `least,most` shares of the area. Raises ConfigError."""
-    found = re.fullmatch(r" *([01](?:\.[0-9]{1,9})?) *, *([01](?:\.[0-9]{1,9})?) *", text)
-    least, most = (float(found[1]), float(found[2])) if found else (0.0, 0.0)
+def parse_scale(text: str) -> tuple[float, float]:
+    """Parse `least,most` fractions of the area. Raises ConfigError unless 0 < least <= most <= 1."""
+    match = re.fullmatch(r" *([01](?:\.[0-9]{1,9})?) *, *([01](?:\.[0-9]{1,9})?) *", text)
+    least, most = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
     if not 0 < least <= most <= 1:
         raise ConfigError(
-            f"--crop {text}: expected two rising shares of the area over 0 and up to 1, such as 0.3,1.0"
+            f"`crop` {text}: expected two rising shares of the area over 0 and up to 1, such as "
+            "0.3,1.0"
         )
     return least, most
 
@@ -99,10 +107,10 @@ def parse_crop(text: str) -> tuple[float, float]:
 def random_boxes(
     uniforms_B4: NDArray[np.float64], areas: tuple[float, float]
 ) -> NDArray[np.float64]:
-    """Return boxes (B, 4) of uniform area and place, inside the view, from numbers in [0, 1).
+    """Return boxes (B, 4) inside the view, of uniform area and position, from uniforms in [0, 1).
 
-    The aspect ratio is log-uniform in [3/4, 4/3], or in as much of it as a box of that area has room for: where
-    RandomResizedCrop tries ten times and gives up, this bounds the choice.
+    The aspect ratio is log-uniform in [3/4, 4/3], or in the part of that range in which a box of the drawn area fits
+    into the view. RandomResizedCrop instead tries ten times and then crops the centre.
     """
     u_area, u_aspect, u_left, u_top = uniforms_B4.T
     area = areas[0] + u_area * (areas[1] - areas[0])
@@ -119,9 +127,9 @@ def random_boxes(
 def crop_maps(
     maps_BCHW: Tensor, boxes_B4: Tensor, size: tuple[int, int], samples: int = 1
 ) -> Tensor:
-    """Return each map's box on a grid `size` (H, W), bilinear between pixel centres, fp32; edges are repeated.
+    """Resample each map's box on a grid `size` (H, W): fp32 (B, C, *size), bilinear between pixel centres.
 
-    A cell is the mean of samples x samples points.
+    Each cell is the mean of samples x samples points; points beyond the edge take the edge's value.
     """
     height, width = maps_BCHW.shape[2:]
     corners_B4 = boxes_B4.to(maps_BCHW.device) * boxes_B4.new_tensor(
@@ -140,16 +148,16 @@ def crop_maps(
 
 
 def crop_images(images_BCHW: Tensor, boxes_B4: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return each image's box resized to `size` (H, W), fp32 in the images' range; averaged where a side shrinks."""
+    """Resize each image's box to `size` (H, W): fp32 in the images' range, averaged over pixels if a side shrinks."""
     shrink = max(images_BCHW.shape[2] / size[0], images_BCHW.shape[3] / size[1])
     return crop_maps(images_BCHW, boxes_B4, size, samples=max(1, math.ceil(shrink)))
 
 
 def crop_masks(masks_BHW: Tensor, boxes_B4: Tensor) -> Tensor:
-    """Return each mask's box on the mask's own grid: the values under the centres of its cells."""
+    """Resample each mask's box on the mask's own grid: the values under the centres of the cells."""
     height, width = masks_BHW.shape[1:]
 
-    def places(low_B: Tensor, high_B: Tensor, count: int) -> Tensor:
+    def indices(low_B: Tensor, high_B: Tensor, count: int) -> Tensor:
         centres_N = (torch.arange(count, device=masks_BHW.device) + 0.5) / count
         return (
             ((low_B[:, None] + centres_N * (high_B - low_B)[:, None]) * count)
@@ -158,7 +166,7 @@ def crop_masks(masks_BHW: Tensor, boxes_B4: Tensor) -> Tensor:
         )
 
     left_B, top_B, right_B, bottom_B = boxes_B4.unbind(1)
-    rows_BH = places(top_B, bottom_B, height)
-    columns_BW = places(left_B, right_B, width)
+    rows_BH = indices(top_B, bottom_B, height)
+    columns_BW = indices(left_B, right_B, width)
     numbers_B11 = torch.arange(len(masks_BHW), device=masks_BHW.device)[:, None, None]
     return masks_BHW[numbers_B11, rows_BH[:, :, None], columns_BW[:, None, :]]

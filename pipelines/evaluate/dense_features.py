@@ -14,7 +14,7 @@ from dtcache.errors import ConfigError, TrainingError
 from dtcache.options import EvaluateOptions
 from dtcache.recipe import ViewSpec
 from dtcache.store.layout import MANIFEST
-from dtcache.student import Views, probe_maps
+from dtcache.student import Augmentation, probe_maps
 from dtcache.student.segmentation_heads import Shapes
 from pipelines.evaluate.cache_features import CachedMaps
 from pipelines.evaluate.image_split import EvaluatedImages
@@ -53,9 +53,13 @@ class Trunk(Protocol):
         """Look at the images before any maps are asked for."""
 
     def maps(
-        self, batch: MaskedBatch, mirrored_B: NDArray[np.bool_], views: Views | None, step: int
+        self,
+        batch: MaskedBatch,
+        mirrored_B: NDArray[np.bool_],
+        augmentation: Augmentation | None,
+        step: int,
     ) -> list[Tensor]:
-        """Return the maps of images, mirrored where told, then cropped and jittered by `views` as of a step."""
+        """Return the maps of images, mirrored where told, then cropped and jittered by `augmentation` as of a step."""
 
 
 class NetworkTrunk:
@@ -81,12 +85,16 @@ class NetworkTrunk:
         self._features.prepare(train, test)
 
     def maps(
-        self, batch: MaskedBatch, mirrored_B: NDArray[np.bool_], views: Views | None, step: int
+        self,
+        batch: MaskedBatch,
+        mirrored_B: NDArray[np.bool_],
+        augmentation: Augmentation | None,
+        step: int,
     ) -> list[Tensor]:
         """Return the maps of images."""
         images_BCHW = mirror(stack_pixels(batch.loaded), mirrored_B)
-        if views is not None:
-            images_BCHW = views.images(images_BCHW, step, batch.rows, self.input_size)
+        if augmentation is not None:
+            images_BCHW = augmentation.images(images_BCHW, step, batch.rows, self.input_size)
         with torch.set_grad_enabled(self._finetune and torch.is_grad_enabled()):
             found: list[Tensor] = self.backbone(self._features.normalised(images_BCHW))
         return found
@@ -123,10 +131,14 @@ class CacheTrunk:
         self._maps.require(train, test)
 
     def maps(
-        self, batch: MaskedBatch, mirrored_B: NDArray[np.bool_], views: Views | None, step: int
+        self,
+        batch: MaskedBatch,
+        mirrored_B: NDArray[np.bool_],
+        augmentation: Augmentation | None,
+        step: int,
     ) -> list[Tensor]:
         """Return the maps of images. Raises TrainingError where the teacher's output is not finite."""
-        assert views is None, "a cache is not finetuned"
+        assert augmentation is None, "a cache is not finetuned"
         found = self._maps(batch.loaded, batch.samples, mirrored=mirrored_B.tolist())
         for sample, *values in zip(batch.samples, *found.values(), strict=True):
             if not all(bool(x.isfinite().all()) for x in values):

@@ -28,8 +28,8 @@ from dtcache.options import EvaluateOptions
 from dtcache.recipe import Json
 from dtcache.rng import permuted, sample_uniforms
 from dtcache.schedule import warmup_cosine
-from dtcache.student import Views, make_optimizer
-from dtcache.student.augmentation import VIEW_DRAWS
+from dtcache.student import Augmentation, make_optimizer
+from dtcache.student.augmentation import AUGMENTATION_DRAWS
 from dtcache.student.blocks import PyramidPooling, resize
 from dtcache.student.logit_head import load_head
 from dtcache.student.segmentation_heads import FpnHead, LinearHead
@@ -46,8 +46,8 @@ WEIGHT_DECAY = 0.01
 WARMUP_SHARE = 0.1
 BACKBONE_LR = 0.1
 """The backbone's rate over the head's, where it is finetuned."""
-CROP = "0.25,1.0"
-JITTER = 0.5
+SCALE = "0.25,1.0"
+COLOR_JITTER = 0.5
 """Random crops and photometric jitter of finetuning; with a frozen backbone images are mirrored at most."""
 HEAD_MOMENTUM = 0.1
 
@@ -228,7 +228,11 @@ def fit_head(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, round(WARMUP_SHARE * total), total)
     )
-    views = Views(crop=CROP, jitter=JITTER, seed=options.seed) if options.finetune else None
+    augmentation = (
+        Augmentation(scale=SCALE, color_jitter=COLOR_JITTER, seed=options.seed)
+        if options.finetune
+        else None
+    )
     with track("segmentation", total) as progress:
         for epoch in range(options.epochs):
             places = permuted(len(order), seed=options.seed, stream=f"segment-{epoch}")[
@@ -237,15 +241,15 @@ def fit_head(
             shuffled = train.chosen([order[place] for place in places])
             for number, batch in enumerate(shuffled.batches(trunk.view, batch_size)):
                 step = epoch * steps + number
-                uniforms_B = sample_uniforms(options.seed, step, batch.rows, VIEW_DRAWS + 1)[
-                    :, VIEW_DRAWS
-                ]
+                uniforms_B = sample_uniforms(
+                    options.seed, step, batch.rows, AUGMENTATION_DRAWS + 1
+                )[:, AUGMENTATION_DRAWS]
                 mirrored_B = trunk.mirrors & (uniforms_B < 0.5)
                 truth_BHW = mirror(torch.from_numpy(batch.masks_BHW), mirrored_B)
-                if views is not None:
-                    truth_BHW = views.masks(truth_BHW, step, batch.rows)
+                if augmentation is not None:
+                    truth_BHW = augmentation.masks(truth_BHW, step, batch.rows)
                 with compute.autocast():
-                    scores_BKhw = head(trunk.maps(batch, mirrored_B, views, step))
+                    scores_BKhw = head(trunk.maps(batch, mirrored_B, augmentation, step))
                 scores_BKHW = resize(scores_BKhw.float(), truth_BHW.shape[1:])
                 loss = cross_entropy(scores_BKHW, truth_BHW.to(compute.device), train.masks.ignore)
                 if not math.isfinite(loss.item()):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtcache.codec.pca_dct import whiten
 from dtcache.errors import TeacherError
 from dtcache.images import LoadedView, load_views
 from dtcache.recipe import Box, Equivariance
 from dtcache.teacher import TeacherBatch
 from dtcache.teacher.ddim_inversion import Inversion
+from dtcache.whitening import whiten
 from pipelines.extract.plan import Job
 from pipelines.terminal.progress import track
 

@@ -15,13 +15,14 @@ from threadpoolctl import threadpool_limits
 from dtcache.atomic_files import disk_errors
 from dtcache.codec import FittedTap, TapFit, sha256_fit
 from dtcache.codec.fit import Solved, TapStatistics, half_fits, solve_step, tap_statistics
-from dtcache.codec.pca_dct import quantise, whiten
+from dtcache.codec.pca_dct import quantise
 from dtcache.codec.rans import encode, rans_tables
 from dtcache.errors import CodecError, ImagesError
 from dtcache.images import load_views
 from dtcache.recipe import CodecSpec, tap_name
 from dtcache.store.shard import CRC_BYTES, ENTRY_BYTES
 from dtcache.store.zstd_frame import ZSTD_LEVEL, pack_frame
+from dtcache.whitening import whiten
 from pipelines.extract.plan import Job
 from pipelines.terminal.progress import track
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from dtcache.cache.cache import Cache, Rows, load_fit
 from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
 from dtcache.codec.fit import Solved, solve_step, tap_statistics
-from dtcache.codec.pca_dct import whiten
 from dtcache.device import cpu_threads, memory_errors, resolve_compute
 from dtcache.errors import CacheIncompleteError, CodecError
 from dtcache.labels import SCORES, Interpreter, require_serves
@@ -36,6 +35,7 @@ from dtcache.store.pending_shard import ShardData
 from dtcache.store.sample_index import parquet_bytes, samples_table
 from dtcache.store.summary import inspect_cache
 from dtcache.store.writer import CacheWriter
+from dtcache.whitening import whiten
 from pipelines.extract.fit_codec import bytes_per_view
 from pipelines.extract.recipe_options import fit_rows
 from pipelines.terminal.progress import track

@@ -12,11 +12,11 @@ from dtcache.cache.cache import TrainBatch
 from dtcache.device import Compute, compile_errors
 from dtcache.distributed import Processes
 from dtcache.labels.label_decoder import LabelDecoder
-from dtcache.losses.features import unwhiten, whiten_positions
 from dtcache.losses.objective import LABEL_TARGET, Objective, Targets
 from dtcache.options import TrainOptions
 from dtcache.recipe import Json, sha256_json
-from dtcache.student import Student, Views
+from dtcache.student import Augmentation, Student
+from dtcache.whitening import unwhiten, whiten_positions
 from pipelines.train.cached_batches import BatchSource
 from pipelines.train.train_state import Learner
 
@@ -32,7 +32,7 @@ class Distillation:
     """Coefficients to whitened features by array."""
     objective: Callable[[Mapping[str, Tensor], Targets], dict[str, Tensor]]
     """An Objective, or what runs it."""
-    views: Views
+    augmentation: Augmentation
     """What a training batch is shown as; held-out batches are shown as they are."""
     input_size: tuple[int, int]
     """(height, width) of the student's input, which crops are resized to."""
@@ -64,15 +64,17 @@ class Distillation:
         images_BCHW = batch.images_BCHW
         targets = self.targets(batch)
         if step is not None:
-            images_BCHW = self.views.images(images_BCHW, step, batch.rows, self.input_size)
+            images_BCHW = self.augmentation.images(images_BCHW, step, batch.rows, self.input_size)
             # Whitened first, cropped after: a crop is not whitened again, whatever it leaves of a map's energy.
             cropped = [
-                self.views.features(maps, step, batch.rows)
+                self.augmentation.features(maps, step, batch.rows)
                 for maps in (targets.whitened, targets.raw)
             ]
             labels = targets.labels
             if labels is not None:
-                labels = self.views.features({LABEL_TARGET: labels}, step, batch.rows)[LABEL_TARGET]
+                labels = self.augmentation.features({LABEL_TARGET: labels}, step, batch.rows)[
+                    LABEL_TARGET
+                ]
             targets = Targets(whitened=cropped[0], raw=cropped[1], labels=labels)
         with self.compute.autocast():
             predicted = student(images_BCHW)

@@ -16,7 +16,6 @@ from dtcache.cache.cache import Rows, TrainBatch
 from dtcache.cache.label_set import LabelSet
 from dtcache.cache.loader import EpochLoader
 from dtcache.codec import TapFit
-from dtcache.codec.pca_dct import whiten
 from dtcache.device import Compute
 from dtcache.distributed import Processes
 from dtcache.errors import BadImageError, ConfigError, ImagesError
@@ -26,6 +25,7 @@ from dtcache.options import ExtractOptions, TrainOptions
 from dtcache.recipe import Json, tap_name
 from dtcache.store.sample_index import hash_samples
 from dtcache.teacher import TeacherBatch
+from dtcache.whitening import whiten
 from pipelines.extract.plan import Job, make_job
 from pipelines.terminal.progress import track
 from pipelines.train.cached_batches import split_rows

@@ -19,7 +19,14 @@ from dtcache.losses.objective import LABEL_TARGET, make_objective
 from dtcache.options import TrainOptions, parse_size
 from dtcache.options.toml import config_text
 from dtcache.schedule import warmup_cosine
-from dtcache.student import Backbone, Student, Views, build_student, probe_maps, save_backbone
+from dtcache.student import (
+    Augmentation,
+    Backbone,
+    Student,
+    build_student,
+    probe_maps,
+    save_backbone,
+)
 from dtcache.student.logit_head import HeadSpec, logit_head, save_head
 from pipelines.runs.folder import (
     CONFIG,
@@ -84,7 +91,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
         raise ConfigError(
             f"--accumulate {options.accumulate}: expected at least 2 samples a part, got {part}"
         )
-    views = Views(crop=options.crop, jitter=options.jitter, seed=options.seed)
+    augmentation = Augmentation(scale=options.crop, color_jitter=options.jitter, seed=options.seed)
     source = make_source(where, options, compute, processes)
     objective = make_objective(options, source.fit, source.recipe.get("codec") or {}, source.names)
     total = options.epochs * source.num_batches
@@ -100,7 +107,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
             if source.labels is not None
             else None,
             objective=objective.to(compute.device),
-            views=views,
+            augmentation=augmentation,
             input_size=student.input_size,
             whitening=options.whitening,
             compute=compute,

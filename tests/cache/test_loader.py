@@ -16,10 +16,10 @@ from store.builders import COARSE, FAILED_ROW, FINE, ROWS, begin, tiny_plan, wri
 from dtcache.cache import loader as loader_module
 from dtcache.cache.cache import Cache, TrainBatch
 from dtcache.cache.loader import EpochLoader
-from dtcache.codec.pca_dct import whiten
 from dtcache.errors import CacheDamagedError, CacheIncompleteError, CacheNotFoundError, ConfigError
 from dtcache.store.layout import IMAGES
 from dtcache.store.shard import index_bytes, parse_index
+from dtcache.whitening import whiten
 
 NAMES = [FINE, COARSE]
 

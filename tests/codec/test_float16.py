@@ -6,9 +6,9 @@ import torch
 
 from dtcache.codec import FeatureDecoder, FeatureEncoder, HalfTap, HostDecoder, sha256_fit
 from dtcache.codec.float16 import pack_half, unpack_half
-from dtcache.codec.pca_dct import whiten
 from dtcache.errors import CodecError, PayloadError
 from dtcache.payloads import pack
+from dtcache.whitening import whiten
 
 SHAPE = (3, 4, 6)
 TAP = "t1/stride4"

@@ -8,8 +8,9 @@ from codec.codec_samples import random_fit
 
 from dtcache.codec import FeatureDecoder, FeatureEncoder, FittedTap, HostDecoder
 from dtcache.codec.fit import quantised_fit, tap_statistics
-from dtcache.codec.pca_dct import WHITEN_EPS, Decoder, Encoder, dct_matrix, quantise, whiten
+from dtcache.codec.pca_dct import Decoder, Encoder, dct_matrix, quantise
 from dtcache.payloads import pack
+from dtcache.whitening import WHITEN_EPS, whiten
 
 
 def features(count: int, shape: tuple[int, int, int], seed: int) -> np.ndarray:

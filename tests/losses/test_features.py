@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dtcache.losses.features import at_loss, attention_map, mse_loss, unwhiten, whiten_positions
+from dtcache.losses.features import at_loss, attention_map, mse_loss
+from dtcache.whitening import unwhiten, whiten_positions
 
 RNG = np.random.default_rng(0)
 P, T = (RNG.standard_normal((3, 5, 4, 6)) for _ in range(2))
@@ -72,7 +73,7 @@ def test_at_has_the_gradient_of_its_formula() -> None:
 
 def test_unwhiten_inverts_layer_norm() -> None:
     """raw = whitened * sigma + mu, with the scalars that whitening returns."""
-    from dtcache.codec.pca_dct import whiten
+    from dtcache.whitening import whiten
 
     raw = tensor(3 * T + 2)
     whitened, mu, sigma = whiten(raw)

@@ -78,7 +78,8 @@ def tiny_plan() -> Plan:
 
     from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
     from dtcache.codec.fit import quantised_fit, tap_statistics
-    from dtcache.codec.pca_dct import Encoder, whiten
+    from dtcache.codec.pca_dct import Encoder
+    from dtcache.whitening import whiten
 
     fit: dict[str, FittedTap] = {}
     raw: dict[str, NDArray[np.float32]] = {}

@@ -1,4 +1,4 @@
-"""Random views: boxes and factors belong to (seed, step, row), and do to pixels what torchvision does."""
+"""Random augmentation: boxes and factors belong to (seed, step, row), and do to pixels what torchvision does."""
 
 import math
 
@@ -10,11 +10,11 @@ import torchvision.transforms.v2.functional as TF
 from dtcache.errors import ConfigError
 from dtcache.rng import sample_uniforms
 from dtcache.student.augmentation import (
-    Views,
+    Augmentation,
     crop_images,
     crop_maps,
     crop_masks,
-    parse_crop,
+    parse_scale,
     random_boxes,
 )
 from dtcache.student.color_jitter import jitter, turn_hue
@@ -68,26 +68,29 @@ def test_shrunk_images_are_averaged() -> None:
 
 def test_without_options_nothing_is_touched() -> None:
     """No crop and no jitter return the very tensors that came in."""
-    views = Views(crop=None, jitter=0.0, seed=0)
+    augmentation = Augmentation(scale=None, color_jitter=0.0, seed=0)
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     maps = {"a": torch.zeros(2, 3, 2, 2)}
-    assert views.images(images, 0, ROWS[:2], (8, 8)) is images
-    assert views.features(maps, 0, ROWS[:2]) is maps
+    assert augmentation.images(images, 0, ROWS[:2], (8, 8)) is images
+    assert augmentation.features(maps, 0, ROWS[:2]) is maps
 
 
 def test_views_are_a_function_of_seed_step_and_row() -> None:
     """A row is shown alike in any batch; another step, seed or row shows it otherwise; crops do not hang on jitter."""
     images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).repeat(3, 1, 1, 1)
-    views = Views(crop="0.3,1.0", jitter=1.0, seed=5)
-    shown = views.images(images, 7, np.array([4, 9, 2]), (16, 16))
-    assert torch.equal(views.images(images[:1], 7, np.array([9]), (16, 16)), shown[1:2])
-    others = [views.images(images[:1], 8, np.array([9]), (16, 16)), shown[:1], shown[2:]]
+    augmentation = Augmentation(scale="0.3,1.0", color_jitter=1.0, seed=5)
+    shown = augmentation.images(images, 7, np.array([4, 9, 2]), (16, 16))
+    assert torch.equal(augmentation.images(images[:1], 7, np.array([9]), (16, 16)), shown[1:2])
+    others = [augmentation.images(images[:1], 8, np.array([9]), (16, 16)), shown[:1], shown[2:]]
     others.append(
-        Views(crop="0.3,1.0", jitter=1.0, seed=6).images(images[:1], 7, np.array([9]), (16, 16))
+        Augmentation(scale="0.3,1.0", color_jitter=1.0, seed=6).images(
+            images[:1], 7, np.array([9]), (16, 16)
+        )
     )
     assert not any(torch.equal(other, shown[1:2]) for other in others)
     assert torch.equal(
-        Views(crop="0.3,1.0", jitter=0.0, seed=5).boxes(7, ROWS), views.boxes(7, ROWS)
+        Augmentation(scale="0.3,1.0", color_jitter=0.0, seed=5).boxes(7, ROWS),
+        augmentation.boxes(7, ROWS),
     )
 
 
@@ -103,11 +106,11 @@ def test_masks_are_cropped_with_their_images() -> None:
 
     y, x = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
     large = torch.stack([(y * 3 // 48 + x * 4 // 64 + i) % 3 for i in range(20)])
-    views = Views(crop="0.25,1.0", jitter=0, seed=3)
+    augmentation = Augmentation(scale="0.25,1.0", color_jitter=0, seed=3)
     rows = ROWS[:20]
     planes = torch.nn.functional.one_hot(large, 3).permute(0, 3, 1, 2).float()
-    shown = views.images(planes, 7, rows, (48, 64)).argmax(1)
-    cropped = views.masks(large, 7, rows)
+    shown = augmentation.images(planes, 7, rows, (48, 64)).argmax(1)
+    cropped = augmentation.masks(large, 7, rows)
     assert (cropped == shown).float().mean() > 0.97 > (large == shown).float().mean()
 
 
@@ -150,11 +153,11 @@ def test_hue_turns_by_the_circle() -> None:
 )
 def test_other_areas_are_refused(text: str) -> None:
     """Anything but two rising shares names the flag; so does a strength out of bounds."""
-    assert parse_crop(" 0.3, 1") == (0.3, 1.0)
-    with pytest.raises(ConfigError, match=r"--crop .*: expected two rising shares of the area"):
-        parse_crop(text)
+    assert parse_scale(" 0.3, 1") == (0.3, 1.0)
+    with pytest.raises(ConfigError, match=r"`crop` .*: expected two rising shares of the area"):
+        parse_scale(text)
     for strength in (-0.1, 2.5, math.nan):
         with pytest.raises(
-            ConfigError, match=r"--jitter .*: expected a strength from 0 \(none\) to 2"
+            ConfigError, match=r"`jitter` .*: expected a strength from 0 \(none\) to 2"
         ):
-            Views(crop=None, jitter=strength, seed=0)
+            Augmentation(scale=None, color_jitter=strength, seed=0)

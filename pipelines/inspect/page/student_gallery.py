@@ -9,11 +9,11 @@ from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelSet
 from dtcache.device import resolve_compute
 from dtcache.errors import CacheDamagedError, CacheMismatchError, ConfigError
-from dtcache.losses.features import unwhiten, whiten_positions
 from dtcache.losses.objective import LABEL_TARGET
 from dtcache.options import InspectOptions, TrainOptions, parse_size
 from dtcache.recipe import Json
 from dtcache.student import Student, build_student
+from dtcache.whitening import unwhiten, whiten_positions
 from pipelines.inspect.page.gallery import (
     BASIS_ROWS,
     Gallery,

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcache.cache.cache import Cache
-from dtcache.codec.pca_dct import whiten
 from dtcache.device import cpu_threads, resolve_compute
 from dtcache.errors import AGAIN, CacheDamagedError
 from dtcache.options import InspectOptions
 from dtcache.recipe import Json
 from dtcache.teacher import Teacher
+from dtcache.whitening import whiten
 from pipelines.extract.recipe_options import cache_teacher
 from pipelines.inspect.statistics.compute import chosen_rows
 from pipelines.inspect.statistics.decode import Rows, decode

@@ -26,12 +26,12 @@ from PIL import Image
 from cli import main
 from dtcache.atomic_files import FolderLock
 from dtcache.cache.cache import Cache
-from dtcache.codec.pca_dct import whiten
 from dtcache.errors import ExtractionError
 from dtcache.images import FolderSource, decode_view
 from dtcache.recipe import FailedSample
 from dtcache.rng import permuted, sample_noise
 from dtcache.teacher import load_teacher
+from dtcache.whitening import whiten
 from pipelines.extract.extract import require_few_failures
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -14,13 +14,13 @@ from torch import nn
 
 from cli import main
 from dtcache.cache.cache import Cache
-from dtcache.codec.pca_dct import whiten
 from dtcache.device import resolve_compute
 from dtcache.errors import CacheMismatchError, ConfigError
 from dtcache.images import FolderSource, decode_view
 from dtcache.options import ExtractOptions
 from dtcache.recipe import ViewSpec
 from dtcache.teacher import CallableTeacher, load_teacher, prepare_teacher
+from dtcache.whitening import whiten
 from pipelines.extract.extract import extract
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"

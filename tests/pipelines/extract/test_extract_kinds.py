@@ -23,12 +23,12 @@ from teacher.test_prompt import save_text_encoder
 
 from cli import main
 from dtcache.cache.cache import Cache
-from dtcache.codec.pca_dct import whiten
 from dtcache.device import resolve_compute
 from dtcache.images import FolderSource, decode_view
 from dtcache.store.manifest import read_manifest
 from dtcache.teacher import Prompt
 from dtcache.teacher.prompt import embed_prompt
+from dtcache.whitening import whiten
 from pipelines.extract.recipe_options import cache_teacher
 
 FLAGS = (

@@ -11,13 +11,13 @@ from click.testing import CliRunner, Result
 
 from cli import main
 from dtcache.cache.cache import Cache
-from dtcache.codec.pca_dct import whiten
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import FolderSource, decode_view, load_views
 from dtcache.options import ExtractOptions
 from dtcache.recipe import Sample
 from dtcache.teacher import load_teacher, prepare_teacher
+from dtcache.whitening import whiten
 from pipelines.evaluate.pooled_features import CacheFeatures
 from pipelines.extract.plan import job_with
 

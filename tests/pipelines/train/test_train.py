@@ -28,7 +28,7 @@ from dtcache.options import TrainOptions
 from dtcache.store.commits import CommitRecord, ShardObject, write_commit
 from dtcache.store.manifest import CacheManifest, read_manifest, write_manifest
 from dtcache.store.sample_index import held_out, read_objects, read_table
-from dtcache.student import Student, Views, build_student
+from dtcache.student import Augmentation, Student, build_student
 from pipelines.train.cached_batches import split_rows
 from pipelines.train.distillation import Distillation, remarks
 from pipelines.train.train import peak_lr
@@ -78,7 +78,9 @@ def distillation(cache: Cache, options: TrainOptions) -> Distillation:
     return Distillation(
         decoder=cache.decoder(cache.names),
         objective=make_objective(options, cache.fit, codec, cache.names),
-        views=Views(crop=options.crop, jitter=options.jitter, seed=options.seed),
+        augmentation=Augmentation(
+            scale=options.crop, color_jitter=options.jitter, seed=options.seed
+        ),
         input_size=(32, 32),
         whitening=options.whitening,
         compute=compute,
@@ -545,7 +547,7 @@ def test_crops_show_image_and_targets_by_one_box(cache: Path) -> None:
     with torch.no_grad():
         whole.losses(student, batch, step=4)
         cropped.losses(student, batch, step=4)
-    boxes = cropped.views.boxes(4, batch.rows)
+    boxes = cropped.augmentation.boxes(4, batch.rows)
     for place, (left, top, right, bottom) in enumerate(boxes.double().tolist()):
         image = batch.images_BCHW[place].double().numpy()
         expected = reference_crop(image, (left, top, right, bottom), (32, 32))
