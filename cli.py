@@ -24,10 +24,12 @@ from pipelines.terminal.flags import (
     PATH,
     WRITES_NOTHING,
     Group,
+    in_flags,
     options_of,
     out_flag,
     print_json,
 )
+from pipelines.terminal.text import printable
 
 
 @click.group(
@@ -177,13 +179,15 @@ def extract(
 
 
 @main.command()
-@click.argument("where", metavar="CACHE_OR_RUN...", type=PATH, nargs=-1, required=True)
+@click.argument("paths", metavar="CACHE_OR_RUN...", type=PATH, nargs=-1, required=True)
 @JSON_FLAG
 @options_of(InspectOptions)
-def inspect(where: tuple[Path, ...], as_json: bool, options: InspectOptions) -> None:
-    """Show what a cache holds, what it costs and whether it is worth training on; never writes into it.
+def inspect(paths: tuple[Path, ...], as_json: bool, options: InspectOptions) -> None:
+    """Show what a cache or a run holds.
 
-    Two caches stand side by side. A student's run shows its results, several runs what differs.
+    One cache: its contents, bytes and, with --stats, statistics of its features. One run of
+    dtcache train: its options and results. Several caches or several runs: what differs. Nothing
+    is written into a cache or a run.
 
     \b
     Example:
@@ -196,11 +200,11 @@ def inspect(where: tuple[Path, ...], as_json: bool, options: InspectOptions) -> 
 
     from pipelines.inspect.inspect import inspect as run
 
-    found = run(where, options)
+    inspected = run(paths, options)
     if as_json:
-        print_json(found.to_json())
+        print_json(inspected.to_json())
     else:
-        Console().print(found.render())
+        Console().print(inspected.render())
 
 
 @main.command()
@@ -209,32 +213,43 @@ def inspect(where: tuple[Path, ...], as_json: bool, options: InspectOptions) -> 
 @options_of(VerifyOptions)
 @click.pass_context
 def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOptions) -> None:
-    """Check every byte of CACHE, finished or not, and say which samples a damage takes away; can repair it.
+    """Check a cache against its hashes, or repair it.
+
+    CACHE may be unfinished. Its label sets are checked too. The report names each damaged file, the
+    samples that it takes away, and the remedy.
 
     \b
-    Exit codes: 0 good, 3 damaged, 4 whole but unfinished, 5 it or a label set in it is nothing
-    that this dtcache reads, 1 any other failure, 2 wrong usage, 130 interrupted.
+    Exit codes:
+      0  good
+      3  damaged
+      4  intact but unfinished
+      5  not a cache, or a cache with parts this version cannot read
+      2  wrong usage; 130  interrupted; 1  any other failure
 
     \b
     Example:
       dtcache verify cats.cache
-      dtcache verify cats.cache --repair --images cats/ --teacher google/ddpm-cat-256 --yes
+      dtcache verify cats.cache --repair --images cats/ --teacher google/ddpm-cat-256
     """
     from rich.console import Console
 
-    from pipelines.verify.verify import EXIT_CODES, NOT_A_CACHE, render_verified, verified_json
+    from pipelines.verify.report import render_verified, verified_json
+    from pipelines.verify.verify import EXIT_CODES, NOT_A_CACHE
     from pipelines.verify.verify import verify as run
+
+    def in_words(text: str) -> str:
+        return in_flags(text, ctx.command)
 
     try:
         verified = run(cache, options)
     except (CacheNotFoundError, CacheFormatError) as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {printable(in_words(str(error)))}", err=True)
         ctx.exit(NOT_A_CACHE)
     if as_json:
-        print_json(verified_json(verified))
+        print_json(verified_json(verified, in_words))
     else:
-        Console().print(render_verified(verified, cache))
-    ctx.exit(EXIT_CODES[verified.found.state])
+        Console().print(render_verified(verified, cache, in_words))
+    ctx.exit(EXIT_CODES[verified.verification.state])
 
 
 @main.group()

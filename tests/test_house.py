@@ -113,7 +113,7 @@ def test_a_library_is_imported_in_one_place_only(
 VERIFY = """
 import cli
 try:
-    cli.main(["verify", {folder!r}, "--repair"])
+    cli.main(["verify", {folder!r}, "--repair", "--dry-run"])
 except SystemExit as done:
     assert done.code == {code}
 """

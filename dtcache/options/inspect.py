@@ -11,25 +11,26 @@ class InspectOptions(Options):
     """Options of `dtcache inspect`."""
 
     stats: bool = option(
-        False, "Read features too: statistics of every tap, with confidence intervals."
+        False, "Compute statistics of every tap, with confidence intervals. Decodes features."
     )
-    samples: int = option(2000, "Samples that statistics are estimated from.", minimum=1)
-    exact: bool = option(False, "Take statistics of every sample instead.")
+    num_samples: int = option(2000, "Samples that the statistics are estimated from.", minimum=1)
+    exact: bool = option(False, "Compute the statistics from all samples.")
     report: Path | None = option(
-        None, "Write a self-contained HTML page; takes the statistics too.", metavar="FILE"
+        None, "Write a self-contained HTML page, with the statistics.", metavar="FILE"
     )
-    gallery: int = option(12, "Images that the page shows with their features.", minimum=1)
+    gallery: int = option(12, "Images that the page shows beside their features.", minimum=1)
     images: Path | None = option(
-        None, "Source of the images, where the cache stores none.", metavar="IMAGES"
+        None, "Source of the images, if the cache stores none.", metavar="IMAGES"
     )
     teacher: str | None = option(
         None,
-        "The cache's teacher: runs it on some samples, to measure the codec afresh and to show originals.",
+        "The cache's teacher. It runs on some samples to remeasure the codec's error and to show "
+        "the original features.",
         metavar="DIR_OR_ID",
     )
     cache: Path | None = option(
-        None, "The cache that a run was trained on, for its page.", metavar="CACHE"
+        None, "The cache that a run was trained on, for the run's page.", metavar="CACHE"
     )
     device: str = option(
-        "auto", f"{AUTO_DEVICE}; for the teacher and the student.", metavar="DEVICE"
+        "auto", f"Device of the teacher or the student: {AUTO_DEVICE}.", metavar="DEVICE"
     )

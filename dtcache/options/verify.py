@@ -10,18 +10,22 @@ from dtcache.options.field import Options, option, seed_option
 class VerifyOptions(Options):
     """Options of `dtcache verify`."""
 
-    sample: str = option(
-        "100%", "Check this share of the shards, whole, and all other files.", metavar="SHARE"
+    fraction: float = option(
+        1.0,
+        "Share of the shards to check, over 0 and up to 1. All other files are always checked.",
+        minimum=0,
+        maximum=1,
     )
-    seed: int = seed_option("Seed of the choice that --sample makes.")
-    repair: bool = option(False, "Show what a repair would do; nothing is written without --yes.")
+    seed: int = seed_option("Seed of the random choice of shards.")
+    repair: bool = option(
+        False,
+        "Recompute damaged files. A file is written only if its SHA-256 is the recorded one.",
+    )
+    dry_run: bool = option(False, "With --repair: show the plan of the repair and write nothing.")
     images: Path | None = option(None, "Repair: the images that the cache was extracted from.")
     teacher: str | None = option(
-        None, "Repair: the teacher that it was extracted with.", metavar="DIR_OR_ID"
+        None, "Repair: the teacher that the cache was extracted with.", metavar="DIR_OR_ID"
     )
     interpreter: Path | None = option(
-        None, "Repair: the interpreter that a label set was written with.", metavar="DIR"
-    )
-    yes: bool = option(
-        False, "Repair: do it. Only bytes whose SHA-256 is the recorded one are written."
+        None, "Repair: the interpreter that wrote the label set.", metavar="DIR"
     )

@@ -1,9 +1,9 @@
-"""Repair: makes what is damaged of a cache and its label sets anew; publishes only bytes of the recorded SHA-256."""
+"""The repair of a cache and its label sets: recompute damaged files, write only the recorded bytes."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from dtcache.images import load_views, open_source
 from dtcache.labels import Interpreter, load_interpreter
 from dtcache.options import LabelWriteOptions, VerifyOptions
 from dtcache.store.commits import ShardObject
-from dtcache.store.contents import Contents, WantedObject, file_problem, read_contents
+from dtcache.store.contents import WantedObject, file_problem, read_contents
 from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import LABELS, SAMPLES, SHARDS
 from dtcache.store.manifest import CacheManifest, require_same
@@ -37,134 +37,169 @@ from pipelines.extract.shard import run_shard
 from pipelines.extract.shard_runner import decode_threads
 from pipelines.label.label_writer import LabelJob, label_encoder
 from pipelines.terminal.progress import track
-from pipelines.verify.verify import Repair, afresh, remedy, repairable, verify_cache
+from pipelines.verify.check import Repair, remedy, repairable, start_over, verify_cache
 
 OTHER_BYTES = (
-    "made anew it has another SHA-256 than the recorded one, so it was not written; repair on the type of machine, and "
-    "with the versions, that wrote it (extraction.log.json names an extraction's), or make all of it again"
+    "the recomputed bytes do not have the recorded SHA-256, so they were not written; repair on "
+    "the type of machine and with the versions that wrote the file (extraction.log.json names "
+    "those of an extraction), or write everything again"
 )
 
 
-def repair_cache(
-    root: Path, options: VerifyOptions, share: float
-) -> tuple[Verification, list[Repair]]:
-    """Verify a cache and its label sets under their locks and make what is damaged anew.
+def repair_cache(root: Path, options: VerifyOptions) -> tuple[Verification, list[Repair]]:
+    """Verify a cache and its label sets under their locks, and recompute what is damaged.
 
-    Returns what is left, and what came of each file. Raises CacheBusyError where another process writes one of them,
-    CacheMismatchError or TeacherError where images or teacher are not those of the extraction, ConfigError where the
-    interpreter is none, DiskError, and what verifying raises.
+    Features come before labels, which are computed from them. Returns the verification without the
+    repaired damage, and the outcome for each damaged file. Raises CacheBusyError if another process
+    writes the cache or a label set, CacheMismatchError or TeacherError if images or teacher are not
+    those of the extraction, ConfigError if the interpreter cannot be loaded, DiskError, and what
+    `verify_cache` raises.
     """
-    read_contents(root)  # locking would make the folder
+    read_contents(root)  # raises if there is no cache; taking the lock would create the folder
     interpreter = load_interpreter(options.interpreter) if options.interpreter is not None else None
     with ExitStack() as locks:
         for folder in (root, *(root / LABELS / name for name in label_set_names(root))):
             locks.enter_context(FolderLock(folder))
-        found = verify_cache(root, share, options.seed)
-        left, outcomes = _repaired(root, found, None, lambda: _feature_shards(root, found, options))
+        verification = verify_cache(root, options)
+        features = partial(_recompute_features, options=options)
+        logits = partial(_recompute_labels, cache=root, interpreter=interpreter)
+        left, repairs = _repair_one(root, verification, None, features)
         labels = {}
-        for name, inner in found.labels.items():
-            make = partial(_label_shards, root, name, inner, interpreter)
-            labels[name], of_set = _repaired(root / LABELS / name, inner, name, make)
-            outcomes += [
-                replace(repair, path=f"{LABELS}/{name}/{repair.path}") for repair in of_set
+        for name, of_set in verification.labels.items():
+            labels[name], set_repairs = _repair_one(root / LABELS / name, of_set, name, logits)
+            repairs += [
+                replace(repair, path=f"{LABELS}/{name}/{repair.path}") for repair in set_repairs
             ]
-        return replace(left, labels=labels), outcomes
+        return replace(left, labels=labels), repairs
 
 
-def _repaired(
-    root: Path, found: Verification, label_set: str | None, make_shards: Callable[[], list[Repair]]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Damaged:
+    """A cache, or one of its label sets, whose manifest is intact and other files may not be."""
+
+    root: Path
+    label_set: str | None
+    """None for the cache itself."""
+    manifest: CacheManifest
+    verification: Verification
+
+    def shards(self) -> dict[int, list[WantedObject]]:
+        """Return the damaged files of each shard that has one."""
+        by_path = {wanted.path: wanted for wanted in self.verification.contents.objects}
+        damaged = dict[int, list[WantedObject]]()
+        for damage in self.verification.damage:
+            if damage.shard is not None:
+                damaged.setdefault(damage.shard, []).append(by_path[damage.path])
+        return damaged
+
+    def refuse_shards(self, note: str) -> list[Repair]:
+        """Return the refusal of every damaged shard file, for one reason."""
+        return [
+            Repair(path=damage.path, outcome="refused", note=note)
+            for damage in self.verification.damage
+            if damage.shard is not None
+        ]
+
+    def write_shard(
+        self, wanted: WantedObject, shard: ShardData, mismatch: str = OTHER_BYTES
+    ) -> Repair:
+        """Write one array's file of a recomputed shard if it has the recorded SHA-256."""
+        if wanted.sha256 is None:
+            note = "the record of its SHA-256 is damaged too; repair that file first"
+            return Repair(path=wanted.path, outcome="refused", note=note)
+        array = self.manifest.arrays[wanted.array.name]
+        entries = array.shard_rows * array.payloads_a_row
+        content = build_shard(shard.payloads[array.name], array.length, entries)
+        return self.write(wanted.path, content, wanted.sha256, mismatch)
+
+    def write(
+        self, path: str, content: bytes, sha256: str | None, mismatch: str = OTHER_BYTES
+    ) -> Repair:
+        """Write a file if `content` has the recorded SHA-256; else refuse with the note `mismatch`."""
+        if sha256 is None or hashlib.sha256(content).hexdigest() != sha256:
+            return Repair(path=path, outcome="refused", note=mismatch)
+        make_folders((self.root / path).parent)
+        write_file(self.root / path, content)
+        problem = file_problem(self.root / path, sha256)
+        if problem is not None:
+            note = f"written, but the disk returns other bytes ({problem}); check the disk"
+            return Repair(path=path, outcome="refused", note=note)
+        return Repair(path=path, outcome="repaired", note="it has the recorded SHA-256")
+
+
+def _repair_one(
+    root: Path,
+    verification: Verification,
+    label_set: str | None,
+    recompute: Callable[[_Damaged], list[Repair]],
 ) -> tuple[Verification, list[Repair]]:
-    """Repair the cache, or the label set, at `root`; return what is left, and what came of each file."""
-    outcomes = [
-        Repair(path=d.path, outcome="impossible", note=remedy(d, label_set))
-        for d in found.damage
-        if not repairable(d)
+    """Repair the cache or the label set at `root`; `recompute` repairs its damaged shard files.
+
+    Returns the verification without the repaired damage, and the outcome for each damaged file.
+    """
+    repairs = [
+        Repair(path=damage.path, outcome="impossible", note=remedy(damage, label_set))
+        for damage in verification.damage
+        if not repairable(damage)
     ]
-    outcomes += _repair_files(root, found, label_set)
-    if _damaged_shards(found):
-        outcomes += make_shards()
-    done = {repair.path for repair in outcomes if repair.outcome == "repaired"}
-    return replace(found, damage=tuple(d for d in found.damage if d.path not in done)), outcomes
+    manifest = verification.contents.manifest
+    if manifest is not None:
+        damaged = _Damaged(
+            root=root, label_set=label_set, manifest=manifest, verification=verification
+        )
+        repairs += _rebuild_indices(damaged)
+        if damaged.shards():
+            repairs += recompute(damaged)
+    repaired = {repair.path for repair in repairs if repair.outcome == "repaired"}
+    left = tuple(damage for damage in verification.damage if damage.path not in repaired)
+    return replace(verification, damage=left), repairs
 
 
-def _damaged_shards(found: Verification) -> dict[int, list[WantedObject]]:
-    """Return the damaged files of each shard that has one."""
-    wanted = {o.path: o for o in found.contents.objects}
-    damaged = dict[int, list[WantedObject]]()
-    for damage in found.damage:
-        if damage.shard is not None:
-            damaged.setdefault(damage.shard, []).append(wanted[damage.path])
-    return damaged
-
-
-def _refused(found: Verification, note: str) -> list[Repair]:
-    """Return the refusal of every damaged shard file."""
-    return [
-        Repair(path=d.path, outcome="refused", note=note)
-        for d in found.damage
-        if d.shard is not None
+def _rebuild_indices(damaged: _Damaged) -> list[Repair]:
+    """Rebuild Zarr nodes and the shard index from the manifest and the intact files."""
+    root = damaged.root
+    manifest = damaged.manifest
+    paths = [
+        damage.path
+        for damage in damaged.verification.damage
+        if damage.shard is None and repairable(damage)
     ]
+    contents = {}
+    if any(path != SHARDS for path in paths):
+        contents = zarr_nodes(root, manifest)
+    if SHARDS in paths and not damaged.shards():
+        # The recorded hash of the index proves that every shard file is the recorded one.
+        contents[SHARDS] = parquet_bytes(shards_table(_objects_on_disk(damaged)))
+    repairs = []
+    for path in paths:
+        if path in contents:
+            repairs.append(damaged.write(path, contents[path], manifest.files.get(path)))
+        else:
+            note = (
+                f"the files that it follows from are damaged too; {start_over(damaged.label_set)}"
+            )
+            repairs.append(Repair(path=path, outcome="refused", note=note))
+    return repairs
 
 
-def _repair_files(root: Path, found: Verification, label_set: str | None) -> list[Repair]:
-    """Make Zarr nodes and the shard index anew, from the manifest and the files that are whole."""
-    manifest = found.contents.manifest
-    paths = [d.path for d in found.damage if d.shard is None and repairable(d)]
-    if manifest is None or not paths:
-        return []
-    made = zarr_nodes(root, manifest) if any(path != SHARDS for path in paths) else {}
-    if SHARDS in paths and not _damaged_shards(found):
-        # Its own hash proves that every shard file is the one recorded.
-        made[SHARDS] = parquet_bytes(shards_table(_objects(root, found.contents)))
-    return [
-        _published(root, path, made[path], manifest.files.get(path))
-        if path in made
-        else Repair(
-            path=path,
-            outcome="refused",
-            note=f"what it follows from is damaged too; {afresh(label_set)}",
-        )
-        for path in paths
-    ]
+def _objects_on_disk(damaged: _Damaged) -> Iterator[tuple[int, ShardObject]]:
+    """Yield shard number and record of every shard file, as it is on disk."""
+    for wanted in damaged.verification.contents.objects:
+        path = damaged.root / wanted.path
+        size = path.stat().st_size
+        yield wanted.shard, ShardObject(path=wanted.path, size=size, sha256=file_sha256(path))
 
 
-def _objects(root: Path, contents: Contents) -> Iterator[tuple[int, ShardObject]]:
-    """Yield the shard files as they are on disk."""
-    for wanted in contents.objects:
-        path = root / wanted.path
-        yield (
-            wanted.shard,
-            ShardObject(path=wanted.path, size=path.stat().st_size, sha256=file_sha256(path)),
-        )
-
-
-def _published(root: Path, path: str, content: bytes, sha256: str | None) -> Repair:
-    """Write a file's bytes where they are the recorded ones; nothing is touched otherwise."""
-    if sha256 is None or hashlib.sha256(content).hexdigest() != sha256:
-        return Repair(path=path, outcome="refused", note=OTHER_BYTES)
-    make_folders((root / path).parent)
-    write_file(root / path, content)
-    problem = file_problem(root / path, sha256)
-    if problem is not None:
-        return Repair(
-            path=path,
-            outcome="refused",
-            note=f"written, but read back wrong: {problem}; check the disk",
-        )
-    return Repair(path=path, outcome="repaired", note="its SHA-256 is the recorded one")
-
-
-def _feature_shards(root: Path, found: Verification, options: VerifyOptions) -> list[Repair]:
-    """Compute the shards that have a damaged file again, as the extraction did, and write those files."""
-    manifest = found.contents.manifest
-    outcomes = list[Repair]()
-    assert manifest is not None
+def _recompute_features(damaged: _Damaged, options: VerifyOptions) -> list[Repair]:
+    """Recompute the damaged shards of features as the extraction did, and write their files."""
+    root = damaged.root
+    manifest = damaged.manifest
     if options.images is None or options.teacher is None:
-        return _refused(found, "give --images and --teacher, of which it is computed")
+        return damaged.refuse_shards("pass `images` and `teacher`, from which it is computed")
     try:
         fit = load_fit(root, manifest)
     except CacheDamagedError as error:
-        return _refused(found, str(error))
+        return damaged.refuse_shards(str(error))
     asked_for = options_of(manifest.recipe, options.teacher)
     job = job_with(
         open_source(options.images, track),
@@ -176,10 +211,11 @@ def _feature_shards(root: Path, found: Verification, options: VerifyOptions) -> 
     require_same_job(root, manifest.recipe, wanted_recipe, job)
     encoder = FeatureEncoder(fit, resolve_compute(asked_for.device, asked_for.precision).device)
     array = next(iter(manifest.arrays.values()))
-    damaged = _damaged_shards(found)
-    rows = {shard: array.rows_of(shard) for shard in damaged}
+    shards = damaged.shards()
+    rows = {shard: array.rows_of(shard) for shard in shards}
+    repairs = list[Repair]()
     with cpu_threads(asked_for.threads), track("repair", sum(map(len, rows.values()))) as progress:
-        for shard, files in damaged.items():
+        for shard, files in shards.items():
             todo = (job.samples[row].index for row in rows[shard])
             views = load_views(
                 job.source, todo, job.view, threads=decode_threads(job.teacher.device)
@@ -193,87 +229,71 @@ def _feature_shards(root: Path, found: Verification, options: VerifyOptions) -> 
                 fit_rows(len(job.samples)),
                 progress.advance,
             )
-            changed = _changed_image(root, found.contents, job, work)
-            outcomes += [_republished(root, manifest, wanted, work, changed) for wanted in files]
-    return outcomes
+            mismatch = OTHER_BYTES
+            changed = _first_changed_image(damaged, job, work)
+            if changed is not None:
+                mismatch = (
+                    f"image {changed} has changed since the extraction, so nothing was written; "
+                    "pass the images of the extraction"
+                )
+            repairs += [damaged.write_shard(wanted, work, mismatch) for wanted in files]
+    return repairs
 
 
-def _label_shards(
-    root: Path, name: str, found: Verification, interpreter: Interpreter | None
+def _first_changed_image(damaged: _Damaged, job: Job, work: ShardData) -> str | None:
+    """Return the key of the first image of a shard whose bytes are not those that were cached."""
+    rows = next(iter(damaged.manifest.arrays.values())).rows_of(work.shard)
+    cached = _cached_hashes(damaged, work.shard, rows)
+    for row, known, now in zip(rows, cached, work.content_sha256, strict=False):
+        if known != now:
+            return job.samples[row].key
+    return None
+
+
+def _cached_hashes(damaged: _Damaged, shard: int, rows: range) -> Sequence[str | None]:
+    """Return the recorded SHA-256 of a shard's images; empty if its records are damaged."""
+    contents = damaged.verification.contents
+    if shard in contents.records:
+        return contents.records[shard].content_sha256
+    if contents.keys is None:
+        return ()
+    column = read_table(damaged.root / SAMPLES)["content_sha256"][rows.start : rows.stop]
+    return [value.hex() if value is not None else None for value in column.to_pylist()]
+
+
+def _recompute_labels(
+    damaged: _Damaged, cache: Path, interpreter: Interpreter | None
 ) -> list[Repair]:
-    """Compute the damaged shards of a label set again from the cache's features, and write their files."""
-    manifest = found.contents.manifest
-    outcomes = list[Repair]()
-    label_set = root / LABELS / name
-    assert manifest is not None
+    """Recompute the damaged shards of a label set from the cache's features, and write their files."""
+    manifest = damaged.manifest
     teacher = manifest.recipe["teacher"]
     if interpreter is None or interpreter.weights_sha256 != teacher["weights_sha256"]:
-        whose = f"the interpreter that wrote it, whose weights' SHA-256 is {teacher['weights_sha256'][:16]}..."
-        return _refused(found, f"give --interpreter, {whose}")
+        return damaged.refuse_shards(
+            "pass `interpreter`, the one that wrote the label set, with weights of SHA-256 "
+            f"{teacher['weights_sha256'][:16]}..."
+        )
+    repairs = list[Repair]()
+    shards = damaged.shards()
     try:
         options = LabelWriteOptions(
-            name=name, batch_size=teacher["batch_size"], device=teacher["device_type"]
+            name=damaged.root.name, batch_size=teacher["batch_size"], device=teacher["device_type"]
         )
-        job = LabelJob(root, interpreter, options)
+        job = LabelJob(cache, interpreter, options)
         wanted_recipe = job.asked()
         del wanted_recipe["codec"]  # the set's own fit is used
-        require_same(label_set, manifest.recipe, wanted_recipe)
-        encoder = label_encoder(label_set, manifest)
+        require_same(damaged.root, manifest.recipe, wanted_recipe)
+        encoder = label_encoder(damaged.root, manifest)
         with (
             cpu_threads(manifest.recipe["threads"]),
-            track("repair", len(_damaged_shards(found))) as progress,
+            track("repair", len(shards)) as progress,
         ):
-            for shard, files in _damaged_shards(found).items():
+            for shard, files in shards.items():
                 work = job.shard(manifest, encoder, shard)
-                outcomes += [
-                    _republished(label_set, manifest, wanted, work, "") for wanted in files
-                ]
+                repairs += [damaged.write_shard(wanted, work) for wanted in files]
                 progress.advance(1)
-    except CacheError as error:  # of this set, or of the features that it is computed from
-        known = {repair.path for repair in outcomes}
-        outcomes += [repair for repair in _refused(found, str(error)) if repair.path not in known]
-    return outcomes
-
-
-def _republished(
-    root: Path, manifest: CacheManifest, wanted: WantedObject, work: ShardData, changed: str
-) -> Repair:
-    if wanted.sha256 is None:
-        note = "its record is damaged too, so nothing tells the right bytes; mend that first"
-        return Repair(path=wanted.path, outcome="refused", note=note)
-    array = manifest.arrays[wanted.array.name]
-    content = build_shard(
-        work.payloads[array.name], array.length, array.shard_rows * array.payloads_a_row
-    )
-    made = _published(root, wanted.path, content, wanted.sha256)
-    return replace(made, note=changed) if made.note == OTHER_BYTES and changed else made
-
-
-def _changed_image(root: Path, contents: Contents, job: Job, work: ShardData) -> str:
-    """Return a line about the first image whose bytes are not those that were cached, or nothing."""
-    return next(
-        (
-            f"image {job.samples[row].key} has changed since, so it was not written; give the images of the extraction"
-            for row, known, now in _hashes(root, contents, work)
-            if known != now
-        ),
-        "",
-    )
-
-
-def _hashes(
-    root: Path, contents: Contents, work: ShardData
-) -> Iterator[tuple[int, str | None, str | None]]:
-    manifest = contents.manifest
-    assert manifest is not None
-    rows = next(iter(manifest.arrays.values())).rows_of(work.shard)
-    known: Sequence[str | None] = []
-    if work.shard in contents.records:
-        known = contents.records[work.shard].content_sha256
-    elif contents.keys is not None:
-        column = read_table(root / SAMPLES)["content_sha256"]
-        known = [
-            value.hex() if value is not None else None
-            for value in column[rows.start : rows.stop].to_pylist()
+    except CacheError as error:  # of this label set, or of the features that it is computed from
+        done = {repair.path for repair in repairs}
+        repairs += [
+            refused for refused in damaged.refuse_shards(str(error)) if refused.path not in done
         ]
-    return zip(rows, known, work.content_sha256, strict=False)
+    return repairs

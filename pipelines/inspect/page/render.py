@@ -16,7 +16,7 @@ MAX_BYTES = 10_000_000
 def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
     """Write a page of a template. Raises ConfigError where it would exceed 10 MB, and DiskError."""
     environment = Environment(
-        loader=PackageLoader("pipelines", "page"),
+        loader=PackageLoader("pipelines.inspect", "page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -212,9 +212,7 @@ def test_a_lost_shard_of_an_inverted_cache_is_made_anew(
     victim = inverted / "data.zarr/t200/stride8/c.1.0.0"
     before = victim.read_bytes()
     victim.unlink()
-    result = run(
-        "verify", inverted, "--repair", "--images", scene_folder, "--teacher", teacher_dir, "--yes"
-    )
+    result = run("verify", inverted, "--repair", "--images", scene_folder, "--teacher", teacher_dir)
     assert result.exit_code == 0, result.output
     assert victim.read_bytes() == before
 

@@ -92,9 +92,7 @@ def require_whole_and_mendable(root: Path, images: Path, teacher: Path) -> None:
     wanted = tree(root)
     name = Cache(root).names[-1]
     (root / "data.zarr" / name / "c.1.0.0").unlink()
-    result = run(
-        "verify", root, "--repair", "--images", images, "--teacher", teacher, "--yes", "--json"
-    )
+    result = run("verify", root, "--repair", "--images", images, "--teacher", teacher, "--json")
     repairs = json.loads(succeeded(result).stdout)["repair"]
     assert [(r["path"], r["outcome"]) for r in repairs] == [
         (f"data.zarr/{name}/c.1.0.0", "repaired")
@@ -195,7 +193,7 @@ def test_a_damaged_embedding_is_never_used(
     assert "the prompt's embedding is not the one that the recipe names" in refused.output
     (out / "data.zarr/t150/stride4/c.1.0.0").unlink()
     repair = run(
-        "verify", out, "--repair", "--images", scene_folder, "--teacher", teacher, "--yes", "--json"
+        "verify", out, "--repair", "--images", scene_folder, "--teacher", teacher, "--json"
     )
     assert repair.exit_code == 1
     assert "the prompt's embedding is not the one that the recipe names" in repair.stderr

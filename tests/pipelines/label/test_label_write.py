@@ -241,7 +241,7 @@ def test_verify_reads_every_byte_of_a_label_set(copy: Path) -> None:
     assert found["damage"] == []
     (damage,) = found["labels"][NAME]["damage"]
     assert damage["path"].startswith("data.zarr/t0/logits/c.")
-    assert damage["remedy"] == "run dtcache verify with --repair --interpreter INTERPRETER --yes"
+    assert damage["remedy"] == "run dtcache verify with --repair and --interpreter"
     assert len(damage["samples"]) == 1
     result = run("verify", copy)
     assert f"labels/{NAME}/{damage['path']}" in result.output

@@ -74,7 +74,6 @@ def repair(root: Path, images: Path, teacher: Path) -> tuple[Result, dict[str, d
         images,
         "--teacher",
         teacher,
-        "--yes",
         "--json",
     ]
     result = CliRunner().invoke(main, [str(part) for part in command])
@@ -120,9 +119,11 @@ def test_a_lost_shard_index_is_proved_by_its_own_hash(
     before = tree(root)
     result, said = repair(root, scene_folder, teacher_dir)
     assert result.exit_code == 3
-    wanted_note = "what it follows from is damaged too; delete this cache and extract it again"
+    wanted_note = (
+        "the files that it follows from are damaged too; delete this cache and extract it again"
+    )
     assert said["shards.parquet"]["note"] == wanted_note
-    assert "its record is damaged too" in said["data.zarr/images/c.1.0"]["note"]
+    assert "the record of its SHA-256 is damaged too" in said["data.zarr/images/c.1.0"]["note"]
     assert tree(root) == before
     flip(root / "data.zarr/images/c.1.0")
     result, said = repair(root, scene_folder, teacher_dir)
@@ -187,7 +188,7 @@ def test_other_bytes_are_refused(
     line = said["data.zarr/t150/stride8/c.0.0.0"]
     assert (line["outcome"], said["data.zarr/images/c.0.0"]["outcome"]) == ("refused", "repaired")
     assert (
-        "made anew it has another SHA-256 than the recorded one, so it was not written; repair on"
+        "the recomputed bytes do not have the recorded SHA-256, so they were not written; repair on"
         in line["note"]
     )
     assert tree(root) == {**wanted, "data.zarr/t150/stride8/c.0.0.0": damaged}
@@ -208,7 +209,7 @@ def test_other_images_or_another_teacher_are_refused(
     result, said = repair(root, images, teacher_dir)
     assert result.exit_code == 3
     assert (
-        f"image {key} has changed since, so it was not written"
+        f"image {key} has changed since the extraction, so nothing was written"
         in said["data.zarr/images/c.0.0"]["note"]
     )
     (images / key).rename(images / key.replace("/", "/renamed-"))

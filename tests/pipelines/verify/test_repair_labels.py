@@ -31,7 +31,7 @@ def run(*arguments: object) -> Result:
 
 def repair(root: Path, *flags: object) -> tuple[Result, dict[str, tuple[str, str]]]:
     """Repair for good; return the result, and outcome and note of each file."""
-    result = run(root, "--repair", *flags, "--yes", "--json")
+    result = run(root, "--repair", *flags, "--json")
     lines = json.loads(result.stdout)["repair"] if result.stdout else []
     return result, {line["path"]: (line["outcome"], line["note"]) for line in lines}
 
@@ -72,7 +72,7 @@ def test_features_are_repaired_before_the_labels_that_follow_from_them(
     before = tree(root)
     result, said = repair(root, "--interpreter", interpreter)
     assert result.exit_code == 3
-    assert said[feature] == ("refused", "give --images and --teacher, of which it is computed")
+    assert said[feature] == ("refused", "pass --images and --teacher, from which it is computed")
     assert said[SHARD][0] == "refused"
     assert f"{feature}: expected" in said[SHARD][1]
     assert tree(root) == before
@@ -111,8 +111,8 @@ def test_an_unfinished_label_set_is_repaired_too(
     flip(record)
     result, said = repair(root, "--interpreter", interpreter)
     assert result.exit_code == 3
-    assert said[SHARD] == ("repaired", "its SHA-256 is the recorded one")
-    advice = "delete it and run its dtcache label write again: it computes the shard anew"
+    assert said[SHARD] == ("repaired", "it has the recorded SHA-256")
+    advice = "delete it and run dtcache label write again: that recomputes the shard"
     assert said[f"{SET}/commits/000000.json"] == ("impossible", advice)
     record.unlink()
     assert CliRunner().invoke(main, [*map(str, command)]).exit_code == 0
@@ -137,7 +137,7 @@ def test_what_cannot_be_repaired_is_left_and_said(
         assert result.exit_code == 3
         assert said[SHARD][0] == "refused"
         assert (
-            "give --interpreter, the interpreter that wrote it, whose weights' SHA-256 is "
+            "pass --interpreter, the one that wrote the label set, with weights of SHA-256 "
             in said[SHARD][1]
         )
     with monkeypatch.context() as patch:
@@ -146,22 +146,22 @@ def test_what_cannot_be_repaired_is_left_and_said(
         result, said = repair(root, "--interpreter", interpreter)
     assert result.exit_code == 3
     assert (
-        "made anew it has another SHA-256 than the recorded one, so it was not written; repair on"
+        "the recomputed bytes do not have the recorded SHA-256, so they were not written; repair on"
         in said[SHARD][1]
     )
     (root / SET / "shards.parquet").unlink()
     result, said = repair(root, "--interpreter", interpreter)
-    again = "delete labels/parts and run its dtcache label write again"
+    again = "delete labels/parts and run dtcache label write again"
     assert said[f"{SET}/shards.parquet"] == (
         "refused",
-        f"what it follows from is damaged too; {again}",
+        f"the files that it follows from are damaged too; {again}",
     )
-    assert "its record is damaged too" in said[SHARD][1]
+    assert "the record of its SHA-256 is damaged too" in said[SHARD][1]
     flip(root / SHARD)
     result, said = repair(root, "--interpreter", interpreter)
     assert (result.exit_code, said) == (
         0,
-        {f"{SET}/shards.parquet": ("repaired", "its SHA-256 is the recorded one")},
+        {f"{SET}/shards.parquet": ("repaired", "it has the recorded SHA-256")},
     )
     flip(root / SHARD)
     assert tree(root) == before
@@ -174,22 +174,21 @@ def test_what_cannot_be_repaired_is_left_and_said(
 
 
 def test_the_plan_names_the_flags_that_are_missing(root: Path) -> None:
-    """Without --yes a repair says what it would do for a label set and what it needs; nothing is written."""
+    """--repair --dry-run says what a repair of a label set does and needs; nothing is written."""
     flip(root / SHARD)
     before = tree(root)
-    output = " ".join(run(root, "--repair").output.split())
-    assert f"planned: {SHARD}: compute shard 1 (16 images) again with the interpreter" in output
-    assert "nothing was written: add --interpreter and --yes to do what is planned" in output
+    output = " ".join(run(root, "--repair", "--dry-run").output.split())
+    assert f"planned: {SHARD}: recompute shard 1 (16 images) with the interpreter" in output
+    assert "nothing was written; to repair, pass --interpreter and leave out --dry-run" in output
     flip(root / "data.zarr/images/c.0.0")
-    output = " ".join(run(root, "--repair").output.split())
+    output = " ".join(run(root, "--repair", "--dry-run").output.split())
     assert (
-        "nothing was written: add --images, --teacher, --interpreter and --yes to do what is planned"
-        in output
+        "to repair, pass --images and --teacher and --interpreter and leave out --dry-run" in output
     )
     flip(root / "data.zarr/images/c.0.0")
     assert tree(root) == before
     with pytest.raises(
-        ConfigError, match="--images, --teacher and --interpreter: expected --repair beside them"
+        ConfigError, match="`images`, `teacher` and `interpreter`: expected `repair` with them"
     ):
         verify(root, VerifyOptions(interpreter=root))
 

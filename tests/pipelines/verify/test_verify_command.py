@@ -1,6 +1,7 @@
 """Verify through the command line: exit codes, what is shown, and JSON that is nothing but JSON."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from store.builders import FINE, begin, tiny_plan, tree
 
 from cli import main
 from dtcache.errors import ConfigError
-from dtcache.options import VerifyOptions, parse_share
+from dtcache.options import VerifyOptions
 from pipelines.verify.verify import verify
 
 pytestmark = pytest.mark.usefixtures("apart")
@@ -24,7 +25,7 @@ def run(*arguments: object) -> Result:
 
 
 def test_each_verdict_has_its_exit_code(tiny_copy: Path, tmp_path: Path) -> None:
-    """0 good, 3 damaged, 4 unfinished, 5 no cache or a newer one, 2 wrong usage, 1 another failure."""
+    """0 good, 3 damaged, 4 unfinished, 5 no cache or a newer one, 2 wrong usage, 1 other failures."""
     assert run(tiny_copy).exit_code == 0
     flip(tiny_copy / SHARD)
     assert run(tiny_copy).exit_code == 3
@@ -40,19 +41,20 @@ def test_each_verdict_has_its_exit_code(tiny_copy: Path, tmp_path: Path) -> None
     )
     (tiny_copy / "manifest.json").write_text('{"format":2}')
     assert run(tiny_copy).exit_code == 5
-    assert run(tiny_copy, "--samples", "5%").exit_code == 2
-    assert run(tiny_copy, "--sample", "5").exit_code == 1
+    assert run(tiny_copy, "--samples", "0.05").exit_code == 2
+    assert run(tiny_copy, "--fraction", "5%").exit_code == 2
+    assert run(tiny_copy, "--fraction", "5").exit_code == 1
 
 
 def test_damage_is_told_by_file_sample_and_remedy(tiny_copy: Path) -> None:
-    """The text names the file, what was expected, shard, tap, key, view and what to do; nothing else is said."""
+    """The text names the file, what was expected, shard, tap, key, view and the remedy."""
     flip(tiny_copy / SHARD)
     flip(tiny_copy / "samples.parquet", 60)
     key = tiny_plan().samples[4].key
     output = " ".join(run(tiny_copy).output.split())
     assert "DAMAGED" in output and "every byte" in output
     assert f"{SHARD}: 1 of its chunks: the checksum does not match" in output
-    assert "shard 1 of t150/stride2: row 4 view 0 run dtcache verify with --repair" in output
+    assert "shard 1 of t150/stride2: row 4 view 0 run dtcache verify with --repair and" in output
     assert "samples.parquet: expected SHA-256" in output
     assert "restore it from a copy, or delete this cache and extract it again" in output
     flip(tiny_copy / "samples.parquet", 60)
@@ -60,23 +62,23 @@ def test_damage_is_told_by_file_sample_and_remedy(tiny_copy: Path) -> None:
 
 
 def test_many_damages_are_cut_short(tiny_copy: Path) -> None:
-    """The text shows twenty damaged files and counts the rest."""
+    """The terminal shows twenty damaged files and counts the rest."""
     for path in (tiny_copy / "data.zarr").rglob("zarr.json"):
         path.unlink()
     count = sum(
         name.endswith("zarr.json")
-        for name in verify(tiny_copy, VerifyOptions()).found.contents.manifest.files
+        for name in verify(tiny_copy, VerifyOptions()).verification.contents.manifest.files
     )
     output = run(tiny_copy).output
     assert output.count("no file") == 20
-    assert f"and {count - 20} more; --json has all" in output
+    assert f"and {count - 20} more; --json lists all" in output
 
 
 def test_json_is_json_and_nothing_else(tiny_copy: Path) -> None:
-    """Standard output parses; it holds every damage with shard, array, rows, keys and views, and unnamed files."""
+    """Standard output is JSON: each damage with shard, array, rows, keys, views; unnamed files."""
     flip(tiny_copy / SHARD)
     (tiny_copy / "notes.txt").write_text("mine")
-    result = run(tiny_copy, "--json", "--repair")
+    result = run(tiny_copy, "--json", "--repair", "--dry-run")
     report = json.loads(result.stdout)
     assert result.exit_code == 3
     assert (report["state"], report["sealed"], report["num_objects"], report["num_checked"]) == (
@@ -89,47 +91,69 @@ def test_json_is_json_and_nothing_else(tiny_copy: Path) -> None:
     assert (damage["path"], damage["shard"], damage["array"]) == (SHARD, 1, FINE)
     assert damage["samples"] == [{"row": 4, "key": tiny_plan().samples[4].key, "view": 0}]
     assert report["unnamed"] == {"notes.txt": "not part of the cache"}
-    note = "compute shard 1 (4 images) again with the teacher"
+    note = "recompute shard 1 (4 images) with the teacher"
     assert report["repair"] == [{"path": SHARD, "outcome": "planned", "note": note}]
 
 
 def test_a_sample_is_called_one(tiny_copy: Path) -> None:
-    """--sample says that it is one, how much was read, and that its seed chooses."""
-    output = run(tiny_copy, "--sample", "5%", "--seed", 4).output
+    """With --fraction the text says that a sample was checked and of how many files; --seed chooses."""
+    output = run(tiny_copy, "--fraction", 0.05, "--seed", 4).output
     assert "A SAMPLE: 3 of 9 shard files" in output
-    report = json.loads(run(tiny_copy, "--sample", "40%", "--json").stdout)
+    report = json.loads(run(tiny_copy, "--fraction", 0.4, "--json").stdout)
     assert (report["num_checked"], report["num_objects"]) == (6, 9)
 
 
 def test_the_plan_of_a_repair_writes_nothing(tiny_copy: Path) -> None:
-    """Without --yes a repair says, file by file, what it would do or why it cannot, and leaves every byte."""
+    """--repair --dry-run says, file by file, what a repair does or why it cannot, and writes nothing."""
     flip(tiny_copy / SHARD)
     (tiny_copy / "data.zarr" / "zarr.json").unlink()
     flip(tiny_copy / "samples.parquet")
     before = tree(tiny_copy)
-    result = run(tiny_copy, "--repair")
+    result = run(tiny_copy, "--repair", "--dry-run")
     assert result.exit_code == 3
     output = " ".join(result.output.split())
-    assert f"planned: {SHARD}: compute shard 1 (4 images) again with the teacher" in output
+    assert f"planned: {SHARD}: recompute shard 1 (4 images) with the teacher" in output
     assert "planned: data.zarr/zarr.json: make it from the other files" in output
     assert "impossible: samples.parquet: restore it from a copy" in output
-    assert "nothing was written: add --images, --teacher and --yes to do what is planned" in output
+    assert (
+        "nothing was written; to repair, pass --images and --teacher and leave out --dry-run"
+        in output
+    )
     assert tree(tiny_copy) == before
 
 
-def test_yes_needs_images_and_teacher(tiny_copy: Path) -> None:
-    """--yes alone is refused with what is missing."""
-    with pytest.raises(
-        ConfigError, match="--yes: expected --repair, --images and --teacher beside it"
-    ):
-        verify(tiny_copy, VerifyOptions(yes=True, repair=True))
+def test_a_repair_needs_images_and_teacher(tiny_copy: Path) -> None:
+    """--repair alone is refused with what is missing, and writes nothing."""
+    flip(tiny_copy / SHARD)
+    before = tree(tiny_copy)
+    needed = "needs {}images{} and {}teacher{} (features) or {}interpreter{} (labels)"
+    with pytest.raises(ConfigError, match=re.escape(needed.format(*"``````"))):
+        verify(tiny_copy, VerifyOptions(repair=True))
+    result = run(tiny_copy, "--repair")
+    assert result.exit_code == 1
+    assert f"--repair {needed.format(*['--', ''] * 3)}" in result.stderr
+    assert tree(tiny_copy) == before
 
 
-@pytest.mark.parametrize("text", ["5", "0%", "101%", "-1%", "", "x%", "1e-3%"])
-def test_a_share_is_a_percentage(text: str) -> None:
-    """Anything but a percentage over 0 and up to 100 is refused with the flag."""
-    with pytest.raises(
-        ConfigError, match=r"--sample .*: expected a percentage over 0 and up to 100, such as 5%"
-    ):
-        parse_share(text, "--sample")
-    assert parse_share("0.5%", "--sample") == 0.005
+def test_a_dry_run_is_that_of_a_repair(tiny_copy: Path) -> None:
+    """--dry-run without --repair is refused in one line."""
+    result = run(tiny_copy, "--dry-run")
+    assert result.exit_code == 1
+    assert result.output.count("\n") == 1
+    assert "--dry-run: expected --repair with it" in result.output
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.01, -0.01, 5, float("nan")])
+def test_a_fraction_is_a_share(tiny_cache: Path, fraction: float) -> None:
+    """Anything but a share over 0 and up to 1 is refused, naming the field or the flag."""
+    with pytest.raises(ConfigError, match=r"fraction.* expected a"):
+        verify(tiny_cache, VerifyOptions(fraction=fraction))
+    assert "--fraction " in run(tiny_cache, "--fraction", fraction).stderr
+
+
+def test_a_newer_cache_is_named_in_the_words_of_the_command(tiny_copy: Path) -> None:
+    """Exit code 5 has its one line on stderr too."""
+    (tiny_copy / "manifest.json").write_text('{"format":2}')
+    result = run(tiny_copy)
+    assert (result.exit_code, result.stdout) == (5, "")
+    assert "expected format 1, got 2" in result.stderr and result.stderr.count("\n") == 1
