@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtcache.cache.cache import TrainBatch
-from dtcache.device import Compute, compiled, resolve_compute
+from dtcache.device import Compute, compiled, configure_process, resolve_compute
 from dtcache.distributed import Processes
 from dtcache.losses.objective import make_objective
 from dtcache.options import TrainOptions
@@ -98,6 +98,7 @@ class MemorySource:
 def blocks(plan: Plan, images: Path, cache: Path, name: str) -> dict[str, Any]:
     """Return seconds a step of every block by arm, and the share of the cached arm's time that went to waiting."""
     compute = resolve_compute(plan.device, "auto")
+    configure_process(compute.device)
     alone = Processes()
     options = training(plan, 0, student=name)
     cached = CachedSource(cache, options, compute, alone)

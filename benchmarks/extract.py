@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from records import results_flag, write
 
-from dtcache.device import resolve_compute
+from dtcache.device import configure_process, resolve_compute
 from dtcache.images import load_views, open_source
 from dtcache.images.scenes import scene
 from dtcache.options import ExtractOptions
@@ -115,6 +115,7 @@ def in_process(asked: argparse.Namespace, arm: str) -> dict[str, float]:
 def run_arm(asked: argparse.Namespace) -> dict[str, float]:
     """Return views/s and peak memory (GiB) of one arm; start-up is not counted."""
     compute = resolve_compute(asked.device, "auto")
+    configure_process(compute.device)
     found = {"naive": naive, "bare": bare, "dtcache": whole}[asked.arm](asked)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     found["peak_gib"] = (

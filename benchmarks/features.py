@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dtcache.device import resolve_compute
+from dtcache.device import configure_process, resolve_compute
 from dtcache.images import load_views, open_source
 from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
@@ -93,6 +93,7 @@ def _adm_teacher(timestep: int) -> Teacher:
     unet = build_unet(256, 256, ADM_CHANNELS, layers=2, attention=3).eval().requires_grad_(False)
     alpha_bars = ddpm_scheduler().alphas_cumprod.float()
     compute = resolve_compute("auto", "auto")
+    configure_process(compute.device)
     loaded = LoadedTeacher(
         denoiser=UNetDenoiser(unet),
         alpha_bars=alpha_bars,

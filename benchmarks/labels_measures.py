@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dtcache.cache.cache import Cache
-from dtcache.device import resolve_compute
+from dtcache.device import configure_process, resolve_compute
 from dtcache.labels import load_interpreter
 from dtcache.metrics.segmentation import confusion_matrix, mean_iou
 from dtcache.options import EvaluateOptions
@@ -46,6 +46,7 @@ def interpreter_miou(folder: Path, test_cache: Path, options: EvaluateOptions) -
 def own_miou(run: Path, options: EvaluateOptions) -> dict[str, float]:
     """Return the `miou` of a student that learned labels, by its own head and not finetuned, per cent."""
     compute = resolve_compute(options.device, options.precision)
+    configure_process(compute.device)
     trunk = open_trunk(str(run / "backbone"), replace(options, finetune=False), BATCH_SIZE, compute)
     _, test = masked_images(options, trunk.view)
     head, spec = load_head(run / "head", trunk.shapes, trunk.input_size)

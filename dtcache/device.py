@@ -1,4 +1,4 @@
-"""Where and in which precision tensors are computed, resolved once at the start of a command."""
+"""The device and precision of a computation, and the settings of a process that its speed and last bits depend on."""
 
 import ctypes
 import platform
@@ -7,17 +7,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 import torch
 
 from dtcache.errors import ConfigError, DeviceMemoryError
 
 Precision = Literal["fp32", "bf16", "fp16"]
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3  # of malloc.h
-KEPT_BYTES = 2**30
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+M_TRIM_THRESHOLD = -1
+"""`mallopt` parameter, from glibc's malloc.h."""
+M_MMAP_THRESHOLD = -3
+"""`mallopt` parameter, from glibc's malloc.h."""
+MALLOC_THRESHOLD_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,50 +30,66 @@ class Compute:
     precision: Precision
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the autocast context of the precision; fp32 leaves arithmetic as it is."""
+        """Return the autocast context of the precision; it does nothing for fp32."""
         return torch.autocast(
             self.device.type, dtype=AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST
         )
 
 
 def resolve_compute(device: str, precision: str) -> Compute:
-    """Resolve `auto` to CUDA where there is one, and to bf16 where the hardware computes it natively.
+    """Return the device and precision that the names stand for; nothing in the process changes.
 
-    From then on fp32 is fp32 in this process, never TF32, and on a CPU it keeps memory that it frees. Raises
-    ConfigError for a device that this machine does not have or that is neither, and for fp16 on a CPU.
+    Device `auto` is CUDA if available, else the CPU. Precision `auto` is bf16 if the hardware computes bf16 natively,
+    else fp32. Raises ConfigError if the device is unknown or not in this machine, and for fp16 on a CPU.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        where = torch.device(name)
+        resolved = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(
-            f"--device {device}: expected auto, cpu, cuda or cuda:N ({error})"
+            f"`device` {device}: expected auto, cpu, cuda or cuda:N ({error})"
         ) from error
-    if where.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    if where.type == "cuda" and (
-        not torch.cuda.is_available() or (where.index or 0) >= torch.cuda.device_count()
+    if resolved.type not in ("cpu", "cuda"):
+        raise ConfigError(f"`device` {device}: expected auto, cpu, cuda or cuda:N")
+    if resolved.type == "cuda" and (
+        not torch.cuda.is_available() or (resolved.index or 0) >= torch.cuda.device_count()
     ):
         raise ConfigError(
-            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
+            f"`device` {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
         )
-    if precision == "auto":
-        precision = "bf16" if _has_native_bf16(where) else "fp32"
-    if precision == "fp16" and where.type == "cpu":
-        raise ConfigError(
-            "--precision fp16: expected a CUDA device, got cpu; use bf16 or fp32 there"
-        )
-    assert precision in get_args(Precision), "options and recipes name known precisions"
-    # A cache's bytes are a function of its recipe, which does not know of the process's switches.
+    return Compute(device=resolved, precision=_resolve_precision(precision, resolved))
+
+
+def _resolve_precision(name: str, device: torch.device) -> Precision:
+    match name:
+        case "auto":
+            return "bf16" if _has_native_bf16(device) else "fp32"
+        case "fp16" if device.type == "cpu":
+            raise ConfigError(
+                "`precision` fp16: expected a CUDA device, got cpu; use bf16 or fp32 on a CPU"
+            )
+        case "fp32" | "bf16" | "fp16":
+            return name
+    raise ConfigError(f"`precision` {name}: expected auto, fp32, bf16 or fp16")
+
+
+def configure_process(device: torch.device) -> None:
+    """Change this process for computing on `device`; a pipeline calls this once, before it computes.
+
+    fp32 never runs as TF32. On a CPU, glibc keeps freed memory instead of returning it to the kernel.
+    """
+    # A cache's bytes are a function of its recipe, and the recipe does not hold torch's global switches.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
-    if where.type == "cpu":
-        _keep_freed_memory()
-    return Compute(device=where, precision=cast(Precision, precision))
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # Otherwise every training step maps, zeroes and unmaps the memory of its feature maps again.
+        libc = ctypes.CDLL(None)
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(parameter, MALLOC_THRESHOLD_BYTES)
 
 
 class DeviceClock:
-    """Seconds that a device has spent on marked stretches of work; on a GPU it never waits for them."""
+    """Seconds that a device has spent on marked stretches of work; on a GPU it never synchronises."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -80,7 +98,7 @@ class DeviceClock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count what is computed, or enqueued, inside."""
+        """Count the time of the work that the block computes, or enqueues on a GPU."""
         if self._device.type != "cuda":
             started = time.perf_counter()
             yield
@@ -96,7 +114,7 @@ class DeviceClock:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the stretches that are over."""
+        """Seconds of all stretches that the device has finished."""
         self._drain()
         return self._seconds
 
@@ -108,20 +126,21 @@ class DeviceClock:
 
 @contextmanager
 def memory_errors(batch_size: int, remedy: str) -> Iterator[None]:
-    """Raise a device's running out of memory as DeviceMemoryError, which ends with what to do about it."""
+    """Raise DeviceMemoryError, which ends with `remedy`, if the device runs out of memory in the block."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
-            f"the device ran out of memory with {batch_size} views a pass ({str(error).splitlines()[0]}); {remedy}"
+            f"the device ran out of memory with {batch_size} views per pass ({str(error).splitlines()[0]}); {remedy}"
         ) from error
 
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Compute on so many CPU threads, None for as many as before.
+    """Compute on `count` CPU threads inside the block; None changes nothing.
 
-    It is a constant of a recipe: how oneDNN cuts a convolution into blocks hangs on their number, and so do last bits.
+    The number is a constant of a recipe: oneDNN splits a convolution into blocks by the number of threads, which
+    changes the last bits of results.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -132,12 +151,12 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 def compiled(module: torch.nn.Module) -> Callable[..., Any]:
-    """Return torch.compile's version of a module, which shares its weights.
+    """Return torch.compile's version of a module; the two share their weights.
 
-    Its first call raises ConfigError where the machine has no compiler that works; its first backward pass compiles
-    too, and belongs into `compile_errors`.
+    The first call raises ConfigError if this machine has no working compiler. The first backward pass compiles too:
+    run it inside `compile_errors`.
     """
-    # Graphs that the process compiled before would change what is compiled now, and so its last bits.
+    # Graphs that the process compiled earlier would change what is compiled now, and so the last bits of its results.
     torch._dynamo.reset()
     network = torch.compile(module, dynamic=False)
 
@@ -150,35 +169,26 @@ def compiled(module: torch.nn.Module) -> Callable[..., Any]:
 
 @contextmanager
 def compile_errors() -> Iterator[None]:
-    """Raise a failure of torch.compile within the block as ConfigError; another failure passes as it is."""
+    """Raise ConfigError if torch.compile fails inside the block; other exceptions pass unchanged."""
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", module="torch"
-        )  # of caches in diffusers, which change no result
+        # diffusers warns of its caches, which change no result.
+        warnings.filterwarnings("ignore", module="torch")
         try:
             yield
         except RuntimeError as error:
-            # The compiler's errors have no common parent, and their module is loaded only where something compiles.
+            # The compiler's errors have no common base class, and their modules are loaded only by a compilation.
             if not type(error).__module__.startswith(
                 ("torch._dynamo", "torch._inductor", "torch._functorch")
             ):
                 raise
             first, *more = str(error).splitlines() or [type(error).__name__]
             reason = " ".join([first, *more[:1]]) if first.endswith(":") else first
-            raise ConfigError(f"--compile: {reason}; run without it") from error
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step: else a step's maps are mapped, zeroed and unmapped each time."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            libc.mallopt(parameter, KEPT_BYTES)
+            raise ConfigError(f"`compile`: {reason}; run without it") from error
 
 
 def _has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    # oneDNN has fast bf16 convolutions only where the CPU has the instructions; elsewhere it is slower than fp32.
+    # oneDNN has fast bf16 convolutions only for CPUs with AVX512-BF16; on others bf16 is slower than fp32.
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(probe is not None and probe())

@@ -15,7 +15,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from dtcache.atomic_files import FolderLock, disk_errors, write_file
 from dtcache.average import warmed_up_ema
-from dtcache.device import Compute, compile_errors, compiled, memory_errors, resolve_compute
+from dtcache.device import (
+    Compute,
+    compile_errors,
+    compiled,
+    configure_process,
+    memory_errors,
+    resolve_compute,
+)
 from dtcache.errors import ImagesError, TrainingError
 from dtcache.images import ImageSource, load_views, open_source
 from dtcache.options import TeachOptions, parse_ints, parse_size
@@ -59,6 +66,7 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
     )
     rows = permuted(len(source.keys), seed=options.seed, stream="teach")[: options.limit]
     compute = resolve_compute(options.device, options.precision)
+    configure_process(compute.device)
     with FolderLock(out):
         images_sha256 = sha256_json([source.keys[i] for i in rows])
         wanted = {**asdict(options), "precision": compute.precision, "images": images_sha256}

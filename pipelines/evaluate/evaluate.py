@@ -11,7 +11,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from dtcache.device import memory_errors, resolve_compute
+from dtcache.device import configure_process, memory_errors, resolve_compute
 from dtcache.errors import ImagesError
 from dtcache.images import ImageSource, open_source
 from dtcache.metrics.probes import Features, Labels, knn_predict, linear_predict
@@ -68,6 +68,7 @@ def classify(model: str, options: EvaluateOptions) -> list[ProbeResult]:
     """
     options.require_task("classification")
     compute = resolve_compute(options.device, options.precision)
+    configure_process(compute.device)
     batch_size = options.batch_size or BATCH_SIZE
     train, test = split_labelled(options)
     extractor = open_model(model, options, compute)

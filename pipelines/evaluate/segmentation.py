@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from dtcache.class_names import alike, numbered, warn_of_absent
-from dtcache.device import Compute, memory_errors, resolve_compute
+from dtcache.device import Compute, configure_process, memory_errors, resolve_compute
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.losses.labels import cross_entropy
 from dtcache.metrics.segmentation import (
@@ -110,6 +110,7 @@ def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
     """
     options.require_task("segmentation")
     compute = resolve_compute(options.device, options.precision)
+    configure_process(compute.device)
     batch_size = options.batch_size or BATCH_SIZE
     trunk = open_trunk(model, options, batch_size, compute)
     train, test = masked_images(options, trunk.view)

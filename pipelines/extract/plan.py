@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dtcache.device import cpu_threads, resolve_compute
+from dtcache.device import configure_process, cpu_threads, resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import ImageSource, LoadedView
 from dtcache.options import ExtractOptions, parse_size, parse_taps
@@ -179,22 +179,24 @@ def computing_threads(options: ExtractOptions) -> int:
 def make_teacher(
     loaded: LoadedTeacher, options: ExtractOptions, batch_size: int | None = None
 ) -> Teacher:
-    """Return a loaded teacher with the constants that the options ask for, but for a `batch_size` that is given.
+    """Return a loaded teacher with the constants of the options; `batch_size`, if given, replaces theirs.
 
-    Raises ConfigError.
+    Configures this process for the device. Raises ConfigError.
     """
     size = batch_size or options.batch_size
     assert size is not None, "auto is resolved by whoever asks for a teacher"
     height, width = parse_size(options.size) if options.size else native_size(loaded)
     if max(height, width) > MAX_SIDE:
         raise ConfigError(f"--size {height}x{width}: expected at most {MAX_SIDE} pixels a side")
+    compute = resolve_compute(options.device, options.precision)
+    configure_process(compute.device)
     return prepare_teacher(
         loaded,
         ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop"),
         taps=parse_taps(options.taps) if options.taps else None,
         timesteps=options.timestep,
         batch_size=size,
-        compute=resolve_compute(options.device, options.precision),
+        compute=compute,
         condition=options.condition,
         ddim_steps=(options.ddim_steps or DDIM_STEPS) if options.encoding == "ddim" else None,
         compile=options.compile,

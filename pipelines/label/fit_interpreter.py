@@ -13,7 +13,7 @@ from torch import Tensor
 from dtcache.atomic_files import whole_folder, write_file
 from dtcache.cache.cache import Cache, Rows
 from dtcache.class_names import warn_of_absent
-from dtcache.device import Compute, memory_errors, resolve_compute
+from dtcache.device import Compute, configure_process, memory_errors, resolve_compute
 from dtcache.errors import ConfigError, ImagesError, TrainingError
 from dtcache.labels import FeatureInterpreter, InterpreterSpec, save_interpreter, teacher_identity
 from dtcache.losses.labels import cross_entropy, interpreter_loss
@@ -59,6 +59,7 @@ def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedIn
         )
     cache = Cache(root)
     compute = resolve_compute(options.device, "fp32")
+    configure_process(compute.device)
     if options.images is not None and not cache.has_images:
         cache = Cache(root, options.images)
     names = chosen_taps(cache, options)

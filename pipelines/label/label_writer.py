@@ -12,7 +12,7 @@ from torch import Tensor
 from dtcache.cache.cache import Cache, Rows, load_fit
 from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
 from dtcache.codec.fit import Solved, solve_step, tap_statistics
-from dtcache.device import cpu_threads, memory_errors, resolve_compute
+from dtcache.device import configure_process, cpu_threads, memory_errors, resolve_compute
 from dtcache.errors import CacheIncompleteError, CodecError
 from dtcache.labels import SCORES, Interpreter, require_serves
 from dtcache.labels.label_decoder import join_views
@@ -59,6 +59,7 @@ class LabelJob:
         """
         cache = Cache(root)
         compute = resolve_compute(options.device, "fp32")
+        configure_process(compute.device)
         require_serves(
             interpreter.spec,
             root,

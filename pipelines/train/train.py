@@ -12,7 +12,7 @@ from typing import Any
 
 from dtcache.atomic_files import FolderLock, disk_errors, write_file
 from dtcache.cache.label_set import LabelSet
-from dtcache.device import Compute, compiled, memory_errors
+from dtcache.device import Compute, compiled, configure_process, memory_errors
 from dtcache.distributed import Processes, join_processes
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.losses.objective import LABEL_TARGET, make_objective
@@ -85,6 +85,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
     require_consistent(options)
     warmup_steps(options, 1)
     processes, compute = join_processes(options.device, options.precision)
+    configure_process(compute.device)
     part = options.batch_size // (processes.world_size * options.accumulate)
     if part < 2:
         # Batch normalisation has nothing to average over in a batch of one.

@@ -284,7 +284,7 @@ def test_a_device_without_room_is_one_clear_line(
     pixels_CHW = np.zeros((3, 32, 32), np.uint8)
     with pytest.raises(
         DeviceMemoryError,
-        match=r"ran out of memory with 2 views a pass \(CUDA out.*GiB\.\); give a",
+        match=r"ran out of memory with 2 views per pass \(CUDA out.*GiB\.\); give a",
     ):
         list(teacher.features(batch_of(teacher, [pixels_CHW], ["a"], [False])))
 

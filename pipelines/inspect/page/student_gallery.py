@@ -7,7 +7,7 @@ import torch
 
 from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelSet
-from dtcache.device import resolve_compute
+from dtcache.device import configure_process, resolve_compute
 from dtcache.errors import CacheDamagedError, CacheMismatchError, ConfigError
 from dtcache.losses.objective import LABEL_TARGET
 from dtcache.options import InspectOptions, TrainOptions, parse_size
@@ -112,6 +112,7 @@ def _student(
             f"{root}: no checkpoint yet; its page needs one, or leave --cache out"
         )
     compute = resolve_compute(where, "fp32")
+    configure_process(compute.device)
     labels = (
         {LABEL_TARGET: LabelSet(cache, options.labels).shape} if options.labels is not None else {}
     )

@@ -256,7 +256,7 @@ def test_a_compiler_that_fails_in_a_backward_pass_is_named() -> None:
     """What torch's compiler raises becomes a ConfigError wherever it compiles; other failures stay what they are."""
     from torch._inductor.exc import InvalidCxxCompiler
 
-    with pytest.raises(ConfigError, match=r"--compile: .*; run without it"), compile_errors():
+    with pytest.raises(ConfigError, match=r"`compile`: .*; run without it"), compile_errors():
         raise InvalidCxxCompiler
     with pytest.raises(RuntimeError, match=r"^other$"), compile_errors():
         raise RuntimeError("other")
@@ -270,7 +270,7 @@ def test_a_compiler_that_fails_in_a_backward_pass_is_named() -> None:
             torch, "compile", lambda module, dynamic: torch._dynamo.optimize(broken)(module)
         )
         call = compiled(torch.nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match=r"--compile: .*no compiler.*; run without it"):
+    with pytest.raises(ConfigError, match=r"`compile`: .*no compiler.*; run without it"):
         call(torch.zeros(1, 2))
     torch._dynamo.reset()
 
