@@ -279,7 +279,7 @@ def test_fp16_is_refused_on_a_cpu() -> None:
     """fp16 without a GPU is refused with what works there."""
     with pytest.raises(
         ConfigError,
-        match="--precision fp16: expected a CUDA device, got cpu; use bf16 or fp32 there",
+        match="`precision` fp16: expected a CUDA device, got cpu; use bf16 or fp32 on a CPU",
     ):
         resolve_compute("cpu", "fp16")
 
