@@ -163,7 +163,7 @@ def test_an_interrupted_write_resumes_to_the_same_bytes(
             assert run(*arguments).exit_code == 130
         result = run("verify", root)
         assert result.exit_code == 4, result.output
-        assert "run its dtcache label write again" in " ".join(
+        assert "run dtcache label write again" in " ".join(
             re.sub(r"[│\s]+", " ", result.output).split()
         )
         with pytest.raises(
