@@ -35,7 +35,7 @@ from dtcache.images import load_views, open_source
 from dtcache.images.scenes import scene
 from dtcache.options import ExtractOptions
 from dtcache.recipe import ViewSpec
-from dtcache.teacher import load_teacher, prepare_teacher
+from dtcache.teacher import TeacherSettings, load_teacher, prepare_teacher
 from dtcache.teacher.ddpm import build_unet, save_teacher
 from pipelines.extract.extract import extract
 
@@ -169,11 +169,13 @@ def bare(asked: argparse.Namespace) -> dict[str, float]:
     compute = resolve_compute(asked.device, "auto")
     teacher = prepare_teacher(
         load_teacher(str(asked.work / "teacher")),
-        ViewSpec(height=SIZE, width=SIZE),
-        taps=TAPS,
-        timesteps=(TIMESTEP,),
-        batch_size=asked.batch_size,
-        compute=compute,
+        TeacherSettings(
+            view=ViewSpec(height=SIZE, width=SIZE),
+            taps=TAPS,
+            timesteps=(TIMESTEP,),
+            batch_size=asked.batch_size,
+        ),
+        compute,
     )
     noisy = torch.randn(asked.batch_size, 3, SIZE, SIZE, device=compute.device)
     noisy = noisy.contiguous(memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ from dtcache.options import ExtractOptions
 from dtcache.recipe import ViewSpec, tap_name
 from dtcache.rng import permuted
 from dtcache.samples import SampleList
-from dtcache.teacher import LoadedTeacher, Teacher, prepare_teacher
+from dtcache.teacher import LoadedTeacher, Teacher, TeacherSettings, prepare_teacher
 from dtcache.teacher.ddpm import build_unet, ddpm_scheduler
 from dtcache.teacher.unet import UNetDenoiser
 from dtcache.whitening import whiten
@@ -103,7 +103,9 @@ def _adm_teacher(timestep: int) -> Teacher:
     )
     view = ViewSpec(height=256, width=256)
     return prepare_teacher(
-        loaded, view, taps=ADM_TAPS, timesteps=(timestep,), batch_size=ADM_BATCH, compute=compute
+        loaded,
+        TeacherSettings(view=view, taps=ADM_TAPS, timesteps=(timestep,), batch_size=ADM_BATCH),
+        compute,
     )
 
 

@@ -1,4 +1,6 @@
-"""The device and precision of a computation, and the settings of a process that its speed and last bits depend on."""
+"""The device and precision of a computation, and the settings of a process that its speed and last
+bits depend on.
+"""
 
 import ctypes
 import platform
@@ -39,8 +41,9 @@ class Compute:
 def resolve_compute(device: str, precision: str) -> Compute:
     """Return the device and precision that the names stand for; nothing in the process changes.
 
-    Device `auto` is CUDA if available, else the CPU. Precision `auto` is bf16 if the hardware computes bf16 natively,
-    else fp32. Raises ConfigError if the device is unknown or not in this machine, and for fp16 on a CPU.
+    Device `auto` is CUDA if available, else the CPU. Precision `auto` is bf16 if the hardware
+    computes bf16 natively, else fp32. Raises ConfigError if the device is unknown or not in this
+    machine, and for fp16 on a CPU.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -74,15 +77,19 @@ def _resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 def configure_process(device: torch.device) -> None:
-    """Change this process for computing on `device`; a pipeline calls this once, before it computes.
+    """Change this process for computing on `device`; a pipeline calls this once, before it
+    computes.
 
-    fp32 never runs as TF32. On a CPU, glibc keeps freed memory instead of returning it to the kernel.
+    fp32 never runs as TF32. On a CPU, glibc keeps freed memory instead of returning it to the
+    kernel.
     """
-    # A cache's bytes are a function of its recipe, and the recipe does not hold torch's global switches.
+    # A cache's bytes are a function of its recipe, and the recipe does not hold torch's global
+    # switches.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        # Otherwise every training step maps, zeroes and unmaps the memory of its feature maps again.
+        # Otherwise every training step maps, zeroes and unmaps the memory of its feature maps
+        # again.
         libc = ctypes.CDLL(None)
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             libc.mallopt(parameter, MALLOC_THRESHOLD_BYTES)
@@ -126,12 +133,15 @@ class DeviceClock:
 
 @contextmanager
 def memory_errors(batch_size: int, remedy: str) -> Iterator[None]:
-    """Raise DeviceMemoryError, which ends with `remedy`, if the device runs out of memory in the block."""
+    """Raise DeviceMemoryError, which ends with `remedy`, if the device runs out of memory in the
+    block.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
-            f"the device ran out of memory with {batch_size} views per pass ({str(error).splitlines()[0]}); {remedy}"
+            f"the device ran out of memory with {batch_size} views per pass "
+            f"({str(error).splitlines()[0]}); {remedy}"
         ) from error
 
 
@@ -139,8 +149,8 @@ def memory_errors(batch_size: int, remedy: str) -> Iterator[None]:
 def cpu_threads(count: int | None) -> Iterator[None]:
     """Compute on `count` CPU threads inside the block; None changes nothing.
 
-    The number is a constant of a recipe: oneDNN splits a convolution into blocks by the number of threads, which
-    changes the last bits of results.
+    The number is a constant of a recipe: oneDNN splits a convolution into blocks by the number of
+    threads, which changes the last bits of results.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -153,10 +163,11 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 def compiled(module: torch.nn.Module) -> Callable[..., Any]:
     """Return torch.compile's version of a module; the two share their weights.
 
-    The first call raises ConfigError if this machine has no working compiler. The first backward pass compiles too:
-    run it inside `compile_errors`.
+    The first call raises ConfigError if this machine has no working compiler. The first backward
+    pass compiles too: run it inside `compile_errors`.
     """
-    # Graphs that the process compiled earlier would change what is compiled now, and so the last bits of its results.
+    # Graphs that the process compiled earlier would change what is compiled now, and so the last
+    # bits of its results.
     torch._dynamo.reset()
     network = torch.compile(module, dynamic=False)
 
@@ -176,7 +187,8 @@ def compile_errors() -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            # The compiler's errors have no common base class, and their modules are loaded only by a compilation.
+            # The compiler's errors have no common base class, and their modules are loaded only by
+            # a compilation.
             if not type(error).__module__.startswith(
                 ("torch._dynamo", "torch._inductor", "torch._functorch")
             ):
@@ -189,6 +201,7 @@ def compile_errors() -> Iterator[None]:
 def _has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    # oneDNN has fast bf16 convolutions only for CPUs with AVX512-BF16; on others bf16 is slower than fp32.
+    # oneDNN has fast bf16 convolutions only for CPUs with AVX512-BF16; on others bf16 is slower
+    # than fp32.
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(probe is not None and probe())

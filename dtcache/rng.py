@@ -1,4 +1,6 @@
-"""Counter-based random numbers: each is a pure function of its key, whatever the order, process or device."""
+"""Counter-based random numbers: each is a pure function of its key, whatever the order, process or
+device.
+"""
 
 import hashlib
 
@@ -9,7 +11,9 @@ from dtcache.recipe import sha256_json
 
 
 def permuted(count: int, *, seed: int, stream: str) -> NDArray[np.int64]:
-    """Return a permutation of range(count), int64 (count,), that depends on (count, seed, stream) alone."""
+    """Return a permutation of range(count), int64 (count,), that depends on (count, seed, stream)
+    alone.
+    """
     key = int(sha256_json([stream, seed, count])[:32], 16)
     return np.random.Generator(np.random.Philox(key=key)).permutation(count)
 
@@ -31,7 +35,8 @@ def sample_uniforms(
 ) -> NDArray[np.float64]:
     """Return `count` uniform numbers in [0, 1) per row, float64 (B, count).
 
-    Each number is a function of (seed, step, row, column): SplitMix64 mixes them in one after the other.
+    Each number is a function of (seed, step, row, column): SplitMix64 mixes them in one after the
+    other.
     """
     key_B = splitmix64(splitmix64(np.full(len(rows), seed, np.uint64)) ^ np.uint64(step))
     key_B = splitmix64(key_B ^ rows.astype(np.uint64))
@@ -43,10 +48,11 @@ def sample_uniforms(
 def sample_noise(
     shape: tuple[int, ...], *, seed: int, key: str, timestep: int, draw: int, flip: bool
 ) -> NDArray[np.float32]:
-    """Return standard normal noise, fp32 of `shape`, keyed with SHA-256 of (seed, key, timestep, draw, flip).
+    """Return standard normal noise, fp32 of `shape`, keyed with SHA-256 of (seed, key, timestep,
+    draw, flip).
 
-    Philox-4x64 (Salmon et al. 2011) gives the bits and the Box-Muller transform the normals. NumPy guarantees that
-    Philox's bits never change; it does not guarantee that for `standard_normal`.
+    Philox-4x64 (Salmon et al. 2011) gives the bits and the Box-Muller transform the normals. NumPy
+    guarantees that Philox's bits never change; it does not guarantee that for `standard_normal`.
     """
     name = f"{seed}\0{key}\0{timestep}\0{draw}\0{int(flip)}".encode()
     key_128 = int.from_bytes(hashlib.sha256(name).digest()[:16], "little")

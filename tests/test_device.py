@@ -27,13 +27,17 @@ PIXELS = 2**24
     ],
 )
 def test_unusable_devices_are_refused(device: str, precision: str, message: str) -> None:
-    """A device that is unknown, missing or unsupported is refused, and so is a precision that it lacks."""
+    """A device that is unknown, missing or unsupported is refused, and so is a precision that it
+    lacks.
+    """
     with pytest.raises(ConfigError, match=message):
         resolve_compute(device, precision)
 
 
 def test_fp32_is_never_tf32() -> None:
-    """Convolutions and matrix products use all 24 bits of fp32, even if the caller had switched TF32 on."""
+    """Convolutions and matrix products use all 24 bits of fp32, even if the caller had switched
+    TF32 on.
+    """
     torch.backends.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("medium")
     configure_process(torch.device("cpu"))
@@ -55,12 +59,15 @@ def test_running_out_of_memory_says_what_to_do() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
 def test_freed_memory_is_reused() -> None:
-    """On a CPU, allocating 64 MiB again and again stops causing page faults: glibc reuses the freed memory."""
+    """On a CPU, allocating 64 MiB again and again stops causing page faults: glibc reuses the freed
+    memory.
+    """
     configure_process(torch.device("cpu"))
     faults = []
     for _ in range(40):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(PIXELS)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    # The first allocations grow the heap, and other allocations may split it; the later ones fit into free blocks.
+    # The first allocations grow the heap, and other allocations may split it; the later ones fit
+    # into free blocks.
     assert sum(faults[-5:]) < PIXELS * 4 // resource.getpagesize()

@@ -17,9 +17,13 @@ from dtcache.images.source import ImageSource
 from dtcache.recipe import ViewSpec
 
 MAX_PIXELS = 89_478_485
-"""Larger images are failures: the limit at which Pillow, too, begins to suspect a decompression bomb."""
+"""Larger images are failures: the limit at which Pillow, too, begins to suspect a decompression
+bomb.
+"""
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow goes by content, not by name, and knows formats that it decodes by running another program, such as EPS."""
+"""Pillow goes by content, not by name, and knows formats that it decodes by running another
+program, such as EPS.
+"""
 LOOKAHEAD = 256
 """Views that may wait decoded, so that memory is flat however far a consumer falls behind."""
 
@@ -45,11 +49,12 @@ def decode_view(
 ) -> tuple[NDArray[np.uint8], bool]:
     """Decode an image, its first frame upright and on white, and bring it to the view's geometry.
 
-    `stored` bytes come out of a cache: an older dtcache has put images there that it took without regard to their
-    transparency or range, and its features are of those pixels.
+    `stored` bytes come out of a cache: an older dtcache has put images there that it took without
+    regard to their transparency or range, and its features are of those pixels.
 
-    Returns uint8 RGB pixels (3, height, width) and whether the view changed no pixel of the decoded image.
-    Raises BadImageError with the reason where the bytes are no image that can be decoded safely.
+    Returns uint8 RGB pixels (3, height, width) and whether the view changed no pixel of the decoded
+    image. Raises BadImageError with the reason where the bytes are no image that can be decoded
+    safely.
     """
     if not data:
         raise BadImageError("empty file")
@@ -85,7 +90,8 @@ def _formats() -> tuple[str, ...]:
 def _in_range(image: Image.Image) -> Image.Image:
     """Return an image whose values have a known range. Raises BadImageError.
 
-    Floats and 32-bit integers name none. Pillow takes them for 0 to 255 and clips the rest: to white, or to black.
+    Floats and 32-bit integers name none. Pillow takes them for 0 to 255 and clips the rest: to
+    white, or to black.
     """
     if image.mode in ("I", "F"):
         values = np.asarray(image)
@@ -94,13 +100,16 @@ def _in_range(image: Image.Image) -> Image.Image:
         if not (low >= 0 and high <= 255) or (image.mode == "F" and 0 < high <= 1):
             kind = "floating-point" if image.mode == "F" else "32-bit"
             raise BadImageError(
-                f"{kind} pixels from {low:g} to {high:g}, expected 0 to 255: convert it to 8 or 16 bits"
+                f"{kind} pixels from {low:g} to {high:g}, expected 0 to 255: convert it to 8 or 16 "
+                "bits"
             )
     return image
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Return the image itself where it is opaque, else what it shows on white: colours under an alpha are arbitrary."""
+    """Return the image itself where it is opaque, else what it shows on white: colours under an
+    alpha are arbitrary.
+    """
     if not image.has_transparency_data or image.mode.startswith("I;16"):
         return image
     rgba = image.convert("RGBA")
@@ -110,14 +119,18 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Return 8-bit RGB; 16-bit greyscale is scaled down, where Pillow's own conversion would clip it to white."""
+    """Return 8-bit RGB; 16-bit greyscale is scaled down, where Pillow's own conversion would clip
+    it to white.
+    """
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
 def resize_to_view(image: Image.Image, view: ViewSpec, resampling: Image.Resampling) -> Image.Image:
-    """Resize an upright image to the view, by an antialiased filter or NEAREST; crop its centre where the view does."""
+    """Resize an upright image to the view, by an antialiased filter or NEAREST; crop its centre
+    where the view does.
+    """
     size = (view.width, view.height)
     if view.fit == "stretch":
         return image.resize(size, resampling)
@@ -125,7 +138,9 @@ def resize_to_view(image: Image.Image, view: ViewSpec, resampling: Image.Resampl
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
-    """Return (height, width) of an encoded image that `decode_view` decodes, upright, from its header alone."""
+    """Return (height, width) of an encoded image that `decode_view` decodes, upright, from its
+    header alone.
+    """
     with Image.open(io.BytesIO(data), formats=_formats()) as opened:
         lies = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return (opened.width, opened.height) if lies else (opened.height, opened.width)

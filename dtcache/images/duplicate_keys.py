@@ -9,8 +9,11 @@ from dtcache.errors import ImagesError
 
 
 def first_repeat(keys: pa.ChunkedArray) -> tuple[int, int] | None:
-    """Return the places of the first key that was there before, and of its first time; None where all are unique."""
-    # A dictionary numbers values as they first come, so that a place where the highest number stays is a repeat.
+    """Return the places of the first key that was there before, and of its first time; None where
+    all are unique.
+    """
+    # A dictionary numbers values as they first come, so that a place where the highest number stays
+    # is a repeat.
     codes = keys.cast(pa.large_string()).combine_chunks().dictionary_encode().indices.to_numpy()
     repeats = np.flatnonzero(np.diff(np.maximum.accumulate(codes), prepend=-1) == 0)
     if not len(repeats):
@@ -24,5 +27,6 @@ def require_unique(keys: pa.ChunkedArray, place: Callable[[int], str], remedy: s
     if repeat is not None:
         first, second = repeat
         raise ImagesError(
-            f"two images have the same name {keys[first].as_py()!r}: {place(first)} and {place(second)}; {remedy}"
+            f"two images have the same name {keys[first].as_py()!r}: {place(first)} and "
+            f"{place(second)}; {remedy}"
         )

@@ -27,7 +27,8 @@ def is_image(name: str) -> bool:
 
 
 class FolderSource:
-    """A folder tree; the first level of sub-folders, where every image lies in one, gives the labels.
+    """A folder tree; the first level of sub-folders, where every image lies in one, gives the
+    labels.
 
     Links to files are followed, links to folders are not.
     """
@@ -35,8 +36,8 @@ class FolderSource:
     def __init__(self, root: Path) -> None:
         """List the images under `root`.
 
-        Raises ImagesNotFoundError where there is none, ImagesError for a name that is no printable UTF-8 and for a
-        folder that cannot be listed.
+        Raises ImagesNotFoundError where there is none, ImagesError for a name that is no printable
+        UTF-8 and for a folder that cannot be listed.
         """
         self.root = root
         chunks: list[pa.Array] = []
@@ -54,8 +55,9 @@ class FolderSource:
                 counts[folder if slash else ""] = counts.get(folder if slash else "", 0) + 1
         if not chunks:
             raise ImagesNotFoundError(
-                f"no images under {root}: expected files ending in {', '.join(sorted(EXTENSIONS))}; "
-                "give the folder that holds them, a .parquet or a .tar file"
+                f"no images under {root}: expected files ending in "
+                f"{', '.join(sorted(EXTENSIONS))}; give the folder that holds them, a .parquet or "
+                "a .tar file"
             )
         self.keys: Column[str] = Column(pa.chunked_array(chunks))
         self.classes: list[str] | None = None
@@ -90,8 +92,8 @@ def read_bounded(path: Path) -> bytes:
 def list_images(root: Path) -> Iterator[str]:
     """Yield the relative POSIX paths of all images under a folder, sorted as strings.
 
-    A folder sorts as its name with a slash: then walking it in place gives the order of the whole paths.
-    Raises ImagesError where a folder cannot be listed.
+    A folder sorts as its name with a slash: then walking it in place gives the order of the whole
+    paths. Raises ImagesError where a folder cannot be listed.
     """
     todo = [""]
     while todo:
@@ -112,5 +114,6 @@ def list_images(root: Path) -> Iterator[str]:
                 todo += sorted(found, reverse=True)
         except OSError as error:
             raise ImagesError(
-                f"{root / key}: cannot be listed ({error.strerror}); make it readable, or give a folder without it"
+                f"{root / key}: cannot be listed ({error.strerror}); make it readable, or give a "
+                "folder without it"
             ) from error

@@ -1,4 +1,6 @@
-"""Segmentation masks: PNG files whose values are class numbers, found by an image's key, seen through its view."""
+"""Segmentation masks: PNG files whose values are class numbers, found by an image's key, seen
+through its view.
+"""
 
 import io
 import tomllib
@@ -30,12 +32,16 @@ class MaskFolder:
 
     root: Path
     ignore: int
-    """The value of pixels that belong to no class and count nowhere; it may lie among the classes' numbers."""
+    """The value of pixels that belong to no class and count nowhere; it may lie among the classes'
+    numbers.
+    """
     names: tuple[str, ...] | None
     """Class names by number, or None where the folder names none."""
 
     def path(self, key: str) -> Path:
-        """Return where an image's mask lies: its relative path, with .png in the place of an image's extension."""
+        """Return where an image's mask lies: its relative path, with .png in the place of an
+        image's extension.
+        """
         return self.root / f"{key.rpartition('.')[0] if is_image(key) else key}.png"
 
     def has(self, key: str) -> bool:
@@ -44,24 +50,27 @@ class MaskFolder:
         return not parts.is_absolute() and ".." not in parts.parts and self.path(key).is_file()
 
     def require_several(self, values: Sequence[int]) -> None:
-        """Raise ImagesError where masks show fewer than two classes, so that any prediction meets them.
+        """Raise ImagesError where masks show fewer than two classes, so that any prediction meets
+        them.
 
         `values` are the class numbers that occur: none of the one that is ignored.
         """
         if len(values) < 2:
             found = f"one alone, {values[0]}" if len(values) else "none"
             raise ImagesError(
-                f"{self.root}: expected masks of at least two classes, got {found} ({self.ignore} is ignored); number "
-                "the classes 0, 1, ..., or give another --ignore"
+                f"{self.root}: expected masks of at least two classes, got {found} ({self.ignore} "
+                "is ignored); number the classes 0, 1, ..., or give another --ignore"
             )
 
     def load(
         self, key: str, view: ViewSpec, image_size: tuple[int, int] | None = None
     ) -> NDArray[np.uint8]:
-        """Return an image's mask as the view shows it, uint8 (H, W) of class numbers and `ignore`, by nearest pixels.
+        """Return an image's mask as the view shows it, uint8 (H, W) of class numbers and `ignore`,
+        by nearest pixels.
 
-        `image_size` is the upright image's (height, width), which the mask must share; None where it is not known.
-        Raises ImagesError where the mask is none, is of another size or has a value that is no class.
+        `image_size` is the upright image's (height, width), which the mask must share; None where
+        it is not known. Raises ImagesError where the mask is none, is of another size or has a
+        value that is no class.
         """
         path = self.path(key)
         if not self.has(key):
@@ -71,16 +80,18 @@ class MaskFolder:
         mask = _decode(path)
         if image_size is not None and mask.shape != image_size:
             raise ImagesError(
-                f"{path}: expected the size of image {key}, {image_size[1]}x{image_size[0]} pixels, got "
-                f"{mask.shape[1]}x{mask.shape[0]}; draw masks on the images themselves, upright"
+                f"{path}: expected the size of image {key}, {image_size[1]}x{image_size[0]} "
+                f"pixels, got {mask.shape[1]}x{mask.shape[0]}; draw masks on the images "
+                "themselves, upright"
             )
         if self.names is not None:
             odd = mask[(mask >= len(self.names)) & (mask != self.ignore)]
             if odd.size:
                 raise ImagesError(
                     f"{path}: expected the values 0 to {len(self.names) - 1} of the classes in "
-                    f"{self.root / CLASSES_FILE} ({', '.join(self.names)[:200]}) or {self.ignore}, which is ignored, "
-                    f"got {odd[0]}; name its class, or give its number as the one to ignore"
+                    f"{self.root / CLASSES_FILE} ({', '.join(self.names)[:200]}) or {self.ignore}, "
+                    f"which is ignored, got {odd[0]}; name its class, or give its number as the "
+                    "one to ignore"
                 )
         if mask.shape == (view.height, view.width):
             return mask
@@ -88,10 +99,12 @@ class MaskFolder:
 
 
 def open_masks(root: Path, ignore: int | None = None) -> MaskFolder:
-    """Open a folder of masks, with the `names` and the `ignore` value of its classes.toml, where it has one.
+    """Open a folder of masks, with the `names` and the `ignore` value of its classes.toml, where it
+    has one.
 
-    `ignore` wins over the file's; without either it is 255. Raises ImagesNotFoundError where there is no folder, and
-    ImagesError for a classes.toml of another kind or a value that no mask can have.
+    `ignore` wins over the file's; without either it is 255. Raises ImagesNotFoundError where there
+    is no folder, and ImagesError for a classes.toml of another kind or a value that no mask can
+    have.
     """
     if not root.is_dir():
         raise ImagesNotFoundError(
@@ -112,7 +125,8 @@ def open_masks(root: Path, ignore: int | None = None) -> MaskFolder:
         )
         if not good or not 1 <= len(names) <= 256 or len(set(names)) < len(names):
             raise ImagesError(
-                f"{path}: expected names = [...], 1 to 256 distinct class names by number, got {str(names)[:80]}"
+                f"{path}: expected names = [...], 1 to 256 distinct class names by number, got "
+                f"{str(names)[:80]}"
             )
     return MaskFolder(root=root, ignore=value, names=tuple(names) if names is not None else None)
 
@@ -152,7 +166,8 @@ def _decode(path: Path) -> NDArray[np.uint8]:
             " <_io"
         )[0]
         raise ImagesError(
-            f"{path}: not a mask that can be read ({reason or type(error).__name__}); write it anew as PNG"
+            f"{path}: not a mask that can be read ({reason or type(error).__name__}); write it "
+            "anew as PNG"
         ) from error
     if size[0] * size[1] > MAX_PIXELS:
         raise ImagesError(
@@ -160,11 +175,12 @@ def _decode(path: Path) -> NDArray[np.uint8]:
         )
     if values is None:
         raise ImagesError(
-            f"{path}: expected a mask of one channel, class numbers as grey values or palette indices, got {mode} "
-            "pixels; convert colours to class numbers"
+            f"{path}: expected a mask of one channel, class numbers as grey values or palette "
+            f"indices, got {mode} pixels; convert colours to class numbers"
         )
     if values.max(initial=0) > 255:
         raise ImagesError(
-            f"{path}: expected class numbers from 0 to 255, got {values.max()}; renumber the classes"
+            f"{path}: expected class numbers from 0 to 255, got {values.max()}; renumber the "
+            "classes"
         )
     return (values.astype(np.uint8) // STRETCHED.get(str(stored), 1)).astype(np.uint8)

@@ -1,8 +1,10 @@
-"""Images in Parquet files, of any number and size: held in memory where they are few, else read a window at a time.
+"""Images in Parquet files, of any number and size: held in memory where they are few, else read a
+window at a time.
 
-Rows are wanted in a permuted order, and a file gives them by row groups. A window is as many of the coming rows as fit
-in memory: each row group that has some of them is read once for all of these, while the window before is used up. So an
-image costs at most the reading of its row group, and all of them at most a pass over the files a window.
+Rows are wanted in a permuted order, and a file gives them by row groups. A window is as many of the
+coming rows as fit in memory: each row group that has some of them is read once for all of these,
+while the window before is used up. So an image costs at most the reading of its row group, and all
+of them at most a pass over the files a window.
 """
 
 import os
@@ -30,11 +32,14 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """What a container may use, where Linux runs it."""
 BATCH_BYTES = 16 << 20
 BATCH_ROWS = 256
-"""Images that are decoded at once on the way through a row group; a page of the file may be more."""
+"""Images that are decoded at once on the way through a row group; a page of the file may be more.
+"""
 
 
 class ParquetSource:
-    """Parquet files with a column `image: struct<bytes, path>` and, optionally, `label: int`, as one list of rows."""
+    """Parquet files with a column `image: struct<bytes, path>` and, optionally, `label: int`, as
+    one list of rows.
+    """
 
     def __init__(self, files: Sequence[Path], held_bytes: int | None = None) -> None:
         """Read all but the images, and these too where all of them fit into `held_bytes`.
@@ -66,7 +71,9 @@ class ParquetSource:
         self._held = self._hold()
 
     def _names(self, paths: pa.ChunkedArray) -> pa.ChunkedArray:
-        """Return the paths, or file:row for all where a row has none. Raises ImagesError where one comes twice."""
+        """Return the paths, or file:row for all where a row has none. Raises ImagesError where one
+        comes twice.
+        """
         if paths.null_count or pc.any(pc.equal(paths, "")).as_py():
             names = (
                 [f"{group.file.stem}:{row}" for row in range(group.first, group.first + group.rows)]
@@ -119,7 +126,8 @@ class ParquetSource:
         return values[0].as_py() or b""
 
     def fetches(self, indices: Iterable[int]) -> Iterator[tuple[int, Callable[[], bytes]]]:
-        """Yield each index with a function that returns its image, from windows that are read in the order asked for.
+        """Yield each index with a function that returns its image, from windows that are read in
+        the order asked for.
 
         Two windows are held, each of half of `held_bytes`: one that is used up, and the next.
         """
@@ -148,7 +156,9 @@ class ParquetSource:
         return self.read(index) if value is None else value
 
     def _next_rows(self, todo: Iterator[int]) -> NDArray[np.int64]:
-        """Take as many indices as a window holds, by the mean size of the images of their row groups."""
+        """Take as many indices as a window holds, by the mean size of the images of their row
+        groups.
+        """
         room = self._held_bytes / 2
         rows = []
         for index in todo:
@@ -160,7 +170,8 @@ class ParquetSource:
         return np.array(rows, np.int64)
 
     def _window(self, rows: NDArray[np.int64], given_up: Event) -> list[bytes | OSError | None]:
-        """Return rows' images in the order given; None for those that do not fit, as sizes differ within a group.
+        """Return rows' images in the order given; None for those that do not fit, as sizes differ
+        within a group.
 
         A window may be a pass over all files: it ends early where nobody waits for it any more.
         """
@@ -185,7 +196,9 @@ class ParquetSource:
         return found
 
     def _stream(self, number: int, wanted: NDArray[np.int64]) -> Iterator[tuple[int, pa.Array]]:
-        """Yield (place in `wanted`, images from there on) of sorted rows of a row group, a batch at a time."""
+        """Yield (place in `wanted`, images from there on) of sorted rows of a row group, a batch at
+        a time.
+        """
         group = self._groups[number]
         start = 0
         batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.rows // max(1, group.size)))
@@ -209,7 +222,9 @@ class ParquetSource:
 
 
 def default_held_bytes() -> int:
-    """Return how many bytes of encoded images a source holds: 2 GiB, or a sixteenth of the memory if that is more."""
+    """Return how many bytes of encoded images a source holds: 2 GiB, or a sixteenth of the memory
+    if that is more.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     granted = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else ""
     return max(

@@ -43,7 +43,9 @@ def one_line(error: Exception) -> str:
 
 
 def read_columns(file: Path) -> tuple[list[RowGroup], pa.Table]:
-    """Return a file's row groups, but empty ones, and its columns `image.path` and, where it is there, `label`."""
+    """Return a file's row groups, but empty ones, and its columns `image.path` and, where it is
+    there, `label`.
+    """
     try:
         with pq.ParquetFile(file) as opened:
             schema = opened.schema_arrow
@@ -88,5 +90,6 @@ def _require_layout(file: Path, schema: pa.Schema) -> None:
         )
     if "label" in schema.names and not pa.types.is_integer(schema.field("label").type):
         raise ImagesError(
-            f"{file}: expected a column label of integers, got {schema.field('label').type}; number the classes"
+            f"{file}: expected a column label of integers, got {schema.field('label').type}; "
+            "number the classes"
         )

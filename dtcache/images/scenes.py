@@ -1,9 +1,11 @@
-"""Scenes: small generated colour images with a class, a segmentation mask and boxes, free of any licence or download.
+"""Scenes: small generated colour images with a class, a segmentation mask and boxes, free of any
+licence or download.
 
-A scene shows one main object in front of up to two small ones of other classes, all textured, lit and casting
-shadows on a varied background. The class is the main object's shape and nothing else: colour, texture, light,
-position, scale, turn and background are drawn without regard to it. Nothing drawn at random depends on the size, so
-a scene is the same at every size; arithmetic and square roots paint the pixels, so every machine rounds them alike.
+A scene shows one main object in front of up to two small ones of other classes, all textured, lit
+and casting shadows on a varied background. The class is the main object's shape and nothing else:
+colour, texture, light, position, scale, turn and background are drawn without regard to it. Nothing
+drawn at random depends on the size, so a scene is the same at every size; arithmetic and square
+roots paint the pixels, so every machine rounds them alike.
 """
 
 import colorsys
@@ -38,7 +40,8 @@ def _length(x: _Floats, y: _Floats) -> _Floats:
 
 
 def _star(x: _Floats, y: _Floats) -> _Floats:
-    # Mirrored at the tips' axes until one half tip is left, whose single straight edge bounds the star.
+    # Mirrored at the tips' axes until one half tip is left, whose single straight edge bounds the
+    # star.
     x = np.abs(x)
     y = -y
     for mirror in (0.809, -0.809):
@@ -48,8 +51,9 @@ def _star(x: _Floats, y: _Floats) -> _Floats:
     return np.asarray(0.728 * np.abs(x) + 0.588 * (y - 1.28))
 
 
-# Distances to an outline, negative inside, y down. Each shape has about the area of the unit disc, so that size does
-# not tell the classes apart; the order is the alphabet's, so that labels agree with those read off a folder tree.
+# Distances to an outline, negative inside, y down. Each shape has about the area of the unit disc,
+# so that size does not tell the classes apart; the order is the alphabet's, so that labels agree
+# with those read off a folder tree.
 _SHAPES: dict[str, Callable[[_Floats, _Floats], _Floats]] = {
     "crescent": lambda x, y: np.maximum(_length(x - 0.15, y) - 1.33, 1.05 - _length(x - 0.93, y)),
     "cross": lambda x, y: np.maximum(
@@ -71,9 +75,9 @@ CLASSES: tuple[str, ...] = tuple(_SHAPES)
 class Scene:
     """One image with everything known about it.
 
-    pixels: uint8 [H, W, 3], RGB. label: the main object's class, an index into CLASSES.
-    mask: uint8 [H, W], 0 for background, else 1 + the class of the front-most object there.
-    boxes: int32 [n, 4], x0 y0 x1 y1 in pixels (x1, y1 exclusive), around the visible part of each object that has
+    pixels: uint8 [H, W, 3], RGB. label: the main object's class, an index into CLASSES. mask: uint8
+    [H, W], 0 for background, else 1 + the class of the front-most object there. boxes: int32 [n,
+    4], x0 y0 x1 y1 in pixels (x1, y1 exclusive), around the visible part of each object that has
     one, back to front, so the main object is last. box_labels: int32 [n], their classes.
     """
 
@@ -87,12 +91,14 @@ class Scene:
 def scene(seed: int, index: int, size: int = 64) -> Scene:
     """Scene `index` of stream `seed` at size x size pixels: a pure function of the three.
 
-    The same seed and index give the same layout at every size. Raises ConfigError when size is under 16.
+    The same seed and index give the same layout at every size. Raises ConfigError when size is
+    under 16.
     """
     _check_size(size)
     key = int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:16], "little")
     rng = np.random.Generator(np.random.Philox(key=key))
-    # Other classes, none twice, and under 0.2 of the main area each: the mask's largest class is always the label.
+    # Other classes, none twice, and under 0.2 of the main area each: the mask's largest class is
+    # always the label.
     labels = rng.permutation(len(CLASSES)).astype(np.int32)[: 1 + rng.integers(3)]
     ticks = ((np.arange(2 * size) + 0.5) / (2 * size)).astype(np.float32)
     background = _draw_colours(rng)
@@ -109,7 +115,8 @@ def scene(seed: int, index: int, size: int = 64) -> Scene:
         )
         across, down = (slice(2 * part.start, 2 * part.stop) for part in (columns, rows))
         local = (ticks[None, across] - x) / scale, (ticks[down, None] - y) / scale
-        # An object coloured like its background would have no outline to learn from: the farthest of 16 is taken.
+        # An object coloured like its background would have no outline to learn from: the farthest
+        # of 16 is taken.
         choices = [_draw_colours(rng) for _ in range(16)]
         colours = max(
             choices, key=lambda pair: float(abs(pair - background.mean(axis=0)).sum(axis=1).min())
@@ -142,12 +149,14 @@ def write_scenes(
     masks: bool = True,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write scenes start .. start + count - 1 as images/<class>/<index>.png, masks/<class>/<index>.png and boxes.json.
+    """Write scenes start .. start + count - 1 as images/<class>/<index>.png,
+    masks/<class>/<index>.png and boxes.json.
 
-    boxes.json maps each index to its "label", "boxes" [n][4] and "labels" [n]; masks/classes.toml names the masks'
-    values. Finished scenes are skipped, so a run cut short can be repeated and a set can grow; one process at a time
-    may write to a root. on_progress gets 1 for each scene finished. Raises ConfigError when size is under 16, count or
-    start is negative, or root holds scenes of another seed or size; DiskError when the disk refuses.
+    boxes.json maps each index to its "label", "boxes" [n][4] and "labels" [n]; masks/classes.toml
+    names the masks' values. Finished scenes are skipped, so a run cut short can be repeated and a
+    set can grow; one process at a time may write to a root. on_progress gets 1 for each scene
+    finished. Raises ConfigError when size is under 16, count or start is negative, or root holds
+    scenes of another seed or size; DiskError when the disk refuses.
     """
     _check_size(size)
     if count < 0 or start < 0:
@@ -219,7 +228,9 @@ def _shrink(planes: _Floats) -> _Floats:
 
 
 def _draw_places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """Draw each object's x, y and scale (radius of the disc of its area) in frames: clutter, then the main object."""
+    """Draw each object's x, y and scale (radius of the disc of its area) in frames: clutter, then
+    the main object.
+    """
     x = rng.uniform(0.46, 0.54)
     y = rng.uniform(0.46, 0.54)
     scale = rng.uniform(0.25, 0.31)
@@ -235,7 +246,9 @@ def _draw_places(rng: np.random.Generator, count: int) -> list[tuple[float, floa
 
 
 def _draw_colours(rng: np.random.Generator) -> _Floats:
-    """Draw two colours, [2, 3] in 0..1, near each other: strong textures keep small diffusion models from shapes."""
+    """Draw two colours, [2, 3] in 0..1, near each other: strong textures keep small diffusion
+    models from shapes.
+    """
     hue = rng.random()
     saturation = rng.uniform(0.1, 0.8)
     value = rng.uniform(0.25, 1.0)
@@ -256,7 +269,9 @@ def _paint_object(
     across: _Floats,
     down: _Floats,
 ) -> _Floats:
-    """Paint on canvas [3, H, W], across and down in scales; return the object's coverage [H, W] in 0..1."""
+    """Paint on canvas [3, H, W], across and down in scales; return the object's coverage [H, W] in
+    0..1.
+    """
     turn = rng.uniform(-0.2, 0.2)
     stretch = math.exp(rng.uniform(-0.13, 0.13))
     gloss = rng.uniform(-0.2, 0.55)
@@ -288,7 +303,9 @@ def _texture(
     x: _Floats,
     y: _Floats,
 ) -> _Floats:
-    """Mix two colours by a random pattern into [3, H, W] at columns x [1, W] and rows y [H, 1], both about 0..1."""
+    """Mix two colours by a random pattern into [3, H, W] at columns x [1, W] and rows y [H, 1],
+    both about 0..1.
+    """
     kind = kinds[rng.integers(len(kinds))]
     frequency = rng.uniform(*frequencies)
     phase = rng.random()
@@ -319,7 +336,9 @@ def _texture(
 
 
 def _noise(rng: np.random.Generator, cells: int, x: _Floats, y: _Floats) -> _Floats:
-    """Value noise [H, W] in 0..1: random knots laid over 0..1, blended smoothly along one axis at a time."""
+    """Value noise [H, W] in 0..1: random knots laid over 0..1, blended smoothly along one axis at a
+    time.
+    """
     values: _Floats = rng.random((cells + 1, cells + 1), dtype=np.float32)
     for ticks in (y, x):
         place = np.clip(ticks.ravel()[:, None], 0, 0.999) * cells

@@ -21,26 +21,34 @@ class ImageSource(Protocol):
 
     @property
     def labels(self) -> Sequence[int | None] | None:
-        """Class indices beside the keys, None for an image without; or None where the source has no classes."""
+        """Class indices beside the keys, None for an image without; or None where the source has no
+        classes.
+        """
 
     @property
     def classes(self) -> list[str] | None:
         """Class names by index, or None where the source names none."""
 
     def read(self, index: int) -> bytes:
-        """Return the encoded image at a place of the source's order. Raises OSError where it cannot be read."""
+        """Return the encoded image at a place of the source's order. Raises OSError where it cannot
+        be read.
+        """
 
     def fetches(self, indices: Iterable[int]) -> Iterator[tuple[int, Callable[[], bytes]]]:
-        """Yield each of `indices`, in their order, with a function that does what `read` does, in any thread.
+        """Yield each of `indices`, in their order, with a function that does what `read` does, in
+        any thread.
 
-        A source that is slow at single reads takes as many of the coming indices as it likes, to read them at once.
+        A source that is slow at single reads takes as many of the coming indices as it likes, to
+        read them at once.
         """
 
 
 def open_source(path: Path, track: Track | None = None) -> ImageSource:
-    """Open a folder of images, a Parquet or tar file, or a folder of these; `track` shows what takes long.
+    """Open a folder of images, a Parquet or tar file, or a folder of these; `track` shows what
+    takes long.
 
-    Raises ImagesNotFoundError where nothing is there and ImagesError where it is of another kind, or of two.
+    Raises ImagesNotFoundError where nothing is there and ImagesError where it is of another kind,
+    or of two.
     """
     if path.is_file() and path.suffix == ".parquet":
         return ParquetSource([path])
@@ -52,8 +60,8 @@ def open_source(path: Path, track: Track | None = None) -> ImageSource:
         image = next(list_images(path), None) if tars else None
         if tars and (parquet or image):
             raise ImagesError(
-                f"{path}: expected one kind of images, got {tars[0].name} beside {image or parquet[0].name}; give the "
-                "file, or a folder that holds one kind"
+                f"{path}: expected one kind of images, got {tars[0].name} beside "
+                f"{image or parquet[0].name}; give the file, or a folder that holds one kind"
             )
         return (
             ParquetSource(parquet)

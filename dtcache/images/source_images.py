@@ -1,4 +1,6 @@
-"""Images of a cache that stores none: read from their source, each checked against the hash that the cache recorded."""
+"""Images of a cache that stores none: read from their source, each checked against the hash that
+the cache recorded.
+"""
 
 import hashlib
 from pathlib import Path
@@ -35,12 +37,14 @@ class LinkedImages:
         lacking = keys.filter(pc.and_(wanted, self._index_of.is_null()))
         if len(lacking):
             raise ImagesError(
-                f"{images}: {len(lacking)} of {pc.sum(wanted).as_py()} images of the cache are not there, such as "
-                f"{lacking[0]}; give the images that the cache was extracted from"
+                f"{images}: {len(lacking)} of {pc.sum(wanted).as_py()} images of the cache are not "
+                f"there, such as {lacking[0]}; give the images that the cache was extracted from"
             )
 
     def pixels(self, row: int) -> NDArray[np.uint8]:
-        """Return a row's view (3, H, W), uint8. Raises ImagesError where it is not the image that was extracted."""
+        """Return a row's view (3, H, W), uint8. Raises ImagesError where it is not the image that
+        was extracted.
+        """
         data = self._read(row)
         try:
             return decode_view(data, self._view)[0]
@@ -48,7 +52,9 @@ class LinkedImages:
             raise self._unreadable(row, error) from error
 
     def size(self, row: int) -> tuple[int, int]:
-        """Return (height, width) of a row's image, upright. Raises ImagesError where it is not the one extracted."""
+        """Return (height, width) of a row's image, upright. Raises ImagesError where it is not the
+        one extracted.
+        """
         return upright_size(self._read(row))
 
     def _read(self, row: int) -> bytes:
@@ -58,8 +64,8 @@ class LinkedImages:
             raise self._unreadable(row, error) from error
         if hashlib.sha256(data).digest() != self._hashes[row]:
             raise ImagesError(
-                f"{self._images}: {self._keys[row]} is not the image that the cache was extracted from (SHA-256 "
-                "differs); give the images that it was extracted from"
+                f"{self._images}: {self._keys[row]} is not the image that the cache was extracted "
+                "from (SHA-256 differs); give the images that it was extracted from"
             )
         return data
 

@@ -1,4 +1,6 @@
-"""Images inside a cache: the source's own bytes where the view changes no pixel, else lossless WebP."""
+"""Images inside a cache: the source's own bytes where the view changes no pixel, else lossless
+WebP.
+"""
 
 import io
 from typing import Any
@@ -22,7 +24,8 @@ def image_bound(view: ViewSpec) -> int:
 
 
 def encode_stored(loaded: LoadedView, bound: int) -> bytes:
-    """Return a payload: the length (uint32, little-endian) and an image file that decodes to exactly the view.
+    """Return a payload: the length (uint32, little-endian) and an image file that decodes to
+    exactly the view.
 
     Source bytes larger than `bound` (metadata, say) are encoded anew.
     """

@@ -1,4 +1,6 @@
-"""Images in WebDataset tar shards: headers are read once for an index, images in any order from where they lie."""
+"""Images in WebDataset tar shards: headers are read once for an index, images in any order from
+where they lie.
+"""
 
 import os
 import tarfile
@@ -18,7 +20,8 @@ from dtcache.images.folder import EXTENSIONS, MAX_FILE_BYTES, is_image
 from dtcache.samples import Column
 
 MAX_HEADER_BYTES = 1 << 20
-"""What may be read on the way from one member to the next: long names and other extended headers."""
+"""What may be read on the way from one member to the next: long names and other extended headers.
+"""
 MAX_LABEL_BYTES = 32
 BLOCK = 512
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -36,16 +39,19 @@ Track = Callable[[str, int], AbstractContextManager[Progress]]
 
 
 class TarSource:
-    """Uncompressed tar files. Every image in them is a sample; a file `.cls` beside it holds its class index.
+    """Uncompressed tar files. Every image in them is a sample; a file `.cls` beside it holds its
+    class index.
 
-    A key is the image's path without its extension; where tars share keys, all get their tar's name before them.
+    A key is the image's path without its extension; where tars share keys, all get their tar's name
+    before them.
     """
 
     def __init__(self, files: Sequence[Path], track: Track | None = None) -> None:
         """Read the headers of all files.
 
-        Raises ImagesError for a tar that is compressed, damaged or cut off, for images in it that are links or sparse
-        or lie at absolute paths, for labels that are no numbers, and where two images of a tar have the same key.
+        Raises ImagesError for a tar that is compressed, damaged or cut off, for images in it that
+        are links or sparse or lie at absolute paths, for labels that are no numbers, and where two
+        images of a tar have the same key.
         """
         self._files = list(files)
         starts = [0]
@@ -136,13 +142,17 @@ class TarIndex:
 
 
 def group_of(name: str) -> str:
-    """Return the sample that a member belongs to, as WebDataset has it: its path up to the file name's first dot."""
+    """Return the sample that a member belongs to, as WebDataset has it: its path up to the file
+    name's first dot.
+    """
     folder, slash, last = name.rpartition("/")
     return f"{folder}{slash}{last.partition('.')[0]}"
 
 
 class _Headers:
-    """A tar as tarfile reads it, but nothing more than headers: hostile sizes must not become memory or time."""
+    """A tar as tarfile reads it, but nothing more than headers: hostile sizes must not become
+    memory or time.
+    """
 
     def __init__(self, opened: BinaryIO) -> None:
         self._opened = opened
@@ -165,13 +175,16 @@ class _Headers:
 
 
 def _members(file: Path, opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield a tar's members. Raises ImagesError where it is compressed, damaged or cut off, and OSError."""
+    """Yield a tar's members. Raises ImagesError where it is compressed, damaged or cut off, and
+    OSError.
+    """
     size = os.fstat(opened.fileno()).st_size
     magic = os.pread(opened.fileno(), 8, 0)
     for start, kind in COMPRESSED.items():
         if magic.startswith(start):
             raise ImagesError(
-                f"{file}: compressed with {kind}: images could not be read in any order; decompress it"
+                f"{file}: compressed with {kind}: images could not be read in any order; "
+                "decompress it"
             )
     headers = _Headers(opened)
     end = 0
@@ -181,12 +194,14 @@ def _members(file: Path, opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
             if member.size < 0 or member.offset < end:
                 raise ImagesError(
-                    f"{file}: damaged: {member.name!r} at byte {member.offset} has {member.size} bytes"
+                    f"{file}: damaged: {member.name!r} at byte {member.offset} has {member.size} "
+                    "bytes"
                 )
             end = member.offset_data + (member.size if member.isreg() else 0)
             if end > size:
                 raise ImagesError(
-                    f"{file}: cut off: {member.name!r} ends at byte {end}, the file at {size}; copy it again"
+                    f"{file}: cut off: {member.name!r} ends at byte {end}, the file at {size}; "
+                    "copy it again"
                 )
             yield member
             headers.left = MAX_HEADER_BYTES
@@ -203,7 +218,9 @@ def _members(file: Path, opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def _require_plain(file: Path, member: tarfile.TarInfo) -> None:
-    """Raise ImagesError where a member of an image's name is no plain file, or its name no plain relative path."""
+    """Raise ImagesError where a member of an image's name is no plain file, or its name no plain
+    relative path.
+    """
     if not member.isreg() or member.issparse():
         kind = (
             "a sparse file"
@@ -227,6 +244,7 @@ def _label(file: Path, member: tarfile.TarInfo, opened: BinaryIO) -> int:
     text = os.pread(opened.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset_data).strip()
     if member.size > MAX_LABEL_BYTES or not text.isdigit() or int(text) >= 1 << 31:
         raise ImagesError(
-            f"{file}: {member.name!r}: expected a class index such as 7, got {text!r}; number the classes"
+            f"{file}: {member.name!r}: expected a class index such as 7, got {text!r}; number the "
+            "classes"
         )
     return int(text)

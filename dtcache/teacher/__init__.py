@@ -7,6 +7,7 @@ from dtcache.teacher.teacher import (
     Teacher,
     TeacherBatch,
     TeacherInput,
+    TeacherSettings,
     native_size,
     prepare_teacher,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Teacher",
     "TeacherBatch",
     "TeacherInput",
+    "TeacherSettings",
     "load_teacher",
     "native_size",
     "prepare_teacher",

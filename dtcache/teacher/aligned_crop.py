@@ -1,4 +1,6 @@
-"""The crop of a view at which a teacher can be asked whether it follows: aligned, and of a size that it takes."""
+"""The crop of a view at which a teacher can be asked whether it follows: aligned, and of a size
+that it takes.
+"""
 
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.recipe import Box, TapSpec, ViewSpec
@@ -8,10 +10,12 @@ from dtcache.teacher.denoiser import Denoiser
 def find_crop(
     denoiser: Denoiser, taps: tuple[TapSpec, ...], view: ViewSpec, latent_stride: int
 ) -> Box | None:
-    """Return a central box of about half the view's sides, on the grid of the coarsest of all `taps`.
+    """Return a central box of about half the view's sides, on the grid of the coarsest of all
+    `taps`.
 
-    Aligned so, every map of the crop has a place in the whole view's map; off the grid the two would be sampled at
-    other positions. None where the view is too small or the teacher does not take the crop's size.
+    Aligned so, every map of the crop has a place in the whole view's map; off the grid the two
+    would be sampled at other positions. None where the view is too small or the teacher does not
+    take the crop's size.
     """
     grid = max(tap.stride for tap in taps)
 

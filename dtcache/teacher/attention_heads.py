@@ -1,7 +1,9 @@
-"""Attention heads whose width differs between levels, which UNet2DModel's one `attention_head_dim` cannot say.
+"""Attention heads whose width differs between levels, which UNet2DModel's one `attention_head_dim`
+cannot say.
 
-Such a network's configuration holds a list of widths, finest level first. diffusers alone refuses it, loudly (it
-divides by the list), instead of attending with other heads than those that the weights were trained with.
+Such a network's configuration holds a list of widths, finest level first. diffusers alone refuses
+it, loudly (it divides by the list), instead of attending with other heads than those that the
+weights were trained with.
 """
 
 from typing import Any
@@ -14,15 +16,18 @@ KEY = "attention_head_dim"
 
 
 def stand_in(config: dict[str, Any]) -> dict[str, int]:
-    """Return what to pass to `UNet2DModel.from_pretrained` or `from_config` beside a configuration with a list."""
+    """Return what to pass to `UNet2DModel.from_pretrained` or `from_config` beside a configuration
+    with a list.
+    """
     return {KEY: 1} if isinstance(config.get(KEY), list) else {}
 
 
 def set_heads(unet: UNet2DModel, config: dict[str, Any]) -> None:
-    """Give each level the heads that its configuration lists; nothing where that is one number for all.
+    """Give each level the heads that its configuration lists; nothing where that is one number for
+    all.
 
-    The weights do not depend on it: the projections have as many rows however they are cut into heads. Raises
-    TeacherError where the list does not fit the network.
+    The weights do not depend on it: the projections have as many rows however they are cut into
+    heads. Raises TeacherError where the list does not fit the network.
     """
     widths = config.get(KEY)
     if not isinstance(widths, list):
@@ -34,8 +39,8 @@ def set_heads(unet: UNet2DModel, config: dict[str, Any]) -> None:
     )
     if not fits:
         raise TeacherError(
-            f"{KEY} {widths}: expected one divisor of each level's channels {list(channels)}; the configuration is not "
-            "one that dtcache convert-adm wrote"
+            f"{KEY} {widths}: expected one divisor of each level's channels {list(channels)}; the "
+            "configuration is not one that dtcache convert-adm wrote"
         )
     for level, width in enumerate(widths):
         blocks = [unet.down_blocks[level], unet.up_blocks[-1 - level]]

@@ -15,7 +15,8 @@ FOLDERS = ("vae", "vqvae")
 KL_SCALE = 0.18215
 """Stable Diffusion's: its first configurations do not state it, and diffusers takes it for them."""
 VQ_SCALE = 1.0
-"""CompVis' latent-diffusion scales no VQ latents, and its converted configurations (ldm-celebahq-256) state nothing.
+"""CompVis' latent-diffusion scales no VQ latents, and its converted configurations
+(ldm-celebahq-256) state nothing.
 
 diffusers fills in Stable Diffusion's 0.18215 there, which breaks LDMPipeline (its issue 6725).
 """
@@ -36,8 +37,9 @@ class LatentEncoder(nn.Module):
         self.doubt: str | None = None
         if self.is_vq and scale == KL_SCALE:
             self.doubt = (
-                f"the VQ autoencoder's scaling_factor is {KL_SCALE}, which save_pretrained writes where a model states "
-                "none: CompVis' latent-diffusion models were trained with 1.0; see that this one was not"
+                f"the VQ autoencoder's scaling_factor is {KL_SCALE}, which save_pretrained writes "
+                "where a model states none: CompVis' latent-diffusion models were trained with "
+                "1.0; see that this one was not"
             )
         autoencoder.decoder = nn.Identity()
         self.autoencoder = autoencoder
@@ -45,17 +47,19 @@ class LatentEncoder(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return latents (B, channels, H / stride, W / stride) of pixels (B, 3, H, W)."""
         encoded = self.autoencoder.encode(pixels_BCHW)
-        # A VQ denoiser works on what comes before the codebook; a KL one is given the mode, so that a cache is a
-        # function of the image.
+        # A VQ denoiser works on what comes before the codebook; a KL one is given the mode, so that
+        # a cache is a function of the image.
         found_BCHW = encoded.latents if self.is_vq else encoded.latent_dist.mode()
         scaled_BCHW: Tensor = (found_BCHW - self.shift) * self.scale
         return scaled_BCHW
 
 
 def load_latents(root: Path) -> tuple[LatentEncoder, list[Path], dict[str, Any]] | None:
-    """Return a directory's autoencoder, its weight files and what its latents depend on; None where it has none.
+    """Return a directory's autoencoder, its weight files and what its latents depend on; None where
+    it has none.
 
-    Raises TeacherNotFoundError and TeacherError as `load_part` does, and for latents that no known rule scales.
+    Raises TeacherNotFoundError and TeacherError as `load_part` does, and for latents that no known
+    rule scales.
     """
     folder = next((root / name for name in FOLDERS if (root / name).is_dir()), None)
     if folder is None:
@@ -64,7 +68,8 @@ def load_latents(root: Path) -> tuple[LatentEncoder, list[Path], dict[str, Any]]
     for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None:
             raise TeacherError(
-                f"{folder / 'config.json'}: {key} is set, and dtcache only knows a scale and a shift"
+                f"{folder / 'config.json'}: {key} is set, and dtcache only knows a scale and a "
+                "shift"
             )
     scale = _number(folder, config, "scaling_factor", VQ_SCALE if name == "VQModel" else KL_SCALE)
     shift = _number(folder, config, "shift_factor", 0.0)

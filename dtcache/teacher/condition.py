@@ -1,4 +1,6 @@
-"""What a conditional teacher is told of an image beside its noisy pixels: its class, another one, none, or a prompt."""
+"""What a conditional teacher is told of an image beside its noisy pixels: its class, another one,
+none, or a prompt.
+"""
 
 import re
 from collections.abc import Iterable
@@ -14,8 +16,8 @@ def choose_condition(
 ) -> ConditionSpec | None:
     """Return the condition that `asked` names (label, null, or a class number), or a default.
 
-    The default is null where the teacher was trained with a null class. Raises ConfigError where the teacher cannot
-    be conditioned so, or where it must be chosen.
+    The default is null where the teacher was trained with a null class. Raises ConfigError where
+    the teacher cannot be conditioned so, or where it must be chosen.
     """
     classes = denoiser.num_classes
     if prompt is not None:
@@ -32,16 +34,17 @@ def choose_condition(
         return None
     if asked is None and denoiser.null_class is None:
         raise ConfigError(
-            f"this teacher is conditioned on one of {classes} classes: choose --condition label (that of each image) "
-            f"or the number of a class, 0 to {classes - 1}"
+            f"this teacher is conditioned on one of {classes} classes: choose --condition label "
+            f"(that of each image) or the number of a class, 0 to {classes - 1}"
         )
     if asked == "label":
         return ConditionSpec(kind="label")
     if asked in (None, "null"):
         if denoiser.null_class is None:
             raise ConfigError(
-                f"--condition null: this teacher's configuration has {classes} classes and does not say whether one of "
-                "them stands for no class; give that one's number if you know it, or --condition label"
+                f"--condition null: this teacher's configuration has {classes} classes and does "
+                "not say whether one of them stands for no class; give that one's number if you "
+                "know it, or --condition label"
             )
         return ConditionSpec(kind="null")
     if not re.fullmatch(r"[0-9]{1,9}", str(asked)) or int(str(asked)) >= classes:
@@ -57,12 +60,13 @@ def require_labels(
     """Raise ImagesError naming the first image whose label is none of the teacher's classes."""
     if labels is None:
         raise ImagesError(
-            "--condition label: the images have no labels; give a folder with one sub-folder a class, or a Parquet "
-            "file with a label column, or another --condition"
+            "--condition label: the images have no labels; give a folder with one sub-folder a "
+            "class, or a Parquet file with a label column, or another --condition"
         )
     for key, label in zip(keys, labels, strict=True):
         if label is None or not 0 <= label < num_classes:
             raise ImagesError(
-                f"--condition label: image {key} has the label {label}, but the teacher knows classes 0 to "
-                f"{num_classes - 1}; give the images of its classes, or another --condition"
+                f"--condition label: image {key} has the label {label}, but the teacher knows "
+                f"classes 0 to {num_classes - 1}; give the images of its classes, or another "
+                "--condition"
             )

@@ -1,4 +1,6 @@
-"""Deterministic encoding: DDIM run backwards, from the image up to a noise level (Song et al. 2021, eq. 12 and 13)."""
+"""Deterministic encoding: DDIM run backwards, from the image up to a noise level (Song et al. 2021,
+eq. 12 and 13).
+"""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,21 +13,26 @@ from dtcache.teacher.noising import steps_of
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""The whole network: fp32 x_BCHW, int64 t_B and the labels that it is told to its fp32 output, of as many channels or,
-with learned variances, twice as many."""
+"""The whole network: fp32 x_BCHW, int64 t_B and the labels that it is told to its fp32 output, of
+as many channels or, with learned variances, twice as many.
+"""
 
 
 class Inversion:
-    """The deterministic encoding: the same image always becomes the same x_T. Nothing is clipped on the way."""
+    """The deterministic encoding: the same image always becomes the same x_T. Nothing is clipped on
+    the way.
+    """
 
     def __init__(
         self, predictor: Predictor, alpha_bars: Tensor, prediction: str, steps: int
     ) -> None:
-        """Take alpha_bar by timestep, fp32 (T,), and what the network predicts. Raises TeacherError for another."""
+        """Take alpha_bar by timestep, fp32 (T,), and what the network predicts. Raises TeacherError
+        for another.
+        """
         if prediction not in PREDICTIONS:
             raise TeacherError(
-                f"--encoding ddim: expected a teacher that predicts {', '.join(PREDICTIONS)}, got {prediction!r}; "
-                "use --encoding ddpm"
+                f"--encoding ddim: expected a teacher that predicts {', '.join(PREDICTIONS)}, got "
+                f"{prediction!r}; use --encoding ddpm"
             )
         self._predictor = predictor
         self._prediction = prediction
@@ -46,14 +53,18 @@ class Inversion:
     def round_trip(
         self, clean_BCHW: Tensor, timestep: int, labels_B: Tensor | None = None
     ) -> Tensor:
-        """Return ||x' - x||^2 / ||x||^2, float64 (B,), of images inverted up to `timestep` and denoised back."""
+        """Return ||x' - x||^2 / ||x||^2, float64 (B,), of images inverted up to `timestep` and
+        denoised back.
+        """
         levels = ddim_levels(timestep, self._steps)
         back_BCHW = self._travel(self._travel(clean_BCHW, levels, labels_B), levels[::-1], labels_B)
         error_B = (back_BCHW - clean_BCHW).double().square().flatten(1).sum(1)
         return error_B / clean_BCHW.double().square().flatten(1).sum(1).clamp_min(1e-12)
 
     def _travel(self, x_BCHW: Tensor, levels: list[int], labels_B: Tensor | None) -> Tensor:
-        """Step through noise levels, up or down; the network is asked at the level that a step starts from."""
+        """Step through noise levels, up or down; the network is asked at the level that a step
+        starts from.
+        """
         for here, there in pairwise(levels):
             output_BCHW = self._predictor(x_BCHW, steps_of(x_BCHW, here), labels_B)[
                 :, : x_BCHW.shape[1]
@@ -67,12 +78,13 @@ class Inversion:
 def ddim_levels(timestep: int, steps: int) -> list[int]:
     """Return steps + 1 noise levels from 0 to `timestep`, evenly spaced, rounded.
 
-    The image stands at level 0, as in Dhariwal & Nichol's code: alpha_bar is all but 1 there, and the network knows it.
-    Raises ConfigError where there are not that many levels.
+    The image stands at level 0, as in Dhariwal & Nichol's code: alpha_bar is all but 1 there, and
+    the network knows it. Raises ConfigError where there are not that many levels.
     """
     if steps > timestep:
         raise ConfigError(
-            f"--ddim-steps {steps}: expected at most {timestep}, the steps up to --timestep {timestep}"
+            f"--ddim-steps {steps}: expected at most {timestep}, the steps up to --timestep "
+            f"{timestep}"
         )
     return [round(i * timestep / steps) for i in range(steps + 1)]
 
@@ -80,10 +92,12 @@ def ddim_levels(timestep: int, steps: int) -> list[int]:
 def ddim_step(
     x_BCHW: Tensor, output_BCHW: Tensor, here: float, there: float, prediction: str
 ) -> Tensor:
-    """Return x at alpha_bar `there` from x at alpha_bar `here` and the network's output at it, in fp32.
+    """Return x at alpha_bar `there` from x at alpha_bar `here` and the network's output at it, in
+    fp32.
 
-    x' = sqrt(there) x_0 + sqrt(1 - there) epsilon, where x_0 and epsilon follow from the output, with x = sqrt(here)
-    x_0 + sqrt(1 - here) epsilon and v = sqrt(here) epsilon - sqrt(1 - here) x_0 (Salimans & Ho 2022).
+    x' = sqrt(there) x_0 + sqrt(1 - there) epsilon, where x_0 and epsilon follow from the output,
+    with x = sqrt(here) x_0 + sqrt(1 - here) epsilon and v = sqrt(here) epsilon - sqrt(1 - here) x_0
+    (Salimans & Ho 2022).
     """
     signal = here**0.5
     noise = (1.0 - here) ** 0.5

@@ -17,16 +17,18 @@ TRAIN_STEPS = 1000
 def build_unet(
     height: int, width: int, channels: tuple[int, ...], layers: int, attention: int
 ) -> UNet2DModel:
-    """Return a randomly initialised U-Net (DDPM, Ho et al. 2020) with attention at the coarsest levels.
+    """Return a randomly initialised U-Net (DDPM, Ho et al. 2020) with attention at the coarsest
+    levels.
 
-    Raises ConfigError where the view cannot be halved once a level or the channels do not share a group size.
+    Raises ConfigError where the view cannot be halved once a level or the channels do not share a
+    group size.
     """
     levels = len(channels)
     halvings = 2 ** (levels - 1)
     if height % halvings or width % halvings:
         raise ConfigError(
-            f"--size {height}x{width}: {levels} levels halve the image {levels - 1} times, so both sides must be "
-            f"multiples of {halvings}; change --size or give fewer --channels"
+            f"--size {height}x{width}: {levels} levels halve the image {levels - 1} times, so both "
+            f"sides must be multiples of {halvings}; change --size or give fewer --channels"
         )
     if not 0 <= attention <= levels:
         raise ConfigError(f"--attention {attention}: expected 0 to {levels}, the number of levels")
@@ -61,7 +63,8 @@ def ddpm_loss(
     noise_BCHW: Tensor,
     t_B: Tensor,
 ) -> Tensor:
-    """Return the simple loss of Ho et al. 2020, eq. 14: mean squared error of the predicted noise (fp32 scalar).
+    """Return the simple loss of Ho et al. 2020, eq. 14: mean squared error of the predicted noise
+    (fp32 scalar).
 
     `pixels_BCHW` are uint8; noise is fp32 of the same shape; `t_B` int64 in [0, 1000).
     """

@@ -1,4 +1,6 @@
-"""The files of a teacher: found, bounded, whitelisted and loaded part by part; nothing that they bring is run."""
+"""The files of a teacher: found, bounded, whitelisted and loaded part by part; nothing that they
+bring is run.
+"""
 
 import json
 import re
@@ -34,8 +36,8 @@ def locate(where: str) -> Path:
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or where.startswith("."):
         raise TeacherNotFoundError(
-            f"teacher {where}: no such directory; expected a diffusers directory or a Hugging Face id such as "
-            "google/ddpm-cat-256"
+            f"teacher {where}: no such directory; expected a diffusers directory or a Hugging Face "
+            "id such as google/ddpm-cat-256"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -45,13 +47,15 @@ def locate(where: str) -> Path:
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise TeacherNotFoundError(
-            f"teacher {where}: neither a directory here nor a model that the Hugging Face hub served ({reason}); "
-            "check the name, the network, or give a directory"
+            f"teacher {where}: neither a directory here nor a model that the Hugging Face hub "
+            f"served ({reason}); check the name, the network, or give a directory"
         ) from error
 
 
 def read_config(path: Path, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Return a JSON object. Raises TeacherNotFoundError where `what` is missing, TeacherError where it is not one."""
+    """Return a JSON object. Raises TeacherNotFoundError where `what` is missing, TeacherError where
+    it is not one.
+    """
     if not path.is_file():
         raise TeacherNotFoundError(
             f"{path}: {what} is missing; expected a directory saved by save_pretrained"
@@ -70,16 +74,19 @@ def read_config(path: Path, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[st
 
 
 def read_class(folder: Path, what: str, allowed: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Return the class name and the configuration of a part. Raises TeacherError for a class that is not allowed.
+    """Return the class name and the configuration of a part. Raises TeacherError for a class that
+    is not allowed.
 
-    from_pretrained itself would make one class of another's directory without a word (design: trap 2).
+    from_pretrained itself would make one class of another's directory without a word (design: trap
+    2).
     """
     path = folder / "config.json"
     config = read_config(path, what)
     name = config.get("_class_name")
     if name not in allowed:
         raise TeacherError(
-            f"{path}: expected _class_name {' or '.join(allowed)}, got {name!r}; dtcache cannot tap this kind of model"
+            f"{path}: expected _class_name {' or '.join(allowed)}, got {name!r}; dtcache cannot "
+            "tap this kind of model"
         )
     return str(name), config
 
@@ -98,8 +105,9 @@ def weight_files(folder: Path, name: str = WEIGHTS) -> list[Path]:
     )
     if pickled:
         raise TeacherError(
-            f"{folder}: only pickled weights ({', '.join(pickled)}), which dtcache never loads because unpickling runs "
-            f"code; expected {name}: load the model where you trust it and save_pretrained(safe_serialization=True)"
+            f"{folder}: only pickled weights ({', '.join(pickled)}), which dtcache never loads "
+            f"because unpickling runs code; expected {name}: load the model where you trust it and "
+            "save_pretrained(safe_serialization=True)"
         )
     others = sorted(p.name for p in folder.glob("*.safetensors"))
     hint = f"found {', '.join(others)}: rename the full-precision file"
@@ -114,7 +122,8 @@ def _sharded(folder: Path, index: Path) -> list[Path]:
     odd = next((name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)), None)
     if odd is not None or not 0 < len(names) <= MAX_SHARDS:
         raise TeacherError(
-            f"{index}: expected 1 to {MAX_SHARDS} safetensors files beside it, got {odd or len(names)}"
+            f"{index}: expected 1 to {MAX_SHARDS} safetensors files beside it, got "
+            f"{odd or len(names)}"
         )
     for name in names:
         if not (folder / name).is_file():
@@ -125,9 +134,11 @@ def _sharded(folder: Path, index: Path) -> list[Path]:
 
 
 def load_part(cls: Any, folder: Path, weights: Sequence[Path], **more: Any) -> Any:
-    """Return a module of `cls`: fp32, in evaluation mode, frozen, on the CPU, every tensor of it from `weights`.
+    """Return a module of `cls`: fp32, in evaluation mode, frozen, on the CPU, every tensor of it
+    from `weights`.
 
-    Raises TeacherError where the library cannot load it, or where files and configuration do not fit.
+    Raises TeacherError where the library cannot load it, or where files and configuration do not
+    fit.
     """
     try:
         module, info = cls.from_pretrained(
@@ -145,18 +156,21 @@ def load_part(cls: Any, folder: Path, weights: Sequence[Path], **more: Any) -> A
         raise TeacherError(
             f"{folder}: cannot be loaded as {cls.__name__} ({reason}); save or download it again"
         ) from error
-    # A missing key would leave uninitialised memory in the network, without a word (design: trap 1).
+    # A missing key would leave uninitialised memory in the network, without a word (design: trap
+    # 1).
     wrong = {kind: keys for kind, keys in info.items() if keys}
     if wrong:
         kind, keys = next(iter(wrong.items()))
         raise TeacherError(
-            f"{weights[0]}: the weights do not fit {folder / 'config.json'}: {len(keys)} {kind}, such as "
-            f"{next(iter(keys))}; the two files belong to different models"
+            f"{weights[0]}: the weights do not fit {folder / 'config.json'}: {len(keys)} {kind}, "
+            f"such as {next(iter(keys))}; the two files belong to different models"
         )
     return module.eval().requires_grad_(False)
 
 
 def hash_weights(root: Path, files: Sequence[Path]) -> str:
-    """Return the SHA-256 of a teacher's only weight file, or of the canonical JSON of those of several, by path."""
+    """Return the SHA-256 of a teacher's only weight file, or of the canonical JSON of those of
+    several, by path.
+    """
     hashes = {path.relative_to(root).as_posix(): file_sha256(path) for path in files}
     return next(iter(hashes.values())) if len(hashes) == 1 else sha256_json(hashes)

@@ -1,4 +1,6 @@
-"""Diffusion transformers (DiT, Peebles & Xie 2023) as denoisers: a tap is a block, its tokens folded to a map."""
+"""Diffusion transformers (DiT, Peebles & Xie 2023) as denoisers: a tap is a block, its tokens
+folded to a map.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +12,9 @@ from dtcache.recipe import TapSpec
 
 
 class TransformerDenoiser:
-    """A DiTTransformer2DModel: class-conditional, trained with a null class, all of its taps at one stride."""
+    """A DiTTransformer2DModel: class-conditional, trained with a null class, all of its taps at one
+    stride.
+    """
 
     def __init__(self, transformer: DiTTransformer2DModel) -> None:
         """Take over `transformer`: fp32, in evaluation mode, on the CPU."""
@@ -26,13 +30,15 @@ class TransformerDenoiser:
         self.null_class: int | None = int(config.num_embeds_ada_norm)
 
     def find_taps(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
-        """Return every block's tap, in their order. Raises ConfigError for a size that patches do not divide."""
+        """Return every block's tap, in their order. Raises ConfigError for a size that patches do
+        not divide.
+        """
         config = self.transformer.config
         stride = int(config.patch_size) * latent_stride
         if height % stride or width % stride:
             raise ConfigError(
-                f"--size {height}x{width}: this transformer reads patches of {stride} pixels, so both sides must be "
-                f"multiples of {stride}; choose such a size"
+                f"--size {height}x{width}: this transformer reads patches of {stride} pixels, so "
+                f"both sides must be multiples of {stride}; choose such a size"
             )
         channels = int(config.num_attention_heads) * int(config.attention_head_dim)
         return tuple(
@@ -72,7 +78,9 @@ class WholeTransformer(nn.Module):
 
 
 class TappedTransformer(nn.Module):
-    """A DiT whose forward pass returns the tokens after chosen blocks as maps; what follows the last is cut off."""
+    """A DiT whose forward pass returns the tokens after chosen blocks as maps; what follows the
+    last is cut off.
+    """
 
     def __init__(self, transformer: DiTTransformer2DModel, name_of: Mapping[int, str]) -> None:
         """Take patch embedding and blocks of `transformer`; `name_of` names the taps by block."""

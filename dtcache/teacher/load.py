@@ -1,4 +1,6 @@
-"""Loading a diffusers teacher from disk or hub, part by part: JSON and safetensors only, and nothing of it is run."""
+"""Loading a diffusers teacher from disk or hub, part by part: JSON and safetensors only, and
+nothing of it is run.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +35,8 @@ ARCHITECTURES: dict[str, Any] = {
     "Transformer2DModel": DiTTransformer2DModel,
 }
 NETWORKS = ("unet", "transformer")
-# Schedulers of variance-preserving models: the same betas, whatever sampler the file names (design: trap 4).
+# Schedulers of variance-preserving models: the same betas, whatever sampler the file names (design:
+# trap 4).
 SCHEDULERS = frozenset(
     {
         "DDPMScheduler",
@@ -93,13 +96,14 @@ class LoadedTeacher:
 def load_teacher(
     where: str, *, prompt: str | None = None, stored: Prompt | None = None
 ) -> LoadedTeacher:
-    """Load a teacher from a directory (as save_pretrained writes them, or flat as google/ddpm-*) or a Hugging Face id.
+    """Load a teacher from a directory (as save_pretrained writes them, or flat as google/ddpm-*) or
+    a Hugging Face id.
 
-    A U-Net or DiT on pixels or, with an autoencoder beside it, on latents. One that is conditioned on text embeds
-    `prompt` (the empty one by default), unless `stored` is that prompt's embedding.
+    A U-Net or DiT on pixels or, with an autoencoder beside it, on latents. One that is conditioned
+    on text embeds `prompt` (the empty one by default), unless `stored` is that prompt's embedding.
 
-    Raises TeacherNotFoundError where a part is missing, TeacherError where it is not one that can be used safely, and
-    ConfigError for a prompt that it does not read.
+    Raises TeacherNotFoundError where a part is missing, TeacherError where it is not one that can
+    be used safely, and ConfigError for a prompt that it does not read.
     """
     root = locate(where)
     folder = next((root / name for name in NETWORKS if (root / name).is_dir()), root)
@@ -109,7 +113,8 @@ def load_teacher(
         raise ConfigError(f"--prompt: this teacher ({name}) reads no text; leave --prompt out")
     schedule = _scheduler_config(root)
     weights = weight_files(folder)
-    # A list of head widths is ours in a UNet2DModel; in a UNet2DConditionModel diffusers reads it itself.
+    # A list of head widths is ours in a UNet2DModel; in a UNet2DConditionModel diffusers reads it
+    # itself.
     ours = config if name == "UNet2DModel" else {}
     network = load_part(ARCHITECTURES[name], folder, weights, **stand_in(ours))
     set_heads(network, ours)
@@ -123,8 +128,9 @@ def load_teacher(
     latents, more, about = found if found is not None else (None, [], None)
     if latents is not None and config.get("in_channels") != latents.channels:
         raise TeacherError(
-            f"{folder / 'config.json'}: expected in_channels={latents.channels}, those of the autoencoder's latents, "
-            f"got {config.get('in_channels')}; models that read masks or images beside the latents cannot be tapped"
+            f"{folder / 'config.json'}: expected in_channels={latents.channels}, those of the "
+            f"autoencoder's latents, got {config.get('in_channels')}; models that read masks or "
+            "images beside the latents cannot be tapped"
         )
     told = None
     if name == "UNet2DConditionModel":
@@ -156,8 +162,8 @@ def _denoiser(network: Any, prompt: Prompt | None) -> Denoiser:
     wanted = network.config.cross_attention_dim
     if told != wanted:
         raise TeacherError(
-            f"the text encoder's embedding has {told} channels, but the U-Net takes {wanted}; the two belong to "
-            "different models"
+            f"the text encoder's embedding has {told} channels, but the U-Net takes {wanted}; the "
+            "two belong to different models"
         )
     return UNetDenoiser(network, torch.from_numpy(prompt.embedding_LD.copy()))
 
@@ -167,8 +173,8 @@ def _require_served(folder: Path, name: str, config: Json, has_latents: bool) ->
     path = folder / "config.json"
     if config.get("addition_embed_type") == "text_time":
         raise TeacherError(
-            f"{path}: this is Stable Diffusion XL, whose U-Net wants sizes and a second text encoder; dtcache takes "
-            "Stable Diffusion 1.x and 2.x"
+            f"{path}: this is Stable Diffusion XL, whose U-Net wants sizes and a second text "
+            "encoder; dtcache takes Stable Diffusion 1.x and 2.x"
         )
     for key in UNSERVED.get(name, ()):
         if config.get(key) is not None:
@@ -178,13 +184,14 @@ def _require_served(folder: Path, name: str, config: Json, has_latents: bool) ->
     is_dit = config.get("norm_type") == "ada_norm_zero" and config.get("patch_size") is not None
     if name == "Transformer2DModel" and not is_dit:
         raise TeacherError(
-            f"{path}: expected the Transformer2DModel of a DiT (norm_type ada_norm_zero, with patches), got norm_type "
-            f"{config.get('norm_type')!r}, patch_size {config.get('patch_size')!r}"
+            f"{path}: expected the Transformer2DModel of a DiT (norm_type ada_norm_zero, with "
+            f"patches), got norm_type {config.get('norm_type')!r}, patch_size "
+            f"{config.get('patch_size')!r}"
         )
     if not has_latents and (name != "UNet2DModel" or config.get("in_channels") != 3):
         raise TeacherError(
-            f"{path}: expected a model of RGB pixels or an autoencoder beside it (vae/ or vqvae/), got in_channels="
-            f"{config.get('in_channels')} and neither folder"
+            f"{path}: expected a model of RGB pixels or an autoencoder beside it (vae/ or vqvae/), "
+            f"got in_channels={config.get('in_channels')} and neither folder"
         )
 
 

@@ -1,4 +1,6 @@
-"""Any torch module as a teacher, from Python: checked by a dry run, named by hashes of what it computes."""
+"""Any torch module as a teacher, from Python: checked by a dry run, named by hashes of what it
+computes.
+"""
 
 import hashlib
 import re
@@ -20,19 +22,21 @@ Prepare = Callable[[Tensor, Tensor, int], Tensor | tuple[Tensor, ...]]
 class CallableTeacher:
     """A torch module whose inner maps are cached.
 
-    `taps` names module paths, as `module.named_modules()` has them, by stride against the view: {"stride8": "up.2"};
-    "" is the module itself. What is cached is a path's output: a tensor (B, C, H, W), or a tuple that begins with one.
+    `taps` names module paths, as `module.named_modules()` has them, by stride against the view:
+    {"stride8": "up.2"}; "" is the module itself. What is cached is a path's output: a tensor (B, C,
+    H, W), or a tuple that begins with one.
 
-    `prepare(pixels_BCHW, noise_BCHW, timestep)` returns the module's argument, or a tuple of positional ones. It is
-    called in inference mode, outside autocast, once a pass, with
-    pixels_BCHW: fp32 in [-1, 1], RGB, (batch size, 3, H, W) on the device; mirrored views are mirrored already; a
-    short batch is padded to the batch size with zeros, whose features are thrown away;
-    noise_BCHW: fp32, standard normal, (batch size, noise_channels, H / noise_stride, W / noise_stride) on the device:
-    that of each sample, timestep, draw and flip;
-    timestep: the int of --timestep.
-    Without `prepare` the module is called with pixels_BCHW alone and there is no noise: the timestep is then 0.
+    `prepare(pixels_BCHW, noise_BCHW, timestep)` returns the module's argument, or a tuple of
+    positional ones. It is called in inference mode, outside autocast, once a pass, with
+    pixels_BCHW: fp32 in [-1, 1], RGB, (batch size, 3, H, W) on the device; mirrored views are
+    mirrored already; a short batch is padded to the batch size with zeros, whose features are
+    thrown away; noise_BCHW: fp32, standard normal, (batch size, noise_channels, H / noise_stride, W
+    / noise_stride) on the device: that of each sample, timestep, draw and flip; timestep: the int
+    of --timestep. Without `prepare` the module is called with pixels_BCHW alone and there is no
+    noise: the timestep is then 0.
 
-    The module is switched to evaluation mode and moved to the device. It runs to its end: cut off what no tap needs.
+    The module is switched to evaluation mode and moved to the device. It runs to its end: cut off
+    what no tap needs.
     """
 
     def __init__(
@@ -49,9 +53,10 @@ class CallableTeacher:
     ) -> None:
         """Check what can be checked without running anything.
 
-        `version` is yours to change whenever `prepare` or code of the module changes what is computed: hashes cover
-        weights, taps and class name, never code. `alpha_bars` is the share of the signal's variance at each timestep,
-        SNR / (1 + SNR): it is recorded, and bounds the timesteps. `size` is the default view (height, width).
+        `version` is yours to change whenever `prepare` or code of the module changes what is
+        computed: hashes cover weights, taps and class name, never code. `alpha_bars` is the share
+        of the signal's variance at each timestep, SNR / (1 + SNR): it is recorded, and bounds the
+        timesteps. `size` is the default view (height, width).
 
         Raises ConfigError where arguments contradict each other or name no module.
         """
@@ -76,11 +81,13 @@ class CallableTeacher:
             )
         if not alpha_bars or not all(0.0 <= a <= 1.0 for a in alpha_bars):
             raise ConfigError(
-                "CallableTeacher: alpha_bars: expected shares of variance from 0 to 1, one a timestep"
+                "CallableTeacher: alpha_bars: expected shares of variance from 0 to 1, one a "
+                "timestep"
             )
         if prepare is None and len(alpha_bars) > 1:
             raise ConfigError(
-                "CallableTeacher: alpha_bars without prepare: the module would see no noise; give both"
+                "CallableTeacher: alpha_bars without prepare: the module would see no noise; give "
+                "both"
             )
         self.channels = noise_channels
         self.native_size = size
@@ -158,8 +165,9 @@ class CallableTeacher:
         except Exception as error:  # whatever the user's code raises
             reason = " ".join(str(error).split())[:200]
             raise TeacherError(
-                f"{what}: its dry run on a {height}x{width} view failed ({type(error).__name__}: {reason}); see that "
-                "prepare returns the module's arguments and that it takes this size"
+                f"{what}: its dry run on a {height}x{width} view failed ({type(error).__name__}: "
+                f"{reason}); see that prepare returns the module's arguments and that it takes "
+                "this size"
             ) from error
         taps = []
         for place, (name, map_BCHW) in enumerate(found.items()):
@@ -167,8 +175,9 @@ class CallableTeacher:
             stride = int(name.removeprefix("stride"))
             if (rows * stride, columns * stride) != (height, width):
                 raise TeacherError(
-                    f"{what}: tap {name} at {self._paths[name]!r}: expected {height / stride:g}x{width / stride:g} "
-                    f"values of a {height}x{width} view, got {rows}x{columns} ({channels} channels); correct its stride"
+                    f"{what}: tap {name} at {self._paths[name]!r}: expected "
+                    f"{height / stride:g}x{width / stride:g} values of a {height}x{width} view, "
+                    f"got {rows}x{columns} ({channels} channels); correct its stride"
                 )
             taps.append(
                 TapSpec(
@@ -189,13 +198,15 @@ class CallableTeacher:
     def predictor(self) -> nn.Module:
         """Raise ConfigError: nobody knows what the module predicts."""
         raise ConfigError(
-            "--encoding ddim: a CallableTeacher makes its own inputs, and what it predicts is not known; invert the "
-            "images in its prepare, and leave --encoding ddpm"
+            "--encoding ddim: a CallableTeacher makes its own inputs, and what it predicts is not "
+            "known; invert the images in its prepare, and leave --encoding ddpm"
         )
 
 
 class TappedModule(nn.Module):
-    """A module whose forward pass returns the outputs of some of its parts. Nothing stays hooked between passes."""
+    """A module whose forward pass returns the outputs of some of its parts. Nothing stays hooked
+    between passes.
+    """
 
     def __init__(self, module: nn.Module, paths: Mapping[str, str]) -> None:
         super().__init__()
@@ -228,14 +239,17 @@ class TappedModule(nn.Module):
             output = seen.get(name)
             if not isinstance(output, Tensor) or output.dim() != 4:
                 raise TeacherError(
-                    f"CallableTeacher: tap {name} at {path!r}: expected a tensor (B, C, H, W), got {_kind(output)}"
+                    f"CallableTeacher: tap {name} at {path!r}: expected a tensor (B, C, H, W), got "
+                    f"{_kind(output)}"
                 )
             maps[name] = output
         return maps
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Return the SHA-256 over the state dict's tensors by name: name, type, shape, bytes; no layout, no device."""
+    """Return the SHA-256 over the state dict's tensors by name: name, type, shape, bytes; no
+    layout, no device.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if isinstance(tensor, Tensor):

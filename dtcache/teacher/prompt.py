@@ -32,10 +32,12 @@ class Prompt:
 
 
 def embed_prompt(root: Path, text: str) -> Prompt:
-    """Run the CLIP text encoder of a Stable Diffusion directory, as its pipeline does: padded to the full length.
+    """Run the CLIP text encoder of a Stable Diffusion directory, as its pipeline does: padded to
+    the full length.
 
-    In fp32 on one thread of the CPU, so that it is the same number for number whatever computes the features. Raises
-    ConfigError without the `transformers` library or for a prompt that is too long, TeacherError for the directory.
+    In fp32 on one thread of the CPU, so that it is the same number for number whatever computes the
+    features. Raises ConfigError without the `transformers` library or for a prompt that is too
+    long, TeacherError for the directory.
     """
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
@@ -51,7 +53,8 @@ def embed_prompt(root: Path, text: str) -> Prompt:
     config = read_config(folder / "config.json", "the text encoder's configuration")
     if "CLIPTextModel" not in (config.get("architectures") or []):
         raise TeacherError(
-            f"{folder / 'config.json'}: expected architectures [CLIPTextModel], got {config.get('architectures')}"
+            f"{folder / 'config.json'}: expected architectures [CLIPTextModel], got "
+            f"{config.get('architectures')}"
         )
     encoder = load_part(CLIPTextModel, folder, weight_files(folder, TEXT_WEIGHTS))
     tokens = _tokenize(root / "tokenizer", CLIPTokenizer, text)
@@ -75,7 +78,8 @@ def _tokenize(folder: Path, tokenizer_class: Any, text: str) -> torch.Tensor:
     """Return the token numbers (1, L), padded to the tokenizer's own length."""
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
         raise TeacherNotFoundError(
-            f"{folder}: the tokenizer is missing; expected tokenizer.json, or vocab.json and merges.txt"
+            f"{folder}: the tokenizer is missing; expected tokenizer.json, or vocab.json and "
+            "merges.txt"
         )
     for path in folder.iterdir():
         if path.stat().st_size > MAX_TOKENIZER_BYTES:

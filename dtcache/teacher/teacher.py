@@ -1,4 +1,4 @@
-"""One denoising pass: uint8 views in, decoder features out (paper: feature dataset, encoded)."""
+"""The teacher: uint8 views in, decoder features out, by one denoising pass per timestep and draw."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dtcache.device import Compute, DeviceClock, compiled, memory_errors
-from dtcache.errors import ConfigError
+from dtcache.errors import ConfigError, TeacherError
 from dtcache.recipe import Box, TeacherSpec, ViewSpec, signal_to_noise, tap_name
 from dtcache.rng import sample_noise
 from dtcache.teacher.aligned_crop import find_crop
@@ -20,34 +20,56 @@ from dtcache.teacher.denoiser import choose_taps
 from dtcache.teacher.load import LoadedTeacher
 from dtcache.teacher.noising import Encoding, Noising
 
-SMALLER_BATCH = "give a smaller --batch-size, or auto"
+SMALLER_BATCH = "pass a smaller `batch_size`, or auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherSettings:
+    """The choices of a caller of `prepare_teacher`; a `TeacherSpec` holds them resolved."""
+
+    view: ViewSpec
+    timesteps: tuple[int, ...]
+    batch_size: int
+    """Views per pass."""
+    taps: tuple[str, ...] | None = None
+    """Names of taps; None for the default of `choose_taps`."""
+    condition: str | None = None
+    """label, null or a class number; None for the default of `choose_condition`."""
+    ddim_steps: int | None = None
+    """Steps of a DDIM inversion; None to noise the images instead."""
+    compile: bool = False
+    """Whether torch.compile compiles the network."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherInput:
-    """What the passes over one view need; threads can make it ahead of them."""
+    """The input of all passes over one view; threads can make it before the passes run."""
 
     pixels_CHW: NDArray[np.uint8]
-    """RGB, mirrored where the view is."""
+    """RGB, mirrored if the view is."""
     label: int | None
-    """The class that the network is told of it, None where it is told none."""
+    """The class that conditions the network; None if no class does."""
     noise: tuple[dict[int, NDArray[np.float32]], ...]
-    """A draw: by timestep, of the network's input shape (C, H, W); empty where the encoding takes none."""
+    """Per draw: noise by timestep, of the network's input shape (C, H, W); empty if the encoding
+    takes no noise.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherBatch:
-    """The inputs of B views side by side, on the host."""
+    """The inputs of B views as one batch, on the host."""
 
     pixels_BCHW: Tensor
-    """uint8 RGB, mirrored where the view is."""
+    """uint8 RGB, each view mirrored if it is a mirrored one."""
     labels_B: Tensor | None
-    """int64, None where the network is told no class."""
+    """int64; None if no class conditions the network."""
     noise: tuple[dict[int, Tensor], ...]
-    """A draw: by timestep, fp32 (B, C, H, W); empty where the encoding takes none."""
+    """Per draw: noise by timestep, fp32 (B, C, H, W); empty if the encoding takes no noise."""
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "TeacherBatch":
-        """Return the batch with the same change made to pixels and noise, maps of (B, C, H, W)."""
+        """Return the batch after the same `change` of its pixels and of its noise, both (B, C, H,
+        W).
+        """
         noise = tuple(
             {t: change(noise_BCHW) for t, noise_BCHW in draw.items()} for draw in self.noise
         )
@@ -55,47 +77,48 @@ class TeacherBatch:
 
 
 class Teacher:
-    """A truncated teacher on a device, with everything that its features depend on resolved in `spec`."""
+    """A truncated teacher on a device; `spec` holds every constant that its features depend on."""
 
     def __init__(
         self,
         loaded: LoadedTeacher,
-        encoding: Encoding,
         spec: TeacherSpec,
         view: ViewSpec,
         crop: Box | None,
         compute: Compute,
     ) -> None:
-        """Take a loaded teacher to the device, cut off after the taps of `spec`."""
+        """Move a loaded teacher to the device, cut off after the last tap of `spec`."""
         self.spec = spec
         self.view = view
-        self.encoding = encoding
+        self.encoding = _encoding(loaded, compute, spec.ddim_steps)
         self.crop = crop
-        """The crop of the view at which equivariance can be measured."""
+        """The crop of the view at which equivariance can be measured; None if there is none."""
         self.denoiser = loaded.denoiser
-        """The whole of it; it shares its weights with `network`."""
+        """The complete network; it shares its weights with `network`."""
         self.input_shape = (
             loaded.denoiser.channels,
             view.height // loaded.latent_stride,
             view.width // loaded.latent_stride,
         )
-        """(C, H, W) of what is noised."""
+        """(C, H, W) of the pixels or latents that are noised."""
         self.prompt = loaded.prompt
         self.device = compute.device
         self._compute = compute
         self._num_classes = loaded.denoiser.num_classes
         self._null_class = loaded.denoiser.null_class
-        self._noise_shape = encoding.noise_shape(view.height, view.width)
-        self._latents = _placed(loaded.latents, compute) if loaded.latents is not None else None
-        self.network = _placed(loaded.denoiser.tapped(spec.taps), compute)
-        """Ends after the last tap; in evaluation mode, channels last."""
+        self._noise_shape = self.encoding.noise_shape(view.height, view.width)
+        self._latents = _on_device(loaded.latents, compute) if loaded.latents is not None else None
+        self.network = _on_device(loaded.denoiser.tapped(spec.taps), compute)
+        """The network up to the last tap; in evaluation mode, channels last."""
         self._run = compiled(self.network) if spec.compiled else self.network
         self.clock = DeviceClock(compute.device)
-        """Of all passes, the autoencoder's and an inversion's among them."""
+        """Time of all passes, including those of the autoencoder and of a DDIM inversion."""
 
     @property
     def is_random(self) -> bool:
-        """Whether noise is drawn, so that one image has features of many draws."""
+        """Whether features depend on drawn noise, so that one image has different features per
+        draw.
+        """
         return self._noise_shape is not None
 
     def input(
@@ -108,10 +131,11 @@ class Teacher:
         draws: Sequence[int],
         label: int | None = None,
     ) -> TeacherInput:
-        """Return one view, mirrored where `flip` says so, with the noise of every draw and timestep.
+        """Return one view, mirrored if `flip`, with the noise of every draw and timestep.
 
-        `pixels_CHW` are uint8 RGB, not mirrored. Noise belongs to (seed, key, timestep, draw, flip): see `noise`.
-        `label` is the sample's own class; it is read only where the network is told that.
+        `pixels_CHW` are uint8 RGB, not mirrored. `sample_noise` draws the noise from (seed, key,
+        timestep, draw, flip). `label` is the sample's own class; only the condition `label` uses
+        it.
         """
         shape = self._noise_shape
 
@@ -125,22 +149,21 @@ class Teacher:
 
         mirrored_CHW = np.ascontiguousarray(pixels_CHW[:, :, ::-1]) if flip else pixels_CHW
         return TeacherInput(
-            pixels_CHW=mirrored_CHW, label=self._told(label), noise=tuple(map(noise, draws))
+            pixels_CHW=mirrored_CHW, label=self._class_of(label), noise=tuple(map(noise, draws))
         )
 
     def batch(self, inputs: Sequence[TeacherInput]) -> TeacherBatch:
-        """Return views of the same draws as one batch."""
+        """Return views of the same draws as one batch, in pinned memory if the device is a GPU."""
 
         def stacked(maps: Iterable[Any]) -> Tensor:
             host = torch.from_numpy(np.stack(list(maps)))
-            return (
-                host.pin_memory() if self.device.type == "cuda" else host
-            )  # so that the upload need not wait
+            # A copy to the GPU runs asynchronously only from pinned memory.
+            return host.pin_memory() if self.device.type == "cuda" else host
 
-        told = [np.int64(view.label) for view in inputs if view.label is not None]
+        labels = [np.int64(view.label) for view in inputs if view.label is not None]
         return TeacherBatch(
             pixels_BCHW=stacked(view.pixels_CHW for view in inputs),
-            labels_B=stacked(told) if told else None,
+            labels_B=stacked(labels) if labels else None,
             noise=tuple(
                 {t: stacked(view.noise[draw][t] for view in inputs) for t in by_timestep}
                 for draw, by_timestep in enumerate(inputs[0].noise)
@@ -148,36 +171,34 @@ class Teacher:
         )
 
     def require_labels(self, keys: Iterable[str], labels: Iterable[int | None] | None) -> None:
-        """Raise ImagesError where each sample's label is told and one of them is none of the teacher's classes."""
-        if self.spec.condition is not None and self.spec.condition.kind == "label":
-            assert self._num_classes is not None, "only a class-conditional teacher is told labels"
+        """Raise ImagesError if the condition is each sample's label and a label is not one of the
+        teacher's classes.
+        """
+        condition = self.spec.condition
+        if condition is not None and condition.kind == "label" and self._num_classes is not None:
             require_labels(keys, labels, self._num_classes)
 
     @torch.inference_mode()
     def features(self, batch: TeacherBatch) -> Iterator[dict[str, Tensor]]:
-        """Yield, draw by draw, the raw features of all timesteps and taps by array name: fp32 (B, C, H, W).
+        """Yield, per draw, the raw features of all timesteps and taps by array name: fp32 (B, C, H,
+        W).
 
-        Latents are made once for all draws and timesteps. A short batch is padded to the recipe's batch size, because
-        the batch shape moves results in their last bits.
+        Latents are computed once for all draws and timesteps. A short batch is padded to the
+        recipe's batch size, because the batch shape changes the last bits of results. Raises
+        DeviceMemoryError.
         """
-        # Other shapes, as equivariance is measured on, would be compiled anew.
-        view = (
-            max(self.spec.batch_size, len(batch.pixels_BCHW)),
-            3,
-            self.view.height,
-            self.view.width,
-        )
-        run = (
-            self._run
-            if view[0] == self.spec.batch_size and batch.pixels_BCHW.shape[1:] == view[1:]
-            else self.network
-        )
+        # Batches of other shapes, such as the crops that measure equivariance, would each be
+        # compiled again.
+        compiled_shape = (self.spec.batch_size, 3, self.view.height, self.view.width)
+        padded_size = max(self.spec.batch_size, len(batch.pixels_BCHW))
+        is_whole = (padded_size, *batch.pixels_BCHW.shape[1:]) == compiled_shape
+        run = self._run if is_whole else self.network
         with self.clock.running(), memory_errors(self.spec.batch_size, SMALLER_BATCH):
             count = len(batch.pixels_BCHW)
             clean_BCHW = self.clean(batch)
             labels_B = self.labels(batch)
         for by_timestep in batch.noise:
-            found = {}
+            features = {}
             for timestep in self.spec.timesteps:
                 noise_BCHW = self._padded(by_timestep[timestep]) if self.is_random else None
                 with self.clock.running(), memory_errors(self.spec.batch_size, SMALLER_BATCH):
@@ -185,15 +206,15 @@ class Teacher:
                     with self._compute.autocast():
                         maps = run(*map(_channels_last, arguments))
                 for tap in self.spec.taps:
-                    found[tap_name(timestep, tap.name)] = maps[tap.name][:count].float()
-            yield found
+                    features[tap_name(timestep, tap.name)] = maps[tap.name][:count].float()
+            yield features
 
     def clean(self, batch: TeacherBatch) -> Tensor:
-        """Return what is to be noised, fp32 on the device, padded to the recipe's batch size: pixels in [-1, 1], or
-        their latents.
+        """Return pixels in [-1, 1] or their latents, not noised: fp32 on the device, padded to the
+        recipe's batch size.
 
-        Latents are made in the network's own precision: what bfloat16 takes from them lies far under the noise that
-        they are about to be given, and fp32 would cost more than the network.
+        The autoencoder runs in the network's own precision. bf16 changes latents far less than the
+        noise added to them, and fp32 would take longer than the network itself.
         """
         pixels_BCHW = self._padded(batch.pixels_BCHW).float() / 127.5 - 1.0
         if self._latents is None:
@@ -203,23 +224,29 @@ class Teacher:
         return latents_BCHW.float()
 
     def labels(self, batch: TeacherBatch) -> Tensor | None:
-        """Return the classes that the network is told, int64 on the device, padded likewise."""
+        """Return the classes that condition the network, int64 on the device, padded to the
+        recipe's batch size.
+        """
         return self._padded(batch.labels_B) if batch.labels_B is not None else None
 
-    def _told(self, label: int | None) -> int | None:
-        """Return the class that the network is told of a sample, as the recipe's condition says."""
+    def _class_of(self, label: int | None) -> int | None:
+        """Return the class that conditions the network for a sample with `label`, by the recipe's
+        condition.
+        """
         condition = self.spec.condition
         if condition is None or condition.kind == "prompt":
             return None
-        own = {"label": label, "class": condition.number, "null": self._null_class}
-        told = own[condition.kind]
-        assert told is not None, (
-            "a job whose condition is the label has labels for all of its samples"
-        )
-        return told
+        by_kind = {"label": label, "class": condition.number, "null": self._null_class}
+        number = by_kind[condition.kind]
+        if number is None:
+            raise TeacherError(
+                f"condition {condition.kind}: expected a class for each sample, got none; "
+                "call `require_labels` first"
+            )
+        return number
 
     def _padded(self, host: Tensor) -> Tensor:
-        """Bring a batch to the device and to the recipe's batch size, with zeros."""
+        """Return a batch on the device, padded with zeros to the recipe's batch size."""
         there = host.to(self.device, non_blocking=True)
         lacking = self.spec.batch_size - len(there)
         return (
@@ -232,43 +259,33 @@ def _channels_last(x: Any) -> Any:
     return x.contiguous(memory_format=torch.channels_last) if is_map else x
 
 
-def _placed(network: nn.Module, compute: Compute) -> nn.Module:
+def _on_device(network: nn.Module, compute: Compute) -> nn.Module:
     return network.to(compute.device).to(memory_format=torch.channels_last).eval()
 
 
-def prepare_teacher(
-    loaded: LoadedTeacher,
-    view: ViewSpec,
-    *,
-    taps: tuple[str, ...] | None,
-    timesteps: tuple[int, ...],
-    batch_size: int,
-    compute: Compute,
-    condition: str | None = None,
-    ddim_steps: int | None = None,
-    compile: bool = False,
-) -> Teacher:
-    """Find and choose taps, truncate the network and resolve the recipe's constants.
+def prepare_teacher(loaded: LoadedTeacher, settings: TeacherSettings, compute: Compute) -> Teacher:
+    """Find and choose taps, truncate the network and resolve the constants of the recipe.
 
-    `condition` is label, null, a class number, or None for the default: see `choose_condition`. With `ddim_steps`
-    images are inverted by so many steps, else noised. With `compile` torch.compile compiles the network. Raises
-    ConfigError for a size, tap, timestep, condition or encoding that the teacher cannot serve.
+    Raises ConfigError for a size, tap, timestep, condition or encoding that the teacher does not
+    support.
     """
+    view = settings.view
+    timesteps = settings.timesteps
     steps = len(loaded.alpha_bars)
     for timestep in timesteps:
         if not 0 <= timestep < steps:
             raise ConfigError(
-                f"--timestep {timestep}: this teacher was trained with steps 0 to {steps - 1}"
+                f"`timestep` {timestep}: this teacher was trained with steps 0 to {steps - 1}"
             )
-        if ddim_steps is not None:
-            ddim_levels(timestep, ddim_steps)
+        if settings.ddim_steps is not None:
+            ddim_levels(timestep, settings.ddim_steps)
     if len(set(timesteps)) != len(timesteps) or not timesteps:
         raise ConfigError(
-            f"--timestep: expected one or several different steps, got {list(timesteps)}"
+            f"`timestep`: expected one or several different steps, got {list(timesteps)}"
         )
-    if batch_size < 1:
-        raise ConfigError(f"--batch-size {batch_size}: expected at least 1")
-    told = choose_condition(loaded.denoiser, loaded.prompt, condition)
+    if settings.batch_size < 1:
+        raise ConfigError(f"`batch_size` {settings.batch_size}: expected at least 1")
+    condition = choose_condition(loaded.denoiser, loaded.prompt, settings.condition)
     offered = loaded.denoiser.find_taps(view.height, view.width, loaded.latent_stride)
     alpha_bars = tuple(float(loaded.alpha_bars[t]) for t in timesteps)
     spec = TeacherSpec(
@@ -277,40 +294,43 @@ def prepare_teacher(
         config_sha256=loaded.config_sha256,
         timesteps=timesteps,
         alpha_bars=alpha_bars,
-        taps=choose_taps(offered, taps),
+        taps=choose_taps(offered, settings.taps),
         precision=compute.precision,
-        batch_size=batch_size,
+        batch_size=settings.batch_size,
         device_type=compute.device.type,
         snrs=tuple(map(signal_to_noise, alpha_bars)),
-        ddim_steps=ddim_steps,
-        condition=told,
-        compiled=compile or None,
+        ddim_steps=settings.ddim_steps,
+        condition=condition,
+        compiled=settings.compile or None,
     )
-    encoding = _encoding(loaded, compute, ddim_steps)
     crop = find_crop(loaded.denoiser, offered, view, loaded.latent_stride)
-    return Teacher(loaded, encoding, spec, view, crop, compute)
+    return Teacher(loaded, spec, view, crop, compute)
 
 
 def _encoding(loaded: LoadedTeacher, compute: Compute, ddim_steps: int | None) -> Encoding:
-    """Return the teacher's own encoding, or the one asked for."""
+    """Return a DDIM inversion if `ddim_steps` is given, else the teacher's own encoding, else
+    noising.
+    """
     if ddim_steps is None:
         noising = Noising(
             loaded.alpha_bars.to(compute.device), loaded.denoiser.channels, loaded.latent_stride
         )
         return loaded.encoding or noising
-    whole = _placed(loaded.denoiser.predictor(), compute)
+    network = _on_device(loaded.denoiser.predictor(), compute)
 
     def predictor(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
         with compute.autocast():
-            output_BCHW: Tensor = whole(_channels_last(x_BCHW), t_B, labels_B)
+            output_BCHW: Tensor = network(_channels_last(x_BCHW), t_B, labels_B)
         return output_BCHW.float()
 
     return Inversion(predictor, loaded.alpha_bars, loaded.prediction, ddim_steps)
 
 
 def native_size(loaded: LoadedTeacher) -> tuple[int, int]:
-    """Return the (height, width) that the teacher was trained at, pixels. Raises ConfigError where it names none."""
+    """Return the (height, width) of the training images, in pixels. Raises ConfigError if the
+    teacher names none.
+    """
     size = loaded.denoiser.native_size
     if size is None:
-        raise ConfigError("this teacher's configuration names no sample_size: give --size")
+        raise ConfigError("this teacher's configuration has no sample_size; pass `size`")
     return size[0] * loaded.latent_stride, size[1] * loaded.latent_stride

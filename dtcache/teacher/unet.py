@@ -1,4 +1,6 @@
-"""Diffusers' U-Nets as denoisers: where their taps are, and a U-Net that stops after the last of them."""
+"""Diffusers' U-Nets as denoisers: where their taps are, and a U-Net that stops after the last of
+them.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,10 +18,14 @@ UNet = Any
 
 
 class UNetDenoiser:
-    """A UNet2DModel, class-conditional or not, or a UNet2DConditionModel with the embedding of its one prompt."""
+    """A UNet2DModel, class-conditional or not, or a UNet2DConditionModel with the embedding of its
+    one prompt.
+    """
 
     def __init__(self, unet: UNet, embedding_LD: Tensor | None = None) -> None:
-        """Take over `unet`: fp32, in evaluation mode, on the CPU. A UNet2DConditionModel wants fp32 `embedding_LD`."""
+        """Take over `unet`: fp32, in evaluation mode, on the CPU. A UNet2DConditionModel wants fp32
+        `embedding_LD`.
+        """
         self.unet = unet
         self.channels: int = unet.config.in_channels
         size = unet.config.sample_size
@@ -36,21 +42,25 @@ class UNetDenoiser:
         self._embedding_LD = embedding_LD
 
     def find_taps(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
-        """Return every decoder level's tap, before its upsampler. Raises ConfigError for a size it cannot halve."""
+        """Return every decoder level's tap, before its upsampler. Raises ConfigError for a size it
+        cannot halve.
+        """
         halvings = 2 ** (len(self.unet.config.block_out_channels) - 1)
         multiple = halvings * latent_stride
         if height % multiple or width % multiple:
             what = "image" if latent_stride == 1 else f"latent, {latent_stride} pixels a row,"
             raise ConfigError(
-                f"--size {height}x{width}: this U-Net halves the {what} {halvings.bit_length() - 1} times, so both "
-                f"sides must be multiples of {multiple}; choose such a size"
+                f"--size {height}x{width}: this U-Net halves the {what} "
+                f"{halvings.bit_length() - 1} times, so both sides must be multiples of "
+                f"{multiple}; choose such a size"
             )
         shapes = self._measure(height // latent_stride, width // latent_stride)
         by_stride = {}
         for block, (channels, rows, columns) in sorted(shapes.items()):
             if height % rows or width % columns or height // rows != width // columns:
                 raise TeacherError(
-                    f"up block {block}: its {rows}x{columns} map does not divide the {height}x{width} view"
+                    f"up block {block}: its {rows}x{columns} map does not divide the "
+                    f"{height}x{width} view"
                 )
             stride = height // rows
             # Of several levels at one stride the last has seen most of the decoder.
@@ -77,7 +87,8 @@ class UNetDenoiser:
     def _measure(self, height: int, width: int) -> dict[int, tuple[int, int, int]]:
         """Return the shape (C, H, W) of each decoder level's map for an input of some size.
 
-        By a pass over tensors without storage, which costs no arithmetic: a large U-Net takes a minute on a CPU.
+        By a pass over tensors without storage, which costs no arithmetic: a large U-Net takes a
+        minute on a CPU.
         """
         shapes: dict[int, tuple[int, int, int]] = {}
         handles = [
@@ -122,7 +133,8 @@ class WholeUNet(nn.Module):
 
 
 class TappedUNet(nn.Module):
-    """A U-Net whose forward pass returns the last feature of chosen decoder levels, BEFORE their upsamplers.
+    """A U-Net whose forward pass returns the last feature of chosen decoder levels, BEFORE their
+    upsamplers.
 
     Everything after the last tapped block is cut off, which leaves the taps bit-identical.
     """
@@ -132,7 +144,9 @@ class TappedUNet(nn.Module):
     def __init__(
         self, unet: UNet, name_of: Mapping[int, str], embedding_LD: Tensor | None = None
     ) -> None:
-        """Truncate `unet` in place after the last block of `name_of`, which names the taps by block."""
+        """Truncate `unet` in place after the last block of `name_of`, which names the taps by
+        block.
+        """
         super().__init__()
         last = max(name_of)
         unet.up_blocks = unet.up_blocks[: last + 1]

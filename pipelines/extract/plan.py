@@ -27,6 +27,7 @@ from dtcache.teacher import (
     Prompt,
     Teacher,
     TeacherInput,
+    TeacherSettings,
     load_teacher,
     native_size,
     prepare_teacher,
@@ -192,12 +193,16 @@ def make_teacher(
     configure_process(compute.device)
     return prepare_teacher(
         loaded,
-        ViewSpec(height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop"),
-        taps=parse_taps(options.taps) if options.taps else None,
-        timesteps=options.timestep,
-        batch_size=size,
-        compute=compute,
-        condition=options.condition,
-        ddim_steps=(options.ddim_steps or DDIM_STEPS) if options.encoding == "ddim" else None,
-        compile=options.compile,
+        TeacherSettings(
+            view=ViewSpec(
+                height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop"
+            ),
+            taps=parse_taps(options.taps) if options.taps else None,
+            timesteps=options.timestep,
+            batch_size=size,
+            condition=options.condition,
+            ddim_steps=(options.ddim_steps or DDIM_STEPS) if options.encoding == "ddim" else None,
+            compile=options.compile,
+        ),
+        compute,
     )

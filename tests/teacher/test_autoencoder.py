@@ -15,7 +15,14 @@ from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.recipe import ViewSpec
 from dtcache.rng import sample_noise
-from dtcache.teacher import LoadedTeacher, Prompt, Teacher, load_teacher, prepare_teacher
+from dtcache.teacher import (
+    LoadedTeacher,
+    Prompt,
+    Teacher,
+    TeacherSettings,
+    load_teacher,
+    prepare_teacher,
+)
 from dtcache.teacher.diffusers_files import WEIGHTS
 from dtcache.teacher.unet import UNetDenoiser
 
@@ -31,7 +38,7 @@ def prepared(loaded: LoadedTeacher, *timesteps: int, batch_size: int = 2) -> Tea
     """Return a teacher of 32 px views with its default taps."""
     view = ViewSpec(height=32, width=32)
     return prepare_teacher(
-        loaded, view, taps=None, timesteps=timesteps, batch_size=batch_size, compute=CPU
+        loaded, TeacherSettings(view=view, timesteps=timesteps, batch_size=batch_size), CPU
     )
 
 

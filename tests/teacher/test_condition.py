@@ -11,7 +11,7 @@ from teacher.test_autoencoder import CPU, PIXELS, noisy, pixels
 
 from dtcache.errors import ConfigError, ImagesError
 from dtcache.recipe import ConditionSpec, ViewSpec
-from dtcache.teacher import Prompt, load_teacher, prepare_teacher
+from dtcache.teacher import Prompt, TeacherSettings, load_teacher, prepare_teacher
 from dtcache.teacher.condition import choose_condition, require_labels
 from dtcache.teacher.unet import UNetDenoiser
 
@@ -124,12 +124,10 @@ def test_a_class_conditional_unet_is_told_its_class(
     unet = save_class_unet(tmp_path)
     teacher = prepare_teacher(
         load_teacher(str(tmp_path)),
-        ViewSpec(height=32, width=32),
-        taps=None,
-        timesteps=(50,),
-        batch_size=3,
-        compute=CPU,
-        condition=condition,
+        TeacherSettings(
+            view=ViewSpec(height=32, width=32), timesteps=(50,), batch_size=3, condition=condition
+        ),
+        CPU,
     )
     batch = batch_of(
         teacher, list(PIXELS), ["a", "b"], [False, True], seed=3, draws=[0], labels=[7, 2]

@@ -12,7 +12,7 @@ from teacher.batches import batch_of
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.recipe import ViewSpec
-from dtcache.teacher import Teacher, load_teacher, prepare_teacher
+from dtcache.teacher import Teacher, TeacherSettings, load_teacher, prepare_teacher
 from dtcache.teacher.ddim_inversion import PREDICTIONS, Inversion, ddim_levels, ddim_step
 
 ALPHA_BARS = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
@@ -121,12 +121,14 @@ def inverting(teacher_dir: Path) -> Teacher:
     """The small teacher, inverting in 20 steps to T = 200."""
     return prepare_teacher(
         load_teacher(str(teacher_dir)),
-        ViewSpec(height=32, width=32),
-        taps=("stride4", "stride8"),
-        timesteps=(200,),
-        batch_size=3,
-        compute=resolve_compute("cpu", "fp32"),
-        ddim_steps=20,
+        TeacherSettings(
+            view=ViewSpec(height=32, width=32),
+            taps=("stride4", "stride8"),
+            timesteps=(200,),
+            batch_size=3,
+            ddim_steps=20,
+        ),
+        resolve_compute("cpu", "fp32"),
     )
 
 

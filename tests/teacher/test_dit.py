@@ -11,7 +11,7 @@ from teacher.test_autoencoder import CPU, PIXELS, noisy, pixels
 
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.recipe import TapSpec, ViewSpec
-from dtcache.teacher import Teacher, load_teacher, prepare_teacher
+from dtcache.teacher import Teacher, TeacherSettings, load_teacher, prepare_teacher
 from dtcache.teacher.denoiser import choose_taps
 from dtcache.teacher.dit import TappedTransformer
 
@@ -22,12 +22,14 @@ def prepared(root: Path, taps: tuple[str, ...] | None, condition: str | None) ->
     """Return a DiT of 32 px views."""
     return prepare_teacher(
         load_teacher(str(root)),
-        ViewSpec(height=32, width=32),
-        taps=taps,
-        timesteps=(150,),
-        batch_size=2,
-        compute=CPU,
-        condition=condition,
+        TeacherSettings(
+            view=ViewSpec(height=32, width=32),
+            taps=taps,
+            timesteps=(150,),
+            batch_size=2,
+            condition=condition,
+        ),
+        CPU,
     )
 
 

@@ -13,7 +13,7 @@ from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.recipe import ViewSpec
 from dtcache.rng import sample_noise
-from dtcache.teacher import CallableTeacher, Teacher, load_teacher, prepare_teacher
+from dtcache.teacher import CallableTeacher, Teacher, TeacherSettings, load_teacher, prepare_teacher
 
 
 class Pyramid(nn.Module):
@@ -55,11 +55,10 @@ def made(**changes: Any) -> CallableTeacher:
 def prepared(teacher: CallableTeacher, timestep: int = 0, batch_size: int = 3) -> Teacher:
     return prepare_teacher(
         teacher.loaded(),
-        ViewSpec(height=16, width=24),
-        taps=None,
-        timesteps=(timestep,),
-        batch_size=batch_size,
-        compute=resolve_compute("cpu", "fp32"),
+        TeacherSettings(
+            view=ViewSpec(height=16, width=24), timesteps=(timestep,), batch_size=batch_size
+        ),
+        resolve_compute("cpu", "fp32"),
     )
 
 
@@ -134,7 +133,7 @@ def test_a_diffusion_network_of_ones_own_gives_the_features_of_the_built_in_way(
     """A U-Net wrapped by hand, with the paper's noising in prepare, agrees bit for bit with the loaded directory."""
     loaded = load_teacher(str(teacher_dir))
     view = ViewSpec(height=32, width=32)
-    constants = {"timesteps": (150,), "batch_size": 2, "compute": resolve_compute("cpu", "fp32")}
+    settings = TeacherSettings(view=view, taps=("stride1",), timesteps=(150,), batch_size=2)
     a = loaded.alpha_bars[150]
 
     def prepare(pixels_BCHW: Tensor, noise_BCHW: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +151,7 @@ def test_a_diffusion_network_of_ones_own_gives_the_features_of_the_built_in_way(
     )
     found = []
     for one in (loaded, by_hand.loaded()):
-        teacher = prepare_teacher(one, view, taps=("stride1",), **constants)
+        teacher = prepare_teacher(one, settings, resolve_compute("cpu", "fp32"))
         batch = batch_of(
             teacher, [np.zeros((3, 32, 32), np.uint8)], ["k"], [False], seed=0, draws=[0]
         )
@@ -221,7 +220,7 @@ def test_the_dry_run_finds_what_is_not_as_claimed(changes: dict[str, Any], messa
 def test_a_plain_network_has_timestep_0_only_and_is_not_inverted() -> None:
     """Other timesteps and DDIM are refused."""
     with pytest.raises(
-        ConfigError, match="--timestep 150: this teacher was trained with steps 0 to 0"
+        ConfigError, match="`timestep` 150: this teacher was trained with steps 0 to 0"
     ):
         prepared(made(), timestep=150)
     teacher = made(prepare=lambda x, noise, t: x, alpha_bars=[0.5] * 9)
@@ -230,12 +229,10 @@ def test_a_plain_network_has_timestep_0_only_and_is_not_inverted() -> None:
     ):
         prepare_teacher(
             teacher.loaded(),
-            ViewSpec(height=16, width=24),
-            taps=None,
-            timesteps=(8,),
-            batch_size=2,
-            compute=resolve_compute("cpu", "fp32"),
-            ddim_steps=4,
+            TeacherSettings(
+                view=ViewSpec(height=16, width=24), timesteps=(8,), batch_size=2, ddim_steps=4
+            ),
+            resolve_compute("cpu", "fp32"),
         )
 
 

@@ -21,7 +21,7 @@ from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, DeviceMemoryError
 from dtcache.recipe import TapSpec, ViewSpec
 from dtcache.rng import sample_noise
-from dtcache.teacher import Prompt, Teacher, load_teacher, prepare_teacher
+from dtcache.teacher import Prompt, Teacher, TeacherSettings, load_teacher, prepare_teacher
 from dtcache.teacher.ddpm import build_unet
 from dtcache.teacher.denoiser import choose_taps
 from dtcache.teacher.unet import TappedUNet, UNetDenoiser
@@ -131,7 +131,9 @@ def test_features_do_not_depend_on_the_rest_of_the_batch(teacher_dir: Path) -> N
     """A short batch is padded to the recipe's shape: a sample's features are the same alone and in company."""
     view = ViewSpec(height=32, width=32)
     teacher = prepare_teacher(
-        load_teacher(str(teacher_dir)), view, taps=None, timesteps=(150,), batch_size=4, compute=CPU
+        load_teacher(str(teacher_dir)),
+        TeacherSettings(view=view, timesteps=(150,), batch_size=4),
+        CPU,
     )
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
     flips = (False, True, False)
@@ -149,7 +151,9 @@ def test_the_noised_input_is_the_papers_formula(teacher_dir: Path) -> None:
     """The network sees sqrt(a) x + sqrt(1 - a) noise with x in [-1, 1], and the timestep."""
     view = ViewSpec(height=32, width=32)
     teacher = prepare_teacher(
-        load_teacher(str(teacher_dir)), view, taps=None, timesteps=(50,), batch_size=1, compute=CPU
+        load_teacher(str(teacher_dir)),
+        TeacherSettings(view=view, timesteps=(50,), batch_size=1),
+        CPU,
     )
     seen = []
     teacher.network.unet.register_forward_pre_hook(lambda m, args: seen.append(args))
@@ -171,9 +175,9 @@ def test_the_noised_input_is_the_papers_formula(teacher_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("timesteps", "batch_size", "message"),
     [
-        ((1000,), 4, r"--timestep 1000: this teacher was trained with steps 0 to 999"),
-        ((50, 50), 4, r"--timestep: expected one or several different steps, got \[50, 50\]"),
-        ((50,), 0, r"--batch-size 0: expected at least 1"),
+        ((1000,), 4, r"`timestep` 1000: this teacher was trained with steps 0 to 999"),
+        ((50, 50), 4, r"`timestep`: expected one or several different steps, got \[50, 50\]"),
+        ((50,), 0, r"`batch_size` 0: expected at least 1"),
     ],
 )
 def test_bad_constants_are_refused(
@@ -183,11 +187,10 @@ def test_bad_constants_are_refused(
     with pytest.raises(ConfigError, match=message):
         prepare_teacher(
             load_teacher(str(teacher_dir)),
-            ViewSpec(height=32, width=32),
-            taps=None,
-            timesteps=timesteps,
-            batch_size=batch_size,
-            compute=CPU,
+            TeacherSettings(
+                view=ViewSpec(height=32, width=32), timesteps=timesteps, batch_size=batch_size
+            ),
+            CPU,
         )
 
 
@@ -213,12 +216,13 @@ def test_every_kind_runs_in_bfloat16(
     for precision in ("fp32", "bf16"):
         teacher = prepare_teacher(
             load_teacher(str(tmp_path), stored=stored),
-            ViewSpec(height=32, width=32),
-            taps=None,
-            timesteps=(150,),
-            batch_size=2,
-            compute=resolve_compute("cpu", precision),
-            condition=condition,
+            TeacherSettings(
+                view=ViewSpec(height=32, width=32),
+                timesteps=(150,),
+                batch_size=2,
+                condition=condition,
+            ),
+            resolve_compute("cpu", precision),
         )
         found.append(
             next(
@@ -243,7 +247,7 @@ def test_one_graph_is_compiled_for_whole_views(
 
     def prepared(compile: bool) -> Teacher:
         return prepare_teacher(
-            loaded, view, taps=None, timesteps=(150,), batch_size=4, compute=CPU, compile=compile
+            loaded, TeacherSettings(view=view, timesteps=(150,), batch_size=4, compile=compile), CPU
         )
 
     pixels = list(np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8))
@@ -270,11 +274,8 @@ def test_a_device_without_room_is_one_clear_line(
     """Running out of memory names the batch size and what to do."""
     teacher = prepare_teacher(
         load_teacher(str(teacher_dir)),
-        ViewSpec(height=32, width=32),
-        taps=None,
-        timesteps=(150,),
-        batch_size=2,
-        compute=CPU,
+        TeacherSettings(view=ViewSpec(height=32, width=32), timesteps=(150,), batch_size=2),
+        CPU,
     )
 
     def full(*arguments: object) -> None:
@@ -284,7 +285,7 @@ def test_a_device_without_room_is_one_clear_line(
     pixels_CHW = np.zeros((3, 32, 32), np.uint8)
     with pytest.raises(
         DeviceMemoryError,
-        match=r"ran out of memory with 2 views per pass \(CUDA out.*GiB\.\); give a",
+        match=r"ran out of memory with 2 views per pass \(CUDA out.*GiB\.\); pass a",
     ):
         list(teacher.features(batch_of(teacher, [pixels_CHW], ["a"], [False])))
 
@@ -293,11 +294,8 @@ def test_the_clock_counts_the_passes(teacher_dir: Path) -> None:
     """It grows with every pass, and with nothing else."""
     teacher = prepare_teacher(
         load_teacher(str(teacher_dir)),
-        ViewSpec(height=32, width=32),
-        taps=None,
-        timesteps=(150,),
-        batch_size=2,
-        compute=CPU,
+        TeacherSettings(view=ViewSpec(height=32, width=32), timesteps=(150,), batch_size=2),
+        CPU,
     )
     batch = batch_of(teacher, [np.zeros((3, 32, 32), np.uint8)], ["a"], [False])
     assert teacher.clock.seconds == 0

@@ -1,6 +1,8 @@
-"""OpenAI's guided-diffusion (ADM) networks: what their shapes tell, what they do not, and both as configurations.
+"""OpenAI's guided-diffusion (ADM) networks: what their shapes tell, what they do not, and both as
+configurations.
 
-Source: Dhariwal and Nichol 2021 (arXiv 2105.05233) and the module names of the checkpoints published with it.
+Source: Dhariwal and Nichol 2021 (arXiv 2105.05233) and the module names of the checkpoints
+published with it.
 """
 
 from collections.abc import Mapping
@@ -68,11 +70,15 @@ PRESETS: dict[str, tuple[tuple[int, ...], int, AdmSettings]] = {
     "adm-256": ((256, 256, 512, 512, 1024, 1024), 2, AdmSettings(size=256, head_channels=64)),
     "adm-512": ((128, 256, 256, 512, 512, 1024, 1024), 2, AdmSettings(size=512, head_channels=64)),
 }
-"""Channels, blocks and settings of the published checkpoints (its README); adm-256 is LSUN's and unconditional too."""
+"""Channels, blocks and settings of the published checkpoints (its README); adm-256 is LSUN's and
+unconditional too.
+"""
 
 
 def infer_architecture(weights: Mapping[str, Tensor]) -> AdmArchitecture:
-    """Return what the shapes tell. Raises TeacherError for anything but a guided-diffusion U-Net of RGB pixels."""
+    """Return what the shapes tell. Raises TeacherError for anything but a guided-diffusion U-Net of
+    RGB pixels.
+    """
     _require_unet(weights)
     inputs, outputs = (
         len({key.split(".")[1] for key in weights if key.startswith(p)}) for p in PARTS
@@ -85,8 +91,9 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> AdmArchitecture:
     blocks = outputs // levels - 1
     if blocks < 1 or outputs != levels * (blocks + 1) or inputs != outputs:
         raise TeacherError(
-            f"not an ADM U-Net: {inputs} input and {outputs} output blocks with {upsamplers} upsamplers make no "
-            "whole number of residual blocks a level; expected OpenAI's guided-diffusion layout"
+            f"not an ADM U-Net: {inputs} input and {outputs} output blocks with {upsamplers} "
+            "upsamplers make no whole number of residual blocks a level; expected OpenAI's "
+            "guided-diffusion layout"
         )
     firsts = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range(levels)]
     channels = tuple(_shape(weights, f"{first}.0.out_layers.3.weight", 4)[0] for first in firsts)
@@ -107,7 +114,9 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> AdmArchitecture:
 
 
 def _require_unet(weights: Mapping[str, Tensor]) -> None:
-    """Tell other networks, OpenAI's classifiers and upsamplers among them, from a U-Net of RGB pixels."""
+    """Tell other networks, OpenAI's classifiers and upsamplers among them, from a U-Net of RGB
+    pixels.
+    """
     foreign = next((key for key in weights if not key.startswith(ROOTS)), None)
     if foreign is not None:
         raise TeacherError(
@@ -115,8 +124,8 @@ def _require_unet(weights: Mapping[str, Tensor]) -> None:
         )
     if not any(key.startswith("output_blocks.") for key in weights):
         raise TeacherError(
-            "an encoder without output_blocks, such as OpenAI's classifiers: it has no decoder to tap; expected one of "
-            "the *_diffusion*.pt or lsun_*.pt checkpoints"
+            "an encoder without output_blocks, such as OpenAI's classifiers: it has no decoder to "
+            "tap; expected one of the *_diffusion*.pt or lsun_*.pt checkpoints"
         )
     inputs = _shape(weights, "input_blocks.0.0.weight", 4)[1]
     if inputs != 3:
@@ -152,7 +161,9 @@ def fits_preset(found: AdmArchitecture, name: str) -> bool:
 
 
 def head_widths(found: AdmArchitecture, settings: AdmSettings) -> tuple[int, ...]:
-    """Return the channels of a head a level. Raises ConfigError where a level that attends cannot be cut so."""
+    """Return the channels of a head a level. Raises ConfigError where a level that attends cannot
+    be cut so.
+    """
     attends = (*found.attention[:-1], True)  # the middle block always does
     widths = []
     for channels, needed in zip(found.channels, attends, strict=True):
@@ -166,14 +177,17 @@ def head_widths(found: AdmArchitecture, settings: AdmSettings) -> tuple[int, ...
                 else f"--head-channels {settings.head_channels}"
             )
             raise ConfigError(
-                f"{flag}: {channels} channels cannot be cut into such heads; give what it trained with"
+                f"{flag}: {channels} channels cannot be cut into such heads; give what it trained "
+                "with"
             )
         widths.append(width if needed else channels)
     return tuple(widths)
 
 
 def unet_config(found: AdmArchitecture, settings: AdmSettings) -> dict[str, Any]:
-    """Return the UNet2DModel configuration; `attention_head_dim` is a list where it differs (see heads.py)."""
+    """Return the UNet2DModel configuration; `attention_head_dim` is a list where it differs (see
+    heads.py).
+    """
     plain = found.resample == "conv"
     joined = found.resample
     down = {True: "AttnDownBlock2D", False: "DownBlock2D" if plain else "ResnetDownsampleBlock2D"}
@@ -207,7 +221,9 @@ def unet_config(found: AdmArchitecture, settings: AdmSettings) -> dict[str, Any]
 
 
 def scheduler_config(found: AdmArchitecture, settings: AdmSettings) -> dict[str, Any]:
-    """Return the DDPMScheduler configuration of training: 1000 steps, noise predicted, variance learned or large."""
+    """Return the DDPMScheduler configuration of training: 1000 steps, noise predicted, variance
+    learned or large.
+    """
     return {
         "num_train_timesteps": STEPS,
         "beta_schedule": "squaredcos_cap_v2" if settings.schedule == "cosine" else "linear",

@@ -17,8 +17,8 @@ ZIP_START = b"PK\x03\x04"
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Return a checkpoint's tensors by name, mapped from the file where its format allows it.
 
-    Raises TeacherNotFoundError where there is no such file, and TeacherError where it is not a whole checkpoint of
-    nothing but floating-point tensors.
+    Raises TeacherNotFoundError where there is no such file, and TeacherError where it is not a
+    whole checkpoint of nothing but floating-point tensors.
     """
     if not path.is_file():
         raise TeacherNotFoundError(f"checkpoint {path}: no such file; expected a PyTorch .pt file")
@@ -27,17 +27,19 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         _check_archive(path)
     elif _start(path) == ZIP_START:
         raise TeacherError(
-            f"{path}: the end of the file is missing ({path.stat().st_size} bytes); download it again"
+            f"{path}: the end of the file is missing ({path.stat().st_size} bytes); download it "
+            "again"
         )
     try:
-        # Files of torch before 1.6 are no zip archives and cannot be mapped. Torch warns of odd pickles, then fails.
+        # Files of torch before 1.6 are no zip archives and cannot be mapped. Torch warns of odd
+        # pickles, then fails.
         with warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # whatever torch makes of another file's bytes
         reason = " ".join(str(error).split())[:160]
         raise TeacherError(
-            f"{path}: not a whole PyTorch checkpoint of plain tensors ({reason}); dtcache unpickles nothing else: "
-            "download it again, or save the network's state_dict() alone"
+            f"{path}: not a whole PyTorch checkpoint of plain tensors ({reason}); dtcache "
+            "unpickles nothing else: download it again, or save the network's state_dict() alone"
         ) from error
     if not isinstance(content, Mapping) or not content:
         raise TeacherError(
@@ -50,8 +52,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             or not value.is_floating_point()
         ):
             raise TeacherError(
-                f"{path}: expected nothing but floating-point tensors by name, got {_kind(value)} at {name!r}; "
-                "save the network's state_dict() alone"
+                f"{path}: expected nothing but floating-point tensors by name, got {_kind(value)} "
+                f"at {name!r}; save the network's state_dict() alone"
             )
     return dict(content)
 

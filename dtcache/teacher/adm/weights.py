@@ -1,4 +1,6 @@
-"""Weights of a guided-diffusion (ADM) U-Net under the names, shapes and order of a diffusers UNet2DModel."""
+"""Weights of a guided-diffusion (ADM) U-Net under the names, shapes and order of a diffusers
+UNet2DModel.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -60,7 +62,8 @@ def convert_weights(
     settings: AdmSettings,
     shapes: Mapping[str, torch.Size],
 ) -> dict[str, Tensor]:
-    """Return the tensors that a UNet2DModel of these `shapes` (by name) takes, in the checkpoint's type.
+    """Return the tensors that a UNet2DModel of these `shapes` (by name) takes, in the checkpoint's
+    type.
 
     Raises TeacherError naming the first tensor that is missing, left over, or of another shape.
     """
@@ -78,7 +81,8 @@ def convert_weights(
         rows = shape[0] if part is None else 3 * shape[0]
         tensor = weights[source]
         if len(shape) == 2 and tensor.ndim > 2 and tensor.shape[2:].numel() == 1:
-            # ADM's projections of attention are convolutions of width 1, diffusers' are linear layers.
+            # ADM's projections of attention are convolutions of width 1, diffusers' are linear
+            # layers.
             tensor = tensor.flatten(1)
         if tensor.shape != (rows, *shape[1:]):
             raise TeacherError(
@@ -92,7 +96,8 @@ def convert_weights(
         left.pop(source, None)
     if left:
         raise TeacherError(
-            f"not an ADM U-Net: {next(iter(left))} has no place in it ({len(left)} tensors left over)"
+            f"not an ADM U-Net: {next(iter(left))} has no place in it ({len(left)} tensors left "
+            "over)"
         )
     return converted
 
@@ -100,8 +105,8 @@ def convert_weights(
 def split_qkv(rows: Tensor, heads: int, order: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows (3C, ...) of q, k and v, each (C, ...) head after head.
 
-    guided-diffusion's QKVAttentionLegacy orders the 3C rows as [heads, 3, width], its QKVAttention as
-    [3, heads, width]. Taking one for the other fits every shape and computes something else.
+    guided-diffusion's QKVAttentionLegacy orders the 3C rows as [heads, 3, width], its QKVAttention
+    as [3, heads, width]. Taking one for the other fits every shape and computes something else.
     """
     axes = (heads, 3) if order == "legacy" else (3, heads)
     split = rows.reshape(*axes, len(rows) // (3 * heads), *rows.shape[1:])
@@ -150,12 +155,13 @@ def _layers(found: AdmArchitecture) -> Iterator[tuple[str, str, dict[str, str]]]
 
 
 def _narrow_timesteps(weight_EM: Tensor, width: int) -> dict[str, Tensor]:
-    """Return a table of `width` numbers a timestep and the first layer's weights for it, in place of M sinusoids.
+    """Return a table of `width` numbers a timestep and the first layer's weights for it, in place
+    of M sinusoids.
 
-    UNet2DModel embeds timesteps in as many channels as its first level has, ADM in its base channels, which are twice
-    as many at 512 px. Over the 1000 timesteps of training, 256 sinusoids as ADM computes them lie within 4e-8 of a
-    space of 128 dimensions, so that a table of their coordinates in it loses nothing. Raises TeacherError where one
-    would.
+    UNet2DModel embeds timesteps in as many channels as its first level has, ADM in its base
+    channels, which are twice as many at 512 px. Over the 1000 timesteps of training, 256 sinusoids
+    as ADM computes them lie within 4e-8 of a space of 128 dimensions, so that a table of their
+    coordinates in it loses nothing. Raises TeacherError where one would.
     """
     half = weight_EM.shape[1] // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
@@ -165,8 +171,9 @@ def _narrow_timesteps(weight_EM: Tensor, width: int) -> dict[str, Tensor]:
     lost = float(singular[width:].norm() / singular.norm())
     if table_TM.shape[1] != weight_EM.shape[1] or len(basis_MM) < width or lost > LOST:
         raise TeacherError(
-            f"timesteps are embedded in {weight_EM.shape[1]} channels and the first level has {width}: diffusers' "
-            f"UNet2DModel cannot hold this without loss ({lost:.0e} of the table); dtcache cannot convert this model"
+            f"timesteps are embedded in {weight_EM.shape[1]} channels and the first level has "
+            f"{width}: diffusers' UNet2DModel cannot hold this without loss ({lost:.0e} of the "
+            "table); dtcache cannot convert this model"
         )
     basis_WM = basis_MM[:width]
     narrowed = weight_EM.double() @ basis_WM.T.to(weight_EM.device)
@@ -176,7 +183,8 @@ def _narrow_timesteps(weight_EM: Tensor, width: int) -> dict[str, Tensor]:
 def save_converted(
     folder: Path, unet: UNet2DModel, weights: Mapping[str, Tensor], scheduler: dict[str, Any]
 ) -> None:
-    """Write unet/ and scheduler/ as `save_pretrained` would, without ever holding the network itself.
+    """Write unet/ and scheduler/ as `save_pretrained` would, without ever holding the network
+    itself.
 
     Raises DiskError where the weights cannot be written.
     """

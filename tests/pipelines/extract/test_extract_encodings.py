@@ -19,7 +19,7 @@ from dtcache.errors import CacheMismatchError, ConfigError
 from dtcache.images import FolderSource, decode_view
 from dtcache.options import ExtractOptions
 from dtcache.recipe import ViewSpec
-from dtcache.teacher import CallableTeacher, load_teacher, prepare_teacher
+from dtcache.teacher import CallableTeacher, TeacherSettings, load_teacher, prepare_teacher
 from dtcache.whitening import whiten
 from pipelines.extract.extract import extract
 
@@ -86,12 +86,14 @@ def test_a_ddim_cache_holds_the_inverted_images_features(
     source = FolderSource(scene_folder)
     made = prepare_teacher(
         load_teacher(str(teacher_dir)),
-        ViewSpec(height=32, width=32),
-        taps=("stride4", "stride8"),
-        timesteps=(200,),
-        batch_size=4,
-        compute=resolve_compute("cpu", "fp32"),
-        ddim_steps=4,
+        TeacherSettings(
+            view=ViewSpec(height=32, width=32),
+            taps=("stride4", "stride8"),
+            timesteps=(200,),
+            batch_size=4,
+            ddim_steps=4,
+        ),
+        resolve_compute("cpu", "fp32"),
     )
     key = cache.reader.samples["key"][3].as_py()
     pixels = decode_view(source.read(source.keys.index(key)), cache.view)[0]

@@ -16,7 +16,7 @@ from dtcache.errors import ConfigError
 from dtcache.images import FolderSource, decode_view, load_views
 from dtcache.options import ExtractOptions
 from dtcache.recipe import Sample
-from dtcache.teacher import load_teacher, prepare_teacher
+from dtcache.teacher import TeacherSettings, load_teacher, prepare_teacher
 from dtcache.whitening import whiten
 from pipelines.evaluate.pooled_features import CacheFeatures
 from pipelines.extract.plan import job_with
@@ -54,11 +54,8 @@ def wanted_maps(
     loaded = load_teacher(str(teacher))
     made = prepare_teacher(
         loaded,
-        cache.view,
-        taps=None,
-        timesteps=(150,),
-        batch_size=4,
-        compute=resolve_compute("cpu", "fp32"),
+        TeacherSettings(view=cache.view, timesteps=(150,), batch_size=4),
+        resolve_compute("cpu", "fp32"),
     )
     source = FolderSource(images)
     key = cache.reader.samples["key"][row].as_py()
