@@ -13,8 +13,8 @@ from peers import Point
 from dtcache.codec import FeatureEncoder, FittedTap
 from dtcache.codec.fit import TapStatistics, quantised_fit
 from dtcache.codec.pca_dct import Encoder
-from dtcache.store.layout import write_zarr_nodes
 from dtcache.store.shard import build_shard
+from dtcache.store.zarr_nodes import write_zarr_nodes
 from pipelines.extract.fit_codec import ROW_BYTES
 from pipelines.terminal.progress import track
 

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -92,12 +91,6 @@ def disk_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _disk_error(target, 0, error) from error
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _disk_error(target: Path, size: int, error: OSError) -> DiskError:

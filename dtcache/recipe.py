@@ -1,9 +1,10 @@
 """Frozen types that cross a module border. Shape suffixes: B batch, C channels, H rows, W columns, N samples."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
+
+from dtcache.hashing import canonical_json, sha256_json
 
 Fit = Literal["crop", "stretch"]
 ConditionKind = Literal["label", "class", "null", "prompt"]
@@ -18,18 +19,6 @@ MAX_SHARDS = 1_000_000
 MAX_SAMPLES = 1 << 30
 """Bounds of a cache, which its writer keeps and its reader insists on."""
 NOISE_SCHEME = "philox4x64-sha256-boxmuller-1"
-
-
-def canonical_json(value: Any) -> bytes:
-    """Return the one UTF-8 encoding of a JSON value that dtcache hashes: sorted keys, no spaces, no NaN."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
-
-
-def sha256_json(value: Any) -> str:
-    """Return the SHA-256 (hex) of a value's canonical JSON."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def tap_name(timestep: int, tap: str) -> str:

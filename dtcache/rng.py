@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from dtcache.recipe import sha256_json
+from dtcache.hashing import sha256_json
 
 
 def permuted(count: int, *, seed: int, stream: str) -> NDArray[np.int64]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dtcache._version import __version__
-from dtcache.atomic_files import disk_errors, file_sha256, whole_folder, write_file
+from dtcache.atomic_files import disk_errors, whole_folder, write_file
 from dtcache.errors import ConfigError, TeacherError
+from dtcache.hashing import file_sha256
 from dtcache.options import ConvertOptions
 from dtcache.teacher.adm.architecture import (
     PRESETS,

@@ -24,9 +24,10 @@ from dtcache.device import (
     resolve_compute,
 )
 from dtcache.errors import ImagesError, TrainingError
+from dtcache.hashing import sha256_json
 from dtcache.images import ImageSource, load_views, open_source
 from dtcache.options import TeachOptions, parse_ints, parse_size
-from dtcache.recipe import ViewSpec, sha256_json
+from dtcache.recipe import ViewSpec
 from dtcache.rng import permuted
 from dtcache.schedule import warmup_cosine
 from dtcache.teacher.ddpm import (

@@ -8,6 +8,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from dtcache.hashing import canonical_json, sha256_json
 from dtcache.recipe import (
     Box,
     CodecSpec,
@@ -16,8 +17,6 @@ from dtcache.recipe import (
     TapSpec,
     TeacherSpec,
     ViewSpec,
-    canonical_json,
-    sha256_json,
     signal_to_noise,
 )
 

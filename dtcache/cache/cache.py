@@ -1,8 +1,9 @@
 """A cache opened for reading: samples, images, features."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dtcache.cache.batch import Rows, TrainBatch
+from dtcache.cache.fitted_codec import load_fit
 from dtcache.codec import (
     FeatureDecoder,
-    FittedTap,
-    HalfTap,
     HostDecoder,
-    TapFit,
-    most_bytes,
-    sha256_fit,
 )
 from dtcache.errors import (
     AGAIN,
     BadImageError,
     CacheDamagedError,
+    CacheMismatchError,
     ConfigError,
     PayloadError,
     UnknownSampleError,
@@ -33,79 +32,12 @@ from dtcache.errors import (
 from dtcache.images import LinkedImages
 from dtcache.images.stored_images import decode_stored
 from dtcache.recipe import ViewSpec, tap_name
-from dtcache.store.layout import DATA, IMAGES, read_fit
-from dtcache.store.manifest import CacheManifest
+from dtcache.store.layout import IMAGES
 from dtcache.store.reader import Allowed, CacheReader
 from dtcache.whitening import unwhiten
 
 if TYPE_CHECKING:
     import dask.array as da
-
-
-Rows = NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LabelBatch:
-    """The soft labels of one batch, entropy-decoded; a LabelDecoder turns them into logits."""
-
-    coefficients_BN: Tensor
-    """int16: of all views of each row."""
-    scalars_B2: Tensor
-    """fp32 sigma and mu: raw = whitened * sigma + mu."""
-    views_B: Tensor
-    """int64: the view that the batch shows of each row."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainBatch:
-    """One batch, entropy-decoded; a FeatureDecoder turns its coefficients into targets."""
-
-    rows: Rows
-    """(B,): rows of the cache."""
-    images_BCHW: Tensor
-    """uint8 RGB; already mirrored where the view is."""
-    coefficients: dict[str, Tensor]
-    """(B, n) by array: int16, or fp16 where features are stored so. Online: the whitened maps, fp32 (B, C, H, W)."""
-    scalars: dict[str, Tensor]
-    """(B, 2) fp32 sigma and mu by array: raw = whitened * sigma + mu."""
-    labels: LabelBatch | None = None
-    """Where the training asks for them."""
-
-    def changed(self, change: Callable[[Tensor], Tensor]) -> "TrainBatch":
-        """Return the batch with the same change made to every tensor."""
-        return TrainBatch(
-            rows=self.rows,
-            images_BCHW=change(self.images_BCHW),
-            coefficients={name: change(values) for name, values in self.coefficients.items()},
-            scalars={name: change(values) for name, values in self.scalars.items()},
-            labels=self.labels
-            and LabelBatch(
-                **{f.name: change(getattr(self.labels, f.name)) for f in fields(self.labels)}
-            ),
-        )
-
-
-def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapFit]:
-    """Read a cache's fitted codec by array. Raises CacheDamagedError where it is not the one that the recipe names."""
-    try:
-        arrays: dict[str, dict[str, Any]] = {
-            name: read_fit(root / DATA, name, most_bytes(shape))
-            for name, shape in manifest.tap_shapes.items()
-        }
-        kind = HalfTap if manifest.recipe["codec"]["name"] == "float16" else FittedTap
-        fit: dict[str, TapFit] = {name: kind(**found) for name, found in arrays.items()}
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CacheDamagedError(
-            f"{root}: the codec's arrays are damaged ({error}); {AGAIN}"
-        ) from error
-    if {name: tap.shape for name, tap in fit.items()} != manifest.tap_shapes:
-        raise CacheDamagedError(
-            f"{root}: the codec's arrays are not of the taps that the recipe names; {AGAIN}"
-        )
-    if sha256_fit(fit) != manifest.recipe["codec"]["fit_sha256"]:
-        raise CacheDamagedError(f"{root}: the codec's arrays are not the fitted ones; {AGAIN}")
-    return fit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,7 +187,9 @@ class Cache:
             raise ConfigError(
                 f"{self.reader.root} has no {name}, only {', '.join(self.names)}; choose among these"
             )
-        return lazy_stack(self, name)
+        decode = StoredFeatures(self.reader.root, self.reader.manifest.identity, self.allow, name)
+        shape = (len(self), self.num_views, *self.shape(name))
+        return lazy_stack(decode, shape, f"dtcache-{decode.identity[:16]}-{name}")
 
     @functools.cached_property
     def _decoder(self) -> FeatureDecoder:
@@ -352,3 +286,48 @@ class Cache:
                 raise UnknownSampleError(
                     f"{self.reader.root}: sample {sample['key']} has no features: {sample['failure']}"
                 )
+
+
+class StoredFeatures:
+    """The decoded features of one array, by row; travels to other processes as a path.
+
+    The cache is opened at the first call, once per process. Safe to share between threads.
+    """
+
+    def __init__(self, root: Path, identity: str, allow: Allowed, name: str) -> None:
+        """Name an array of the cache at `root` whose manifest has this `identity`."""
+        self.root = root.resolve()
+        self.identity = identity
+        self.allow = allow
+        self.name = name
+        self._lock = threading.Lock()
+        self._cache: Cache | None = None
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """Travel as a path."""
+        return StoredFeatures, (self.root, self.identity, self.allow, self.name)
+
+    def __call__(self, rows: Rows) -> NDArray[np.float32]:
+        """Return the features of R rows, fp32 (R, V, C, H, W); NaN for a row that has none.
+
+        Raises CacheMismatchError if a different cache is in the folder by now.
+        """
+        cache = self._opened()
+        usable = np.isin(rows, cache.reader.usable_rows)
+        features = np.full(
+            (len(rows), cache.num_views, *cache.shape(self.name)), np.nan, np.float32
+        )
+        features[usable] = cache.raw(self.name, rows[usable]).numpy()
+        return features
+
+    def _opened(self) -> Cache:
+        with self._lock:
+            if self._cache is None:
+                cache = Cache(self.root, allow=self.allow)
+                if cache.reader.manifest.identity != self.identity:
+                    raise CacheMismatchError(
+                        f"{self.root}: expected the cache that the stack was made of, got another one, or the same "
+                        "one finished since; open it again and make the stack again"
+                    )
+                self._cache = cache
+            return self._cache

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtcache.cache.cache import Cache, LabelBatch, Rows, TrainBatch
+from dtcache.cache.batch import LabelBatch, Rows, TrainBatch
+from dtcache.cache.cache import Cache
 from dtcache.codec import FittedTap
 from dtcache.errors import CacheIncompleteError, CacheMismatchError
 from dtcache.labels.label_decoder import LabelDecoder

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dtcache.atomic_files import file_sha256, write_file
+from dtcache.atomic_files import write_file
 from dtcache.errors import CacheMismatchError, ConfigError
+from dtcache.hashing import file_sha256
 from dtcache.labels.interpreter import GROUPS, MAX_WIDTH, FeatureInterpreter, Shapes, logit_grid
 from dtcache.recipe import Json, ViewSpec, check_scores
 from dtcache.student.weights_io import (

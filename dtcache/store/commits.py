@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dtcache.atomic_files import write_file
 from dtcache.errors import CacheDamagedError
-from dtcache.recipe import FailedSample, Json, canonical_json, sha256_json
-from dtcache.store.hashed import read_hashed_json
+from dtcache.hashing import canonical_json, read_hashed_json, with_own_hash
+from dtcache.recipe import FailedSample, Json
 from dtcache.store.layout import COMMITS
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -66,7 +66,7 @@ class CommitRecord:
                 for n, s in self.sums.items()
             },
         }
-        return {**body, "sha256": sha256_json(body)}
+        return with_own_hash(body)
 
 
 def commit_path(root: Path, shard: int) -> Path:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dtcache.atomic_files import TEMPORARY, file_sha256
+from dtcache.atomic_files import TEMPORARY
 from dtcache.errors import CacheDamagedError
+from dtcache.hashing import file_problem
 from dtcache.store.commits import CommitRecord, ShardObject, commit_files, read_commit
 from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import (
@@ -19,10 +20,10 @@ from dtcache.store.layout import (
 )
 from dtcache.store.manifest import CacheManifest, read_manifest
 from dtcache.store.sample_index import (
-    checked_rows,
     parquet_bytes,
     read_objects,
     read_table,
+    require_rows,
     sealed_samples,
 )
 
@@ -100,7 +101,7 @@ def read_contents(root: Path) -> Contents:
             manifest=None, damage=(Damage(path=MANIFEST, reason=_bare(root / MANIFEST, error)),)
         )
     records: dict[int, CommitRecord] = {}
-    shards = set(range(next(iter(manifest.arrays.values())).num_shards))
+    shards = set(range(manifest.num_shards))
     if manifest.state == "sealed":
         listed, damage, missing = *_listed(root, manifest), set()
     else:
@@ -162,7 +163,7 @@ def _committed(root: Path, manifest: CacheManifest) -> tuple[dict[int, CommitRec
                 or {o.path for o in record.objects} != wanted
             ):
                 raise CacheDamagedError(f"{path}: the record belongs to another cache")
-            checked_rows(root, manifest, record)
+            require_rows(root, manifest, record)
         except CacheDamagedError as error:
             damage.append(Damage(path=path.relative_to(root).as_posix(), reason=_bare(path, error)))
         else:
@@ -186,7 +187,7 @@ def samples_problem(
     """
     path = root / SAMPLES
     problem = file_problem(path, manifest.files.get(SAMPLES))
-    all_there = len(records) == next(iter(manifest.arrays.values())).num_shards
+    all_there = len(records) == manifest.num_shards
     if problem is None or manifest.state == "sealed" or not all_there:
         return problem
     try:
@@ -196,17 +197,6 @@ def samples_problem(
         return None if parquet_bytes(table) == path.read_bytes() else problem
     except CacheDamagedError:
         return problem
-
-
-def file_problem(path: Path, sha256: str | None) -> str | None:
-    """Return what is wrong with a file of which a SHA-256 is recorded, None where it is the one recorded."""
-    if not path.is_file():
-        return "no file"
-    try:
-        got = file_sha256(path)
-    except OSError as error:
-        return f"it cannot be read ({error.strerror or error})"
-    return None if got == sha256 else f"expected SHA-256 {str(sha256)[:16]}..., got {got[:16]}..."
 
 
 def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:

@@ -13,16 +13,9 @@ from dtcache.errors import (
     CacheMismatchError,
     CacheNotFoundError,
 )
-from dtcache.recipe import (
-    FORMAT_VERSION,
-    Json,
-    Recipe,
-    canonical_json,
-    sha256_json,
-    tap_name,
-)
-from dtcache.store.commits import CodecSums
-from dtcache.store.hashed import read_hashed_json
+from dtcache.hashing import canonical_json, read_hashed_json, sha256_json, with_own_hash
+from dtcache.recipe import FORMAT_VERSION, Json, Recipe, tap_name
+from dtcache.store.commits import CodecSums, CommitRecord
 from dtcache.store.label_sets import checked_measured
 from dtcache.store.layout import IMAGES, MANIFEST, PayloadArray
 from dtcache.store.validate import check_recipe, checked_array
@@ -71,7 +64,7 @@ class CacheManifest:
         }
         if self.measured is not None:
             body["measured"] = self.measured
-        return {**body, "sha256": sha256_json(body)}
+        return with_own_hash(body)
 
     def sealed(
         self, files: dict[str, str], sums: dict[str, CodecSums], measured: Json | None = None
@@ -106,6 +99,31 @@ class CacheManifest:
     def num_samples(self) -> int:
         """Rows of the cache."""
         return int(self.recipe["num_samples"])
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a shard, the same for every array; the last shard may have fewer."""
+        return int(self.recipe["shard_rows"])
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the cache: every array has as many."""
+        return -(-self.num_samples // self.shard_rows)
+
+    def rows_of(self, shard: int) -> range:
+        """Return the rows that a shard holds, the same for every array."""
+        start = shard * self.shard_rows
+        return range(start, min(start + self.shard_rows, self.num_samples))
+
+    def rows_problem(self, record: CommitRecord) -> str | None:
+        """Return why a commit record does not fit the rows of its shard, or None if it fits."""
+        rows = self.rows_of(record.shard)
+        if not 0 <= record.shard < self.num_shards or len(record.content_sha256) != len(rows):
+            return f"expected {len(rows)} rows, got {len(record.content_sha256)}"
+        for failed in record.failures:
+            if failed.row not in rows:
+                return f"expected failures of rows {rows.start} to {rows.stop - 1}, got row {failed.row}"
+        return None
 
     @property
     def num_views(self) -> int:

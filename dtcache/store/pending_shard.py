@@ -53,7 +53,7 @@ def write_attempt(root: Path, manifest: CacheManifest, data: ShardData) -> Writt
     try:
         for name, array in manifest.arrays.items():
             content = build_shard(
-                data.payloads[name], array.length, array.shard_rows * array.payloads_a_row
+                data.payloads[name], array.length, array.shard_rows * array.payloads_per_row
             )
             path = array.object_path(data.shard)
             written.append(write_temporary(root / path, content, attempt))

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from dtcache.atomic_files import file_sha256
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheIncompleteError
+from dtcache.hashing import file_sha256
 from dtcache.payloads import SLACK, Payloads
 from dtcache.store.layout import SHARDS, PayloadArray
 from dtcache.store.manifest import CacheManifest, look_at
@@ -100,8 +100,8 @@ class CacheReader:
     def will_need(self, name: str, rows: NDArray[np.int64]) -> None:
         """Tell the disk of rows whose payloads, all views, will be read soon: it fetches them in stretches."""
         array = self.manifest.arrays[name]
-        views = np.tile(np.arange(array.payloads_a_row), len(rows))
-        chunks = self._locate(array, np.repeat(rows, array.payloads_a_row), views)
+        views = np.tile(np.arange(array.payloads_per_row), len(rows))
+        chunks = self._locate(array, np.repeat(rows, array.payloads_per_row), views)
         for places, shards, counts in chunks.by_shards(HELD_FILES):
             for shard, part in zip(shards, np.split(places, np.cumsum(counts)[:-1]), strict=True):
                 begin = chunks.offsets[part]
@@ -130,7 +130,7 @@ class CacheReader:
                     index.load(number, self._files.open(path), self._objects[path])
             except CacheDamagedError as error:
                 raise self._damaged(array, rows[place], views[place], str(error)) from error
-        entries = index.table[shards, inner * array.payloads_a_row + views]
+        entries = index.table[shards, inner * array.payloads_per_row + views]
         for place in np.flatnonzero(entries[:, 0] == ABSENT):
             raise self._damaged(array, rows[place], views[place], "the shard holds no such chunk")
         offsets, sizes = entries.T.astype(np.int64)
@@ -245,7 +245,7 @@ def _require_within(array: PayloadArray, rows: NDArray[np.int64], views: NDArray
         )
     for what, found, count in (
         ("rows", rows, array.shape[0]),
-        ("views", views, array.payloads_a_row),
+        ("views", views, array.payloads_per_row),
     ):
         if len(found) and not 0 <= found.min() <= found.max() < count:
             wrong = found.min() if found.min() < 0 else found.max()
@@ -277,7 +277,7 @@ class _Index:
     """The shard indices of one array, each read and checked when its shard is first met: 16 bytes a chunk."""
 
     def __init__(self, array: PayloadArray) -> None:
-        self._entries = array.shard_rows * array.payloads_a_row
+        self._entries = array.shard_rows * array.payloads_per_row
         # Memory comes when a page is first written to, not here.
         self.table = np.zeros((array.num_shards, self._entries, 2), np.uint64)
         self.loaded = np.zeros(array.num_shards, np.bool_)

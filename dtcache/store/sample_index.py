@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -186,7 +185,8 @@ def committed(root: Path, manifest: CacheManifest) -> tuple[pa.Table, dict[str, 
             raise CacheDamagedError(
                 f"{commit_path(root, shard)}: the record belongs to another cache; {AGAIN}"
             )
-        rows = checked_rows(root, manifest, record)
+        require_rows(root, manifest, record)
+        rows = manifest.rows_of(shard)
         content[rows.start : rows.stop] = [
             bytes.fromhex(sha) if sha else None for sha in record.content_sha256
         ]
@@ -199,21 +199,11 @@ def committed(root: Path, manifest: CacheManifest) -> tuple[pa.Table, dict[str, 
     return samples, {o.path: o.size for record in records.values() for o in record.objects}
 
 
-def checked_rows(root: Path, manifest: CacheManifest, record: CommitRecord) -> range:
-    """Return the rows of a record's shard. Raises CacheDamagedError where what it says is not of these rows."""
-    array = next(iter(manifest.arrays.values()))
-    path = commit_path(root, record.shard)
-    rows = array.rows_of(record.shard)
-    if record.shard >= array.num_shards or len(record.content_sha256) != len(rows):
-        raise CacheDamagedError(
-            f"{path}: expected {len(rows)} rows, got {len(record.content_sha256)}; {ANEW}"
-        )
-    for failed in record.failures:
-        if failed.row not in rows:
-            raise CacheDamagedError(
-                f"{path}: expected failures of rows {rows.start} to {rows.stop - 1}, got row {failed.row}; {ANEW}"
-            )
-    return rows
+def require_rows(root: Path, manifest: CacheManifest, record: CommitRecord) -> None:
+    """Raise CacheDamagedError if a commit record does not fit the rows of its shard."""
+    problem = manifest.rows_problem(record)
+    if problem is not None:
+        raise CacheDamagedError(f"{commit_path(root, record.shard)}: {problem}; {ANEW}")
 
 
 def shards_table(objects: Iterable[tuple[int, ShardObject]]) -> pa.Table:
@@ -258,21 +248,3 @@ def read_failures(path: Path) -> list[FailedSample]:
         for row, key, reason in rows
         if reason is not None
     ]
-
-
-def held_out(keys: Sequence[str]) -> list[int]:
-    """Return the places of the held-out samples: one per cent, at least 64 (but at most half), by hash of the key.
-
-    A key's membership hangs on the set of keys only, never on their order. The hash is SHA-256 of the canonical JSON of
-    ["held-out", key], spelled out: a million keys take a second.
-    """
-    count = min(max(64, len(keys) // 100), len(keys) // 2)
-    if not count:
-        return []
-    quoted = json.encoder.encode_basestring
-    digests = [hashlib.sha256(b'["held-out",%b]' % quoted(key).encode()).digest() for key in keys]
-    heads = np.frombuffer(b"".join(digests), ">u8")[::4].astype(np.uint64)
-    # The head of the last one that is in; whole digests decide among those few.
-    last = np.partition(heads, count - 1)[count - 1]
-    within = np.flatnonzero(heads <= last).tolist()
-    return sorted(sorted(within, key=lambda place: digests[place])[:count])

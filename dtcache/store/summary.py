@@ -130,9 +130,9 @@ def _progress(
     # A row is there when all its arrays are.
     whole = set(objects) - set(damaged)
     arrays = manifest.arrays.values()
-    shards = range(next(iter(arrays)).num_shards)
+    shards = range(manifest.num_shards)
     gone = [shard for shard in shards if not {a.object_path(shard) for a in arrays} <= whole]
-    missing = {row for shard in gone for row in next(iter(arrays)).rows_of(shard)}
+    missing = {row for shard in gone for row in manifest.rows_of(shard)}
     return [f for f in failures if f.row not in missing], sums, dict(sizes), damaged, len(missing)
 
 

@@ -35,7 +35,7 @@ def checked_array(name: str, value: Json) -> PayloadArray:
         name=name, shape=tuple(map(int, value["shape"])), shard_rows=int(value["shard_rows"])
     )
     sane = len(array.shape) in (2, 3) and min(array.shape) > 0 and array.length <= MAX_PAYLOAD_BYTES
-    sane = sane and array.payloads_a_row <= MAX_VIEWS
+    sane = sane and array.payloads_per_row <= MAX_VIEWS
     if not (sane and 0 < array.shard_rows <= MAX_SHARD_ROWS and ARRAY_NAME.fullmatch(name)):
         raise ValueError(
             f"array {name[:40]!r} of shape {value['shape']} in shards of {value['shard_rows']} rows"

@@ -9,18 +9,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from dtcache.atomic_files import file_sha256
 from dtcache.errors import CacheBusyError, CacheDamagedError
+from dtcache.hashing import file_problem, read_hashed_json
 from dtcache.rng import permuted
-from dtcache.store.contents import (
-    Contents,
-    Damage,
-    SamplePlace,
-    WantedObject,
-    file_problem,
-    unnamed_files,
-)
-from dtcache.store.hashed import read_hashed_json
+from dtcache.store.contents import Contents, Damage, SamplePlace, WantedObject, unnamed_files
 from dtcache.store.layout import IMAGES, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 
@@ -146,11 +138,11 @@ def bad_entries(content: bytes, array: PayloadArray, shard: int) -> dict[int, st
 
     Raises CacheDamagedError where the index itself is damaged, and nothing in the file can be found.
     """
-    entries = array.shard_rows * array.payloads_a_row
+    entries = array.shard_rows * array.payloads_per_row
     index = parse_index(content[-index_bytes(entries) :], entries, len(content))
     out = np.empty(array.length, np.uint8)
     bad = {}
-    for entry in range(len(array.rows_of(shard)) * array.payloads_a_row):
+    for entry in range(len(array.rows_of(shard)) * array.payloads_per_row):
         offset, size = (int(value) for value in index[entry])
         try:
             if offset == ABSENT:
@@ -180,7 +172,8 @@ def _damage(
     places: list[tuple[int, int | None]] = [(row, None) for row in rows]
     if entries is not None:
         places = [
-            (rows[entry // array.payloads_a_row], entry % array.payloads_a_row) for entry in entries
+            (rows[entry // array.payloads_per_row], entry % array.payloads_per_row)
+            for entry in entries
         ]
     samples = tuple(
         SamplePlace(

@@ -8,16 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dtcache.atomic_files import (
-    TEMPORARY,
-    disk_errors,
-    file_sha256,
-    fsync_tree,
-    publish,
-    write_file,
-)
+from dtcache.atomic_files import TEMPORARY, disk_errors, fsync_tree, publish, write_file
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheMismatchError
-from dtcache.recipe import FailedSample, Json, Recipe, Sample, canonical_json, sha256_json
+from dtcache.hashing import canonical_json, file_sha256, with_own_hash
+from dtcache.recipe import FailedSample, Json, Recipe, Sample
 from dtcache.store.commits import CommitRecord, commit_path, read_commits, total_sums, write_commit
 from dtcache.store.layout import (
     CLUSTER_LOG,
@@ -29,7 +23,6 @@ from dtcache.store.layout import (
     SAMPLES,
     SHARDS,
     PayloadArray,
-    write_zarr_nodes,
 )
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
 from dtcache.store.pending_shard import (
@@ -41,16 +34,17 @@ from dtcache.store.pending_shard import (
 )
 from dtcache.store.prompt_embedding import embedding_bytes
 from dtcache.store.sample_index import (
-    checked_rows,
     damaged_objects,
     parquet_bytes,
     read_failures,
     read_objects,
     read_table,
+    require_rows,
     samples_table,
     sealed_samples,
     shards_table,
 )
+from dtcache.store.zarr_nodes import write_zarr_nodes
 
 
 class CacheWriter:
@@ -130,8 +124,7 @@ class CacheWriter:
         """Shards that are not committed yet."""
         if self.manifest.state == "sealed":
             return []
-        count = next(iter(self.manifest.arrays.values())).num_shards
-        return [shard for shard in range(count) if shard not in self._records]
+        return [shard for shard in range(self.manifest.num_shards) if shard not in self._records]
 
     @property
     def failures(self) -> list[FailedSample]:
@@ -145,7 +138,7 @@ class CacheWriter:
         if self.manifest.state == "sealed":
             found = read_table(self.root / SAMPLES)["content_sha256"][row].as_py()
             return found.hex() if found is not None else None
-        shard, place = divmod(row, next(iter(self.manifest.arrays.values())).shard_rows)
+        shard, place = divmod(row, self.manifest.shard_rows)
         return self._records[shard].content_sha256[place] if shard in self._records else None
 
     def write_shard(self, data: ShardData) -> int:
@@ -210,7 +203,7 @@ class CacheWriter:
 
     def write_log(self, log: dict[str, object]) -> None:
         """Write the one volatile file (times, host, versions), with its own checksum."""
-        write_file(self.root / LOG, canonical_json({**log, "sha256": sha256_json(log)}))
+        write_file(self.root / LOG, canonical_json(with_own_hash(log)))
 
     def _check_files(self) -> None:
         """Check all files but shards, so that nothing is computed from, or sealed with, a byte that nobody wrote.
@@ -234,15 +227,11 @@ class CacheWriter:
     def _require_ours(self, written: WrittenShard) -> None:
         """Check that a shard that another process describes is one of this cache, so that no other path is touched."""
         record = written.record
-        arrays = list(self.manifest.arrays.values())
-        places = [array.object_path(record.shard) for array in arrays]
-        rows = arrays[0].rows_of(record.shard)
+        paths = [array.object_path(record.shard) for array in self.manifest.arrays.values()]
         if (
             record.fingerprint != self.manifest.fingerprint
-            or [o.path for o in record.objects] != places
-            or not 0 <= record.shard < arrays[0].num_shards
-            or len(record.content_sha256) != len(rows)
-            or any(failed.row not in rows for failed in record.failures)
+            or [o.path for o in record.objects] != paths
+            or self.manifest.rows_problem(record) is not None
             or not written.attempt.isalnum()
         ):
             raise CacheMismatchError(
@@ -255,7 +244,7 @@ class CacheWriter:
                 f"{commit_path(self.root, record.shard)}: expected fingerprint {self.manifest.fingerprint}, got "
                 f"{record.fingerprint}: the record belongs to another cache; delete it and extract again"
             )
-        checked_rows(self.root, self.manifest, record)
+        require_rows(self.root, self.manifest, record)
         for o in record.objects:
             path = self.root / o.path
             if not path.is_file() or path.stat().st_size != o.size:

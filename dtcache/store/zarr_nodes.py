@@ -1,16 +1,24 @@
-"""The Zarr nodes of a cache, made anew from its manifest and from the codec's chunk files."""
+"""The Zarr v3 nodes of a cache: written, read, and recomputed from the manifest and the codec's chunk files."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from zstandard import ZstdDecompressor
 
+from dtcache.errors import AGAIN, CacheDamagedError
+from dtcache.hashing import file_problem
 from dtcache.recipe import Json, tap_name
-from dtcache.store.contents import file_problem
-from dtcache.store.layout import DATA, write_zarr_nodes
+from dtcache.store.layout import DATA, PayloadArray
 from dtcache.store.manifest import CacheManifest
-from dtcache.store.shard import CRC_BYTES
+from dtcache.store.shard import CRC_BYTES, unpack_chunk
+from dtcache.store.zstd_frame import ZSTD_LEVEL
+
+if TYPE_CHECKING:
+    from zarr.storage import MemoryStore
 
 DTYPES = {
     "pca-dct-rans": {
@@ -26,6 +34,91 @@ DTYPES = {
     "float16": {"mean": "<f2", "grid": "<i4"},
 }
 """Types of each codec's arrays."""
+
+
+def write_zarr_nodes(
+    root: "Path | MemoryStore",
+    arrays: Mapping[str, PayloadArray],
+    fit: Mapping[str, Mapping[str, NDArray[np.generic]]],
+) -> None:
+    """Write the Zarr v3 group at `root`: the payload arrays' metadata, and the codec's arrays whole."""
+    import zarr
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+    from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
+
+    group = zarr.create_group(store=root, zarr_format=3)
+    checked = (ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec())
+    separator = DefaultChunkKeyEncoding(separator=".")
+    for array in arrays.values():
+        group.create_array(
+            array.name,
+            shape=array.shape,
+            dtype="uint8",
+            chunks=(1,) * (len(array.shape) - 1) + (array.length,),
+            shards=(array.shard_rows, *array.shape[1:]),
+            compressors=checked,
+            fill_value=0,
+            chunk_key_encoding=separator,
+        )
+    for tap, fitted in fit.items():
+        for name, values in fitted.items():
+            node = group.create_array(
+                f"codec/{tap}/{name}",
+                shape=values.shape,
+                dtype=values.dtype,
+                chunks=values.shape,
+                compressors=checked,
+                chunk_key_encoding=separator,
+                config={"write_empty_chunks": True},
+            )
+            node[...] = values
+
+
+def read_fit(root: Path, tap: str, most: int) -> dict[str, NDArray[np.generic]]:
+    """Read one tap's codec arrays, by name, from the Zarr group at `root`: each is one chunk, as it was written.
+
+    Raises ValueError, before any of it is read, for an array of more than `most` bytes of numbers or of other chunks,
+    OSError where a chunk cannot be read, and CacheDamagedError where one is not as written.
+    """
+    import zarr
+
+    found = {}
+    for name, array in zarr.open_group(root, mode="r", path=f"codec/{tap}", zarr_format=3).arrays():
+        size = array.dtype.itemsize * math.prod(array.shape)
+        where = f"codec/{tap}/{name[:40]}"
+        if size > most or array.dtype.kind not in "iuf":
+            raise ValueError(
+                f"{where}: expected at most {most} bytes of numbers, got {size} of {array.dtype.kind!r}"
+            )
+        if array.chunks != array.shape or array.shards is not None:
+            raise ValueError(
+                f"{where}: expected one chunk of {array.shape}, got chunks of {array.chunks}"
+            )
+        described: Json = array.metadata.to_dict()
+        coding = [
+            (c["name"], c.get("configuration", {}).get("endian")) for c in described["codecs"]
+        ]
+        if coding not in (
+            [("bytes", e), ("zstd", None), ("crc32c", None)] for e in ("little", None)
+        ):
+            raise ValueError(
+                f"{where}: expected codecs bytes (little-endian), zstd and crc32c, got {coding}"
+            )
+        found[name] = np.empty(array.shape, array.dtype)
+        if size > 0:  # where no component lives, nothing was written
+            chunk = root / "codec" / tap / name / array.metadata.encode_chunk_key((0,) * array.ndim)
+            _read_chunk(chunk, found[name].reshape(-1).view(np.uint8))
+    return found
+
+
+def _read_chunk(chunk: Path, out: NDArray[np.uint8]) -> None:
+    # Not by Zarr, whose decoder takes what memory a frame asks for. No frame is twice as long as what it holds.
+    with open(chunk, "rb") as file:
+        packed = file.read(2 * len(out) + 64)
+    try:
+        unpack_chunk(packed, out)
+    except CacheDamagedError as error:
+        raise CacheDamagedError(f"{chunk}: {error}; {AGAIN}") from error
 
 
 def zarr_nodes(root: Path, manifest: CacheManifest) -> dict[str, bytes]:

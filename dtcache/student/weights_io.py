@@ -1,6 +1,5 @@
 """Networks in folders of JSON and safetensors, read with bounds: nothing in them is run."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dtcache.errors import ConfigError
+from dtcache.hashing import read_json
 from dtcache.recipe import MAX_SIDE, Json, ViewSpec
 
 WEIGHTS = "model.safetensors"
@@ -24,17 +24,10 @@ def read_config(path: Path, *, expected: str, again: str) -> Json:
     """Return the JSON object in a file. Raises ConfigError with what was `expected` and how it is made `again`."""
     if not path.is_file():
         raise ConfigError(f"{path}: missing; expected {expected}")
-    if path.stat().st_size >= MAX_CONFIG_BYTES:
-        raise ConfigError(
-            f"{path}: expected less than {MAX_CONFIG_BYTES} bytes of JSON, got {path.stat().st_size}"
-        )
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON ({error}); {again}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(value).__name__}; {again}")
-    return value
+        return read_json(path, MAX_CONFIG_BYTES)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}; {again}") from error
 
 
 def load_weights(path: Path, make: Callable[[], Network], *, title: str, again: str) -> Network:

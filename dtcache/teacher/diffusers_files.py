@@ -2,7 +2,6 @@
 bring is run.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 
 import torch
 
-from dtcache.atomic_files import file_sha256
 from dtcache.errors import TeacherError, TeacherNotFoundError
-from dtcache.recipe import sha256_json
+from dtcache.hashing import file_sha256, read_json, sha256_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
@@ -60,17 +58,10 @@ def read_config(path: Path, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[st
         raise TeacherNotFoundError(
             f"{path}: {what} is missing; expected a directory saved by save_pretrained"
         )
-    if path.stat().st_size > limit:
-        raise TeacherError(
-            f"{path}: expected at most {limit} bytes of JSON, got {path.stat().st_size}"
-        )
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise TeacherError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise TeacherError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+        return read_json(path, limit)
+    except ValueError as error:
+        raise TeacherError(f"{path}: {error}") from error
 
 
 def read_class(folder: Path, what: str, allowed: Sequence[str]) -> tuple[str, dict[str, Any]]:

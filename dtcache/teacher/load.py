@@ -10,7 +10,8 @@ import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from dtcache.errors import ConfigError, TeacherError
-from dtcache.recipe import Json, sha256_json
+from dtcache.hashing import sha256_json
+from dtcache.recipe import Json
 from dtcache.teacher.attention_heads import set_heads, stand_in
 from dtcache.teacher.autoencoder import FOLDERS, LatentEncoder, load_latents
 from dtcache.teacher.denoiser import Denoiser

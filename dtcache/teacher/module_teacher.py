@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dtcache.errors import ConfigError, TeacherError
-from dtcache.recipe import TapSpec, sha256_json
+from dtcache.hashing import sha256_json
+from dtcache.recipe import TapSpec
 from dtcache.teacher.load import LoadedTeacher
 
 TAP_NAME = re.compile(r"stride([1-9][0-9]{0,4})")

@@ -143,8 +143,7 @@ def prepare(
 
 def rows_left(writer: CacheWriter) -> int:
     """Return how many rows are not committed."""
-    array = next(iter(writer.manifest.arrays.values()))
-    return sum(len(array.rows_of(shard)) for shard in writer.missing)
+    return sum(len(writer.manifest.rows_of(shard)) for shard in writer.missing)
 
 
 def _compute(

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from dtcache.cache.cache import load_fit
+from dtcache.cache.fitted_codec import load_fit
 from dtcache.codec import FeatureEncoder
 from dtcache.device import resolve_compute
 from dtcache.images import load_views
@@ -43,9 +43,10 @@ class ShardRunner:
 
         Writing and `finish` run in a thread, beside the next shard's computation; they end whatever stops that.
         """
-        array = next(iter(self.manifest.arrays.values()))
         fitted = int(self.manifest.recipe["codec"]["fit_rows"])
-        todo = (self.job.samples[row].index for shard in shards for row in array.rows_of(shard))
+        todo = (
+            self.job.samples[row].index for shard in shards for row in self.manifest.rows_of(shard)
+        )
         views = load_views(
             self.job.source, todo, self.job.view, threads=decode_threads(self.job.teacher.device)
         )
@@ -62,7 +63,13 @@ class ShardRunner:
 
             for shard in shards:
                 data = run_shard(
-                    self.job, self.encoder, shard, array.rows_of(shard), views, fitted, counted
+                    self.job,
+                    self.encoder,
+                    shard,
+                    self.manifest.rows_of(shard),
+                    views,
+                    fitted,
+                    counted,
                 )
                 if writing is not None:
                     yield writing.result()

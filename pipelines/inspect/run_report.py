@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from dtcache.errors import CacheDamagedError, ConfigError
+from dtcache.hashing import read_json
 from dtcache.recipe import Json
 from dtcache.store.summary import SCHEMA
 
@@ -75,16 +76,11 @@ def flat(value: Json, prefix: str = "") -> dict[str, object]:
 
 def _read_object(path: Path) -> Json:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes")
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError(f"expected an object, got {type(value).__name__}")
-    except (ValueError, OSError, RecursionError) as error:
+        return read_json(path, MAX_BYTES)
+    except (ValueError, OSError) as error:
         raise CacheDamagedError(
             f"{path}: not readable as JSON ({error}); run the training again"
         ) from error
-    return value
 
 
 def _curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcache.atomic_files import whole_folder, write_file
-from dtcache.cache.cache import Cache, Rows
+from dtcache.cache.batch import Rows
+from dtcache.cache.cache import Cache
+from dtcache.cache.selection import chosen_taps
 from dtcache.class_names import warn_of_absent
 from dtcache.device import Compute, configure_process, memory_errors, resolve_compute
 from dtcache.errors import ConfigError, ImagesError, TrainingError
@@ -28,7 +30,6 @@ from pipelines.label.labelled_rows import Labelled, images_with_masks, labelled_
 from pipelines.label.prediction_grid import label_picture
 from pipelines.runs.folder import METRICS
 from pipelines.terminal.progress import track
-from pipelines.train.cached_batches import chosen_taps
 
 PICTURE = "predictions.png"
 SHOWN = 8
@@ -62,7 +63,7 @@ def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedIn
     configure_process(compute.device)
     if options.images is not None and not cache.has_images:
         cache = Cache(root, options.images)
-    names = chosen_taps(cache, options)
+    names = chosen_taps(cache, timestep=options.timestep, taps=options.taps)
     train, held = _split(_labelled(cache, options), options)
     unit = "image" if options.level == "image" else "pixel"
     warn_of_absent(

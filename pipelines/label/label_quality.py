@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtcache.cache.cache import Cache, Rows
+from dtcache.cache.batch import Rows
+from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelSet
 from dtcache.class_names import alike
 from dtcache.errors import ConfigError, ImagesError

@@ -9,7 +9,9 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from dtcache.cache.cache import Cache, Rows, load_fit
+from dtcache.cache.batch import Rows
+from dtcache.cache.cache import Cache
+from dtcache.cache.fitted_codec import load_fit
 from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
 from dtcache.codec.fit import Solved, solve_step, tap_statistics
 from dtcache.device import configure_process, cpu_threads, memory_errors, resolve_compute

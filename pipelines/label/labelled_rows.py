@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtcache.cache.cache import Cache, Rows
+from dtcache.cache.batch import Rows
+from dtcache.cache.cache import Cache
 from dtcache.class_names import numbered
 from dtcache.errors import ImagesError
 from dtcache.images import LinkedImages, open_masks

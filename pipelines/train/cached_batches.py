@@ -8,21 +8,21 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dtcache.cache.cache import Cache, Rows, TrainBatch
+from dtcache.cache.batch import Rows, TrainBatch
+from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelledCache, LabelSet
 from dtcache.cache.loader import EpochLoader
+from dtcache.cache.selection import cache_identity, chosen_taps, split_rows
 from dtcache.codec import TapFit
 from dtcache.device import Compute
 from dtcache.distributed import Processes
 from dtcache.errors import ConfigError
-from dtcache.options import LabelFitOptions, TrainOptions, parse_taps
-from dtcache.recipe import Json, ViewSpec, sha256_json, tap_name
-from dtcache.store.layout import IMAGES, SAMPLES
+from dtcache.options import TrainOptions
+from dtcache.recipe import Json, ViewSpec
+from dtcache.store.layout import IMAGES
 from dtcache.store.reader import Allowed
-from dtcache.store.sample_index import held_out
 
 
 class BatchSource(Protocol):
@@ -197,53 +197,7 @@ def copied_ahead(batches: Iterable[TrainBatch], device: torch.device) -> Iterato
         yield arrived()
 
 
-def cache_identity(cache: Cache) -> Json:
-    """Return what tells the data of a run: the fingerprint of the recipe, and a hash of the samples."""
-    manifest = cache.reader.manifest
-    # Of a cache that is not sealed what is committed may be more at a resume, in another order then.
-    samples = (
-        manifest.files[SAMPLES]
-        if manifest.state == "sealed"
-        else sha256_json(cache.reader.usable_rows.tolist())
-    )
-    return {"cache": manifest.fingerprint, "samples": samples}
-
-
 def feature_names(cache: Cache, options: TrainOptions) -> list[str]:
     """Return the arrays that a student regresses: none of them where features weigh nothing beside labels."""
-    chosen = chosen_taps(cache, options)
+    chosen = chosen_taps(cache, timestep=options.timestep, taps=options.taps)
     return [] if options.feature_weight == 0 else chosen
-
-
-def chosen_taps(cache: Cache, options: TrainOptions | LabelFitOptions) -> list[str]:
-    """Return the arrays that --taps and --timestep ask for. Raises ConfigError naming what the cache has."""
-    teacher = cache.reader.manifest.recipe["teacher"]
-    timesteps = teacher["timesteps"]
-    taps = [tap["name"] for tap in teacher["taps"]]
-    wanted_t = [options.timestep] if options.timestep is not None else timesteps
-    wanted_taps = list(parse_taps(options.taps)) if options.taps else taps
-    for flag, wanted, have in (("--timestep", wanted_t, timesteps), ("--taps", wanted_taps, taps)):
-        missing = [w for w in wanted if w not in have]
-        if missing:
-            raise ConfigError(
-                f"{flag} {missing[0]}: the cache has {', '.join(map(str, have))}; choose among these"
-            )
-    return [
-        tap_name(t, tap) for t in timesteps if t in wanted_t for tap in taps if tap in wanted_taps
-    ]
-
-
-def split_rows(
-    rows: NDArray[np.int64], keys: Sequence[str]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the rows to train on and the rows held out, by hash of their keys.
-
-    Raises ConfigError where there are too few for both.
-    """
-    if len(rows) < 4:
-        raise ConfigError(
-            f"expected at least 4 usable samples, some of them to be held out, got {len(rows)}"
-        )
-    held = np.zeros(len(rows), bool)
-    held[held_out(keys)] = True
-    return rows[~held], rows[held]

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtcache.cache.cache import TrainBatch
+from dtcache.cache.batch import TrainBatch
 from dtcache.device import Compute, compile_errors
 from dtcache.distributed import Processes
+from dtcache.hashing import sha256_json
 from dtcache.labels.label_decoder import LabelDecoder
 from dtcache.losses.objective import LABEL_TARGET, Objective, Targets
 from dtcache.options import TrainOptions
-from dtcache.recipe import Json, sha256_json
+from dtcache.recipe import Json
 from dtcache.student import Augmentation, Student
 from dtcache.whitening import unwhiten, whiten_positions
 from pipelines.train.cached_batches import BatchSource

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from dtcache.cache.cache import Rows, TrainBatch
+from dtcache.cache.batch import Rows, TrainBatch
 from dtcache.cache.label_set import LabelSet
 from dtcache.cache.loader import EpochLoader
+from dtcache.cache.selection import split_rows
 from dtcache.codec import TapFit
 from dtcache.device import Compute
 from dtcache.distributed import Processes
@@ -28,7 +29,6 @@ from dtcache.teacher import TeacherBatch
 from dtcache.whitening import whiten
 from pipelines.extract.plan import Job, make_job
 from pipelines.terminal.progress import track
-from pipelines.train.cached_batches import split_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,8 @@ from store.builders import (
 )
 
 import dtcache
-from dtcache.cache.cache import Cache, load_fit
+from dtcache.cache.cache import Cache
+from dtcache.cache.fitted_codec import load_fit
 from dtcache.cache.loader import EpochLoader
 from dtcache.codec import most_bytes
 from dtcache.errors import (

@@ -14,7 +14,8 @@ import torch
 from store.builders import COARSE, FAILED_ROW, FINE, ROWS, begin, tiny_plan, write_cache
 
 from dtcache.cache import loader as loader_module
-from dtcache.cache.cache import Cache, TrainBatch
+from dtcache.cache.batch import TrainBatch
+from dtcache.cache.cache import Cache
 from dtcache.cache.loader import EpochLoader
 from dtcache.errors import CacheDamagedError, CacheIncompleteError, CacheNotFoundError, ConfigError
 from dtcache.store.layout import IMAGES
@@ -268,11 +269,11 @@ def test_no_damaged_chunk_is_ever_served(root: Path, tmp_path: Path) -> None:
         for shard in range(array.num_shards):
             path = damaged / array.object_path(shard)
             content = path.read_bytes()
-            entries = array.shard_rows * array.payloads_a_row
+            entries = array.shard_rows * array.payloads_per_row
             index = parse_index(content[-index_bytes(entries) :], entries, len(content))
             rows = list(array.rows_of(shard))
             chunks = [
-                (entry, int(index[entry, 0])) for entry in range(len(rows) * array.payloads_a_row)
+                (entry, int(index[entry, 0])) for entry in range(len(rows) * array.payloads_per_row)
             ]
             for entry, place in [*chunks, (None, len(content) - 9)]:
                 path.write_bytes(
@@ -280,8 +281,8 @@ def test_no_damaged_chunk_is_ever_served(root: Path, tmp_path: Path) -> None:
                 )
                 hit = set(rows) & served
                 if entry is not None:
-                    row = rows[entry // array.payloads_a_row]
-                    view = entry % array.payloads_a_row
+                    row = rows[entry // array.payloads_per_row]
+                    view = entry % array.payloads_per_row
                     hit &= {row} if name == IMAGES or views.get(row) == view else set()
                 got: list[TrainBatch] = []
                 failure = ""

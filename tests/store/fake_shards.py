@@ -20,14 +20,14 @@ from dtcache.store.pending_shard import ShardData, WrittenShard, write_attempt
 
 def planned(manifest: CacheManifest, shard: int) -> ShardData:
     """Return a shard's content, a pure function of its number."""
-    rows = next(iter(manifest.arrays.values())).rows_of(shard)
+    rows = manifest.rows_of(shard)
     random_bytes = random.Random(shard)
     return ShardData(
         shard=shard,
         payloads={
             name: [
                 random_bytes.randbytes(min(array.length, 24))
-                for _ in range(len(rows) * array.payloads_a_row)
+                for _ in range(len(rows) * array.payloads_per_row)
             ]
             for name, array in manifest.arrays.items()
         },

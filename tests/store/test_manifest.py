@@ -9,7 +9,8 @@ import pytest
 from store.builders import COARSE, FINE, VIEWS, tiny_plan
 
 from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
-from dtcache.recipe import ConditionSpec, Json, Recipe, canonical_json, sha256_json
+from dtcache.hashing import canonical_json, sha256_json
+from dtcache.recipe import ConditionSpec, Json, Recipe
 from dtcache.store.commits import (
     CodecSums,
     CommitRecord,
@@ -228,7 +229,7 @@ def test_json_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("dtcache.store.commits.MAX_COMMIT_BYTES", 1 << 17)
     for content, reason in (
         ("[" * (1 << 17), "nested too deep"),
-        (" " * (1 << 17) + "1", "at most 131072 bytes, got 131073"),
+        (" " * (1 << 17) + "1", "at most 131072 bytes of JSON, got 131073"),
     ):
         (tmp_path / "manifest.json").write_text(content)
         commit_path(tmp_path, 0).write_text(content)

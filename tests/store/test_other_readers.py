@@ -10,8 +10,9 @@ import zarr
 import zarrs  # noqa: F401  (registers its codec pipeline)
 from store.builders import COARSE, FINE, ROWS, VIEWS, tiny_plan, write_cache
 
-from dtcache.store.layout import IMAGES, PayloadArray, write_zarr_nodes
+from dtcache.store.layout import IMAGES, PayloadArray
 from dtcache.store.shard import build_shard
+from dtcache.store.zarr_nodes import write_zarr_nodes
 from dtcache.store.zstd_frame import MAX_BLOCK
 
 Read = Callable[[Path, str], np.ndarray]

@@ -30,19 +30,20 @@ from store.builders import (
     write_cache,
 )
 
-from dtcache.atomic_files import file_sha256
 from dtcache.errors import CacheDamagedError, CacheError, CacheIncompleteError, CacheNotFoundError
-from dtcache.recipe import FailedSample, canonical_json
+from dtcache.hashing import canonical_json, file_sha256
+from dtcache.recipe import FailedSample
 from dtcache.store import commits as commits_module
 from dtcache.store import reader as reader_module
 from dtcache.store import shard, zstd_frame
 from dtcache.store.commits import read_commits, write_commit
 from dtcache.store.contents import read_contents
-from dtcache.store.layout import IMAGES, PayloadArray, read_fit
+from dtcache.store.layout import IMAGES, PayloadArray
 from dtcache.store.manifest import read_manifest, write_manifest
 from dtcache.store.reader import CacheReader
 from dtcache.store.sample_index import parquet_bytes, read_table
 from dtcache.store.writer import CacheWriter
+from dtcache.store.zarr_nodes import read_fit
 
 NAMES = (IMAGES, FINE, COARSE)
 
@@ -216,7 +217,7 @@ def test_flipped_bytes_of_every_shard_are_found(
     wanted = read_all(reader)
     for name, array, number, path in shard_files(root):
         content = path.read_bytes()
-        index_at = len(content) - (16 * array.shard_rows * array.payloads_a_row + 4)
+        index_at = len(content) - (16 * array.shard_rows * array.payloads_per_row + 4)
         pairs = [(row, view) for row in array.rows_of(number) for view in range(views_of(name))]
         # tests/store/test_shard.py flips every single byte; every sample's chunk and the index are met here too.
         for place in range(number, len(content), 11 if name == IMAGES else 3):

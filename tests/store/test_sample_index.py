@@ -1,6 +1,5 @@
-"""The sample index: held-out rows, hashes, and one fixed Parquet encoding."""
+"""The sample index: hashes, and one fixed Parquet encoding."""
 
-import random
 from pathlib import Path
 
 import numpy as np
@@ -8,59 +7,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dtcache.recipe import Sample, sha256_json
+from dtcache.recipe import Sample
 from dtcache.samples import SampleList
 from dtcache.store.sample_index import (
     SCHEMA,
     changed_samples,
     hash_samples,
-    held_out,
     parquet_bytes,
     read_table,
     samples_table,
 )
-
-
-@pytest.mark.parametrize(
-    ("count", "wanted"),
-    [
-        (0, 0),
-        (1, 0),
-        (2, 1),
-        (9, 4),
-        (127, 63),
-        (128, 64),
-        (129, 64),
-        (1000, 64),
-        (6400, 64),
-        (6599, 65),
-        (12_345, 123),
-    ],
-)
-def test_held_out_count(count: int, wanted: int) -> None:
-    """One per cent is held out, at least 64, at most half; places are sorted, unique and in range."""
-    places = held_out([f"image{i}" for i in range(count)])
-    assert len(places) == wanted
-    assert places == sorted(set(places))
-    assert all(0 <= p < count for p in places)
-
-
-def test_held_out_ignores_order() -> None:
-    """The same keys are held out whatever order they come in, and they are not simply the first ones."""
-    keys = [f"folder/{i}.png" for i in range(500)]
-    wanted = {keys[p] for p in held_out(keys)}
-    for seed in range(5):
-        shuffled = random.Random(seed).sample(keys, len(keys))
-        assert {shuffled[p] for p in held_out(shuffled)} == wanted
-    assert wanted != set(sorted(keys)[:64])
-
-
-def test_held_out_hashes_canonical_json() -> None:
-    """Whatever characters a key has, its hash is that of the canonical JSON of its name and purpose."""
-    keys = [f'n{i}/\u00fc"\\\n\x7f\u65e5\U0001f600{i}.png' for i in range(300)]
-    ranked = sorted(range(300), key=lambda i: sha256_json(["held-out", keys[i]]))
-    assert held_out(keys) == sorted(ranked[:64])
-    assert held_out([]) == held_out(["one"]) == []
 
 
 def test_hash_samples_covers_order_keys_and_labels() -> None:

@@ -9,8 +9,9 @@ from google_crc32c import value as crc32c
 from numcodecs.zstd import compress
 
 from dtcache.errors import CacheDamagedError
-from dtcache.store.layout import PayloadArray, write_zarr_nodes
+from dtcache.store.layout import PayloadArray
 from dtcache.store.shard import ABSENT, build_shard, index_bytes, parse_index, unpack_chunk
+from dtcache.store.zarr_nodes import write_zarr_nodes
 
 LENGTH = 48
 
@@ -48,13 +49,13 @@ def test_zarr_reads_what_build_shard_wrote(
 ) -> None:
     """zarr-python reads the same payloads, in ragged last shards and all-zero chunks too."""
     array = PayloadArray(name="t1/stride2", shape=(rows, *views, LENGTH), shard_rows=4)
-    payloads = random_payloads(rows * array.payloads_a_row, seed=rows)
+    payloads = random_payloads(rows * array.payloads_per_row, seed=rows)
     write_zarr_nodes(tmp_path / "data.zarr", {array.name: array}, {})
     for shard in range(array.num_shards):
         part = array.rows_of(shard)
-        mine = payloads[part.start * array.payloads_a_row : part.stop * array.payloads_a_row]
+        mine = payloads[part.start * array.payloads_per_row : part.stop * array.payloads_per_row]
         path = tmp_path / array.object_path(shard)
-        path.write_bytes(build_shard(mine, LENGTH, 4 * array.payloads_a_row))
+        path.write_bytes(build_shard(mine, LENGTH, 4 * array.payloads_per_row))
     found = zarr.open_array(tmp_path / "data.zarr", path=array.name, mode="r")
     wanted = np.frombuffer(b"".join(p.ljust(LENGTH, b"\0") for p in payloads), np.uint8).reshape(
         array.shape
@@ -136,7 +137,7 @@ def test_array_layout() -> None:
         [4, 5, 6, 7],
         [8, 9],
     ]
-    assert (array.length, array.payloads_a_row) == (48, 2)
+    assert (array.length, array.payloads_per_row) == (48, 2)
     assert array.object_path(2) == "data.zarr/t1/stride2/c.2.0.0"
     assert (
         PayloadArray(name="images", shape=(10, 48), shard_rows=4).object_path(1)

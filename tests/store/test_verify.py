@@ -13,7 +13,7 @@ import pytest
 from store.builders import COARSE, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
 
 from dtcache.errors import CacheBusyError, CacheFormatError, CacheNotFoundError
-from dtcache.recipe import canonical_json, sha256_json
+from dtcache.hashing import canonical_json, sha256_json
 from dtcache.store import contents as contents_module
 from dtcache.store import verify as verify_module
 from dtcache.store.contents import Damage, SamplePlace, read_contents
@@ -206,7 +206,7 @@ def test_every_chunk_of_a_shard_is_located(root: Path) -> None:
     array = tiny_plan().arrays[COARSE]
     path = root / array.object_path(0)
     content = path.read_bytes()
-    entries = array.shard_rows * array.payloads_a_row
+    entries = array.shard_rows * array.payloads_per_row
     offsets = parse_index(content[-index_bytes(entries) :], entries, len(content))[:, 0].tolist()
     for entry, offset in enumerate(offsets):
         flip(path, offset)

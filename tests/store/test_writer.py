@@ -16,7 +16,7 @@ import pytest
 from store.builders import FAILED_ROW, FINE, begin, tiny_plan, tree, write_cache
 
 from dtcache import atomic_files as storage
-from dtcache.atomic_files import FolderLock, file_sha256
+from dtcache.atomic_files import FolderLock
 from dtcache.errors import (
     CacheBusyError,
     CacheDamagedError,
@@ -24,7 +24,7 @@ from dtcache.errors import (
     CacheMismatchError,
     DiskError,
 )
-from dtcache.recipe import sha256_json
+from dtcache.hashing import file_sha256, sha256_json
 from dtcache.store.commits import read_commits, total_sums, write_commit
 from dtcache.store.manifest import read_manifest
 from dtcache.store.sample_index import parquet_bytes, read_table

@@ -212,7 +212,7 @@ def _edited(**changes: object) -> bytes:
         (b"[1]", "expected a JSON object, got list"),
         (b"{", "not JSON"),
         (b"[" * 500_000, "not JSON"),
-        (b" " * (1 << 20), "expected less than 1048576 bytes"),
+        (b" " * ((1 << 20) + 1), "expected at most 1048576 bytes"),
     ],
 )
 def test_a_doctored_configuration_is_refused(saved: Path, config: bytes, message: str) -> None:

@@ -21,9 +21,10 @@ from dtcache.errors import (
     ClusterError,
     ConfigError,
 )
+from dtcache.hashing import canonical_json
 from dtcache.images import open_source
 from dtcache.options import ExtractOptions
-from dtcache.recipe import Json, canonical_json
+from dtcache.recipe import Json
 from dtcache.store.layout import CLUSTER_LOG
 from dtcache.store.manifest import CacheManifest, read_manifest, require_same
 from dtcache.store.pending_shard import WrittenShard, drop_temporaries
@@ -113,8 +114,7 @@ def on_workers(
     gc.collect()
     torch.cuda.empty_cache()  # what the coordinator's teacher has left
 
-    array = next(iter(writer.manifest.arrays.values()))
-    rows = {shard: len(array.rows_of(shard)) for shard in writer.missing}
+    rows = {shard: len(writer.manifest.rows_of(shard)) for shard in writer.missing}
     assignment = make_assignment(writer.root, writer.manifest, images, options)
     with closing(ClusterRun(client, compute, assignment, rows, on_rows).results()) as written:
         yield from map(finish, written)

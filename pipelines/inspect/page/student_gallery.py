@@ -24,7 +24,7 @@ from pipelines.inspect.page.gallery import (
 )
 from pipelines.inspect.page.pictures import colour_basis, map_uri
 from pipelines.runs.folder import load_checkpoint
-from pipelines.train.cached_batches import cache_identity, feature_names, split_rows
+from pipelines.train.cached_batches import feature_names
 from pipelines.train.train_state import exported_weights
 
 

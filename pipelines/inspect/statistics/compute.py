@@ -7,8 +7,9 @@ import numpy as np
 
 from dtcache.cache.cache import Cache
 from dtcache.errors import ConfigError
+from dtcache.hashing import sha256_json
 from dtcache.options import InspectOptions
-from dtcache.recipe import Json, sha256_json, tap_name
+from dtcache.recipe import Json, tap_name
 from dtcache.rng import permuted
 from pipelines.inspect.statistics import measures
 from pipelines.inspect.statistics.decode import Rows

@@ -1,13 +1,13 @@
 """Statistics that were taken before, kept in the user's cache folder; never in a cache."""
 
-import json
 import os
 import sys
 from pathlib import Path
 
 from dtcache.atomic_files import make_folders, write_file
 from dtcache.errors import DiskError
-from dtcache.recipe import Json, canonical_json, sha256_json
+from dtcache.hashing import canonical_json, read_json, sha256_json
+from dtcache.recipe import Json
 
 MAX_BYTES = 64 << 20
 
@@ -24,9 +24,7 @@ def load_kept(identity: str, asked: Json) -> Json | None:
     """Return what was kept of a manifest under the same options, None where nothing is, or nothing whole."""
     path = _path(identity, asked)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            return None
-        value = json.loads(path.read_bytes())
+        value = read_json(path, MAX_BYTES)
         found = value["statistics"]
         whole = value["sha256"] == sha256_json(found) and value["asked"] == asked
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -251,7 +251,7 @@ def test_a_sample_is_all_that_is_read(tmp_path: Path) -> None:
     everything = bytes_read() - before
     payload = {name: plan.arrays[name].length for name in (FINE, COARSE)}
     index = sum(
-        a.num_shards * (a.shard_rows * a.payloads_a_row * 16 + 4) for a in plan.arrays.values()
+        a.num_shards * (a.shard_rows * a.payloads_per_row * 16 + 4) for a in plan.arrays.values()
     )
     # A chunk is a payload in a frame: at most its length and 64 bytes.
     assert spent - 2 * opening <= 2 * VIEWS * (sum(payload.values()) + 2 * 64) + index + 2048

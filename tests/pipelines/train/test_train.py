@@ -22,14 +22,14 @@ from safetensors.torch import load_file
 from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.cache.loader import EpochLoader
+from dtcache.cache.selection import held_out, split_rows
 from dtcache.device import resolve_compute
 from dtcache.losses.objective import make_objective
 from dtcache.options import TrainOptions
 from dtcache.store.commits import CommitRecord, ShardObject, write_commit
 from dtcache.store.manifest import CacheManifest, read_manifest, write_manifest
-from dtcache.store.sample_index import held_out, read_objects, read_table
+from dtcache.store.sample_index import read_objects, read_table
 from dtcache.student import Augmentation, Student, build_student
-from pipelines.train.cached_batches import split_rows
 from pipelines.train.distillation import Distillation, remarks
 from pipelines.train.train import peak_lr
 
@@ -365,10 +365,7 @@ def test_what_is_committed_can_be_trained_on(cache: Path, tmp_path: Path) -> Non
     """--allow-incomplete trains on the committed shards, says how many samples that is, and is not resumed on more."""
     part = Path(shutil.copytree(cache, tmp_path / "c"))
     manifest = read_manifest(part)
-    records = [
-        record_of(part, manifest, shard)
-        for shard in range(next(iter(manifest.arrays.values())).num_shards)
-    ]
+    records = [record_of(part, manifest, shard) for shard in range(manifest.num_shards)]
     (part / "commits").mkdir()
     for record in records[:4]:
         write_commit(part, record)
@@ -402,7 +399,7 @@ def record_of(root: Path, manifest: CacheManifest, shard: int) -> CommitRecord:
     """Return the record that a shard of a sealed cache was committed with, but for its sums."""
     listed = {path: (size, sha256) for path, size, sha256 in read_objects(root)}
     paths = [array.object_path(shard) for array in manifest.arrays.values()]
-    rows = next(iter(manifest.arrays.values())).rows_of(shard)
+    rows = manifest.rows_of(shard)
     content = read_table(root / "samples.parquet")["content_sha256"].to_pylist()
     return CommitRecord(
         shard=shard,

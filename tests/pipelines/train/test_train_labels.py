@@ -17,10 +17,10 @@ from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelledCache
 from dtcache.cache.loader import EpochLoader
+from dtcache.cache.selection import held_out
 from dtcache.errors import ConfigError
 from dtcache.losses.objective import LABEL_TARGET
 from dtcache.options import TrainOptions
-from dtcache.store.sample_index import held_out
 from dtcache.student import Student, build_student, load_backbone, probe_maps
 from dtcache.student.logit_head import HeadSpec, load_head
 from pipelines.runs.folder import load_checkpoint
