@@ -13,6 +13,7 @@ FLOORS = [
     {"dtcache._version", "dtcache.errors"},
     {
         "dtcache.recipe",
+        "dtcache.hashing",
         "dtcache.options",
         "dtcache.options.toml",
         "dtcache.payloads",
@@ -32,7 +33,10 @@ FLOORS = [
     },
     {"dtcache.store"},
     {
+        "dtcache.cache.batch",
         "dtcache.cache.cache",
+        "dtcache.cache.fitted_codec",
+        "dtcache.cache.selection",
         "dtcache.cache.label_set",
         "dtcache.cache.loader",
         "dtcache.cache.dask_array",

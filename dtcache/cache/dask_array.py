@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-import dask
 import dask.array as da
 import numpy as np
+from dask.delayed import delayed
 from numpy.typing import NDArray
 
 CHUNK_VALUES = 1 << 23
@@ -26,7 +26,7 @@ def lazy_stack(decode: Decode, shape_NVCHW: tuple[int, ...], name: str) -> da.Ar
         _decode_chunk,
         numbers,
         # A task of its own: each process opens the cache once, not once per chunk.
-        decode=dask.delayed(decode, name=f"decode-{name}", traverse=False),
+        decode=delayed(decode, name=f"decode-{name}", traverse=False),
         dtype=np.float32,
         chunks=da.core.normalize_chunks((rows, *row_shape), shape_NVCHW),
         meta=np.empty((0,) * 5, np.float32),
