@@ -109,7 +109,7 @@ class _Damaged:
             note = "the record of its SHA-256 is damaged too; repair that file first"
             return Repair(path=wanted.path, outcome="refused", note=note)
         array = self.manifest.arrays[wanted.array.name]
-        entries = array.shard_rows * array.payloads_a_row
+        entries = array.shard_rows * array.payloads_per_row
         content = build_shard(shard.payloads[array.name], array.length, entries)
         return self.write(wanted.path, content, wanted.sha256, mismatch)
 
@@ -211,15 +211,9 @@ def _recompute_features(damaged: _Damaged, options: VerifyOptions) -> list[Repai
     del wanted_recipe["codec"]  # the cache's own fit is used
     require_same_job(root, manifest.recipe, wanted_recipe, job)
     encoder = FeatureEncoder(fit, resolve_compute(asked_for.device, asked_for.precision).device)
-<<<<<<< HEAD
-    array = next(iter(manifest.arrays.values()))
     shards = damaged.shards()
-    rows = {shard: array.rows_of(shard) for shard in shards}
+    rows = {shard: manifest.rows_of(shard) for shard in shards}
     repairs = list[Repair]()
-=======
-    damaged = _damaged_shards(found)
-    rows = {shard: manifest.rows_of(shard) for shard in damaged}
->>>>>>> fe85490 (Hashing and bounded JSON in one module, rows and shards asked of the manifest, the cache package in files of one idea each)
     with cpu_threads(asked_for.threads), track("repair", sum(map(len, rows.values()))) as progress:
         for shard, files in shards.items():
             todo = (job.samples[row].index for row in rows[shard])
@@ -297,58 +291,9 @@ def _recompute_labels(
                 work = job.shard(manifest, encoder, shard)
                 repairs += [damaged.write_shard(wanted, work) for wanted in files]
                 progress.advance(1)
-<<<<<<< HEAD
     except CacheError as error:  # of this label set, or of the features that it is computed from
         done = {repair.path for repair in repairs}
         repairs += [
             refused for refused in damaged.refuse_shards(str(error)) if refused.path not in done
-=======
-    except CacheError as error:  # of this set, or of the features that it is computed from
-        known = {repair.path for repair in outcomes}
-        outcomes += [repair for repair in _refused(found, str(error)) if repair.path not in known]
-    return outcomes
-
-
-def _republished(
-    root: Path, manifest: CacheManifest, wanted: WantedObject, work: ShardData, changed: str
-) -> Repair:
-    if wanted.sha256 is None:
-        note = "its record is damaged too, so nothing tells the right bytes; mend that first"
-        return Repair(path=wanted.path, outcome="refused", note=note)
-    array = manifest.arrays[wanted.array.name]
-    content = build_shard(
-        work.payloads[array.name], array.length, array.shard_rows * array.payloads_per_row
-    )
-    made = _published(root, wanted.path, content, wanted.sha256)
-    return replace(made, note=changed) if made.note == OTHER_BYTES and changed else made
-
-
-def _changed_image(root: Path, contents: Contents, job: Job, work: ShardData) -> str:
-    """Return a line about the first image whose bytes are not those that were cached, or nothing."""
-    return next(
-        (
-            f"image {job.samples[row].key} has changed since, so it was not written; give the images of the extraction"
-            for row, known, now in _hashes(root, contents, work)
-            if known != now
-        ),
-        "",
-    )
-
-
-def _hashes(
-    root: Path, contents: Contents, work: ShardData
-) -> Iterator[tuple[int, str | None, str | None]]:
-    manifest = contents.manifest
-    assert manifest is not None
-    rows = manifest.rows_of(work.shard)
-    known: Sequence[str | None] = []
-    if work.shard in contents.records:
-        known = contents.records[work.shard].content_sha256
-    elif contents.keys is not None:
-        column = read_table(root / SAMPLES)["content_sha256"]
-        known = [
-            value.hex() if value is not None else None
-            for value in column[rows.start : rows.stop].to_pylist()
->>>>>>> fe85490 (Hashing and bounded JSON in one module, rows and shards asked of the manifest, the cache package in files of one idea each)
         ]
     return repairs

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from store.builders import COARSE, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
 
+from dtcache import hashing
 from dtcache.errors import CacheBusyError, CacheFormatError, CacheNotFoundError
 from dtcache.hashing import canonical_json, sha256_json
-from dtcache.store import contents as contents_module
 from dtcache.store import verify as verify_module
 from dtcache.store.contents import Damage, SamplePlace, read_contents
 from dtcache.store.layout import IMAGES
@@ -103,9 +103,7 @@ def problem_of(root: Path, name: str) -> Callable[[], object]:
     if name == "extraction.log.json":
         return functools.partial(log_problem, root / name)
     if name in contents.manifest.files:
-        return functools.partial(
-            contents_module.file_problem, root / name, contents.manifest.files[name]
-        )
+        return functools.partial(hashing.file_problem, root / name, contents.manifest.files[name])
     assert name == "manifest.json" or name.startswith("commits/")
     return lambda: read_contents(root).damage
 
@@ -384,14 +382,14 @@ def test_a_sample_is_a_seeded_share_of_whole_shards(root: Path) -> None:
 
 def test_a_disk_that_fails_to_read_is_damage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """EIO of one file is reported with its name, and the check goes on."""
-    real = contents_module.file_sha256
+    real = hashing.file_sha256
 
     def failing(path: Path) -> str:
         if path.name in ("c.1.0.0", "zarr.json") and path.parent.name == "stride2":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(path)
 
-    monkeypatch.setattr(contents_module, "file_sha256", failing)
+    monkeypatch.setattr(hashing, "file_sha256", failing)
     monkeypatch.setattr(verify_module, "file_sha256", failing)
     found = {damage.path: damage.reason for damage in verify(root).damage}
     assert found == {

@@ -7,6 +7,7 @@ import torch
 
 from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelSet
+from dtcache.cache.selection import cache_identity, split_rows
 from dtcache.device import configure_process, resolve_compute
 from dtcache.errors import CacheDamagedError, CacheMismatchError, ConfigError
 from dtcache.losses.objective import LABEL_TARGET
