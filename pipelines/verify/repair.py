@@ -17,7 +17,7 @@ from dtcache.images import load_views, open_source
 from dtcache.labels import Interpreter, load_interpreter
 from dtcache.options import LabelWriteOptions, VerifyOptions
 from dtcache.store.commits import ShardObject
-from dtcache.store.contents import WantedObject, file_problem, read_contents
+from dtcache.store.contents import WantedObject, read_contents
 from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import LABELS, SAMPLES, SHARDS
 from dtcache.store.manifest import CacheManifest, require_same
@@ -242,7 +242,7 @@ def _recompute_features(damaged: _Damaged, options: VerifyOptions) -> list[Repai
 
 def _first_changed_image(damaged: _Damaged, job: Job, work: ShardData) -> str | None:
     """Return the key of the first image of a shard whose bytes are not those that were cached."""
-    rows = next(iter(damaged.manifest.arrays.values())).rows_of(work.shard)
+    rows = damaged.manifest.rows_of(work.shard)
     cached = _cached_hashes(damaged, work.shard, rows)
     for row, known, now in zip(rows, cached, work.content_sha256, strict=False):
         if known != now:
