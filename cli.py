@@ -1,4 +1,4 @@
-"""The `dtcache` command: each verb parses its options, calls one pipeline and prints what came of it."""
+"""The `dtcache` command: each verb parses its options, calls one pipeline and prints the result."""
 
 from pathlib import Path
 
@@ -19,17 +19,9 @@ from dtcache.options import (
     TrainOptions,
     VerifyOptions,
 )
-from pipelines.terminal.flags import (
-    JSON_FLAG,
-    PATH,
-    WRITES_NOTHING,
-    Group,
-    in_flags,
-    options_of,
-    out_flag,
-    print_json,
-)
-from pipelines.terminal.text import printable
+from pipelines.terminal.commands import WRITES_NOTHING, Group, in_command_words
+from pipelines.terminal.field_names import in_flags
+from pipelines.terminal.flags import JSON_FLAG, PATH, options_of, out_flag, print_json
 
 
 @click.group(
@@ -47,7 +39,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(resumes=True)
 @click.option("--count", type=click.IntRange(min=1), required=True, help="Number of scenes.")
 @click.option(
     "--start",
@@ -64,7 +56,9 @@ def main() -> None:
 )
 @out_flag("Folder for images/<class>/, masks/<class>/ and boxes.json.")
 def scenes(count: int, start: int, size: int, seed: int, out: Path) -> None:
-    """Generate small labelled scenes, with masks and boxes, for demonstrations and tests.
+    """Generate labelled scenes to try dtcache on.
+
+    Each scene has a class, a mask and boxes.
 
     \b
     Example:
@@ -80,53 +74,52 @@ def scenes(count: int, start: int, size: int, seed: int, out: Path) -> None:
     click.echo(f"{out / 'images'}: {count} scenes")
 
 
-@main.command()
-@click.argument("images", type=PATH)
-@out_flag("Directory of the teacher; a run found there is resumed.")
-@options_of(TeachOptions)
-def teach(images: Path, out: Path, options: TeachOptions) -> None:
-    """Fit an unconditional DDPM on IMAGES (stage 0), where no teacher of the domain exists.
+@main.group()
+def teacher() -> None:
+    """Train, show or convert a teacher.
 
     \b
     Example:
-      dtcache teach photos/ --size 64 --steps 20000 --out teachers/photos
+      dtcache teacher show google/ddpm-cat-256
+      dtcache teacher train photos/ --size 64 --out teachers/photos
     """
-    from pipelines.teach import teach as run
 
-    taught = run(images, out, options)
+
+@teacher.command("train", resumes=True)
+@click.argument("images", type=PATH)
+@out_flag("Folder of the teacher. A run in this folder is resumed.")
+@options_of(TeachOptions)
+def teacher_train(images: Path, out: Path, options: TeachOptions) -> None:
+    """Train an unconditional DDPM on IMAGES (stage 0).
+
+    Use it if no published diffusion model fits your images.
+
+    \b
+    Example:
+      dtcache teacher train photos/ --size 64 --steps 20000 --out teachers/photos
+    """
+    from pipelines.teach import teach
+
+    taught = teach(images, out, options)
     click.echo(
-        f"{taught.out}: {taught.steps} steps, loss {taught.final_loss:.4f}; see samples.png and loss.png"
+        f"{taught.out}: {taught.steps} steps, loss {taught.final_loss:.4f}; "
+        "see samples.png and loss.png"
     )
 
 
-@main.command("convert-adm")
-@click.argument("checkpoint", type=PATH)
-@out_flag("Folder of the teacher; missing, empty, or this very conversion.")
-@options_of(ConvertOptions)
-def convert_adm(checkpoint: Path, out: Path, options: ConvertOptions) -> None:
-    """Turn CHECKPOINT, one of OpenAI's guided-diffusion (ADM) U-Nets, into a teacher (diffusers, safetensors).
-
-    \b
-    Example:
-      dtcache convert-adm 256x256_diffusion_uncond.pt --out teachers/adm-256
-    """
-    from pipelines.convert_adm import convert_adm as run
-
-    click.echo(run(checkpoint, out, options).summary)
-
-
-@main.command()
+@teacher.command("show")
 @click.argument("where", metavar="DIR_OR_ID")
-@click.option(
-    "--size", metavar="H[xW]", help="View size in pixels [default: the one that it was trained at]."
-)
+@click.option("--size", metavar="H[xW]", help="View size in pixels [default: the training size].")
 @JSON_FLAG
-def teacher(where: str, size: str | None, as_json: bool) -> None:
-    """Show what a teacher offers: its taps, what each costs to reach and to keep, its noise schedule.
+def teacher_show(where: str, size: str | None, as_json: bool) -> None:
+    """Show a teacher's taps, their costs and its noise.
+
+    A tap's cost is its share of the FLOPs and its bytes in a cache.
 
     \b
     Example:
-      dtcache teacher google/ddpm-cat-256 --json | jq '.taps[] | {name, flops_share}'
+      dtcache teacher show google/ddpm-cat-256
+      dtcache teacher show google/ddpm-cat-256 --json | jq '.taps[] | {name, flops_share}'
     """
     from rich.console import Console
 
@@ -139,24 +132,43 @@ def teacher(where: str, size: str | None, as_json: bool) -> None:
         Console().print(render_teacher(report))
 
 
-@main.command()
+@teacher.command("convert")
+@click.argument("checkpoint", type=PATH)
+@out_flag("Folder of the teacher: a new or empty one, or one with this same conversion.")
+@options_of(ConvertOptions)
+def teacher_convert(checkpoint: Path, out: Path, options: ConvertOptions) -> None:
+    """Convert an OpenAI ADM checkpoint to a teacher.
+
+    CHECKPOINT is a U-Net of guided-diffusion. The teacher is a diffusers folder (safetensors).
+
+    \b
+    Example:
+      dtcache teacher convert 256x256_diffusion_uncond.pt --out teachers/adm-256
+    """
+    from pipelines.convert_adm import convert_adm
+
+    click.echo(convert_adm(checkpoint, out, options).summary)
+
+
+@main.command(resumes=True)
 @click.argument("source", metavar="IMAGES", type=PATH)
-@out_flag("Folder of the cache; one found there is resumed if it was begun with the same recipe.")
+@out_flag("Folder of the cache. A cache in this folder is resumed if its recipe is the same.")
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Run two batches and print what the whole will take; write nothing.",
+    help="Run two batches, print an estimate of time, bytes and memory, and write nothing.",
 )
 @options_of(ExtractOptions)
 @click.pass_context
 def extract(
     ctx: click.Context, source: Path, out: Path, dry_run: bool, options: ExtractOptions
 ) -> None:
-    """Cache the teacher's decoder features of IMAGES (stage 1).
+    """Cache a teacher's features of IMAGES (stage 1).
 
     \b
     Example:
-      dtcache extract cats/ --teacher google/ddpm-cat-256 --timestep 50 --out cats.cache
+      dtcache extract cats/ --teacher google/ddpm-cat-256 --out cats.cache
+      dtcache extract cats/ --teacher google/ddpm-cat-256 --out cats.cache --dry-run
     """
     if dry_run:
         from rich.console import Console
@@ -243,7 +255,7 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
     try:
         verified = run(cache, options)
     except (CacheNotFoundError, CacheFormatError) as error:
-        click.echo(f"Error: {printable(in_words(str(error)))}", err=True)
+        click.echo(f"Error: {in_command_words(error, ctx.command)}", err=True)
         ctx.exit(NOT_A_CACHE)
     if as_json:
         print_json(verified_json(verified, in_words))
@@ -254,7 +266,9 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
 
 @main.group()
 def label() -> None:
-    """Spread a few labels over a whole cache: fit an interpreter of its features, write soft labels with it.
+    """Label a whole cache from a few labelled images.
+
+    First fit an interpreter of the features, then write its soft labels for all images.
 
     \b
     Example:
@@ -269,7 +283,9 @@ def label() -> None:
 @out_flag("New folder of the interpreter.")
 @options_of(LabelFitOptions)
 def label_fit(cache: Path, out: Path, options: LabelFitOptions) -> None:
-    """Train an interpreter on the features of those images of CACHE that are labelled; it needs no teacher.
+    """Train an interpreter of CACHE's features.
+
+    It trains on the cached features of the labelled images; the teacher does not run.
 
     \b
     Example:
@@ -285,12 +301,14 @@ def label_fit(cache: Path, out: Path, options: LabelFitOptions) -> None:
     click.echo(f"{fitted.out}: fitted to {fitted.trained_on} labelled images{held}")
 
 
-@label.command("write")
+@label.command("write", resumes=True)
 @click.argument("cache", type=PATH)
 @click.argument("interpreter", type=PATH)
 @options_of(LabelWriteOptions)
 def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> None:
-    """Write the soft labels of every image and view of CACHE by INTERPRETER into CACHE/labels/NAME; resumes.
+    """Write soft labels for every image of CACHE.
+
+    INTERPRETER predicts them for each view. They are stored in CACHE/labels/NAME.
 
     \b
     Example:
@@ -305,19 +323,21 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
     )
 
 
-@main.command()
+@main.command(resumes=True)
 @click.argument("where", metavar="CACHE|IMAGES", type=PATH)
-@out_flag("Folder of the run; one found there is resumed if it was begun with the same options.")
+@out_flag("Folder of the run. A run in this folder is resumed if its options are the same.")
 @options_of(TrainOptions)
 def train(where: Path, out: Path, options: TrainOptions) -> None:
-    """Train a student on CACHE (stage 2) and export its backbone for timm; or on IMAGES, the teacher in the loop.
+    """Train a student (stage 2) on a cache or online.
 
-    Several processes train one student: torchrun --nproc-per-node 8 --no-python dtcache train ...
+    Give CACHE to train from cached features, or IMAGES with the teacher in the loop. The backbone
+    is exported for timm. Several processes train one student together with torchrun:
+    torchrun --nproc-per-node 8 --no-python dtcache train ...
 
     \b
     Example:
       dtcache train cats.cache --student resnet50 --epochs 100 --out runs/resnet50
-      dtcache train photos/ --online --teacher DIR --timestep 50 --out runs/online
+      dtcache train photos/ --online --teacher DIR --timestep 150 --out runs/online
     """
     from pipelines.train.train import train as run
 
@@ -333,7 +353,9 @@ def train(where: Path, out: Path, options: TrainOptions) -> None:
 @out_flag("New folder for the weights and their configuration.")
 @options_of(ExportOptions)
 def export(source: Path, out: Path, options: ExportOptions) -> None:
-    """Export the backbone of a run to a folder that timm or torchvision reads, checked against the original.
+    """Export a backbone to timm or torchvision.
+
+    The exported network's outputs are compared with those of the original.
 
     \b
     Example:
@@ -350,12 +372,13 @@ def export(source: Path, out: Path, options: ExportOptions) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of a table.")
+@JSON_FLAG
 @options_of(EvaluateOptions)
 def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
-    """Judge the features of MODEL by k-NN and a linear classifier on labelled images, or by segmentation.
+    """Evaluate features by k-NN, a probe or segmentation.
 
-    MODEL is a backbone folder, a timm name (random weights), a cache (every tap) or, to classify, the word pixels.
+    MODEL is a backbone folder, a timm name (random weights), a cache (each tap), or, for
+    classification, the word pixels.
 
     \b
     Example:
@@ -374,17 +397,19 @@ def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
         Console().print(results_table(model, results))
 
 
-@main.command()
+@main.command(resumes=True)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("dtcache-demo"),
     show_default=True,
-    help="Folder for everything.",
+    help="Folder for all outputs.",
 )
 @options_of(DemoOptions)
 def demo(out: Path, options: DemoOptions) -> None:
-    """Run the whole way on generated scenes, offline: cache, two students, one table.
+    """Run all stages on generated scenes, offline.
+
+    It writes a cache, trains two students from it, and prints one table.
 
     \b
     Example:

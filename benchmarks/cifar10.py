@@ -91,7 +91,7 @@ def run_all(folder: Path, data: Path, work: Path, seeds: int, workers: int) -> N
     train = data / "cifar10-train.parquet"
     test = data / "cifar10-test.parquet"
     probes = ["--train", train, "--test", test, *EVALUATE]
-    step("teacher", ["teach", train, *TEACH, "--out", TEACHER])
+    step("teacher", ["teacher", "train", train, *TEACH, "--out", TEACHER])
     levels = [flag for t in TIMESTEPS for flag in ("--timestep", t)]
     small = work / "timesteps.cache"
     step(

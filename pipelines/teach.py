@@ -92,7 +92,7 @@ def _fit(
     unet = build_unet(
         view.height,
         view.width,
-        parse_ints(options.channels, "--channels"),
+        parse_ints(options.channels, "channels"),
         options.layers,
         options.attention,
     )

@@ -52,9 +52,7 @@ def test_the_verbs_are_the_documented_ones() -> None:
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
     stages = {
         "scenes",
-        "teach",
         "teacher",
-        "convert-adm",
         "extract",
         "label",
         "train",
@@ -68,35 +66,35 @@ def test_the_verbs_are_the_documented_ones() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TrainOptions(batch_size=1), r"--batch-size 1: expected at least 2"),
-        (lambda: TrainOptions(epochs=0), r"--epochs 0: expected at least 1"),
-        (lambda: TrainOptions(limit=-5), r"--limit -5: expected at least 1"),
-        (lambda: TrainOptions(log_every=0), r"--log-every 0: expected at least 1"),
-        (lambda: TrainOptions(threads=0), r"--threads 0: expected at least 1"),
-        (lambda: TrainOptions(optimizer="sgd"), r"--optimizer sgd: expected one of adamw, lamb"),
-        (lambda: TeachOptions(save_every=0), r"--save-every 0: expected at least 1"),
-        (lambda: TeachOptions(steps=0), r"--steps 0: expected at least 1"),
+        (lambda: TrainOptions(batch_size=1), r"`batch_size` 1: expected at least 2"),
+        (lambda: TrainOptions(epochs=0), r"`epochs` 0: expected at least 1"),
+        (lambda: TrainOptions(limit=-5), r"`limit` -5: expected at least 1"),
+        (lambda: TrainOptions(log_every=0), r"`log_every` 0: expected at least 1"),
+        (lambda: TrainOptions(threads=0), r"`threads` 0: expected at least 1"),
+        (lambda: TrainOptions(optimizer="sgd"), r"`optimizer` sgd: expected one of adamw, lamb"),
+        (lambda: TeachOptions(save_every=0), r"`save_every` 0: expected at least 1"),
+        (lambda: TeachOptions(steps=0), r"`steps` 0: expected at least 1"),
         (
             lambda: ExtractOptions(bytes_per_image=float("nan")),
-            r"--bytes-per-image nan: expected at least 1",
+            r"`bytes_per_image` nan: expected at least 1",
         ),
         (
             lambda: ExtractOptions(bytes_per_image=0.0),
-            r"--bytes-per-image 0.0: expected at least 1",
+            r"`bytes_per_image` 0.0: expected at least 1",
         ),
-        (lambda: ExtractOptions(shard_rows=0), r"--shard-rows 0: expected at least 1"),
+        (lambda: ExtractOptions(shard_rows=0), r"`shard_rows` 0: expected at least 1"),
         (
             lambda: EvaluateOptions(train=Path("x"), neighbours=0),
-            r"--neighbours 0: expected at least 1",
+            r"`neighbours` 0: expected at least 1",
         ),
-        (lambda: TrainOptions(lr=float("nan")), r"--lr nan: expected at least 1e-12"),
-        (lambda: TrainOptions(lr=0.0), r"--lr 0.0: expected at least 1e-12"),
-        (lambda: TeachOptions(lr=-1.0), r"--lr -1.0: expected at least 1e-12"),
-        (lambda: TeachOptions(lr=float("inf")), r"--lr inf: expected a finite number"),
+        (lambda: TrainOptions(lr=float("nan")), r"`lr` nan: expected at least 1e-12"),
+        (lambda: TrainOptions(lr=0.0), r"`lr` 0.0: expected at least 1e-12"),
+        (lambda: TeachOptions(lr=-1.0), r"`lr` -1.0: expected at least 1e-12"),
+        (lambda: TeachOptions(lr=float("inf")), r"`lr` inf: expected a finite number"),
     ],
 )
 def test_options_have_bounds(make: object, message: str) -> None:
-    """Values that cannot work are refused with the flag, for Python callers too."""
+    """Values that cannot work are refused with the name of the field."""
     with pytest.raises(ConfigError, match=message):
         make()
 
@@ -111,7 +109,7 @@ def test_no_option_is_infinite_or_no_number(options: type) -> None:
     assert names
     for name in names:
         for value in ("nan", "inf"):
-            with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} {value}: expected"):
+            with pytest.raises(ConfigError, match=f"`{name}` {value}: expected"):
                 options(**{name: float(value)})
 
 
@@ -125,21 +123,21 @@ def test_sizes_are_height_by_width(text: str, size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "0", "64x", "64x64x3", "-1", "6.4", "²", "999999"])
 def test_other_sizes_are_refused(text: str) -> None:
-    """Anything else names the flag it was given to."""
+    """Anything else is refused with the name of the field."""
     with pytest.raises(
-        ConfigError, match=r"--student-size .*: expected H or HxW in pixels, such as 256 or 128x256"
+        ConfigError, match=r"`student_size` .*: expected H or HxW in pixels, such as 256 or 128x256"
     ):
-        parse_size(text, "--student-size")
+        parse_size(text, "student_size")
 
 
 @pytest.mark.parametrize("text", ["", "4,", "a", "0", "4;8", "²"])
 def test_other_lists_are_refused(text: str) -> None:
     """Lists of strides are positive integers between commas."""
-    assert parse_ints("4, 8", "--taps") == (4, 8)
+    assert parse_ints("4, 8", "taps") == (4, 8)
     with pytest.raises(
-        ConfigError, match=r"--taps .*: expected positive integers separated by commas"
+        ConfigError, match=r"`taps` .*: expected positive integers separated by commas"
     ):
-        parse_ints(text, "--taps")
+        parse_ints(text, "taps")
 
 
 def test_taps_are_strides_or_names() -> None:
@@ -151,7 +149,7 @@ def test_taps_are_strides_or_names() -> None:
 def test_other_taps_are_refused(text: str) -> None:
     """Names are lower-case letters and digits."""
     with pytest.raises(
-        ConfigError, match=r"--taps .*: expected strides or names of taps separated by commas"
+        ConfigError, match=r"`taps` .*: expected strides or names of taps separated by commas"
     ):
         parse_taps(text)
 
@@ -186,7 +184,7 @@ def test_an_error_cannot_steer_the_terminal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "module", "function", "resumes"),
     [
-        ("teach x --out y", "pipelines.teach", "teach", True),
+        ("teacher train x --out y", "pipelines.teach", "teach", True),
         ("label write x y --name z", "pipelines.label.write_labels", "write_labels", True),
         ("extract x --teacher t --out y", "pipelines.extract.extract", "extract", True),
         ("extract x --teacher t --out y --dry-run", "pipelines.extract.dry_run", "forecast", False),

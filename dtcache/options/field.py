@@ -1,6 +1,7 @@
-"""What an option is: a field of a frozen dataclass, with its help text, its choices and its bounds."""
+"""An option: a field of a frozen dataclass with its help text, choices, bounds and group."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import field, fields
 from typing import Any
 
@@ -9,7 +10,7 @@ from dtcache.errors import ConfigError
 AUTO_DEVICE = "auto, cpu, cuda or cuda:N"
 PRECISIONS = ("auto", "fp32", "bf16")
 MAX_SEED = 2**32 - 1
-"""Generators take 64 bits, and some seed a step with both its number and this."""
+"""Largest seed, 32 bits: some 64-bit generator seeds combine it with the number of a step."""
 
 
 def option(
@@ -49,23 +50,28 @@ def seed_option(text: str, *, group: str = "") -> Any:
 
 
 class Options:
-    """Checks the bounds of every option, for Python callers and the command line alike."""
+    """Base of all option classes: checks the choices and bounds of every field."""
 
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        """Raise ConfigError naming the first option that is out of bounds, or a number that is not finite."""
+        """Raise ConfigError for the first field that is no choice, out of bounds, or not finite."""
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
-            choices = f.metadata["choices"]
-            least = f.metadata["minimum"]
-            most = f.metadata["maximum"]
-            flag = f"--{f.name.replace('_', '-')}"
-            if choices and value is not None and value not in choices:
-                raise ConfigError(f"{flag} {value}: expected one of {', '.join(choices)}")
-            if least is not None and value is not None and not value >= least:
-                raise ConfigError(f"{flag} {value}: expected at least {least:g}")
-            if most is not None and value is not None and not value <= most:
-                raise ConfigError(f"{flag} {value}: expected at most {most}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{flag} {value}: expected a finite number")
+            if value is not None:
+                _check(f.name, value, f.metadata)
+
+
+def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    choices = metadata["choices"]
+    minimum = metadata["minimum"]
+    maximum = metadata["maximum"]
+    if choices and value not in choices:
+        raise ConfigError(f"`{name}` {value}: expected one of {', '.join(choices)}")
+    # `not >=` and `not <=` refuse NaN too.
+    if minimum is not None and not value >= minimum:
+        raise ConfigError(f"`{name}` {value}: expected at least {minimum:g}")
+    if maximum is not None and not value <= maximum:
+        raise ConfigError(f"`{name}` {value}: expected at most {maximum}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"`{name}` {value}: expected a finite number")

@@ -119,7 +119,7 @@ def prepare(
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: expected a folder, got a file")
-    parse_share(options.max_failures, "--max-failures")
+    parse_share(options.max_failures, "max_failures")
     require_one_cluster(options, teacher is None)
     manifest = read_manifest(out) if (out / MANIFEST).exists() else None
     if manifest is None and out.is_dir():
@@ -153,7 +153,7 @@ def _compute(
     count = writer.manifest.num_samples
     left = rows_left(writer)
     missing = writer.missing
-    most = parse_share(options.max_failures, "--max-failures")
+    most = parse_share(options.max_failures, "max_failures")
     failed = list(writer.failures)
     written = [0]
     clock = where.job.teacher.clock if isinstance(where, ShardRunner) else None

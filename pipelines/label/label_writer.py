@@ -81,7 +81,7 @@ class LabelJob:
         report = inspect_cache(root)
         features = report["parts"]["coefficients"] + report["parts"]["codec"]
         self._target = (
-            AIM * parse_share(options.share, "--share") * features / max(1, report["num_done"])
+            AIM * parse_share(options.share, "share") * features / max(1, report["num_done"])
         )
 
     @torch.no_grad()

@@ -66,7 +66,7 @@ def write_labels(root: Path, where: Path, options: LabelWriteOptions) -> Written
         report = next(
             found for found in inspect_cache(root)["labels"] if found["name"] == options.name
         )
-    if report["share"] > parse_share(options.share, "--share"):
+    if report["share"] > parse_share(options.share, "share"):
         print(
             f"warning: {out} takes {report['share']:.1%} of the features' bytes, over the --share {options.share} "
             "asked for; what every label set has weighs most in a cache of few images",
@@ -85,7 +85,7 @@ def _require_begun_alike(out: Path, begun: Json, asked: Json, options: LabelWrit
     there = begun["codec"]["ratio"]
     now = asked["codec"]["ratio"]
     if there != now:
-        share = 100 * parse_share(options.share, "--share") * now / there
+        share = 100 * parse_share(options.share, "share") * now / there
         raise CacheMismatchError(
             f"{out} was begun with --share {share:.4g}%, got {options.share}; {SAME}"
         )

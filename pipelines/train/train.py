@@ -193,7 +193,7 @@ def _student(source: BatchSource, options: TrainOptions) -> Student:
         options.student,
         {name: source.shape(name) for name in source.names} | labels,
         source.view,
-        size=parse_size(options.student_size, "--student-size") if options.student_size else None,
+        size=parse_size(options.student_size, "student_size") if options.student_size else None,
         width=options.fpn_width,
         init=options.init,
         seed=options.seed,

@@ -304,7 +304,8 @@ def test_options_that_do_not_fit_are_refused(
 def test_the_command_prints_one_line(checkpoint: Path, tmp_path: Path) -> None:
     """What it is, what was assumed, and the strides of its taps."""
     arguments = [
-        "convert-adm",
+        "teacher",
+        "convert",
         str(checkpoint),
         "--out",
         str(tmp_path / "out"),
@@ -326,7 +327,7 @@ def test_a_bad_checkpoint_is_one_line(tmp_path: Path) -> None:
     """The file and the reason, no traceback, and no folder."""
     torch.save({"fc.weight": torch.ones(2)}, tmp_path / "resnet.pt")
     result = CliRunner().invoke(
-        main, ["convert-adm", str(tmp_path / "resnet.pt"), "--out", str(tmp_path / "out")]
+        main, ["teacher", "convert", str(tmp_path / "resnet.pt"), "--out", str(tmp_path / "out")]
     )
     assert result.exit_code == 1
     assert result.output == (

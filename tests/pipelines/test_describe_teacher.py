@@ -14,7 +14,7 @@ from pipelines.describe_teacher import count_flops
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["teacher", *map(str, arguments)])
+    return CliRunner().invoke(main, ["teacher", "show", *map(str, arguments)])
 
 
 def test_json_describes_taps_and_noise(teacher_dir: Path) -> None:

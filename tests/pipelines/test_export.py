@@ -150,7 +150,7 @@ def test_what_cannot_be_exported_says_why(resnet: Path, tmp_path: Path) -> None:
         ConfigError, match=r"--out .*run: it is there already; give a folder that is new"
     ):
         export(resnet, unfinished, ExportOptions())
-    with pytest.raises(ConfigError, match=r"--to onnx: expected one of timm, torchvision"):
+    with pytest.raises(ConfigError, match=r"`to` onnx: expected one of timm, torchvision"):
         ExportOptions(to="onnx")
 
 

@@ -44,7 +44,7 @@ FLAGS = (
 def teach(images: Path, out: Path, *more: object) -> Result:
     """Fit a tiny DDPM."""
     return CliRunner().invoke(
-        main, [str(a) for a in ("teach", images, "--out", out, *FLAGS, *more)]
+        main, [str(a) for a in ("teacher", "train", images, "--out", out, *FLAGS, *more)]
     )
 
 

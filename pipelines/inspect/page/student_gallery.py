@@ -121,7 +121,7 @@ def _student(
         options.student,
         {name: cache.shape(name) for name in names} | labels,
         cache.view,
-        size=parse_size(options.student_size, "--student-size") if options.student_size else None,
+        size=parse_size(options.student_size, "student_size") if options.student_size else None,
         width=options.fpn_width,
         init=None,
         seed=options.seed,

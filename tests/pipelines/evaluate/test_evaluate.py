@@ -212,10 +212,10 @@ def test_images_without_labels_are_refused(shelf: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"train": ""}, "--train: expected labelled training images"),
-        ({"limit_train": 0}, "--limit-train 0: expected at least 1"),
-        ({"limit_test": -1}, "--limit-test -1: expected at least 1"),
-        ({"batch_size": 0}, "--batch-size 0: expected at least 1"),
-        ({"size": "big"}, "--size big: expected H or HxW"),
+        ({"limit_train": 0}, "`limit_train` 0: expected at least 1"),
+        ({"limit_test": -1}, "`limit_test` -1: expected at least 1"),
+        ({"batch_size": 0}, "`batch_size` 0: expected at least 1"),
+        ({"size": "big"}, "`size` big: expected H or HxW"),
         ({"neighbours": 41}, "--neighbours 41: expected 1 to 40"),
     ],
 )

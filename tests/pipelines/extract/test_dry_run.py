@@ -171,7 +171,7 @@ def test_no_image_is_sized_where_none_is_stored(
     ("changes", "message"),
     [
         ({"workers": 2, "scheduler": "tcp://h:1"}, "--workers 2 starts a cluster"),
-        ({"max_failures": "bad"}, "--max-failures bad: expected a percentage"),
+        ({"max_failures": "bad"}, "`max_failures` bad: expected a percentage"),
         ({"taps": "64"}, "--taps: the teacher has no map stride64"),
     ],
 )

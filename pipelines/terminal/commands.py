@@ -1,0 +1,115 @@
+"""The click classes of all verbs: grouped help, errors of one line with a hint, exit codes, Ctrl-C."""
+
+import sys
+from typing import Any
+
+import click
+
+from dtcache.errors import DtcacheError
+from pipelines.terminal.field_names import in_flags
+from pipelines.terminal.hints import hint_for_flag, hint_for_verb, see_help
+from pipelines.terminal.text import printable
+
+WRITES_NOTHING = "dtcache.writes_nothing"
+"""Key of a context's `meta`. A verb sets it if its flags leave nothing on disk to resume from."""
+
+RUN_GROUP = "Run"
+"""Heading for options without a group, in the help of a command that has groups."""
+
+
+class GroupedOption(click.Option):
+    """An option that stands under a heading of its own in `--help`."""
+
+    def __init__(self, *declarations: Any, group: str = "", **settings: Any) -> None:
+        super().__init__(*declarations, **settings)
+        self.group = group
+
+
+class WrongUsage(click.UsageError):
+    """A usage error shown as one line. Its exit code is 2."""
+
+    def show(self, file: Any = None) -> None:
+        """Print the line on stderr."""
+        click.echo(f"Error: {printable(self.format_message())}", file=file, err=file is None)
+
+
+class _OneLineErrors(click.Command):
+    """Shows wrong flags, arguments and values as one line that says what to use."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words after the command's name. Raises WrongUsage if they are wrong."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.NoSuchOption as error:
+            flag = error.option_name
+            hint = hint_for_flag(flag, self, verb_of(ctx), ctx.find_root().command)
+            raise WrongUsage(f"No such option: {flag}. {hint}", ctx) from error
+        except click.UsageError as error:
+            line = " ".join(error.format_message().split()).rstrip(".")
+            raise WrongUsage(f"{line}. {see_help(verb_of(ctx))}", ctx) from error
+
+
+class Command(_OneLineErrors):
+    """A verb. `resumes` says that the same command, run again, continues from where it was interrupted."""
+
+    def __init__(self, *arguments: Any, resumes: bool = False, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.resumes = resumes
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under their headings, in the order in which the headings first appear."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                group = getattr(parameter, "group", "") or RUN_GROUP
+                sections.setdefault(group, []).append(record)
+        names = [name for records in sections.values() for name, _ in records]
+        width = max((len(name) for name in names if len(name) <= 30), default=0)
+        for title, records in sections.items():
+            with formatter.section(title if len(sections) > 1 else "Options"):
+                # One column for the help texts of all sections.
+                formatter.write_dl([(name.ljust(width), text) for name, text in records])
+
+
+class Group(_OneLineErrors, click.Group):
+    """A group of verbs. It shows dtcache's errors as one line, and ends with 130 on Ctrl-C."""
+
+    command_class = Command
+    group_class = type  # groups in this group are of this class too
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the verb's name, the verb and the words after it. Raises WrongUsage for another word."""
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            verb = verb_of(ctx)
+            words = " ".join(("dtcache", *verb.split(), args[0]))
+            raise WrongUsage(f"No such command: {words}. {hint_for_verb(args[0], self, verb)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except DtcacheError as error:
+            verb = self.get_command(ctx, ctx.invoked_subcommand or "")
+            raise click.ClickException(in_command_words(error, verb)) from error
+        except KeyboardInterrupt:
+            verb = self.get_command(ctx, ctx.invoked_subcommand or "")
+            resumes = isinstance(verb, Command) and verb.resumes and WRITES_NOTHING not in ctx.meta
+            advice = "; run the same command again to resume" if resumes else ""
+            click.echo(f"\nInterrupted{advice}.", err=True)
+            sys.exit(130)
+
+
+def in_command_words(error: DtcacheError, command: click.Command | None) -> str:
+    """Return a library error's message with the command's flags for fields, safe to print."""
+    return printable(in_flags(str(error), command))
+
+
+def verb_of(ctx: click.Context) -> str:
+    """Return the words of a command after the program's name, such as `label fit`; "" for the program."""
+    return " ".join(ctx.command_path.split()[1:]) if ctx.parent is not None else ""

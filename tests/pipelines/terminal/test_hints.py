@@ -1,0 +1,126 @@
+"""Wrong flags and verbs: one line with the right name, exit code 2, nothing begun."""
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from cli import main
+from pipelines.terminal.hints import (
+    SENTENCES,
+    SYNONYMS,
+    VERBS,
+    commands_of,
+    flags_of,
+    hint_for_flag,
+)
+
+COMMANDS = commands_of(main)
+FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
+
+
+@pytest.mark.parametrize("verb", sorted(COMMANDS))
+def test_a_hint_names_only_flags_that_the_verb_has(verb: str) -> None:
+    """Of the whole table, and of every flag of every other verb."""
+    wrongs = {*SYNONYMS, *(wrong for of, wrong in SENTENCES if of == verb)}
+    wrongs |= {flag for command in COMMANDS.values() for flag in flags_of(command)}
+    command = COMMANDS[verb]
+    for wrong in wrongs - set(flags_of(command)):
+        hint = hint_for_flag(wrong, command, verb, main)
+        named = set(FLAG.findall(hint)) - {"--help"}
+        assert named <= set(flags_of(command)), f"{verb} {wrong}: {hint}"
+
+
+def test_the_tables_name_what_exists() -> None:
+    """Every verb in the tables is a command."""
+    assert {verb for verb, _ in SENTENCES} <= set(COMMANDS)
+    groups = {word for words in COMMANDS for word in words.split()[:-1]}
+    rights = {right for verbs in VERBS.values() for right in verbs.values()}
+    assert rights <= set(COMMANDS) | groups
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("train --model resnet50", "Use --student."),
+        ("train --arch resnet50", "Use --student."),
+        ("train --resume", "Run the same command again: it resumes."),
+        ("extract --resume x", "Run the same command again: it resumes."),
+        ("train --img-size 64", "Use --student-size."),
+        ("extract --img-size 64", "Use --size."),
+        ("train --amp", "Use --precision."),
+        ("train --mixed-precision bf16", "Use --precision."),
+        ("extract --num-workers 4", "Use --threads."),
+        ("train --max-grad-norm 1", "Use --clip-grad."),
+        ("train --learning-rate 1", "Use --lr."),
+        ("train --train_batch_size 8", "Use --batch-size."),
+        ("train --train-batch-size 8", "Use --batch-size."),
+        ("train --batch_size 8", "Use --batch-size."),
+        ("train --num-train-epochs 8", "Use --epochs."),
+        ("train --max-train-steps 8", "Use --epochs."),
+        ("teacher train --max-train-steps 8", "Use --steps."),
+        ("train --checkpointing-steps 8", "Use --save-every."),
+        ("train --wd 0.1", "Use --weight-decay."),
+        ("train --warmup 5", "Use --warmup-epochs."),
+        ("train --data x", "Pass CACHE|IMAGES without a flag."),
+        ("extract --data-dir x", "Pass IMAGES without a flag."),
+        ("evaluate --data x", "Use --train."),
+        ("evaluate --model x", "Pass MODEL without a flag."),
+        ("train --output-dir x", "Use --out."),
+        ("extract --output x", "Use --out."),
+        ("train --overwrite", "Nothing is overwritten. Pass a new folder to --out"),
+        ("train --drop-path 0.1", "Students are trained without drop path; leave it out."),
+        ("train --nproc-per-node 2", "Start several processes with torchrun"),
+        ("extract --student x", "It is an option of dtcache train."),
+        ("train --whitenin x", "Did you mean --whitening?"),
+        ("extract --zzz", "Run dtcache extract --help for help."),
+        ("teach x", "Use dtcache teacher train."),
+        ("convert-adm x", "Use dtcache teacher convert."),
+        ("teacher google/ddpm-cat-256", "Use dtcache teacher show google/ddpm-cat-256."),
+        ("trian", "Did you mean dtcache train?"),
+        ("label fti", "Did you mean dtcache label fit?"),
+        ("zzz", "Expected one of scenes, teacher, "),
+    ],
+)
+def test_a_wrong_word_is_one_line_with_the_right_one(
+    words: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flags of timm, accelerate, LightlyTrain and diffusers, and old ones of dtcache."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, words.split())
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: No such ")
+    assert f". {hint}" in result.output
+    assert result.output.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train x --out y --optimizer sgd", "'sgd' is not one of 'adamw', 'lamb'"),
+        ("train x --out y --epochs many", "'many' is not a valid integer"),
+        ("train x --out y --lr fast", "Invalid value for '--lr': 'fast' is not a number"),
+        ("train x", "Missing option '--out'"),
+        ("train --out y", "Missing argument 'CACHE|IMAGES'"),
+        ("export x y --out z", "Got unexpected extra argument"),
+        ("train x --out", "requires an argument"),
+        ("--zzz", "No such option: --zzz. Run dtcache --help for help."),
+    ],
+)
+def test_a_wrong_value_is_one_line(words: str, message: str) -> None:
+    """Values of the wrong kind, and missing ones, end with 2 and name the help."""
+    result = CliRunner().invoke(main, words.split())
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "--help for help." in result.output
+    assert result.output.count("\n") == 1
+
+
+def test_the_program_without_a_verb_shows_its_help() -> None:
+    """As click does: all verbs, each with a whole sentence."""
+    output = CliRunner().invoke(main, []).output
+    assert all(command.get_short_help_str(200) in output for command in main.commands.values())
+    assert isinstance(main, click.Group)
