@@ -1,38 +1,33 @@
-"""Class names by number: placeholders, comparison, and a warning of classes that do not occur."""
+"""Class names by number: those that nobody gave, whether two lists agree, and a warning of those that never occur."""
 
 import sys
 from collections.abc import Collection, Sequence
 
-MAX_LISTED = 10
-"""Most classes that a warning lists."""
+NAMED = 10
+"""Names that a warning has room for."""
 
 
 def numbered(count: int) -> tuple[str, ...]:
-    """Return placeholder names for `count` classes without names."""
+    """Return names for so many classes that nobody named."""
     return tuple(f"class {number}" for number in range(count))
 
 
-def same_classes(first: Sequence[str], second: Sequence[str]) -> bool:
-    """Return whether equal numbers stand for equal classes in both lists.
+def alike(known: Sequence[str], classes: Sequence[str]) -> bool:
+    """Return whether numbers stand for the same classes, as far as both sides name and have them."""
+    unnamed = any(tuple(names) == numbered(len(names)) for names in (known, classes))
+    return unnamed or all(one == other for one, other in zip(known, classes, strict=False))
 
-    Only numbers that both lists have are compared. Placeholder names agree with any names.
+
+def warn_of_absent(names: Sequence[str], values: Collection[int], ignore: int, what: str) -> None:
+    """Say on stderr which classes do not occur among what is trained on: nothing can be learned of them.
+
+    `values` are the numbers that occur; `what` says of what and where, such as `pixel in the training masks`.
     """
-    unnamed = any(tuple(names) == numbered(len(names)) for names in (first, second))
-    return unnamed or all(one == other for one, other in zip(first, second, strict=False))
-
-
-def warn_of_absent(names: Sequence[str], values: Collection[int], ignore: int, unit: str) -> None:
-    """Warn on stderr of classes that do not occur in the training data: they cannot be learned.
-
-    `values` are the class numbers that occur; `ignore` is never warned of. `unit` completes "no
-    ...", such as `pixel in the training masks`.
-    """
-    present = {*values, ignore}
-    absent = [f"{number} ({name})" for number, name in enumerate(names) if number not in present]
+    there = {*values, ignore}
+    absent = [f"{number} ({name})" for number, name in enumerate(names) if number not in there]
     if absent:
-        listed = ", ".join(absent[:MAX_LISTED]) + (", ..." if len(absent) > MAX_LISTED else "")
+        few = ", ".join(absent[:NAMED]) + (", ..." if len(absent) > NAMED else "")
         print(
-            f"warning: {len(absent)} of {len(names)} classes have no {unit} and will hardly be "
-            f"predicted: {listed}",
+            f"warning: {len(absent)} of {len(names)} classes have no {what} and will hardly be predicted: {few}",
             file=sys.stderr,
         )

@@ -1,8 +1,8 @@
 """The paper's whitening W, applied to teacher features only, and its inverse.
 
-W is LayerNorm without an affine transform. Per sample (over C, H and W) it keeps two scalars, so that raw features can
-be restored: raw = whitened * sigma + mu. Per position (over C) it is an ablation and cannot be undone. Pure functions.
-Shapes: B batch, C channels, H rows, W columns.
+W is LayerNorm without an affine transform. Per sample (over C, H and W) it keeps two scalars, so
+that raw features can be restored: raw = whitened * sigma + mu. Per position (over C) it is an
+ablation and cannot be undone. Pure functions. Shapes: B batch, C channels, H rows, W columns.
 """
 
 import torch
@@ -13,7 +13,8 @@ WHITEN_EPS = 1e-6
 
 
 def whiten(raw_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Whiten each sample over (C, H, W): return fp32 features (B, C, H, W), mu (B,) and sigma (B,), both fp32.
+    """Whiten each sample over (C, H, W): return fp32 features (B, C, H, W), mu (B,) and sigma (B,),
+    both fp32.
 
     raw = whitened * sigma + mu; sigma includes the epsilon (paper: W).
     """
@@ -32,9 +33,11 @@ def unwhiten(whitened_BCHW: Tensor, scalars_B2: Tensor) -> Tensor:
 
 
 def whiten_positions(raw_BCHW: Tensor) -> Tensor:
-    """Whiten each position over C, an alternative reading of the paper's W: return fp32 features (B, C, H, W).
+    """Whiten each position over C, an alternative reading of the paper's W: return fp32 features
+    (B, C, H, W).
 
-    An ablation: every position then has the same energy, which contradicts the attention loss (design: losses).
+    An ablation: every position then has the same energy, which contradicts the attention loss
+    (design: losses).
     """
     centred_BCHW = raw_BCHW.float() - raw_BCHW.float().mean(1, keepdim=True)
     return centred_BCHW / (centred_BCHW.square().mean(1, keepdim=True) + WHITEN_EPS).sqrt()

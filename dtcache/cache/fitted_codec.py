@@ -3,22 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from dtcache.codec import FittedTap, HalfTap, TapFit, most_bytes, sha256_fit
+from dtcache.codec import TapCodec, make_tap_codec, max_array_bytes, sha256_fit
 from dtcache.errors import AGAIN, CacheDamagedError
 from dtcache.store.layout import DATA
 from dtcache.store.manifest import CacheManifest
 from dtcache.store.zarr_nodes import read_fit
 
 
-def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapFit]:
+def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapCodec]:
     """Read a cache's fitted codec by array. Raises CacheDamagedError where it is not the one that the recipe names."""
     try:
         arrays: dict[str, dict[str, Any]] = {
-            name: read_fit(root / DATA, name, most_bytes(shape))
+            name: read_fit(root / DATA, name, max_array_bytes(shape))
             for name, shape in manifest.tap_shapes.items()
         }
-        kind = HalfTap if manifest.recipe["codec"]["name"] == "float16" else FittedTap
-        fit: dict[str, TapFit] = {name: kind(**found) for name, found in arrays.items()}
+        codec = manifest.recipe["codec"]["name"]
+        fit = {name: make_tap_codec(codec, stored) for name, stored in arrays.items()}
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CacheDamagedError(
             f"{root}: the codec's arrays are damaged ({error}); {AGAIN}"

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dtcache.cache.batch import LabelBatch, Rows, TrainBatch
 from dtcache.cache.cache import Cache
-from dtcache.codec import FittedTap
 from dtcache.errors import CacheIncompleteError, CacheMismatchError
 from dtcache.labels.label_decoder import LabelDecoder
 from dtcache.recipe import Json
@@ -61,10 +60,11 @@ class LabelSet:
 
     def decoder(self) -> LabelDecoder:
         """Return a new device-side decoder."""
-        fitted = self._stored.fit[LOGITS]
-        assert isinstance(fitted, FittedTap), "labels are always coded"
         is_mirrored = self._cache.reader.manifest.is_mirrored
-        return LabelDecoder(fitted, [is_mirrored(view) for view in range(self._cache.num_views)])
+        return LabelDecoder(
+            self._stored.fit[LOGITS],
+            [is_mirrored(view) for view in range(self._cache.num_views)],
+        )
 
     def batch(self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows) -> LabelBatch:
         """Read the labels of B (row, view) pairs. Raises CacheDamagedError naming the sample where a byte is wrong."""

@@ -1,4 +1,5 @@
-"""The feature codec: whitening, PCA over channels, full-frame DCT, one global step, static-table rANS."""
+"""Feature codecs: PCA over channels, full-frame DCT, one global step and static-table rANS; or
+plain float16."""
 
 from dtcache.codec.feature_codec import (
     EncodedView,
@@ -6,15 +7,15 @@ from dtcache.codec.feature_codec import (
     FeatureEncoder,
     HostDecoder,
     QuantisedMaps,
-    TapFit,
+    make_tap_codec,
     sha256_fit,
 )
 from dtcache.codec.float16 import HalfTap
-from dtcache.codec.tap_codec import FittedTap, most_bytes
-from dtcache.losses.band_weighting import DeterminedBands
+from dtcache.codec.pca_dct import FittedTap, max_array_bytes
+from dtcache.codec.tap_codec import Bands, TapCodec
 
 __all__ = [
-    "DeterminedBands",
+    "Bands",
     "EncodedView",
     "FeatureDecoder",
     "FeatureEncoder",
@@ -22,7 +23,8 @@ __all__ = [
     "HalfTap",
     "HostDecoder",
     "QuantisedMaps",
-    "TapFit",
-    "most_bytes",
+    "TapCodec",
+    "make_tap_codec",
+    "max_array_bytes",
     "sha256_fit",
 ]

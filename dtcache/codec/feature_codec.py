@@ -1,7 +1,8 @@
-"""All taps' codecs together: raw features to payloads in stage 1, payloads to targets in stage 2."""
+"""The codecs of all taps together: raw features to payloads in stage 1, payloads to targets in
+stage 2."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,44 +11,42 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dtcache.codec.float16 import HalfDecoder, HalfEncoder, HalfTap, pack_half, unpack_half
-from dtcache.codec.pca_dct import Decoder, Encoder
-from dtcache.codec.rans import RansTables, decode_batch, encode, rans_tables
-from dtcache.codec.tap_codec import FittedTap
+from dtcache.codec.float16 import HalfTap
+from dtcache.codec.pca_dct import FittedTap
+from dtcache.codec.tap_codec import TapCodec
+from dtcache.errors import CodecError
 from dtcache.payloads import Payloads
 from dtcache.whitening import whiten
-
-TapFit = FittedTap | HalfTap
-"""The fit of one tap, of either codec."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedView:
-    """One tap of one view as a payload, with what the quantiser did to it."""
+    """One tap of one view as a payload, with the quantiser's error."""
 
     payload: bytes
-    """Empty where the teacher's map was not finite."""
+    """Empty if the teacher's map is not finite."""
     squared_error: float
-    """After whitening, summed over the map."""
+    """Of the whitened map, summed over the map."""
     energy: float
-    """Of the whitened map about the data set's channel means."""
+    """Of the whitened map about the data set's channel means, summed over the map."""
     finite: bool
-    """Whether the teacher's map was finite."""
+    """Whether the teacher's map is finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantisedMaps:
-    """One tap of B views after the quantiser, before the entropy coder."""
+    """One tap of B views after the quantiser, before the payload coder."""
 
     values_BN: Tensor
-    """int16, or fp16 of a float16 tap."""
+    """int16; fp16 for a float16 tap."""
     measures_5B: Tensor
-    """fp64: mu, sigma, squared error, energy, and whether the map was finite."""
+    """fp64: mu, sigma, squared error, energy, and whether the map is finite."""
     copied: torch.cuda.Event | None = None
-    """Set where the tensors are still on their way to the host."""
+    """Set while the tensors are being copied to the host; recorded when the copy is complete."""
 
     def to_host(self, stream: torch.cuda.Stream | None) -> "QuantisedMaps":
-        """Return the maps on the host; with a CUDA stream the copy runs there, beside what the device computes."""
+        """Return the maps on the host. With a CUDA stream the copy runs there, while the device
+        computes on."""
         if stream is None:
             return self
         stream.wait_stream(torch.cuda.current_stream(self.values_BN.device))
@@ -56,37 +55,28 @@ class QuantisedMaps:
                 torch.empty_like(x, device="cpu", pin_memory=True)
                 for x in (self.values_BN, self.measures_5B)
             ]
-            for there, here in zip((self.values_BN, self.measures_5B), host, strict=True):
-                here.copy_(there, non_blocking=True)
-                there.record_stream(stream)
+            for source, target in zip((self.values_BN, self.measures_5B), host, strict=True):
+                target.copy_(source, non_blocking=True)
+                source.record_stream(stream)
             copied = torch.cuda.Event(blocking=True)
             copied.record(stream)
         return QuantisedMaps(values_BN=host[0], measures_5B=host[1], copied=copied)
 
 
 class FeatureEncoder:
-    """Encodes raw features of named taps: quantised on the device that they lie on, entropy-coded on the host."""
+    """Encodes raw features by tap: quantises on the features' device, packs payloads on the
+    host."""
 
-    def __init__(self, fit: Mapping[str, TapFit], device: torch.device) -> None:
-        self._encoders: dict[str, nn.Module] = {}
-        self._packers: dict[str, Callable[[NDArray[Any], float, float], bytes]] = {}
-        for name, fitted in fit.items():
-            if isinstance(fitted, HalfTap):
-                self._encoders[name], self._packers[name] = (
-                    HalfEncoder(fitted).to(device),
-                    pack_half,
-                )
-            else:
-                self._encoders[name], self._packers[name] = (
-                    Encoder(fitted).to(device),
-                    _rans_packer(fitted),
-                )
+    def __init__(self, fit: Mapping[str, TapCodec], device: torch.device) -> None:
+        self._encoders = {name: fitted.encoder().to(device) for name, fitted in fit.items()}
+        self._coders = {name: fitted.payload_coder() for name, fitted in fit.items()}
 
     @torch.inference_mode()
     def quantise(self, name: str, *raw_draws_BCHW: Tensor) -> QuantisedMaps:
-        """Whiten, transform and quantise one tap's maps, each by itself.
+        """Whiten, transform and quantise one tap's maps, each sample independently.
 
-        Of several draws it is their mean that is coded: of the whitened maps, and of the scalars that whitened them.
+        If several draws are given, their mean is encoded: the mean of the whitened maps and of the
+        whitening scalars.
         """
         draws = [whiten(raw_BCHW) for raw_BCHW in raw_draws_BCHW]
         whitened_BCHW, mu_B, sigma_B = draws[0]
@@ -94,7 +84,8 @@ class FeatureEncoder:
             whitened_BCHW, mu_B, sigma_B = (
                 torch.stack(parts).mean(0) for parts in zip(*draws, strict=True)
             )
-        # A value that is not finite makes both scalars so, and spoils no other view.
+        # A value that is not finite makes both scalars of its own view not finite, and no other
+        # view's.
         finite_B = torch.isfinite(mu_B) & torch.isfinite(sigma_B)
         values_BN, error_B, energy_B = self._encoders[name](whitened_BCHW)
         measures_5B = torch.stack(
@@ -102,17 +93,18 @@ class FeatureEncoder:
         )
         return QuantisedMaps(values_BN=values_BN, measures_5B=measures_5B)
 
-    def pack(self, name: str, maps: QuantisedMaps, places: Iterable[int]) -> list[EncodedView]:
-        """Entropy-code some of the views; threads may pack different ones at once."""
+    def pack(self, name: str, maps: QuantisedMaps, indices: Iterable[int]) -> list[EncodedView]:
+        """Pack the views at some indices of the batch. Thread-safe: threads may pack different
+        views at once."""
         if maps.copied is not None:
             maps.copied.synchronize()
         values = maps.values_BN.numpy(force=True)
         measures = maps.measures_5B.numpy(force=True)
-        packer = self._packers[name]
+        coder = self._coders[name]
         views = []
-        for i in places:
+        for i in indices:
             mu, sigma, error, energy, finite = measures[:, i].tolist()
-            payload = packer(values[i], mu, sigma) if finite else b""
+            payload = coder.pack(values[i], mu, sigma) if finite else b""
             views.append(
                 EncodedView(
                     payload=payload, squared_error=error, energy=energy, finite=bool(finite)
@@ -126,42 +118,30 @@ class FeatureEncoder:
         return self.pack(name, maps, range(len(maps.values_BN)))
 
 
-def _rans_packer(fitted: FittedTap) -> Callable[[NDArray[Any], float, float], bytes]:
-    tables = rans_tables(fitted)
-    bound = fitted.payload_bound
-    return lambda values_N, mu, sigma: encode(values_N, mu, sigma, tables, bound)
-
-
 class HostDecoder:
-    """Entropy decoding, the only codec work on the host: payloads to coefficients and scalars."""
+    """Payloads to coefficients and whitening scalars: the only codec work on the host in stage
+    2."""
 
-    def __init__(self, fit: Mapping[str, TapFit]) -> None:
-        self._tables: dict[str, RansTables | int] = {
-            name: int(np.prod(fitted.shape)) if isinstance(fitted, HalfTap) else rans_tables(fitted)
-            for name, fitted in fit.items()
-        }
+    def __init__(self, fit: Mapping[str, TapCodec]) -> None:
+        self._coders = {name: fitted.payload_coder() for name, fitted in fit.items()}
 
     def decode(self, name: str, payloads: Payloads) -> tuple[Tensor, Tensor]:
-        """Return coefficients (B, n), int16 (fp16 of a float16 tap), and (sigma, mu) (B, 2) fp32. Raises CodecError."""
-        tables = self._tables[name]
-        unpacked = (
-            unpack_half(payloads, tables)
-            if isinstance(tables, int)
-            else decode_batch(payloads, tables)
-        )
-        return torch.from_numpy(unpacked[0]), torch.from_numpy(unpacked[1])
+        """Return coefficients (B, n), int16 (fp16 for a float16 tap), and (sigma, mu) pairs (B, 2),
+        fp32.
+
+        Raises PayloadError, with the index in the batch, for a damaged payload.
+        """
+        values, scalars = self._coders[name].unpack(payloads)
+        return torch.from_numpy(values), torch.from_numpy(scalars)
 
 
 class FeatureDecoder(nn.Module):
-    """Coefficients to features on the student's device."""
+    """Coefficients to features, on the student's device."""
 
-    def __init__(self, fit: Mapping[str, TapFit]) -> None:
+    def __init__(self, fit: Mapping[str, TapCodec]) -> None:
         super().__init__()
         self._names = list(fit)
-        self._decoders = nn.ModuleList(
-            HalfDecoder(fitted) if isinstance(fitted, HalfTap) else Decoder(fitted)
-            for fitted in fit.values()
-        )
+        self._decoders = nn.ModuleList(fitted.decoder() for fitted in fit.values())
 
     def forward(self, coefficients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return whitened features, fp32 (B, C, H, W), by tap; raw = whitened * sigma + mu."""
@@ -169,8 +149,23 @@ class FeatureDecoder(nn.Module):
         return {name: decoders[name](values) for name, values in coefficients.items()}
 
 
-def sha256_fit(fit: Mapping[str, TapFit]) -> str:
-    """Return the SHA-256 over all arrays of all taps: names, dtypes, shapes and bytes (little-endian, C order)."""
+def make_tap_codec(codec: str, arrays: Mapping[str, NDArray[Any]]) -> TapCodec:
+    """Return the codec of one tap from its stored arrays. `codec` is the recipe's: pca-dct-rans or
+    float16.
+
+    Raises CodecError for another name or arrays that contradict each other, TypeError if an array
+    is missing.
+    """
+    classes = {"pca-dct-rans": FittedTap, "float16": HalfTap}
+    if codec not in classes:
+        raise CodecError(f"codec {codec[:40]!r}: expected one of {', '.join(classes)}")
+    fitted: TapCodec = classes[codec](**arrays)
+    return fitted
+
+
+def sha256_fit(fit: Mapping[str, TapCodec]) -> str:
+    """Return the SHA-256 over all arrays of all taps: names, dtypes, shapes and bytes
+    (little-endian, C order)."""
     digest = hashlib.sha256()
     for tap, fitted in sorted(fit.items()):
         for name, array in fitted.arrays().items():

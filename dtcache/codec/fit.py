@@ -1,4 +1,8 @@
-"""Fitting the codec: PCA, band statistics from two noise draws, and the step that meets a size."""
+"""Fits the transform codec: PCA, band statistics from two noise draws, and the step that meets a
+target size.
+
+Shapes: M views, C channels, H rows, W columns.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,64 +13,72 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtcache.codec.feature_codec import TapFit
 from dtcache.codec.float16 import HalfTap
-from dtcache.codec.pca_dct import forward_transform, quantise
+from dtcache.codec.pca_dct import DEAD, FittedTap, forward_transform, quantise
 from dtcache.codec.symbol_tables import DEAD_RATIO, fit_tables, variance_class
-from dtcache.codec.tap_codec import DEAD, FittedTap
+from dtcache.codec.tap_codec import TapCodec
 
 CHUNK = 16
 MAX_LEVEL = 6
-"""A band's step grows with the noise in it by half octaves, to at most 2^(6/2) = 8 times."""
+"""A band's step grows with its share of noise in half octaves, to at most 2^(6/2) = 8 times the
+global step."""
 SMOOTHING = 8.0
-"""Weight, in samples, of a ring's pooled variance in the estimate of one coefficient's variance."""
+"""Weight, in samples, of the pooled variance of a frequency ring in the estimate of one
+coefficient's variance."""
 MAX_SOLVE_VALUES = 40_000_000
 STEP_RANGE = (0.02, 64.0)
 GAIN_RANGE = (1.0, 2.5)
 DEAD_RATIO_FOR_DISTORTION = 2.0**-1.5
 
-Objective = Literal["student", "distortion"]
-"""What a fit is best at: teaching a student, or the squared error (soft labels, and to compare codecs)."""
+Aim = Literal["student", "distortion"]
+"""What a fit minimises: a student's error, or the squared error (for soft labels, and to compare
+codecs)."""
 
 Whitened = NDArray[np.float16]
-"""(2, M, C, H, W): whitened features of M views under two noise draws (a memory map, for large teachers).
+"""(2, M, C, H, W): whitened features of M views under two noise draws, a memory map for large
+teachers.
 
-(1, M, C, H, W) of a teacher without noise: a second draw would be the first, and all is what the image determines."""
+(1, M, C, H, W) for a teacher without noise: a second draw would equal the first, because the image
+determines all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TapStatistics:
-    """What the bands of one tap look like, before a step is chosen."""
+    """Statistics of one tap's bands, measured before a step is chosen."""
 
     basis: NDArray[np.float16]
-    """(C, C), components as columns by falling variance."""
+    """(C, C): PCA components as columns, by falling variance."""
     mean: NDArray[np.float16]
-    """(C,)."""
+    """(C,): channel means."""
     variance: NDArray[np.float64]
     """(C, H, W): mean square of each coefficient."""
     noise_share: NDArray[np.float64]
-    """(C, H, W): share of it that a second noise draw changes, in [0, 1]."""
+    """(C, H, W): share of that variance which differs between noise draws, in [0, 1]."""
     coefficients: NDArray[np.float32]
-    """(2, m, C, H, W): coefficients of some of the fit's views under both draws, or twice under the only one; the step
-    is solved on draw 0."""
+    """(2, m, C, H, W): coefficients of some of the fit's views under both draws, or twice under the
+    only draw.
+
+    The step is solved on draw 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solved:
-    """A step, the fits that it gives, and what they cost."""
+    """A global step, the codecs fitted at that step, their size and their error."""
 
     step: float | None
-    """None where features stay float16."""
-    fit: Mapping[str, TapFit]
+    """None if features stay float16."""
+    fit: Mapping[str, TapCodec]
     bytes_per_view: float
     determined_error: dict[str, float]
-    """By tap: see `determined_error`."""
+    """By tap: the result of the function `determined_error`."""
 
 
 def tap_statistics(whitened: Whitened) -> TapStatistics:
-    """Fit PCA and measure every band. Moments are summed in float64; run it in one thread for one result.
+    """Fit PCA and measure every band, with moments in fp64. The result depends on the number of
+    threads: use one.
 
-    The covariance is shrunk to its diagonal by 1/M: from one image alone PCA is the identity, up to order.
+    The covariance is shrunk towards its diagonal by 1/M: with one image PCA is the identity, up to
+    order.
     """
     draws, views, channels, height, width = whitened.shape
     total = np.zeros(channels)
@@ -83,7 +95,8 @@ def tap_statistics(whitened: Whitened) -> TapStatistics:
     covariance = (1 - 1 / views) * covariance + np.diag(np.diag(covariance)) / views
     eigenvalues, vectors = np.linalg.eigh(covariance)
     basis = vectors[:, np.argsort(-eigenvalues, kind="stable")]
-    # The sign of an eigenvector is arbitrary; fix it, so that the fit does not hang on the linear algebra library.
+    # The sign of an eigenvector is arbitrary; fix it, so that the fit does not depend on the linear
+    # algebra library.
     basis = (
         basis * np.where(basis[np.abs(basis).argmax(0), np.arange(channels)] < 0, -1, 1)
     ).astype(np.float16)
@@ -95,7 +108,7 @@ def tap_statistics(whitened: Whitened) -> TapStatistics:
     basis_CK = torch.from_numpy(basis).float()
     mean_C = torch.from_numpy(mean).float()
     for start in range(0, views, CHUNK):
-        found = [
+        transformed = [
             forward_transform(
                 torch.from_numpy(np.asarray(draw[start : start + CHUNK], np.float32)),
                 basis_CK,
@@ -103,8 +116,8 @@ def tap_statistics(whitened: Whitened) -> TapStatistics:
             )
             for draw in whitened
         ]
-        first = found[0]
-        second = found[-1]
+        first = transformed[0]
+        second = transformed[-1]
         square += ((first.double().square() + second.double().square()) / 2).sum(0).numpy()
         difference += (first.double() - second.double()).square().sum(0).numpy() / 2
         kept.append(np.stack([first.numpy(), second.numpy()])[:, : max(0, keep - start)])
@@ -121,7 +134,8 @@ def tap_statistics(whitened: Whitened) -> TapStatistics:
 
 
 def _smooth(moment: NDArray[np.float64], views: int) -> NDArray[np.float64]:
-    """Shrink each coefficient's moment towards its ring's: few views say little about one, more about the ring."""
+    """Shrink the moment of each coefficient towards the mean of its frequency ring, which few views
+    estimate better."""
     height, width = moment.shape[1:]
     ring = np.maximum(
         *np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
@@ -134,20 +148,20 @@ def _smooth(moment: NDArray[np.float64], views: int) -> NDArray[np.float64]:
     return (views * moment + SMOOTHING * pooled) / (views + SMOOTHING)
 
 
-def quantised_fit(
-    statistics: TapStatistics, step: float, objective: Objective = "student"
-) -> FittedTap:
-    """Return the fit of one tap at a step: classes, their steps and gains, and the probability tables.
+def quantised_fit(statistics: TapStatistics, step: float, aim: Aim = "student") -> FittedTap:
+    """Return the fit of one tap at a global step: classes, their steps and gains, and the
+    probability tables.
 
-    student: a band's step is step / (share that the image determines): error in a band that is mostly noise costs a
-    student little, so reverse water-filling works on what the image determines. The gain undoes the shrinkage.
-    distortion: every band has the same step, the gain is the one of least squared error, and bands are dropped whose
-    few nonzero values would cost more than a finer step of the others (4 % of the bytes at 50x; students lose by it).
+    student: a band's step is step / (share of the band that the image determines). Error in a band
+    that is mostly noise costs a student little, so reverse water-filling works on what the image
+    determines. The gain undoes the shrinkage by the dead zone.
+
+    distortion: every band has the same step, and the gain is the one of least squared error. Bands
+    with few nonzero values are dropped if a finer step in the other bands costs less (4 % of the
+    bytes at 50x; students get worse).
     """
-    dead = DEAD_RATIO if objective == "student" else DEAD_RATIO_FOR_DISTORTION
-    share = (
-        statistics.noise_share if objective == "student" else np.zeros_like(statistics.noise_share)
-    )
+    dead = DEAD_RATIO if aim == "student" else DEAD_RATIO_FOR_DISTORTION
+    share = statistics.noise_share if aim == "student" else np.zeros_like(statistics.noise_share)
     determined = np.clip(1.0 - share, 2.0 ** (-MAX_LEVEL / 2), 1.0)
     level = np.clip(np.rint(-2 * np.log2(determined)), 0, MAX_LEVEL).astype(np.int64)
     band_step = step * 2.0 ** (level / 2)
@@ -162,8 +176,18 @@ def quantised_fit(
     components = int(np.flatnonzero((inverse >= 0).any((1, 2))).max(initial=-1)) + 1
     classes = np.where(inverse < 0, DEAD, inverse)[:components].astype(np.uint8)
 
+    flat = classes.reshape(-1)
+    coefficients = statistics.coefficients[0].reshape(statistics.coefficients.shape[1], -1)
     gains = np.ones(len(kinds), np.float64)
-    values = _values_by_table(statistics, classes, class_step, class_table, gains, objective)
+    values = []
+    for t in range(len(kinds)):
+        table_of = class_table[np.where(flat == DEAD, 0, flat)]
+        members = np.flatnonzero((flat != DEAD) & (table_of == t))
+        c = torch.from_numpy(coefficients[:, members])
+        steps = torch.from_numpy(class_step[flat[members]])
+        q = quantise(c, steps)
+        gains[t] = _gain(c, q * steps, aim)
+        values.append(q.numpy().astype(np.int16).reshape(-1))
     tables, half_width = fit_tables(kinds, values)
     return FittedTap(
         basis=np.ascontiguousarray(statistics.basis[:, :components]),
@@ -177,51 +201,30 @@ def quantised_fit(
     )
 
 
-def _values_by_table(
-    statistics: TapStatistics,
-    classes: NDArray[np.uint8],
-    class_step: NDArray[np.float32],
-    class_table: NDArray[np.int64],
-    gains: NDArray[np.float64],
-    objective: Objective,
-) -> list[NDArray[np.int16]]:
-    """Quantise the kept coefficients, sort them by table, and fill in each table's gain."""
-    flat = classes.reshape(-1)
-    coefficients = statistics.coefficients[0].reshape(statistics.coefficients.shape[1], -1)
-    values = []
-    for t in range(len(gains)):
-        places = np.flatnonzero(
-            (flat != DEAD) & (class_table[np.where(flat == DEAD, 0, flat)] == t)
-        )
-        c = torch.from_numpy(coefficients[:, places])
-        steps = torch.from_numpy(class_step[flat[places]])
-        q = quantise(c, steps)
-        gains[t] = _gain(c, q * steps, objective)
-        values.append(q.numpy().astype(np.int16).reshape(-1))
-    return values
-
-
-def _gain(c: Tensor, decoded: Tensor, objective: Objective) -> float:
-    """Return E[c^2] / E[c c_hat], within bounds, for a student; E[c c_hat] / E[c_hat^2] for the least squared error."""
-    met, energy, left = (
+def _gain(c: Tensor, decoded: Tensor, aim: Aim) -> float:
+    """Return E[c^2] / E[c c_hat], within bounds, for a student; E[c c_hat] / E[c_hat^2] for the
+    least squared error."""
+    cross, energy, decoded_energy = (
         float((a * b).sum(dtype=torch.float64))
         for a, b in ((c, decoded), (c, c), (decoded, decoded))
     )
-    if objective == "distortion":
-        return met / left if left > 0 else 1.0
-    return float(np.clip(energy / met, *GAIN_RANGE)) if met > 0 else GAIN_RANGE[1]
+    if aim == "distortion":
+        return cross / decoded_energy if decoded_energy > 0 else 1.0
+    return float(np.clip(energy / cross, *GAIN_RANGE)) if cross > 0 else GAIN_RANGE[1]
 
 
 def determined_error(statistics: TapStatistics, fitted: FittedTap) -> float:
-    """Return the codec's error in what the image determines of a tap, over the variance of that part.
+    """Return the codec's squared error in the part of a tap that the image determines, over that
+    part's variance.
 
-    What two noise draws of one image share is what the image determines, so that products between the draws estimate
-    both without bias: sum E[e_1 e_2] / sum E[c_1 c_2], e = c - decoded c. It is the bias that a student learns; what
-    the codec does to the noise is left out (design: codec).
+    Two noise draws of one image share exactly the part that the image determines. Products between
+    the draws therefore estimate error and variance without bias: sum E[e_1 e_2] / sum E[c_1 c_2]
+    with e = c - decoded c. This error is the bias that a student learns; the codec's error in the
+    noise does not enter (design: codec).
     """
     both = torch.from_numpy(statistics.coefficients).flatten(2)
     live = torch.from_numpy(fitted.live)
-    classes = torch.from_numpy(fitted.classes.reshape(-1)).long()[live]
+    classes = torch.from_numpy(fitted.live_classes).long()
     step = torch.from_numpy(fitted.class_step)[classes]
     scale = step * torch.from_numpy(fitted.class_gain)[classes]
     error = 0.0
@@ -240,32 +243,33 @@ def solve_step(
     statistics: Mapping[str, TapStatistics],
     size_of: Callable[[dict[str, FittedTap]], float],
     target: float,
-    objective: Objective = "student",
+    aim: Aim = "student",
 ) -> Solved:
-    """Bisect (in the logarithm) for the step whose payloads cost `target` bytes a view, by `size_of`.
+    """Bisect, in the logarithm, for the step at which `size_of` the fit is `target` bytes per view.
 
-    One step serves all taps: whitened features have unit variance, so equal steps spend bits where they reduce the
-    total error most. Where even the coarsest step costs more, that one is returned.
+    All taps have the same step: whitened features have unit variance, so equal steps spend bits
+    where they reduce the total error most. If even the coarsest step costs more than `target`, that
+    step is returned.
     """
     low = np.log(STEP_RANGE[0])
     high = np.log(STEP_RANGE[1])
     tried: list[tuple[float, float]] = []
     for _ in range(14):
         step = float(np.float32(np.exp((low + high) / 2)))
-        fit = {name: quantised_fit(s, step, objective) for name, s in statistics.items()}
+        fit = {name: quantised_fit(s, step, aim) for name, s in statistics.items()}
         size = size_of(fit)
         tried.append((size, step))
         if abs(size / target - 1) < 0.002:
             break
         low, high = (np.log(step), high) if size > target else (low, np.log(step))
     size, step = min(tried, key=lambda t: abs(np.log(t[0] / target)))
-    fit = {name: quantised_fit(s, step, objective) for name, s in statistics.items()}
+    fit = {name: quantised_fit(s, step, aim) for name, s in statistics.items()}
     errors = {name: determined_error(s, fit[name]) for name, s in statistics.items()}
     return Solved(step=step, fit=fit, bytes_per_view=size, determined_error=errors)
 
 
 def half_fits(statistics: Mapping[str, TapStatistics]) -> Solved:
-    """Return the fits of features that stay float16."""
+    """Return the codecs of features that stay float16, without a step and without an error."""
     fit = {
         name: HalfTap(mean=s.mean, grid=np.array(s.variance.shape[1:], np.int32))
         for name, s in statistics.items()

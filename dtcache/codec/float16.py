@@ -1,4 +1,8 @@
-"""Features without the transform codec: whitened, as float16, bytes regrouped by significance."""
+"""The codec without a transform: whitened features as float16, their bytes regrouped by
+significance.
+
+Shapes: B samples, C channels, H rows, W columns, n = C x H x W values.
+"""
 
 from dataclasses import dataclass, fields
 
@@ -8,19 +12,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dtcache.codec.pca_dct import energy_about
-from dtcache.codec.tap_codec import CONTRADICTION, are_of
+from dtcache.codec.tap_codec import CONTRADICTION, have_types
 from dtcache.errors import CodecError, PayloadError
 from dtcache.payloads import Payloads
 from dtcache.whitening import square_norms
 
 HEADER_BYTES = 8
-KINDS = {"mean": (np.float16, 1), "grid": (np.int32, 1)}
-"""Type and number of axes of a tap's arrays."""
+FLOAT16_LIMIT = 65504.0
+ARRAY_TYPES = {"mean": (np.float16, 1), "grid": (np.int32, 1)}
+"""Dtype and number of axes of each fitted array."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HalfTap:
-    """What a float16 tap keeps of its fit: enough to know its shape and to measure errors about the mean."""
+    """The fit of one float16 tap: its shape, and the channel means about which errors are
+    measured."""
 
     mean: NDArray[np.float16]
     """(C,): channel means of the whitened features."""
@@ -28,8 +34,12 @@ class HalfTap:
     """(2,): H and W."""
 
     def __post_init__(self) -> None:
-        """Check every type and bound that a decoder relies on. Raises CodecError."""
-        if not (are_of(self.arrays(), KINDS) and self.grid.shape == (2,) and self.grid.min() > 0):
+        """Check every dtype and bound that a decoder relies on. Raises CodecError."""
+        if not (
+            have_types(self.arrays(), ARRAY_TYPES)
+            and self.grid.shape == (2,)
+            and self.grid.min() > 0
+        ):
             raise CodecError(CONTRADICTION)
 
     @property
@@ -39,16 +49,37 @@ class HalfTap:
 
     @property
     def payload_bound(self) -> int:
-        """Bytes of a payload, every one alike, rounded up to a multiple of 16."""
+        """Bytes of every payload, rounded up to a multiple of 16."""
         return -(-(HEADER_BYTES + 2 * int(np.prod(self.shape))) // 16) * 16
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """Return the arrays by field name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    def encoder(self) -> "HalfEncoder":
+        """Return the module from whitened features to float16 values."""
+        return HalfEncoder(self)
+
+    def decoder(self) -> "HalfDecoder":
+        """Return the module from float16 values to whitened features."""
+        return HalfDecoder(self)
+
+    def payload_coder(self) -> "HalfCoder":
+        """Return the coder between float16 values and payloads."""
+        return HalfCoder(count=int(np.prod(self.shape)))
+
+    def bands(self) -> None:
+        """Return None: features are stored without a transform."""
+
+    def count_limits(self, values_N: NDArray[np.float16]) -> tuple[int, int]:
+        """Return how many of the values (..., n) are at least 65504 in magnitude, and 0: there are
+        no escapes."""
+        return int((np.abs(values_N.astype(np.float32)) >= FLOAT16_LIMIT).sum()), 0
+
 
 class HalfEncoder(nn.Module):
-    """Features to float16, with the squared error of the rounding and the energy about the channel means."""
+    """Whitened features to float16, with the squared error of the rounding and the features'
+    energy."""
 
     mean_C: Tensor
 
@@ -57,36 +88,11 @@ class HalfEncoder(nn.Module):
         self.register_buffer("mean_C", torch.from_numpy(fitted.mean).float())
 
     def forward(self, whitened_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return values (B, n) float16, squared error (B,) and energy (B,), both float64."""
+        """Return values (B, n) fp16, squared error (B,) and energy about the channel means (B,),
+        both fp64."""
         values_BCHW = whitened_BCHW.half()
         error_B = square_norms(whitened_BCHW - values_BCHW.float())
         return values_BCHW.flatten(1), error_B, energy_about(whitened_BCHW, self.mean_C)
-
-
-def pack_half(values_N: NDArray[np.float16], mu: float, sigma: float) -> bytes:
-    """Return a payload: sigma and mu (float32), the low bytes of all values, then the high bytes.
-
-    High bytes alone repeat more than pairs of bytes do: zstd takes 10 to 20 % off.
-    """
-    planes = values_N.view(np.uint8).reshape(-1, 2).T
-    return np.array([sigma, mu], "<f4").tobytes() + planes.tobytes()
-
-
-def unpack_half(payloads: Payloads, count: int) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
-    """Return values (B, n) and (sigma, mu) pairs (B, 2) of payloads. Raises CodecError for a short one."""
-    size = HEADER_BYTES + 2 * count
-    short = np.flatnonzero(payloads.sizes < size)
-    if len(short):
-        got = payloads.sizes[short[0]]
-        raise PayloadError(
-            f"a payload has {got} bytes, too short for {count} float16 values", int(short[0])
-        )
-    values = np.empty((len(payloads), count), "<f2")
-    scalars = np.empty((len(payloads), 2), "<f4")
-    for place, payload in enumerate(payloads):
-        scalars[place] = payload[:HEADER_BYTES].view("<f4")
-        values[place].view(np.uint8).reshape(-1, 2)[:] = payload[HEADER_BYTES:size].reshape(2, -1).T
-    return values, scalars
 
 
 class HalfDecoder(nn.Module):
@@ -100,3 +106,38 @@ class HalfDecoder(nn.Module):
     def forward(self, values_BN: Tensor) -> Tensor:
         """Return whitened features, fp32 (B, C, H, W)."""
         return values_BN.float().view(-1, *self._shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HalfCoder:
+    """Packs and unpacks payloads of `count` float16 values: sigma and mu (fp32), all low bytes,
+    then all high bytes.
+
+    The high bytes repeat more among themselves than pairs of bytes do: zstd then saves 10 to 20 %.
+    """
+
+    count: int
+
+    def pack(self, values_N: NDArray[np.float16], mu: float, sigma: float) -> bytes:
+        """Return the payload of one sample: its values (n,) and its two whitening scalars."""
+        planes = values_N.view(np.uint8).reshape(-1, 2).T
+        return np.array([sigma, mu], "<f4").tobytes() + planes.tobytes()
+
+    def unpack(self, payloads: Payloads) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+        """Return values (B, n) and (sigma, mu) pairs (B, 2). Raises PayloadError for a payload that
+        is too short."""
+        size = HEADER_BYTES + 2 * self.count
+        short = np.flatnonzero(payloads.sizes < size)
+        if len(short):
+            got = payloads.sizes[short[0]]
+            raise PayloadError(
+                f"a payload has {got} bytes, too short for {self.count} float16 values",
+                int(short[0]),
+            )
+        values = np.empty((len(payloads), self.count), "<f2")
+        scalars = np.empty((len(payloads), 2), "<f4")
+        for i, payload in enumerate(payloads):
+            scalars[i] = payload[:HEADER_BYTES].view("<f4")
+            planes = payload[HEADER_BYTES:size].reshape(2, -1)
+            values[i].view(np.uint8).reshape(-1, 2)[:] = planes.T
+        return values, scalars

@@ -1,8 +1,9 @@
-"""Four-lane interleaved range asymmetric numeral systems (Duda 2014) with static tables, as numba kernels.
+"""Four-lane interleaved range asymmetric numeral systems (Duda 2014) with static tables, as numba
+kernels.
 
-A payload is little-endian: sigma and mu (float32), four lane states (uint32), then 16-bit words. Coefficient i belongs
-to lane i mod 4. A value without a symbol of its own follows, as one int16 word, the words of its escape symbol.
-docs/format.md is the specification.
+A payload is little-endian: sigma and mu (float32), four lane states (uint32), then 16-bit words.
+Coefficient i belongs to lane i mod 4. If a value has no symbol of its own, the words of the escape
+symbol come first, then the value as one int16 word. docs/format.md is the specification.
 """
 
 from dataclasses import dataclass
@@ -11,105 +12,112 @@ import numpy as np
 from numba import int16, int32, njit, uint64
 from numpy.typing import NDArray
 
-from dtcache.codec.tap_codec import DEAD, TABLE_BITS, TABLE_SIZE, FittedTap
 from dtcache.errors import PayloadError
 from dtcache.payloads import Payloads
 
+TABLE_BITS = 11
+TABLE_SIZE = 1 << TABLE_BITS
+MAX_HALF_WIDTH = 127
 HEADER_WORDS = 4
 LANES = 4
 LOW = uint64(1 << 16)
 """Lane states stay in [2^16, 2^32)."""
 ESCAPE = -32768
-"""What no coded value is."""
+"""Marks an escape: no coded value is -32768."""
 SLOT_BITS = uint64(TABLE_BITS)
 SLOT_MASK = uint64(TABLE_SIZE - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RansTables:
-    """A fit's probability tables, laid out for the kernels."""
+class RansCoder:
+    """Packs and unpacks payloads with T probability tables of A symbols, laid out for the
+    kernels."""
 
     frequency: NDArray[np.uint16]
-    """(T, A): frequency of each symbol, of 2048."""
+    """(T, A): frequency of each symbol; each row sums to 2048."""
     start: NDArray[np.uint16]
-    """(T, A): sum of the frequencies before it."""
+    """(T, A): sum of the frequencies of all earlier symbols."""
     half_width: NDArray[np.int16]
-    """(T,): values -half_width..half_width have symbols of their own."""
+    """(T,): the values -half_width..half_width have symbols of their own."""
     table: NDArray[np.uint8]
     """(n,): table of each coded coefficient, in coding order."""
     runs: NDArray[np.int64]
-    """(R + 1,): coefficients runs[r] up to runs[r + 1] have one table."""
+    """(R + 1,): coefficients runs[r] up to runs[r + 1] have the same table."""
     slots: NDArray[np.uint32]
-    """(T * 2048 * 2,): by slot, the frequency of the symbol that owns it (0 for the escape), and the slot's place."""
+    """(T * 2048 * 2,): per slot, the frequency of its symbol (0 for the escape) and its offset in
+    the symbol."""
     value_at: NDArray[np.int16]
-    """(T * 2048,): by slot, the value, or ESCAPE."""
+    """(T * 2048,): per slot, the value, or ESCAPE."""
     escape: NDArray[np.uint32]
     """(T,): frequency of the escape."""
+    bound: int
+    """Upper bound of the bytes per payload."""
+
+    def pack(self, values_N: NDArray[np.int16], mu: float, sigma: float) -> bytes:
+        """Return the payload of one sample: quantised coefficients (n,) and its two whitening
+        scalars."""
+        words = np.zeros(self.bound // 2, np.uint16)
+        words[:HEADER_WORDS] = np.array([sigma, mu], np.float32).view(np.uint16)
+        used = _encode(values_N, self.table, self.frequency, self.start, self.half_width, words)
+        return words[:used].tobytes()
+
+    def unpack(self, payloads: Payloads) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+        """Return coefficients (B, n) and (sigma, mu) pairs (B, 2) of B payloads.
+
+        Raises PayloadError, with the index in the batch, for a payload that no encoder wrote.
+        """
+        values = np.empty((len(payloads), len(self.table)), np.int16)
+        scalars = np.empty((len(payloads), 2), np.float32)
+        bad = _decode(
+            payloads.data[: len(payloads.data) // 2 * 2].view(np.uint16),
+            payloads.starts // 2,
+            payloads.sizes // 2,
+            self.slots,
+            self.value_at,
+            self.escape,
+            self.half_width,
+            self.runs,
+            self.table,
+            values,
+            scalars.view(np.uint16),
+        )
+        if bad >= 0:
+            raise PayloadError(
+                "a payload does not decode: its bytes are not ones that the encoder wrote", int(bad)
+            )
+        return values, scalars
 
 
-def rans_tables(fitted: FittedTap) -> RansTables:
-    """Lay out a fit's tables for the kernels."""
-    cumulative = np.cumsum(fitted.tables.astype(np.int64), axis=1)
-    start = cumulative - fitted.tables
-    half = fitted.half_width.astype(np.int64)
-    table = fitted.class_table[np.sort(fitted.classes[fitted.classes != DEAD])]
+def rans_coder(
+    frequency: NDArray[np.uint16],
+    half_width: NDArray[np.uint8],
+    table: NDArray[np.uint8],
+    bound: int,
+) -> RansCoder:
+    """Lay out probability tables (T, A), their half widths (T,) and each coefficient's table (n,)
+    for the kernels."""
+    cumulative = np.cumsum(frequency.astype(np.int64), axis=1)
+    start = cumulative - frequency
+    half = half_width.astype(np.int64)
     slots = np.zeros((len(half), TABLE_SIZE, 2), np.uint32)
     value_at = np.zeros((len(half), TABLE_SIZE), np.int16)
     for t, h in enumerate(half):
         symbol = np.searchsorted(cumulative[t], np.arange(TABLE_SIZE), side="right")
         escaped = symbol == 2 * h + 1
-        slots[t, :, 0] = np.where(escaped, 0, fitted.tables[t, symbol])
+        slots[t, :, 0] = np.where(escaped, 0, frequency[t, symbol])
         slots[t, :, 1] = np.arange(TABLE_SIZE) - start[t, symbol]
         value_at[t] = np.where(escaped, ESCAPE, symbol - h)
-    return RansTables(
-        frequency=fitted.tables,
+    return RansCoder(
+        frequency=frequency,
         start=start.astype(np.uint16),
-        half_width=fitted.half_width.astype(np.int16),
+        half_width=half_width.astype(np.int16),
         table=table,
         runs=np.append(np.flatnonzero(np.diff(table.astype(np.int64), prepend=-1)), len(table)),
         slots=slots.reshape(-1),
         value_at=value_at.reshape(-1),
-        escape=fitted.tables[np.arange(len(half)), 2 * half + 1].astype(np.uint32),
+        escape=frequency[np.arange(len(half)), 2 * half + 1].astype(np.uint32),
+        bound=bound,
     )
-
-
-def encode(
-    values_N: NDArray[np.int16], mu: float, sigma: float, tables: RansTables, bound: int
-) -> bytes:
-    """Encode one sample's quantised coefficients and its two whitening scalars."""
-    words = np.zeros(bound // 2, np.uint16)
-    words[:HEADER_WORDS] = np.array([sigma, mu], np.float32).view(np.uint16)
-    used = _encode(values_N, tables.table, tables.frequency, tables.start, tables.half_width, words)
-    return words[:used].tobytes()
-
-
-def decode_batch(
-    payloads: Payloads, tables: RansTables
-) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
-    """Decode B payloads to coefficients (B, n) and (sigma, mu) pairs (B, 2).
-
-    Raises CodecError naming the place in the batch of a payload that no encoder wrote.
-    """
-    values = np.empty((len(payloads), len(tables.table)), np.int16)
-    scalars = np.empty((len(payloads), 2), np.float32)
-    bad = _decode(
-        payloads.data[: len(payloads.data) // 2 * 2].view(np.uint16),
-        payloads.starts // 2,
-        payloads.sizes // 2,
-        tables.slots,
-        tables.value_at,
-        tables.escape,
-        tables.half_width,
-        tables.runs,
-        tables.table,
-        values,
-        scalars.view(np.uint16),
-    )
-    if bad >= 0:
-        raise PayloadError(
-            "a payload does not decode: its bytes are not ones that the encoder wrote", int(bad)
-        )
-    return values, scalars
 
 
 @njit(cache=True, nogil=True)
@@ -117,7 +125,8 @@ def _encode(values, table, frequency, start, half_width, out):  # type: ignore[n
     """Write the payload after its scalars into uint16 words; return the number of words used."""
     count = len(values)
     states = np.full(LANES, LOW, np.uint64)
-    # Coding runs backwards, so that decoding runs forwards; at most a state's word and an escape a coefficient.
+    # Encode backwards, so that decoding runs forwards. Per coefficient: at most one word of state
+    # and one escape.
     words = np.empty(2 * count, np.uint16)
     used = 0
     for i in range(count - 1, -1, -1):
@@ -152,10 +161,11 @@ def _encode(values, table, frequency, start, half_width, out):  # type: ignore[n
 def _decode(  # type: ignore[no-untyped-def]
     words, starts, sizes, slots, value_at, escape, half_width, runs, table, values, scalars
 ):
-    """Decode payloads two by two, so that their eight lanes run side by side; return the first bad one, or -1.
+    """Decode payloads in pairs, so that their eight lanes run side by side; return the index of a
+    bad one, or -1.
 
-    Words may be read, but are not used, up to SLACK bytes after a payload's end. All indices are unsigned: signed ones
-    are tested for wrapping.
+    Words up to SLACK bytes after a payload's end may be read, but are not used. All indices are
+    unsigned, because numba tests signed indices for wrapping.
     """
     out = values.reshape(-1)
     count = uint64(values.shape[1])
@@ -190,12 +200,12 @@ def _decode(  # type: ignore[no-untyped-def]
             half = half_width[t]
             for i in range(uint64(runs[r]), uint64(runs[r + 1])):
                 slot = base + (a & SLOT_MASK)
-                place = uint64(slots[slot + slot + uint64(1)])
-                x = uint64(slots[slot + slot]) * (a >> SLOT_BITS) + place
+                offset = uint64(slots[slot + slot + uint64(1)])
+                x = uint64(slots[slot + slot]) * (a >> SLOT_BITS) + offset
                 value = value_at[slot]
                 if x < LOW:
                     x, value, p = _refill(
-                        a, x, value, words[p], words[p + uint64(1)], p, end_p, place, rare, half
+                        a, x, value, words[p], words[p + uint64(1)], p, end_p, offset, rare, half
                     )
                 out[at_p + i] = value
                 a = b
@@ -204,19 +214,20 @@ def _decode(  # type: ignore[no-untyped-def]
                 d = x
 
                 slot = base + (e & SLOT_MASK)
-                place = uint64(slots[slot + slot + uint64(1)])
-                x = uint64(slots[slot + slot]) * (e >> SLOT_BITS) + place
+                offset = uint64(slots[slot + slot + uint64(1)])
+                x = uint64(slots[slot + slot]) * (e >> SLOT_BITS) + offset
                 value = value_at[slot]
                 if x < LOW:
                     x, value, q = _refill(
-                        e, x, value, words[q], words[q + uint64(1)], q, end_q, place, rare, half
+                        e, x, value, words[q], words[q + uint64(1)], q, end_q, offset, rare, half
                     )
                 out[at_q + i] = value
                 e = f
                 f = g
                 g = h
                 h = x
-        # The decoder must end where the encoder began; anything else is damage that got past the checksums.
+        # The decoder must end in the state in which the encoder began; otherwise damage has passed
+        # the checksums.
         if p > end_p or a != LOW or b != LOW or c != LOW or d != LOW:
             return first
         if q > end_q or e != LOW or f != LOW or g != LOW or h != LOW:
@@ -226,19 +237,22 @@ def _decode(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _lane(words, at, lane):  # type: ignore[no-untyped-def]
-    """Return a lane's first state."""
+    """Return a lane's first state, from two words at `at`."""
     low = at + uint64(2 * lane)
     return uint64(words[low]) | uint64(words[low + uint64(1)]) << uint64(16)
 
 
 @njit(cache=True, nogil=True)
-def _refill(state, x, value, word, after, at, end, place, rare, half):  # type: ignore[no-untyped-def]
-    """Finish the few coefficients whose state needs a word or that are escapes; return state, value and position.
+def _refill(  # type: ignore[no-untyped-def]
+    state, x, value, word, after, at, end, offset, rare, half
+):
+    """Finish a coefficient whose state needs a word or that is an escape (few do); return state,
+    value and position.
 
-    A position of end + 1 marks a payload that no encoder wrote.
+    Position end + 1 marks a payload that no encoder wrote.
     """
     if value == ESCAPE:
-        x = rare * (state >> SLOT_BITS) + place
+        x = rare * (state >> SLOT_BITS) + offset
     if x < LOW:
         x = x << uint64(16) | uint64(word)
         word = after

@@ -1,20 +1,25 @@
-"""Static probability tables, one a class of variance."""
+"""Static probability tables for the entropy coder, one per variance class."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtcache.codec.tap_codec import MAX_HALF_WIDTH, TABLE_SIZE
+from dtcache.codec.rans import MAX_HALF_WIDTH, TABLE_SIZE
 
 DEAD_RATIO = 2.0**-2.25
-"""Bands whose standard deviation is under this many steps almost never leave the dead zone: they are dropped."""
+"""Bands whose standard deviation is below this many steps are dropped: they almost never leave the
+dead zone."""
 LOWEST = -4
 HIGHEST = 16
 PRIOR_COUNT = 64.0
-"""Weight of the Laplace prior in a table, in observations, so that small fits and rare symbols are priced sanely."""
+"""Weight of the Laplace prior in a table, in observations. It bounds the cost of rare symbols and
+of small fits."""
 
 
 def variance_class(ratio: NDArray[np.float64], dead: float = DEAD_RATIO) -> NDArray[np.int64]:
-    """Return the class (0..20, half octaves) of bands by standard deviation over step, or -1 under a dead ratio."""
+    """Return the variance class of each band, 0..20 in half octaves of std / step, or -1 if dead.
+
+    A band is dead if the ratio is below `dead`.
+    """
     octaves = np.rint(2 * np.log2(np.maximum(ratio, 1e-9)))
     return np.where(ratio < dead, -1, np.clip(octaves, LOWEST, HIGHEST) - LOWEST).astype(np.int64)
 
@@ -22,7 +27,11 @@ def variance_class(ratio: NDArray[np.float64], dead: float = DEAD_RATIO) -> NDAr
 def fit_tables(
     kinds: NDArray[np.int64], values: list[NDArray[np.int16]]
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
-    """Return frequencies (T, A) that sum to 2048 a row, and half widths (T,), of the values seen in each class."""
+    """Return frequencies (T, A), each row summing to 2048, and half widths (T,), fitted to the
+    values of each class.
+
+    `kinds` (T,) are the variance classes; `values` are the quantised coefficients of each.
+    """
     ratios = 2.0 ** ((kinds + LOWEST) / 2)
     half = np.clip(np.ceil(4 * ratios), 2, MAX_HALF_WIDTH).astype(np.int64)
     tables = np.zeros((len(kinds), int(2 * half.max(initial=0) + 2)), np.uint16)
@@ -39,8 +48,8 @@ def fit_tables(
 def normalise(counts: NDArray[np.float64]) -> NDArray[np.uint16]:
     """Scale positive counts to integers of at least 1 that sum to 2048, by largest remainder."""
     exact = counts / counts.sum() * (TABLE_SIZE - len(counts))
-    whole = np.floor(exact)
-    short = TABLE_SIZE - len(counts) - int(whole.sum())
-    whole[np.argsort(whole - exact, kind="stable")[:short]] += 1
-    frequencies: NDArray[np.uint16] = (whole + 1).astype(np.uint16)
+    floor = np.floor(exact)
+    short = TABLE_SIZE - len(counts) - int(floor.sum())
+    floor[np.argsort(floor - exact, kind="stable")[:short]] += 1
+    frequencies: NDArray[np.uint16] = (floor + 1).astype(np.uint16)
     return frequencies

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dtcache.codec import FeatureDecoder, FittedTap
+from dtcache.codec import FeatureDecoder, TapCodec
 from dtcache.whitening import unwhiten
 
 ONLY = "logits"
@@ -27,7 +27,7 @@ class LabelDecoder(nn.Module):
 
     mirrored_V: Tensor
 
-    def __init__(self, fitted: FittedTap, mirrored: Sequence[bool]) -> None:
+    def __init__(self, fitted: TapCodec, mirrored: Sequence[bool]) -> None:
         """Decode maps that `join_views` made, of as many views as `mirrored` tells of."""
         super().__init__()
         self._decoder = FeatureDecoder({ONLY: fitted})

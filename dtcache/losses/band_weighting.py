@@ -1,42 +1,46 @@
-"""Which part of an error lies in bands that are noise: squared errors weighed in the codec's own transform."""
+"""The MSE in the codec's own transform, in which bands dominated by noise have less weight."""
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dtcache.codec import Bands
 from dtcache.codec.pca_dct import forward_transform
-from dtcache.codec.tap_codec import DEAD, FittedTap
 
 LEAST_WEIGHT = 2.0**-3
-"""Of a band, and of a tap: the share that the fit tells from none (its steps grow to 8 times: `fit.MAX_LEVEL`)."""
+"""Least weight of a band and of a tap: the fit resolves no smaller share (`codec.fit.MAX_LEVEL`).
+"""
 
 
 class DeterminedBands(nn.Module):
-    """A mean squared error in which each band counts by the share of it that the image determines, not the noise.
+    """A mean squared error in which each band is weighted by the share that the image, not the
+    noise, determines.
 
-    A fit made for students keeps that share: a band's step is the global step over it, in half octaves. Bands that the
-    codec dropped count in full: their target is their mean, which holds no noise.
+    A codec fitted for students stores that share: a band's step is the global step over the share,
+    in half octaves. Bands that the codec dropped have weight 1: their target is their mean, which
+    contains no noise. Shapes: B batch, C channels, H rows, W columns, K components.
     """
 
     basis_CK: Tensor
     noise_KHW: Tensor
     zero_C: Tensor
 
-    def __init__(self, fitted: FittedTap, step: float) -> None:
-        """Weigh as `fitted` says, whose finest bands have the quantiser step `step`."""
+    def __init__(self, bands: Bands, step: float) -> None:
+        """Take the weights from a codec's bands and its global step, the step of the finest
+        bands."""
         super().__init__()
-        share_J = np.clip(step / fitted.class_step.astype(np.float64), LEAST_WEIGHT, 1.0)
-        live = fitted.classes != DEAD
-        noise_KHW = np.zeros(fitted.classes.shape, np.float32)
-        noise_KHW[live] = 1.0 - share_J[fitted.classes[live]]
-        self.register_buffer("basis_CK", torch.from_numpy(fitted.basis).float())
+        share_KHW = np.clip(step / bands.step_KHW.astype(np.float64), LEAST_WEIGHT, 1.0)
+        noise_KHW = np.nan_to_num(1.0 - share_KHW, nan=0.0).astype(np.float32)
+        self.register_buffer("basis_CK", torch.from_numpy(bands.basis_CK).float())
         self.register_buffer("noise_KHW", torch.from_numpy(noise_KHW))
-        self.register_buffer("zero_C", torch.zeros(len(fitted.mean)))
+        self.register_buffer("zero_C", torch.zeros(len(bands.basis_CK)))
 
     def forward(self, error_BCHW: Tensor) -> Tensor:
-        """Return the weighed mean square of fp32 errors of whitened features, a scalar.
+        """Return the weighted mean square of errors of whitened features, an fp32 scalar; computed
+        in fp32.
 
-        The transform is orthonormal, so that the bands' part is taken off the whole: mean(e^2) - sum (1 - w) c^2 / n.
+        The transform is orthonormal, so the mean is mean(e^2) - sum (1 - w) c^2 / n over
+        coefficients c of weight w.
         """
         with torch.autocast(error_BCHW.device.type, enabled=False):
             error_BCHW = error_BCHW.float()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn, stack
 
-from dtcache.codec import DeterminedBands, FittedTap, TapFit
+from dtcache.codec import TapCodec
 from dtcache.errors import ConfigError
-from dtcache.losses.band_weighting import LEAST_WEIGHT
+from dtcache.losses.band_weighting import LEAST_WEIGHT, DeterminedBands
 from dtcache.losses.features import at_loss, mse_loss
 from dtcache.losses.labels import label_loss
 from dtcache.options import TrainOptions
@@ -92,7 +92,7 @@ class Objective(nn.Module):
 
 
 def make_objective(
-    options: TrainOptions, fit: Mapping[str, TapFit], codec: Json, names: Sequence[str]
+    options: TrainOptions, fit: Mapping[str, TapCodec], codec: Json, names: Sequence[str]
 ) -> Objective:
     """Return the objective of some of a cache's arrays, from its codec's fit and the recipe's `codec`.
 
@@ -112,12 +112,9 @@ def make_objective(
     if options.noise_weighting:
         share = {name: max(1.0 - float(codec["noise_share"][name]), LEAST_WEIGHT) for name in names}
         if options.crop is None:
-            taps = {name: fit[name] for name in names}
-            bands = {
-                n: DeterminedBands(t, float(codec["step"]))
-                for n, t in taps.items()
-                if isinstance(t, FittedTap)
-            }
+            for name in names:
+                if (coded := fit[name].bands()) is not None:
+                    bands[name] = DeterminedBands(coded, float(codec["step"]))
     total = sum(given[name] * share[name] for name in names) / max(1, len(names))
     whole = {name: given[name] * share[name] / total for name in names}
     mse = {name: given[name] / total if name in bands else whole[name] for name in names}

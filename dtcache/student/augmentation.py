@@ -1,6 +1,8 @@
-"""Random augmentation of training batches: crops of image and features alike, colour jitter of the image alone.
+"""Random augmentation of training batches: crops of image and features alike, colour jitter of the
+image alone.
 
-Shapes: B batch, C channels, H rows, W columns; boxes are (left, top, right, bottom) as fractions of the view's sides.
+Shapes: B batch, C channels, H rows, W columns; boxes are (left, top, right, bottom) as fractions of
+the view's sides.
 """
 
 import math
@@ -18,19 +20,23 @@ from dtcache.rng import sample_uniforms
 from dtcache.student.color_jitter import DRAWS, jitter
 
 ASPECTS = (3 / 4, 4 / 3)
-"""Bounds of a crop's aspect ratio relative to the view's own (Szegedy et al. 2015), as in RandomResizedCrop."""
+"""Bounds of a crop's aspect ratio relative to the view's own (Szegedy et al. 2015), as in
+RandomResizedCrop."""
 MAX_COLOR_JITTER = 2.0
 BOX_DRAWS = 4
 AUGMENTATION_DRAWS = BOX_DRAWS + DRAWS
-"""Number of uniforms that crop and jitter take per sample and step; other random choices take the uniforms after."""
+"""Number of uniforms that crop and jitter take per sample and step; other random choices take the
+uniforms after."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augmentation:
-    """Random crops and colour jitter, computed on the device of the input: pure functions of (seed, step, row)."""
+    """Random crops and colour jitter, computed on the device of the input: pure functions of (seed,
+    step, row)."""
 
     scale: str | None = None
-    """Least and most fraction of the area that a crop keeps, such as `0.3,1.0`; None crops nothing."""
+    """Least and most fraction of the area that a crop keeps, such as `0.3,1.0`; None crops nothing.
+    """
     color_jitter: float = 0.0
     """Strength of the colour jitter, from 0 (none) to 2; SimCLR's is 1."""
     seed: int
@@ -73,7 +79,8 @@ class Augmentation:
         return images_BCHW
 
     def masks(self, masks_BHW: Tensor, step: int, rows: NDArray[np.int64]) -> Tensor:
-        """Crop masks with the boxes of their images by nearest pixels, and keep their size (H, W)."""
+        """Crop masks with the boxes of their images by nearest pixels, and keep their size (H,
+        W)."""
         boxes_B4 = self.boxes(step, rows)
         return (
             masks_BHW if boxes_B4 is None else crop_masks(masks_BHW, boxes_B4.to(masks_BHW.device))
@@ -82,7 +89,8 @@ class Augmentation:
     def features(
         self, maps: dict[str, Tensor], step: int, rows: NDArray[np.int64]
     ) -> dict[str, Tensor]:
-        """Crop feature maps (B, C, H, W) by array with the boxes of their images; each map keeps its grid."""
+        """Crop feature maps (B, C, H, W) by array with the boxes of their images; each map keeps
+        its grid."""
         boxes_B4 = self.boxes(step, rows)
         if boxes_B4 is None:
             return maps
@@ -93,7 +101,8 @@ class Augmentation:
 
 
 def parse_scale(text: str) -> tuple[float, float]:
-    """Parse `least,most` fractions of the area. Raises ConfigError unless 0 < least <= most <= 1."""
+    """Parse `least,most` fractions of the area. Raises ConfigError unless 0 < least <= most <=
+    1."""
     match = re.fullmatch(r" *([01](?:\.[0-9]{1,9})?) *, *([01](?:\.[0-9]{1,9})?) *", text)
     least, most = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
     if not 0 < least <= most <= 1:
@@ -109,8 +118,9 @@ def random_boxes(
 ) -> NDArray[np.float64]:
     """Return boxes (B, 4) inside the view, of uniform area and position, from uniforms in [0, 1).
 
-    The aspect ratio is log-uniform in [3/4, 4/3], or in the part of that range in which a box of the drawn area fits
-    into the view. RandomResizedCrop instead tries ten times and then crops the centre.
+    The aspect ratio is log-uniform in [3/4, 4/3], or in the part of that range in which a box of
+    the drawn area fits into the view. RandomResizedCrop instead tries ten times and then crops the
+    centre.
     """
     u_area, u_aspect, u_left, u_top = uniforms_B4.T
     area = areas[0] + u_area * (areas[1] - areas[0])
@@ -127,7 +137,8 @@ def random_boxes(
 def crop_maps(
     maps_BCHW: Tensor, boxes_B4: Tensor, size: tuple[int, int], samples: int = 1
 ) -> Tensor:
-    """Resample each map's box on a grid `size` (H, W): fp32 (B, C, *size), bilinear between pixel centres.
+    """Resample each map's box on a grid `size` (H, W): fp32 (B, C, *size), bilinear between pixel
+    centres.
 
     Each cell is the mean of samples x samples points; points beyond the edge take the edge's value.
     """
@@ -148,13 +159,15 @@ def crop_maps(
 
 
 def crop_images(images_BCHW: Tensor, boxes_B4: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize each image's box to `size` (H, W): fp32 in the images' range, averaged over pixels if a side shrinks."""
+    """Resize each image's box to `size` (H, W): fp32 in the images' range, averaged over pixels if
+    a side shrinks."""
     shrink = max(images_BCHW.shape[2] / size[0], images_BCHW.shape[3] / size[1])
     return crop_maps(images_BCHW, boxes_B4, size, samples=max(1, math.ceil(shrink)))
 
 
 def crop_masks(masks_BHW: Tensor, boxes_B4: Tensor) -> Tensor:
-    """Resample each mask's box on the mask's own grid: the values under the centres of the cells."""
+    """Resample each mask's box on the mask's own grid: the values under the centres of the
+    cells."""
     height, width = masks_BHW.shape[1:]
 
     def indices(low_B: Tensor, high_B: Tensor, count: int) -> Tensor:

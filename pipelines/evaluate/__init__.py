@@ -1,1 +1,1 @@
-"""`dtcache evaluate`: accuracy of frozen or finetuned features on labelled images."""
+"""Accuracy of frozen or finetuned features on labelled images."""

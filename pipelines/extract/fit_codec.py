@@ -13,10 +13,9 @@ from numcodecs.zstd import compress
 from threadpoolctl import threadpool_limits
 
 from dtcache.atomic_files import disk_errors
-from dtcache.codec import FittedTap, TapFit, sha256_fit
+from dtcache.codec import FittedTap, TapCodec, sha256_fit
 from dtcache.codec.fit import Solved, TapStatistics, half_fits, solve_step, tap_statistics
 from dtcache.codec.pca_dct import quantise
-from dtcache.codec.rans import encode, rans_tables
 from dtcache.errors import CodecError, ImagesError
 from dtcache.images import load_views
 from dtcache.recipe import CodecSpec, tap_name
@@ -37,7 +36,7 @@ class CodecFit:
     """A fitted codec and what it is expected to cost."""
 
     spec: CodecSpec
-    fit: Mapping[str, TapFit]
+    fit: Mapping[str, TapCodec]
     bytes_per_view: float
 
 
@@ -163,14 +162,14 @@ def bytes_per_view(
     """
     chunks = 0.0
     for name, fitted in fit.items():
-        tables = rans_tables(fitted)
+        coder = fitted.payload_coder()
         live = fitted.live
         bound = fitted.payload_bound
         kept = statistics[name].coefficients[0, :sized]
         flat = torch.from_numpy(kept.reshape(len(kept), -1)[:, live])
-        step = torch.from_numpy(fitted.class_step[fitted.classes.reshape(-1)[live]])
+        step = torch.from_numpy(fitted.class_step[fitted.live_classes])
         values = quantise(flat, step).numpy().astype(np.int16)
-        payloads = [encode(v, 0.01, 1.01, tables, bound) for v in values]
+        payloads = [coder.pack(v, 0.01, 1.01) for v in values]
         packed = sum(len(pack_frame(p, bound)) for p in payloads)
         chunks += packed / len(kept) + CRC_BYTES + ENTRY_BYTES
     arrays = [array for fitted in fit.values() for array in fitted.arrays().values()]

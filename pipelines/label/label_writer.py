@@ -1,7 +1,4 @@
-"""Soft labels of a cache by an interpreter: the codec's fit, and any shard of the label set.
-
-B rows, V views, K classes, H x W grid of the logits.
-"""
+"""What writing soft labels computes: a cache and an interpreter, from the fit of the codec to any shard of the set."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,7 +18,7 @@ from dtcache.device import configure_process, cpu_threads, memory_errors, resolv
 from dtcache.errors import CacheIncompleteError, CodecError
 from dtcache.labels import SCORES, Interpreter, require_serves
 from dtcache.labels.label_decoder import join_views
-from dtcache.options import LabelWriteOptions
+from dtcache.options import LabelWriteOptions, parse_share
 from dtcache.recipe import (
     CodecSpec,
     FailedSample,
@@ -46,29 +43,31 @@ from pipelines.extract.recipe_options import fit_rows
 from pipelines.terminal.progress import track
 
 AIM = 0.98
-"""Share of the requested bytes that the fit aims at, as it predicts the size from its own rows."""
+"""Of the bytes asked for, as they are forecast from the rows of the fit."""
 FIXED_BYTES = 8000
-"""Bytes of manifest and shard index, independent of the number of images."""
+"""Of manifest and shard index, which few images cannot spread."""
 MAX_FIT_VALUES = 1 << 28
-"""Most logits that the codec is fitted on, which bounds the rows of large maps."""
-FIT_BATCH = 32
-"""Rows per pass while logits for the fit are computed."""
+"""Logits that the codec is fitted on at most, so that few rows of large maps serve too."""
 
 
-class LabelWriter:
-    """Labels any rows of a cache by an interpreter."""
+class LabelJob:
+    """A cache and an interpreter, ready to label any rows."""
 
     def __init__(self, root: Path, interpreter: Interpreter, options: LabelWriteOptions) -> None:
-        """Open the cache `root`.
+        """Open the cache.
 
-        Raises CacheMismatchError, naming the difference, if the interpreter was fitted to other
-        features; ConfigError for the device; and what opening a cache raises.
+        Raises CacheMismatchError, naming the difference, where the interpreter was fitted to other features,
+        ConfigError, and what opening a cache raises.
         """
         cache = Cache(root)
         compute = resolve_compute(options.device, "fp32")
         configure_process(compute.device)
-        shapes = {name: cache.shape(name) for name in cache.names}
-        require_serves(interpreter.spec, root, cache.reader.manifest.recipe, shapes)
+        require_serves(
+            interpreter.spec,
+            root,
+            cache.reader.manifest.recipe,
+            {n: cache.shape(n) for n in cache.names},
+        )
         self.cache = cache
         self._interpreter = interpreter
         self._compute = compute
@@ -80,42 +79,40 @@ class LabelWriter:
             cache.reader.manifest.is_mirrored(view) for view in range(cache.num_views)
         ]
         report = inspect_cache(root)
-        feature_bytes = report["parts"]["coefficients"] + report["parts"]["codec"]
-        self._target = AIM * options.share * feature_bytes / max(1, report["num_done"])
-        """Bytes per image."""
+        features = report["parts"]["coefficients"] + report["parts"]["codec"]
+        self._target = (
+            AIM * parse_share(options.share, "share") * features / max(1, report["num_done"])
+        )
 
     @torch.no_grad()
     def logits(self, rows: Rows) -> Tensor:
-        """Return exact logits of every view of usable rows, fp32 (B, V, K, H, W) on the host."""
+        """Return exact logits of every view of usable rows, fp32 (B, V, K, H, W) on the host, pass by pass."""
         views = self.cache.num_views
+        found = []
         row_of = np.repeat(rows, views)
         view_of = np.tile(np.arange(views, dtype=np.int64), len(rows))
         size = self._options.batch_size
-        batches = []
         for start in range(0, len(row_of), size):
-            chosen = slice(start, start + size)
-            coefficients, _ = self.cache.coefficients(row_of[chosen], view_of[chosen], self._names)
-            with memory_errors(size, "pass a smaller `batch_size`"):
+            part = slice(start, start + size)
+            coefficients, _ = self.cache.coefficients(row_of[part], view_of[part], self._names)
+            with memory_errors(size, "give a smaller --batch-size"):
                 maps = self._decoder(
                     {name: values.to(self._compute.device) for name, values in coefficients.items()}
                 )
-                batches.append(self._network(maps).cpu())
-        logits = torch.cat(batches)
-        return logits.view(len(rows), views, *logits.shape[1:])
+                found.append(self._network(maps).cpu())
+        whole = torch.cat(found)
+        return whole.view(len(rows), views, *whole.shape[1:])
 
-    def create(self, out: Path) -> CacheWriter:
-        """Fit the codec and create the label set's files, the manifest last.
-
-        Raises CacheIncompleteError if no row has features.
-        """
+    def begin(self, out: Path) -> CacheWriter:
+        """Fit the codec and lay the set out; the manifest comes last."""
         samples = self._samples()
         rows = self.cache.reader.usable_rows
         if not len(rows):
             raise CacheIncompleteError(
-                f"{self.cache.reader.root}: no image has features; extract them before labelling"
+                f"{self.cache.reader.root}: none of its images has features to be labelled"
             )
-        height, width = self._interpreter.spec.grid
-        values = len(self._interpreter.spec.classes) * len(self._mirrored) * height * width
+        classes, (height, width) = len(self._interpreter.spec.classes), self._interpreter.spec.grid
+        values = classes * len(self._mirrored) * height * width
         fitted = rows[: max(1, min(fit_rows(len(self.cache)), MAX_FIT_VALUES // values))]
         solved = self._fitted(fitted, samples)
         recipe = self._recipe(solved, int(fitted[-1]) + 1)
@@ -124,20 +121,17 @@ class LabelWriter:
         return CacheWriter.create(out, recipe, arrays, {LOGITS: fit.arrays()}, samples, None)
 
     def write(self, writer: CacheWriter) -> None:
-        """Label and commit the missing shards."""
+        """Label and commit the shards that are missing."""
         array = writer.manifest.arrays[LOGITS]
-        remaining = sum(len(array.rows_of(shard)) for shard in writer.missing)
+        left = sum(len(array.rows_of(shard)) for shard in writer.missing)
         encoder = label_encoder(writer.root, writer.manifest)
-        with track("label write", len(self.cache), len(self.cache) - remaining) as progress:
+        with track("label write", len(self.cache), len(self.cache) - left) as progress:
             for shard in writer.missing:
                 writer.write_shard(self.shard(writer.manifest, encoder, shard))
                 progress.advance(len(array.rows_of(shard)))
 
     def shard(self, manifest: CacheManifest, encoder: FeatureEncoder, shard: int) -> ShardData:
-        """Label and encode a shard's rows for the label set of `manifest`.
-
-        Raises CodecError if a logit is not finite.
-        """
+        """Label a shard's rows and encode them as a set of that manifest has them. Raises CodecError."""
         rows = manifest.arrays[LOGITS].rows_of(shard)
         fitted = int(manifest.recipe["codec"]["fit_rows"])
         usable = np.intersect1d(np.array(rows), self.cache.reader.usable_rows)
@@ -152,7 +146,7 @@ class LabelWriter:
                 if not view.finite:
                     key = self.cache.samples["key"][row]
                     raise CodecError(
-                        f"the logits of {key} are not finite; fit the interpreter again with a lower lr"
+                        f"the logits of {key} are not finite; fit the interpreter again, at a lower --lr"
                     )
                 payloads[row] = view.payload
                 if row >= fitted or len(self.cache) == fitted:
@@ -170,36 +164,34 @@ class LabelWriter:
             sums={LOGITS: CodecSums(squared_error=sums[0], energy=sums[1])},
         )
 
-    def fixed_fields(self) -> Json:
-        """Return the fields of the recipe that depend on the inputs alone, not on the codec's fit."""
-        recipe = self._recipe(None, 0).to_json()
-        codec = {"ratio": recipe["codec"]["ratio"]}
-        return {"labels": recipe["labels"], "teacher": recipe["teacher"], "codec": codec}
+    def asked(self) -> Json:
+        """Return the recipe's fields that the inputs fix, to be compared with a set that is there."""
+        fixed = self._recipe(None, 0).to_json()
+        codec = {"ratio": fixed["codec"]["ratio"]}
+        return {"labels": fixed["labels"], "teacher": fixed["teacher"], "codec": codec}
 
     def _joined(self, rows: Rows) -> Tensor:
-        """Return (B, V x K, H, W): the logits minus their mean over classes, which softmax ignores."""
+        """Return (B, V x K, H, W), each pixel's logits centred: their mean says nothing of its classes."""
         logits = self.logits(rows)
         return join_views(logits - logits.mean(2, keepdim=True), self._mirrored)
 
     def _fitted(self, rows: Rows, samples: list[Sample]) -> Solved:
-        """Fit the codec's transform, in one thread, and solve its step for the requested bytes."""
+        """Fit the codec's transform, in one thread, and solve its step for the bytes that are asked for."""
         maps = torch.cat(
-            [
-                whiten(self._joined(rows[start : start + FIT_BATCH]))[0].half()
-                for start in range(0, len(rows), FIT_BATCH)
-            ]
+            [whiten(self._joined(rows[at : at + 32]))[0].half() for at in range(0, len(rows), 32)]
         )
         if not bool(maps.isfinite().all()):
             raise CodecError(
-                "the interpreter's logits are not finite; fit it again with a lower lr"
+                "the interpreter's logits are not finite; fit it again, at a lower --lr"
             )
-        table = samples_table((s.key for s in samples), (s.label for s in samples))
-        index_bytes = len(parquet_bytes(table))
+        index = len(
+            parquet_bytes(samples_table((s.key for s in samples), (s.label for s in samples)))
+        )
         with cpu_threads(1), threadpool_limits(1):
             statistics = {LOGITS: tap_statistics(maps.numpy()[None])}
 
             def size_of(fit: dict[str, FittedTap]) -> float:
-                row_bytes = (index_bytes + FIXED_BYTES) / len(samples)
+                row_bytes = (index + FIXED_BYTES) / len(samples)
                 return bytes_per_view(
                     fit, statistics, self._target, len(samples), 1, row_bytes, len(maps)
                 )
@@ -214,11 +206,10 @@ class LabelWriter:
         return [Sample(index=row, key=key, label=label) for row, (key, label) in enumerate(pairs)]
 
     def _recipe(self, solved: Solved | None, fitted: int) -> Recipe:
-        """Return the recipe of the label set; the fields of the codec's fit are empty without `solved`."""
+        """Return the recipe of the set; without a solved codec the fields that it fixes are empty."""
         own = self.cache.reader.manifest
         spec = self._interpreter.spec
-        channels = len(spec.classes) * len(self._mirrored)
-        height, width = spec.grid
+        channels, (height, width) = len(spec.classes) * len(self._mirrored), spec.grid
         scores = spec.validation and {name: spec.validation[name] for name in SCORES}
         on_cpu = self._compute.device.type == "cpu"
         return Recipe(

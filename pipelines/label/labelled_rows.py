@@ -1,4 +1,4 @@
-"""The labelled rows of a cache: those with a mask in a folder, or with a label in the cache's index."""
+"""The labelled images of a cache: which rows have a mask or a label, and what it says."""
 
 import hashlib
 import sys
@@ -20,30 +20,30 @@ from dtcache.labels import MAX_CLASSES
 from dtcache.store.layout import IMAGES
 
 NO_CLASS = -1
-"""Ignore index of image labels, which are never negative."""
+"""What counts nowhere among image labels; they have no such value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LabelledRows:
-    """Rows of a cache with their labels."""
+class Labelled:
+    """Labelled rows of a cache."""
 
     rows: Rows
-    """(N,), ascending."""
+    """(N,): by row."""
     truth_NHW: Tensor
-    """Class numbers of the unmirrored view: uint8 for masks, int64 (N, 1, 1) for image labels."""
+    """uint8 class numbers of the unmirrored view; int64 (N, 1, 1) where images are labelled as a whole."""
     classes: tuple[str, ...]
     """Names by number."""
     ignore: int
-    """Ignore index."""
+    """The value that counts nowhere."""
 
     def __len__(self) -> int:
         """Return the number of labelled images."""
         return len(self.rows)
 
-    def take(self, indices: Sequence[int] | Rows) -> "LabelledRows":
-        """Return the rows at these indices."""
-        chosen = np.asarray(indices, np.int64)
-        return LabelledRows(
+    def part(self, places: Sequence[int] | Rows) -> "Labelled":
+        """Return some of them."""
+        chosen = np.asarray(places, np.int64)
+        return Labelled(
             rows=self.rows[chosen],
             truth_NHW=self.truth_NHW[chosen],
             classes=self.classes,
@@ -52,77 +52,70 @@ class LabelledRows:
 
     @property
     def values(self) -> list[int]:
-        """Class numbers that occur, ascending, without the ignore index."""
-        values: list[int] = torch.unique(self.truth_NHW[self.truth_NHW != self.ignore]).tolist()
-        return values
+        """Class numbers that occur, in order."""
+        found: list[int] = torch.unique(self.truth_NHW[self.truth_NHW != self.ignore]).tolist()
+        return found
 
 
 def images_with_masks(
-    cache: Cache,
-    root: Path,
-    ignore_index: int | None,
-    limit: int | None,
-    images: Path | None = None,
-) -> LabelledRows:
-    """Return the usable rows whose key has a mask in the folder `root`, with masks seen through the view.
+    cache: Cache, root: Path, ignore: int | None, limit: int | None, images: Path | None = None
+) -> Labelled:
+    """Return the usable rows whose key has a mask in a folder, and the masks as the view shows them.
 
-    A mask must have the size of its image. Sizes are read from the source `images`; without it,
-    only sizes that the cache knows are checked, and stderr says how many are not. Raises
-    ImagesError if no image has a mask, if a file is not a mask of its image, or if the masks show
-    fewer than two classes.
+    Masks must have their images' sizes: read from the source in `images`, else as far as the cache knows them; stderr
+    says how many it does not. Raises ImagesError where there is none, for one that is no mask of its image, and where
+    they show fewer than two classes.
     """
-    folder = open_masks(root, ignore_index)
+    folder = open_masks(root, ignore)
     keys = cache.samples["key"].to_pylist()
     usable = cache.reader.usable_rows
     rows = [int(row) for row in usable if folder.has(keys[row])][:limit]
     if not rows:
         example = folder.path(keys[int(usable[0])]) if len(usable) else f"{root}/KEY.png"
         raise ImagesError(
-            f"{root}: no mask matches any of the cache's {len(usable)} images; expected PNG files "
-            f"named by their keys, such as {example}"
+            f"{root}: no mask matches any of the cache's {len(usable)} images; expected PNG files named by their keys, "
+            f"such as {example}"
         )
-    sizes = _image_sizes(cache, rows, images)
+    sizes = _sizes(cache, rows, images)
     if None in sizes:
         print(
-            f"warning: the cache does not know the size of {sizes.count(None)} of the {len(rows)} "
-            "images with a mask, so masks of another size are not detected; pass the cache's "
-            "images to check them",
+            f"warning: the cache does not know the size of {sizes.count(None)} of the {len(rows)} images with a mask, "
+            "and a mask of another size goes unnoticed; give --images IMAGES to check",
             file=sys.stderr,
         )
     masks = [
         folder.load(keys[row], cache.view, size) for row, size in zip(rows, sizes, strict=True)
     ]
-    truth_NHW = np.stack(masks)
-    largest = int(truth_NHW[truth_NHW != folder.ignore].max(initial=0))
-    labelled = LabelledRows(
+    truth = np.stack(masks)
+    classes = folder.names or numbered(int(truth[truth != folder.ignore].max(initial=0)) + 1)
+    labelled = Labelled(
         rows=np.array(rows, np.int64),
-        truth_NHW=torch.from_numpy(truth_NHW),
-        classes=folder.names or numbered(largest + 1),
+        truth_NHW=torch.from_numpy(truth),
+        classes=classes,
         ignore=folder.ignore,
     )
     folder.require_several(labelled.values)
     return labelled
 
 
-def labelled_images(cache: Cache, limit: int | None) -> LabelledRows:
-    """Return the usable rows with a label in the cache's index. Raises ImagesError if there is none."""
+def labelled_images(cache: Cache, limit: int | None) -> Labelled:
+    """Return the usable rows that have a label in the cache's index. Raises ImagesError where there is none."""
     labels = cache.samples["label"].to_pylist()
     usable = cache.reader.usable_rows
     rows = [int(row) for row in usable if labels[row] is not None and labels[row] >= 0][:limit]
     if not rows:
         raise ImagesError(
-            f"{cache.reader.root}: none of the {len(usable)} images has a label in the cache's "
-            "index; pass `masks`, or a cache of images with one sub-folder per class"
+            f"{cache.reader.root}: none of the {len(usable)} images has a label in the cache's index; give --masks, or "
+            "a cache of images with one sub-folder a class"
         )
     numbers = [int(labels[row]) for row in rows]
     names = cache.reader.manifest.classes
     count = len(names) if names else MAX_CLASSES
     if max(numbers) >= count:
         raise ImagesError(
-            f"{cache.reader.root}: expected labels from 0 to {count - 1}, got {max(numbers)}; "
-            "number the classes from 0"
+            f"{cache.reader.root}: expected labels from 0 to {count - 1}, got {max(numbers)}; number the classes from 0"
         )
-    return LabelledRows(
+    return Labelled(
         rows=np.array(rows, np.int64),
         truth_NHW=torch.tensor(numbers)[:, None, None],
         classes=names or numbered(max(numbers) + 1),
@@ -130,13 +123,10 @@ def labelled_images(cache: Cache, limit: int | None) -> LabelledRows:
     )
 
 
-def _image_sizes(
-    cache: Cache, rows: Sequence[int], images: Path | None
-) -> list[tuple[int, int] | None]:
-    """Return (height, width) of the images, None if unknown.
+def _sizes(cache: Cache, rows: Sequence[int], images: Path | None) -> list[tuple[int, int] | None]:
+    """Return the (height, width) of images, None where it is not known.
 
-    Without the source `images`, a size is known if the cache stores the image's own bytes: then the
-    view did not change it.
+    Without their source a cache knows those that are stored in their own bytes.
     """
     content = cache.samples["content_sha256"]
     if images is not None:
@@ -144,11 +134,11 @@ def _image_sizes(
         return [source.size(row) for row in rows]
     if IMAGES not in cache.reader.manifest.arrays:
         return [None] * len(rows)
-    view_size = (cache.view.height, cache.view.width)
-    stored = cache.reader.payloads(IMAGES, rows, np.zeros(len(rows)))
     sizes: list[tuple[int, int] | None] = []
-    for row, payload in zip(rows, stored, strict=True):
+    for row, payload in zip(
+        rows, cache.reader.payloads(IMAGES, rows, np.zeros(len(rows))), strict=True
+    ):
         length = int.from_bytes(payload[:LENGTH_BYTES].tobytes(), "little")
-        digest = hashlib.sha256(payload[LENGTH_BYTES : LENGTH_BYTES + length].tobytes()).digest()
-        sizes.append(view_size if digest == content[row].as_py() else None)
+        own = hashlib.sha256(payload[LENGTH_BYTES : LENGTH_BYTES + length].tobytes()).digest()
+        sizes.append((cache.view.height, cache.view.width) if own == content[row].as_py() else None)
     return sizes

@@ -15,7 +15,7 @@ from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelledCache, LabelSet
 from dtcache.cache.loader import EpochLoader
 from dtcache.cache.selection import cache_identity, chosen_taps, split_rows
-from dtcache.codec import TapFit
+from dtcache.codec import TapCodec
 from dtcache.device import Compute
 from dtcache.distributed import Processes
 from dtcache.errors import ConfigError
@@ -33,7 +33,7 @@ class BatchSource(Protocol):
     view: ViewSpec
     decoder: nn.Module
     """Turns a batch's coefficients into whitened targets."""
-    fit: Mapping[str, TapFit]
+    fit: Mapping[str, TapCodec]
     """A cache's codec by array; empty where there is none."""
     recipe: Json
     """What a cache recorded of its making; empty for a teacher in the loop, of which nothing is measured."""
@@ -115,7 +115,7 @@ class CachedSource:
         self._device = compute.device
         self._batch_size = options.batch_size
         self.decoder: nn.Module = self._cache.decoder(self.names).to(compute.device)
-        self.fit: Mapping[str, TapFit] = self._cache.fit
+        self.fit: Mapping[str, TapCodec] = self._cache.fit
         self.recipe: Json = manifest.recipe
         self.noise_floor = {
             name: manifest.recipe["codec"]["noise_floor"][name] for name in self.names

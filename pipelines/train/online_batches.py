@@ -16,7 +16,7 @@ from dtcache.cache.batch import Rows, TrainBatch
 from dtcache.cache.label_set import LabelSet
 from dtcache.cache.loader import EpochLoader
 from dtcache.cache.selection import split_rows
-from dtcache.codec import TapFit
+from dtcache.codec import TapCodec
 from dtcache.device import Compute
 from dtcache.distributed import Processes
 from dtcache.errors import BadImageError, ConfigError, ImagesError
@@ -108,7 +108,7 @@ class OnlineSource:
         self.num_batches = self._drawn(0).num_batches
         self.labels: LabelSet | None = None
         self.decoder: nn.Module = nn.Identity()
-        self.fit: Mapping[str, TapFit] = {}
+        self.fit: Mapping[str, TapCodec] = {}
         self.recipe: Json = {}
         self.noise_floor: dict[str, float] = {}
         self.identity: Json = {

@@ -27,7 +27,7 @@ import dtcache
 from dtcache.cache.cache import Cache
 from dtcache.cache.fitted_codec import load_fit
 from dtcache.cache.loader import EpochLoader
-from dtcache.codec import most_bytes
+from dtcache.codec import max_array_bytes
 from dtcache.errors import (
     CacheDamagedError,
     CacheMismatchError,
@@ -80,9 +80,9 @@ def test_a_fit_of_other_taps_is_refused(cache: Cache) -> None:
 def test_the_largest_array_of_a_fit_is_read() -> None:
     """Tables of every class that a byte can name, of the widest symbols, are within the bound of the smallest tap."""
     tables = np.zeros((255, 512), np.uint16)
-    assert tables.nbytes == most_bytes((1, 1, 1))
-    assert most_bytes((900, 3, 2)) == np.zeros((900, 900), np.float16).nbytes
-    assert most_bytes((3, 600, 700)) == np.zeros((3, 600, 700), np.uint8).nbytes
+    assert tables.nbytes == max_array_bytes((1, 1, 1))
+    assert max_array_bytes((900, 3, 2)) == np.zeros((900, 900), np.float16).nbytes
+    assert max_array_bytes((3, 600, 700)) == np.zeros((3, 600, 700), np.uint8).nbytes
 
 
 def test_a_sample_is_what_was_cached(cache: Cache) -> None:

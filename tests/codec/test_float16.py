@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dtcache.codec import FeatureDecoder, FeatureEncoder, HalfTap, HostDecoder, sha256_fit
-from dtcache.codec.float16 import pack_half, unpack_half
+from dtcache.codec.float16 import HalfCoder
 from dtcache.errors import CodecError, PayloadError
 from dtcache.payloads import pack
 from dtcache.whitening import whiten
@@ -51,7 +51,7 @@ def test_the_payload_is_scalars_low_bytes_high_bytes() -> None:
         + low.astype(np.uint8).tobytes()
         + high.astype(np.uint8).tobytes()
     )
-    assert pack_half(values, mu=-1.5, sigma=2.5) == wanted
+    assert HalfCoder(count=len(values)).pack(values, mu=-1.5, sigma=2.5) == wanted
 
 
 def test_error_and_energy_are_numpys() -> None:
@@ -72,7 +72,7 @@ def test_short_payloads_are_refused() -> None:
     with pytest.raises(
         PayloadError, match="a payload has 40 bytes, too short for 72 float16 values"
     ) as caught:
-        unpack_half(pack([bytes(160), bytes(40)]), 72)
+        HalfCoder(count=72).unpack(pack([bytes(160), bytes(40)]))
     assert caught.value.place == 1
 
 

@@ -1,13 +1,13 @@
 """The entropy coder against a second decoder written from its specification, and against damage."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from codec.codec_samples import coded_tables, draw_values, random_fit, reference_decode
 
 from dtcache.codec import FittedTap
-from dtcache.codec.rans import decode_batch, encode, rans_tables
 from dtcache.errors import PayloadError
 from dtcache.payloads import Payloads, pack
 
@@ -19,7 +19,7 @@ def padded(*payloads: bytes, length: int) -> Payloads:
 
 def encoded(fitted: FittedTap, values: np.ndarray, mu: float = -0.5, sigma: float = 1.25) -> bytes:
     """Encode one sample within the fit's own bound."""
-    return encode(values, mu, sigma, rans_tables(fitted), fitted.payload_bound)
+    return fitted.payload_coder().pack(values, mu, sigma)
 
 
 @pytest.mark.parametrize("count", [*range(10), 63, 500])
@@ -30,7 +30,7 @@ def test_round_trip_on_random_tables(count: int) -> None:
         values = np.stack([draw_values(fitted, 100 * seed + i) for i in range(3)]).reshape(3, count)
         payloads = [encoded(fitted, v, mu=0.1 * i, sigma=3.7) for i, v in enumerate(values)]
         for served in (pack(payloads), padded(*payloads, length=fitted.payload_bound)):
-            found, scalars = decode_batch(served, rans_tables(fitted))
+            found, scalars = fitted.payload_coder().unpack(served)
             np.testing.assert_array_equal(found, values)
             np.testing.assert_array_equal(
                 scalars, np.array([[3.7, 0.0], [3.7, 0.1], [3.7, 0.2]], np.float32)
@@ -53,8 +53,8 @@ def test_reference_decoder_reads_the_same(count: int) -> None:
 def test_extremes_stay_within_the_bound(count: int, max_half: int) -> None:
     """Payloads of nothing but the dearest symbols or +-32767 round-trip and never exceed payload_bound."""
     fitted = random_fit(count, 3 * count + max_half, tables=2, max_half=max_half)
-    tables = rans_tables(fitted)
-    room = 4 * fitted.payload_bound
+    coder = fitted.payload_coder()
+    roomy = replace(coder, bound=4 * fitted.payload_bound)
     table = coded_tables(fitted)
     half = fitted.half_width[table].astype(np.int64)
     rarest = (
@@ -75,10 +75,10 @@ def test_extremes_stay_within_the_bound(count: int, max_half: int) -> None:
     ]
     for case in cases:
         values = case.astype(np.int16)
-        payload = encode(values, 0.0, 1.0, tables, room)
+        payload = roomy.pack(values, 0.0, 1.0)
         assert len(payload) <= fitted.payload_bound
         assert encoded(fitted, values, 0.0, 1.0) == payload
-        found, _ = decode_batch(padded(payload, length=fitted.payload_bound), tables)
+        found, _ = coder.unpack(padded(payload, length=fitted.payload_bound))
         np.testing.assert_array_equal(found[0], values)
 
 
@@ -117,7 +117,7 @@ def test_flipped_bits_of_states_and_words() -> None:
     for seed in range(8):
         fitted = random_fit(150, 900 + seed)
         values = draw_values(fitted, seed, escape_values=False)
-        tables = rans_tables(fitted)
+        coder = fitted.payload_coder()
         payload = encoded(fitted, values)
         frequency = fitted.tables[coded_tables(fitted)]
         half = fitted.half_width[coded_tables(fitted)].astype(np.int64)
@@ -126,7 +126,7 @@ def test_flipped_bits_of_states_and_words() -> None:
             damaged[bit // 8] ^= 1 << bit % 8
             flips += 1
             try:
-                found, _ = decode_batch(padded(bytes(damaged), length=fitted.payload_bound), tables)
+                found, _ = coder.unpack(padded(bytes(damaged), length=fitted.payload_bound))
             except PayloadError:
                 continue
             missed += 1
@@ -147,10 +147,10 @@ def test_flipped_scalars_and_escapes_are_not_the_coders_to_find() -> None:
     values = draw_values(fitted, 1, escape_values=False)
     values[30] = 0x5A5A
     payload = bytearray(encoded(fitted, values))
-    tables = rans_tables(fitted)
+    coder = fitted.payload_coder()
     payload[0] ^= 1
     payload[payload.index(b"\x5a\x5a")] ^= 1
-    found, scalars = decode_batch(padded(bytes(payload), length=fitted.payload_bound), tables)
+    found, scalars = coder.unpack(padded(bytes(payload), length=fitted.payload_bound))
     assert np.flatnonzero(found[0] != values).tolist() == [30]
     assert found[0, 30] == 0x5A5B
     assert scalars[0, 0] != np.float32(1.25)
@@ -160,16 +160,16 @@ def test_truncated_payloads_raise() -> None:
     """A payload cut short anywhere past its header, padded with zeros or bare, raises CodecError."""
     for seed in range(4):
         fitted = random_fit(60, 300 + seed)
-        tables = rans_tables(fitted)
+        coder = fitted.payload_coder()
         payload = encoded(fitted, draw_values(fitted, seed))
         for size in range(24, len(payload) - 1, 2):
             if not any(payload[size:]):
                 continue
             with pytest.raises(PayloadError, match=r"a payload does not decode") as caught:
-                decode_batch(padded(payload[:size], length=size), tables)
+                coder.unpack(padded(payload[:size], length=size))
             assert caught.value.place == 0
             with pytest.raises(PayloadError, match=r"a payload does not decode") as caught:
-                decode_batch(padded(payload[:size], length=fitted.payload_bound), tables)
+                coder.unpack(padded(payload[:size], length=fitted.payload_bound))
             assert caught.value.place == 0
 
 
@@ -182,7 +182,7 @@ def test_all_zero_payload_raises(count: int) -> None:
         PayloadError,
         match=r"a payload does not decode: its bytes are not ones that the encoder wrote",
     ) as caught:
-        decode_batch(padded(good, b"", good, length=fitted.payload_bound), rans_tables(fitted))
+        fitted.payload_coder().unpack(padded(good, b"", good, length=fitted.payload_bound))
     assert caught.value.place == 1
 
 
@@ -191,7 +191,7 @@ def test_any_number_of_escapes_round_trips() -> None:
     fitted = random_fit(70_000, 2)
     values = np.where(np.arange(70_000) % 2, 30_000, -30_000).astype(np.int16)
     rows = padded(encoded(fitted, values), length=fitted.payload_bound)
-    np.testing.assert_array_equal(decode_batch(rows, rans_tables(fitted))[0][0], values)
+    np.testing.assert_array_equal(fitted.payload_coder().unpack(rows)[0][0], values)
 
 
 def test_payloads_too_short_for_the_states_are_refused() -> None:
@@ -200,13 +200,13 @@ def test_payloads_too_short_for_the_states_are_refused() -> None:
     good = encoded(fitted, draw_values(fitted, 0))
     for size in (0, 2, 22):
         with pytest.raises(PayloadError, match=r"a payload does not decode") as caught:
-            decode_batch(pack([good, good, good[:size], good]), rans_tables(fitted))
+            fitted.payload_coder().unpack(pack([good, good, good[:size], good]))
         assert caught.value.place == 2
 
 
 def test_an_empty_batch_decodes_to_nothing() -> None:
     """No payloads give no coefficients."""
-    found, scalars = decode_batch(pack([]), rans_tables(random_fit(3, 0)))
+    found, scalars = random_fit(3, 0).payload_coder().unpack(pack([]))
     assert (found.shape, scalars.shape) == ((0, 3), (0, 2))
 
 
@@ -217,7 +217,7 @@ def test_the_bad_one_of_a_batch_is_named(wrong: int) -> None:
     payloads = [encoded(fitted, draw_values(fitted, i, escape_values=False)) for i in range(5)]
     payloads[wrong] = payloads[wrong][:-2]
     with pytest.raises(PayloadError, match=r"a payload does not decode") as caught:
-        decode_batch(pack(payloads), rans_tables(fitted))
+        fitted.payload_coder().unpack(pack(payloads))
     assert caught.value.place == wrong
 
 
@@ -227,7 +227,7 @@ def test_random_bytes_never_decode() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (200, fitted.payload_bound), np.uint8)
     for row in noise:
         with pytest.raises(PayloadError, match="does not decode"):
-            decode_batch(pack([row.tobytes()]), rans_tables(fitted))
+            fitted.payload_coder().unpack(pack([row.tobytes()]))
 
 
 def test_a_tap_without_live_coefficients_round_trips() -> None:
@@ -243,6 +243,6 @@ def test_a_tap_without_live_coefficients_round_trips() -> None:
         half_width=np.zeros(0, np.uint8),
     )
     payload = encoded(fitted, np.zeros(0, np.int16))
-    found, scalars = decode_batch(padded(payload, length=fitted.payload_bound), rans_tables(fitted))
+    found, scalars = fitted.payload_coder().unpack(padded(payload, length=fitted.payload_bound))
     assert found.shape == (1, 0)
     assert scalars.tolist() == [[1.25, -0.5]]

@@ -6,9 +6,10 @@ import torch
 from numpy.typing import NDArray
 from scipy.fft import dctn
 
-from dtcache.codec import DeterminedBands, FittedTap
+from dtcache.codec import FittedTap
 from dtcache.codec.fit import quantised_fit, tap_statistics
-from dtcache.codec.tap_codec import DEAD
+from dtcache.codec.pca_dct import DEAD
+from dtcache.losses.band_weighting import DeterminedBands
 
 STEP = 0.4
 
@@ -42,7 +43,7 @@ def test_bands_weigh_by_the_share_that_the_image_determines(fitted: FittedTap) -
     """The weighed square equals scipy's, band by band; with errors anywhere, and in one component alone."""
     levels = {round(2 * float(np.log2(step / STEP))) for step in fitted.class_step}
     assert len(levels) > 2 and fitted.basis.shape[1] < 6 and (fitted.classes == DEAD).any()
-    bands = DeterminedBands(fitted, STEP)
+    bands = DeterminedBands(fitted.bands(), STEP)
     rng = np.random.default_rng(1)
     spread = rng.standard_normal((3, 6, 5, 4))
     for error in (
@@ -58,7 +59,7 @@ def test_its_gradient_is_that_of_the_weighed_square(fitted: FittedTap) -> None:
     """Autograd agrees with differences of the reference."""
     error = np.random.default_rng(2).standard_normal((2, 6, 5, 4))
     x = torch.from_numpy(error).float().requires_grad_()
-    DeterminedBands(fitted, STEP)(x).backward()
+    DeterminedBands(fitted.bands(), STEP)(x).backward()
     for place in ((0, 0, 0, 0), (1, 5, 4, 3), (0, 2, 1, 1)):
         moved = [error.copy(), error.copy()]
         moved[0][place] += 1e-4
@@ -70,7 +71,7 @@ def test_its_gradient_is_that_of_the_weighed_square(fitted: FittedTap) -> None:
 def test_without_noise_it_is_the_mean_square(fitted: FittedTap) -> None:
     """Where every band has the finest step, nothing is weighed down; half precision is computed in fp32."""
     error = torch.randn(2, 6, 5, 4)
-    flat = DeterminedBands(fitted, float(fitted.class_step.max()))
+    flat = DeterminedBands(fitted.bands(), float(fitted.class_step.max()))
     torch.testing.assert_close(flat(error), error.square().mean())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert flat(error.bfloat16()).dtype == torch.float32

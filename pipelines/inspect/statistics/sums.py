@@ -11,17 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from dtcache.cache.cache import Cache
-from dtcache.codec import HalfTap
 from dtcache.codec.pca_dct import dct_matrix
-from dtcache.codec.tap_codec import DEAD
 from pipelines.inspect.statistics.decode import Decoded, Rows, in_parts, opened
 
 EDGES = np.linspace(-6.0, 6.0, 97)
 """Of the histogram of whitened values; what lies beyond counts in the outermost bins."""
 POOLED_ROWS = 500
 """Rows of a group whose pooled features are kept, for CKA and k-NN."""
-INT16_LIMIT = 32767
-HALF_LIMIT = 65504.0
 
 Float = NDArray[np.float64]
 
@@ -160,7 +156,7 @@ def _part_sums(cache: Cache, name: str, part: Decoded) -> GroupSums:
     )
     ring_HW = rings_of(height, width)
     clipped = maps.numpy().clip(EDGES[0], EDGES[-1])
-    saturated, escaped = _limits(cache, name, part)
+    saturated, escaped = fit.count_limits(part.coefficients_RVN.numpy())
     return GroupSums(
         rows=len(part.rows),
         maps=len(maps),
@@ -181,18 +177,6 @@ def _part_sums(cache: Cache, name: str, part: Decoded) -> GroupSums:
         escaped=escaped,
         between_draws=_between_draws(cache, part),
     )
-
-
-def _limits(cache: Cache, name: str, part: Decoded) -> tuple[int, int]:
-    """Return how many coded values are at the limit of their type, and outside of their class's table."""
-    fit = cache.fit[name]
-    values = part.coefficients_RVN.numpy()
-    if isinstance(fit, HalfTap):
-        return int((np.abs(values.astype(np.float32)) >= HALF_LIMIT).sum()), 0
-    magnitude = np.abs(values.astype(np.int32))
-    classes = fit.classes.reshape(-1)[fit.live]
-    widest = fit.half_width.astype(np.int32)[fit.class_table[classes]]
-    return int((magnitude >= INT16_LIMIT).sum()), int((magnitude > widest).sum())
 
 
 def _between_draws(cache: Cache, part: Decoded) -> Float:
@@ -216,12 +200,11 @@ def water_lines(
     A uniform quantiser's error, step^2 / 12, averaged over the coefficients that are coded; None where none is. It is
     the level of reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3).
     """
-    fit = cache.fit[name]
-    if isinstance(fit, HalfTap):
+    bands = cache.fit[name].bands()
+    if bands is None:
         return [], [], None
-    coded = fit.classes != DEAD
-    level_KHW = np.where(coded, fit.class_step[np.where(coded, fit.classes, 0)] ** 2 / 12, np.nan)
-    ring_HW = rings_of(*fit.shape[1:])
+    level_KHW = bands.step_KHW**2 / 12
+    ring_HW = rings_of(*level_KHW.shape[1:])
     rings = [level_KHW[:, ring_HW == ring] for ring in range(int(ring_HW.max()) + 1)]
     return [_mean(part) for part in rings], [_mean(part) for part in level_KHW], _mean(level_KHW)
 

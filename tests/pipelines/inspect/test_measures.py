@@ -9,7 +9,7 @@ from scipy.stats import special_ortho_group
 from store.builders import COARSE, FINE
 
 from dtcache.cache.cache import Cache
-from dtcache.codec.tap_codec import DEAD
+from dtcache.codec.pca_dct import DEAD
 from pipelines.inspect.statistics import measures
 from pipelines.inspect.statistics.jackknife import jackknife, proportion
 from pipelines.inspect.statistics.similarity import knn_accuracy, similarities
