@@ -297,8 +297,8 @@ def label_fit(cache: Path, out: Path, options: LabelFitOptions) -> None:
     scores = ""
     for name, value in (fitted.validation or {}).items():
         scores += f", {name} {value:.1%}" if isinstance(value, float) else ""
-    held = f"; {fitted.validation['images']} held out{scores}" if fitted.validation else ""
-    click.echo(f"{fitted.out}: fitted to {fitted.trained_on} labelled images{held}")
+    held_out = f"; {fitted.validation['images']} held out{scores}" if fitted.validation else ""
+    click.echo(f"{fitted.out}: fitted to {fitted.trained_on} labelled images{held_out}")
 
 
 @label.command("write", resumes=True)
@@ -318,8 +318,8 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
 
     done = write_labels(cache, interpreter, options)
     click.echo(
-        f"{done.root}: soft labels of {done.images} images, {done.share:.1%} of the features' bytes; mean total "
-        f"variation from the exact ones {done.measured['total_variation']:.4f}"
+        f"{done.root}: soft labels of {done.images} images, {done.share:.1%} of the features' "
+        f"bytes; mean total variation from the exact labels {done.measured['total_variation']:.4f}"
     )
 
 
@@ -365,8 +365,9 @@ def export(source: Path, out: Path, options: ExportOptions) -> None:
 
     done = run(source, out, options)
     click.echo(
-        f"{done.out}: {done.architecture} for {options.to}; on random images its outputs differ from the original's by "
-        f"at most {done.difference:.3g} (the largest is {done.largest:.3g})\n  {done.usage}"
+        f"{done.out}: {done.architecture} for {options.to}; on random images its outputs differ "
+        f"from the original's by at most {done.difference:.3g} (largest output "
+        f"{done.largest:.3g})\n  {done.usage}"
     )
 
 
@@ -386,15 +387,14 @@ def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
       dtcache evaluate runs/resnet50/backbone --task segmentation --train images/ --train-masks masks/
     """
     from pipelines.evaluate.evaluate import evaluate as run
-    from pipelines.evaluate.evaluate import results_json, results_table
 
-    results = run(model, options)
+    result = run(model, options)
     if as_json:
-        print_json(results_json(model, results))
+        print_json({"model": model, **result.to_json()})
     else:
         from rich.console import Console
 
-        Console().print(results_table(model, results))
+        Console().print(result.to_table(model))
 
 
 @main.command(resumes=True)

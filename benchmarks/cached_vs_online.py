@@ -35,7 +35,7 @@ from dtcache.losses.features import at_loss
 from dtcache.options import EvaluateOptions, TrainOptions
 from dtcache.store.summary import inspect_cache
 from dtcache.whitening import unwhiten, whiten_positions
-from pipelines.evaluate.evaluate import evaluate
+from pipelines.evaluate.classification import classify
 from pipelines.evaluate.segmentation import segment
 from pipelines.extract.extract import extract
 from pipelines.runs.folder import load_checkpoint
@@ -199,7 +199,7 @@ def trained(plan: Plan, where: Path, run: str, options: TrainOptions) -> dict[st
         device=plan.device,
         batch_size=256,
     )
-    probed = evaluate(str(out / "backbone"), probe)[0]
+    probed = classify(str(out / "backbone"), probe).rows[0]
     return {
         "mse": statistics.mean(found[f"mse/{name}"] for name in cache.names),
         "at": statistics.mean(found[f"at/{name}"] for name in cache.names),

@@ -24,8 +24,8 @@ from dtcache.recipe import ViewSpec
 from dtcache.student import Augmentation, build_student
 from dtcache.teacher.ddpm import build_unet
 from dtcache.teacher.denoiser import choose_taps
+from dtcache.teacher.flops import count_flops
 from dtcache.teacher.unet import UNetDenoiser
-from pipelines.describe_teacher import count_flops
 from pipelines.extract.extract import extract
 from pipelines.runs.folder import Clock
 from pipelines.train.cached_batches import BatchSource, CachedSource

@@ -140,9 +140,9 @@ def run_one(plan: Plan, count: int, seed: int) -> None:
         f"{name}-interpreter",
         lambda: interpreter_miou(interpreter, plan.work / "test-cache", tested(plan, masks)),
     )
-    once(f"{name}-labels", lambda: written(plan, interpreter, name, "10%"))
+    once(f"{name}-labels", lambda: written(plan, interpreter, name, 0.1))
     if plan.exact:
-        once(f"{name}-labels-exact", lambda: written(plan, interpreter, f"{name}-exact", "100%"))
+        once(f"{name}-labels-exact", lambda: written(plan, interpreter, f"{name}-exact", 1.0))
     runs = students(plan, name, seed)
     for arm, run in runs.items():
         once(f"{name}-{arm}-held-out", lambda run=run: held_out(run))
@@ -209,7 +209,7 @@ def subset(plan: Plan, count: int, seed: int) -> Path:
     return out
 
 
-def written(plan: Plan, interpreter: Path, name: str, share: str) -> dict[str, Any]:
+def written(plan: Plan, interpreter: Path, name: str, share: float) -> dict[str, Any]:
     """Write a label set and return what it costs and how exact it is."""
     assert plan.train_masks is not None
     options = LabelWriteOptions(

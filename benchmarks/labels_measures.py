@@ -18,7 +18,7 @@ from dtcache.student.blocks import resize
 from dtcache.student.logit_head import load_head
 from pipelines.evaluate.dense_features import open_trunk
 from pipelines.evaluate.masked_images import masked_images
-from pipelines.evaluate.segmentation import BATCH_SIZE, count_test
+from pipelines.evaluate.segmentation import BATCH_SIZE, Segmenter
 from pipelines.label.labelled_rows import images_with_masks
 
 
@@ -34,7 +34,7 @@ def interpreter_miou(folder: Path, test_cache: Path, options: EvaluateOptions) -
     classes = len(interpreter.spec.classes)
     counts = np.zeros((classes, classes), np.int64)
     for start in range(0, len(known), 32):
-        part = known.part(range(start, min(start + 32, len(known))))
+        part = known.take(range(start, min(start + 32, len(known))))
         coefficients, _ = cache.coefficients(part.rows, [0] * len(part), names)
         logits = resize(interpreter.network(decoder(coefficients)), part.truth_NHW.shape[1:])
         counts += confusion_matrix(
@@ -50,9 +50,10 @@ def own_miou(run: Path, options: EvaluateOptions) -> dict[str, float]:
     trunk = open_trunk(str(run / "backbone"), replace(options, finetune=False), BATCH_SIZE, compute)
     _, test = masked_images(options, trunk.view)
     head, spec = load_head(run / "head", trunk.shapes, trunk.input_size)
-    counts = count_test(
-        trunk, head.to(compute.device), test, len(spec.classes), BATCH_SIZE, compute
+    segmenter = Segmenter(
+        trunk=trunk, head=head.to(compute.device), batch_size=BATCH_SIZE, compute=compute
     )
+    counts = segmenter.confusion(test, len(spec.classes))
     return {"miou": 100 * mean_iou(counts)}
 
 

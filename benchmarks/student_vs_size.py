@@ -30,7 +30,7 @@ from dtcache.losses.objective import make_objective
 from dtcache.options import EvaluateOptions, ExtractOptions, TrainOptions
 from dtcache.store.summary import inspect_cache
 from dtcache.student import Augmentation, Student, build_student
-from pipelines.evaluate.evaluate import evaluate
+from pipelines.evaluate.classification import classify
 from pipelines.extract.extract import extract
 from pipelines.runs.folder import load_checkpoint
 from pipelines.train.distillation import Distillation, held_out_losses
@@ -104,7 +104,7 @@ def judged(plan: Experiment, arm: str, seed: int, reference: Path) -> dict[str, 
         device=plan.device,
         batch_size=256,
     )
-    probed = evaluate(str(out / "backbone"), probe)[0]
+    probed = classify(str(out / "backbone"), probe).rows[0]
     taps = Cache(reference).names
     curve = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dtcache.class_names import alike, numbered, warn_of_absent
+from dtcache.class_names import numbered, same_classes, warn_of_absent
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_numbers_stand_for_the_same_classes_as_far_as_both_name_them(
     known: tuple[str, ...], classes: tuple[str, ...], same: bool
 ) -> None:
     """Placeholders agree with any name; a list that ends earlier agrees as far as it goes."""
-    assert alike(known, classes) is same
+    assert same_classes(known, classes) is same
 
 
 def test_absent_classes_are_named_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,8 +84,8 @@ def test_the_verbs_are_the_documented_ones() -> None:
         ),
         (lambda: ExtractOptions(shard_rows=0), r"`shard_rows` 0: expected at least 1"),
         (
-            lambda: EvaluateOptions(train=Path("x"), neighbours=0),
-            r"`neighbours` 0: expected at least 1",
+            lambda: EvaluateOptions(train=Path("x"), k=0),
+            r"`k` 0: expected at least 1",
         ),
         (lambda: TrainOptions(lr=float("nan")), r"`lr` nan: expected at least 1e-12"),
         (lambda: TrainOptions(lr=0.0), r"`lr` 0.0: expected at least 1e-12"),

@@ -59,7 +59,8 @@ class MaskFolder:
             found = f"one alone, {values[0]}" if len(values) else "none"
             raise ImagesError(
                 f"{self.root}: expected masks of at least two classes, got {found} ({self.ignore} "
-                "is ignored); number the classes 0, 1, ..., or give another --ignore"
+                "is ignored); number the classes 0, 1, ..., or pass another "
+                "`ignore_index`"
             )
 
     def load(

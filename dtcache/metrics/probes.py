@@ -1,4 +1,7 @@
-"""Two probes of frozen features: k nearest neighbours and a linear classifier. N, M images; D values a feature."""
+"""Two probes of frozen features: k nearest neighbours and a linear classifier.
+
+N training images, M test images, D values per feature.
+"""
 
 import numpy as np
 import torch
@@ -11,14 +14,15 @@ from torch.nn import functional as F
 from dtcache.errors import ConfigError, ImagesError
 
 C_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Inverse strengths of the linear probe's L2 penalty that are tried."""
+"""Candidate inverse strengths of the linear probe's L2 penalty."""
 HELD_OUT_SHARE = 10
-"""One training image in so many is kept out while C is chosen."""
+"""One training image in ten is held out while C is chosen."""
 MAX_ITERATIONS = 1000
 TOLERANCE = 1e-3
-"""A tenth of this moves the accuracy on 10,000 images by 0.1 points or less, at twice to three times the iterations."""
+"""Tolerance of the solver. A tenth of it changes the accuracy on 10,000 images by at most 0.1 points and
+takes two to three times the iterations."""
 BLOCK = 1024
-"""Test images whose similarities to all training images are held at once."""
+"""Test images whose similarities to all training images are in memory together."""
 
 Features = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -27,14 +31,13 @@ Labels = NDArray[np.int64]
 def knn_predict(
     train_ND: Features, labels_N: Labels, test_MD: Features, k: int, device: torch.device
 ) -> Labels:
-    """Return the class of each test image (M,): the plain majority of its k nearest training images by cosine.
+    """Return the class of each test image (M,): the majority of its k nearest training images by cosine.
 
-    Of classes with equally many votes the one with the nearest neighbour wins. Raises ConfigError where k > N.
+    Votes are unweighted; of classes with equally many votes, the one with the nearest neighbour
+    wins. Raises ConfigError if k > N.
     """
     if not 1 <= k <= len(train_ND):
-        raise ConfigError(
-            f"--neighbours {k}: expected 1 to {len(train_ND)}, the number of training images"
-        )
+        raise ConfigError(f"`k` {k}: expected 1 to {len(train_ND)}, the number of training images")
     train_DN = F.normalize(torch.from_numpy(train_ND).to(device), dim=1).T
     predicted = []
     for start in range(0, len(test_MD), BLOCK):
@@ -48,26 +51,23 @@ def knn_predict(
 
 
 def linear_predict(train_ND: Features, labels_N: Labels, test_MD: Features) -> tuple[Labels, float]:
-    """Return the class of each test image (M,) by logistic regression on standardised features, and the C chosen.
+    """Return the class of each test image (M,) by logistic regression, and the chosen C.
 
-    C is the one of C_GRID (of equally good ones the smallest) that does best on the last tenth of the training
-    images, whose order is taken to be random; the probe is then fitted on all. Raises ImagesError for one class only.
+    Features are standardised. C is the value of C_GRID with the best accuracy on the last tenth of
+    the training images, which must be in random order; of equally good values, the smallest. The
+    probe is then fitted on all training images. Raises ImagesError if they have only one class.
     """
     kept = len(train_ND) - max(1, len(train_ND) // HELD_OUT_SHARE)
     if len(np.unique(labels_N[:kept])) < 2:
         raise ImagesError(
-            f"the linear probe needs training images of two classes or more, got {len(labels_N)} images of "
-            f"{len(np.unique(labels_N))}; raise --limit-train or give other --train images"
+            f"the linear probe needs training images of two classes or more, got {len(labels_N)} "
+            f"images of {len(np.unique(labels_N))}; pass a larger `limit_train` or other `train` "
+            "images"
         )
-    scores = [
-        float(
-            (
-                _fit(train_ND[:kept], labels_N[:kept], c).predict(train_ND[kept:])
-                == labels_N[kept:]
-            ).mean()
-        )
-        for c in C_GRID
-    ]
+    scores = []
+    for c in C_GRID:
+        probe = _fit(train_ND[:kept], labels_N[:kept], c)
+        scores.append(float((probe.predict(train_ND[kept:]) == labels_N[kept:]).mean()))
     best = C_GRID[int(np.argmax(scores))]
     predicted: Labels = _fit(train_ND, labels_N, best).predict(test_MD)
     return predicted, best

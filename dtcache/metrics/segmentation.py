@@ -1,18 +1,18 @@
-"""Counts and scores of predicted segmentation masks. C classes; shares are from 0 to 1."""
+"""Confusion counts and scores of predicted segmentation masks. C classes; scores are from 0 to 1."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 Counts = NDArray[np.int64]
-"""(C, C) pixels: a row for the true class, a column for the predicted one; counts of several masks add up."""
+"""(C, C) pixels, by true class (row) and predicted class (column); counts of several masks can be added."""
 
 
 def confusion_matrix(
     truth: NDArray[np.integer], predicted: NDArray[np.integer], classes: int, ignore: int
 ) -> Counts:
-    """Return the counts of masks of any, equal shape; pixels whose truth is `ignore` count nowhere.
+    """Return the counts of two masks of equal shape, without the pixels whose truth is `ignore`.
 
-    Both hold classes from 0 to `classes` - 1 wherever the truth is not `ignore`.
+    At all other pixels both masks hold class numbers from 0 to `classes` - 1.
     """
     kept = truth != ignore
     pairs = truth[kept].astype(np.int64) * classes + predicted[kept]
@@ -22,7 +22,8 @@ def confusion_matrix(
 def iou_per_class(counts: Counts) -> NDArray[np.float64]:
     """Return each class's intersection over union (C,); NaN for a class without a true pixel.
 
-    |T and P| / |T or P| of all pixels together (Everingham et al. 2015, The Pascal Visual Object Classes Challenge).
+    |T and P| / |T or P| over all pixels, T true and P predicted pixels of the class (Everingham et
+    al. 2015, The Pascal Visual Object Classes Challenge: A Retrospective).
     """
     hits = np.diag(counts)
     truth = counts.sum(1)
@@ -31,11 +32,11 @@ def iou_per_class(counts: Counts) -> NDArray[np.float64]:
 
 
 def mean_iou(counts: Counts) -> float:
-    """Return the mean IoU over the classes that have true pixels; NaN where there are none."""
+    """Return the mean IoU over the classes that have true pixels; NaN if no class has any."""
     occurs = counts.sum(1) > 0
     return float(iou_per_class(counts)[occurs].mean()) if occurs.any() else float("nan")
 
 
 def pixel_accuracy(counts: Counts) -> float:
-    """Return the share of pixels whose class is predicted rightly; NaN where there are none."""
+    """Return the share of pixels that are classified correctly; NaN if there are no pixels."""
     return float(np.trace(counts) / counts.sum()) if counts.sum() else float("nan")

@@ -9,17 +9,23 @@ from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed
 class DemoOptions(Options):
     """Options of `dtcache demo`."""
 
-    train_images: int = option(1500, "Scenes to cache and to train on.", minimum=1)
-    test_images: int = option(500, "Scenes to test on.", minimum=1)
+    train_images: int = option(1500, "Scenes to cache and train on.", minimum=1, group="Data")
+    test_images: int = option(500, "Scenes to test on.", minimum=1, group="Data")
+    timestep: int = option(50, "Diffusion timestep of the cache.", group="Data")
     students: str = option(
-        "resnet18,resnet10t", "Students to train from the one cache.", metavar="NAME,NAME"
+        "resnet18,resnet10t",
+        "Students to train from the same cache.",
+        metavar="NAME,NAME",
+        group="Student",
     )
-    epochs: int = option(12, "Epochs of each student.", minimum=1)
-    batch_size: int = option(64, "Samples a step.", minimum=2)
-    fpn_width: int = option(64, "Channels of the regressor's pyramid.", minimum=1)
-    timestep: int = option(50, "Diffusion step of the cache.")
+    fpn_width: int = option(64, "Channels of the regressor's pyramid.", minimum=1, group="Student")
+    epochs: int = option(12, "Epochs per student.", minimum=1, group="Optimisation")
+    batch_size: int = option(64, "Samples per step.", minimum=2, group="Optimisation")
     seed: int = seed_option("Seed of scenes, cache and students.")
-    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
+    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group="Hardware")
     precision: str = option(
-        "auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS
+        "auto",
+        "Autocast precision; auto is bf16 if the hardware has it.",
+        choices=PRECISIONS,
+        group="Hardware",
     )

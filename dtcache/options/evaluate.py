@@ -7,10 +7,18 @@ from dtcache.errors import ConfigError
 from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
 
 TASKS = {
-    "classification": ("neighbours",),
-    "segmentation": ("train_masks", "test_masks", "ignore", "head", "finetune", "epochs", "lr"),
+    "classification": ("k",),
+    "segmentation": (
+        "train_masks",
+        "test_masks",
+        "ignore_index",
+        "head",
+        "finetune",
+        "epochs",
+        "lr",
+    ),
 }
-"""What features are judged by, and the options that belong to one task alone."""
+"""Each task, and the options that only this task takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,65 +27,87 @@ class EvaluateOptions(Options):
 
     train: Path = option(
         "",
-        "Training images (folder tree, Parquet or tars); labelled, to classify.",
+        "Training images: folder tree, Parquet or tars; labelled for classification.",
         metavar="IMAGES",
+        group="Data",
     )
-    test: Path | None = option(None, "Test images [default: a fifth of --train].", metavar="IMAGES")
-    task: str = option("classification", "What the features are judged by.", choices=tuple(TASKS))
+    test: Path | None = option(
+        None,
+        "Test images [default: a fifth of the training images].",
+        metavar="IMAGES",
+        group="Data",
+    )
+    task: str = option(
+        "classification", "Task that the features are evaluated on.", choices=tuple(TASKS)
+    )
     size: str | None = option(
         None,
-        "Input size [default: the one trained with; 32 for raw pixels]; segmentation: the masks' size too.",
+        "Input size, and the masks' size [default: that of training; 32 for raw pixels].",
         metavar="H[xW]",
+        group="Data",
     )
     limit_train: int | None = option(
-        None, "Use N training images of the permuted order.", minimum=1
+        None, "Use N training images of the permuted order.", minimum=1, group="Data"
     )
-    limit_test: int | None = option(None, "Use N test images of the permuted order.", minimum=1)
-    neighbours: int = option(20, "Classification: k of k-NN.", minimum=1)
+    limit_test: int | None = option(
+        None, "Use N test images of the permuted order.", minimum=1, group="Data"
+    )
+    k: int = option(20, "Neighbours of k-NN.", minimum=1, group="Classification")
     train_masks: Path | None = option(
-        None, "Segmentation: masks of --train (PNG, found by key).", metavar="DIR"
-    )
-    test_masks: Path | None = option(None, "Segmentation: masks of --test.", metavar="DIR")
-    ignore: int | None = option(
         None,
-        "Segmentation: value of pixels that count nowhere [default: that of DIR/classes.toml, else 255].",
+        "Masks of the training images (PNG, found by key).",
+        metavar="DIR",
+        group="Segmentation",
+    )
+    test_masks: Path | None = option(
+        None, "Masks of the test images.", metavar="DIR", group="Segmentation"
+    )
+    ignore_index: int | None = option(
+        None,
+        "Mask value excluded from loss and scores [default: that of classes.toml, else 255].",
         minimum=0,
+        group="Segmentation",
     )
     head: str = option(
         "linear",
-        "Segmentation: a 1x1 convolution of all levels, an FPN, or the head that a run with --labels has trained.",
+        "1x1 convolution, FPN, or the trained head of a run with labels.",
         metavar="linear|fpn|RUN",
+        group="Segmentation",
     )
     finetune: bool = option(
-        False, "Segmentation: train the backbone too, or only the head.", off="frozen"
+        False, "Train the backbone too, or only the head.", off="frozen", group="Segmentation"
     )
-    epochs: int = option(40, "Segmentation: passes over the training images.", minimum=1)
+    epochs: int = option(40, "Passes over the training images.", minimum=1, group="Segmentation")
     lr: float | None = option(
         None,
-        "Segmentation: peak rate of the head, a tenth of it for the backbone [default: 5e-3 linear, else 1e-3].",
+        "Peak learning rate of the head; the backbone's is a tenth of it "
+        "[default: 5e-3 linear, else 1e-3].",
         minimum=1e-12,
+        group="Segmentation",
     )
     teacher: str | None = option(
         None,
-        "Teacher for images that are not in the cache, when MODEL is one.",
+        "Teacher of the cache, for images that it lacks.",
         metavar="DIR_OR_ID",
+        group="Data",
     )
     batch_size: int | None = option(
-        None, "Images a pass [default: 128; segmentation: 16].", minimum=1
+        None, "Images per batch [default: 128; segmentation: 16].", minimum=1, group="Hardware"
     )
     seed: int = seed_option("Seed of random weights, splits and training.")
-    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
+    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group="Hardware")
     precision: str = option(
-        "auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS
+        "auto",
+        "Autocast precision; auto is bf16 if the hardware has it.",
+        choices=PRECISIONS,
+        group="Hardware",
     )
 
     def require_task(self, task: str) -> None:
-        """Raise ConfigError where the task is another one, or where an option is set that belongs to another one."""
+        """Raise ConfigError if `task` is another one, or if an option of another task is set."""
         if self.task != task:
-            raise ConfigError(f"--task {self.task}: expected {task}")
+            raise ConfigError(f"`task='{self.task}'`: expected `task='{task}'`")
         others = [name for other, names in TASKS.items() if other != task for name in names]
         for f in fields(self):
             if f.name in others and getattr(self, f.name) != f.default:
-                raise ConfigError(
-                    f"--{f.name.replace('_', '-')}: not an option of --task {task}; leave it out"
-                )
+                raise ConfigError(f"`{f.name}`: not an option of `task='{task}'`; leave it out")

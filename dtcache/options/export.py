@@ -9,4 +9,4 @@ from dtcache.options.field import Options, option
 class ExportOptions(Options):
     """Options of `dtcache export`."""
 
-    to: str = option("timm", "The library that is to read it.", choices=("timm", "torchvision"))
+    to: str = option("timm", "Library that will load the weights.", choices=("timm", "torchvision"))

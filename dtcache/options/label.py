@@ -1,9 +1,12 @@
-"""Options of label distillation: fit an interpreter, write soft labels."""
+"""Options of label distillation: `dtcache label fit` and `dtcache label write`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtcache.errors import ConfigError
 from dtcache.options.field import AUTO_DEVICE, Options, option, seed_option
+
+IGNORE_HELP = "Mask value excluded from loss and scores [default: that of classes.toml, else 255]."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -11,41 +14,48 @@ class LabelFitOptions(Options):
     """Options of `dtcache label fit`."""
 
     masks: Path | None = option(
-        None, "Folder of masks (PNG), found by the images' keys.", metavar="DIR"
+        None, "Folder of masks (PNG, found by key).", metavar="DIR", group="Data"
     )
     level: str = option(
         "pixel",
-        "pixel: from --masks. image: from the labels in the cache's own index.",
+        "Label pixels by masks, or images by the cache's own labels.",
         choices=("pixel", "image"),
+        group="Data",
     )
-    ignore: int | None = option(
-        None, "Mask value that counts nowhere [default: classes.toml's, else 255].", minimum=0
-    )
+    ignore_index: int | None = option(None, IGNORE_HELP, minimum=0, group="Data")
     validation: float = option(
-        0.2, "Share of the labelled images held out to score it; 0: none.", minimum=0
+        0.2, "Share of the labelled images held out for scoring; 0: none.", minimum=0, group="Data"
     )
     limit: int | None = option(
-        None, "Use the first N labelled images of the cache's order.", minimum=1
+        None, "Use the first N labelled images of the cache's order.", minimum=1, group="Data"
     )
     taps: str | None = option(
         None,
-        "Strides or names of the taps to read [default: all in the cache].",
+        "Strides or names of the taps to read [default: all].",
         metavar="TAP,TAP,...",
+        group="Data",
     )
-    timestep: int | None = option(None, "Timestep to read [default: all in the cache].")
+    timestep: int | None = option(None, "Timestep to read [default: all].", group="Data")
     images: Path | None = option(
         None,
-        "The cache's images: masks must have their sizes; pictured where it stores none.",
+        "The cache's images, to check mask sizes and to show them in predictions.png.",
         metavar="IMAGES",
+        group="Data",
     )
-    width: int = option(256, "Channels of the fuse layers, a multiple of 32.", minimum=32)
-    epochs: int = option(100, "Passes over the labelled images.", minimum=1)
-    warmup_epochs: int = option(20, "Epochs of linear warm-up, cosine decay after it.", minimum=0)
-    batch_size: int = option(8, "Images a step.", minimum=1)
-    lr: float = option(4e-3, "Peak learning rate of AdamW.", minimum=0)
-    weight_decay: float = option(0.05, "Weight decay; none on norms and biases.", minimum=0)
-    seed: int = seed_option("Seed of weights, order, flips and of what is held out.")
-    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
+    width: int = option(
+        256, "Channels of the fuse layers, a multiple of 32.", minimum=32, group="Interpreter"
+    )
+    epochs: int = option(100, "Passes over the labelled images.", minimum=1, group="Optimisation")
+    warmup_epochs: int = option(
+        20, "Epochs of linear warm-up; then cosine decay.", minimum=0, group="Optimisation"
+    )
+    batch_size: int = option(8, "Images per step.", minimum=1, group="Optimisation")
+    lr: float = option(4e-3, "Peak learning rate of AdamW.", minimum=0, group="Optimisation")
+    weight_decay: float = option(
+        0.05, "Weight decay; none on norms and biases.", minimum=0, group="Optimisation"
+    )
+    seed: int = seed_option("Seed of weights, order, flips and the held-out images.")
+    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group="Hardware")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,19 +63,31 @@ class LabelWriteOptions(Options):
     """Options of `dtcache label write`."""
 
     name: str = option("", "Name of the label set: CACHE/labels/NAME.", metavar="NAME")
-    share: str = option(
-        "10%", "Most bytes that it takes, as a share of the features'.", metavar="SHARE"
+    share: float = option(
+        0.1, "Largest size, as a share of the features' bytes, over 0 up to 1.", metavar="SHARE"
     )
     masks: Path | None = option(
-        None, "Known masks: record how far the stored labels agree with them.", metavar="DIR"
+        None,
+        "Known masks; the agreement of the stored labels with them is recorded.",
+        metavar="DIR",
+        group="Data",
     )
-    ignore: int | None = option(
-        None, "Mask value that counts nowhere [default: classes.toml's, else 255].", minimum=0
-    )
+    ignore_index: int | None = option(None, IGNORE_HELP, minimum=0, group="Data")
     images: Path | None = option(
-        None, "The cache's images: --masks must have their sizes.", metavar="IMAGES"
+        None, "The cache's images, to check mask sizes.", metavar="IMAGES", group="Data"
     )
     batch_size: int = option(
-        64, "Views a pass of the interpreter; a constant of the recipe.", minimum=1
+        64,
+        "Views per pass of the interpreter; recorded in the recipe.",
+        minimum=1,
+        group="Hardware",
     )
-    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
+    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group="Hardware")
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError if an option is out of its bounds."""
+        Options.__post_init__(self)
+        if not 0 < self.share <= 1:
+            raise ConfigError(
+                f"`share` {self.share:g}: expected a number over 0 and up to 1, such as 0.1"
+            )

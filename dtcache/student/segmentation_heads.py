@@ -1,4 +1,7 @@
-"""Segmentation heads: from the maps of a network to a score a class and place. B images, C channels, K classes."""
+"""Segmentation heads: from feature maps to a score per class and position.
+
+B images, C channels, H rows, W columns, K classes.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,15 +19,19 @@ LEVELS = 4
 
 
 class LinearHead(nn.Module):
-    """A 1x1 convolution of all maps, their channels standardised, enlarged bilinearly to the finest and concatenated.
+    """One 1x1 convolution over all maps, standardised, upsampled to the finest and concatenated.
 
-    Each map's share of the convolution is taken before it is enlarged: both are linear and bilinear weights add up to
-    one, so that the result is the same, and of K channels in the place of thousands. Statistics are those of each map
-    on its own grid, as in the linear heads of DINOv2 (Oquab et al. 2023, 7.4).
+    Each map is convolved before it is upsampled. The result is the same, as both operations are
+    linear and bilinear weights sum to one, but K channels are upsampled instead of thousands.
+    Channels are standardised on each map's own grid, as in the linear heads of DINOv2 (Oquab et al.
+    2023, section 7.4).
     """
 
     def __init__(self, shapes: Shapes, classes: int, *, momentum: float | None) -> None:
-        """Read maps of these shapes; `momentum` None averages the statistics over all of the training."""
+        """Read maps of these shapes.
+
+        `momentum` is that of the running statistics; None averages them over the whole training.
+        """
         super().__init__()
         self.norms = nn.ModuleList(
             nn.BatchNorm2d(c, affine=False, momentum=momentum) for c, _, _ in shapes
@@ -46,20 +53,24 @@ class LinearHead(nn.Module):
 
 
 class FpnHead(nn.Module):
-    """The FPN decoder of segmentation-models-pytorch (Kirillov et al. 2019) over a backbone as its encoder.
+    """The FPN decoder of segmentation-models-pytorch (Kirillov et al. 2019) over a backbone's maps.
 
-    Of a backbone with one map only, a simple pyramid makes four.
+    If the backbone has one map only, a simple pyramid makes four of it.
     """
 
     def __init__(self, shapes: Shapes, classes: int, input_size: tuple[int, int]) -> None:
-        """Read maps of these shapes. Raises ConfigError without that library, or where it does not take such maps."""
+        """Read maps of these shapes.
+
+        Raises ConfigError if segmentation-models-pytorch is not installed, or if the maps are not
+        four, each half as large as the one before.
+        """
         super().__init__()
         try:
             from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
         except ImportError as error:
             raise ConfigError(
-                f"--head fpn: segmentation-models-pytorch cannot be imported ({error}); run pip install "
-                "'dtcache[segmentation]', or give --head linear"
+                f"`head='fpn'`: segmentation-models-pytorch cannot be imported ({error}); run pip "
+                "install 'dtcache[segmentation]', or pass `head='linear'`"
             ) from error
         self.pyramid = None
         if len(shapes) == 1:
@@ -69,12 +80,14 @@ class FpnHead(nn.Module):
                     (x.shape[1], x.shape[2], x.shape[3])
                     for x in self.pyramid(torch.zeros(1, *shapes[0]))
                 ]
-        shapes, grids = shapes[-LEVELS:], [(h, w) for _, h, w in shapes[-LEVELS:]]
+        shapes = shapes[-LEVELS:]
+        grids = [(h, w) for _, h, w in shapes]
         if len(grids) < LEVELS or any((2 * h, 2 * w) != fine for fine, (h, w) in pairwise(grids)):
             raise ConfigError(
-                f"--head fpn: expected four maps, each twice as fine as the next, got grids of "
-                f"{', '.join(f'{h}x{w}' for h, w in grids)} at an input of {input_size[0]}x{input_size[1]} pixels; "
-                "give a --size in multiples of 32, or --head linear"
+                "`head='fpn'`: expected four maps, each twice as fine as the next, got grids of "
+                f"{', '.join(f'{h}x{w}' for h, w in grids)} at an input of "
+                f"{input_size[0]}x{input_size[1]} pixels; pass a `size` in multiples of 32, or "
+                "`head='linear'`"
             )
         self.decoder = FPNDecoder(encoder_channels=[c for c, _, _ in shapes])
         self.score = nn.Conv2d(self.decoder.out_channels, classes, 1)

@@ -1,1 +1,1 @@
-"""Accuracy of frozen or finetuned features on labelled images."""
+"""`dtcache evaluate`: accuracy of frozen or finetuned features on labelled images."""

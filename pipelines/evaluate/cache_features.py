@@ -1,4 +1,7 @@
-"""A cache's taps as maps of any of its images, or of others: read where cached, else computed. B images a batch."""
+"""Feature maps of any images as a cache has them: read if cached, else computed by its teacher.
+
+B images per batch; maps are (B, C, H, W).
+"""
 
 import hashlib
 import sys
@@ -14,58 +17,61 @@ from dtcache.errors import ConfigError, ImagesError
 from dtcache.images import ImageSource, LoadedView
 from dtcache.payloads import pack
 from dtcache.recipe import Sample
+from dtcache.teacher import Teacher
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches
 from pipelines.extract.recipe_options import cache_teacher
 
+SURVEY_BATCH = 256
+
 
 class CachedMaps:
-    """Decoded whitened maps of a cache's taps, draw 0: read where cached, else computed by the teacher."""
+    """Decoded whitened maps of a cache's taps, draw 0: read if cached, else computed by the teacher."""
 
     def __init__(self, cache: Cache, teacher: str | None, compute: Compute) -> None:
-        """Index the cache by image content. Raises TeacherError where `teacher` is not the one of the cache."""
+        """Index the cache by image content. Raises TeacherError if `teacher` is not the cache's own."""
         self.cache = cache
         self._compute = compute
         rows = cache.reader.usable_rows
         content = cache.reader.samples["content_sha256"].take(rows).to_pylist()
         self._row_of = dict(zip(content, rows.tolist(), strict=True))
         self._decoder = cache.decoder(cache.names).to(compute.device)
-        device = str(compute.device)
+        manifest = cache.reader.manifest
         self._teacher = (
-            cache_teacher(cache.reader.root, cache.reader.manifest, teacher, device)
+            cache_teacher(cache.reader.root, manifest, teacher, str(compute.device))
             if teacher
             else None
         )
-        self._tells_labels = (
-            cache.reader.manifest.recipe["teacher"].get("condition", {}).get("kind") == "label"
-        )
+        condition = manifest.recipe["teacher"].get("condition", {})
+        self._conditioned_on_labels = condition.get("kind") == "label"
         self._encoder = FeatureEncoder(cache.fit, compute.device)
         self._host = HostDecoder(cache.fit)
 
     def require(self, train: EvaluatedImages, test: EvaluatedImages) -> None:
-        """Raise ConfigError where images are not in the cache and no teacher is there to compute them.
+        """Raise ConfigError if images are not in the cache and there is no teacher to compute them.
 
-        Raises ImagesError where the teacher is told labels, and these images have others.
+        Raises ImagesError if the teacher is conditioned on labels and these images have other
+        classes than the cache. Warns of a teacher that is conditioned on labels.
         """
-        if self._tells_labels:
+        if self._conditioned_on_labels:
             print(
-                f"warning: the teacher of {self.cache.reader.root} was told each image's label; a probe may find it "
-                "in the features",
+                f"warning: the teacher of {self.cache.reader.root} was conditioned on each image's "
+                "label; a probe may read the label from the features",
                 file=sys.stderr,
             )
         if self._teacher is not None:
             for images in (train, test):
-                self._require_labels(images.source)
+                self._require_labels(self._teacher, images.source)
             return
         missing = total = 0
         for images in (train, test):
-            for batch in load_batches(images, self.cache.view, 256):
-                good = [v for v in batch if v.pixels_CHW is not None]
-                missing += sum(_content(v) not in self._row_of for v in good)
-                total += len(good)
+            for batch in load_batches(images, self.cache.view, SURVEY_BATCH):
+                decoded = [loaded for loaded in batch if loaded.pixels_CHW is not None]
+                missing += sum(_content(loaded) not in self._row_of for loaded in decoded)
+                total += len(decoded)
         if missing:
             raise ConfigError(
-                f"{self.cache.reader.root}: {missing} of {total} images are not in the cache; give the cache's "
-                "--teacher to compute their features, or images that were cached"
+                f"{self.cache.reader.root}: {missing} of {total} images are not in the cache; pass "
+                "the cache's `teacher` to compute their features, or pass cached images only"
             )
 
     @torch.no_grad()
@@ -76,19 +82,19 @@ class CachedMaps:
         reduce: Callable[[Tensor], Tensor] = lambda x_BCHW: x_BCHW,
         mirrored: Sequence[bool] | None = None,
     ) -> dict[str, Tensor]:
-        """Return what `reduce` makes of maps (B, C, H, W) on the device, fp32 by array; the two lists run together.
+        """Return `reduce` of maps (B, C, H, W), fp32 on the device, by array.
 
-        `mirrored` asks for maps of the mirrored images, which a cache with flips has. NaN where the teacher's output is
-        not finite.
+        `batch` and `samples` are parallel lists. `mirrored` selects the maps of mirrored images,
+        which a cache with flips has. Maps are NaN if the teacher's output is not finite.
         """
         names = self.cache.names
         flips = list(mirrored) if mirrored is not None else [False] * len(batch)
-        found: dict[str, list[Tensor | None]] = {name: [None] * len(batch) for name in names}
+        reduced: dict[str, list[Tensor | None]] = {name: [None] * len(batch) for name in names}
 
-        def put(name: str, places: Sequence[int], coefficients_BN: Tensor) -> None:
-            decoded = self._decoder({name: coefficients_BN.to(self._compute.device)})
-            for place, value in zip(places, reduce(decoded[name]), strict=True):
-                found[name][place] = value
+        def put(name: str, positions: Sequence[int], coefficients_BN: Tensor) -> None:
+            maps = self._decoder({name: coefficients_BN.to(self._compute.device)})[name]
+            for position, value in zip(positions, reduce(maps), strict=True):
+                reduced[name][position] = value
 
         row_of = [self._row_of.get(_content(loaded)) for loaded in batch]
         cached = [i for i, row in enumerate(row_of) if row is not None]
@@ -100,51 +106,67 @@ class CachedMaps:
         missing = [i for i, row in enumerate(row_of) if row is None]
         step = self._teacher.spec.batch_size if self._teacher else len(batch)
         for start in range(0, len(missing), step):
-            part = missing[start : start + step]
+            chunk = missing[start : start + step]
             draws = self._raw_draws(
-                [batch[i] for i in part], [samples[i] for i in part], [flips[i] for i in part]
+                [batch[i] for i in chunk], [samples[i] for i in chunk], [flips[i] for i in chunk]
             )
             for name in names:
                 encoded = self._encoder.encode(name, *(raw[name] for raw in draws))
-                good = [place for place, view in enumerate(encoded) if view.finite]
-                if good:
-                    values, _ = self._host.decode(
-                        name, pack([encoded[place].payload for place in good])
-                    )
-                    put(name, [part[place] for place in good], values)
-        return {name: self._stacked(name, found[name], reduce) for name in names}
+                finite = [i for i, view in enumerate(encoded) if view.finite]
+                if finite:
+                    payloads = pack([encoded[i].payload for i in finite])
+                    values, _ = self._host.decode(name, payloads)
+                    put(name, [chunk[i] for i in finite], values)
+        return {name: self._stacked(name, reduced[name], reduce) for name in names}
 
     def _stacked(
         self, name: str, values: list[Tensor | None], reduce: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        nothing = torch.full((1, *self.cache.shape(name)), torch.nan, device=self._compute.device)
-        return torch.stack([reduce(nothing)[0] if value is None else value for value in values])
+        """Return values as one tensor; NaN for None."""
+        nan_1CHW = torch.full((1, *self.cache.shape(name)), torch.nan, device=self._compute.device)
+        return torch.stack([reduce(nan_1CHW)[0] if value is None else value for value in values])
 
-    def _require_labels(self, source: ImageSource) -> None:
-        assert self._teacher is not None, "asked where there is one"
-        self._teacher.require_labels(source.keys, source.labels)
+    def _require_labels(self, teacher: Teacher, source: ImageSource) -> None:
+        teacher.require_labels(source.keys, source.labels)
         cached = self.cache.reader.manifest.classes
-        if self._tells_labels and cached and source.classes and list(cached) != source.classes:
+        if (
+            self._conditioned_on_labels
+            and cached
+            and source.classes
+            and list(cached) != source.classes
+        ):
             raise ImagesError(
-                f"expected the classes of {self.cache.reader.root}, whose teacher is told them, got others; labels "
-                "are places in the sorted class names, so both must have the same"
+                f"expected the classes of {self.cache.reader.root}, on which its teacher is "
+                "conditioned, got others. Labels are positions in the sorted class names; use the "
+                "same classes in both"
             )
 
     def _raw_draws(
         self, batch: Sequence[LoadedView], samples: Sequence[Sample], flips: Sequence[bool]
     ) -> list[dict[str, Tensor]]:
-        """Return the teacher's raw features by array under the cache's recipe: draw 0, or all that it averages."""
-        assert self._teacher is not None, (
-            "require() refuses images that neither cache nor teacher serve"
-        )
+        """Return the teacher's raw features (B, C, H, W) by array, under the cache's recipe.
+
+        One dictionary per draw: draw 0 alone, or all draws that the cache averages. Raises
+        ConfigError without a teacher.
+        """
+        if self._teacher is None:
+            raise ConfigError(
+                f"{self.cache.reader.root}: {len(batch)} images are not in the cache; pass the "
+                "cache's `teacher` to compute their features"
+            )
         recipe = self.cache.reader.manifest.recipe
         draws = range(recipe["draws"] if recipe["average"] else 1)
         inputs = [
             self._teacher.input(
-                v.pixels_CHW, sample.key, flip, seed=recipe["seed"], draws=draws, label=sample.label
+                loaded.pixels_CHW,
+                sample.key,
+                flip,
+                seed=recipe["seed"],
+                draws=draws,
+                label=sample.label,
             )
-            for v, sample, flip in zip(batch, samples, flips, strict=True)
-            if v.pixels_CHW is not None
+            for loaded, sample, flip in zip(batch, samples, flips, strict=True)
+            if loaded.pixels_CHW is not None
         ]
         return list(self._teacher.features(self._teacher.batch(inputs)))
 

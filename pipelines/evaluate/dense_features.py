@@ -1,4 +1,4 @@
-"""What gives the maps that a segmentation head reads: a backbone, or a cache's taps. B images a batch."""
+"""Feature maps that a segmentation head reads: a backbone's, or those of a cache's taps. B images."""
 
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +23,7 @@ from pipelines.evaluate.pooled_features import NetworkFeatures, open_backbone, s
 
 
 class Trunk(Protocol):
-    """What gives the maps that a head reads."""
+    """A source of feature maps."""
 
     @property
     def name(self) -> str:
@@ -31,26 +31,26 @@ class Trunk(Protocol):
 
     @property
     def view(self) -> ViewSpec:
-        """What it wants to see of an image; masks are of this size too."""
+        """View of the images; masks have this size too."""
 
     @property
     def shapes(self) -> Shapes:
-        """(C, H, W) of its maps, finest first."""
+        """(C, H, W) of the maps, finest first."""
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """(height, width) of the images that maps are made of."""
+        """(height, width) of the network's input."""
 
     @property
     def backbone(self) -> nn.Module | None:
-        """What there is to finetune."""
+        """The network that can be finetuned; None for a cache."""
 
     @property
     def mirrors(self) -> bool:
-        """Whether it has maps of mirrored images."""
+        """Whether maps of mirrored images are available."""
 
     def prepare(self, train: EvaluatedImages, test: EvaluatedImages) -> None:
-        """Look at the images before any maps are asked for."""
+        """Prepare for these images; called once, before `maps`."""
 
     def maps(
         self,
@@ -59,18 +59,22 @@ class Trunk(Protocol):
         augmentation: Augmentation | None,
         step: int,
     ) -> list[Tensor]:
-        """Return the maps of images, mirrored where told, then cropped and jittered by `augmentation` as of a step."""
+        """Return maps (B, C, H, W), finest first.
+
+        Images are mirrored where `mirrored_B` is true, then cropped and jittered by `augmentation`, whose
+        draws depend on `step`.
+        """
 
 
 class NetworkTrunk:
-    """A backbone, frozen in evaluation mode unless it is finetuned."""
+    """A backbone, in evaluation mode unless it is finetuned."""
 
     mirrors = True
 
     def __init__(
         self, model: str, options: EvaluateOptions, batch_size: int, compute: Compute
     ) -> None:
-        """Open a backbone folder or a timm name. Raises ConfigError where it is neither."""
+        """Open a backbone folder or a timm name. Raises ConfigError if `model` is neither."""
         backbone, view, size = open_backbone(model, options)
         self.view = ViewSpec(height=size[0], width=size[1], fit=view.fit) if options.size else view
         self.name = backbone.name
@@ -91,32 +95,33 @@ class NetworkTrunk:
         augmentation: Augmentation | None,
         step: int,
     ) -> list[Tensor]:
-        """Return the maps of images."""
+        """Return maps (B, C, H, W), finest first; with gradients only if the backbone is finetuned."""
         images_BCHW = mirror(stack_pixels(batch.loaded), mirrored_B)
         if augmentation is not None:
             images_BCHW = augmentation.images(images_BCHW, step, batch.rows, self.input_size)
         with torch.set_grad_enabled(self._finetune and torch.is_grad_enabled()):
-            found: list[Tensor] = self.backbone(self._features.normalised(images_BCHW))
-        return found
+            maps: list[Tensor] = self.backbone(self._features.normalised(images_BCHW))
+        return maps
 
 
 class CacheTrunk:
-    """All taps of a cache: draw 0, in the whitened scale that students learn."""
+    """All taps of a cache: draw 0, whitened as students learn them."""
 
     name = "cache"
     backbone = None
 
     def __init__(self, root: Path, options: EvaluateOptions, compute: Compute) -> None:
-        """Open a cache. Raises ConfigError for options that it cannot serve, and what opening raises."""
-        fixed = {
-            "--finetune": options.finetune,
-            f"--head {options.head}": options.head != "linear",
-            "--size": options.size,
+        """Open a cache. Raises ConfigError for options of a backbone, and what opening a cache raises."""
+        backbone_options = {
+            "`finetune`": options.finetune,
+            f"`head='{options.head}'`": options.head != "linear",
+            "`size`": options.size,
         }
-        for flag, given in fixed.items():
-            if given:
+        for option, is_set in backbone_options.items():
+            if is_set:
                 raise ConfigError(
-                    f"{flag}: expected with a backbone, got the cache {root}; its features are fixed"
+                    f"{option}: expected a backbone, got the cache {root}, whose features are "
+                    "fixed; leave it out"
                 )
         self._maps = CachedMaps(Cache(root), options.teacher, compute)
         cache = self._maps.cache
@@ -127,7 +132,7 @@ class CacheTrunk:
         self.shapes = [cache.shape(name) for name in self._names]
 
     def prepare(self, train: EvaluatedImages, test: EvaluatedImages) -> None:
-        """Raise where neither cache nor teacher serve the images."""
+        """Raise what `CachedMaps.require` raises."""
         self._maps.require(train, test)
 
     def maps(
@@ -137,25 +142,33 @@ class CacheTrunk:
         augmentation: Augmentation | None,
         step: int,
     ) -> list[Tensor]:
-        """Return the maps of images. Raises TrainingError where the teacher's output is not finite."""
-        assert augmentation is None, "a cache is not finetuned"
-        found = self._maps(batch.loaded, batch.samples, mirrored=mirrored_B.tolist())
-        for sample, *values in zip(batch.samples, *found.values(), strict=True):
-            if not all(bool(x.isfinite().all()) for x in values):
+        """Return maps (B, C, H, W), finest first.
+
+        Raises TrainingError if the teacher's output is not finite, ConfigError for crops and jitter.
+        """
+        if augmentation is not None:
+            raise ConfigError("a cache's features are fixed; crops and jitter need a backbone")
+        by_name = self._maps(batch.loaded, batch.samples, mirrored=mirrored_B.tolist())
+        for sample, *maps in zip(batch.samples, *by_name.values(), strict=True):
+            if not all(bool(x_CHW.isfinite().all()) for x_CHW in maps):
                 raise TrainingError(
-                    f"the teacher's features of image {sample.key} are not finite; leave the image out"
+                    f"the teacher's features of image {sample.key} are not finite; leave the image "
+                    "out"
                 )
-        return [found[name] for name in self._names]
+        return [by_name[name] for name in self._names]
 
 
 def open_trunk(model: str, options: EvaluateOptions, batch_size: int, compute: Compute) -> Trunk:
-    """Return what a model gives maps by. Raises ConfigError where it is of no known kind, and what its parts raise."""
+    """Return the trunk of a cache, a backbone folder or a timm name.
+
+    Raises ConfigError if `model` is none of these, and what opening it raises.
+    """
     if (Path(model) / MANIFEST).is_file():
         return CacheTrunk(Path(model), options, compute)
     return NetworkTrunk(model, options, batch_size, compute)
 
 
 def mirror(x_B_W: Tensor, mirrored_B: NDArray[np.bool_]) -> Tensor:
-    """Return images, or masks, of which those told are mirrored."""
+    """Return images or masks (B, ..., W), mirrored where `mirrored_B` is true."""
     flips_B = torch.from_numpy(mirrored_B).view(-1, *(1,) * (x_B_W.ndim - 1))
     return torch.where(flips_B, x_B_W.flip(-1), x_B_W)

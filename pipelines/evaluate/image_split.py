@@ -1,4 +1,4 @@
-"""The images of an evaluation: two sides of them, permuted, in batches."""
+"""The images of an evaluation: a training and a test set, permuted, in batches."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -17,15 +17,16 @@ DECODE_THREADS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluatedImages:
-    """One side of an evaluation."""
+    """The training or the test images of an evaluation."""
 
     title: str
+    """`training images` or `test images`, for messages."""
     source: ImageSource
     indices: list[int]
-    """Places in the source's order, permuted."""
+    """Indices into the source, permuted."""
 
     def chosen(self, indices: list[int]) -> "EvaluatedImages":
-        """Return the same side with these images only."""
+        """Return the same set restricted to these indices."""
         return replace(self, indices=indices)
 
 
@@ -34,12 +35,12 @@ def split_images(
 ) -> tuple[EvaluatedImages, EvaluatedImages]:
     """Return all training and all test images, opened by `open_images`, each permuted by the seed.
 
-    Without --test, the last fifth of the permuted training images is it. Raises ConfigError without --train, and what
-    `open_images` raises.
+    If no test images are given, the last fifth of the permuted training images is held out. Raises
+    ConfigError if no training images are given, and what `open_images` raises.
     """
     if not options.train or not str(options.train):
         raise ConfigError(
-            "--train: expected labelled training images (a folder tree of classes, or Parquet)"
+            "`train`: expected labelled training images (a folder tree of classes, or Parquet)"
         )
     train = open_images(options.train)
     order = permuted(len(train.keys), seed=options.seed, stream="evaluate-train").tolist()
@@ -47,12 +48,13 @@ def split_images(
         test = open_images(options.test)
         test_order = permuted(len(test.keys), seed=options.seed, stream="evaluate-test").tolist()
     else:
-        held = len(order) // 5
+        held_out = len(order) // 5
         test = train
-        test_order = order[len(order) - held :]
-        order = order[: len(order) - held]
+        test_order = order[len(order) - held_out :]
+        order = order[: len(order) - held_out]
         print(
-            f"no --test: {held} of {len(train.keys)} training images are held out as test images",
+            f"no test images given: {held_out} of {len(train.keys)} training images are held out "
+            "as test images",
             file=sys.stderr,
         )
     return (

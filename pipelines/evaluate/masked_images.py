@@ -1,4 +1,4 @@
-"""Images with their segmentation masks: two sides of an evaluation, and batches of either. B images of H x W pixels."""
+"""Images with segmentation masks: a training and a test set, in batches. B images of H x W pixels."""
 
 import sys
 from collections.abc import Iterator
@@ -17,55 +17,57 @@ from pipelines.evaluate.image_split import EvaluatedImages, load_batches, split_
 from pipelines.terminal.progress import track
 
 VALUES = 256
-SURVEYED_AT_ONCE = 64
+SURVEY_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskedBatch:
-    """Some images with their masks."""
+    """Images with their masks."""
 
     loaded: list[LoadedView]
-    """None of them failed."""
+    """Decoded views; none of them failed."""
     samples: list[Sample]
     masks_BHW: NDArray[np.uint8]
-    """Class numbers, and the value that is ignored."""
+    """Class numbers, or the ignore index."""
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """Return the images' places (B,) in their source."""
+        """Indices (B,) of the images in their source."""
         return np.array([view.index for view in self.loaded], np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskedImages:
-    """One side of an evaluation by segmentation: every image can be used and has a mask."""
+    """The training or the test set of a segmentation: every image can be decoded and has a mask."""
 
     images: EvaluatedImages
     masks: MaskFolder
     pixels: NDArray[np.int64]
-    """(256,): pixels of each value, as the view shows them; none of the one that is ignored."""
+    """(256,): pixels per mask value at the size of the view; 0 for the ignore index."""
 
     def batches(self, view: ViewSpec, size: int) -> Iterator[MaskedBatch]:
         """Yield the images in order, `size` at a time; the last batch may be short."""
         return _masked_batches(self.images, self.masks, view, size)
 
     def chosen(self, indices: list[int]) -> "MaskedImages":
-        """Return the same side with these images only; `pixels` stay those of all."""
+        """Return the same set restricted to these indices; `pixels` still counts all images."""
         return replace(self, images=self.images.chosen(indices))
 
 
 def masked_images(options: EvaluateOptions, view: ViewSpec) -> tuple[MaskedImages, MaskedImages]:
-    """Return the training and the test images that have a mask, as many as the limits allow.
+    """Return the training and the test images that have a mask, up to the limits.
 
-    Those without, and those that cannot be decoded, are left out with a warning. Raises ConfigError for options that
-    do not go together, ImagesError where none is left, for masks that do not fit and for classes that differ.
+    Images without a mask, and images that cannot be decoded, are left out with a warning. Raises
+    ConfigError for options that contradict each other, and ImagesError if no image is left, if a
+    mask is unusable or if the classes of both sets differ.
     """
     if options.train_masks is None or (options.test is None) != (options.test_masks is None):
-        lacking = "--train-masks" if options.train_masks is None else "--test-masks with --test"
+        lacking = "`train_masks`" if options.train_masks is None else "`test_masks` with `test`"
         raise ConfigError(
-            f"--task segmentation: expected {lacking}, a folder of masks, and --test with --test-masks"
+            f"`task='segmentation'`: expected {lacking}, a folder of masks, and `test` together "
+            "with `test_masks`"
         )
-    train_masks = open_masks(options.train_masks, options.ignore)
+    train_masks = open_masks(options.train_masks, options.ignore_index)
     test_masks = _test_masks(options, train_masks)
     train, test = split_images(options, lambda path: open_source(path, track))
     return (
@@ -77,13 +79,13 @@ def masked_images(options: EvaluateOptions, view: ViewSpec) -> tuple[MaskedImage
 def _test_masks(options: EvaluateOptions, train: MaskFolder) -> MaskFolder:
     if options.test_masks is None:
         return train
-    test = open_masks(options.test_masks, options.ignore)
+    test = open_masks(options.test_masks, options.ignore_index)
     if not (test.root / CLASSES_FILE).is_file():
         return replace(test, names=train.names, ignore=train.ignore)
     if (test.names, test.ignore) != (train.names, train.ignore):
         raise ImagesError(
-            f"{test.root / CLASSES_FILE}: expected the classes and the ignored value of {train.root}, got others; "
-            "number the classes of both alike, or leave this file out"
+            f"{test.root / CLASSES_FILE}: expected the classes and the ignored value of "
+            f"{train.root}, got others; number the classes of both alike, or remove this file"
         )
     return test
 
@@ -91,42 +93,42 @@ def _test_masks(options: EvaluateOptions, train: MaskFolder) -> MaskFolder:
 def _surveyed(
     images: EvaluatedImages, masks: MaskFolder, view: ViewSpec, limit: int | None
 ) -> MaskedImages:
-    """Look at every image and mask once, before any training: what cannot be used is known then."""
+    """Read every image and mask once before training, so that unusable ones are known then."""
     keys = images.source.keys
     masked = [index for index in images.indices if masks.has(keys[index])]
     if images.indices and not masked:
         first = keys[images.indices[0]]
         raise ImagesError(
-            f"{masks.root}: no mask matches any of {len(images.indices)} {images.title}; expected masks at the images' "
-            f"own relative paths, such as {masks.path(first)} for {first}"
+            f"{masks.root}: no mask matches any of {len(images.indices)} {images.title}; expected "
+            f"masks at the images' own relative paths, such as {masks.path(first)} for {first}"
         )
     if len(masked) < len(images.indices):
-        lost = len(images.indices) - len(masked)
-        print(
-            f"{lost} of {len(images.indices)} {images.title} have no mask and are left out",
-            file=sys.stderr,
-        )
+        _warn_left_out(len(images.indices) - len(masked), images, "have no mask")
     images = images.chosen(masked[:limit])
     usable: list[int] = []
     pixels = np.zeros(VALUES, np.int64)
     with track(f"masks of {images.title}", len(images.indices)) as progress:
-        for batch in _masked_batches(images, masks, view, SURVEYED_AT_ONCE):
+        for batch in _masked_batches(images, masks, view, SURVEY_BATCH):
             usable += batch.rows.tolist()
             pixels += np.bincount(batch.masks_BHW.ravel(), minlength=VALUES)
             progress.advance(len(batch.loaded))
-    failed = len(images.indices) - len(usable)
-    if failed:
-        print(
-            f"{failed} of {len(images.indices)} {images.title} cannot be decoded and are left out",
-            file=sys.stderr,
-        )
+    if len(usable) < len(images.indices):
+        _warn_left_out(len(images.indices) - len(usable), images, "cannot be decoded")
     pixels[masks.ignore] = 0
     if not pixels.any():
         raise ImagesError(
-            f"{masks.root}: expected {images.title} with pixels of a class, got none in {len(usable)} masks "
-            f"({masks.ignore} is ignored); give other images or another --ignore"
+            f"{masks.root}: expected {images.title} with pixels of a class, got none in "
+            f"{len(usable)} masks ({masks.ignore} is ignored); pass other images or another "
+            "`ignore_index`"
         )
     return MaskedImages(images=images.chosen(usable), masks=masks, pixels=pixels)
+
+
+def _warn_left_out(count: int, images: EvaluatedImages, reason: str) -> None:
+    print(
+        f"{count} of {len(images.indices)} {images.title} {reason} and are left out",
+        file=sys.stderr,
+    )
 
 
 def _masked_batches(
@@ -135,17 +137,18 @@ def _masked_batches(
     keys = images.source.keys
     labels = images.source.labels
     for batch in load_batches(images, view, size):
-        good = [loaded for loaded in batch if loaded.pixels_CHW is not None]
-        if good:
-            shown = [
-                masks.load(keys[loaded.index], view, upright_size(loaded.source)) for loaded in good
+        decoded = [loaded for loaded in batch if loaded.pixels_CHW is not None]
+        if decoded:
+            masks_HW = [
+                masks.load(keys[loaded.index], view, upright_size(loaded.source))
+                for loaded in decoded
             ]
             samples = [
                 Sample(
-                    index=v.index,
-                    key=keys[v.index],
-                    label=labels[v.index] if labels is not None else None,
+                    index=loaded.index,
+                    key=keys[loaded.index],
+                    label=labels[loaded.index] if labels is not None else None,
                 )
-                for v in good
+                for loaded in decoded
             ]
-            yield MaskedBatch(loaded=good, samples=samples, masks_BHW=np.stack(shown))
+            yield MaskedBatch(loaded=decoded, samples=samples, masks_BHW=np.stack(masks_HW))

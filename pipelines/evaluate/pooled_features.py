@@ -1,4 +1,7 @@
-"""Images to vectors: pixels, a backbone's pooled features, the spatial means of a cache's taps. B images a batch."""
+"""One vector per image: its pixels, a backbone's pooled features, or the means of a cache's taps.
+
+B images per batch, D values per vector.
+"""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -33,17 +36,20 @@ class Extractor(Protocol):
     """Turns images into named vectors."""
 
     view: ViewSpec
-    """What it wants to see of an image."""
+    """View of the images."""
 
     def prepare(self, train: EvaluatedImages, test: EvaluatedImages) -> None:
-        """Look at the images before any features are asked for."""
+        """Prepare for these images; called once, before any features are computed."""
 
     def __call__(self, batch: Sequence[LoadedView], samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Return pooled features (B, D) by name; the two lists run together."""
+        """Return pooled features (B, D) by name, fp32; `batch` and `samples` are parallel lists."""
 
 
 def open_model(model: str, options: EvaluateOptions, compute: Compute) -> Extractor:
-    """Return the extractor of a model. Raises ConfigError where it is of no known kind, and what its parts raise."""
+    """Return the extractor of `pixels`, a cache, a backbone folder or a timm name.
+
+    Raises ConfigError if `model` is none of these, and what opening it raises.
+    """
     if model == PIXELS:
         return PixelFeatures(*(parse_size(options.size) if options.size else PIXELS_SIZE))
     if (Path(model) / MANIFEST).is_file():
@@ -55,9 +61,9 @@ def open_model(model: str, options: EvaluateOptions, compute: Compute) -> Extrac
 def open_backbone(
     model: str, options: EvaluateOptions
 ) -> tuple[Backbone, ViewSpec, tuple[int, int]]:
-    """Return the backbone of a folder or a timm name, the view it was trained with and its input size (height, width).
+    """Return the backbone of a folder or a timm name, its view and its input size (height, width).
 
-    Raises ConfigError where the model is neither.
+    Raises ConfigError if `model` is neither.
     """
     size = parse_size(options.size) if options.size else None
     path = Path(model)
@@ -78,18 +84,18 @@ def open_backbone(
 
 
 def stack_pixels(batch: Sequence[LoadedView]) -> Tensor:
-    """Return the uint8 pixels (B, 3, H, W) of views that did not fail."""
+    """Return pixels, uint8 (B, 3, H, W), of the views that did not fail."""
     return torch.from_numpy(np.stack([v.pixels_CHW for v in batch if v.pixels_CHW is not None]))
 
 
 class PixelFeatures:
-    """The baseline that any network has to beat: the view's pixels themselves."""
+    """Baseline: the pixels of the view."""
 
     def __init__(self, height: int, width: int) -> None:
         self.view = ViewSpec(height=height, width=width)
 
     def prepare(self, train: EvaluatedImages, test: EvaluatedImages) -> None:
-        """Do nothing."""
+        """Do nothing: pixels need no preparation."""
 
     def __call__(self, batch: Sequence[LoadedView], samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return pixels (B, 3 H W) in [0, 1], fp32."""
@@ -97,7 +103,7 @@ class PixelFeatures:
 
 
 class NetworkFeatures:
-    """The spatial means of a backbone's coarsest map, at one input size."""
+    """Spatial means of a backbone's coarsest map, at one input size."""
 
     def __init__(
         self,
@@ -114,16 +120,16 @@ class NetworkFeatures:
         self._compute = compute
 
     def prepare(self, train: EvaluatedImages, test: EvaluatedImages) -> None:
-        """Calibrate batch normalisations that were never trained (a random network's, or a head's) on training images.
+        """Estimate the statistics of batch norms that were never trained, on training images.
 
-        With their initial statistics, 0 and 1, activations can grow or shrink from layer to layer.
+        With the initial statistics, 0 and 1, activations can grow or shrink from layer to layer.
         """
         batches = islice(load_batches(train, self.view, self._batch_size), CALIBRATION_BATCHES)
-        good = ([v for v in batch if v.pixels_CHW is not None] for batch in batches)
+        decoded = ([v for v in batch if v.pixels_CHW is not None] for batch in batches)
         # A short last batch would weigh as much as a full one.
         full = (
             batch
-            for i, batch in enumerate(good)
+            for i, batch in enumerate(decoded)
             if batch and (i == 0 or len(batch) == self._batch_size)
         )
         with self._compute.autocast():
@@ -138,7 +144,7 @@ class NetworkFeatures:
             return {self.backbone.name: self.backbone.pooled(self._input(batch)).float().cpu()}
 
     def normalised(self, images_BCHW: Tensor) -> Tensor:
-        """Return the backbone's input of images in 0..255, on the device."""
+        """Return images (B, 3, H, W) in 0..255 as the backbone's input: resized, normalised, on the device."""
         x_BCHW = student_input(
             images_BCHW.to(self._compute.device),
             self.input_size,
@@ -152,10 +158,10 @@ class NetworkFeatures:
 
 
 class CacheFeatures:
-    """Spatial means of a cache's decoded whitened features, view 0: read where cached, else computed by the teacher."""
+    """Spatial means of a cache's decoded whitened features, view 0."""
 
     def __init__(self, cache: Cache, teacher: str | None, compute: Compute) -> None:
-        """Index the cache by image content. Raises TeacherError where `teacher` is not the one of the cache."""
+        """Index the cache by image content. Raises TeacherError if `teacher` is not the cache's own."""
         self.view = cache.view
         self.maps = CachedMaps(cache, teacher, compute)
 
@@ -164,7 +170,10 @@ class CacheFeatures:
         self.maps.require(train, test)
 
     def __call__(self, batch: Sequence[LoadedView], samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Return means (B, C) by array, and all of them side by side; NaN where the teacher's output is not finite."""
+        """Return means (B, C) by array, and under `all` their concatenation.
+
+        Means are NaN if the teacher's output is not finite.
+        """
         pooled = self.maps(batch, samples, lambda x_BCHW: x_BCHW.mean((2, 3)).cpu())
         return (
             {**pooled, ALL_TAPS: torch.cat(list(pooled.values()), 1)} if len(pooled) > 1 else pooled

@@ -1,4 +1,4 @@
-"""Judging maps by segmentation: a head, and if asked the backbone under it, trained on images with masks.
+"""Segmentation accuracy: train a head, or head and backbone, on images with masks and score it.
 
 B images of H x W pixels, K classes; maps are (B, C, h, w), finest first.
 """
@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
-from dtcache.class_names import alike, numbered, warn_of_absent
+from dtcache.class_names import numbered, same_classes, warn_of_absent
 from dtcache.device import Compute, configure_process, memory_errors, resolve_compute
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.losses.labels import cross_entropy
@@ -35,7 +36,7 @@ from dtcache.student.logit_head import load_head
 from dtcache.student.segmentation_heads import FpnHead, LinearHead
 from dtcache.student.weights_io import CONFIG
 from pipelines.evaluate.dense_features import Trunk, mirror, open_trunk
-from pipelines.evaluate.masked_images import MaskedImages, masked_images
+from pipelines.evaluate.masked_images import MaskedBatch, MaskedImages, masked_images
 from pipelines.terminal.progress import track
 from pipelines.terminal.text import printable
 
@@ -44,28 +45,29 @@ LR = {"linear": 5e-3}
 HEAD_LR = 1e-3
 WEIGHT_DECAY = 0.01
 WARMUP_SHARE = 0.1
+"""Share of the steps that is linear warm-up."""
 BACKBONE_LR = 0.1
-"""The backbone's rate over the head's, where it is finetuned."""
+"""Learning rate of a finetuned backbone over that of the head."""
 SCALE = "0.25,1.0"
 COLOR_JITTER = 0.5
-"""Random crops and photometric jitter of finetuning; with a frozen backbone images are mirrored at most."""
+"""Random crops and colour jitter of finetuning; images of a frozen backbone are only mirrored."""
 HEAD_MOMENTUM = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentationResult:
-    """How well the test images' pixels were told apart."""
+    """Segmentation accuracy on the test images."""
 
     name: str
-    """The backbone's timm name, or `cache` for all taps of one."""
+    """The backbone's timm name, or `cache` for all taps of a cache."""
     head: str
     finetuned: bool
     iou: dict[str, float | None]
-    """Intersection over union by class, per cent of 100; None for a class without a pixel in the test masks."""
+    """Intersection over union by class, per cent; None for a class without a pixel in the test masks."""
     miou: float
     """Mean IoU over the classes that occur in the test masks, per cent."""
     pixel_accuracy: float
-    """Test pixels whose class is right, per cent."""
+    """Test pixels that are classified correctly, per cent."""
     num_train: int
     num_test: int
 
@@ -84,29 +86,63 @@ class SegmentationResult:
         }
 
     def to_table(self, model: str) -> Table:
-        """Return a table for people."""
-        how = f"{self.head} head, {'finetuned' if self.finetuned else 'frozen'}"
-        table = Table(
-            title=escape(f"{model}, {how}: {self.num_train} training, {self.num_test} test images")
-        )
+        """Return the result as a table, one row per class."""
+        setting = f"{self.head} head, {'finetuned' if self.finetuned else 'frozen'}"
+        images = f"{self.num_train} training, {self.num_test} test images"
+        table = Table(title=escape(f"{model}, {setting}: {images}"))
         table.add_column("class")
         table.add_column("IoU %", justify="right")
         for name, value in self.iou.items():
-            table.add_row(
-                escape(printable(name)),
-                "none in the test masks" if value is None else f"{value:.2f}",
-            )
+            shown = "none in the test masks" if value is None else f"{value:.2f}"
+            table.add_row(escape(printable(name)), shown)
         table.add_section()
         table.add_row("mean", f"{self.miou:.2f}", style="bold")
-        table.add_row("pixels right", f"{self.pixel_accuracy:.2f}")
+        table.add_row("pixel accuracy", f"{self.pixel_accuracy:.2f}")
         return table
 
 
-def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
-    """Train a head on the maps of a backbone folder, a timm name (random weights) or a cache, and score it.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segmenter:
+    """A head on the maps of a trunk, on its device."""
 
-    A pure function of the model, the images, the masks and the options, on a CPU. Raises ConfigError for options that
-    do not go together, ImagesError for images or masks that do not serve, TrainingError where a loss is not finite.
+    trunk: Trunk
+    head: nn.Module
+    batch_size: int
+    compute: Compute
+
+    def scores(
+        self,
+        batch: MaskedBatch,
+        mirrored_B: NDArray[np.bool_],
+        augmentation: Augmentation | None,
+        step: int,
+    ) -> Tensor:
+        """Return class scores, fp32 (B, K, H, W), at the size of the masks."""
+        with self.compute.autocast():
+            scores_BKhw = self.head(self.trunk.maps(batch, mirrored_B, augmentation, step))
+        return resize(scores_BKhw.float(), batch.masks_BHW.shape[1:])
+
+    @torch.no_grad()
+    def confusion(self, test: MaskedImages, num_classes: int) -> Counts:
+        """Return the confusion counts (K, K) of all test pixels at the size of the view."""
+        counts = np.zeros((num_classes, num_classes), np.int64)
+        with track("test images", len(test.images.indices)) as progress:
+            for batch in test.batches(self.trunk.view, self.batch_size):
+                unmirrored_B = np.zeros(len(batch.rows), bool)
+                predicted_BHW = self.scores(batch, unmirrored_B, None, 0).argmax(1).cpu().numpy()
+                counts += confusion_matrix(
+                    batch.masks_BHW, predicted_BHW, num_classes, test.masks.ignore
+                )
+                progress.advance(len(batch.loaded))
+        return counts
+
+
+def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
+    """Train a head on the maps of a backbone folder, a timm name or a cache, and score it.
+
+    A timm name gives random weights. On a CPU the result is a pure function of the model, the
+    images, the masks and the options. Raises ConfigError for options that contradict each other,
+    ImagesError for unusable images or masks, and TrainingError if a loss is not finite.
     """
     options.require_task("segmentation")
     compute = resolve_compute(options.device, options.precision)
@@ -121,17 +157,16 @@ def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
         head = head.to(compute.device)
         _require_variance(trunk, head, min(len(train.images.indices), batch_size))
         trunk.prepare(train.images, test.images)
-        with memory_errors(batch_size, "give a smaller --batch-size"):
-            fit_head(trunk, head, train, options, compute)
-            counts = count_test(trunk, head, test, len(names), batch_size, compute)
-    shares = [
-        None if math.isnan(share) else 100 * share for share in iou_per_class(counts).tolist()
-    ]
+        segmenter = Segmenter(trunk=trunk, head=head, batch_size=batch_size, compute=compute)
+        with memory_errors(batch_size, "pass a smaller `batch_size`"):
+            fit_head(segmenter, train, options)
+            counts = segmenter.confusion(test, len(names))
+    iou = [None if math.isnan(share) else 100 * share for share in iou_per_class(counts).tolist()]
     return SegmentationResult(
         name=trunk.name,
         head=options.head,
         finetuned=options.finetune,
-        iou=dict(zip(names, shares, strict=True)),
+        iou=dict(zip(names, iou, strict=True)),
         miou=100 * mean_iou(counts),
         pixel_accuracy=100 * pixel_accuracy(counts),
         num_train=len(train.images.indices),
@@ -140,15 +175,17 @@ def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
 
 
 def class_names(train: MaskedImages, test: MaskedImages) -> tuple[str, ...]:
-    """Return the class names by number; up to the largest value found, where the masks' folder names none.
+    """Return the class names by number.
 
-    Warns of those without a pixel in the training masks. Raises ImagesError for a single class.
+    If the masks' folder names no classes, they are numbered up to the largest value that occurs.
+    Warns of classes without a pixel in the training masks. Raises ImagesError if only one class
+    occurs.
     """
     values = np.flatnonzero(train.pixels + test.pixels).tolist()
     train.masks.require_several(values)
     names = train.masks.names or numbered(values[-1] + 1)
-    seen = np.flatnonzero(train.pixels).tolist()
-    warn_of_absent(names, seen, train.masks.ignore, "pixel in the training masks")
+    present = np.flatnonzero(train.pixels).tolist()
+    warn_of_absent(names, present, train.masks.ignore, "pixel in the training masks")
     return names
 
 
@@ -157,9 +194,8 @@ def _make_head(
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Return the head, and the names of its classes."""
     if options.head == "linear":
-        return LinearHead(
-            trunk.shapes, len(names), momentum=HEAD_MOMENTUM if options.finetune else None
-        ), names
+        momentum = HEAD_MOMENTUM if options.finetune else None
+        return LinearHead(trunk.shapes, len(names), momentum=momentum), names
     if options.head == "fpn":
         return FpnHead(trunk.shapes, len(names), trunk.input_size), names
     return _trained_head(Path(options.head), trunk, names)
@@ -168,20 +204,21 @@ def _make_head(
 def _trained_head(
     run: Path, trunk: Trunk, names: tuple[str, ...]
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the head of a run, and its classes: the masks' names as far as they go.
+    """Return the head of a run, and its class names; names of the masks replace the head's own.
 
-    Raises ConfigError where there is none, or where it is of another backbone, of other classes or of whole images.
+    Raises ConfigError if there is no head, or if it belongs to another backbone, to other classes
+    or to image labels.
     """
     folder = next((f for f in (run, run / "head") if (f / CONFIG).is_file()), None)
     if folder is None:
         raise ConfigError(
-            f"--head {run}: expected linear, fpn or a finished run of dtcache train --labels"
+            f"`head='{run}'`: expected linear, fpn or a finished run that learned labels"
         )
     head, spec = load_head(folder, trunk.shapes, trunk.input_size)
-    if len(names) > len(spec.classes) or not alike(names, spec.classes):
+    if len(names) > len(spec.classes) or not same_classes(names, spec.classes):
         raise ConfigError(
-            f"--head {run}: expected masks of its classes, {', '.join(spec.classes)[:200]}, got "
-            f"{', '.join(names)[:200]}; give --head linear for others"
+            f"`head='{run}'`: expected masks of its classes, {', '.join(spec.classes)[:200]}, got "
+            f"{', '.join(names)[:200]}; pass `head='linear'` for other classes"
         )
     named = () if names == numbered(len(names)) else names
     return head, named + spec.classes[len(named) :]
@@ -200,30 +237,32 @@ def _make_optimizer(
     return optimizer
 
 
-def _require_variance(trunk: Trunk, head: nn.Module, images: int) -> None:
-    """Raise ConfigError where a step has one value a channel only, which batch normalisation cannot standardise."""
-    pools = any(isinstance(part, PyramidPooling) for part in head.modules())
-    if images < 2 and (pools or min(height * width for _, height, width in trunk.shapes) == 1):
-        what = "the head's pooling" if pools else f"the coarsest map of {trunk.name}"
+def _require_variance(trunk: Trunk, head: nn.Module, num_images: int) -> None:
+    """Raise ConfigError if a step has one value per channel, as batch norm then has no variance."""
+    pools = any(isinstance(module, PyramidPooling) for module in head.modules())
+    smallest = min(height * width for _, height, width in trunk.shapes)
+    if num_images < 2 and (pools or smallest == 1):
+        source = "the head's pooling" if pools else f"the coarsest map of {trunk.name}"
         raise ConfigError(
-            f"expected at least 2 images a step, since {what} has one place, got {images}; give more images, a larger "
-            f"--batch-size or {'another --head' if pools else 'a larger --size'}"
+            f"expected at least 2 images per step, since {source} has one position, got "
+            f"{num_images}; pass more images, a larger `batch_size` or "
+            f"{'another `head`' if pools else 'a larger `size`'}"
         )
 
 
-def fit_head(
-    trunk: Trunk, head: nn.Module, train: MaskedImages, options: EvaluateOptions, compute: Compute
-) -> None:
-    """Train the head, and the backbone where it is finetuned, by the cross-entropy of the pixels that are not ignored.
+def fit_head(segmenter: Segmenter, train: MaskedImages, options: EvaluateOptions) -> None:
+    """Train the head, and the backbone if it is finetuned, by cross-entropy over labelled pixels.
 
-    AdamW, linear warm-up, cosine decay. Raises TrainingError where the loss is not finite.
+    AdamW, linear warm-up, cosine decay. Raises TrainingError if the loss is not finite.
     """
+    trunk = segmenter.trunk
+    batch_size = segmenter.batch_size
+    device = segmenter.compute.device
     order = train.images.indices
-    batch_size = options.batch_size or BATCH_SIZE
     steps = max(1, len(order) // batch_size)
     total = options.epochs * steps
-    optimizer = _make_optimizer(trunk, head, options)
-    head.train()
+    optimizer = _make_optimizer(trunk, segmenter.head, options)
+    segmenter.head.train()
     if options.finetune and trunk.backbone is not None:
         trunk.backbone.train()
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -236,54 +275,30 @@ def fit_head(
     )
     with track("segmentation", total) as progress:
         for epoch in range(options.epochs):
-            places = permuted(len(order), seed=options.seed, stream=f"segment-{epoch}")[
-                : steps * batch_size
-            ]
-            shuffled = train.chosen([order[place] for place in places])
+            shuffle = permuted(len(order), seed=options.seed, stream=f"segment-{epoch}")
+            shuffled = train.chosen([order[place] for place in shuffle[: steps * batch_size]])
             for number, batch in enumerate(shuffled.batches(trunk.view, batch_size)):
                 step = epoch * steps + number
-                uniforms_B = sample_uniforms(
-                    options.seed, step, batch.rows, AUGMENTATION_DRAWS + 1
-                )[:, AUGMENTATION_DRAWS]
-                mirrored_B = trunk.mirrors & (uniforms_B < 0.5)
+                mirrored_B = trunk.mirrors & (_mirror_draws(options.seed, step, batch) < 0.5)
                 truth_BHW = mirror(torch.from_numpy(batch.masks_BHW), mirrored_B)
                 if augmentation is not None:
                     truth_BHW = augmentation.masks(truth_BHW, step, batch.rows)
-                with compute.autocast():
-                    scores_BKhw = head(trunk.maps(batch, mirrored_B, augmentation, step))
-                scores_BKHW = resize(scores_BKhw.float(), truth_BHW.shape[1:])
-                loss = cross_entropy(scores_BKHW, truth_BHW.to(compute.device), train.masks.ignore)
+                scores_BKHW = segmenter.scores(batch, mirrored_B, augmentation, step)
+                loss = cross_entropy(scores_BKHW, truth_BHW.to(device), train.masks.ignore)
                 if not math.isfinite(loss.item()):
                     raise TrainingError(
-                        f"step {step + 1} of {total}: the loss is {loss.item()}; give a lower --lr"
+                        f"step {step + 1} of {total}: the loss is {loss.item()}; pass a lower `lr`"
                     )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 progress.advance(1, f"loss {loss.item():.3f}")
-    head.eval()
+    segmenter.head.eval()
     if trunk.backbone is not None:
         trunk.backbone.eval()
 
 
-@torch.no_grad()
-def count_test(
-    trunk: Trunk,
-    head: nn.Module,
-    test: MaskedImages,
-    classes: int,
-    batch_size: int,
-    compute: Compute,
-) -> Counts:
-    """Return the confusion counts (K, K) of the test images at the view's own size."""
-    counts = np.zeros((classes, classes), np.int64)
-    with track("test images", len(test.images.indices)) as progress:
-        for batch in test.batches(trunk.view, batch_size):
-            with compute.autocast():
-                scores_BKhw = head(trunk.maps(batch, np.zeros(len(batch.rows), bool), None, 0))
-            scores_BKHW = resize(scores_BKhw.float(), batch.masks_BHW.shape[1:])
-            predicted_BHW = scores_BKHW.argmax(1).cpu().numpy()
-            counts += confusion_matrix(batch.masks_BHW, predicted_BHW, classes, test.masks.ignore)
-            progress.advance(len(batch.loaded))
-    return counts
+def _mirror_draws(seed: int, step: int, batch: MaskedBatch) -> NDArray[np.float64]:
+    """Return one uniform draw per image (B,): the one after those of crops and jitter."""
+    return sample_uniforms(seed, step, batch.rows, AUGMENTATION_DRAWS + 1)[:, AUGMENTATION_DRAWS]

@@ -14,7 +14,7 @@ from dtcache.device import cpu_threads
 from dtcache.images import load_views
 from dtcache.options import ExtractOptions
 from dtcache.teacher import CallableTeacher, Teacher
-from pipelines.describe_teacher import count_flops
+from dtcache.teacher.flops import count_flops
 from pipelines.extract.extract import prepare
 from pipelines.extract.fit_codec import DRAWS, fit_codec
 from pipelines.extract.recipe_options import fit_rows, target_ratio

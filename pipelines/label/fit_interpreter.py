@@ -1,4 +1,7 @@
-"""`dtcache label fit`: an interpreter of a cache's features, trained on the few of its images that are labelled."""
+"""`dtcache label fit`: an interpreter of a cache's features, trained on its few labelled images.
+
+N images of H x W pixels, B images per batch.
+"""
 
 import json
 import math
@@ -19,44 +22,48 @@ from dtcache.device import Compute, configure_process, memory_errors, resolve_co
 from dtcache.errors import ConfigError, ImagesError, TrainingError
 from dtcache.labels import FeatureInterpreter, InterpreterSpec, save_interpreter, teacher_identity
 from dtcache.losses.labels import cross_entropy, interpreter_loss
-from dtcache.metrics.segmentation import Counts, confusion_matrix, mean_iou, pixel_accuracy
+from dtcache.metrics.segmentation import Counts, confusion_matrix
 from dtcache.options import LabelFitOptions
 from dtcache.recipe import Json
 from dtcache.rng import permuted
 from dtcache.schedule import warmup_cosine
 from dtcache.student import make_optimizer
 from dtcache.student.blocks import resize
-from pipelines.label.labelled_rows import Labelled, images_with_masks, labelled_images
+from pipelines.label.label_quality import label_scores
+from pipelines.label.labelled_rows import LabelledRows, images_with_masks, labelled_images
 from pipelines.label.prediction_grid import label_picture
 from pipelines.runs.folder import METRICS
 from pipelines.terminal.progress import track
 
 PICTURE = "predictions.png"
 SHOWN = 8
+"""Most images in the picture."""
 AT_ONCE = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FittedInterpreter:
-    """What came of a fit."""
+    """A finished fit."""
 
     out: Path
     trained_on: int
-    """Labelled images."""
+    """Number of labelled images that it was trained on."""
     validation: Json | None
-    """`images`, `miou` (None of image labels) and `accuracy` of those held out; None where none were."""
+    """`images`, `miou` (None for image labels) and `accuracy` on held-out images; None without any."""
 
 
 def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedInterpreter:
     """Train an interpreter on a cache's features and write it to `out`, which appears when it is finished.
 
-    Raises ConfigError, ImagesError, TrainingError where the loss is not finite, and what opening a cache raises.
+    Raises ConfigError for options that cannot work, ImagesError for unusable masks or labels,
+    TrainingError if the loss is not finite, and what opening a cache raises.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out}: it is there already; give a folder that is new")
+        raise ConfigError(f"`out` {out}: expected a new or empty folder, got one with files")
     if options.warmup_epochs >= options.epochs:
         raise ConfigError(
-            f"--warmup-epochs {options.warmup_epochs}: expected fewer than the {options.epochs} --epochs"
+            f"`warmup_epochs` {options.warmup_epochs}: expected fewer than the {options.epochs} "
+            "`epochs`"
         )
     cache = Cache(root)
     compute = resolve_compute(options.device, "fp32")
@@ -64,7 +71,7 @@ def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedIn
     if options.images is not None and not cache.has_images:
         cache = Cache(root, options.images)
     names = chosen_taps(cache, timestep=options.timestep, taps=options.taps)
-    train, held = _split(_labelled(cache, options), options)
+    train, held_out = _split(_labelled(cache, options), options)
     unit = "image" if options.level == "image" else "pixel"
     warn_of_absent(
         train.classes,
@@ -83,56 +90,65 @@ def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedIn
     )
     torch.manual_seed(options.seed)
     training = _Training(cache, spec, compute)
-    metrics = training.run(train, held, options)
-    scores = training.scores(held) if len(held) else None
+    metrics = training.run(train, held_out, options)
+    scores = training.scores(held_out) if len(held_out) else None
     spec = replace(spec, validation=scores)
     with whole_folder(out) as folder:
         save_interpreter(training.network, spec, folder)
         write_file(folder / METRICS, "".join(f"{json.dumps(line)}\n" for line in metrics).encode())
         if spec.level == "pixel":
-            shown = (held if len(held) else train).part(range(min(SHOWN, len(held) or len(train))))
+            candidates = held_out if len(held_out) else train
+            shown = candidates.take(range(min(SHOWN, len(candidates))))
             write_file(folder / PICTURE, training.picture(shown))
     return FittedInterpreter(out=out, trained_on=len(train), validation=scores)
 
 
-def _labelled(cache: Cache, options: LabelFitOptions) -> Labelled:
+def _labelled(cache: Cache, options: LabelFitOptions) -> LabelledRows:
     root = cache.reader.root
     if options.level == "image":
-        if (options.masks, options.ignore, options.images) != (None, None, None):
+        if (options.masks, options.ignore_index, options.images) != (None, None, None):
             raise ConfigError(
-                "--level image: it reads the cache's own labels; leave --masks, --ignore and --images out"
+                "`level='image'`: reads the cache's own labels; leave `masks`, `ignore_index` and "
+                "`images` out"
             )
         labelled = labelled_images(cache, options.limit)
         if len(labelled.values) < 2:
             raise ImagesError(
-                f"{root}: expected labels of at least two classes, got {labelled.values[0]} alone; label other images"
+                f"{root}: expected labels of at least two classes, got {labelled.values[0]} alone; "
+                "label other images"
             )
         return labelled
     if options.masks is None:
         raise ConfigError(
-            "--masks: expected the folder of the masks; or --level image, for labels of whole images"
+            "`masks`: expected the folder of the masks; or pass `level='image'` for image labels"
         )
-    return images_with_masks(cache, options.masks, options.ignore, options.limit, options.images)
+    return images_with_masks(
+        cache, options.masks, options.ignore_index, options.limit, options.images
+    )
 
 
-def _split(labelled: Labelled, options: LabelFitOptions) -> tuple[Labelled, Labelled]:
-    """Return the images to train on and those held out: a pure function of their number, the share and the seed."""
+def _split(labelled: LabelledRows, options: LabelFitOptions) -> tuple[LabelledRows, LabelledRows]:
+    """Return the images to train on and the held-out images.
+
+    The split is a pure function of the number of images, the share and the seed.
+    """
     if options.validation >= 1:
         raise ConfigError(
-            f"--validation {options.validation:g}: expected a share under 1, such as 0.2, or 0 for none"
+            f"`validation` {options.validation:g}: expected a share under 1, such as 0.2, or 0 for "
+            "none"
         )
     count = max(1, round(options.validation * len(labelled))) if options.validation else 0
     if count >= len(labelled):
         raise ConfigError(
-            f"{len(labelled)} labelled image: expected at least 2, one of them to be held out; label more, or give "
-            "--validation 0"
+            f"expected at least 2 labelled images, one of them held out, got {len(labelled)}; label "
+            "more images, or pass `validation=0`"
         )
     order = permuted(len(labelled), seed=options.seed, stream="label-validation").tolist()
-    return labelled.part(sorted(order[count:])), labelled.part(sorted(order[:count]))
+    return labelled.take(sorted(order[count:])), labelled.take(sorted(order[:count]))
 
 
 class _Training:
-    """A network on its device, and the cache that its inputs are read from."""
+    """An interpreter in training, on its device, and the cache whose features it reads."""
 
     def __init__(self, cache: Cache, spec: InterpreterSpec, compute: Compute) -> None:
         self._cache = cache
@@ -141,30 +157,30 @@ class _Training:
         self._decoder = cache.decoder(list(spec.shapes)).to(compute.device)
         self.network: FeatureInterpreter = spec.build().to(compute.device)
 
-    def run(self, train: Labelled, held: Labelled, options: LabelFitOptions) -> list[Json]:
-        """Train for all epochs and return a line of metrics an epoch."""
+    def run(
+        self, train: LabelledRows, held_out: LabelledRows, options: LabelFitOptions
+    ) -> list[Json]:
+        """Train for all epochs and return one line of metrics per epoch."""
         steps = -(-len(train) // options.batch_size)
         total = options.epochs * steps
         warmup = options.warmup_epochs * steps
         optimizer = make_optimizer(self.network, "adamw", options.lr, options.weight_decay)
         lines = []
         step = 0
-        remedy = "give a smaller --batch-size or --width"
+        remedy = "pass a smaller `batch_size` or `width`"
         with memory_errors(options.batch_size, remedy), track("label fit", total) as progress:
             for epoch in range(options.epochs):
                 self.network.train()
                 order = permuted(len(train), seed=options.seed, stream=f"label-{epoch}")
-                views = (
-                    permuted(len(train), seed=options.seed, stream=f"label-views-{epoch}")
-                    % self._cache.num_views
-                )
+                view_draws = permuted(len(train), seed=options.seed, stream=f"label-views-{epoch}")
+                views = view_draws % self._cache.num_views
                 losses = []
                 for start in range(0, len(train), options.batch_size):
                     chosen = slice(start, start + options.batch_size)
                     rate = options.lr * warmup_cosine(step, warmup, total)
                     for group in optimizer.param_groups:
                         group["lr"] = rate
-                    loss = self._loss(train.part(order[chosen]), views[chosen])
+                    loss = self._loss(train.take(order[chosen]), views[chosen])
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     optimizer.step()
@@ -173,52 +189,45 @@ class _Training:
                     progress.advance(1, f"loss {losses[-1]:.4f}")
                 if not math.isfinite(sum(losses)):
                     raise TrainingError(
-                        f"the loss is not finite in epoch {epoch}; lower --lr, or check the cache"
+                        f"the loss is not finite in epoch {epoch}; pass a lower `lr`, or run "
+                        "dtcache verify on the cache"
                     )
-                scores = (
-                    {f"validation_{name}": value for name, value in self.scores(held).items()}
-                    if len(held)
-                    else {}
-                )
-                lines.append(
-                    {"epoch": epoch, "step": step, "loss": sum(losses) / len(losses), **scores}
-                )
+                line = {"epoch": epoch, "step": step, "loss": sum(losses) / len(losses)}
+                if len(held_out):
+                    scores = self.scores(held_out)
+                    line |= {f"validation_{name}": value for name, value in scores.items()}
+                lines.append(line)
         return lines
 
-    def scores(self, held: Labelled) -> Json:
-        """Return `images`, `miou` (None of image labels) and `accuracy`, as shares, of unmirrored images."""
-        counts: Counts = np.zeros((len(held.classes), len(held.classes)), np.int64)
-        for start in range(0, len(held), AT_ONCE):
-            part = held.part(range(start, min(start + AT_ONCE, len(held))))
+    def scores(self, held_out: LabelledRows) -> Json:
+        """Return `label_scores` of the predictions on unmirrored images."""
+        num_classes = len(held_out.classes)
+        counts: Counts = np.zeros((num_classes, num_classes), np.int64)
+        for start in range(0, len(held_out), AT_ONCE):
+            batch = held_out.take(range(start, min(start + AT_ONCE, len(held_out))))
             counts += confusion_matrix(
-                part.truth_NHW.numpy(), self._predicted(part), len(held.classes), held.ignore
+                batch.truth_NHW.numpy(), self._predicted(batch), num_classes, batch.ignore
             )
-        miou = mean_iou(counts) if self._spec.level == "pixel" else None
-        found = {"miou": miou, "accuracy": pixel_accuracy(counts)}
-        # A validation set of ignored pixels alone has no score, and JSON no NaN.
-        return {
-            "images": len(held),
-            **{n: None if v is None or math.isnan(v) else v for n, v in found.items()},
-        }
+        return label_scores(counts, len(held_out), self._spec.level)
 
-    def picture(self, shown: Labelled) -> bytes:
-        """Return a PNG of images, where the cache has them, masks and predictions."""
+    def picture(self, shown: LabelledRows) -> bytes:
+        """Return a PNG of masks and predictions, and of the images if the cache has them."""
         images = self._cache.images(shown.rows) if self._cache.has_images else None
         masks = list(shown.truth_NHW.numpy())
         return label_picture(
             images, masks, list(self._predicted(shown)), len(shown.classes), shown.ignore
         )
 
-    def _loss(self, batch: Labelled, views: Rows) -> Tensor:
-        mirrored = torch.tensor(
+    def _loss(self, batch: LabelledRows, views: Rows) -> Tensor:
+        mirrored_B = torch.tensor(
             [self._cache.reader.manifest.is_mirrored(int(view)) for view in views]
         )
-        truth_BHW = torch.where(mirrored[:, None, None], batch.truth_NHW.flip(2), batch.truth_NHW)
+        truth_BHW = torch.where(mirrored_B[:, None, None], batch.truth_NHW.flip(2), batch.truth_NHW)
         loss = cross_entropy if self._spec.level == "image" else interpreter_loss
         return loss(self._logits(batch, views), truth_BHW.to(self._compute.device), batch.ignore)
 
-    def _logits(self, batch: Labelled, views: Rows) -> Tensor:
-        """Return logits on the grid of the truth."""
+    def _logits(self, batch: LabelledRows, views: Rows) -> Tensor:
+        """Return logits (B, K, H, W) on the grid of the truth."""
         coefficients, _ = self._cache.coefficients(batch.rows, views, list(self._spec.shapes))
         maps = self._decoder(
             {name: values.to(self._compute.device) for name, values in coefficients.items()}
@@ -226,8 +235,9 @@ class _Training:
         return resize(self.network(maps), batch.truth_NHW.shape[1:])
 
     @torch.no_grad()
-    def _predicted(self, batch: Labelled) -> NDArray[np.uint8]:
+    def _predicted(self, batch: LabelledRows) -> NDArray[np.uint8]:
+        """Return class numbers (B, H, W) of the unmirrored view: uint8, int64 for image labels."""
         self.network.eval()
         logits = self._logits(batch, np.zeros(len(batch), np.int64))
-        kind = np.uint8 if self._spec.level == "pixel" else np.int64
-        return logits.argmax(1).cpu().numpy().astype(kind)
+        dtype = np.uint8 if self._spec.level == "pixel" else np.int64
+        return logits.argmax(1).cpu().numpy().astype(dtype)

@@ -1,5 +1,6 @@
-"""What a finished label set is worth: its error against exact logits, how sure it is, how far known labels agree."""
+"""Quality of a label set: distance from the exact logits, entropy, and agreement with known labels."""
 
+import math
 from collections.abc import Callable
 from statistics import fmean
 
@@ -10,31 +11,31 @@ from torch import Tensor
 from dtcache.cache.batch import Rows
 from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelSet
-from dtcache.class_names import alike
+from dtcache.class_names import same_classes
 from dtcache.errors import ConfigError, ImagesError
 from dtcache.labels import InterpreterSpec
 from dtcache.losses.labels import TEMPERATURE, entropy, total_variation
-from dtcache.metrics.segmentation import confusion_matrix, mean_iou, pixel_accuracy
+from dtcache.metrics.segmentation import Counts, confusion_matrix, mean_iou, pixel_accuracy
 from dtcache.options import LabelWriteOptions
 from dtcache.recipe import Json
 from dtcache.student.blocks import resize
-from pipelines.label.labelled_rows import Labelled, images_with_masks, labelled_images
+from pipelines.label.labelled_rows import LabelledRows, images_with_masks, labelled_images
 from pipelines.terminal.progress import track
 
 SAMPLED = 256
-"""Images that errors and entropies are measured on, the last ones: mostly such that the codec was not fitted on."""
+"""Images that errors and entropies are measured on: the last rows, as the codec is fitted on the first."""
 COMPARED = 4096
-"""Masks at most that stored labels are compared with: they are in memory at once."""
+"""Most masks that stored labels are compared with; they are in memory together."""
 AT_ONCE = 32
 
 
 def measure(
-    cache: Cache, labels: LabelSet, exact: Callable[[Rows], Tensor], known: Labelled | None
+    cache: Cache, labels: LabelSet, exact: Callable[[Rows], Tensor], known: LabelledRows | None
 ) -> Json:
-    """Return `images`, `temperature`, `total_variation`, `entropy` in bits, and `agreement` with known labels.
+    """Return `images`, `temperature`, `total_variation`, `entropy` in bits, and `agreement`.
 
-    Stored logits are read back from the disk. The agreement is None where nothing is known; else it has `images`,
-    `miou` (None of image labels) and `accuracy`, of views that are not mirrored.
+    `exact` returns exact logits (B, V, K, H, W) of rows; stored logits are read back from the disk.
+    `agreement` is what `agreement()` returns, or None if `known` is None.
     """
     rows = cache.reader.usable_rows[-SAMPLED:]
     errors = []
@@ -57,50 +58,62 @@ def measure(
 
 def known_labels(
     cache: Cache, spec: InterpreterSpec, options: LabelWriteOptions
-) -> Labelled | None:
-    """Return the masks that the options give, or the labels of some images; None where there are none of its classes.
+) -> LabelledRows | None:
+    """Return known labels to compare the stored ones with, or None if there are none.
 
-    Raises ConfigError for masks beside an interpreter of whole images, ImagesError for masks that do not serve or whose
-    numbers stand for other classes.
+    They are the masks in `options.masks`; for an interpreter of whole images, up to 256 labels of
+    the cache's index if their classes are the interpreter's. Raises ConfigError for masks with an
+    interpreter of whole images or images without masks, and ImagesError for unusable masks or masks
+    of other classes.
     """
     if spec.level == "image":
         if options.masks is not None:
             raise ConfigError(
-                "--masks: the interpreter labels whole images; leave --masks and --ignore out"
+                "`masks`: the interpreter labels whole images; leave `masks` and `ignore_index` out"
             )
         if not any(label is not None for label in cache.samples["label"].to_pylist()):
             return None
         known = labelled_images(cache, SAMPLED)
-        return known if alike(known.classes, spec.classes) else None
+        return known if same_classes(known.classes, spec.classes) else None
     if options.masks is None:
         if options.images is not None:
             raise ConfigError(
-                "--images: expected beside --masks, whose sizes they give; leave it out"
+                "`images`: expected together with `masks`, whose sizes they check; leave it out"
             )
         return None
-    known = images_with_masks(cache, options.masks, options.ignore, COMPARED, options.images)
-    if not alike(known.classes, spec.classes):
+    known = images_with_masks(cache, options.masks, options.ignore_index, COMPARED, options.images)
+    if not same_classes(known.classes, spec.classes):
         raise ImagesError(
-            f"{options.masks}: expected the interpreter's classes, {', '.join(spec.classes)[:200]}, got "
-            f"{', '.join(known.classes)[:200]}; number the classes alike, or leave --masks out"
+            f"{options.masks}: expected the interpreter's classes, {', '.join(spec.classes)[:200]}, "
+            f"got {', '.join(known.classes)[:200]}; number the classes alike, or leave `masks` out"
         )
     return known
 
 
-def agreement(labels: LabelSet, known: Labelled) -> Json:
-    """Return how far stored labels of unmirrored views agree with known ones: `images`, `miou` and `accuracy`."""
-    classes = max(len(labels.classes), len(known.classes))
-    counts = np.zeros((classes, classes), np.int64)
+def agreement(labels: LabelSet, known: LabelledRows) -> Json:
+    """Return `label_scores` of the stored labels of unmirrored views against known labels."""
+    num_classes = max(len(labels.classes), len(known.classes))
+    counts = np.zeros((num_classes, num_classes), np.int64)
     for start in range(0, len(known), AT_ONCE):
-        part = known.part(range(start, min(start + AT_ONCE, len(known))))
+        batch = known.take(range(start, min(start + AT_ONCE, len(known))))
         with torch.no_grad():
-            logits = resize(labels.logits(part.rows)[:, 0], part.truth_NHW.shape[1:])
+            logits = resize(labels.logits(batch.rows)[:, 0], batch.truth_NHW.shape[1:])
         counts += confusion_matrix(
-            part.truth_NHW.numpy(), logits.argmax(1).numpy(), classes, part.ignore
+            batch.truth_NHW.numpy(), logits.argmax(1).numpy(), num_classes, batch.ignore
         )
-    miou = mean_iou(counts) if labels.about["level"] == "pixel" else None
-    found = {"miou": miou, "accuracy": pixel_accuracy(counts)}
+    return label_scores(counts, len(known), labels.about["level"])
+
+
+def label_scores(counts: Counts, num_images: int, level: str) -> Json:
+    """Return `images`, `miou` (None for image labels) and `accuracy`, as shares.
+
+    A score is None if every label is ignored: JSON has no NaN.
+    """
+    scores = {
+        "miou": mean_iou(counts) if level == "pixel" else None,
+        "accuracy": pixel_accuracy(counts),
+    }
     return {
-        "images": len(known),
-        **{name: None if value != value else value for name, value in found.items()},
+        "images": num_images,
+        **{n: None if v is None or math.isnan(v) else v for n, v in scores.items()},
     }

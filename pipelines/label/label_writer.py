@@ -1,4 +1,7 @@
-"""What writing soft labels computes: a cache and an interpreter, from the fit of the codec to any shard of the set."""
+"""Soft labels of a cache by an interpreter: the codec's fit, and any shard of the label set.
+
+B rows, V views, K classes, H x W grid of the logits.
+"""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,7 +21,7 @@ from dtcache.device import configure_process, cpu_threads, memory_errors, resolv
 from dtcache.errors import CacheIncompleteError, CodecError
 from dtcache.labels import SCORES, Interpreter, require_serves
 from dtcache.labels.label_decoder import join_views
-from dtcache.options import LabelWriteOptions, parse_share
+from dtcache.options import LabelWriteOptions
 from dtcache.recipe import (
     CodecSpec,
     FailedSample,
@@ -43,31 +46,29 @@ from pipelines.extract.recipe_options import fit_rows
 from pipelines.terminal.progress import track
 
 AIM = 0.98
-"""Of the bytes asked for, as they are forecast from the rows of the fit."""
+"""Share of the requested bytes that the fit aims at, as it predicts the size from its own rows."""
 FIXED_BYTES = 8000
-"""Of manifest and shard index, which few images cannot spread."""
+"""Bytes of manifest and shard index, independent of the number of images."""
 MAX_FIT_VALUES = 1 << 28
-"""Logits that the codec is fitted on at most, so that few rows of large maps serve too."""
+"""Most logits that the codec is fitted on, which bounds the rows of large maps."""
+FIT_BATCH = 32
+"""Rows per pass while logits for the fit are computed."""
 
 
-class LabelJob:
-    """A cache and an interpreter, ready to label any rows."""
+class LabelWriter:
+    """Labels any rows of a cache by an interpreter."""
 
     def __init__(self, root: Path, interpreter: Interpreter, options: LabelWriteOptions) -> None:
-        """Open the cache.
+        """Open the cache `root`.
 
-        Raises CacheMismatchError, naming the difference, where the interpreter was fitted to other features,
-        ConfigError, and what opening a cache raises.
+        Raises CacheMismatchError, naming the difference, if the interpreter was fitted to other
+        features; ConfigError for the device; and what opening a cache raises.
         """
         cache = Cache(root)
         compute = resolve_compute(options.device, "fp32")
         configure_process(compute.device)
-        require_serves(
-            interpreter.spec,
-            root,
-            cache.reader.manifest.recipe,
-            {n: cache.shape(n) for n in cache.names},
-        )
+        shapes = {name: cache.shape(name) for name in cache.names}
+        require_serves(interpreter.spec, root, cache.reader.manifest.recipe, shapes)
         self.cache = cache
         self._interpreter = interpreter
         self._compute = compute
@@ -79,40 +80,42 @@ class LabelJob:
             cache.reader.manifest.is_mirrored(view) for view in range(cache.num_views)
         ]
         report = inspect_cache(root)
-        features = report["parts"]["coefficients"] + report["parts"]["codec"]
-        self._target = (
-            AIM * parse_share(options.share, "share") * features / max(1, report["num_done"])
-        )
+        feature_bytes = report["parts"]["coefficients"] + report["parts"]["codec"]
+        self._target = AIM * options.share * feature_bytes / max(1, report["num_done"])
+        """Bytes per image."""
 
     @torch.no_grad()
     def logits(self, rows: Rows) -> Tensor:
-        """Return exact logits of every view of usable rows, fp32 (B, V, K, H, W) on the host, pass by pass."""
+        """Return exact logits of every view of usable rows, fp32 (B, V, K, H, W) on the host."""
         views = self.cache.num_views
-        found = []
         row_of = np.repeat(rows, views)
         view_of = np.tile(np.arange(views, dtype=np.int64), len(rows))
         size = self._options.batch_size
+        batches = []
         for start in range(0, len(row_of), size):
-            part = slice(start, start + size)
-            coefficients, _ = self.cache.coefficients(row_of[part], view_of[part], self._names)
-            with memory_errors(size, "give a smaller --batch-size"):
+            chosen = slice(start, start + size)
+            coefficients, _ = self.cache.coefficients(row_of[chosen], view_of[chosen], self._names)
+            with memory_errors(size, "pass a smaller `batch_size`"):
                 maps = self._decoder(
                     {name: values.to(self._compute.device) for name, values in coefficients.items()}
                 )
-                found.append(self._network(maps).cpu())
-        whole = torch.cat(found)
-        return whole.view(len(rows), views, *whole.shape[1:])
+                batches.append(self._network(maps).cpu())
+        logits = torch.cat(batches)
+        return logits.view(len(rows), views, *logits.shape[1:])
 
-    def begin(self, out: Path) -> CacheWriter:
-        """Fit the codec and lay the set out; the manifest comes last."""
+    def create(self, out: Path) -> CacheWriter:
+        """Fit the codec and create the label set's files, the manifest last.
+
+        Raises CacheIncompleteError if no row has features.
+        """
         samples = self._samples()
         rows = self.cache.reader.usable_rows
         if not len(rows):
             raise CacheIncompleteError(
-                f"{self.cache.reader.root}: none of its images has features to be labelled"
+                f"{self.cache.reader.root}: no image has features; extract them before labelling"
             )
-        classes, (height, width) = len(self._interpreter.spec.classes), self._interpreter.spec.grid
-        values = classes * len(self._mirrored) * height * width
+        height, width = self._interpreter.spec.grid
+        values = len(self._interpreter.spec.classes) * len(self._mirrored) * height * width
         fitted = rows[: max(1, min(fit_rows(len(self.cache)), MAX_FIT_VALUES // values))]
         solved = self._fitted(fitted, samples)
         recipe = self._recipe(solved, int(fitted[-1]) + 1)
@@ -121,17 +124,20 @@ class LabelJob:
         return CacheWriter.create(out, recipe, arrays, {LOGITS: fit.arrays()}, samples, None)
 
     def write(self, writer: CacheWriter) -> None:
-        """Label and commit the shards that are missing."""
+        """Label and commit the missing shards."""
         array = writer.manifest.arrays[LOGITS]
-        left = sum(len(array.rows_of(shard)) for shard in writer.missing)
+        remaining = sum(len(array.rows_of(shard)) for shard in writer.missing)
         encoder = label_encoder(writer.root, writer.manifest)
-        with track("label write", len(self.cache), len(self.cache) - left) as progress:
+        with track("label write", len(self.cache), len(self.cache) - remaining) as progress:
             for shard in writer.missing:
                 writer.write_shard(self.shard(writer.manifest, encoder, shard))
                 progress.advance(len(array.rows_of(shard)))
 
     def shard(self, manifest: CacheManifest, encoder: FeatureEncoder, shard: int) -> ShardData:
-        """Label a shard's rows and encode them as a set of that manifest has them. Raises CodecError."""
+        """Label and encode a shard's rows for the label set of `manifest`.
+
+        Raises CodecError if a logit is not finite.
+        """
         rows = manifest.arrays[LOGITS].rows_of(shard)
         fitted = int(manifest.recipe["codec"]["fit_rows"])
         usable = np.intersect1d(np.array(rows), self.cache.reader.usable_rows)
@@ -146,7 +152,7 @@ class LabelJob:
                 if not view.finite:
                     key = self.cache.samples["key"][row]
                     raise CodecError(
-                        f"the logits of {key} are not finite; fit the interpreter again, at a lower --lr"
+                        f"the logits of {key} are not finite; fit the interpreter again with a lower lr"
                     )
                 payloads[row] = view.payload
                 if row >= fitted or len(self.cache) == fitted:
@@ -164,34 +170,36 @@ class LabelJob:
             sums={LOGITS: CodecSums(squared_error=sums[0], energy=sums[1])},
         )
 
-    def asked(self) -> Json:
-        """Return the recipe's fields that the inputs fix, to be compared with a set that is there."""
-        fixed = self._recipe(None, 0).to_json()
-        codec = {"ratio": fixed["codec"]["ratio"]}
-        return {"labels": fixed["labels"], "teacher": fixed["teacher"], "codec": codec}
+    def fixed_fields(self) -> Json:
+        """Return the fields of the recipe that depend on the inputs alone, not on the codec's fit."""
+        recipe = self._recipe(None, 0).to_json()
+        codec = {"ratio": recipe["codec"]["ratio"]}
+        return {"labels": recipe["labels"], "teacher": recipe["teacher"], "codec": codec}
 
     def _joined(self, rows: Rows) -> Tensor:
-        """Return (B, V x K, H, W), each pixel's logits centred: their mean says nothing of its classes."""
+        """Return (B, V x K, H, W): the logits minus their mean over classes, which softmax ignores."""
         logits = self.logits(rows)
         return join_views(logits - logits.mean(2, keepdim=True), self._mirrored)
 
     def _fitted(self, rows: Rows, samples: list[Sample]) -> Solved:
-        """Fit the codec's transform, in one thread, and solve its step for the bytes that are asked for."""
+        """Fit the codec's transform, in one thread, and solve its step for the requested bytes."""
         maps = torch.cat(
-            [whiten(self._joined(rows[at : at + 32]))[0].half() for at in range(0, len(rows), 32)]
+            [
+                whiten(self._joined(rows[start : start + FIT_BATCH]))[0].half()
+                for start in range(0, len(rows), FIT_BATCH)
+            ]
         )
         if not bool(maps.isfinite().all()):
             raise CodecError(
-                "the interpreter's logits are not finite; fit it again, at a lower --lr"
+                "the interpreter's logits are not finite; fit it again with a lower lr"
             )
-        index = len(
-            parquet_bytes(samples_table((s.key for s in samples), (s.label for s in samples)))
-        )
+        table = samples_table((s.key for s in samples), (s.label for s in samples))
+        index_bytes = len(parquet_bytes(table))
         with cpu_threads(1), threadpool_limits(1):
             statistics = {LOGITS: tap_statistics(maps.numpy()[None])}
 
             def size_of(fit: dict[str, FittedTap]) -> float:
-                row_bytes = (index + FIXED_BYTES) / len(samples)
+                row_bytes = (index_bytes + FIXED_BYTES) / len(samples)
                 return bytes_per_view(
                     fit, statistics, self._target, len(samples), 1, row_bytes, len(maps)
                 )
@@ -206,10 +214,11 @@ class LabelJob:
         return [Sample(index=row, key=key, label=label) for row, (key, label) in enumerate(pairs)]
 
     def _recipe(self, solved: Solved | None, fitted: int) -> Recipe:
-        """Return the recipe of the set; without a solved codec the fields that it fixes are empty."""
+        """Return the recipe of the label set; the fields of the codec's fit are empty without `solved`."""
         own = self.cache.reader.manifest
         spec = self._interpreter.spec
-        channels, (height, width) = len(spec.classes) * len(self._mirrored), spec.grid
+        channels = len(spec.classes) * len(self._mirrored)
+        height, width = spec.grid
         scores = spec.validation and {name: spec.validation[name] for name in SCORES}
         on_cpu = self._compute.device.type == "cpu"
         return Recipe(

@@ -1,4 +1,4 @@
-"""The labelled images of a cache: which rows have a mask or a label, and what it says."""
+"""The labelled rows of a cache: those with a mask in a folder, or with a label in the cache's index."""
 
 import hashlib
 import sys
@@ -20,30 +20,30 @@ from dtcache.labels import MAX_CLASSES
 from dtcache.store.layout import IMAGES
 
 NO_CLASS = -1
-"""What counts nowhere among image labels; they have no such value."""
+"""Ignore index of image labels, which are never negative."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Labelled:
-    """Labelled rows of a cache."""
+class LabelledRows:
+    """Rows of a cache with their labels."""
 
     rows: Rows
-    """(N,): by row."""
+    """(N,), ascending."""
     truth_NHW: Tensor
-    """uint8 class numbers of the unmirrored view; int64 (N, 1, 1) where images are labelled as a whole."""
+    """Class numbers of the unmirrored view: uint8 for masks, int64 (N, 1, 1) for image labels."""
     classes: tuple[str, ...]
     """Names by number."""
     ignore: int
-    """The value that counts nowhere."""
+    """Ignore index."""
 
     def __len__(self) -> int:
         """Return the number of labelled images."""
         return len(self.rows)
 
-    def part(self, places: Sequence[int] | Rows) -> "Labelled":
-        """Return some of them."""
-        chosen = np.asarray(places, np.int64)
-        return Labelled(
+    def take(self, indices: Sequence[int] | Rows) -> "LabelledRows":
+        """Return the rows at these indices."""
+        chosen = np.asarray(indices, np.int64)
+        return LabelledRows(
             rows=self.rows[chosen],
             truth_NHW=self.truth_NHW[chosen],
             classes=self.classes,
@@ -52,70 +52,77 @@ class Labelled:
 
     @property
     def values(self) -> list[int]:
-        """Class numbers that occur, in order."""
-        found: list[int] = torch.unique(self.truth_NHW[self.truth_NHW != self.ignore]).tolist()
-        return found
+        """Class numbers that occur, ascending, without the ignore index."""
+        values: list[int] = torch.unique(self.truth_NHW[self.truth_NHW != self.ignore]).tolist()
+        return values
 
 
 def images_with_masks(
-    cache: Cache, root: Path, ignore: int | None, limit: int | None, images: Path | None = None
-) -> Labelled:
-    """Return the usable rows whose key has a mask in a folder, and the masks as the view shows them.
+    cache: Cache,
+    root: Path,
+    ignore_index: int | None,
+    limit: int | None,
+    images: Path | None = None,
+) -> LabelledRows:
+    """Return the usable rows whose key has a mask in the folder `root`, with masks seen through the view.
 
-    Masks must have their images' sizes: read from the source in `images`, else as far as the cache knows them; stderr
-    says how many it does not. Raises ImagesError where there is none, for one that is no mask of its image, and where
-    they show fewer than two classes.
+    A mask must have the size of its image. Sizes are read from the source `images`; without it,
+    only sizes that the cache knows are checked, and stderr says how many are not. Raises
+    ImagesError if no image has a mask, if a file is not a mask of its image, or if the masks show
+    fewer than two classes.
     """
-    folder = open_masks(root, ignore)
+    folder = open_masks(root, ignore_index)
     keys = cache.samples["key"].to_pylist()
     usable = cache.reader.usable_rows
     rows = [int(row) for row in usable if folder.has(keys[row])][:limit]
     if not rows:
         example = folder.path(keys[int(usable[0])]) if len(usable) else f"{root}/KEY.png"
         raise ImagesError(
-            f"{root}: no mask matches any of the cache's {len(usable)} images; expected PNG files named by their keys, "
-            f"such as {example}"
+            f"{root}: no mask matches any of the cache's {len(usable)} images; expected PNG files "
+            f"named by their keys, such as {example}"
         )
-    sizes = _sizes(cache, rows, images)
+    sizes = _image_sizes(cache, rows, images)
     if None in sizes:
         print(
-            f"warning: the cache does not know the size of {sizes.count(None)} of the {len(rows)} images with a mask, "
-            "and a mask of another size goes unnoticed; give --images IMAGES to check",
+            f"warning: the cache does not know the size of {sizes.count(None)} of the {len(rows)} "
+            "images with a mask, so masks of another size are not detected; pass the cache's "
+            "images to check them",
             file=sys.stderr,
         )
     masks = [
         folder.load(keys[row], cache.view, size) for row, size in zip(rows, sizes, strict=True)
     ]
-    truth = np.stack(masks)
-    classes = folder.names or numbered(int(truth[truth != folder.ignore].max(initial=0)) + 1)
-    labelled = Labelled(
+    truth_NHW = np.stack(masks)
+    largest = int(truth_NHW[truth_NHW != folder.ignore].max(initial=0))
+    labelled = LabelledRows(
         rows=np.array(rows, np.int64),
-        truth_NHW=torch.from_numpy(truth),
-        classes=classes,
+        truth_NHW=torch.from_numpy(truth_NHW),
+        classes=folder.names or numbered(largest + 1),
         ignore=folder.ignore,
     )
     folder.require_several(labelled.values)
     return labelled
 
 
-def labelled_images(cache: Cache, limit: int | None) -> Labelled:
-    """Return the usable rows that have a label in the cache's index. Raises ImagesError where there is none."""
+def labelled_images(cache: Cache, limit: int | None) -> LabelledRows:
+    """Return the usable rows with a label in the cache's index. Raises ImagesError if there is none."""
     labels = cache.samples["label"].to_pylist()
     usable = cache.reader.usable_rows
     rows = [int(row) for row in usable if labels[row] is not None and labels[row] >= 0][:limit]
     if not rows:
         raise ImagesError(
-            f"{cache.reader.root}: none of the {len(usable)} images has a label in the cache's index; give --masks, or "
-            "a cache of images with one sub-folder a class"
+            f"{cache.reader.root}: none of the {len(usable)} images has a label in the cache's "
+            "index; pass `masks`, or a cache of images with one sub-folder per class"
         )
     numbers = [int(labels[row]) for row in rows]
     names = cache.reader.manifest.classes
     count = len(names) if names else MAX_CLASSES
     if max(numbers) >= count:
         raise ImagesError(
-            f"{cache.reader.root}: expected labels from 0 to {count - 1}, got {max(numbers)}; number the classes from 0"
+            f"{cache.reader.root}: expected labels from 0 to {count - 1}, got {max(numbers)}; "
+            "number the classes from 0"
         )
-    return Labelled(
+    return LabelledRows(
         rows=np.array(rows, np.int64),
         truth_NHW=torch.tensor(numbers)[:, None, None],
         classes=names or numbered(max(numbers) + 1),
@@ -123,10 +130,13 @@ def labelled_images(cache: Cache, limit: int | None) -> Labelled:
     )
 
 
-def _sizes(cache: Cache, rows: Sequence[int], images: Path | None) -> list[tuple[int, int] | None]:
-    """Return the (height, width) of images, None where it is not known.
+def _image_sizes(
+    cache: Cache, rows: Sequence[int], images: Path | None
+) -> list[tuple[int, int] | None]:
+    """Return (height, width) of the images, None if unknown.
 
-    Without their source a cache knows those that are stored in their own bytes.
+    Without the source `images`, a size is known if the cache stores the image's own bytes: then the
+    view did not change it.
     """
     content = cache.samples["content_sha256"]
     if images is not None:
@@ -134,11 +144,11 @@ def _sizes(cache: Cache, rows: Sequence[int], images: Path | None) -> list[tuple
         return [source.size(row) for row in rows]
     if IMAGES not in cache.reader.manifest.arrays:
         return [None] * len(rows)
+    view_size = (cache.view.height, cache.view.width)
+    stored = cache.reader.payloads(IMAGES, rows, np.zeros(len(rows)))
     sizes: list[tuple[int, int] | None] = []
-    for row, payload in zip(
-        rows, cache.reader.payloads(IMAGES, rows, np.zeros(len(rows))), strict=True
-    ):
+    for row, payload in zip(rows, stored, strict=True):
         length = int.from_bytes(payload[:LENGTH_BYTES].tobytes(), "little")
-        own = hashlib.sha256(payload[LENGTH_BYTES : LENGTH_BYTES + length].tobytes()).digest()
-        sizes.append((cache.view.height, cache.view.width) if own == content[row].as_py() else None)
+        digest = hashlib.sha256(payload[LENGTH_BYTES : LENGTH_BYTES + length].tobytes()).digest()
+        sizes.append(view_size if digest == content[row].as_py() else None)
     return sizes

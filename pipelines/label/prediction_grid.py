@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 CELL = 128
-"""Pixels of the longer side of one picture."""
+"""Pixels of the longer side of one cell."""
 GAP = 4
 IGNORED = np.uint8(255)
+BACKGROUND = (128, 128, 128)
 
 
 def label_picture(
@@ -21,29 +22,31 @@ def label_picture(
     classes: int,
     ignore: int,
 ) -> bytes:
-    """Return a PNG of a row an image: the image (3, H, W) where there is one, its mask (H, W), the prediction (H, W).
+    """Return a PNG with one row per image: image (3, H, W) if given, mask (H, W), prediction (H, W).
 
-    Class 0 is black, the others have colours of their own, and pixels to ignore are white.
+    Class 0 is black, every other class has a colour of its own, and ignored pixels are white.
     """
     palette = np.zeros((256, 3), np.uint8)
-    palette[1:classes] = (
-        255 * colormaps["hsv"](np.linspace(0, 1, max(1, classes - 1), endpoint=False))[:, :3]
-    )
+    hues = np.linspace(0, 1, max(1, classes - 1), endpoint=False)
+    palette[1:classes] = (255 * colormaps["hsv"](hues))[:, :3]
     columns = [[x.transpose(1, 2, 0) for x in images]] if images is not None else []
     truths = [np.where((mask == ignore)[..., None], IGNORED, palette[mask]) for mask in masks]
     columns += [truths, [palette[mask] for mask in predicted]]
     height, width = masks[0].shape
     scale = CELL / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    sheet = Image.new(
-        "RGB",
-        (len(columns) * (size[0] + GAP) - GAP, len(masks) * (size[1] + GAP) - GAP),
-        (128, 128, 128),
+    cell_width = max(1, round(width * scale))
+    cell_height = max(1, round(height * scale))
+    sheet_size = (
+        len(columns) * (cell_width + GAP) - GAP,
+        len(masks) * (cell_height + GAP) - GAP,
     )
-    for place, column in enumerate(columns):
-        for row, cell in enumerate(column):
-            shown = Image.fromarray(cell).resize(size, Image.Resampling.NEAREST)
-            sheet.paste(shown, (place * (size[0] + GAP), row * (size[1] + GAP)))
+    sheet = Image.new("RGB", sheet_size, BACKGROUND)
+    for column_number, column in enumerate(columns):
+        for row, pixels in enumerate(column):
+            cell = Image.fromarray(pixels).resize(
+                (cell_width, cell_height), Image.Resampling.NEAREST
+            )
+            sheet.paste(cell, (column_number * (cell_width + GAP), row * (cell_height + GAP)))
     sink = io.BytesIO()
     sheet.save(sink, "PNG")
     return sink.getvalue()

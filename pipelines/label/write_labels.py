@@ -1,4 +1,4 @@
-"""`dtcache label write`: an interpreter's soft labels of every image and view of a cache, as a sealed part of it."""
+"""`dtcache label write`: soft labels of every image and view of a cache, as a sealed part of it."""
 
 import sys
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from pathlib import Path
 from dtcache.atomic_files import FolderLock
 from dtcache.cache.label_set import LabelSet
 from dtcache.device import cpu_threads
-from dtcache.errors import CacheMismatchError
+from dtcache.errors import CacheIncompleteError, CacheMismatchError
 from dtcache.labels import load_interpreter
-from dtcache.options import LabelWriteOptions, parse_share
+from dtcache.options import LabelWriteOptions
 from dtcache.recipe import Json
 from dtcache.store.label_sets import require_name
 from dtcache.store.layout import LABELS, MANIFEST
@@ -17,76 +17,82 @@ from dtcache.store.manifest import read_manifest, require_same
 from dtcache.store.summary import inspect_cache
 from dtcache.store.writer import CacheWriter
 from pipelines.label.label_quality import known_labels, measure
-from pipelines.label.label_writer import LabelJob
+from pipelines.label.label_writer import LabelWriter
+
+REMEDY = "use the same interpreter and options to resume it, or another `name`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenLabels:
-    """What came of writing."""
+    """A finished label set."""
 
     root: Path
     images: int
     share: float
     """Bytes of the label set over those of the features."""
     measured: Json
+    """What `label_quality.measure` returned when the set was sealed."""
 
 
-SAME = "give the same interpreter and options to go on with it, or another --name"
+def write_labels(root: Path, interpreter_dir: Path, options: LabelWriteOptions) -> WrittenLabels:
+    """Write the soft labels of the cache `root` by an interpreter; resume a set begun with the same options.
 
-
-def write_labels(root: Path, where: Path, options: LabelWriteOptions) -> WrittenLabels:
-    """Write the soft labels of a cache by the interpreter in `where`; goes on with a set that was begun alike.
-
-    Raises CacheMismatchError, naming the difference, where the interpreter was fitted to other features or the set is
-    another one, ConfigError, and what opening either raises.
+    Raises CacheMismatchError, naming the difference, if the interpreter was fitted to other
+    features or if the set was begun with other inputs; ConfigError; and what opening either raises.
     """
     require_name(options.name)
-    interpreter = load_interpreter(where)
+    interpreter = load_interpreter(interpreter_dir)
     out = root / LABELS / options.name
-    job = LabelJob(root, interpreter, options)
+    labeller = LabelWriter(root, interpreter, options)
     begun = read_manifest(out).recipe if (out / MANIFEST).exists() else None
     if begun is not None:
-        _require_begun_alike(out, begun, job.asked(), options)
-    known = known_labels(job.cache, interpreter.spec, options)
+        _require_same_inputs(out, begun, labeller.fixed_fields(), options)
+    known = known_labels(labeller.cache, interpreter.spec, options)
     with FolderLock(out), cpu_threads(begun["threads"] if begun is not None else None):
-        writer = CacheWriter.resume(out) if begun is not None else job.begin(out)
+        writer = CacheWriter.resume(out) if begun is not None else labeller.create(out)
         if writer.manifest.state == "writing":
-            job.write(writer)
-            labels = LabelSet(job.cache, options.name, unfinished=True)
-            writer.seal(measure(job.cache, labels, job.logits, known))
+            labeller.write(writer)
+            labels = LabelSet(labeller.cache, options.name, unfinished=True)
+            writer.seal(measure(labeller.cache, labels, labeller.logits, known))
         else:
-            writer.seal()  # the commit records that a kill in the middle of it has left
-        assert writer.manifest.measured is not None, "a label set is sealed with it"
-        if options.masks is not None and writer.manifest.measured["agreement"] is None:
-            print(
-                f"warning: --masks: {out} was finished without them, and what it records stays; delete it and write it "
-                "again to know the agreement",
-                file=sys.stderr,
+            writer.seal()  # removes the commit records that a kill during sealing has left
+        measured = writer.manifest.measured
+        if measured is None:
+            raise CacheIncompleteError(
+                f"{out}: sealed without measurements; delete this folder and write the labels again"
             )
         report = next(
-            found for found in inspect_cache(root)["labels"] if found["name"] == options.name
+            label_set
+            for label_set in inspect_cache(root)["labels"]
+            if label_set["name"] == options.name
         )
-    if report["share"] > parse_share(options.share, "share"):
+    if options.masks is not None and measured["agreement"] is None:
         print(
-            f"warning: {out} takes {report['share']:.1%} of the features' bytes, over the --share {options.share} "
-            "asked for; what every label set has weighs most in a cache of few images",
+            f"warning: {out} was finished without masks, and its record of agreement stays empty; "
+            "delete it and write it again to measure the agreement with these masks",
+            file=sys.stderr,
+        )
+    if report["share"] > options.share:
+        print(
+            f"warning: {out} takes {report['share']:.1%} of the features' bytes, over the requested "
+            f"share of {options.share:.4g}; in a cache of few images, the files that every label "
+            "set has take most of these bytes",
             file=sys.stderr,
         )
     return WrittenLabels(
-        root=out,
-        images=report["num_done"],
-        share=report["share"],
-        measured=writer.manifest.measured,
+        root=out, images=report["num_done"], share=report["share"], measured=measured
     )
 
 
-def _require_begun_alike(out: Path, begun: Json, asked: Json, options: LabelWriteOptions) -> None:
-    """Raise CacheMismatchError where a set was begun by another interpreter or with other options."""
-    there = begun["codec"]["ratio"]
-    now = asked["codec"]["ratio"]
-    if there != now:
-        share = 100 * parse_share(options.share, "share") * now / there
+def _require_same_inputs(
+    out: Path, begun: Json, fixed_fields: Json, options: LabelWriteOptions
+) -> None:
+    """Raise CacheMismatchError if a set was begun by another interpreter or with other options."""
+    begun_ratio = begun["codec"]["ratio"]
+    ratio = fixed_fields["codec"]["ratio"]
+    if begun_ratio != ratio:
+        share = options.share * ratio / begun_ratio
         raise CacheMismatchError(
-            f"{out} was begun with --share {share:.4g}%, got {options.share}; {SAME}"
+            f"{out} was begun with `share={share:.4g}`, got `share={options.share:.4g}`; {REMEDY}"
         )
-    require_same(out, begun, asked, remedy=SAME)
+    require_same(out, begun, fixed_fields, remedy=REMEDY)

@@ -36,7 +36,7 @@ from pipelines.extract.recipe_options import (
 )
 from pipelines.extract.shard import run_shard
 from pipelines.extract.shard_runner import decode_threads
-from pipelines.label.label_writer import LabelJob, label_encoder
+from pipelines.label.label_writer import LabelWriter, label_encoder
 from pipelines.terminal.progress import track
 from pipelines.verify.check import Repair, remedy, repairable, start_over, verify_cache
 
@@ -278,8 +278,8 @@ def _recompute_labels(
         options = LabelWriteOptions(
             name=damaged.root.name, batch_size=teacher["batch_size"], device=teacher["device_type"]
         )
-        job = LabelJob(cache, interpreter, options)
-        wanted_recipe = job.asked()
+        job = LabelWriter(cache, interpreter, options)
+        wanted_recipe = job.fixed_fields()
         del wanted_recipe["codec"]  # the set's own fit is used
         require_same(damaged.root, manifest.recipe, wanted_recipe)
         encoder = label_encoder(damaged.root, manifest)

@@ -79,5 +79,5 @@ def labelled(
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     assert "soft labels of 40 images" in result.output
-    assert "over the --share 10% asked for; what every label set has weighs most" in result.output
+    assert "over the requested share of 0.1; in a cache of few images, the files" in result.output
     return root

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cli import main
 from dtcache.teacher import load_teacher
-from pipelines.describe_teacher import count_flops
+from dtcache.teacher.flops import count_flops
 
 
 def run(*arguments: object) -> Result:

@@ -27,11 +27,11 @@ from dtcache.options import EvaluateOptions, ExtractOptions
 from dtcache.recipe import Sample, ViewSpec
 from dtcache.student import make_backbone, save_backbone
 from dtcache.teacher.ddpm import build_unet, save_teacher
-from pipelines.evaluate.evaluate import (
+from pipelines.evaluate.classification import (
+    ClassificationResult,
     ProbeResult,
-    evaluate,
+    classify,
     pooled_features,
-    results_json,
     split_labelled,
 )
 from pipelines.evaluate.image_split import EvaluatedImages
@@ -80,7 +80,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options_for(root: Path, **changes: object) -> EvaluateOptions:
     """Return options that suit a folder with train/ and test/."""
     plain = EvaluateOptions(
-        train=root / "train", test=root / "test", neighbours=3, device="cpu", precision="fp32"
+        train=root / "train", test=root / "test", k=3, device="cpu", precision="fp32"
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -120,9 +120,7 @@ def test_knn_gives_ties_to_the_nearer_and_majority_to_the_more() -> None:
     train = train.astype(np.float32)
     assert knn_predict(train, labels, query, 4, CPU.device).tolist() == [7]
     assert knn_predict(train, labels, query, 5, CPU.device).tolist() == [2]
-    with pytest.raises(
-        ConfigError, match=r"--neighbours 6: expected 1 to 5, the number of training images"
-    ):
+    with pytest.raises(ConfigError, match=r"`k` 6: expected 1 to 5, the number of training images"):
         knn_predict(train, labels, query, 6, CPU.device)
 
 
@@ -153,7 +151,8 @@ def test_linear_probe_needs_two_classes() -> None:
     """Images of one class only are refused with advice instead of a traceback out of scikit-learn."""
     features = np.zeros((4, 2), np.float32)
     with pytest.raises(
-        ImagesError, match=r"images of two classes or more, got 4 images of 1; raise --limit-train"
+        ImagesError,
+        match=r"images of two classes or more, got 4 images of 1; pass a larger `limit_train`",
     ):
         linear_predict(features, np.zeros(4, np.int64), features)
 
@@ -179,13 +178,13 @@ def test_without_test_images_a_fifth_is_held_out(
     train, test = split_labelled(options_for(shelf, test=None, limit_test=3))
     assert train.indices == whole.indices[:32]
     assert test.indices == whole.indices[32:35]
-    assert "no --test: 8 of 40 training images are held out" in capsys.readouterr().err
+    assert "no test images given: 8 of 40 training images are held out" in capsys.readouterr().err
 
 
 def test_images_without_labels_are_refused(shelf: Path, tmp_path: Path) -> None:
     """A flat folder, Parquet with a missing label and another set of classes each stop the evaluation."""
     with pytest.raises(
-        ImagesError, match=r"red: expected a label for every image.*one sub-folder a class"
+        ImagesError, match=r"red: expected a label for every image.*one sub-folder per class"
     ):
         split_labelled(options_for(shelf, train=shelf / "train" / "red"))
     sink = io.BytesIO()
@@ -201,7 +200,7 @@ def test_images_without_labels_are_refused(shelf: Path, tmp_path: Path) -> None:
     other = write_images(tmp_path / "other", 1, seed=0, classes=("blue", "grey"))
     with pytest.raises(
         ImagesError,
-        match=r"other: expected the classes of .*train, got others: grey, red are in one",
+        match=r"other: expected the classes of .*train, got others: only one of the two has grey, red",
     ):
         split_labelled(options_for(shelf, test=other))
     with pytest.raises(ImagesNotFoundError, match=r"nowhere does not exist"):
@@ -211,12 +210,12 @@ def test_images_without_labels_are_refused(shelf: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": ""}, "--train: expected labelled training images"),
+        ({"train": ""}, "`train`: expected labelled training images"),
         ({"limit_train": 0}, "`limit_train` 0: expected at least 1"),
         ({"limit_test": -1}, "`limit_test` -1: expected at least 1"),
         ({"batch_size": 0}, "`batch_size` 0: expected at least 1"),
         ({"size": "big"}, "`size` big: expected H or HxW"),
-        ({"neighbours": 41}, "--neighbours 41: expected 1 to 40"),
+        ({"k": 41}, "`k` 41: expected 1 to 40"),
     ],
 )
 def test_options_that_cannot_work_are_refused(
@@ -224,7 +223,7 @@ def test_options_that_cannot_work_are_refused(
 ) -> None:
     """Each option out of its range is named with what was expected."""
     with pytest.raises(ConfigError, match=message):
-        evaluate("pixels", options_for(shelf, **changes))
+        classify("pixels", options_for(shelf, **changes))
 
 
 def test_bad_images_are_left_out_and_counted(
@@ -234,7 +233,7 @@ def test_bad_images_are_left_out_and_counted(
     write_images(tmp_path / "train", 5, seed=0)
     write_images(tmp_path / "test", 2, seed=1)
     (tmp_path / "train" / "blue" / "000.png").write_bytes(b"no image")
-    (result,) = evaluate("pixels", options_for(tmp_path))
+    (result,) = classify("pixels", options_for(tmp_path)).rows
     assert (result.num_train, result.num_test) == (9, 4)
     assert "1 of 10 training images left out (cannot identify image file" in capsys.readouterr().err
     for path in (tmp_path / "test").rglob("*.png"):
@@ -242,7 +241,7 @@ def test_bad_images_are_left_out_and_counted(
     with pytest.raises(
         ImagesError, match=r"expected test images that .* got none; all failed \(empty file\)"
     ):
-        evaluate("pixels", options_for(tmp_path))
+        classify("pixels", options_for(tmp_path))
 
 
 # The features.
@@ -259,7 +258,7 @@ def test_pixels_are_the_views_pixels(shelf: Path) -> None:
         expected = np.asarray(Image.open(path), np.float32).transpose(2, 0, 1).reshape(-1) / 255
         np.testing.assert_allclose(features["pixels"][place], expected, rtol=1e-6)
         assert labels[place] == ["blue", "red"].index(path.parent.name)
-    (result,) = evaluate("pixels", options_for(shelf, size="16"))
+    (result,) = classify("pixels", options_for(shelf, size="16")).rows
     assert (result.feature_dim, result.knn_top1, result.linear_top1) == (768, 100.0, 100.0)
 
 
@@ -309,14 +308,10 @@ def test_random_networks_are_calibrated_and_trained_ones_are_not(shelf: Path) ->
 
 def test_a_timm_name_repeats_and_takes_a_size(shelf: Path) -> None:
     """The same name, seed and size give the same results; the row carries the network's name and width."""
-    first = evaluate("resnet10t", options_for(shelf, size="32"))
-    assert first == evaluate("resnet10t", options_for(shelf, size="32"))
-    assert (first[0].name, first[0].feature_dim, first[0].num_train, first[0].num_test) == (
-        "resnet10t",
-        512,
-        40,
-        12,
-    )
+    first = classify("resnet10t", options_for(shelf, size="32"))
+    assert first == classify("resnet10t", options_for(shelf, size="32"))
+    (row,) = first.rows
+    assert (row.name, row.feature_dim, row.num_train, row.num_test) == ("resnet10t", 512, 40, 12)
 
 
 def test_models_of_no_kind_are_refused_with_a_hint(shelf: Path, tmp_path: Path) -> None:
@@ -327,9 +322,9 @@ def test_models_of_no_kind_are_refused_with_a_hint(shelf: Path, tmp_path: Path) 
         ConfigError,
         match=r"expected a cache .* or a backbone folder .*; did you mean .*/backbone\?",
     ):
-        evaluate(str(tmp_path), options_for(shelf))
+        classify(str(tmp_path), options_for(shelf))
     with pytest.raises(ConfigError, match=r"resnet1O: timm .* has no network of this name"):
-        evaluate("resnet1O", options_for(shelf))
+        classify("resnet1O", options_for(shelf))
 
 
 # The features of a cache.
@@ -385,24 +380,24 @@ class _Renamed(FolderSource):
 
 def test_a_cache_is_probed_tap_by_tap(shelf: Path) -> None:
     """With the teacher, test images outside the cache are served, and every tap and their union has a row."""
-    results = evaluate(str(shelf / "cache"), options_for(shelf, teacher=str(shelf / "teacher")))
-    assert [(r.name, r.feature_dim) for r in results] == [
+    results = classify(str(shelf / "cache"), options_for(shelf, teacher=str(shelf / "teacher")))
+    assert [(r.name, r.feature_dim) for r in results.rows] == [
         ("t50/stride2", 16),
         ("t50/stride4", 16),
         ("all", 32),
     ]
-    assert {(r.num_train, r.num_test) for r in results} == {(40, 12)}
-    alone = evaluate(str(shelf / "cache"), options_for(shelf, test=None))
-    assert {(r.num_train, r.num_test) for r in alone} == {(32, 8)}
+    assert {(r.num_train, r.num_test) for r in results.rows} == {(40, 12)}
+    alone = classify(str(shelf / "cache"), options_for(shelf, test=None))
+    assert {(r.num_train, r.num_test) for r in alone.rows} == {(32, 8)}
 
 
 def test_images_outside_the_cache_need_the_teacher(shelf: Path, tmp_path: Path) -> None:
     """Without a teacher the missing images are counted; another teacher is refused with both hashes."""
     with pytest.raises(
         ConfigError,
-        match=r"cache: 12 of 52 images are not in the cache; give the cache's --teacher",
+        match=r"cache: 12 of 52 images are not in the cache; pass the cache's `teacher`",
     ):
-        evaluate(str(shelf / "cache"), options_for(shelf))
+        classify(str(shelf / "cache"), options_for(shelf))
     torch.manual_seed(1)
     save_teacher(build_unet(SIZE, SIZE, (8, 16, 16), 1, 0), tmp_path / "other", torch.float32)
     wanted = Cache(shelf / "cache").reader.manifest.recipe["teacher"]["weights_sha256"]
@@ -410,7 +405,7 @@ def test_images_outside_the_cache_need_the_teacher(shelf: Path, tmp_path: Path) 
         TeacherError,
         match=rf"other: not the teacher .*expected weights {wanted}, got [0-9a-f]{{64}}",
     ):
-        evaluate(str(shelf / "cache"), options_for(shelf, teacher=str(tmp_path / "other")))
+        classify(str(shelf / "cache"), options_for(shelf, teacher=str(tmp_path / "other")))
 
 
 def test_a_teacher_with_another_noise_schedule_is_refused(shelf: Path, tmp_path: Path) -> None:
@@ -423,7 +418,7 @@ def test_a_teacher_with_another_noise_schedule_is_refused(shelf: Path, tmp_path:
     with pytest.raises(
         TeacherError, match=r"bent: not the teacher of .*expected noise levels \[0\.9.*got \[0\.9"
     ):
-        evaluate(str(shelf / "cache"), options_for(shelf, teacher=str(tmp_path / "bent")))
+        classify(str(shelf / "cache"), options_for(shelf, teacher=str(tmp_path / "bent")))
 
 
 def test_features_that_are_not_finite_are_left_out(
@@ -468,13 +463,8 @@ def test_json_puts_the_best_single_row_on_top() -> None:
         replace(row, name="b", linear_top1=9.0),
         replace(row, name=ALL_TAPS, linear_top1=99.0),
     ]
-    value = results_json("cache", rows)
-    assert (value["model"], value["best"], value["linear_top1"], value["linear_C"]) == (
-        "cache",
-        "b",
-        9.0,
-        0.1,
-    )
+    value = ClassificationResult(rows=tuple(rows)).to_json()
+    assert (value["best"], value["linear_top1"], value["linear_C"]) == ("b", 9.0, 0.1)
     assert [r["name"] for r in value["rows"]] == ["a", "b", "all"]
     assert {"knn_top1", "linear_top1", "num_train", "num_test", "feature_dim"} <= set(value)
 
@@ -486,7 +476,7 @@ def test_stdout_is_json_and_nothing_else(shelf: Path) -> None:
         "pixels",
         "--train",
         str(shelf / "train"),
-        "--neighbours",
+        "--k",
         "3",
         "--size",
         "8",
@@ -495,6 +485,6 @@ def test_stdout_is_json_and_nothing_else(shelf: Path) -> None:
     assert done.exit_code == 0, done.output
     value = json.loads(done.stdout)
     assert (value["model"], value["num_train"], value["num_test"]) == ("pixels", 32, 8)
-    assert "no --test" in done.stderr
+    assert "no test images given" in done.stderr
     assert "linear top-1 %" in CliRunner().invoke(main, flags).stdout
     assert "Missing option '--train'" in CliRunner().invoke(main, ["evaluate", "pixels"]).output

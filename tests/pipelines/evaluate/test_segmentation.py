@@ -117,7 +117,7 @@ def test_the_fpn_head_reads_four_maps_or_makes_them_of_one() -> None:
 def test_the_fpn_head_names_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without segmentation-models-pytorch the message says what to install."""
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch.decoders.fpn.decoder", None)
-    with pytest.raises(ConfigError, match=r"--head fpn: .*pip install 'dtcache\[segmentation\]'"):
+    with pytest.raises(ConfigError, match=r"`head='fpn'`: .*pip install 'dtcache\[segmentation\]'"):
         FpnHead([(8, 8, 8)], 5, (64, 64))
 
 
@@ -180,18 +180,18 @@ def test_a_cache_of_a_teacher_is_judged_by_its_taps(tmp_path: Path) -> None:
     extract(tmp_path / "train" / "images", tmp_path / "cache", taken)
     options = options_for(tmp_path, size=None, batch_size=4, epochs=20)
     with pytest.raises(
-        ConfigError, match=r"4 of 16 images are not in the cache; give the cache's --teacher"
+        ConfigError, match=r"4 of 16 images are not in the cache; pass the cache's `teacher`"
     ):
         segment(str(tmp_path / "cache"), options)
     result = segment(str(tmp_path / "cache"), replace(options, teacher=str(tmp_path / "teacher")))
     assert result.name == "cache" and result.miou > 60
     for changes, flag in (
-        ({"finetune": True}, "--finetune"),
-        ({"head": "fpn"}, "--head fpn"),
-        ({"size": "32"}, "--size"),
+        ({"finetune": True}, "`finetune`"),
+        ({"head": "fpn"}, "`head='fpn'`"),
+        ({"size": "32"}, "`size`"),
     ):
         with pytest.raises(
-            ConfigError, match=rf"{flag}: expected with a backbone, got the cache .*cache"
+            ConfigError, match=rf"{flag}: expected a backbone, got the cache .*cache"
         ):
             segment(str(tmp_path / "cache"), replace(options, **changes))  # type: ignore[arg-type]
 
@@ -277,7 +277,7 @@ def test_masks_of_one_class_are_refused(shelf: Path) -> None:
 
 def test_an_ignored_class_counts_nowhere(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A class's own number can be ignored: it has no IoU, no warning, and the others are learnt."""
-    result = segment(TINY, options_for(shelf, ignore=0))
+    result = segment(TINY, options_for(shelf, ignore_index=0))
     assert result.iou["red"] is None and result.miou > 80
     assert "warning" not in capsys.readouterr().err
 
@@ -285,11 +285,11 @@ def test_an_ignored_class_counts_nowhere(shelf: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_masks": None}, "--task segmentation: expected --train-masks"),
-        ({"test_masks": None}, "expected --test-masks with --test"),
-        ({"neighbours": 3}, "--neighbours: not an option of --task segmentation"),
-        ({"task": "classification"}, "--train-masks: not an option of --task classification"),
-        ({"limit_train": 1, "batch_size": 1}, "expected at least 2 images a step"),
+        ({"train_masks": None}, "`task='segmentation'`: expected `train_masks`"),
+        ({"test_masks": None}, "expected `test_masks` with `test`"),
+        ({"k": 3}, "`k`: not an option of `task='segmentation'`"),
+        ({"task": "classification"}, "`train_masks`: not an option of `task='classification'`"),
+        ({"limit_train": 1, "batch_size": 1}, "expected at least 2 images per step"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
@@ -303,7 +303,7 @@ def test_options_that_do_not_go_together_are_refused(
 def test_a_loss_that_is_not_finite_stops_with_one_line(shelf: Path) -> None:
     """A rate that blows the weights up ends the training, and names the step and the rate."""
     with pytest.raises(
-        TrainingError, match=r"step \d+ of 24: the loss is (nan|inf); give a lower --lr"
+        TrainingError, match=r"step \d+ of 24: the loss is (nan|inf); pass a lower `lr`"
     ):
         segment(TINY, options_for(shelf, lr=1e36))
 

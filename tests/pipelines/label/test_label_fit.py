@@ -81,7 +81,7 @@ def test_the_recorded_score_is_that_of_the_weights(
     cache = Cache(scene_cache)
     found = load_interpreter(fitted)
     held = [i for i in range(10) if i not in _trained_on(10)]
-    labelled = images_with_masks(cache, masks, None, None).part(held)
+    labelled = images_with_masks(cache, masks, None, None).take(held)
     coefficients, _ = cache.coefficients(labelled.rows, [0] * 2, cache.names)
     with torch.no_grad():
         logits = found.network(cache.decoder(cache.names)(coefficients))
@@ -274,16 +274,16 @@ def test_bad_input_is_one_line(
             "--seed 4294967296: expected at most 4294967295",
         ),
         (("--masks", tmp_path / "gone"), "expected a folder of masks (PNG), got none"),
-        ((), "--masks: expected the folder of the masks; or --level image"),
+        ((), "--masks: expected the folder of the masks; or pass --level image"),
         (
             ("--masks", masks, "--level", "image"),
-            "--level image: it reads the cache's own labels; leave --masks",
+            "--level image: reads the cache's own labels; leave --masks",
         ),
-        (("--images", masks, "--level", "image"), "leave --masks, --ignore and --images out"),
+        (("--images", masks, "--level", "image"), "leave --masks, --ignore-index and --images out"),
         (("--masks", masks, "--validation", "1"), "--validation 1: expected a share under 1"),
         (
             ("--masks", masks, "--limit", "1"),
-            "1 labelled image: expected at least 2, one of them to be held out",
+            "expected at least 2 labelled images, one of them held out, got 1",
         ),
         (("--masks", masks, "--width", "40"), "--width 40: expected a multiple of 32"),
         (("--masks", masks, "--taps", "64"), "--taps stride64: the cache has stride4, stride8"),
@@ -300,7 +300,7 @@ def test_bad_input_is_one_line(
         assert result.output.count("\n") == 1
         assert not (tmp_path / "i").exists()
     result = run("label", "fit", scene_cache, "--masks", masks, "--out", fitted, *FLAGS)
-    assert f"--out {fitted}: it is there already; give a folder that is new" in result.output
+    assert f"--out {fitted}: expected a new or empty folder, got one with files" in result.output
 
 
 def test_an_incomplete_cache_is_refused(scene_cache: Path, masks: Path, tmp_path: Path) -> None:
@@ -359,9 +359,10 @@ def test_a_mask_drawn_on_the_view_is_refused_where_the_images_are_given(
     root, images, masks = cropped
     cache = Cache(root)
     assert len(images_with_masks(cache, masks, None, None)) == 12
-    warning = "the cache does not know the size of 12 of the 12 images with a mask, and a mask of another size goes"
+    warning = "the cache does not know the size of 12 of the 12 images with a mask, so masks of another size are not"
     assert (
-        f"warning: {warning} unnoticed; give --images IMAGES to check\n" in capsys.readouterr().err
+        f"warning: {warning} detected; pass the cache's images to check them\n"
+        in capsys.readouterr().err
     )
     flags = ("--masks", masks, "--images", images)
     for command in (
@@ -382,7 +383,10 @@ def test_a_mask_drawn_on_the_view_is_refused_where_the_images_are_given(
     assert len(images_with_masks(cache, tmp_path, None, None, images)) == 12
     assert capsys.readouterr().err == ""
     result = run("label", "write", root, tmp_path / "i", "--name", "b", "--images", images)
-    assert "--images: expected beside --masks, whose sizes they give; leave it out" in result.output
+    assert (
+        "--images: expected together with --masks, whose sizes they check; leave it out"
+        in result.output
+    )
 
 
 def test_images_that_are_not_the_caches_are_refused(

@@ -325,8 +325,8 @@ def test_bad_input_is_one_line(
             f"{labelled}: the interpreter was fitted to other features: teacher weights_sha256",
         ),
         (
-            (interpreter, "--name", NAME, "--share", "5%"),
-            f"{NAME} was begun with --share 10%, got 5%; give the same",
+            (interpreter, "--name", NAME, "--share", "0.05"),
+            f"{NAME} was begun with --share 0.1, got --share 0.05; use the same",
         ),
         ((interpreter, "--name", "../x"), "--name '../x': expected up to 64 lower-case letters"),
         (
@@ -337,7 +337,7 @@ def test_bad_input_is_one_line(
             (tmp_path, "--name", "b"),
             "config.json: missing; expected the --out of dtcache label fit",
         ),
-        ((interpreter, "--name", "b", "--share", "0%"), "--share 0%: expected a percentage over 0"),
+        ((interpreter, "--name", "b", "--share", "0"), "--share 0: expected a number over 0"),
     )
     for arguments, message in cases:
         result = run("label", "write", labelled, *arguments)
@@ -363,7 +363,7 @@ def test_masks_of_other_classes_do_not_agree_by_number(
     whole = replace(load_interpreter(interpreter).spec, level="image")
     with pytest.raises(
         ConfigError,
-        match=r"--masks: the interpreter labels whole images; leave --masks and --ignore",
+        match=r"`masks`: the interpreter labels whole images; leave `masks` and `ignore_index`",
     ):
         known_labels(Cache(labelled), whole, LabelWriteOptions(masks=others))
     assert known_labels(Cache(labelled), whole, LabelWriteOptions()) is None, (
@@ -379,7 +379,7 @@ def test_masks_that_come_too_late_are_told(
     assert run("label", "write", copy, interpreter, "--name", "b").exit_code == 0
     masks = scene_folder.parent / "masks"
     result = run("label", "write", copy, interpreter, "--name", "b", "--masks", masks)
-    assert f"warning: --masks: {copy / 'labels' / 'b'} was finished without them" in result.output
+    assert f"warning: {copy / 'labels' / 'b'} was finished without masks" in result.output
 
 
 def test_a_set_of_another_cache_is_refused(labelled: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dtcache.atomic_files import FolderLock
 from dtcache.errors import ConfigError
 from dtcache.options import VerifyOptions
 from dtcache.store import writer
-from pipelines.label.label_writer import LabelJob
+from pipelines.label.label_writer import LabelWriter
 from pipelines.verify.verify import verify
 
 SET = "labels/parts"
@@ -141,8 +141,8 @@ def test_what_cannot_be_repaired_is_left_and_said(
             in said[SHARD][1]
         )
     with monkeypatch.context() as patch:
-        real = LabelJob.logits
-        patch.setattr(LabelJob, "logits", lambda job, rows: 1.5 * real(job, rows).flip(2))
+        real = LabelWriter.logits
+        patch.setattr(LabelWriter, "logits", lambda job, rows: 1.5 * real(job, rows).flip(2))
         result, said = repair(root, "--interpreter", interpreter)
     assert result.exit_code == 3
     assert (

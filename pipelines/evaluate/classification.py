@@ -1,0 +1,211 @@
+"""Classification accuracy: k-NN and a linear probe on pooled features of labelled images.
+
+N images, B images per batch, D values per feature.
+"""
+
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from dtcache.device import configure_process, memory_errors, resolve_compute
+from dtcache.errors import ImagesError
+from dtcache.images import ImageSource, LoadedView, open_source
+from dtcache.metrics.probes import Features, Labels, knn_predict, linear_predict
+from dtcache.options import EvaluateOptions
+from dtcache.recipe import Json, Sample
+from pipelines.evaluate.image_split import EvaluatedImages, load_batches, split_images
+from pipelines.evaluate.pooled_features import ALL_TAPS, BATCH_SIZE, Extractor, open_model
+from pipelines.terminal.progress import track
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeResult:
+    """Accuracy of both probes on one set of features."""
+
+    name: str
+    """The backbone, `pixels`, a tap's array such as t150/stride8, or `all`: all taps concatenated."""
+    knn_top1: float
+    """Test images that k-NN classifies correctly, per cent."""
+    linear_top1: float
+    """Test images that the linear probe classifies correctly, per cent."""
+    num_train: int
+    num_test: int
+    feature_dim: int
+    linear_c: float
+    """Inverse strength of the linear probe's L2 penalty, chosen on training images."""
+
+    def to_json(self) -> Json:
+        """Return the result as JSON values."""
+        return {
+            "name": self.name,
+            "knn_top1": self.knn_top1,
+            "linear_top1": self.linear_top1,
+            "num_train": self.num_train,
+            "num_test": self.num_test,
+            "feature_dim": self.feature_dim,
+            "linear_C": self.linear_c,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationResult:
+    """Accuracy of a model's features."""
+
+    rows: tuple[ProbeResult, ...]
+    """One row, or for a cache one per tap and one for all taps together."""
+
+    @property
+    def best(self) -> ProbeResult:
+        """The row with the best linear probe; all taps together do not count."""
+        return max((r for r in self.rows if r.name != ALL_TAPS), key=lambda r: r.linear_top1)
+
+    def to_json(self) -> Json:
+        """Return the fields of the best row, its name as `best`, and all `rows`."""
+        best = self.best.to_json()
+        return {
+            "best": best.pop("name"),
+            **best,
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+    def to_table(self, model: str) -> Table:
+        """Return the result as a table; the best of several rows is bold."""
+        first = self.rows[0]
+        table = Table(
+            title=escape(f"{model}: {first.num_train} training, {first.num_test} test images")
+        )
+        for heading in ("features", "dims", "k-NN top-1 %", "linear top-1 %", "C"):
+            table.add_column(heading, justify="left" if heading == "features" else "right")
+        for row in self.rows:
+            style = "bold" if len(self.rows) > 1 and row is self.best else ""
+            cells = (f"{row.knn_top1:.2f}", f"{row.linear_top1:.2f}", f"{row.linear_c:g}")
+            table.add_row(row.name, str(row.feature_dim), *cells, style=style)
+        return table
+
+
+def classify(model: str, options: EvaluateOptions) -> ClassificationResult:
+    """Probe the pooled features of a backbone folder, a timm name (random weights), a cache or `pixels`.
+
+    Every row is measured on the same images, which are a pure function of keys, options and seed.
+    Raises ConfigError for an unknown kind of model, ImagesError for images without labels, and what
+    opening the model raises.
+    """
+    options.require_task("classification")
+    compute = resolve_compute(options.device, options.precision)
+    configure_process(compute.device)
+    batch_size = options.batch_size or BATCH_SIZE
+    train, test = split_labelled(options)
+    extractor = open_model(model, options, compute)
+    extractor.prepare(train, test)
+    with memory_errors(batch_size, "pass a smaller `batch_size`"):
+        train_features, train_labels = pooled_features(extractor, train, batch_size)
+        test_features, test_labels = pooled_features(extractor, test, batch_size)
+    rows = []
+    with track("probe", len(train_features)) as progress:
+        for name, train_ND in train_features.items():
+            test_MD = test_features[name]
+            knn = knn_predict(train_ND, train_labels, test_MD, options.k, compute.device)
+            linear, c = linear_predict(train_ND, train_labels, test_MD)
+            rows.append(
+                ProbeResult(
+                    name=name,
+                    knn_top1=100 * int((knn == test_labels).sum()) / len(test_labels),
+                    linear_top1=100 * int((linear == test_labels).sum()) / len(test_labels),
+                    num_train=len(train_ND),
+                    num_test=len(test_MD),
+                    feature_dim=train_ND.shape[1],
+                    linear_c=c,
+                )
+            )
+            progress.advance(1, name)
+    return ClassificationResult(rows=tuple(rows))
+
+
+def split_labelled(options: EvaluateOptions) -> tuple[EvaluatedImages, EvaluatedImages]:
+    """Return the training and the test images of a classification, up to the limits.
+
+    Raises ImagesError if labels are missing or if both sets have different class names.
+    """
+    train, test = split_images(options, _open_labelled)
+    if train.source.classes and test.source.classes and train.source.classes != test.source.classes:
+        differing = sorted(set(train.source.classes) ^ set(test.source.classes))
+        raise ImagesError(
+            f"{options.test}: expected the classes of {options.train}, got others: only one of the "
+            f"two has {', '.join(differing[:5])}. Labels are positions in the sorted class names; "
+            "use the same classes in both"
+        )
+    return (
+        train.chosen(train.indices[: options.limit_train]),
+        test.chosen(test.indices[: options.limit_test]),
+    )
+
+
+def _open_labelled(path: Path) -> ImageSource:
+    source = open_source(path, track)
+    if source.labels is None or any(label is None or label < 0 for label in source.labels):
+        raise ImagesError(
+            f"{path}: expected a label for every image, got images without; pass a folder with one "
+            "sub-folder per class, or Parquet with a column label: int (0 or more)"
+        )
+    return source
+
+
+def pooled_features(
+    extractor: Extractor, images: EvaluatedImages, batch_size: int
+) -> tuple[dict[str, Features], Labels]:
+    """Return features (N, D) by name, fp32, and labels (N,), int64.
+
+    Images that cannot be decoded, or whose features are not finite, are left out with a warning.
+    Raises ImagesError if none is left.
+    """
+    vectors: dict[str, list[Features]] = defaultdict(list)
+    labels = []
+    reasons = []
+    with track(images.title, len(images.indices)) as progress:
+        for batch in load_batches(images, extractor.view, batch_size):
+            decoded = [loaded for loaded in batch if loaded.pixels_CHW is not None]
+            reasons += [str(loaded.failure) for loaded in batch if loaded.pixels_CHW is None]
+            if decoded:
+                labels_B, samples = _samples(images.source, decoded)
+                by_name = extractor(decoded, samples)
+                finite_B = _finite(by_name)
+                reasons += ["features that are not finite"] * int((~finite_B).sum())
+                for name, x_BD in by_name.items():
+                    vectors[name].append(x_BD.numpy()[finite_B])
+                labels.append(labels_B[finite_B])
+            progress.advance(len(batch))
+    if reasons:
+        print(
+            f"{len(reasons)} of {len(images.indices)} {images.title} left out ({reasons[0]})",
+            file=sys.stderr,
+        )
+    if len(reasons) == len(images.indices):
+        cause = f"; all failed ({reasons[0]})" if reasons else ""
+        raise ImagesError(
+            f"expected {images.title} that can be used, got none{cause}; pass other images"
+        )
+    return {name: np.concatenate(parts) for name, parts in vectors.items()}, np.concatenate(labels)
+
+
+def _samples(source: ImageSource, batch: list[LoadedView]) -> tuple[Labels, list[Sample]]:
+    """Return the labels (B,) of a batch and its samples. The source has a label for every image."""
+    labels = [(source.labels or [])[loaded.index] for loaded in batch]
+    samples = [
+        Sample(index=loaded.index, key=source.keys[loaded.index], label=label)
+        for loaded, label in zip(batch, labels, strict=True)
+    ]
+    return np.array(labels, np.int64), samples
+
+
+def _finite(by_name: dict[str, Tensor]) -> NDArray[np.bool_]:
+    """Return which images (B,) have finite features of every name."""
+    finite_B = torch.stack([x_BD.isfinite().all(1) for x_BD in by_name.values()]).all(0)
+    return np.asarray(finite_B.numpy(), np.bool_)
