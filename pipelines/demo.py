@@ -1,4 +1,4 @@
-"""The main job, offline, on generated scenes with the bundled teacher: every stage once, and one table at the end."""
+"""`dtcache demo`: every stage on generated scenes with the bundled teacher, offline, and one table."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from dtcache.images.scenes import write_scenes
 from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TrainOptions
 from dtcache.recipe import Json
 from dtcache.store.summary import inspect_cache
-from pipelines.evaluate.evaluate import classify
+from pipelines.evaluate.classification import classify
 from pipelines.extract.extract import extract
 from pipelines.inspect.tables import render
 from pipelines.runs.folder import claim_run
@@ -25,13 +25,13 @@ from pipelines.train.train import train
 
 SCENE_SIZE = 64
 TEST_START = 1_000_000
-"""Number of the first test scene: far from every training scene of the stream."""
+"""Number of the first test scene, beyond all training scenes of the same stream."""
 
 
 def demo(out: Path, options: DemoOptions) -> Json:
-    """Run every stage that `out` does not hold yet; return and write `summary.json`.
+    """Run every stage that is not finished in `out`; return and write `summary.json`.
 
-    Raises CacheMismatchError where `out` holds a demonstration of other options.
+    Raises CacheMismatchError if `out` holds a demonstration with other options.
     """
     claim_run(out, asdict(options), volatile=("device",))
     names = options.students.split(",")
@@ -64,7 +64,7 @@ def demo(out: Path, options: DemoOptions) -> Json:
 
 
 class Stages:
-    """Runs each named stage once: what it returned and how long it took is kept in the folder."""
+    """Runs each named stage once; results and durations are stored in `stages.json` of the folder."""
 
     def __init__(self, out: Path) -> None:
         self._path = out / "stages.json"
@@ -73,7 +73,7 @@ class Stages:
         )
 
     def run(self, name: str, work: Callable[[], Json]) -> Json:
-        """Return the stage's result, running it where it has not finished before."""
+        """Return the stage's result; run it if it has not finished before."""
         if name not in self._done:
             started = time.monotonic()
             result = work()
@@ -84,7 +84,7 @@ class Stages:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds that each stage took when it ran."""
+        """Seconds that each finished stage took."""
         return {name: stage["seconds"] for name, stage in self._done.items()}
 
 
@@ -143,36 +143,37 @@ def _evaluate(out: Path, name: str, model: Path, options: DemoOptions) -> Json:
         device=options.device,
         precision=options.precision,
     )
-    (row,) = classify(str(model), chosen)
+    (row,) = classify(str(model), chosen).rows
     return {"name": name, "knn_top1": row.knn_top1, "linear_top1": row.linear_top1}
 
 
 def cost_of(summary: Json) -> str:
-    """Return in a sentence what an image costs: features with all that is beside them, and the stored pixels."""
+    """Return one sentence on the bytes per image: features with codec and indices, and stored pixels."""
     return (
-        f"{summary['num_images']} images: features cost {summary['bytes_per_image']:.0f} bytes an image for both "
-        f"flips, {summary['ratio']:.0f} times less than fp16 ({summary['fp16_bytes_per_image']}); "
-        f"the stored images {summary['stored_image_bytes_per_image']:.0f} bytes more"
+        f"{summary['num_images']} images: features take {summary['bytes_per_image']:.0f} bytes per "
+        f"image for both flips, {summary['ratio']:.0f} times less than fp16 "
+        f"({summary['fp16_bytes_per_image']}); stored images take "
+        f"{summary['stored_image_bytes_per_image']:.0f} bytes more"
     )
 
 
 def render_demo(summary: Json) -> Table:
-    """Return the demonstration's table."""
+    """Return the summary as a table, one row per student before and after training."""
     table = Table(title=cost_of(summary))
     for column in ("student", "k-NN top-1 %", "linear top-1 %", "seconds"):
         table.add_column(column, justify="left" if column == "student" else "right")
     seconds = summary["seconds"]
     for student in summary["students"]:
         name = student["name"].split(",")[0]
-        spent = seconds[f"train {name}"] if "cache" in student["name"] else 0.0
+        trained = seconds[f"train {name}"] if "cache" in student["name"] else 0.0
         table.add_row(
             student["name"],
             f"{student['knn_top1']:.1f}",
             f"{student['linear_top1']:.1f}",
-            f"{spent:.0f}",
+            f"{trained:.0f}",
         )
     rest = ", ".join(
         f"{name} {value:.0f} s" for name, value in seconds.items() if not name.startswith("train")
     )
-    table.caption = f"{rest}; in all {sum(seconds.values()):.0f} s"
+    table.caption = f"{rest}; {sum(seconds.values()):.0f} s in total"
     return table

@@ -1,4 +1,4 @@
-"""A trained backbone for other programs: written, read back by the other library, run against the original."""
+"""`dtcache export`: a trained backbone for timm or torchvision, checked against the original."""
 
 import json
 import shutil
@@ -19,14 +19,14 @@ from dtcache.student.torchvision import torchvision_network
 from dtcache.student.weights_io import CONFIG, WEIGHTS
 
 TOLERANCE = 1e-5
-"""Most that outputs may differ, over the largest: the same weights may be summed in another order."""
-PROBES = 2
-"""Random images that both networks are run on."""
+"""Largest difference of the outputs over the largest output: summation order may differ."""
+NUM_IMAGES = 2
+"""Random images on which both networks are compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exported:
-    """A folder that another library reads, and how its network compares."""
+    """An exported folder, and the comparison of its network with the original."""
 
     out: Path
     architecture: str
@@ -35,18 +35,19 @@ class Exported:
     largest: float
     """Largest absolute output."""
     usage: str
-    """Python that loads it."""
+    """Python code that loads the network."""
 
 
 def export(source: Path, out: Path, options: ExportOptions) -> Exported:
-    """Export the backbone of a run, or a backbone's folder, to a new folder that timm or torchvision reads.
+    """Export the backbone of a run, or a backbone folder, to a new folder that timm or torchvision reads.
 
-    The folder appears only once its network, read back, has given the original's outputs on random images. Raises
-    ConfigError for what cannot be exported, ExportError where the outputs differ, and DiskError.
+    The exported network is read back and run on random images; the folder appears only if its
+    outputs are those of the original. Raises ConfigError for a backbone that cannot be exported,
+    ExportError if the outputs differ, and DiskError.
     """
     folder = backbone_folder(source)
     if out.exists():
-        raise ConfigError(f"--out {out}: it is there already; give a folder that is new")
+        raise ConfigError(f"`out` {out}: expected a new folder, got one that exists")
     backbone, size, _ = load_backbone(folder)
     backbone.eval()
     draft = out.with_name(f".tmp-{out.name}")
@@ -59,8 +60,9 @@ def export(source: Path, out: Path, options: ExportOptions) -> Exported:
         difference, largest = compare(backbone.model, network, size)
         if not difference <= TOLERANCE * max(largest, 1e-6):
             raise ExportError(
-                f"{folder}: {options.to}'s {backbone.name} gives other outputs than the original: they differ by "
-                f"{difference:.3g} of {largest:.3g}; nothing was exported. Report this with the versions of both"
+                f"{folder}: {options.to}'s {backbone.name} gives other outputs than the original: "
+                f"they differ by {difference:.3g} of {largest:.3g}; nothing was exported. Report "
+                "this with the versions of both libraries"
             )
         with disk_errors(out):
             draft.rename(out)
@@ -76,27 +78,31 @@ def export(source: Path, out: Path, options: ExportOptions) -> Exported:
 
 
 def backbone_folder(source: Path) -> Path:
-    """Return the folder of a backbone, or that of a finished run. Raises ConfigError where there is none."""
+    """Return the backbone folder at `source`, which is that folder itself or a finished run.
+
+    Raises ConfigError if there is none.
+    """
     if (source / CONFIG).is_file():
         return source
     if (source / "backbone" / CONFIG).is_file():
         return source / "backbone"
     if (source / "run.json").is_file():
         raise ConfigError(
-            f"{source}: the run has no backbone yet; finish it with the dtcache train that began it"
+            f"{source}: the run has no backbone yet; run its dtcache train command again to finish it"
         )
     raise ConfigError(
-        f"{source}: expected a run of dtcache train, or a backbone's folder with {CONFIG}"
+        f"{source}: expected a run of dtcache train, or a backbone folder with {CONFIG}"
     )
 
 
 @torch.inference_mode()
 def compare(original: nn.Module, network: nn.Module, size: tuple[int, int]) -> tuple[float, float]:
-    """Return the largest difference of two networks' outputs on random images of a size, and the largest output.
+    """Return the largest absolute difference of two networks' outputs, and the largest output.
 
-    A network that gives no finite output, or another shape, differs by infinity.
+    `size` is the (height, width) of the random images. The difference is infinite if the shapes
+    differ or if an output is not finite.
     """
-    images_BCHW = torch.randn(PROBES, 3, *size, generator=torch.Generator().manual_seed(0))
+    images_BCHW = torch.randn(NUM_IMAGES, 3, *size, generator=torch.Generator().manual_seed(0))
     outputs: list[Tensor] = [net.eval()(images_BCHW) for net in (original, network)]
     largest = float(outputs[0].abs().max())
     if outputs[0].shape != outputs[1].shape or not all(bool(x.isfinite().all()) for x in outputs):
@@ -107,7 +113,7 @@ def compare(original: nn.Module, network: nn.Module, size: tuple[int, int]) -> t
 def _write_timm(
     folder: Path, draft: Path, backbone: Backbone, size: tuple[int, int]
 ) -> tuple[nn.Module, str]:
-    """Copy a backbone's folder, which is timm's own form already, and read it back through timm."""
+    """Copy a backbone folder, which timm can read, and load it with timm."""
     for name in (WEIGHTS, CONFIG):
         write_file(draft / name, (folder / name).read_bytes())
     usage = 'timm.create_model("local-dir:{out}", pretrained=True, num_classes=0)'
@@ -117,7 +123,7 @@ def _write_timm(
 def _write_torchvision(
     folder: Path, draft: Path, backbone: Backbone, size: tuple[int, int]
 ) -> tuple[nn.Module, str]:
-    """Write a state dict and how to prepare images for it, and read it back, strictly."""
+    """Write a state dict and the normalisation of its inputs; load it with torchvision, strictly."""
     network, head = torchvision_network(backbone)
     weights = {name: value.contiguous() for name, value in backbone.model.state_dict().items()}
     write_file(draft / WEIGHTS, safetensors.torch.save(weights, {"format": "pt"}))

@@ -52,7 +52,7 @@ def test_demo_runs_every_stage_and_resumes(tmp_path: Path) -> None:
     features = sum(size for part, size in report["parts"].items() if part != "images")
     assert summary["bytes_per_image"] * 70 == pytest.approx(features)
     assert summary["stored_image_bytes_per_image"] * 70 == pytest.approx(report["parts"]["images"])
-    assert f"the stored images {report['parts']['images'] / 70:.0f} bytes more" in " ".join(
+    assert f"stored images take {report['parts']['images'] / 70:.0f} bytes more" in " ".join(
         result.output.split()
     )
     assert {"scenes", "extract", "train resnet10t", "train mobilenetv3_small_100"} <= set(

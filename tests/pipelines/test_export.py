@@ -138,16 +138,16 @@ def test_what_cannot_be_exported_says_why(resnet: Path, tmp_path: Path) -> None:
     unfinished.mkdir()
     with pytest.raises(
         ConfigError,
-        match=r"run: expected a run of dtcache train, or a backbone's folder with config",
+        match=r"run: expected a run of dtcache train, or a backbone folder with config",
     ):
         export(unfinished, tmp_path / "out", ExportOptions())
     (unfinished / "run.json").write_text("{}")
     with pytest.raises(
-        ConfigError, match=r"run: the run has no backbone yet; finish it with the dtcache train"
+        ConfigError, match=r"run: the run has no backbone yet; run its dtcache train command again"
     ):
         export(unfinished, tmp_path / "out", ExportOptions())
     with pytest.raises(
-        ConfigError, match=r"--out .*run: it is there already; give a folder that is new"
+        ConfigError, match=r"`out` .*run: expected a new folder, got one that exists"
     ):
         export(resnet, unfinished, ExportOptions())
     with pytest.raises(ConfigError, match=r"`to` onnx: expected one of timm, torchvision"):
