@@ -1,4 +1,4 @@
-"""Stage 0, another way: an OpenAI guided-diffusion (ADM) checkpoint becomes a diffusers directory to extract with."""
+"""`dtcache teacher convert`: an OpenAI guided-diffusion (ADM) checkpoint becomes a diffusers directory."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -32,147 +32,168 @@ RECORD = "conversion.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Converted:
-    """What a finished conversion left behind."""
+    """A finished conversion."""
 
     out: Path
-    found: AdmArchitecture
+    architecture: AdmArchitecture
     settings: AdmSettings
     preset: str | None
-    """Name of the published architecture, None for another."""
+    """Name of the published architecture, or None for another one."""
     parameters: int
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Strides of the decoder's taps, one a level, finest first."""
-        return tuple(2**level for level in range(len(self.found.channels)))
+        """Strides of the decoder's taps, one per level, finest first."""
+        return tuple(2**level for level in range(len(self.architecture.channels)))
 
     @property
     def summary(self) -> str:
-        """One line: where, what it is, what it was taken to be, what it offers."""
+        """One line: folder, architecture, assumed settings, taps."""
         s = self.settings
-        found = self.found
+        channels = self.architecture.channels
+        classes = self.architecture.classes
         heads = f"{s.heads} heads" if s.heads else f"heads of {s.head_channels} channels"
         return (
-            f"{self.out}: {self.preset or 'an own architecture'} at {s.size} px, {self.parameters / 1e6:.1f}M "
-            f"parameters, {f'{found.classes} classes' if found.classes else 'unconditional'}; {s.schedule} schedule, "
-            f"{heads} in {s.order} order; channels {', '.join(map(str, found.channels))}; "
+            f"{self.out}: {self.preset or 'a custom architecture'} at {s.size} px, "
+            f"{self.parameters / 1e6:.1f}M parameters, "
+            f"{f'{classes} classes' if classes else 'unconditional'}; {s.schedule} schedule, {heads} "
+            f"in {s.order} order; channels {', '.join(map(str, channels))}; "
             f"taps at strides {', '.join(map(str, self.strides))}"
         )
 
 
 def convert_adm(checkpoint: Path, out: Path, options: ConvertOptions) -> Converted:
-    """Write a UNet2DModel directory (unet/, scheduler/, conversion.json) that computes what the checkpoint does.
+    """Write a UNet2DModel directory (unet/, scheduler/, conversion.json) equivalent to the checkpoint.
 
-    The directory appears whole or not at all. One that the same conversion made is left as it is. Raises ConfigError
-    for options that do not fit the checkpoint, TeacherError for a file that is no such checkpoint or for an `out`
-    that holds something else, and DiskError.
+    The directory appears complete or not at all. If `out` holds the same conversion already,
+    nothing is written. Raises ConfigError for options that contradict the checkpoint, TeacherError
+    for a file that is not an ADM checkpoint or an `out` with other files, and DiskError.
     """
     out = out.resolve()
     with disk_errors(out):
         occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     if occupied and not (out / RECORD).is_file():
-        raise TeacherError(f"{out} holds something else; give a missing or empty folder as --out")
+        raise TeacherError(f"{out} holds something else; pass a new or empty folder as `out`")
     with track("convert", 4) as progress:
         weights = read_checkpoint(checkpoint)
         progress.advance(1, "read")
         try:
-            found = infer_architecture(weights)
-            preset, settings = resolve_settings(found, options)
-            unet = blank_unet(unet_config(found, settings))
+            architecture = infer_architecture(weights)
+            preset, settings = resolve_settings(architecture, options)
+            unet = blank_unet(unet_config(architecture, settings))
             shapes = {name: tensor.shape for name, tensor in unet.state_dict().items()}
             converted = _stored(
-                convert_weights(weights, found, settings, shapes), half=options.half
+                convert_weights(weights, architecture, settings, shapes), half=options.half
             )
         except TeacherError as error:
             raise TeacherError(f"{checkpoint}: {error}") from error
         progress.advance(1, "converted")
-        record = _record(checkpoint, found, settings, half=options.half)
+        record = _record(checkpoint, architecture, settings, half=options.half)
         progress.advance(1, "hashed")
         if not occupied:
             with whole_folder(out) as folder:
-                save_converted(folder, unet, converted, scheduler_config(found, settings))
+                config = scheduler_config(architecture, settings)
+                save_converted(folder, unet, converted, config)
                 write_file(folder / RECORD, record)
-        elif not _is(out / RECORD, record):
-            raise TeacherError(f"{out} holds another conversion; remove it or give another --out")
+        elif not _holds(out / RECORD, record):
+            raise TeacherError(f"{out} holds another conversion; remove it or pass another `out`")
         progress.advance(1, "written")
     parameters = sum(tensor.numel() for tensor in weights.values())
-    return Converted(out=out, found=found, settings=settings, preset=preset, parameters=parameters)
+    return Converted(
+        out=out,
+        architecture=architecture,
+        settings=settings,
+        preset=preset,
+        parameters=parameters,
+    )
 
 
 def resolve_settings(
-    found: AdmArchitecture, options: ConvertOptions
+    architecture: AdmArchitecture, options: ConvertOptions
 ) -> tuple[str | None, AdmSettings]:
-    """Return the preset's name, if any, and what the shapes do not tell: options before preset before defaults.
+    """Return the preset's name, if any, and the settings that the weights' shapes do not determine.
 
-    Raises ConfigError where they contradict each other or the architecture.
+    Options win over the preset, the preset over guided-diffusion's defaults. Raises ConfigError if
+    options contradict each other or the architecture.
     """
-    preset = match_preset(found) if options.preset == "auto" else options.preset
-    if preset is not None and not fits_preset(found, preset):
+    levels = list(architecture.channels)
+    preset = match_preset(architecture) if options.preset == "auto" else options.preset
+    if preset is not None and not fits_preset(architecture, preset):
         channels, blocks, _ = PRESETS[preset]
         raise ConfigError(
-            f"--preset {preset}: expected levels of {list(channels)} channels and {blocks} blocks, the checkpoint has "
-            f"{list(found.channels)} and {found.blocks}; leave --preset out"
+            f"`preset='{preset}'`: expected levels of {list(channels)} channels and {blocks} blocks, "
+            f"the checkpoint has {levels} and {architecture.blocks}; leave `preset` out"
         )
     if preset is None and options.size is None:
         raise ConfigError(
-            f"--size: levels of {list(found.channels)} channels and {found.blocks} blocks are none of OpenAI's "
-            "published models; give the image size that it was trained with, and --schedule, --attention-order and "
-            "--heads or --head-channels where its training changed guided-diffusion's defaults"
+            f"`size`: levels of {levels} channels and {architecture.blocks} blocks are none of "
+            "OpenAI's published models; pass the image size of its training, and `schedule`, "
+            "`attention_order` and `heads` or `head_channels` if its training changed "
+            "guided-diffusion's defaults"
         )
     if options.heads and options.head_channels:
-        raise ConfigError("--heads and --head-channels: expected one of them; the other follows")
+        raise ConfigError(
+            "`heads` and `head_channels`: expected one of them; the other follows from it"
+        )
     chosen: dict[str, Any] = {
         "size": options.size,
         "heads": options.heads,
         "head_channels": options.head_channels,
+        "schedule": options.schedule,
+        "order": options.attention_order,
     }
-    chosen |= {"schedule": options.schedule, "order": options.attention_order}
     chosen = {name: value for name, value in chosen.items() if value not in (None, "auto")}
     if options.heads or options.head_channels:
         chosen = {"heads": None, "head_channels": None, **chosen}
     # guided-diffusion's default is four heads.
     base = AdmSettings(size=1, heads=4) if preset is None else PRESETS[preset][2]
     settings = replace(base, **chosen)
-    coarsest = 2 ** (len(found.channels) - 1)
+    coarsest = 2 ** (len(levels) - 1)
     if settings.size % coarsest:
         raise ConfigError(
-            f"--size {settings.size}: expected a multiple of {coarsest}, the coarsest level's stride"
+            f"`size` {settings.size}: expected a multiple of {coarsest}, the coarsest level's stride"
         )
     return preset, settings
 
 
 def _stored(tensors: dict[str, Tensor], *, half: bool) -> dict[str, Tensor]:
-    """Return the tensors as they are stored. Raises TeacherError where a value is not finite in that type."""
+    """Return the tensors in the stored dtype, fp16 or fp32.
+
+    Raises TeacherError if a value is not finite in that dtype.
+    """
     dtype = torch.float16 if half else torch.float32
     stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     for name, tensor in stored.items():
         if not torch.isfinite(tensor).all():
-            advice = "leave --half out, or download it again" if half else "download it again"
+            advice = "download the checkpoint again"
+            if half:
+                advice = f"leave `half` out, or {advice}"
             raise TeacherError(
-                f"{name}, as it would be stored, has values that are not finite; {advice}"
+                f"{name} has values that are not finite in {'fp16' if half else 'fp32'}; {advice}"
             )
     return stored
 
 
 def _record(
-    checkpoint: Path, found: AdmArchitecture, settings: AdmSettings, *, half: bool
+    checkpoint: Path, architecture: AdmArchitecture, settings: AdmSettings, *, half: bool
 ) -> bytes:
-    """Return the provenance of a conversion: a function of the checkpoint, the options and dtcache's version."""
+    """Return `conversion.json`, a pure function of the checkpoint, the options and dtcache's version."""
     source = {
         "name": checkpoint.name,
         "bytes": checkpoint.stat().st_size,
         "sha256": file_sha256(checkpoint),
     }
-    made = {
+    record = {
         "source": source,
-        "architecture": asdict(found),
+        "architecture": asdict(architecture),
         "settings": asdict(settings),
         "half": half,
+        "dtcache": __version__,
     }
-    return (json.dumps({**made, "dtcache": __version__}, indent=2) + "\n").encode()
+    return (json.dumps(record, indent=2) + "\n").encode()
 
 
-def _is(path: Path, content: bytes) -> bool:
-    """Return whether a file holds exactly `content`."""
+def _holds(path: Path, content: bytes) -> bool:
+    """Return whether a file consists of exactly `content`."""
     with disk_errors(path):
         return path.stat().st_size == len(content) and path.read_bytes() == content

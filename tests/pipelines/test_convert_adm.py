@@ -153,7 +153,8 @@ def test_a_half_precision_checkpoint_is_stored_in_fp32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("half", "value", "advice"), [(False, float("nan"), "download it"), (True, 1e5, "--half out")]
+    ("half", "value", "advice"),
+    [(False, float("nan"), "download"), (True, 1e5, "leave `half` out")],
 )
 def test_values_that_are_not_finite_are_refused(
     tmp_path: Path, half: bool, value: float, advice: str
@@ -162,7 +163,7 @@ def test_values_that_are_not_finite_are_refused(
     weights = random_unet(**TINY).state_dict()
     weights["out.2.bias"][3] = value
     torch.save(weights, tmp_path / "adm.pt")
-    message = rf"adm\.pt: conv_out\.bias, as it would be stored, has values that are not finite; .*{advice}"
+    message = rf"adm\.pt: conv_out\.bias has values that are not finite in fp(16|32); .*{advice}"
     with pytest.raises(TeacherError, match=message):
         convert_adm(
             tmp_path / "adm.pt",
@@ -181,7 +182,7 @@ def test_the_same_conversion_again_changes_nothing(checkpoint: Path, tmp_path: P
     assert convert_adm(checkpoint, out, OPTIONS) == first
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
     with pytest.raises(
-        TeacherError, match=r"out holds another conversion; remove it or give another --out"
+        TeacherError, match=r"out holds another conversion; remove it or pass another `out`"
     ):
         convert_adm(checkpoint, out, ConvertOptions(size=32, head_channels=16))
     with pytest.raises(TeacherError, match="holds another conversion"):
@@ -199,7 +200,7 @@ def test_something_else_at_out_is_never_touched(
         out.mkdir()
     (out / "mine" if kind == "folder" else out).write_text("mine")
     with pytest.raises(
-        TeacherError, match=r"out holds something else; give a missing or empty folder as --out"
+        TeacherError, match=r"out holds something else; pass a new or empty folder as `out`"
     ):
         convert_adm(checkpoint, out, OPTIONS)
     assert (out / "mine" if kind == "folder" else out).read_text() == "mine"
@@ -278,17 +279,17 @@ def test_an_own_model_has_guided_diffusions_defaults() -> None:
     [
         (
             {},
-            r"--size: levels of \[32, 64, 64\] channels and 1 blocks are none of OpenAI's published models; give the",
+            r"`size`: levels of \[32, 64, 64\] channels and 1 blocks are none of OpenAI's published models; pass the",
         ),
         (
             {"preset": "adm-256"},
-            r"--preset adm-256: expected levels of \[256, 256, 512, 512, 1024, 1024\] channels and "
-            r"2 blocks, the checkpoint has \[32, 64, 64\] and 1; leave --preset out",
+            r"`preset='adm-256'`: expected levels of \[256, 256, 512, 512, 1024, 1024\] channels and "
+            r"2 blocks, the checkpoint has \[32, 64, 64\] and 1; leave `preset` out",
         ),
-        ({"size": 18}, "--size 18: expected a multiple of 4, the coarsest level's stride"),
+        ({"size": 18}, "`size` 18: expected a multiple of 4, the coarsest level's stride"),
         (
             {"size": 16, "heads": 4, "head_channels": 16},
-            "--heads and --head-channels: expected one of them",
+            "`heads` and `head_channels`: expected one of them",
         ),
         ({"size": 16, "heads": 5}, "--heads 5: 64 channels cannot be cut into such heads"),
     ],
@@ -318,7 +319,7 @@ def test_the_command_prints_one_line(checkpoint: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     count = sum(p.numel() for p in random_unet(**TINY).parameters())
     assert result.output == (
-        f"{tmp_path / 'out'}: an own architecture at 16 px, {count / 1e6:.1f}M parameters, unconditional; linear "
+        f"{tmp_path / 'out'}: a custom architecture at 16 px, {count / 1e6:.1f}M parameters, unconditional; linear "
         "schedule, 4 heads in legacy order; channels 32, 64, 64; taps at strides 1, 2, 4\n"
     )
 
