@@ -1,1 +1,1 @@
-"""What a student minimises."""
+"""The losses that a student minimises, and the objective that combines them."""

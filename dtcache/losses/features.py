@@ -1,23 +1,32 @@
-"""The losses of feature distillation, pure functions in fp32. Shapes: B batch, C channels, H rows, W columns."""
+"""The losses of feature distillation: pure functions, computed in fp32.
+
+Shapes: B batch, C channels, H rows, W columns, P = H x W positions.
+"""
 
 from torch import Tensor
 
 EPS = 1e-12
-"""Under every root, so that its gradient exists where the argument is zero."""
+"""Added under every root, so that the gradient is finite if the argument is zero."""
 
 
 def mse_loss(predicted_BCHW: Tensor, whitened_BCHW: Tensor) -> Tensor:
-    """Return the mean squared error against the whitened teacher feature (paper: MSE, mean over elements), a scalar."""
+    """Return the mean squared error to the whitened teacher feature, a scalar (paper: MSE).
+
+    The mean is over all elements.
+    """
     return (predicted_BCHW.float() - whitened_BCHW.float()).square().mean()
 
 
 def attention_map(feature_BCHW: Tensor) -> Tensor:
-    """Return Q = vec(sum_c |A_c|^2), normalised to unit length a sample: fp32 (B, H * W) (paper: AT, p = 2)."""
+    """Return Q = vec(sum_c |A_c|^2), fp32 (B, P), each sample of unit length (paper: AT, p = 2)."""
     energy_BP = feature_BCHW.float().square().sum(1).flatten(1)
     return energy_BP / (energy_BP.square().sum(1, keepdim=True) + EPS).sqrt()
 
 
 def at_loss(predicted_BCHW: Tensor, raw_BCHW: Tensor) -> Tensor:
-    """Return the attention-transfer loss against the RAW teacher feature: the samples' mean distance of unit maps."""
+    """Return the attention-transfer loss to the RAW teacher feature, a scalar (paper: AT).
+
+    The loss is |Q_predicted - Q_raw| per sample, averaged over the batch.
+    """
     difference_BP = attention_map(predicted_BCHW) - attention_map(raw_BCHW)
     return (difference_BP.square().sum(1) + EPS).sqrt().mean()

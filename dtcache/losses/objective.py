@@ -1,4 +1,5 @@
-"""What a student minimises: which losses, and how much each tap and each of its bands counts."""
+"""What a student minimises: the losses of all taps and labels, with the weights of taps and
+bands."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,27 +16,28 @@ from dtcache.options import TrainOptions
 from dtcache.recipe import Json
 
 LABEL_TARGET = "labels"
-"""Name of the student's logits among its predictions, beside the arrays of features."""
+"""Name of the student's logits among its predictions; the other names are arrays of features."""
 AT_WEIGHT = 10.0
 """The paper's weight of the attention-transfer loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
-    """One batch of teacher features by array, fp32 (B, C, H, W)."""
+    """The teacher's features of one batch by array, fp32 (B, C, H, W)."""
 
     whitened: dict[str, Tensor]
-    """What the MSE compares with."""
+    """Targets of the MSE."""
     raw: dict[str, Tensor]
-    """In the teacher's own scale: what the attention-transfer loss compares with."""
+    """In the teacher's own scale: targets of the attention-transfer loss."""
     labels: Tensor | None = None
-    """Logits of the soft labels, fp32 (B, K, H, W), where they are distilled too."""
+    """Logits of the soft labels, fp32 (B, K, H, W); None if labels are not distilled."""
 
 
 class Objective(nn.Module):
-    """The loss: the mean over taps of a x MSE + b x AT, with factors a and b a tap; it has no weights to train.
+    """The loss: the mean over taps of a x MSE + b x AT with constant factors a and b per tap.
 
-    Where there are soft labels: feature weight x that + label weight x H(P_g, P_r) (paper: mixed distillation).
+    With soft labels: feature weight x that loss + label weight x H(P_g, P_r) (paper: mixed
+    distillation). It has no trainable parameters.
     """
 
     def __init__(
@@ -43,24 +45,28 @@ class Objective(nn.Module):
         mse: Mapping[str, float],
         at: Mapping[str, float],
         bands: Mapping[str, DeterminedBands] | None = None,
-        weights: tuple[float, float] = (1.0, 1.0),
+        *,
+        feature_weight: float = 1.0,
+        label_weight: float = 1.0,
     ) -> None:
-        """Sum the taps of `mse` and of `at`; a tap of `bands` has its MSE weighed band by band.
+        """Take the factors a (`mse`) and b (`at`) by tap; a tap without a factor has no such term.
 
-        `weights` are those of features and labels.
+        The MSE of a tap in `bands` is weighted band by band.
         """
         super().__init__()
-        self._weights = weights
         self._mse = dict(mse)
         self._at = dict(at)
+        self._feature_weight = feature_weight
+        self._label_weight = label_weight
         self.bands = nn.ModuleDict(bands or {})
 
     def forward(self, predicted: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
-        """Return `loss` and, a tap, `mse/...` and `at/...` in plain, and `determined_mse/...` where bands are weighed.
+        """Return `loss` and its parts, fp32 scalars.
 
-        With soft labels `label` is their loss, in plain, and `feature` that of all taps, where there are any.
-
-        Both plain parts are always there, so that runs of different objectives compare; the loss takes what it is of.
+        Parts are the unweighted `mse/<tap>` and `at/<tap>` of every tap, whichever of them the
+        loss contains, so that runs with different objectives compare; `determined_mse/<tap>` if
+        bands are weighted; and with soft labels the unweighted `label` and, if there are taps,
+        `feature`.
         """
         parts: dict[str, Tensor] = {}
         per_tap = []
@@ -79,12 +85,11 @@ class Objective(nn.Module):
         if targets.labels is None:
             return {"loss": stack(per_tap).mean(), **parts}
         label = label_loss(predicted[LABEL_TARGET], targets.labels)
-        feature_weight, label_weight = self._weights
         if not per_tap:
-            return {"loss": label_weight * label, "label": label}
+            return {"loss": self._label_weight * label, "label": label}
         feature = stack(per_tap).mean()
         return {
-            "loss": feature_weight * feature + label_weight * label,
+            "loss": self._feature_weight * feature + self._label_weight * label,
             "label": label,
             "feature": feature,
             **parts,
@@ -94,19 +99,17 @@ class Objective(nn.Module):
 def make_objective(
     options: TrainOptions, fit: Mapping[str, TapCodec], codec: Json, names: Sequence[str]
 ) -> Objective:
-    """Return the objective of some of a cache's arrays, from its codec's fit and the recipe's `codec`.
+    """Return the objective of some of a cache's arrays; `codec` is the entry of its recipe.
 
-    Without weights a tap: the mean over taps of MSE + 10 AT (paper: feature loss). A tap's weight u, given and divided
-    by the taps' mean, multiplies both. With --noise-weighting d = 1 - (share of noise) multiplies AT, and the MSE too
-    where bands cannot be weighed; where they can, they bring their own. Raises ConfigError for options that contradict
-    each other.
+    By default: the mean over taps of MSE + 10 AT (paper: feature loss). Tap weights, divided by
+    their mean over taps, multiply both terms. Under `noise_weighting` the AT of a tap is weighted
+    by d = 1 - (share of noise); its MSE is weighted band by band if the codec has bands and nothing
+    is cropped, and by d otherwise. Raises ConfigError for options that contradict each other.
     """
-    _check(options)
-    given = (
-        _tap_weights(options.tap_weights, names)
-        if options.tap_weights
-        else dict.fromkeys(names, 1.0)
-    )
+    _require_consistent(options)
+    tap_weight = dict.fromkeys(names, 1.0)
+    if options.tap_weights:
+        tap_weight = _parse_tap_weights(options.tap_weights, names)
     share = dict.fromkeys(names, 1.0)
     bands = {}
     if options.noise_weighting:
@@ -115,55 +118,58 @@ def make_objective(
             for name in names:
                 if (coded := fit[name].bands()) is not None:
                     bands[name] = DeterminedBands(coded, float(codec["step"]))
-    total = sum(given[name] * share[name] for name in names) / max(1, len(names))
-    whole = {name: given[name] * share[name] / total for name in names}
-    mse = {name: given[name] / total if name in bands else whole[name] for name in names}
-    weight = (
-        (AT_WEIGHT if options.at_weight is None else options.at_weight)
-        if options.loss == "mse+at"
-        else 1.0
-    )
-    at = {name: weight * whole[name] for name in names}
-    weights = tuple(1.0 if w is None else w for w in (options.feature_weight, options.label_weight))
+    mean = sum(tap_weight[name] * share[name] for name in names) / max(1, len(names))
+    weight = {name: tap_weight[name] * share[name] / mean for name in names}
+    mse = {name: tap_weight[name] / mean if name in bands else weight[name] for name in names}
+    at_weight = 1.0
+    if options.loss == "mse+at":
+        at_weight = AT_WEIGHT if options.at_weight is None else options.at_weight
+    at = {name: at_weight * weight[name] for name in names}
     return Objective(
         mse if options.loss != "at" else {},
         at if options.loss != "mse" else {},
         bands,
-        (weights[0], weights[1]),
+        feature_weight=1.0 if options.feature_weight is None else options.feature_weight,
+        label_weight=1.0 if options.label_weight is None else options.label_weight,
     )
 
 
-def _check(options: TrainOptions) -> None:
-    """Raise ConfigError where an option says something about a loss that is not there."""
+def _require_consistent(options: TrainOptions) -> None:
+    """Raise ConfigError if an option concerns a loss that the other options exclude."""
     if options.loss != "mse+at" and options.at_weight is not None:
         raise ConfigError(
-            f"--at-weight {options.at_weight:g} weighs AT beside the MSE, and --loss {options.loss} is one of them "
-            "alone; leave --at-weight out or use --loss mse+at"
+            f"`at_weight` {options.at_weight:g}: expected `loss='mse+at'`, in which it weights AT "
+            f"relative to the MSE, got `loss='{options.loss}'`; leave `at_weight` out"
         )
     if options.loss == "at" and options.whitening == "position":
         raise ConfigError(
-            "--whitening position is of the MSE, and --loss at has none; leave one of them out"
+            "`whitening='position'`: expected a loss with an MSE, whose targets it whitens, got "
+            "`loss='at'`; leave one of them out"
         )
     if options.noise_weighting and options.whitening == "position":
         raise ConfigError(
-            "--noise-weighting uses shares measured under --whitening sample; they say nothing of --whitening position"
+            "`noise_weighting`: expected `whitening='sample'`, under which the shares of noise "
+            "were measured, got `whitening='position'`; leave one of them out"
         )
 
 
-def _tap_weights(text: str, names: Sequence[str]) -> dict[str, float]:
-    """Return a weight an array of `stride8=0.5,t150/stride16=2`; 1 where none is given. Raises ConfigError."""
+def _parse_tap_weights(text: str, names: Sequence[str]) -> dict[str, float]:
+    """Parse `stride8=0.5,t150/stride16=2` to a weight per array, 1 by default.
+
+    A stride without a timestep names the taps of all timesteps. Raises ConfigError.
+    """
     weights = dict.fromkeys(names, 1.0)
-    for part in text.split(","):
-        tap, _, number = part.strip().partition("=")
+    for entry in text.split(","):
+        tap, _, number = entry.strip().partition("=")
         if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,9})?", number) or not float(number) > 0:
             raise ConfigError(
-                f"--tap-weights {text}: expected taps and numbers over 0, such as stride4=0.5,stride8=1, got {part!r}; "
-                "--taps leaves a tap out"
+                f"`tap_weights` {text}: expected taps and numbers over 0, such as "
+                f"stride4=0.5,stride8=1, got {entry!r}; pass `taps` to leave a tap out"
             )
-        found = [name for name in names if tap in (name, name.rpartition("/")[2])]
-        if not found:
+        matches = [name for name in names if tap in (name, name.rpartition("/")[2])]
+        if not matches:
             raise ConfigError(
-                f"--tap-weights {tap}: expected one of the taps trained on, {', '.join(names)}"
+                f"`tap_weights` {tap}: expected one of the taps trained on, {', '.join(names)}"
             )
-        weights |= dict.fromkeys(found, float(number))
+        weights |= dict.fromkeys(matches, float(number))
     return weights

@@ -106,26 +106,26 @@ def test_a_part_that_does_not_count_has_no_gradient() -> None:
     [
         (
             {"loss": "mse", "at_weight": 10.0},
-            r"--at-weight 10 weighs AT beside the MSE, and --loss mse is one of them",
+            r"`at_weight` 10: expected `loss='mse\+at'`, .* got `loss='mse'`",
         ),
         (
             {"loss": "at", "whitening": "position"},
-            r"--whitening position is of the MSE, and --loss at has none",
+            r"`whitening='position'`: expected a loss with an MSE, .* got `loss='at'`",
         ),
         (
             {"noise_weighting": True, "whitening": "position"},
-            r"--noise-weighting uses shares measured under .* sample",
+            r"`noise_weighting`: expected `whitening='sample'`, under which the shares",
         ),
         (
             {"tap_weights": "stride4"},
-            r"--tap-weights stride4: expected taps and numbers over 0, such as stride4=0.5",
+            r"`tap_weights` stride4: expected taps and numbers over 0, such as stride4=0.5",
         ),
-        ({"tap_weights": "stride4=0"}, r"got 'stride4=0'; --taps leaves a tap out"),
+        ({"tap_weights": "stride4=0"}, r"got 'stride4=0'; pass `taps` to leave a tap out"),
         ({"tap_weights": "stride4=nan"}, r"got 'stride4=nan'"),
         ({"tap_weights": "stride4=1,"}, r"got ''"),
         (
             {"tap_weights": "stride2=1"},
-            r"--tap-weights stride2: expected one of the taps trained on, t150/stride4",
+            r"`tap_weights` stride2: expected one of the taps trained on, t150/stride4",
         ),
     ],
 )
@@ -143,7 +143,9 @@ def test_labels_are_weighed_beside_the_features() -> None:
     r = torch.randn(2, 3, 4, 4)
     targets = Targets(whitened={FINE: x}, raw={FINE: x}, labels=z)
     predicted = {FINE: torch.zeros_like(x), LABEL_TARGET: r}
-    both = Objective({FINE: 1.0}, {FINE: 10.0}, weights=(0.5, 3.0))(predicted, targets)
+    both = Objective({FINE: 1.0}, {FINE: 10.0}, feature_weight=0.5, label_weight=3.0)(
+        predicted, targets
+    )
     plain = Objective({FINE: 1.0}, {FINE: 10.0})(
         predicted, Targets(whitened={FINE: x}, raw={FINE: x})
     )
@@ -151,6 +153,8 @@ def test_labels_are_weighed_beside_the_features() -> None:
     torch.testing.assert_close(both["label"], label)
     torch.testing.assert_close(both["feature"], plain["loss"])
     torch.testing.assert_close(both["loss"], 0.5 * plain["loss"] + 3 * label)
-    alone = Objective({}, {}, weights=(0.0, 3.0))(predicted, Targets(whitened={}, raw={}, labels=z))
+    alone = Objective({}, {}, feature_weight=0.0, label_weight=3.0)(
+        predicted, Targets(whitened={}, raw={}, labels=z)
+    )
     assert set(alone) == {"loss", "label"}
     torch.testing.assert_close(alone["loss"], 3 * label)

@@ -315,7 +315,7 @@ def test_two_students_share_one_cache(cache: Path, tmp_path: Path) -> None:
         (("--init", "nowhere"), "nowhere/config.json"),
         (
             ("--loss", "at", "--at-weight", "5"),
-            "--at-weight 5 weighs AT beside the MSE, and --loss at is one of them",
+            "--at-weight 5: expected --loss mse+at, in which it weights AT",
         ),
         (
             ("--tap-weights", "stride16=1"),
