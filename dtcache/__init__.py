@@ -12,10 +12,14 @@ __all__ = ["__version__", "open"]
 
 
 def open(path: str | Path, images: str | Path | None = None) -> "Cache":
-    """Open a sealed cache for reading, with the source of its images where it stores none.
+    """Open a sealed cache for reading.
 
-    Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError for another source. Only here
-    are the libraries loaded that reading takes.
+    `images` is the source that the cache was extracted from; it is needed for the images of a cache
+    that does not store them.
+
+    Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError if
+    `images` is a different source. torch and the other libraries that reading needs are imported by
+    this call, not by `import dtcache`.
     """
     from dtcache.cache.cache import Cache
 

@@ -1,4 +1,8 @@
-"""The only file-system writes. Files are whole or absent: write beside, fsync, rename, fsync the folder."""
+"""The only file-system writes. A file is complete or absent, whenever the process is killed.
+
+Each is written to a temporary file beside its target and fsynced, the file is renamed, the folder
+is fsynced.
+"""
 
 import errno
 import fcntl
@@ -15,7 +19,7 @@ TEMPORARY = ".tmp-"
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable. Raises DiskError."""
+    """Fsync a folder, so that the names in it are durable. Raises DiskError."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -27,14 +31,15 @@ def fsync_folder(folder: Path) -> None:
 
 
 def temporary_path(target: Path, attempt: str = "") -> Path:
-    """Return the temporary file beside `target`; `attempt` gives it a name that no other attempt at it has."""
+    """Return the temporary file beside `target`; its name contains `attempt`, if one is given."""
     return target.with_name(f"{TEMPORARY}{attempt}{'-' if attempt else ''}{target.name}")
 
 
 def write_temporary(target: Path, data: bytes | memoryview, attempt: str = "") -> Path:
-    """Write and fsync `data` to the temporary file of an attempt at `target` and return its path.
+    """Write and fsync `data` to the temporary file of an attempt at `target`; return its path.
 
-    Raises DiskError with what to do; after a failed fsync the file is removed, to be written anew, never retried.
+    Raises DiskError with advice. After a failed fsync the file is removed: it must be rewritten,
+    because a second fsync may succeed without the data.
     """
     temporary = temporary_path(target, attempt)
     try:
@@ -49,7 +54,7 @@ def write_temporary(target: Path, data: bytes | memoryview, attempt: str = "") -
 
 
 def publish(temporaries: Mapping[Path, Path]) -> None:
-    """Rename temporary files to their targets, then make the folders durable. Raises DiskError."""
+    """Rename temporary files to their targets, then fsync the folders. Raises DiskError."""
     for temporary, target in temporaries.items():
         try:
             os.replace(temporary, target)
@@ -65,7 +70,7 @@ def write_file(target: Path, data: bytes | memoryview) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """Make a folder and its parents where they are missing, durably. Raises DiskError."""
+    """Make a folder and its missing parents, durably. Raises DiskError."""
     if not folder.is_dir():
         make_folders(folder.parent)
         with disk_errors(folder):
@@ -74,7 +79,7 @@ def make_folders(folder: Path) -> None:
 
 
 def fsync_tree(root: Path) -> None:
-    """Make every file and name under a folder durable. Raises DiskError."""
+    """Fsync every file and folder under a folder. Raises DiskError."""
     for path in sorted(root.rglob("*")):
         if path.is_file():
             with disk_errors(path), open(path, "rb") as file:
@@ -86,7 +91,7 @@ def fsync_tree(root: Path) -> None:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Raise any OSError of the block, such as one of another library's, as DiskError about `target`."""
+    """Raise any OSError of the block, also one from another library, as DiskError about `target`."""
     try:
         yield
     except OSError as error:
@@ -100,15 +105,18 @@ def _disk_error(target: Path, size: int, error: OSError) -> DiskError:
         if full
         else "check the disk and its rights"
     )
-    what = f"{target} ({size} bytes)" if size else str(target)
-    return DiskError(f"cannot write {what}: {error.strerror or error}; {advice}")
+    written = f"{target} ({size} bytes)" if size else str(target)
+    return DiskError(f"cannot write {written}: {error.strerror or error}; {advice}")
 
 
 class FolderLock:
-    """An exclusive `flock` on `FOLDER/.lock`: it ends with its process, however that ends."""
+    """An exclusive `flock` on `FOLDER/.lock`; the system releases it when the process ends."""
 
     def __init__(self, folder: Path) -> None:
-        """Make the folder where it is missing and take the lock. Raises CacheBusyError where another process has it."""
+        """Make the folder if it is missing, and take the lock.
+
+        Raises CacheBusyError if another process holds the lock, and DiskError.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # Python opens files close-on-exec, so that no child keeps the lock alive.
@@ -126,7 +134,7 @@ class FolderLock:
             ) from error
 
     def __enter__(self) -> "FolderLock":
-        """Return the lock."""
+        """Return the lock itself."""
         return self
 
     def __exit__(
@@ -135,25 +143,26 @@ class FolderLock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         os.close(self._handle)
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target`, durably, when the block succeeds, and is removed when it fails.
+    """Yield a temporary folder that becomes `target` when the block succeeds; it is removed if the
+    block fails.
 
-    `target` must be missing or empty. What a killed process left is cleared first. Raises CacheBusyError where
-    another process writes the same folder, and DiskError.
+    `target` must be missing or empty. Files that a killed process left in the temporary folder are
+    removed first. Raises CacheBusyError if another process writes the same folder, and DiskError.
     """
     temporary = target.with_name(f"{TEMPORARY}{target.name}")
     with FolderLock(temporary):
         try:
-            for left in temporary.iterdir():
-                if left.is_dir():
-                    shutil.rmtree(left)
-                elif left.name != ".lock":
-                    left.unlink()
+            for leftover in temporary.iterdir():
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                elif leftover.name != ".lock":
+                    leftover.unlink()
             yield temporary
             fsync_tree(temporary)
             with disk_errors(target):

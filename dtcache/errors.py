@@ -1,16 +1,19 @@
-"""Every failure that a user can meet. A message says what, where, expected, got and what to do next."""
+"""Every failure that a user can meet.
 
-AGAIN = "run dtcache verify on the cache: it says what is damaged and whether --repair can mend it"
-"""What to do about a damaged cache."""
+A message names the problem, what was expected, what was found and how to fix it.
+"""
+
+AGAIN = "run dtcache verify on the cache: it lists the damage and how to repair it"
+"""The fix that every message about a damaged cache ends with."""
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """Return an exception's text on one line, at most `limit` characters; its type if it has no text."""
+    """Return an exception's text on one line of at most `limit` characters, or its type's name."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 class DtcacheError(Exception):
-    """Root of all failures that dtcache raises on purpose; the command line prints them as one line."""
+    """Root of all failures that dtcache raises on purpose; the command line prints one line."""
 
 
 class ConfigError(DtcacheError, ValueError):
@@ -18,7 +21,7 @@ class ConfigError(DtcacheError, ValueError):
 
 
 class ImagesError(DtcacheError, ValueError):
-    """An image source that cannot be used: empty, ambiguous keys, wrong columns."""
+    """An image source that cannot be used: empty, with ambiguous keys or with wrong columns."""
 
 
 class ImagesNotFoundError(ImagesError, FileNotFoundError):
@@ -26,7 +29,7 @@ class ImagesNotFoundError(ImagesError, FileNotFoundError):
 
 
 class BadImageError(DtcacheError, ValueError):
-    """One image that cannot be decoded; recorded with its sample, never fatal to a run."""
+    """One image that cannot be decoded. It is recorded with its sample and does not end the run."""
 
 
 class TeacherError(DtcacheError, ValueError):
@@ -34,7 +37,7 @@ class TeacherError(DtcacheError, ValueError):
 
 
 class TeacherNotFoundError(TeacherError, FileNotFoundError):
-    """A teacher directory, or a part of it, that is not there."""
+    """A teacher directory, or one of its files, that does not exist."""
 
 
 class CodecError(DtcacheError, ValueError):
@@ -42,12 +45,12 @@ class CodecError(DtcacheError, ValueError):
 
 
 class PayloadError(CodecError):
-    """A payload of a batch that does not decode."""
+    """One payload of a batch that does not decode."""
 
-    def __init__(self, message: str, place: int) -> None:
+    def __init__(self, message: str, index: int) -> None:
         super().__init__(message)
-        self.place = place
-        """Which one of the batch."""
+        self.index = index
+        """The payload's index in the batch."""
 
 
 class CacheError(DtcacheError):
@@ -59,23 +62,23 @@ class CacheNotFoundError(CacheError, FileNotFoundError):
 
 
 class CacheFormatError(CacheError, NotImplementedError):
-    """A cache of a format that this dtcache does not read."""
+    """A cache in a format that this version of dtcache does not read."""
 
 
 class CacheMismatchError(CacheError, ValueError):
-    """A cache made by another recipe than the one asked for."""
+    """A cache that was made with a different recipe than the requested one."""
 
 
 class CacheDamagedError(CacheError, OSError):
-    """Bytes in a cache that are missing or are not the ones written."""
+    """Bytes of a cache that are missing, or differ from the bytes that were written."""
 
 
 class CacheIncompleteError(CacheError, ValueError):
-    """A cache that still lacks shards."""
+    """A cache whose extraction has not written every shard yet."""
 
 
 class UnknownSampleError(CacheError, LookupError):
-    """A sample that a cache does not have, or has no features of."""
+    """A sample that a cache does not have, or that has no features."""
 
 
 class UnknownLabelsError(CacheError, LookupError):
@@ -87,24 +90,26 @@ class CacheBusyError(CacheError, OSError):
 
 
 class DiskError(DtcacheError, OSError):
-    """The disk refused a write (full, read-only, failing)."""
+    """The disk refused a write: it is full, read-only or failing."""
 
 
 class DeviceMemoryError(DtcacheError, MemoryError):
-    """A batch does not fit into the memory of its device."""
+    """A batch that does not fit into the memory of its device."""
 
 
 class ExtractionError(DtcacheError, RuntimeError):
-    """An extraction that should not go on, such as one of which too many images fail."""
+    """An extraction that must stop, for example because too many of its images fail."""
 
 
 class ClusterError(DtcacheError, RuntimeError):
-    """A cluster that cannot do the work: out of reach, or with workers that fail or are not fit for it."""
+    """A cluster that cannot do the work: unreachable, or its workers fail or lack what a task
+    needs.
+    """
 
 
 class TrainingError(DtcacheError, RuntimeError):
-    """A training run that cannot go on, such as a loss that is not finite."""
+    """A training run that must stop, for example because its loss is not finite."""
 
 
 class ExportError(DtcacheError, RuntimeError):
-    """An exported network that is not the original."""
+    """An exported network whose outputs differ from the original's."""

@@ -7,7 +7,9 @@ from typing import Any
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return the UTF-8 encoding of a JSON value that dtcache hashes: sorted keys, no spaces, no NaN."""
+    """Return the UTF-8 encoding of a JSON value that dtcache hashes: sorted keys, no spaces, no
+    NaN.
+    """
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
@@ -43,8 +45,8 @@ def file_problem(path: Path, sha256: str | None) -> str | None:
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """Return the JSON object in a file of at most `limit` bytes.
 
-    Raises OSError if the file cannot be read, and ValueError with the reason if it is larger than `limit`, not JSON,
-    nested too deep or not an object.
+    Raises OSError if the file cannot be read, and ValueError with the reason if it is larger than
+    `limit`, not JSON, nested too deep or not an object.
     """
     return _parse_object(_read_bounded(path, limit))
 
@@ -52,8 +54,8 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
 def read_hashed_json(path: Path, limit: int) -> tuple[dict[str, Any], bool]:
     """Read a JSON object that carries its own hash.
 
-    Returns the object without its `sha256`, and whether the file is intact: its bytes must be canonical JSON and its
-    hash must match. Raises what `read_json` raises.
+    Returns the object without its `sha256`, and whether the file is intact: its bytes must be
+    canonical JSON and its hash must match. Raises what `read_json` raises.
     """
     content = _read_bounded(path, limit)
     value = _parse_object(content)

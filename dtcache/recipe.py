@@ -1,4 +1,4 @@
-"""Frozen types that cross a module border. Shape suffixes: B batch, C channels, H rows, W columns, N samples."""
+"""The recipe of a cache and its parts: frozen types that describe what the cached bytes depend on."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -17,42 +17,50 @@ MAX_SIDE = 1 << 14
 MAX_SHARD_ROWS = 1 << 20
 MAX_SHARDS = 1_000_000
 MAX_SAMPLES = 1 << 30
-"""Bounds of a cache, which its writer keeps and its reader insists on."""
+"""Bounds of a cache: the writer keeps them, and the reader refuses a cache outside them."""
 NOISE_SCHEME = "philox4x64-sha256-boxmuller-1"
 
 
 def tap_name(timestep: int, tap: str) -> str:
-    """Return the array of a tap at a timestep, such as t150/stride8."""
+    """Return the name of a tap's array at a timestep, such as t150/stride8."""
     return f"t{timestep}/{tap}"
 
 
 def signal_to_noise(alpha_bar: float) -> float | None:
-    """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar), or None where there is no noise."""
+    """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar), or None if there is no noise."""
     return alpha_bar / (1.0 - alpha_bar) if alpha_bar < 1.0 else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewSpec:
-    """The deterministic geometry between an image file and what teacher and students see."""
+    """The view of an image that teacher and students see: a deterministic resize and crop."""
 
     height: int
-    """Rows of the view, pixels."""
+    """Rows of the view, in pixels."""
     width: int
-    """Columns of the view, pixels."""
+    """Columns of the view, in pixels."""
     fit: Fit = "crop"
-    """crop: resize the shorter side (antialiased bicubic), centre crop. stretch: resize both sides."""
+    """crop: resize the shorter side (antialiased bicubic), then centre crop. stretch: resize both
+    sides.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TapSpec:
-    """One feature map of a teacher: a decoder level's before its upsampler, or a transformer block's tokens."""
+    """One feature map of a teacher.
+
+    A U-Net's tap is the output of a decoder level before its upsampler; a transformer's is the
+    tokens of a block.
+    """
 
     name: str
-    """stride8, stride16, ...: the map's stride against the view; block6, ...: the transformer's block."""
+    """stride8, stride16, ... by the map's stride in the view, or block6, ... by the transformer
+    block.
+    """
     block: int
-    """Index of the up block, coarsest first, or of the transformer block."""
+    """Index of the up block (the coarsest is 0), or of the transformer block."""
     stride: int
-    """View rows over map rows."""
+    """Rows of the view divided by rows of the map."""
     channels: int
     """Channels of the map."""
     height: int
@@ -62,83 +70,106 @@ class TapSpec:
 
     @property
     def values(self) -> int:
-        """Numbers in one sample's map."""
+        """Values in the map of one sample and view."""
         return self.channels * self.height * self.width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConditionSpec:
-    """What a conditional teacher is told of an image beside its noisy pixels."""
+    """The condition that a conditional teacher receives beside the noisy image."""
 
     kind: ConditionKind
-    """label: the sample's own. class: one for all. null: that none is given. prompt: a text for all."""
+    """label: each sample's own label. class: one class for all. null: the null condition. prompt:
+    one text for all.
+    """
     number: int | None = None
-    """The class, where `kind` is class."""
+    """The class, if `kind` is class."""
     prompt: str | None = None
-    """The text, where `kind` is prompt."""
+    """The text, if `kind` is prompt."""
     embedding_sha256: str | None = None
-    """SHA-256 of the prompt's embedding: little-endian fp32 in C order, as prompt.safetensors holds it."""
+    """SHA-256 of the prompt's embedding: little-endian fp32 in C order, as in prompt.safetensors.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherSpec:
-    """What of the teacher the cached bytes depend on."""
+    """Everything about the teacher that the cached bytes depend on."""
 
     architecture: str
     """The diffusers class, such as UNet2DModel."""
     weights_sha256: str
-    """SHA-256 of the weight file, or of the canonical JSON of the SHA-256s of several, by path."""
+    """SHA-256 of the weight file. For several files: of the canonical JSON of their hashes by path.
+    """
     config_sha256: str
     """SHA-256 of the canonical JSON of the model, scheduler and autoencoder configurations."""
     timesteps: tuple[int, ...]
-    """Noise levels, in training steps of the scheduler."""
+    """Noise levels, as training steps of the scheduler."""
     alpha_bars: tuple[float, ...]
-    """Share of the signal's variance left at each timestep; SNR = alpha_bar / (1 - alpha_bar)."""
+    """Fraction of the signal's variance left at each timestep; SNR = alpha_bar / (1 - alpha_bar).
+    """
     taps: tuple[TapSpec, ...]
     """The taps, finest first."""
     precision: Literal["fp32", "bf16", "fp16"]
-    """Autocast type of the forward pass."""
+    """Autocast dtype of the forward pass."""
     batch_size: int
-    """Every forward pass has exactly this many images: the batch shape moves results by ~4e-6 relative."""
+    """Images in every forward pass. The batch shape changes results by about 4e-6 relative."""
     device_type: str
-    """cpu or cuda: results differ in the last bits."""
+    """cpu or cuda. Their results differ in the last bits."""
     snrs: tuple[float | None, ...] | None = None
-    """alpha_bar / (1 - alpha_bar) at each timestep, None where there is no noise; early caches leave it out."""
+    """alpha_bar / (1 - alpha_bar) at each timestep, None if there is no noise; early caches lack
+    the field.
+    """
     ddim_steps: int | None = None
-    """Steps of the deterministic DDIM inversion up to each timestep; None where the image is noised (DDPM)."""
+    """Steps of the deterministic DDIM inversion up to each timestep; None if noise is added (DDPM).
+    """
     condition: ConditionSpec | None = None
-    """What it is told beside the noisy image; None where it is unconditional."""
+    """The condition of each forward pass; None if the teacher is unconditional."""
     compiled: bool | None = None
-    """Whether torch.compile compiled the network, which moves results in their last bits; None where it did not."""
+    """Whether torch.compile compiled the network, which changes results in the last bits; else
+    None.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecSpec:
-    """How features become bytes; the fitted numbers live in the store and are hashed into the recipe."""
+    """How features become bytes. The store holds the fitted arrays; the recipe holds their hash."""
 
     name: CodecName = "pca-dct-rans"
-    """The codec family; a reader refuses one that it does not know."""
+    """The codec family. A reader refuses one that it does not know."""
     whitening: Literal["sample-chw"] = "sample-chw"
-    """LayerNorm, non-affine, a sample over (C, H, W)."""
+    """sample-chw: non-affine LayerNorm over (C, H, W) of each sample."""
     ratio: float | None
-    """Target of fp16 bytes over all stored bytes but images; None where features are stored as float16."""
+    """Target ratio of fp16 bytes to all stored bytes except images; None if features are stored as
+    float16.
+    """
     step: float | None
-    """Quantiser step of a band that the image determines fully, in units of the whitened feature; None for float16."""
+    """Quantiser step of a band that the image determines fully, in units of the whitened feature;
+    None for float16.
+    """
     fit_rows: int
-    """The fit read rows [0, fit_rows)."""
+    """The codec was fitted on rows [0, fit_rows)."""
     fit_sha256: str
-    """SHA-256 over the fitted arrays."""
+    """SHA-256 of the fitted arrays."""
     noise_share: dict[str, float]
-    """By array: the share of the variance about the channel means that a second noise draw changes."""
+    """By array: the fraction of the variance about the channel means that a second noise draw
+    changes.
+    """
     noise_floor: dict[str, float]
-    """By array: that variance, a value of the uncompressed whitened map: the least MSE that its student can reach."""
+    """By array: that variance per value of the uncompressed whitened map.
+
+    No student that sees only the image can have a smaller MSE.
+    """
     determined_error: dict[str, float]
-    """By array: the codec's error in what the image determines over that part's variance, on the fit's rows."""
+    """By array: the codec's squared error in the determined part, divided by the variance of that
+    part.
+
+    The determined part is what the image alone determines. Measured on the rows of the fit.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Box:
-    """A rectangle of pixels."""
+    """A rectangle of pixels in the view."""
 
     top: int
     left: int
@@ -148,46 +179,53 @@ class Box:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Equivariance:
-    """How far whitened features are from following the image when it is mirrored or cropped, and its noise with it.
+    """How closely whitened features follow the image when image and noise are mirrored or cropped.
 
-    Each is a relative squared error by array, ||found - wanted||^2 / ||wanted||^2 over a few images, both whitened with
-    the scalars of the whole image's map: 0 follows exactly, 2 is what unrelated maps of that size give.
+    Each number is a relative squared error by array: ||f(T x) - T f(x)||^2 / ||T f(x)||^2 over a
+    few images x, where T mirrors or crops; both maps are whitened with the mean and deviation of
+    the whole image's map. 0 means that features follow exactly; unrelated maps of that size give 2.
     """
 
     images: int
-    """Images measured: the first rows that can be decoded."""
+    """Images measured: the first rows whose images can be decoded."""
     flip: dict[str, float]
     """Features of the mirrored image against the mirrored features."""
     box: Box | None
-    """The crop in the view, aligned to the coarsest stride; None where the teacher takes no such size."""
+    """The crop, aligned to the coarsest stride; None if the teacher does not take images of that
+    size.
+    """
     crop: dict[str, float] | None
     """Features of the cropped image against the features cropped by the same box."""
     crop_interior: dict[str, float] | None
-    """The same over the middle of the crop alone, for the taps whose maps have one."""
+    """The same over the middle of the crop alone, for taps whose maps have a middle."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelSpec:
-    """What a set of soft labels is of; its recipe's teacher is the interpreter that gave them."""
+    """What a set of soft labels is about. The teacher of its recipe is the interpreter that
+    predicted the labels.
+    """
 
     level: Literal["pixel", "image"]
-    """Whether pixels are labelled, or images as a whole."""
+    """pixel: every pixel has a label. image: each image has one."""
     classes: tuple[str, ...]
-    """Names by number."""
+    """Class names by class index."""
     views: int
-    """Views of a row of the cache, which share a payload: its channels are views x classes."""
+    """Views of a row of the cache. They share one payload of views x classes channels."""
     cache_fingerprint: str
-    """Of the cache whose features were read."""
+    """Fingerprint of the cache whose features the interpreter read."""
     cache_samples: str
-    """SHA-256 of that cache's samples.parquet: which images its rows are."""
+    """SHA-256 of that cache's samples.parquet: which image each row is."""
     validation: dict[str, float | None] | None
-    """Scores of the interpreter on masked images that it was not fitted to, by name; None where it has none."""
+    """Scores by name on masked images that the interpreter was not fitted to; None if there are
+    none.
+    """
 
 
 def check_scores(scores: Any) -> None:
-    """Check how well labels were met: `images`, and the shares `miou` and `accuracy`, each None where it is not known.
+    """Check scores: `images`, and `miou` and `accuracy`, each a fraction or None.
 
-    Raises KeyError, TypeError or ValueError for other values.
+    Raises KeyError, TypeError or ValueError if the values are not valid.
     """
     images = scores["images"]
     if isinstance(images, bool) or not isinstance(images, int) or not 0 < images < 2**63:
@@ -198,14 +236,16 @@ def check_scores(scores: Any) -> None:
 
 
 def check_range(value: Any, most: float) -> None:
-    """Raise ValueError where a recorded figure is no number from 0 to `most`."""
+    """Raise ValueError if a recorded value is not a number from 0 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        raise ValueError(f"{str(value)[:40]} is no number from 0 to {most:g}")
+        raise ValueError(f"{str(value)[:40]} is not a number from 0 to {most:g}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """Everything that a cache is a function of, but the images' bytes: samples.parquet has their hashes."""
+    """Everything that a cache is a function of, except the images' bytes: samples.parquet has their
+    hashes.
+    """
 
     teacher: TeacherSpec
     view: ViewSpec
@@ -215,50 +255,54 @@ class Recipe:
     num_samples: int
     """Rows of the cache."""
     flips: bool
-    """Whether mirrored views are cached too: the odd ones."""
+    """Whether mirrored views are cached too: the views with an odd index."""
     draws: int = 1
-    """Noise draws of each flip."""
+    """Noise draws per image orientation."""
     average: bool = False
-    """Whether the draws are stored as one view, their mean, or as views of their own."""
+    """Whether the mean of the draws is stored as one view, instead of one view per draw."""
     seed: int
     """Seed of the row order and of the noise."""
     shard_rows: int
-    """Rows a shard holds, all arrays alike."""
+    """Rows per shard, in all arrays."""
     images: Literal["view", "none"] = "view"
-    """Whether the view's own pixels are stored, or left to the source."""
+    """view: the pixels of the view are stored. none: they stay in the source of the images."""
     threads: int | None = None
-    """CPU threads of each process that computed, whose number moves results in their last bits; None on a GPU."""
+    """CPU threads per process. Their number changes results in the last bits; None on a GPU."""
     noise: str = NOISE_SCHEME
-    """How noise is made from (seed, key, timestep, draw, flip)."""
+    """How noise is generated from (seed, key, timestep, draw, flip)."""
     equivariance: Equivariance | None = None
-    """Measured before the first shard."""
+    """Measured before the first shard is written."""
     round_trip: dict[str, float] | None = None
-    """By timestep, such as t150: ||x' - x||^2 / ||x||^2 of images x inverted and denoised back, with DDIM."""
+    """By timestep, such as t150: ||x' - x||^2 / ||x||^2 of images x that DDIM inverts and denoises
+    again.
+    """
     labels: LabelSpec | None = None
-    """Of a set of soft labels alone: such a set is a cache of its own, inside the one that it labels."""
+    """Set only for a set of soft labels, which is a cache of its own inside the cache that it
+    labels.
+    """
 
     @property
     def num_views(self) -> int:
-        """Views a sample has: draws x flips, one after the other."""
+        """Views per sample: draws x flips."""
         return (1 if self.average else self.draws) * (2 if self.flips else 1)
 
     def to_json(self) -> Json:
         """Return the recipe as JSON values.
 
-        A field whose default is None came after format 1's first caches: it is left out where it is None, so that
-        their fingerprints hold.
+        A field whose default is None was added after the first caches of format 1. It is left out
+        if it is None, so that the fingerprints of those caches stay valid.
         """
         value: Json = json.loads(canonical_json(_without_later(self, asdict(self))))
         return value
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON: with the same images it gives the same bytes on one machine type."""
+        """SHA-256 of the canonical JSON. Recipe and images give the same bytes on one machine type."""
         return sha256_json(self.to_json())
 
 
 def _without_later(spec: Any, value: Json) -> Json:
-    """Return a dataclass's fields by name, without those that are None by default and in fact."""
+    """Return a dataclass's fields by name, without those that are None and whose default is None."""
     kept = {
         f.name: value[f.name]
         for f in fields(spec)
@@ -273,7 +317,7 @@ def _without_later(spec: Any, value: Json) -> Json:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailedSample:
-    """A sample that has a row but no features."""
+    """A sample that has a row but no features, because its image failed."""
 
     row: int
     key: str
@@ -285,8 +329,8 @@ class Sample:
     """One image of a source."""
 
     index: int
-    """Place in the source's own order."""
+    """Index in the source's own order."""
     key: str
-    """Unique name: docs/images.md says how each kind of source makes it."""
+    """Unique name; docs/images.md tells how each kind of source forms it."""
     label: int | None = field(default=None)
-    """Class index, where the source has classes."""
+    """Class index; None if the source has no classes."""

@@ -1,4 +1,4 @@
-"""Samples as columns: a million names and labels in a few dozen bytes each, read like lists."""
+"""Lists of samples in Arrow columns: a million keys and labels in a few dozen bytes each."""
 
 from collections.abc import Iterator, Sequence
 from typing import TypeVar, overload
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Column(Sequence[T]):
-    """An Arrow array, read as a sequence of Python values that are made when asked for."""
+    """An Arrow array as a sequence; a value becomes a Python object when it is read."""
 
     __slots__ = ("arrow",)
 
@@ -25,14 +25,14 @@ class Column(Sequence[T]):
         return len(self.arrow)
 
     @overload
-    def __getitem__(self, place: int) -> T: ...
+    def __getitem__(self, index: int) -> T: ...
     @overload
-    def __getitem__(self, place: slice) -> "Column[T]": ...
-    def __getitem__(self, place: int | slice) -> "T | Column[T]":
-        """Return one value, or a part that shares the memory."""
-        if isinstance(place, slice):
-            return Column(self.arrow[place])
-        value: T = self.arrow[int(place)].as_py()
+    def __getitem__(self, index: slice) -> "Column[T]": ...
+    def __getitem__(self, index: int | slice) -> "T | Column[T]":
+        """Return one value, or a slice that shares the memory."""
+        if isinstance(index, slice):
+            return Column(self.arrow[index])
+        value: T = self.arrow[int(index)].as_py()
         return value
 
     def __iter__(self) -> Iterator[T]:
@@ -41,14 +41,14 @@ class Column(Sequence[T]):
 
 
 class SampleList(Sequence[Sample]):
-    """The samples of a cache in row order: places in a source, and the source's own columns."""
+    """The samples of a cache in row order: indices into a source, and the source's own columns."""
 
     __slots__ = ("_labels", "indices", "source_keys")
 
     def __init__(
         self, keys: Sequence[str], labels: Sequence[int | None] | None, indices: NDArray[np.int64]
     ) -> None:
-        """List the places `indices` of a source with these keys and labels."""
+        """List the samples at `indices` of a source that has these keys and labels."""
         self.source_keys = keys
         self._labels = labels
         self.indices = indices
@@ -62,7 +62,7 @@ class SampleList(Sequence[Sample]):
     @overload
     def __getitem__(self, row: slice) -> "SampleList": ...
     def __getitem__(self, row: int | slice) -> "Sample | SampleList":
-        """Return one sample, or a part that shares the memory."""
+        """Return one sample, or a slice that shares the memory."""
         if isinstance(row, slice):
             return SampleList(self.source_keys, self._labels, self.indices[row])
         index = int(self.indices[row])

@@ -256,7 +256,7 @@ class Cache:
                     name, self.reader.payloads(name, rows, views)
                 )
             except PayloadError as error:
-                key = self.samples["key"][int(rows[error.place])]
+                key = self.samples["key"][int(rows[error.index])]
                 raise CacheDamagedError(
                     f"{self.reader.root}: {name} of sample {key}: {error}; {AGAIN}"
                 ) from error
@@ -317,7 +317,8 @@ class StoredFeatures:
         features = np.full(
             (len(rows), cache.num_views, *cache.shape(self.name)), np.nan, np.float32
         )
-        features[usable] = cache.raw(self.name, rows[usable]).numpy()
+        if usable.any():
+            features[usable] = cache.raw(self.name, rows[usable]).numpy()
         return features
 
     def _opened(self) -> Cache:

@@ -177,6 +177,18 @@ def test_a_stack_is_lazy_and_whole(
     np.testing.assert_allclose(mean, whole[GOOD].mean((0, 1, 3, 4)), rtol=1e-4)
 
 
+def test_a_chunk_of_failed_images_alone_is_nan(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk that has no usable row is NaN, and the chunks beside it are decoded."""
+    monkeypatch.setattr("dtcache.cache.dask_array.CHUNK_VALUES", 1)
+    stacked = cache.stack("stride4")
+    assert stacked.chunks[0] == (1,) * ROWS
+    with dask.config.set(scheduler="synchronous"):
+        found = stacked.compute()
+    assert np.isnan(found[FAILED_ROW]).all() and np.isfinite(found[GOOD]).all()
+
+
 def test_a_stack_travels(cache: Cache) -> None:
     """A pickled stack holds the cache's path, not its bytes, and computes the same."""
     stacked = cache.stack("stride4", timestep=150)
