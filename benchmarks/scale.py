@@ -33,7 +33,7 @@ from synthetic import (
 )
 
 from dtcache.cache.cache import Cache
-from dtcache.cache.loader import EpochLoader
+from dtcache.cache.loader import Batching, EpochLoader
 from dtcache.codec import FeatureEncoder, FittedTap
 
 SHAPES = SMALL
@@ -155,7 +155,7 @@ def probe(root: Path) -> dict[str, float]:
     epoch = len(cache) / len(rows) * (time.process_time() - reading)
     begun = time.perf_counter()
     batches = EpochLoader(
-        cache, cache.reader.usable_rows, cache.names, batch_size=BATCH, seed=0, threads=1
+        cache, cache.reader.usable_rows, cache.names, Batching(batch_size=BATCH, seed=0, threads=1)
     ).epoch(0)
     next(batches)
     begun = time.perf_counter() - begun

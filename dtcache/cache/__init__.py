@@ -1,1 +1,1 @@
-"""An open cache: samples, batches, dask arrays and label sets."""
+"""A cache opened for reading: samples, batches, dask arrays and label sets."""

@@ -1,4 +1,4 @@
-"""Batches of cached samples, as a loader yields them: entropy-decoded on the host, not yet dequantised.
+"""Batches of cached samples, as a loader yields them: entropy-decoded, not yet dequantised.
 
 Shape suffixes: B batch, C channels, H rows, W columns, N coefficients.
 """
@@ -15,33 +15,35 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelBatch:
-    """The soft labels of one batch, entropy-decoded; a LabelDecoder turns them into logits."""
+    """The soft labels of one batch, entropy-decoded. A LabelDecoder turns them into logits."""
 
     coefficients_BN: Tensor
-    """int16: of all views of each row."""
+    """int16: the coefficients of all views of each row."""
     scalars_B2: Tensor
-    """fp32 sigma and mu: raw = whitened * sigma + mu."""
+    """fp32 (sigma, mu): raw = whitened * sigma + mu."""
     views_B: Tensor
-    """int64: the view that the batch shows of each row."""
+    """int64: the view of each row that the batch shows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainBatch:
-    """One batch, entropy-decoded; a FeatureDecoder turns its coefficients into targets."""
+    """One batch, entropy-decoded. A FeatureDecoder turns its coefficients into targets."""
 
     rows: Rows
-    """(B,): rows of the cache."""
+    """(B,) int64: rows of the cache."""
     images_BCHW: Tensor
-    """uint8 RGB; already mirrored where the view is."""
+    """uint8 RGB, mirrored if the view is."""
     coefficients: dict[str, Tensor]
-    """(B, n) by array: int16, or fp16 where features are stored so. Online: the whitened maps, fp32 (B, C, H, W)."""
+    """By array: int16 (B, N), or fp16 if features are stored as such; from a teacher, fp32 (B, C,
+    H, W).
+    """
     scalars: dict[str, Tensor]
-    """(B, 2) fp32 sigma and mu by array: raw = whitened * sigma + mu."""
+    """By array: fp32 (B, 2), (sigma, mu): raw = whitened * sigma + mu."""
     labels: LabelBatch | None = None
-    """Where the training asks for them."""
+    """Soft labels, if they are distilled too."""
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "TrainBatch":
-        """Return the batch with the same change made to every tensor."""
+        """Return the batch with `change` applied to every tensor."""
         return TrainBatch(
             rows=self.rows,
             images_BCHW=change(self.images_BCHW),

@@ -1,4 +1,7 @@
-"""A cache opened for reading: samples, images, features."""
+"""A cache opened for reading: samples, images, features.
+
+Shape suffixes: B batch, V views, C channels, H rows, W columns.
+"""
 
 import functools
 import threading
@@ -49,26 +52,30 @@ class CachedSample:
     image_CHW: Tensor
     """uint8 RGB, not mirrored."""
     features: dict[str, Tensor]
-    """By array, such as t150/stride8: fp32 (V, C, H, W) in the teacher's own scale.
+    """By array, such as t150/stride8: fp32 (V, C, H, W), not whitened, as the teacher computed
+    them.
 
-    With flips, odd views are the mirrored image's.
+    If the cache has flips, views with an odd index are features of the mirrored image.
     """
 
 
 class Cache:
-    """A cache: a sequence of CachedSample, and batches of it. Safe to share between threads.
+    """A sequence of CachedSample that also yields batches. Safe to share between threads.
 
-    It travels to other processes as its path and is opened again there; a forked process is refused.
+    Pickled, it is a path, which is opened again where it is unpickled. A forked process is refused.
     """
 
     def __init__(
         self, root: Path, images: Path | None = None, *, allow: Allowed = "nothing"
     ) -> None:
-        """Open and check a cache, with the source of its images where it stores none.
+        """Open and check a cache.
 
-        With `allow` incomplete it need not be sealed: it is what is committed by now. With damage shards may be lost
-        too, which is to look at, not to train on. Raises CacheNotFoundError, CacheIncompleteError or
-        CacheDamagedError, and ImagesError for another source.
+        `images` is the source of the images, for a cache that does not store them. With `allow`
+        incomplete, an unfinished cache is opened as the shards committed so far. With `allow`
+        damage, shards may also be lost; such a cache is for inspection, not for training.
+
+        Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError if
+        `images` is a different source.
         """
         self.reader = CacheReader(root, allow=allow)
         recipe = self.reader.manifest.recipe
@@ -80,7 +87,7 @@ class Cache:
         self.allow = allow
         self._linked: LinkedImages | None = None
         if images is not None and IMAGES in self.reader.manifest.arrays:
-            raise ConfigError(f"{root} stores its images: open it without others")
+            raise ConfigError(f"{root} stores its images: open it without `images`")
         if images is not None:
             samples = self.reader.samples
             self._linked = LinkedImages(
@@ -88,31 +95,31 @@ class Cache:
             )
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        """Travel as paths."""
+        """Pickle as paths."""
         again = functools.partial(Cache, allow=self.allow)
         return again, (self.reader.root, self._source)
 
     @property
     def num_views(self) -> int:
-        """Views of a row."""
+        """Views per row."""
         return self.reader.manifest.num_views
 
     @property
     def shard_rows(self) -> int:
-        """Rows of a shard."""
+        """Rows per shard."""
         return int(self.reader.manifest.recipe["shard_rows"])
 
     @property
     def samples(self) -> pa.Table:
-        """One row a sample: row, key, label, content_sha256, failure."""
+        """One row per sample: row, key, label, content_sha256, failure."""
         return self.reader.samples
 
     def __len__(self) -> int:
-        """Return the number of rows, those of failed images included."""
+        """Return the number of rows, including those of failed images."""
         return self.reader.manifest.num_samples
 
     def __getitem__(self, row: int) -> CachedSample:
-        """Return one row, decoded. Raises IndexError, and UnknownSampleError where its image failed."""
+        """Return one row, decoded. Raises IndexError, and UnknownSampleError if its image failed."""
         if not -len(self) <= row < len(self):
             raise IndexError(f"{self.reader.root} has {len(self)} rows, got {row}")
         rows = np.array([row % len(self)])
@@ -127,7 +134,7 @@ class Cache:
         )
 
     def features(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """Return the decoded features of B samples by array: fp32 (B, V, C, H, W) in the teacher's own scale.
+        """Return the features of B samples by array: fp32 (B, V, C, H, W), not whitened.
 
         Raises UnknownSampleError for a key that the cache does not have, or whose image failed.
         """
@@ -137,7 +144,8 @@ class Cache:
         missing = [key for key, row in zip(keys, found, strict=True) if np.isnan(row)]
         if missing:
             raise UnknownSampleError(
-                f"{self.reader.root}: no sample has the key {missing[0]!r}; cache.samples['key'] lists them"
+                f"{self.reader.root}: no sample has the key {missing[0]!r}; cache.samples['key'] "
+                "lists them"
             )
         rows = found.astype(np.int64)
         self._require_usable(rows)
@@ -152,40 +160,40 @@ class Cache:
         threads: int = 2,
         shuffle: str = "full",
     ) -> Iterator[TrainBatch]:
-        """Yield every usable sample once, in batches (the last one may be short), shuffled by (seed, epoch).
+        """Yield every usable sample once, in batches, in an order that depends on (seed, epoch).
 
-        Raises ConfigError for a batch size below 1, another shuffle than full and block, or a cache without samples.
+        The last batch may be short. Raises ConfigError if `batch_size` is below 1, `shuffle` is
+        neither full nor block, or the cache has no usable sample.
         """
-        from dtcache.cache.loader import EpochLoader
+        from dtcache.cache.loader import Batching, EpochLoader
 
         return EpochLoader(
             self,
             self.reader.usable_rows,
             self.names,
-            batch_size=batch_size,
-            seed=seed,
-            threads=threads,
-            shuffle=shuffle,
-            drop_last=False,
+            Batching(
+                batch_size=batch_size, seed=seed, threads=threads, shuffle=shuffle, drop_last=False
+            ),
         ).epoch(epoch)
 
     def stack(self, tap: str, *, timestep: int | None = None) -> "da.Array":
-        """Return a tap's decoded features as a lazy dask array, fp32 (N, V, C, H, W); NaN where an image failed or a
-        shard is not there.
+        """Return a tap's decoded features as a lazy dask array, fp32 (N, V, C, H, W).
 
-        `timestep` may be left out where the cache has one. Raises ConfigError naming what the cache has.
+        Rows are NaN if their image failed or their shard is missing. `timestep` is optional if the
+        cache has only one. Raises ConfigError with the arrays that the cache has.
         """
         from dtcache.cache.dask_array import lazy_stack
 
         timesteps = self.reader.manifest.recipe["teacher"]["timesteps"]
         if timestep is None and len(timesteps) > 1:
             raise ConfigError(
-                f"{self.reader.root}: name the timestep, one of {', '.join(map(str, timesteps))}"
+                f"{self.reader.root} has several timesteps: pass `timestep`, one of "
+                f"{', '.join(map(str, timesteps))}"
             )
         name = tap_name(timesteps[0] if timestep is None else timestep, tap)
         if name not in self.names:
             raise ConfigError(
-                f"{self.reader.root} has no {name}, only {', '.join(self.names)}; choose among these"
+                f"{self.reader.root} has no {name}, only {', '.join(self.names)}; pass one of these"
             )
         decode = StoredFeatures(self.reader.root, self.reader.manifest.identity, self.allow, name)
         shape = (len(self), self.num_views, *self.shape(name))
@@ -200,18 +208,21 @@ class Cache:
         return self.fit[name].shape
 
     def decoder(self, names: Sequence[str]) -> FeatureDecoder:
-        """Return a new device-side decoder of some taps."""
+        """Return a new decoder of some taps: a torch module to be moved to the student's device."""
         return FeatureDecoder({name: self.fit[name] for name in names})
 
     def batch(
         self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows, names: Sequence[str]
     ) -> TrainBatch:
-        """Read B (row, view) pairs. Raises CacheDamagedError naming the sample where a byte is wrong."""
+        """Read B (row, view) pairs.
+
+        Raises CacheDamagedError with the sample's key if a byte is wrong.
+        """
         images = self.images(rows)
         coefficients, scalars = self.coefficients(rows, views, names)
         pixels = np.empty((len(images), 3, self.view.height, self.view.width), np.uint8)
-        for place, (image, view) in enumerate(zip(images, views, strict=True)):
-            pixels[place] = (
+        for index, (image, view) in enumerate(zip(images, views, strict=True)):
+            pixels[index] = (
                 image[:, :, ::-1] if self.reader.manifest.is_mirrored(int(view)) else image
             )
         return TrainBatch(
@@ -222,32 +233,36 @@ class Cache:
         )
 
     def images(self, rows: Sequence[int] | Rows) -> list[NDArray[np.uint8]]:
-        """Return unmirrored views (3, H, W) of rows.
+        """Return the images of rows, each uint8 RGB (3, H, W), not mirrored.
 
-        Raises CacheDamagedError naming the sample where a byte is wrong, ConfigError where the cache stores no images
-        and was opened without their source.
+        Raises CacheDamagedError with the sample's key if a byte is wrong, and ConfigError if the
+        cache does not store its images and was opened without `images`.
         """
         if self._linked is not None:
             return [self._linked.pixels(int(row)) for row in rows]
         if IMAGES not in self.reader.manifest.arrays:
             raise ConfigError(
-                f"{self.reader.root} stores no images: open it with those that it was extracted from"
+                f"{self.reader.root} stores no images: pass `images`, the source that it was "
+                "extracted from"
             )
-        found = []
+        pixels = []
         for row, payload in zip(
             rows, self.reader.payloads(IMAGES, rows, np.zeros(len(rows))), strict=True
         ):
             try:
-                found.append(decode_stored(payload, self.view))
+                pixels.append(decode_stored(payload, self.view))
             except BadImageError as error:
                 key = self.samples["key"][int(row)]
                 raise CacheDamagedError(f"{self.reader.root}: image {key}: {error}") from error
-        return found
+        return pixels
 
     def coefficients(
         self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows, names: Sequence[str]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return coefficients (B, n) and (sigma, mu) pairs (B, 2) by array. Raises CacheDamagedError."""
+        """Return the coefficients (B, N) and the (sigma, mu) pairs (B, 2), each by array.
+
+        Raises CacheDamagedError with the sample's key if a byte is wrong.
+        """
         coefficients = {}
         scalars = {}
         for name in names:
@@ -263,12 +278,12 @@ class Cache:
         return coefficients, scalars
 
     def will_need(self, rows: Rows, names: Sequence[str]) -> None:
-        """Tell the disk of rows that will be read soon."""
+        """Prefetch images and some arrays of rows that will be read soon, into the page cache."""
         for name in {IMAGES, *names} & set(self.reader.manifest.arrays):
             self.reader.will_need(name, rows)
 
     def raw(self, name: str, rows: Rows) -> Tensor:
-        """Return one array's decoded features of all views of rows, fp32 (B, V, C, H, W) in the teacher's own scale."""
+        """Return one array's features of all views of rows, fp32 (B, V, C, H, W), not whitened."""
         views = self.reader.manifest.num_views
         pairs = np.repeat(rows, views), np.tile(np.arange(views), len(rows))
         values, scalars = self.coefficients(*pairs, [name])
@@ -277,25 +292,26 @@ class Cache:
 
     @property
     def has_images(self) -> bool:
-        """Whether the cache stores its images, or was opened with their source."""
+        """Whether the cache stores its images or was opened with their source."""
         return self._linked is not None or IMAGES in self.reader.manifest.arrays
 
     def _require_usable(self, rows: Rows) -> None:
         for sample in self.samples.select(["key", "failure"]).take(rows).to_pylist():
             if sample["failure"] is not None:
                 raise UnknownSampleError(
-                    f"{self.reader.root}: sample {sample['key']} has no features: {sample['failure']}"
+                    f"{self.reader.root}: sample {sample['key']} has no features: "
+                    f"{sample['failure']}"
                 )
 
 
 class StoredFeatures:
-    """The decoded features of one array, by row; travels to other processes as a path.
+    """The decoded features of one array, by row. Safe to share between threads.
 
-    The cache is opened at the first call, once per process. Safe to share between threads.
+    Pickled, it is a path. The cache is opened at the first call, and again in each process.
     """
 
     def __init__(self, root: Path, identity: str, allow: Allowed, name: str) -> None:
-        """Name an array of the cache at `root` whose manifest has this `identity`."""
+        """Select an array of the cache at `root` whose manifest has this `identity`."""
         self.root = root.resolve()
         self.identity = identity
         self.allow = allow
@@ -304,13 +320,13 @@ class StoredFeatures:
         self._cache: Cache | None = None
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        """Travel as a path."""
+        """Pickle as a path."""
         return StoredFeatures, (self.root, self.identity, self.allow, self.name)
 
     def __call__(self, rows: Rows) -> NDArray[np.float32]:
-        """Return the features of R rows, fp32 (R, V, C, H, W); NaN for a row that has none.
+        """Return the features of R rows, fp32 (R, V, C, H, W); NaN for a row without features.
 
-        Raises CacheMismatchError if a different cache is in the folder by now.
+        Raises CacheMismatchError if a different cache is in the folder now.
         """
         cache = self._opened()
         usable = np.isin(rows, cache.reader.usable_rows)
@@ -327,7 +343,8 @@ class StoredFeatures:
                 cache = Cache(self.root, allow=self.allow)
                 if cache.reader.manifest.identity != self.identity:
                     raise CacheMismatchError(
-                        f"{self.root}: expected the cache that the stack was made of, got another one, or the same "
+                        f"{self.root}: expected the cache that the stack was made of, got another "
+                        "one, or the same "
                         "one finished since; open it again and make the stack again"
                     )
                 self._cache = cache

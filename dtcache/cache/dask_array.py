@@ -1,4 +1,6 @@
-"""A tap of a whole cache as a lazy dask array. Shape suffixes: N rows, V views, C channels, H rows, W columns."""
+"""A tap of a whole cache as a lazy dask array. Shape suffixes: N rows, V views, C channels, H rows,
+W columns.
+"""
 
 from collections.abc import Callable
 
@@ -8,16 +10,17 @@ from dask.delayed import delayed
 from numpy.typing import NDArray
 
 CHUNK_VALUES = 1 << 23
-"""Most values of a chunk, 32 MiB of fp32."""
+"""Maximum values per chunk: 32 MiB of fp32."""
 
 Decode = Callable[[NDArray[np.int64]], NDArray[np.float32]]
-"""Returns the features of R rows, fp32 (R, V, C, H, W); pickled, it opens its cache where it is unpickled."""
+"""Returns the features of R rows, fp32 (R, V, C, H, W). Unpickled, it opens its cache again."""
 
 
 def lazy_stack(decode: Decode, shape_NVCHW: tuple[int, ...], name: str) -> da.Array:
-    """Return the array that `decode` gives for all rows, fp32 (N, V, C, H, W), in chunks of rows.
+    """Return the lazy array that `decode` gives for all rows, fp32 (N, V, C, H, W), in chunks of
+    rows.
 
-    `name` tells the array from every other one.
+    `name` must differ from the name of every other array.
     """
     count, *row_shape = shape_NVCHW
     rows = max(1, CHUNK_VALUES // int(np.prod(row_shape)))
@@ -25,7 +28,7 @@ def lazy_stack(decode: Decode, shape_NVCHW: tuple[int, ...], name: str) -> da.Ar
     stacked: da.Array = da.map_blocks(
         _decode_chunk,
         numbers,
-        # A task of its own: each process opens the cache once, not once per chunk.
+        # A task of its own, so that a worker process opens the cache once, not once per chunk.
         decode=delayed(decode, name=f"decode-{name}", traverse=False),
         dtype=np.float32,
         chunks=da.core.normalize_chunks((rows, *row_shape), shape_NVCHW),

@@ -11,7 +11,10 @@ from dtcache.store.zarr_nodes import read_fit
 
 
 def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapCodec]:
-    """Read a cache's fitted codec by array. Raises CacheDamagedError where it is not the one that the recipe names."""
+    """Read a cache's fitted codec by array.
+
+    Raises CacheDamagedError if it is not the codec whose hash the recipe records.
+    """
     try:
         arrays: dict[str, dict[str, Any]] = {
             name: read_fit(root / DATA, name, max_array_bytes(shape))

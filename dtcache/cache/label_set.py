@@ -1,4 +1,7 @@
-"""A set of soft labels opened for reading, beside the cache that it belongs to."""
+"""A set of soft labels opened for reading, together with the cache that it labels.
+
+Shape suffixes: B batch, N coefficients; V views, K classes, H rows, W columns.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -25,27 +28,29 @@ class LabelSet:
     """Soft labels of every row and view of a cache. Safe to share between threads."""
 
     def __init__(self, cache: Cache, name: str, *, unfinished: bool = False) -> None:
-        """Open and check a label set; with `unfinished` what is committed of one that is still being written.
+        """Open and check a label set; with `unfinished`, also one that is still being written.
 
-        Raises UnknownLabelsError naming those there are, CacheIncompleteError, CacheMismatchError where it was made for
-        other features or images, or CacheDamagedError.
+        Raises UnknownLabelsError with the names of the existing sets, CacheIncompleteError,
+        CacheMismatchError if the set was made from other features or images, or CacheDamagedError.
         """
         root = label_set_root(cache.reader.root, name)
         manifest = read_manifest(root)
         own = cache.reader.manifest
         if manifest.state != "sealed" and not unfinished:
             raise CacheIncompleteError(
-                f"{root}: the label set is not complete; run its dtcache label write command again to finish it"
+                f"{root}: the label set is not complete; run its dtcache label write command again "
+                "to finish it"
             )
         self.about: Json = manifest.recipe.get("labels") or {}
-        for what, found, wanted in (
+        for source, recorded, own_hash in (
             ("features", self.about.get("cache_fingerprint"), own.fingerprint),
             ("images", self.about.get("cache_samples"), own.files[SAMPLES]),
         ):
-            if found != wanted:
+            if recorded != own_hash:
                 raise CacheMismatchError(
-                    f"{root}: made for other {what}: expected {wanted[:16]}..., got {str(found)[:16]}...; write it "
-                    "again with dtcache label write, under another --name"
+                    f"{root}: made from other {source}: expected {own_hash[:16]}..., got "
+                    f"{str(recorded)[:16]}...; "
+                    "write labels again with dtcache label write, under another name"
                 )
         self._cache = cache
         self._stored = Cache(root, allow="incomplete" if unfinished else "nothing")
@@ -54,12 +59,12 @@ class LabelSet:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(K, H, W) of a view's logits."""
+        """(K, H, W) of the logits of one view."""
         channels, height, width = self._stored.shape(LOGITS)
         return channels // int(self.about["views"]), height, width
 
     def decoder(self) -> LabelDecoder:
-        """Return a new device-side decoder."""
+        """Return a new decoder: a torch module to be moved to the student's device."""
         is_mirrored = self._cache.reader.manifest.is_mirrored
         return LabelDecoder(
             self._stored.fit[LOGITS],
@@ -67,7 +72,10 @@ class LabelSet:
         )
 
     def batch(self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows) -> LabelBatch:
-        """Read the labels of B (row, view) pairs. Raises CacheDamagedError naming the sample where a byte is wrong."""
+        """Read the labels of B (row, view) pairs.
+
+        Raises CacheDamagedError with the sample's key if a byte is wrong.
+        """
         coefficients, scalars = self._stored.coefficients(
             rows, np.zeros(len(rows), np.int64), [LOGITS]
         )
@@ -89,22 +97,22 @@ class LabelSet:
 
 
 class LabelledCache(Cache):
-    """A cache whose batches carry the soft labels of one of its sets too."""
+    """A cache whose batches carry the soft labels of one of its label sets too."""
 
     def __init__(
         self, root: Path, name: str, images: Path | None = None, *, allow: Allowed = "nothing"
     ) -> None:
-        """Open a cache and one of its label sets; raises what opening either raises."""
+        """Open a cache and one of its label sets. Raises what opening each of them raises."""
         super().__init__(root, images, allow=allow)
         self.labels = LabelSet(self, name)
         self._again = functools.partial(LabelledCache, root, name, images, allow=allow)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        """Travel as paths and a name."""
+        """Pickle as paths and a name."""
         return self._again, ()
 
     def batch(
         self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows, names: Sequence[str]
     ) -> TrainBatch:
-        """Read B (row, view) pairs of features and labels. Raises CacheDamagedError."""
+        """Read features and labels of B (row, view) pairs. Raises CacheDamagedError."""
         return replace(super().batch(rows, views, names), labels=self.labels.batch(rows, views))

@@ -1,8 +1,12 @@
-"""A sealed cache as batches: the order is a pure function of (rows, seed, epoch), whoever reads which part of it."""
+"""A cache as batches, read ahead in threads. The order is a pure function of (rows, seed, epoch).
+
+Shape suffix: B rows of a batch.
+"""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import product
 from typing import Generic, Protocol, TypeVar
 
@@ -14,41 +18,64 @@ from dtcache.rng import permuted
 
 SHUFFLES = ("full", "block")
 LOOKAHEAD = 4
-"""Batches read ahead of the student, at least: one more than there are threads, so that all of them are busy."""
+"""Batches that are read ahead, at least. One more than there are threads keeps every thread busy."""
 BLOCK_ROWS = 256
-"""Rows of a block: one stretch of a shard, which a cold disk reads in one go."""
+"""Rows of a block: a contiguous range of a shard, which a cold disk reads in one request."""
 MIXED_BLOCKS = 64
-"""Blocks whose rows are mixed with each other."""
+"""Blocks whose rows are shuffled together: a mix."""
 
 
 T_co = TypeVar("T_co", covariant=True)
 
 
 class Readable(Protocol[T_co]):
-    """What batches are read from, such as a Cache; threads share it."""
+    """A source of batches, such as a Cache. Threads share it."""
 
     @property
     def num_views(self) -> int:
-        """Views of a row."""
+        """Views per row."""
 
     @property
     def shard_rows(self) -> int | None:
-        """Rows of a shard, in which neighbours lie side by side; None where there are no shards to mix."""
+        """Rows per shard, where neighbours lie side by side on disk; None if there are no shards."""
 
     def will_need(self, rows: NDArray[np.int64], names: Sequence[str]) -> None:
-        """Tell the disk of rows of shards that will be read soon."""
+        """Prefetch some arrays of rows that will be read soon, into the page cache."""
 
     def batch(
         self, rows: NDArray[np.int64], views: NDArray[np.int64], names: Sequence[str]
     ) -> T_co:
-        """Return the batch of B (row, view) pairs, with the targets of some names."""
+        """Return the batch of B (row, view) pairs with the targets `names`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batching:
+    """How the rows of an epoch become the batches of one process."""
+
+    batch_size: int
+    """Rows of a global batch, over all processes and micro-batches."""
+    seed: int
+    """Seed of the order."""
+    threads: int
+    """Threads that read."""
+    shuffle: str = "full"
+    """full: all rows are permuted. block: contiguous blocks of rows are permuted and mixed."""
+    drop_last: bool = True
+    """Whether a short last batch is left out."""
+    rank: int = 0
+    """Number of this process, from 0."""
+    world_size: int = 1
+    """Processes that share every global batch."""
+    micro_batches: int = 1
+    """Batches that this process reads per global batch, one after the other."""
 
 
 class EpochLoader(Generic[T_co]):
-    """Batches of an epoch, read ahead in threads; each row once.
+    """The batches of an epoch, read ahead in threads. Each row comes once.
 
-    The order and its cut into global batches hang on neither ranks nor threads: rank r of w takes the r-th of w equal
-    slices of every global batch. So a run resumes from one number, the global batches done, under any world size.
+    Order and global batches depend neither on the number of processes nor on threads: process r of
+    w reads the r-th of w equal slices of every global batch. So the number of finished global
+    batches is enough to resume, also with a different number of processes.
     """
 
     def __init__(
@@ -56,102 +83,69 @@ class EpochLoader(Generic[T_co]):
         cache: Readable[T_co],
         rows: NDArray[np.int64],
         names: Sequence[str],
-        *,
-        batch_size: int,
-        seed: int,
-        threads: int,
-        shuffle: str = "full",
-        drop_last: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-        parts: int = 1,
+        batching: Batching,
     ) -> None:
-        """Serve `rows` of a cache in global batches of `batch_size`; `drop_last` leaves out a short last one.
+        """Serve `rows` of a cache with the targets `names`.
 
-        A rank's slice of a global batch comes as so many `parts`, one after the other. `shuffle` is full, or block:
-        stretches of a cache's shards, mixed. Raises ConfigError for another one, where there are no rows, or too few
-        for one full batch if only those are served, or where ranks and parts do not divide it.
+        Raises ConfigError if `shuffle` is unknown or does not fit the source, if there are too few
+        rows for a batch, or if processes and micro-batches do not divide the batch.
         """
-        if shuffle not in SHUFFLES:
-            raise ConfigError(f"shuffle {shuffle}: expected one of {', '.join(SHUFFLES)}")
-        if not drop_last and (batch_size < 1 or not len(rows)):
-            raise ConfigError(
-                f"batch_size {batch_size}: expected 1 or more, and samples to serve, got {len(rows)}"
-            )
-        if drop_last and not 0 < batch_size <= len(rows):
-            raise ConfigError(
-                f"--batch-size {batch_size}: expected 1 to {len(rows)}, the samples left for training; "
-                "lower it or cache more images"
-            )
-        if not 0 <= rank < world_size or batch_size % world_size:
-            raise ConfigError(
-                f"--batch-size {batch_size}: expected a multiple of the {world_size} processes that share it (this is "
-                f"number {rank}, from 0)"
-            )
-        if batch_size % (world_size * parts):
-            raise ConfigError(
-                f"--batch-size {batch_size}: expected a multiple of {world_size * parts}, the {parts} parts "
-                f"(--accumulate) of each of {world_size} processes"
-            )
-        if shuffle == "block" and cache.shard_rows is None:
-            raise ConfigError(
-                "--shuffle block: expected a cache, whose shards it mixes; leave it out"
-            )
+        _check(cache, rows, batching)
         self._cache = cache
         self._rows = rows
         self._names = list(names)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._threads = threads
-        self._shuffle = shuffle
-        self._rank = rank
-        self._world_size = world_size
-        self._parts = parts
-        self.num_batches = len(rows) // batch_size if drop_last else -(-len(rows) // batch_size)
+        self._batching = batching
+        full, short = divmod(len(rows), batching.batch_size)
+        self.num_batches = full if batching.drop_last or not short else full + 1
 
     def order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return rows and views of an epoch, in order: a pure function of (rows, seed, epoch).
 
-        A full shuffle permutes all rows. A block shuffle deals blocks to mixes, and permutes the rows of each mix.
+        A full shuffle permutes all rows. A block shuffle deals blocks to mixes at random, and
+        permutes the rows of each mix.
         """
-        rows = self._rows[permuted(len(self._rows), seed=self._seed, stream=f"epoch-{epoch}")]
-        if self._shuffle == "block":
+        seed = self._batching.seed
+        rows = self._rows[permuted(len(self._rows), seed=seed, stream=f"epoch-{epoch}")]
+        if self._batching.shuffle == "block":
             rows = rows[np.argsort(self._mix_of(rows, epoch), kind="stable")]
-        views = permuted(len(rows), seed=self._seed, stream=f"views-{epoch}")
+        views = permuted(len(rows), seed=seed, stream=f"views-{epoch}")
         return rows, views % self._cache.num_views
 
     def _mix_of(self, rows: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """Return the number of the mix that each row is dealt to, with all of its block."""
-        shard_rows = self._cache.shard_rows
-        assert shard_rows is not None, "checked at the start"
+        """Return the number of the mix of each row: all rows of a block are in one mix."""
+        shard_rows = self._cache.shard_rows or len(self._rows)
         shards, inner = np.divmod(rows, shard_rows)
         blocks = np.unique(shards * shard_rows + inner // BLOCK_ROWS, return_inverse=True)[1]
-        dealt = permuted(int(blocks.max()) + 1, seed=self._seed, stream=f"blocks-{epoch}")
-        mixes: NDArray[np.int64] = dealt[blocks] // MIXED_BLOCKS
+        stream = f"blocks-{epoch}"
+        order = permuted(int(blocks.max()) + 1, seed=self._batching.seed, stream=stream)
+        mixes: NDArray[np.int64] = order[blocks] // MIXED_BLOCKS
         return mixes
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[T_co]:
-        """Yield this rank's slice of the global batches of an epoch, part by part, from global batch `start` on."""
+        """Yield this process's micro-batches of an epoch, from global batch `start` on."""
         rows, views = self.order(epoch)
-        ahead = self._ahead(rows, epoch, start) if self._shuffle == "block" else deque()
+        batch_size = self._batching.batch_size
+        parts = self._batching.micro_batches
+        slices = self._batching.world_size * parts
+        mixes = self._mixes(rows, epoch, start) if self._batching.shuffle == "block" else deque()
 
         def read(index: int, part: int) -> T_co:
-            first = index * self._batch_size
-            place = self._rank * self._parts + part
-            size = min(self._batch_size, len(rows) - first)
-            slices = self._world_size * self._parts
-            begin, end = (first + size * edge // slices for edge in (place, place + 1))
+            first = index * batch_size
+            number = self._batching.rank * parts + part
+            size = min(batch_size, len(rows) - first)
+            begin, end = (first + size * edge // slices for edge in (number, number + 1))
             return self._cache.batch(rows[begin:end], views[begin:end], self._names)
 
-        with ThreadPoolExecutor(max_workers=self._threads, thread_name_prefix="cache") as pool:
+        threads = self._batching.threads
+        with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="cache") as pool:
             waiting: deque[Future[T_co]] = deque()
             try:
-                for index, part in product(range(start, self.num_batches), range(self._parts)):
-                    while ahead and ahead[0][0] <= index * self._batch_size:
-                        # What fails here fails again, by name, when it is read.
-                        pool.submit(self._cache.will_need, ahead.popleft()[1], self._names)
+                for index, part in product(range(start, self.num_batches), range(parts)):
+                    while mixes and mixes[0][0] <= index * batch_size:
+                        # A read that fails here fails again, with the sample's name, in `batch`.
+                        pool.submit(self._cache.will_need, mixes.popleft()[1], self._names)
                     waiting.append(pool.submit(read, index, part))
-                    if len(waiting) >= max(LOOKAHEAD, self._threads + 1):
+                    if len(waiting) >= max(LOOKAHEAD, threads + 1):
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
@@ -159,15 +153,52 @@ class EpochLoader(Generic[T_co]):
                 for future in waiting:
                     future.cancel()
 
-    def _ahead(
+    def _mixes(
         self, rows: NDArray[np.int64], epoch: int, start: int
     ) -> deque[tuple[int, NDArray[np.int64]]]:
-        """Return the mixes that are still to come, each with the place in the order where the disk is told of it."""
+        """Return the rows of each mix from batch `start` on, with the position to prefetch it at.
+
+        A mix is prefetched one mix ahead: at the position in the order where the one before begins.
+        """
         edges = np.flatnonzero(np.diff(self._mix_of(rows, epoch), prepend=-1, append=-1)).tolist()
-        begun = [0, *edges]
-        mixes = zip(begun, edges[:-1], edges[1:], strict=False)
+        mixes = zip([0, *edges], edges[:-1], edges[1:], strict=False)
         return deque(
-            (told, rows[first:last])
-            for told, first, last in mixes
-            if last > start * self._batch_size
+            (position, rows[first:last])
+            for position, first, last in mixes
+            if last > start * self._batching.batch_size
+        )
+
+
+def _check(cache: Readable[object], rows: NDArray[np.int64], batching: Batching) -> None:
+    """Raise ConfigError if a source and its rows cannot be served so."""
+    batch_size = batching.batch_size
+    world_size = batching.world_size
+    if batching.shuffle not in SHUFFLES:
+        raise ConfigError(
+            f"`shuffle` {batching.shuffle}: expected one of {', '.join(SHUFFLES)}; use full"
+        )
+    if not batching.drop_last and (batch_size < 1 or not len(rows)):
+        raise ConfigError(
+            f"`batch_size` {batch_size}: expected 1 or more, and samples to serve, got {len(rows)}"
+        )
+    if batching.drop_last and not 0 < batch_size <= len(rows):
+        raise ConfigError(
+            f"`batch_size` {batch_size}: expected 1 to {len(rows)}, the samples left for training; "
+            "pass a smaller `batch_size` or cache more images"
+        )
+    if not 0 <= batching.rank < world_size or batch_size % world_size:
+        raise ConfigError(
+            f"`batch_size` {batch_size}: expected a multiple of the {world_size} processes that "
+            f"share it (this is number {batching.rank}, from 0)"
+        )
+    if batch_size % (world_size * batching.micro_batches):
+        raise ConfigError(
+            f"`batch_size` {batch_size}: expected a multiple of "
+            f"{world_size * batching.micro_batches}, "
+            f"the {batching.micro_batches} micro-batches of each of {world_size} processes"
+        )
+    if batching.shuffle == "block" and cache.shard_rows is None:
+        raise ConfigError(
+            "`shuffle='block'`: expected a cache, whose blocks of rows it mixes; "
+            "use `shuffle='full'`"
         )

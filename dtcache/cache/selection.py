@@ -1,4 +1,4 @@
-"""Which samples and arrays of a cache a training uses: taps and timesteps, and the samples that are held out."""
+"""Which samples and arrays of a cache a training uses: taps and timesteps, and held-out samples."""
 
 import hashlib
 import json
@@ -16,9 +16,9 @@ from dtcache.store.layout import SAMPLES
 
 
 def cache_identity(cache: Cache) -> Json:
-    """Return what tells the data of a run: the fingerprint of the recipe, and a hash of the samples."""
+    """Return what identifies the data of a run: the recipe's fingerprint and a hash of the samples."""
     manifest = cache.reader.manifest
-    # Of a cache that is not sealed what is committed may be more at a resume, in another order then.
+    # An unfinished cache may have more samples at a resume, and its samples.parquet differs then.
     samples = (
         manifest.files[SAMPLES]
         if manifest.state == "sealed"
@@ -28,20 +28,25 @@ def cache_identity(cache: Cache) -> Json:
 
 
 def chosen_taps(cache: Cache, *, timestep: int | None, taps: str | None) -> list[str]:
-    """Return the arrays that --taps and --timestep ask for. Raises ConfigError naming what the cache has."""
+    """Return the arrays of some taps at one timestep, or of all of them.
+
+    `taps` are names or strides, separated by commas. Raises ConfigError listing the cached ones if
+    one is missing.
+    """
     teacher = cache.reader.manifest.recipe["teacher"]
     timesteps = teacher["timesteps"]
     stored = [tap["name"] for tap in teacher["taps"]]
     wanted_t = [timestep] if timestep is not None else timesteps
     wanted_taps = list(parse_taps(taps)) if taps else stored
-    for flag, wanted, have in (
-        ("--timestep", wanted_t, timesteps),
-        ("--taps", wanted_taps, stored),
+    for field, wanted, cached in (
+        ("timestep", wanted_t, timesteps),
+        ("taps", wanted_taps, stored),
     ):
-        missing = [w for w in wanted if w not in have]
+        missing = [value for value in wanted if value not in cached]
         if missing:
             raise ConfigError(
-                f"{flag} {missing[0]}: the cache has {', '.join(map(str, have))}; choose among these"
+                f"`{field}` {missing[0]}: the cache has {', '.join(map(str, cached))}; pass one of "
+                "these"
             )
     return [
         tap_name(t, tap) for t in timesteps if t in wanted_t for tap in stored if tap in wanted_taps
@@ -51,13 +56,14 @@ def chosen_taps(cache: Cache, *, timestep: int | None, taps: str | None) -> list
 def split_rows(
     rows: NDArray[np.int64], keys: Sequence[str]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the rows to train on and the rows held out, by hash of their keys.
+    """Return the rows to train on and the held-out rows, chosen by a hash of their keys.
 
-    Raises ConfigError where there are too few for both.
+    Raises ConfigError if there are fewer than 4 rows.
     """
     if len(rows) < 4:
         raise ConfigError(
-            f"expected at least 4 usable samples, some of them to be held out, got {len(rows)}"
+            f"expected at least 4 usable samples, some of which are held out, got {len(rows)}; "
+            "cache more"
         )
     held = np.zeros(len(rows), bool)
     held[held_out(keys)] = True
@@ -65,10 +71,11 @@ def split_rows(
 
 
 def held_out(keys: Sequence[str]) -> list[int]:
-    """Return the places of the held-out samples: one per cent, at least 64 (but at most half), by hash of the key.
+    """Return the indices of the held-out keys, by a hash of each key.
 
-    A key's membership hangs on the set of keys only, never on their order. The hash is SHA-256 of the canonical JSON of
-    ["held-out", key], spelled out: a million keys take a second.
+    One per cent is held out, at least 64, at most half. Which keys are held out depends on the set
+    of keys alone, not on their order. The hash is SHA-256 of the canonical JSON of ["held-out",
+    key], built by hand: a million keys take a second.
     """
     count = min(max(64, len(keys) // 100), len(keys) // 2)
     if not count:
@@ -76,7 +83,7 @@ def held_out(keys: Sequence[str]) -> list[int]:
     quoted = json.encoder.encode_basestring
     digests = [hashlib.sha256(b'["held-out",%b]' % quoted(key).encode()).digest() for key in keys]
     heads = np.frombuffer(b"".join(digests), ">u8")[::4].astype(np.uint64)
-    # The head of the last one that is in; whole digests decide among those few.
+    # The first 8 bytes of the last held-out digest. Whole digests decide between equal heads.
     last = np.partition(heads, count - 1)[count - 1]
-    within = np.flatnonzero(heads <= last).tolist()
-    return sorted(sorted(within, key=lambda place: digests[place])[:count])
+    candidates = np.flatnonzero(heads <= last).tolist()
+    return sorted(sorted(candidates, key=lambda index: digests[index])[:count])

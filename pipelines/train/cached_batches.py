@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dtcache.cache.batch import Rows, TrainBatch
 from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelledCache, LabelSet
-from dtcache.cache.loader import EpochLoader
+from dtcache.cache.loader import Batching, EpochLoader
 from dtcache.cache.selection import cache_identity, chosen_taps, split_rows
 from dtcache.codec import TapCodec
 from dtcache.device import Compute
@@ -104,13 +104,15 @@ class CachedSource:
             _Pinned(self._cache) if compute.device.type == "cuda" else self._cache,
             rows,
             self.names,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            threads=options.threads,
-            shuffle=options.shuffle,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            parts=options.accumulate,
+            Batching(
+                batch_size=options.batch_size,
+                seed=options.seed,
+                threads=options.threads,
+                shuffle=options.shuffle,
+                rank=processes.rank,
+                world_size=processes.world_size,
+                micro_batches=options.accumulate,
+            ),
         )
         self._device = compute.device
         self._batch_size = options.batch_size

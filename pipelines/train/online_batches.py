@@ -14,7 +14,7 @@ from torch import nn
 
 from dtcache.cache.batch import Rows, TrainBatch
 from dtcache.cache.label_set import LabelSet
-from dtcache.cache.loader import EpochLoader
+from dtcache.cache.loader import Batching, EpochLoader
 from dtcache.cache.selection import split_rows
 from dtcache.codec import TapCodec
 from dtcache.device import Compute
@@ -123,13 +123,15 @@ class OnlineSource:
             _Drawn(self._images, self._job, draw),
             self._rows,
             self.names,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            threads=options.threads,
-            shuffle=options.shuffle,
-            rank=self._processes.rank,
-            world_size=self._processes.world_size,
-            parts=options.accumulate,
+            Batching(
+                batch_size=options.batch_size,
+                seed=options.seed,
+                threads=options.threads,
+                shuffle=options.shuffle,
+                rank=self._processes.rank,
+                world_size=self._processes.world_size,
+                micro_batches=options.accumulate,
+            ),
         )
 
     def shape(self, name: str) -> tuple[int, int, int]:

@@ -26,7 +26,7 @@ from store.builders import (
 import dtcache
 from dtcache.cache.cache import Cache
 from dtcache.cache.fitted_codec import load_fit
-from dtcache.cache.loader import EpochLoader
+from dtcache.cache.loader import Batching, EpochLoader
 from dtcache.codec import max_array_bytes
 from dtcache.errors import (
     CacheDamagedError,
@@ -153,10 +153,12 @@ def test_a_batch_may_be_larger_than_the_cache(cache: Cache) -> None:
     (batch,) = cache.loader(batch_size=100)
     assert sorted(batch.rows.tolist()) == GOOD
     for size in (0, -1):
-        with pytest.raises(ConfigError, match=rf"^batch_size {size}: expected 1 or more"):
+        with pytest.raises(ConfigError, match=rf"^`batch_size` {size}: expected 1 or more"):
             cache.loader(batch_size=size)
-    with pytest.raises(ConfigError, match=r"^batch_size 2: expected 1 or more, .* got 0"):
-        EpochLoader(cache, np.arange(0), [], batch_size=2, seed=0, threads=1, drop_last=False)
+    with pytest.raises(ConfigError, match=r"^`batch_size` 2: expected 1 or more, .* got 0"):
+        EpochLoader(
+            cache, np.arange(0), [], Batching(batch_size=2, seed=0, threads=1, drop_last=False)
+        )
 
 
 @pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
@@ -231,6 +233,6 @@ def test_a_stack_allows_what_its_cache_did(cache: Cache, tmp_path: Path) -> None
 def test_a_stack_of_another_tap_is_refused(cache: Cache, tap: str, timestep: int | None) -> None:
     """A tap or timestep that was not cached raises ConfigError with those that were."""
     with pytest.raises(
-        ConfigError, match=rf"has no t{timestep or 150}/{tap}, only {FINE}, {COARSE}; choose among"
+        ConfigError, match=rf"has no t{timestep or 150}/{tap}, only {FINE}, {COARSE}; pass one"
     ):
         cache.stack(tap, timestep=timestep)

@@ -16,7 +16,7 @@ from store.builders import COARSE, FAILED_ROW, FINE, ROWS, begin, tiny_plan, wri
 from dtcache.cache import loader as loader_module
 from dtcache.cache.batch import TrainBatch
 from dtcache.cache.cache import Cache
-from dtcache.cache.loader import EpochLoader
+from dtcache.cache.loader import Batching, EpochLoader
 from dtcache.errors import CacheDamagedError, CacheIncompleteError, CacheNotFoundError, ConfigError
 from dtcache.store.layout import IMAGES
 from dtcache.store.shard import index_bytes, parse_index
@@ -46,7 +46,10 @@ def cache(root: Path) -> Cache:
 def loader(cache: Cache, batch_size: int = 2, seed: int = 0, threads: int = 2) -> EpochLoader:
     """Return a loader of all usable rows."""
     return EpochLoader(
-        cache, cache.reader.usable_rows, NAMES, batch_size=batch_size, seed=seed, threads=threads
+        cache,
+        cache.reader.usable_rows,
+        NAMES,
+        Batching(batch_size=batch_size, seed=seed, threads=threads),
     )
 
 
@@ -200,7 +203,7 @@ def test_batch_size_must_fit(cache: Cache, batch_size: int) -> None:
     """A batch size of nothing, or of more than the usable rows, is refused with the range."""
     with pytest.raises(
         ConfigError,
-        match=rf"--batch-size {batch_size}: expected 1 to 9, the samples left for training",
+        match=rf"`batch_size` {batch_size}: expected 1 to 9, the samples left for training",
     ):
         loader(cache, batch_size)
 
@@ -228,9 +231,9 @@ class Meeting:
 def test_every_thread_reads(threads: int) -> None:
     """As many batches as there are threads are read at once, more than the usual look-ahead too."""
     rows = np.arange(3 * threads)
-    batches = EpochLoader(Meeting(threads), rows, [], batch_size=1, seed=0, threads=threads).epoch(
-        0
-    )
+    batches = EpochLoader(
+        Meeting(threads), rows, [], Batching(batch_size=1, seed=0, threads=threads)
+    ).epoch(0)
     assert sorted(row for batch in batches for row in batch) == rows.tolist()
 
 
@@ -368,13 +371,15 @@ def served_by(
             cache,
             cache.reader.usable_rows,
             [COARSE],
-            batch_size=batch_size,
-            seed=5,
-            threads=1,
-            drop_last=False,
-            rank=rank,
-            world_size=world_size,
-            **how,
+            Batching(
+                batch_size=batch_size,
+                seed=5,
+                threads=1,
+                drop_last=False,
+                rank=rank,
+                world_size=world_size,
+                **how,
+            ),
         ).epoch(epoch, start)
         for rank in range(world_size)
     ]
@@ -408,40 +413,35 @@ def test_a_run_resumes_under_another_world_size(cache: Cache) -> None:
 def test_ranks_must_share_a_batch_evenly(cache: Cache, rank: int, world_size: int) -> None:
     """A world size that does not divide the batch, or a rank outside it, is refused."""
     with pytest.raises(
-        ConfigError, match=rf"--batch-size 4: expected a multiple of the {world_size} processes"
+        ConfigError, match=rf"`batch_size` 4: expected a multiple of the {world_size} processes"
     ):
         EpochLoader(
             cache,
             cache.reader.usable_rows,
             NAMES,
-            batch_size=4,
-            seed=0,
-            threads=1,
-            rank=rank,
-            world_size=world_size,
+            Batching(batch_size=4, seed=0, threads=1, rank=rank, world_size=world_size),
         )
 
 
 def test_an_unknown_shuffle_is_refused(cache: Cache) -> None:
     """A shuffle of another name raises ConfigError with the names there are."""
-    with pytest.raises(ConfigError, match="shuffle blocks: expected one of full, block"):
+    with pytest.raises(ConfigError, match="`shuffle` blocks: expected one of full, block"):
         EpochLoader(
             cache,
             cache.reader.usable_rows,
             NAMES,
-            batch_size=2,
-            seed=0,
-            threads=1,
-            shuffle="blocks",
+            Batching(batch_size=2, seed=0, threads=1, shuffle="blocks"),
         )
 
 
 def test_only_shards_are_mixed() -> None:
     """A block shuffle of rows that lie in no shards is refused."""
     with pytest.raises(
-        ConfigError, match="--shuffle block: expected a cache, whose shards it mixes; leave it out"
+        ConfigError, match="`shuffle='block'`: expected a cache, whose blocks of rows it mixes"
     ):
-        EpochLoader(Meeting(1), np.arange(4), [], batch_size=2, seed=0, threads=1, shuffle="block")
+        EpochLoader(
+            Meeting(1), np.arange(4), [], Batching(batch_size=2, seed=0, threads=1, shuffle="block")
+        )
 
 
 def test_a_block_shuffle_keeps_mixes_together(
@@ -451,7 +451,10 @@ def test_a_block_shuffle_keeps_mixes_together(
     monkeypatch.setattr(loader_module, "BLOCK_ROWS", 2)
     monkeypatch.setattr(loader_module, "MIXED_BLOCKS", 2)
     blocks_of = EpochLoader(
-        cache, cache.reader.usable_rows, NAMES, batch_size=1, seed=0, threads=1, shuffle="block"
+        cache,
+        cache.reader.usable_rows,
+        NAMES,
+        Batching(batch_size=1, seed=0, threads=1, shuffle="block"),
     )
     orders = set()
     for epoch in range(20):
@@ -481,10 +484,7 @@ def test_a_block_shuffle_tells_the_disk_a_mix_ahead(
             opened,
             opened.reader.usable_rows,
             NAMES,
-            batch_size=1,
-            seed=0,
-            threads=1,
-            shuffle="block",
+            Batching(batch_size=1, seed=0, threads=1, shuffle="block"),
         )
         for place, batch in enumerate(blocks.epoch(0, start)):
             assert int(batch.rows[0]) in told

@@ -258,7 +258,7 @@ def test_a_transformer_and_its_student(scene_folder: Path, tmp_path: Path) -> No
         assert all(np.isfinite(value) for value in held_out.values())
     refused = run("train", out, "--out", tmp_path / "none", *trained, "--taps", "16")
     assert (
-        "--taps stride16: the cache has block0, block1, block3, block4; choose among these"
+        "--taps stride16: the cache has block0, block1, block3, block4; pass one of these"
         in refused.output
     )
 

@@ -215,7 +215,7 @@ def test_a_cache_without_images_trains_from_their_source(
         "train", tmp_path / "view", "--out", tmp_path / "run-both", *flags, "--images", scene_folder
     )
     assert result.exit_code == 1
-    assert "stores its images: open it without others" in result.output
+    assert "stores its images: open it without --images" in result.output
 
 
 def test_position_whitening_needs_exact_features(

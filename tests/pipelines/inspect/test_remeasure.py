@@ -106,7 +106,8 @@ def test_what_does_not_fit_is_refused(
     result = run("inspect", cache, "--teacher", teacher_dir, "--device", "cpu")
     assert (
         result.exit_code == 1
-        and "stores no images: open it with those that it was extracted from" in result.output
+        and "stores no images: pass --images, the source that it was extracted from"
+        in result.output
     )
     result = run("inspect", cache, cache, "--teacher", teacher_dir)
     assert "--teacher: expected one cache, as each has a teacher of its own" in result.output

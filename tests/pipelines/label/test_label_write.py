@@ -392,7 +392,7 @@ def test_a_set_of_another_cache_is_refused(labelled: Path, tmp_path: Path) -> No
         LabelSet(Cache(root), NAME)
     shutil.copytree(labelled / "labels", root / "labels")
     with pytest.raises(
-        CacheMismatchError, match=r"made for other features: expected .*write it again"
+        CacheMismatchError, match=r"made from other features: expected .*write labels again"
     ):
         LabelSet(Cache(root), NAME)
 

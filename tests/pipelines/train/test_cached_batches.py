@@ -9,7 +9,7 @@ from store.builders import tiny_plan, write_cache
 from torch import Tensor, nn
 
 from dtcache.cache.cache import Cache
-from dtcache.cache.loader import EpochLoader
+from dtcache.cache.loader import Batching, EpochLoader
 from dtcache.device import Compute
 from dtcache.distributed import Processes
 from dtcache.options import TrainOptions
@@ -48,9 +48,6 @@ def test_batches_for_a_gpu_are_pinned(
         Cache(root),
         source._loader._rows,
         source.names,
-        batch_size=2,
-        seed=options.seed,
-        threads=1,
-        shuffle=shuffle,
+        Batching(batch_size=2, seed=options.seed, threads=1, shuffle=shuffle),
     )
     assert served == plain.order(1)[0][: len(served)].tolist()

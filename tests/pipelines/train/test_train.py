@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from cli import main
 from dtcache.cache.cache import Cache
-from dtcache.cache.loader import EpochLoader
+from dtcache.cache.loader import Batching, EpochLoader
 from dtcache.cache.selection import held_out, split_rows
 from dtcache.device import resolve_compute
 from dtcache.losses.objective import make_objective
@@ -152,7 +152,9 @@ def test_the_first_loss_is_the_formulas(cache: Path, trained: Path) -> None:
     opened = Cache(cache)
     names = ["t150/stride4", "t150/stride8"]
     rows, _ = split_rows(np.arange(40), opened.samples["key"].to_pylist())
-    batch = next(iter(EpochLoader(opened, rows, names, batch_size=8, seed=0, threads=1).epoch(0)))
+    batch = next(
+        iter(EpochLoader(opened, rows, names, Batching(batch_size=8, seed=0, threads=1)).epoch(0))
+    )
     student = build_student(
         "resnet10t",
         {n: opened.shape(n) for n in names},
@@ -297,15 +299,15 @@ def test_two_students_share_one_cache(cache: Path, tmp_path: Path) -> None:
     [
         (
             ("--taps", "16"),
-            "--taps stride16: the cache has stride1, stride2, stride4, stride8; choose among these",
+            "--taps stride16: the cache has stride1, stride2, stride4, stride8; pass one of these",
         ),
         (
             ("--accumulate", "3"),
-            "--batch-size 8: expected a multiple of 3, the 3 parts (--accumulate) of each of 1 processes",
+            "--batch-size 8: expected a multiple of 3, the 3 micro-batches of each of 1 processes",
         ),
         (("--accumulate", "8"), "--accumulate 8: expected at least 2 samples a part, got 1"),
         (("--config", "nowhere.toml"), "--config nowhere.toml: No such file or directory"),
-        (("--timestep", "50"), "--timestep 50: the cache has 150; choose among these"),
+        (("--timestep", "50"), "--timestep 50: the cache has 150; pass one of these"),
         (
             ("--batch-size", "64"),
             "--batch-size 64: expected 1 to 20, the samples left for training",

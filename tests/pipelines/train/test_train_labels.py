@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelledCache
-from dtcache.cache.loader import EpochLoader
+from dtcache.cache.loader import Batching, EpochLoader
 from dtcache.cache.selection import held_out
 from dtcache.errors import ConfigError
 from dtcache.losses.objective import LABEL_TARGET
@@ -332,11 +332,7 @@ def test_block_shuffling_serves_labels_too(labelled: Path) -> None:
         cache,
         cache.reader.usable_rows,
         [],
-        batch_size=8,
-        seed=0,
-        threads=1,
-        shuffle="block",
-        drop_last=False,
+        Batching(batch_size=8, seed=0, threads=1, shuffle="block", drop_last=False),
     )
     seen = [batch for batch in loader.epoch(0)]
     assert sorted(int(r) for batch in seen for r in batch.rows) == list(range(40))
