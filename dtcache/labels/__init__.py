@@ -1,4 +1,4 @@
-"""Label distillation: an interpreter of a teacher's features, its losses, and how it is kept."""
+"""Label distillation: the interpreter of a teacher's features, its folder, and decoding of soft labels."""
 
 from dtcache.labels.folder import (
     MAX_CLASSES,

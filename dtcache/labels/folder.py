@@ -1,6 +1,7 @@
-"""An interpreter's folder: what it was fitted to, as JSON, and its weights, as safetensors."""
+"""An interpreter's folder: its specification as JSON, its weights as safetensors."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,35 +25,36 @@ KIND = "dtcache interpreter 1"
 AGAIN = "fit it again with dtcache label fit"
 MAX_MAPS = 64
 MAX_CLASSES = 1 << 14
-"""Of whole images."""
+"""Most classes of image labels; pixel labels have at most 256."""
+MAX_PIXEL_CLASSES = 256
 SCORES = ("images", "miou", "accuracy")
 TEACHER = ("architecture", "weights_sha256", "config_sha256", "ddim_steps", "condition")
-"""What of a teacher an interpreter hangs on, beside the arrays that it reads."""
+"""Fields of a recipe's teacher that an interpreter depends on, in addition to its arrays."""
 
 Level = Literal["pixel", "image"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InterpreterSpec:
-    """What an interpreter gives, and the features that it was fitted to."""
+    """An interpreter's classes and architecture, and the features that it was fitted to."""
 
     level: Level
-    """Whether it labels pixels, or images as a whole."""
+    """`pixel` for segmentation, `image` for labels of whole images."""
     classes: tuple[str, ...]
     """Names by number."""
     width: int
-    """Channels of its fuse layers."""
+    """Channels of the fuse layers."""
     shapes: dict[str, tuple[int, int, int]]
     """(C, H, W) by array, such as t50/stride8: timestep by timestep, finest tap first."""
     view: ViewSpec
     teacher: Json
-    """The fields TEACHER of the cache's recipe; None where it has none."""
+    """The fields TEACHER of the cache's recipe; None for a field that it lacks."""
     validation: Json | None
-    """Scores on the masked images that were held out, if any: `images`, `miou`, `accuracy`."""
+    """Scores on the held-out images, if any: `images`, `miou`, `accuracy`."""
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(H, W) of its logits."""
+        """(H, W) of the logits."""
         return (1, 1) if self.level == "image" else logit_grid(self.shapes, self.view)
 
     def build(self) -> FeatureInterpreter:
@@ -62,7 +64,7 @@ class InterpreterSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interpreter:
-    """An interpreter, read back."""
+    """An interpreter read from its folder."""
 
     spec: InterpreterSpec
     network: FeatureInterpreter
@@ -72,7 +74,7 @@ class Interpreter:
 
 
 def teacher_identity(recipe: Json) -> Json:
-    """Return what of a cache's teacher an interpreter hangs on."""
+    """Return the fields of a cache's teacher that an interpreter depends on."""
     return {name: recipe["teacher"].get(name) for name in TEACHER}
 
 
@@ -83,8 +85,14 @@ def save_interpreter(network: FeatureInterpreter, spec: InterpreterSpec, folder:
 
 
 def load_interpreter(folder: Path) -> Interpreter:
-    """Read a folder of `save_interpreter`. Raises ConfigError where a part is missing, does not fit or is too large."""
-    config = read_config(folder / CONFIG, expected="the --out of dtcache label fit", again=AGAIN)
+    """Read a folder of `save_interpreter`.
+
+    Raises ConfigError if a file is missing, malformed or inconsistent with the other, or if a size
+    is out of bounds.
+    """
+    config = read_config(
+        folder / CONFIG, expected="an output folder of dtcache label fit", again=AGAIN
+    )
     try:
         spec = _spec(config)
         network = load_weights(folder / WEIGHTS, spec.build, title="this interpreter", again=AGAIN)
@@ -100,33 +108,40 @@ def load_interpreter(folder: Path) -> Interpreter:
     )
 
 
-def require_serves(spec: InterpreterSpec, where: Path, recipe: Json, shapes: Shapes) -> None:
-    """Raise CacheMismatchError, naming the difference, where a cache's features are not those it was fitted to."""
-    differences = [
-        (f"teacher {name}", spec.teacher[name], found)
-        for name, found in teacher_identity(recipe).items()
-        if found != spec.teacher[name]
-    ]
-    view = {"height": spec.view.height, "width": spec.view.width, "fit": spec.view.fit}
-    differences += [("view", view, recipe["view"])] if recipe["view"] != view else []
-    for part, what in enumerate(("timesteps", "taps")):
-        wanted, found = (
-            sorted({name.split("/")[part] for name in names}) for names in (spec.shapes, shapes)
-        )
-        differences += (
-            [(what, ", ".join(wanted), ", ".join(found))] if not set(wanted) <= set(found) else []
-        )
-    differences += [
-        (f"shape of {name}", shape, shapes[name])
-        for name, shape in spec.shapes.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    if differences:
-        what, wanted, found = differences[0]
+def require_serves(spec: InterpreterSpec, root: Path, recipe: Json, shapes: Shapes) -> None:
+    """Raise CacheMismatchError, naming a difference, if the interpreter was fitted to other features.
+
+    `recipe` and `shapes` are those of the cache at `root`, which may have more taps and timesteps
+    than the interpreter reads.
+    """
+    difference = next(_differences(spec, recipe, shapes), None)
+    if difference is not None:
+        name, expected, actual = difference
         raise CacheMismatchError(
-            f"{where}: the interpreter was fitted to other features: {what} is {_short(found)} in the cache, the "
-            f"interpreter expects {_short(wanted)}; give the cache that it was fitted to, or fit one to this"
+            f"{root}: the interpreter was fitted to other features: {name} is {_short(actual)} in "
+            f"the cache, the interpreter expects {_short(expected)}; pass the cache that it was "
+            "fitted to, or fit an interpreter to this one"
         )
+
+
+def _differences(
+    spec: InterpreterSpec, recipe: Json, shapes: Shapes
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (name, the interpreter's value, the cache's value) of every difference."""
+    for name, value in teacher_identity(recipe).items():
+        if value != spec.teacher[name]:
+            yield f"teacher {name}", spec.teacher[name], value
+    view = {"height": spec.view.height, "width": spec.view.width, "fit": spec.view.fit}
+    if recipe["view"] != view:
+        yield "view", view, recipe["view"]
+    for position, name in enumerate(("timesteps", "taps")):
+        own = {array.split("/")[position] for array in spec.shapes}
+        cached = {array.split("/")[position] for array in shapes}
+        if not own <= cached:
+            yield name, ", ".join(sorted(own)), ", ".join(sorted(cached))
+    for array, shape in spec.shapes.items():
+        if array in shapes and shapes[array] != shape:
+            yield f"shape of {array}", shape, shapes[array]
 
 
 def _short(value: Any) -> str:
@@ -135,7 +150,10 @@ def _short(value: Any) -> str:
 
 
 def _spec(config: Json) -> InterpreterSpec:
-    """Return a configuration, checked. Raises KeyError, TypeError, ValueError or AttributeError."""
+    """Parse and check a configuration.
+
+    Raises KeyError, TypeError, ValueError or AttributeError if it is malformed.
+    """
     if config.get("kind") != KIND:
         raise ValueError(f"kind {str(config.get('kind'))[:40]!r}, expected {KIND!r}")
     level = config["level"]
@@ -146,8 +164,10 @@ def _spec(config: Json) -> InterpreterSpec:
         or not isinstance(classes, list)
         or not all(isinstance(c, str) for c in classes)
     ):
-        raise ValueError(f"level {str(level)[:40]!r} or its classes are not such")
-    bounded(len(classes), 256 if level == "pixel" else MAX_CLASSES)
+        raise ValueError(
+            f"level {str(level)[:40]!r} is unknown, or its classes are not a list of names"
+        )
+    bounded(len(classes), MAX_PIXEL_CLASSES if level == "pixel" else MAX_CLASSES)
     shapes = {str(name): tuple(map(bounded, shape)) for name, shape in config["shapes"].items()}
     bounded(len(shapes), MAX_MAPS)
     if not all(len(shape) == 3 and name.count("/") == 1 for name, shape in shapes.items()):
@@ -157,7 +177,7 @@ def _spec(config: Json) -> InterpreterSpec:
     if validation is not None:
         check_scores(validation)
     if bounded(config["width"], MAX_WIDTH) % GROUPS:
-        raise ValueError(f"a width of {config['width']} is no multiple of {GROUPS}")
+        raise ValueError(f"a width of {config['width']} is not a multiple of {GROUPS}")
     return InterpreterSpec(
         level=level,
         classes=tuple(classes),

@@ -1,4 +1,4 @@
-"""The feature interpreter: a teacher's maps to class logits, fitted to a few labelled images (paper).
+"""The feature interpreter of the paper: from a teacher's maps to class logits.
 
 Shapes: B batch, C channels, H rows, W columns, K classes.
 """
@@ -16,14 +16,18 @@ GROUPS = 32
 MAX_WIDTH = 4096
 DROPOUT = 0.1
 LARGEST_STRIDE = 4
-"""Logits are at the finest map's stride, and at this one where that is coarser."""
+"""Logits have the stride of the finest map, but at most this one."""
 
 Shapes = Mapping[str, tuple[int, int, int]]
-"""(C, H, W) by array, timestep by timestep, finest tap first: as a cache names them."""
+"""(C, H, W) by a cache's array names, timestep by timestep, finest tap first."""
 
 
 class FuseLayer(nn.Module):
-    """A map's 1x1 convolution beside the upsampled result so far, merged by a depthwise-separable convolution."""
+    """Merges a map with the result of the coarser maps.
+
+    The map's 1x1 convolution and the upsampled result are concatenated and merged by a
+    depthwise-separable convolution, GroupNorm and Swish.
+    """
 
     def __init__(self, channels: int, width: int, *, first: bool) -> None:
         super().__init__()
@@ -37,7 +41,7 @@ class FuseLayer(nn.Module):
         )
 
     def forward(self, map_BCHW: Tensor, so_far_BCHW: Tensor | None) -> Tensor:
-        """Return (B, width, H, W) on the map's grid."""
+        """Return (B, width, H, W) on the map's grid; `so_far_BCHW` is None for the coarsest map."""
         x_BCHW = self.lateral(map_BCHW)
         if so_far_BCHW is not None:
             x_BCHW = torch.cat([x_BCHW, resize(so_far_BCHW, x_BCHW.shape[2:])], 1)
@@ -46,17 +50,18 @@ class FuseLayer(nn.Module):
 
 
 class FeatureInterpreter(nn.Module):
-    """A chain of fuse layers from the coarsest map to the finest; logits of every pixel or of the pooled image."""
+    """Fuse layers from the coarsest map to the finest; logits of every pixel or of the pooled image."""
 
     def __init__(self, shapes: Shapes, classes: int, *, width: int, grid: tuple[int, int]) -> None:
-        """Read maps of `shapes`; give logits on `grid` (H, W), of which (1, 1) asks for the pooled head.
+        """Build the network for maps of `shapes` and logits on `grid` (H, W); (1, 1) pools the image.
 
-        Raises ConfigError where the width is no multiple of the 32 groups of its normalisation, or over 4096.
+        Raises ConfigError if `width` is not a multiple of the 32 groups of GroupNorm, or over 4096.
         """
         super().__init__()
         if width % GROUPS or width > MAX_WIDTH:
             raise ConfigError(
-                f"--width {width}: expected a multiple of {GROUPS}, the groups of its normalisation, up to {MAX_WIDTH}"
+                f"`width` {width}: expected a multiple of {GROUPS}, the groups of its GroupNorm, up to "
+                f"{MAX_WIDTH}"
             )
         # Coarsest first; of equal grids, such as a transformer's, the deepest block first.
         self._order = sorted(
@@ -64,30 +69,30 @@ class FeatureInterpreter(nn.Module):
         )
         self._grid = grid
         self.fuse = nn.ModuleList(
-            FuseLayer(shapes[name][0], width, first=not place)
-            for place, name in enumerate(self._order)
+            FuseLayer(shapes[name][0], width, first=index == 0)
+            for index, name in enumerate(self._order)
         )
         self.dropout = nn.Dropout(DROPOUT)
         self.logits = nn.Conv2d(width, classes, 1)
 
     def forward(self, maps: Mapping[str, Tensor]) -> Tensor:
-        """Return logits (B, K, H, W) on the grid, of whitened maps (B, C, H, W) by array."""
-        x_BCHW: Tensor | None = None
-        for name, layer in zip(self._order, self.fuse, strict=True):
+        """Return logits (B, K, H, W) on the grid for whitened maps (B, C, H, W) by array."""
+        x_BCHW = self.fuse[0](maps[self._order[0]], None)
+        for name, layer in zip(self._order[1:], list(self.fuse)[1:], strict=True):
             x_BCHW = layer(maps[name], x_BCHW)
-        assert x_BCHW is not None, "a cache has at least one tap"
         x_BCHW = (
             x_BCHW.mean((2, 3), keepdim=True)
             if self._grid == (1, 1)
             else resize(x_BCHW, self._grid)
         )
-        found: Tensor = self.logits(self.dropout(x_BCHW))
-        return found
+        logits_BKHW: Tensor = self.logits(self.dropout(x_BCHW))
+        return logits_BKHW
 
 
 def logit_grid(shapes: Shapes, view: ViewSpec) -> tuple[int, int]:
-    """Return (H, W) of pixel logits: the finest map's grid, or that of stride 4 where it is coarser."""
+    """Return (H, W) of pixel logits: the finest map's grid, or the grid of stride 4 if that is finer."""
     _, height, width = max(shapes.values(), key=lambda shape: shape[1] * shape[2])
-    return max(height, -(-view.height // LARGEST_STRIDE)), max(
-        width, -(-view.width // LARGEST_STRIDE)
+    return (
+        max(height, -(-view.height // LARGEST_STRIDE)),
+        max(width, -(-view.width // LARGEST_STRIDE)),
     )

@@ -81,7 +81,7 @@ def test_every_map_and_the_image_alone_decide_an_images_logits() -> None:
 
 def test_a_width_that_its_groups_do_not_divide_is_refused() -> None:
     """GroupNorm has 32 groups."""
-    with pytest.raises(ConfigError, match=r"--width 48: expected a multiple of 32"):
+    with pytest.raises(ConfigError, match=r"`width` 48: expected a multiple of 32"):
         replace(SPEC, width=48).build()
 
 
@@ -102,7 +102,7 @@ def test_a_folder_gives_the_same_interpreter_back(tmp_path: Path) -> None:
             {"width": 1 << 30},
             r"not the configuration of an interpreter \(a size of 1073741824 is not a number",
         ),
-        ({"width": 48}, r"an interpreter \(a width of 48 is no multiple of 32\); fit it again"),
+        ({"width": 48}, r"an interpreter \(a width of 48 is not a multiple of 32\); fit it again"),
         (
             {"validation": {"images": 2, "miou": float("nan"), "accuracy": None}},
             r"nan is no number from 0 to 1",
@@ -139,7 +139,7 @@ def test_a_folder_that_was_changed_is_refused(tmp_path: Path, change: Json, mess
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     """A missing configuration, missing weights, and weights that are not finite are one line each."""
     with pytest.raises(
-        ConfigError, match=r"config.json: missing; expected the --out of dtcache label fit"
+        ConfigError, match=r"config.json: missing; expected an output folder of dtcache label fit"
     ):
         load_interpreter(tmp_path)
     network = SPEC.build()

@@ -335,7 +335,7 @@ def test_bad_input_is_one_line(
         ),
         (
             (tmp_path, "--name", "b"),
-            "config.json: missing; expected the --out of dtcache label fit",
+            "config.json: missing; expected an output folder of dtcache label fit",
         ),
         ((interpreter, "--name", "b", "--share", "0"), "--share 0: expected a number over 0"),
     )
