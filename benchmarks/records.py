@@ -15,6 +15,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
+RENAMED = {"dtcache teach ": "dtcache teacher train "}
+"""Words of recorded commands that have another name today."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ class Results:
     def _checked(self, path: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text())
         made, asked, usual = (
-            flags_of(text) for text in (record["command"], self.command, self.defaults)
+            flags_of(with_todays_names(text))
+            for text in (record["command"], self.command, self.defaults)
         )
         for flag in sorted({*made, *asked} - {*self.amounts}):
             was, now = (flags.get(flag, usual.get(flag, "not given")) for flags in (made, asked))
@@ -73,6 +76,13 @@ def command_of(script: str, values: Mapping[str, Any], inputs: tuple[str, ...] =
             shown = name.upper() if name in inputs else value
             words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {shown}"))
     return " ".join(words)
+
+
+def with_todays_names(command: str) -> str:
+    """Return a recorded command with the names that its words have today."""
+    for then, now in RENAMED.items():
+        command = command.replace(then, now)
+    return command
 
 
 def flags_of(command: str) -> dict[str, str]:
