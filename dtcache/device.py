@@ -1,6 +1,4 @@
-"""The device and precision of a computation, and the settings of a process that its speed and last
-bits depend on.
-"""
+"""The device and precision of a computation, and the process settings for it."""
 
 import ctypes
 import platform
@@ -77,8 +75,7 @@ def _resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 def configure_process(device: torch.device) -> None:
-    """Change this process for computing on `device`; a pipeline calls this once, before it
-    computes.
+    """Change this process for computing on `device`; each pipeline calls this before it computes.
 
     fp32 never runs as TF32. On a CPU, glibc keeps freed memory instead of returning it to the
     kernel.
@@ -133,9 +130,7 @@ class DeviceClock:
 
 @contextmanager
 def memory_errors(batch_size: int, remedy: str) -> Iterator[None]:
-    """Raise DeviceMemoryError, which ends with `remedy`, if the device runs out of memory in the
-    block.
-    """
+    """Raise DeviceMemoryError, ending with `remedy`, if the block runs out of device memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:

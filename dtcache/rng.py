@@ -1,6 +1,4 @@
-"""Counter-based random numbers: each is a pure function of its key, whatever the order, process or
-device.
-"""
+"""Counter-based random numbers: pure functions of a key, not of order, process or device."""
 
 import hashlib
 
@@ -11,9 +9,7 @@ from dtcache.hashing import sha256_json
 
 
 def permuted(count: int, *, seed: int, stream: str) -> NDArray[np.int64]:
-    """Return a permutation of range(count), int64 (count,), that depends on (count, seed, stream)
-    alone.
-    """
+    """Return a permutation of range(count), int64 (count,), keyed with (count, seed, stream)."""
     key = int(sha256_json([stream, seed, count])[:32], 16)
     return np.random.Generator(np.random.Philox(key=key)).permutation(count)
 
@@ -48,8 +44,9 @@ def sample_uniforms(
 def sample_noise(
     shape: tuple[int, ...], *, seed: int, key: str, timestep: int, draw: int, flip: bool
 ) -> NDArray[np.float32]:
-    """Return standard normal noise, fp32 of `shape`, keyed with SHA-256 of (seed, key, timestep,
-    draw, flip).
+    """Return standard normal noise, fp32 of `shape`.
+
+    Its key is the SHA-256 of (seed, key, timestep, draw, flip).
 
     Philox-4x64 (Salmon et al. 2011) gives the bits and the Box-Muller transform the normals. NumPy
     guarantees that Philox's bits never change; it does not guarantee that for `standard_normal`.

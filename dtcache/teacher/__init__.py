@@ -1,4 +1,4 @@
-"""The teacher: making one, loading one safely, encoding an image, and tapping decoder features."""
+"""The teacher: loading one safely, encoding an image, and reading decoder features at its taps."""
 
 from dtcache.teacher.load import LoadedTeacher, load_teacher
 from dtcache.teacher.module_teacher import CallableTeacher

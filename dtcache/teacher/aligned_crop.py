@@ -1,6 +1,4 @@
-"""The crop of a view at which a teacher can be asked whether it follows: aligned, and of a size
-that it takes.
-"""
+"""The crop of a view at which a teacher's equivariance is measured."""
 
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.recipe import Box, TapSpec, ViewSpec
@@ -10,12 +8,12 @@ from dtcache.teacher.denoiser import Denoiser
 def find_crop(
     denoiser: Denoiser, taps: tuple[TapSpec, ...], view: ViewSpec, latent_stride: int
 ) -> Box | None:
-    """Return a central box of about half the view's sides, on the grid of the coarsest of all
-    `taps`.
+    """Return a central box of about half the view's height and width, or None if there is none.
 
-    Aligned so, every map of the crop has a place in the whole view's map; off the grid the two
-    would be sampled at other positions. None where the view is too small or the teacher does not
-    take the crop's size.
+    The box lies on the grid of the coarsest of all `taps`. Then each position of a crop's map
+    coincides with a position of the whole view's map; off the grid, the two would be sampled at
+    different positions. There is no box if the view is too small, or if the teacher does not take
+    images of the crop's size.
     """
     grid = max(tap.stride for tap in taps)
 
@@ -27,9 +25,9 @@ def find_crop(
     if not (height and width):
         return None
     try:
-        found = denoiser.find_taps(height, width, latent_stride)
+        offered = denoiser.find_taps(height, width, latent_stride)
     except (ConfigError, TeacherError):
         return None
-    if {tap.stride for tap in found} != {tap.stride for tap in taps}:
+    if {tap.stride for tap in offered} != {tap.stride for tap in taps}:
         return None
     return Box(top=top, left=left, height=height, width=width)

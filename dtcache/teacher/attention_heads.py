@@ -1,9 +1,8 @@
-"""Attention heads whose width differs between levels, which UNet2DModel's one `attention_head_dim`
-cannot say.
+"""Attention heads of different widths per level, which UNet2DModel's configuration cannot express.
 
-Such a network's configuration holds a list of widths, finest level first. diffusers alone refuses
-it, loudly (it divides by the list), instead of attending with other heads than those that the
-weights were trained with.
+The configuration of such a network holds a list of widths, finest level first. diffusers alone
+fails on the list with an error, because it divides by it. So such a network is never loaded with
+the wrong heads.
 """
 
 from typing import Any
@@ -16,18 +15,17 @@ KEY = "attention_head_dim"
 
 
 def stand_in(config: dict[str, Any]) -> dict[str, int]:
-    """Return what to pass to `UNet2DModel.from_pretrained` or `from_config` beside a configuration
-    with a list.
-    """
+    """Return what replaces a list of head widths when diffusers builds the network."""
     return {KEY: 1} if isinstance(config.get(KEY), list) else {}
 
 
 def set_heads(unet: UNet2DModel, config: dict[str, Any]) -> None:
-    """Give each level the heads that its configuration lists; nothing where that is one number for
-    all.
+    """Give each level the head width that its configuration lists.
 
-    The weights do not depend on it: the projections have as many rows however they are cut into
-    heads. Raises TeacherError where the list does not fit the network.
+    A configuration with a single width changes nothing.
+
+    Weights do not change: the shape of a projection does not depend on the number of heads. Raises
+    TeacherError if the list does not fit the network.
     """
     widths = config.get(KEY)
     if not isinstance(widths, list):
@@ -39,8 +37,9 @@ def set_heads(unet: UNet2DModel, config: dict[str, Any]) -> None:
     )
     if not fits:
         raise TeacherError(
-            f"{KEY} {widths}: expected one divisor of each level's channels {list(channels)}; the "
-            "configuration is not one that dtcache convert-adm wrote"
+            f"{KEY} {widths}: expected one divisor per level of its channels {list(channels)}; "
+            "dtcache teacher convert did not write this configuration, convert the checkpoint "
+            "again"
         )
     for level, width in enumerate(widths):
         blocks = [unet.down_blocks[level], unet.up_blocks[-1 - level]]

@@ -1,4 +1,4 @@
-"""Latent diffusion's first stage: pixels to the latents that a denoiser was trained on."""
+"""The autoencoder of a latent diffusion model: pixels to the latents that its denoiser takes."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from dtcache.teacher.diffusers_files import load_part, read_class, weight_files
 AUTOENCODERS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 FOLDERS = ("vae", "vqvae")
 KL_SCALE = 0.18215
-"""Stable Diffusion's: its first configurations do not state it, and diffusers takes it for them."""
+"""Stable Diffusion's scale. Its first configurations do not state it, and diffusers uses it as the
+default.
+"""
 VQ_SCALE = 1.0
-"""CompVis' latent-diffusion scales no VQ latents, and its converted configurations
-(ldm-celebahq-256) state nothing.
+"""The scale of VQ latents, which CompVis' latent-diffusion does not scale.
 
-diffusers fills in Stable Diffusion's 0.18215 there, which breaks LDMPipeline (its issue 6725).
+Converted configurations (ldm-celebahq-256) state no scale. diffusers then uses Stable Diffusion's
+0.18215, which breaks LDMPipeline (diffusers issue 6725).
 """
 
 
@@ -26,7 +28,7 @@ class LatentEncoder(nn.Module):
     """The encoder of an autoencoder: fp32 pixels in [-1, 1] to scaled latents, without sampling."""
 
     def __init__(self, autoencoder: AutoencoderKL | VQModel, scale: float, shift: float) -> None:
-        """Take over `autoencoder`, whose decoder is dropped. latents = (encoded - shift) * scale."""
+        """Take over `autoencoder` and drop its decoder. latents = (encoded - shift) * scale."""
         super().__init__()
         config = autoencoder.config
         self.is_vq = isinstance(autoencoder, VQModel)
@@ -34,12 +36,12 @@ class LatentEncoder(nn.Module):
         self.stride: int = 2 ** (len(config.block_out_channels) - 1)
         self.scale = scale
         self.shift = shift
-        self.doubt: str | None = None
+        self.scale_warning: str | None = None
         if self.is_vq and scale == KL_SCALE:
-            self.doubt = (
+            self.scale_warning = (
                 f"the VQ autoencoder's scaling_factor is {KL_SCALE}, which save_pretrained writes "
-                "where a model states none: CompVis' latent-diffusion models were trained with "
-                "1.0; see that this one was not"
+                "if a model states none. CompVis' latent-diffusion models were trained with 1.0; "
+                "check the scale of this one"
             )
         autoencoder.decoder = nn.Identity()
         self.autoencoder = autoencoder
@@ -47,19 +49,19 @@ class LatentEncoder(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return latents (B, channels, H / stride, W / stride) of pixels (B, 3, H, W)."""
         encoded = self.autoencoder.encode(pixels_BCHW)
-        # A VQ denoiser works on what comes before the codebook; a KL one is given the mode, so that
-        # a cache is a function of the image.
-        found_BCHW = encoded.latents if self.is_vq else encoded.latent_dist.mode()
-        scaled_BCHW: Tensor = (found_BCHW - self.shift) * self.scale
+        # A VQ denoiser was trained on latents before quantisation. The mode of a KL encoder makes a
+        # cache a function of the image.
+        unscaled_BCHW = encoded.latents if self.is_vq else encoded.latent_dist.mode()
+        scaled_BCHW: Tensor = (unscaled_BCHW - self.shift) * self.scale
         return scaled_BCHW
 
 
 def load_latents(root: Path) -> tuple[LatentEncoder, list[Path], dict[str, Any]] | None:
-    """Return a directory's autoencoder, its weight files and what its latents depend on; None where
-    it has none.
+    """Return a directory's autoencoder, its weight files, and what its latents depend on.
 
-    Raises TeacherNotFoundError and TeacherError as `load_part` does, and for latents that no known
-    rule scales.
+    Returns None if the directory has no autoencoder. Raises TeacherNotFoundError and TeacherError
+    as `load_part` does, and TeacherError if the latents are normalised by anything but a scale and
+    a shift.
     """
     folder = next((root / name for name in FOLDERS if (root / name).is_dir()), None)
     if folder is None:
@@ -68,8 +70,8 @@ def load_latents(root: Path) -> tuple[LatentEncoder, list[Path], dict[str, Any]]
     for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None:
             raise TeacherError(
-                f"{folder / 'config.json'}: {key} is set, and dtcache only knows a scale and a "
-                "shift"
+                f"{folder / 'config.json'}: expected latents with a scale and a shift only, got "
+                f"{key}; dtcache does not support this autoencoder"
             )
     scale = _number(folder, config, "scaling_factor", VQ_SCALE if name == "VQModel" else KL_SCALE)
     shift = _number(folder, config, "shift_factor", 0.0)

@@ -1,4 +1,4 @@
-"""Making an unconditional pixel DDPM: the network, its loss, its samples, its directory."""
+"""An unconditional pixel DDPM: its network, loss, samples and directory."""
 
 import math
 from collections.abc import Callable
@@ -17,25 +17,26 @@ TRAIN_STEPS = 1000
 def build_unet(
     height: int, width: int, channels: tuple[int, ...], layers: int, attention: int
 ) -> UNet2DModel:
-    """Return a randomly initialised U-Net (DDPM, Ho et al. 2020) with attention at the coarsest
+    """Return a randomly initialised DDPM U-Net with attention at its coarsest levels.
     levels.
 
-    Raises ConfigError where the view cannot be halved once a level or the channels do not share a
-    group size.
+    Raises ConfigError if the view cannot be halved once per level, or if the channels have no
+    common group size.
     """
     levels = len(channels)
     halvings = 2 ** (levels - 1)
     if height % halvings or width % halvings:
         raise ConfigError(
-            f"--size {height}x{width}: {levels} levels halve the image {levels - 1} times, so both "
-            f"sides must be multiples of {halvings}; change --size or give fewer --channels"
+            f"`size` {height}x{width}: {levels} levels halve the image {levels - 1} times; "
+            f"expected both sides to be multiples of {halvings}; change `size` or pass fewer "
+            "`channels`"
         )
     if not 0 <= attention <= levels:
-        raise ConfigError(f"--attention {attention}: expected 0 to {levels}, the number of levels")
+        raise ConfigError(f"`attention` {attention}: expected 0 to {levels}, the number of levels")
     groups = math.gcd(32, *channels)
     if groups < 4:
         raise ConfigError(
-            f"--channels {channels}: expected multiples of 4 (for group normalisation)"
+            f"`channels` {channels}: expected multiples of 4 (for group normalisation)"
         )
     plain = levels - attention
     return UNet2DModel(
@@ -52,7 +53,7 @@ def build_unet(
 
 
 def ddpm_scheduler() -> DDPMScheduler:
-    """Return the linear schedule of 1000 steps that Ho et al. train with."""
+    """Return the linear schedule of 1000 steps of Ho et al. 2020."""
     return DDPMScheduler(num_train_timesteps=TRAIN_STEPS)
 
 
@@ -63,10 +64,10 @@ def ddpm_loss(
     noise_BCHW: Tensor,
     t_B: Tensor,
 ) -> Tensor:
-    """Return the simple loss of Ho et al. 2020, eq. 14: mean squared error of the predicted noise
-    (fp32 scalar).
+    """Return the mean squared error of the predicted noise, an fp32 scalar (Ho et al. 2020, eq.
+    14).
 
-    `pixels_BCHW` are uint8; noise is fp32 of the same shape; `t_B` int64 in [0, 1000).
+    `pixels_BCHW` are uint8; the noise is fp32 of the same shape; `t_B` is int64 in [0, 1000).
     """
     clean_BCHW = pixels_BCHW.float() / 127.5 - 1.0
     predicted_BCHW = unet(scheduler.add_noise(clean_BCHW, noise_BCHW, t_B), t_B).sample
@@ -89,7 +90,8 @@ def sample_images(unet: UNet2DModel, count: int, seed: int, steps: int = 50) -> 
 
 def save_teacher(unet: UNet2DModel, out: Path, dtype: torch.dtype) -> None:
     """Write a standard diffusers directory (unet/, scheduler/, model_index.json; safetensors only)."""
-    # torch's own `to`: diffusers' warns of modules to keep in fp32 even where there are none.
+    # `to` of torch, because that of diffusers warns about modules to keep in fp32 even if there are
+    # none.
     DDPMPipeline(torch.nn.Module.to(unet, dtype), ddpm_scheduler()).save_pretrained(
         out, safe_serialization=True
     )

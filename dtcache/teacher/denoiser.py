@@ -1,6 +1,4 @@
-"""What dtcache needs of a noise-predicting network, whatever its architecture; and the choice among
-its taps.
-"""
+"""The interface of a denoising network, whatever its architecture, and the choice among its taps."""
 
 import copy
 from collections.abc import Sequence
@@ -16,62 +14,59 @@ DEFAULT_TAPS = 4
 
 
 class Denoiser(Protocol):
-    """A loaded network of one architecture: it knows its own geometry, its own taps and what it is
-    conditioned on.
-    """
+    """A loaded network of one architecture: its geometry, its taps and its conditions."""
 
     channels: int
-    """Channels of its input: 3 of pixels, or those of a latent."""
+    """Channels of the network's input: 3 for pixels, or the channels of its latents."""
     native_size: tuple[int, int] | None
-    """(height, width) of the input that it was trained at, where its configuration says so."""
+    """(height, width) of the network's input in training; None if the configuration does not state
+    it.
+    """
     num_classes: int | None
-    """Classes that a sample can be said to have; None where it is not class-conditional."""
+    """Number of classes that can condition the network; None if it is not class-conditional."""
     null_class: int | None
-    """The number that stands for no class, where it is known to have been trained with one."""
+    """The class that means no class; None if the network is not known to have been trained with
+    one.
+    """
 
     def find_taps(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
-        """Return every tap for a view (pixels), finest first, with strides against that view,
-        measured by a dry pass.
+        """Return every tap for a view in pixels, finest first, as a dry pass measures them.
 
-        The network's own input has a `latent_stride`-th of the view's rows and columns. Raises
-        ConfigError where it cannot take such a size.
+        Strides are against the view.
+
+        The network's input has 1 / `latent_stride` of the view's rows and columns. Raises
+        ConfigError if the network does not take that size.
         """
 
     def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
-        """Return a network that stops after the last of `taps`; it shares its weights with the
-        denoiser.
+        """Return a network that ends after the last of `taps` and shares the denoiser's weights.
 
-        Its forward pass takes fp32 noisy_BCHW, int64 t_B and, where the denoiser is
-        class-conditional, int64 labels_B, else None. It returns the maps (B, C, H, W) by the taps'
-        names.
+        Its forward pass takes fp32 noisy_BCHW, int64 t_B, and int64 labels_B if the denoiser is
+        class-conditional, else None. It returns the maps (B, C, H, W) by tap name.
         """
 
     def predictor(self) -> nn.Module:
-        """Return the whole network, which shares its weights with the denoiser and what it tapped.
+        """Return the complete network, which shares its weights with tapped networks.
 
-        Its forward pass takes what that of `tapped` takes, and returns the prediction (B, C, H, W):
-        `channels`, and as many again where variances were learned. Raises ConfigError where there
-        is no such thing.
+        Its forward pass takes the arguments of `tapped` and returns the prediction, (B, C, H, W) or
+        (B, 2 C, H, W) if variances are learned. Raises ConfigError if the prediction is not known.
         """
 
 
 def shared_copy(network: nn.Module) -> nn.Module:
-    """Return a copy whose modules are its own and whose parameters are the same tensors: it can be
-    cut to pieces.
-    """
+    """Return a copy that can be truncated: new modules with the same parameter tensors."""
     return copy.deepcopy(network, {id(p): p for p in network.parameters()})
 
 
 def choose_taps(taps: tuple[TapSpec, ...], names: tuple[str, ...] | None) -> tuple[TapSpec, ...]:
-    """Return the taps of some names, in the order of `taps`, or a default.
+    """Return the taps with these names, in the order of `taps`; None gives a default.
 
-    The default: strides 4, 8, 16 and 32 where all exist, else the four coarsest. Where many taps
-    have one stride, as in a transformer, those at one to four fifths of its depth: the first blocks
-    see little but patches and the last ones turn to the noise; the best linear probes lie at about
-    half to 0.7 of the depth (DDAE, Xiang et al. 2023; REPA, Yu et al. 2025).
+    The default is strides 4, 8, 16 and 32 if all exist, else the four coarsest. If several taps
+    share a stride, as in a transformer, the default is the taps at one to four fifths of its depth.
+    The first blocks see little but patches, and the last ones predict the noise; linear probes are
+    best at about half to 0.7 of the depth (DDAE, Xiang et al. 2023; REPA, Yu et al. 2025).
 
-    Raises ConfigError naming the taps that the teacher offers where one is asked for that it does
-    not.
+    Raises ConfigError listing the teacher's taps if one of `names` is not among them.
     """
     if names is None:
         names = _default_names(taps)
@@ -79,7 +74,7 @@ def choose_taps(taps: tuple[TapSpec, ...], names: tuple[str, ...] | None) -> tup
     missing = [name for name in names if name not in offered]
     if missing:
         raise ConfigError(
-            f"--taps: the teacher has no map {missing[0]} at this size; it offers "
+            f"`taps` {missing[0]}: the teacher has no such map at this size; expected "
             f"{', '.join(offered)}"
         )
     return tuple(tap for tap in taps if tap.name in names)
@@ -89,9 +84,9 @@ def _default_names(taps: tuple[TapSpec, ...]) -> tuple[str, ...]:
     strides = [tap.stride for tap in taps]
     if len(set(strides)) == len(taps):
         preferred = set(PREFERRED_STRIDES) <= set(strides)
-        wanted = PREFERRED_STRIDES if preferred else sorted(strides)[-DEFAULT_TAPS:]
-        return tuple(tap.name for tap in taps if tap.stride in wanted)
+        default = PREFERRED_STRIDES if preferred else sorted(strides)[-DEFAULT_TAPS:]
+        return tuple(tap.name for tap in taps if tap.stride in default)
     if len(taps) <= DEFAULT_TAPS:
         return tuple(tap.name for tap in taps)
-    places = [round(len(taps) * fifth / (DEFAULT_TAPS + 1)) for fifth in range(1, DEFAULT_TAPS + 1)]
-    return tuple(taps[place - 1].name for place in places)
+    depths = [round(len(taps) * fifth / (DEFAULT_TAPS + 1)) for fifth in range(1, DEFAULT_TAPS + 1)]
+    return tuple(taps[depth - 1].name for depth in depths)

@@ -1,6 +1,4 @@
-"""The files of a teacher: found, bounded, whitelisted and loaded part by part; nothing that they
-bring is run.
-"""
+"""The files of a teacher: limited in size, checked, and loaded without running their code."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dtcache.errors import TeacherError, TeacherNotFoundError
+from dtcache.errors import TeacherError, TeacherNotFoundError, one_line
 from dtcache.hashing import file_sha256, read_json, sha256_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -24,11 +22,14 @@ DOWNLOADED = (
     f"text_encoder/{TEXT_WEIGHTS}",
     "tokenizer/merges.txt",
 )
-"""What is fetched of a hub repository: no pickles, no code, no variants, no safety checkers."""
+"""File patterns fetched from a hub repository: no pickles, code, variants or safety checkers."""
 
 
 def locate(where: str) -> Path:
-    """Return the teacher's directory, downloading JSON and safetensors where a hub id is given."""
+    """Return the teacher's directory; download JSON and safetensors if `where` is a hub id.
+
+    Raises TeacherNotFoundError if there is no such directory or hub model.
+    """
     path = Path(where)
     if path.is_dir():
         return path
@@ -45,18 +46,20 @@ def locate(where: str) -> Path:
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise TeacherNotFoundError(
-            f"teacher {where}: neither a directory here nor a model that the Hugging Face hub "
-            f"served ({reason}); check the name, the network, or give a directory"
+            f"teacher {where}: not a directory, and the Hugging Face hub did not serve such a "
+            f"model ({reason}); check the name and the network, or pass a directory"
         ) from error
 
 
-def read_config(path: Path, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Return a JSON object. Raises TeacherNotFoundError where `what` is missing, TeacherError where
-    it is not one.
+def read_config(path: Path, title: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Return a JSON object of at most `limit` bytes; messages call it `title`.
+
+    Raises TeacherNotFoundError if the file is missing, TeacherError if its content is not such an
+    object.
     """
     if not path.is_file():
         raise TeacherNotFoundError(
-            f"{path}: {what} is missing; expected a directory saved by save_pretrained"
+            f"{path}: {title} is missing; expected a directory saved by save_pretrained"
         )
     try:
         return read_json(path, limit)
@@ -64,28 +67,28 @@ def read_config(path: Path, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[st
         raise TeacherError(f"{path}: {error}") from error
 
 
-def read_class(folder: Path, what: str, allowed: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Return the class name and the configuration of a part. Raises TeacherError for a class that
-    is not allowed.
+def read_class(folder: Path, title: str, allowed: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Return the class name and the configuration of a part.
 
-    from_pretrained itself would make one class of another's directory without a word (design: trap
-    2).
+    Raises TeacherError if the class is not allowed.
+
+    `from_pretrained` alone would build one class from a directory of another without a warning.
     """
     path = folder / "config.json"
-    config = read_config(path, what)
+    config = read_config(path, title)
     name = config.get("_class_name")
     if name not in allowed:
         raise TeacherError(
-            f"{path}: expected _class_name {' or '.join(allowed)}, got {name!r}; dtcache cannot "
-            "tap this kind of model"
+            f"{path}: expected _class_name {' or '.join(allowed)}, got {name!r}; dtcache does not "
+            "support this kind of model"
         )
     return str(name), config
 
 
 def weight_files(folder: Path, name: str = WEIGHTS) -> list[Path]:
-    """Return the safetensors of a part: one file, or all that its index names.
+    """Return the safetensors files of a part: one file, or all files that its index names.
 
-    Raises TeacherNotFoundError where there are none, TeacherError where there are only pickles.
+    Raises TeacherNotFoundError if there are none, TeacherError if there are only pickles.
     """
     if (folder / name).is_file():
         return [folder / name]
@@ -96,20 +99,23 @@ def weight_files(folder: Path, name: str = WEIGHTS) -> list[Path]:
     )
     if pickled:
         raise TeacherError(
-            f"{folder}: only pickled weights ({', '.join(pickled)}), which dtcache never loads "
-            f"because unpickling runs code; expected {name}: load the model where you trust it and "
-            "save_pretrained(safe_serialization=True)"
+            f"{folder}: expected {name}, got only pickled weights ({', '.join(pickled)}), which "
+            "dtcache never loads because unpickling runs code; load the model where you trust it "
+            "and call save_pretrained(safe_serialization=True)"
         )
     others = sorted(p.name for p in folder.glob("*.safetensors"))
-    hint = f"found {', '.join(others)}: rename the full-precision file"
+    hint = f"got {', '.join(others)}; rename the full-precision file"
     if not others:
-        hint = "where a repository has pickles alone, save it anew with save_pretrained(safe_serialization=True)"
+        hint = (
+            "if the repository has only pickles, save it again with "
+            "save_pretrained(safe_serialization=True)"
+        )
     raise TeacherNotFoundError(f"{folder / name}: the weights are missing; {hint}")
 
 
 def _sharded(folder: Path, index: Path) -> list[Path]:
-    placed = read_config(index, "the index of the weights", MAX_INDEX_BYTES).get("weight_map")
-    names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
+    file_of = read_config(index, "the index of the weights", MAX_INDEX_BYTES).get("weight_map")
+    names = sorted({str(name) for name in file_of.values()}) if isinstance(file_of, dict) else []
     odd = next((name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)), None)
     if odd is not None or not 0 < len(names) <= MAX_SHARDS:
         raise TeacherError(
@@ -125,11 +131,12 @@ def _sharded(folder: Path, index: Path) -> list[Path]:
 
 
 def load_part(cls: Any, folder: Path, weights: Sequence[Path], **more: Any) -> Any:
-    """Return a module of `cls`: fp32, in evaluation mode, frozen, on the CPU, every tensor of it
-    from `weights`.
+    """Return a module of `cls` with every tensor from `weights`.
 
-    Raises TeacherError where the library cannot load it, or where files and configuration do not
-    fit.
+    It is fp32, in evaluation mode, frozen, on the CPU.
+
+    Raises TeacherError if the library cannot load the part, or if weights and configuration do not
+    fit together.
     """
     try:
         module, info = cls.from_pretrained(
@@ -140,18 +147,15 @@ def load_part(cls: Any, folder: Path, weights: Sequence[Path], **more: Any) -> A
             local_files_only=True,
             **more,
         )
-    except (
-        Exception
-    ) as error:  # whatever the library makes of a truncated or contradictory directory
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # the libraries raise many types for damaged directories
         raise TeacherError(
-            f"{folder}: cannot be loaded as {cls.__name__} ({reason}); save or download it again"
+            f"{folder}: cannot be loaded as {cls.__name__} ({one_line(error)}); save or download "
+            "it again"
         ) from error
-    # A missing key would leave uninitialised memory in the network, without a word (design: trap
-    # 1).
-    wrong = {kind: keys for kind, keys in info.items() if keys}
-    if wrong:
-        kind, keys = next(iter(wrong.items()))
+    # from_pretrained leaves a missing tensor uninitialised, without an error.
+    mismatches = {kind: keys for kind, keys in info.items() if keys}
+    if mismatches:
+        kind, keys = next(iter(mismatches.items()))
         raise TeacherError(
             f"{weights[0]}: the weights do not fit {folder / 'config.json'}: {len(keys)} {kind}, "
             f"such as {next(iter(keys))}; the two files belong to different models"
@@ -160,8 +164,10 @@ def load_part(cls: Any, folder: Path, weights: Sequence[Path], **more: Any) -> A
 
 
 def hash_weights(root: Path, files: Sequence[Path]) -> str:
-    """Return the SHA-256 of a teacher's only weight file, or of the canonical JSON of those of
-    several, by path.
+    """Return one SHA-256 for the weight files of a teacher.
+
+    It is the hash of a single file; for several files, the hash of the canonical JSON of their
+    hashes by path.
     """
     hashes = {path.relative_to(root).as_posix(): file_sha256(path) for path in files}
     return next(iter(hashes.values())) if len(hashes) == 1 else sha256_json(hashes)

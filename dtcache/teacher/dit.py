@@ -1,6 +1,4 @@
-"""Diffusion transformers (DiT, Peebles & Xie 2023) as denoisers: a tap is a block, its tokens
-folded to a map.
-"""
+"""Diffusion transformers (DiT, Peebles and Xie 2023) as denoisers: each block is a tap."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,9 +10,7 @@ from dtcache.recipe import TapSpec
 
 
 class TransformerDenoiser:
-    """A DiTTransformer2DModel: class-conditional, trained with a null class, all of its taps at one
-    stride.
-    """
+    """A DiTTransformer2DModel: class-conditional with a null class; all taps share one stride."""
 
     def __init__(self, transformer: DiTTransformer2DModel) -> None:
         """Take over `transformer`: fp32, in evaluation mode, on the CPU."""
@@ -26,19 +22,21 @@ class TransformerDenoiser:
             int(config.sample_size),
         )
         self.num_classes: int | None = int(config.num_embeds_ada_norm)
-        # The class embedder has one row more than there are classes: labels dropped in training.
+        # The class embedder has one more row than there are classes, for labels dropped in
+        # training.
         self.null_class: int | None = int(config.num_embeds_ada_norm)
 
     def find_taps(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
-        """Return every block's tap, in their order. Raises ConfigError for a size that patches do
-        not divide.
+        """Return the tap of every block, first to last.
+
+        Raises ConfigError if the patch size does not divide the view.
         """
         config = self.transformer.config
         stride = int(config.patch_size) * latent_stride
         if height % stride or width % stride:
             raise ConfigError(
-                f"--size {height}x{width}: this transformer reads patches of {stride} pixels, so "
-                f"both sides must be multiples of {stride}; choose such a size"
+                f"`size` {height}x{width}: this transformer reads patches of {stride} pixels; "
+                f"expected both sides to be multiples of {stride}"
             )
         channels = int(config.num_attention_heads) * int(config.attention_head_dim)
         return tuple(
@@ -54,36 +52,34 @@ class TransformerDenoiser:
         )
 
     def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
-        """Return the transformer cut off after the last tapped block."""
+        """Return the transformer, cut off after the last tapped block."""
         return TappedTransformer(self.transformer, {tap.block: tap.name for tap in taps})
 
     def predictor(self) -> nn.Module:
-        """Return the transformer as it is."""
+        """Return the complete transformer."""
         return WholeTransformer(self.transformer)
 
 
 class WholeTransformer(nn.Module):
-    """A DiT whose forward pass returns the bare prediction."""
+    """A DiT whose forward pass returns the prediction alone."""
 
     def __init__(self, transformer: DiTTransformer2DModel) -> None:
         super().__init__()
         self.transformer = transformer
 
     def forward(self, noisy_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> Tensor:
-        """Return the prediction (B, 2 C, H, W), its variances included."""
-        found: Tensor = self.transformer(
+        """Return the prediction (B, 2 C, H, W), including variances."""
+        prediction: Tensor = self.transformer(
             noisy_BCHW, timestep=t_B, class_labels=labels_B, return_dict=False
         )[0]
-        return found
+        return prediction
 
 
 class TappedTransformer(nn.Module):
-    """A DiT whose forward pass returns the tokens after chosen blocks as maps; what follows the
-    last is cut off.
-    """
+    """A DiT that ends after its last tapped block and returns the tokens of tapped blocks as maps."""
 
     def __init__(self, transformer: DiTTransformer2DModel, name_of: Mapping[int, str]) -> None:
-        """Take patch embedding and blocks of `transformer`; `name_of` names the taps by block."""
+        """Take patch embedding and blocks of `transformer`; `name_of` holds tap names by block."""
         super().__init__()
         self.patch_size = int(transformer.config.patch_size)
         self.pos_embed = transformer.pos_embed
@@ -93,13 +89,14 @@ class TappedTransformer(nn.Module):
     def forward(self, noisy_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
         """Return the tapped maps by name, each (B, D, H / patch, W / patch).
 
-        At another size than the trained one the position embedding is made for that grid.
+        If the size differs from training, diffusers computes the position embedding for the new
+        grid.
         """
         grid = (noisy_BCHW.shape[2] // self.patch_size, noisy_BCHW.shape[3] // self.patch_size)
         tokens_BND = self.pos_embed(noisy_BCHW)
-        found = {}
+        maps = {}
         for number, block in enumerate(self.blocks):
             tokens_BND = block(tokens_BND, timestep=t_B, class_labels=labels_B)
             if number in self.name_of:
-                found[self.name_of[number]] = tokens_BND.transpose(1, 2).unflatten(2, grid)
-        return found
+                maps[self.name_of[number]] = tokens_BND.transpose(1, 2).unflatten(2, grid)
+        return maps

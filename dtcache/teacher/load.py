@@ -1,6 +1,4 @@
-"""Loading a diffusers teacher from disk or hub, part by part: JSON and safetensors only, and
-nothing of it is run.
-"""
+"""Loading a diffusers teacher: JSON and safetensors only, and none of its code runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +30,12 @@ ARCHITECTURES: dict[str, Any] = {
     "UNet2DModel": UNet2DModel,
     "UNet2DConditionModel": UNet2DConditionModel,
     "DiTTransformer2DModel": DiTTransformer2DModel,
-    # How DiT was saved before diffusers 0.30.
+    # The class name of a DiT before diffusers 0.30.
     "Transformer2DModel": DiTTransformer2DModel,
 }
 NETWORKS = ("unet", "transformer")
-# Schedulers of variance-preserving models: the same betas, whatever sampler the file names (design:
-# trap 4).
+# Schedulers of variance-preserving models. The betas do not depend on the sampler that the file
+# names.
 SCHEDULERS = frozenset(
     {
         "DDPMScheduler",
@@ -53,7 +51,7 @@ SCHEDULERS = frozenset(
         "DPMSolverSinglestepScheduler",
     }
 )
-# Conditions that a network would want and dtcache does not give, by the key of its configuration.
+# Conditions that dtcache does not give, by network and key of its configuration.
 UNSERVED = {
     "UNet2DModel": ("class_embed_type",),
     "UNet2DConditionModel": (
@@ -67,7 +65,7 @@ UNSERVED = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedTeacher:
-    """A network and its noise schedule, with the hashes that name them."""
+    """A network and its noise schedule, with the hashes that identify them."""
 
     denoiser: Denoiser
     """fp32, in evaluation mode, on the CPU."""
@@ -75,77 +73,78 @@ class LoadedTeacher:
     """fp32 (steps,): cumulative product of 1 - beta."""
     architecture: str
     weights_sha256: str
-    """Over the files of every network that an image passes through."""
+    """Over the weight files of every network that an image passes through."""
     config_sha256: str
     schedule: str = "unknown"
     """Kind of the betas, such as linear."""
     prediction: str = "epsilon"
-    """What the network predicts, by diffusers' name."""
+    """diffusers' name of the network's prediction."""
     encoding: Encoding | None = None
-    """How images become its inputs, where it is not for the schedule to say."""
+    """How images become the network's input; None if the noise schedule defines it."""
     latents: LatentEncoder | None = None
-    """What makes its input of pixels, likewise; None where it reads the pixels themselves."""
+    """The encoder from pixels to the network's input; None if the network reads pixels."""
     prompt: Prompt | None = None
-    """What it is told, where it is conditioned on text."""
+    """The prompt and its embedding; None if the network is not conditioned on text."""
 
     @property
     def latent_stride(self) -> int:
-        """Pixels of a view that one row of the network's input stands for."""
+        """Pixels of a view per row of the network's input."""
         return self.latents.stride if self.latents is not None else 1
 
 
 def load_teacher(
     where: str, *, prompt: str | None = None, stored: Prompt | None = None
 ) -> LoadedTeacher:
-    """Load a teacher from a directory (as save_pretrained writes them, or flat as google/ddpm-*) or
-    a Hugging Face id.
+    """Load a teacher from a directory or a Hugging Face id.
 
-    A U-Net or DiT on pixels or, with an autoencoder beside it, on latents. One that is conditioned
-    on text embeds `prompt` (the empty one by default), unless `stored` is that prompt's embedding.
+    The directory is one of save_pretrained, or flat as google/ddpm-*. It holds a U-Net or DiT of
+    pixels or, with an autoencoder, of latents. A text-conditioned teacher embeds `prompt` (None
+    stands for the empty one), unless `stored` holds that prompt's embedding.
 
-    Raises TeacherNotFoundError where a part is missing, TeacherError where it is not one that can
-    be used safely, and ConfigError for a prompt that it does not read.
+    Raises TeacherNotFoundError if a part is missing, TeacherError if the teacher cannot be used
+    safely, and ConfigError for a prompt if the teacher reads no text.
     """
     root = locate(where)
     folder = next((root / name for name in NETWORKS if (root / name).is_dir()), root)
     name, config = read_class(folder, "the network's configuration", tuple(ARCHITECTURES))
     _require_served(folder, name, config, any((root / part).is_dir() for part in FOLDERS))
     if name != "UNet2DConditionModel" and prompt is not None:
-        raise ConfigError(f"--prompt: this teacher ({name}) reads no text; leave --prompt out")
+        raise ConfigError(f"`prompt`: this teacher ({name}) reads no text; leave `prompt` out")
     schedule = _scheduler_config(root)
     weights = weight_files(folder)
-    # A list of head widths is ours in a UNet2DModel; in a UNet2DConditionModel diffusers reads it
-    # itself.
-    ours = config if name == "UNet2DModel" else {}
-    network = load_part(ARCHITECTURES[name], folder, weights, **stand_in(ours))
-    set_heads(network, ours)
+    # In a UNet2DModel, a list of head widths comes from `dtcache teacher convert`; in a
+    # UNet2DConditionModel, diffusers reads the list itself.
+    converted = config if name == "UNet2DModel" else {}
+    network = load_part(ARCHITECTURES[name], folder, weights, **stand_in(converted))
+    set_heads(network, converted)
     try:
         scheduler = DDPMScheduler.from_config(schedule)
-    except Exception as error:  # whatever diffusers makes of numbers that are none
+    except Exception as error:  # diffusers raises many types for damaged configurations
         raise TeacherError(
             f"{root}: diffusers cannot make this noise schedule ({error}); download it again"
         ) from error
-    found = load_latents(root)
-    latents, more, about = found if found is not None else (None, [], None)
+    latents, latent_weights, latent_config = load_latents(root) or (None, [], None)
     if latents is not None and config.get("in_channels") != latents.channels:
         raise TeacherError(
-            f"{folder / 'config.json'}: expected in_channels={latents.channels}, those of the "
-            f"autoencoder's latents, got {config.get('in_channels')}; models that read masks or "
-            "images beside the latents cannot be tapped"
+            f"{folder / 'config.json'}: expected in_channels={latents.channels}, the channels of "
+            f"the autoencoder's latents, got {config.get('in_channels')}; use a model that reads "
+            "no masks or images besides the latents"
         )
-    told = None
+    embedded = None
     if name == "UNet2DConditionModel":
         text = prompt or ""
-        told = stored if stored is not None and stored.text == text else embed_prompt(root, text)
+        embedded = (
+            stored if stored is not None and stored.text == text else embed_prompt(root, text)
+        )
     return LoadedTeacher(
-        denoiser=_denoiser(network, told),
+        denoiser=_denoiser(network, embedded),
         latents=latents,
-        prompt=told,
+        prompt=embedded,
         alpha_bars=scheduler.alphas_cumprod.float(),
         architecture=name,
-        weights_sha256=hash_weights(root, [*weights, *more]),
+        weights_sha256=hash_weights(root, [*weights, *latent_weights]),
         config_sha256=sha256_json(
-            [config, schedule] if about is None else [config, schedule, about]
+            [config, schedule] if latent_config is None else [config, schedule, latent_config]
         ),
         schedule="given"
         if schedule.get("trained_betas")
@@ -159,28 +158,29 @@ def _denoiser(network: Any, prompt: Prompt | None) -> Denoiser:
         return TransformerDenoiser(network)
     if prompt is None:
         return UNetDenoiser(network)
-    told = prompt.embedding_LD.shape[-1]
-    wanted = network.config.cross_attention_dim
-    if told != wanted:
+    channels = prompt.embedding_LD.shape[-1]
+    expected = network.config.cross_attention_dim
+    if channels != expected:
         raise TeacherError(
-            f"the text encoder's embedding has {told} channels, but the U-Net takes {wanted}; the "
-            "two belong to different models"
+            f"expected a text embedding with {expected} channels, the U-Net's, got {channels}; "
+            "text encoder and U-Net belong to different models, download the teacher again"
         )
     return UNetDenoiser(network, torch.from_numpy(prompt.embedding_LD.copy()))
 
 
 def _require_served(folder: Path, name: str, config: Json, has_latents: bool) -> None:
-    """Raise TeacherError where the network wants an input that dtcache does not give."""
+    """Raise TeacherError if the network needs an input that dtcache does not give."""
     path = folder / "config.json"
     if config.get("addition_embed_type") == "text_time":
         raise TeacherError(
-            f"{path}: this is Stable Diffusion XL, whose U-Net wants sizes and a second text "
-            "encoder; dtcache takes Stable Diffusion 1.x and 2.x"
+            f"{path}: expected Stable Diffusion 1.x or 2.x, got Stable Diffusion XL, whose U-Net "
+            "needs sizes and a second text encoder; use a different teacher"
         )
     for key in UNSERVED.get(name, ()):
         if config.get(key) is not None:
             raise TeacherError(
-                f"{path}: {key} is {config[key]!r}, a condition that dtcache cannot give"
+                f"{path}: expected no {key}, got {config[key]!r}, a condition that dtcache does "
+                "not support; use a different teacher"
             )
     is_dit = config.get("norm_type") == "ada_norm_zero" and config.get("patch_size") is not None
     if name == "Transformer2DModel" and not is_dit:
@@ -191,8 +191,8 @@ def _require_served(folder: Path, name: str, config: Json, has_latents: bool) ->
         )
     if not has_latents and (name != "UNet2DModel" or config.get("in_channels") != 3):
         raise TeacherError(
-            f"{path}: expected a model of RGB pixels or an autoencoder beside it (vae/ or vqvae/), "
-            f"got in_channels={config.get('in_channels')} and neither folder"
+            f"{path}: expected a model of RGB pixels, or an autoencoder in vae/ or vqvae/, got "
+            f"in_channels={config.get('in_channels')} and neither folder"
         )
 
 

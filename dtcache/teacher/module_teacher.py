@@ -1,6 +1,4 @@
-"""Any torch module as a teacher, from Python: checked by a dry run, named by hashes of what it
-computes.
-"""
+"""Any torch module as a teacher: checked by a dry run, identified by hashes."""
 
 import hashlib
 import re
@@ -9,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dtcache.errors import ConfigError, TeacherError
+from dtcache.errors import ConfigError, TeacherError, one_line
 from dtcache.hashing import sha256_json
 from dtcache.recipe import TapSpec
 from dtcache.teacher.load import LoadedTeacher
@@ -23,21 +21,24 @@ Prepare = Callable[[Tensor, Tensor, int], Tensor | tuple[Tensor, ...]]
 class CallableTeacher:
     """A torch module whose inner maps are cached.
 
-    `taps` names module paths, as `module.named_modules()` has them, by stride against the view:
-    {"stride8": "up.2"}; "" is the module itself. What is cached is a path's output: a tensor (B, C,
-    H, W), or a tuple that begins with one.
+    `taps` gives module paths, as in `module.named_modules()`, by stride against the view:
+    {"stride8": "up.2"}. The path "" is the module itself. A tap is the output at its path: a tensor
+    (B, C, H, W), or a tuple that begins with one.
 
     `prepare(pixels_BCHW, noise_BCHW, timestep)` returns the module's argument, or a tuple of
-    positional ones. It is called in inference mode, outside autocast, once a pass, with
-    pixels_BCHW: fp32 in [-1, 1], RGB, (batch size, 3, H, W) on the device; mirrored views are
-    mirrored already; a short batch is padded to the batch size with zeros, whose features are
-    thrown away; noise_BCHW: fp32, standard normal, (batch size, noise_channels, H / noise_stride, W
-    / noise_stride) on the device: that of each sample, timestep, draw and flip; timestep: the int
-    of --timestep. Without `prepare` the module is called with pixels_BCHW alone and there is no
-    noise: the timestep is then 0.
+    positional arguments. It is called once per pass, in inference mode and outside autocast, with:
 
-    The module is switched to evaluation mode and moved to the device. It runs to its end: cut off
-    what no tap needs.
+    - pixels_BCHW: fp32 in [-1, 1], RGB, (batch size, 3, H, W) on the device. Mirrored views are
+      mirrored already. A short batch is padded with zeros, and their features are dropped.
+    - noise_BCHW: standard normal fp32, (batch size, noise_channels, H / noise_stride,
+      W / noise_stride) on the device, drawn per sample, timestep, draw and flip.
+    - timestep: an int, one of the recipe's timesteps.
+
+    Without `prepare`, the module is called with pixels_BCHW alone. Then no noise is drawn and the
+    timestep must be 0.
+
+    The module is switched to evaluation mode and moved to the device. All of it runs in every pass,
+    so remove layers that no tap needs.
     """
 
     def __init__(
@@ -52,20 +53,21 @@ class CallableTeacher:
         noise_channels: int = 3,
         noise_stride: int = 1,
     ) -> None:
-        """Check what can be checked without running anything.
+        """Check the arguments without running the module.
 
-        `version` is yours to change whenever `prepare` or code of the module changes what is
-        computed: hashes cover weights, taps and class name, never code. `alpha_bars` is the share
-        of the signal's variance at each timestep, SNR / (1 + SNR): it is recorded, and bounds the
-        timesteps. `size` is the default view (height, width).
+        Change `version` whenever code of `prepare` or of the module changes results: hashes cover
+        weights, taps and class name, not code. `alpha_bars` is the signal's share of the variance
+        per timestep, SNR / (1 + SNR); the recipe records it, and its length limits the timesteps.
+        `size` is the default view (height, width).
 
-        Raises ConfigError where arguments contradict each other or name no module.
+        Raises ConfigError if arguments contradict each other or a path names no module.
         """
         modules = dict(module.named_modules())
         for name, path in taps.items():
             if not TAP_NAME.fullmatch(name):
                 raise ConfigError(
-                    f"CallableTeacher: tap {name!r}: expected a name such as stride8, its stride"
+                    f"CallableTeacher: tap {name!r}: expected its stride as the name, such as "
+                    "stride8"
                 )
             if path not in modules:
                 raise ConfigError(
@@ -78,17 +80,18 @@ class CallableTeacher:
             )
         if not version:
             raise ConfigError(
-                "CallableTeacher: expected a version, such as '1': change it when its code changes"
+                "CallableTeacher: expected a `version`, such as '1'; change it when the code "
+                "changes"
             )
         if not alpha_bars or not all(0.0 <= a <= 1.0 for a in alpha_bars):
             raise ConfigError(
-                "CallableTeacher: alpha_bars: expected shares of variance from 0 to 1, one a "
+                "CallableTeacher: `alpha_bars`: expected shares of variance from 0 to 1, one per "
                 "timestep"
             )
         if prepare is None and len(alpha_bars) > 1:
             raise ConfigError(
-                "CallableTeacher: alpha_bars without prepare: the module would see no noise; give "
-                "both"
+                "CallableTeacher: `alpha_bars` without `prepare`: the module would see no noise; "
+                "pass both"
             )
         self.channels = noise_channels
         self.native_size = size
@@ -103,11 +106,11 @@ class CallableTeacher:
 
     @property
     def is_random(self) -> bool:
-        """Whether it takes noise."""
+        """Whether the module takes noise."""
         return self._prepare is not None
 
     def loaded(self) -> LoadedTeacher:
-        """Return it as what `load_teacher` returns of a directory, with its hashes."""
+        """Return what `load_teacher` returns for a directory, with this module's hashes."""
         name = type(self._module).__qualname__
         config = {
             "class": name,
@@ -126,7 +129,7 @@ class CallableTeacher:
         )
 
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int] | None:
-        """Return the (C, H, W) of a view's noise, None without `prepare`."""
+        """Return the (C, H, W) of a view's noise; None without `prepare`."""
         return (
             (self.channels, height // self._stride, width // self._stride)
             if self.is_random
@@ -147,43 +150,44 @@ class CallableTeacher:
         return prepared if isinstance(prepared, tuple) else (prepared,)
 
     def find_taps(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
-        """Return the taps, finest first, as a dry run on one grey view has them.
+        """Return the taps, finest first, with the shapes of a dry run on one grey view.
 
-        Raises TeacherError where it fails, or where an output is not a map of the claimed stride.
+        Raises TeacherError if the dry run fails, or if an output is not a map with the stride of
+        its tap's name.
         """
-        where = next((p.device for p in self._module.parameters()), torch.device("cpu"))
+        device = next((p.device for p in self._module.parameters()), torch.device("cpu"))
         shape = self.noise_shape(height, width)
-        what = f"CallableTeacher: {type(self._module).__name__}"
+        title = f"CallableTeacher: {type(self._module).__name__}"
         try:
             with torch.inference_mode():
-                noise_BCHW = torch.zeros(1, *shape, device=where) if shape else None
-                pixels_BCHW = torch.zeros(1, 3, height, width, device=where)
-                found = TappedModule(self._module, self._paths)(
+                noise_BCHW = torch.zeros(1, *shape, device=device) if shape else None
+                pixels_BCHW = torch.zeros(1, 3, height, width, device=device)
+                maps = TappedModule(self._module, self._paths)(
                     *self.inputs(pixels_BCHW, noise_BCHW, 0)
                 )
         except TeacherError:
             raise
-        except Exception as error:  # whatever the user's code raises
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # the user's code may raise anything
+            reason = one_line(error, 200)
             raise TeacherError(
-                f"{what}: its dry run on a {height}x{width} view failed ({type(error).__name__}: "
-                f"{reason}); see that prepare returns the module's arguments and that it takes "
-                "this size"
+                f"{title}: its dry run on a {height}x{width} view failed ({type(error).__name__}: "
+                f"{reason}); check that `prepare` returns the module's arguments and that the "
+                "module takes this size"
             ) from error
         taps = []
-        for place, (name, map_BCHW) in enumerate(found.items()):
+        for index, (name, map_BCHW) in enumerate(maps.items()):
             channels, rows, columns = map_BCHW.shape[1:]
             stride = int(name.removeprefix("stride"))
             if (rows * stride, columns * stride) != (height, width):
                 raise TeacherError(
-                    f"{what}: tap {name} at {self._paths[name]!r}: expected "
+                    f"{title}: tap {name} at {self._paths[name]!r}: expected "
                     f"{height / stride:g}x{width / stride:g} values of a {height}x{width} view, "
                     f"got {rows}x{columns} ({channels} channels); correct its stride"
                 )
             taps.append(
                 TapSpec(
                     name=name,
-                    block=place,
+                    block=index,
                     stride=stride,
                     channels=channels,
                     height=rows,
@@ -193,21 +197,19 @@ class CallableTeacher:
         return tuple(sorted(taps, key=lambda tap: tap.stride))
 
     def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
-        """Return the module as a network that returns the taps' maps by name."""
+        """Return the module as a network that returns the tapped maps by name."""
         return TappedModule(self._module, {tap.name: self._paths[tap.name] for tap in taps})
 
     def predictor(self) -> nn.Module:
-        """Raise ConfigError: nobody knows what the module predicts."""
+        """Raise ConfigError: the module's prediction is not known."""
         raise ConfigError(
-            "--encoding ddim: a CallableTeacher makes its own inputs, and what it predicts is not "
-            "known; invert the images in its prepare, and leave --encoding ddpm"
+            "`encoding='ddim'`: a CallableTeacher makes its own inputs, and its prediction is not "
+            "known; invert the images in `prepare` and use `encoding='ddpm'`"
         )
 
 
 class TappedModule(nn.Module):
-    """A module whose forward pass returns the outputs of some of its parts. Nothing stays hooked
-    between passes.
-    """
+    """A module that returns outputs of its submodules. Hooks exist only during a pass."""
 
     def __init__(self, module: nn.Module, paths: Mapping[str, str]) -> None:
         super().__init__()
@@ -215,14 +217,14 @@ class TappedModule(nn.Module):
         self._paths = dict(paths)
 
     def forward(self, *arguments: Tensor) -> dict[str, Tensor]:
-        """Return the maps (B, C, H, W) by name. Raises TeacherError where an output is no such map."""
-        seen: dict[str, object] = {}
+        """Return the maps (B, C, H, W) by name. Raises TeacherError if an output is not such a map."""
+        outputs: dict[str, object] = {}
 
         def recorder(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: object, output: object) -> None:
                 first = output[0] if isinstance(output, tuple) and output else output
-                # The next module may work in place.
-                seen[name] = first.clone() if isinstance(first, Tensor) else first
+                # The next module may overwrite it in place.
+                outputs[name] = first.clone() if isinstance(first, Tensor) else first
 
             return hook
 
@@ -237,7 +239,7 @@ class TappedModule(nn.Module):
                 handle.remove()
         maps = {}
         for name, path in self._paths.items():
-            output = seen.get(name)
+            output = outputs.get(name)
             if not isinstance(output, Tensor) or output.dim() != 4:
                 raise TeacherError(
                     f"CallableTeacher: tap {name} at {path!r}: expected a tensor (B, C, H, W), got "
@@ -248,8 +250,11 @@ class TappedModule(nn.Module):
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Return the SHA-256 over the state dict's tensors by name: name, type, shape, bytes; no
-    layout, no device.
+    """Return the SHA-256 over name, dtype, shape and bytes of the state dict's tensors.
+
+    Tensors are sorted by name.
+
+    Memory layout and device do not change it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -265,11 +270,11 @@ def _some(modules: Mapping[str, nn.Module]) -> str:
     names = [name for name in modules if name]
     return (
         ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        or "no parts at all"
+        or "no submodules"
     )
 
 
 def _kind(output: object) -> str:
     if output is None:
-        return "nothing: it did not run"
-    return f"one of {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        return "no output: the module did not run"
+    return f"a tensor {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__

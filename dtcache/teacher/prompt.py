@@ -1,4 +1,4 @@
-"""A prompt's embedding: what a text-conditioned denoiser is told of every image alike."""
+"""The embedding of a prompt, with which a text-conditioned denoiser sees every image."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dtcache.errors import ConfigError, TeacherError, TeacherNotFoundError
+from dtcache.errors import ConfigError, TeacherError, TeacherNotFoundError, one_line
 from dtcache.teacher.diffusers_files import TEXT_WEIGHTS, load_part, read_config, weight_files
 
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-"""What a tokenizer can be made from: its one file, or the two that older models bring."""
+"""Files that make a tokenizer: one file, or the two of older models."""
 MAX_TOKENIZER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A text and what its text encoder made of it, once."""
+    """A text and its embedding by the teacher's text encoder."""
 
     text: str
     embedding_LD: NDArray[np.float32]
@@ -32,19 +32,19 @@ class Prompt:
 
 
 def embed_prompt(root: Path, text: str) -> Prompt:
-    """Run the CLIP text encoder of a Stable Diffusion directory, as its pipeline does: padded to
-    the full length.
+    """Run a Stable Diffusion directory's CLIP text encoder on `text`, padded to full length.
 
-    In fp32 on one thread of the CPU, so that it is the same number for number whatever computes the
-    features. Raises ConfigError without the `transformers` library or for a prompt that is too
-    long, TeacherError for the directory.
+    This is what diffusers' pipeline does. The encoder runs in fp32 on one CPU thread, so that the
+    embedding is bit-identical whatever device computes the features. Raises ConfigError if the
+    `transformers` library is missing or the prompt is too long, and TeacherError if the directory
+    cannot be used.
     """
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
         from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise ConfigError(
-            "a text-conditioned teacher needs the transformers library, once, to embed its prompt; "
+            "a text-conditioned teacher needs the transformers library to embed its prompt; run "
             "pip install 'dtcache[text]'"
         ) from error
 
@@ -60,14 +60,15 @@ def embed_prompt(root: Path, text: str) -> Prompt:
     tokens = _tokenize(root / "tokenizer", CLIPTokenizer, text)
     if tokens.shape[1] > encoder.config.max_position_embeddings:
         raise TeacherError(
-            f"{root / 'tokenizer'}: pads to {tokens.shape[1]} tokens, but the text encoder takes "
-            f"{encoder.config.max_position_embeddings}; the two belong to different models"
+            f"{root / 'tokenizer'}: expected to pad to at most "
+            f"{encoder.config.max_position_embeddings} tokens, the length of the text encoder, got "
+            f"{tokens.shape[1]}; the two belong to different models, download the teacher again"
         )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            # Stable Diffusion attends to the padding too: no mask.
+            # Without a mask, because Stable Diffusion attends to the padding too.
             embedding_LD = encoder(tokens)[0][0].float().numpy()
     finally:
         torch.set_num_threads(threads)
@@ -75,7 +76,7 @@ def embed_prompt(root: Path, text: str) -> Prompt:
 
 
 def _tokenize(folder: Path, tokenizer_class: Any, text: str) -> torch.Tensor:
-    """Return the token numbers (1, L), padded to the tokenizer's own length."""
+    """Return the token numbers (1, L), padded to the tokenizer's maximum length."""
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
         raise TeacherNotFoundError(
             f"{folder}: the tokenizer is missing; expected tokenizer.json, or vocab.json and "
@@ -88,15 +89,15 @@ def _tokenize(folder: Path, tokenizer_class: Any, text: str) -> torch.Tensor:
             )
     try:
         tokenizer = tokenizer_class.from_pretrained(str(folder), local_files_only=True)
-        most = int(tokenizer.model_max_length)
-        tokens = tokenizer(text, padding="max_length", max_length=min(most, 4096)).input_ids
-    except Exception as error:  # whatever the library makes of damaged files
-        reason = " ".join(str(error).split())[:300]
+        max_length = int(tokenizer.model_max_length)
+        tokens = tokenizer(text, padding="max_length", max_length=min(max_length, 4096)).input_ids
+    except Exception as error:  # transformers raises many types for damaged files
         raise TeacherError(
-            f"{folder}: transformers cannot use this tokenizer ({reason})"
+            f"{folder}: transformers cannot use this tokenizer ({one_line(error)}); download it "
+            "again"
         ) from error
-    if len(tokens) > most:
+    if len(tokens) > max_length:
         raise ConfigError(
-            f"--prompt: expected at most {most} tokens, got {len(tokens)}; shorten it"
+            f"`prompt`: expected at most {max_length} tokens, got {len(tokens)}; shorten it"
         )
     return torch.tensor([tokens], dtype=torch.long)

@@ -67,9 +67,7 @@ class TeacherBatch:
     """Per draw: noise by timestep, fp32 (B, C, H, W); empty if the encoding takes no noise."""
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "TeacherBatch":
-        """Return the batch after the same `change` of its pixels and of its noise, both (B, C, H,
-        W).
-        """
+        """Return the batch with `change` applied to its pixels and its noise, both (B, C, H, W)."""
         noise = tuple(
             {t: change(noise_BCHW) for t, noise_BCHW in draw.items()} for draw in self.noise
         )
@@ -116,9 +114,7 @@ class Teacher:
 
     @property
     def is_random(self) -> bool:
-        """Whether features depend on drawn noise, so that one image has different features per
-        draw.
-        """
+        """Whether features depend on the draw of the noise."""
         return self._noise_shape is not None
 
     def input(
@@ -171,8 +167,9 @@ class Teacher:
         )
 
     def require_labels(self, keys: Iterable[str], labels: Iterable[int | None] | None) -> None:
-        """Raise ImagesError if the condition is each sample's label and a label is not one of the
-        teacher's classes.
+        """Raise ImagesError if a label is not one of the teacher's classes.
+
+        Only the condition `label` is checked; other conditions use no labels.
         """
         condition = self.spec.condition
         if condition is not None and condition.kind == "label" and self._num_classes is not None:
@@ -180,8 +177,9 @@ class Teacher:
 
     @torch.inference_mode()
     def features(self, batch: TeacherBatch) -> Iterator[dict[str, Tensor]]:
-        """Yield, per draw, the raw features of all timesteps and taps by array name: fp32 (B, C, H,
-        W).
+        """Yield, per draw, the raw features by array name: fp32 (B, C, H, W).
+
+        A draw's arrays are those of all timesteps and taps.
 
         Latents are computed once for all draws and timesteps. A short batch is padded to the
         recipe's batch size, because the batch shape changes the last bits of results. Raises
@@ -210,8 +208,9 @@ class Teacher:
             yield features
 
     def clean(self, batch: TeacherBatch) -> Tensor:
-        """Return pixels in [-1, 1] or their latents, not noised: fp32 on the device, padded to the
-        recipe's batch size.
+        """Return what is noised, padded to the recipe's batch size: fp32 on the device.
+
+        These are the pixels in [-1, 1], or their latents.
 
         The autoencoder runs in the network's own precision. bf16 changes latents far less than the
         noise added to them, and fp32 would take longer than the network itself.
@@ -224,15 +223,14 @@ class Teacher:
         return latents_BCHW.float()
 
     def labels(self, batch: TeacherBatch) -> Tensor | None:
-        """Return the classes that condition the network, int64 on the device, padded to the
-        recipe's batch size.
+        """Return the classes that condition the network, int64 on the device.
+
+        They are padded to the recipe's batch size.
         """
         return self._padded(batch.labels_B) if batch.labels_B is not None else None
 
     def _class_of(self, label: int | None) -> int | None:
-        """Return the class that conditions the network for a sample with `label`, by the recipe's
-        condition.
-        """
+        """Return the class that conditions the network for a sample with `label`."""
         condition = self.spec.condition
         if condition is None or condition.kind == "prompt":
             return None
@@ -240,8 +238,8 @@ class Teacher:
         number = by_kind[condition.kind]
         if number is None:
             raise TeacherError(
-                f"condition {condition.kind}: expected a class for each sample, got none; "
-                "call `require_labels` first"
+                f"condition {condition.kind}: expected a class for each sample, got none; call "
+                "`require_labels` first"
             )
         return number
 
@@ -308,9 +306,7 @@ def prepare_teacher(loaded: LoadedTeacher, settings: TeacherSettings, compute: C
 
 
 def _encoding(loaded: LoadedTeacher, compute: Compute, ddim_steps: int | None) -> Encoding:
-    """Return a DDIM inversion if `ddim_steps` is given, else the teacher's own encoding, else
-    noising.
-    """
+    """Return a DDIM inversion if `ddim_steps` is given, else the teacher's own or noising."""
     if ddim_steps is None:
         noising = Noising(
             loaded.alpha_bars.to(compute.device), loaded.denoiser.channels, loaded.latent_stride
@@ -327,8 +323,9 @@ def _encoding(loaded: LoadedTeacher, compute: Compute, ddim_steps: int | None) -
 
 
 def native_size(loaded: LoadedTeacher) -> tuple[int, int]:
-    """Return the (height, width) of the training images, in pixels. Raises ConfigError if the
-    teacher names none.
+    """Return the (height, width) of the training images, in pixels.
+
+    Raises ConfigError if the teacher's configuration does not state it.
     """
     size = loaded.denoiser.native_size
     if size is None:

@@ -1,6 +1,4 @@
-"""Diffusers' U-Nets as denoisers: where their taps are, and a U-Net that stops after the last of
-them.
-"""
+"""diffusers' U-Nets as denoisers: their taps, and a U-Net that ends after the last tap."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,17 +12,19 @@ from dtcache.recipe import TapSpec
 from dtcache.teacher.denoiser import shared_copy
 
 UNet = Any
-"""A UNet2DModel or UNet2DConditionModel of diffusers, whose types its lazy imports hide."""
+"""A UNet2DModel or UNet2DConditionModel of diffusers, whose lazy imports hide its types."""
 
 
 class UNetDenoiser:
-    """A UNet2DModel, class-conditional or not, or a UNet2DConditionModel with the embedding of its
-    one prompt.
+    """A UNet2DModel, or a UNet2DConditionModel with the embedding of its prompt.
+
+    A UNet2DModel may be class-conditional.
     """
 
     def __init__(self, unet: UNet, embedding_LD: Tensor | None = None) -> None:
-        """Take over `unet`: fp32, in evaluation mode, on the CPU. A UNet2DConditionModel wants fp32
-        `embedding_LD`.
+        """Take over `unet`: fp32, in evaluation mode, on the CPU.
+
+        A UNet2DConditionModel needs the prompt's embedding, fp32 (L, D).
         """
         self.unet = unet
         self.channels: int = unet.config.in_channels
@@ -37,33 +37,36 @@ class UNetDenoiser:
             else None
         )
         self.num_classes: int | None = unet.config.num_class_embeds or None
-        # Whether one of its rows is trained as no class, its configuration does not say.
+        # The configuration does not say whether one of the classes is a null class.
         self.null_class: int | None = None
         self._embedding_LD = embedding_LD
 
     def find_taps(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
-        """Return every decoder level's tap, before its upsampler. Raises ConfigError for a size it
-        cannot halve.
+        """Return the tap of every decoder level, before its upsampler.
+
+        Raises ConfigError if the U-Net cannot halve the size once per level.
         """
         halvings = 2 ** (len(self.unet.config.block_out_channels) - 1)
         multiple = halvings * latent_stride
         if height % multiple or width % multiple:
-            what = "image" if latent_stride == 1 else f"latent, {latent_stride} pixels a row,"
+            network_input = (
+                "image" if latent_stride == 1 else f"latent ({latent_stride} pixels per row)"
+            )
             raise ConfigError(
-                f"--size {height}x{width}: this U-Net halves the {what} "
-                f"{halvings.bit_length() - 1} times, so both sides must be multiples of "
-                f"{multiple}; choose such a size"
+                f"`size` {height}x{width}: this U-Net halves the {network_input} "
+                f"{halvings.bit_length() - 1} times; expected both sides to be multiples of "
+                f"{multiple}"
             )
         shapes = self._measure(height // latent_stride, width // latent_stride)
         by_stride = {}
         for block, (channels, rows, columns) in sorted(shapes.items()):
             if height % rows or width % columns or height // rows != width // columns:
                 raise TeacherError(
-                    f"up block {block}: its {rows}x{columns} map does not divide the "
-                    f"{height}x{width} view"
+                    f"up block {block}: expected a map that divides the {height}x{width} view, got "
+                    f"{rows}x{columns}"
                 )
             stride = height // rows
-            # Of several levels at one stride the last has seen most of the decoder.
+            # If several levels share a stride, the last one has passed through most of the decoder.
             by_stride[stride] = TapSpec(
                 name=f"stride{stride}",
                 block=block,
@@ -75,20 +78,20 @@ class UNetDenoiser:
         return tuple(by_stride[stride] for stride in sorted(by_stride))
 
     def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
-        """Return the U-Net cut off after the last tap; the taps stay bit-identical."""
+        """Return the U-Net, cut off after the last tap; the tapped maps stay bit-identical."""
         return TappedUNet(
             shared_copy(self.unet), {tap.block: tap.name for tap in taps}, self._embedding_LD
         )
 
     def predictor(self) -> nn.Module:
-        """Return the U-Net as it is."""
+        """Return the complete U-Net."""
         return WholeUNet(self.unet, self._embedding_LD)
 
     def _measure(self, height: int, width: int) -> dict[int, tuple[int, int, int]]:
-        """Return the shape (C, H, W) of each decoder level's map for an input of some size.
+        """Return the shape (C, H, W) of each decoder level's map, by block.
 
-        By a pass over tensors without storage, which costs no arithmetic: a large U-Net takes a
-        minute on a CPU.
+        The pass runs on the meta device, without arithmetic; on a CPU a large U-Net would take a
+        minute.
         """
         shapes: dict[int, tuple[int, int, int]] = {}
         handles = [
@@ -117,7 +120,7 @@ class UNetDenoiser:
 
 
 class WholeUNet(nn.Module):
-    """A U-Net whose forward pass returns the bare prediction."""
+    """A U-Net whose forward pass returns the prediction alone."""
 
     embedding_LD: Tensor | None
 
@@ -127,16 +130,16 @@ class WholeUNet(nn.Module):
         self.register_buffer("embedding_LD", embedding_LD)
 
     def forward(self, noisy_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
-        """Return the prediction (B, C or 2 C, H, W)."""
-        told = _conditions(len(noisy_BCHW), labels_B, self.embedding_LD)
-        return self.unet(noisy_BCHW, t_B, **told, return_dict=False)[0]  # type: ignore[no-any-return]
+        """Return the prediction, (B, C, H, W) or (B, 2 C, H, W)."""
+        conditions = _conditions(len(noisy_BCHW), labels_B, self.embedding_LD)
+        prediction: Tensor = self.unet(noisy_BCHW, t_B, **conditions, return_dict=False)[0]
+        return prediction
 
 
 class TappedUNet(nn.Module):
-    """A U-Net whose forward pass returns the last feature of chosen decoder levels, BEFORE their
-    upsamplers.
+    """A U-Net that returns the last feature map of chosen decoder levels, BEFORE their upsamplers.
 
-    Everything after the last tapped block is cut off, which leaves the taps bit-identical.
+    Everything after the last tapped block is cut off, which leaves the tapped maps bit-identical.
     """
 
     embedding_LD: Tensor | None
@@ -144,9 +147,7 @@ class TappedUNet(nn.Module):
     def __init__(
         self, unet: UNet, name_of: Mapping[int, str], embedding_LD: Tensor | None = None
     ) -> None:
-        """Truncate `unet` in place after the last block of `name_of`, which names the taps by
-        block.
-        """
+        """Truncate `unet` in place after the last block of `name_of`, tap names by block."""
         super().__init__()
         last = max(name_of)
         unet.up_blocks = unet.up_blocks[: last + 1]
@@ -154,7 +155,7 @@ class TappedUNet(nn.Module):
         unet.conv_norm_out = unet.conv_act = unet.conv_out = nn.Identity()
         self.unet = unet
         self.register_buffer("embedding_LD", embedding_LD)
-        self._found: dict[str, Tensor] = {}
+        self._maps: dict[str, Tensor] = {}
         for block, name in name_of.items():
             module = unet.up_blocks[block]
             if getattr(module, "upsamplers", None):
@@ -164,13 +165,13 @@ class TappedUNet(nn.Module):
 
     def _before_upsampler(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._found[name] = args[0]
+            self._maps[name] = args[0]
 
         return hook
 
     def _after_block(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._found[name] = output[0] if isinstance(output, tuple) else output
+            self._maps[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
@@ -178,21 +179,21 @@ class TappedUNet(nn.Module):
         self, noisy_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Return the tapped maps by name, each (B, C_block, H_block, W_block)."""
-        self._found = {}
+        self._maps = {}
         self.unet(noisy_BCHW, t_B, **_conditions(len(noisy_BCHW), labels_B, self.embedding_LD))
-        return self._found
+        return self._maps
 
 
 def _conditions(
     count: int, labels_B: Tensor | None, embedding_LD: Tensor | None
 ) -> dict[str, Tensor]:
-    """Return what a U-Net of diffusers is told of `count` samples, by the names of its arguments."""
-    told = {}
+    """Return the conditions of `count` samples as keyword arguments of a diffusers U-Net."""
+    conditions = {}
     if labels_B is not None:
-        told["class_labels"] = labels_B
+        conditions["class_labels"] = labels_B
     if embedding_LD is not None:
-        told["encoder_hidden_states"] = embedding_LD.expand(count, -1, -1)
-    return told
+        conditions["encoder_hidden_states"] = embedding_LD.expand(count, -1, -1)
+    return conditions
 
 
 def _record(shapes: dict[int, tuple[int, int, int]], index: int) -> Any:

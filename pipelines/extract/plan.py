@@ -115,8 +115,8 @@ def make_job(
         loaded = load_teacher(options.teacher, prompt=options.prompt, stored=stored)
     else:
         loaded = teacher.loaded()
-    if loaded.latents is not None and loaded.latents.doubt is not None:
-        print(f"warning: {loaded.latents.doubt}", file=sys.stderr)
+    if loaded.latents is not None and loaded.latents.scale_warning is not None:
+        print(f"warning: {loaded.latents.scale_warning}", file=sys.stderr)
     if options.batch_size is None:
         # Compiling each size would take minutes, and change what is compiled later.
         eager = replace(options, compile=False)

@@ -218,7 +218,7 @@ def small_disk() -> Iterator[None]:
 def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path, small_disk: None) -> None:
     """Weights that the disk refuses are one DiskError, and neither the folder nor its beginning stays."""
     with pytest.raises(
-        DiskError, match=r"cannot write .*safetensors: .*; free some space and run the same command"
+        DiskError, match=r"cannot write .*safetensors: .*; free disk space and run the same command"
     ):
         convert_adm(checkpoint, tmp_path / "out", OPTIONS)
     assert [p.name for p in tmp_path.iterdir()] == ["adm.pt"]
@@ -291,7 +291,7 @@ def test_an_own_model_has_guided_diffusions_defaults() -> None:
             {"size": 16, "heads": 4, "head_channels": 16},
             "`heads` and `head_channels`: expected one of them",
         ),
-        ({"size": 16, "heads": 5}, "--heads 5: 64 channels cannot be cut into such heads"),
+        ({"size": 16, "heads": 5}, "`heads` 5: 64 channels cannot be split into such heads"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
@@ -332,7 +332,7 @@ def test_a_bad_checkpoint_is_one_line(tmp_path: Path) -> None:
     )
     assert result.exit_code == 1
     assert result.output == (
-        f"Error: {tmp_path / 'resnet.pt'}: not an ADM checkpoint: fc.weight is no part of OpenAI's guided-diffusion "
+        f"Error: {tmp_path / 'resnet.pt'}: not an ADM checkpoint: fc.weight is not part of OpenAI's guided-diffusion "
         "U-Net\n"
     )
     assert [p.name for p in tmp_path.iterdir()] == ["resnet.pt"]

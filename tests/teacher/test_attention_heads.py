@@ -53,7 +53,8 @@ def test_a_list_that_does_not_fit_is_refused(four_heads: Path, widths: list[obje
     with torch.device("meta"):
         unet = UNet2DModel.from_config({**config, **stand_in(config)})
     with pytest.raises(
-        TeacherError, match=r"expected one divisor of each level's channels \[32, 32, 64, 96, 128\]"
+        TeacherError,
+        match=r"expected one divisor per level of its channels \[32, 32, 64, 96, 128\]",
     ):
         set_heads(unet, config)
 

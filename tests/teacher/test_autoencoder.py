@@ -210,7 +210,7 @@ def test_a_size_that_latents_cannot_halve_is_refused(tmp_path: Path) -> None:
     loaded = load_teacher(str(tmp_path), stored=STORED)
     with pytest.raises(
         ConfigError,
-        match=r"--size 40x32: this U-Net halves the latent, 4 pixels a row, 2 times.*of 16",
+        match=r"`size` 40x32: this U-Net halves the latent \(4 pixels per row\) 2 times.*of 16",
     ):
         loaded.denoiser.find_taps(40, 32, 4)
     assert [t.width for t in loaded.denoiser.find_taps(16, 48, 4)] == [12, 6, 3]
@@ -312,21 +312,24 @@ def other_text_width(root: Path) -> None:
             other_autoencoder,
             r"expected _class_name AutoencoderKL or VQModel, got 'AutoencoderTiny'",
         ),
-        (normalised_latents, "latents_mean is set, and dtcache only knows a scale and a shift"),
+        (normalised_latents, "expected latents with a scale and a shift only, got latents_mean"),
         (worded_scale, "expected scaling_factor to be a number, got 'big'"),
         (
             inpainting,
-            "expected in_channels=4, those of the autoencoder's latents, got 9; models that read masks",
+            "expected in_channels=4, the channels of the autoencoder's latents, got 9; use a model that reads no masks",
         ),
         (
             no_autoencoder,
-            r"expected a model of RGB pixels or an autoencoder beside it .*got in_channels=4 and neither",
+            r"expected a model of RGB pixels, or an autoencoder in .*got in_channels=4 and neither",
         ),
         (
             extra_large,
-            r"this is Stable Diffusion XL, .*dtcache takes Stable Diffusion 1\.x and 2\.x",
+            r"expected Stable Diffusion 1\.x or 2\.x, got Stable Diffusion XL",
         ),
-        (upscaler, "num_class_embeds is 1000, a condition that dtcache cannot give"),
+        (
+            upscaler,
+            "expected no num_class_embeds, got 1000, a condition that dtcache does not support",
+        ),
         (other_text_width, r"unet: cannot be loaded as UNet2DConditionModel \(.*attn2"),
     ],
 )
@@ -346,7 +349,7 @@ def test_an_embedding_of_another_width_is_refused(tmp_path: Path) -> None:
     save_stable_diffusion(tmp_path)
     stored = Prompt(text="", embedding_LD=np.zeros((TOKENS, 24), np.float32))
     with pytest.raises(
-        TeacherError, match=r"the text encoder's embedding has 24 channels, but the U-Net takes 16"
+        TeacherError, match=r"expected a text embedding with 16 channels, the U-Net's, got 24"
     ):
         load_teacher(str(tmp_path), stored=stored)
 
@@ -356,7 +359,7 @@ def test_a_prompt_for_a_teacher_that_reads_none_is_refused(tmp_path: Path) -> No
     save_ldm(tmp_path)
     with pytest.raises(
         ConfigError,
-        match=r"--prompt: this teacher \(UNet2DModel\) reads no text; leave --prompt out",
+        match=r"`prompt`: this teacher \(UNet2DModel\) reads no text; leave `prompt` out",
     ):
         load_teacher(str(tmp_path), prompt="a cat")
 

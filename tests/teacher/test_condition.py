@@ -57,40 +57,40 @@ def test_conditions(
             Fake(None, None),
             None,
             "label",
-            "--condition label: this teacher is not class-conditional; leave",
+            "`condition` label: this teacher is not class-conditional; leave",
         ),
         (
             Fake(None, None),
             PROMPT,
             "null",
-            "--condition null: this teacher is conditioned on text; use --prompt",
+            "`condition` null: this teacher is conditioned on text; pass `prompt`",
         ),
         (
             Fake(10, None),
             None,
             None,
-            "conditioned on one of 10 classes: choose --condition label .* 0 to 9",
+            "conditioned on one of 10 classes; pass `condition='label'` .* 0 to 9",
         ),
         (
             Fake(10, None),
             None,
             "null",
-            "configuration has 10 classes and does not say whether one of them stands for no",
+            "configuration has 10 classes and does not say whether one of them is a null class",
         ),
         (
             Fake(10, 10),
             None,
             "10",
-            "--condition 10: expected label, null or a class number from 0 to 9",
+            "`condition` 10: expected label, null or a class number from 0 to 9",
         ),
         (
             Fake(10, 10),
             None,
             "cat",
-            "--condition cat: expected label, null or a class number from 0 to 9",
+            "`condition` cat: expected label, null or a class number from 0 to 9",
         ),
-        (Fake(10, 10), None, "-1", "--condition -1: expected label, null or a class number"),
-        (Fake(10, 10), None, "²", "--condition ²: expected label, null or a class number"),
+        (Fake(10, 10), None, "-1", "`condition` -1: expected label, null or a class number"),
+        (Fake(10, 10), None, "²", "`condition` ²: expected label, null or a class number"),
     ],
 )
 def test_impossible_conditions_are_refused(
@@ -105,13 +105,13 @@ def test_labels_outside_the_teachers_classes_are_refused() -> None:
     """The first image whose label is missing or too large is named."""
     require_labels(["a", "b"], [0, 2], 3)
     with pytest.raises(
-        ImagesError, match="--condition label: the images have no labels; give a folder with"
+        ImagesError, match="`condition='label'`: the images have no labels; pass a folder with"
     ):
         require_labels(["a"], None, 3)
     for label in (None, 3, -1):
         with pytest.raises(
             ImagesError,
-            match=rf"image b has the label {label}, but the teacher knows classes 0 to 2",
+            match=rf"image b: expected a label from 0 to 2, the teacher's classes, got {label}",
         ):
             require_labels(["a", "b"], [0, label], 3)
 

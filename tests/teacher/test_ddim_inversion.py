@@ -102,7 +102,7 @@ def test_levels_are_even_and_reach_the_timestep() -> None:
 def test_more_steps_than_levels_are_refused() -> None:
     """There is no level between two timesteps."""
     with pytest.raises(
-        ConfigError, match=r"--ddim-steps 20: expected at most 10, the steps up to --timestep 10"
+        ConfigError, match=r"`ddim_steps` 20: expected at most 10, the steps up to `timestep` 10"
     ):
         ddim_levels(10, 20)
 
@@ -111,7 +111,7 @@ def test_another_prediction_is_refused() -> None:
     """What is not known to be noise, image or velocity is not guessed at."""
     with pytest.raises(
         TeacherError,
-        match=r"predicts epsilon, v_prediction, sample, got 'flow'; use --encoding ddpm",
+        match=r"predicts epsilon, v_prediction, sample, got 'flow'; use `encoding='ddpm'`",
     ):
         Inversion(gaussian_denoiser("epsilon"), ALPHA_BARS, "flow", 20)
 

@@ -84,7 +84,7 @@ def test_every_block_offers_a_tap(tmp_path: Path) -> None:
     assert found == [(f"block{n}", n, 8, 16, 4, 6) for n in range(6)]
     with pytest.raises(
         ConfigError,
-        match=r"--size 36x32: this transformer reads patches of 8 pixels, .*multiples of 8",
+        match=r"`size` 36x32: this transformer reads patches of 8 pixels, .*multiples of 8",
     ):
         denoiser.find_taps(36, 32, 4)
 
@@ -139,7 +139,7 @@ def test_a_block_that_is_not_offered_is_refused(tmp_path: Path) -> None:
     save_dit(tmp_path, blocks=2)
     with pytest.raises(
         ConfigError,
-        match="--taps: the teacher has no map stride8 at this size; it offers block0, block1",
+        match="`taps` stride8: the teacher has no such map at this size; expected block0, block1",
     ):
         prepared(tmp_path, ("stride8",), None)
 

@@ -168,11 +168,11 @@ def huge_config(root: Path) -> None:
     [
         (
             remove_weights,
-            r"the weights are missing; where a repository has pickles alone, save it anew",
+            r"the weights are missing; if the repository has only pickles, save it again",
         ),
         (
             misname_weights,
-            r"the weights are missing; found diffusion_pytorch_model\.fp16\.safetensors: rename",
+            r"the weights are missing; got diffusion_pytorch_model\.fp16\.safetensors: rename",
         ),
         (
             pickle_weights,
@@ -182,12 +182,15 @@ def huge_config(root: Path) -> None:
         (add_a_tensor, "1 unexpected_keys, such as extra.weight"),
         (
             other_class,
-            "expected _class_name UNet2DModel or .*, got 'UNet1DModel'; dtcache cannot tap this kind of",
+            "expected _class_name UNet2DModel or .*, got 'UNet1DModel'; dtcache does not support this kind of",
         ),
-        (other_condition, "class_embed_type is 'timestep', a condition that dtcache cannot give"),
+        (
+            other_condition,
+            "expected no class_embed_type, got 'timestep', a condition that dtcache does not support",
+        ),
         (
             latent_without_autoencoder,
-            r"expected a model of RGB pixels or an autoencoder beside it .*in_channels=4",
+            r"expected a model of RGB pixels, or an autoencoder in .*in_channels=4",
         ),
         (
             other_schedule,
@@ -262,7 +265,7 @@ def test_a_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     with pytest.raises(
-        TeacherNotFoundError, match=r"teacher google/x: neither a directory here nor .*\(offline\)"
+        TeacherNotFoundError, match=r"teacher google/x: not a directory, and .*\(offline\)"
     ):
         load_teacher("google/x")
 

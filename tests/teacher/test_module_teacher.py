@@ -163,16 +163,22 @@ def test_a_diffusion_network_of_ones_own_gives_the_features_of_the_built_in_way(
     ("changes", "message"),
     [
         ({"taps": {}}, r"expected at least one tap, such as \{'stride8': 'up\.2'\}"),
-        ({"taps": {"eight": "first"}}, r"tap 'eight': expected a name such as stride8"),
+        (
+            {"taps": {"eight": "first"}},
+            r"tap 'eight': expected its stride as the name, such as stride8",
+        ),
         (
             {"taps": {"stride2": "third"}},
             r"tap stride2: Pyramid has no module 'third'; it has first, second, second\.",
         ),
-        ({"version": ""}, "expected a version, such as '1'"),
-        ({"alpha_bars": (1.0, 0.5)}, "alpha_bars without prepare: the module would see no noise"),
+        ({"version": ""}, "expected a `version`, such as '1'"),
+        (
+            {"alpha_bars": (1.0, 0.5)},
+            "`alpha_bars` without `prepare`: the module would see no noise",
+        ),
         (
             {"alpha_bars": (1.5,)},
-            "alpha_bars: expected shares of variance from 0 to 1, one a timestep",
+            "`alpha_bars`: expected shares of variance from 0 to 1, one per timestep",
         ),
     ],
 )
@@ -195,19 +201,19 @@ def failing(pixels_BCHW: Tensor, noise_BCHW: Tensor, timestep: int) -> Tensor:
         ),
         (
             {"taps": {"stride4": "level"}},
-            r"tap stride4 at 'level': expected a tensor \(B, C, H, W\), got one of \[1, 8\]",
+            r"tap stride4 at 'level': expected a tensor \(B, C, H, W\), got a tensor \[1, 8\]",
         ),
         (
             {"taps": {"stride4": ""}},
-            r"tap stride4 at '': expected a tensor \(B, C, H, W\), got one of \[1, 8\]",
+            r"tap stride4 at '': expected a tensor \(B, C, H, W\), got a tensor \[1, 8\]",
         ),
         (
             {"taps": {"stride4": "unused"}},
-            r"tap stride4 at 'unused': expected a tensor .*, got nothing: it did not run",
+            r"tap stride4 at 'unused': expected a tensor .*, got no output: the module did not run",
         ),
         (
             {"prepare": failing},
-            r"Pyramid: its dry run on a 16x24 view failed \(RuntimeError: no such luck\); see that prepare returns",
+            r"Pyramid: its dry run on a 16x24 view failed \(RuntimeError: no such luck\); check that `prepare` returns",
         ),
     ],
 )
@@ -225,7 +231,7 @@ def test_a_plain_network_has_timestep_0_only_and_is_not_inverted() -> None:
         prepared(made(), timestep=150)
     teacher = made(prepare=lambda x, noise, t: x, alpha_bars=[0.5] * 9)
     with pytest.raises(
-        ConfigError, match="--encoding ddim: a CallableTeacher makes its own inputs"
+        ConfigError, match="`encoding='ddim'`: a CallableTeacher makes its own inputs"
     ):
         prepare_teacher(
             teacher.loaded(),

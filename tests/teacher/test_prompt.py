@@ -146,7 +146,7 @@ def long_tokenizer(root: Path) -> None:
         (other_class, r"expected architectures \[CLIPTextModel\], got \['T5EncoderModel'\]"),
         (
             no_weights,
-            r"only pickled weights \(pytorch_model\.bin\), which dtcache never loads.*expected model\.safe",
+            r"expected model\.safetensors, got only pickled weights \(pytorch_model\.bin\), which dtcache never loads",
         ),
         (
             fewer_weights,
@@ -160,7 +160,7 @@ def long_tokenizer(root: Path) -> None:
         (huge_tokenizer, r"merges\.txt: expected at most 16777216 bytes, got 16777217"),
         (
             long_tokenizer,
-            r"pads to 8 tokens, but the text encoder takes 7; the two belong to different models",
+            r"expected to pad to at most 7 tokens, .*, got 8; the two belong to different models",
         ),
     ],
 )
@@ -176,7 +176,7 @@ def test_a_bad_text_encoder_is_refused(
 def test_a_prompt_that_is_too_long_is_refused(text: Any, tmp_path: Path) -> None:
     """Nothing is cut off silently."""
     with pytest.raises(
-        ConfigError, match=r"--prompt: expected at most 7 tokens, got 10; shorten it"
+        ConfigError, match=r"`prompt`: expected at most 7 tokens, got 10; shorten it"
     ):
         embed_prompt(tmp_path, "a cat a cat")
 
@@ -188,6 +188,7 @@ def test_without_transformers_it_says_what_to_install(
     save_stable_diffusion(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
-        ConfigError, match=r"needs the transformers library, once, .*pip install 'dtcache\[text\]'"
+        ConfigError,
+        match=r"needs the transformers library to embed its prompt; run pip install 'dtcache\[text\]'",
     ):
         load_teacher(str(tmp_path))

@@ -60,7 +60,7 @@ def test_strides_hold_on_a_non_square_view(teacher_dir: Path) -> None:
 def test_a_size_the_network_cannot_halve_is_refused(teacher_dir: Path) -> None:
     """The multiple that both sides must be is named."""
     with pytest.raises(
-        ConfigError, match=r"--size 36x32: this U-Net halves the image 3 times.*multiples of 8"
+        ConfigError, match=r"`size` 36x32: this U-Net halves the image 3 times.*multiples of 8"
     ):
         load_teacher(str(teacher_dir)).denoiser.find_taps(36, 32)
 
@@ -86,7 +86,8 @@ def test_default_taps(
 def test_a_stride_that_is_not_offered_is_refused() -> None:
     """The taps on offer are named."""
     with pytest.raises(
-        ConfigError, match="no map stride16 at this size; it offers stride4, stride8"
+        ConfigError,
+        match="`taps` stride16: the teacher has no such map at this size; expected stride4, stride8",
     ):
         choose_taps((tap(4), tap(8)), ("stride16",))
 

@@ -1,4 +1,4 @@
-"""Reading a PyTorch checkpoint of plain tensors: whole, undamaged, and with nothing else unpickled."""
+"""Reading a PyTorch checkpoint: all of it, undamaged, and nothing but plain tensors unpickled."""
 
 import warnings
 import zipfile
@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dtcache.errors import TeacherError, TeacherNotFoundError
+from dtcache.errors import TeacherError, TeacherNotFoundError, one_line
 
 ZIP_START = b"PK\x03\x04"
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors by name, mapped from the file where its format allows it.
+    """Return a checkpoint's tensors by name; they are memory-mapped if the file's format allows it.
 
-    Raises TeacherNotFoundError where there is no such file, and TeacherError where it is not a
-    whole checkpoint of nothing but floating-point tensors.
+    Raises TeacherNotFoundError if there is no such file, and TeacherError unless the file is a
+    complete checkpoint with nothing but floating-point tensors.
     """
     if not path.is_file():
         raise TeacherNotFoundError(f"checkpoint {path}: no such file; expected a PyTorch .pt file")
@@ -31,15 +31,15 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             "again"
         )
     try:
-        # Files of torch before 1.6 are no zip archives and cannot be mapped. Torch warns of odd
-        # pickles, then fails.
+        # Files of torch before 1.6 are not zip archives and cannot be memory-mapped. torch warns
+        # about unexpected pickles before it fails.
         with warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # whatever torch makes of another file's bytes
-        reason = " ".join(str(error).split())[:160]
+    except Exception as error:  # torch raises many types for the bytes of other formats
         raise TeacherError(
-            f"{path}: not a whole PyTorch checkpoint of plain tensors ({reason}); dtcache "
-            "unpickles nothing else: download it again, or save the network's state_dict() alone"
+            f"{path}: expected a complete PyTorch checkpoint of plain tensors, the only content "
+            f"that dtcache unpickles ({one_line(error, 160)}); download it again, or save only the "
+            "network's state_dict()"
         ) from error
     if not isinstance(content, Mapping) or not content:
         raise TeacherError(
@@ -52,14 +52,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             or not value.is_floating_point()
         ):
             raise TeacherError(
-                f"{path}: expected nothing but floating-point tensors by name, got {_kind(value)} "
-                f"at {name!r}; save the network's state_dict() alone"
+                f"{path}: expected only floating-point tensors by name, got {_kind(value)} at "
+                f"{name!r}; save only the network's state_dict()"
             )
     return dict(content)
 
 
 def _check_archive(path: Path) -> None:
-    """Compare every record's CRC-32 with its bytes, which torch does not. Raises TeacherError."""
+    """Compare the CRC-32 of every record with its bytes; torch does not. Raises TeacherError."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

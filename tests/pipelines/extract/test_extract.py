@@ -538,11 +538,11 @@ def test_a_foreign_folder_is_refused(scene_folder: Path, teacher_dir: Path, tmp_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--size", "36"), "both sides must be multiples of 8"),
+        (("--size", "36"), "expected both sides to be multiples of 8"),
         (("--size", "big"), "--size big: expected H or HxW in pixels"),
         (
             ("--taps", "64"),
-            "no map stride64 at this size; it offers stride1, stride2, stride4, stride8",
+            "--taps stride64: the teacher has no such map at this size; expected stride1, stride2, stride4, stride8",
         ),
         (("--timestep", "5000"), "--timestep 5000: this teacher was trained with steps 0 to 999"),
         (("--limit", "0"), "--limit 0: expected at least 1"),

@@ -288,7 +288,7 @@ def test_a_class_conditional_unet_is_told_labels(scene_folder: Path, tmp_path: P
     out = tmp_path / "cache"
     save_class_unet(teacher)
     refused = extract(scene_folder, teacher, out)
-    assert "conditioned on one of 8 classes: choose --condition label" in refused.output
+    assert "conditioned on one of 8 classes; pass --condition label" in refused.output
     asked = ("--condition", "label", "--taps", "2,4", "--quality", "fp16")
     succeeded(extract(scene_folder, teacher, out, *asked))
     assert read_manifest(out).recipe["teacher"]["condition"] == {"kind": "label"}
@@ -313,7 +313,7 @@ def test_images_without_labels_cannot_be_told(scene_folder: Path, tmp_path: Path
     flat.mkdir()
     shutil.copy(next(scene_folder.rglob("*.png")), flat)
     refused = extract(flat, tmp_path / "adm", tmp_path / "cache", "--condition", "label")
-    assert "--condition label: the images have no labels; give a folder with" in refused.output
+    assert "--condition label: the images have no labels; pass a folder with" in refused.output
 
 
 def test_the_recipe_of_an_unconditional_teacher_is_the_one_it_was() -> None:

@@ -125,11 +125,14 @@ def test_head_widths_are_one_number_where_they_can_be() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (AdmSettings(size=16, heads=3), "--heads 3: 64 channels cannot be cut into such heads"),
-        (AdmSettings(size=16, heads=128), "--heads 128: 64 channels cannot be cut into such heads"),
+        (AdmSettings(size=16, heads=3), "`heads` 3: 64 channels cannot be split into such heads"),
+        (
+            AdmSettings(size=16, heads=128),
+            "`heads` 128: 64 channels cannot be split into such heads",
+        ),
         (
             AdmSettings(size=16, head_channels=48),
-            "--head-channels 48: 64 channels cannot be cut into such heads",
+            "`head_channels` 48: 64 channels cannot be split into such heads",
         ),
     ],
 )
@@ -152,20 +155,20 @@ def changed(
     [
         (
             {"conv1.weight": torch.zeros(3)},
-            r"not an ADM checkpoint: conv1\.weight is no part of OpenAI's guided-diff",
+            r"not an ADM checkpoint: conv1\.weight is not part of OpenAI's guided-diff",
         ),
-        (changed(add={"model.x": torch.zeros(1)}), r"not an ADM checkpoint: model\.x is no part"),
+        (changed(add={"model.x": torch.zeros(1)}), r"not an ADM checkpoint: model\.x is not part"),
         (
             changed(drop="output_blocks"),
-            "an encoder without output_blocks, such as OpenAI's classifiers: it has no",
+            "an encoder without output_blocks, such as OpenAI's classifiers, has no",
         ),
         (
             changed(in_channels=6),
-            r"3 \(RGB\) input channels, got 6: an upsampler, which sees a small image beside",
+            r"3 \(RGB\) input channels, got 6: an upsampler, which reads a small image as well",
         ),
         (
             changed(in_channels=4),
-            r"3 \(RGB\) input channels, got 4: not of pixels; it cannot teach",
+            r"3 \(RGB\) input channels, got 4: not a model of pixels; pass a different",
         ),
         (
             changed(drop="input_blocks.0.0.weight"),
@@ -182,11 +185,11 @@ def changed(
         ),
         (
             changed(drop="input_blocks.2"),
-            "3 input and 4 output blocks with 1 upsamplers make no whole number",
+            "same number of residual blocks per level, .*got 3 input and 4 output blocks with 1 upsamplers",
         ),
         (
             changed(drop="output_blocks.3"),
-            "4 input and 3 output blocks with 1 upsamplers make no whole number",
+            "same number of residual blocks per level, .*got 4 input and 3 output blocks with 1 upsamplers",
         ),
         (
             changed(add={"time_embed.0.weight": torch.zeros(())}),
@@ -202,11 +205,11 @@ def changed(
         ),
         (
             changed(add={"label_emb.weight": torch.zeros(0, 128)}),
-            r"\[0, 128\]; expected 2 axes that are not empty",
+            r"\[0, 128\]; expected 2 axes, none of them empty",
         ),
         (
             changed(add={"input_blocks.1.0.out_layers.3.weight": torch.zeros(40, 40, 3, 3)}),
-            r"levels of \[40, 64\] channels; expected multiples of 32",
+            r"expected levels with multiples of 32 channels, got \[40, 64\]",
         ),
     ],
 )

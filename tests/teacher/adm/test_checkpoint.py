@@ -46,7 +46,8 @@ def test_code_in_the_file_is_never_run(tmp_path: Path, kind: str) -> None:
     else:
         torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(
-        TeacherError, match=r"not a whole PyTorch checkpoint of plain tensors .* unpickles nothing"
+        TeacherError,
+        match=r"expected a complete PyTorch checkpoint of plain tensors, the only content that dtcache unpickles",
     ):
         read_checkpoint(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()
@@ -63,7 +64,7 @@ def test_code_in_the_file_is_never_run(tmp_path: Path, kind: str) -> None:
         ({}, "expected a state dict of tensors by name, got an empty dict"),
         (
             {"state_dict": WEIGHTS},
-            "got dict at 'state_dict'; save the network's state_dict.. alone",
+            "got dict at 'state_dict'; save only the network's state_dict",
         ),
         ({"a": torch.ones(1), "step": 7}, "got int at 'step'"),
         ({"a": torch.ones(1, dtype=torch.int64)}, r"got a tensor of torch\.int64 at 'a'"),
@@ -85,7 +86,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, share: float, zipped: bool)
     data = (tmp_path / "x.pt").read_bytes()
     (tmp_path / "x.pt").write_bytes(data[: int(len(data) * share)])
     with pytest.raises(
-        TeacherError, match=r"the end of the file is missing|not a whole PyTorch checkpoint"
+        TeacherError, match=r"the end of the file is missing|expected a complete PyTorch checkpoint"
     ) as caught:
         read_checkpoint(tmp_path / "x.pt")
     assert "\n" not in str(caught.value)
@@ -108,7 +109,9 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
 def test_something_else_is_refused(tmp_path: Path, data: bytes) -> None:
     """Any other file is one line too."""
     (tmp_path / "x.pt").write_bytes(data)
-    with pytest.raises(TeacherError, match="not a whole PyTorch checkpoint of plain tensors"):
+    with pytest.raises(
+        TeacherError, match="expected a complete PyTorch checkpoint of plain tensors"
+    ):
         read_checkpoint(tmp_path / "x.pt")
 
 

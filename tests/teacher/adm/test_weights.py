@@ -113,7 +113,7 @@ def test_the_timestep_table_holds_at_every_step() -> None:
 def test_a_table_that_would_lose_is_refused() -> None:
     """64 sinusoids do not fit 32 numbers a step; the conversion says so instead of approximating."""
     reference = random_unet(width=64, mult=(0.5, 1), blocks=1, attention=(2,), heads=4)
-    message = r"timesteps are embedded in 64 channels and the first level has 32: .* cannot hold this without loss"
+    message = r"fit into the 32 channels of the first level, got an embedding of 64 channels: .* would lose"
     with pytest.raises(TeacherError, match=message):
         converted(reference, AdmSettings(size=16, heads=4))
 
@@ -223,37 +223,37 @@ def spoil(weights: dict[str, torch.Tensor], key: str, tensor: torch.Tensor | Non
         (
             "output_blocks.2.0.emb_layers.1.bias",
             torch.zeros(5),
-            r"output_blocks\.2\.0\.emb_layers\.1\.bias has shape \[5\]; expected \[64\] beside the other tensors",
+            r"output_blocks\.2\.0\.emb_layers\.1\.bias: expected shape \[64\], which fits the other tensors, got \[5\]",
         ),
         (
             "middle_block.1.qkv.weight",
             torch.zeros(64, 64, 1),
-            r"qkv\.weight has shape \[64, 64, 1\]; expected \[192,",
+            r"qkv\.weight: expected shape \[192, .*got \[64, 64, 1\]",
         ),
         (
             "middle_block.1.qkv.weight",
             torch.zeros(192, 64, 3),
-            r"qkv\.weight has shape \[192, 64, 3\]; expected \[192",
+            r"qkv\.weight: expected shape \[192, .*got \[192, 64, 3\]",
         ),
         (
             "middle_block.0.in_layers.0.bias",
             torch.zeros(64, 1),
-            r"0\.bias has shape \[64, 1\]; expected \[64",
+            r"0\.bias: expected shape \[64\], .*got \[64, 1\]",
         ),
         (
             "time_embed.0.weight",
             torch.zeros(128, 31),
-            "timesteps are embedded in 31 channels and the first level has 32: .* cannot hold this without loss",
+            "fit into the 32 channels of the first level, got an embedding of 31 channels: .* would lose",
         ),
         (
             "out.7.weight",
             torch.zeros(3),
-            r"out\.7\.weight has no place in it \(1 tensors left over\)",
+            r"out\.7\.weight is not part of one \(1 superfluous tensors\)",
         ),
         (
             "input_blocks.1.1.norm.weight",
             torch.zeros(3),
-            r"input_blocks\.1\.1\.norm\.weight has no place in it",
+            r"input_blocks\.1\.1\.norm\.weight is not part of one",
         ),
     ],
 )
