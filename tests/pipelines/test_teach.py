@@ -157,7 +157,7 @@ def test_half_precision_weights_are_half_the_size(
     [
         (
             ("--size", "17"),
-            "--size 17x17: 2 levels halve the image 1 times, so both sides must be multiples of 2",
+            "--size 17x17: 2 levels halve the image 1 times; expected both sides to be multiples of 2",
         ),
         (("--channels", "6,10"), "expected multiples of 4"),
         (("--channels", "8,x"), "--channels 8,x: expected positive integers separated by commas"),

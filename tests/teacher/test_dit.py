@@ -84,7 +84,7 @@ def test_every_block_offers_a_tap(tmp_path: Path) -> None:
     assert found == [(f"block{n}", n, 8, 16, 4, 6) for n in range(6)]
     with pytest.raises(
         ConfigError,
-        match=r"`size` 36x32: this transformer reads patches of 8 pixels, .*multiples of 8",
+        match=r"`size` 36x32: this transformer reads patches of 8 pixels; .*multiples of 8",
     ):
         denoiser.find_taps(36, 32, 4)
 

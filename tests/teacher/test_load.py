@@ -172,7 +172,7 @@ def huge_config(root: Path) -> None:
         ),
         (
             misname_weights,
-            r"the weights are missing; got diffusion_pytorch_model\.fp16\.safetensors: rename",
+            r"the weights are missing; got diffusion_pytorch_model\.fp16\.safetensors; rename",
         ),
         (
             pickle_weights,
