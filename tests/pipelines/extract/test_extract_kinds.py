@@ -271,7 +271,7 @@ def test_a_transformer_that_is_told_classes(scene_folder: Path, tmp_path: Path) 
     taps = ("--taps", "block2", "--quality", "fp16")
     refused = extract(scene_folder, teacher, out, *taps, "--condition", "label")
     assert refused.exit_code == 1
-    assert "but the teacher knows classes 0 to 2" in refused.output
+    assert "expected a label from 0 to 2, the teacher's classes" in refused.output
     assert not out.exists()
     succeeded(extract(scene_folder, teacher, out, *taps, "--condition", 2))
     assert read_manifest(out).recipe["teacher"]["condition"] == {"kind": "class", "number": 2}
@@ -297,7 +297,10 @@ def test_a_class_conditional_unet_is_told_labels(scene_folder: Path, tmp_path: P
     require_the_teachers(out, scene_folder, teacher, labels=True)
     evaluate = ("evaluate", out, "--teacher", teacher, "--device", "cpu", "--json", "--train")
     done = succeeded(run(*evaluate, scene_folder))
-    assert "was told each image's label; a probe may find it in the features" in done.stderr
+    assert (
+        "was conditioned on each image's label; a probe may read the label from the features"
+        in done.stderr
+    )
     renamed = Path(shutil.copytree(scene_folder, tmp_path / "images"))
     first = sorted(p for p in renamed.iterdir() if p.is_dir())[0]
     first.rename(renamed / "zebra")
