@@ -1,10 +1,12 @@
 """Small inputs that several tests share: scenes as PNG files, and a teacher saved by save_pretrained."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from store.builders import tiny_plan, write_cache
 
 from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
@@ -67,3 +69,22 @@ def scene_cache(
     out = tmp_path_factory.mktemp("scene-cache") / "cache"
     extract(scene_folder, out, options)
     return out
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Skip fsync, since no test here cuts the power, and keep statistics in a folder of the test."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sealed cache that no test changes."""
+    return write_cache(tmp_path_factory.mktemp("tiny") / "cache", tiny_plan())
+
+
+@pytest.fixture
+def tiny_copy(tiny_cache: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny cache, to be damaged."""
+    return Path(shutil.copytree(tiny_cache, tmp_path / "cache"))

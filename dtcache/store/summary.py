@@ -1,13 +1,18 @@
-"""What `dtcache inspect` knows of a cache from its manifest and its indices alone. Never writes."""
+"""A cache as `dtcache inspect` describes it, from its manifest, its indices and its file sizes alone.
+
+Never writes. docs/inspect.md lists the fields.
+"""
 
 import functools
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from dtcache.errors import CacheDamagedError, CacheFormatError
 from dtcache.recipe import FailedSample, Json, signal_to_noise, tap_name
 from dtcache.store.commits import CodecSums, read_commits, total_sums
-from dtcache.store.label_summary import inspect_labels
+from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import (
     CLUSTER_LOG,
     COMMITS,
@@ -19,70 +24,126 @@ from dtcache.store.layout import (
     SAMPLES,
     SHARDS,
 )
-from dtcache.store.manifest import CacheManifest, look_at
+from dtcache.store.manifest import CacheManifest, look_at, read_manifest
 from dtcache.store.sample_index import damaged_objects, read_failures, read_objects
 
 INDEX = (MANIFEST, SAMPLES, SHARDS, PROMPT)
 SCHEMA = 1
-"""Version of the JSON that inspect prints (docs/inspect.md): fields may come under it, none may go or change."""
+"""Version of the JSON. Under one version fields may be added, but none removed or redefined."""
 
 
 def inspect_cache(root: Path) -> Json:
     """Describe a cache, sealed or still being written, from its manifest and indices alone.
 
-    Returns JSON values; bytes are as on disk, `ratio` leaves the stored images out. Raises CacheNotFoundError,
-    CacheFormatError or CacheDamagedError.
+    Returns JSON values. Bytes are as on disk; `ratio` excludes the stored images and the label
+    sets. Raises CacheNotFoundError, CacheFormatError or CacheDamagedError.
     """
     return look_at(root, functools.partial(_describe, root))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Progress:
+    """The part of a cache that has been written so far."""
+
+    failures: tuple[FailedSample, ...]
+    """Failed rows, of the shards that are present."""
+    sums: Mapping[str, CodecSums]
+    """By array: the codec's squared error, and the energy."""
+    shard_bytes: Mapping[str, int]
+    """By array: bytes of the shard files that have their recorded size."""
+    damaged: dict[str, str]
+    """By path: shard files that are missing or of another size, and what is there instead."""
+    num_missing: int
+    """Rows of the shards that at least one array lacks."""
+
+
 def _describe(root: Path, manifest: CacheManifest) -> Json:
-    failures, sums, shard_bytes, damaged, missing = _progress(root, manifest)
+    progress = _progress(root, manifest)
     files = _file_sizes(root)
     recipe = manifest.recipe
-    count = manifest.num_samples
-    done = count - missing - len(failures)
-    parts = _parts(files, shard_bytes)
+    num_done = manifest.num_samples - progress.num_missing - len(progress.failures)
+    parts = _parts(files, progress.shard_bytes)
     stored = sum(files.values()) - parts["images"] - parts["labels"]
     taps = [
-        _tap(manifest, tap, t, files, shard_bytes, sums, done)
-        for t in recipe["teacher"]["timesteps"]
+        {
+            "name": tap["name"],
+            "stride": tap["stride"],
+            "timestep": timestep,
+            "channels": tap["channels"],
+            "height": tap["height"],
+            "width": tap["width"],
+            **_tap_bytes(manifest, tap_name(timestep, tap["name"]), files, progress, num_done),
+            **_tap_errors(manifest, tap_name(timestep, tap["name"]), progress.sums),
+        }
+        for timestep in recipe["teacher"]["timesteps"]
         for tap in recipe["teacher"]["taps"]
     ]
-    fp16 = (
-        sum(tap["channels"] * tap["height"] * tap["width"] for tap in taps) * 2 * manifest.num_views
-    )
-    complete = manifest.state == "sealed" and not missing
+    values = sum(tap["channels"] * tap["height"] * tap["width"] for tap in taps)
+    fp16 = 2 * values * manifest.num_views
+    complete = manifest.state == "sealed" and not progress.num_missing
     return {
         "schema": SCHEMA,
         "kind": "cache",
-        "state": "complete" if complete else "damaged" if damaged else "unfinished",
+        "state": "complete" if complete else "damaged" if progress.damaged else "unfinished",
         "complete": complete,
-        "num_images": count,
-        "num_done": done,
-        "num_failed": len(failures),
-        "num_missing": missing,
+        "num_images": manifest.num_samples,
+        "num_done": num_done,
+        "num_failed": len(progress.failures),
+        "num_missing": progress.num_missing,
         "num_views": manifest.num_views,
         "bytes_on_disk": sum(files.values()),
         "image_bytes": parts["images"],
         "codec_bytes": parts["codec"],
         "parts": parts,
-        "bytes_per_image": stored / done if done else None,
+        "bytes_per_image": stored / num_done if num_done else None,
         "fp16_bytes_per_image": fp16,
-        "ratio": fp16 * done / stored if done else None,
+        "ratio": fp16 * num_done / stored if num_done else None,
         "fingerprint": manifest.fingerprint,
         "timesteps": _timesteps(recipe),
         "taps": taps,
-        "failures": dict(Counter(f.reason for f in failures).most_common()),
-        "damaged": damaged,
-        "labels": inspect_labels(root, files, parts["coefficients"] + parts["codec"]),
+        "failures": dict(Counter(f.reason for f in progress.failures).most_common()),
+        "damaged": progress.damaged,
+        "labels": _label_sets(root, files, parts["coefficients"] + parts["codec"]),
         "classes": list(manifest.classes) if manifest.classes is not None else None,
         "recipe": recipe,
     }
 
 
+def _progress(root: Path, manifest: CacheManifest) -> _Progress:
+    """Read from the indices of a sealed cache, or the commit records of another, what is written."""
+    if manifest.state == "sealed":
+        sizes = {path: size for path, size, _ in read_objects(root)}
+        failures = read_failures(root / SAMPLES)
+        sums = manifest.sums
+    else:
+        records = [record for _, record in sorted(read_commits(root).items())]
+        sizes = {o.path: o.size for record in records for o in record.objects}
+        failures = [f for record in records for f in record.failures]
+        sums = total_sums(records)
+    damaged = damaged_objects(root, sizes)
+    shard_bytes: Counter[str] = Counter()
+    for path, size in sizes.items():
+        array = path.removeprefix(f"{DATA}/").rpartition("/")[0]
+        shard_bytes[array] += 0 if path in damaged else size
+    # A row is present if its shard is intact in every array.
+    intact = sizes.keys() - damaged.keys()
+    missing = {
+        row
+        for shard in range(manifest.num_shards)
+        if not {array.object_path(shard) for array in manifest.arrays.values()} <= intact
+        for row in manifest.rows_of(shard)
+    }
+    return _Progress(
+        failures=tuple(failed for failed in failures if failed.row not in missing),
+        sums=sums,
+        shard_bytes=shard_bytes,
+        damaged=damaged,
+        num_missing=len(missing),
+    )
+
+
 def _file_sizes(root: Path) -> dict[str, int]:
-    """Return bytes by path; files that a writer renames or removes meanwhile are passed over."""
+    """Return bytes by path, without files that a writer renames or removes during the walk."""
     sizes = {}
     for path in root.rglob("*"):
         try:
@@ -94,7 +155,7 @@ def _file_sizes(root: Path) -> dict[str, int]:
 
 
 def _parts(files: Mapping[str, int], shard_bytes: Mapping[str, int]) -> dict[str, int]:
-    """Split the bytes on disk by what they are for; the parts add up to all files."""
+    """Split the bytes on disk by purpose; the parts add up to all files."""
     parts = dict.fromkeys(("coefficients", "codec", "images", "index", "labels", "other"), 0)
     for path, size in files.items():
         if path.startswith(f"{LABELS}/"):
@@ -105,81 +166,108 @@ def _parts(files: Mapping[str, int], shard_bytes: Mapping[str, int]) -> dict[str
             parts["index"] += size
     parts["images"] = shard_bytes.get(IMAGES, 0)
     parts["coefficients"] = sum(size for name, size in shard_bytes.items() if name != IMAGES)
-    # Zarr nodes, the log, and shards that are not committed or not whole.
+    # Zarr nodes, the log, and shards that are not committed or not intact.
     parts["other"] = sum(files.values()) - sum(parts.values())
     return parts
 
 
-def _progress(
-    root: Path, manifest: CacheManifest
-) -> tuple[list[FailedSample], dict[str, CodecSums], dict[str, int], dict[str, str], int]:
-    """Return failures, codec sums, bytes of shards by array, shards that are not as recorded, and rows not there."""
-    if manifest.state == "sealed":
-        objects = {path: size for path, size, _ in read_objects(root)}
-        failures = read_failures(root / SAMPLES)
-        sums = manifest.sums
-    else:
-        records = [record for _, record in sorted(read_commits(root).items())]
-        objects = {o.path: o.size for record in records for o in record.objects}
-        failures = [f for record in records for f in record.failures]
-        sums = total_sums(records)
-    damaged = damaged_objects(root, objects)
-    sizes: Counter[str] = Counter()
-    for path, size in objects.items():
-        sizes[path.removeprefix(f"{DATA}/").rpartition("/")[0]] += 0 if path in damaged else size
-    # A row is there when all its arrays are.
-    whole = set(objects) - set(damaged)
-    arrays = manifest.arrays.values()
-    shards = range(manifest.num_shards)
-    gone = [shard for shard in shards if not {a.object_path(shard) for a in arrays} <= whole]
-    missing = {row for shard in gone for row in manifest.rows_of(shard)}
-    return [f for f in failures if f.row not in missing], sums, dict(sizes), damaged, len(missing)
-
-
 def _timesteps(recipe: Json) -> list[Json]:
-    """Describe the noise at each timestep: round_trip is None where images are noised, snr where nothing is."""
+    """Describe the noise at each timestep.
+
+    `round_trip` is None unless images were encoded by DDIM inversion; `snr` is None without noise.
+    """
     teacher = recipe["teacher"]
-    back = recipe.get("round_trip") or {}
+    round_trip = recipe.get("round_trip") or {}
     return [
-        {"timestep": t, "alpha_bar": a, "snr": signal_to_noise(a), "round_trip": back.get(f"t{t}")}
-        for t, a in zip(teacher["timesteps"], teacher["alpha_bars"], strict=True)
+        {
+            "timestep": timestep,
+            "alpha_bar": alpha_bar,
+            "snr": signal_to_noise(alpha_bar),
+            "round_trip": round_trip.get(f"t{timestep}"),
+        }
+        for timestep, alpha_bar in zip(teacher["timesteps"], teacher["alpha_bars"], strict=True)
     ]
 
 
-def _tap(
+def _tap_bytes(
     manifest: CacheManifest,
-    tap: Json,
-    timestep: int,
+    name: str,
     files: Mapping[str, int],
-    shard_bytes: Mapping[str, int],
-    sums: Mapping[str, CodecSums],
-    done: int,
+    progress: _Progress,
+    num_done: int,
 ) -> Json:
-    """Describe one tap at one timestep; its bytes are its shards and its codec arrays."""
-    name = tap_name(timestep, tap["name"])
-    side = sum(size for path, size in files.items() if path.startswith(f"{DATA}/codec/{name}/"))
-    size = shard_bytes.get(name, 0) + side
-    values = tap["channels"] * tap["height"] * tap["width"] * manifest.num_views * done
-    met = sums.get(name)
-    measured = manifest.recipe.get("equivariance") or {}
-    follows = {
-        error: (measured.get(error) or {}).get(name) for error in ("flip", "crop", "crop_interior")
-    }
+    """Return the bytes of one array, its shards and its codec, and the bits per cached value."""
+    folder = f"{DATA}/codec/{name}/"
+    codec_bytes = sum(size for path, size in files.items() if path.startswith(folder))
+    channels, height, width = manifest.tap_shapes[name]
+    values = channels * height * width * manifest.num_views * num_done
+    size = progress.shard_bytes.get(name, 0) + codec_bytes
     return {
-        "name": tap["name"],
-        "stride": tap["stride"],
-        "timestep": timestep,
-        "channels": tap["channels"],
-        "height": tap["height"],
-        "width": tap["width"],
         "bytes": size,
-        "codec_bytes": side,
+        "codec_bytes": codec_bytes,
         "bits_per_value": 8 * size / values if values else None,
-        "relative_mse": met.squared_error / met.energy
-        if met is not None and met.energy > 0
-        else None,
-        "relative_mse_on_fit": manifest.num_samples == manifest.recipe["codec"]["fit_rows"],
-        "noise_share": manifest.recipe["codec"]["noise_share"][name],
-        "determined_error": manifest.recipe["codec"]["determined_error"][name],
-        **{f"{error}_error": value for error, value in follows.items()},
+    }
+
+
+def _tap_errors(manifest: CacheManifest, name: str, sums: Mapping[str, CodecSums]) -> Json:
+    """Return what extraction measured of one array: the codec's errors, noise, equivariance."""
+    codec = manifest.recipe["codec"]
+    total = sums.get(name)
+    relative_mse = None
+    if total is not None and total.energy > 0:
+        relative_mse = total.squared_error / total.energy
+    equivariance = manifest.recipe.get("equivariance") or {}
+    return {
+        "relative_mse": relative_mse,
+        "relative_mse_on_fit": manifest.num_samples == codec["fit_rows"],
+        "noise_share": codec["noise_share"][name],
+        "determined_error": codec["determined_error"][name],
+        **{
+            f"{change}_error": (equivariance.get(change) or {}).get(name)
+            for change in ("flip", "crop", "crop_interior")
+        },
+    }
+
+
+def _label_sets(root: Path, files: Mapping[str, int], feature_bytes: int) -> list[Json]:
+    """Describe every label set from its manifest and the sizes of its files.
+
+    `files` has the bytes of all files of the cache by path; `feature_bytes` is the size of the
+    features. A set whose manifest is damaged or of a newer format has the state `damaged`, with the
+    reason and no further fields.
+    """
+    label_sets = []
+    for name in label_set_names(root):
+        folder = f"{LABELS}/{name}/"
+        size = sum(count for path, count in files.items() if path.startswith(folder))
+        described = {
+            "name": name,
+            "bytes": size,
+            "share": size / feature_bytes if feature_bytes else None,
+        }
+        try:
+            described |= _label_set(root / LABELS / name)
+        except (CacheDamagedError, CacheFormatError) as error:
+            described |= {"state": "damaged", "reason": str(error)}
+        label_sets.append(described)
+    return label_sets
+
+
+def _label_set(root: Path) -> Json:
+    """Describe one label set from its manifest and its sample index."""
+    manifest = read_manifest(root)
+    labels = manifest.recipe.get("labels")
+    sealed = manifest.state == "sealed"
+    if labels is None:
+        raise CacheDamagedError(f"{root}: not a label set; delete this folder")
+    measured = manifest.measured or {}
+    return {
+        "state": "complete" if sealed else "unfinished",
+        "num_done": manifest.num_samples - len(read_failures(root / SAMPLES)) if sealed else None,
+        "level": labels["level"],
+        "classes": labels["classes"],
+        "fingerprint": manifest.fingerprint,
+        "interpreter": manifest.recipe["teacher"]["weights_sha256"],
+        "validation": labels["validation"],
+        **{name: measured.get(name) for name in ("total_variation", "entropy", "agreement")},
     }
