@@ -1,4 +1,4 @@
-"""`dtcache inspect`: which of caches and runs were given, what is to be found out of them, how it is shown."""
+"""`dtcache inspect`: describe caches or runs, compute statistics, write a page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,10 +14,11 @@ from pipelines.inspect.compare import differences, render_differences
 from pipelines.inspect.run_report import inspect_run, is_run
 from pipelines.inspect.tables import render, render_run, render_statistics
 
-CACHES_ONLY = ("stats", "exact", "samples", "teacher")
-NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
+CACHES_ONLY = ("stats", "exact", "num_samples", "teacher")
+"""Options that no run takes."""
+NEEDS_ONE_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "cache": {
-        "samples": ("stats", "report", "teacher"),
+        "num_samples": ("stats", "report", "teacher"),
         "gallery": ("report",),
         "images": ("report", "teacher"),
         "device": ("teacher",),
@@ -29,21 +30,21 @@ NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
         "device": ("cache",),
     },
 }
-"""By what is inspected: options, and those without one of which they would do nothing."""
+"""By what is inspected: options that have no effect unless one of these others is given too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspected:
-    """What is known of the caches or runs that were asked for."""
+    """The reports of the inspected caches or runs."""
 
     roots: tuple[Path, ...]
     reports: tuple[Json, ...]
-    """One a root: a cache's has `statistics` where they were taken."""
+    """One per root; the report of a cache has `statistics` if they were computed."""
     page: Path | None = None
-    """The HTML page that was written."""
+    """The HTML page, if one was written."""
 
     def to_json(self) -> Json:
-        """Return one report as it is, several with what differs between them."""
+        """Return a single report as it is, or several reports with the fields that differ."""
         if len(self.reports) == 1:
             return self.reports[0]
         return {
@@ -65,64 +66,75 @@ class Inspected:
             parts.append(render(self.reports[0], self.roots[0]))
             if "statistics" in self.reports[0]:
                 parts.append(render_statistics(self.reports[0]["statistics"]))
-        return Group(*parts, *([f"wrote {self.page}"] if self.page is not None else []))
+        if self.page is not None:
+            parts.append(f"wrote {self.page}")
+        return Group(*parts)
 
 
 def inspect(roots: Sequence[Path], options: InspectOptions) -> Inspected:
-    """Describe caches or runs, and write a page where `options.report` says so.
+    """Describe caches or runs; if `options.report` is given, write it as an HTML page.
 
-    Without statistics or a page, manifests, indices and JSON are all that is read. Raises CacheNotFoundError,
-    CacheFormatError or CacheDamagedError, and ConfigError for options that do not go with what was given.
+    Without statistics, teacher or page, only manifests, indices and JSON files are read. Raises
+    CacheNotFoundError, CacheFormatError or CacheDamagedError, and ConfigError for options that do
+    not apply to what is inspected.
     """
     runs = [is_run(root) for root in roots]
     if any(runs) and not all(runs):
         raise ConfigError(
-            f"{roots[runs.index(False)]}: no run, as {roots[runs.index(True)]} is; give caches or runs"
+            f"{roots[runs.index(False)]}: expected a run, as {roots[runs.index(True)]} is one; pass "
+            "caches alone or runs alone"
         )
-    _require_place(options.report)
-    if all(runs):
-        return _inspect_runs(roots, options)
-    if options.cache is not None:
-        raise ConfigError("--cache: expected the folder of a student's run with it, got a cache")
-    _require_used("cache", options)
-    if options.report is not None and len(roots) > 1:
-        raise ConfigError("--report: expected one cache, or runs; make a page of each cache")
-    reports = [inspect_cache(root) for root in roots]
-    if not (
-        options.stats or options.exact or options.report is not None or options.teacher is not None
-    ):
-        return Inspected(roots=tuple(roots), reports=tuple(reports))
-    from pipelines.inspect.statistics import cache_statistics
-
-    afresh = None
-    if options.teacher is not None:
-        from pipelines.inspect.statistics.remeasure import measure_afresh
-
-        if len(roots) > 1:
-            raise ConfigError("--teacher: expected one cache, as each has a teacher of its own")
-        afresh = measure_afresh(roots[0], options)
-    for root, report in zip(roots, reports, strict=True):
-        report["statistics"] = cache_statistics(root, options)
-        if afresh is not None:
-            report["statistics"]["afresh"] = afresh.to_json()
-    if options.report is not None:
-        from pipelines.inspect.page.cache_page import write_cache_page
-
-        write_cache_page(roots[0], reports[0], options, afresh)
-    return Inspected(roots=tuple(roots), reports=tuple(reports), page=options.report)
+    _require_writable(options.report)
+    return _inspect_runs(roots, options) if all(runs) else _inspect_caches(roots, options)
 
 
 def _inspect_runs(roots: Sequence[Path], options: InspectOptions) -> Inspected:
     for name in CACHES_ONLY:
         if name in _given(options):
-            raise ConfigError(f"--{name}: expected a cache, got the run {roots[0]}")
-    _require_used("run", options)
-    reports = tuple(inspect_run(root) for root in roots)
+            raise ConfigError(f"`{name}`: expected a cache, got the run {roots[0]}")
+    _require_effect("run", options)
+    reports = [inspect_run(root) for root in roots]
     if options.report is not None:
         from pipelines.inspect.page.run_page import write_run_page
 
-        write_run_page(roots, reports, options)
-    return Inspected(roots=tuple(roots), reports=reports, page=options.report)
+        write_run_page(options.report, roots, reports, options)
+    return Inspected(roots=tuple(roots), reports=tuple(reports), page=options.report)
+
+
+def _inspect_caches(roots: Sequence[Path], options: InspectOptions) -> Inspected:
+    if options.cache is not None:
+        raise ConfigError("`cache`: expected the folder of a run with it, got a cache")
+    _require_effect("cache", options)
+    if len(roots) > 1 and options.report is not None:
+        raise ConfigError("`report`: expected one cache, or runs; write one page per cache")
+    if len(roots) > 1 and options.teacher is not None:
+        raise ConfigError("`teacher`: expected one cache, since each cache has its own teacher")
+    reports = [inspect_cache(root) for root in roots]
+    if options.stats or options.exact or options.report is not None or options.teacher is not None:
+        _add_statistics(roots, reports, options)
+    return Inspected(roots=tuple(roots), reports=tuple(reports), page=options.report)
+
+
+def _add_statistics(
+    roots: Sequence[Path], reports: Sequence[Json], options: InspectOptions
+) -> None:
+    """Add `statistics` to the report of each cache; write the page of the cache if requested."""
+    # These import torch, which a report without statistics must not.
+    from pipelines.inspect.statistics import cache_statistics
+
+    remeasured = None
+    if options.teacher is not None:
+        from pipelines.inspect.statistics.remeasure import remeasure
+
+        remeasured = remeasure(roots[0], options.teacher, options)
+    for root, report in zip(roots, reports, strict=True):
+        report["statistics"] = cache_statistics(root, options)
+        if remeasured is not None:
+            report["statistics"]["afresh"] = remeasured.to_json()
+    if options.report is not None:
+        from pipelines.inspect.page.cache_page import write_cache_page
+
+        write_cache_page(options.report, roots[0], reports[0], options, remeasured)
 
 
 def _given(options: InspectOptions) -> set[str]:
@@ -130,22 +142,26 @@ def _given(options: InspectOptions) -> set[str]:
     return {f.name for f in fields(options) if getattr(options, f.name) != f.default}
 
 
-def _require_used(kind: str, options: InspectOptions) -> None:
-    """Raise ConfigError for an option that would do nothing."""
+def _require_effect(kind: str, options: InspectOptions) -> None:
+    """Raise ConfigError for options that exclude each other, or that have no effect."""
     given = _given(options)
-    if {"samples", "exact"} <= given:
-        raise ConfigError("--samples and --exact: expected one of them; --exact takes every sample")
-    for name, others in NEEDED[kind].items():
+    if {"num_samples", "exact"} <= given:
+        raise ConfigError(
+            "`num_samples` and `exact`: expected one of them; `exact` takes all samples"
+        )
+    for name, others in NEEDS_ONE_OF[kind].items():
         if name in given and given.isdisjoint(others):
-            wanted = " or ".join(f"--{other}" for other in others)
-            raise ConfigError(
-                f"--{name}: expected {wanted} beside it; without that it does nothing"
-            )
+            needed = " or ".join(f"`{other}`" for other in others)
+            raise ConfigError(f"`{name}`: expected {needed} with it; alone it has no effect")
 
 
-def _require_place(report: Path | None) -> None:
-    """Raise ConfigError where a page could not be written, before anything is computed for it."""
-    if report is not None and not report.parent.is_dir():
-        raise ConfigError(f"--report {report}: {report.parent} is not a folder; make it first")
-    if report is not None and report.is_dir():
-        raise ConfigError(f"--report {report}: expected the name of a file, got a folder")
+def _require_writable(report: Path | None) -> None:
+    """Raise ConfigError, before anything is computed, if a page cannot be written to that path."""
+    if report is None:
+        return
+    if not report.parent.is_dir():
+        raise ConfigError(
+            f"`report` {report}: {report.parent} is not a folder; create the folder first"
+        )
+    if report.is_dir():
+        raise ConfigError(f"`report` {report}: expected the name of a file, got a folder")

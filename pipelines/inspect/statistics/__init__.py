@@ -1,4 +1,4 @@
-"""Statistics of a cache's features, out of core: sums over groups of samples, and what follows from them."""
+"""Statistics of a cache's features, computed out of core from sums over groups of samples."""
 
 from pipelines.inspect.statistics.compute import cache_statistics
 

@@ -1,4 +1,4 @@
-"""Statistics of every tap and timestep of a cache, of a sample or of all of it."""
+"""Statistics of every tap and timestep of a cache, from a sample of its rows or from all of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from dtcache.recipe import Json, tap_name
 from dtcache.rng import permuted
 from pipelines.inspect.statistics import measures
 from pipelines.inspect.statistics.decode import Rows
-from pipelines.inspect.statistics.disk_cache import keep, load_kept
+from pipelines.inspect.statistics.disk_cache import read_statistics, save_statistics
 from pipelines.inspect.statistics.jackknife import Estimate, jackknife
 from pipelines.inspect.statistics.similarity import knn_accuracy, similarities
 from pipelines.inspect.statistics.sums import (
@@ -29,9 +29,9 @@ from pipelines.inspect.statistics.sums import (
 from pipelines.terminal.progress import track
 
 GROUPS = 20
-"""Groups of samples that the jackknife leaves out one by one."""
+"""Groups of samples; the jackknife leaves out one at a time."""
 STATISTICS_SCHEMA = 1
-BY_SUMS = {
+FROM_SUMS = {
     "mean": measures.mean,
     "std": measures.std,
     "saturation": measures.saturation,
@@ -42,133 +42,147 @@ BY_SUMS = {
 
 
 def cache_statistics(root: Path, options: InspectOptions) -> Json:
-    """Return the statistics of a cache as JSON values (docs/inspect.md); what is damaged is left out and named.
+    """Return the statistics of a cache as JSON values (docs/inspect.md), without damaged samples.
 
-    They are kept in the user's cache folder under the manifest's hash. Raises ConfigError where no sample is there yet,
-    and what opening the cache raises.
+    `left_out` names what could not be read. Results without damage are saved in the user's cache
+    folder under the hash of the manifest, and read from there the next time. Raises ConfigError if
+    the cache has no sample with features yet, and what opening the cache raises.
     """
     cache = Cache(root, allow="damage")
     rows = chosen_rows(cache, options)
     identity = cache.reader.manifest.identity
-    # An unfinished cache gains rows under one manifest, a damaged one loses some.
-    asked = {
+    # Under one manifest an unfinished cache gains rows, and a damaged cache loses some.
+    request = {
         "schema": STATISTICS_SCHEMA,
         "rows": len(rows),
         "usable": sha256_json(cache.reader.usable_rows.tolist()),
     }
-    found = load_kept(identity, asked)
-    if found is None:
-        found = _take(cache, rows, sha256_json([identity, asked]))
-        if not found["left_out"]:
-            keep(identity, asked, found)
-    damaged = {f"{root / path}": what for path, what in cache.reader.damaged.items()}
-    return {**found, "left_out": damaged | found["left_out"]}
+    statistics = read_statistics(identity, request)
+    if statistics is None:
+        statistics = _compute(cache, rows)
+        if not statistics["left_out"]:
+            save_statistics(identity, request, statistics)
+    damaged = {f"{root / path}": reason for path, reason in cache.reader.damaged.items()}
+    return {**statistics, "left_out": damaged | statistics["left_out"]}
 
 
 def chosen_rows(cache: Cache, options: InspectOptions) -> Rows:
-    """Return the rows that statistics are taken of, in random order: a pure function of what is there."""
+    """Return the rows that statistics are computed from, in random order.
+
+    A pure function of the readable rows and the options. Raises ConfigError if there is no row.
+    """
     usable = cache.reader.usable_rows
     if not len(usable):
         raise ConfigError(
-            f"{cache.reader.root}: no sample with features is there yet; statistics need one"
+            f"{cache.reader.root}: no sample has features yet; statistics need at least one"
         )
-    count = len(usable) if options.exact else min(options.samples, len(usable))
+    count = len(usable) if options.exact else min(options.num_samples, len(usable))
     return usable[permuted(len(usable), seed=0, stream="inspect")[:count]]
 
 
-def _take(cache: Cache, rows: Rows, identity: str) -> Json:
-    usable = len(cache.reader.usable_rows)
-    sampled = len(rows) / usable
-    groups = [np.sort(part) for part in np.array_split(rows, min(GROUPS, len(rows)))]
-    found: dict[str, list[Group]] = {}
+def _compute(cache: Cache, rows: Rows) -> Json:
+    """Return the statistics from some rows, decoding one tap after the other."""
+    num_usable = len(cache.reader.usable_rows)
+    sampled = len(rows) / num_usable
+    row_groups = [np.sort(group) for group in np.array_split(rows, min(GROUPS, len(rows)))]
+    pooled: dict[str, list[Group]] = {}
     left_out: dict[str, str] = {}
     taps = []
+    knn_chance = None
     recipe = cache.reader.manifest.recipe
     with track("statistics", len(cache.names)) as progress:
         for timestep in recipe["teacher"]["timesteps"]:
             for tap in recipe["teacher"]["taps"]:
                 name = tap_name(timestep, tap["name"])
-                nothing = empty(cache, name)
-                read = group_sums(cache, name, groups, identity)
-                for group in read:
-                    left_out |= {f"{name} of {key}": what for key, what in group.damaged.items()}
+                groups = group_sums(cache, name, row_groups)
+                for group in groups:
+                    left_out |= {f"{name} of {key}": why for key, why in group.damaged.items()}
+                knn, chance = knn_accuracy(groups, cache.samples["label"])
+                if knn_chance is None:
+                    knn_chance = chance
                 taps.append(
-                    {"name": tap["name"], "timestep": timestep, **_tap(cache, name, read, sampled)}
+                    {
+                        "name": tap["name"],
+                        "timestep": timestep,
+                        **_tap(cache, name, groups, sampled),
+                        "knn_top1": _json(knn),
+                        **_distributions(cache, name, groups),
+                    }
                 )
-                # Only what is needed between taps stays: covariances may be large.
-                found[name] = [
-                    Group(sums=nothing, pooled_rows=g.pooled_rows, pooled_RC=g.pooled_RC)
-                    for g in read
+                # Covariances may be large; later taps need the pooled features only.
+                pooled[name] = [
+                    Group(sums=empty(cache, name), pooled_rows=g.pooled_rows, pooled_RC=g.pooled_RC)
+                    for g in groups
                 ]
                 progress.advance(1, name)
-    chance = next((tap.pop("chance") for tap in taps if tap["chance"] is not None), None)
-    for tap in taps:
-        tap.pop("chance", None)
     return {
         "schema": STATISTICS_SCHEMA,
         "num_rows": len(rows),
-        "num_usable": usable,
-        "exact": len(rows) == usable,
+        "num_usable": num_usable,
+        "exact": len(rows) == num_usable,
         "left_out": left_out,
         "histogram_edges": EDGES.tolist(),
-        "knn_chance": chance,
+        "knn_chance": knn_chance,
         "taps": taps,
-        "cka": similarities(found, sampled),
+        "cka": similarities(pooled, sampled),
     }
 
 
 def _tap(cache: Cache, name: str, groups: Sequence[Group], sampled: float) -> Json:
-    """Return what is known of one array; estimates are None where they cannot be had."""
-    parts = [group.sums for group in groups if group.sums.rows]
+    """Return the statistics of one array; an estimate is None if it cannot be computed."""
+    sums = [group.sums for group in groups if group.sums.rows]
     manifest = cache.reader.manifest
-    measured = manifest.recipe.get("equivariance") or {}
-    sums = manifest.sums.get(name)
-    estimates: dict[str, Estimate | None] = dict.fromkeys(BY_SUMS)
-    if parts:
+    equivariance = manifest.recipe.get("equivariance") or {}
+    estimates: dict[str, Estimate | None] = dict.fromkeys(FROM_SUMS)
+    noise_of_draws = None
+    if sums:
         estimates = {
-            key: jackknife(parts, statistic, sampled) for key, statistic in BY_SUMS.items()
+            key: jackknife(sums, statistic, sampled) for key, statistic in FROM_SUMS.items()
         }
-    draws = jackknife(parts, measures.noise_share, sampled) if parts else None
-    recorded = Estimate(
+        noise_of_draws = jackknife(sums, measures.noise_share, sampled)
+    noise_of_fit = Estimate(
         value=float(manifest.recipe["codec"]["noise_share"][name]), low=None, high=None
     )
-    knn, chance = knn_accuracy(groups, cache.samples["label"])
-    error = sums.squared_error / sums.energy if sums is not None and sums.energy > 0 else None
+    codec_error = None
+    codec_sums = manifest.sums.get(name)
+    if codec_sums is not None and codec_sums.energy > 0:
+        error = codec_sums.squared_error / codec_sums.energy
+        codec_error = Estimate(value=error, low=None, high=None)
     return {
         **{key: _json(estimate) for key, estimate in estimates.items()},
-        "noise_share": _json(draws or recorded),
-        "noise_share_from": "draws" if draws else "fit",
-        "codec_error": _json(
-            Estimate(value=error, low=None, high=None) if error is not None else None
-        ),
-        "flip_error": (measured.get("flip") or {}).get(name),
-        "crop_error": (measured.get("crop") or {}).get(name),
-        "knn_top1": _json(knn),
-        "chance": chance,
-        "histogram": add(parts).histogram.tolist() if parts else [],
-        "spectrum": _spectrum(cache, name, parts),
+        "noise_share": _json(noise_of_draws or noise_of_fit),
+        "noise_share_from": "draws" if noise_of_draws else "fit",
+        "codec_error": _json(codec_error),
+        "flip_error": (equivariance.get("flip") or {}).get(name),
+        "crop_error": (equivariance.get("crop") or {}).get(name),
     }
 
 
-def _spectrum(cache: Cache, name: str, parts: Sequence[GroupSums]) -> Json | None:
-    """Return mean variance a coefficient by ring of frequency and by principal component, with the water lines."""
-    if not parts:
-        return None
-    whole = add(list(parts))
+def _distributions(cache: Cache, name: str, groups: Sequence[Group]) -> Json:
+    """Return the histogram of whitened values and the spectrum of one array."""
+    sums = [group.sums for group in groups if group.sums.rows]
+    if not sums:
+        return {"histogram": [], "spectrum": None}
+    total = add(sums)
+    return {"histogram": total.histogram.tolist(), "spectrum": _spectrum(cache, name, total)}
+
+
+def _spectrum(cache: Cache, name: str, total: GroupSums) -> Json:
+    """Return the mean variance per coefficient, by ring of frequency and by principal component.
+
+    The water lines of the codec stand beside both.
+    """
     channels, height, width = cache.shape(name)
-    count = (
-        np.bincount(rings_of(height, width).ravel(), minlength=len(whole.rings))
-        * channels
-        * whole.maps
-    )
-    components = np.linalg.eigvalsh(measures.covariance(whole))[::-1].clip(0)
-    rings, by_component, level = water_lines(cache, name)
+    ring_sizes = np.bincount(rings_of(height, width).ravel(), minlength=len(total.rings))
+    counts = ring_sizes * channels * total.maps
+    components = np.linalg.eigvalsh(measures.covariance(total))[::-1].clip(0)
+    water_rings, water_components, water = water_lines(cache, name)
     return {
-        "rings": (whole.rings / np.maximum(count, 1)).tolist(),
+        "rings": (total.rings / np.maximum(counts, 1)).tolist(),
         "components": components.tolist(),
-        "water_rings": rings,
-        "water_components": by_component,
-        "water": level,
+        "water_rings": water_rings,
+        "water_components": water_components,
+        "water": water,
     }
 
 

@@ -1,4 +1,4 @@
-"""Statistics that were taken before, kept in the user's cache folder; never in a cache."""
+"""Statistics saved from earlier calls, in the user's cache folder; never in a feature cache."""
 
 import os
 import sys
@@ -12,36 +12,39 @@ from dtcache.recipe import Json
 MAX_BYTES = 64 << 20
 
 
-def kept_folder() -> Path:
-    """Return where statistics are kept: dtcache/statistics in XDG_CACHE_HOME, by default ~/.cache."""
+def statistics_folder() -> Path:
+    """Return `dtcache/statistics` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
     chosen = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
+    # The XDG specification says to ignore relative paths.
     home = Path(chosen) if os.path.isabs(chosen) else Path.home() / ".cache"
     return home / "dtcache" / "statistics"
 
 
-def load_kept(identity: str, asked: Json) -> Json | None:
-    """Return what was kept of a manifest under the same options, None where nothing is, or nothing whole."""
-    path = _path(identity, asked)
+def read_statistics(identity: str, request: Json) -> Json | None:
+    """Return the saved statistics of a manifest for one request, or None.
+
+    None also if the file is unreadable or does not have its own hash.
+    """
+    path = _path(identity, request)
     try:
-        value = read_json(path, MAX_BYTES)
-        found = value["statistics"]
-        whole = value["sha256"] == sha256_json(found) and value["asked"] == asked
+        saved = read_json(path, MAX_BYTES)
+        statistics = saved["statistics"]
+        intact = saved["sha256"] == sha256_json(statistics) and saved["asked"] == request
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return dict(found) if whole else None
+    return dict(statistics) if intact else None
 
 
-def keep(identity: str, asked: Json, statistics: Json) -> None:
-    """Keep statistics; a folder that cannot be written to is told of on stderr, and is no failure."""
-    path = _path(identity, asked)
-    body = {"asked": asked, "statistics": statistics, "sha256": sha256_json(statistics)}
+def save_statistics(identity: str, request: Json, statistics: Json) -> None:
+    """Save statistics; if the folder is not writable, say so on stderr and go on."""
+    path = _path(identity, request)
+    body = {"asked": request, "statistics": statistics, "sha256": sha256_json(statistics)}
     try:
         make_folders(path.parent)
         write_file(path, canonical_json(body))
     except (DiskError, OSError) as error:
-        print(f"statistics are not kept: {error}", file=sys.stderr)
+        print(f"statistics are not saved: {error}", file=sys.stderr)
 
 
-def _path(identity: str, asked: Json) -> Path:
-    return kept_folder() / f"{identity[:32]}-{sha256_json(asked)[:16]}.json"
+def _path(identity: str, request: Json) -> Path:
+    return statistics_folder() / f"{identity[:32]}-{sha256_json(request)[:16]}.json"

@@ -1,4 +1,4 @@
-"""Estimates with confidence intervals: a delete-one-group jackknife over groups of samples."""
+"""Estimates with 95 % confidence intervals: a delete-one-group jackknife, and Wilson's interval."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ class Estimate:
 
     value: float
     low: float | None
-    """None where there are too few samples to tell."""
+    """None if there are too few samples for an interval."""
     high: float | None
 
     @property
     def half_width(self) -> float | None:
-        """Half the interval's width."""
+        """Half the width of the interval."""
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
     def to_json(self) -> Json:
@@ -31,30 +31,32 @@ class Estimate:
 
 
 def jackknife(
-    parts: Sequence[T], statistic: Callable[[Sequence[T]], float], sampled: float
+    groups: Sequence[T], statistic: Callable[[Sequence[T]], float], sampled: float
 ) -> Estimate | None:
-    """Return a statistic of all parts, with the interval that leaving out one part at a time gives.
+    """Return a statistic of all groups, with the interval from leaving out one group at a time.
 
-    `sampled` is the share of all samples that the parts hold: the error shrinks by sqrt(1 - sampled), and is none where
-    they are all (finite population). None where the statistic is not finite. (Efron and Tibshirani, An Introduction to
-    the Bootstrap, chapter 11; the quantile is Student's, with a degree of freedom less than there are parts.)
+    `sampled` is the share of all samples that the groups hold. The error is scaled by
+    sqrt(1 - sampled), the correction for a finite population, and is 0 if `sampled` is 1. Returns
+    None if the statistic is not finite. Source: Efron and Tibshirani, An Introduction to the
+    Bootstrap, chapter 11; the quantile is that of Student's t with len(groups) - 1 degrees of
+    freedom.
     """
-    value = statistic(parts)
+    value = statistic(groups)
     if not np.isfinite(value):
         return None
     if sampled >= 1:
         return Estimate(value=value, low=value, high=value)
-    if len(parts) < 2:
+    count = len(groups)
+    if count < 2:
         return Estimate(value=value, low=None, high=None)
     from scipy.stats import t
 
-    without = np.array([statistic([*parts[:i], *parts[i + 1 :]]) for i in range(len(parts))])
-    if not np.isfinite(without).all():
+    left_out = np.array([statistic([*groups[:i], *groups[i + 1 :]]) for i in range(count)])
+    if not np.isfinite(left_out).all():
         return Estimate(value=value, low=None, high=None)
-    count = len(parts)
-    variance = (count - 1) / count * float(np.square(without - without.mean()).sum())
-    reach = float(t.ppf(0.975, count - 1)) * (variance * (1 - sampled)) ** 0.5
-    return Estimate(value=value, low=value - reach, high=value + reach)
+    variance = (count - 1) / count * float(np.square(left_out - left_out.mean()).sum())
+    half_width = float(t.ppf(0.975, count - 1)) * (variance * (1 - sampled)) ** 0.5
+    return Estimate(value=value, low=value - half_width, high=value + half_width)
 
 
 def proportion(hits: int, count: int) -> Estimate:

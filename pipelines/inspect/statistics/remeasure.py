@@ -1,4 +1,4 @@
-"""The codec's error measured afresh: the teacher runs again on some samples, and its features meet the decoded ones."""
+"""The codec's error remeasured: the teacher runs on some samples, and its features are compared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,23 +23,26 @@ from pipelines.inspect.statistics.jackknife import Estimate, jackknife
 from pipelines.terminal.progress import track
 
 MOST_ROWS = 64
+MOST_WORST = 10
+"""Samples with the largest errors that the JSON lists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Afresh:
-    """What the teacher says of R rows now, beside what is cached of them."""
+class Remeasured:
+    """The teacher's features of R rows, computed again, and their distance from the cached ones."""
 
     rows: Rows
     keys: list[str]
     errors: dict[str, NDArray[np.float64]]
-    """By array: (R,) squared error of the decoded map over the original's square about the channel means, whitened."""
+    """By array, (R,): squared error of the decoded map over the energy of the original map about
+    the channel means; both whitened."""
     error: dict[str, Estimate | None]
-    """By array: the same over all of them together."""
+    """By array: the same ratio over all R rows together."""
     originals: dict[str, NDArray[np.float16]]
-    """By array: (R, C, H, W), whitened, of the first view."""
+    """By array, (R, C, H, W): the teacher's whitened features of the first view."""
 
     def worst(self) -> list[int]:
-        """Return places by falling error, the mean over arrays."""
+        """Return indices into `rows`, the largest mean error over arrays first."""
         order: list[int] = np.argsort(
             -np.mean(list(self.errors.values()), 0), kind="stable"
         ).tolist()
@@ -50,26 +53,26 @@ class Afresh:
         return {
             "num_rows": len(self.rows),
             "codec_error": {
-                n: found.to_json() if found else None for n, found in self.error.items()
+                name: estimate.to_json() if estimate else None
+                for name, estimate in self.error.items()
             },
             "worst": [
                 {
-                    "key": self.keys[place],
-                    "codec_error": {name: float(e[place]) for name, e in self.errors.items()},
+                    "key": self.keys[index],
+                    "codec_error": {name: float(e[index]) for name, e in self.errors.items()},
                 }
-                for place in self.worst()[:10]
+                for index in self.worst()[:MOST_WORST]
             ],
         }
 
 
-def measure_afresh(root: Path, options: InspectOptions) -> Afresh:
-    """Run a cache's teacher on up to 64 of the samples that statistics are taken of.
+def remeasure(root: Path, where: str, options: InspectOptions) -> Remeasured:
+    """Run a cache's teacher, from `where`, on up to 64 of the samples of the statistics.
 
-    Raises TeacherError where `options.teacher` is another one, and ConfigError where neither cache nor `options.images`
-    has the images.
+    Raises CacheDamagedError if none of them can be read, TeacherError if `where` is a different
+    teacher, and ConfigError if neither the cache nor `options.images` has the images.
     """
     cache = Cache(root, options.images, allow="damage")
-    assert options.teacher is not None, "asked where one is given"
     manifest = cache.reader.manifest
     rows = chosen_rows(cache, options)[:MOST_ROWS]
     decoded = {}
@@ -78,38 +81,42 @@ def measure_afresh(root: Path, options: InspectOptions) -> Afresh:
         rows = decoded[name].rows
     if not len(rows):
         raise CacheDamagedError(
-            f"{root}: none of the samples that the teacher would run on can be read; {AGAIN}"
+            f"{root}: none of the samples for the teacher can be read at every tap; {AGAIN}"
         )
     device = str(resolve_compute(options.device, manifest.recipe["teacher"]["precision"]).device)
-    teacher = cache_teacher(root, manifest, options.teacher, device)
-    step = teacher.spec.batch_size
+    teacher = cache_teacher(root, manifest, where, device)
     originals = dict[str, list[Tensor]]()
+    step = teacher.spec.batch_size
     with cpu_threads(manifest.recipe.get("threads")), track("teacher", len(rows)) as progress:
         for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            for name, maps_BCHW in _teacher_features(cache, teacher, part).items():
+            batch = rows[start : start + step]
+            for name, maps_BCHW in _teacher_features(cache, teacher, batch).items():
                 originals.setdefault(name, []).append(maps_BCHW)
-            progress.advance(len(part))
+            progress.advance(len(batch))
     errors = {}
     error = {}
     kept = {}
-    for name, parts in originals.items():
-        whole = torch.cat(parts)
-        # Rows that another array lacks are left out of all; the order is that of `rows` everywhere.
-        found = decoded[name].whitened_RVCHW[np.isin(decoded[name].rows, rows), 0]
-        mean = torch.from_numpy(cache.fit[name].mean).double()[:, None, None]
-        squares = (found - whole).double().square().sum((1, 2, 3)).numpy()
-        energies = (whole.double() - mean).square().sum((1, 2, 3)).numpy()
-        errors[name] = squares / np.maximum(energies, 1e-12)
-        pairs = list(zip(squares.tolist(), energies.tolist(), strict=True))
-        error[name] = jackknife(pairs, _ratio, len(rows) / len(cache.reader.usable_rows))
-        kept[name] = whole.half().numpy()
+    sampled = len(rows) / len(cache.reader.usable_rows)
+    for name, batches in originals.items():
+        original_RCHW = torch.cat(batches)
+        # Rows that another array lacks are dropped from all; every array keeps the order of `rows`.
+        decoded_RCHW = decoded[name].whitened_RVCHW[np.isin(decoded[name].rows, rows), 0]
+        mean_C11 = torch.from_numpy(cache.fit[name].mean).double()[:, None, None]
+        squared_R = (decoded_RCHW - original_RCHW).double().square().sum((1, 2, 3)).numpy()
+        energy_R = (original_RCHW.double() - mean_C11).square().sum((1, 2, 3)).numpy()
+        errors[name] = squared_R / np.maximum(energy_R, 1e-12)
+        pairs = list(zip(squared_R.tolist(), energy_R.tolist(), strict=True))
+        error[name] = jackknife(pairs, _ratio, sampled)
+        kept[name] = original_RCHW.half().numpy()
     keys = [cache.samples["key"][int(row)].as_py() for row in rows]
-    return Afresh(rows=rows, keys=keys, errors=errors, error=error, originals=kept)
+    return Remeasured(rows=rows, keys=keys, errors=errors, error=error, originals=kept)
 
 
 def _teacher_features(cache: Cache, teacher: Teacher, rows: Rows) -> dict[str, Tensor]:
-    """Return whitened features (B, C, H, W) of the first view by array: of draw 0, or the mean that is cached."""
+    """Return the first view's whitened features by array, fp32 (B, C, H, W).
+
+    They are those of draw 0, or the mean over the draws if the cache stores the mean.
+    """
     recipe = cache.reader.manifest.recipe
     draws = range(recipe["draws"] if recipe["average"] else 1)
     labels = cache.samples["label"]
@@ -124,13 +131,13 @@ def _teacher_features(cache: Cache, teacher: Teacher, rows: Rows) -> dict[str, T
         )
         for pixels, row in zip(cache.images(rows), rows, strict=True)
     ]
-    found = list(teacher.features(teacher.batch(inputs)))
+    by_draw = list(teacher.features(teacher.batch(inputs)))
     return {
-        name: torch.stack([whiten(raw[name])[0].cpu() for raw in found]).mean(0)
-        for name in found[0]
+        name: torch.stack([whiten(raw[name])[0].cpu() for raw in by_draw]).mean(0)
+        for name in by_draw[0]
     }
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
-    errors, energies = np.sum(np.array(pairs), 0)
-    return float(errors / energies) if energies > 0 else float("nan")
+    squared, energy = np.sum(np.array(pairs), 0)
+    return float(squared / energy) if energy > 0 else float("nan")

@@ -1,4 +1,4 @@
-"""What pooled features say: how alike taps are, and which of them carries the labels."""
+"""Similarity of taps (CKA) and k-NN accuracy per tap, both from pooled features."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,47 +17,48 @@ FOLDS = 5
 NEIGHBOURS = 20
 LEAST_LABELLED = 20
 LEAST_BATCH = 4
-"""Rows that the unbiased estimate of HSIC needs."""
+"""Rows that the unbiased estimator of HSIC needs."""
 
 Pooled = NDArray[np.float32]
 
 
 def similarities(groups: Mapping[str, Sequence[Group]], sampled: float) -> Json:
-    """Return linear CKA of pooled features between every two arrays: `names`, `value` and `half_width` as matrices.
+    """Return linear CKA of pooled features between every two arrays.
 
-    A group of samples is a minibatch; rows that one of the arrays lacks are left out of all.
+    `value` and `half_width` are matrices in the order of `names`; an entry is None if it cannot be
+    computed. A group of samples is a minibatch; rows that one array lacks are dropped from all.
     """
     names = list(groups)
     batches = _common(groups)
     value = [[1.0 if a == b else None for b in names] for a in names]
-    half: list[list[float | None]] = [[0.0 if a == b else None for b in names] for a in names]
+    half_width: list[list[float | None]] = [[0.0 if a == b else None for b in names] for a in names]
     own = {name: [hsic(x, x) for x in batches[name]] for name in names}
     for i, a in enumerate(names):
         for j in range(i):
             b = names[j]
-            parts = [
+            minibatches = [
                 (hsic(x, y), xx, yy)
                 for x, y, xx, yy in zip(batches[a], batches[b], own[a], own[b], strict=True)
             ]
-            found = jackknife(parts, cka, sampled) if parts else None
-            if found is not None:
-                value[i][j] = value[j][i] = found.value
-                half[i][j] = half[j][i] = found.half_width
-    return {"names": names, "value": value, "half_width": half}
+            estimate = jackknife(minibatches, cka, sampled) if minibatches else None
+            if estimate is not None:
+                value[i][j] = value[j][i] = estimate.value
+                half_width[i][j] = half_width[j][i] = estimate.half_width
+    return {"names": names, "value": value, "half_width": half_width}
 
 
 def knn_accuracy(
     groups: Sequence[Group], labels: pa.ChunkedArray
 ) -> tuple[Estimate | None, float | None]:
-    """Return the share of samples whose label their nearest neighbours tell, and that of the most frequent label.
+    """Return k-NN accuracy in five folds, and the share of the most frequent label.
 
-    Pooled features of the first view, cosine, majority of 20, in five folds. None where there are no labels of two or
-    more classes, or too few samples.
+    The 20 nearest neighbours by cosine similarity of the first view's pooled features vote. Both
+    are None if there are fewer than 20 labelled samples or fewer than two classes.
     """
     rows = np.concatenate([group.pooled_rows for group in groups])
-    found = labels.take(pa.array(rows))
-    known = found.is_valid().to_numpy()
-    classes = found.filter(pa.array(known)).to_numpy().astype(np.int64)
+    labels_R = labels.take(pa.array(rows))
+    known = labels_R.is_valid().to_numpy()
+    classes = labels_R.filter(pa.array(known)).to_numpy().astype(np.int64)
     if len(classes) < LEAST_LABELLED or len(np.unique(classes)) < 2:
         return None, None
     pooled = np.concatenate([group.pooled_RC for group in groups if len(group.pooled_rows)])[known]
@@ -67,13 +68,16 @@ def knn_accuracy(
         train = fold != number
         test = fold == number
         k = min(NEIGHBOURS, int(train.sum()))
-        told = knn_predict(pooled[train], classes[train], pooled[test], k, torch.device("cpu"))
-        hits += int((told == classes[test]).sum())
+        predicted = knn_predict(pooled[train], classes[train], pooled[test], k, torch.device("cpu"))
+        hits += int((predicted == classes[test]).sum())
     return proportion(hits, len(classes)), float(np.bincount(classes).max() / len(classes))
 
 
 def _common(groups: Mapping[str, Sequence[Group]]) -> dict[str, list[NDArray[np.float64]]]:
-    """Return pooled features by array, group by group, of the rows that every array has; too small groups are left."""
+    """Return pooled features by array and group, of the rows that every array has.
+
+    Groups of fewer than `LEAST_BATCH` common rows are dropped.
+    """
     batches: dict[str, list[NDArray[np.float64]]] = {name: [] for name in groups}
     for aligned in zip(*groups.values(), strict=True):
         rows = aligned[0].pooled_rows

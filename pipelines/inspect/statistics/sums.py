@@ -1,30 +1,33 @@
-"""Sums over one group of samples of one tap: everything that statistics follow from, decoded once, bounded in memory.
+"""Sums over a group of samples of one tap. Statistics follow from them, so each map is decoded once.
 
-R rows, V views, C channels, H rows, W columns, N coefficients.
+Shape suffixes: R rows, V views, C channels, H rows of a map, W columns, N coefficients, B maps, M
+positions of all maps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import dask.array as da
 import numpy as np
 import torch
+from dask.delayed import delayed
 from numpy.typing import NDArray
 
 from dtcache.cache.cache import Cache
 from dtcache.codec.pca_dct import dct_matrix
-from pipelines.inspect.statistics.decode import Decoded, Rows, in_parts, opened
+from pipelines.inspect.statistics.decode import Decoded, Rows, in_parts
 
 EDGES = np.linspace(-6.0, 6.0, 97)
-"""Of the histogram of whitened values; what lies beyond counts in the outermost bins."""
+"""Edges of the histogram of whitened values; values beyond them count in the outermost bins."""
 POOLED_ROWS = 500
-"""Rows of a group whose pooled features are kept, for CKA and k-NN."""
+"""Rows per group whose pooled features are kept for CKA and k-NN."""
 
 Float = NDArray[np.float64]
 
 
 @dataclass(kw_only=True, slots=True)
 class GroupSums:
-    """Additive: the sums of two groups are those of both together."""
+    """Additive sums: those of two groups add up to the sums of their union."""
 
     rows: int
     maps: int
@@ -34,59 +37,61 @@ class GroupSums:
     whitened_C: Float
     """Sum of whitened values over rows, views and positions."""
     products_CC: Float
-    """Sum of their outer products."""
+    """Sum of the outer products of whitened values at each position."""
     raw: float
-    """Sum in the teacher's own scale."""
+    """Sum of the raw values, in the teacher's scale."""
     raw_square: float
     histogram: NDArray[np.int64]
     rings: Float
-    """(max(H, W),): sum of squared DCT coefficients about the codec's mean, by ring of spatial frequency."""
+    """(max(H, W),): squared DCT coefficients about the codec's mean, summed by ring of frequency."""
     coded: int
     saturated: int
     """Coded values at the limit of their type."""
     escaped: int
-    """Coded values outside of their class's table."""
+    """Coded values outside their variance class's symbol table."""
     between_draws: Float
-    """(2,): squared deviations of draws from their row's mean, over draws - 1; and squares about the channel means."""
+    """(2,): squared deviations of draws from their mean per row, scaled to the noise in all maps; and
+    the sum of squared whitened values. Zeros if there is one draw."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Group:
-    """One group of rows: its sums, what is needed a row, and what could not be read."""
+    """One group of rows: its sums, its pooled features, and what could not be read."""
 
     sums: GroupSums
     pooled_rows: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
     pooled_RC: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     """Spatial means of the first view, whitened."""
     damaged: dict[str, str] = field(default_factory=dict)
+    """By sample key: why a row was left out."""
 
 
-def add(some: list[GroupSums]) -> GroupSums:
-    """Return the sums of all groups together."""
-    return GroupSums(**{f.name: sum(getattr(s, f.name) for s in some) for f in fields(GroupSums)})
+def add(groups: Sequence[GroupSums]) -> GroupSums:
+    """Return the sums over all groups."""
+    return GroupSums(**{f.name: sum(getattr(g, f.name) for g in groups) for f in fields(GroupSums)})
 
 
-def group_sums(cache: Cache, name: str, groups: list[Rows], identity: str) -> list[Group]:
-    """Return the sums of each group of rows of an array, groups in parallel, as Dask is set up."""
-    root = str(cache.reader.root.resolve())
-    opened(root, identity)  # once, before threads would open it each
-    numbers = da.from_array(np.concatenate(groups), chunks=(tuple(map(len, groups)),))
-    found = numbers.map_blocks(
+def group_sums(cache: Cache, name: str, row_groups: Sequence[Rows]) -> list[Group]:
+    """Return the sums of each group of rows of an array, computed by the configured Dask scheduler."""
+    row_numbers = da.from_array(
+        np.concatenate(row_groups), chunks=(tuple(len(rows) for rows in row_groups),)
+    )
+    groups = row_numbers.map_blocks(
         _block,
-        root=root,
-        identity=identity,
+        # A task of its own: each process opens the cache once, not once per block.
+        cache=delayed(cache, traverse=False),
         tap=name,
         dtype=object,
-        chunks=((1,) * len(groups),),
+        chunks=((1,) * len(row_groups),),
         meta=np.empty(0, object),
     )
-    return list(found.compute())
+    return list(groups.compute())
 
 
-def _block(numbers: Rows, root: str, identity: str, tap: str) -> NDArray[np.object_]:
-    out = np.empty(1, object)
-    out[0] = group_of(opened(root, identity), tap, numbers)
-    return out
+def _block(row_numbers: Rows, cache: Cache, tap: str) -> NDArray[np.object_]:
+    block = np.empty(1, object)
+    block[0] = group_of(cache, tap, row_numbers)
+    return block
 
 
 def group_of(cache: Cache, name: str, rows: Rows) -> Group:
@@ -99,7 +104,7 @@ def group_of(cache: Cache, name: str, rows: Rows) -> Group:
         if not len(part.rows):
             continue
         group.sums = add([group.sums, _part_sums(cache, name, part)])
-        room = POOLED_ROWS - sum(map(len, kept))
+        room = POOLED_ROWS - sum(len(rows) for rows in kept)
         kept.append(part.rows[:room])
         pooled.append(part.whitened_RVCHW[:room, 0].mean((2, 3)).numpy())
     if kept:
@@ -129,7 +134,10 @@ def empty(cache: Cache, name: str) -> GroupSums:
 
 
 def rings_of(height: int, width: int) -> NDArray[np.int64]:
-    """Return (H, W): the ring of each DCT coefficient, 0 for the mean, by the larger share of the Nyquist frequency."""
+    """Return (H, W): the ring of each DCT coefficient, 0 for the mean.
+
+    A coefficient's ring is the larger of its vertical and horizontal shares of the Nyquist frequency.
+    """
     rings = max(height, width)
     y = np.arange(height)[:, None] * rings / height
     x = np.arange(width)[None] * rings / width
@@ -180,7 +188,7 @@ def _part_sums(cache: Cache, name: str, part: Decoded) -> GroupSums:
 
 
 def _between_draws(cache: Cache, part: Decoded) -> Float:
-    """Return what draws differ by, and squares about the channel means; zeros where there is one draw."""
+    """Return the noise between draws and the sum of squares, zeros if there is one draw."""
     manifest = cache.reader.manifest
     flips = 2 if manifest.recipe["flips"] else 1
     draws = manifest.num_views // flips
@@ -188,7 +196,7 @@ def _between_draws(cache: Cache, part: Decoded) -> Float:
         return np.zeros(2)
     by_draw = part.whitened_RVCHW.unflatten(1, (draws, flips)).double()
     noise = float((by_draw - by_draw.mean(1, keepdim=True)).square().sum()) / (draws - 1)
-    # A map's variance about its row's mean is noise once a map; all maps together are draws x rows x flips of them.
+    # `noise` sums one variance per row and flip; there are `draws` maps for each of them.
     return np.array([noise * draws, float(by_draw.square().sum())])
 
 
