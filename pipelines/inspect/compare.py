@@ -1,4 +1,4 @@
-"""Caches or runs side by side: what differs in how they were made, and in what came of it."""
+"""Caches or runs side by side: the recipe or options that differ, and the results that differ."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,44 +8,54 @@ from rich.markup import escape
 from rich.table import Table
 
 from dtcache.recipe import Json
-from pipelines.inspect.run_report import flat
 from pipelines.terminal.text import byte_size
 
-SHARED_TEXT = "nothing differs"
 DIGITS = 4
 
 
 def differences(reports: Sequence[Json]) -> dict[str, list[object]]:
-    """Return every field that differs by dotted path, a value a report, None where one lacks it."""
-    # By tap alone where each cache has one timestep, so that T = 50 stands beside T = 250.
-    several = any(len(report["timesteps"]) > 1 for report in reports if report["kind"] == "cache")
-    leaves = [flat(_comparable(report, several)) for report in reports]
-    names = list(dict.fromkeys(name for found in leaves for name in found))
-    values = {name: [found.get(name) for found in leaves] for name in names}
+    """Return every field that differs, by dotted path: one value per report, None if it has none."""
+    # If each cache has one timestep, taps are matched by name alone: T = 50 against T = 250.
+    by_timestep = any(
+        len(report["timesteps"]) > 1 for report in reports if report["kind"] == "cache"
+    )
+    fields = [_flat(_comparable(report, by_timestep)) for report in reports]
+    names = list(dict.fromkeys(name for leaves in fields for name in leaves))
+    by_name = {name: [leaves.get(name) for leaves in fields] for name in names}
     return {
-        name: found for name, found in values.items() if any(value != found[0] for value in found)
+        name: values
+        for name, values in by_name.items()
+        if any(value != values[0] for value in values)
     }
 
 
 def render_differences(roots: Sequence[Path], reports: Sequence[Json]) -> RenderableType:
-    """Return narrow tables: how they were made, then what came of it."""
-    found = differences(reports)
-    made = {
-        name: values for name, values in found.items() if name.startswith(("recipe.", "options."))
-    }
+    """Return two narrow tables: the recipe or options that differ, and the results that differ."""
+    causes = {}
+    results = {}
+    for name, values in differences(reports).items():
+        is_cause = name.startswith(("recipe.", "options."))
+        (causes if is_cause else results)[name] = values
     titles = short_paths(roots)
     return Group(
-        _table("how they were made", titles, made),
-        _table(
-            "what came of it",
-            titles,
-            {name: values for name, values in found.items() if name not in made},
-        ),
+        _table("recipe and options", titles, causes),
+        _table("content and results", titles, results),
     )
 
 
-def _comparable(report: Json, several: bool) -> Json:
-    """Return what of a report says something beside another's: taps by name, no lists, no hashes of files."""
+def _flat(value: Json, prefix: str = "") -> dict[str, object]:
+    """Return a nested object's leaves by dotted path."""
+    leaves: dict[str, object] = {}
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            leaves |= _flat(inner, f"{prefix}{name}.")
+        else:
+            leaves[f"{prefix}{name}"] = inner
+    return leaves
+
+
+def _comparable(report: Json, by_timestep: bool) -> Json:
+    """Return the fields of a report to compare: taps by name, without lists and hashes of files."""
     if report["kind"] == "run":
         results = report["results"] or {}
         return {
@@ -86,23 +96,26 @@ def _comparable(report: Json, several: bool) -> Json:
     }
     taps: Json = {}
     for tap in report["taps"]:
-        name = f"t{tap['timestep']}/{tap['name']}" if several else tap["name"]
+        name = f"t{tap['timestep']}/{tap['name']}" if by_timestep else tap["name"]
         taps[name] = {measure: tap[measure] for measure in measures}
     for tap in report.get("statistics", {}).get("taps", []):
-        name = f"t{tap['timestep']}/{tap['name']}" if several else tap["name"]
-        # What extraction recorded is there already.
+        name = f"t{tap['timestep']}/{tap['name']}" if by_timestep else tap["name"]
+        # The values that extraction recorded are among `measures` already.
         recorded = {"codec_error", *(["noise_share"] if tap["noise_share_from"] == "fit" else [])}
         estimates = {
             key: value for key, value in tap.items() if isinstance(value, dict) and "value" in value
         }
-        found = {key: value["value"] for key, value in estimates.items() if key not in recorded}
-        taps[name] = taps[name] | {f"stats.{key}": value for key, value in found.items()}
+        taps[name] |= {
+            f"stats.{key}": estimate["value"]
+            for key, estimate in estimates.items()
+            if key not in recorded
+        }
     return {"recipe": recipe, **{name: report[name] for name in kept}, "taps": taps}
 
 
 def _table(title: str, titles: Sequence[str], rows: dict[str, list[object]]) -> RenderableType:
     if not rows:
-        return f"{title}: {SHARED_TEXT}"
+        return f"{title}: nothing differs"
     table = Table(title=title, title_justify="left")
     table.add_column("", overflow="fold")
     for name in titles:
@@ -114,7 +127,7 @@ def _table(title: str, titles: Sequence[str], rows: dict[str, list[object]]) -> 
 
 
 def text_of(name: str, value: object) -> str:
-    """Return a field's value for people."""
+    """Return the value of a field as readable text."""
     if value is None:
         return "-"
     if (
@@ -132,9 +145,9 @@ def text_of(name: str, value: object) -> str:
 
 
 def short_paths(roots: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of paths that tell them apart."""
-    for parts in range(1, 1 + max(len(root.parts) for root in roots)):
-        names = ["/".join(root.parts[-parts:]) for root in roots]
+    """Return the shortest ends of the paths that are different from each other."""
+    for count in range(1, 1 + max(len(root.parts) for root in roots)):
+        names = ["/".join(root.parts[-count:]) for root in roots]
         if len(set(names)) == len(set(roots)):
             break
     return names

@@ -1,4 +1,4 @@
-"""What `dtcache inspect` knows of a student's run: its options, its curves, its results. Reads JSON alone."""
+"""The report of a student's run: options, curves and results, from its JSON files alone."""
 
 import json
 from pathlib import Path
@@ -17,22 +17,22 @@ HELD_OUT_AVERAGE = "held_out_ema/"
 
 
 def is_run(path: Path) -> bool:
-    """Return whether a folder is that of a student's run."""
+    """Return whether a folder is the folder of a run."""
     return (path / RUN).is_file()
 
 
 def inspect_run(root: Path) -> Json:
     """Describe a student's run, finished or not.
 
-    Returns JSON values: `options` with the fingerprint of the cache, `weights`, `results` of these weights (None until
-    it is finished), `curves`: by name, such as `held_out/mse/t50/stride8`, steps and values; with an average there are
-    `held_out_ema/...` of it beside those of the last weights. Raises CacheDamagedError where a file is not as
-    `dtcache train` writes it, ConfigError where the run is of another command.
+    Returns JSON values. `results` are those of the exported weights, and None until the run is
+    finished. `curves` has steps and values by name, such as `held_out/mse/t50/stride8`; the curves
+    of averaged weights are `held_out_ema/...`. Raises CacheDamagedError if a file is not one that
+    `dtcache train` writes, and ConfigError if the run is one of another command.
     """
     options = _read_object(root / RUN)
     if "student" not in options:
         raise ConfigError(
-            f"{root / RUN}: not the options of dtcache train; give the folder of a student's run"
+            f"{root / RUN}: not the options of dtcache train; pass the folder of a student's run"
         )
     finished = (root / SUMMARY).is_file()
     results = _read_object(root / SUMMARY) if finished else None
@@ -57,21 +57,10 @@ def inspect_run(root: Path) -> Json:
 
 
 def held_out_curve(report: Json, name: str) -> Json | None:
-    """Return a held-out curve, such as `mse/t50/stride8`, of the weights that a run exports; None where it has none."""
-    title = HELD_OUT_AVERAGE if report["weights"] == "average" else HELD_OUT
-    found: Json | None = report["curves"].get(title + name)
-    return found
-
-
-def flat(value: Json, prefix: str = "") -> dict[str, object]:
-    """Return a nested object's leaves by dotted path."""
-    leaves: dict[str, object] = {}
-    for name, inner in value.items():
-        if isinstance(inner, dict):
-            leaves |= flat(inner, f"{prefix}{name}.")
-        else:
-            leaves[f"{prefix}{name}"] = inner
-    return leaves
+    """Return a held-out curve, such as `mse/t50/stride8`, of the exported weights, or None."""
+    prefix = HELD_OUT_AVERAGE if report["weights"] == "average" else HELD_OUT
+    curve: Json | None = report["curves"].get(prefix + name)
+    return curve
 
 
 def _read_object(path: Path) -> Json:
@@ -84,7 +73,7 @@ def _read_object(path: Path) -> Json:
 
 
 def _curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Return steps and values of every number in the metrics; a line that a kill cut short ends them."""
+    """Return steps and values of every number in the metrics, up to a line that a kill cut short."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
     if not path.is_file():
         return curves

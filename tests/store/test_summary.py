@@ -1,4 +1,4 @@
-"""What inspect knows without reading features: parts, states, races with a writer, and how little it reads."""
+"""Inspect without reading features: parts, states, races with a writer, and how little it reads."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def bytes_read() -> int:
 
 
 def test_parts_add_up_to_the_files(tiny_cache: Path) -> None:
-    """Bytes by part and by tap are those of the files that they name, and nothing is counted twice."""
+    """Bytes by part and by tap are those of the files that they name; no byte is counted twice."""
     report = inspect_cache(tiny_cache)
     sizes = {
         p.relative_to(tiny_cache).as_posix(): p.stat().st_size
@@ -54,19 +54,19 @@ def test_parts_add_up_to_the_files(tiny_cache: Path) -> None:
     not Path("/proc/self/io").exists(), reason="the kernel counts no bytes read here"
 )
 def test_only_manifest_and_index_are_read(tiny_copy: Path) -> None:
-    """However large the shards are, the kernel counts no more bytes read than manifest and indices have."""
-    inspect_cache(tiny_copy)  # whatever is imported on the way
+    """However large the shards are, no more bytes are read than manifest and indices have."""
+    inspect_cache(tiny_copy)  # imports what it needs
     index = sum((tiny_copy / name).stat().st_size for name in (MANIFEST, SAMPLES, SHARDS))
     for path in (tiny_copy / "data.zarr").rglob("c.*"):
         os.truncate(path, path.stat().st_size + (1 << 26))
     before = bytes_read()
     inspect_cache(tiny_copy)
-    # Reading the counter itself, and Parquet's footers, which are met twice.
+    # The rest is the counter itself, and Parquet footers, which are read twice.
     assert bytes_read() - before < 2 * index + 4096
 
 
 def test_a_cache_is_inspected_while_it_is_written(tmp_path: Path) -> None:
-    """After each commit the report counts what is there; it says unfinished, and nothing in the folder changes."""
+    """After each commit the report counts the rows so far, as unfinished; no file changes."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     writer = begin(root, plan)
@@ -85,7 +85,7 @@ def test_a_cache_is_inspected_while_it_is_written(tmp_path: Path) -> None:
 
 
 def test_a_seal_in_between_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the cache is sealed after its manifest was read, its commit records are gone: it is looked at again."""
+    """If the cache is sealed after its manifest was read, the commit records are gone: read again."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     writer = begin(root, plan)
@@ -100,10 +100,10 @@ def test_a_seal_in_between_is_no_damage(tmp_path: Path, monkeypatch: pytest.Monk
     assert inspect_cache(root)["state"] == "complete"
 
 
-def test_records_that_are_gone_already_are_no_loss(
+def test_records_that_a_seal_deleted_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a seal has taken some records away before they are listed, what is left is not taken for all there is."""
+    """If a seal deletes records before they are listed, the rest is not taken for all records."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     writer = begin(root, plan)
@@ -119,10 +119,10 @@ def test_records_that_are_gone_already_are_no_loss(
     assert inspect_cache(root)["num_done"] == 9
 
 
-def test_files_that_go_meanwhile_are_passed_over(
+def test_files_that_vanish_meanwhile_are_skipped(
     tiny_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A temporary file that is renamed between listing and looking ends in no traceback."""
+    """A temporary file that is renamed between listing and stat causes no traceback."""
     (tiny_copy / ".tmp-shard").write_bytes(b"x")
     stat = Path.stat
 
@@ -140,7 +140,7 @@ def test_files_that_go_meanwhile_are_passed_over(
 
 
 def test_damaged_shards_are_named(tiny_copy: Path) -> None:
-    """A shard that is short or gone makes the cache damaged; both are named, with what is there instead."""
+    """A shard that is short or missing makes the cache damaged; both are named, with the reason."""
     short, gone = (tiny_copy / f"data.zarr/{name}/c.1.0.0" for name in (FINE, COARSE))
     os.truncate(short, 7)
     gone.unlink()
@@ -156,7 +156,7 @@ def test_damaged_shards_are_named(tiny_copy: Path) -> None:
 
 
 def test_a_newer_format_is_refused(tiny_copy: Path) -> None:
-    """A manifest of a later version says which one this dtcache reads."""
+    """For a manifest of a later version, the message says which version is supported."""
     (tiny_copy / MANIFEST).write_text('{"format":2}')
     with pytest.raises(
         CacheFormatError, match="expected format 1, got 2; install the dtcache that wrote it"
@@ -166,7 +166,7 @@ def test_a_newer_format_is_refused(tiny_copy: Path) -> None:
 
 
 def test_the_terminal_is_narrow_safe(tiny_cache: Path) -> None:
-    """In 60 columns every number is whole; in 40 no line is longer, and nothing is hidden behind an ellipsis."""
+    """At 60 columns every number is whole; at 40 no line is longer, and no ellipsis hides text."""
     report = inspect_cache(tiny_cache)
     wide = inspect(tiny_cache, COLUMNS="60").output
     for tap in report["taps"]:
@@ -180,7 +180,7 @@ def test_the_terminal_is_narrow_safe(tiny_cache: Path) -> None:
 
 
 def test_the_schema_is_documented(tiny_cache: Path) -> None:
-    """docs/inspect.md lists exactly the fields that --json prints of a cache, and names their version."""
+    """docs/inspect.md lists exactly the fields that --json prints of a cache, and their version."""
     report = json.loads(inspect(tiny_cache, "--json").stdout)
     assert f"Schema {SCHEMA}" in DOCS.read_text()
     found = [name for name in report if name != "statistics"] + [
@@ -193,7 +193,7 @@ def test_the_schema_is_documented(tiny_cache: Path) -> None:
 
 
 def fields(value: object, prefix: str = "") -> set[str]:
-    """Return the dotted paths of an object's fields, down to estimates, and of the objects in its lists."""
+    """Return the dotted paths of an object's fields and of its lists' objects, down to estimates."""
     found = set()
     for name, inner in value.items() if isinstance(value, dict) else ():
         found.add(f"{prefix}{name}")
@@ -205,11 +205,11 @@ def fields(value: object, prefix: str = "") -> set[str]:
 
 
 def test_the_schema_of_statistics_is_documented(tiny_cache: Path) -> None:
-    """Beside what a teacher adds, docs/inspect.md lists exactly the fields of statistics, and explains each of them."""
+    """docs/inspect.md lists exactly the fields of statistics without a teacher, and explains each."""
     statistics = json.loads(inspect(tiny_cache, "--stats", "--json").stdout)["statistics"]
     found = {name for name in documented("statistics") if not name.startswith("afresh")}
     assert found == fields(statistics)
-    assert f"of a schema of their own, {statistics['schema']}." in DOCS.read_text()
+    assert f"Schema {statistics['schema']} of the statistics" in DOCS.read_text()
     text = DOCS.read_text().partition("\n## Statistics\n")[2].partition("\n## ")[0]
     explained = set(re.findall(r"\*\*([A-Za-z -]+)\*\*", text))
     for tap in statistics["taps"]:
@@ -220,11 +220,11 @@ def test_the_schema_of_statistics_is_documented(tiny_cache: Path) -> None:
 
 
 def test_statistics_are_narrow_safe(tiny_cache: Path) -> None:
-    """In 60 columns every number of the statistics is whole, and so are the names of what differs between caches."""
-    statistics = json.loads(inspect(tiny_cache, "--stats", "--samples", 6, "--json").stdout)[
+    """At 60 columns every number of the statistics is whole."""
+    statistics = json.loads(inspect(tiny_cache, "--stats", "--num-samples", 6, "--json").stdout)[
         "statistics"
     ]
-    output = inspect(tiny_cache, "--stats", "--samples", 6, COLUMNS="60").output
+    output = inspect(tiny_cache, "--stats", "--num-samples", 6, COLUMNS="60").output
     assert "a sample of 6 of 9 samples" in output
     for tap in statistics["taps"]:
         for measure in ("mean", "std", "effective_rank", "escapes", "noise_share", "codec_error"):

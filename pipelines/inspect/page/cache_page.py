@@ -1,4 +1,4 @@
-"""The page of a cache: what was asked, what is there, what it looks like, what it is worth."""
+"""The page of a cache: bytes, statistics, charts, galleries, failures, recipe."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ from pipelines.inspect.page.charts import (
 from pipelines.inspect.page.gallery import galleries
 from pipelines.inspect.page.render import write_page
 from pipelines.inspect.statistics.compute import chosen_rows
-from pipelines.inspect.statistics.remeasure import Afresh
+from pipelines.inspect.statistics.remeasure import Remeasured
 from pipelines.inspect.tables import interval, number
 from pipelines.terminal.text import byte_size
 
@@ -41,25 +41,27 @@ ESTIMATES = (
     ("codec_error", "codec error", ""),
 )
 RECORDED = (
-    ("determined_error", "lost of what the image determines", "under 1/3"),
+    ("determined_error", "determined error", "under 1/3"),
     ("flip_error", "flip error", "under the noise share"),
     ("crop_error", "crop error", "under the noise share"),
 )
-"""Names in the report, titles, and what is good (docs/inspect.md)."""
+"""Fields of the report, their titles on the page, and good values (docs/inspect.md)."""
 
 
 def write_cache_page(
-    root: Path, report: Json, options: InspectOptions, afresh: Afresh | None
+    out: Path, root: Path, report: Json, options: InspectOptions, remeasured: Remeasured | None
 ) -> None:
-    """Write the page of a cache whose report has its statistics. Raises ConfigError and DiskError."""
-    assert options.report is not None, "asked where one is given"
+    """Write the page of a cache whose report has statistics to `out`.
+
+    Raises ConfigError if the page would be too large, and DiskError.
+    """
     cache = Cache(root, options.images, allow="damage")
     statistics = report["statistics"]
-    colours, segmented, worst = galleries(
-        cache, chosen_rows(cache, options), options.gallery, afresh
-    )
+    rows = chosen_rows(cache, options)
+    shown = galleries(cache, rows, options.gallery, remeasured)
+    condition = report["recipe"]["teacher"].get("condition", {})
     write_page(
-        options.report,
+        out,
         "cache.html.j2",
         {
             "title": root.resolve().name,
@@ -68,11 +70,9 @@ def write_cache_page(
             "names": [tap_name(tap["timestep"], tap["name"]) for tap in report["taps"]],
             "measures": _measures(report, statistics),
             "parts": _parts(report),
-            "colours": colours,
-            "segments": segmented,
-            "worst": worst,
-            "has_images": colours is None or any(row.photo is not None for row in colours.rows),
-            "told_labels": report["recipe"]["teacher"].get("condition", {}).get("kind") == "label",
+            "galleries": shown,
+            "has_images": shown.features is None or any(row.photo for row in shown.features.rows),
+            "sees_labels": condition.get("kind") == "label",
             "failures": _failures(cache),
             "most_failures": MOST_FAILURES,
             "recipe": json.dumps(report["recipe"], indent=1),
@@ -82,48 +82,50 @@ def write_cache_page(
 
 
 def _parts(report: Json) -> list[tuple[str, int, float, str]]:
-    """Return name, bytes, per cent and style of every part, features tap by tap."""
-    named = [
+    """Return name, bytes, percent of all bytes and style of every part; features by tap."""
+    parts = [
         (
             tap_name(tap["timestep"], tap["name"]),
             tap["bytes"] - tap["codec_bytes"],
-            f"c{place % COLOURS}",
+            f"c{number % COLOURS}",
         )
-        for place, tap in enumerate(report["taps"])
+        for number, tap in enumerate(report["taps"])
     ]
-    rest = ("codec", "images", "index", "other")
-    named += [(name, report["parts"][name], f"g{place}") for place, name in enumerate(rest)]
-    whole = max(1, report["bytes_on_disk"])
-    return [(name, size, 100 * size / whole, style) for name, size, style in named]
+    others = ("codec", "images", "index", "other")
+    parts += [(name, report["parts"][name], f"g{number}") for number, name in enumerate(others)]
+    total = max(1, report["bytes_on_disk"])
+    return [(name, size, 100 * size / total, style) for name, size, style in parts]
 
 
 def _measures(report: Json, statistics: Json) -> list[tuple[str, str, list[str]]]:
-    """Return the rows of the table of taps: a title, what a good value is, and a text a tap."""
+    """Return the rows of the table of taps: a title, what a good value is, and one text per tap."""
     taps = report["taps"]
-    found = statistics["taps"]
+    measured = statistics["taps"]
     rows = [
         ("shape", "", [f"{tap['channels']}x{tap['height']}x{tap['width']}" for tap in taps]),
         ("bytes", "", [byte_size(tap["bytes"]) for tap in taps]),
-        ("bits a value", "", [number(tap["bits_per_value"]) for tap in taps]),
+        ("bits per value", "", [number(tap["bits_per_value"]) for tap in taps]),
     ]
-    rows += [(title, good, [interval(tap[key]) for tap in found]) for key, title, good in ESTIMATES]
+    rows += [
+        (title, good, [interval(tap[key]) for tap in measured]) for key, title, good in ESTIMATES
+    ]
     if "afresh" in statistics:
-        again = statistics["afresh"]["codec_error"]
-        values = [interval(again[tap_name(tap["timestep"], tap["name"])]) for tap in taps]
-        rows.append(("codec error, afresh", "as recorded", values))
+        remeasured = statistics["afresh"]["codec_error"]
+        values = [interval(remeasured[tap_name(tap["timestep"], tap["name"])]) for tap in taps]
+        rows.append(("codec error, remeasured", "as recorded", values))
     rows += [(title, good, [number(tap[key]) for tap in taps]) for key, title, good in RECORDED]
     return rows
 
 
 def _failures(cache: Cache) -> list[tuple[str, str]]:
     """Return keys and reasons of the images that failed."""
-    # What is not equal to null is null, which the filter drops: those that did not fail.
+    # Comparing null gives null, so the filter also drops the images that did not fail.
     failed = cache.samples.filter(pc.not_equal(cache.samples["failure"], NOT_YET))
     return list(zip(failed["key"].to_pylist(), failed["failure"].to_pylist(), strict=True))
 
 
 def _charts(statistics: Json) -> dict[str, Any]:
-    """Return the charts of statistics, by the template's name for them."""
+    """Return the charts of the statistics by their name in the template."""
     taps = statistics["taps"]
     names = [tap_name(tap["timestep"], tap["name"]) for tap in taps]
     styles = [f"c{i % COLOURS}" for i in range(len(taps))]
@@ -139,7 +141,7 @@ def _charts(statistics: Json) -> dict[str, Any]:
         )
         for name, tap, style in zip(names, taps, styles, strict=True)
     ]
-    measured = [
+    knn = [
         (name, tap["knn_top1"]) for name, tap in zip(names, taps, strict=True) if tap["knn_top1"]
     ]
     charts: dict[str, Any] = {
@@ -161,10 +163,10 @@ def _charts(statistics: Json) -> dict[str, Any]:
         "rank": _bars(names, taps, "effective_rank", "Effective rank", "dimensions"),
         "error": _bars(names, taps, "codec_error", "Codec error", "share of variance"),
     }
-    if measured:
-        values = [(v["value"], v["low"], v["high"]) for _, v in measured]
+    if knn:
+        values = [(v["value"], v["low"], v["high"]) for _, v in knn]
         charts["knn"] = bar_chart(
-            [name for name, _ in measured],
+            [name for name, _ in knn],
             values,
             title="k-NN accuracy",
             y="share of samples",
@@ -183,26 +185,43 @@ def _bars(
 
 
 def _spectra(name: str, tap: Json, style: str) -> tuple[str, str] | None:
-    """Return the spectrum of one array by spatial frequency and by principal component, with the water line."""
-    found = tap["spectrum"]
-    if found is None:
+    """Return one array's spectrum by spatial frequency and by component, with the water lines."""
+    spectrum = tap["spectrum"]
+    if spectrum is None:
         return None
-    charts = []
-    for key, water, what, x, first in (
-        ("rings", "water_rings", "frequency", "half cycles of the longer side", 0),
-        ("components", "water_components", "component", "principal component", 1),
-    ):
-        places = [float(first + i) for i in range(len(found[key]))]
-        lines = [Series(name=name, x=places, y=found[key], style=style)]
-        if any(level is not None for level in found[water]):
-            lines.append(Series(name="water line", x=places, y=found[water], style="water"))
-        # What the codec dropped is zero but for rounding; it would stretch the axis over many decades.
-        top = max(found[key], default=0.0)
-        lines[0] = Series(
-            name=name, x=places, y=[v if v > 1e-5 * top else None for v in found[key]], style=style
-        )
-        title = f"{name}, by {what}"
-        charts.append(
-            line_chart(lines, title=title, x=x, y="whitened variance", log_y=True, log_x=first == 1)
-        )
-    return charts[0], charts[1]
+    frequencies = [float(ring) for ring in range(len(spectrum["rings"]))]
+    by_frequency = line_chart(
+        _spectrum_lines(name, frequencies, spectrum["rings"], spectrum["water_rings"], style),
+        title=f"{name}, by frequency",
+        x="half cycles of the longer side",
+        y="whitened variance",
+        log_y=True,
+    )
+    components = [float(1 + number) for number in range(len(spectrum["components"]))]
+    by_component = line_chart(
+        _spectrum_lines(
+            name, components, spectrum["components"], spectrum["water_components"], style
+        ),
+        title=f"{name}, by component",
+        x="principal component",
+        y="whitened variance",
+        log_x=True,
+        log_y=True,
+    )
+    return by_frequency, by_component
+
+
+def _spectrum_lines(
+    name: str,
+    x: Sequence[float],
+    variances: Sequence[float],
+    water: Sequence[float | None],
+    style: str,
+) -> list[Series]:
+    """Return the line of the variances and, if anything is coded, the codec's water line."""
+    # Coefficients that the codec dropped are zero but for rounding, and would stretch the axis.
+    least = 1e-5 * max(variances, default=0.0)
+    lines = [Series(name=name, x=x, y=[v if v > least else None for v in variances], style=style)]
+    if any(level is not None for level in water):
+        lines.append(Series(name="water line", x=x, y=water, style="water"))
+    return lines

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, in colours that the page's style sheet gives: they follow light and dark by themselves."""
+"""Charts as inline SVG. Colours come from the page's style sheet, in light and in dark mode."""
 
 import math
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ RIGHT = 10
 TOP = 24
 BOTTOM = 34
 BAR_BOTTOM = 66
-"""Room for names under bars."""
+"""Height of the area for the names under bars."""
 MOST_SCALE = 1.4
-"""A chart is never drawn larger than this many times its units, so that its text stays near the page's."""
+"""Largest scale of a chart on the page, so that its text is about as large as the page's."""
 STRONG = 0.68
-"""Share of a cell's colour from which its number is written in the colour of the paper: the two contrast alike."""
+"""Opacity of a cell above which its number has the colour of the paper, for contrast."""
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 COLOURS = 8
 """Series colours of the style sheet: c0 to c7."""
@@ -38,7 +38,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
-    """Where values lie between two pixels."""
+    """A linear or logarithmic scale from values to pixels."""
 
     low: float
     high: float
@@ -46,8 +46,8 @@ class Axis:
     end: float
     log: bool
 
-    def place(self, value: float) -> float:
-        """Return a value's pixel."""
+    def pixel(self, value: float) -> float:
+        """Return the pixel of a value."""
         low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
@@ -58,9 +58,9 @@ class Axis:
         first = math.ceil(math.log10(self.low) - 1e-9)
         last = math.floor(math.log10(self.high) + 1e-9)
         if last - first < 1:
-            few = [f * 10.0**power for power in range(first - 1, last + 1) for f in (1, 2, 5)]
-            few = [value for value in few if self.low <= value <= self.high]
-            return [(value, f"{value:.6g}") for value in max(few, self._round_values(), key=len)]
+            values = [f * 10.0**power for power in range(first - 1, last + 1) for f in (1, 2, 5)]
+            values = [value for value in values if self.low <= value <= self.high]
+            return [(value, f"{value:.6g}") for value in max(values, self._round_values(), key=len)]
         powers = range(first, last + 1, max(1, math.ceil((last - first) / 4)))
         plain = powers[0] >= -2 and powers[-1] <= 3
         return [
@@ -87,7 +87,7 @@ def line_chart(
     log_y: bool = False,
     width: int = WIDTH,
 ) -> str:
-    """Return a chart of lines; with more than one, `legend` of the same series tells them apart."""
+    """Return a line chart; `legend` of the same series names its lines."""
     points = [
         [(a, b) for a, b in zip(s.x, s.y, strict=False) if _drawn(a, log_x) and _drawn(b, log_y)]
         for s in series
@@ -101,11 +101,11 @@ def line_chart(
     body = [_grid(across, up, x, y, width)]
     for s in series:
         for run in _runs(s, log_x, log_y):
-            path = " ".join(f"{across.place(a):.1f},{up.place(b):.1f}" for a, b in run)
+            path = " ".join(f"{across.pixel(a):.1f},{up.pixel(b):.1f}" for a, b in run)
             shape = f'<polyline class="{escape(s.style)}" points="{path}"/>'
             if len(run) == 1:
                 a, b = run[0]
-                shape = f'<circle class="{escape(s.style)}" cx="{across.place(a):.1f}" cy="{up.place(b):.1f}" r="2.5"/>'
+                shape = f'<circle class="{escape(s.style)}" cx="{across.pixel(a):.1f}" cy="{up.pixel(b):.1f}" r="2.5"/>'
             body.append(shape)
     return _svg(title, body, width)
 
@@ -119,25 +119,25 @@ def bar_chart(
     line: float | None = None,
     note: str = "",
 ) -> str:
-    """Return bars from 0 of (value, low, high), with whiskers where an interval is known, and one level line.
+    """Return a bar chart of (value, low, high), with whiskers if the interval is known.
 
-    `note` is written below, to say what the line is.
+    `line` is the height of a dashed level line; `note`, below the chart, says what the line is.
     """
     top = max([v[2] or v[0] for v in values] + [line or 0.0, 1e-9]) * 1.08
     up = Axis(low=0.0, high=top, start=HEIGHT - BAR_BOTTOM, end=TOP, log=False)
     width = (WIDTH - LEFT - RIGHT) / len(names)
     body = [_grid(None, up, "", y, WIDTH)]
-    for place, (name, (value, low, high)) in enumerate(zip(names, values, strict=True)):
-        left = LEFT + place * width
-        middle = LEFT + (place + 0.5) * width
-        height = up.start - up.place(value)
+    for number, (name, (value, low, high)) in enumerate(zip(names, values, strict=True)):
+        left = LEFT + number * width
+        middle = LEFT + (number + 0.5) * width
+        height = up.start - up.pixel(value)
         body.append(
-            f'<rect class="bar c{place % COLOURS}" x="{left + width * 0.14:.1f}" y="{up.place(value):.1f}" '
+            f'<rect class="bar c{number % COLOURS}" x="{left + width * 0.14:.1f}" y="{up.pixel(value):.1f}" '
             f'width="{width * 0.72:.1f}" height="{height:.1f}"/>'
         )
         if low is not None and high is not None:
             body.append(
-                f'<path class="whisker" d="M{middle:.1f} {up.place(low):.1f}V{up.place(high):.1f}"/>'
+                f'<path class="whisker" d="M{middle:.1f} {up.pixel(low):.1f}V{up.pixel(high):.1f}"/>'
             )
         text = escape(name)
         body.append(
@@ -145,12 +145,12 @@ def bar_chart(
             f'text-anchor="end">{text}</text>'
         )
     if line is not None:
-        body.append(f'<path class="water" d="M{LEFT} {up.place(line):.1f}H{WIDTH - RIGHT}"/>')
+        body.append(f'<path class="water" d="M{LEFT} {up.pixel(line):.1f}H{WIDTH - RIGHT}"/>')
     return _svg(title, body, note=note)
 
 
 def heat_map(names: Sequence[str], values: Sequence[Sequence[float | None]], *, title: str) -> str:
-    """Return a square of values from 0 to 1, each written into its cell."""
+    """Return a heat map of values from 0 to 1, each written into its cell."""
     cell = 44
     label = 96
     side = label + cell * len(names)
@@ -178,7 +178,7 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float | None]], *, 
 
 
 def legend(series: Sequence[Series]) -> str:
-    """Return the names of lines beside their colours."""
+    """Return the names of the series beside their colours."""
     parts = [f'<span><i class="key {escape(s.style)}"></i>{escape(s.name)}</span>' for s in series]
     return Markup(f'<p class="legend">{"".join(parts)}</p>')
 
@@ -197,21 +197,21 @@ def _svg(
 def _grid(across: Axis | None, up: Axis, x: str, y: str, width: int) -> str:
     parts = []
     for value, label in up.ticks():
-        place = up.place(value)
-        parts.append(f'<path class="grid" d="M{LEFT} {place:.1f}H{width - RIGHT}"/>')
+        y_pixel = up.pixel(value)
+        parts.append(f'<path class="grid" d="M{LEFT} {y_pixel:.1f}H{width - RIGHT}"/>')
         parts.append(
-            f'<text class="tick" x="{LEFT - 5}" y="{place + 3.5:.1f}" text-anchor="end">{label}</text>'
+            f'<text class="tick" x="{LEFT - 5}" y="{y_pixel + 3.5:.1f}" text-anchor="end">{label}</text>'
         )
     if across is not None:
         for value, label in across.ticks():
             parts.append(
-                f'<text class="tick" x="{across.place(value):.1f}" y="{HEIGHT - BOTTOM + 13}" '
+                f'<text class="tick" x="{across.pixel(value):.1f}" y="{HEIGHT - BOTTOM + 13}" '
                 f'text-anchor="middle">{label}</text>'
             )
     parts.append(
         f'<text class="axis" x="{(LEFT + width - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>'
     )
-    # Above the axis, not beside it: numbers of any width have the room there.
+    # Above the axis, where it cannot overlap tick labels of any width.
     parts.append(f'<text class="axis" x="2" y="10">{escape(y)}</text>')
     return "".join(parts)
 
@@ -230,7 +230,7 @@ def _axis(values: Sequence[float], start: float, end: float, log: bool, pad: boo
 
 
 def _runs(s: Series, log_x: bool, log_y: bool) -> list[list[tuple[float, float]]]:
-    """Return the stretches of a series without a gap."""
+    """Return the stretches of a series between gaps."""
     runs: list[list[tuple[float, float]]] = [[]]
     for a, b in zip(s.x, s.y, strict=False):
         if _drawn(a, log_x) and _drawn(b, log_y):

@@ -1,4 +1,4 @@
-"""The pictures of a page: images beside their features, segments, originals beside decoded ones."""
+"""The galleries of a cache's page: images beside features, segments, originals beside decoded maps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,12 @@ from pipelines.inspect.page.pictures import (
     segments,
 )
 from pipelines.inspect.statistics.decode import AT_ONCE, Rows, decode
-from pipelines.inspect.statistics.remeasure import Afresh
+from pipelines.inspect.statistics.remeasure import Remeasured
 
 BASIS_ROWS = 64
 """Images that colours and clusters are fitted on."""
 WORST = 6
+"""Samples with the largest codec error that the page shows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +41,7 @@ class GalleryRow:
     key: str
     note: str
     photo: Picture | None
-    """None where the image is not at hand."""
+    """None if the image is not available."""
     pictures: tuple[Picture, ...]
 
 
@@ -52,91 +53,89 @@ class Gallery:
     rows: tuple[GalleryRow, ...]
 
 
-def galleries(
-    cache: Cache, rows: Rows, count: int, afresh: Afresh | None
-) -> tuple[Gallery, Gallery, Gallery | None] | tuple[None, None, None]:
-    """Return features as colours, as segments, and the worst reconstructions, which only `afresh` knows.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Galleries:
+    """The galleries of a cache; features and segments are None if no image can be read."""
 
-    `rows` are those to choose from, in random order; where there is an `afresh`, its rows come first. None where no
-    image can be read at every tap.
+    features: Gallery | None = None
+    segments: Gallery | None = None
+    worst: Gallery | None = None
+    """None unless the codec's errors were remeasured."""
+
+
+def galleries(cache: Cache, rows: Rows, count: int, remeasured: Remeasured | None) -> Galleries:
+    """Return features as colours, segments, and the worst reconstructions.
+
+    `rows` are the candidates in random order; the remeasured rows come first. An image is shown if
+    its features can be read at every tap.
     """
-    if afresh is not None:
-        rows = np.concatenate([afresh.rows, rows[~np.isin(rows, afresh.rows)]])
+    if remeasured is not None:
+        rows = np.concatenate([remeasured.rows, rows[~np.isin(rows, remeasured.rows)]])
     shown, pools = _shown(cache, rows, count)
     if not len(shown):
-        return None, None, None
+        return Galleries()
     bases = {name: colour_basis(maps) for name, maps in pools.items()}
-    photos = photos_of(cache, shown)
-    keys = [cache.samples["key"][int(row)].as_py() for row in shown]
-    names = [class_name(cache, int(row)) for row in shown]
-    colours = []
     clusters = {name: segments(maps) for name, maps in pools.items()}
-    segmented = []
-    for place, (row, key) in enumerate(zip(shown.tolist(), keys, strict=True)):
-        pictures = []
+    photos = photos_of(cache, shown)
+    feature_rows = []
+    segment_rows = []
+    for index, (row, photo) in enumerate(zip(shown.tolist(), photos, strict=True)):
+        key = cache.samples["key"][row].as_py()
+        note = class_name(cache, row)
+        colours = []
+        regions = []
         for name in cache.names:
-            original = _original(afresh, name, row)
+            original = _original(remeasured, name, row)
             if original is not None:
                 uri = map_uri(bases[name].colours(original))
-                pictures.append(Picture(uri=uri, alt=f"{name} of {key}, original"))
-            pictures.append(
-                Picture(
-                    uri=map_uri(bases[name].colours(pools[name][place])), alt=f"{name} of {key}"
-                )
-            )
-        colours.append(
-            GalleryRow(key=key, note=names[place], photo=photos[place], pictures=tuple(pictures))
-        )
-        maps = [
-            Picture(uri=map_uri(PALETTE[clusters[name][place]]), alt=f"segments of {name} of {key}")
-            for name in cache.names
-        ]
-        segmented.append(
-            GalleryRow(key=key, note=names[place], photo=photos[place], pictures=tuple(maps))
-        )
-    return (
-        Gallery(
-            headings=_headings(cache.names, afresh is not None and bool(len(afresh.rows))),
-            rows=tuple(colours),
-        ),
-        Gallery(headings=tuple(cache.names), rows=tuple(segmented)),
-        _worst(cache, bases, afresh) if afresh is not None else None,
+                colours.append(Picture(uri=uri, alt=f"{name} of {key}, original"))
+            uri = map_uri(bases[name].colours(pools[name][index]))
+            colours.append(Picture(uri=uri, alt=f"{name} of {key}"))
+            uri = map_uri(PALETTE[clusters[name][index]])
+            regions.append(Picture(uri=uri, alt=f"segments of {name} of {key}"))
+        feature_rows.append(GalleryRow(key=key, note=note, photo=photo, pictures=tuple(colours)))
+        segment_rows.append(GalleryRow(key=key, note=note, photo=photo, pictures=tuple(regions)))
+    has_originals = remeasured is not None and bool(len(remeasured.rows))
+    return Galleries(
+        features=Gallery(headings=_headings(cache.names, has_originals), rows=tuple(feature_rows)),
+        segments=Gallery(headings=tuple(cache.names), rows=tuple(segment_rows)),
+        worst=_worst(cache, bases, remeasured) if remeasured is not None else None,
     )
 
 
 def _shown(cache: Cache, rows: Rows, count: int) -> tuple[Rows, dict[str, NDArray[np.float32]]]:
-    """Return the rows to show, and by array the maps of these and of more images: those that can be read."""
-    values = (
-        max(int(np.prod(cache.shape(name))) for name in cache.names)
-        * cache.reader.manifest.num_views
-    )
+    """Return the rows to show and, by array, their maps followed by those of more images."""
+    num_views = cache.reader.manifest.num_views
+    values = max(int(np.prod(cache.shape(name))) for name in cache.names) * num_views
     pool = rows[: max(count, min(BASIS_ROWS, 8 * AT_ONCE // values))]
-    found = {}
+    by_array = {}
     for name in cache.names:
-        decoded = decode(cache, name, pool)
-        pool = pool[np.isin(pool, decoded.rows)]
-        found[name] = decoded
-    maps = {name: d.whitened_RVCHW[np.isin(d.rows, pool), 0].numpy() for name, d in found.items()}
+        by_array[name] = decode(cache, name, pool)
+        pool = pool[np.isin(pool, by_array[name].rows)]
+    maps = {
+        name: decoded.whitened_RVCHW[np.isin(decoded.rows, pool), 0].numpy()
+        for name, decoded in by_array.items()
+    }
     return pool[:count], maps
 
 
 def photos_of(cache: Cache, rows: Rows) -> list[Picture | None]:
-    """Return the images, None where the cache stores none and their source was not given, or where one is damaged."""
-    found: list[Picture | None] = []
+    """Return the images of some rows.
+
+    An image is None if it is damaged, or if the cache stores none and their source was not given.
+    """
+    photos: list[Picture | None] = []
     for row in rows.tolist():
         try:
-            found.append(
-                Picture(
-                    uri=photo_uri(cache.images([row])[0]), alt=cache.samples["key"][row].as_py()
-                )
-            )
+            uri = photo_uri(cache.images([row])[0])
+            photos.append(Picture(uri=uri, alt=cache.samples["key"][row].as_py()))
         except (ConfigError, CacheDamagedError):
-            found.append(None)
-    return found
+            photos.append(None)
+    return photos
 
 
 def class_name(cache: Cache, row: int) -> str:
-    """Return the name of a row's class, empty where it has no label."""
+    """Return the name of a row's class, empty if the row has no label."""
     label = cache.samples["label"][row].as_py()
     classes = cache.reader.manifest.classes
     if label is None:
@@ -144,41 +143,43 @@ def class_name(cache: Cache, row: int) -> str:
     return classes[label] if classes is not None and 0 <= label < len(classes) else f"class {label}"
 
 
-def _original(afresh: Afresh | None, name: str, row: int) -> NDArray[np.float32] | None:
-    if afresh is None:
+def _original(remeasured: Remeasured | None, name: str, row: int) -> NDArray[np.float32] | None:
+    """Return the teacher's own map of a row, or None if it was not computed."""
+    if remeasured is None:
         return None
-    place = np.flatnonzero(afresh.rows == row)
-    return afresh.originals[name][place[0]].astype(np.float32) if len(place) else None
+    index = np.flatnonzero(remeasured.rows == row)
+    return remeasured.originals[name][index[0]].astype(np.float32) if len(index) else None
 
 
-def _headings(names: Sequence[str], both: bool) -> tuple[str, ...]:
-    return tuple(
-        h for name in names for h in ((f"{name} original", f"{name} decoded") if both else (name,))
-    )
+def _headings(names: Sequence[str], with_originals: bool) -> tuple[str, ...]:
+    if not with_originals:
+        return tuple(names)
+    return tuple(f"{name} {kind}" for name in names for kind in ("original", "decoded"))
 
 
-def _worst(cache: Cache, bases: Mapping[str, ColourBasis], afresh: Afresh) -> Gallery:
-    """Return the samples that the codec met worst, original beside decoded, with the error below."""
-    places = afresh.worst()[:WORST]
-    rows = afresh.rows[places]
+def _worst(cache: Cache, bases: Mapping[str, ColourBasis], remeasured: Remeasured) -> Gallery:
+    """Return the samples with the largest errors: original beside decoded map, the error below."""
+    worst = remeasured.worst()[:WORST]
+    rows = remeasured.rows[worst]
     decoded = {name: decode(cache, name, rows) for name in cache.names}
     photos = photos_of(cache, rows)
-    found = []
-    for number, (place, photo) in enumerate(zip(places, photos, strict=True)):
+    gallery_rows = []
+    for number, (index, photo) in enumerate(zip(worst, photos, strict=True)):
         pictures = []
         for name in cache.names:
-            error = f"error {afresh.errors[name][place]:.2f}"
-            maps = (
-                afresh.originals[name][place].astype(np.float32),
-                decoded[name].whitened_RVCHW[number, 0].numpy(),
+            alt = f"{name} of {remeasured.keys[index]}"
+            original = remeasured.originals[name][index].astype(np.float32)
+            uri = map_uri(bases[name].colours(original))
+            pictures.append(Picture(uri=uri, alt=f"{alt}, original"))
+            uri = map_uri(bases[name].colours(decoded[name].whitened_RVCHW[number, 0].numpy()))
+            error = f"error {remeasured.errors[name][index]:.2f}"
+            pictures.append(Picture(uri=uri, alt=f"{alt}, decoded", note=error))
+        gallery_rows.append(
+            GalleryRow(
+                key=remeasured.keys[index],
+                note=class_name(cache, int(rows[number])),
+                photo=photo,
+                pictures=tuple(pictures),
             )
-            for what, note, map_CHW in zip(("original", "decoded"), ("", error), maps, strict=True):
-                alt = f"{name} of {afresh.keys[place]}, {what}"
-                pictures.append(
-                    Picture(uri=map_uri(bases[name].colours(map_CHW)), alt=alt, note=note)
-                )
-        note = class_name(cache, int(rows[number]))
-        found.append(
-            GalleryRow(key=afresh.keys[place], note=note, photo=photo, pictures=tuple(pictures))
         )
-    return Gallery(headings=_headings(cache.names, True), rows=tuple(found))
+    return Gallery(headings=_headings(cache.names, True), rows=tuple(gallery_rows))

@@ -1,6 +1,7 @@
-"""Maps as pictures: principal components as colours, K-means segments, PNG and WebP as data URIs.
+"""Maps as pictures: principal components as colours, K-means segments, PNG and WebP data URIs.
 
-One basis and one clustering serve all images of an array, so that a colour means the same everywhere.
+All images of an array share one basis and one clustering, so that a colour means the same in each.
+Shape suffixes: N images, C channels, H rows, W columns, M positions.
 """
 
 import base64
@@ -13,12 +14,12 @@ from PIL import Image
 from threadpoolctl import threadpool_limits
 
 SPREAD = 2.0
-"""Standard deviations of a component that span its colour on either side of grey."""
+"""Standard deviations from grey to the end of a component's colour range."""
 SEGMENTS = 6
 MOST_POSITIONS = 20_000
-"""Positions that clusters are fitted on."""
+"""Most positions that clusters are fitted on."""
 MOST_SIDE = 64
-"""Sides of larger maps are averaged down to this many pixels."""
+"""Larger maps are averaged down to this many pixels per side."""
 PHOTO_SIDE = 160
 PALETTE = np.array(
     [(78, 121, 167), (242, 142, 43), (89, 161, 79), (225, 87, 89), (176, 122, 161), (237, 201, 72)],
@@ -34,11 +35,11 @@ class ColourBasis:
 
     mean_C: NDArray[np.float64]
     axes_C3: NDArray[np.float64]
-    """Columns of unit length by falling variance; the largest entry of each is positive."""
+    """Unit columns by falling variance; the entry with the largest magnitude is positive."""
     std_3: NDArray[np.float64]
 
     def colours(self, map_CHW: Maps) -> NDArray[np.uint8]:
-        """Return a map as (H, W, 3) RGB."""
+        """Return a map as (H, W, 3) RGB, uint8."""
         flat_MC = map_CHW.reshape(len(self.mean_C), -1).T - self.mean_C
         scaled = flat_MC @ self.axes_C3 / (2 * SPREAD * self.std_3) + 0.5
         rgb = np.zeros((len(scaled), 3))
@@ -60,7 +61,7 @@ def colour_basis(maps_NCHW: Maps) -> ColourBasis:
 
 
 def segments(maps_NCHW: Maps) -> NDArray[np.int64]:
-    """Return (N, H, W): the K-means cluster of each position, of clusters common to all images."""
+    """Return the K-means cluster of each position, (N, H, W); all images share the clusters."""
     from sklearn.cluster import KMeans
 
     count, channels, height, width = maps_NCHW.shape
@@ -70,13 +71,13 @@ def segments(maps_NCHW: Maps) -> NDArray[np.int64]:
     with threadpool_limits(1):
         model = KMeans(clusters, n_init=4, random_state=0).fit(fitted)
         labels: NDArray[np.int32] = model.predict(flat_MC)
-    # The largest cluster comes first, so that colours do not hang on the random start alone.
+    # The largest cluster comes first, so that colours depend less on the random start.
     order = np.argsort(-np.bincount(labels, minlength=clusters), kind="stable")
     return np.argsort(order)[labels].reshape(count, height, width).astype(np.int64)
 
 
 def map_uri(rgb_HW3: NDArray[np.uint8]) -> str:
-    """Return a map as the data URI of a PNG, a pixel a position."""
+    """Return a map as the data URI of a PNG, one pixel per position."""
     image = Image.fromarray(rgb_HW3)
     if max(image.size) > MOST_SIDE:
         image.thumbnail((MOST_SIDE, MOST_SIDE), Image.Resampling.BOX)
@@ -84,7 +85,7 @@ def map_uri(rgb_HW3: NDArray[np.uint8]) -> str:
 
 
 def photo_uri(pixels_CHW: NDArray[np.uint8]) -> str:
-    """Return an image as the data URI of a WebP, at most 160 pixels a side."""
+    """Return an image as the data URI of a WebP, at most 160 pixels per side."""
     image = Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0)))
     image.thumbnail((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.LANCZOS)
     return _uri(image, "WEBP", quality=88)

@@ -1,4 +1,4 @@
-"""Writing a page: the template, filled in, within its size."""
+"""Rendering a template to a page on disk, within a size limit."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ MAX_BYTES = 10_000_000
 
 
 def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
-    """Write a page of a template. Raises ConfigError where it would exceed 10 MB, and DiskError."""
+    """Render a template and write the page.
+
+    Raises ConfigError if the page exceeds 10 MB, and DiskError.
+    """
     environment = Environment(
         loader=PackageLoader("pipelines.inspect", "page"),
         autoescape=True,
@@ -26,6 +29,7 @@ def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
     page = environment.get_template(template).render(version=__version__, **values).encode()
     if len(page) > MAX_BYTES:
         raise ConfigError(
-            f"--report {path}: expected a page of at most {MAX_BYTES} bytes, got {len(page)}; give a smaller --gallery"
+            f"`report` {path}: expected a page of at most {MAX_BYTES} bytes, got {len(page)}; pass a "
+            "smaller `gallery`"
         )
     write_file(path, page)

@@ -1,4 +1,4 @@
-"""The page of one student's run, or of several: curves a tap, options, results, its features beside the teacher's."""
+"""The page of one or several runs: curves per tap, options, results, student beside teacher."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,28 +15,30 @@ from pipelines.inspect.tables import WEIGHTS
 CURVES = {"mse": "MSE", "at": "AT"}
 
 
-def write_run_page(roots: Sequence[Path], reports: Sequence[Json], options: InspectOptions) -> None:
-    """Write the page of runs; with `options.cache` one run's features stand beside the teacher's.
+def write_run_page(
+    out: Path, roots: Sequence[Path], reports: Sequence[Json], options: InspectOptions
+) -> None:
+    """Write the page of one or several runs to `out`.
 
+    With `options.cache`, the page of one run shows the student's features beside the teacher's.
     Raises ConfigError, DiskError and what `student_gallery` raises.
     """
-    assert options.report is not None, "asked where one is given"
     gallery = None
     if options.cache is not None:
         from pipelines.inspect.page.student_gallery import student_gallery
 
         if len(roots) > 1:
-            raise ConfigError("--cache: expected one run with it; make a page of each run")
-        gallery = student_gallery(roots[0], reports[0], options)
+            raise ConfigError("`cache`: expected one run with it; write one page per run")
+        gallery = student_gallery(roots[0], reports[0], options.cache, options)
     names = short_paths(roots)
     taps = list(dict.fromkeys(tap for report in reports for tap in report["taps"]))
-    trained = [
-        _line(name, place, r["curves"].get("loss"))
-        for place, (name, r) in enumerate(zip(names, reports, strict=True))
+    training_loss = [
+        _line(name, number, report["curves"].get("loss"))
+        for number, (name, report) in enumerate(zip(names, reports, strict=True))
     ]
     charts = [
         [
-            _chart("training loss", "loss", trained),
+            _chart("training loss", "loss", training_loss),
             _held_out("held-out loss", "loss", "loss", names, reports),
         ]
     ]
@@ -44,9 +46,9 @@ def write_run_page(roots: Sequence[Path], reports: Sequence[Json], options: Insp
         [_held_out(tap, f"{kind}/{tap}", y, names, reports) for tap in taps]
         for kind, y in CURVES.items()
     ]
-    differ = differences(reports) if len(reports) > 1 else {}
+    differing = differences(reports) if len(reports) > 1 else {}
     write_page(
-        options.report,
+        out,
         "run.html.j2",
         {
             "title": ", ".join(names) if len(names) > 1 else roots[0].resolve().name,
@@ -58,8 +60,9 @@ def write_run_page(roots: Sequence[Path], reports: Sequence[Json], options: Insp
             "legend": legend(
                 [Series(name=n, x=[], y=[], style=_style(i)) for i, n in enumerate(names)]
             ),
-            "differ": {
-                name: [text_of(name, value) for value in values] for name, values in differ.items()
+            "differing": {
+                name: [text_of(name, value) for value in values]
+                for name, values in differing.items()
             },
             "gallery": gallery,
         },
@@ -67,23 +70,27 @@ def write_run_page(roots: Sequence[Path], reports: Sequence[Json], options: Insp
 
 
 def _held_out(title: str, curve: str, y: str, names: Sequence[str], reports: Sequence[Json]) -> str:
-    """Return a held-out loss of the weights that each run exports; dashed, of the last ones, where these are others."""
+    """Return a chart of a held-out loss of the exported weights.
+
+    If a run exports an average, the loss of the last step's weights is dashed.
+    """
     lines = []
-    for place, (name, report) in enumerate(zip(names, reports, strict=True)):
-        lines.append(_line(name, place, held_out_curve(report, curve)))
+    for number, (name, report) in enumerate(zip(names, reports, strict=True)):
+        lines.append(_line(name, number, held_out_curve(report, curve)))
         if report["weights"] == "average":
-            lines.append(_line(name, place, report["curves"].get(HELD_OUT + curve), " dashed"))
+            lines.append(_line(name, number, report["curves"].get(HELD_OUT + curve), " dashed"))
     return _chart(title, y, lines)
 
 
-def _line(name: str, place: int, curve: Json | None, more: str = "") -> Series:
-    found = curve or {"steps": [], "values": []}
-    return Series(name=name, x=found["steps"], y=found["values"], style=_style(place) + more)
+def _line(name: str, number: int, curve: Json | None, more: str = "") -> Series:
+    steps = curve["steps"] if curve is not None else []
+    values = curve["values"] if curve is not None else []
+    return Series(name=name, x=steps, y=values, style=_style(number) + more)
 
 
 def _chart(title: str, y: str, lines: Sequence[Series]) -> str:
     return line_chart(lines, title=title, x="step", y=y, log_y=True)
 
 
-def _style(place: int) -> str:
-    return f"c{place % COLOURS}"
+def _style(number: int) -> str:
+    return f"c{number % COLOURS}"

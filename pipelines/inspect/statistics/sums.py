@@ -99,14 +99,14 @@ def group_of(cache: Cache, name: str, rows: Rows) -> Group:
     group = Group(sums=empty(cache, name))
     pooled: list[NDArray[np.float32]] = []
     kept: list[Rows] = []
-    for part in in_parts(cache, name, rows):
-        group.damaged |= part.damaged
-        if not len(part.rows):
+    for decoded in in_parts(cache, name, rows):
+        group.damaged |= decoded.damaged
+        if not len(decoded.rows):
             continue
-        group.sums = add([group.sums, _part_sums(cache, name, part)])
+        group.sums = add([group.sums, _sums_of(cache, name, decoded)])
         room = POOLED_ROWS - sum(len(rows) for rows in kept)
-        kept.append(part.rows[:room])
-        pooled.append(part.whitened_RVCHW[:room, 0].mean((2, 3)).numpy())
+        kept.append(decoded.rows[:room])
+        pooled.append(decoded.whitened_RVCHW[:room, 0].mean((2, 3)).numpy())
     if kept:
         group.pooled_rows = np.concatenate(kept)
         group.pooled_RC = np.concatenate(pooled)
@@ -145,30 +145,30 @@ def rings_of(height: int, width: int) -> NDArray[np.int64]:
 
 
 @torch.inference_mode()
-def _part_sums(cache: Cache, name: str, part: Decoded) -> GroupSums:
+def _sums_of(cache: Cache, name: str, decoded: Decoded) -> GroupSums:
     fit = cache.fit[name]
-    maps = part.whitened_RVCHW.flatten(0, 1)
+    maps_BCHW = decoded.whitened_RVCHW.flatten(0, 1)
     channels, height, width = fit.shape
-    flat_CM = maps.transpose(0, 1).reshape(channels, -1).double()
-    sigma_B = part.sigma_RV.flatten().double()
-    mu_B = part.mu_RV.flatten().double()
-    sum_B = maps.double().sum((1, 2, 3))
-    square_B = maps.double().square().sum((1, 2, 3))
+    flat_CM = maps_BCHW.transpose(0, 1).reshape(channels, -1).double()
+    sigma_B = decoded.sigma_RV.flatten().double()
+    mu_B = decoded.mu_RV.flatten().double()
+    sum_B = maps_BCHW.double().sum((1, 2, 3))
+    square_B = maps_BCHW.double().square().sum((1, 2, 3))
     size = channels * height * width
-    centred = maps - torch.from_numpy(fit.mean).float()[:, None, None]
+    centred_BCHW = maps_BCHW - torch.from_numpy(fit.mean).float()[:, None, None]
     spectrum_HW = (
-        (dct_matrix(height).float() @ centred @ dct_matrix(width).float().T)
+        (dct_matrix(height).float() @ centred_BCHW @ dct_matrix(width).float().T)
         .double()
         .square()
         .sum((0, 1))
     )
     ring_HW = rings_of(height, width)
-    clipped = maps.numpy().clip(EDGES[0], EDGES[-1])
-    saturated, escaped = fit.count_limits(part.coefficients_RVN.numpy())
+    clipped = maps_BCHW.numpy().clip(EDGES[0], EDGES[-1])
+    saturated, escaped = fit.count_limits(decoded.coefficients_RVN.numpy())
     return GroupSums(
-        rows=len(part.rows),
-        maps=len(maps),
-        values=maps.numel(),
+        rows=len(decoded.rows),
+        maps=len(maps_BCHW),
+        values=maps_BCHW.numel(),
         whitened_C=flat_CM.sum(1).numpy(),
         products_CC=(flat_CM @ flat_CM.T).numpy(),
         raw=float((sum_B * sigma_B + size * mu_B).sum()),
@@ -180,21 +180,21 @@ def _part_sums(cache: Cache, name: str, part: Decoded) -> GroupSums:
             np.bincount(ring_HW.ravel(), spectrum_HW.numpy().ravel(), max(height, width)),
             np.float64,
         ),
-        coded=part.coefficients_RVN.numel(),
+        coded=decoded.coefficients_RVN.numel(),
         saturated=saturated,
         escaped=escaped,
-        between_draws=_between_draws(cache, part),
+        between_draws=_between_draws(cache, decoded),
     )
 
 
-def _between_draws(cache: Cache, part: Decoded) -> Float:
+def _between_draws(cache: Cache, decoded: Decoded) -> Float:
     """Return the noise between draws and the sum of squares, zeros if there is one draw."""
     manifest = cache.reader.manifest
     flips = 2 if manifest.recipe["flips"] else 1
     draws = manifest.num_views // flips
     if draws < 2:
         return np.zeros(2)
-    by_draw = part.whitened_RVCHW.unflatten(1, (draws, flips)).double()
+    by_draw = decoded.whitened_RVCHW.unflatten(1, (draws, flips)).double()
     noise = float((by_draw - by_draw.mean(1, keepdim=True)).square().sum()) / (draws - 1)
     # `noise` sums one variance per row and flip; there are `draws` maps for each of them.
     return np.array([noise * draws, float(by_draw.square().sum())])
@@ -203,20 +203,23 @@ def _between_draws(cache: Cache, part: Decoded) -> Float:
 def water_lines(
     cache: Cache, name: str
 ) -> tuple[list[float | None], list[float | None], float | None]:
-    """Return the variance under which the quantiser hides a coefficient: by ring, by component, and overall.
+    """Return the variance below which the quantiser hides coefficients: by ring, component, overall.
 
-    A uniform quantiser's error, step^2 / 12, averaged over the coefficients that are coded; None where none is. It is
-    the level of reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3).
+    It is the error of a uniform quantiser, step^2 / 12, averaged over the coded coefficients, and None
+    if no coefficient is coded: the level of reverse water-filling (Cover and Thomas, Elements of
+    Information Theory, 10.3.3). The lists are empty for features that are stored without a transform.
     """
     bands = cache.fit[name].bands()
     if bands is None:
         return [], [], None
     level_KHW = bands.step_KHW**2 / 12
     ring_HW = rings_of(*level_KHW.shape[1:])
-    rings = [level_KHW[:, ring_HW == ring] for ring in range(int(ring_HW.max()) + 1)]
-    return [_mean(part) for part in rings], [_mean(part) for part in level_KHW], _mean(level_KHW)
+    rings = [_mean(level_KHW[:, ring_HW == ring]) for ring in range(int(ring_HW.max()) + 1)]
+    components = [_mean(level_HW) for level_HW in level_KHW]
+    return rings, components, _mean(level_KHW)
 
 
 def _mean(values: NDArray[np.floating]) -> float | None:
+    """Return the mean of the finite values, or None if there are none."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if known.size else None

@@ -119,9 +119,9 @@ def test_a_page_is_one_file_that_asks_for_nothing(tiny_cache: Path, tmp_path: Pa
         "Bytes by part",
         "Gallery",
         "Segments",
-        "Likeness and values",
+        "Similarity and values",
         "Spectra",
-        "Worst reconstructed",
+        "Largest codec errors",
         "Failures",
     ):
         assert f"<h2>{heading}</h2>" in page
@@ -143,8 +143,8 @@ def test_a_page_of_a_cache_without_a_readable_image(tiny_copy: Path, tmp_path: P
     for path in (tiny_copy / "data.zarr" / FINE).glob("c.*"):
         path.write_bytes(bytes(path.stat().st_size))
     page = page_of(tiny_copy, tmp_path / "out.html")
-    assert page.count("None of the images to be shown can be read") == 2
-    assert "Left out of the statistics, as it cannot be read: 9" in page
+    assert page.count("None of the chosen images can be read") == 2
+    assert "Left out of the statistics because they cannot be read: 9 files or samples" in page
     assert f"{COARSE}, by frequency" in page and f"{FINE}, by frequency" not in page
 
 
@@ -156,7 +156,7 @@ def test_a_page_of_an_unfinished_cache(tmp_path: Path) -> None:
     page = page_of(tmp_path / "cache", tmp_path / "out.html")
     assert '<span class="badge bad">unfinished</span>' in page
     assert f'<td class="wrap">{plan.samples[FAILED_ROW].key}</td>' in page
-    assert "1 images have no features" in page
+    assert "Images without features: 1." in page
 
 
 def test_options_that_do_not_go_together(tiny_cache: Path, tmp_path: Path) -> None:
@@ -166,15 +166,15 @@ def test_options_that_do_not_go_together(tiny_cache: Path, tmp_path: Path) -> No
     for arguments, message in (
         (
             (tiny_cache, "--cache", tiny_cache),
-            "--cache: expected the folder of a student's run with it, got a cache",
+            "--cache: expected the folder of a run with it, got a cache",
         ),
         (
             (tiny_cache, tiny_cache, "--report", tmp_path / "x.html"),
-            "--report: expected one cache, or runs; make a page of each",
+            "--report: expected one cache, or runs; write one page per cache",
         ),
         (
             (tiny_cache, tmp_path / "run"),
-            f"{tiny_cache}: no run, as {tmp_path / 'run'} is; give caches or runs",
+            f"{tiny_cache}: expected a run, as {tmp_path / 'run'} is one; pass caches alone or runs alone",
         ),
         (
             (tmp_path / "run", "--stats"),
@@ -186,38 +186,41 @@ def test_options_that_do_not_go_together(tiny_cache: Path, tmp_path: Path) -> No
         ),
         (
             (tiny_cache, "--report", tmp_path / "no" / "x.html"),
-            f"{tmp_path / 'no'} is not a folder; make it first",
+            f"{tmp_path / 'no'} is not a folder; create the folder first",
         ),
         (
             (tmp_path / "run", "--report", tmp_path),
             f"--report {tmp_path}: expected the name of a file, got a folder",
         ),
-        ((tiny_cache, "--samples", "0"), "--samples 0: expected at least 1"),
+        ((tiny_cache, "--num-samples", "0"), "--num-samples 0: expected at least 1"),
         (
-            (tiny_cache, "--samples", "9"),
-            "--samples: expected --stats or --report or --teacher beside it",
+            (tiny_cache, "--num-samples", "9"),
+            "--num-samples: expected --stats or --report or --teacher with it",
         ),
-        ((tiny_cache, "--samples", "9", "--exact"), "--samples and --exact: expected one of them"),
+        (
+            (tiny_cache, "--num-samples", "9", "--exact"),
+            "--num-samples and --exact: expected one of them",
+        ),
         (
             (tiny_cache, "--gallery", "3", "--stats"),
-            "--gallery: expected --report beside it; without that it does",
+            "--gallery: expected --report with it; alone it has no effect",
         ),
         (
             (tiny_cache, "--images", tiny_cache, "--stats"),
-            "--images: expected --report or --teacher beside it",
+            "--images: expected --report or --teacher with it",
         ),
-        ((tiny_cache, "--device", "cpu", "--stats"), "--device: expected --teacher beside it"),
+        ((tiny_cache, "--device", "cpu", "--stats"), "--device: expected --teacher with it"),
         (
-            (tmp_path / "run", "--samples", "9"),
-            f"--samples: expected a cache, got the run {tmp_path / 'run'}",
+            (tmp_path / "run", "--num-samples", "9"),
+            f"--num-samples: expected a cache, got the run {tmp_path / 'run'}",
         ),
         (
             (tmp_path / "run", "--cache", tiny_cache),
-            "--cache: expected --report beside it; without that it does",
+            "--cache: expected --report with it; alone it has no effect",
         ),
         (
             (tmp_path / "run", "--device", "cpu", "--report", tmp_path / "x.html"),
-            "--device: expected --cache beside it; without that it does nothing",
+            "--device: expected --cache with it; alone it has no effect",
         ),
     ):
         result = inspect(*arguments)
@@ -227,7 +230,7 @@ def test_options_that_do_not_go_together(tiny_cache: Path, tmp_path: Path) -> No
     assert not (tmp_path / "x.html").exists()
     (tmp_path / "run" / "run.json").write_text('{"steps": 3}')
     assert (
-        "not the options of dtcache train; give the folder of a student's run"
+        "not the options of dtcache train; pass the folder of a student's run"
         in inspect(tmp_path / "run").output
     )
     (tmp_path / "run" / "run.json").write_text("{")
@@ -242,7 +245,7 @@ def test_a_page_over_its_size_is_refused(
     result = inspect(tiny_cache, "--report", tmp_path / "x.html")
     assert (
         "expected a page of at most 1000 bytes, got" in result.output
-        and "give a smaller --gallery" in result.output
+        and "pass a smaller --gallery" in result.output
     )
     assert not (tmp_path / "x.html").exists()
 
@@ -273,4 +276,4 @@ def test_photos_are_the_images(tiny_cache: Path, tmp_path: Path) -> None:
 def test_a_missing_folder_of_the_page_is_said_first(tiny_cache: Path, tmp_path: Path) -> None:
     """Not after statistics were taken or a teacher was loaded."""
     result = inspect(tiny_cache, "--teacher", "nowhere", "--report", tmp_path / "no" / "x.html")
-    assert f"{tmp_path / 'no'} is not a folder; make it first" in result.output
+    assert f"{tmp_path / 'no'} is not a folder; create the folder first" in result.output

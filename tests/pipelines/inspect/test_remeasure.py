@@ -15,7 +15,7 @@ from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.errors import CacheDamagedError
 from dtcache.options import InspectOptions
-from pipelines.inspect.statistics.remeasure import measure_afresh
+from pipelines.inspect.statistics.remeasure import remeasure
 
 SMALL = ("--precision", "fp32", "--device", "cpu", "--batch-size", "8")
 
@@ -45,8 +45,8 @@ def test_the_error_is_the_one_that_extraction_recorded(
     cache: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
     """Of all samples' first views the error afresh is near the recorded one of all views; the worst come first."""
-    options = InspectOptions(teacher=str(teacher_dir), images=scene_folder, device="cpu")
-    found = measure_afresh(cache, options)
+    options = InspectOptions(images=scene_folder, device="cpu")
+    found = remeasure(cache, str(teacher_dir), options)
     sums = Cache(cache).reader.manifest.sums
     assert sorted(found.rows) == list(range(16))
     for name, estimate in found.error.items():
@@ -73,9 +73,9 @@ def test_the_teacher_is_not_asked_of_what_cannot_be_read(tiny_copy: Path) -> Non
         path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(
         CacheDamagedError,
-        match="none of the samples that the teacher would run on can be read; run",
+        match="none of the samples for the teacher can be read at every tap; run",
     ):
-        measure_afresh(tiny_copy, InspectOptions(teacher="nowhere"))
+        remeasure(tiny_copy, "nowhere", InspectOptions())
 
 
 @pytest.mark.slow
@@ -110,9 +110,9 @@ def test_what_does_not_fit_is_refused(
         in result.output
     )
     result = run("inspect", cache, cache, "--teacher", teacher_dir)
-    assert "--teacher: expected one cache, as each has a teacher of its own" in result.output
+    assert "--teacher: expected one cache, since each cache has its own teacher" in result.output
     assert run("inspect", cache, "--report", tmp_path / "x.html").exit_code == 0
-    assert "give --images to see them" in (tmp_path / "x.html").read_text()
+    assert "pass --images to see them" in (tmp_path / "x.html").read_text()
 
 
 @pytest.mark.slow
@@ -170,6 +170,6 @@ def test_a_student_stands_beside_its_teacher(
     )
     (tmp_path / "other" / "run.json").write_text(json.dumps(record))
     assert (
-        "no checkpoint yet; its page needs one"
+        "no checkpoint yet; the student's features need one"
         in run("inspect", tmp_path / "other", "--cache", cache, *more).output
     )

@@ -73,7 +73,7 @@ def test_a_run_is_inspected_finished_or_not(tmp_path: Path) -> None:
     output = inspect(root).output
     assert "finished, 4 steps" in output and "2.1000" in output and "0.200" in output
     page = page_of(root, tmp_path / "run.html")
-    assert f'aria-label="{FINE}"' in page and "2.1000" in page and "Give --cache CACHE" in page
+    assert f'aria-label="{FINE}"' in page and "2.1000" in page and "Pass --cache CACHE" in page
 
 
 def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_runs_differ_in_options_and_results(tmp_path: Path) -> None:
     result = inspect(*roots, "--report", tmp_path / "runs.html")
     assert result.exit_code == 0, result.output
     page = (tmp_path / "runs.html").read_text()
-    assert "What differs" in page and page.count("<polyline") >= 2 * 4
+    assert "Differences" in page and page.count("<polyline") >= 2 * 4
     assert (
         "--cache: expected one run with it"
         in inspect(*roots, "--report", tmp_path / "y.html", "--cache", "x").output
@@ -146,7 +146,7 @@ def test_two_caches_stand_side_by_side(tiny_cache: Path, tmp_path: Path) -> None
     assert report["differences"]["state"] == ["complete", "unfinished"]
     assert "num_images" not in report["differences"]
     output = inspect(tiny_cache, tmp_path / "other").output
-    assert "how they were made: nothing differs" in output
+    assert "recipe and options: nothing differs" in output
     assert "unfinished" in output
     assert differences([inspect_cache(tiny_cache)] * 2) == {}
 

@@ -27,7 +27,7 @@ from dtcache.errors import ConfigError
 from dtcache.options import InspectOptions
 from pipelines.inspect.statistics import cache_statistics
 from pipelines.inspect.statistics.decode import decode
-from pipelines.inspect.statistics.disk_cache import kept_folder
+from pipelines.inspect.statistics.disk_cache import statistics_folder
 from pipelines.inspect.statistics.sums import add, group_of, rings_of
 
 pytestmark = pytest.mark.usefixtures("apart")
@@ -115,7 +115,7 @@ def test_a_damaged_sample_is_left_out_and_named(tiny_copy: Path) -> None:
     assert found["taps"][0]["mean"]["value"] == pytest.approx(
         float(Cache(tiny_copy).raw(FINE, rest).double().mean()), rel=1e-5
     )
-    assert not kept_folder().exists()
+    assert not statistics_folder().exists()
     assert f"left out: {FINE} of {key}" in " ".join(inspect(tiny_copy, "--stats").output.split())
 
 
@@ -152,7 +152,7 @@ def test_a_shard_of_rubbish_is_left_out_and_named(tiny_copy: Path, shards: tuple
     )
     output = " ".join(inspect(tiny_copy, "--exact").output.split())
     assert "left out" in output and (
-        len(rows) <= 5 or f"and {len(rows) - 5} more; --json has all" in output
+        len(rows) <= 5 or f"and {len(rows) - 5} more; --json lists all" in output
     )
 
 
@@ -171,7 +171,7 @@ def test_what_has_no_statistics_is_refused_in_a_line(
             "is not a cache: expected manifest.json in it; give a folder made by dtcache extract",
         ),
         (tiny_copy, "expected format 1, got 2; install the dtcache that wrote it"),
-        (tmp_path / "empty", "no sample with features is there yet; statistics need one"),
+        (tmp_path / "empty", "no sample has features yet; statistics need at least one"),
     ):
         result = inspect(root, *flags)
         assert result.exit_code == 1
@@ -185,7 +185,7 @@ def test_an_unfinished_cache_has_statistics_of_what_is_there(tmp_path: Path) -> 
     root = tmp_path / "cache"
     writer = begin(root, plan)
     with pytest.raises(
-        ConfigError, match="no sample with features is there yet; statistics need one"
+        ConfigError, match="no sample has features yet; statistics need at least one"
     ):
         cache_statistics(root, InspectOptions())
     counts = []
@@ -202,16 +202,16 @@ def test_statistics_are_kept_outside_of_the_cache(
 ) -> None:
     """The second time nothing is decoded; other options or a spoilt file are computed anew; the cache stays."""
     before = tree(tiny_cache)
-    first = cache_statistics(tiny_cache, InspectOptions(samples=6))
-    [file] = kept_folder().iterdir()
+    first = cache_statistics(tiny_cache, InspectOptions(num_samples=6))
+    [file] = statistics_folder().iterdir()
     assert file.name.startswith(Cache(tiny_cache).reader.manifest.identity[:32])
     with monkeypatch.context() as patched:
         patched.setattr("pipelines.inspect.statistics.compute.group_sums", None)
-        assert cache_statistics(tiny_cache, InspectOptions(samples=6)) == first
+        assert cache_statistics(tiny_cache, InspectOptions(num_samples=6)) == first
         with pytest.raises(TypeError):
-            cache_statistics(tiny_cache, InspectOptions(samples=5))
+            cache_statistics(tiny_cache, InspectOptions(num_samples=5))
     file.write_bytes(file.read_bytes().replace(b'"num_rows":6', b'"num_rows":7'))
-    assert cache_statistics(tiny_cache, InspectOptions(samples=6)) == first
+    assert cache_statistics(tiny_cache, InspectOptions(num_samples=6)) == first
     assert tree(tiny_cache) == before
 
 
@@ -225,7 +225,7 @@ def test_a_folder_that_cannot_be_written_is_no_failure(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cache_statistics(tiny_cache, InspectOptions())["num_rows"] == 9
-    assert "statistics are not kept" in capsys.readouterr().err
+    assert "statistics are not saved" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(
@@ -239,12 +239,12 @@ def test_a_sample_is_all_that_is_read(tmp_path: Path) -> None:
 
     plan = tiny_plan()
     root = write_cache(tmp_path / "cache", plan)
-    cache_statistics(root, InspectOptions(samples=3))  # whatever is loaded on the way
+    cache_statistics(root, InspectOptions(num_samples=3))  # whatever is loaded on the way
     before = bytes_read()
     Cache(root, allow="damage")
     opening = bytes_read() - before
     before = bytes_read()
-    cache_statistics(root, InspectOptions(samples=2))
+    cache_statistics(root, InspectOptions(num_samples=2))
     spent = bytes_read() - before
     before = bytes_read()
     cache_statistics(root, InspectOptions(exact=True))
@@ -264,7 +264,7 @@ def test_the_json_has_statistics(tiny_cache: Path) -> None:
     assert report["statistics"]["num_rows"] == 9
     assert report["statistics"]["cka"]["names"] == [FINE, COARSE]
     assert "all 9 of 9 samples" in inspect(tiny_cache, "--exact").output
-    assert "a sample of 6 of 9 samples" in inspect(tiny_cache, "--stats", "--samples", 6).output
+    assert "a sample of 6 of 9 samples" in inspect(tiny_cache, "--stats", "--num-samples", 6).output
 
 
 def test_recorded_measurements_are_shown(tmp_path: Path) -> None:
