@@ -38,7 +38,7 @@ from dtcache.whitening import unwhiten, whiten_positions
 from pipelines.evaluate.classification import classify
 from pipelines.evaluate.segmentation import segment
 from pipelines.extract.extract import extract
-from pipelines.runs.folder import load_checkpoint
+from pipelines.runs.checkpoint import load_checkpoint
 from pipelines.train.train import train
 
 DRAWS: dict[str, dict[str, Any]] = {

@@ -77,7 +77,7 @@ def training(plan: Plan, seed: int, **chosen: Any) -> TrainOptions:
 
 def online(plan: Plan) -> dict[str, Any]:
     """Return what puts the teacher into the loop."""
-    return {"online": True, "teacher": plan.teacher, "timestep": plan.timestep}
+    return {"teacher": plan.teacher, "timestep": plan.timestep}
 
 
 def new_student(

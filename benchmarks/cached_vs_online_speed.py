@@ -11,27 +11,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from cached_vs_online_plan import Plan, extraction, new_student, online, training
+from cached_vs_online_plan import Plan, extraction, online, training
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtcache.cache.cache import TrainBatch
-from dtcache.device import Compute, compiled, configure_process, resolve_compute
+from dtcache.device import Compute, configure_process, resolve_compute
 from dtcache.distributed import Processes
-from dtcache.losses.objective import make_objective
-from dtcache.options import TrainOptions
 from dtcache.recipe import ViewSpec
-from dtcache.student import Augmentation, build_student
+from dtcache.student import build_student
 from dtcache.teacher.ddpm import build_unet
 from dtcache.teacher.denoiser import choose_taps
 from dtcache.teacher.flops import count_flops
 from dtcache.teacher.unet import UNetDenoiser
 from pipelines.extract.extract import extract
-from pipelines.runs.folder import Clock
-from pipelines.train.cached_batches import BatchSource, CachedSource
-from pipelines.train.distillation import Distillation, train_step
+from pipelines.runs.metrics import Clock
+from pipelines.train.batch_source import BatchSource
+from pipelines.train.cached_batches import CachedSource
 from pipelines.train.online_batches import OnlineSource
-from pipelines.train.train_state import Learner
+from pipelines.train.trainer import Trainer
 
 ADM_CHANNELS = (256, 256, 512, 512, 1024, 1024)
 WARM = 6
@@ -77,6 +75,13 @@ class MemorySource:
 
     def __init__(self, like: BatchSource, batch_size: int, device: torch.device) -> None:
         shapes = {name: like.shape(name) for name in like.names}
+        self.names = like.names
+        self.view = like.view
+        self.shape = like.shape
+        self.num_batches = like.num_batches
+        self.fit = {}
+        self.recipe = {}
+        self.labels = None
         self.decoder = nn.Identity()
         self._batch = TrainBatch(
             rows=np.arange(batch_size),
@@ -100,7 +105,7 @@ def blocks(plan: Plan, images: Path, cache: Path, name: str) -> dict[str, Any]:
     compute = resolve_compute(plan.device, "auto")
     configure_process(compute.device)
     alone = Processes()
-    options = training(plan, 0, student=name)
+    options = replace(training(plan, 0, student=name), lr=1e-4)
     cached = CachedSource(cache, options, compute, alone)
     taught = OnlineSource(images, replace(options, **online(plan)), compute, alone)
     arms = {
@@ -108,29 +113,16 @@ def blocks(plan: Plan, images: Path, cache: Path, name: str) -> dict[str, Any]:
         "cached": cached,
         "online": taught,
     }
-    student = new_student(plan, name, {n: cached.shape(n) for n in cached.names}, cached)
-    learner = Learner(student, options, 1e-4, compute, alone)
-    plain = make_objective(options, cached.fit, cached.recipe["codec"], cached.names).to(
-        compute.device
-    )
-    objective = compiled(plain) if options.compile else plain
-    found: dict[str, list[float]] = {arm: [] for arm in (*arms, "teacher", "waiting")}
+    trainers = {arm: Trainer(source, options, compute, alone) for arm, source in arms.items()}
+    seconds_per_step: dict[str, list[float]] = {arm: [] for arm in (*arms, "teacher", "waiting")}
     for _ in range(plan.rounds):
-        for arm, source in arms.items():
-            distillation = Distillation(
-                decoder=source.decoder,
-                objective=objective,
-                augmentation=Augmentation(seed=0),
-                input_size=student.input_size,
-                whitening=options.whitening,
-                compute=compute,
-            )
-            seconds, share = block(plan, learner, distillation, source, options)
-            found[arm].append(seconds)
+        for arm, trainer in trainers.items():
+            seconds, share = block(plan, trainer, compute)
+            seconds_per_step[arm].append(seconds)
             if arm == "cached":
-                found["waiting"].append(share)
-        found["teacher"].append(teacher_block(plan, taught, compute))
-    return {**found, "steps_per_epoch": cached.num_batches}
+                seconds_per_step["waiting"].append(share)
+        seconds_per_step["teacher"].append(teacher_block(plan, taught, compute))
+    return {**seconds_per_step, "steps_per_epoch": cached.num_batches}
 
 
 def forever(source: Any) -> Iterator[Any]:
@@ -139,17 +131,15 @@ def forever(source: Any) -> Iterator[Any]:
         yield from source.epoch(epoch, 0)
 
 
-def block(
-    plan: Plan, learner: Learner, distillation: Distillation, source: Any, options: TrainOptions
-) -> tuple[float, float]:
-    """Return seconds a step and the share of waiting, over one block in steady state."""
-    with closing(forever(source)) as batches:
+def block(plan: Plan, trainer: Trainer, compute: Compute) -> tuple[float, float]:
+    """Return seconds per step and the share of waiting, over one block in steady state."""
+    with closing(forever(trainer.source)) as batches:
         for batch in islice(batches, WARM):
-            train_step(learner, distillation, source, [batch], 0, 1e-4, options, Processes())
+            trainer.step([batch])
         clock = Clock()
         for batch in clock.waiting(islice(batches, plan.steps)):
-            train_step(learner, distillation, source, [batch], 0, 1e-4, options, Processes())
-        settle(distillation.compute)
+            trainer.step([batch])
+        settle(compute)
         return clock.seconds / plan.steps, clock.share
 
 

@@ -32,7 +32,7 @@ from dtcache.store.summary import inspect_cache
 from dtcache.student import Augmentation, Student, build_student
 from pipelines.evaluate.classification import classify
 from pipelines.extract.extract import extract
-from pipelines.runs.folder import load_checkpoint
+from pipelines.runs.checkpoint import load_checkpoint
 from pipelines.train.distillation import Distillation, held_out_losses
 from pipelines.train.train import train
 

@@ -1,4 +1,4 @@
-"""The processes of one training run, as torchrun or `accelerate launch` start them; one alone where neither did."""
+"""The processes of one training run, as torchrun or `accelerate launch` starts them; or one alone."""
 
 import os
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from dtcache.device import Compute, resolve_compute
 from dtcache.errors import ConfigError
@@ -14,54 +14,55 @@ from dtcache.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Processes:
-    """Which of how many processes this one is."""
+    """This process's rank, and the number of processes."""
 
     rank: int = 0
-    """From 0; the first one writes the run folder."""
+    """From 0; the process of rank 0 writes the run folder."""
     world_size: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes."""
+        """Whether this process has rank 0."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Return when every process has called this."""
         if self.world_size > 1:
-            torch.distributed.barrier()
+            distributed.barrier()
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the processes' mean of a tensor that each of them has."""
+        """Return the mean over all processes of tensors of one shape."""
         if self.world_size > 1:
-            torch.distributed.all_reduce(values)
+            distributed.all_reduce(values)
             values = values / self.world_size
         return values
 
     def gathered(self, values: Sequence[Any]) -> list[Any]:
-        """Return the values of all processes, by rank."""
+        """Return the values of all processes, in the order of their ranks."""
         if self.world_size == 1:
             return list(values)
-        parts: list[list[Any]] = [[]] * self.world_size
-        torch.distributed.all_gather_object(parts, list(values))
-        return [value for part in parts for value in part]
+        per_rank: list[list[Any]] = [[]] * self.world_size
+        distributed.all_gather_object(per_rank, list(values))
+        return [value for of_rank in per_rank for value in of_rank]
 
 
 def join_processes(device: str, precision: str) -> tuple[Processes, Compute]:
-    """Join the other processes, over NCCL on CUDA and gloo on a CPU; each takes the GPU of its number on its machine.
+    """Join the processes of this run: over NCCL on CUDA, over gloo on a CPU.
 
-    Raises ConfigError where a device of its own is asked for that is the same for all of them.
+    The launcher sets `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT`. Each
+    process takes the GPU whose number is its `LOCAL_RANK`. Without `LOCAL_RANK` the process is
+    alone. Raises ConfigError if several processes are asked to use one GPU.
     """
     if "LOCAL_RANK" not in os.environ:
         return Processes(), resolve_compute(device, precision)
     if device.startswith("cuda:"):
         raise ConfigError(
-            f"--device {device}: expected auto, cuda or cpu, as each process takes a GPU of its own"
+            f"`device` {device}: expected auto, cuda or cpu, as each process takes a GPU of its own"
         )
-    where = resolve_compute(device, precision).device
-    from accelerate import PartialState
-
-    state = PartialState(cpu=where.type == "cpu")
-    own = where.type if where.type == "cpu" else f"{where.type}:{state.local_process_index}"
-    return Processes(rank=state.process_index, world_size=state.num_processes), resolve_compute(
-        own, precision
-    )
+    compute = resolve_compute(device, precision)
+    if compute.device.type == "cuda":
+        compute = resolve_compute(f"cuda:{os.environ['LOCAL_RANK']}", precision)
+        torch.cuda.set_device(compute.device)
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if compute.device.type == "cuda" else "gloo")
+    return Processes(rank=distributed.get_rank(), world_size=distributed.get_world_size()), compute

@@ -1,23 +1,154 @@
-"""The paper's optimizers."""
+"""From gradients to updated weights: optimizer, learning-rate schedule, clipping, loss scale, EMA."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.optim.lamb import Lamb
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-BETAS = (0.9, 0.95)
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-def make_optimizer(
-    network: nn.Module, kind: str, lr: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """Return AdamW (`adamw`) or LAMB (`lamb`) with the paper's betas, without decay on norms and biases."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizationSpec:
+    """How a network is optimised. The defaults of `kind` and `betas` are the paper's."""
+
+    lr: float
+    """Peak learning rate."""
+    total_steps: int
+    """Steps of the whole run; the learning rate is 0 after them."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    kind: str = "adamw"
+    """adamw or lamb."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the moving averages of the gradient and of its square."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of parameters with two or more dimensions; norms and biases have none."""
+    fused: bool = True
+    """Use the fused AdamW, which rounds differently from the plain one."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient of all parameters; None: no clipping."""
+    ema_decay: float | None = None
+    """Decay of the EMA of the weights; None: no EMA."""
+    scale_loss: bool = False
+    """Scale the loss, which fp16 gradients need."""
+
+
+class Optimization:
+    """A network's optimizer and all state that an update changes beside the network itself."""
+
+    def __init__(self, network: nn.Module, spec: OptimizationSpec) -> None:
+        """Optimise the parameters of `network` that require a gradient; its EMA starts as a copy."""
+        self._spec = spec
+        self._networks = [network]
+        groups = parameter_groups(network, spec.lr, spec.weight_decay)
+        self._peaks = [spec.lr] * len(groups)
+        self._optimizer = make_optimizer(groups, spec)
+        self._scaler = torch.amp.GradScaler("cuda", enabled=spec.scale_loss)
+        self._average = (
+            AveragedModel(network, multi_avg_fn=warmed_up_ema(spec.ema_decay), use_buffers=True)
+            if spec.ema_decay is not None
+            else None
+        )
+
+    def add(self, network: nn.Module, lr_scale: float) -> None:
+        """Optimise another network too, at `lr_scale` times the learning rate. It has no EMA."""
+        peak = lr_scale * self._spec.lr
+        for group in parameter_groups(network, peak, self._spec.weight_decay):
+            self._optimizer.add_param_group(group)
+            self._peaks.append(peak)
+        self._networks.append(network)
+
+    @property
+    def averaged(self) -> nn.Module | None:
+        """The network with the EMA of its weights and buffers; None without `ema_decay`."""
+        return None if self._average is None else self._average.module
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a scalar loss, multiplied by the loss scale."""
+        self._scaler.scale(loss).backward()
+
+    def update(self, step: int) -> float:
+        """Take optimizer step `step` (from 0), zero the gradients, update the EMA.
+
+        Returns the learning rate of the step. Gradients are unscaled and clipped first.
+        """
+        factor = warmup_cosine(step, self._spec.warmup_steps, self._spec.total_steps)
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        if self._spec.clip_grad is not None:
+            self._scaler.unscale_(self._optimizer)
+            parameters = [p for network in self._networks for p in network.parameters()]
+            nn.utils.clip_grad_norm_(parameters, self._spec.clip_grad)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._average is not None:
+            self._average.update_parameters(self._networks[0])
+        return self._peaks[0] * factor
+
+    def _states(self) -> dict[str, Any]:
+        states = {"optimizer": self._optimizer, "scaler": self._scaler}
+        return states if self._average is None else {**states, "average": self._average}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: `optimizer`, `scaler` and, with an EMA, `average`."""
+        return {name: value.state_dict() for name, value in self._states().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from `state_dict()`; other entries are ignored."""
+        for name, value in self._states().items():
+            value.load_state_dict(state[name])
+
+
+def parameter_groups(network: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two optimizer groups: parameters with weight decay; norms and biases without it."""
     parameters = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    return [
+        {
+            "params": [p for p in parameters if p.ndim > 1],
+            "weight_decay": weight_decay,
+            "lr": lr,
+        },
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr": lr},
     ]
-    if kind == "adamw":
-        # Fused, as a pass a parameter and operation is an eighth of a narrow student's step on a CPU.
-        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
-    # timm's default clips at norm 1, which the paper does not.
-    return Lamb(groups, lr=lr, betas=BETAS, max_grad_norm=None)
+
+
+def make_optimizer(groups: list[dict[str, Any]], spec: OptimizationSpec) -> torch.optim.Optimizer:
+    """Return the optimizer of some parameter groups."""
+    if spec.kind == "adamw":
+        # The plain AdamW passes over each parameter once per operation: an eighth of the step of a
+        # narrow student on a CPU.
+        return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=spec.fused)
+    # timm clips at norm 1 by default; the paper does not.
+    return Lamb(groups, lr=spec.lr, betas=spec.betas, max_grad_norm=None)
+
+
+def warmup_cosine(step: int, warmup: int, total: int) -> float:
+    """Return the share of the peak rate at `step`: linear warm-up, then a cosine to 0 at `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def warmed_up_ema(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    """Return an EMA update for `AveragedModel` whose decay is min(decay, (1 + n) / (10 + n)).
+
+    n is the number of updates so far. A constant decay would leave the random initial weights in
+    the average of a short run. Integer tensors, such as counters, are copied.
+    """
+
+    @torch.no_grad()
+    def update(averaged: Tensors, current: Tensors, num_averaged: Tensor | int) -> None:
+        n = int(num_averaged)
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return update

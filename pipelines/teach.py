@@ -1,20 +1,19 @@
-"""Stage 0: fit an unconditional DDPM on a user's own images and save it as a diffusers directory."""
+"""Stage 0: train an unconditional DDPM on a user's own images, as a diffusers directory."""
 
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from dtcache.atomic_files import FolderLock, disk_errors, write_file
-from dtcache.average import warmed_up_ema
 from dtcache.device import (
     Compute,
     compile_errors,
@@ -26,10 +25,10 @@ from dtcache.device import (
 from dtcache.errors import ImagesError, TrainingError
 from dtcache.hashing import sha256_json
 from dtcache.images import ImageSource, load_views, open_source
+from dtcache.optim import Optimization, OptimizationSpec
 from dtcache.options import TeachOptions, parse_ints, parse_size
 from dtcache.recipe import ViewSpec
 from dtcache.rng import permuted
-from dtcache.schedule import warmup_cosine
 from dtcache.teacher.ddpm import (
     TRAIN_STEPS,
     build_unet,
@@ -38,116 +37,210 @@ from dtcache.teacher.ddpm import (
     sample_images,
     save_teacher,
 )
-from pipelines.runs.folder import CHECKPOINT, claim_run, load_checkpoint, save_checkpoint
-from pipelines.runs.plots import plot_curves
+from pipelines.runs.checkpoint import load_checkpoint, save_checkpoint
+from pipelines.runs.folder import CHECKPOINT, claim_run
+from pipelines.runs.metrics import plot_curves
 from pipelines.terminal.progress import track
 
 LOSSES = "losses.json"
+KEPT = "kept"
+"""Folder of the teachers of single steps, `RUN/kept/STEP/`."""
 VOLATILE = ("device", "save_every", "samples")
+"""Options that may change on resume."""
+AVERAGED_LOSSES = 100
+"""Steps over which the shown loss is averaged."""
+THREADS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Taught:
-    """What a finished run left behind."""
+    """A finished run."""
 
     out: Path
     steps: int
     final_loss: float
+    """Mean over the last 100 steps."""
 
 
 def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
-    """Fit a DDPM on `images`; resumes a run in `out` made with the same options and images.
+    """Train a DDPM on `images`; resumes a run in `out` of the same options and images.
 
-    Raises CacheMismatchError where `out` holds a run of other options, TrainingError where the loss diverges.
+    Raises CacheMismatchError if `out` holds a run of other options, TrainingError if a loss is not
+    finite.
     """
     source = open_source(images, track)
-    height, width = parse_size(options.size)
-    view = ViewSpec(
-        height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop"
-    )
     rows = permuted(len(source.keys), seed=options.seed, stream="teach")[: options.limit]
     compute = resolve_compute(options.device, options.precision)
     configure_process(compute.device)
+    trainer = TeacherTrainer(options, compute)
     with FolderLock(out):
         images_sha256 = sha256_json([source.keys[i] for i in rows])
-        wanted = {**asdict(options), "precision": compute.precision, "images": images_sha256}
-        claim_run(out, wanted, VOLATILE)
-        losses_path = out / LOSSES
-        if not losses_path.exists():
-            _fit(source, rows, view, out, options, compute)
-        losses = json.loads(losses_path.read_text())
-    return Taught(out=out, steps=options.steps, final_loss=float(np.mean(losses[-100:])))
+        identity = {**asdict(options), "precision": compute.precision, "images": images_sha256}
+        claim_run(out, identity, VOLATILE)
+        if not (out / LOSSES).exists():
+            _train(source, rows, out, trainer)
+        losses = json.loads((out / LOSSES).read_text())
+    return Taught(
+        out=out, steps=options.steps, final_loss=float(np.mean(losses[-AVERAGED_LOSSES:]))
+    )
 
 
-def _fit(
-    source: ImageSource,
-    rows: np.ndarray,
-    view: ViewSpec,
-    out: Path,
-    options: TeachOptions,
-    compute: Compute,
+def _train(
+    source: ImageSource, rows: NDArray[np.int64], out: Path, trainer: "TeacherTrainer"
 ) -> None:
-    """Train from the last checkpoint on; losses.json comes last and marks the run as finished."""
-    torch.manual_seed(options.seed)
-    unet = build_unet(
-        view.height,
-        view.width,
-        parse_ints(options.channels, "channels"),
-        options.layers,
-        options.attention,
-    )
-    unet = unet.to(compute.device).to(memory_format=torch.channels_last)
-    ema = AveragedModel(unet, multi_avg_fn=warmed_up_ema(options.ema))
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.99)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, options.warmup, options.steps)
-    )
-    network = compiled(unet) if options.compile else unet
-    state = {"unet": unet, "ema": ema, "optimizer": optimizer, "schedule": schedule}
-    first, losses = _resume(out, state)
-
-    def batches() -> Iterator[Tensor]:
-        stream = _row_stream(
-            rows, first * options.batch_size, options.steps * options.batch_size, options.seed
-        )
-        batch: list[np.ndarray] = []
-        for count, loaded in enumerate(load_views(source, stream, view, threads=2), 1):
-            if loaded.pixels_CHW is not None:
-                batch.append(loaded.pixels_CHW)
-            if count % options.batch_size == 0:
-                if not batch:
-                    raise ImagesError(
-                        f"no image of a whole batch could be read ({loaded.failure}); check the source"
-                    )
-                yield torch.from_numpy(np.stack(batch))
-                batch = []
-
-    remedy = "give a smaller --batch-size"
+    """Train from the last checkpoint on. losses.json is written last: it marks a finished run."""
+    options = trainer.options
+    trainer.restore(out)
+    if trainer.steps_done == 0 and 0 in options.kept:
+        trainer.save_kept(out)
     with (
-        memory_errors(options.batch_size, remedy),
-        track("teach", options.steps, first) as progress,
+        memory_errors(options.batch_size, "pass a smaller `batch_size`"),
+        track("teacher train", options.steps, trainer.steps_done) as progress,
     ):
-        for step, pixels_BCHW in enumerate(batches(), first):
-            loss = _train_step(network, optimizer, pixels_BCHW, step, options.seed, compute)
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"teach: the loss is {loss} at step {step}; lower --lr or use --precision fp32"
-                )
-            schedule.step()
-            ema.update_parameters(unet)
-            losses.append(loss)
-            progress.advance(1, f"loss {np.mean(losses[-100:]):.4f}")
-            if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
-                _save(out, state, step + 1, losses, options)
-    _write_pictures(out, ema.module, losses, options)
-    write_file(out / LOSSES, json.dumps([round(x, 5) for x in losses]).encode())
+        for pixels_BCHW in _batches(source, rows, trainer.steps_done, options):
+            trainer.step(pixels_BCHW)
+            progress.advance(1, f"loss {np.mean(trainer.losses[-AVERAGED_LOSSES:]):.4f}")
+            if trainer.steps_done in options.kept:
+                trainer.save_kept(out)
+            if trainer.steps_done % options.save_every == 0 or trainer.steps_done == options.steps:
+                trainer.save(out)
+    _write_pictures(out, trainer.averaged, trainer.losses, options)
+    write_file(out / LOSSES, json.dumps([round(x, 5) for x in trainer.losses]).encode())
     (out / CHECKPOINT).unlink()
 
 
-def _row_stream(rows: np.ndarray, start: int, stop: int, seed: int) -> Iterator[int]:
-    """Yield the source indices of draws [start, stop): a fresh permutation an epoch, a function of the seed alone."""
+class TeacherTrainer:
+    """A U-Net in training: step, save, restore."""
+
+    def __init__(self, options: TeachOptions, compute: Compute) -> None:
+        """Build the U-Net on the device, at step 0. Raises ConfigError for sizes that do not fit."""
+        torch.manual_seed(options.seed)
+        unet = build_unet(
+            *parse_size(options.size),
+            parse_ints(options.channels, "channels"),
+            options.layers,
+            options.attention,
+        )
+        self.options = options
+        self.steps_done = 0
+        self.losses: list[float] = []
+        self._compute = compute
+        self._unet = unet.to(compute.device).to(memory_format=torch.channels_last)
+        self._optimization = Optimization(
+            self._unet,
+            OptimizationSpec(
+                lr=options.lr,
+                betas=(0.9, 0.99),
+                fused=False,
+                warmup_steps=options.warmup,
+                total_steps=options.steps,
+                clip_grad=1.0,
+                ema_decay=options.ema_decay,
+            ),
+        )
+        self._network = compiled(self._unet) if options.compile else self._unet
+
+    def step(self, pixels_BCHW: Tensor) -> None:
+        """Take one optimizer step on uint8 images and append its loss to `losses`.
+
+        Flips, timesteps and noise are drawn from (seed, step) alone, so that a resumed run takes
+        the same steps. Raises TrainingError, and takes no step, if the loss is not finite.
+        """
+        options = self.options
+        draw = torch.Generator().manual_seed((options.seed << 32) + self.steps_done)
+        mirrored = torch.rand(len(pixels_BCHW), generator=draw) < 0.5
+        pixels_BCHW = torch.where(mirrored[:, None, None, None], pixels_BCHW.flip(3), pixels_BCHW)
+        timesteps = options.max_timestep or TRAIN_STEPS
+        t_B = torch.randint(0, timesteps, (len(pixels_BCHW),), generator=draw)
+        noise_BCHW = torch.randn(pixels_BCHW.shape, generator=draw)
+        device = self._compute.device
+        with self._compute.autocast():
+            loss = ddpm_loss(
+                self._network,
+                ddpm_scheduler(),
+                pixels_BCHW.to(device),
+                noise_BCHW.to(device),
+                t_B.to(device),
+                snr_gamma=options.snr_gamma,
+            )
+        with compile_errors():
+            self._optimization.backward(loss)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} at step {self.steps_done}; lower `lr` or use "
+                "`precision='fp32'`"
+            )
+        self._optimization.update(self.steps_done)
+        self.steps_done += 1
+        self.losses.append(value)
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The U-Net with the EMA of the weights."""
+        averaged = self._optimization.averaged
+        return self._unet if averaged is None else averaged
+
+    def save(self, out: Path) -> None:
+        """Write the teacher (the EMA), then the checkpoint: a kill between the two repeats both."""
+        self._save_teacher(out)
+        save_checkpoint(
+            out,
+            {
+                "unet": self._unet.state_dict(),
+                **self._optimization.state_dict(),
+                "step": self.steps_done,
+                "losses": self.losses,
+            },
+        )
+
+    def save_kept(self, out: Path) -> None:
+        """Write the teacher of this step to `kept/STEP/`; a resumed run writes the same one again."""
+        self._save_teacher(out / KEPT / str(self.steps_done))
+
+    def restore(self, out: Path) -> None:
+        """Continue from the run's checkpoint, if there is one."""
+        state = load_checkpoint(out)
+        if state is not None:
+            self._unet.load_state_dict(state["unet"])
+            self._optimization.load_state_dict(state)
+            self.steps_done = state["step"]
+            self.losses = state["losses"]
+
+    def _save_teacher(self, folder: Path) -> None:
+        dtype = torch.float16 if self.options.weights == "float16" else torch.float32
+        with disk_errors(folder):
+            save_teacher(copy.deepcopy(self.averaged), folder, dtype)
+
+
+def _batches(
+    source: ImageSource, rows: NDArray[np.int64], first_step: int, options: TeachOptions
+) -> Iterator[Tensor]:
+    """Yield uint8 batches (B, 3, H, W) from a step on; images that cannot be read are left out.
+
+    Raises ImagesError if no image of a batch can be read.
+    """
+    height, width = parse_size(options.size)
+    view = ViewSpec(
+        height=height, width=width, fit="stretch" if options.resize_mode == "stretch" else "crop"
+    )
+    size = options.batch_size
+    stream = _row_stream(rows, first_step * size, options.steps * size, options.seed)
+    batch: list[NDArray[np.uint8]] = []
+    for count, loaded in enumerate(load_views(source, stream, view, threads=THREADS), 1):
+        if loaded.pixels_CHW is not None:
+            batch.append(loaded.pixels_CHW)
+        if count % size == 0:
+            if not batch:
+                raise ImagesError(
+                    f"no image of a whole batch could be read ({loaded.failure}); check the source"
+                )
+            yield torch.from_numpy(np.stack(batch))
+            batch = []
+
+
+def _row_stream(rows: NDArray[np.int64], start: int, stop: int, seed: int) -> Iterator[int]:
+    """Yield the source indices of draws [start, stop): each epoch permutes `rows` by the seed."""
     epoch = -1
     order = rows
     for position in range(start, stop):
@@ -157,61 +250,8 @@ def _row_stream(rows: np.ndarray, start: int, stop: int, seed: int) -> Iterator[
         yield int(order[position % len(rows)])
 
 
-def _train_step(
-    network: Callable[..., Any],
-    optimizer: torch.optim.Optimizer,
-    pixels_BCHW: Tensor,
-    step: int,
-    seed: int,
-    compute: Compute,
-) -> float:
-    """Take one step; flips, timesteps and noise depend on (seed, step) alone, so that a resumed run is the same run."""
-    draw = torch.Generator().manual_seed((seed << 32) + step)
-    mirrored = torch.rand(len(pixels_BCHW), generator=draw) < 0.5
-    pixels_BCHW = torch.where(mirrored[:, None, None, None], pixels_BCHW.flip(3), pixels_BCHW)
-    t_B = torch.randint(0, TRAIN_STEPS, (len(pixels_BCHW),), generator=draw)
-    noise_BCHW = torch.randn(pixels_BCHW.shape, generator=draw)
-    device = compute.device
-    with compute.autocast():
-        loss = ddpm_loss(
-            network, ddpm_scheduler(), pixels_BCHW.to(device), noise_BCHW.to(device), t_B.to(device)
-        )
-    with compile_errors():
-        loss.backward()
-    torch.nn.utils.clip_grad_norm_(
-        [p for group in optimizer.param_groups for p in group["params"]], 1.0
-    )
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(loss.detach())
-
-
-def _resume(out: Path, state: dict[str, Any]) -> tuple[int, list[float]]:
-    """Load the last checkpoint, if there is one, and return (finished steps, losses so far)."""
-    saved = load_checkpoint(out)
-    if saved is None:
-        return 0, []
-    for name, part in state.items():
-        part.load_state_dict(saved[name])
-    return saved["step"], saved["losses"]
-
-
-def _save(
-    out: Path, state: dict[str, Any], step: int, losses: list[float], options: TeachOptions
-) -> None:
-    """Refresh the diffusers directory from the averaged weights, then checkpoint: a kill between repeats both."""
-    dtype = torch.float16 if options.weights == "float16" else torch.float32
-    with disk_errors(out):
-        save_teacher(copy.deepcopy(state["ema"].module), out, dtype)
-    save_checkpoint(
-        out, {**{n: part.state_dict() for n, part in state.items()}, "step": step, "losses": losses}
-    )
-
-
-def _write_pictures(
-    out: Path, unet: torch.nn.Module, losses: list[float], options: TeachOptions
-) -> None:
-    """Write the loss curve, and a grid of samples where any are asked for."""
+def _write_pictures(out: Path, unet: Any, losses: list[float], options: TeachOptions) -> None:
+    """Write the loss curve and, unless `samples` is 0, a grid of samples."""
     from torchvision.utils import save_image
 
     with disk_errors(out):
@@ -219,7 +259,6 @@ def _write_pictures(
         if options.samples:
             with track("samples", 1) as progress:
                 grid = sample_images(unet, options.samples, options.seed)
-                save_image(
-                    grid, out / "samples.png", nrow=max(1, round(math.sqrt(options.samples)))
-                )
+                columns = max(1, round(math.sqrt(options.samples)))
+                save_image(grid, out / "samples.png", nrow=columns)
                 progress.advance()

@@ -70,7 +70,7 @@ def test_the_verbs_are_the_documented_ones() -> None:
         (lambda: TrainOptions(epochs=0), r"`epochs` 0: expected at least 1"),
         (lambda: TrainOptions(limit=-5), r"`limit` -5: expected at least 1"),
         (lambda: TrainOptions(log_every=0), r"`log_every` 0: expected at least 1"),
-        (lambda: TrainOptions(threads=0), r"`threads` 0: expected at least 1"),
+        (lambda: TrainOptions(num_workers=0), r"`num_workers` 0: expected at least 1"),
         (lambda: TrainOptions(optimizer="sgd"), r"`optimizer` sgd: expected one of adamw, lamb"),
         (lambda: TeachOptions(save_every=0), r"`save_every` 0: expected at least 1"),
         (lambda: TeachOptions(steps=0), r"`steps` 0: expected at least 1"),

@@ -114,7 +114,7 @@ def make_objective(
     bands = {}
     if options.noise_weighting:
         share = {name: max(1.0 - float(codec["noise_share"][name]), LEAST_WEIGHT) for name in names}
-        if options.crop is None:
+        if options.scale is None:
             for name in names:
                 if (coded := fit[name].bands()) is not None:
                     bands[name] = DeterminedBands(coded, float(codec["step"]))

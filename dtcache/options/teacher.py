@@ -1,8 +1,18 @@
 """Options of what makes a teacher: teach, convert-adm."""
 
+import re
 from dataclasses import dataclass
 
+from dtcache.errors import ConfigError
 from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
+
+DATA = "Data"
+NETWORK = "Network"
+LOSS = "Loss"
+OPTIMISATION = "Optimisation"
+HARDWARE = "Hardware"
+RUN = "Run"
+STEPS = r" *[0-9]{1,9} *(, *[0-9]{1,9} *)*"
 
 ADM_PRESETS = ("adm-64", "adm-128", "adm-256", "adm-512")
 """OpenAI's published guided-diffusion architectures, by image size.
@@ -13,32 +23,95 @@ dtcache/teacher/adm/architecture.py defines each one.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeachOptions(Options):
-    """Options of `dtcache teach`."""
+    """Options of `dtcache teacher train`. Raises ConfigError for bad values."""
 
-    size: str = option("64", "View size in pixels.", metavar="H[xW]")
-    fit: str = option("crop", "How an image meets the view.", choices=("crop", "stretch"))
-    steps: int = option(50_000, "Optimizer steps in all.", minimum=1)
-    batch_size: int = option(64, "Images a step.", minimum=1)
-    lr: float = option(4e-4, "Peak learning rate of AdamW.", minimum=1e-12)
-    warmup: int = option(200, "Steps of linear warm-up; cosine decay after it.", minimum=0)
-    channels: str = option(
-        "64,128,128,128", "U-Net channels a level, finest first.", metavar="C,C,..."
+    size: str = option("64", "View size in pixels.", metavar="H[xW]", group=DATA)
+    resize_mode: str = option(
+        "crop",
+        "How an image is fitted to the view: cropped or stretched.",
+        choices=("crop", "stretch"),
+        group=DATA,
     )
-    layers: int = option(1, "Residual blocks a level.", minimum=1)
-    attention: int = option(2, "Number of coarsest levels that have attention.", minimum=0)
-    ema: float = option(0.999, "Decay of the weight average that is saved.", minimum=0)
-    weights: str = option("float32", "Type of the saved weights.", choices=("float32", "float16"))
-    seed: int = seed_option("Seed of weights, order and noise.")
-    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
+    limit: int | None = option(
+        None, "Use the first N images of the permuted order.", minimum=1, group=DATA
+    )
+    channels: str = option(
+        "64,128,128,128",
+        "U-Net channels per level, finest first.",
+        metavar="C,C,...",
+        group=NETWORK,
+    )
+    layers: int = option(1, "Residual blocks per level.", minimum=1, group=NETWORK)
+    attention: int = option(
+        2, "Number of levels with attention: the coarsest ones.", minimum=0, group=NETWORK
+    )
+    snr_gamma: float | None = option(
+        None,
+        "Min-SNR-gamma weighting of the loss [default: unweighted]; 5 is usual.",
+        minimum=1e-12,
+        group=LOSS,
+    )
+    max_timestep: int | None = option(
+        None,
+        "Train on timesteps below N only [default: all 1000].",
+        minimum=1,
+        maximum=1000,
+        group=LOSS,
+    )
+    steps: int = option(50_000, "Optimizer steps in total.", minimum=1, group=OPTIMISATION)
+    batch_size: int = option(64, "Images per step.", minimum=1, group=OPTIMISATION)
+    lr: float = option(4e-4, "Peak learning rate of AdamW.", minimum=1e-12, group=OPTIMISATION)
+    warmup: int = option(
+        200, "Steps of linear warm-up; cosine decay follows.", minimum=0, group=OPTIMISATION
+    )
+    ema_decay: float = option(
+        0.999, "Decay of the EMA of the weights, which is saved.", minimum=0, group=OPTIMISATION
+    )
+    seed: int = seed_option("Seed of weights, order and noise.", group=OPTIMISATION)
+    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group=HARDWARE)
     precision: str = option(
-        "auto", "Autocast precision; auto is bf16 where native.", choices=PRECISIONS
+        "auto",
+        "Autocast precision; auto: bf16 if native, else fp32.",
+        choices=PRECISIONS,
+        group=HARDWARE,
     )
     compile: bool = option(
-        False, "Compile the U-Net first (torch.compile): minutes once, then faster steps."
+        False, "Compile the U-Net: minutes once, then faster steps.", group=HARDWARE
     )
-    save_every: int = option(500, "Steps between checkpoints.", minimum=1)
-    samples: int = option(36, "Images in the sample grid.", minimum=0)
-    limit: int | None = option(None, "Use the first N images of the permuted order.", minimum=1)
+    weights: str = option(
+        "float32", "Type of the saved weights.", choices=("float32", "float16"), group=RUN
+    )
+    keep_steps: str | None = option(
+        None,
+        "Also save the teachers of these steps, to kept/STEP/; 0: before training.",
+        metavar="STEP,...",
+        group=RUN,
+    )
+    save_every: int = option(500, "Steps between checkpoints.", minimum=1, group=RUN)
+    samples: int = option(36, "Images in the sample grid.", minimum=0, group=RUN)
+
+    def __post_init__(self) -> None:
+        """Check bounds, then the steps to keep."""
+        Options.__post_init__(self)
+        if self.ema_decay >= 1:
+            raise ConfigError(
+                f"`ema_decay` {self.ema_decay:g}: expected a decay under 1, such as 0.999"
+            )
+        if self.keep_steps is not None and not re.fullmatch(STEPS, self.keep_steps):
+            raise ConfigError(
+                f"`keep_steps` {self.keep_steps}: expected steps separated by commas, such as "
+                "0,300,1000"
+            )
+        beyond = max(self.kept, default=0)
+        if beyond > self.steps:
+            raise ConfigError(
+                f"`keep_steps` {beyond}: expected at most the {self.steps} `steps` of the run"
+            )
+
+    @property
+    def kept(self) -> frozenset[int]:
+        """Steps whose teachers are kept."""
+        return frozenset(map(int, self.keep_steps.split(","))) if self.keep_steps else frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,149 +3,280 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtcache.errors import ConfigError
 from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
 
 REGRESSORS = ("fpn", "fpn-attention", "pafpn", "fpn-ppm")
 TRAIN_PRECISIONS = (*PRECISIONS, "fp16")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "none")
+CACHE_ONLY = ("images", "allow_incomplete", "labels")
+"""Options that mean nothing with a teacher in the loop."""
+ONLINE_ONLY = ("prompt", "condition", "size", "resize_mode", "encoding", "ddim_steps")
+"""Options that mean nothing without a teacher in the loop."""
+
+DATA = "Data"
+STUDENT = "Student"
+LOSS = "Loss"
+OPTIMISATION = "Optimisation"
+AUGMENTATION = "Augmentation"
+HARDWARE = "Hardware"
+RUN = "Run"
+ONLINE = "Online teacher"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions(Options):
-    """Options of `dtcache train`."""
+    """Options of `dtcache train`. Raises ConfigError for options that contradict each other."""
 
+    taps: str | None = option(
+        None,
+        "Strides or names of the taps [default: all].",
+        metavar="TAP,TAP,...",
+        group=DATA,
+    )
+    timestep: int | None = option(
+        None, "Timestep [default: all in the cache]; needed with --teacher.", group=DATA
+    )
+    limit: int | None = option(
+        None,
+        "Use the first N samples. With --teacher: images of the permuted order.",
+        minimum=1,
+        group=DATA,
+    )
+    images: Path | None = option(
+        None,
+        "Images of a cache that stores none.",
+        metavar="IMAGES",
+        group=DATA,
+    )
+    shuffle: str = option(
+        "full",
+        "full: permute all samples. block: mix parts of shards, for a cold disk.",
+        choices=("full", "block"),
+        group=DATA,
+    )
+    allow_incomplete: bool = option(
+        False, "Train on the committed shards of an incomplete cache.", group=DATA
+    )
     student: str = option(
-        "resnet50", "Any timm backbone with a feature pyramid, or a plain ViT.", metavar="NAME"
+        "resnet50",
+        "Any timm backbone with a feature pyramid, or a plain ViT.",
+        metavar="NAME",
+        group=STUDENT,
     )
-    epochs: int = option(100, "Passes over the training samples.", minimum=1)
-    warmup_epochs: float | None = option(
+    student_size: str | None = option(
         None,
-        "Epochs of linear warm-up, cosine decay after it [default: a tenth of --epochs].",
-        minimum=0,
+        "Input size [default: view x max(1, 4/finest stride)].",
+        metavar="H[xW]",
+        group=STUDENT,
     )
-    batch_size: int = option(256, "Samples a step.", minimum=2)
-    optimizer: str = option("adamw", "Optimizer.", choices=("adamw", "lamb"))
-    lr: float | None = option(
+    init: str | None = option(
         None,
-        "Peak rate [default: 4e-3 x batch/256 for adamw, 4e-3 x batch/2048 for lamb].",
-        minimum=1e-12,
+        "Start from timm's pretrained weights or from a backbone.",
+        metavar="pretrained|PATH",
+        group=STUDENT,
     )
-    weight_decay: float = option(0.05, "Weight decay; none on norms and biases.", minimum=0)
-    clip_grad: float | None = option(
-        None, "Clip the gradient's norm [default: no clipping].", minimum=1e-12
+    regressor: str = option(
+        "fpn-ppm",
+        "FPN; with attention, a bottom-up branch (PaFPN) or pyramid pooling.",
+        choices=REGRESSORS,
+        group=STUDENT,
     )
+    fpn_width: int = option(256, "Channels of the regressor's pyramid.", minimum=1, group=STUDENT)
     loss: str = option(
         "mse+at",
-        "Feature loss: whitened MSE, attention transfer, or both.",
+        "Feature loss: whitened MSE, attention transfer (AT), or both.",
         choices=("mse", "at", "mse+at"),
+        group=LOSS,
     )
     at_weight: float | None = option(
         None,
-        "Weight of AT beside the MSE in mse+at; docs/students.md has a case for less [default: 10].",
+        "Weight of AT beside the MSE [default: 10]; docs/students.md recommends less.",
         minimum=0,
+        group=LOSS,
     )
     tap_weights: str | None = option(
         None,
         "Weights of taps in the loss, divided by their mean [default: 1 each].",
         metavar="strideS=W,...",
+        group=LOSS,
     )
     noise_weighting: bool = option(
-        False, "Weigh taps and bands by the share of them that is not the teacher's noise."
-    )
-    labels: str | None = option(
-        None,
-        "Distil from the soft labels of this set of the cache too (dtcache label write).",
-        metavar="NAME",
-    )
-    label_weight: float | None = option(
-        None, "Weight of the label loss [default: 1 with --labels].", minimum=0
-    )
-    feature_weight: float | None = option(
-        None, "Weight of the feature loss beside it; 0: labels alone [default: 1].", minimum=0
+        False,
+        "Weight taps and bands by the share of their variance that is not noise.",
+        group=LOSS,
     )
     whitening: str = option(
         "sample",
-        "LayerNorm of the MSE's target: a sample over (C, H, W), as cached, or a position over C (fp16 caches only).",
+        "LayerNorm of the MSE's target: per sample over (C, H, W), or per position over C.",
         choices=("sample", "position"),
+        group=LOSS,
     )
-    regressor: str = option(
-        "fpn-ppm",
-        "Regressor: an FPN; with attention, a bottom-up branch (PaFPN) or pyramid pooling.",
-        choices=REGRESSORS,
+    labels: str | None = option(
+        None,
+        "Also distil from this set of soft labels (dtcache label write).",
+        metavar="NAME",
+        group=LOSS,
     )
-    fpn_width: int = option(256, "Channels of the regressor's pyramid.", minimum=1)
-    crop: str | None = option(
+    label_weight: float | None = option(
+        None, "Weight of the label loss [default: 1 with --labels].", minimum=0, group=LOSS
+    )
+    feature_weight: float | None = option(
+        None,
+        "Weight of the feature loss beside --labels; 0: labels only [default: 1].",
+        minimum=0,
+        group=LOSS,
+    )
+    epochs: int = option(100, "Passes over the training samples.", minimum=1, group=OPTIMISATION)
+    batch_size: int = option(256, "Global batch size.", minimum=2, group=OPTIMISATION)
+    micro_batches: int = option(
+        1,
+        "Split each batch into N parts, computed in turn: less memory.",
+        minimum=1,
+        group=OPTIMISATION,
+    )
+    optimizer: str = option("adamw", "Optimizer.", choices=("adamw", "lamb"), group=OPTIMISATION)
+    lr: float | None = option(
+        None,
+        "Peak rate [default: 4e-3 x batch/256 for adamw, 4e-3 x batch/2048 for lamb].",
+        minimum=1e-12,
+        group=OPTIMISATION,
+    )
+    warmup_epochs: float | None = option(
+        None,
+        "Epochs of linear warm-up; cosine decay follows [default: a tenth of --epochs].",
+        minimum=0,
+        group=OPTIMISATION,
+    )
+    weight_decay: float = option(
+        0.05, "Weight decay; none on norms and biases.", minimum=0, group=OPTIMISATION
+    )
+    clip_grad: float | None = option(
+        None,
+        "Largest norm of the gradient [default: no clipping].",
+        minimum=1e-12,
+        group=OPTIMISATION,
+    )
+    ema_decay: float | None = option(
+        None,
+        "Export the EMA of the weights; its decay rises to this value, such as 0.999.",
+        minimum=0,
+        group=OPTIMISATION,
+    )
+    seed: int = seed_option("Seed of weights, order and flips.", group=OPTIMISATION)
+    scale: str | None = option(
         None,
         "Random resized crops of image and features: least and most share of the area.",
         metavar="0.3,1.0",
+        group=AUGMENTATION,
     )
-    jitter: float = option(
-        0.0, "Strength of photometric jitter of the image, up to 2; SimCLR's is 1.", minimum=0
+    color_jitter: float = option(
+        0.0,
+        "Strength of color jitter of the image, 0 to 2; SimCLR's is 1.",
+        minimum=0,
+        group=AUGMENTATION,
     )
-    student_size: str | None = option(
-        None, "Student input size [default: view x max(1, 4/finest stride)].", metavar="H[xW]"
-    )
-    taps: str | None = option(
-        None,
-        "Strides or names of the taps to train on [default: all in the cache].",
-        metavar="TAP,TAP,...",
-    )
-    timestep: int | None = option(
-        None, "Timestep to train on [default: all in the cache]; --online needs it."
-    )
-    limit: int | None = option(
-        None, "Use the first N rows (--online: images of the permuted order).", minimum=1
-    )
-    images: Path | None = option(
-        None,
-        "The images that the cache was extracted from, where it stores none.",
-        metavar="IMAGES",
-    )
-    init: str | None = option(
-        None, "Start from timm's pretrained weights or from a backbone.", metavar="pretrained|PATH"
-    )
-    seed: int = seed_option("Seed of weights, order and flips.")
-    shuffle: str = option(
-        "full",
-        "full: permute all samples. block: mix stretches of shards, for a cold disk.",
-        choices=("full", "block"),
-    )
-    threads: int = option(2, "Threads that read and decode the cache.", minimum=1)
-    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE")
+    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group=HARDWARE)
     precision: str = option(
         "auto",
-        "Autocast precision; auto is bf16 where native; fp16 scales the loss (CUDA).",
+        "Autocast precision; auto: bf16 if native, else fp32; fp16: CUDA only.",
         choices=TRAIN_PRECISIONS,
+        group=HARDWARE,
     )
     compile: bool = option(
         False,
-        "Compile student, losses and online teacher (torch.compile): minutes once, then fast steps.",
+        "Compile student, losses and online teacher: minutes once, then faster steps.",
+        group=HARDWARE,
     )
-    accumulate: int = option(
-        1, "Compute each step in N parts, one after the other: less memory.", minimum=1
-    )
-    ema: float | None = option(
-        None,
-        "Export the average of the weights, of this decay (warmed up), such as 0.999.",
-        minimum=0,
-    )
-    allow_incomplete: bool = option(
-        False, "Train on what is committed of a cache that is not complete."
-    )
-    save_every: int = option(200, "Steps between checkpoints.", minimum=1)
-    log_every: int = option(20, "Steps between metric lines.", minimum=1)
-    online: bool = option(
-        False, "Run the teacher in the loop, with fresh noise, on IMAGES in the place of CACHE."
-    )
+    num_workers: int = option(2, "Threads that read and decode batches.", minimum=1, group=HARDWARE)
+    save_every: int = option(200, "Steps between checkpoints.", minimum=1, group=RUN)
+    log_every: int = option(20, "Steps between metric lines.", minimum=1, group=RUN)
+    log_with: str = option("tensorboard", "Tracker of the metrics.", choices=TRACKERS, group=RUN)
     teacher: str | None = option(
-        None, "Online: the teacher, as extract takes it.", metavar="DIR_OR_ID"
+        None,
+        "Run this teacher in the loop, on IMAGES in place of CACHE.",
+        metavar="DIR_OR_ID",
+        group=ONLINE,
     )
-    prompt: str | None = option(None, "Online: as of extract.", metavar="TEXT")
-    condition: str | None = option(None, "Online: as of extract.", metavar="CLASS")
-    size: str | None = option(None, "Online: view size, as of extract.", metavar="H[xW]")
-    fit: str | None = option(
-        None, "Online: as of extract [default: crop].", choices=("crop", "stretch")
+    prompt: str | None = option(None, "As in extract.", metavar="TEXT", group=ONLINE)
+    condition: str | None = option(None, "As in extract.", metavar="CLASS", group=ONLINE)
+    size: str | None = option(None, "View size, as in extract.", metavar="H[xW]", group=ONLINE)
+    resize_mode: str | None = option(
+        None, "As in extract [default: crop].", choices=("crop", "stretch"), group=ONLINE
     )
     encoding: str | None = option(
-        None, "Online: as of extract [default: ddpm].", choices=("ddpm", "ddim")
+        None, "As in extract [default: ddpm].", choices=("ddpm", "ddim"), group=ONLINE
     )
-    ddim_steps: int | None = option(None, "Online: as of extract.", minimum=1)
+    ddim_steps: int | None = option(None, "As in extract.", minimum=1, group=ONLINE)
+
+    def __post_init__(self) -> None:
+        """Check bounds, then contradictions."""
+        Options.__post_init__(self)
+        if self.ema_decay is not None and self.ema_decay >= 1:
+            raise ConfigError(
+                f"`ema_decay` {self.ema_decay:g}: expected a decay under 1, such as 0.999"
+            )
+        if self.warmup >= self.epochs:
+            raise ConfigError(
+                f"`warmup_epochs` {self.warmup:g}: expected fewer than the {self.epochs} `epochs`"
+            )
+        self._check_source()
+        self._check_labels()
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of linear warm-up: a tenth of all unless `warmup_epochs` is set."""
+        return self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate: the paper's 4e-3, scaled with the batch size, unless `lr` is set."""
+        if self.lr is not None:
+            return self.lr
+        return 4e-3 * self.batch_size / (256 if self.optimizer == "adamw" else 2048)
+
+    def _check_source(self) -> None:
+        """Raise ConfigError if options of a cache and of a teacher in the loop are mixed."""
+        if self.teacher is None:
+            for name in ONLINE_ONLY:
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"`{name}`: a cache has its own, and only a teacher in the loop uses this "
+                        "option; pass `teacher` too, or leave it out"
+                    )
+            return
+        if self.timestep is None:
+            raise ConfigError("`teacher`: expected `timestep` beside it; pass both, as to extract")
+        extra = [name for name in CACHE_ONLY if getattr(self, name)]
+        extra += ["shuffle"] if self.shuffle != "full" else []
+        if extra:
+            raise ConfigError(
+                f"`{extra[0]}`: only a cache uses this option, and with `teacher` there is no "
+                "cache; leave one of the two out"
+            )
+        if self.noise_weighting:
+            raise ConfigError(
+                "`noise_weighting`: a cache records the teacher's noise, a teacher in the loop has "
+                "no such record; leave `noise_weighting` or `teacher` out"
+            )
+
+    def _check_labels(self) -> None:
+        """Raise ConfigError for weights of losses that do not take part."""
+        for name in ("label_weight", "feature_weight"):
+            if self.labels is None and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"`{name}`: it weights two losses, and without `labels` there is only one; "
+                    "pass `labels` too"
+                )
+        if self.label_weight == 0:
+            raise ConfigError(
+                "`label_weight` 0: expected a number over 0; leave `labels` out to train on "
+                "features alone"
+            )
+        if self.feature_weight == 0 and (
+            self.noise_weighting or self.tap_weights or self.at_weight is not None
+        ):
+            raise ConfigError(
+                "`feature_weight` 0: no feature is trained on; leave `noise_weighting`, "
+                "`tap_weights` and `at_weight` out"
+            )

@@ -1,6 +1,5 @@
 """The student: a backbone, what it sees, and the regressor that reads the teacher's features off its pyramid."""
 
-from dtcache.optim import make_optimizer
 from dtcache.student.augmentation import Augmentation
 from dtcache.student.backbone import (
     Backbone,
@@ -22,7 +21,6 @@ __all__ = [
     "build_student",
     "load_backbone",
     "make_backbone",
-    "make_optimizer",
     "probe_maps",
     "recalibrate_batch_norm",
     "save_backbone",

@@ -45,7 +45,7 @@ class Augmentation:
         """Check the options. Raises ConfigError for a scale or a strength out of bounds."""
         if not 0 <= self.color_jitter <= MAX_COLOR_JITTER:
             raise ConfigError(
-                f"`jitter` {self.color_jitter:g}: expected a strength from 0 (none) to "
+                f"`color_jitter` {self.color_jitter:g}: expected a strength from 0 (none) to "
                 f"{MAX_COLOR_JITTER:g}"
             )
         if self.scale is not None:
@@ -107,7 +107,7 @@ def parse_scale(text: str) -> tuple[float, float]:
     least, most = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
     if not 0 < least <= most <= 1:
         raise ConfigError(
-            f"`crop` {text}: expected two rising shares of the area over 0 and up to 1, such as "
+            f"`scale` {text}: expected two rising shares of the area over 0 and up to 1, such as "
             "0.3,1.0"
         )
     return least, most

@@ -63,15 +63,23 @@ def ddpm_loss(
     pixels_BCHW: Tensor,
     noise_BCHW: Tensor,
     t_B: Tensor,
+    snr_gamma: float | None = None,
 ) -> Tensor:
     """Return the mean squared error of the predicted noise, an fp32 scalar (Ho et al. 2020, eq.
     14).
 
-    `pixels_BCHW` are uint8; the noise is fp32 of the same shape; `t_B` is int64 in [0, 1000).
+    `pixels_BCHW` are uint8; the noise is fp32 of the same shape; `t_B` is int64 in [0, 1000). With
+    `snr_gamma`, the error of each sample is weighted by min(SNR(t), gamma) / SNR(t): Min-SNR-gamma
+    for a predicted noise (Hang et al. 2023, section 3.4).
     """
     clean_BCHW = pixels_BCHW.float() / 127.5 - 1.0
     predicted_BCHW = unet(scheduler.add_noise(clean_BCHW, noise_BCHW, t_B), t_B).sample
-    return torch.nn.functional.mse_loss(predicted_BCHW.float(), noise_BCHW)
+    if snr_gamma is None:
+        return torch.nn.functional.mse_loss(predicted_BCHW.float(), noise_BCHW)
+    error_B = (predicted_BCHW.float() - noise_BCHW).square().mean((1, 2, 3))
+    signal_B = scheduler.alphas_cumprod.to(t_B.device)[t_B]
+    snr_B = signal_B / (1 - signal_B)
+    return (error_B * snr_B.clamp(max=snr_gamma) / snr_B).mean()
 
 
 @torch.inference_mode()

@@ -25,11 +25,11 @@ from dtcache.metrics.segmentation import (
     mean_iou,
     pixel_accuracy,
 )
+from dtcache.optim import Optimization, OptimizationSpec
 from dtcache.options import EvaluateOptions
 from dtcache.recipe import Json
 from dtcache.rng import permuted, sample_uniforms
-from dtcache.schedule import warmup_cosine
-from dtcache.student import Augmentation, make_optimizer
+from dtcache.student import Augmentation
 from dtcache.student.augmentation import AUGMENTATION_DRAWS
 from dtcache.student.blocks import PyramidPooling, resize
 from dtcache.student.logit_head import load_head
@@ -224,17 +224,20 @@ def _trained_head(
     return head, named + spec.classes[len(named) :]
 
 
-def _make_optimizer(
-    trunk: Trunk, head: nn.Module, options: EvaluateOptions
-) -> torch.optim.Optimizer:
-    lr = options.lr or LR.get(options.head, HEAD_LR)
-    optimizer = make_optimizer(head, "adamw", lr, WEIGHT_DECAY)
+def _optimization(
+    trunk: Trunk, head: nn.Module, options: EvaluateOptions, total_steps: int
+) -> Optimization:
+    """Return the optimization of the head and, if it is finetuned, of the backbone."""
+    spec = OptimizationSpec(
+        lr=options.lr or LR.get(options.head, HEAD_LR),
+        weight_decay=WEIGHT_DECAY,
+        warmup_steps=round(WARMUP_SHARE * total_steps),
+        total_steps=total_steps,
+    )
+    optimization = Optimization(head, spec)
     if options.finetune and trunk.backbone is not None:
-        for group in make_optimizer(
-            trunk.backbone, "adamw", BACKBONE_LR * lr, WEIGHT_DECAY
-        ).param_groups:
-            optimizer.add_param_group(group)
-    return optimizer
+        optimization.add(trunk.backbone, BACKBONE_LR)
+    return optimization
 
 
 def _require_variance(trunk: Trunk, head: nn.Module, num_images: int) -> None:
@@ -261,13 +264,10 @@ def fit_head(segmenter: Segmenter, train: MaskedImages, options: EvaluateOptions
     order = train.images.indices
     steps = max(1, len(order) // batch_size)
     total = options.epochs * steps
-    optimizer = _make_optimizer(trunk, segmenter.head, options)
+    optimization = _optimization(trunk, segmenter.head, options, total)
     segmenter.head.train()
     if options.finetune and trunk.backbone is not None:
         trunk.backbone.train()
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, round(WARMUP_SHARE * total), total)
-    )
     augmentation = (
         Augmentation(scale=SCALE, color_jitter=COLOR_JITTER, seed=options.seed)
         if options.finetune
@@ -289,10 +289,8 @@ def fit_head(segmenter: Segmenter, train: MaskedImages, options: EvaluateOptions
                     raise TrainingError(
                         f"step {step + 1} of {total}: the loss is {loss.item()}; pass a lower `lr`"
                     )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+                optimization.backward(loss)
+                optimization.update(step)
                 progress.advance(1, f"loss {loss.item():.3f}")
     segmenter.head.eval()
     if trunk.backbone is not None:

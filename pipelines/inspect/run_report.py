@@ -43,7 +43,7 @@ def inspect_run(root: Path) -> Json:
         "state": "finished" if finished else "unfinished",
         "steps": max((steps[-1] for steps, _ in curves.values()), default=0),
         "options": options,
-        "weights": "average" if options.get("ema") is not None else "last",
+        "weights": "average" if options.get("ema_decay") is not None else "last",
         "results": results,
         "taps": [
             name.removeprefix(f"{HELD_OUT}mse/")

@@ -23,11 +23,10 @@ from dtcache.errors import ConfigError, ImagesError, TrainingError
 from dtcache.labels import FeatureInterpreter, InterpreterSpec, save_interpreter, teacher_identity
 from dtcache.losses.labels import cross_entropy, interpreter_loss
 from dtcache.metrics.segmentation import Counts, confusion_matrix
+from dtcache.optim import Optimization, OptimizationSpec
 from dtcache.options import LabelFitOptions
 from dtcache.recipe import Json
 from dtcache.rng import permuted
-from dtcache.schedule import warmup_cosine
-from dtcache.student import make_optimizer
 from dtcache.student.blocks import resize
 from pipelines.label.label_quality import label_scores
 from pipelines.label.labelled_rows import LabelledRows, images_with_masks, labelled_images
@@ -163,8 +162,15 @@ class _Training:
         """Train for all epochs and return one line of metrics per epoch."""
         steps = -(-len(train) // options.batch_size)
         total = options.epochs * steps
-        warmup = options.warmup_epochs * steps
-        optimizer = make_optimizer(self.network, "adamw", options.lr, options.weight_decay)
+        optimization = Optimization(
+            self.network,
+            OptimizationSpec(
+                lr=options.lr,
+                weight_decay=options.weight_decay,
+                warmup_steps=options.warmup_epochs * steps,
+                total_steps=total,
+            ),
+        )
         lines = []
         step = 0
         remedy = "pass a smaller `batch_size` or `width`"
@@ -177,13 +183,9 @@ class _Training:
                 losses = []
                 for start in range(0, len(train), options.batch_size):
                     chosen = slice(start, start + options.batch_size)
-                    rate = options.lr * warmup_cosine(step, warmup, total)
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
                     loss = self._loss(train.take(order[chosen]), views[chosen])
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    optimizer.step()
+                    optimization.backward(loss)
+                    optimization.update(step)
                     step += 1
                     losses.append(float(loss.detach()))
                     progress.advance(1, f"loss {losses[-1]:.4f}")

@@ -1,10 +1,9 @@
-"""Batches of a student from a cache; pipelines/train/online_batches.py has those of a teacher in the loop."""
+"""Batches of a student from a cache."""
 
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,57 +19,18 @@ from dtcache.device import Compute
 from dtcache.distributed import Processes
 from dtcache.errors import ConfigError
 from dtcache.options import TrainOptions
-from dtcache.recipe import Json, ViewSpec
+from dtcache.recipe import Json
 from dtcache.store.layout import IMAGES
 from dtcache.store.reader import Allowed
 
 
-class BatchSource(Protocol):
-    """What a student is trained on."""
-
-    names: list[str]
-    """The arrays that are regressed, timestep by timestep, finest tap first."""
-    view: ViewSpec
-    decoder: nn.Module
-    """Turns a batch's coefficients into whitened targets."""
-    fit: Mapping[str, TapCodec]
-    """A cache's codec by array; empty where there is none."""
-    recipe: Json
-    """What a cache recorded of its making; empty for a teacher in the loop, of which nothing is measured."""
-    noise_floor: dict[str, float]
-    """By array, where it is known: the part of the targets' variance that is noise."""
-    labels: LabelSet | None
-    """The soft labels that are distilled beside the features, if any."""
-    identity: Json
-    """What of the data a run belongs to, beside its options."""
-
-    @property
-    def num_batches(self) -> int:
-        """Global batches of an epoch."""
-
-    def shape(self, name: str) -> tuple[int, int, int]:
-        """Return (C, H, W) of an array's maps."""
-
-    def epoch(self, epoch: int, start: int) -> Iterator[Any]:
-        """Yield this process's batches of an epoch, `--accumulate` of them a global batch, from batch `start` on."""
-
-    def held_out(self) -> Iterator[Any]:
-        """Yield the held-out samples' batches: always the same views and noise."""
-
-    def ready(self, batch: Any) -> TrainBatch:
-        """Return a batch of this source on the device, as the student and the decoder take it."""
-
-    def keys(self, rows: Sequence[int] | Rows) -> list[str]:
-        """Return the names of samples."""
-
-
 class CachedSource:
-    """Batches of a cache."""
+    """A BatchSource over a cache."""
 
     def __init__(
         self, root: Path, options: TrainOptions, compute: Compute, processes: Processes
     ) -> None:
-        """Open a cache. Raises what opening it raises, and ConfigError for options that it cannot serve."""
+        """Open a cache. Raises the errors of opening it, and ConfigError if it cannot serve the options."""
         allow: Allowed = "incomplete" if options.allow_incomplete else "nothing"
         self.labels: LabelSet | None = None
         if options.labels is not None:
@@ -81,11 +41,12 @@ class CachedSource:
         manifest = self._cache.reader.manifest
         if options.whitening == "position" and manifest.recipe["codec"]["name"] != "float16":
             raise ConfigError(
-                "--whitening position: expected a cache of --quality fp16, whose features are exact"
+                "`whitening='position'`: expected a cache of exact features; extract it with "
+                "quality fp16"
             )
         if IMAGES not in manifest.arrays and options.images is None:
             raise ConfigError(
-                f"{root} stores no images: give those that it was extracted from (--images)"
+                f"{root} stores no images; pass `images`, the images it was extracted from"
             )
         self.names = feature_names(self._cache, options)
         self.view = self._cache.view
@@ -98,8 +59,8 @@ class CachedSource:
                 f"{root} is not complete: {len(usable)} of {len(self._cache)} samples are there",
                 file=sys.stderr,
             )
-        chosen = usable[: options.limit]
-        rows, self._held = split_rows(chosen, self.keys(chosen))
+        limited = usable[: options.limit]
+        rows, self._held = split_rows(limited, self.keys(limited))
         self._loader = EpochLoader(
             _Pinned(self._cache) if compute.device.type == "cuda" else self._cache,
             rows,
@@ -107,11 +68,11 @@ class CachedSource:
             Batching(
                 batch_size=options.batch_size,
                 seed=options.seed,
-                threads=options.threads,
+                threads=options.num_workers,
                 shuffle=options.shuffle,
                 rank=processes.rank,
                 world_size=processes.world_size,
-                micro_batches=options.accumulate,
+                micro_batches=options.micro_batches,
             ),
         )
         self._device = compute.device
@@ -125,7 +86,7 @@ class CachedSource:
 
     @property
     def num_batches(self) -> int:
-        """Global batches of an epoch."""
+        """Global batches per epoch."""
         return self._loader.num_batches
 
     def shape(self, name: str) -> tuple[int, int, int]:
@@ -133,11 +94,11 @@ class CachedSource:
         return self._cache.shape(name)
 
     def epoch(self, epoch: int, start: int) -> Iterator[TrainBatch]:
-        """Yield this process's batches, on a GPU copied there while it computes."""
+        """Yield this process's micro-batches; on a GPU they are copied while it computes."""
         return copied_ahead(self._loader.epoch(epoch, start), self._device)
 
     def held_out(self) -> Iterator[TrainBatch]:
-        """Yield the held-out samples' first views: draw 0, not mirrored."""
+        """Yield the first view of each held-out sample: draw 0, not mirrored."""
         for start in range(0, len(self._held), self._batch_size):
             rows = self._held[start : start + self._batch_size]
             yield self._cache.batch(rows, [0] * len(rows), self.names)
@@ -147,15 +108,14 @@ class CachedSource:
         return batch.changed(lambda x: x.to(self._device))
 
     def keys(self, rows: Sequence[int] | Rows) -> list[str]:
-        """Return the names of samples."""
-        found: list[str] = (
-            self._cache.reader.samples["key"].take(np.asarray(rows, np.int64)).to_pylist()
-        )
-        return found
+        """Return the keys of samples."""
+        column = self._cache.reader.samples["key"]
+        keys: list[str] = column.take(np.asarray(rows, np.int64)).to_pylist()
+        return keys
 
 
 class _Pinned:
-    """A cache whose reading threads put batches where a GPU fetches them beside its work."""
+    """A cache whose batches lie in pinned memory, from which a GPU copies while it computes."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
@@ -168,7 +128,7 @@ class _Pinned:
 
 
 def copied_ahead(batches: Iterable[TrainBatch], device: torch.device) -> Iterator[TrainBatch]:
-    """Yield batches on the device: on CUDA one ahead, over a side stream, while the student computes."""
+    """Yield batches on the device. On CUDA the next one is copied meanwhile, over a side stream."""
     if device.type != "cuda":
         yield from batches
         return
@@ -181,7 +141,8 @@ def copied_ahead(batches: Iterable[TrainBatch], device: torch.device) -> Iterato
         current.wait_event(copied)
 
         def used_here(x: Tensor) -> Tensor:
-            # Else its memory could be given to the next copy while this stream still reads it.
+            # Otherwise the allocator could give its memory to the next copy while this stream
+            # still reads it.
             x.record_stream(current)
             return x
 
@@ -200,6 +161,6 @@ def copied_ahead(batches: Iterable[TrainBatch], device: torch.device) -> Iterato
 
 
 def feature_names(cache: Cache, options: TrainOptions) -> list[str]:
-    """Return the arrays that a student regresses: none of them where features weigh nothing beside labels."""
+    """Return the arrays that a student regresses: none if the feature loss has weight 0."""
     chosen = chosen_taps(cache, timestep=options.timestep, taps=options.taps)
     return [] if options.feature_weight == 0 else chosen

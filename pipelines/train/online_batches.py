@@ -1,7 +1,7 @@
-"""The paper's own way: the teacher in the student's loop, with noise that is fresh in every epoch.
+"""Batches of a student from a teacher in the loop, which is the paper's own method.
 
-It is the baseline that a cache is measured against: rows, split, order, flips and noise of epoch 0 are those of a cache
-of the same seed, so that only the source of a batch differs.
+It is the baseline for caches. Only the source of a batch differs: rows, split, order, flips and the
+noise of epoch 0 are those of a cache of the same seed; each later epoch has fresh noise.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,18 +33,18 @@ from pipelines.terminal.progress import track
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnlineBatch:
-    """B views on the host, before the teacher."""
+    """B views on the host, before the teacher's pass."""
 
     rows: Rows
-    """(B,): places in the permuted order of the images."""
+    """(B,): positions in the permuted order of the images."""
     inputs: TeacherBatch
-    """Pixels, mirrored where the view is, with one draw of noise."""
+    """Pixels, mirrored if the view is, with one draw of noise."""
 
 
 class _Drawn:
-    """Images with the noise of one draw; threads share it."""
+    """Images with the noise of one draw. The loader's threads share it."""
 
-    num_views = 2  # as they are, and mirrored
+    num_views = 2  # original and mirrored
     shard_rows = None
 
     def __init__(self, images: Path, job: Job, draw: int) -> None:
@@ -56,7 +56,7 @@ class _Drawn:
         """Do nothing: images have no shards."""
 
     def batch(self, rows: Rows, views: Rows, names: Sequence[str]) -> OnlineBatch:
-        """Read and prepare B views. Raises ImagesError for an image that cannot be read."""
+        """Read and prepare B views. Raises ImagesError if an image cannot be read."""
         job = self._job
         inputs = []
         for row, view in zip(rows.tolist(), views.tolist(), strict=True):
@@ -65,7 +65,8 @@ class _Drawn:
                 pixels_CHW, _ = decode_view(job.source.read(sample.index), job.view)
             except (OSError, BadImageError) as error:
                 raise ImagesError(
-                    f"{self._images}: {sample.key}: {error}; remove it, or train from a cache, which leaves it out"
+                    f"{self._images}: {sample.key}: {error}; remove it, or train from a cache, "
+                    "which leaves it out"
                 ) from error
             draws = [self._draw]
             inputs.append(
@@ -82,12 +83,12 @@ class _Drawn:
 
 
 class OnlineSource:
-    """Batches of images whose targets a teacher computes on the way."""
+    """A BatchSource over images; a teacher computes the targets of each batch."""
 
     def __init__(
         self, images: Path, options: TrainOptions, compute: Compute, processes: Processes
     ) -> None:
-        """Load the teacher and list the images. Raises what either raises, and ConfigError."""
+        """Load the teacher and list the images. Raises ConfigError, TeacherError or ImagesError."""
         self._images = images
         self._options = options
         self._processes = processes
@@ -126,11 +127,11 @@ class OnlineSource:
             Batching(
                 batch_size=options.batch_size,
                 seed=options.seed,
-                threads=options.threads,
+                threads=options.num_workers,
                 shuffle=options.shuffle,
                 rank=self._processes.rank,
                 world_size=self._processes.world_size,
-                micro_batches=options.accumulate,
+                micro_batches=options.micro_batches,
             ),
         )
 
@@ -139,11 +140,14 @@ class OnlineSource:
         return self._shapes[name]
 
     def epoch(self, epoch: int, start: int) -> Iterator[OnlineBatch]:
-        """Yield this process's batches; noise is of (seed, key, timestep, epoch, flip), the epoch being the draw."""
+        """Yield this process's micro-batches; their noise is that of draw number `epoch`.
+
+        It is a function of (seed, key, timestep, epoch, flip).
+        """
         return self._drawn(epoch).epoch(epoch, start)
 
     def held_out(self) -> Iterator[OnlineBatch]:
-        """Yield the held-out samples as they are, always with the noise of draw 0."""
+        """Yield the held-out samples, not mirrored, with the noise of draw 0."""
         drawn = _Drawn(self._images, self._job, 0)
         size = self._job.teacher.spec.batch_size
         for start in range(0, len(self._held), size):
@@ -151,7 +155,7 @@ class OnlineSource:
             yield drawn.batch(rows, np.zeros_like(rows), self.names)
 
     def ready(self, batch: OnlineBatch) -> TrainBatch:
-        """Run the teacher and return its features whitened, as they are without any codec."""
+        """Run the teacher and return its whitened features, uncompressed."""
         coefficients = {}
         scalars = {}
         for name, raw_BCHW in next(iter(self._job.teacher.features(batch.inputs))).items():
@@ -163,32 +167,32 @@ class OnlineSource:
         )
 
     def keys(self, rows: Sequence[int] | Rows) -> list[str]:
-        """Return the names of samples."""
+        """Return the keys of samples."""
         return [self._job.samples[int(row)].key for row in rows]
 
 
 def _teacher_options(
     options: TrainOptions, compute: Compute, processes: Processes
 ) -> ExtractOptions:
-    """Return what an extraction would be asked for. Raises ConfigError where the teacher or its step is not named."""
+    """Return the options of the extraction that would compute the same features."""
     if options.teacher is None or options.timestep is None:
-        missing = "--teacher" if options.teacher is None else "--timestep"
-        raise ConfigError(f"--online: expected {missing} beside it, as dtcache extract takes it")
+        raise ConfigError("`teacher`: expected `timestep` beside it; pass both, as to extract")
     return ExtractOptions(
         teacher=options.teacher,
         prompt=options.prompt,
         condition=options.condition,
         size=options.size,
-        fit=options.fit or "crop",
+        fit=options.resize_mode or "crop",
         taps=options.taps,
         timestep=(options.timestep,),
         encoding=options.encoding or "ddpm",
         ddim_steps=options.ddim_steps,
         seed=options.seed,
         limit=options.limit,
-        batch_size=max(2, options.batch_size // (processes.world_size * options.accumulate)),
+        batch_size=max(2, options.batch_size // (processes.world_size * options.micro_batches)),
         device=str(compute.device),
-        # The features are regressed in fp32: the teacher gains nothing from fp16's narrow range.
+        # fp16 is for the student alone, whose loss is scaled; its narrow range could overflow in
+        # the teacher.
         precision=compute.precision if compute.precision != "fp16" else "auto",
         compile=options.compile,
     )

@@ -120,9 +120,9 @@ def test_an_interrupted_run_resumes_to_the_bit(
     taught: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in step 6, then the same command: the same losses and weights as without."""
-    from pipelines import teach as stage
+    from pipelines.teach import TeacherTrainer
 
-    calls = interrupt(monkeypatch, stage, "_train_step", call=6)
+    calls = interrupt(monkeypatch, TeacherTrainer, "step", call=6)
     out = tmp_path / "teacher"
     result = teach(scene_folder, out)
     assert result.exit_code == 130
@@ -138,7 +138,7 @@ def test_a_run_of_other_options_is_refused(taught: Path, scene_folder: Path) -> 
     """The option that differs is named."""
     result = teach(scene_folder, taught, "--lr", "1")
     assert result.exit_code == 1
-    assert "holds a run with another lr: 0.0004 there, 1.0 was asked for" in result.output
+    assert "holds a run with another --lr: expected 0.0004, got 1.0" in result.output
 
 
 def test_half_precision_weights_are_half_the_size(

@@ -25,9 +25,9 @@ from pipelines.inspect.page.gallery import (
     photos_of,
 )
 from pipelines.inspect.page.pictures import colour_basis, map_uri
-from pipelines.runs.folder import load_checkpoint
+from pipelines.runs.checkpoint import load_checkpoint
 from pipelines.train.cached_batches import feature_names
-from pipelines.train.train_state import exported_weights
+from pipelines.train.trainer import exported_weights
 
 
 def student_gallery(root: Path, report: Json, cache_root: Path, options: InspectOptions) -> Gallery:

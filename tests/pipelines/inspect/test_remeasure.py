@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("average", [(), ("--ema", 0.5)])
+@pytest.mark.parametrize("average", [(), ("--ema-decay", 0.5)])
 def test_a_student_stands_beside_its_teacher(
     cache: Path, scene_folder: Path, tmp_path: Path, average: tuple[object, ...]
 ) -> None:

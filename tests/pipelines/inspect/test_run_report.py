@@ -78,7 +78,7 @@ def test_a_run_is_inspected_finished_or_not(tmp_path: Path) -> None:
 
 def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
     """With --ema the held-out curves are those of the average, which is exported; the last weights' are dashed."""
-    root = a_run(tmp_path / "run", ema=0.9)
+    root = a_run(tmp_path / "run", ema_decay=0.9)
     with open(root / student_run.METRICS, "w") as file:
         for step, last, average in ((2, 4.0, 8.0), (4, 3.0, 1.0)):
             values = {"held_out/loss": last, "held_out_ema/loss": average}
@@ -90,7 +90,7 @@ def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
     assert json.loads(inspect(a_run(tmp_path / "plain"), "--json").stdout)["weights"] == "last"
     assert "averaged over steps" in inspect(root).output
     page = page_of(root, tmp_path / "run.html")
-    assert "weights averaged over steps (--ema)" in page and "dashed" in page
+    assert "weights averaged over steps (--ema-decay)" in page and "dashed" in page
     chart = page[page.index('aria-label="held-out loss"') :].partition("</svg>")[0]
     lines = dict(re.findall(r'<polyline class="([^"]+)" points="([^"]+)"', chart))
     ends = {
@@ -104,7 +104,7 @@ def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
 
 def test_a_run_with_the_teacher_in_the_loop_is_inspected(tmp_path: Path) -> None:
     """A run of --online names a teacher in the place of a cache; with a cache beside it, it is refused."""
-    root = a_run(tmp_path / "run", online=True, teacher_weights="ef" * 32)
+    root = a_run(tmp_path / "run", teacher="photos-teacher", teacher_weights="ef" * 32)
     record = json.loads((root / student_run.RUN).read_text())
     del record["cache"]
     (root / student_run.RUN).write_text(json.dumps(record))

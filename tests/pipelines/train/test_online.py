@@ -41,6 +41,8 @@ FLAGS = (
     *CPU,
 )
 
+IN_THE_LOOP = ("--teacher", "x", "--timestep", "150")
+
 
 def run(*arguments: object) -> Result:
     """Run the command line in this process."""
@@ -57,13 +59,19 @@ def metrics(run_folder: Path) -> list[dict]:
 @pytest.fixture
 def online(teacher_dir: Path) -> tuple[str, ...]:
     """The flags that put the teacher into the loop."""
-    return (*FLAGS, "--online", "--teacher", str(teacher_dir), "--timestep", "150")
+    return (*FLAGS, "--teacher", str(teacher_dir), "--timestep", "150")
 
 
 def source_of(images: Path, teacher: Path, **options: object) -> OnlineSource:
     """Return an online source of tiny batches."""
-    chosen = {"batch_size": 8, "taps": "4,8", "timestep": 150, "precision": "fp32", "threads": 1}
-    asked = TrainOptions(online=True, teacher=str(teacher), **{**chosen, **options})
+    chosen = {
+        "batch_size": 8,
+        "taps": "4,8",
+        "timestep": 150,
+        "precision": "fp32",
+        "num_workers": 1,
+    }
+    asked = TrainOptions(teacher=str(teacher), **{**chosen, **options})
     return OnlineSource(images, asked, resolve_compute("cpu", "fp32"), Processes())
 
 
@@ -85,7 +93,7 @@ def test_the_first_epoch_is_that_of_an_exact_cache(
         ).exit_code
         == 0
     )
-    options = TrainOptions(batch_size=8, precision="fp32", threads=1)
+    options = TrainOptions(batch_size=8, precision="fp32", num_workers=1)
     cached = CachedSource(tmp_path / "c", options, resolve_compute("cpu", "fp32"), Processes())
     source = source_of(scene_folder, teacher_dir)
     assert source.names == cached.names
@@ -140,12 +148,12 @@ def test_an_online_run_trains_and_resumes_to_the_bit(
     scene_folder: Path, tmp_path: Path, online: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stage is the same: losses a tap, held-out losses, export, and a resume that repeats nothing."""
-    from pipelines.train import train as stage
+    from pipelines.train.trainer import Trainer
 
     result = run("train", scene_folder, "--out", tmp_path / "a", *online)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "a" / "backbone" / "model.safetensors").exists()
-    interrupt(monkeypatch, stage, "train_step", call=4)
+    interrupt(monkeypatch, Trainer, "step", call=4)
     assert run("train", scene_folder, "--out", tmp_path / "b", *online).exit_code == 130
     assert run("train", scene_folder, "--out", tmp_path / "b", *online).exit_code == 0
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
@@ -156,10 +164,10 @@ def test_an_online_run_trains_and_resumes_to_the_bit(
     save_teacher(build_unet(32, 32, (16, 16, 32, 32), layers=1, attention=1), fresh, torch.float32)
     other = ("--teacher", fresh)
     said = run("train", scene_folder, "--out", tmp_path / "a", *online, *other).output
-    assert "holds a run with another teacher_weights" in said
+    assert "holds a run with another `teacher_weights`" in said
     write_scenes(tmp_path / "s", seed=8, size=32, count=40)
     said = run("train", tmp_path / "s" / "images", "--out", tmp_path / "a", *online).output
-    assert "holds a run with another samples" in said
+    assert "holds a run with another `samples`" in said
 
 
 def test_an_image_that_cannot_be_read_is_named(
@@ -180,20 +188,19 @@ def test_an_image_that_cannot_be_read_is_named(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--online",), "--online: expected --teacher beside it, as dtcache extract takes it"),
-        (("--online", "--teacher", "x"), "--online: expected --timestep beside it"),
-        (("--teacher", "x"), "--teacher: a cache knows its own; expected --online beside it"),
-        (("--fit", "stretch"), "--fit: a cache knows its own; expected --online beside it"),
+        (("--teacher", "x"), "--teacher: expected --timestep beside it; pass both, as to extract"),
+        (("--prompt", "x"), "--prompt: a cache has its own, and only a teacher in the loop uses"),
+        (("--resize-mode", "stretch"), "--resize-mode: a cache has its own, and only a teacher"),
         (
-            ("--online", "--shuffle", "block"),
-            "--shuffle: it is about a cache, which --online does without",
+            (*IN_THE_LOOP, "--shuffle", "block"),
+            "--shuffle: only a cache uses this option, and with --teacher there is no cache",
         ),
-        (("--online", "--allow-incomplete"), "--allow-incomplete: it is about a cache"),
+        ((*IN_THE_LOOP, "--allow-incomplete"), "--allow-incomplete: only a cache uses this option"),
         (
-            ("--online", "--noise-weighting"),
-            "--noise-weighting: a cache records its noise, --online measures none; leave one out",
+            (*IN_THE_LOOP, "--noise-weighting"),
+            "--noise-weighting: a cache records the teacher's noise, a teacher in the loop has no",
         ),
-        (("--ema", "1"), "--ema 1: expected a decay under 1, such as 0.999"),
+        (("--ema-decay", "1"), "--ema-decay 1: expected a decay under 1, such as 0.999"),
         (("--warmup-epochs", "2"), "--warmup-epochs 2: expected fewer than the 2 --epochs"),
     ],
 )
@@ -222,9 +229,9 @@ def test_views_of_the_first_epoch_are_those_of_an_exact_cache(
         == 0
     )
     views = (
-        "--crop",
+        "--scale",
         "0.3,0.9",
-        "--jitter",
+        "--color-jitter",
         "0.5",
         "--epochs",
         1,

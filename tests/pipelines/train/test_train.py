@@ -31,7 +31,6 @@ from dtcache.store.manifest import CacheManifest, read_manifest, write_manifest
 from dtcache.store.sample_index import read_objects, read_table
 from dtcache.student import Augmentation, Student, build_student
 from pipelines.train.distillation import Distillation, remarks
-from pipelines.train.train import peak_lr
 
 ROOT = Path(__file__).resolve().parents[3]
 FLAGS = (
@@ -79,7 +78,7 @@ def distillation(cache: Cache, options: TrainOptions) -> Distillation:
         decoder=cache.decoder(cache.names),
         objective=make_objective(options, cache.fit, codec, cache.names),
         augmentation=Augmentation(
-            scale=options.crop, color_jitter=options.jitter, seed=options.seed
+            scale=options.scale, color_jitter=options.color_jitter, seed=options.seed
         ),
         input_size=(32, 32),
         whitening=options.whitening,
@@ -185,8 +184,8 @@ def test_the_schedule_is_warm_up_and_cosine(trained: Path) -> None:
     expected = [peak / 2, peak] + [peak * 0.5 * (1 + np.cos(np.pi * k / 4)) for k in range(4)]
     got = [line["lr"] for line in losses(trained) if "lr" in line]
     assert got == pytest.approx(expected)
-    assert peak_lr(TrainOptions(optimizer="lamb", batch_size=2048)) == pytest.approx(4e-3)
-    assert peak_lr(TrainOptions(lr=0.5)) == 0.5
+    assert TrainOptions(optimizer="lamb", batch_size=2048).peak_lr == pytest.approx(4e-3)
+    assert TrainOptions(lr=0.5).peak_lr == 0.5
 
 
 def test_held_out_samples_are_never_trained_on(cache: Path) -> None:
@@ -224,9 +223,9 @@ def test_an_interrupted_run_resumes_to_the_bit(
     cache: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C after five of six steps, then the same command: the same losses and the same weights."""
-    from pipelines.train import train as stage
+    from pipelines.train.trainer import Trainer
 
-    calls = interrupt(monkeypatch, stage, "train_step", call=6)
+    calls = interrupt(monkeypatch, Trainer, "step", call=6)
     out = tmp_path / "run"
     result = run("train", cache, "--out", out, *FLAGS)
     assert result.exit_code == 130
@@ -302,10 +301,13 @@ def test_two_students_share_one_cache(cache: Path, tmp_path: Path) -> None:
             "--taps stride16: the cache has stride1, stride2, stride4, stride8; pass one of these",
         ),
         (
-            ("--accumulate", "3"),
+            ("--micro-batches", "3"),
             "--batch-size 8: expected a multiple of 3, the 3 micro-batches of each of 1 processes",
         ),
-        (("--accumulate", "8"), "--accumulate 8: expected at least 2 samples a part, got 1"),
+        (
+            ("--micro-batches", "8"),
+            "--micro-batches 8: expected at least 2 samples per micro-batch, got 1",
+        ),
         (("--config", "nowhere.toml"), "--config nowhere.toml: No such file or directory"),
         (("--timestep", "50"), "--timestep 50: the cache has 150; pass one of these"),
         (
@@ -324,10 +326,10 @@ def test_two_students_share_one_cache(cache: Path, tmp_path: Path) -> None:
             "--tap-weights stride16: expected one of the taps trained on, t150/stride4,",
         ),
         (
-            ("--crop", "1.0,0.3"),
-            "--crop 1.0,0.3: expected two rising shares of the area over 0 and up to 1",
+            ("--scale", "1.0,0.3"),
+            "--scale 1.0,0.3: expected two rising shares of the area over 0 and up to 1",
         ),
-        (("--jitter", "3"), "--jitter 3: expected a strength from 0 (none) to 2"),
+        (("--color-jitter", "3"), "--color-jitter 3: expected a strength from 0 (none) to 2"),
         (
             ("--student", "test_vit", "--student-size", "40"),
             "images of 40x40 pixels (Input height (40) should be",
@@ -348,7 +350,7 @@ def test_a_run_of_other_options_is_refused(cache: Path, trained: Path) -> None:
     """A run folder belongs to its options; the field that differs is named."""
     result = run("train", cache, "--out", trained, *FLAGS, "--seed", 1)
     assert result.exit_code == 1
-    assert "holds a run with another seed: 0 there, 1 was asked for" in result.output
+    assert "holds a run with another --seed: expected 0, got 1" in result.output
 
 
 def test_an_incomplete_or_absent_cache_is_refused(cache: Path, tmp_path: Path) -> None:
@@ -388,7 +390,7 @@ def test_what_is_committed_can_be_trained_on(cache: Path, tmp_path: Path) -> Non
     write_commit(part, records[4])
     assert "or its samples are others now" in run("inspect", tmp_path / "r", *page).output
     assert (
-        "holds a run with another samples"
+        "holds a run with another `samples`"
         in run("train", part, "--out", tmp_path / "r", *flags).output
     )
     whole = run(
@@ -422,7 +424,7 @@ def test_the_resolved_options_can_be_given_back(cache: Path, trained: Path, tmp_
     assert run("train", cache, "--out", tmp_path / "again", "--config", config).exit_code == 0
     assert losses(tmp_path / "again") == losses(trained)
     refused = run("train", cache, "--out", trained, "--config", config, "--seed", 1)
-    assert "holds a run with another seed: 0 there, 1 was asked for" in refused.output
+    assert "holds a run with another --seed: expected 0, got 1" in refused.output
 
 
 def test_damaged_features_stop_the_run_naming_the_sample(cache: Path, tmp_path: Path) -> None:
@@ -467,7 +469,9 @@ def test_a_target_that_is_not_finite_names_its_sample(
         return batch
 
     monkeypatch.setattr(Cache, "batch", spoiling)
-    result = run("train", cache, "--out", tmp_path / "r", *FLAGS, "--accumulate", 2, "--threads", 1)
+    result = run(
+        "train", cache, "--out", tmp_path / "r", *FLAGS, "--micro-batches", 2, "--num-workers", 1
+    )
     assert result.exit_code == 1
     said = " ".join(result.output.split())
     assert (
@@ -504,9 +508,9 @@ def test_losses_of_every_tap_reach_the_backbone(cache: Path) -> None:
 
 
 VIEW_FLAGS = (
-    "--crop",
+    "--scale",
     "0.3,1.0",
-    "--jitter",
+    "--color-jitter",
     "0.5",
     "--noise-weighting",
     "--tap-weights",
@@ -518,13 +522,13 @@ def test_random_views_resume_to_the_bit(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run with crops and jitter, stopped between two checkpoints, ends in an uninterrupted one's losses."""
-    from pipelines.train import train as stage
+    from pipelines.train.trainer import Trainer
 
     flags = (*FLAGS, *VIEW_FLAGS, "--epochs", "2")
     whole = run("train", cache, "--out", tmp_path / "whole", *flags)
     assert whole.exit_code == 0, whole.output
     assert "noise weighting: tap by tap (crops mix a map's bands)" in whole.output
-    interrupt(monkeypatch, stage, "train_step", call=4)
+    interrupt(monkeypatch, Trainer, "step", call=4)
     assert run("train", cache, "--out", tmp_path / "run", *flags).exit_code == 130
     assert run("train", cache, "--out", tmp_path / "run", *flags).exit_code == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
@@ -537,7 +541,7 @@ def test_crops_show_image_and_targets_by_one_box(cache: Path) -> None:
     """
     opened = Cache(cache)
     seen: dict[str, object] = {}
-    whole, cropped = (distillation(opened, TrainOptions(crop=crop)) for crop in (None, "0.3,0.5"))
+    whole, cropped = (distillation(opened, TrainOptions(scale=crop)) for crop in (None, "0.3,0.5"))
     whole.objective.register_forward_pre_hook(lambda _, inputs: seen.update(whole=inputs[1]))
     cropped.objective.register_forward_pre_hook(lambda _, inputs: seen.update(cropped=inputs[1]))
     student = small_student(opened)
@@ -585,7 +589,7 @@ def test_a_run_tells_what_was_measured_of_its_crops(cache: Path) -> None:
     opened = Cache(cache)
     recipe = opened.reader.manifest.recipe
     measured = {**recipe, "equivariance": {"flip": {}, "crop": {"t150/stride8": 0.25}}}
-    options = TrainOptions(crop="0.3,1.0")
+    options = TrainOptions(scale="0.3,1.0")
     student = small_student(opened)
     objective = distillation(opened, options).objective
     (line,) = (

@@ -50,14 +50,14 @@ class Alone(torch.nn.GroupNorm):
     def __init__(self, channels):
         super().__init__(1, channels)
 torch.nn.BatchNorm2d = Alone
-from pipelines.train import train as stage
-real, left = stage.train_step, [int(sys.argv.pop(1))]
+from pipelines.train.trainer import Trainer
+real, left = Trainer.step, [int(sys.argv.pop(1))]
 def stopping(*arguments):
     left[0] -= 1
     if left[0] < 0:
         raise KeyboardInterrupt
     return real(*arguments)
-stage.train_step = stopping
+Trainer.step = stopping
 cli.main()
 """
 
@@ -119,8 +119,8 @@ def whole(cache: Path, tmp_path: Path, no_batch_norm: None) -> Path:
 def test_parts_of_a_batch_take_the_steps_of_the_whole(
     cache: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """--accumulate 4 gives the losses and weights of the undivided batch, up to rounding; so does a resume with it."""
-    result = run("train", cache, "--out", tmp_path / "parts", *FLAGS, "--accumulate", 4)
+    """--micro-batches 4 gives the losses and weights of the undivided batch, up to rounding; so does a resume with it."""
+    result = run("train", cache, "--out", tmp_path / "parts", *FLAGS, "--micro-batches", 4)
     assert result.exit_code == 0, result.output
     for name in ("loss", "mse/t150/stride4", "at/t150/stride8", "held_out/loss"):
         np.testing.assert_allclose(metric(tmp_path / "parts", name), metric(whole, name), rtol=RTOL)
@@ -129,7 +129,7 @@ def test_parts_of_a_batch_take_the_steps_of_the_whole(
     )
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-4)
-    assert run("train", cache, "--out", whole, *FLAGS, "--accumulate", 2).exit_code == 0
+    assert run("train", cache, "--out", whole, *FLAGS, "--micro-batches", 2).exit_code == 0
 
 
 def torchrun(script: Path, processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -161,11 +161,11 @@ def test_two_processes_take_the_steps_of_one(cache: Path, whole: Path, tmp_path:
     script = tmp_path / "plain.py"
     out = tmp_path / "two"
     script.write_text(PLAIN)
-    flags = (*FLAGS, "--save-every", 1, "--ema", "0.9", "--accumulate", 2)
+    flags = (*FLAGS, "--save-every", 1, "--ema-decay", "0.9", "--micro-batches", 2)
     begun = torchrun(script, 2, 3, "train", cache, "--out", out, *flags)
     assert begun.returncode != 0
     assert metric(out, "step") == [1, 2, 2, 3], begun.stderr
-    ended = run("train", cache, "--out", out, *FLAGS, "--save-every", 1, "--ema", "0.9")
+    ended = run("train", cache, "--out", out, *FLAGS, "--save-every", 1, "--ema-decay", "0.9")
     assert ended.exit_code == 0, ended.output
     np.testing.assert_allclose(metric(out, "loss"), metric(whole, "loss"), rtol=RTOL)
     np.testing.assert_allclose(
@@ -210,9 +210,9 @@ def test_a_process_that_is_refused_ends_all(cache: Path, tmp_path: Path) -> None
 def test_the_average_is_evaluated_and_exported(
     cache: Path, tmp_path: Path, no_batch_norm: None
 ) -> None:
-    """--ema exports the warmed-up average of the weights and judges it on held-out samples beside the student."""
+    """--ema-decay exports the warmed-up average of the weights and judges it on held-out samples beside the student."""
     out = tmp_path / "ema"
-    result = run("train", cache, "--out", out, *FLAGS, "--ema", "0.5")
+    result = run("train", cache, "--out", out, *FLAGS, "--ema-decay", "0.5")
     assert result.exit_code == 0, result.output
     assert len(metric(out, "held_out_ema/loss")) == len(metric(out, "held_out/loss")) == 2
     assert metric(out, "held_out_ema/loss") != metric(out, "held_out/loss")
@@ -229,11 +229,11 @@ def test_an_averaged_run_resumes_to_the_bit(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C at the third step, then the same command: the exported average is that of an undisturbed run."""
-    from pipelines.train import train as stage
+    from pipelines.train.trainer import Trainer
 
-    flags = (*FLAGS, "--ema", "0.9", "--save-every", "1", "--accumulate", "2")
+    flags = (*FLAGS, "--ema-decay", "0.9", "--save-every", "1", "--micro-batches", "2")
     assert run("train", cache, "--out", tmp_path / "a", *flags).exit_code == 0
-    interrupt(monkeypatch, stage, "train_step", call=3)
+    interrupt(monkeypatch, Trainer, "step", call=3)
     assert run("train", cache, "--out", tmp_path / "b", *flags).exit_code == 130
     assert run("train", cache, "--out", tmp_path / "b", *flags).exit_code == 0
     ends = [(tmp_path / name / "backbone" / "model.safetensors").read_bytes() for name in "ab"]
@@ -287,12 +287,12 @@ def test_fp16_is_refused_on_a_cpu() -> None:
 def test_views_and_weights_hang_on_no_part(
     cache: Path, tmp_path: Path, no_batch_norm: None
 ) -> None:
-    """Crops, jitter and weighed taps are those of the undivided batch under --accumulate: keyed by step and row."""
+    """Crops, jitter and weighed taps are those of the undivided batch under --micro-batches: keyed by step and row."""
     flags = (
         *FLAGS,
-        "--crop",
+        "--scale",
         "0.3,1.0",
-        "--jitter",
+        "--color-jitter",
         "0.5",
         "--noise-weighting",
         "--tap-weights",
@@ -300,7 +300,15 @@ def test_views_and_weights_hang_on_no_part(
     )
     assert run("train", cache, "--out", tmp_path / "whole", *flags).exit_code == 0
     result = run(
-        "train", cache, "--out", tmp_path / "parts", *flags, "--accumulate", 4, "--ema", "0.5"
+        "train",
+        cache,
+        "--out",
+        tmp_path / "parts",
+        *flags,
+        "--micro-batches",
+        4,
+        "--ema-decay",
+        "0.5",
     )
     assert result.exit_code == 0, result.output
     for name in ("loss", "mse/t150/stride4", "at/t150/stride8", "held_out/loss"):
@@ -313,8 +321,8 @@ def test_views_and_weights_hang_on_no_part(
 @pytest.mark.parametrize(
     ("flag", "value", "named"),
     [
-        ("--crop", "0.3,1.0", "another crop: None there"),
-        ("--regressor", "pafpn", "another regressor: 'fpn-ppm' there"),
+        ("--scale", "0.3,1.0", "another --scale: expected None"),
+        ("--regressor", "pafpn", "another --regressor: expected 'fpn-ppm'"),
     ],
 )
 def test_a_run_belongs_to_its_views_and_regressor(

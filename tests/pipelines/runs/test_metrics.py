@@ -1,9 +1,9 @@
-"""What every run folder has: the clock."""
+"""A run's clock, its metrics file and its trackers."""
 
 import pytest
 
-from pipelines.runs import folder as run
-from pipelines.runs.folder import Clock
+from pipelines.runs import metrics as run
+from pipelines.runs.metrics import Clock
 
 
 def test_the_share_of_waiting_is_that_of_the_time_that_batches_take_to_come(

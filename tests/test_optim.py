@@ -1,8 +1,8 @@
-"""Averaged weights."""
+"""The optimizer, its schedule and the EMA of weights."""
 
 import torch
 
-from dtcache.average import warmed_up_ema
+from dtcache.optim import warmed_up_ema
 
 
 def test_the_average_forgets_the_starting_weights() -> None:

@@ -1,0 +1,50 @@
+"""What a student is trained on: the protocol that a cache and a teacher in the loop both follow."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from dtcache.cache.batch import Rows, TrainBatch
+from dtcache.cache.label_set import LabelSet
+from dtcache.codec import TapCodec
+from dtcache.recipe import Json, ViewSpec
+
+
+class BatchSource(Protocol):
+    """Batches of images with their targets."""
+
+    names: list[str]
+    """The arrays that are regressed: timestep by timestep, the finest tap first."""
+    view: ViewSpec
+    decoder: nn.Module
+    """Turns a batch's coefficients into whitened targets by array, fp32 (B, C, H, W)."""
+    fit: Mapping[str, TapCodec]
+    """A cache's fitted codec by array; empty for a teacher in the loop."""
+    recipe: Json
+    """A cache's recipe; empty for a teacher in the loop."""
+    noise_floor: dict[str, float]
+    """By array, if measured: the share of the targets' variance that is the teacher's noise."""
+    labels: LabelSet | None
+    """The soft labels that are distilled beside the features, if any."""
+    identity: Json
+    """What identifies the data of a run, beside its options."""
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches per epoch."""
+
+    def shape(self, name: str) -> tuple[int, int, int]:
+        """Return (C, H, W) of an array's maps."""
+
+    def epoch(self, epoch: int, start: int) -> Iterator[Any]:
+        """Yield this process's micro-batches of an epoch, from global batch `start` on."""
+
+    def held_out(self) -> Iterator[Any]:
+        """Yield batches of the held-out samples: the same views and noise in every call."""
+
+    def ready(self, batch: Any) -> TrainBatch:
+        """Return a batch of this source on the device, as the student and the decoder take it."""
+
+    def keys(self, rows: Sequence[int] | Rows) -> list[str]:
+        """Return the keys of samples."""

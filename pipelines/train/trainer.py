@@ -1,0 +1,226 @@
+"""One training run in memory: a student, its optimisation, its data; step, evaluate, save, restore."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dtcache.device import Compute, compile_errors, compiled
+from dtcache.distributed import Processes
+from dtcache.errors import ConfigError, TrainingError
+from dtcache.hashing import sha256_json
+from dtcache.losses.objective import LABEL_TARGET, make_objective
+from dtcache.optim import Optimization, OptimizationSpec
+from dtcache.options import TrainOptions, parse_size
+from dtcache.student import Augmentation, Student, build_student, synchronise_batch_norm
+from pipelines.runs.checkpoint import load_checkpoint, save_checkpoint
+from pipelines.runs.metrics import Clock
+from pipelines.train.batch_source import BatchSource
+from pipelines.train.distillation import Distillation, held_out_losses, not_finite
+
+KEYS_NAMED = 8
+"""Samples that an error names."""
+
+
+class Trainer:
+    """A student in training, in one of the run's processes."""
+
+    def __init__(
+        self,
+        source: BatchSource,
+        options: TrainOptions,
+        compute: Compute,
+        processes: Processes,
+    ) -> None:
+        """Build the student on the device, at step 0. Raises ConfigError for options that do not serve."""
+        self.source = source
+        self.micro_batch_size = options.batch_size // (processes.world_size * options.micro_batches)
+        if self.micro_batch_size < 2:
+            # Batch normalisation has nothing to average over in a batch of one.
+            raise ConfigError(
+                f"`micro_batches` {options.micro_batches}: expected at least 2 samples per "
+                f"micro-batch, got {self.micro_batch_size}; pass fewer `micro_batches`"
+            )
+        augmentation = Augmentation(
+            scale=options.scale, color_jitter=options.color_jitter, seed=options.seed
+        )
+        self.objective = make_objective(
+            options, source.fit, source.recipe.get("codec") or {}, source.names
+        ).to(compute.device)
+        self.student = new_student(source, options)
+        self.student.to(compute.device).to(memory_format=torch.channels_last)
+        if processes.world_size > 1 and compute.device.type == "cuda":
+            synchronise_batch_norm(self.student)
+        self.total_steps = options.epochs * source.num_batches
+        self.steps_done = 0
+        self.clock = Clock()
+        self._options = options
+        self._compute = compute
+        self._processes = processes
+        self._distillation = Distillation(
+            decoder=source.decoder,
+            objective=self.objective,
+            augmentation=augmentation,
+            input_size=self.student.input_size,
+            whitening=options.whitening,
+            compute=compute,
+            label_decoder=(
+                source.labels.decoder().to(compute.device) if source.labels is not None else None
+            ),
+        )
+        self._optimization = Optimization(
+            self.student,
+            OptimizationSpec(
+                kind=options.optimizer,
+                lr=options.peak_lr,
+                weight_decay=options.weight_decay,
+                warmup_steps=round(options.warmup * source.num_batches),
+                total_steps=self.total_steps,
+                clip_grad=options.clip_grad,
+                ema_decay=options.ema_decay,
+                scale_loss=compute.precision == "fp16",
+            ),
+        )
+        # The last layers of a backbone, which feed no pyramid level, may take no part in the loss.
+        self._parallel = (
+            DistributedDataParallel(self.student, find_unused_parameters=True)
+            if processes.world_size > 1
+            else None
+        )
+        network: nn.Module = self._parallel or self.student
+        self._network: Callable[[Tensor], Mapping[str, Tensor]] = (
+            compiled(network) if options.compile else network
+        )
+        # Held-out batches have another size, and torch.compile compiles each size: they use the
+        # plain objective.
+        self._step_objective = compiled(self.objective) if options.compile else self.objective
+
+    def step(self, batches: Sequence[Any]) -> dict[str, float]:
+        """Take one optimizer step over the micro-batches of a global batch.
+
+        Returns `lr`, then the losses before the step, as means over all processes. Random layers
+        (dropout, dropped paths) draw from (seed, step, micro-batch), augmentation from (seed, step, row).
+        Raises TrainingError, and takes no step, if a loss is not finite.
+        """
+        self.student.train()
+        sums = torch.zeros(())
+        for number, batch in enumerate(batches):
+            torch.manual_seed(self._draw_seed(number, len(batches)))
+            batch = self.source.ready(batch)
+            images_BCHW, targets = self._distillation.augmented(batch, self.steps_done)
+            with self._synchronised(last=number + 1 == len(batches)):
+                with self._compute.autocast():
+                    predicted = self._network(images_BCHW)
+                losses = self._step_objective(predicted, targets)
+                with compile_errors():
+                    self._optimization.backward(losses["loss"] / len(batches))
+            values = torch.stack([value.detach() for value in losses.values()])
+            sums = sums.to(values.device) + values
+        # One read of the device per step.
+        means = self._processes.mean(sums / len(batches)).tolist()
+        line = dict(zip(losses, means, strict=True))
+        self._require_finite(line, batches)
+        lr = self._optimization.update(self.steps_done)
+        self.steps_done += 1
+        self.clock.count(self._options.batch_size)
+        return {"lr": lr, **line}
+
+    def evaluate(self) -> dict[str, float]:
+        """Return mean held-out losses: `held_out/...` of the student, `held_out_ema/...` of its EMA."""
+        students = {"held_out": self.student}
+        if self._optimization.averaged is not None:
+            students["held_out_ema"] = self.exported
+        return {
+            f"{title}/{name}": value
+            for title, student in students.items()
+            for name, value in held_out_losses(
+                self._distillation, student, map(self.source.ready, self.source.held_out())
+            ).items()
+        }
+
+    def save(self, out: Path) -> None:
+        """Write the checkpoint, in the first process. Raises DiskError."""
+        if self._processes.is_first:
+            save_checkpoint(
+                out,
+                {
+                    "student": self.student.state_dict(),
+                    **self._optimization.state_dict(),
+                    "clock": self.clock.state_dict(),
+                    "step": self.steps_done,
+                },
+            )
+
+    def restore(self, out: Path) -> None:
+        """Continue from the run's checkpoint, if there is one. Raises CacheDamagedError."""
+        state = load_checkpoint(out)
+        if state is not None:
+            self.student.load_state_dict(state["student"])
+            self._optimization.load_state_dict(state)
+            self.clock.load_state_dict(state["clock"])
+            self.steps_done = int(state["step"])
+
+    @property
+    def exported(self) -> Student:
+        """The student that the run exports: its EMA if there is one."""
+        averaged = self._optimization.averaged
+        # torch types the copy as any module.
+        return self.student if averaged is None else cast(Student, averaged)
+
+    def _draw_seed(self, number: int, count: int) -> int:
+        """Return the seed of the random layers in one micro-batch, counted over all processes."""
+        micro_batch = self._processes.rank * count + number
+        described = ["student", self._options.seed, self.steps_done, micro_batch]
+        return int(sha256_json(described)[:15], 16)
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
+        """Return the context of a micro-batch: the last one of a step exchanges the gradients."""
+        return nullcontext() if last or self._parallel is None else self._parallel.no_sync()
+
+    def _require_finite(self, losses: Mapping[str, float], batches: Sequence[Any]) -> None:
+        """Raise TrainingError, naming losses and samples, if a loss is not finite."""
+        bad = [name for name, value in losses.items() if not math.isfinite(value)]
+        if not bad:
+            return
+        rows = not_finite(self._distillation, map(self.source.ready, batches))
+        keys = self._processes.gathered(self.source.keys(rows))
+        more = f", ... ({len(keys)} in all)" if len(keys) > KEYS_NAMED else ""
+        raise TrainingError(
+            f"the loss is not finite at step {self.steps_done} ({', '.join(bad)}; samples "
+            f"{', '.join(keys[:KEYS_NAMED])}{more}); lower `lr`, pass `clip_grad` or use "
+            "`precision='fp32'`, and delete the run to start again"
+        )
+
+
+def new_student(source: BatchSource, options: TrainOptions) -> Student:
+    """Return the student of a run before training, on the CPU. Raises ConfigError."""
+    labels = {LABEL_TARGET: source.labels.shape} if source.labels is not None else {}
+    return build_student(
+        options.student,
+        {name: source.shape(name) for name in source.names} | labels,
+        source.view,
+        size=parse_size(options.student_size, "student_size") if options.student_size else None,
+        width=options.fpn_width,
+        init=options.init,
+        seed=options.seed,
+        regressor=options.regressor,
+    )
+
+
+def exported_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights that a run exports from its checkpoint: their EMA if it has one."""
+    average = checkpoint.get("average")
+    if average is None:
+        weights: dict[str, Any] = checkpoint["student"]
+        return weights
+    prefix = "module."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in average.items()
+        if name.startswith(prefix)
+    }
