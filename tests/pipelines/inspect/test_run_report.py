@@ -103,12 +103,12 @@ def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
 
 
 def test_a_run_with_the_teacher_in_the_loop_is_inspected(tmp_path: Path) -> None:
-    """A run of --online names a teacher in the place of a cache; with a cache beside it, it is refused."""
+    """A run with a teacher in the loop names the teacher instead of a cache; inspect refuses a cache for it."""
     root = a_run(tmp_path / "run", teacher="photos-teacher", teacher_weights="ef" * 32)
     record = json.loads((root / student_run.RUN).read_text())
     del record["cache"]
     (root / student_run.RUN).write_text(json.dumps(record))
-    assert "online" in inspect(root).output
+    assert "photos-teacher" in inspect(root).output
     assert "MSE" in page_of(root, tmp_path / "run.html")
     result = inspect(root, "--cache", "x", "--report", tmp_path / "x.html")
     assert (

@@ -23,8 +23,8 @@ from dtcache.losses.objective import LABEL_TARGET
 from dtcache.options import TrainOptions
 from dtcache.student import Student, build_student, load_backbone, probe_maps
 from dtcache.student.logit_head import HeadSpec, load_head
-from pipelines.runs.folder import load_checkpoint
-from pipelines.train import train as train_module
+from pipelines.runs.checkpoint import load_checkpoint
+from pipelines.train.trainer import Trainer
 
 FLAGS = (
     "--student",
@@ -146,7 +146,7 @@ def test_a_run_resumes_to_the_bit(
         *FLAGS,
     )
     with monkeypatch.context() as patch:
-        interrupt(patch, train_module, "train_step", 4)
+        interrupt(patch, Trainer, "step", 4)
         assert run(*arguments).exit_code == 130
     assert run(*arguments).exit_code == 0
     for part in ("backbone", "head"):

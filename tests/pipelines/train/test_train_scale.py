@@ -119,7 +119,7 @@ def whole(cache: Path, tmp_path: Path, no_batch_norm: None) -> Path:
 def test_parts_of_a_batch_take_the_steps_of_the_whole(
     cache: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """--micro-batches 4 gives the losses and weights of the undivided batch, up to rounding; so does a resume with it."""
+    """--micro-batches 4 gives the undivided batch's losses and weights, up to rounding; a resume with it too."""
     result = run("train", cache, "--out", tmp_path / "parts", *FLAGS, "--micro-batches", 4)
     assert result.exit_code == 0, result.output
     for name in ("loss", "mse/t150/stride4", "at/t150/stride8", "held_out/loss"):
