@@ -23,6 +23,10 @@ from pipelines.terminal.commands import WRITES_NOTHING, Group, in_command_words
 from pipelines.terminal.field_names import in_flags
 from pipelines.terminal.flags import JSON_FLAG, PATH, options_of, out_flag, print_json
 
+TRY = "Try it"
+CACHE = "Stage 1: the cache"
+STUDENT = "Stage 2: students"
+
 
 @click.group(
     cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -39,7 +43,33 @@ def main() -> None:
     """
 
 
-@main.command(resumes=True)
+@main.command(section=TRY, resumes=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("dtcache-demo"),
+    show_default=True,
+    help="Folder for all outputs.",
+)
+@options_of(DemoOptions)
+def demo(out: Path, options: DemoOptions) -> None:
+    """Run all stages on generated scenes, offline.
+
+    It writes a cache, trains two students from it, and prints one table.
+
+    \b
+    Example:
+      dtcache demo --out demo
+    """
+    from rich.console import Console
+
+    from pipelines.demo import demo as run
+    from pipelines.demo import render_demo
+
+    Console().print(render_demo(run(out, options)))
+
+
+@main.command(section=TRY, resumes=True)
 @click.option("--count", type=click.IntRange(min=1), required=True, help="Number of scenes.")
 @click.option(
     "--start",
@@ -74,7 +104,7 @@ def scenes(count: int, start: int, size: int, seed: int, out: Path) -> None:
     click.echo(f"{out / 'images'}: {count} scenes")
 
 
-@main.group()
+@main.group(section="Stage 0: the teacher")
 def teacher() -> None:
     """Train, show or convert a teacher.
 
@@ -150,7 +180,7 @@ def teacher_convert(checkpoint: Path, out: Path, options: ConvertOptions) -> Non
     click.echo(convert_adm(checkpoint, out, options).summary)
 
 
-@main.command(resumes=True)
+@main.command(section=CACHE, resumes=True)
 @click.argument("source", metavar="IMAGES", type=PATH)
 @out_flag("Folder of the cache. A cache in this folder is resumed if its recipe is the same.")
 @click.option(
@@ -190,7 +220,7 @@ def extract(
         )
 
 
-@main.command()
+@main.command(section=CACHE)
 @click.argument("paths", metavar="CACHE_OR_RUN...", type=PATH, nargs=-1, required=True)
 @JSON_FLAG
 @options_of(InspectOptions)
@@ -219,7 +249,7 @@ def inspect(paths: tuple[Path, ...], as_json: bool, options: InspectOptions) -> 
         Console().print(inspected.render())
 
 
-@main.command()
+@main.command(section=CACHE)
 @click.argument("cache", type=PATH)
 @JSON_FLAG
 @options_of(VerifyOptions)
@@ -264,7 +294,7 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
     ctx.exit(EXIT_CODES[verified.verification.state])
 
 
-@main.group()
+@main.group(section=CACHE)
 def label() -> None:
     """Label a whole cache from a few labelled images.
 
@@ -323,7 +353,7 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
     )
 
 
-@main.command(resumes=True)
+@main.command(section=STUDENT, resumes=True)
 @click.argument("where", metavar="CACHE|IMAGES", type=PATH)
 @out_flag("Folder of the run. A run in this folder is resumed if its options are the same.")
 @options_of(TrainOptions)
@@ -348,7 +378,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> None:
     )
 
 
-@main.command()
+@main.command(section=STUDENT)
 @click.argument("source", metavar="RUN_OR_BACKBONE", type=PATH)
 @out_flag("New folder for the weights and their configuration.")
 @options_of(ExportOptions)
@@ -371,7 +401,7 @@ def export(source: Path, out: Path, options: ExportOptions) -> None:
     )
 
 
-@main.command()
+@main.command(section=STUDENT)
 @click.argument("model")
 @JSON_FLAG
 @options_of(EvaluateOptions)
@@ -395,32 +425,6 @@ def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
         from rich.console import Console
 
         Console().print(result.to_table(model))
-
-
-@main.command(resumes=True)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("dtcache-demo"),
-    show_default=True,
-    help="Folder for all outputs.",
-)
-@options_of(DemoOptions)
-def demo(out: Path, options: DemoOptions) -> None:
-    """Run all stages on generated scenes, offline.
-
-    It writes a cache, trains two students from it, and prints one table.
-
-    \b
-    Example:
-      dtcache demo --out demo
-    """
-    from rich.console import Console
-
-    from pipelines.demo import demo as run
-    from pipelines.demo import render_demo
-
-    Console().print(render_demo(run(out, options)))
 
 
 if __name__ == "__main__":

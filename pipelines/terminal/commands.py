@@ -34,7 +34,14 @@ class WrongUsage(click.UsageError):
 
 
 class _OneLineErrors(click.Command):
-    """Shows wrong flags, arguments and values as one line that says what to use."""
+    """Shows wrong flags, arguments and values as one line that says what to use.
+
+    `section` is the command's heading in the help of its group.
+    """
+
+    def __init__(self, *arguments: Any, section: str = "Commands", **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.section = section
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words after the command's name. Raises WrongUsage if they are wrong."""
@@ -79,6 +86,22 @@ class Group(_OneLineErrors, click.Group):
 
     command_class = Command
     group_class = type  # groups in this group are of this class too
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs' names in the order of their definition."""
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the verbs under their headings, each with the first sentence of its help."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        width = max(map(len, self.commands), default=0)
+        for name, command in self.commands.items():
+            section = command.section if isinstance(command, _OneLineErrors) else "Commands"
+            line = (name.ljust(width), command.get_short_help_str(limit=60))
+            sections.setdefault(section, []).append(line)
+        for title, lines in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(lines)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

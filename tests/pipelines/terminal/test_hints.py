@@ -81,7 +81,7 @@ def test_the_tables_name_what_exists() -> None:
         ("teacher google/ddpm-cat-256", "Use dtcache teacher show google/ddpm-cat-256."),
         ("trian", "Did you mean dtcache train?"),
         ("label fti", "Did you mean dtcache label fit?"),
-        ("zzz", "Expected one of scenes, teacher, "),
+        ("zzz", "Expected one of demo, scenes, teacher, "),
     ],
 )
 def test_a_wrong_word_is_one_line_with_the_right_one(
