@@ -1,4 +1,4 @@
-"""Where images come from, and the view of them that teacher and students share."""
+"""Image sources, decoding, and the view that teacher and students share."""
 
 from dtcache.images.decode import LoadedView, decode_view, load_views
 from dtcache.images.folder import FolderSource

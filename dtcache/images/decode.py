@@ -1,4 +1,4 @@
-"""From encoded bytes to the view's pixels: decoding, resizing, and loading many with threads."""
+"""From encoded bytes to a view's pixels: decoding, resizing, and loading many images in threads."""
 
 import functools
 import io
@@ -17,44 +17,42 @@ from dtcache.images.source import ImageSource
 from dtcache.recipe import ViewSpec
 
 MAX_PIXELS = 89_478_485
-"""Larger images are failures: the limit at which Pillow, too, begins to suspect a decompression
-bomb.
-"""
+"""Larger images fail; from this size, Pillow warns of a decompression bomb."""
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow goes by content, not by name, and knows formats that it decodes by running another
-program, such as EPS.
+"""Pillow detects formats by content, not by file name.
+
+Without this list it would also decode formats, such as EPS, by running other programs.
 """
 LOOKAHEAD = 256
-"""Views that may wait decoded, so that memory is flat however far a consumer falls behind."""
+"""Views that may be decoded ahead, which bounds memory if the consumer is slow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedView:
-    """One image as the view shows it, or the reason why there is none."""
+    """One image in the view's geometry, or the reason why it failed."""
 
     index: int
-    """Place in the source's order."""
+    """Index in the source."""
     pixels_CHW: NDArray[np.uint8] | None
-    """uint8 RGB, or None where the image failed."""
+    """uint8 RGB; None if the image failed."""
     source: bytes
-    """The encoded bytes as the source holds them."""
+    """The encoded bytes from the source."""
     unchanged: bool
-    """Whether decoding `source` gives exactly `pixels_CHW`, so that it can be stored as it is."""
+    """Whether `source` decodes to exactly `pixels_CHW`, so that a cache can store it unchanged."""
     failure: str | None
-    """Why the image could not be used."""
+    """Why the image cannot be used; None if it can."""
 
 
 def decode_view(
     data: bytes, view: ViewSpec, *, stored: bool = False
 ) -> tuple[NDArray[np.uint8], bool]:
-    """Decode an image, its first frame upright and on white, and bring it to the view's geometry.
+    """Decode an image, its first frame upright and on white, and resize it to the view.
 
-    `stored` bytes come out of a cache: an older dtcache has put images there that it took without
-    regard to their transparency or range, and its features are of those pixels.
+    Set `stored` for bytes from a cache. Older versions of dtcache stored images whose transparency
+    or value range they ignored, and the features belong to the pixels decoded in that way.
 
-    Returns uint8 RGB pixels (3, height, width) and whether the view changed no pixel of the decoded
-    image. Raises BadImageError with the reason where the bytes are no image that can be decoded
-    safely.
+    Returns uint8 RGB pixels (3, height, width), and whether they equal the decoded image's pixels.
+    Raises BadImageError if the bytes cannot be decoded safely.
     """
     if not data:
         raise BadImageError("empty file")
@@ -69,9 +67,7 @@ def decode_view(
         image = _rgb(opaque)
     except BadImageError:
         raise
-    except (
-        Exception
-    ) as error:  # damaged files raise nearly anything: struct.error, TypeError, AttributeError, ...
+    except Exception as error:  # damaged files raise many types, such as struct.error or TypeError
         reason = str(error).replace(" <_io.BytesIO object at", "").split(" 0x")[0]
         raise BadImageError(reason or type(error).__name__) from error
     unchanged = opaque is upright and image.size == (view.width, view.height)
@@ -82,16 +78,16 @@ def decode_view(
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Return the formats that are decoded, of those that this Pillow has."""
+    """Return the formats of FORMATS that the installed Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _in_range(image: Image.Image) -> Image.Image:
-    """Return an image whose values have a known range. Raises BadImageError.
+    """Return the image if the range of its values is known. Raises BadImageError if it is not.
 
-    Floats and 32-bit integers name none. Pillow takes them for 0 to 255 and clips the rest: to
-    white, or to black.
+    Floats and 32-bit integers have no defined range. Pillow takes them for 0 to 255 and clips other
+    values to black or white.
     """
     if image.mode in ("I", "F"):
         values = np.asarray(image)
@@ -107,8 +103,9 @@ def _in_range(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Return the image itself where it is opaque, else what it shows on white: colours under an
-    alpha are arbitrary.
+    """Return the image itself if it is opaque, else the image composited on white.
+
+    The colours of transparent pixels are arbitrary.
     """
     if not image.has_transparency_data or image.mode.startswith("I;16"):
         return image
@@ -119,8 +116,9 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Return 8-bit RGB; 16-bit greyscale is scaled down, where Pillow's own conversion would clip
-    it to white.
+    """Return 8-bit RGB, with 16-bit greyscale scaled down.
+
+    Pillow's own conversion would clip 16-bit values to white.
     """
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -128,8 +126,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_to_view(image: Image.Image, view: ViewSpec, resampling: Image.Resampling) -> Image.Image:
-    """Resize an upright image to the view, by an antialiased filter or NEAREST; crop its centre
-    where the view does.
+    """Resize an upright image to the view's size, by an antialiasing filter or NEAREST.
+
+    The view's `fit` says whether the centre is cropped or the image is stretched.
     """
     size = (view.width, view.height)
     if view.fit == "stretch":
@@ -138,12 +137,10 @@ def resize_to_view(image: Image.Image, view: ViewSpec, resampling: Image.Resampl
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
-    """Return (height, width) of an encoded image that `decode_view` decodes, upright, from its
-    header alone.
-    """
+    """Return the (height, width) of an encoded image after rotation, from its header alone."""
     with Image.open(io.BytesIO(data), formats=_formats()) as opened:
-        lies = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (opened.width, opened.height) if lies else (opened.height, opened.width)
+        is_rotated = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (opened.width, opened.height) if is_rotated else (opened.height, opened.width)
 
 
 def load_views(

@@ -1,4 +1,4 @@
-"""Keys that must be unique: finding the first that is not, and saying where both are."""
+"""Finding the first key that occurs twice, and reporting both of its images."""
 
 from collections.abc import Callable
 
@@ -9,11 +9,12 @@ from dtcache.errors import ImagesError
 
 
 def first_repeat(keys: pa.ChunkedArray) -> tuple[int, int] | None:
-    """Return the places of the first key that was there before, and of its first time; None where
-    all are unique.
+    """Return the indices of the first repeated key: of its first occurrence and of the repeat.
+
+    Returns None if all keys are unique.
     """
-    # A dictionary numbers values as they first come, so that a place where the highest number stays
-    # is a repeat.
+    # A dictionary numbers values in order of first occurrence, so an index at which the maximum
+    # does not grow is a repeat.
     codes = keys.cast(pa.large_string()).combine_chunks().dictionary_encode().indices.to_numpy()
     repeats = np.flatnonzero(np.diff(np.maximum.accumulate(codes), prepend=-1) == 0)
     if not len(repeats):
@@ -21,12 +22,15 @@ def first_repeat(keys: pa.ChunkedArray) -> tuple[int, int] | None:
     return int(np.flatnonzero(codes == codes[repeats[0]])[0]), int(repeats[0])
 
 
-def require_unique(keys: pa.ChunkedArray, place: Callable[[int], str], remedy: str) -> None:
-    """Raise ImagesError naming both places of the first key that comes twice."""
+def require_unique(keys: pa.ChunkedArray, describe: Callable[[int], str], remedy: str) -> None:
+    """Raise ImagesError naming both images of the first repeated key.
+
+    `describe` gives the description of an image by its index.
+    """
     repeat = first_repeat(keys)
     if repeat is not None:
         first, second = repeat
         raise ImagesError(
-            f"two images have the same name {keys[first].as_py()!r}: {place(first)} and "
-            f"{place(second)}; {remedy}"
+            f"two images have the same name {keys[first].as_py()!r}: {describe(first)} and "
+            f"{describe(second)}; {remedy}"
         )

@@ -16,19 +16,20 @@ EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )
 MAX_FILE_BYTES = 1 << 30
-"""A larger image fails: nothing that the view's limit of pixels lets through needs as much."""
+"""Larger files fail: an image within the limit of pixels never needs as many bytes."""
 LISTED_AT_ONCE = 1 << 16
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file of this name is taken for an image: by its extension, in either case."""
+    """Return whether a file's extension, in upper or lower case, is one of an image."""
     stem, dot, extension = name.rpartition("/")[2].rpartition(".")
     return bool(stem) and f"{dot}{extension}".lower() in EXTENSIONS
 
 
 class FolderSource:
-    """A folder tree; the first level of sub-folders, where every image lies in one, gives the
-    labels.
+    """A folder tree of images.
+
+    If every image lies in a sub-folder, the first level of sub-folders gives the labels.
 
     Links to files are followed, links to folders are not.
     """
@@ -36,27 +37,27 @@ class FolderSource:
     def __init__(self, root: Path) -> None:
         """List the images under `root`.
 
-        Raises ImagesNotFoundError where there is none, ImagesError for a name that is no printable
-        UTF-8 and for a folder that cannot be listed.
+        Raises ImagesNotFoundError if there is none, and ImagesError if a file name is not printable
+        UTF-8 or a folder cannot be listed.
         """
         self.root = root
         chunks: list[pa.Array] = []
         counts: dict[str, int] = {}
         keys = list_images(root)
-        while part := list(islice(keys, LISTED_AT_ONCE)):
-            odd = next((key for key in part if not key.isprintable()), None)
+        while chunk := list(islice(keys, LISTED_AT_ONCE)):
+            odd = next((key for key in chunk if not key.isprintable()), None)
             if odd is not None:
                 raise ImagesError(
                     f"{root}: expected printable UTF-8 file names, got {odd!r}; rename the file"
                 )
-            chunks.append(pa.array(part, pa.string()))
-            for key in part:
+            chunks.append(pa.array(chunk, pa.string()))
+            for key in chunk:
                 folder, slash, _ = key.partition("/")
                 counts[folder if slash else ""] = counts.get(folder if slash else "", 0) + 1
         if not chunks:
             raise ImagesNotFoundError(
                 f"no images under {root}: expected files ending in "
-                f"{', '.join(sorted(EXTENSIONS))}; give the folder that holds them, a .parquet or "
+                f"{', '.join(sorted(EXTENSIONS))}; pass the folder that holds them, a .parquet or "
                 "a .tar file"
             )
         self.keys: Column[str] = Column(pa.chunked_array(chunks))
@@ -65,7 +66,7 @@ class FolderSource:
         if "" not in counts:
             self.classes = sorted(counts)
             index_of = {name: i for i, name in enumerate(self.classes)}
-            # Keys are sorted, so that those of one folder run together.
+            # Keys are sorted, so the images of one folder are consecutive.
             labels = np.repeat(
                 np.array([index_of[name] for name in counts], np.int32), list(counts.values())
             )
@@ -81,7 +82,7 @@ class FolderSource:
 
 
 def read_bounded(path: Path) -> bytes:
-    """Return the bytes of one encoded image. Raises OSError, for one over the limit of bytes too."""
+    """Return the bytes of one encoded image. Raises OSError, also if it has too many bytes."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_FILE_BYTES:
@@ -92,8 +93,8 @@ def read_bounded(path: Path) -> bytes:
 def list_images(root: Path) -> Iterator[str]:
     """Yield the relative POSIX paths of all images under a folder, sorted as strings.
 
-    A folder sorts as its name with a slash: then walking it in place gives the order of the whole
-    paths. Raises ImagesError where a folder cannot be listed.
+    A folder is sorted by its name with a slash, so that a depth-first walk yields full paths in
+    order. Raises ImagesError if a folder cannot be listed.
     """
     todo = [""]
     while todo:
@@ -103,7 +104,7 @@ def list_images(root: Path) -> Iterator[str]:
             continue
         try:
             with os.scandir(root / key) as entries:
-                found = (
+                children = (
                     f"{key}{entry.name}/"
                     if entry.is_dir(follow_symlinks=False)
                     else f"{key}{entry.name}"
@@ -111,9 +112,9 @@ def list_images(root: Path) -> Iterator[str]:
                     if entry.is_dir(follow_symlinks=False)
                     or (is_image(entry.name) and entry.is_file())
                 )
-                todo += sorted(found, reverse=True)
+                todo += sorted(children, reverse=True)
         except OSError as error:
             raise ImagesError(
-                f"{root / key}: cannot be listed ({error.strerror}); make it readable, or give a "
+                f"{root / key}: cannot be listed ({error.strerror}); make it readable, or pass a "
                 "folder without it"
             ) from error

@@ -1,6 +1,4 @@
-"""Segmentation masks: PNG files whose values are class numbers, found by an image's key, seen
-through its view.
-"""
+"""Segmentation masks: PNG files of class numbers, found by an image's key and resized to its view."""
 
 import io
 import tomllib
@@ -23,7 +21,7 @@ MAX_CLASSES_BYTES = 1 << 20
 IGNORE = 255
 MODES = ("1", "L", "P", "I", "I;16")
 STRETCHED = {"L;2": 85, "L;4": 17}
-"""Pillow spreads greyscale of 2 and 4 bits over 0..255; these factors are taken back."""
+"""Pillow scales greyscale of 2 and 4 bits to 0..255; dividing by these factors undoes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,16 +30,12 @@ class MaskFolder:
 
     root: Path
     ignore: int
-    """The value of pixels that belong to no class and count nowhere; it may lie among the classes'
-    numbers.
-    """
+    """The ignore index: pixels of this value belong to no class, even if it is a class's number."""
     names: tuple[str, ...] | None
-    """Class names by number, or None where the folder names none."""
+    """Class names by number; None if the folder names no classes."""
 
     def path(self, key: str) -> Path:
-        """Return where an image's mask lies: its relative path, with .png in the place of an
-        image's extension.
-        """
+        """Return the path of an image's mask: the image's relative path with .png as its extension."""
         return self.root / f"{key.rpartition('.')[0] if is_image(key) else key}.png"
 
     def has(self, key: str) -> bool:
@@ -50,28 +44,28 @@ class MaskFolder:
         return not parts.is_absolute() and ".." not in parts.parts and self.path(key).is_file()
 
     def require_several(self, values: Sequence[int]) -> None:
-        """Raise ImagesError where masks show fewer than two classes, so that any prediction meets
-        them.
+        """Raise ImagesError if masks contain fewer than two classes.
 
-        `values` are the class numbers that occur: none of the one that is ignored.
+        Any prediction would fit such masks.
+
+        `values` are the class numbers that occur, without the ignore index.
         """
         if len(values) < 2:
-            found = f"one alone, {values[0]}" if len(values) else "none"
+            occurring = f"only {values[0]}" if len(values) else "none"
             raise ImagesError(
-                f"{self.root}: expected masks of at least two classes, got {found} ({self.ignore} "
-                "is ignored); number the classes 0, 1, ..., or pass another "
+                f"{self.root}: expected masks of at least two classes, got {occurring} "
+                f"({self.ignore} is ignored); number the classes 0, 1, ..., or pass a different "
                 "`ignore_index`"
             )
 
     def load(
         self, key: str, view: ViewSpec, image_size: tuple[int, int] | None = None
     ) -> NDArray[np.uint8]:
-        """Return an image's mask as the view shows it, uint8 (H, W) of class numbers and `ignore`,
-        by nearest pixels.
+        """Return an image's mask in the view's geometry: class numbers and `ignore`, uint8 (H, W).
 
-        `image_size` is the upright image's (height, width), which the mask must share; None where
-        it is not known. Raises ImagesError where the mask is none, is of another size or has a
-        value that is no class.
+        Resizing takes nearest pixels. `image_size` is the upright image's (height, width), which
+        the mask must have; None skips this check. Raises ImagesError if the mask cannot be read,
+        has another size, or has a value that is not a class.
         """
         path = self.path(key)
         if not self.has(key):
@@ -82,8 +76,7 @@ class MaskFolder:
         if image_size is not None and mask.shape != image_size:
             raise ImagesError(
                 f"{path}: expected the size of image {key}, {image_size[1]}x{image_size[0]} "
-                f"pixels, got {mask.shape[1]}x{mask.shape[0]}; draw masks on the images "
-                "themselves, upright"
+                f"pixels, got {mask.shape[1]}x{mask.shape[0]}; draw masks on the upright images"
             )
         if self.names is not None:
             odd = mask[(mask >= len(self.names)) & (mask != self.ignore)]
@@ -91,8 +84,7 @@ class MaskFolder:
                 raise ImagesError(
                     f"{path}: expected the values 0 to {len(self.names) - 1} of the classes in "
                     f"{self.root / CLASSES_FILE} ({', '.join(self.names)[:200]}) or {self.ignore}, "
-                    f"which is ignored, got {odd[0]}; name its class, or give its number as the "
-                    "one to ignore"
+                    f"which is ignored, got {odd[0]}; name its class, or pass it as `ignore_index`"
                 )
         if mask.shape == (view.height, view.width):
             return mask
@@ -100,25 +92,24 @@ class MaskFolder:
 
 
 def open_masks(root: Path, ignore: int | None = None) -> MaskFolder:
-    """Open a folder of masks, with the `names` and the `ignore` value of its classes.toml, where it
-    has one.
+    """Open a folder of masks, with `names` and `ignore` of its classes.toml, if it has one.
 
-    `ignore` wins over the file's; without either it is 255. Raises ImagesNotFoundError where there
-    is no folder, and ImagesError for a classes.toml of another kind or a value that no mask can
-    have.
+    The argument `ignore` takes precedence over the file; without either, the ignore index is 255.
+    Raises ImagesNotFoundError if there is no folder, and ImagesError if classes.toml is invalid or
+    the ignore index is not a value of a mask.
     """
     if not root.is_dir():
         raise ImagesNotFoundError(
-            f"{root}: expected a folder of masks (PNG), got none; give the folder that holds them"
+            f"{root}: expected a folder of masks (PNG), got none; pass the folder that holds them"
         )
     path = root / CLASSES_FILE
-    found = _read_classes(path) if path.is_file() else {}
-    names = found.get("names")
-    value = found.get("ignore", IGNORE) if ignore is None else ignore
-    where = path if ignore is None else root
+    classes = _read_classes(path) if path.is_file() else {}
+    names = classes.get("names")
+    value = classes.get("ignore", IGNORE) if ignore is None else ignore
+    origin = path if ignore is None else root
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 255:
         raise ImagesError(
-            f"{where}: expected a value to ignore from 0 to 255, got {str(value)[:40]!r}"
+            f"{origin}: expected an ignore index from 0 to 255, got {str(value)[:40]!r}"
         )
     if names is not None:
         good = isinstance(names, list) and all(
@@ -138,7 +129,7 @@ def _read_classes(path: Path) -> dict[str, Any]:
             raise ImagesError(
                 f"{path}: expected at most {MAX_CLASSES_BYTES} bytes, got {path.stat().st_size}"
             )
-        found = tomllib.loads(path.read_text())
+        classes = tomllib.loads(path.read_text())
     except OSError as error:
         raise ImagesError(
             f"{path}: cannot be read ({error.strerror or error}); make it readable"
@@ -147,9 +138,9 @@ def _read_classes(path: Path) -> dict[str, Any]:
         raise ImagesError(
             f"{path}: not TOML ({error}); expected names = [...] and, if needed, ignore = N"
         ) from error
-    if odd := sorted(found.keys() - {"names", "ignore"}):
+    if odd := sorted(classes.keys() - {"names", "ignore"}):
         raise ImagesError(f"{path}: expected names and ignore, got {odd[0][:40]!r}; leave it out")
-    return found
+    return classes
 
 
 def _decode(path: Path) -> NDArray[np.uint8]:
@@ -162,13 +153,12 @@ def _decode(path: Path) -> NDArray[np.uint8]:
             values = (
                 np.asarray(opened) if mode in MODES and size[0] * size[1] <= MAX_PIXELS else None
             )
-    except Exception as error:  # damaged files raise nearly anything: struct.error, SyntaxError, AttributeError, ...
+    except Exception as error:  # damaged files raise many types, such as SyntaxError
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error).split(
             " <_io"
         )[0]
         raise ImagesError(
-            f"{path}: not a mask that can be read ({reason or type(error).__name__}); write it "
-            "anew as PNG"
+            f"{path}: not a readable mask ({reason or type(error).__name__}); write it again as PNG"
         ) from error
     if size[0] * size[1] > MAX_PIXELS:
         raise ImagesError(

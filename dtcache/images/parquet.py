@@ -1,10 +1,9 @@
-"""Images in Parquet files, of any number and size: held in memory where they are few, else read a
-window at a time.
+"""Images in Parquet files: held in memory if they are few, else read window by window.
 
-Rows are wanted in a permuted order, and a file gives them by row groups. A window is as many of the
-coming rows as fit in memory: each row group that has some of them is read once for all of these,
-while the window before is used up. So an image costs at most the reading of its row group, and all
-of them at most a pass over the files a window.
+Rows are read in a permuted order, but a file can only be read by row groups. A window is as many of
+the coming rows as fit into memory. Each row group that holds some of them is read once per window,
+while the previous window is consumed. So the cost of an image is at most one read of its row group,
+and the cost of all images at most one pass over the files per window.
 """
 
 import os
@@ -27,24 +26,24 @@ from dtcache.samples import Column
 
 LEAST_HELD_BYTES = 2 << 30
 HELD_SHARE = 16
-"""Encoded images of 2 GiB are held, or of a sixteenth of the memory where that is more."""
+"""Encoded images up to 2 GiB, or up to a sixteenth of the memory if that is more, are held."""
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""What a container may use, where Linux runs it."""
+"""The memory limit of a container, on Linux."""
 BATCH_BYTES = 16 << 20
 BATCH_ROWS = 256
-"""Images that are decoded at once on the way through a row group; a page of the file may be more.
-"""
+"""Maximum images decoded at once while a row group is read; one page of the file may hold more."""
 
 
 class ParquetSource:
-    """Parquet files with a column `image: struct<bytes, path>` and, optionally, `label: int`, as
-    one list of rows.
+    """Parquet files as one list of rows.
+
+    They have a column `image: struct<bytes, path>` and, optionally, a column `label: int`.
     """
 
     def __init__(self, files: Sequence[Path], held_bytes: int | None = None) -> None:
-        """Read all but the images, and these too where all of them fit into `held_bytes`.
+        """Read names and labels, and also the images if all of them fit into `held_bytes`.
 
-        Raises ImagesError where the layout is another one, or where two rows have the same path.
+        Raises ImagesError if a file has another layout, or if two rows have the same path.
         """
         self._held_bytes = held_bytes if held_bytes is not None else default_held_bytes()
         self._groups: list[RowGroup] = []
@@ -71,17 +70,18 @@ class ParquetSource:
         self._held = self._hold()
 
     def _names(self, paths: pa.ChunkedArray) -> pa.ChunkedArray:
-        """Return the paths, or file:row for all where a row has none. Raises ImagesError where one
-        comes twice.
+        """Return the paths, or FILE:ROW for every row if some row has no path.
+
+        Raises ImagesError if a path occurs twice.
         """
         if paths.null_count or pc.any(pc.equal(paths, "")).as_py():
             names = (
                 [f"{group.file.stem}:{row}" for row in range(group.first, group.first + group.rows)]
                 for group in self._groups
             )
-            return pa.chunked_array([pa.array(part, pa.string()) for part in names])
+            return pa.chunked_array([pa.array(group_names, pa.string()) for group_names in names])
 
-        def place(index: int) -> str:
+        def describe(index: int) -> str:
             group = self._groups[self._group_of(index)]
             return (
                 f"row {index - self._starts[self._group_of(index)] + group.first} of {group.file}"
@@ -89,13 +89,13 @@ class ParquetSource:
 
         require_unique(
             paths,
-            place,
-            "give each a path of its own, or none to any: they are then named FILE:ROW",
+            describe,
+            "give each row its own path, or no row a path: rows are then named FILE:ROW",
         )
         return paths
 
     def _hold(self) -> pa.ChunkedArray | None:
-        """Return all images where they fit, None where they do not."""
+        """Return all images if they fit into memory, else None."""
         if sum(group.size for group in self._groups) > self._held_bytes:
             return None
         held = []
@@ -105,16 +105,16 @@ class ParquetSource:
                 for _, values in self._stream(number, np.arange(group.rows)):
                     held.append(values)
                     room -= values.nbytes
-                    if room < 0:  # a page's dictionary can hold one image for many rows
+                    if room < 0:  # a page's dictionary can share one image among many rows
                         return None
             except (OSError, pa.ArrowException) as error:
                 raise unreadable(group.file, error) from error
         return pa.chunked_array(held)
 
     def read(self, index: int) -> bytes:
-        """Return the bytes of one row, none for an empty value. Raises OSError.
+        """Return the bytes of one row; an empty value gives no bytes. Raises OSError.
 
-        Where the images are not held it reads on through a row group: `fetches` is for many.
+        If the images are not held, each call reads into a row group: use `fetches` for many images.
         """
         if self._held is not None:
             return self._held[index].as_py() or b""
@@ -126,10 +126,10 @@ class ParquetSource:
         return values[0].as_py() or b""
 
     def fetches(self, indices: Iterable[int]) -> Iterator[tuple[int, Callable[[], bytes]]]:
-        """Yield each index with a function that returns its image, from windows that are read in
-        the order asked for.
+        """Yield each index with a function that returns its image, window by window.
 
-        Two windows are held, each of half of `held_bytes`: one that is used up, and the next.
+        Two windows of half of `held_bytes` each are in memory: the one being consumed, and the
+        next.
         """
         if self._held is not None:
             yield from ((index, partial(self.read, index)) for index in indices)
@@ -145,8 +145,8 @@ class ParquetSource:
                     window = waiting.result()
                     coming = self._next_rows(todo)
                     waiting = pool.submit(self._window, coming, given_up)
-                    for place, index in enumerate(rows.tolist()):
-                        yield index, partial(self._fetched, index, window[place])
+                    for value, index in zip(window, rows.tolist(), strict=True):
+                        yield index, partial(self._fetched, index, value)
             finally:
                 given_up.set()
 
@@ -156,9 +156,7 @@ class ParquetSource:
         return self.read(index) if value is None else value
 
     def _next_rows(self, todo: Iterator[int]) -> NDArray[np.int64]:
-        """Take as many indices as a window holds, by the mean size of the images of their row
-        groups.
-        """
+        """Take as many indices as fill a window, by the mean image size of their row groups."""
         room = self._held_bytes / 2
         rows = []
         for index in todo:
@@ -170,51 +168,54 @@ class ParquetSource:
         return np.array(rows, np.int64)
 
     def _window(self, rows: NDArray[np.int64], given_up: Event) -> list[bytes | OSError | None]:
-        """Return rows' images in the order given; None for those that do not fit, as sizes differ
-        within a group.
+        """Return the images of `rows` in their order.
 
-        A window may be a pass over all files: it ends early where nobody waits for it any more.
+        None stands for an image that does not fit into the window.
+
+        Sizes are estimated per row group, so an image may not fit. A window may take a pass over
+        all files; it ends early once `given_up` is set.
         """
         order = np.argsort(rows, kind="stable")
         groups = np.searchsorted(self._starts, rows[order], "right") - 1
-        found: list[bytes | OSError | None] = [None] * len(rows)
+        images: list[bytes | OSError | None] = [None] * len(rows)
         room = self._held_bytes // 2
         for number in np.unique(groups).tolist():
-            places = order[groups == number]
+            positions = order[groups == number]
             if given_up.is_set():
                 break
             try:
-                for at, values in self._stream(number, rows[places] - self._starts[number]):
+                for at, values in self._stream(number, rows[positions] - self._starts[number]):
                     room -= values.nbytes
-                    for place, value in zip(
-                        places[at : at + len(values)].tolist(), values, strict=True
+                    for position, value in zip(
+                        positions[at : at + len(values)].tolist(), values, strict=True
                     ):
-                        found[place] = (value.as_py() or b"") if room >= 0 else None
+                        images[position] = (value.as_py() or b"") if room >= 0 else None
             except (OSError, pa.ArrowException) as error:
-                for place in places.tolist():
-                    found[place] = failed_row(self._groups[number].file, error)
-        return found
+                for position in positions.tolist():
+                    images[position] = failed_row(self._groups[number].file, error)
+        return images
 
-    def _stream(self, number: int, wanted: NDArray[np.int64]) -> Iterator[tuple[int, pa.Array]]:
-        """Yield (place in `wanted`, images from there on) of sorted rows of a row group, a batch at
-        a time.
+    def _stream(self, number: int, rows: NDArray[np.int64]) -> Iterator[tuple[int, pa.Array]]:
+        """Yield (position in `rows`, images from there on), in batches.
+
+        `rows` are sorted rows of one row group.
         """
         group = self._groups[number]
         start = 0
         batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.rows // max(1, group.size)))
-        # Without pre-buffering a row group passes through page by page, however large it is.
+        # Without pre-buffering, even a large row group is read page by page.
         with pq.ParquetFile(group.file, pre_buffer=False, buffer_size=1 << 20) as file:
             for batch in file.iter_batches(
                 batch_rows, row_groups=[group.number], columns=[BYTES], use_threads=False
             ):
-                first, last = np.searchsorted(wanted, [start, start + len(batch)]).tolist()
+                first, last = np.searchsorted(rows, [start, start + len(batch)]).tolist()
                 if first < last:
                     yield (
                         first,
-                        batch.column(0).field("bytes").take(pa.array(wanted[first:last] - start)),
+                        batch.column(0).field("bytes").take(pa.array(rows[first:last] - start)),
                     )
                 start += len(batch)
-                if last == len(wanted):
+                if last == len(rows):
                     return
 
     def _group_of(self, index: int) -> int:
@@ -222,11 +223,9 @@ class ParquetSource:
 
 
 def default_held_bytes() -> int:
-    """Return how many bytes of encoded images a source holds: 2 GiB, or a sixteenth of the memory
-    if that is more.
-    """
+    """Return the default of `held_bytes`: 2 GiB, or a sixteenth of the memory if that is more."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    granted = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else ""
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else ""
     return max(
-        LEAST_HELD_BYTES, min(memory, int(granted) if granted.isdigit() else memory) // HELD_SHARE
+        LEAST_HELD_BYTES, min(memory, int(limit) if limit.isdigit() else memory) // HELD_SHARE
     )

@@ -1,4 +1,4 @@
-"""What a Parquet file of images says of itself: its layout, its row groups, its names and labels."""
+"""The layout, row groups, names and labels of a Parquet file of images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,9 +6,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dtcache.errors import ImagesError
+from dtcache.errors import ImagesError, one_line
 
 BYTES = "image.bytes"
+MAX_REASON = 1 << 16
+"""Maximum characters of an error of Arrow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,34 +19,31 @@ class RowGroup:
 
     file: Path
     number: int
-    """Which one of its file."""
+    """Index in its file."""
     first: int
-    """Row of the file that it begins with."""
+    """Row of the file at which it begins."""
     rows: int
     size: int
-    """Bytes of its encoded images, as the file counts them."""
+    """Uncompressed bytes of its encoded images, from the file's metadata."""
 
 
 def unreadable(file: Path, error: Exception) -> ImagesError:
-    """Return what to raise where a file cannot be read."""
+    """Return the error of a file that cannot be read."""
     return ImagesError(
-        f"{file}: not a readable Parquet file ({one_line(error)}); give it again or leave it out"
+        f"{file}: not a readable Parquet file ({one_line(error, MAX_REASON)}); download it again "
+        "or leave it out"
     )
 
 
 def failed_row(file: Path, error: Exception) -> OSError:
-    """Return what to raise where a row cannot be read."""
-    return OSError(f"{file.name}: {one_line(error)}")
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's text; Arrow's run over several lines."""
-    return " ".join(str(error).split())
+    """Return the error of a row that cannot be read."""
+    return OSError(f"{file.name}: {one_line(error, MAX_REASON)}")
 
 
 def read_columns(file: Path) -> tuple[list[RowGroup], pa.Table]:
-    """Return a file's row groups, but empty ones, and its columns `image.path` and, where it is
-    there, `label`.
+    """Return a file's row groups, without empty ones, and its table of names and labels.
+
+    The table has the columns `image.path` and, if present, `label`.
     """
     try:
         with pq.ParquetFile(file) as opened:
@@ -81,12 +80,12 @@ def read_columns(file: Path) -> tuple[list[RowGroup], pa.Table]:
 
 
 def _require_layout(file: Path, schema: pa.Schema) -> None:
-    """Raise ImagesError where `image` or `label` are not as the Hugging Face layout has them."""
+    """Raise ImagesError unless `image` and `label` have the types of the Hugging Face layout."""
     image = schema.field("image").type if "image" in schema.names else pa.null()
     if not (pa.types.is_struct(image) and {"bytes", "path"} <= {f.name for f in image.fields}):
         raise ImagesError(
-            f"{file}: expected a column image: struct<bytes, path> (the Hugging Face layout), "
-            f"got columns {', '.join(schema.names)}; rewrite the file or give a folder of images"
+            f"{file}: expected a column image: struct<bytes, path> (the Hugging Face layout), got "
+            f"columns {', '.join(schema.names)}; rewrite the file or pass a folder of images"
         )
     if "label" in schema.names and not pa.types.is_integer(schema.field("label").type):
         raise ImagesError(

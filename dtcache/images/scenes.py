@@ -1,11 +1,10 @@
-"""Scenes: small generated colour images with a class, a segmentation mask and boxes, free of any
-licence or download.
+"""Scenes: generated colour images with a class, a segmentation mask and boxes.
 
-A scene shows one main object in front of up to two small ones of other classes, all textured, lit
-and casting shadows on a varied background. The class is the main object's shape and nothing else:
-colour, texture, light, position, scale, turn and background are drawn without regard to it. Nothing
-drawn at random depends on the size, so a scene is the same at every size; arithmetic and square
-roots paint the pixels, so every machine rounds them alike.
+A scene shows one main object in front of up to two small ones of other classes. All are textured,
+lit and cast shadows on a varied background. The class is the shape of the main object alone:
+colour, texture, light, position, scale, rotation and background are drawn independently of it. No
+random draw depends on the size, so a scene is the same at every size. Pixels are painted with basic
+arithmetic and square roots only, so every machine rounds them the same way.
 """
 
 import colorsys
@@ -28,9 +27,13 @@ from dtcache.images.masks import CLASSES_FILE
 from dtcache.options.toml import config_text
 
 _Floats = NDArray[np.floating]
-_VERSION = 1  # of the generator: raise it with every change of a pixel, so that old folders are not taken for new
+_VERSION = 1
+"""Version of the generator. Increase it whenever a pixel changes, so that old folders are not
+extended with new scenes.
+"""
 _MIN_SIZE = 16
-_REACH = 2.4  # no shape, stretched and with its shadow, ends farther than this many scales from its centre
+_REACH = 2.4
+"""Maximum extent of a shape from its centre, in scales, including stretch and shadow."""
 _OBJECT_TEXTURES = ("gradient", "stripes", "checks", "dots", "noise")
 _BACKGROUND_TEXTURES = ("gradient", "stripes", "noise", "horizon")
 
@@ -40,7 +43,7 @@ def _length(x: _Floats, y: _Floats) -> _Floats:
 
 
 def _star(x: _Floats, y: _Floats) -> _Floats:
-    # Mirrored at the tips' axes until one half tip is left, whose single straight edge bounds the
+    # Fold at the axes of the tips until one half tip is left; its single straight edge bounds the
     # star.
     x = np.abs(x)
     y = -y
@@ -51,9 +54,9 @@ def _star(x: _Floats, y: _Floats) -> _Floats:
     return np.asarray(0.728 * np.abs(x) + 0.588 * (y - 1.28))
 
 
-# Distances to an outline, negative inside, y down. Each shape has about the area of the unit disc,
-# so that size does not tell the classes apart; the order is the alphabet's, so that labels agree
-# with those read off a folder tree.
+# Signed distances to an outline, negative inside, with y pointing down. Each shape has about the
+# area of the unit disc, so that size does not reveal the class. The order is alphabetical, so that
+# labels equal those of a folder tree.
 _SHAPES: dict[str, Callable[[_Floats, _Floats], _Floats]] = {
     "crescent": lambda x, y: np.maximum(_length(x - 0.15, y) - 1.33, 1.05 - _length(x - 0.93, y)),
     "cross": lambda x, y: np.maximum(
@@ -73,12 +76,12 @@ CLASSES: tuple[str, ...] = tuple(_SHAPES)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """One image with everything known about it.
+    """One image with its complete annotation.
 
     pixels: uint8 [H, W, 3], RGB. label: the main object's class, an index into CLASSES. mask: uint8
-    [H, W], 0 for background, else 1 + the class of the front-most object there. boxes: int32 [n,
-    4], x0 y0 x1 y1 in pixels (x1, y1 exclusive), around the visible part of each object that has
-    one, back to front, so the main object is last. box_labels: int32 [n], their classes.
+    [H, W], 0 for background, else 1 + the class of the front-most object. boxes: int32 [n, 4], x0
+    y0 x1 y1 in pixels (x1, y1 exclusive), around the visible part of each visible object, back to
+    front, so the main object is last. box_labels: int32 [n], the classes of the boxes.
     """
 
     pixels: NDArray[np.uint8]
@@ -89,16 +92,16 @@ class Scene:
 
 
 def scene(seed: int, index: int, size: int = 64) -> Scene:
-    """Scene `index` of stream `seed` at size x size pixels: a pure function of the three.
+    """Return scene `index` of stream `seed` at size x size pixels: a pure function of the three.
 
-    The same seed and index give the same layout at every size. Raises ConfigError when size is
+    The same seed and index give the same layout at every size. Raises ConfigError if `size` is
     under 16.
     """
     _check_size(size)
     key = int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:16], "little")
     rng = np.random.Generator(np.random.Philox(key=key))
-    # Other classes, none twice, and under 0.2 of the main area each: the mask's largest class is
-    # always the label.
+    # The small objects have distinct other classes and under 0.2 of the main object's area each, so
+    # the mask's largest class is always the label.
     labels = rng.permutation(len(CLASSES)).astype(np.int32)[: 1 + rng.integers(3)]
     ticks = ((np.arange(2 * size) + 0.5) / (2 * size)).astype(np.float32)
     background = _draw_colours(rng)
@@ -109,14 +112,14 @@ def scene(seed: int, index: int, size: int = 64) -> Scene:
     light = rng.uniform(0, 2 * math.pi)
     shadow = rng.uniform(0.15, 0.6)
     for number, (x, y, scale) in enumerate(_draw_places(rng, len(labels))):
-        reach = _REACH * scale  # only so much is painted, which is what makes scenes cheap
+        reach = _REACH * scale  # painting only this region makes scenes cheap
         columns, rows = (
             slice(max(0, int((at - reach) * size)), int((at + reach) * size) + 1) for at in (x, y)
         )
-        across, down = (slice(2 * part.start, 2 * part.stop) for part in (columns, rows))
+        across, down = (slice(2 * pixels.start, 2 * pixels.stop) for pixels in (columns, rows))
         local = (ticks[None, across] - x) / scale, (ticks[down, None] - y) / scale
-        # An object coloured like its background would have no outline to learn from: the farthest
-        # of 16 is taken.
+        # An object coloured like its background would have no visible outline, so take the most
+        # distant of 16 colours.
         choices = [_draw_colours(rng) for _ in range(16)]
         colours = max(
             choices, key=lambda pair: float(abs(pair - background.mean(axis=0)).sum(axis=1).min())
@@ -149,14 +152,14 @@ def write_scenes(
     masks: bool = True,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write scenes start .. start + count - 1 as images/<class>/<index>.png,
-    masks/<class>/<index>.png and boxes.json.
+    """Write scenes start .. start + count - 1 as PNG images and masks, with boxes.json.
 
-    boxes.json maps each index to its "label", "boxes" [n][4] and "labels" [n]; masks/classes.toml
-    names the masks' values. Finished scenes are skipped, so a run cut short can be repeated and a
-    set can grow; one process at a time may write to a root. on_progress gets 1 for each scene
-    finished. Raises ConfigError when size is under 16, count or start is negative, or root holds
-    scenes of another seed or size; DiskError when the disk refuses.
+    The files are images/<class>/<index>.png and masks/<class>/<index>.png. boxes.json maps each
+    index to its "label", "boxes" [n][4] and "labels" [n]; masks/classes.toml names the values of
+    masks. Finished scenes are skipped, so an interrupted run can be repeated and a set can grow.
+    Only one process at a time may write to a root. `on_progress` is called with 1 for each finished
+    scene. Raises ConfigError if `size` is under 16, `count` or `start` is negative, or root holds
+    scenes of another seed or size, and DiskError if a write fails.
     """
     _check_size(size)
     if count < 0 or start < 0:
@@ -166,12 +169,13 @@ def write_scenes(
     boxes_path = root / "boxes.json"
     recipe_path = root / "scenes.json"
     recipe = {"seed": seed, "size": size, "version": _VERSION}
-    # Skipping finished files is only right when they show the scenes asked for.
+    # Finished files may be skipped only if they show the requested scenes.
     with disk_errors(root):
-        found = json.loads(recipe_path.read_text()) if recipe_path.exists() else recipe
-    if found != recipe:
+        existing = json.loads(recipe_path.read_text()) if recipe_path.exists() else recipe
+    if existing != recipe:
         raise ConfigError(
-            f"{root} holds other scenes: expected {recipe}, got {found}; choose another directory"
+            f"{root} holds other scenes: expected {recipe}, got {existing}; pass a different "
+            "directory"
         )
     _write(recipe_path, json.dumps(recipe).encode())
     if masks:
@@ -228,8 +232,9 @@ def _shrink(planes: _Floats) -> _Floats:
 
 
 def _draw_places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """Draw each object's x, y and scale (radius of the disc of its area) in frames: clutter, then
-    the main object.
+    """Draw x, y and scale of each object, the main object last, in fractions of the image.
+
+    The scale is the radius of the disc of the object's area.
     """
     x = rng.uniform(0.46, 0.54)
     y = rng.uniform(0.46, 0.54)
@@ -246,8 +251,9 @@ def _draw_places(rng: np.random.Generator, count: int) -> list[tuple[float, floa
 
 
 def _draw_colours(rng: np.random.Generator) -> _Floats:
-    """Draw two colours, [2, 3] in 0..1, near each other: strong textures keep small diffusion
-    models from shapes.
+    """Draw two similar colours, [2, 3] in 0..1.
+
+    Strong textures would hide shapes from small diffusion models.
     """
     hue = rng.random()
     saturation = rng.uniform(0.1, 0.8)
@@ -269,19 +275,20 @@ def _paint_object(
     across: _Floats,
     down: _Floats,
 ) -> _Floats:
-    """Paint on canvas [3, H, W], across and down in scales; return the object's coverage [H, W] in
-    0..1.
+    """Paint on canvas [3, H, W] and return the object's coverage, [H, W] in 0..1.
+
+    `across` and `down` are coordinates in scales.
     """
     turn = rng.uniform(-0.2, 0.2)
     stretch = math.exp(rng.uniform(-0.13, 0.13))
     gloss = rng.uniform(-0.2, 0.55)
-    # The object's reach, about -2 to 2 scales, is its texture's 0 to 1.
+    # The texture's 0 to 1 spans about -2 to 2 scales of the object.
     colour = _texture(rng, _OBJECT_TEXTURES, (1.0, 4.0), colours, 0.5 + across / 4, 0.5 + down / 4)
     light_x = math.cos(light)
     light_y = math.sin(light)
     cos = math.cos(turn)
     sin = math.sin(turn)
-    # The far one of the two outlines is the shadow's.
+    # The second of the two outlines belongs to the shadow.
     inside, far = (
         -_SHAPES[shape]((x * cos + y * sin) / stretch, (y * cos - x * sin) * stretch)
         for x, y in ((across, down), (across + 0.22 * light_x, down + 0.22 * light_y))
@@ -303,8 +310,9 @@ def _texture(
     x: _Floats,
     y: _Floats,
 ) -> _Floats:
-    """Mix two colours by a random pattern into [3, H, W] at columns x [1, W] and rows y [H, 1],
-    both about 0..1.
+    """Mix two colours by a random pattern into [3, H, W].
+
+    The columns x [1, W] and rows y [H, 1] run over about 0..1.
     """
     kind = kinds[rng.integers(len(kinds))]
     frequency = rng.uniform(*frequencies)
@@ -336,14 +344,15 @@ def _texture(
 
 
 def _noise(rng: np.random.Generator, cells: int, x: _Floats, y: _Floats) -> _Floats:
-    """Value noise [H, W] in 0..1: random knots laid over 0..1, blended smoothly along one axis at a
-    time.
+    """Return value noise, [H, W] in 0..1.
+
+    Random knots over 0..1 are blended smoothly along one axis after the other.
     """
     values: _Floats = rng.random((cells + 1, cells + 1), dtype=np.float32)
     for ticks in (y, x):
-        place = np.clip(ticks.ravel()[:, None], 0, 0.999) * cells
-        knot = place.astype(np.intp)
-        offset = (place - knot).astype(np.float32)
+        position = np.clip(ticks.ravel()[:, None], 0, 0.999) * cells
+        knot = position.astype(np.intp)
+        offset = (position - knot).astype(np.float32)
         low = values[knot[:, 0]]
         high = values[knot[:, 0] + 1]
         values = (low + offset * offset * (3 - 2 * offset) * (high - low)).T

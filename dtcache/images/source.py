@@ -1,4 +1,4 @@
-"""Image sources: what one is, and which kind a path holds."""
+"""The protocol of an image source, and opening the source that a path holds."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,34 +21,28 @@ class ImageSource(Protocol):
 
     @property
     def labels(self) -> Sequence[int | None] | None:
-        """Class indices beside the keys, None for an image without; or None where the source has no
-        classes.
-        """
+        """Class index per image, None for an unlabelled image; None if the source has no classes."""
 
     @property
     def classes(self) -> list[str] | None:
-        """Class names by index, or None where the source names none."""
+        """Class names by index; None if the source names no classes."""
 
     def read(self, index: int) -> bytes:
-        """Return the encoded image at a place of the source's order. Raises OSError where it cannot
-        be read.
-        """
+        """Return the encoded image at `index`. Raises OSError if it cannot be read."""
 
     def fetches(self, indices: Iterable[int]) -> Iterator[tuple[int, Callable[[], bytes]]]:
-        """Yield each of `indices`, in their order, with a function that does what `read` does, in
-        any thread.
+        """Yield each of `indices` in order, with a function that reads its image in any thread.
 
-        A source that is slow at single reads takes as many of the coming indices as it likes, to
-        read them at once.
+        A source with slow single reads may take any number of the coming indices and read them
+        together.
         """
 
 
 def open_source(path: Path, track: Track | None = None) -> ImageSource:
-    """Open a folder of images, a Parquet or tar file, or a folder of these; `track` shows what
-    takes long.
+    """Open a folder of images, a Parquet or tar file, or a folder of these files.
 
-    Raises ImagesNotFoundError where nothing is there and ImagesError where it is of another kind,
-    or of two.
+    `track` shows the progress of long work. Raises ImagesNotFoundError if `path` does not exist,
+    and ImagesError if it holds something else, or two kinds of images.
     """
     if path.is_file() and path.suffix == ".parquet":
         return ParquetSource([path])
@@ -60,16 +54,12 @@ def open_source(path: Path, track: Track | None = None) -> ImageSource:
         image = next(list_images(path), None) if tars else None
         if tars and (parquet or image):
             raise ImagesError(
-                f"{path}: expected one kind of images, got {tars[0].name} beside "
-                f"{image or parquet[0].name}; give the file, or a folder that holds one kind"
+                f"{path}: expected one kind of images, got {tars[0].name} and "
+                f"{image or parquet[0].name}; pass the file, or a folder with one kind"
             )
-        return (
-            ParquetSource(parquet)
-            if parquet
-            else TarSource(tars, track)
-            if tars
-            else FolderSource(path)
-        )
+        if parquet:
+            return ParquetSource(parquet)
+        return TarSource(tars, track) if tars else FolderSource(path)
     if path.exists():
         raise ImagesError(f"{path}: expected {KINDS}, got a file of another kind")
     raise ImagesNotFoundError(f"{path} does not exist: expected {KINDS}")

@@ -1,6 +1,4 @@
-"""Images of a cache that stores none: read from their source, each checked against the hash that
-the cache recorded.
-"""
+"""Images of a cache that stores none: read from the source and checked against recorded hashes."""
 
 import hashlib
 from pathlib import Path
@@ -23,28 +21,27 @@ class LinkedImages:
     def __init__(
         self, images: Path, keys: pa.ChunkedArray, content_sha256: pa.ChunkedArray, view: ViewSpec
     ) -> None:
-        """Find each row's image in a source by key; rows without a hash failed and need none.
+        """Find each row's image in a source by key.
 
-        Raises ImagesError naming the first key that the source lacks.
+        Rows without a hash failed in the extraction and are not looked up. Raises ImagesError
+        naming the first missing key.
         """
         self._images = images
         self._view = view
         self._source = open_source(images)
         self._keys: Column[str] = Column(keys)
         self._hashes: Column[bytes | None] = Column(content_sha256)
-        wanted = content_sha256.is_valid()
+        has_image = content_sha256.is_valid()
         self._index_of = pc.index_in(keys, value_set=pa.array(self._source.keys, pa.string()))
-        lacking = keys.filter(pc.and_(wanted, self._index_of.is_null()))
+        lacking = keys.filter(pc.and_(has_image, self._index_of.is_null()))
         if len(lacking):
             raise ImagesError(
-                f"{images}: {len(lacking)} of {pc.sum(wanted).as_py()} images of the cache are not "
-                f"there, such as {lacking[0]}; give the images that the cache was extracted from"
+                f"{images}: {len(lacking)} of {pc.sum(has_image).as_py()} images of the cache are "
+                f"missing, such as {lacking[0]}; pass the images that the cache was extracted from"
             )
 
     def pixels(self, row: int) -> NDArray[np.uint8]:
-        """Return a row's view (3, H, W), uint8. Raises ImagesError where it is not the image that
-        was extracted.
-        """
+        """Return a row's view, uint8 (3, H, W). Raises ImagesError if its image has changed."""
         data = self._read(row)
         try:
             return decode_view(data, self._view)[0]
@@ -52,9 +49,7 @@ class LinkedImages:
             raise self._unreadable(row, error) from error
 
     def size(self, row: int) -> tuple[int, int]:
-        """Return (height, width) of a row's image, upright. Raises ImagesError where it is not the
-        one extracted.
-        """
+        """Return (height, width) of a row's upright image. Raises ImagesError if it has changed."""
         return upright_size(self._read(row))
 
     def _read(self, row: int) -> bytes:
@@ -65,11 +60,12 @@ class LinkedImages:
         if hashlib.sha256(data).digest() != self._hashes[row]:
             raise ImagesError(
                 f"{self._images}: {self._keys[row]} is not the image that the cache was extracted "
-                "from (SHA-256 differs); give the images that it was extracted from"
+                "from (SHA-256 differs); pass the original images"
             )
         return data
 
     def _unreadable(self, row: int, error: Exception) -> ImagesError:
         return ImagesError(
-            f"{self._images}: {self._keys[row]}: {error}; it could be read when the cache was made"
+            f"{self._images}: {self._keys[row]}: {error}; the extraction could read it, restore "
+            "the file"
         )

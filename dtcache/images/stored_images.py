@@ -1,6 +1,4 @@
-"""Images inside a cache: the source's own bytes where the view changes no pixel, else lossless
-WebP.
-"""
+"""Images in a cache: the source's bytes if the view changes no pixel, else lossless WebP."""
 
 import io
 from typing import Any
@@ -15,19 +13,22 @@ from dtcache.recipe import ViewSpec
 
 LENGTH_BYTES = 4
 CONTAINER: dict[str, Any] = {"lossless": True, "method": 2, "quality": 20}
-"""Of WebP: the default, method 4, takes over four times as long to save some 4 % of the bytes."""
+"""WebP options; the default method, 4, takes over four times as long to save about 4 % of the
+bytes.
+"""
 
 
 def image_bound(view: ViewSpec) -> int:
-    """Return an upper bound of a stored image's bytes: its raw pixels and room for a container."""
+    """Return the maximum bytes of a stored image: its raw pixels, and room for a container."""
     return -(-(view.height * view.width * 3 + 1024) // 16) * 16
 
 
 def encode_stored(loaded: LoadedView, bound: int) -> bytes:
-    """Return a payload: the length (uint32, little-endian) and an image file that decodes to
-    exactly the view.
+    """Return a payload: the length (uint32, little-endian) and an image file.
 
-    Source bytes larger than `bound` (metadata, say) are encoded anew.
+    The file decodes to exactly the view's pixels.
+
+    The source's bytes are encoded again if they exceed `bound`, for example because of metadata.
     """
     data = loaded.source
     if not loaded.unchanged or len(data) + LENGTH_BYTES > bound:
@@ -40,14 +41,20 @@ def encode_stored(loaded: LoadedView, bound: int) -> bytes:
 
 
 def decode_stored(payload_L: NDArray[np.uint8], view: ViewSpec) -> NDArray[np.uint8]:
-    """Return the view's uint8 pixels (3, H, W) from a payload, padded or not. Raises BadImageError."""
+    """Return the view's uint8 pixels (3, H, W) from a payload, with or without padding.
+
+    Raises BadImageError.
+    """
     length = int.from_bytes(payload_L[:LENGTH_BYTES].tobytes(), "little")
     if not 0 < length <= len(payload_L) - LENGTH_BYTES:
         raise BadImageError(
-            f"a stored image of {length} bytes does not fit a payload of {len(payload_L)}"
+            f"a stored image of {length} bytes does not fit into its payload of {len(payload_L)} "
+            "bytes"
         )
     data = payload_L[LENGTH_BYTES : LENGTH_BYTES + length].tobytes()
     pixels_CHW, unchanged = decode_view(data, view, stored=True)
     if not unchanged:
-        raise BadImageError(f"a stored image is not of the view's size, {view.height}x{view.width}")
+        raise BadImageError(
+            f"a stored image does not have the view's size, {view.height}x{view.width}"
+        )
     return pixels_CHW

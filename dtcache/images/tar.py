@@ -1,6 +1,4 @@
-"""Images in WebDataset tar shards: headers are read once for an index, images in any order from
-where they lie.
-"""
+"""Images in WebDataset tar shards: one pass over the headers, then random access."""
 
 import os
 import tarfile
@@ -20,38 +18,38 @@ from dtcache.images.folder import EXTENSIONS, MAX_FILE_BYTES, is_image
 from dtcache.samples import Column
 
 MAX_HEADER_BYTES = 1 << 20
-"""What may be read on the way from one member to the next: long names and other extended headers.
-"""
+"""Limit of header bytes from one member to the next, such as long names and extended headers."""
 MAX_LABEL_BYTES = 32
 BLOCK = 512
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class Progress(Protocol):
-    """Where finished units of work are counted."""
+    """Counts finished units of work."""
 
     def advance(self, count: int = 1) -> None:
         """Add finished units."""
 
 
 Track = Callable[[str, int], AbstractContextManager[Progress]]
-"""Shows the progress of titled work of so many units."""
+"""Shows the progress of work with a title and a number of units."""
 
 
 class TarSource:
-    """Uncompressed tar files. Every image in them is a sample; a file `.cls` beside it holds its
-    class index.
+    """Uncompressed tar files.
 
-    A key is the image's path without its extension; where tars share keys, all get their tar's name
-    before them.
+    Every image in them is a sample; a `.cls` file gives its class index.
+
+    A key is the image's path without its extension. If tars share keys, the name of its tar
+    precedes every key.
     """
 
     def __init__(self, files: Sequence[Path], track: Track | None = None) -> None:
         """Read the headers of all files.
 
-        Raises ImagesError for a tar that is compressed, damaged or cut off, for images in it that
-        are links or sparse or lie at absolute paths, for labels that are no numbers, and where two
-        images of a tar have the same key.
+        Raises ImagesError if a tar is compressed, damaged or truncated, if an image in it is a
+        link, sparse or at an absolute path, if a label is not a number, and if two images of a tar
+        have the same key.
         """
         self._files = list(files)
         starts = [0]
@@ -62,11 +60,11 @@ class TarSource:
         size = sum(file.stat().st_size for file in files if file.exists())
         with track("index tar shards, MiB", size >> 20) if track else nullcontext() as progress:
             for file in files:
-                found = TarIndex(file, progress)
-                keys.append(pa.array(found.keys, pa.string()))
-                labels.append(pa.array(found.labels, pa.int32()))
-                self._offsets += found.offsets
-                self._sizes += found.sizes
+                index = TarIndex(file, progress)
+                keys.append(pa.array(index.keys, pa.string()))
+                labels.append(pa.array(index.labels, pa.int32()))
+                self._offsets += index.offsets
+                self._sizes += index.sizes
                 starts.append(len(self._offsets))
         self._starts = np.array(starts)
         if not self._offsets:
@@ -76,13 +74,13 @@ class TarSource:
             )
         if first_repeat(pa.chunked_array(keys)) is not None:
             keys = [
-                pa.array([f"{file.stem}/{key}" for key in part.to_pylist()], pa.string())
-                for file, part in zip(files, keys, strict=True)
+                pa.array([f"{file.stem}/{key}" for key in tar_keys.to_pylist()], pa.string())
+                for file, tar_keys in zip(files, keys, strict=True)
             ]
         self.keys: Column[str] = Column(pa.chunked_array(keys))
-        found_labels = pa.chunked_array(labels)
+        all_labels = pa.chunked_array(labels)
         self.labels: Column[int | None] | None = (
-            Column(found_labels) if found_labels.null_count < len(found_labels) else None
+            Column(all_labels) if all_labels.null_count < len(all_labels) else None
         )
         self.classes: list[str] | None = None
 
@@ -104,10 +102,10 @@ class TarSource:
 
 
 class TarIndex:
-    """Where the images of one tar are, in their order in it."""
+    """Names, offsets, sizes and labels of the images of one tar, in the tar's order."""
 
     def __init__(self, file: Path, progress: Progress | None = None) -> None:
-        """Read the headers, counting MiB. Raises ImagesError."""
+        """Read the headers, counting MiB on `progress`. Raises ImagesError."""
         self.keys: list[str] = []
         self.offsets = array("q")
         self.sizes = array("q")
@@ -131,7 +129,7 @@ class TarIndex:
                         counted = member.offset >> 20
         except OSError as error:
             raise ImagesError(
-                f"{file}: cannot be read ({error.strerror}); give it again or leave it out"
+                f"{file}: cannot be read ({error.strerror}); download it again or leave it out"
             ) from error
         require_unique(
             pa.chunked_array([self.keys], pa.string()),
@@ -142,17 +140,13 @@ class TarIndex:
 
 
 def group_of(name: str) -> str:
-    """Return the sample that a member belongs to, as WebDataset has it: its path up to the file
-    name's first dot.
-    """
+    """Return a member's WebDataset sample: its path up to the first dot of the file name."""
     folder, slash, last = name.rpartition("/")
     return f"{folder}{slash}{last.partition('.')[0]}"
 
 
 class _Headers:
-    """A tar as tarfile reads it, but nothing more than headers: hostile sizes must not become
-    memory or time.
-    """
+    """A file object that gives tarfile only headers, so that hostile sizes cost no memory or time."""
 
     def __init__(self, opened: BinaryIO) -> None:
         self._opened = opened
@@ -175,23 +169,28 @@ class _Headers:
 
 
 def _members(file: Path, opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield a tar's members. Raises ImagesError where it is compressed, damaged or cut off, and
-    OSError.
+    """Yield a tar's members.
+
+    Raises OSError, and ImagesError if the tar is compressed, damaged or truncated.
     """
     size = os.fstat(opened.fileno()).st_size
     magic = os.pread(opened.fileno(), 8, 0)
     for start, kind in COMPRESSED.items():
         if magic.startswith(start):
             raise ImagesError(
-                f"{file}: compressed with {kind}: images could not be read in any order; "
-                "decompress it"
+                f"{file}: compressed with {kind}, which does not allow random access; decompress it"
             )
     headers = _Headers(opened)
     end = 0
     try:
-        tar = tarfile.TarFile(fileobj=headers, mode="r", encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
+        tar = tarfile.TarFile(
+            fileobj=headers,  # type: ignore[arg-type]
+            mode="r",
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
         while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every member
             if member.size < 0 or member.offset < end:
                 raise ImagesError(
                     f"{file}: damaged: {member.name!r} at byte {member.offset} has {member.size} "
@@ -211,16 +210,14 @@ def _members(file: Path, opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
         raise ImagesError(
             f"{file}: not a readable tar file ({error}); pack it again or leave it out"
         ) from error
-    # tarfile takes a damaged header for the end.
+    # tarfile takes a damaged header for the end of the archive.
     if os.pread(opened.fileno(), BLOCK, tar.offset) != bytes(BLOCK):
-        what = "cut off: no end-of-archive" if tar.offset + BLOCK > size else "damaged: no header"
-        raise ImagesError(f"{file}: {what} at byte {tar.offset}; copy or pack it again")
+        defect = "cut off: no end-of-archive" if tar.offset + BLOCK > size else "damaged: no header"
+        raise ImagesError(f"{file}: {defect} at byte {tar.offset}; copy or pack it again")
 
 
 def _require_plain(file: Path, member: tarfile.TarInfo) -> None:
-    """Raise ImagesError where a member of an image's name is no plain file, or its name no plain
-    relative path.
-    """
+    """Raise ImagesError unless an image is a plain file at a plain relative path."""
     if not member.isreg() or member.issparse():
         kind = (
             "a sparse file"
@@ -240,7 +237,7 @@ def _require_plain(file: Path, member: tarfile.TarInfo) -> None:
 
 
 def _label(file: Path, member: tarfile.TarInfo, opened: BinaryIO) -> int:
-    """Return the class index that a `.cls` member holds as decimal text."""
+    """Return the class index in a `.cls` member, decimal text."""
     text = os.pread(opened.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset_data).strip()
     if member.size > MAX_LABEL_BYTES or not text.isdigit() or int(text) >= 1 << 31:
         raise ImagesError(

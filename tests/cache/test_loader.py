@@ -313,7 +313,7 @@ def test_no_damaged_chunk_is_ever_served(root: Path, tmp_path: Path) -> None:
         ),
         (
             "images",
-            rf"image {tiny_plan().samples[2].key}: a stored image of \d+ bytes does not fit a payload",
+            rf"image {tiny_plan().samples[2].key}: a stored image of \d+ bytes does not fit into its payload",
         ),
     ],
 )

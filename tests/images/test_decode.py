@@ -143,6 +143,7 @@ def test_a_stored_image_of_impossible_length_is_refused(length: int) -> None:
     """The length that a payload claims is bounded by the payload."""
     payload = np.frombuffer(length.to_bytes(4, "little") + bytes(96), np.uint8)
     with pytest.raises(
-        BadImageError, match=f"a stored image of {length} bytes does not fit a payload of 100"
+        BadImageError,
+        match=f"a stored image of {length} bytes does not fit into its payload of 100",
     ):
         decode_stored(payload, SQUARE)

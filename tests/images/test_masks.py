@@ -152,7 +152,7 @@ def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         folder.load("deep", SQUARE)
     save(tmp_path / "cut.png", blobs(64, 64))
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
-    with pytest.raises(ImagesError, match=r"cut\.png: not a mask that can be read"):
+    with pytest.raises(ImagesError, match=r"cut\.png: not a readable mask"):
         folder.load("cut", SQUARE)
     Image.fromarray(blobs(4, 4)).save(tmp_path / "jpeg.png", "JPEG")
     with pytest.raises(ImagesError, match=r"jpeg\.png: not a mask that can be read"):
@@ -205,8 +205,8 @@ def test_a_value_without_a_class_is_named_and_the_ignored_one_stays(tmp_path: Pa
         ("names = []", "1 to 256 distinct class names"),
         ('names = ["a", "a"]', "1 to 256 distinct class names"),
         ("names = [1, 2]", "1 to 256 distinct class names"),
-        ("ignore = 256", "expected a value to ignore from 0 to 255, got '256'"),
-        ("ignore = true", "expected a value to ignore from 0 to 255, got 'True'"),
+        ("ignore = 256", "expected an ignore index from 0 to 255, got '256'"),
+        ("ignore = true", "expected an ignore index from 0 to 255, got 'True'"),
     ],
 )
 def test_classes_of_another_kind_are_refused(tmp_path: Path, text: str, message: str) -> None:

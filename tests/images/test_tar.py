@@ -185,7 +185,7 @@ def test_compressed_tars_are_refused(tmp_path: Path, kind: str) -> None:
     with tarfile.open(tmp_path / "a.tar", f"w:{kind}") as tar:
         tar.addfile(tarfile.TarInfo("a.jpg"))
     with pytest.raises(
-        ImagesError, match=r"a\.tar: compressed with \w+: .* in any order; decompress it"
+        ImagesError, match=r"a\.tar: compressed with \w+, which does not allow random access; decompress it"
     ):
         open_source(tmp_path / "a.tar")
 
@@ -314,9 +314,7 @@ def test_tars_beside_other_images_are_refused(tmp_path: Path, beside: str) -> No
     write_tar(tmp_path / "a.tar", {"a.jpg": b"1"})
     (tmp_path / beside).parent.mkdir(exist_ok=True)
     (tmp_path / beside).touch()
-    with pytest.raises(
-        ImagesError, match=rf"expected one kind of images, got a\.tar beside {beside}"
-    ):
+    with pytest.raises(ImagesError, match=rf"expected one kind of images, got a\.tar and {beside}"):
         open_source(tmp_path)
 
 
