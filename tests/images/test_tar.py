@@ -185,7 +185,8 @@ def test_compressed_tars_are_refused(tmp_path: Path, kind: str) -> None:
     with tarfile.open(tmp_path / "a.tar", f"w:{kind}") as tar:
         tar.addfile(tarfile.TarInfo("a.jpg"))
     with pytest.raises(
-        ImagesError, match=r"a\.tar: compressed with \w+, which does not allow random access; decompress it"
+        ImagesError,
+        match=r"a\.tar: compressed with \w+, which does not allow random access; decompress it",
     ):
         open_source(tmp_path / "a.tar")
 
