@@ -1,4 +1,4 @@
-"""Inspect as its user runs it, and the damage that it should survive."""
+"""Runs of `dtcache inspect`, its documentation, and damage to files."""
 
 import re
 from pathlib import Path
@@ -31,6 +31,6 @@ def flip(path: Path, place: int = 3) -> None:
 
 
 def documented(kind: str) -> list[str]:
-    """Return the fields that docs/inspect.md lists of the JSON of `kind`."""
+    """Return the fields that docs/inspect.md lists for the JSON of `kind`."""
     section = DOCS.read_text().partition(f"## JSON of {kind}\n")[2].partition("\n## ")[0]
     return sorted(re.findall(r"^\| `([a-z0-9_.\[\]]+)`", section, re.M))

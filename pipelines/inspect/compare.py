@@ -31,11 +31,9 @@ def differences(reports: Sequence[Json]) -> dict[str, list[object]]:
 
 def render_differences(roots: Sequence[Path], reports: Sequence[Json]) -> RenderableType:
     """Return two narrow tables: the recipe or options that differ, and the results that differ."""
-    causes = {}
-    results = {}
-    for name, values in differences(reports).items():
-        is_cause = name.startswith(("recipe.", "options."))
-        (causes if is_cause else results)[name] = values
+    differing = differences(reports)
+    causes = {n: v for n, v in differing.items() if n.startswith(("recipe.", "options."))}
+    results = {n: v for n, v in differing.items() if n not in causes}
     titles = short_paths(roots)
     return Group(
         _table("recipe and options", titles, causes),

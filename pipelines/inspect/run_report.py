@@ -7,10 +7,8 @@ from dtcache.errors import CacheDamagedError, ConfigError
 from dtcache.hashing import read_json
 from dtcache.recipe import Json
 from dtcache.store.summary import SCHEMA
+from pipelines.runs.folder import METRICS, RUN, SUMMARY
 
-RUN = "run.json"
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
 MAX_BYTES = 256 << 20
 HELD_OUT = "held_out/"
 HELD_OUT_AVERAGE = "held_out_ema/"

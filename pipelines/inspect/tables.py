@@ -12,7 +12,7 @@ from pipelines.terminal.text import byte_size, printable
 
 SHOWN = 5
 """Failures, and damaged files, that a terminal shows; --json lists all."""
-WEIGHTS = {"last": "of the last step", "average": "averaged over steps (--ema-decay)"}
+WEIGHTS = {"last": "of the last step", "average": "averaged over steps (EMA)"}
 """The weights that a run exports and that its held-out losses are of."""
 STATISTICS_TABLES = {
     "scale": {"mean": "mean", "std": "std", "effective_rank": "eff. rank"},

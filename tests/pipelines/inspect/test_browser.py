@@ -1,4 +1,4 @@
-"""Pages in a real browser: no console error, no request, every picture drawn, light and dark, wide and narrow."""
+"""Pages in a real browser, light and dark, wide and narrow: no errors, no requests, all pictures."""
 
 import base64
 import itertools
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 def pages(
     scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """The page of a cache, with its teacher, and that of a run trained on it."""
+    """The page of a cache with its teacher, and the page of a run trained on it."""
     root = tmp_path_factory.mktemp("browser")
     cache = root / "cache"
     run = root / "run"
@@ -146,8 +146,9 @@ def screenshot(browser: Any, width: int) -> bytes:
 def test_a_page_is_whole(
     browser: Any, pages: dict[str, Path], kind: str, width: int, scheme: str, tmp_path: Path
 ) -> None:
-    """From disk nothing is logged and nothing but the file is asked for; all pictures and charts have a size; nothing
-    sticks out sideways; paper and ink stand apart as the scheme says. Its screenshot is left for people to look at.
+    """The browser logs nothing and requests only the file; all pictures and charts have a size; the
+    page is not wider than the window; text and background contrast as the scheme says. A screenshot
+    is saved for people to look at.
     """
     page = pages[kind]
     show(browser, page, width, scheme)
@@ -182,8 +183,8 @@ def test_a_page_is_whole(
 
 @pytest.mark.parametrize("kind", ["cache", "run"])
 def test_charts_can_be_read(browser: Any, pages: dict[str, Path], kind: str) -> None:
-    """No label of a chart is cut off by its edge or meets another one, and each axis of numbers has two or more; text
-    is of 9 to 15 pixels, wide or narrow, and on a wide screen nothing has to be scrolled.
+    """No label of a chart is cut off or overlaps another; each numeric axis has at least two labels;
+    text is 9 to 15 pixels high; on a wide screen nothing has to be scrolled.
     """
     for width in (1200, 400):
         show(browser, pages[kind], width, "light")

@@ -1,4 +1,4 @@
-"""Estimates and measures against known populations: intervals, noise, likeness, labels, the codec's water line."""
+"""Estimates and measures against known populations: intervals, noise, similarity, k-NN, water lines."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from pipelines.inspect.statistics.sums import Group, empty, rings_of, water_line
 
 
 def test_intervals_cover_the_truth() -> None:
-    """Of 400 samples of a known population about 95 % of the jackknife's intervals hold its ratio; a sample of half of
-    it needs narrower ones, and all of it none.
+    """About 95 % of the jackknife's intervals of 400 samples hold the population's ratio, also with
+    the correction for a sample of half the population; the whole population has a zero interval.
     """
     rng = np.random.default_rng(0)
     population = rng.gamma(2.0, size=(4000, 2))
@@ -42,7 +42,7 @@ def test_intervals_cover_the_truth() -> None:
 
 
 def test_wilsons_interval() -> None:
-    """15 of 20 gives [0.531, 0.888], as tables have it; 0 of 10 stays in [0, 1]."""
+    """15 of 20 gives [0.531, 0.888], as in tables; 0 of 10 stays in [0, 1]."""
     found = proportion(15, 20)
     assert (found.low, found.high) == (
         pytest.approx(0.531, abs=1e-3),
@@ -52,7 +52,7 @@ def test_wilsons_interval() -> None:
 
 
 def noisy(cache: Cache, draws: int, noise: float, rows: int = 600) -> Group:
-    """Return the sums of maps that are one signal of variance 1 and noise of a known variance a draw."""
+    """Return the sums of maps with a signal of variance 1 and noise of a known variance per draw."""
     rng = np.random.default_rng(1)
     signal = rng.normal(size=(rows, 1, 4))
     values = signal + noise**0.5 * rng.normal(size=(rows, draws, 4))
@@ -68,14 +68,14 @@ def noisy(cache: Cache, draws: int, noise: float, rows: int = 600) -> Group:
 
 @pytest.mark.parametrize("draws", [2, 4])
 def test_noise_share_is_unbiased(tiny_cache: Path, draws: int) -> None:
-    """With noise of a third of the signal's variance a quarter of all is noise, however many draws there are."""
+    """If the noise has 1/3 of the signal's variance, the noise share is 1/4 for any number of draws."""
     found = measures.noise_share([noisy(Cache(tiny_cache), draws, 1 / 3).sums])
     assert found == pytest.approx(0.25, abs=0.02)
 
 
 def test_hsic_is_unbiased_and_cka_knows_rotations() -> None:
-    """Unbiased HSIC of independent features is 0 on average even where channels outnumber samples, where the plain one
-    is near 1; CKA is 1 for a rotation and a scale, 0 for what is independent.
+    """The unbiased HSIC of independent features averages 0 even with more channels than samples, for
+    which the biased one is near 1. CKA is 1 for a rotation and scaling, 0 for independent features.
     """
     rng = np.random.default_rng(2)
     batches = [(rng.normal(size=(16, 64)), rng.normal(size=(16, 64))) for _ in range(60)]
@@ -98,7 +98,7 @@ def groups_of(features: np.ndarray, parts: int = 4) -> list[Group]:
 
 
 def test_similarity_is_a_symmetric_matrix_over_common_rows() -> None:
-    """Each array is like itself and like a rotation of itself; rows that one of them lacks are left out of both."""
+    """CKA is 1 between an array, itself and its rotation; rows that one array lacks are dropped."""
     x = np.random.default_rng(4).normal(size=(80, 5))
     short = groups_of(x @ special_ortho_group.rvs(5, random_state=5))
     short[0] = Group(
@@ -111,7 +111,7 @@ def test_similarity_is_a_symmetric_matrix_over_common_rows() -> None:
 
 
 def test_knn_finds_what_is_there() -> None:
-    """Separate classes are always found, shuffled labels at chance; without labels, or of one class, nothing is."""
+    """Separate classes score 1, shuffled labels score at chance; no labels or one class give None."""
     rng = np.random.default_rng(6)
     labels = rng.integers(0, 4, 400)
     features = np.eye(4)[labels] + 0.05 * rng.normal(size=(400, 4))
@@ -128,8 +128,8 @@ def test_knn_finds_what_is_there() -> None:
 
 @pytest.mark.parametrize("name", [FINE, COARSE])
 def test_the_water_line_is_the_quantisers_error(tiny_cache: Path, name: str) -> None:
-    """By component, by ring and overall it is the mean, over the coefficients that are coded, of the squared error of
-    rounding values that are spread over many steps.
+    """By component, by ring and overall, it is the mean squared error of rounding values that spread
+    over many steps, over the coded coefficients.
     """
     fit = Cache(tiny_cache).fit[name]
     channels, height, width = fit.shape

@@ -1,4 +1,4 @@
-"""Pages of caches and runs: one file, nothing fetched, one colour basis, what is damaged left out."""
+"""Pages of caches and runs: one file, no requests, one colour basis, damaged samples left out."""
 
 import re
 from pathlib import Path
@@ -16,12 +16,12 @@ pytestmark = pytest.mark.usefixtures("apart")
 
 
 def pixels(map_3: np.ndarray) -> np.ndarray:
-    """Return a colour as whole numbers."""
+    """Return a colour as integers."""
     return map_3.astype(int)
 
 
 def test_colours_mean_the_same_in_every_image() -> None:
-    """One feature has one colour wherever it is, and the basis is that of all images: NumPy's singular vectors."""
+    """Equal features have equal colours in all images; the basis is NumPy's singular vectors."""
     rng = np.random.default_rng(0)
     maps = (rng.normal(size=(5, 4, 6, 6)) * np.array([4, 3, 2, 0.1])[:, None, None]).astype(
         np.float32
@@ -39,7 +39,7 @@ def test_colours_mean_the_same_in_every_image() -> None:
 
 
 def test_a_tap_of_one_channel_has_a_colour() -> None:
-    """A map of fewer channels than colours fills what there is; one that is constant does not divide by zero."""
+    """A map with fewer channels than colours works; a constant map does not divide by zero."""
     maps = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
     assert colour_basis(maps).colours(maps[0]).shape == (2, 2, 3)
     constant = np.ones((2, 3, 2, 2), np.float32)
@@ -49,7 +49,9 @@ def test_a_tap_of_one_channel_has_a_colour() -> None:
 
 
 def test_segments_are_common_to_all_images() -> None:
-    """Regions of like features have one number in every image, the largest 0; maps of one value have one segment."""
+    """Equal features have one segment number in all images, the largest region 0; a constant map has
+    one segment.
+    """
     maps = np.zeros((3, 2, 8, 8), np.float32)
     maps[:, 0, 2:5, 2:5] = 9
     found = segments(maps)
@@ -60,7 +62,7 @@ def test_segments_are_common_to_all_images() -> None:
 
 
 def test_charts_draw_what_they_are_given() -> None:
-    """Points lie where the axis puts them; zeros on a logarithmic axis and None break a line; nothing is no failure."""
+    """Points follow the axes; None, or zero on a logarithmic axis, breaks a line; no data is no error."""
     svg = line_chart(
         [Series(name="<a>", x=[1, 2, 3, 4], y=[1.0, None, 10.0, 100.0])],
         title="<t>",
@@ -98,14 +100,14 @@ def test_charts_draw_what_they_are_given() -> None:
     ],
 )
 def test_ticks_are_round(low: float, high: float, log: bool, labels: list[str]) -> None:
-    """An axis is marked at round values within it, at least two of them."""
+    """An axis has at least two ticks, at round values."""
     assert [
         label for _, label in Axis(low=low, high=high, start=0, end=1, log=log).ticks()
     ] == labels
 
 
 def test_a_page_is_one_file_that_asks_for_nothing(tiny_cache: Path, tmp_path: Path) -> None:
-    """No address, script or style sheet from elsewhere; every picture is a data URI; keys are escaped; under 10 MB."""
+    """The page has no URL, script or external style sheet; each picture is a data URI; at most 10 MB."""
     before = tree(tiny_cache)
     page = page_of(tiny_cache, tmp_path / "out.html", "--gallery", 3)
     assert tree(tiny_cache) == before
@@ -130,7 +132,7 @@ def test_a_page_is_one_file_that_asks_for_nothing(tiny_cache: Path, tmp_path: Pa
 
 
 def test_a_page_of_a_damaged_cache(tiny_copy: Path, tmp_path: Path) -> None:
-    """A flipped bit costs one picture of the page, not the page; it says what was left out."""
+    """A flipped bit costs one picture, not the page; the page names the sample that was left out."""
     flip(tiny_copy / f"data.zarr/{FINE}/c.1.0.0")
     key = tiny_plan().samples[4].key
     page = page_of(tiny_copy, tmp_path / "out.html")
@@ -139,7 +141,9 @@ def test_a_page_of_a_damaged_cache(tiny_copy: Path, tmp_path: Path) -> None:
 
 
 def test_a_page_of_a_cache_without_a_readable_image(tiny_copy: Path, tmp_path: Path) -> None:
-    """Where one tap is all rubbish there are no pictures, but a page that says so, with the other tap's statistics."""
+    """If all shards of one tap are garbage, the page says that there are no pictures, and still has the
+    statistics of the other tap.
+    """
     for path in (tiny_copy / "data.zarr" / FINE).glob("c.*"):
         path.write_bytes(bytes(path.stat().st_size))
     page = page_of(tiny_copy, tmp_path / "out.html")
@@ -149,7 +153,7 @@ def test_a_page_of_a_cache_without_a_readable_image(tiny_copy: Path, tmp_path: P
 
 
 def test_a_page_of_an_unfinished_cache(tmp_path: Path) -> None:
-    """A page is made of what is there, and says that more is to come."""
+    """The page shows the rows so far, and says that the cache is unfinished."""
     plan = tiny_plan()
     writer = begin(tmp_path / "cache", plan)
     writer.write_shard(plan.shards[1])
@@ -240,7 +244,7 @@ def test_options_that_do_not_go_together(tiny_cache: Path, tmp_path: Path) -> No
 def test_a_page_over_its_size_is_refused(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is written, and the remedy is named."""
+    """No file is written, and the message names the remedy."""
     monkeypatch.setattr("pipelines.inspect.page.render.MAX_BYTES", 1000)
     result = inspect(tiny_cache, "--report", tmp_path / "x.html")
     assert (
@@ -251,7 +255,7 @@ def test_a_page_over_its_size_is_refused(
 
 
 def test_photos_are_the_images(tiny_cache: Path, tmp_path: Path) -> None:
-    """The gallery's image of a key is the one that is cached under it, within WebP's error."""
+    """The gallery shows each key's cached image, within WebP's error."""
     import base64
     import io
 
@@ -274,6 +278,6 @@ def test_photos_are_the_images(tiny_cache: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_of_the_page_is_said_first(tiny_cache: Path, tmp_path: Path) -> None:
-    """Not after statistics were taken or a teacher was loaded."""
+    """The message comes before statistics are computed or a teacher is loaded."""
     result = inspect(tiny_cache, "--teacher", "nowhere", "--report", tmp_path / "no" / "x.html")
     assert f"{tmp_path / 'no'} is not a folder; create the folder first" in result.output

@@ -1,4 +1,4 @@
-"""The codec's error measured afresh, a student beside its teacher: against what extraction and training recorded."""
+"""The codec's error remeasured, and a student beside its teacher, against the recorded values."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def run(*arguments: object) -> Result:
 
 @pytest.fixture(autouse=True)
 def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Keep statistics in a folder of the test's own."""
+    """Save statistics in a folder of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
@@ -44,7 +44,9 @@ def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPa
 def test_the_error_is_the_one_that_extraction_recorded(
     cache: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """Of all samples' first views the error afresh is near the recorded one of all views; the worst come first."""
+    """The remeasured error of all samples' first views is near the recorded error of all views; the
+    worst samples come first.
+    """
     options = InspectOptions(images=scene_folder, device="cpu")
     found = remeasure(cache, str(teacher_dir), options)
     sums = Cache(cache).reader.manifest.sums
@@ -68,7 +70,7 @@ def test_the_error_is_the_one_that_extraction_recorded(
 
 
 def test_the_teacher_is_not_asked_of_what_cannot_be_read(tiny_copy: Path) -> None:
-    """Where no sample is whole at every tap, that is said before any teacher is loaded."""
+    """If no sample can be read at every tap, the error comes before a teacher is loaded."""
     for path in (tiny_copy / "data.zarr" / FINE).glob("c.*"):
         path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(
@@ -82,7 +84,7 @@ def test_the_teacher_is_not_asked_of_what_cannot_be_read(tiny_copy: Path) -> Non
 def test_a_page_has_originals_and_the_worst(
     cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """With the teacher each tap has an original beside the decoded map, and the worst samples have their errors."""
+    """With a teacher, each decoded map has its original beside it, and the worst samples their errors."""
     out = tmp_path / "out.html"
     more = ("--images", scene_folder, "--device", "cpu", "--report", out, "--gallery", 3)
     before = tree(cache)
@@ -102,7 +104,7 @@ def test_a_page_has_originals_and_the_worst(
 def test_what_does_not_fit_is_refused(
     cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """The teacher needs images; two caches have two teachers; a page without images says so."""
+    """The teacher needs images; one teacher serves one cache; a page without images says so."""
     result = run("inspect", cache, "--teacher", teacher_dir, "--device", "cpu")
     assert (
         result.exit_code == 1
@@ -120,8 +122,8 @@ def test_what_does_not_fit_is_refused(
 def test_a_student_stands_beside_its_teacher(
     cache: Path, scene_folder: Path, tmp_path: Path, average: tuple[object, ...]
 ) -> None:
-    """The pictures' errors average to the held-out MSE that training recorded of the weights that it exported, averaged
-    or not; another cache is refused.
+    """The pictures' errors average to the held-out MSE that training recorded for the exported
+    weights, the EMA or the last ones; a different cache is refused.
     """
     result = run(
         "train",

@@ -1,4 +1,4 @@
-"""Students' runs inspected, and what differs between two of them, or between two caches."""
+"""Runs inspected, and the differences between two runs or two caches."""
 
 import json
 import re
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("apart")
 
 
 def a_run(root: Path, **changed: object) -> Path:
-    """Write what a student's run leaves."""
+    """Write the files of a run."""
     root.mkdir()
     options = {
         "student": "resnet10t",
@@ -54,7 +54,9 @@ def finish(root: Path, loss: float) -> None:
 
 
 def test_a_run_is_inspected_finished_or_not(tmp_path: Path) -> None:
-    """Curves end before a line that a kill cut short; results come with the summary; the file names are training's."""
+    """Curves end before a line that a kill cut short; results come from the summary; the file names
+    are those of training.
+    """
     from pipelines.runs.folder import METRICS, RUN
 
     assert (student_run.RUN, student_run.METRICS) == (RUN, METRICS)
@@ -77,7 +79,7 @@ def test_a_run_is_inspected_finished_or_not(tmp_path: Path) -> None:
 
 
 def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
-    """With --ema the held-out curves are those of the average, which is exported; the last weights' are dashed."""
+    """With --ema-decay the held-out curves are those of the exported EMA; the last weights' are dashed."""
     root = a_run(tmp_path / "run", ema_decay=0.9)
     with open(root / student_run.METRICS, "w") as file:
         for step, last, average in ((2, 4.0, 8.0), (4, 3.0, 1.0)):
@@ -90,7 +92,7 @@ def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
     assert json.loads(inspect(a_run(tmp_path / "plain"), "--json").stdout)["weights"] == "last"
     assert "averaged over steps" in inspect(root).output
     page = page_of(root, tmp_path / "run.html")
-    assert "weights averaged over steps (--ema-decay)" in page and "dashed" in page
+    assert "weights averaged over steps (EMA)" in page and "dashed" in page
     chart = page[page.index('aria-label="held-out loss"') :].partition("</svg>")[0]
     lines = dict(re.findall(r'<polyline class="([^"]+)" points="([^"]+)"', chart))
     ends = {
@@ -118,7 +120,7 @@ def test_a_run_with_the_teacher_in_the_loop_is_inspected(tmp_path: Path) -> None
 
 
 def test_runs_differ_in_options_and_results(tmp_path: Path) -> None:
-    """Two runs show what differs in both, on the terminal and on one page."""
+    """Two runs show their differing options and results, on the terminal and on one page."""
     roots = [a_run(tmp_path / "a"), a_run(tmp_path / "b", lr=0.2)]
     for root, loss in zip(roots, (2.1, 1.9), strict=True):
         finish(root, loss)
@@ -136,7 +138,7 @@ def test_runs_differ_in_options_and_results(tmp_path: Path) -> None:
 
 
 def test_two_caches_stand_side_by_side(tiny_cache: Path, tmp_path: Path) -> None:
-    """What differs is shown with both values, what does not is not; the same cache twice differs in nothing."""
+    """Differing fields are shown with both values, equal fields are not; a cache equals itself."""
     plan = tiny_plan()
     writer = begin(tmp_path / "other", plan)
     writer.write_shard(plan.shards[0])
@@ -152,7 +154,7 @@ def test_two_caches_stand_side_by_side(tiny_cache: Path, tmp_path: Path) -> None
 
 
 def test_timesteps_stand_side_by_side(tiny_cache: Path) -> None:
-    """A tap at T = 150 stands beside the same tap of a cache of T = 50, not beside nothing."""
+    """A tap at T = 150 is compared with the same tap of a cache of T = 50."""
     report = inspect_cache(tiny_cache)
     other = json.loads(json.dumps(report).replace("150", "50"))
     other["taps"][0]["bytes"] += 7

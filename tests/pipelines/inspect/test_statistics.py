@@ -1,4 +1,4 @@
-"""Statistics against plain NumPy over everything, their intervals against the truth, and what is read and kept."""
+"""Statistics against NumPy over all values; damaged samples; what is read, and what is saved."""
 
 import json
 import re
@@ -36,7 +36,7 @@ GOOD = np.array([row for row in range(ROWS) if row != FAILED_ROW])
 
 
 def test_exact_statistics_are_those_of_all_values(tiny_cache: Path) -> None:
-    """Mean, std, effective rank, dead channels and histogram are NumPy's over every decoded value, without interval."""
+    """Mean, std, rank, dead channels and histogram equal NumPy's over all values, with zero interval."""
     found = cache_statistics(tiny_cache, InspectOptions(exact=True))
     cache = Cache(tiny_cache)
     assert (found["num_rows"], found["num_usable"], found["exact"], found["left_out"]) == (
@@ -65,7 +65,7 @@ def test_exact_statistics_are_those_of_all_values(tiny_cache: Path) -> None:
 
 
 def test_the_spectrum_is_parsevals(tiny_cache: Path) -> None:
-    """Variance by ring, weighted by coefficients, adds up to that about the codec's mean; ring 0 is the map's mean."""
+    """The rings add up to the energy about the codec's mean; ring 0 is the mean of the map."""
     cache = Cache(tiny_cache)
     group = group_of(cache, FINE, GOOD)
     centred = (
@@ -80,7 +80,7 @@ def test_the_spectrum_is_parsevals(tiny_cache: Path) -> None:
 
 
 def test_sums_of_groups_add_up(tiny_cache: Path) -> None:
-    """The sums of two groups together are those of one group of all rows."""
+    """The sums of two groups add up to those of one group of all rows."""
     cache = Cache(tiny_cache)
     parts = add([group_of(cache, COARSE, GOOD[:4]).sums, group_of(cache, COARSE, GOOD[4:]).sums])
     whole = group_of(cache, COARSE, GOOD).sums
@@ -93,7 +93,7 @@ def test_sums_of_groups_add_up(tiny_cache: Path) -> None:
 
 
 def test_escapes_are_counted(tiny_cache: Path) -> None:
-    """The share of escapes is that of coded values beyond the half width of their table; none is at int16's limit."""
+    """Escapes are the values beyond the half width of their table; none is at the limit of int16."""
     cache = Cache(tiny_cache)
     sums = group_of(cache, FINE, GOOD).sums
     fit = cache.fit[FINE]
@@ -105,7 +105,7 @@ def test_escapes_are_counted(tiny_cache: Path) -> None:
 
 
 def test_a_damaged_sample_is_left_out_and_named(tiny_copy: Path) -> None:
-    """A flipped bit takes one sample out of one tap; the statistics are those of the others, and are not kept."""
+    """A flipped bit costs one sample of one tap; statistics are of the others, and are not saved."""
     flip(tiny_copy / f"data.zarr/{FINE}/c.1.0.0")
     found = cache_statistics(tiny_copy, InspectOptions(exact=True))
     key = tiny_plan().samples[4].key
@@ -120,7 +120,7 @@ def test_a_damaged_sample_is_left_out_and_named(tiny_copy: Path) -> None:
 
 
 def test_a_lost_shard_is_left_out_and_named(tiny_copy: Path) -> None:
-    """Rows of a shard file that is gone are not sampled; the file is named."""
+    """Rows of a missing shard file are not sampled; the file is named."""
     (tiny_copy / f"data.zarr/{COARSE}/c.0.0.0").unlink()
     found = cache_statistics(tiny_copy, InspectOptions())
     assert found["num_usable"] == 5
@@ -129,8 +129,8 @@ def test_a_lost_shard_is_left_out_and_named(tiny_copy: Path) -> None:
 
 @pytest.mark.parametrize("shards", [(1,), (0, 1, 2)])
 def test_a_shard_of_rubbish_is_left_out_and_named(tiny_copy: Path, shards: tuple[int, ...]) -> None:
-    """A shard file of the right size and wrong bytes takes its rows out of one tap, all such files the whole tap; the
-    other tap has its statistics, and each sample is named.
+    """A shard file of the right size and wrong bytes costs its rows of one tap, all files cost the tap;
+    the other tap has its statistics, and each sample is named.
     """
     for shard in shards:
         path = tiny_copy / f"data.zarr/{FINE}/c.{shard}.0.0"
@@ -160,7 +160,7 @@ def test_a_shard_of_rubbish_is_left_out_and_named(tiny_copy: Path, shards: tuple
 def test_what_has_no_statistics_is_refused_in_a_line(
     tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ) -> None:
-    """No cache, a newer one, and one that is empty as yet."""
+    """No cache, a cache of a newer format, and a cache without a sample yet."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     begin(tmp_path / "empty", tiny_plan())
@@ -180,7 +180,7 @@ def test_what_has_no_statistics_is_refused_in_a_line(
 
 
 def test_an_unfinished_cache_has_statistics_of_what_is_there(tmp_path: Path) -> None:
-    """Before the first commit there is nothing to take; after it, and after the next, what is there counts."""
+    """Before the first commit there are no statistics; after each commit they use the rows so far."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     writer = begin(root, plan)
@@ -200,7 +200,9 @@ def test_an_unfinished_cache_has_statistics_of_what_is_there(tmp_path: Path) -> 
 def test_statistics_are_kept_outside_of_the_cache(
     tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second time nothing is decoded; other options or a spoilt file are computed anew; the cache stays."""
+    """A second call decodes nothing; other options or a damaged file are recomputed; the cache is
+    unchanged.
+    """
     before = tree(tiny_cache)
     first = cache_statistics(tiny_cache, InspectOptions(num_samples=6))
     [file] = statistics_folder().iterdir()
@@ -221,7 +223,7 @@ def test_a_folder_that_cannot_be_written_is_no_failure(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Where the user's cache folder is a file, statistics are shown and not kept."""
+    """If the user's cache folder is a file, statistics are shown and not saved."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cache_statistics(tiny_cache, InspectOptions())["num_rows"] == 9
@@ -232,14 +234,14 @@ def test_a_folder_that_cannot_be_written_is_no_failure(
     not Path("/proc/self/io").exists(), reason="the kernel counts no bytes read here"
 )
 def test_a_sample_is_all_that_is_read(tmp_path: Path) -> None:
-    """The kernel counts no more bytes read for a sample of two rows than opening, indices and their own chunks."""
+    """A sample of two rows reads no more bytes than opening, shard indices and its own chunks."""
 
     def bytes_read() -> int:
         return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
 
     plan = tiny_plan()
     root = write_cache(tmp_path / "cache", plan)
-    cache_statistics(root, InspectOptions(num_samples=3))  # whatever is loaded on the way
+    cache_statistics(root, InspectOptions(num_samples=3))  # imports what it needs
     before = bytes_read()
     Cache(root, allow="damage")
     opening = bytes_read() - before
@@ -259,7 +261,7 @@ def test_a_sample_is_all_that_is_read(tmp_path: Path) -> None:
 
 
 def test_the_json_has_statistics(tiny_cache: Path) -> None:
-    """--json --stats holds all of them, as JSON without NaN; the terminal shows every tap."""
+    """--json --stats prints all statistics as JSON without NaN; the terminal shows every tap."""
     report = json.loads(inspect(tiny_cache, "--stats", "--json").stdout, parse_constant=pytest.fail)
     assert report["statistics"]["num_rows"] == 9
     assert report["statistics"]["cka"]["names"] == [FINE, COARSE]
@@ -268,7 +270,7 @@ def test_the_json_has_statistics(tiny_cache: Path) -> None:
 
 
 def test_recorded_measurements_are_shown(tmp_path: Path) -> None:
-    """The codec's error is that of the manifest's sums, the noise share the fit's where there is one draw."""
+    """The codec's error is from the manifest's sums; with one draw the noise share is the fit's."""
     plan = tiny_plan()
     root = write_cache(tmp_path / "cache", replace(plan))
     found = cache_statistics(root, InspectOptions())["taps"][0]

@@ -1,4 +1,4 @@
-"""Repair through the command line: what is damaged comes back byte for byte, or nothing is written."""
+"""Repair through the command line: a damaged file is restored byte for byte, or not written."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from inspecting import flip
 from interrupts import interrupt
 from safetensors.torch import load_file, save_file
 
@@ -41,7 +42,7 @@ FLAGS = [
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """Return a cache's files but the volatile ones."""
+    """Return the bytes of a cache's files by path, without the volatile files."""
     files = (p for p in sorted(root.rglob("*")) if p.is_file() and p.name not in VOLATILE)
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
 
@@ -65,7 +66,7 @@ def root(shared: Path, tmp_path: Path) -> Path:
 
 
 def repair(root: Path, images: Path, teacher: Path) -> tuple[Result, dict[str, dict[str, str]]]:
-    """Run the repair for good; return its result, and what it says of each file."""
+    """Run the repair; return its result, and its outcome line per file."""
     command = [
         "verify",
         root,
@@ -81,17 +82,12 @@ def repair(root: Path, images: Path, teacher: Path) -> tuple[Result, dict[str, d
     return result, {line["path"]: line for line in lines}
 
 
-def flip(path: Path, place: int = 3) -> None:
-    """Flip one bit of one byte of a file."""
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
 def test_damaged_files_come_back_byte_for_byte(
     root: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """A flipped, a cut and a lost shard, a lost tap and every lost Zarr node are made anew; no other shard is."""
+    """A flipped, a cut and a lost shard, a lost tap and all lost Zarr nodes come back; no other shard
+    is recomputed.
+    """
     wanted = tree(root)
     flip(root / "data.zarr/t150/stride8/c.0.0.0")
     os.truncate(root / "data.zarr/images/c.2.0", 9)
@@ -112,7 +108,7 @@ def test_damaged_files_come_back_byte_for_byte(
 def test_a_lost_shard_index_is_proved_by_its_own_hash(
     root: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """shards.parquet is made from whole shard files, and refused where one of them is damaged as well."""
+    """shards.parquet is rebuilt from intact shard files, and refused if one of them is damaged too."""
     wanted = tree(root)
     (root / "shards.parquet").unlink()
     flip(root / "data.zarr/images/c.1.0")
@@ -138,7 +134,7 @@ def test_an_unfinished_cache_is_repaired_too(
     monkeypatch: pytest.MonkeyPatch,
     shared: Path,
 ) -> None:
-    """A committed shard of a killed extraction comes back, and the extraction then finishes to the same bytes."""
+    """A committed shard of a killed extraction is restored; the extraction then ends in equal bytes."""
     from pipelines.extract import shard_runner as runner
 
     out = tmp_path / "c"
@@ -167,7 +163,7 @@ def test_an_unfinished_cache_is_repaired_too(
 def test_other_bytes_are_refused(
     root: Path, scene_folder: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where this machine computes other features, images are repaired and features refused, untouched, with advice."""
+    """If this machine computes other features, images are repaired; features stay and are refused."""
     real = repair_module.run_shard
 
     def elsewhere(*arguments: object) -> ShardData:
@@ -197,7 +193,7 @@ def test_other_bytes_are_refused(
 def test_other_images_or_another_teacher_are_refused(
     root: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """An image that changed since is named; another list of images or teacher is refused; nothing is written."""
+    """A changed image is named; other images or a different teacher are refused; nothing is written."""
     flip(root / "data.zarr/images/c.0.0")
     before = tree(root)
     key = json.loads(CliRunner().invoke(main, ["verify", str(root), "--json"]).stdout)["damage"][0][
@@ -230,7 +226,9 @@ def test_other_images_or_another_teacher_are_refused(
 def test_what_cannot_be_repaired_is_left_and_said(
     root: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """Codec arrays, sample index and manifest are left as they are, with what to do; so are shards that need them."""
+    """Codec arrays, sample index and manifest are not repaired, nor are shards that need them; each
+    has a remedy.
+    """
     flip(root / "data.zarr/codec/t150/stride8/basis/c.0.0")
     flip(root / "data.zarr/t150/stride8/c.0.0.0")
     flip(root / "samples.parquet")
@@ -252,7 +250,7 @@ def test_what_cannot_be_repaired_is_left_and_said(
 def test_a_cache_that_is_being_written_is_not_repaired(
     root: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """The repair takes the cache's lock, and says so where another process has it."""
+    """The repair takes the cache's lock, and says so if another process holds it."""
     with FolderLock(root):
         result, _ = repair(root, scene_folder, teacher_dir)
     assert result.exit_code == 1
@@ -260,7 +258,7 @@ def test_a_cache_that_is_being_written_is_not_repaired(
 
 
 def test_nodes_are_the_writers_own(root: Path) -> None:
-    """Every zarr.json made from manifest and codec chunks is, byte for byte, the one on disk."""
+    """Every zarr.json rebuilt from manifest and codec chunks equals, byte for byte, that on disk."""
     wanted = {name: content for name, content in tree(root).items() if name.endswith("zarr.json")}
     assert len(wanted) > 20
     assert zarr_nodes(root, read_manifest(root)) == wanted
@@ -269,7 +267,7 @@ def test_nodes_are_the_writers_own(root: Path) -> None:
 def test_nodes_of_a_float16_cache_are_the_writers_own(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """The codec that stores features as they are has other arrays, and its nodes are made anew as well."""
+    """The float16 codec has other arrays; their nodes are rebuilt too."""
     flags = [
         "--quality",
         "fp16",
@@ -300,7 +298,7 @@ def test_nodes_of_a_float16_cache_are_the_writers_own(
 def test_a_teacher_whose_features_are_all_zero(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """Its cache is whole, decodes to zeros, and its empty codec arrays' nodes are made anew like any other."""
+    """Its cache is intact and decodes to zeros; the nodes of its empty codec arrays are rebuilt too."""
     teacher = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
     weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
     save_file(

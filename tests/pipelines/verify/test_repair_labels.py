@@ -1,4 +1,4 @@
-"""Label sets under `dtcache verify`: repaired as features are, and told where their format is a newer one."""
+"""Label sets under `dtcache verify`: repaired like features, and named if their format is newer."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def run(*arguments: object) -> Result:
 
 
 def repair(root: Path, *flags: object) -> tuple[Result, dict[str, tuple[str, str]]]:
-    """Repair for good; return the result, and outcome and note of each file."""
+    """Run the repair; return the result, and outcome and note of each file."""
     result = run(root, "--repair", *flags, "--json")
     lines = json.loads(result.stdout)["repair"] if result.stdout else []
     return result, {line["path"]: (line["outcome"], line["note"]) for line in lines}
@@ -45,7 +45,7 @@ def root(labelled: Path, tmp_path: Path) -> Path:
 def test_damaged_files_of_a_label_set_come_back_byte_for_byte(
     root: Path, interpreter: Path
 ) -> None:
-    """A flipped, a cut and a lost shard and every lost Zarr node are made anew, without images and teacher."""
+    """A flipped, a cut and a lost shard and all lost Zarr nodes come back without images and teacher."""
     wanted = tree(root)
     flip(root / SHARD)
     os.truncate(root / SHARD.replace("c.1", "c.2"), 9)
@@ -64,7 +64,9 @@ def test_damaged_files_of_a_label_set_come_back_byte_for_byte(
 def test_features_are_repaired_before_the_labels_that_follow_from_them(
     root: Path, interpreter: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """With the interpreter alone both are left, each with what it needs; with all three both come back."""
+    """With the interpreter alone neither is repaired, and each names what it needs; with images and
+    teacher too, both are.
+    """
     wanted = tree(root)
     feature = "data.zarr/t150/stride8/c.1.0.0"
     (root / feature).unlink()
@@ -91,7 +93,7 @@ def test_an_unfinished_label_set_is_repaired_too(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A committed shard of a killed writing comes back, and the same command then finishes to the same bytes."""
+    """A committed shard of a killed label write is restored; the command then ends in equal bytes."""
     root = Path(shutil.copytree(scene_cache, tmp_path / "cache"))
     command = [
         "label",
@@ -127,7 +129,9 @@ def test_what_cannot_be_repaired_is_left_and_said(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No or another interpreter, other bytes, a damaged codec, a damaged manifest: nothing is written, each is told."""
+    """No or a different interpreter, other bytes, a damaged codec or manifest: nothing is written, and
+    each has its reason.
+    """
     flip(root / SHARD)
     before = tree(root)
     other = Path(shutil.copytree(interpreter, tmp_path / "other"))
@@ -194,7 +198,7 @@ def test_the_plan_names_the_flags_that_are_missing(root: Path) -> None:
 
 
 def test_a_label_set_that_is_being_written_is_not_repaired(root: Path, interpreter: Path) -> None:
-    """The repair takes the locks of label sets, and says which one another process has."""
+    """The repair takes the locks of label sets, and names one that another process holds."""
     with FolderLock(root / SET):
         result, _ = repair(root, "--interpreter", interpreter)
     assert result.exit_code == 1
@@ -206,7 +210,9 @@ def test_a_label_set_that_is_being_written_is_not_repaired(root: Path, interpret
 def test_a_label_set_of_a_newer_format_is_named_and_the_cache_verified(
     root: Path, interpreter: Path
 ) -> None:
-    """It is one line and exit code 5; damage of the cache, or of another set, is found and outweighs it."""
+    """It has one line and exit code 5; damage of the cache or of another set is still found, with
+    exit code 3.
+    """
     shutil.copytree(root / SET, root / "labels" / "newer")
     path = root / "labels" / "newer" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))

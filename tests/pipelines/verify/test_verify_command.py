@@ -1,4 +1,4 @@
-"""Verify through the command line: exit codes, what is shown, and JSON that is nothing but JSON."""
+"""Verify through the command line: exit codes, text for the terminal, and JSON."""
 
 import json
 import re
@@ -151,8 +151,8 @@ def test_a_fraction_is_a_share(tiny_cache: Path, fraction: float) -> None:
     assert "--fraction " in run(tiny_cache, "--fraction", fraction).stderr
 
 
-def test_a_newer_cache_is_named_in_the_words_of_the_command(tiny_copy: Path) -> None:
-    """Exit code 5 has its one line on stderr too."""
+def test_a_newer_cache_is_one_line_on_stderr(tiny_copy: Path) -> None:
+    """The message of exit code 5 is one line on stderr."""
     (tiny_copy / "manifest.json").write_text('{"format":2}')
     result = run(tiny_copy)
     assert (result.exit_code, result.stdout) == (5, "")
