@@ -1,4 +1,5 @@
-"""The student: a backbone, what it sees, and the regressor that reads the teacher's features off its pyramid."""
+"""The student: a backbone, its augmented input, and the regressor that predicts teacher
+features."""
 
 from dtcache.student.augmentation import Augmentation
 from dtcache.student.backbone import (

@@ -1,4 +1,7 @@
-"""The student's backbone: an unmodified network, its maps, its input, its batch normalisation."""
+"""The student's backbone: an unmodified network, its maps, its input, its batch normalisation.
+
+Shapes: B batch, C channels, H rows, W columns.
+"""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -18,55 +21,59 @@ Rgb = tuple[float, float, float]
 
 
 class MapsModule(nn.Module):
-    """A module that returns a list of maps, and how its inputs are normalised."""
+    """A module that returns a list of maps, with the normalisation of its inputs."""
 
     def __init__(self, model: nn.Module, *, mean: Rgb, std: Rgb) -> None:
-        """Wrap `model`, whose inputs are normalised by `mean` and `std` (of pixels in [0, 1])."""
+        """Wrap `model`; `mean` and `std` normalise its inputs, for pixels in [0, 1]."""
         super().__init__()
         self.model = model
         self.mean = mean
         self.std = std
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Return the maps (B, C, H, W) of normalised images, finest first. Raises ConfigError where it has none."""
-        found = self.model(images_BCHW)
-        maps = list(found) if isinstance(found, (list, tuple)) else []
-        fits = bool(maps) and all(isinstance(x, Tensor) and x.ndim == 4 for x in maps)
-        if not fits or any(fine.shape[2] <= coarse.shape[2] for fine, coarse in pairwise(maps)):
+        """Return the maps (B, C, H, W) of normalised images, finest first.
+
+        Raises ConfigError if the module returns anything else.
+        """
+        output = self.model(images_BCHW)
+        maps = list(output) if isinstance(output, (list, tuple)) else []
+        are_maps = bool(maps) and all(isinstance(x, Tensor) and x.ndim == 4 for x in maps)
+        if not are_maps or any(fine.shape[2] <= coarse.shape[2] for fine, coarse in pairwise(maps)):
             got = [
                 tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in maps
-            ] or type(found).__name__
+            ] or type(output).__name__
             raise ConfigError(
-                f"{type(self.model).__name__}: expected a list of maps (B, C, H, W), finest first, each coarser than "
-                f"the one before, got {got}"
+                f"{type(self.model).__name__}: expected a list of maps (B, C, H, W), finest first, "
+                f"each coarser than the one before, got {got}"
             )
         return maps
 
     def pooled(self, images_BCHW: Tensor) -> Tensor:
         """Return features (B, C) of normalised images: the spatial means of the coarsest map.
 
-        That is as far as training reaches. What a network has behind it (the last 1x1 convolution of MobileNet and
-        EfficientNet, a final norm, a class token) still has its initial weights, unless it came with pretrained ones.
+        Distillation trains no later layer: the last 1x1 convolution of MobileNet and EfficientNet,
+        a final norm or a class token keep their initial weights.
         """
         return self(images_BCHW)[-1].mean((2, 3))  # type: ignore[no-any-return]
 
 
 class Backbone(MapsModule):
-    """A timm network without its classifier, as the maps that a regressor reads: a pyramid, or a plain ViT's last."""
+    """A timm network without its classifier; its maps are a pyramid, or the last map of a plain
+    ViT."""
 
     def __init__(
         self, model: nn.Module, *, mean: Rgb, std: Rgb, size: tuple[int, int] | None = None
     ) -> None:
-        """Wrap timm's `model`; `size` (H, W) is the one that it was built for, where it serves no other.
+        """Wrap timm's `model`; `size` (H, W) is its input size if it was built for one size only.
 
-        Raises ConfigError where the network has no maps to read.
+        Raises ConfigError if the network has no maps that a regressor can read.
         """
         super().__init__(model, mean=mean, std=std)
         timm_config = cast(Any, model).pretrained_cfg
         self.name = str(timm_config["architecture"])
         _, height, width = timm_config["input_size"]
         self.default_size = size or (int(height), int(width))
-        """(height, width) in pixels that the network was built for, else that timm names for it."""
+        """(height, width) in pixels for which the network was built, else timm's default for it."""
         self.fixed_size = bool(timm_config.get("fixed_input_size", False))
         levels = _levels(self.name, model)
         self._indices = [index for index, _, _ in levels]
@@ -74,15 +81,17 @@ class Backbone(MapsModule):
         self.reductions = [reduction for _, _, reduction in levels]
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Return the maps (B, channels[i], H / reductions[i], W / reductions[i]) of normalised images, finest first.
+        """Return the maps (B, channels[i], H / reductions[i], W / reductions[i]), finest first.
 
-        Raises ConfigError where the network serves one input size only, and it is another one.
+        Images are normalised. Raises ConfigError if the network takes one input size only and the
+        images have another.
         """
         size = (images_BCHW.shape[2], images_BCHW.shape[3])
         if self.fixed_size and size != self.default_size:
             raise ConfigError(
-                f"{self.name}: expected images of {self.default_size[0]}x{self.default_size[1]} pixels, the only size "
-                f"that it serves, got {size[0]}x{size[1]}; give that size or choose another backbone"
+                f"{self.name}: expected images of {self.default_size[0]}x{self.default_size[1]} "
+                f"pixels, the only size that it takes, got {size[0]}x{size[1]}; pass that size or "
+                "use another backbone"
             )
         maps: list[Tensor] = cast(Any, self.model).forward_intermediates(
             images_BCHW, indices=self._indices, intermediates_only=True, output_fmt="NCHW"
@@ -93,15 +102,15 @@ class Backbone(MapsModule):
     def fresh_batch_norms(self) -> list[_BatchNorm]:
         """Batch normalisations that have seen no batch: their running statistics are still 0 and 1.
 
-        The counter alone does not tell: weights saved without it load as 0.
+        The counter of batches alone is not enough: weights saved without it load as 0.
         """
         return [norm for norm in _batch_norms(self) if _is_fresh(norm)]
 
 
 def student_input(images_BCHW: Tensor, input_size: tuple[int, int], mean: Rgb, std: Rgb) -> Tensor:
-    """Turn uint8 views into a backbone's input: fp32 (B, 3, *input_size), resized bilinearly where the size differs.
+    """Turn images in [0, 255] into a backbone's input, normalised fp32 (B, 3, *input_size).
 
-    Antialiased only where a side shrinks.
+    Images of another size are resized bilinearly, with antialiasing if a side shrinks.
     """
     x_BCHW = images_BCHW.float() / 255
     size = x_BCHW.shape[2:]
@@ -118,10 +127,10 @@ def student_input(images_BCHW: Tensor, input_size: tuple[int, int], mean: Rgb, s
 def recalibrate_batch_norm(
     backbone: Backbone, batches: Iterable[Tensor], norms: Sequence[_BatchNorm] | None = None
 ) -> None:
-    """Set running statistics of `norms` [default: all] to their average over batches of normalised images (B, 3, H, W),
-    as far as they lie on the way to the maps.
+    """Set the running statistics of `norms` [default: all] to their averages over some batches.
 
-    Everything else stays in evaluation mode; a network without batch normalisation draws no batch.
+    Batches are normalised images (B, 3, H, W). Only norms before the coarsest map change. All other
+    modules stay in evaluation mode. Without batch normalisation no batch is read.
     """
     norms = _batch_norms(backbone) if norms is None else norms
     if not norms:
@@ -130,12 +139,11 @@ def recalibrate_batch_norm(
     momenta = [norm.momentum for norm in norms]
     backbone.eval()
     for norm in norms:
-        # A cumulative average, whose first batch replaces what was there; a norm that no map hangs on keeps it.
+        # Without momentum PyTorch keeps a cumulative average, and the first batch replaces the old
+        # statistics. A norm on which no map depends keeps its own.
         norm.momentum = None
-        assert norm.num_batches_tracked is not None, (
-            "a norm that tracks statistics counts its batches"
-        )
-        norm.num_batches_tracked.zero_()
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.zero_()
         norm.train()
     try:
         for images_BCHW in batches:
@@ -147,9 +155,10 @@ def recalibrate_batch_norm(
 
 
 def synchronise_batch_norm(network: nn.Module) -> None:
-    """Make batch normalisations, timm's own kinds too, take their statistics over all processes' samples (CUDA only).
+    """Make batch normalisations, including timm's own, use the statistics of all processes'
+    samples.
 
-    Weights and names stay as they are.
+    CUDA only. Weights and their names stay the same.
     """
     convert_sync_batchnorm(network)
 
@@ -161,14 +170,16 @@ def _batch_norms(backbone: Backbone) -> list[_BatchNorm]:
 def _is_fresh(norm: _BatchNorm) -> bool:
     mean = norm.running_mean
     var = norm.running_var
-    assert mean is not None and var is not None, "only norms that track statistics are asked about"
+    if mean is None or var is None:
+        return False
     return not norm.num_batches_tracked and not mean.any() and bool((var == 1).all())
 
 
 def _levels(name: str, model: nn.Module) -> list[tuple[int, int, int]]:
     """Return (index, channels, reduction) of the stages that a regressor can read, finest first.
 
-    Of a network whose blocks all lie on one grid, such as a plain ViT, it is the last block alone.
+    If all blocks of a network lie on one grid, as in a plain ViT, only the last block is returned.
+    Raises ConfigError if there is no such stage.
     """
     info: list[dict[str, Any]] = cast(Any, getattr(model, "feature_info", None) or [])
     levels = [
@@ -185,7 +196,8 @@ def _levels(name: str, model: nn.Module) -> list[tuple[int, int, int]]:
     if not levels or not hasattr(model, "forward_intermediates"):
         got = ", ".join(map(str, sorted(set(reductions)))) or "none"
         raise ConfigError(
-            f"{name}: expected a backbone with a feature pyramid (stages at strides such as 4, 8, 16, 32) or a plain "
-            f"ViT, got strides {got}; choose one such as resnet50 or convnext_tiny"
+            f"{name}: expected a backbone with a feature pyramid (stages at strides such as 4, 8, "
+            f"16, 32) or a plain ViT, got strides {got}; use a backbone such as resnet50 or "
+            "convnext_tiny"
         )
     return levels

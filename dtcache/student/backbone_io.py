@@ -1,4 +1,4 @@
-"""Backbones made by timm's names, and kept in folders that timm reads back."""
+"""Backbones built from timm names, and saved in folders that timm reads."""
 
 import difflib
 import json
@@ -29,17 +29,20 @@ from dtcache.student.weights_io import (
 def make_backbone(
     name: str, *, init: str | None, seed: int, size: tuple[int, int] | None = None
 ) -> Backbone:
-    """Make a backbone by its timm name; one that serves a single input size is built for `size` (H, W).
+    """Build a backbone from its timm name; a network of one input size only is built for `size` (H,
+    W).
 
-    `init`: None for random weights, a function of `seed`; "pretrained" for timm's; else a folder of `save_backbone`.
-    Raises ConfigError for an unknown name, a network without a pyramid, or an `init` or a `size` that does not serve.
+    `init` is None for random weights, a function of `seed`; "pretrained" for timm's weights; else a
+    folder written by `save_backbone`. Raises ConfigError for an unknown name, a network without a
+    pyramid, and an `init` or `size` that does not fit the network.
     """
     _require_known(name)
     if init not in (None, "pretrained"):
         loaded, _, _ = load_backbone(Path(init))
         if loaded.name != split_model_name_tag(name)[0]:
             raise ConfigError(
-                f"--init {init}: expected a backbone of {name}, got one of {loaded.name}"
+                f"`init` {init}: expected a backbone of {name}, got one of {loaded.name}; pass a "
+                "backbone of the same network"
             )
         return loaded
     from huggingface_hub.errors import HfHubHTTPError
@@ -60,9 +63,10 @@ def make_backbone(
         ) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             at = f" at {size[0]}x{size[1]} pixels" if size else ""
+            other = ", or leave `init` out" if init else ""
             raise ConfigError(
-                f"timm cannot make {name} with {init or 'random'} weights{at} ({reason}); check the name's tag, the "
-                "network and the size, or leave --init out"
+                f"timm cannot make {name} with {init or 'random'} weights{at} ({reason}); check "
+                f"the name's tag, the network and the size{other}"
             ) from error
     timm_config = cast(Any, model).pretrained_cfg
     return Backbone(model, mean=_rgb(timm_config["mean"]), std=_rgb(timm_config["std"]), size=size)
@@ -71,16 +75,17 @@ def make_backbone(
 def save_backbone(
     backbone: Backbone, folder: Path, *, input_size: tuple[int, int], view: ViewSpec
 ) -> None:
-    """Write `model.safetensors` and `config.json`, which timm reads as `local-dir:FOLDER` with pretrained=True.
+    """Write `model.safetensors` and `config.json`; timm reads `local-dir:FOLDER` with
+    pretrained=True.
 
-    `input_size` (height, width) and `view` are what the backbone was trained with. Raises DiskError.
+    `input_size` (height, width) and `view` are those of the training. Raises DiskError.
     """
     timm_config = cast(Any, backbone.model).pretrained_cfg
     config: Json = {
         "architecture": backbone.name,
         "num_classes": 0,
         "pretrained_cfg": {
-            # Equal numbers of classes, here and asked for, are what makes timm load strictly.
+            # timm loads strictly only if this number equals the number of classes in the call.
             "num_classes": 0,
             "input_size": [3, *input_size],
             "fixed_input_size": backbone.fixed_size,
@@ -102,9 +107,11 @@ def save_backbone(
 
 
 def load_backbone(folder: Path) -> tuple[Backbone, tuple[int, int], ViewSpec | None]:
-    """Read a folder of `save_backbone`: the backbone, its input size (height, width) and the view it was trained with.
+    """Read a folder of `save_backbone`: backbone, input size (height, width) and view of its
+    training.
 
-    Reads JSON and safetensors only. Raises ConfigError where a part is missing, does not fit or is out of bounds.
+    The view is None if the folder records none. Reads JSON and safetensors only. Raises ConfigError
+    if a file is missing, does not fit or is out of bounds.
     """
     config = read_config(
         folder / CONFIG,
@@ -127,7 +134,8 @@ def load_backbone(folder: Path) -> tuple[Backbone, tuple[int, int], ViewSpec | N
         view = read_view(config["dtcache"]["view"]) if "dtcache" in config else None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ConfigError(
-            f"{folder / CONFIG}: not the configuration of a backbone ({error}); expected one written by dtcache train"
+            f"{folder / CONFIG}: not the configuration of a backbone ({error}); expected one "
+            "written by dtcache train"
         ) from error
     model = load_weights(
         folder / WEIGHTS,
@@ -139,13 +147,16 @@ def load_backbone(folder: Path) -> tuple[Backbone, tuple[int, int], ViewSpec | N
 
 
 def open_in_timm(folder: Path) -> nn.Module:
-    """Return the network that timm itself makes of a backbone's folder, loaded strictly."""
-    # Without pretrained=True timm returns random weights, and does not say so.
+    """Return the network that timm builds from a backbone's folder, loaded strictly."""
+    # Without pretrained=True timm returns random weights without a warning.
     return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
 
 
 def _sized(name: str, size: tuple[int, int] | None) -> Json:
-    """Return what makes timm build a network for an input size (H, W): nothing, unless it serves a single one."""
+    """Return the arguments with which timm builds a network for an input size (H, W).
+
+    They are empty unless the network takes one input size only.
+    """
     known = timm.models.get_pretrained_cfg(split_model_name_tag(name)[0], allow_unregistered=True)
     return (
         {"img_size": size}
@@ -155,7 +166,8 @@ def _sized(name: str, size: tuple[int, int] | None) -> Json:
 
 
 def _require_known(name: str) -> None:
-    """Raise ConfigError, with the closest names, where timm has no such network; a tag may follow a dot."""
+    """Raise ConfigError, with the closest names, if timm has no such network; a tag may follow a
+    dot."""
     known = timm.list_models()
     if split_model_name_tag(name)[0] in known:
         return

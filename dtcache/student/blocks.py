@@ -1,4 +1,5 @@
-"""The blocks that regressors are made of. Shapes: B batch, C channels, H rows, W columns, P = H x W positions."""
+"""Building blocks of regressors. Shapes: B batch, C channels, H rows, W columns, P = H x W
+positions."""
 
 from collections.abc import Sequence
 
@@ -21,7 +22,12 @@ class ConvBlock(nn.Sequential):
 
 
 class PyramidPooling(nn.Module):
-    """Pyramid pooling (PSPNet) on the coarsest map: its means over 1, 2, 3 and 6 bins a side, beside it."""
+    """Pyramid pooling (PSPNet, Zhao et al. 2017) of a map: its means over 1, 2, 3 and 6 bins per
+    side.
+
+    The means are resized to the map's grid, concatenated with the map and merged by a 3x3
+    convolution.
+    """
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -31,7 +37,8 @@ class PyramidPooling(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return (B, width, H, W)."""
         size = x_BCHW.shape[2:]
-        single = max(size) == 1  # pixel: all its bins are it, of students of 32 px
+        # All bins of a single pixel equal that pixel; 32-px students have such maps.
+        single = max(size) == 1
         pooled = [
             resize(branch(x_BCHW if single else F.adaptive_avg_pool2d(x_BCHW, scale)), size)
             for branch, scale in zip(self.branches, POOL_SCALES, strict=True)
@@ -40,10 +47,11 @@ class PyramidPooling(nn.Module):
 
 
 class NonLocal(nn.Module):
-    """Self-attention over the positions of a map, added to it: a non-local block (Wang et al. 2018, eq. 6).
+    """Self-attention over a map's positions, added to the map: a non-local block.
 
-    Embedded Gaussian with half the channels, scaled by their root as in transformers. The last normalisation starts at
-    zero (ibid., 4.1), so that an untrained block is the identity.
+    Wang et al. 2018, eq. 6: embedded Gaussian with half the channels; scaled by the square root of
+    their number, as in transformers. The scale of the last normalisation starts at zero (ibid.,
+    4.1), so that an untrained block is the identity.
     """
 
     def __init__(self, width: int) -> None:
@@ -64,7 +72,8 @@ class NonLocal(nn.Module):
 
 
 class BottomUp(nn.Module):
-    """PANet's bottom-up branch (Liu et al. 2018, 3.1): N_0 = P_0, N_i = conv(P_i + stride-2 conv(N_(i-1)))."""
+    """PANet's bottom-up branch (Liu et al. 2018, 3.1): N_0 = P_0, N_i = conv(P_i + stride-2
+    conv(N_(i-1)))."""
 
     def __init__(self, levels: int, width: int) -> None:
         super().__init__()
@@ -72,15 +81,19 @@ class BottomUp(nn.Module):
         self.fuse = nn.ModuleList(ConvBlock(width, width, 3) for _ in range(levels - 1))
 
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """Return maps of the shapes given, finest first; a step between grids that is not 2 is resized bilinearly."""
-        found = [levels[0]]
+        """Return maps of the same shapes as `levels`, finest first.
+
+        A downsampled map whose grid is not that of the next level is resized bilinearly.
+        """
+        merged = [levels[0]]
         for down, fuse, x_BCHW in zip(self.down, self.fuse, levels[1:], strict=True):
-            found.append(fuse(x_BCHW + resize(down(found[-1]), x_BCHW.shape[2:])))
-        return found
+            merged.append(fuse(x_BCHW + resize(down(merged[-1]), x_BCHW.shape[2:])))
+        return merged
 
 
 def resize(x_BCHW: Tensor, size: Sequence[int]) -> Tensor:
-    """Return maps on another grid (H, W), bilinearly; the very same ones where they lie on it already."""
+    """Resize maps bilinearly to a grid (H, W); maps on that grid already are returned as they
+    are."""
     if tuple(x_BCHW.shape[2:]) == tuple(size):
         return x_BCHW
     return F.interpolate(x_BCHW, size=tuple(size), mode="bilinear", align_corners=False)

@@ -1,23 +1,30 @@
-"""A pyramid from one map, for networks that have no other: plain vision transformers."""
+"""A simple feature pyramid for backbones with a single map, such as plain vision transformers."""
 
 import math
+from collections.abc import Sequence
 
+import torch
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 FINEST_STRIDE = 4
 LEVELS = 4
 
+MapShape = tuple[int, int, int]
+"""(C, H, W) of a map."""
+
 
 class SimplePyramid(nn.Module):
-    """Maps at strides of about 4, 8, 16 and 32 from the last one alone (ViTDet, Li et al. 2022, 3).
+    """Maps at strides of about 4, 8, 16 and 32 from the last map (ViTDet, Li et al. 2022, sec. 3).
 
-    Finer ones by 2x2 deconvolutions of stride 2, which halve the channels, with layer normalisation and GELU between
-    two of them; coarser ones by max-pooling. It trains with the regressor and is not a part of the backbone.
+    Finer maps come from 2x2 deconvolutions of stride 2, which halve the channels, with layer
+    normalisation and GELU between two deconvolutions; coarser maps from max-pooling. The pyramid is
+    trained with the regressor and is not part of the backbone.
+    Shapes: B batch, C channels, H rows, W columns.
     """
 
     def __init__(self, channels: int, stride: float) -> None:
-        """Read a map of `channels` at `stride` of the input, a power of two or near one (14 counts as 16)."""
+        """Read a map of `channels` at `stride`, rounded to a power of two (14 counts as 16)."""
         super().__init__()
         finest = round(math.log2(stride / FINEST_STRIDE))
         doublings = [finest - level for level in range(LEVELS)]
@@ -32,6 +39,23 @@ class SimplePyramid(nn.Module):
     def forward(self, x_BCHW: Tensor) -> list[Tensor]:
         """Return maps (B, channels[i], H x 2^n, W x 2^n), finest first."""
         return [level(x_BCHW) for level in self.levels]
+
+
+@torch.no_grad()
+def pyramid_for(
+    shapes: Sequence[MapShape], input_size: tuple[int, int]
+) -> tuple[SimplePyramid | None, list[MapShape]]:
+    """Return the pyramid that a backbone needs, and the shapes of the maps that a regressor reads.
+
+    A backbone with one map needs a simple pyramid, with random weights; a backbone with several
+    maps (of these `shapes`, finest first, at `input_size` (H, W)) needs none: None.
+    """
+    if len(shapes) > 1:
+        return None, list(shapes)
+    pyramid = SimplePyramid(shapes[0][0], input_size[0] / shapes[0][1])
+    device = next(pyramid.parameters(), torch.zeros(())).device
+    maps = pyramid(torch.zeros(1, *shapes[0], device=device))
+    return pyramid, [(x.shape[1], x.shape[2], x.shape[3]) for x in maps]
 
 
 def _deconvolutions(channels: int, count: int) -> nn.Sequential:

@@ -1,4 +1,8 @@
-"""The feature regressor: a backbone's pyramid to the teacher's maps (paper: an FPN, a 1x1 conv a tap)."""
+"""The feature regressor, from a backbone's pyramid to the teacher's maps (paper: FPN and a 1x1 conv
+per tap).
+
+Shapes: B batch, C channels, H rows, W columns.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,13 +13,16 @@ from dtcache.student.blocks import BottomUp, ConvBlock, NonLocal, PyramidPooling
 
 
 class FeatureRegressor(nn.Module):
-    """A feature pyramid network, and one 1x1 head a target on the level of its grid.
+    """A feature pyramid network with one 1x1 convolution (head) per target, on the level of its
+    grid.
 
-    Of four kinds, the paper's ablation: `fpn`; `fpn-attention`, a non-local block on the coarsest level; `pafpn`,
-    PANet's bottom-up branch after it; `fpn-ppm`, pyramid pooling in place of the coarsest level's 1x1 convolution.
+    Four kinds, as in the paper's ablation: `fpn`; `fpn-attention`, with a non-local block on the
+    coarsest level; `pafpn`, followed by PANet's bottom-up branch; `fpn-ppm`, with pyramid pooling
+    instead of the 1x1 convolution of the coarsest level.
 
-    A target coarser than every level gets extra max-pooled levels; one whose grid no level has is predicted on the
-    nearest finer level and resized bilinearly (`resized` names those); a level without a target gets no head.
+    If a target is coarser than every level, max-pooled levels are added. If no level has a target's
+    grid, it is predicted on the next finer level and resized bilinearly; `resized` names those
+    targets. A level without a target has no head.
     """
 
     def __init__(
@@ -26,7 +33,10 @@ class FeatureRegressor(nn.Module):
         width: int,
         kind: str = "fpn-ppm",
     ) -> None:
-        """Regress `targets` (C, H, W) from maps of `channels` on `grids` (H, W), finest first."""
+        """Predict `targets` (C, H, W) from maps of `channels` on `grids` (H, W), finest first.
+
+        `width` is the number of channels of the pyramid.
+        """
         super().__init__()
         self._names = list(targets)
         self._sizes = {name: (h, w) for name, (_, h, w) in targets.items()}
@@ -39,7 +49,8 @@ class FeatureRegressor(nn.Module):
             name for name in self._names if levels[self.level_of[name]] != self._sizes[name]
         ]
 
-        # In this order: random weights are a function of the seed and of the order in which modules are made.
+        # Keep this order: initial weights are a function of the seed and of the order in which
+        # modules are made.
         self.pooling = PyramidPooling(channels[-1], width) if kind == "fpn-ppm" else None
         self.laterals = nn.ModuleList(
             ConvBlock(c, width, 1)
@@ -48,13 +59,15 @@ class FeatureRegressor(nn.Module):
         self.attention = NonLocal(width) if kind == "fpn-attention" else None
         used = sorted(set(self.level_of.values()))
         if kind == "pafpn":
-            used = list(range(used[-1] + 1))  # the branch starts at the finest level, target or not
+            # The branch starts at the finest level, even if that level has no target.
+            used = list(range(used[-1] + 1))
         self.smooth = nn.ModuleDict({str(level): ConvBlock(width, width, 3) for level in used})
         self.bottom_up = BottomUp(len(used), width) if kind == "pafpn" else None
         self.heads = nn.ModuleList(nn.Conv2d(width, c, 1) for c, _, _ in targets.values())
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return predictions (B, C, H, W) of the whitened teacher features by target name."""
+        """Return predictions (B, C, H, W) of whitened teacher features by target, from a backbone's
+        maps."""
         levels = [self._coarsest(maps[-1])]
         for lateral, x_BCHW in zip(
             reversed(self.laterals[: len(maps) - 1]), reversed(maps[:-1]), strict=True
@@ -78,7 +91,8 @@ class FeatureRegressor(nn.Module):
 
 
 def _level(levels: Sequence[tuple[int, int]], size: tuple[int, int]) -> int:
-    """Return the level of exactly this grid, else the coarsest one that is at least as fine, else the finest."""
+    """Return the level with this grid, else the coarsest of all finer levels, else the finest
+    level."""
     if size in levels:
         return levels.index(size)
     finer = [i for i, (h, w) in enumerate(levels) if h >= size[0] and w >= size[1]]

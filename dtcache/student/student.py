@@ -1,4 +1,5 @@
-"""A student: a backbone and the regressor that a cache's taps ask for."""
+"""A student: a backbone and the regressor of a cache's taps. Shapes: B batch, C channels, H rows, W
+columns."""
 
 from collections.abc import Mapping
 
@@ -10,12 +11,13 @@ from dtcache.errors import ConfigError
 from dtcache.recipe import ViewSpec
 from dtcache.student.backbone import MapsModule, Rgb, student_input
 from dtcache.student.backbone_io import make_backbone
-from dtcache.student.pyramid import SimplePyramid
+from dtcache.student.pyramid import MapShape, SimplePyramid, pyramid_for
 from dtcache.student.regressor import FeatureRegressor
 
 
 class Student(nn.Module):
-    """A backbone and its regressor: uint8 views in, predictions of whitened teacher features out."""
+    """A backbone and its regressor: uint8 images in, predictions of whitened teacher features
+    out."""
 
     def __init__(
         self,
@@ -24,7 +26,7 @@ class Student(nn.Module):
         input_size: tuple[int, int],
         pyramid: SimplePyramid | None = None,
     ) -> None:
-        """Join the parts; `pyramid` makes four maps of a backbone's one."""
+        """Join the parts; `pyramid` makes four maps from the only map of a backbone."""
         super().__init__()
         self.backbone = backbone
         self.pyramid = pyramid
@@ -32,7 +34,7 @@ class Student(nn.Module):
         self.input_size = input_size
 
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """Return predictions (B, C, H, W) by tap array, of images in 0..255."""
+        """Return predictions (B, C, H, W) by tap array from images (B, 3, H, W) in [0, 255]."""
         x_BCHW = student_input(images_BCHW, self.input_size, self.backbone.mean, self.backbone.std)
         maps = self.backbone(x_BCHW.contiguous(memory_format=torch.channels_last))
         predictions: dict[str, Tensor] = self.regressor(
@@ -54,12 +56,14 @@ def build_student(
     mean: Rgb = IMAGENET_DEFAULT_MEAN,
     std: Rgb = IMAGENET_DEFAULT_STD,
 ) -> Student:
-    """Return a student of `targets` (C, H, W) by tap array.
+    """Return a student of `targets`, (C, H, W) by tap array.
 
-    `student` is a timm name, or any module that turns images normalised by `mean` and `std` into a list of maps, finest
-    first; of one map alone a simple pyramid is made. Its input is the view enlarged until the finest tap lies on the
-    stride-4 level, unless `size` (H, W) is given. Its weights are a function of `seed`, and the caller's random numbers
-    are left alone. Raises ConfigError where the network does not serve that size.
+    `student` is a timm name, or any module that turns images normalised by `mean` and `std` into a
+    list of maps, finest first; a single map is extended to a simple pyramid. `size` (H, W) is the
+    input size; by default it is the view, enlarged until the finest tap has the grid of the
+    stride-4 level. `width` is the number of channels of the regressor, `regressor` its kind. The
+    initial weights are a function of `seed`; the caller's random state is left unchanged. Raises
+    ConfigError if the network does not take that size.
     """
     if size is None:
         size = default_size(targets, view)
@@ -67,19 +71,15 @@ def build_student(
         backbone: MapsModule = make_backbone(student, init=init, seed=seed, size=size)
     elif init is not None:
         raise ConfigError(
-            f"--init {init}: expected with a timm name; load a module's weights before it is passed"
+            f"`init` {init}: expected with a timm name, got a module; load the module's weights "
+            "before you pass it"
         )
     else:
         backbone = MapsModule(student, mean=mean, std=std)
     shapes = probe_maps(backbone, size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pyramid = None
-        if len(shapes) == 1:
-            pyramid = SimplePyramid(shapes[0][0], size[0] / shapes[0][1])
-            shapes = [
-                (x.shape[1], x.shape[2], x.shape[3]) for x in pyramid(torch.zeros(1, *shapes[0]))
-            ]
+        pyramid, shapes = pyramid_for(shapes, size)
         channels = [c for c, _, _ in shapes]
         grids = [(h, w) for _, h, w in shapes]
         return Student(
@@ -88,18 +88,19 @@ def build_student(
 
 
 def default_size(targets: Mapping[str, tuple[int, int, int]], view: ViewSpec) -> tuple[int, int]:
-    """Return the student's input size (H, W): the view, enlarged until the finest tap lies at stride 4."""
+    """Return the input size (H, W): the view, enlarged until the finest tap lies at stride 4."""
     finest = min(view.height // height for _, height, _ in targets.values())
     return view.height * max(1, 4 // finest), view.width * max(1, 4 // finest)
 
 
 @torch.no_grad()
 def probe_maps(
-    backbone: MapsModule, size: tuple[int, int], flag: str = "--student-size"
-) -> list[tuple[int, int, int]]:
-    """Return the maps' shapes (C, H, W) at an input size, and leave the backbone in evaluation mode.
+    backbone: MapsModule, size: tuple[int, int], option: str = "student_size"
+) -> list[MapShape]:
+    """Return the maps' shapes (C, H, W) at an input size (H, W), finest first.
 
-    Raises ConfigError, naming the flag, where the network does not take that size.
+    Leaves the backbone in evaluation mode. Raises ConfigError, which names the `option` to change,
+    if the network does not take that size.
     """
     backbone.eval()
     like = next(backbone.parameters(), torch.zeros(()))
@@ -110,6 +111,7 @@ def probe_maps(
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"the student does not take images of {size[0]}x{size[1]} pixels ({reason}); give another {flag}"
+            f"the student does not take images of {size[0]}x{size[1]} pixels ({reason}); pass "
+            f"another `{option}`"
         ) from error
     return [(x.shape[1], x.shape[2], x.shape[3]) for x in maps]

@@ -1,4 +1,5 @@
-"""Backbones as torchvision's own networks: the same keys, so that nothing is renamed; checked, never assumed."""
+"""Backbones as torchvision networks. Both libraries name the weights alike, which is checked: no
+renaming."""
 
 import torchvision
 from torch import nn
@@ -12,19 +13,21 @@ HEADS = {
     **dict.fromkeys(("wide_resnet50_2", "wide_resnet101_2"), "fc"),
     **dict.fromkeys(("densenet121", "densenet161", "densenet169", "densenet201"), "classifier"),
 }
-"""The classifier's name of networks that timm and torchvision build alike and call alike."""
+"""Name of the classifier, by network that timm and torchvision build and name alike."""
 
 
 def torchvision_network(backbone: Backbone) -> tuple[nn.Module, str]:
-    """Return torchvision's network of a backbone, without its classifier, and that classifier's name.
+    """Return torchvision's network of a backbone with random weights, and the name of its
+    classifier.
 
-    Its weights are random. Raises ConfigError where torchvision has no such network, or names its weights differently.
+    The classifier is replaced by the identity. Raises ConfigError if torchvision has no such
+    network or names its weights differently.
     """
     head = HEADS.get(backbone.name)
     if head is None:
         raise ConfigError(
-            f"--to torchvision: torchvision has no network with the weights' names of {backbone.name}; it has "
-            f"{', '.join(HEADS)}; use --to timm"
+            f"`to='torchvision'`: torchvision has no network with the weights' names of "
+            f"{backbone.name}; expected one of {', '.join(HEADS)}; use `to='timm'`"
         )
     network: nn.Module = torchvision.models.get_model(backbone.name, weights=None)
     setattr(network, head, nn.Identity())
@@ -34,7 +37,7 @@ def torchvision_network(backbone: Backbone) -> tuple[nn.Module, str]:
     if ours != theirs:
         odd = sorted(set(ours.items()) ^ set(theirs.items()))
         raise ConfigError(
-            f"--to torchvision: the weights of {backbone.name} differ from those of torchvision "
-            f"{torchvision.__version__} ({odd[0][0]}); use --to timm"
+            f"`to='torchvision'`: the weights of {backbone.name} differ from those of torchvision "
+            f"{torchvision.__version__} ({odd[0][0]}); use `to='timm'`"
         )
     return network, head

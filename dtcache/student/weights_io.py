@@ -1,4 +1,4 @@
-"""Networks in folders of JSON and safetensors, read with bounds: nothing in them is run."""
+"""Networks in folders of JSON and safetensors, read with bounds; no code from a folder is run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dtcache.errors import ConfigError
+from dtcache.errors import ConfigError, one_line
 from dtcache.hashing import read_json
 from dtcache.recipe import MAX_SIDE, Json, ViewSpec
 
@@ -21,7 +21,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def read_config(path: Path, *, expected: str, again: str) -> Json:
-    """Return the JSON object in a file. Raises ConfigError with what was `expected` and how it is made `again`."""
+    """Return the JSON object in a file.
+
+    Raises ConfigError, which says what file was `expected` and how to make it `again`.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: missing; expected {expected}")
     try:
@@ -31,17 +34,19 @@ def read_config(path: Path, *, expected: str, again: str) -> Json:
 
 
 def load_weights(path: Path, make: Callable[[], Network], *, title: str, again: str) -> Network:
-    """Return the network that `make` builds with the weights in a file, loaded strictly and all of them finite.
+    """Return the network that `make` builds, with the weights in a file, loaded strictly.
 
-    Memory is taken for no more than the file holds, where that can be told beforehand, and no random number from the
-    caller. Raises ConfigError.
+    A network that needs more memory than the file holds is refused before it is built, if its size
+    is known beforehand. The caller's random state is left unchanged. Raises ConfigError if the
+    weights are missing, do not fit or are not finite; the error names `title` and how to make the
+    file `again`.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: the weights are missing; {again}")
     try:
         if (needed := _needed_bytes(make)) > path.stat().st_size:
             raise RuntimeError(
-                f"its configuration asks for {needed} bytes, the file has {path.stat().st_size}"
+                f"its configuration needs {needed} bytes, the file has {path.stat().st_size}"
             )
         weights = safetensors.torch.load_file(path)
         if not all(bool(value.isfinite().all()) for value in weights.values()):
@@ -50,21 +55,23 @@ def load_weights(path: Path, make: Callable[[], Network], *, title: str, again: 
             network = make()
         network.load_state_dict(weights, strict=True)
     except (SafetensorError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{path}: not the weights of {title} ({reason}); {again}") from error
+        raise ConfigError(
+            f"{path}: not the weights of {title} ({one_line(error)}); {again}"
+        ) from error
     return network
 
 
 def _needed_bytes(make: Callable[[], nn.Module]) -> int:
-    """Return the size of the weights of the network that `make` builds, without taking memory for them.
+    """Return the bytes of the weights of the network that `make` builds, without allocating them.
 
-    It is 0 where that cannot be told: older versions of timm compute with tensors while they build some networks.
+    Returns 0 if the size is unknown: older timm versions compute with tensors while they build some
+    networks, which the meta device does not support.
     """
     try:
         with torch.device("meta"):
             return sum(value.nbytes for value in make().state_dict().values())
     except RuntimeError:
-        # What fails for another reason fails again, by name, when the network is built for good.
+        # Any other error recurs, and is reported, when the network is built on a real device.
         return 0
 
 
@@ -77,14 +84,16 @@ def weight_bytes(network: nn.Module) -> bytes:
 
 
 def bounded(value: Any, most: int = MAX_SIDE) -> int:
-    """Return a size that a configuration asks for. Raises ValueError where it is no whole number from 1 to `most`."""
+    """Return a size from a configuration. Raises ValueError unless it is an integer in [1,
+    `most`]."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
         raise ValueError(f"a size of {str(value)[:40]} is not a number from 1 to {most}")
     return value
 
 
 def read_view(view: Any) -> ViewSpec:
-    """Return the view that a configuration records. Raises ValueError, KeyError or TypeError."""
+    """Return the view in a configuration. Raises ValueError, KeyError or TypeError if it is
+    damaged."""
     if view["fit"] not in ("crop", "stretch"):
         raise ValueError(f"fit {view['fit']!r} is neither crop nor stretch")
     return ViewSpec(height=bounded(view["height"]), width=bounded(view["width"]), fit=view["fit"])

@@ -80,7 +80,7 @@ class NetworkTrunk:
         self.name = backbone.name
         self.backbone = backbone
         self.input_size = size
-        self.shapes = probe_maps(backbone, size, "--size")
+        self.shapes = probe_maps(backbone, size, "size")
         self._features = NetworkFeatures(backbone, self.view, size, batch_size, compute)
         self._finetune = options.finetune
 

@@ -114,7 +114,7 @@ def test_a_folder_gives_the_same_interpreter_back(tmp_path: Path) -> None:
         ({"validation": {"images": True, "miou": 0.5, "accuracy": 0.5}}, r"scores of True images"),
         (
             {"width": 64},
-            r"model.safetensors: not the weights of this interpreter .*asks for \d+ bytes, the file has",
+            r"model.safetensors: not the weights of this interpreter .*needs \d+ bytes, the file has",
         ),
         ({"classes": ["sky"]}, r"not the weights of this interpreter"),
         ({"classes": ["x"] * 300}, r"a size of 300 is not a number from 1 to 256"),

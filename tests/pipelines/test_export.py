@@ -161,7 +161,7 @@ def test_other_weights_under_a_known_name_are_refused(monkeypatch: pytest.Monkey
     backbone.name = "mobilenet_v2"
     with pytest.raises(
         ConfigError,
-        match=r"the weights of mobilenet_v2 differ from those of torchvision .*; use --to",
+        match=r"the weights of mobilenet_v2 differ from those of torchvision .*; use `to=",
     ):
         torchvision_network(backbone)
 

@@ -147,7 +147,7 @@ def test_a_saved_folder_starts_another_backbone(saved: Path) -> None:
         )
     with pytest.raises(
         ConfigError,
-        match=r"--init .*backbone: expected a backbone of resnet18, got one of resnet10t",
+        match=r"`init` .*backbone: expected a backbone of resnet18, got one of resnet10t",
     ):
         make_backbone("resnet18", init=str(saved), seed=0)
 
@@ -175,7 +175,7 @@ def test_a_network_of_one_input_size_says_so() -> None:
     backbone = make_backbone("swin_tiny_patch4_window7_224", init=None, seed=0)
     with pytest.raises(
         ConfigError,
-        match=r"swin_tiny.*expected images of 224x224 pixels.*got 64x96; give that size",
+        match=r"swin_tiny.*expected images of 224x224 pixels.*got 64x96; pass that size",
     ):
         backbone(images())
 
@@ -272,7 +272,7 @@ def test_a_larger_network_than_its_file_takes_no_memory(
     monkeypatch.setattr(timm, "create_model", watched)
     with pytest.raises(
         ConfigError,
-        match=r"not the weights of resnet101 \(its configuration asks for \d+ bytes, the",
+        match=r"not the weights of resnet101 \(its configuration needs \d+ bytes, the",
     ):
         load_backbone(saved)
     assert devices == {"meta"}

@@ -58,14 +58,14 @@ def test_networks_of_one_size_are_built_for_the_students(name: str, tmp_path: ob
         assert torch.equal(loaded.eval()(images)[-1], backbone(images)[-1])
     assert size == loaded.default_size == (32, 64)
     with pytest.raises(
-        ConfigError, match=rf"{name}: expected images of 32x64 pixels, the only size that it serves"
+        ConfigError, match=rf"{name}: expected images of 32x64 pixels, the only size that it takes"
     ):
         loaded(torch.randn(1, 3, 64, 64))
     weights = tmp_path / "model.safetensors"
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("32,\n   64", "8192,\n   8192"))
     with pytest.raises(
-        ConfigError, match=rf"not the weights of {name} \(its configuration asks for \d+ bytes"
+        ConfigError, match=rf"not the weights of {name} \(its configuration needs \d+ bytes"
     ):
         load_backbone(tmp_path)
     assert weights.exists()
@@ -137,14 +137,14 @@ def test_any_module_that_returns_maps_is_a_student(strides: tuple[int, ...]) -> 
         ),
         (Maps(()), r"Maps: expected a list of maps .* got list"),
         (nn.Conv2d(3, 4, 1), r"Conv2d: expected a list of maps .* got Tensor"),
-        (Maps((128,)), r"does not take images of 64x96 pixels \(.*\); give another --student-size"),
+        (Maps((128,)), r"does not take images of 64x96 pixels \(.*\); pass another `student_size`"),
     ],
 )
 def test_other_modules_are_refused(module: nn.Module, message: str) -> None:
     """What returns no rising pyramid of maps is told what was expected and got."""
     with pytest.raises(ConfigError, match=message):
         build_student(module, TARGETS, VIEW, size=None, width=8)
-    with pytest.raises(ConfigError, match=r"--init pretrained: expected with a timm name"):
+    with pytest.raises(ConfigError, match=r"`init` pretrained: expected with a timm name"):
         build_student(module, TARGETS, VIEW, size=None, width=8, init="pretrained")
 
 
