@@ -105,11 +105,11 @@ def test_a_folder_gives_the_same_interpreter_back(tmp_path: Path) -> None:
         ({"width": 48}, r"an interpreter \(a width of 48 is not a multiple of 32\); fit it again"),
         (
             {"validation": {"images": 2, "miou": float("nan"), "accuracy": None}},
-            r"nan is no number from 0 to 1",
+            r"nan is not a number from 0 to 1",
         ),
         (
             {"validation": {"images": 2, "miou": None, "accuracy": 1e300}},
-            r"1e\+300 is no number from 0 to 1",
+            r"1e\+300 is not a number from 0 to 1",
         ),
         ({"validation": {"images": True, "miou": 0.5, "accuracy": 0.5}}, r"scores of True images"),
         (

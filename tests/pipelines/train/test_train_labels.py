@@ -224,7 +224,7 @@ def test_masks_without_names_take_the_heads(
     assert [name for name in names if scores[name] is not None] == list(names[:2])
     Image.fromarray(np.full((32, 32), len(names), np.uint8)).save(path)
     result = run("evaluate", mixed / "backbone", "--head", mixed, *flags)
-    assert "class 7, class 8, class 9; give --head linear for others" in result.output
+    assert "class 7, class 8, class 9; pass --head linear for other classes" in result.output
 
 
 def test_a_head_of_whole_images_is_no_head_of_pixels(mixed: Path, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_segmentation_starts_from_the_head(mixed: Path, scene_folder: Path, tmp_
     )
     result = run("evaluate", mixed / "backbone", "--head", tmp_path, *flags)
     assert (
-        f"--head {tmp_path}: expected linear, fpn or a finished run of dtcache train --labels"
+        f"--head {tmp_path}: expected linear, fpn or a finished run that learned labels"
         in result.output
     )
     other = tmp_path / "masks"
@@ -285,7 +285,7 @@ def test_segmentation_starts_from_the_head(mixed: Path, scene_folder: Path, tmp_
     assert f"--head {mixed}: expected masks of its classes, background, crescent" in result.output
     result = run("evaluate", mixed / "backbone", "--head", mixed, "--batch-size", "1", *flags)
     assert (
-        "expected at least 2 images a step, since the head's pooling has one place, got 1"
+        "expected at least 2 images per step, since the head's pooling has one position, got 1"
         in result.output
     )
     result = run("evaluate", "resnet50", "--size", "32", "--head", mixed, *flags)
