@@ -154,10 +154,10 @@ def test_hue_turns_by_the_circle() -> None:
 def test_other_areas_are_refused(text: str) -> None:
     """Anything but two rising shares names the flag; so does a strength out of bounds."""
     assert parse_scale(" 0.3, 1") == (0.3, 1.0)
-    with pytest.raises(ConfigError, match=r"`crop` .*: expected two rising shares of the area"):
+    with pytest.raises(ConfigError, match=r"`scale` .*: expected two rising shares of the area"):
         parse_scale(text)
     for strength in (-0.1, 2.5, math.nan):
         with pytest.raises(
-            ConfigError, match=r"`jitter` .*: expected a strength from 0 \(none\) to 2"
+            ConfigError, match=r"`color_jitter` .*: expected a strength from 0 \(none\) to 2"
         ):
             Augmentation(scale=None, color_jitter=strength, seed=0)
