@@ -367,7 +367,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> None:
     \b
     Example:
       dtcache train cats.cache --student resnet50 --epochs 100 --out runs/resnet50
-      dtcache train photos/ --online --teacher DIR --timestep 150 --out runs/online
+      dtcache train photos/ --teacher google/ddpm-cat-256 --timestep 150 --out runs/online
     """
     from pipelines.train.train import train as run
 

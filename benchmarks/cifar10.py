@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import write_lines
-from records import ROOT, Results, results_flag
+from records import ROOT, Results, results_flag, with_todays_names
 
 TEACHER = ROOT / "benchmarks" / "teachers" / "cifar10"
 HEAD = """# CIFAR-10
@@ -39,7 +39,7 @@ TEACH = [
     "--channels",
     "32,96,128,128",
     "--weights",
-    "float16",
+    "fp16",
     "--steps",
     "3000",
     "--compile",
@@ -179,7 +179,8 @@ def write_table(folder: Path) -> None:
                 f"| {title} | {row['feature_dim']} | {row['knn_top1']:.2f} | {row['linear_top1']:.2f} |"
             )
     commands = [
-        f"{r['command']}    # {r['seconds']:.0f} s, commit {r['commit']}" for r in records.values()
+        f"{with_todays_names(r['command'])}    # {r['seconds']:.0f} s, commit {r['commit']}"
+        for r in records.values()
     ]
     head = HEAD.format(machines="; ".join(sorted({r["machine"] for r in records.values()})))
     text = [

@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-RENAMED = {"dtcache teach ": "dtcache teacher train "}
+RENAMED = {"dtcache teach ": "dtcache teacher train ", "--weights float16": "--weights fp16"}
 """Words of recorded commands that have another name today."""
 
 

@@ -83,12 +83,13 @@ def convert_adm(checkpoint: Path, out: Path, options: ConvertOptions) -> Convert
             unet = blank_unet(unet_config(architecture, settings))
             shapes = {name: tensor.shape for name, tensor in unet.state_dict().items()}
             converted = _stored(
-                convert_weights(weights, architecture, settings, shapes), half=options.half
+                convert_weights(weights, architecture, settings, shapes),
+                half=options.weights == "fp16",
             )
         except TeacherError as error:
             raise TeacherError(f"{checkpoint}: {error}") from error
         progress.advance(1, "converted")
-        record = _record(checkpoint, architecture, settings, half=options.half)
+        record = _record(checkpoint, architecture, settings, half=options.weights == "fp16")
         progress.advance(1, "hashed")
         if not occupied:
             with whole_folder(out) as folder:
@@ -167,7 +168,7 @@ def _stored(tensors: dict[str, Tensor], *, half: bool) -> dict[str, Tensor]:
         if not torch.isfinite(tensor).all():
             advice = "download the checkpoint again"
             if half:
-                advice = f"leave `half` out, or {advice}"
+                advice = f"pass `weights='fp32'`, or {advice}"
             raise TeacherError(
                 f"{name} has values that are not finite in {'fp16' if half else 'fp32'}; {advice}"
             )

@@ -208,7 +208,7 @@ class TeacherTrainer:
             self.losses = state["losses"]
 
     def _save_teacher(self, folder: Path) -> None:
-        dtype = torch.float16 if self.options.weights == "float16" else torch.float32
+        dtype = torch.float16 if self.options.weights == "fp16" else torch.float32
         with disk_errors(folder):
             save_teacher(copy.deepcopy(self.averaged), folder, dtype)
 

@@ -1,4 +1,4 @@
-"""Options of what makes a teacher: teach, convert-adm."""
+"""Options of `dtcache teacher train` and `dtcache teacher convert`."""
 
 import re
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ LOSS = "Loss"
 OPTIMISATION = "Optimisation"
 HARDWARE = "Hardware"
 RUN = "Run"
+WEIGHT_TYPES = ("fp32", "fp16")
 STEPS = r" *[0-9]{1,9} *(, *[0-9]{1,9} *)*"
 
 ADM_PRESETS = ("adm-64", "adm-128", "adm-256", "adm-512")
@@ -78,9 +79,7 @@ class TeachOptions(Options):
     compile: bool = option(
         False, "Compile the U-Net: minutes once, then faster steps.", group=HARDWARE
     )
-    weights: str = option(
-        "float32", "Type of the saved weights.", choices=("float32", "float16"), group=RUN
-    )
+    weights: str = option("fp32", "Type of the saved weights.", choices=WEIGHT_TYPES, group=RUN)
     keep_steps: str | None = option(
         None,
         "Also save the teachers of these steps, to kept/STEP/; 0: before training.",
@@ -116,15 +115,18 @@ class TeachOptions(Options):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertOptions(Options):
-    """Options of `dtcache convert-adm`; auto is the preset's value, else guided-diffusion's own default."""
+    """Options of `dtcache teacher convert`.
+
+    auto is the preset's value, or guided-diffusion's own default if there is no preset.
+    """
 
     preset: str = option(
         "auto",
-        "Published model that CHECKPOINT must be; auto recognises it.",
+        "Published model that CHECKPOINT must be; auto: recognise it.",
         choices=("auto", *ADM_PRESETS),
     )
     size: int | None = option(
-        None, "Side of the training images, pixels [default: the preset's].", minimum=1
+        None, "Side of the training images in pixels [default: the preset's].", minimum=1
     )
     schedule: str = option(
         "auto",
@@ -133,11 +135,13 @@ class ConvertOptions(Options):
     )
     attention_order: str = option(
         "auto",
-        "new where trained with --use_new_attention_order; auto is the preset's, else legacy.",
+        "new if trained with --use_new_attention_order; auto is the preset's, else legacy.",
         choices=("auto", "legacy", "new"),
     )
     heads: int | None = option(None, "Its --num_heads [default: the preset's, else 4].", minimum=1)
     head_channels: int | None = option(
-        None, "Its --num_head_channels, in place of --heads [default: the preset's].", minimum=1
+        None, "Its --num_head_channels, instead of --heads [default: the preset's].", minimum=1
     )
-    half: bool = option(False, "Store fp16: half the disk; the weights are rounded.")
+    weights: str = option(
+        "fp32", "Type of the saved weights; fp16 rounds them.", choices=WEIGHT_TYPES
+    )

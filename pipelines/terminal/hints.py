@@ -144,6 +144,22 @@ SENTENCES: Mapping[tuple[str, str], str] = {
             "--mixup --cutmix",
             "Cached features belong to single images, which cannot be mixed; leave it out.",
         ),
+        (
+            ("train",),
+            "--accumulate --gradient-accumulation-steps --accum --accum-iter --grad-accum-steps "
+            "--accumulate-grad-batches --update-freq --grad-checkpointing --gradient-checkpointing",
+            "Use --micro-batches. It splits each batch; --batch-size stays the global size.",
+        ),
+        (
+            ("train",),
+            "--online",
+            "Leave it out: --teacher alone puts the teacher in the loop.",
+        ),
+        (
+            ("verify",),
+            "--yes -y",
+            "Leave it out: --repair writes. --dry-run shows what it would do.",
+        ),
         (("evaluate",), "--model --arch --backbone", "Pass MODEL without a flag."),
         (("export",), "--model --checkpoint --run", "Pass RUN_OR_BACKBONE without a flag."),
     )

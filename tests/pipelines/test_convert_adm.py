@@ -129,10 +129,10 @@ def test_what_is_written(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_half_rounds_the_weights(checkpoint: Path, tmp_path: Path) -> None:
-    """--half stores each weight's nearest fp16 in half the bytes; load_teacher takes it."""
-    for name, half in (("full", False), ("half", True)):
+    """--weights fp16 stores each weight's nearest fp16 in half the bytes; load_teacher takes it."""
+    for name, weights in (("full", "fp32"), ("half", "fp16")):
         convert_adm(
-            checkpoint, tmp_path / name, ConvertOptions(size=16, head_channels=16, half=half)
+            checkpoint, tmp_path / name, ConvertOptions(size=16, head_channels=16, weights=weights)
         )
     full, half = (load_file(tmp_path / name / WEIGHTS) for name in ("full", "half"))
     assert all(torch.equal(half[key], full[key].half()) for key in full)
@@ -153,11 +153,11 @@ def test_a_half_precision_checkpoint_is_stored_in_fp32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("half", "value", "advice"),
-    [(False, float("nan"), "download"), (True, 1e5, "leave `half` out")],
+    ("dtype", "value", "advice"),
+    [("fp32", float("nan"), "download"), ("fp16", 1e5, "pass `weights='fp32'`")],
 )
 def test_values_that_are_not_finite_are_refused(
-    tmp_path: Path, half: bool, value: float, advice: str
+    tmp_path: Path, dtype: str, value: float, advice: str
 ) -> None:
     """A NaN, or a weight that overflows fp16, is named and never stored."""
     weights = random_unet(**TINY).state_dict()
@@ -168,7 +168,7 @@ def test_values_that_are_not_finite_are_refused(
         convert_adm(
             tmp_path / "adm.pt",
             tmp_path / "out",
-            ConvertOptions(size=16, head_channels=16, half=half),
+            ConvertOptions(size=16, head_channels=16, weights=dtype),
         )
     assert not (tmp_path / "out").exists()
 

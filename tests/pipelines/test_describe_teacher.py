@@ -1,4 +1,4 @@
-"""`dtcache teacher`: taps, FLOPs and sizes against independent counts."""
+"""`dtcache teacher show`: taps, FLOPs and sizes against independent counts."""
 
 import json
 from pathlib import Path

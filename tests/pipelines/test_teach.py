@@ -144,10 +144,8 @@ def test_a_run_of_other_options_is_refused(taught: Path, scene_folder: Path) -> 
 def test_half_precision_weights_are_half_the_size(
     taught: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
-    """--weights float16 stores fp16 tensors, which load as fp32."""
-    assert (
-        teach(scene_folder, tmp_path / "t", "--weights", "float16", "--samples", 0).exit_code == 0
-    )
+    """--weights fp16 stores fp16 tensors, which load as fp32."""
+    assert teach(scene_folder, tmp_path / "t", "--weights", "fp16", "--samples", 0).exit_code == 0
     assert {value.dtype for value in weights(tmp_path / "t").values()} == {torch.float16}
     assert next(load_teacher(str(tmp_path / "t")).denoiser.unet.parameters()).dtype == torch.float32
 
