@@ -1,8 +1,9 @@
-"""The demonstration as `dtcache demo` runs it, kept with its machine and commit, and its page.
+"""Run `dtcache demo` with its defaults; record the result with machine and commit, and write its page.
 
     python benchmarks/demo.py [--work runs/demo]
 
-A demonstration that the work folder holds is not repeated. Results: docs/results/demo.json and demo.md.
+Stages that are finished in the work folder are not repeated. Results: docs/results/demo.json and
+demo.md.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pipelines.demo import cost_of, demo
 
 
 def main() -> None:
-    """Run it with its defaults and write both files."""
+    """Run the demonstration and write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--work", type=Path, default=ROOT / "runs" / "demo", help="folder of the demonstration"
@@ -29,7 +30,7 @@ def main() -> None:
 
 
 def page_lines(summary: dict[str, Any], seconds: float) -> list[str]:
-    """Return the page: what was run where, what an image costs, a row a student before and after, the times."""
+    """Return the lines of the page: machine, bytes per image, one row per student and start, times."""
     spent = summary["seconds"]
     rows = []
     for student in summary["students"]:
@@ -43,18 +44,20 @@ def page_lines(summary: dict[str, Any], seconds: float) -> list[str]:
     return [
         "# The demonstration",
         "",
-        f"`dtcache demo` on {machine()}, commit {commit()}: {seconds:.0f} s in all. {cost_of(summary)}.",
-        "One seed: a demonstration, not a claim about student quality. The whole result is in `demo.json`; both files",
-        "are written by `python benchmarks/demo.py`.",
+        f"`dtcache demo` took {seconds:.0f} s on {machine()}, commit {commit()}. {cost_of(summary)}.",
+        "The demonstration has one seed, so it supports no claim about student quality. `demo.json` has the "
+        "whole result;",
+        "`python benchmarks/demo.py` writes both files.",
         "",
         "| student | k-NN top-1 % | linear probe top-1 % | training |",
         "|---|---|---|---|",
         *rows,
         "",
-        f"Chance is 12.5 % (eight classes of scenes, {options.train_images} training and {options.test_images} test",
-        f"images). Scenes are written in {spent['scenes']:.0f} s, the cache is fitted and extracted in "
+        f"Chance is 12.5 %: eight classes of scenes, with {options.train_images} training and "
+        f"{options.test_images} test",
+        f"images. Writing the scenes took {spent['scenes']:.0f} s, fitting the codec and extracting the cache "
         f"{spent['extract']:.0f} s,",
-        f"each row of the table is evaluated in {min(evaluations):.0f} to {max(evaluations):.0f} s.",
+        f"evaluating each row of the table {min(evaluations):.0f} to {max(evaluations):.0f} s.",
         "",
     ]
 

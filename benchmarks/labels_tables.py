@@ -25,10 +25,12 @@ Scores = dict[str, dict[str, float]]
 LOSSES = (("mixed", "label", "label"), ("mixed", "feature", "mse"))
 """Arm, the one that it is compared with, and the held-out loss that both lower."""
 HELD_OUT = (
-    "Held-out losses are those of distillation, on the cache's own held-out images, before finetuning: the MSE's mean "
-    "over taps, and the cross-entropy with the stored labels, whose least is their entropy (label-exact has others). "
-    "Own head: test mIoU of the student as distilled. Finetunings of a start differ in the order of images, crops "
-    "and jitter; the mean of those that both have counts, and intervals are over seeds."
+    "Held-out losses are measured after distillation and before finetuning, on the cache's own "
+    "held-out images: the MSE averaged over taps, and the cross-entropy with the stored labels. The "
+    "minimum of the cross-entropy is the entropy of these labels, so label-exact, with other labels, "
+    "is not comparable. Own head: test mIoU of the student after distillation. Finetunings of the "
+    "same start differ in the order of images, crops and jitter. A difference compares the means "
+    "over the finetunings that both starts have; intervals are over seeds."
 )
 
 
