@@ -360,9 +360,9 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
 def train(where: Path, out: Path, options: TrainOptions) -> None:
     """Train a student (stage 2) on a cache or online.
 
-    Give CACHE to train from cached features, or IMAGES with the teacher in the loop. The backbone
-    is exported for timm. Several processes train one student together with torchrun:
-    torchrun --nproc-per-node 8 --no-python dtcache train ...
+    Give CACHE to train from cached features, or IMAGES and --teacher to run the teacher in the
+    loop. The backbone is exported for timm. Several processes train one student together with
+    torchrun: torchrun --nproc-per-node 8 --no-python dtcache train ...
 
     \b
     Example:

@@ -8,11 +8,12 @@ import importlib
 import json
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from dtcache.atomic_files import write_file
-from dtcache.errors import CacheDamagedError, ConfigError, TrainingError, one_line
+from dtcache.errors import CacheDamagedError, ConfigError, DtcacheError, TrainingError, one_line
 from dtcache.recipe import Json
 from pipelines.runs.folder import TENSORBOARD, TRACKER
 
@@ -33,6 +34,12 @@ class Tracker(Protocol):
         """End the run, as a failed one if `failed`."""
 
 
+def require_tracker(kind: str) -> None:
+    """Raise ConfigError if a tracker is not installed; `kind` is a value of the option `log_with`."""
+    if kind not in ("none", "tensorboard"):
+        _imported(kind)
+
+
 def open_tracker(kind: str, out: Path, step: int, config: Json) -> Tracker:
     """Start or resume the tracker's run of the run folder `out`, after `step`.
 
@@ -44,12 +51,18 @@ def open_tracker(kind: str, out: Path, step: int, config: Json) -> Tracker:
     config = json.loads(json.dumps(config, default=str))
     if kind == "tensorboard":
         return TensorBoardTracker(out, step)
-    start = {"wandb": WandbTracker, "mlflow": MlflowTracker, "trackio": TrackioTracker}[kind]
+    start: dict[str, Callable[[Any, Path, Json], Tracker]] = {
+        "wandb": WandbTracker,
+        "mlflow": MlflowTracker,
+        "trackio": TrackioTracker,
+    }
     module = _imported(kind)
     try:
-        return start(module, out, config)
+        return start[kind](module, out, config)
+    except DtcacheError:
+        raise
     except Exception as error:
-        # Each tracker has its own exceptions, of the network, of its server, of its settings.
+        # Each tracker has exceptions of its own: for the network, its server, its settings.
         raise TrainingError(
             f"{kind} could not start: {one_line(error)}; check its settings, or pass another "
             "`log_with`"

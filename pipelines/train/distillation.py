@@ -75,7 +75,8 @@ class Distillation:
         )
         with self.compute.autocast():
             predicted = student(images_BCHW)
-        return self.objective(predicted, targets)
+        losses: dict[str, Tensor] = self.objective(predicted, targets)
+        return losses
 
     def _labels(self, batch: TrainBatch) -> Tensor | None:
         labels = batch.labels

@@ -20,7 +20,7 @@ from dtcache.student import Backbone, Student, probe_maps, save_backbone
 from dtcache.student.logit_head import HeadSpec, logit_head, save_head
 from pipelines.runs.folder import CONFIG, CURVES, SUMMARY, claim_run
 from pipelines.runs.metrics import MetricsFile, NoMetrics, plot_curves, read_metrics
-from pipelines.runs.trackers import open_tracker
+from pipelines.runs.trackers import open_tracker, require_tracker
 from pipelines.terminal.progress import track
 from pipelines.train.batch_source import BatchSource
 from pipelines.train.cached_batches import CachedSource
@@ -61,6 +61,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
     first one writes `out`. Raises TrainingError, with the samples, if the loss is not finite, and
     the errors of opening the cache or the teacher.
     """
+    require_tracker(options.log_with)
     processes, compute = join_processes(options.device, options.precision)
     configure_process(compute.device)
     source = open_source(where, options, compute, processes)

@@ -160,6 +160,11 @@ def test_half_precision_weights_are_half_the_size(
         (("--channels", "6,10"), "expected multiples of 4"),
         (("--channels", "8,x"), "--channels 8,x: expected positive integers separated by commas"),
         (("--attention", "3"), "--attention 3: expected 0 to 2, the number of levels"),
+        (("--keep-steps", "3,x"), "--keep-steps 3,x: expected steps separated by commas"),
+        (("--keep-steps", "0,7"), "--keep-steps 7: expected at most the 6 --steps of the run"),
+        (("--snr-gamma", "0"), "--snr-gamma 0.0: expected at least 1e-12"),
+        (("--max-timestep", "1001"), "--max-timestep 1001: expected at most 1000"),
+        (("--ema-decay", "1"), "--ema-decay 1: expected a decay under 1, such as 0.999"),
     ],
 )
 def test_bad_options_are_one_clear_line(
@@ -213,3 +218,75 @@ def test_a_level_needs_channels_in_groups() -> None:
     """Channels that share no group size are refused before any training."""
     with pytest.raises(ConfigError, match="expected multiples of 4"):
         build_unet(16, 16, (8, 9), layers=1, attention=0)
+
+
+def test_min_snr_weights_are_those_of_the_paper() -> None:
+    """Hang et al. 2023 for a predicted noise: each sample's error by min(SNR, gamma) / SNR, SNR = a / (1 - a)."""
+    pixels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    noise = torch.randn(3, 3, 8, 8)
+    t = torch.tensor([5, 300, 900])
+
+    class Predictor(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> object:
+            return type("Output", (), {"sample": x * 0.5})
+
+    loss = ddpm_loss(Predictor(), ddpm_scheduler(), pixels, noise, t, snr_gamma=5.0)
+    betas = np.linspace(1e-4, 0.02, 1000)
+    a = np.cumprod(1 - betas)[t.numpy()][:, None, None, None]
+    x = np.sqrt(a) * (pixels.numpy() / 127.5 - 1) + np.sqrt(1 - a) * noise.numpy()
+    errors = np.square(0.5 * x - noise.numpy()).mean((1, 2, 3))
+    snr = (a / (1 - a)).ravel()
+    weights = np.minimum(snr, 5) / snr
+    assert weights[0] < 0.01 and weights[2] == 1
+    assert float(loss) == pytest.approx(np.mean(weights * errors), rel=1e-4)
+    unweighted = ddpm_loss(Predictor(), ddpm_scheduler(), pixels, noise, t, snr_gamma=1e9)
+    simple = ddpm_loss(Predictor(), ddpm_scheduler(), pixels, noise, t)
+    assert float(unweighted) == pytest.approx(float(simple), rel=1e-5)
+
+
+def test_only_early_timesteps_are_trained_on(
+    scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--max-timestep bounds every drawn timestep; --snr-gamma reaches the loss."""
+    from pipelines import teach as stage
+
+    seen: list[int] = []
+    real = stage.ddpm_loss
+
+    def spy(*arguments: object, snr_gamma: float | None) -> torch.Tensor:
+        assert snr_gamma == 5.0
+        seen.extend(arguments[4].tolist())
+        return real(*arguments, snr_gamma=snr_gamma)
+
+    monkeypatch.setattr(stage, "ddpm_loss", spy)
+    flags = ("--max-timestep", "3", "--snr-gamma", "5", "--samples", "0")
+    result = teach(scene_folder, tmp_path / "t", *flags)
+    assert result.exit_code == 0, result.output
+    assert set(seen) == {0, 1, 2} and len(seen) == 6 * 4
+
+
+def test_teachers_of_single_steps_are_kept(
+    taught: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--keep-steps saves loadable teachers of the initial weights and of steps; a resume saves the same ones."""
+    from pipelines.teach import TeacherTrainer
+
+    flags = ("--keep-steps", "0,3,6", "--samples", "0")
+    result = teach(scene_folder, tmp_path / "a", *flags)
+    assert result.exit_code == 0, result.output
+    kept = tmp_path / "a" / "kept"
+    assert sorted(path.name for path in kept.iterdir()) == ["0", "3", "6"]
+    theirs = weights(taught)
+    last = weights(kept / "6")
+    assert all(torch.equal(value, last[name]) for name, value in theirs.items())
+    torch.manual_seed(0)
+    initial = build_unet(16, 16, (8, 16), layers=1, attention=1).state_dict()
+    first = load_teacher(str(kept / "0")).denoiser.unet.state_dict()
+    assert all(torch.equal(value, first[name]) for name, value in initial.items())
+    assert not torch.equal(first["conv_in.weight"], weights(kept / "3")["conv_in.weight"])
+    interrupt(monkeypatch, TeacherTrainer, "step", call=4)
+    assert teach(scene_folder, tmp_path / "b", *flags).exit_code == 130
+    assert teach(scene_folder, tmp_path / "b", *flags).exit_code == 0
+    for step in ("0", "3", "6"):
+        again = weights(tmp_path / "b" / "kept" / step)
+        assert all(torch.equal(value, again[n]) for n, value in weights(kept / step).items())
