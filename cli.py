@@ -262,11 +262,13 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
 
     \b
     Exit codes:
-      0  good
-      3  damaged
-      4  intact but unfinished
-      5  not a cache, or a cache with parts this version cannot read
-      2  wrong usage; 130  interrupted; 1  any other failure
+        0  good
+        3  damaged
+        4  intact but unfinished
+        5  not a cache, or a cache with parts this version cannot read
+        1  any other failure
+        2  wrong usage
+      130  interrupted
 
     \b
     Example:

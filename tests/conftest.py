@@ -1,4 +1,4 @@
-"""Small inputs that several tests share: scenes as PNG files, and a teacher saved by save_pretrained."""
+"""Small shared inputs: scenes as PNG files, a saved teacher, caches."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from dtcache.options import ExtractOptions
 from dtcache.teacher.ddpm import build_unet, save_teacher
 from pipelines.extract.extract import extract
 
-# Tiny tensors gain nothing from threads, and on a busy machine wait for each other; subprocesses inherit it.
+# Threads slow tiny tensors down on a busy machine; subprocesses inherit the variable.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
@@ -55,7 +55,7 @@ def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scene_cache(
     scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A cache of the 40 scenes, both flips, two taps, in three shards; copy it before anything is written to it."""
+    """A cache of the 40 scenes, both flips, two taps, three shards; copy before writing to it."""
     options = ExtractOptions(
         teacher=str(teacher_dir),
         timestep=(150,),
@@ -73,7 +73,7 @@ def scene_cache(
 
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Skip fsync, since no test here cuts the power, and keep statistics in a folder of the test."""
+    """Skip fsync, since no test cuts the power, and save statistics in a folder of the test."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 

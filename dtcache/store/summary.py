@@ -1,4 +1,4 @@
-"""A cache as `dtcache inspect` describes it, from its manifest, its indices and its file sizes alone.
+"""The description of a cache for `dtcache inspect`, from manifest, indices and file sizes alone.
 
 Never writes. docs/inspect.md lists the fields.
 """
@@ -110,7 +110,7 @@ def _describe(root: Path, manifest: CacheManifest) -> Json:
 
 
 def _progress(root: Path, manifest: CacheManifest) -> _Progress:
-    """Read from the indices of a sealed cache, or the commit records of another, what is written."""
+    """Read the indices of a sealed cache, or the commit records of an unfinished one."""
     if manifest.state == "sealed":
         sizes = {path: size for path, size, _ in read_objects(root)}
         failures = read_failures(root / SAMPLES)

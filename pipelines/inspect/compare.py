@@ -14,7 +14,7 @@ DIGITS = 4
 
 
 def differences(reports: Sequence[Json]) -> dict[str, list[object]]:
-    """Return every field that differs, by dotted path: one value per report, None if it has none."""
+    """Return every field that differs, by dotted path: one value, or None, per report."""
     # If each cache has one timestep, taps are matched by name alone: T = 50 against T = 250.
     by_timestep = any(
         len(report["timesteps"]) > 1 for report in reports if report["kind"] == "cache"

@@ -81,8 +81,8 @@ def inspect(roots: Sequence[Path], options: InspectOptions) -> Inspected:
     runs = [is_run(root) for root in roots]
     if any(runs) and not all(runs):
         raise ConfigError(
-            f"{roots[runs.index(False)]}: expected a run, as {roots[runs.index(True)]} is one; pass "
-            "caches alone or runs alone"
+            f"{roots[runs.index(False)]}: expected a run, as {roots[runs.index(True)]} is one; "
+            "pass caches alone or runs alone"
         )
     _require_writable(options.report)
     return _inspect_runs(roots, options) if all(runs) else _inspect_caches(roots, options)

@@ -71,7 +71,7 @@ def _read_object(path: Path) -> Json:
 
 
 def _curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Return steps and values of every number in the metrics, up to a line that a kill cut short."""
+    """Return steps and values of every metric, up to a line that a kill cut short."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
     if not path.is_file():
         return curves

@@ -56,14 +56,16 @@ def _facts(report: Json, root: Path) -> Table:
         state += f", {len(report['damaged'])} shard files DAMAGED: run dtcache verify"
     facts = {
         "state": state,
-        "images": f"{report['num_done']} done, {report['num_failed']} failed of {report['num_images']}",
+        "images": f"{report['num_done']} done, {report['num_failed']} failed "
+        f"of {report['num_images']}",
         "views": _views(recipe),
         "encoding": _encoding(recipe),
         "view": f"{view['height']}x{view['width']}, {view['fit']}",
         "codec": _codec(report),
         "teacher": f"{teacher['architecture']} {teacher['weights_sha256'][:12]}",
         "fingerprint": report["fingerprint"][:16],
-        "on disk": f"{byte_size(report['bytes_on_disk'])} ({byte_size(report['image_bytes'])} images)",
+        "on disk": f"{byte_size(report['bytes_on_disk'])} "
+        f"({byte_size(report['image_bytes'])} images)",
         "per image": f"{byte_size(report['bytes_per_image'])} of features, "
         f"{byte_size(report['fp16_bytes_per_image'])} in fp16",
         "ratio": f"{report['ratio']:.1f}x under fp16" if report["ratio"] else "-",
@@ -141,7 +143,7 @@ def _equivariance(report: Json) -> list[RenderableType]:
 
 
 def _labels(report: Json) -> list[RenderableType]:
-    """Return a table of the label sets and a line with their classes, or nothing without label sets."""
+    """Return a table of the label sets and lines with their classes; nothing without label sets."""
     if not report["labels"]:
         return []
     table = _table_of(
@@ -191,8 +193,8 @@ def _codec(report: Json) -> str:
     if codec["ratio"] is None:
         return f"float16 (statistics of {codec['fit_rows']} images, {fit})"
     return (
-        f"target {codec['ratio']:g}x, step {codec['step']:.3f} (fitted on {codec['fit_rows']} images, "
-        f"{fit})"
+        f"target {codec['ratio']:g}x, step {codec['step']:.3f} "
+        f"(fitted on {codec['fit_rows']} images, {fit})"
     )
 
 

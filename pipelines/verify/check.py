@@ -56,7 +56,7 @@ def _verify_one(root: Path, options: VerifyOptions) -> Verification:
 
 
 def repairable(damage: Damage) -> bool:
-    """Return whether a repair can recompute the file from the recipe and check its recorded hash."""
+    """Return whether a repair can recompute the file and check it against a recorded hash."""
     return damage.shard is not None or damage.path == SHARDS or damage.path.endswith("zarr.json")
 
 
@@ -84,7 +84,7 @@ def start_over(label_set: str | None) -> str:
 
 
 def planned_repairs(verification: Verification) -> list[Repair]:
-    """Return what a repair would do about each damaged file, without computing or writing anything."""
+    """Return what a repair would do about each damaged file; nothing is computed or written."""
     plan = list(_planned(verification, None))
     for name, of_set in verification.labels.items():
         plan += [

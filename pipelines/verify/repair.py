@@ -1,4 +1,4 @@
-"""The repair of a cache and its label sets: recompute damaged files, write only the recorded bytes."""
+"""The repair of a cache and its label sets: recompute damaged files, write recorded bytes only."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -116,7 +116,7 @@ class _Damaged:
     def write(
         self, path: str, content: bytes, sha256: str | None, mismatch: str = OTHER_BYTES
     ) -> Repair:
-        """Write a file if `content` has the recorded SHA-256; else refuse with the note `mismatch`."""
+        """Write a file if `content` has the recorded SHA-256; else refuse with note `mismatch`."""
         if sha256 is None or hashlib.sha256(content).hexdigest() != sha256:
             return Repair(path=path, outcome="refused", note=mismatch)
         make_folders((self.root / path).parent)
@@ -264,7 +264,7 @@ def _cached_hashes(damaged: _Damaged, shard: int, rows: range) -> Sequence[str |
 def _recompute_labels(
     damaged: _Damaged, cache: Path, interpreter: Interpreter | None
 ) -> list[Repair]:
-    """Recompute the damaged shards of a label set from the cache's features, and write their files."""
+    """Recompute damaged shards of a label set from the cache's features, and write their files."""
     manifest = damaged.manifest
     teacher = manifest.recipe["teacher"]
     if interpreter is None or interpreter.weights_sha256 != teacher["weights_sha256"]:

@@ -19,8 +19,9 @@ pytestmark = pytest.mark.usefixtures("apart")
 
 
 def bytes_read() -> int:
-    """Return the bytes that this process has read from files so far, by any call, as the kernel counts them."""
-    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
+    """Return the bytes that this process has read from files so far, counted by the kernel."""
+    counters = Path("/proc/self/io").read_text()
+    return int(re.search(r"rchar: (\d+)", counters)[1])  # type: ignore[index]
 
 
 def test_parts_add_up_to_the_files(tiny_cache: Path) -> None:
@@ -85,7 +86,7 @@ def test_a_cache_is_inspected_while_it_is_written(tmp_path: Path) -> None:
 
 
 def test_a_seal_in_between_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the cache is sealed after its manifest was read, the commit records are gone: read again."""
+    """If the cache is sealed after its manifest was read, its records are gone: read again."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     writer = begin(root, plan)
@@ -193,7 +194,7 @@ def test_the_schema_is_documented(tiny_cache: Path) -> None:
 
 
 def fields(value: object, prefix: str = "") -> set[str]:
-    """Return the dotted paths of an object's fields and of its lists' objects, down to estimates."""
+    """Return the dotted paths of fields and of fields of list items, down to estimates."""
     found = set()
     for name, inner in value.items() if isinstance(value, dict) else ():
         found.add(f"{prefix}{name}")
@@ -205,7 +206,7 @@ def fields(value: object, prefix: str = "") -> set[str]:
 
 
 def test_the_schema_of_statistics_is_documented(tiny_cache: Path) -> None:
-    """docs/inspect.md lists exactly the fields of statistics without a teacher, and explains each."""
+    """docs/inspect.md lists exactly the fields of statistics without teacher, and explains each."""
     statistics = json.loads(inspect(tiny_cache, "--stats", "--json").stdout)["statistics"]
     found = {name for name in documented("statistics") if not name.startswith("afresh")}
     assert found == fields(statistics)

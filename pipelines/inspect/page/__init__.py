@@ -1,1 +1,1 @@
-"""Self-contained HTML pages of a cache and of a student's run: no script, no request, every picture inside."""
+"""Self-contained HTML pages of caches and runs: no scripts, no requests, pictures inline."""

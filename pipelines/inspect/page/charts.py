@@ -105,7 +105,10 @@ def line_chart(
             shape = f'<polyline class="{escape(s.style)}" points="{path}"/>'
             if len(run) == 1:
                 a, b = run[0]
-                shape = f'<circle class="{escape(s.style)}" cx="{across.pixel(a):.1f}" cy="{up.pixel(b):.1f}" r="2.5"/>'
+                shape = (
+                    f'<circle class="{escape(s.style)}" cx="{across.pixel(a):.1f}" '
+                    f'cy="{up.pixel(b):.1f}" r="2.5"/>'
+                )
             body.append(shape)
     return _svg(title, body, width)
 
@@ -132,12 +135,13 @@ def bar_chart(
         middle = LEFT + (number + 0.5) * width
         height = up.start - up.pixel(value)
         body.append(
-            f'<rect class="bar c{number % COLOURS}" x="{left + width * 0.14:.1f}" y="{up.pixel(value):.1f}" '
-            f'width="{width * 0.72:.1f}" height="{height:.1f}"/>'
+            f'<rect class="bar c{number % COLOURS}" x="{left + width * 0.14:.1f}" '
+            f'y="{up.pixel(value):.1f}" width="{width * 0.72:.1f}" height="{height:.1f}"/>'
         )
         if low is not None and high is not None:
             body.append(
-                f'<path class="whisker" d="M{middle:.1f} {up.pixel(low):.1f}V{up.pixel(high):.1f}"/>'
+                f'<path class="whisker" '
+                f'd="M{middle:.1f} {up.pixel(low):.1f}V{up.pixel(high):.1f}"/>'
             )
         text = escape(name)
         body.append(
@@ -158,7 +162,8 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float | None]], *, 
     for row, name in enumerate(names):
         y = label + row * cell
         body.append(
-            f'<text class="tick" x="{label - 6}" y="{y + cell / 2 + 4}" text-anchor="end">{escape(name)}</text>'
+            f'<text class="tick" x="{label - 6}" y="{y + cell / 2 + 4}" text-anchor="end">'
+            f"{escape(name)}</text>"
         )
         turned = (
             f'transform="translate({label + row * cell + cell / 2 + 4} {label - 6}) rotate(-60)"'
@@ -171,8 +176,8 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float | None]], *, 
             dark = " strong" if opacity > STRONG else ""
             body.append(
                 f'<rect class="cell" x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" '
-                f'fill-opacity="{opacity:.3f}"/><text class="number{dark}" x="{x + cell / 2}" y="{y + cell / 2 + 4}" '
-                f'text-anchor="middle">{shown}</text>'
+                f'fill-opacity="{opacity:.3f}"/><text class="number{dark}" x="{x + cell / 2}" '
+                f'y="{y + cell / 2 + 4}" text-anchor="middle">{shown}</text>'
             )
     return _svg(title, body, side + 30, side)
 
@@ -189,7 +194,8 @@ def _svg(
     head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
     below = Markup("<small>{}</small>").format(note) if note else ""
     return Markup(
-        f'<figure class="chart" style="--most: {round(MOST_SCALE * width)}px"><figcaption>{escape(title)}</figcaption>'
+        f'<figure class="chart" style="--most: {round(MOST_SCALE * width)}px">'
+        f"<figcaption>{escape(title)}</figcaption>"
         f"{head}{''.join(body)}</svg>{below}</figure>"
     )
 
@@ -200,7 +206,8 @@ def _grid(across: Axis | None, up: Axis, x: str, y: str, width: int) -> str:
         y_pixel = up.pixel(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y_pixel:.1f}H{width - RIGHT}"/>')
         parts.append(
-            f'<text class="tick" x="{LEFT - 5}" y="{y_pixel + 3.5:.1f}" text-anchor="end">{label}</text>'
+            f'<text class="tick" x="{LEFT - 5}" y="{y_pixel + 3.5:.1f}" text-anchor="end">'
+            f"{label}</text>"
         )
     if across is not None:
         for value, label in across.ticks():
@@ -209,7 +216,8 @@ def _grid(across: Axis | None, up: Axis, x: str, y: str, width: int) -> str:
                 f'text-anchor="middle">{label}</text>'
             )
     parts.append(
-        f'<text class="axis" x="{(LEFT + width - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>'
+        f'<text class="axis" x="{(LEFT + width - RIGHT) / 2}" y="{HEIGHT - 4}" '
+        f'text-anchor="middle">{escape(x)}</text>'
     )
     # Above the axis, where it cannot overlap tick labels of any width.
     parts.append(f'<text class="axis" x="2" y="10">{escape(y)}</text>')

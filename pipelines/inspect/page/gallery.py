@@ -1,4 +1,4 @@
-"""The galleries of a cache's page: images beside features, segments, originals beside decoded maps."""
+"""The galleries of a cache's page: features, segments, originals beside decoded maps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

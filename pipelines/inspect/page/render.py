@@ -29,7 +29,7 @@ def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
     page = environment.get_template(template).render(version=__version__, **values).encode()
     if len(page) > MAX_BYTES:
         raise ConfigError(
-            f"`report` {path}: expected a page of at most {MAX_BYTES} bytes, got {len(page)}; pass a "
-            "smaller `gallery`"
+            f"`report` {path}: expected a page of at most {MAX_BYTES} bytes, got {len(page)}; "
+            "pass a smaller `gallery`"
         )
     write_file(path, page)

@@ -1,4 +1,4 @@
-"""A trained student beside its teacher: features of the same held-out images in the same colours."""
+"""A student beside its teacher: features of the same held-out images in the same colours."""
 
 import dataclasses
 from pathlib import Path
@@ -82,7 +82,7 @@ def student_gallery(root: Path, report: Json, cache_root: Path, options: Inspect
 
 
 def _open_cache(root: Path, recorded: Json, cache_root: Path, images: Path | None) -> Cache:
-    """Open the cache of a run. Raises ConfigError or CacheMismatchError if the run has another one."""
+    """Open the cache of a run. Raises ConfigError or CacheMismatchError if it is another one."""
     if "cache" not in recorded:
         raise ConfigError(
             f"`cache` {cache_root}: {root} was trained with the teacher in the loop, on no cache; "

@@ -1,4 +1,4 @@
-"""Statistics of every tap and timestep of a cache, from a sample of its rows or from all of them."""
+"""Statistics of every tap and timestep of a cache, from a sample of its rows or from all."""
 
 from collections.abc import Sequence
 from pathlib import Path

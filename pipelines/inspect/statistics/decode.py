@@ -71,7 +71,7 @@ def decode(cache: Cache, name: str, rows: Rows) -> Decoded:
 def _read(
     cache: Cache, name: str, rows: Rows
 ) -> tuple[list[tuple[Rows, Tensor, Tensor]], dict[str, str]]:
-    """Return rows, coefficients and scalars of the readable rows in parts, and the damage by key."""
+    """Return rows, coefficients and scalars of readable rows in parts, and the damage by key."""
     if not len(rows):
         return [], {}
     num_views = cache.reader.manifest.num_views

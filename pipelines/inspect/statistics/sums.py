@@ -1,4 +1,4 @@
-"""Sums over a group of samples of one tap. Statistics follow from them, so each map is decoded once.
+"""Sums over a group of samples of one tap; statistics follow from them, so a map is decoded once.
 
 Shape suffixes: R rows, V views, C channels, H rows of a map, W columns, N coefficients, B maps, M
 positions of all maps.
@@ -43,15 +43,15 @@ class GroupSums:
     raw_square: float
     histogram: NDArray[np.int64]
     rings: Float
-    """(max(H, W),): squared DCT coefficients about the codec's mean, summed by ring of frequency."""
+    """(max(H, W),): squared DCT coefficients about the codec's mean, summed by ring."""
     coded: int
     saturated: int
     """Coded values at the limit of their type."""
     escaped: int
     """Coded values outside their variance class's symbol table."""
     between_draws: Float
-    """(2,): squared deviations of draws from their mean per row, scaled to the noise in all maps; and
-    the sum of squared whitened values. Zeros if there is one draw."""
+    """(2,): squared deviations of draws from their mean per row, scaled to the noise in all maps;
+    and the sum of squared whitened values. Zeros if there is one draw."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,7 +72,7 @@ def add(groups: Sequence[GroupSums]) -> GroupSums:
 
 
 def group_sums(cache: Cache, name: str, row_groups: Sequence[Rows]) -> list[Group]:
-    """Return the sums of each group of rows of an array, computed by the configured Dask scheduler."""
+    """Return the sums of each group of rows of an array, from the configured Dask scheduler."""
     row_numbers = da.from_array(
         np.concatenate(row_groups), chunks=(tuple(len(rows) for rows in row_groups),)
     )
@@ -136,7 +136,7 @@ def empty(cache: Cache, name: str) -> GroupSums:
 def rings_of(height: int, width: int) -> NDArray[np.int64]:
     """Return (H, W): the ring of each DCT coefficient, 0 for the mean.
 
-    A coefficient's ring is the larger of its vertical and horizontal shares of the Nyquist frequency.
+    The ring is the larger of the vertical and horizontal shares of the Nyquist frequency.
     """
     rings = max(height, width)
     y = np.arange(height)[:, None] * rings / height
@@ -203,11 +203,11 @@ def _between_draws(cache: Cache, decoded: Decoded) -> Float:
 def water_lines(
     cache: Cache, name: str
 ) -> tuple[list[float | None], list[float | None], float | None]:
-    """Return the variance below which the quantiser hides coefficients: by ring, component, overall.
+    """Return the variance below which the quantiser hides coefficients: by ring, component, all.
 
-    It is the error of a uniform quantiser, step^2 / 12, averaged over the coded coefficients, and None
-    if no coefficient is coded: the level of reverse water-filling (Cover and Thomas, Elements of
-    Information Theory, 10.3.3). The lists are empty for features that are stored without a transform.
+    It is the error of a uniform quantiser, step^2 / 12, averaged over the coded coefficients, and
+    None if no coefficient is coded: the level of reverse water-filling (Cover and Thomas, Elements
+    of Information Theory, 10.3.3). The lists are empty for features stored without a transform.
     """
     bands = cache.fit[name].bands()
     if bands is None:

@@ -1,4 +1,4 @@
-"""Pages in a real browser, light and dark, wide and narrow: no errors, no requests, all pictures."""
+"""Pages in a real browser, light and dark, wide and narrow: no errors, no requests."""
 
 import base64
 import itertools
@@ -183,19 +183,25 @@ def test_a_page_is_whole(
 
 @pytest.mark.parametrize("kind", ["cache", "run"])
 def test_charts_can_be_read(browser: Any, pages: dict[str, Path], kind: str) -> None:
-    """No label of a chart is cut off or overlaps another; each numeric axis has at least two labels;
-    text is 9 to 15 pixels high; on a wide screen nothing has to be scrolled.
+    """No label of a chart is cut off or overlaps another; each numeric axis has at least two
+    labels; text is 9 to 15 pixels high; on a wide screen nothing has to be scrolled.
     """
     for width in (1200, 400):
         show(browser, pages[kind], width, "light")
         charts = browser.execute_script(
             """return [...document.querySelectorAll('svg')].map(svg => {
-                 const box = e => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; };
+                 const box = e => {
+                   const b = e.getBoundingClientRect();
+                   return [b.left, b.top, b.right, b.bottom];
+                 };
                  const texts = [...svg.querySelectorAll('text')];
                  const slanted = t => /rotate\\(-[56]0\\)/.test(t.getAttribute('transform'));
-                 return {name: svg.getAttribute('aria-label'), box: box(svg), size: 10.5 * svg.getScreenCTM().a,
-                         grid: svg.querySelectorAll('.grid').length, all: texts.map(t => [t.textContent, ...box(t)]),
-                         upright: texts.filter(t => !slanted(t)).map(t => [t.textContent, ...box(t)])};
+                 return {name: svg.getAttribute('aria-label'), box: box(svg),
+                         size: 10.5 * svg.getScreenCTM().a,
+                         grid: svg.querySelectorAll('.grid').length,
+                         all: texts.map(t => [t.textContent, ...box(t)]),
+                         upright: texts.filter(t => !slanted(t))
+                                       .map(t => [t.textContent, ...box(t)])};
                })"""
         )
         for chart in charts:
@@ -217,6 +223,7 @@ def test_charts_can_be_read(browser: Any, pages: dict[str, Path], kind: str) -> 
             assert 9 <= chart["size"] <= 15, chart["name"]
     show(browser, pages[kind], 1200, "light")
     wide = browser.execute_script(
-        "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+        "return [...document.querySelectorAll('.scroll')]"
+        ".filter(e => e.scrollWidth > e.clientWidth).length"
     )
     assert wide == 0

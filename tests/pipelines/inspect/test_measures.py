@@ -1,4 +1,6 @@
-"""Estimates and measures against known populations: intervals, noise, similarity, k-NN, water lines."""
+"""Estimates and measures against known populations: intervals, noise, similarity, k-NN, water
+lines.
+"""
 
 from pathlib import Path
 
@@ -52,7 +54,7 @@ def test_wilsons_interval() -> None:
 
 
 def noisy(cache: Cache, draws: int, noise: float, rows: int = 600) -> Group:
-    """Return the sums of maps with a signal of variance 1 and noise of a known variance per draw."""
+    """Return the sums of maps with a signal of variance 1 and noise of known variance per draw."""
     rng = np.random.default_rng(1)
     signal = rng.normal(size=(rows, 1, 4))
     values = signal + noise**0.5 * rng.normal(size=(rows, draws, 4))
@@ -68,14 +70,17 @@ def noisy(cache: Cache, draws: int, noise: float, rows: int = 600) -> Group:
 
 @pytest.mark.parametrize("draws", [2, 4])
 def test_noise_share_is_unbiased(tiny_cache: Path, draws: int) -> None:
-    """If the noise has 1/3 of the signal's variance, the noise share is 1/4 for any number of draws."""
+    """If the noise has 1/3 of the signal's variance, the noise share is 1/4 for any number of
+    draws.
+    """
     found = measures.noise_share([noisy(Cache(tiny_cache), draws, 1 / 3).sums])
     assert found == pytest.approx(0.25, abs=0.02)
 
 
 def test_hsic_is_unbiased_and_cka_knows_rotations() -> None:
-    """The unbiased HSIC of independent features averages 0 even with more channels than samples, for
-    which the biased one is near 1. CKA is 1 for a rotation and scaling, 0 for independent features.
+    """The unbiased HSIC of independent features averages 0 even with more channels than samples,
+    for which the biased one is near 1. CKA is 1 for a rotation and scaling, 0 for independent
+    features.
     """
     rng = np.random.default_rng(2)
     batches = [(rng.normal(size=(16, 64)), rng.normal(size=(16, 64))) for _ in range(60)]
@@ -111,7 +116,7 @@ def test_similarity_is_a_symmetric_matrix_over_common_rows() -> None:
 
 
 def test_knn_finds_what_is_there() -> None:
-    """Separate classes score 1, shuffled labels score at chance; no labels or one class give None."""
+    """Separate classes score 1, shuffled labels chance; no labels or one class give None."""
     rng = np.random.default_rng(6)
     labels = rng.integers(0, 4, 400)
     features = np.eye(4)[labels] + 0.05 * rng.normal(size=(400, 4))
@@ -128,8 +133,8 @@ def test_knn_finds_what_is_there() -> None:
 
 @pytest.mark.parametrize("name", [FINE, COARSE])
 def test_the_water_line_is_the_quantisers_error(tiny_cache: Path, name: str) -> None:
-    """By component, by ring and overall, it is the mean squared error of rounding values that spread
-    over many steps, over the coded coefficients.
+    """By component, by ring and overall, it is the mean squared error of rounding values that
+    spread over many steps, over the coded coefficients.
     """
     fit = Cache(tiny_cache).fit[name]
     channels, height, width = fit.shape

@@ -49,8 +49,8 @@ def test_a_tap_of_one_channel_has_a_colour() -> None:
 
 
 def test_segments_are_common_to_all_images() -> None:
-    """Equal features have one segment number in all images, the largest region 0; a constant map has
-    one segment.
+    """Equal features have one segment number in all images, the largest region 0; a constant map
+    has one segment.
     """
     maps = np.zeros((3, 2, 8, 8), np.float32)
     maps[:, 0, 2:5, 2:5] = 9
@@ -62,7 +62,9 @@ def test_segments_are_common_to_all_images() -> None:
 
 
 def test_charts_draw_what_they_are_given() -> None:
-    """Points follow the axes; None, or zero on a logarithmic axis, breaks a line; no data is no error."""
+    """Points follow the axes; None, or zero on a logarithmic axis, breaks a line; no data is no
+    error.
+    """
     svg = line_chart(
         [Series(name="<a>", x=[1, 2, 3, 4], y=[1.0, None, 10.0, 100.0])],
         title="<t>",
@@ -107,7 +109,9 @@ def test_ticks_are_round(low: float, high: float, log: bool, labels: list[str]) 
 
 
 def test_a_page_is_one_file_that_asks_for_nothing(tiny_cache: Path, tmp_path: Path) -> None:
-    """The page has no URL, script or external style sheet; each picture is a data URI; at most 10 MB."""
+    """The page has no URL, script or external style sheet; each picture is a data URI; at most 10
+    MB.
+    """
     before = tree(tiny_cache)
     page = page_of(tiny_cache, tmp_path / "out.html", "--gallery", 3)
     assert tree(tiny_cache) == before
@@ -132,7 +136,7 @@ def test_a_page_is_one_file_that_asks_for_nothing(tiny_cache: Path, tmp_path: Pa
 
 
 def test_a_page_of_a_damaged_cache(tiny_copy: Path, tmp_path: Path) -> None:
-    """A flipped bit costs one picture, not the page; the page names the sample that was left out."""
+    """A flipped bit costs one picture, not the page; the page names the sample left out."""
     flip(tiny_copy / f"data.zarr/{FINE}/c.1.0.0")
     key = tiny_plan().samples[4].key
     page = page_of(tiny_copy, tmp_path / "out.html")
@@ -141,8 +145,8 @@ def test_a_page_of_a_damaged_cache(tiny_copy: Path, tmp_path: Path) -> None:
 
 
 def test_a_page_of_a_cache_without_a_readable_image(tiny_copy: Path, tmp_path: Path) -> None:
-    """If all shards of one tap are garbage, the page says that there are no pictures, and still has the
-    statistics of the other tap.
+    """If all shards of one tap are garbage, the page says that there are no pictures, and still has
+    the statistics of the other tap.
     """
     for path in (tiny_copy / "data.zarr" / FINE).glob("c.*"):
         path.write_bytes(bytes(path.stat().st_size))
@@ -178,7 +182,8 @@ def test_options_that_do_not_go_together(tiny_cache: Path, tmp_path: Path) -> No
         ),
         (
             (tiny_cache, tmp_path / "run"),
-            f"{tiny_cache}: expected a run, as {tmp_path / 'run'} is one; pass caches alone or runs alone",
+            f"{tiny_cache}: expected a run, as {tmp_path / 'run'} is one; "
+            "pass caches alone or runs alone",
         ),
         (
             (tmp_path / "run", "--stats"),

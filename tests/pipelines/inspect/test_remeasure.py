@@ -84,7 +84,9 @@ def test_the_teacher_is_not_asked_of_what_cannot_be_read(tiny_copy: Path) -> Non
 def test_a_page_has_originals_and_the_worst(
     cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """With a teacher, each decoded map has its original beside it, and the worst samples their errors."""
+    """With a teacher, each decoded map has its original beside it, and the worst samples their
+    errors.
+    """
     out = tmp_path / "out.html"
     more = ("--images", scene_folder, "--device", "cpu", "--report", out, "--gallery", 3)
     before = tree(cache)

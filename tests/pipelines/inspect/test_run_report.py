@@ -79,7 +79,9 @@ def test_a_run_is_inspected_finished_or_not(tmp_path: Path) -> None:
 
 
 def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
-    """With --ema-decay the held-out curves are those of the exported EMA; the last weights' are dashed."""
+    """With --ema-decay the held-out curves are those of the exported EMA; the last weights' are
+    dashed.
+    """
     root = a_run(tmp_path / "run", ema_decay=0.9)
     with open(root / student_run.METRICS, "w") as file:
         for step, last, average in ((2, 4.0, 8.0), (4, 3.0, 1.0)):
@@ -105,7 +107,9 @@ def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
 
 
 def test_a_run_with_the_teacher_in_the_loop_is_inspected(tmp_path: Path) -> None:
-    """A run with a teacher in the loop names the teacher instead of a cache; inspect refuses a cache for it."""
+    """A run with a teacher in the loop names the teacher instead of a cache; inspect refuses a
+    cache for it.
+    """
     root = a_run(tmp_path / "run", teacher="photos-teacher", teacher_weights="ef" * 32)
     record = json.loads((root / student_run.RUN).read_text())
     del record["cache"]

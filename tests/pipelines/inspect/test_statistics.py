@@ -36,7 +36,9 @@ GOOD = np.array([row for row in range(ROWS) if row != FAILED_ROW])
 
 
 def test_exact_statistics_are_those_of_all_values(tiny_cache: Path) -> None:
-    """Mean, std, rank, dead channels and histogram equal NumPy's over all values, with zero interval."""
+    """Mean, std, rank, dead channels and histogram equal NumPy's over all values, with zero
+    interval.
+    """
     found = cache_statistics(tiny_cache, InspectOptions(exact=True))
     cache = Cache(tiny_cache)
     assert (found["num_rows"], found["num_usable"], found["exact"], found["left_out"]) == (
@@ -93,7 +95,7 @@ def test_sums_of_groups_add_up(tiny_cache: Path) -> None:
 
 
 def test_escapes_are_counted(tiny_cache: Path) -> None:
-    """Escapes are the values beyond the half width of their table; none is at the limit of int16."""
+    """Escapes are the values beyond the half width of their table; none is at the int16 limit."""
     cache = Cache(tiny_cache)
     sums = group_of(cache, FINE, GOOD).sums
     fit = cache.fit[FINE]
@@ -105,7 +107,7 @@ def test_escapes_are_counted(tiny_cache: Path) -> None:
 
 
 def test_a_damaged_sample_is_left_out_and_named(tiny_copy: Path) -> None:
-    """A flipped bit costs one sample of one tap; statistics are of the others, and are not saved."""
+    """A flipped bit costs one sample of one tap; statistics of the others are not saved."""
     flip(tiny_copy / f"data.zarr/{FINE}/c.1.0.0")
     found = cache_statistics(tiny_copy, InspectOptions(exact=True))
     key = tiny_plan().samples[4].key
@@ -129,8 +131,8 @@ def test_a_lost_shard_is_left_out_and_named(tiny_copy: Path) -> None:
 
 @pytest.mark.parametrize("shards", [(1,), (0, 1, 2)])
 def test_a_shard_of_rubbish_is_left_out_and_named(tiny_copy: Path, shards: tuple[int, ...]) -> None:
-    """A shard file of the right size and wrong bytes costs its rows of one tap, all files cost the tap;
-    the other tap has its statistics, and each sample is named.
+    """A shard file of the right size and wrong bytes costs its rows of one tap, all files cost the
+    tap; the other tap has its statistics, and each sample is named.
     """
     for shard in shards:
         path = tiny_copy / f"data.zarr/{FINE}/c.{shard}.0.0"
@@ -180,7 +182,7 @@ def test_what_has_no_statistics_is_refused_in_a_line(
 
 
 def test_an_unfinished_cache_has_statistics_of_what_is_there(tmp_path: Path) -> None:
-    """Before the first commit there are no statistics; after each commit they use the rows so far."""
+    """Before the first commit there are no statistics; then they use the rows so far."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     writer = begin(root, plan)
@@ -237,7 +239,8 @@ def test_a_sample_is_all_that_is_read(tmp_path: Path) -> None:
     """A sample of two rows reads no more bytes than opening, shard indices and its own chunks."""
 
     def bytes_read() -> int:
-        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
+        counters = Path("/proc/self/io").read_text()
+        return int(re.search(r"rchar: (\d+)", counters)[1])  # type: ignore[index]
 
     plan = tiny_plan()
     root = write_cache(tmp_path / "cache", plan)

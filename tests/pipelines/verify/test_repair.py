@@ -85,8 +85,8 @@ def repair(root: Path, images: Path, teacher: Path) -> tuple[Result, dict[str, d
 def test_damaged_files_come_back_byte_for_byte(
     root: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """A flipped, a cut and a lost shard, a lost tap and all lost Zarr nodes come back; no other shard
-    is recomputed.
+    """A flipped, a cut and a lost shard, a lost tap and all lost Zarr nodes come back; no other
+    shard is recomputed.
     """
     wanted = tree(root)
     flip(root / "data.zarr/t150/stride8/c.0.0.0")
@@ -108,7 +108,7 @@ def test_damaged_files_come_back_byte_for_byte(
 def test_a_lost_shard_index_is_proved_by_its_own_hash(
     root: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """shards.parquet is rebuilt from intact shard files, and refused if one of them is damaged too."""
+    """shards.parquet is rebuilt from intact shard files, and refused if one is damaged too."""
     wanted = tree(root)
     (root / "shards.parquet").unlink()
     flip(root / "data.zarr/images/c.1.0")
@@ -134,7 +134,9 @@ def test_an_unfinished_cache_is_repaired_too(
     monkeypatch: pytest.MonkeyPatch,
     shared: Path,
 ) -> None:
-    """A committed shard of a killed extraction is restored; the extraction then ends in equal bytes."""
+    """A committed shard of a killed extraction is restored; the extraction then ends in equal
+    bytes.
+    """
     from pipelines.extract import shard_runner as runner
 
     out = tmp_path / "c"
@@ -163,7 +165,7 @@ def test_an_unfinished_cache_is_repaired_too(
 def test_other_bytes_are_refused(
     root: Path, scene_folder: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If this machine computes other features, images are repaired; features stay and are refused."""
+    """If this machine computes other features, images are repaired, features refused."""
     real = repair_module.run_shard
 
     def elsewhere(*arguments: object) -> ShardData:
@@ -193,7 +195,9 @@ def test_other_bytes_are_refused(
 def test_other_images_or_another_teacher_are_refused(
     root: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """A changed image is named; other images or a different teacher are refused; nothing is written."""
+    """A changed image is named; other images or a different teacher are refused; nothing is
+    written.
+    """
     flip(root / "data.zarr/images/c.0.0")
     before = tree(root)
     key = json.loads(CliRunner().invoke(main, ["verify", str(root), "--json"]).stdout)["damage"][0][
@@ -258,7 +262,7 @@ def test_a_cache_that_is_being_written_is_not_repaired(
 
 
 def test_nodes_are_the_writers_own(root: Path) -> None:
-    """Every zarr.json rebuilt from manifest and codec chunks equals, byte for byte, that on disk."""
+    """Every zarr.json rebuilt from manifest and codec chunks equals the one on disk."""
     wanted = {name: content for name, content in tree(root).items() if name.endswith("zarr.json")}
     assert len(wanted) > 20
     assert zarr_nodes(root, read_manifest(root)) == wanted
@@ -298,7 +302,9 @@ def test_nodes_of_a_float16_cache_are_the_writers_own(
 def test_a_teacher_whose_features_are_all_zero(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """Its cache is intact and decodes to zeros; the nodes of its empty codec arrays are rebuilt too."""
+    """Its cache is intact and decodes to zeros; the nodes of its empty codec arrays are rebuilt
+    too.
+    """
     teacher = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
     weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
     save_file(
@@ -320,8 +326,9 @@ def test_a_teacher_whose_features_are_all_zero(
 
 
 def test_every_option_follows_from_the_recipe(shared: Path) -> None:
-    """A repair asks for what the extraction asked for but the size: the cache's own fit is used; an option that is
-    added needs its place in options_of."""
+    """A repair asks for what the extraction asked for but the size: the cache's own fit is used; an
+    option that is added needs its place in options_of.
+    """
     found = repair_module.options_of(read_manifest(shared).recipe, "teacher")
     told = {
         "teacher": "teacher",

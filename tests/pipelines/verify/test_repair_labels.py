@@ -45,7 +45,9 @@ def root(labelled: Path, tmp_path: Path) -> Path:
 def test_damaged_files_of_a_label_set_come_back_byte_for_byte(
     root: Path, interpreter: Path
 ) -> None:
-    """A flipped, a cut and a lost shard and all lost Zarr nodes come back without images and teacher."""
+    """A flipped, a cut and a lost shard and all lost Zarr nodes come back without images and
+    teacher.
+    """
     wanted = tree(root)
     flip(root / SHARD)
     os.truncate(root / SHARD.replace("c.1", "c.2"), 9)
@@ -93,7 +95,7 @@ def test_an_unfinished_label_set_is_repaired_too(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A committed shard of a killed label write is restored; the command then ends in equal bytes."""
+    """A committed shard of a killed label write comes back; the command ends in equal bytes."""
     root = Path(shutil.copytree(scene_cache, tmp_path / "cache"))
     command = [
         "label",
@@ -129,8 +131,8 @@ def test_what_cannot_be_repaired_is_left_and_said(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No or a different interpreter, other bytes, a damaged codec or manifest: nothing is written, and
-    each has its reason.
+    """No or a different interpreter, other bytes, a damaged codec or manifest: nothing is written,
+    and each has its reason.
     """
     flip(root / SHARD)
     before = tree(root)

@@ -25,7 +25,7 @@ def run(*arguments: object) -> Result:
 
 
 def test_each_verdict_has_its_exit_code(tiny_copy: Path, tmp_path: Path) -> None:
-    """0 good, 3 damaged, 4 unfinished, 5 no cache or a newer one, 2 wrong usage, 1 other failures."""
+    """0 good, 3 damaged, 4 unfinished, 5 no or a newer cache, 2 wrong usage, 1 other failures."""
     assert run(tiny_copy).exit_code == 0
     flip(tiny_copy / SHARD)
     assert run(tiny_copy).exit_code == 3
@@ -96,7 +96,9 @@ def test_json_is_json_and_nothing_else(tiny_copy: Path) -> None:
 
 
 def test_a_sample_is_called_one(tiny_copy: Path) -> None:
-    """With --fraction the text says that a sample was checked and of how many files; --seed chooses."""
+    """With --fraction the text says that a sample was checked and of how many files; --seed
+    chooses.
+    """
     output = run(tiny_copy, "--fraction", 0.05, "--seed", 4).output
     assert "A SAMPLE: 3 of 9 shard files" in output
     report = json.loads(run(tiny_copy, "--fraction", 0.4, "--json").stdout)
@@ -104,7 +106,9 @@ def test_a_sample_is_called_one(tiny_copy: Path) -> None:
 
 
 def test_the_plan_of_a_repair_writes_nothing(tiny_copy: Path) -> None:
-    """--repair --dry-run says, file by file, what a repair does or why it cannot, and writes nothing."""
+    """--repair --dry-run says, file by file, what a repair does or why it cannot, and writes
+    nothing.
+    """
     flip(tiny_copy / SHARD)
     (tiny_copy / "data.zarr" / "zarr.json").unlink()
     flip(tiny_copy / "samples.parquet")
