@@ -1,7 +1,6 @@
 """The Python interface: samples, features and stacks of an open cache are the teacher's, within the codec's error."""
 
 import copy
-import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -40,10 +39,7 @@ from dtcache.store.manifest import read_manifest, write_manifest
 GOOD = [row for row in range(ROWS) if row != FAILED_ROW]
 
 
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the disk: no test here pulls the plug."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @pytest.fixture(scope="module")

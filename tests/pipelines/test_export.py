@@ -8,9 +8,8 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from click.testing import CliRunner, Result
+from support.cli import run
 
-from cli import main
 from dtcache.errors import ConfigError, ExportError
 from dtcache.options import ExportOptions
 from dtcache.recipe import ViewSpec
@@ -20,11 +19,6 @@ from pipelines import export as stage
 from pipelines.export import compare, export
 
 VIEW = ViewSpec(height=32, width=32)
-
-
-def run(*arguments: object) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def folder_of(name: str, folder: Path) -> Path:

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from interrupts import interrupt
+from support.cli import run
 
-from cli import main
 from dtcache.device import resolve_compute
 from dtcache.distributed import Processes
 from dtcache.images.scenes import write_scenes
@@ -42,11 +41,6 @@ FLAGS = (
 )
 
 IN_THE_LOOP = ("--teacher", "x", "--timestep", "150")
-
-
-def run(*arguments: object) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def metrics(run_folder: Path) -> list[dict]:

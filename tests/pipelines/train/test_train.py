@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from click.testing import CliRunner, Result
 from interrupts import interrupt
 from safetensors.torch import load_file
+from support.cli import run
+from support.files import flip
 
-from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.cache.loader import Batching, EpochLoader
 from dtcache.cache.selection import held_out, split_rows
@@ -57,11 +57,6 @@ FLAGS = (
     "--taps",
     "4,8",
 )
-
-
-def run(*arguments: object) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def small_student(cache: Cache) -> Student:
@@ -431,9 +426,7 @@ def test_damaged_features_stop_the_run_naming_the_sample(cache: Path, tmp_path: 
     """A flipped byte is never trained on."""
     broken = Path(shutil.copytree(cache, tmp_path / "c"))
     for shard in (broken / "data.zarr" / "t150" / "stride8").glob("c.*"):
-        data = bytearray(shard.read_bytes())
-        data[10] ^= 1
-        shard.write_bytes(data)
+        flip(shard, 10)
     result = run("train", broken, "--out", tmp_path / "r", *FLAGS)
     assert result.exit_code == 1
     assert "the checksum does not match" in result.output.replace("\n", " ")

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from interrupts import interrupt
 from PIL import Image
 from safetensors.torch import load_file
+from support.cli import run
 
-from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelledCache
 from dtcache.cache.loader import Batching, EpochLoader
@@ -48,11 +47,6 @@ FLAGS = (
     "--student-size",
     "32",
 )
-
-
-def run(*arguments: object) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def lines(out: Path) -> list[dict[str, float]]:

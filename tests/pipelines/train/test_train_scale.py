@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from interrupts import interrupt
 from safetensors.torch import load_file
+from support.cli import run
 
-from cli import main
 from dtcache.device import compile_errors, compiled, resolve_compute
 from dtcache.errors import ConfigError
 
@@ -60,11 +59,6 @@ def stopping(*arguments):
 Trainer.step = stopping
 cli.main()
 """
-
-
-def run(*arguments: object) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def metric(run_folder: Path, name: str) -> list[float]:

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from inspecting import flip
 from interrupts import interrupt
 from store.builders import tree
+from support.cli import run
 
 from cli import main
 from dtcache.atomic_files import FolderLock
@@ -24,14 +25,9 @@ SET = "labels/parts"
 SHARD = f"{SET}/data.zarr/t0/logits/c.1.0.0"
 
 
-def run(*arguments: object) -> Result:
-    """Run `dtcache verify` in this process."""
-    return CliRunner().invoke(main, ["verify", *map(str, arguments)])
-
-
 def repair(root: Path, *flags: object) -> tuple[Result, dict[str, tuple[str, str]]]:
     """Run the repair; return the result, and outcome and note of each file."""
-    result = run(root, "--repair", *flags, "--json")
+    result = run("verify", root, "--repair", *flags, "--json")
     lines = json.loads(result.stdout)["repair"] if result.stdout else []
     return result, {line["path"]: (line["outcome"], line["note"]) for line in lines}
 
@@ -183,11 +179,11 @@ def test_the_plan_names_the_flags_that_are_missing(root: Path) -> None:
     """--repair --dry-run says what a repair of a label set does and needs; nothing is written."""
     flip(root / SHARD)
     before = tree(root)
-    output = " ".join(run(root, "--repair", "--dry-run").output.split())
+    output = " ".join(run("verify", root, "--repair", "--dry-run").output.split())
     assert f"planned: {SHARD}: recompute shard 1 (16 images) with the interpreter" in output
     assert "nothing was written; to repair, pass --interpreter and leave out --dry-run" in output
     flip(root / "data.zarr/images/c.0.0")
-    output = " ".join(run(root, "--repair", "--dry-run").output.split())
+    output = " ".join(run("verify", root, "--repair", "--dry-run").output.split())
     assert (
         "to repair, pass --images and --teacher and --interpreter and leave out --dry-run" in output
     )
@@ -219,13 +215,13 @@ def test_a_label_set_of_a_newer_format_is_named_and_the_cache_verified(
     path = root / "labels" / "newer" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
     before = tree(root)
-    result = run(root)
+    result = run("verify", root)
     assert result.exit_code == 5
     text = " ".join(re.sub(r"[│\s]+", " ", result.output).split())
     reason = "expected format 1, got 2; install the dtcache that wrote it, or a newer one"
     assert f"labels newer not read by this version: {reason}" in text
     assert "state good" in text and "labels parts good" in text
-    found = json.loads(run(root, "--json").stdout)
+    found = json.loads(run("verify", root, "--json").stdout)
     assert (found["state"], found["damage"], found["labels"]["parts"]["state"]) == (
         "unreadable",
         [],
@@ -233,7 +229,7 @@ def test_a_label_set_of_a_newer_format_is_named_and_the_cache_verified(
     )
     assert found["labels"]["newer"] == {"state": "unreadable", "reason": reason}
     flip(root / SHARD)
-    assert run(root).exit_code == 3
+    assert run("verify", root).exit_code == 3
     result, said = repair(root, "--interpreter", interpreter)
     assert (result.exit_code, list(said)) == (5, [SHARD])
     assert tree(root) == before

@@ -1,0 +1,10 @@
+"""The command line, run in this process."""
+
+from click.testing import CliRunner, Result
+
+from cli import main
+
+
+def run(*arguments: object) -> Result:
+    """Run `dtcache` with these arguments, each as text."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
