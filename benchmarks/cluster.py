@@ -27,11 +27,12 @@ from dtcache.images import open_source
 from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
 from dtcache.store.writer import CacheWriter
-from pipelines.extract.extract import _begin
-from pipelines.extract.plan import make_job
+from pipelines.extract.open_writer import begin_cache
+from pipelines.extract.plan import make_plan
 from pipelines.extract.workers import worker
 from pipelines.extract.workers.cluster import local_cluster
-from pipelines.extract.workers.coordinator import run_task
+from pipelines.extract.workers.dispatch import ClusterRunner, make_assignment
+from pipelines.extract.workers.task import run_task
 
 GOAL = 1.7
 SHARDS = 16
@@ -64,7 +65,7 @@ def main() -> None:
     shutil.rmtree(begun, ignore_errors=True)
     begun.mkdir()
     with cpu_threads(1):
-        _begin(begun, make_job(open_source(images), options), options)
+        begin_cache(begun, make_plan(open_source(images), options))
     seconds: dict[int, list[float]] = {1: [], 2: []}
     passes: dict[int, list[float]] = {1: [], 2: []}
     with ExitStack() as stack:
@@ -78,7 +79,7 @@ def main() -> None:
         }
         root = asked.work / "cache"
         writer = fresh(begun, root)
-        assignment = worker.make_assignment(root, writer.manifest, images, options)
+        assignment = make_assignment(root, writer.manifest, images, options)
         for count, client in clients.items():
             client.wait_for_workers(count)
             everywhere(client, run_task, worker.compute, assignment, 0, "warm-up")
@@ -127,8 +128,9 @@ def everywhere(client: Client, task: Callable[..., Any], *arguments: Any) -> lis
 def extraction(client: Client, writer: CacheWriter, images: Path, options: ExtractOptions) -> float:
     """Return the seconds that all shards of a begun cache take, up to the last commit."""
     started = time.perf_counter()
-    for _ in worker.on_workers(client, images, writer, options, lambda count: None, writer.commit):
-        pass
+    runner = ClusterRunner(client=client, images=images, root=writer.root, options=options)
+    for shard in runner.run(writer.manifest, writer.missing, lambda count: None):
+        writer.commit(shard)
     assert writer.missing == []
     return time.perf_counter() - started
 
@@ -136,7 +138,7 @@ def extraction(client: Client, writer: CacheWriter, images: Path, options: Extra
 def forward_passes(assignment: str) -> float:
     """Time bare passes of a worker's teacher, on the worker."""
     with cpu_threads(1):
-        teacher = worker._resident(assignment).job.teacher
+        teacher = worker.shard_worker().runner(assignment).plan.teacher
         view = teacher.input(np.zeros((3, 32, 32), np.uint8), "key", False, seed=0, draws=[0])
         batch = teacher.batch([view] * teacher.spec.batch_size)
         list(teacher.features(batch))

@@ -15,7 +15,7 @@ from dtcache.codec.fit import TapStatistics, quantised_fit
 from dtcache.codec.pca_dct import Encoder
 from dtcache.store.shard import build_shard
 from dtcache.store.zarr_nodes import write_zarr_nodes
-from pipelines.extract.fit_codec import ROW_BYTES
+from pipelines.size_estimate import ROW_BYTES
 from pipelines.terminal.progress import track
 
 AMORTISED = 10_000

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dtcache.device import configure_process, resolve_compute
+from dtcache.errors import ImagesError
 from dtcache.images import load_views, open_source
 from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
@@ -20,7 +21,7 @@ from dtcache.teacher import LoadedTeacher, Teacher, TeacherSettings, prepare_tea
 from dtcache.teacher.ddpm import build_unet, ddpm_scheduler
 from dtcache.teacher.unet import UNetDenoiser
 from dtcache.whitening import whiten
-from pipelines.extract.plan import Job, make_job
+from pipelines.extract.plan import ExtractionPlan, make_plan
 from pipelines.terminal.progress import track
 
 BATCH = 64
@@ -51,12 +52,12 @@ def cifar10_features(
     options = ExtractOptions(
         teacher=str(teacher), timestep=(timestep,), limit=fit, flip=False, batch_size=BATCH
     )
-    job = make_job(open_source(data / "cifar10-train.parquet"), options)
+    plan = make_plan(open_source(data / "cifar10-train.parquet"), options)
     test = open_source(data / "cifar10-test.parquet")
     order = permuted(len(test.keys), seed=0, stream="rows")[:count]
-    counted = replace(job, source=test, samples=SampleList(test.keys, test.labels, order))
+    counted = replace(plan, source=test, samples=SampleList(test.keys, test.labels, order))
     about = f"CIFAR-10 teacher, t={timestep}: fitted on {fit} training images, counted on {count} test images, 32 px"
-    return _feature_set(spool / "cifar10", job, counted, about)
+    return _feature_set(spool / "cifar10", plan, counted, about)
 
 
 def adm_features(spool: Path, data: Path | None, timestep: int, fit: int, count: int) -> FeatureSet:
@@ -67,24 +68,18 @@ def adm_features(spool: Path, data: Path | None, timestep: int, fit: int, count:
     source = open_source(images)
     order = permuted(len(source.keys), seed=0, stream="rows")[: fit + count]
     samples = SampleList(source.keys, source.labels, order)
-    view = ViewSpec(height=256, width=256)
-    job = Job(
+    plan = ExtractionPlan(
         source=source,
         samples=samples[:fit],
-        view=view,
         teacher=_adm_teacher(timestep),
-        flips=(False,),
-        draws=1,
-        average=False,
-        stores_images=False,
-        seed=0,
+        options=ExtractOptions(flip=False, store_images=False),
     )
     kind = "CamVid photographs" if data else "generated scenes"
     about = (
         f"ADM-shaped U-Net of random weights, t={timestep}: fitted on {fit} {kind}, "
         f"counted on {count} others, 256 px"
     )
-    return _feature_set(spool / "adm", job, replace(job, samples=samples[fit:]), about)
+    return _feature_set(spool / "adm", plan, replace(plan, samples=samples[fit:]), about)
 
 
 def _adm_teacher(timestep: int) -> Teacher:
@@ -109,7 +104,9 @@ def _adm_teacher(timestep: int) -> Teacher:
     )
 
 
-def _feature_set(folder: Path, fit: Job, counted: Job, about: str) -> FeatureSet:
+def _feature_set(
+    folder: Path, fit: ExtractionPlan, counted: ExtractionPlan, about: str
+) -> FeatureSet:
     draws = [_spool(folder / f"fit{draw}", fit, draw) for draw in range(2)]
     return FeatureSet(
         fit={name: np.stack([draw[name] for draw in draws]) for name in draws[0]},
@@ -118,11 +115,11 @@ def _feature_set(folder: Path, fit: Job, counted: Job, about: str) -> FeatureSet
     )
 
 
-def _spool(folder: Path, job: Job, draw: int) -> Maps:
-    """Write the whitened features of a job's rows under one noise draw."""
+def _spool(folder: Path, plan: ExtractionPlan, draw: int) -> Maps:
+    """Write the whitened features of a plan's rows under one noise draw."""
     folder.mkdir(parents=True)
-    spec = job.teacher.spec
-    count = len(job.samples)
+    spec = plan.teacher.spec
+    count = len(plan.samples)
     maps = {
         tap_name(t, tap.name): np.memmap(
             folder / f"{t}-{tap.name}",
@@ -133,12 +130,17 @@ def _spool(folder: Path, job: Job, draw: int) -> Maps:
         for t in spec.timesteps
         for tap in spec.taps
     }
-    loaded = load_views(job.source, (s.index for s in job.samples), job.view, threads=1)
+    loaded = load_views(plan.source, (s.index for s in plan.samples), plan.view, threads=1)
     with track(f"{folder.parent.name} {folder.name} features", count) as progress:
         for start in range(0, count, spec.batch_size):
             rows = list(range(start, min(start + spec.batch_size, count)))
-            inputs = [job.input(next(loaded), row, False, [draw]) for row in rows]
-            (raw,) = job.teacher.features(job.teacher.batch(inputs))
+            inputs = []
+            for row in rows:
+                view = next(loaded)
+                if view.pixels_CHW is None:
+                    raise ImagesError(f"{plan.samples[row].key}: {view.failure}")
+                inputs.append(plan.input(view.pixels_CHW, row, False, [draw]))
+            (raw,) = plan.teacher.features(plan.teacher.batch(inputs))
             for name, raw_BCHW in raw.items():
                 maps[name][rows[0] : rows[-1] + 1] = whiten(raw_BCHW)[0].half().numpy(force=True)
             progress.advance(len(rows))

@@ -1,47 +1,104 @@
-"""Room on the disk for a cache: what it needs, and what there is."""
+"""How many bytes a cache needs on the disk, and whether the disk has them."""
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+from numcodecs.zstd import compress
+
+from dtcache.codec import FittedTap
+from dtcache.codec.fit import TapStatistics
+from dtcache.codec.pca_dct import quantise
 from dtcache.errors import DiskError
-from dtcache.images import load_views
+from dtcache.images import ImageSource, load_views
 from dtcache.images.stored_images import encode_stored, image_bound
-from pipelines.extract.plan import Job
+from dtcache.recipe import ViewSpec
+from dtcache.samples import SampleList
+from dtcache.store.shard import CRC_BYTES, ENTRY_BYTES
+from dtcache.store.zstd_frame import ZSTD_LEVEL, pack_frame
 from pipelines.terminal.text import byte_size
 
 SAMPLED_IMAGES = 16
+SIZED_VIEWS = 48
+ROW_BYTES = 60
+"""Bytes of a row in the sample index, compressed: a hash, a key and a label."""
+NODE_BYTES = 900
+"""Bytes of the Zarr node of one fitted array."""
 RESERVE = 1.05
-"""Shares of the forecast bytes that must be free: file systems and indices take some."""
+"""Free bytes that are required per estimated byte: file systems and indices need some."""
 
 
-def image_bytes(job: Job) -> float:
-    """Return the mean bytes of a stored image, from a few that can be decoded; 0 where none are stored."""
-    if not job.stores_images:
-        return 0.0
-    places = [job.samples[row].index for row in range(min(SAMPLED_IMAGES, len(job.samples)))]
-    loaded = [
-        view
-        for view in load_views(job.source, places, job.view, threads=1)
-        if view.pixels_CHW is not None
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureSize:
+    """How many bytes the features of a cache take: all stored bytes except those of images."""
+
+    images: int
+    """Rows of the cache."""
+    views: int
+    """Views per row."""
+    target: float
+    """Bytes per view that the codec is fitted for."""
+    row_bytes: float = ROW_BYTES
+    """Bytes of a row besides its views."""
+    sized_views: int = SIZED_VIEWS
+    """Views of the fit that are encoded to estimate the size of a chunk."""
+
+    def bytes_per_view(
+        self, fit: Mapping[str, FittedTap], statistics: Mapping[str, TapStatistics]
+    ) -> float:
+        """Return the bytes per view: chunks, index entries, and a share of the row and the fit.
+
+        The fit and the row count for at most half the target, because a cache of few images cannot
+        pay for them.
+        """
+        chunks = 0.0
+        for name, fitted in fit.items():
+            coder = fitted.payload_coder()
+            live = fitted.live
+            bound = fitted.payload_bound
+            coefficients = statistics[name].coefficients[0, : self.sized_views]
+            flat = torch.from_numpy(coefficients.reshape(len(coefficients), -1)[:, live])
+            step = torch.from_numpy(fitted.class_step[fitted.live_classes])
+            values = quantise(flat, step).numpy().astype(np.int16)
+            payloads = [coder.pack(v, 0.01, 1.01) for v in values]
+            packed = sum(len(pack_frame(p, bound)) for p in payloads)
+            chunks += packed / len(coefficients) + CRC_BYTES + ENTRY_BYTES
+        arrays = [array for fitted in fit.values() for array in fitted.arrays().values()]
+        fit_bytes = sum(
+            len(compress(np.ascontiguousarray(a).tobytes(), ZSTD_LEVEL)) + NODE_BYTES
+            for a in arrays
+        )
+        shared = (fit_bytes / self.images + self.row_bytes) / self.views
+        return chunks + min(shared, self.target / 2)
+
+
+def mean_image_bytes(source: ImageSource, samples: SampleList, view: ViewSpec) -> float:
+    """Return the mean bytes of a stored image, from the first samples that can be decoded."""
+    indices = [samples[row].index for row in range(min(SAMPLED_IMAGES, len(samples)))]
+    decoded = [
+        loaded
+        for loaded in load_views(source, indices, view, threads=1)
+        if loaded.pixels_CHW is not None
     ]
-    return sum(len(encode_stored(view, image_bound(job.view))) for view in loaded) / max(
-        1, len(loaded)
-    )
+    total = sum(len(encode_stored(loaded, image_bound(view))) for loaded in decoded)
+    return total / max(1, len(decoded))
 
 
 def require_space(out: Path, needed: float) -> None:
-    """Raise DiskError where the disk of `out` has less than `needed` bytes free."""
+    """Raise DiskError if the disk of `out` has fewer than `needed` bytes free, plus a reserve."""
     free = free_bytes(out)
     if free < RESERVE * needed:
         raise DiskError(
-            f"{out}: expected {byte_size(RESERVE * needed)} free for this cache, found {byte_size(free)}; free some "
-            "space, choose another --out or a smaller --quality, or go on with --force"
+            f"{out}: expected {byte_size(RESERVE * needed)} free for this cache, found "
+            f"{byte_size(free)}; free some space, pass another `out` or a smaller `quality`, or "
+            "skip this check with `skip_disk_check=True`"
         )
 
 
 def free_bytes(path: Path) -> int:
-    """Return what is free on the disk of a path that need not exist."""
-    there = next(
-        folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists()
-    )
-    return shutil.disk_usage(there).free
+    """Return the free bytes of the disk of `path`, which need not exist."""
+    folders = (path.absolute(), *path.absolute().parents)
+    return shutil.disk_usage(next(folder for folder in folders if folder.exists())).free

@@ -7,7 +7,7 @@ from dtcache.options.extract import QUALITY_RATIOS, ExtractOptions
 from dtcache.options.field import Options, option
 from dtcache.options.inspect import InspectOptions
 from dtcache.options.label import LabelFitOptions, LabelWriteOptions
-from dtcache.options.parse import parse_ints, parse_share, parse_size, parse_taps
+from dtcache.options.parse import parse_ints, parse_size, parse_taps
 from dtcache.options.teacher import ADM_PRESETS, ConvertOptions, TeachOptions
 from dtcache.options.train import TrainOptions
 from dtcache.options.verify import VerifyOptions
@@ -29,7 +29,6 @@ __all__ = [
     "VerifyOptions",
     "option",
     "parse_ints",
-    "parse_share",
     "parse_size",
     "parse_taps",
 ]

@@ -37,14 +37,3 @@ def parse_taps(text: str, field: str = "taps") -> tuple[str, ...]:
         )
     names = [name.strip() for name in text.split(",")]
     return tuple(f"stride{name}" if name.isdecimal() else name for name in names)
-
-
-def parse_share(text: str, field: str) -> float:
-    """Parse a percentage such as 5% into a share in (0, 1]. Raises ConfigError if the text is none."""
-    percentage = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", text.strip())
-    share = float(percentage[1]) / 100 if percentage is not None else 0.0
-    if not 0 < share <= 1:
-        raise ConfigError(
-            f"`{field}` {text}: expected a percentage over 0 and up to 100, such as 5%"
-        )
-    return share

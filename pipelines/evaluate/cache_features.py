@@ -19,7 +19,7 @@ from dtcache.payloads import pack
 from dtcache.recipe import Sample
 from dtcache.teacher import Teacher
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches
-from pipelines.extract.recipe_options import cache_teacher
+from pipelines.make_teacher import cache_teacher
 
 SURVEY_BATCH = 256
 

@@ -1,4 +1,4 @@
-"""The batch size at which a teacher is fastest, found by trying."""
+"""The batch size at which a teacher is fastest, found by trying powers of two."""
 
 import resource
 import time
@@ -14,17 +14,18 @@ from pipelines.terminal.progress import track
 
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 GAIN = 0.97
-"""A larger batch must take less than this share of the time a view to be worth its memory."""
+"""A larger batch is chosen only if its time per view is below this share of the best so far."""
 PASSES = 2
 LONGEST_SECONDS = 20.0
-"""A size whose pass takes longer is the last one that is tried."""
+"""If a pass takes longer than this, no larger size is tried."""
 
 
 def fastest_batch(prepare: Callable[[int], Teacher]) -> int:
-    """Return the number of views a pass with the least time a view, among powers of two that fit into memory.
+    """Return the number of views per pass that takes the least time per view and fits into memory.
 
-    `prepare` makes the teacher for a size. Trying ends where two sizes on end are no faster, or where the next one
-    might not fit: on a CPU, where twice the growth so far would take over half of the memory that is available.
+    `prepare` makes the teacher for a size. The search ends after two sizes in a row that are no
+    faster, or if the next size might not fit: on a CPU, if twice the memory growth so far exceeds
+    half of the available memory. Raises DeviceMemoryError if the smallest size does not fit.
     """
     best = SIZES[0]
     least = float("inf")
@@ -33,7 +34,7 @@ def fastest_batch(prepare: Callable[[int], Teacher]) -> int:
     with track("choose batch size", len(SIZES)) as progress:
         for size in SIZES:
             try:
-                seconds, on_host = _seconds_a_view(prepare(size))
+                seconds, on_host = _seconds_per_view(prepare(size))
             except DeviceMemoryError:
                 if size == SIZES[0]:
                     raise
@@ -44,15 +45,19 @@ def fastest_batch(prepare: Callable[[int], Teacher]) -> int:
             if seconds < GAIN * least:
                 best = size
                 least = seconds
-            # A GPU says itself what does not fit; the host's memory grows by its libraries there, not by the batch.
+            # A GPU raises an error for what does not fit, and host memory then grows with libraries
+            # rather than with the batch.
             crowded = on_host and 2 * (_peak_bytes() - before) > _free_bytes()
             if worse == 2 or seconds * size > LONGEST_SECONDS or crowded:
                 break
     return best
 
 
-def _seconds_a_view(teacher: Teacher) -> tuple[float, bool]:
-    """Return the time of a pass over grey images, a view, after one that does not count; and whether a CPU ran it."""
+def _seconds_per_view(teacher: Teacher) -> tuple[float, bool]:
+    """Return the seconds per view of a pass over grey images, and whether a CPU ran it.
+
+    One pass runs before those that are timed.
+    """
     size = teacher.spec.batch_size
     grey_CHW = np.full((3, teacher.view.height, teacher.view.width), 128, np.uint8)
     batch = teacher.batch([teacher.input(grey_CHW, "", False, seed=0, draws=[0], label=0)] * size)
@@ -72,5 +77,5 @@ def _peak_bytes() -> int:
 
 
 def _free_bytes() -> int:
-    # What is free leaves out the page cache, which the system gives back.
+    # "Available" includes the page cache, which the system gives back; "free" does not.
     return int(psutil.virtual_memory().available) // 2

@@ -1,4 +1,4 @@
-"""What an extraction will take, from two of its batches: `dtcache extract --dry-run`, and the check of the disk."""
+"""`dtcache extract --dry-run`: what an extraction will take, extrapolated from two of its batches."""
 
 import resource
 import tempfile
@@ -15,10 +15,9 @@ from dtcache.images import load_views
 from dtcache.options import ExtractOptions
 from dtcache.teacher import CallableTeacher, Teacher
 from dtcache.teacher.flops import count_flops
-from pipelines.extract.extract import prepare
-from pipelines.extract.fit_codec import DRAWS, fit_codec
-from pipelines.extract.recipe_options import fit_rows, target_ratio
-from pipelines.extract.shard import packed_rows
+from pipelines.extract.fit_codec import CodecFit, fit_codec, fit_draws, fit_rows
+from pipelines.extract.plan import ExtractionPlan, plan_extraction
+from pipelines.extract.shard import PackedRow, packed_rows
 from pipelines.extract.shard_runner import decode_threads
 from pipelines.size_estimate import RESERVE, free_bytes
 from pipelines.terminal.progress import track
@@ -27,130 +26,170 @@ from pipelines.terminal.text import byte_size, duration
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """What an extraction on this machine, in one process, is expected to take."""
+    """The expected cost of an extraction on this machine, in one process."""
 
     images: int
     views: int
-    """Of an image."""
+    """Views per image."""
     batch_size: int
-    """Views a pass."""
+    """Views per pass of the teacher."""
     views_per_second: float
-    """Of the whole stage, once the codec is fitted."""
+    """Of the shards, without the fit of the codec."""
     teacher_share: float
-    """Of that time, what the teacher's passes take."""
+    """Share of the shards' time that the teacher's passes take."""
     fit_seconds: float
     seconds: float
-    """All of it, the fit included."""
+    """Of the whole extraction, the fit included."""
     feature_bytes: float
     """Features, the codec's fit and indices."""
     image_bytes: float
+    """Stored images."""
     spool_bytes: int
-    """On the same disk, while the codec is fitted."""
+    """Temporary bytes on the same disk while the codec is fitted."""
     free_bytes: int
     memory_bytes: int
-    """Most that this process has held, on a GPU most of its memory that was allocated."""
+    """Peak memory of this process so far; on a GPU, its peak allocated memory."""
     flops: int | None
-    """Of a truncated pass, a view; a multiply-add is two. An inversion's passes and an autoencoder come on top."""
+    """Of one truncated pass per view; a multiply-add counts as two. Without an inversion's further
+    passes and without an autoencoder. None if the operations cannot be counted."""
     full_flops: int | None
-    """Of a whole one; None where nothing is known of it."""
+    """Of one full pass per view; None if the operations cannot be counted."""
     payback_epochs: float
-    """Epochs after which students that read the cache have cost less than those with the teacher in their loop."""
+    """Epochs of training after which the cache has cost less than a teacher in the loop, summed over
+    all students."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room for the cache and the temporary files of the fit."""
+        return (
+            self.free_bytes > RESERVE * (self.feature_bytes + self.image_bytes) + self.spool_bytes
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Trial:
+    """What two batches of an extraction took."""
+
+    packed: list[PackedRow]
+    seconds: float
+    teacher_seconds: float
 
 
 def forecast(
     images: Path, out: Path, options: ExtractOptions, teacher: CallableTeacher | None = None
 ) -> Forecast:
-    """Load everything, fit the codec on two batches, run them, and extrapolate; writes nothing to `out`.
+    """Fit the codec on two batches, run these, and extrapolate; write nothing to `out`.
 
-    A cache that is begun already is forecast as a whole. Raises what an extraction's beginning raises.
+    If `out` holds a begun cache, the forecast is of the whole cache. Raises what `extract` raises
+    before it computes.
     """
-    options, job = prepare(images, out, options, teacher)
-    count = len(job.samples)
-    passes = DRAWS if job.teacher.is_random else 1
-    rows = min(count, 2 * max(1, job.teacher.spec.batch_size // len(job.flips)))
-    clock = job.teacher.clock
-    device = job.teacher.device
-    with cpu_threads(options.threads), tempfile.TemporaryDirectory(prefix="dtcache-") as scratch:
+    plan = plan_extraction(images, out, options, teacher)
+    count = len(plan.samples)
+    spec = plan.teacher.spec
+    rows = min(count, 2 * max(1, spec.batch_size // len(plan.flips)))
+    clock = plan.teacher.clock
+    with (
+        cpu_threads(plan.options.threads),
+        tempfile.TemporaryDirectory(prefix="dtcache-") as scratch,
+    ):
         started = time.monotonic()
-        before = clock.seconds
-        fitted = fit_codec(Path(scratch), job, rows, target_ratio(job, options))
-        solving = time.monotonic() - started - (clock.seconds - before)
-        encoder = FeatureEncoder(fitted.fit, device)
-        places = [job.samples[row].index for row in range(rows)]
-        views = load_views(job.source, places, job.view, threads=decode_threads(device))
-        with track("two batches", rows) as progress:
-            started = time.monotonic()
-            before = clock.seconds
-            packed = list(packed_rows(job, encoder, range(rows), views, progress.advance))
-            taken = time.monotonic() - started
-    teaching = clock.seconds - before
-    passes_a_row = len(job.flips) * job.draws
-    a_pass = teaching / (rows * passes_a_row)
-    stored = sum(len(row.image) for row in packed) / max(
-        1, sum(row.reason is None for row in packed)
+        teacher_before = clock.seconds
+        fitted = fit_codec(Path(scratch), plan, rows)
+        solve_seconds = time.monotonic() - started - (clock.seconds - teacher_before)
+        trial = _run_rows(plan, fitted, rows)
+    passes_per_row = len(plan.flips) * plan.options.draws
+    pass_seconds = trial.teacher_seconds / (rows * passes_per_row)
+    stored = sum(len(row.image) for row in trial.packed) / max(
+        1, sum(row.reason is None for row in trial.packed)
     )
-    averaged = job.draws if job.average else 1
-    # The statistics, most of what is not passes, grow with the rows; solving the step does not, and is the smaller.
-    real_fit = (passes * averaged * fit_rows(count)) * a_pass + solving * fit_rows(count) / rows
-    seconds = real_fit + count * taken / rows
-    spec = job.teacher.spec
-    values = sum(tap.values for tap in spec.taps) * len(spec.timesteps)
+    averaged = plan.options.draws if plan.options.average else 1
+    draws = fit_draws(plan)
+    # Most of the time besides passes is that of statistics, which grows with the rows; the time of
+    # solving the step does not, and is smaller.
+    fit_seconds = (draws * averaged * fit_rows(count)) * pass_seconds
+    fit_seconds += solve_seconds * fit_rows(count) / rows
+    seconds = fit_seconds + count * trial.seconds / rows
     return Forecast(
         images=count,
-        views=job.views,
+        views=plan.num_views,
         batch_size=spec.batch_size,
-        views_per_second=rows * passes_a_row / taken,
-        teacher_share=teaching / taken,
-        fit_seconds=real_fit,
+        views_per_second=rows * passes_per_row / trial.seconds,
+        teacher_share=trial.teacher_seconds / trial.seconds,
+        fit_seconds=fit_seconds,
         seconds=seconds,
-        feature_bytes=count * job.views * fitted.bytes_per_view,
+        feature_bytes=count * plan.num_views * fitted.bytes_per_view,
         image_bytes=count * stored,
-        spool_bytes=2 * passes * fit_rows(count) * values,
+        spool_bytes=2 * draws * fit_rows(count) * plan.values_per_view,
         free_bytes=free_bytes(out),
-        memory_bytes=_peak_bytes(device),
-        flops=_flops(job.teacher, whole=False),
-        full_flops=_flops(job.teacher, whole=True),
-        payback_epochs=seconds / (count * a_pass),
+        memory_bytes=_peak_bytes(plan.teacher.device),
+        flops=_flops(plan.teacher, plan.teacher.network),
+        full_flops=_flops(plan.teacher, None),
+        payback_epochs=seconds / (count * pass_seconds),
     )
 
 
-def render_forecast(found: Forecast) -> Table:
+def _run_rows(plan: ExtractionPlan, fitted: CodecFit, rows: int) -> _Trial:
+    """Compute the first rows as an extraction does, and time it."""
+    device = plan.teacher.device
+    encoder = FeatureEncoder(fitted.fit, device)
+    indices = [plan.samples[row].index for row in range(rows)]
+    views = load_views(plan.source, indices, plan.view, threads=decode_threads(device))
+    with track("two batches", rows) as progress:
+        started = time.monotonic()
+        teacher_before = plan.teacher.clock.seconds
+        packed = list(packed_rows(plan, encoder, range(rows), views, progress.advance))
+        return _Trial(
+            packed=packed,
+            seconds=time.monotonic() - started,
+            teacher_seconds=plan.teacher.clock.seconds - teacher_before,
+        )
+
+
+def render_forecast(forecast: Forecast) -> Table:
     """Return the forecast as a narrow table."""
-    title = f"{found.images} images, {found.views} views each; in one process"
+    title = f"{forecast.images} images, {forecast.views} views each; in one process"
     table = Table(show_header=False, title=title, title_justify="left")
-    total = found.feature_bytes + found.image_bytes
-    fits = "fits" if found.free_bytes > RESERVE * total + found.spool_bytes else "DOES NOT FIT"
     table.add_row(
-        "time", f"{duration(found.seconds)}, codec fit {duration(found.fit_seconds)} of it"
+        "time",
+        f"{duration(forecast.seconds)}, codec fit {duration(forecast.fit_seconds)} of it",
     )
     table.add_row(
-        "speed", f"{found.views_per_second:.1f} views/s, teacher busy {found.teacher_share:.0%}"
+        "speed",
+        f"{forecast.views_per_second:.1f} views/s, teacher busy {forecast.teacher_share:.0%}",
     )
     table.add_row(
         "cache",
-        f"{byte_size(total)}: features {byte_size(found.feature_bytes)}, images {byte_size(found.image_bytes)}",
+        f"{byte_size(forecast.feature_bytes + forecast.image_bytes)}: features "
+        f"{byte_size(forecast.feature_bytes)}, images {byte_size(forecast.image_bytes)}",
     )
     table.add_row(
         "disk",
-        f"{byte_size(found.free_bytes)} free, {fits}; {byte_size(found.spool_bytes)} more during the fit",
+        f"{byte_size(forecast.free_bytes)} free, {'fits' if forecast.fits else 'DOES NOT FIT'}; "
+        f"{byte_size(forecast.spool_bytes)} more during the fit",
     )
-    table.add_row("memory", f"{byte_size(found.memory_bytes)} with {found.batch_size} views a pass")
-    if found.flops is not None:
-        whole = (
-            f", {found.flops / found.full_flops:.0%} of a whole pass" if found.full_flops else ""
-        )
-        table.add_row("teacher", f"{found.flops / 1e9:.3g} GFLOP a view{whole}")
     table.add_row(
-        "pays off", f"after {found.payback_epochs:.1f} epochs of students, counted together"
+        "memory", f"{byte_size(forecast.memory_bytes)} with {forecast.batch_size} views per pass"
+    )
+    if forecast.flops is not None:
+        share = (
+            f", {forecast.flops / forecast.full_flops:.0%} of a full pass"
+            if forecast.full_flops
+            else ""
+        )
+        table.add_row("teacher", f"{forecast.flops / 1e9:.3g} GFLOP per view{share}")
+    table.add_row(
+        "pays off", f"after {forecast.payback_epochs:.1f} epochs, summed over all students"
     )
     return table
 
 
-def _flops(teacher: Teacher, *, whole: bool) -> int | None:
+def _flops(teacher: Teacher, network: torch.nn.Module | None) -> int | None:
+    """Count the operations of a pass of `network`, by default the full denoiser."""
     try:
-        network = teacher.denoiser.predictor() if whole else teacher.network
+        if network is None:
+            network = teacher.denoiser.predictor()
         return count_flops(network, teacher.input_shape, teacher.denoiser.num_classes) or None
-    except Exception:  # a module of one's own may do anything on tensors that hold no numbers
+    except Exception:  # a user's module may do anything on tensors without data
         return None
 
 

@@ -1,208 +1,397 @@
-"""What an extraction computes: samples, view, teacher and noise; it knows no shard, no scheduler and no store."""
+"""The plan of an extraction: images, teacher and options, of which every one is resolved."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from dtcache.device import configure_process, cpu_threads, resolve_compute
-from dtcache.errors import ConfigError
-from dtcache.images import ImageSource, LoadedView
-from dtcache.options import ExtractOptions, parse_size, parse_taps
+from dtcache.device import cpu_threads, resolve_compute
+from dtcache.errors import CacheMismatchError, ConfigError
+from dtcache.images import ImageSource, open_source
+from dtcache.options import QUALITY_RATIOS, ExtractOptions
 from dtcache.recipe import (
     MAX_SAMPLES,
     MAX_SHARD_ROWS,
     MAX_SHARDS,
-    MAX_SIDE,
     MAX_VIEWS,
+    CodecSpec,
+    Equivariance,
+    Json,
+    Recipe,
     ViewSpec,
     tap_name,
 )
 from dtcache.rng import permuted
 from dtcache.samples import SampleList
-from dtcache.teacher import (
-    CallableTeacher,
-    LoadedTeacher,
-    Prompt,
-    Teacher,
-    TeacherInput,
-    TeacherSettings,
-    load_teacher,
-    native_size,
-    prepare_teacher,
-)
+from dtcache.store.layout import MANIFEST, SAMPLES
+from dtcache.store.manifest import CacheManifest, read_manifest, require_same
+from dtcache.store.sample_index import changed_samples, hash_samples, read_table
+from dtcache.store.writer import require_ours
+from dtcache.teacher import CallableTeacher, LoadedTeacher, Teacher, TeacherInput, load_teacher
 from pipelines.extract.batch_size import fastest_batch
-
-DDIM_STEPS = 20
+from pipelines.make_teacher import make_teacher, stored_prompt
+from pipelines.terminal.progress import track
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """Everything that turns rows into shards; it knows no scheduler and no writer."""
+class BegunCache:
+    """A cache that an earlier extraction began, and perhaps finished."""
+
+    root: Path
+    manifest: CacheManifest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractionPlan:
+    """What an extraction computes, whoever computes it: everything that turns rows into shards."""
 
     source: ImageSource
     samples: SampleList
-    view: ViewSpec
+    """The rows of the cache, in order."""
     teacher: Teacher
-    flips: tuple[bool, ...]
-    """Which mirrorings are cached: (False,) or (False, True)."""
-    draws: int
-    average: bool
-    """Whether the draws become one view, their mean."""
-    stores_images: bool
-    seed: int
+    options: ExtractOptions
+    """`batch_size` is a number; `threads` is a number on a CPU and None on a GPU; `shard_rows` is
+    None only before the fit of a new cache, if the user left it out."""
+    begun: BegunCache | None = None
+    """The cache that is resumed, or None if a new one is begun."""
 
     @property
-    def views(self) -> int:
-        """Views of a row."""
-        return len(self.flips) * (1 if self.average else self.draws)
+    def view(self) -> ViewSpec:
+        """The geometry of a view."""
+        return self.teacher.view
+
+    @property
+    def flips(self) -> tuple[bool, ...]:
+        """Which mirrorings are cached: (False,) or (False, True)."""
+        return (False, True) if self.options.flip else (False,)
+
+    @property
+    def num_views(self) -> int:
+        """Views per row."""
+        return len(self.flips) * (1 if self.options.average else self.options.draws)
 
     @property
     def names(self) -> list[str]:
         """The arrays of features, timestep by timestep, finest tap first."""
-        return [
-            tap_name(t, tap.name)
-            for t in self.teacher.spec.timesteps
-            for tap in self.teacher.spec.taps
-        ]
+        spec = self.teacher.spec
+        return [tap_name(t, tap.name) for t in spec.timesteps for tap in spec.taps]
 
-    def input(self, loaded: LoadedView, row: int, flip: bool, draws: Sequence[int]) -> TeacherInput:
-        """Return what the teacher needs of a row's image, mirrored or not, and several draws."""
-        assert loaded.pixels_CHW is not None, "a failed image has no view"
-        key = self.samples[row].key
-        label = self.samples[row].label
+    @property
+    def values_per_view(self) -> int:
+        """Numbers in the features of one view."""
+        spec = self.teacher.spec
+        return sum(tap.values for tap in spec.taps) * len(spec.timesteps)
+
+    @property
+    def fp16_bytes_per_image(self) -> int:
+        """Bytes of the features of one image, stored as float16."""
+        return 2 * self.num_views * self.values_per_view
+
+    @property
+    def ratio(self) -> float | None:
+        """float16 bytes over stored bytes that the codec is fitted for; None stores float16."""
+        if self.options.bytes_per_image is None:
+            return QUALITY_RATIOS[self.options.quality]
+        return self.fp16_bytes_per_image / self.options.bytes_per_image
+
+    def input(
+        self, pixels_CHW: NDArray[np.uint8], row: int, flip: bool, draws: Sequence[int]
+    ) -> TeacherInput:
+        """Return the teacher's input for the view of a row, mirrored if `flip`, with these draws."""
+        sample = self.samples[row]
         return self.teacher.input(
-            loaded.pixels_CHW, key, flip, seed=self.seed, draws=draws, label=label
+            pixels_CHW,
+            sample.key,
+            flip,
+            seed=self.options.seed,
+            draws=draws,
+            label=sample.label,
         )
 
+    def recipe(
+        self,
+        codec: CodecSpec,
+        shard_rows: int,
+        equivariance: Equivariance | None = None,
+        round_trip: dict[str, float] | None = None,
+    ) -> Recipe:
+        """Return the recipe of the cache, given its fitted codec and what was measured."""
+        options = self.options
+        return Recipe(
+            teacher=self.teacher.spec,
+            view=self.view,
+            codec=codec,
+            samples_sha256=hash_samples(self.samples),
+            num_samples=len(self.samples),
+            flips=options.flip,
+            draws=options.draws,
+            average=options.average,
+            seed=options.seed,
+            shard_rows=shard_rows,
+            threads=options.threads,
+            images="view" if options.store_images else "none",
+            equivariance=equivariance,
+            round_trip=round_trip,
+        )
 
-def make_job(
+    def fixed_recipe(self) -> Json:
+        """Return the fields of the recipe that options and inputs determine before the fit."""
+        ratio = self.ratio
+        unfitted = CodecSpec(
+            name="float16" if ratio is None else "pca-dct-rans",
+            ratio=ratio,
+            step=None,
+            fit_rows=0,
+            fit_sha256="",
+            noise_share={},
+            noise_floor={},
+            determined_error={},
+        )
+        fixed = self.recipe(unfitted, self.options.shard_rows or 0).to_json()
+        # The other fields of the codec are fitted; noise levels follow from the configuration.
+        fixed["codec"] = {name: fixed["codec"][name] for name in ("name", "whitening", "ratio")}
+        del fixed["teacher"]["alpha_bars"], fixed["teacher"]["snrs"]
+        for name in ("ddim_steps", "compiled"):
+            fixed["teacher"].setdefault(name, None)
+        condition = fixed["teacher"].pop("condition", None)
+        if condition is not None:
+            causes = {
+                name: condition[name] for name in ("kind", "number", "prompt") if name in condition
+            }
+            fixed["teacher"]["condition"] = causes | condition
+        for name in ("shard_rows", "threads"):
+            if getattr(self.options, name) is None:
+                fixed.pop(name, None)
+        # A comparison names the first difference, so causes come before effects: another seed also
+        # changes the sample list, and other taps or views change the ratio of `bytes_per_image`.
+        causes_first = ("seed", "flips", "draws", "average", "teacher")
+        return {name: fixed[name] for name in causes_first} | fixed
+
+
+def plan_extraction(
+    images: Path, out: Path, options: ExtractOptions, teacher: CallableTeacher | None = None
+) -> ExtractionPlan:
+    """Check everything that can be checked before computing, and load images and teacher.
+
+    `teacher` is a teacher made in Python; then `options.teacher` is empty. Writes nothing. Raises
+    ConfigError, CacheMismatchError if `out` holds a different cache or files that dtcache did not
+    create, and what loading images and teacher raises.
+    """
+    check_options(options, teacher)
+    begun = find_begun_cache(out)
+    plan = make_plan(open_source(images, track), options, teacher, begun)
+    if begun is not None:
+        require_same_recipe(begun, plan, plan.fixed_recipe())
+    return plan
+
+
+def find_begun_cache(out: Path) -> BegunCache | None:
+    """Return the cache in `out`, or None if `out` is missing or empty.
+
+    Raises ConfigError if `out` is a file, CacheMismatchError if it holds files that dtcache did not
+    create, and what reading a manifest raises.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"`out` {out}: expected a folder, got a file")
+    if (out / MANIFEST).exists():
+        return BegunCache(root=out, manifest=read_manifest(out))
+    if out.is_dir():
+        require_ours(out)
+    return None
+
+
+def make_plan(
     source: ImageSource,
     options: ExtractOptions,
     teacher: CallableTeacher | None = None,
-    stored: Prompt | None = None,
-) -> Job:
-    """Load the teacher, unless one is given, and order the samples.
+    begun: BegunCache | None = None,
+) -> ExtractionPlan:
+    """Load the teacher, resolve the options and order the samples.
 
-    `stored` is the prompt's embedding of a cache that was begun. Raises ConfigError, TeacherError, and ImagesError
-    where the teacher is told labels that the images do not have.
+    Options that are None take their value from the recipe of a begun cache. Raises ConfigError,
+    TeacherError, and ImagesError if the teacher needs labels that the images do not have.
     """
-    if (teacher is None) != bool(options.teacher):
-        got = "both" if options.teacher else "neither"
-        raise ConfigError(
-            f"--teacher: expected the name of a teacher or, from Python, a CallableTeacher, got {got}"
-        )
-    if teacher is not None and options.prompt is not None:
-        raise ConfigError("--prompt: a CallableTeacher reads no text; leave --prompt out")
-    _check_encoding(options, teacher is None or teacher.is_random)
-    if options.average and options.draws < 2:
-        raise ConfigError(
-            f"--average: expected at least 2 --draws to take the mean of, got {options.draws}"
-        )
-    if options.flip and options.batch_size is not None and options.batch_size < 2:
-        raise ConfigError(
-            f"--batch-size {options.batch_size}: expected at least 2, both flips of an image"
-        )
-    views = options.draws * (2 if options.flip else 1)
-    if max(options.draws, 1 if options.average else views) > MAX_VIEWS:
-        raise ConfigError(
-            f"--draws {options.draws}: expected at most {MAX_VIEWS} draws, and as many views an image"
-        )
-    if options.shard_rows is not None and options.shard_rows > MAX_SHARD_ROWS:
-        raise ConfigError(f"--shard-rows {options.shard_rows}: expected at most {MAX_SHARD_ROWS}")
-    if teacher is None:
-        loaded = load_teacher(options.teacher, prompt=options.prompt, stored=stored)
-    else:
+    check_options(options, teacher)
+    if teacher is not None:
         loaded = teacher.loaded()
+    else:
+        stored = stored_prompt(begun.root, begun.manifest) if begun is not None else None
+        loaded = load_teacher(options.teacher, prompt=options.prompt, stored=stored)
     if loaded.latents is not None and loaded.latents.scale_warning is not None:
         print(f"warning: {loaded.latents.scale_warning}", file=sys.stderr)
-    if options.batch_size is None:
-        # Compiling each size would take minutes, and change what is compiled later.
-        eager = replace(options, compile=False)
-        with cpu_threads(computing_threads(options)):
-            size = fastest_batch(lambda size: make_teacher(loaded, eager, size))
-        options = replace(options, batch_size=size)
-    return job_with(source, make_teacher(loaded, options), options)
+    recipe = begun.manifest.recipe if begun is not None else None
+    device_type = resolve_compute(options.device, options.precision).device.type
+    batch_size = options.batch_size or (
+        recipe["teacher"]["batch_size"] if recipe is not None else _fastest(loaded, options)
+    )
+    resolved = replace(
+        options,
+        batch_size=batch_size,
+        threads=resolve_threads(options, device_type, recipe),
+        shard_rows=options.shard_rows or (recipe["shard_rows"] if recipe is not None else None),
+    )
+    plan = plan_rows(source, make_teacher(loaded, resolved, batch_size), resolved, begun)
+    _check_target(plan)
+    return plan
 
 
-def job_with(source: ImageSource, teacher: Teacher, options: ExtractOptions) -> Job:
-    """Order the samples for a teacher.
+def plan_rows(
+    source: ImageSource,
+    teacher: Teacher,
+    options: ExtractOptions,
+    begun: BegunCache | None = None,
+) -> ExtractionPlan:
+    """Order the samples of `source` for a teacher; the options are resolved already.
 
-    Raises ImagesError where it is told labels that the images do not have, ConfigError for more than a cache holds.
+    Raises ImagesError if the teacher needs labels that the images do not have, and ConfigError if
+    the images are more than a cache can hold.
     """
     order = permuted(len(source.keys), seed=options.seed, stream="rows")[: options.limit]
     most = min(MAX_SAMPLES, MAX_SHARDS * (options.shard_rows or MAX_SHARD_ROWS))
     if len(order) > most:
         raise ConfigError(
-            f"{len(order)} images: expected at most {most}; give --limit, or a larger --shard-rows"
+            f"{len(order)} images: expected at most {most}; pass `limit`, or a larger `shard_rows`"
         )
     labels = source.labels
     samples = SampleList(source.keys, labels, order)
     teacher.require_labels(
         (s.key for s in samples), (s.label for s in samples) if labels is not None else None
     )
-    return Job(
-        source=source,
-        samples=samples,
-        view=teacher.view,
-        teacher=teacher,
-        flips=(False, True) if options.flip else (False,),
-        draws=options.draws,
-        average=options.average,
-        stores_images=options.images == "view",
-        seed=options.seed,
+    return ExtractionPlan(
+        source=source, samples=samples, teacher=teacher, options=options, begun=begun
     )
 
 
-def _check_encoding(options: ExtractOptions, takes_noise: bool) -> None:
-    """Raise ConfigError for draws where there is no noise to draw, and for steps of an inversion not asked for."""
+def require_same_recipe(begun: BegunCache, plan: ExtractionPlan, fixed: Json) -> None:
+    """Raise CacheMismatchError if a begun cache has another value in a field of `fixed`.
+
+    `fixed` holds fields of the plan's recipe. The message names the first field that differs. The
+    images come last, because an option such as the seed may be why their list differs.
+    """
+    lists = ("num_samples", "samples_sha256")
+    recipe = begun.manifest.recipe
+    options = {name: value for name, value in fixed.items() if name not in lists}
+    require_same(begun.root, recipe, options)
+    if any(recipe[name] != fixed[name] for name in lists):
+        changes = changed_samples(read_table(begun.root / SAMPLES), plan.samples)
+        raise CacheMismatchError(
+            f"{begun.root} holds a cache of another recipe: of other images: {changes}; pass the "
+            "images and the `limit` that it was begun with, or another `out`"
+        )
+
+
+def check_options(options: ExtractOptions, teacher: CallableTeacher | None) -> None:
+    """Raise ConfigError if options contradict each other or the kind of teacher."""
+    if (teacher is None) != bool(options.teacher):
+        got = "both" if options.teacher else "neither"
+        raise ConfigError(
+            "`teacher`: expected the name of a teacher or, from Python, a CallableTeacher, got "
+            f"{got}"
+        )
+    if teacher is not None and options.prompt is not None:
+        raise ConfigError("`prompt`: a CallableTeacher reads no text; leave `prompt` out")
+    _check_workers(options, teacher)
+    _check_encoding(options, takes_noise=teacher is None or teacher.is_random)
+    _check_views(options)
+    if options.shard_rows is not None and options.shard_rows > MAX_SHARD_ROWS:
+        raise ConfigError(f"`shard_rows` {options.shard_rows}: expected at most {MAX_SHARD_ROWS}")
+
+
+def _check_workers(options: ExtractOptions, teacher: CallableTeacher | None) -> None:
+    """Raise ConfigError if the options name two clusters, or workers that cannot be started."""
+    if (options.workers or options.scheduler) and teacher is not None:
+        raise ConfigError(
+            "`workers`, `scheduler`: a CallableTeacher exists in this process only; leave them out"
+        )
+    if options.workers and options.scheduler:
+        raise ConfigError(
+            f"`workers` {options.workers} starts a cluster, `scheduler` {options.scheduler} uses "
+            "one: pass one of them"
+        )
+    if options.workers and ":" in options.device:
+        raise ConfigError(
+            f"`device` {options.device} names one GPU, and `workers` take one each: pass "
+            "`device='cuda'`, and choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    if options.dashboard and not options.workers:
+        raise ConfigError(
+            "`dashboard`: expected `workers` with it; a scheduler of your own has its own dashboard"
+        )
+
+
+def _check_encoding(options: ExtractOptions, *, takes_noise: bool) -> None:
+    """Raise ConfigError for draws if there is no noise, and for DDIM steps without an inversion."""
     if options.encoding != "ddim" and options.ddim_steps is not None:
         raise ConfigError(
-            f"--ddim-steps {options.ddim_steps}: expected --encoding ddim beside it; give both or none"
+            f"`ddim_steps` {options.ddim_steps}: expected `encoding='ddim'` with it; pass both or "
+            "neither"
         )
     if (options.draws > 1 or options.average) and not (takes_noise and options.encoding == "ddpm"):
-        what = (
-            "--encoding ddim" if options.encoding == "ddim" else "a CallableTeacher without prepare"
+        cause = (
+            "`encoding='ddim'`"
+            if options.encoding == "ddim"
+            else "a CallableTeacher without prepare"
         )
         raise ConfigError(
-            f"{what} draws no noise: expected --draws 1 and no --average, got --draws {options.draws}"
+            f"{cause} draws no noise: expected `draws=1` and no `average`, got "
+            f"`draws={options.draws}`"
         )
 
 
-def computing_threads(options: ExtractOptions) -> int:
-    """Return the CPU threads of each process that computes, where the recipe does not say it: --threads, or a share."""
-    return options.threads or (
-        1 if options.scheduler else max(1, torch.get_num_threads() // (options.workers or 1))
-    )
+def _check_views(options: ExtractOptions) -> None:
+    """Raise ConfigError if draws, flips and the batch size do not go together."""
+    if options.average and options.draws < 2:
+        raise ConfigError(
+            f"`average`: expected at least 2 `draws` to take the mean of, got {options.draws}"
+        )
+    if options.flip and options.batch_size is not None and options.batch_size < 2:
+        raise ConfigError(
+            f"`batch_size` {options.batch_size}: expected at least 2, both flips of an image"
+        )
+    views = options.draws * (2 if options.flip else 1)
+    if max(options.draws, 1 if options.average else views) > MAX_VIEWS:
+        raise ConfigError(
+            f"`draws` {options.draws}: expected at most {MAX_VIEWS} draws, and at most "
+            f"{MAX_VIEWS} views per image"
+        )
 
 
-def make_teacher(
-    loaded: LoadedTeacher, options: ExtractOptions, batch_size: int | None = None
-) -> Teacher:
-    """Return a loaded teacher with the constants of the options; `batch_size`, if given, replaces theirs.
+def _check_target(plan: ExtractionPlan) -> None:
+    """Raise ConfigError if `bytes_per_image` is more than float16, or `quality` is passed too."""
+    target = plan.options.bytes_per_image
+    fp16 = plan.fp16_bytes_per_image
+    if target is not None and (plan.options.quality != "default" or target >= fp16):
+        raise ConfigError(
+            f"`bytes_per_image` {target:g}: expected fewer than the {fp16} bytes of float16, and "
+            "no `quality` with it; leave it out, or store float16 with `quality='fp16'`"
+        )
 
-    Configures this process for the device. Raises ConfigError.
+
+def resolve_threads(options: ExtractOptions, device_type: str, begun: Json | None) -> int | None:
+    """Return the CPU threads of each process that computes, a constant of the recipe; None on a GPU.
+
+    `begun` is the recipe of a begun cache; its number of threads is used if the options have none.
     """
-    size = batch_size or options.batch_size
-    assert size is not None, "auto is resolved by whoever asks for a teacher"
-    height, width = parse_size(options.size) if options.size else native_size(loaded)
-    if max(height, width) > MAX_SIDE:
-        raise ConfigError(f"--size {height}x{width}: expected at most {MAX_SIDE} pixels a side")
-    compute = resolve_compute(options.device, options.precision)
-    configure_process(compute.device)
-    return prepare_teacher(
-        loaded,
-        TeacherSettings(
-            view=ViewSpec(
-                height=height, width=width, fit="stretch" if options.fit == "stretch" else "crop"
-            ),
-            taps=parse_taps(options.taps) if options.taps else None,
-            timesteps=options.timestep,
-            batch_size=size,
-            condition=options.condition,
-            ddim_steps=(options.ddim_steps or DDIM_STEPS) if options.encoding == "ddim" else None,
-            compile=options.compile,
-        ),
-        compute,
-    )
+    if device_type != "cpu":
+        return None
+    if begun is not None:
+        return options.threads or begun.get("threads")
+    return _computing_threads(options)
+
+
+def _computing_threads(options: ExtractOptions) -> int:
+    """Return `threads`, or else this process's threads, shared by `workers`; 1 with a scheduler."""
+    if options.threads:
+        return options.threads
+    return 1 if options.scheduler else max(1, torch.get_num_threads() // (options.workers or 1))
+
+
+def _fastest(loaded: LoadedTeacher, options: ExtractOptions) -> int:
+    # Compiling for each size would take minutes, and change what is compiled later.
+    eager = replace(options, compile=False)
+    with cpu_threads(_computing_threads(options)):
+        return fastest_batch(lambda size: make_teacher(loaded, eager, size))

@@ -1,15 +1,18 @@
-"""One shard of a cache: its rows' images through teacher and codec; it knows no scheduler and no writer.
+"""One shard of a cache: the images of its rows, through the teacher and the codec, to payloads.
 
-The calling thread drives the teacher and the quantiser. Noise is made before a batch, and payloads after it, in
-threads: beside other batches' passes on a GPU, between them on a CPU, where both would fight for the same cores.
+The calling thread drives the teacher and the quantiser. Threads make the noise before a batch and
+the payloads after it: while other batches are on a GPU, but between the passes on a CPU, where both
+would compete for the same cores. Shape suffixes: C channels, H rows, W columns.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -21,22 +24,23 @@ from dtcache.store.commits import CodecSums
 from dtcache.store.layout import IMAGES
 from dtcache.store.pending_shard import ShardData
 from dtcache.teacher import TeacherInput
-from pipelines.extract.overlap import in_threads
-from pipelines.extract.plan import Job
+from pipelines.extract.plan import ExtractionPlan
+
+T = TypeVar("T")
 
 AHEAD = 2
-"""Batches that a GPU finds ready, and batches that may wait for the entropy coder."""
+"""Batches that are prepared ahead of a GPU, and batches that may wait for the entropy coder."""
 MAX_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedRow:
-    """One row's image before the teacher."""
+    """The image of one row, ready for the teacher."""
 
     row: int
     loaded: LoadedView
     inputs: tuple[TeacherInput, ...]
-    """One a flip; none where the image failed."""
+    """One per flip; none if the image cannot be decoded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,76 +48,75 @@ class PackedRow:
     """One row as it is written."""
 
     content_sha256: str | None
+    """Of the image file; None if it cannot be decoded."""
     reason: str | None
-    """Why the row failed."""
+    """Why the row failed, or None."""
     image: bytes
     views: dict[str, list[EncodedView]]
-    """By array: draw by draw, each as it is and mirrored."""
+    """By array: draw by draw, each without and with mirroring; empty if the row failed."""
 
 
-def run_shard(
-    job: Job,
-    encoder: FeatureEncoder,
-    shard: int,
-    rows: range,
-    views: Iterator[LoadedView],
-    fitted: int,
-    on_rows: Callable[[int], None],
+def shard_data(
+    plan: ExtractionPlan, shard: int, rows: range, packed: Sequence[PackedRow], fit_rows: int
 ) -> ShardData:
-    """Compute one shard from `views`, which yields its rows' images in order; a pure function of the job."""
-    names = job.names
-    payloads: dict[str, list[bytes]] = {
-        name: [] for name in ([IMAGES] if job.stores_images else []) + names
-    }
-    content: list[str | None] = []
-    failures: list[FailedSample] = []
+    """Return the content of a shard from its rows, in order.
+
+    The codec's error is summed over rows that the codec was not fitted on, or over all rows if it
+    was fitted on all.
+    """
+    names = plan.names
+    payloads: dict[str, list[bytes]] = {name: [] for name in names}
     errors = dict.fromkeys(names, 0.0)
     energies = dict.fromkeys(names, 0.0)
-    for row, packed in zip(rows, packed_rows(job, encoder, rows, views, on_rows), strict=True):
-        content.append(packed.content_sha256)
-        if packed.reason is not None:
-            failures.append(FailedSample(row=row, key=job.samples[row].key, reason=packed.reason))
-        if job.stores_images:
-            payloads[IMAGES].append(packed.image)
+    failures: list[FailedSample] = []
+    for row, content in zip(rows, packed, strict=True):
+        if content.reason is not None:
+            failures.append(FailedSample(row=row, key=plan.samples[row].key, reason=content.reason))
         for name in names:
-            encoded = packed.views.get(name, [])
-            payloads[name] += [v.payload for v in encoded] if encoded else [b""] * job.views
-            if row >= fitted or len(job.samples) == fitted:
+            encoded = content.views.get(name, [])
+            payloads[name] += [v.payload for v in encoded] if encoded else [b""] * plan.num_views
+            if row >= fit_rows or len(plan.samples) == fit_rows:
                 errors[name] += sum(v.squared_error for v in encoded)
                 energies[name] += sum(v.energy for v in encoded)
-    sums = {name: CodecSums(squared_error=errors[name], energy=energies[name]) for name in names}
+    if plan.options.store_images:
+        payloads[IMAGES] = [content.image for content in packed]
     return ShardData(
         shard=shard,
         payloads=payloads,
-        content_sha256=tuple(content),
+        content_sha256=tuple(content.content_sha256 for content in packed),
         failures=tuple(failures),
-        sums=sums,
+        sums={name: CodecSums(squared_error=errors[name], energy=energies[name]) for name in names},
     )
 
 
 def packed_rows(
-    job: Job,
+    plan: ExtractionPlan,
     encoder: FeatureEncoder,
     rows: range,
     views: Iterator[LoadedView],
     on_rows: Callable[[int], None],
 ) -> Iterator[PackedRow]:
-    """Yield the rows in order; `on_rows` hears of every finished batch."""
-    on_gpu = job.teacher.device.type == "cuda"
-    ahead = batches_ahead(job.teacher.device)
-    stream = torch.cuda.Stream(job.teacher.device) if on_gpu else None
-    size = max(1, job.teacher.spec.batch_size // len(job.flips))
+    """Yield the packed rows in order, a pure function of the plan and the codec.
+
+    `views` yields the images of these rows in order. `on_rows` is called with the number of rows
+    of each finished batch.
+    """
+    device = plan.teacher.device
+    on_gpu = device.type == "cuda"
+    ahead = batches_ahead(device)
+    stream = torch.cuda.Stream(device) if on_gpu else None
+    size = max(1, plan.teacher.spec.batch_size // len(plan.flips))
     threads = (os.cpu_count() or 1) if on_gpu else torch.get_num_threads()
     with ThreadPoolExecutor(min(MAX_THREADS, threads), "host") as pool:
         preparing = (
             [
-                partial(_prepare, job, row, loaded)
-                for row, loaded in zip(rows[at : at + size], views, strict=False)
+                partial(_prepare, plan, row, loaded)
+                for row, loaded in zip(rows[start : start + size], views, strict=False)
             ]
-            for at in range(0, len(rows), size)
+            for start in range(0, len(rows), size)
         )
         packing = (
-            _pack_tasks(job, encoder, batch, stream)
+            _pack_tasks(plan, encoder, batch, stream)
             for batch in in_threads(pool, preparing, ahead=ahead)
         )
         for batch in in_threads(pool, packing, ahead=ahead):
@@ -122,64 +125,89 @@ def packed_rows(
 
 
 def batches_ahead(device: torch.device) -> int:
-    """Return how many batches are made ready, and may wait, beside the passes on a device."""
+    """Return how many batches are prepared, and how many may wait, besides those on a device."""
     return AHEAD if device.type == "cuda" else 0
 
 
-def _prepare(job: Job, row: int, loaded: LoadedView) -> PreparedRow:
-    failed = loaded.pixels_CHW is None
-    flips = () if failed else job.flips
-    inputs = tuple(job.input(loaded, row, flip, range(job.draws)) for flip in flips)
+def in_threads(
+    pool: Executor, groups: Iterable[Sequence[Callable[[], T]]], *, ahead: int
+) -> Iterator[list[T]]:
+    """Run the tasks of each group in `pool` and yield their results, group by group, in order.
+
+    The calling thread takes groups from `groups`; up to `ahead` groups run or wait, finished,
+    besides the group that is yielded next. With `ahead` 0, a group is taken, run and yielded before
+    the next is taken. Raises what a task raises.
+    """
+    waiting: deque[list[Future[T]]] = deque()
+    try:
+        for group in groups:
+            waiting.append([pool.submit(task) for task in group])
+            if len(waiting) > ahead:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
+    finally:
+        for future in (future for group in waiting for future in group):
+            future.cancel()
+
+
+def _prepare(plan: ExtractionPlan, row: int, loaded: LoadedView) -> PreparedRow:
+    pixels_CHW = loaded.pixels_CHW
+    inputs = (
+        tuple(plan.input(pixels_CHW, row, flip, range(plan.options.draws)) for flip in plan.flips)
+        if pixels_CHW is not None
+        else ()
+    )
     return PreparedRow(row=row, loaded=loaded, inputs=inputs)
 
 
 def _pack_tasks(
-    job: Job,
+    plan: ExtractionPlan,
     encoder: FeatureEncoder,
     batch: Sequence[PreparedRow],
     stream: torch.cuda.Stream | None,
 ) -> list[Callable[[], PackedRow]]:
-    """Run the teacher and the quantiser on a batch and return what is left to do for each of its rows."""
+    """Run the teacher and the quantiser on a batch; return the remaining task of each of its rows."""
     inputs = [view for prepared in batch for view in prepared.inputs]
     groups: list[dict[str, QuantisedMaps]] = []
     if inputs:
-        draws = job.teacher.features(job.teacher.batch(inputs))
-        # One draw at a time, unless they are averaged: raw maps of all taps are large.
-        for group in [list(draws)] if job.average else ([raw] for raw in draws):
+        draws = plan.teacher.features(plan.teacher.batch(inputs))
+        # Unless draws are averaged, one draw at a time: the raw maps of all taps are large.
+        for group in [list(draws)] if plan.options.average else ([raw] for raw in draws):
             maps = {
-                name: encoder.quantise(name, *(raw[name] for raw in group)) for name in job.names
+                name: encoder.quantise(name, *(raw[name] for raw in group)) for name in plan.names
             }
             groups.append({name: quantised.to_host(stream) for name, quantised in maps.items()})
     tasks: list[Callable[[], PackedRow]] = []
-    place = 0
+    start = 0
     for prepared in batch:
-        places = range(place, place + len(prepared.inputs))
-        tasks.append(partial(_pack, job, encoder, prepared, groups, places))
-        place = places.stop
+        positions = range(start, start + len(prepared.inputs))
+        tasks.append(partial(_pack, plan, encoder, prepared, groups, positions))
+        start = positions.stop
     return tasks
 
 
 def _pack(
-    job: Job,
+    plan: ExtractionPlan,
     encoder: FeatureEncoder,
     prepared: PreparedRow,
     groups: Sequence[dict[str, QuantisedMaps]],
-    places: range,
+    positions: range,
 ) -> PackedRow:
-    """Entropy-code a row's views, which lie at `places` of every group, and encode its image."""
+    """Entropy-code the views of a row, which are at `positions` of every group, and its image."""
     loaded = prepared.loaded
     if loaded.failure is not None:
         return PackedRow(content_sha256=None, reason=loaded.failure, image=b"", views={})
-    content = hashlib.sha256(loaded.source).hexdigest()
+    content_sha256 = hashlib.sha256(loaded.source).hexdigest()
     views = {
-        name: [v for maps in groups for v in encoder.pack(name, maps[name], places)]
-        for name in job.names
+        name: [v for maps in groups for v in encoder.pack(name, maps[name], positions)]
+        for name in plan.names
     }
     infinite = next(
-        (name for name, found in views.items() if not all(v.finite for v in found)), None
+        (name for name, encoded in views.items() if not all(v.finite for v in encoded)), None
     )
     if infinite is not None:
         reason = f"teacher output is not finite at {infinite}"
-        return PackedRow(content_sha256=content, reason=reason, image=b"", views={})
-    image = encode_stored(loaded, image_bound(job.view)) if job.stores_images else b""
-    return PackedRow(content_sha256=content, reason=None, image=image, views=views)
+        return PackedRow(content_sha256=content_sha256, reason=reason, image=b"", views={})
+    image = encode_stored(loaded, image_bound(plan.view)) if plan.options.store_images else b""
+    return PackedRow(content_sha256=content_sha256, reason=None, image=image, views=views)

@@ -1,93 +1,77 @@
-"""The shard runner: images in, written shards out, in any process; it knows no scheduler and commits nothing."""
+"""Computes shards of a cache and writes them to temporary files, in any process; commits nothing."""
 
 import os
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from dtcache.cache.fitted_codec import load_fit
 from dtcache.codec import FeatureEncoder
-from dtcache.device import resolve_compute
 from dtcache.images import load_views
-from dtcache.options import ExtractOptions
 from dtcache.store.manifest import CacheManifest
-from dtcache.store.pending_shard import ShardData, WrittenShard, write_attempt
-from pipelines.extract.plan import Job
-from pipelines.extract.shard import run_shard
+from dtcache.store.pending_shard import WrittenShard, write_attempt
+from pipelines.extract.plan import ExtractionPlan
+from pipelines.extract.shard import packed_rows, shard_data
 
-T = TypeVar("T")
-
-MOST_DECODE_THREADS = 16
+MAX_DECODE_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardRunner:
-    """A cache's job, teacher and codec, ready for any of its shards."""
+    """The plan and the fitted codec of a cache, ready for any of its shards."""
 
     root: Path
     manifest: CacheManifest
-    job: Job
+    plan: ExtractionPlan
     encoder: FeatureEncoder
 
-    def write(
-        self,
-        shards: Sequence[int],
-        on_rows: Callable[[int], None],
-        finish: Callable[[WrittenShard], T],
-    ) -> Generator[T, None, None]:
-        """Compute shards, write each beside its place, and yield what `finish` makes of it; `on_rows` hears of rows.
+    def run(
+        self, shards: Sequence[int], on_rows: Callable[[int], None]
+    ) -> Generator[WrittenShard, None, None]:
+        """Compute shards, write each to temporary files, and yield it once these are durable.
 
-        Writing and `finish` run in a thread, beside the next shard's computation; they end whatever stops that.
+        A thread writes a shard while the next one is computed. If computing fails, the shard before
+        it is yielded first. `on_rows` is called with the number of rows of each finished batch.
         """
-        fitted = int(self.manifest.recipe["codec"]["fit_rows"])
-        todo = (
-            self.job.samples[row].index for shard in shards for row in self.manifest.rows_of(shard)
-        )
-        views = load_views(
-            self.job.source, todo, self.job.view, threads=decode_threads(self.job.teacher.device)
-        )
+        samples = self.plan.samples
+        indices = (samples[row].index for shard in shards for row in self.manifest.rows_of(shard))
+        threads = decode_threads(self.plan.teacher.device)
+        views = load_views(self.plan.source, indices, self.plan.view, threads=threads)
+        fit_rows = int(self.manifest.recipe["codec"]["fit_rows"])
         with ThreadPoolExecutor(1, "write") as pool:
-            writing: Future[T] | None = None
-
-            def counted(rows: int) -> None:
-                if writing is not None and writing.done():
-                    writing.result()  # a full disk stops the next shard at once, not at its end
-                on_rows(rows)
-
-            def written(data: ShardData) -> T:
-                return finish(write_attempt(self.root, self.manifest, data))
-
+            writing: Future[WrittenShard] | None = None
             for shard in shards:
-                data = run_shard(
-                    self.job,
-                    self.encoder,
-                    shard,
-                    self.manifest.rows_of(shard),
-                    views,
-                    fitted,
-                    counted,
-                )
+                rows = self.manifest.rows_of(shard)
+                packed = []
+                try:
+                    for row in packed_rows(self.plan, self.encoder, rows, views, on_rows):
+                        packed.append(row)
+                        # Not only at the end of the shard: a full disk stops the work at once.
+                        if writing is not None and writing.done():
+                            written = writing
+                            writing = None
+                            yield written.result()
+                except (Exception, KeyboardInterrupt):
+                    if writing is not None:
+                        yield writing.result()
+                    raise
                 if writing is not None:
                     yield writing.result()
-                writing = pool.submit(written, data)
+                data = shard_data(self.plan, shard, rows, packed, fit_rows)
+                writing = pool.submit(write_attempt, self.root, self.manifest, data)
             if writing is not None:
                 yield writing.result()
 
 
+def open_shard_runner(root: Path, manifest: CacheManifest, plan: ExtractionPlan) -> ShardRunner:
+    """Read a cache's codec onto the device of the plan's teacher. Raises CacheDamagedError."""
+    encoder = FeatureEncoder(load_fit(root, manifest), plan.teacher.device)
+    return ShardRunner(root=root, manifest=manifest, plan=plan, encoder=encoder)
+
+
 def decode_threads(device: torch.device) -> int:
-    """Return the threads that decode images: all cores beside a GPU, two beside passes that need the cores."""
-    return min(MOST_DECODE_THREADS, os.cpu_count() or 1) if device.type == "cuda" else 2
-
-
-def make_runner(
-    root: Path, manifest: CacheManifest, job: Job, options: ExtractOptions
-) -> ShardRunner:
-    """Read a cache's codec onto the device of the options. Raises CacheDamagedError."""
-    encoder = FeatureEncoder(
-        load_fit(root, manifest), resolve_compute(options.device, options.precision).device
-    )
-    return ShardRunner(root=root, manifest=manifest, job=job, encoder=encoder)
+    """Return how many threads decode images: all cores for a GPU; two if a CPU runs the passes."""
+    return min(MAX_DECODE_THREADS, os.cpu_count() or 1) if device.type == "cuda" else 2

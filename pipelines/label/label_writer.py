@@ -15,7 +15,7 @@ from torch import Tensor
 from dtcache.cache.batch import Rows
 from dtcache.cache.cache import Cache
 from dtcache.cache.fitted_codec import load_fit
-from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
+from dtcache.codec import FeatureEncoder, sha256_fit
 from dtcache.codec.fit import Solved, solve_step, tap_statistics
 from dtcache.device import configure_process, cpu_threads, memory_errors, resolve_compute
 from dtcache.errors import CacheIncompleteError, CodecError
@@ -41,8 +41,8 @@ from dtcache.store.sample_index import parquet_bytes, samples_table
 from dtcache.store.summary import inspect_cache
 from dtcache.store.writer import CacheWriter
 from dtcache.whitening import whiten
-from pipelines.extract.fit_codec import bytes_per_view
-from pipelines.extract.recipe_options import fit_rows
+from pipelines.extract.fit_codec import fit_rows
+from pipelines.size_estimate import FeatureSize
 from pipelines.terminal.progress import track
 
 AIM = 0.98
@@ -197,14 +197,19 @@ class LabelWriter:
         index_bytes = len(parquet_bytes(table))
         with cpu_threads(1), threadpool_limits(1):
             statistics = {LOGITS: tap_statistics(maps.numpy()[None])}
-
-            def size_of(fit: dict[str, FittedTap]) -> float:
-                row_bytes = (index_bytes + FIXED_BYTES) / len(samples)
-                return bytes_per_view(
-                    fit, statistics, self._target, len(samples), 1, row_bytes, len(maps)
-                )
-
-            return solve_step(statistics, size_of, self._target, "distortion")
+            size = FeatureSize(
+                images=len(samples),
+                views=1,
+                target=self._target,
+                row_bytes=(index_bytes + FIXED_BYTES) / len(samples),
+                sized_views=len(maps),
+            )
+            return solve_step(
+                statistics,
+                lambda fit: size.bytes_per_view(fit, statistics),
+                self._target,
+                "distortion",
+            )
 
     def _samples(self) -> list[Sample]:
         table = self.cache.samples

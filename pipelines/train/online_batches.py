@@ -27,7 +27,7 @@ from dtcache.recipe import Json, tap_name
 from dtcache.store.sample_index import hash_samples
 from dtcache.teacher import TeacherBatch
 from dtcache.whitening import whiten
-from pipelines.extract.plan import Job, make_job
+from pipelines.extract.plan import ExtractionPlan, make_plan
 from pipelines.terminal.progress import track
 
 
@@ -47,9 +47,9 @@ class _Drawn:
     num_views = 2  # original and mirrored
     shard_rows = None
 
-    def __init__(self, images: Path, job: Job, draw: int) -> None:
+    def __init__(self, images: Path, plan: ExtractionPlan, draw: int) -> None:
         self._images = images
-        self._job = job
+        self._plan = plan
         self._draw = draw
 
     def will_need(self, rows: Rows, names: Sequence[str]) -> None:
@@ -57,12 +57,12 @@ class _Drawn:
 
     def batch(self, rows: Rows, views: Rows, names: Sequence[str]) -> OnlineBatch:
         """Read and prepare B views. Raises ImagesError if an image cannot be read."""
-        job = self._job
+        plan = self._plan
         inputs = []
         for row, view in zip(rows.tolist(), views.tolist(), strict=True):
-            sample = job.samples[row]
+            sample = plan.samples[row]
             try:
-                pixels_CHW, _ = decode_view(job.source.read(sample.index), job.view)
+                pixels_CHW, _ = decode_view(plan.source.read(sample.index), plan.view)
             except (OSError, BadImageError) as error:
                 raise ImagesError(
                     f"{self._images}: {sample.key}: {error}; remove it, or train from a cache, "
@@ -70,16 +70,16 @@ class _Drawn:
                 ) from error
             draws = [self._draw]
             inputs.append(
-                job.teacher.input(
+                plan.teacher.input(
                     pixels_CHW,
                     sample.key,
                     view == 1,
-                    seed=job.seed,
+                    seed=plan.options.seed,
                     draws=draws,
                     label=sample.label,
                 )
             )
-        return OnlineBatch(rows=rows, inputs=job.teacher.batch(inputs))
+        return OnlineBatch(rows=rows, inputs=plan.teacher.batch(inputs))
 
 
 class OnlineSource:
@@ -92,18 +92,18 @@ class OnlineSource:
         self._images = images
         self._options = options
         self._processes = processes
-        self._job = make_job(
+        self._plan = make_plan(
             open_source(images, track), _teacher_options(options, compute, processes)
         )
-        spec = self._job.teacher.spec
-        self.view = self._job.view
-        self.names = self._job.names
+        spec = self._plan.teacher.spec
+        self.view = self._plan.view
+        self.names = self._plan.names
         self._shapes = {
             tap_name(t, tap.name): (tap.channels, tap.height, tap.width)
             for t in spec.timesteps
             for tap in spec.taps
         }
-        samples = self._job.samples
+        samples = self._plan.samples
         rows = np.arange(len(samples))
         self._rows, self._held = split_rows(rows, self.keys(rows))
         self.num_batches = self._drawn(0).num_batches
@@ -121,7 +121,7 @@ class OnlineSource:
     def _drawn(self, draw: int) -> EpochLoader[OnlineBatch]:
         options = self._options
         return EpochLoader(
-            _Drawn(self._images, self._job, draw),
+            _Drawn(self._images, self._plan, draw),
             self._rows,
             self.names,
             Batching(
@@ -148,8 +148,8 @@ class OnlineSource:
 
     def held_out(self) -> Iterator[OnlineBatch]:
         """Yield the held-out samples, not mirrored, with the noise of draw 0."""
-        drawn = _Drawn(self._images, self._job, 0)
-        size = self._job.teacher.spec.batch_size
+        drawn = _Drawn(self._images, self._plan, 0)
+        size = self._plan.teacher.spec.batch_size
         for start in range(0, len(self._held), size):
             rows = self._held[start : start + size]
             yield drawn.batch(rows, np.zeros_like(rows), self.names)
@@ -158,17 +158,17 @@ class OnlineSource:
         """Run the teacher and return its whitened features, uncompressed."""
         coefficients = {}
         scalars = {}
-        for name, raw_BCHW in next(iter(self._job.teacher.features(batch.inputs))).items():
+        for name, raw_BCHW in next(iter(self._plan.teacher.features(batch.inputs))).items():
             whitened_BCHW, mu_B, sigma_B = whiten(raw_BCHW)
             coefficients[name], scalars[name] = whitened_BCHW, torch.stack([sigma_B, mu_B], 1)
-        images_BCHW = batch.inputs.pixels_BCHW.to(self._job.teacher.device, non_blocking=True)
+        images_BCHW = batch.inputs.pixels_BCHW.to(self._plan.teacher.device, non_blocking=True)
         return TrainBatch(
             rows=batch.rows, images_BCHW=images_BCHW, coefficients=coefficients, scalars=scalars
         )
 
     def keys(self, rows: Sequence[int] | Rows) -> list[str]:
         """Return the keys of samples."""
-        return [self._job.samples[int(row)].key for row in rows]
+        return [self._plan.samples[int(row)].key for row in rows]
 
 
 def _teacher_options(
@@ -182,7 +182,7 @@ def _teacher_options(
         prompt=options.prompt,
         condition=options.condition,
         size=options.size,
-        fit=options.resize_mode or "crop",
+        resize_mode=options.resize_mode or "crop",
         taps=options.taps,
         timestep=(options.timestep,),
         encoding=options.encoding or "ddpm",

@@ -10,7 +10,7 @@ from pathlib import Path
 from dtcache.atomic_files import FolderLock, make_folders, write_file
 from dtcache.cache.fitted_codec import load_fit
 from dtcache.codec import FeatureEncoder
-from dtcache.device import cpu_threads, resolve_compute
+from dtcache.device import cpu_threads
 from dtcache.errors import CacheDamagedError, CacheError
 from dtcache.hashing import file_problem, file_sha256
 from dtcache.images import load_views, open_source
@@ -26,17 +26,12 @@ from dtcache.store.sample_index import parquet_bytes, read_table, shards_table
 from dtcache.store.shard import build_shard
 from dtcache.store.verify import Verification
 from dtcache.store.zarr_nodes import zarr_nodes
-from pipelines.extract.plan import Job, job_with
-from pipelines.extract.recipe_options import (
-    asked,
-    cache_teacher,
-    fit_rows,
-    options_of,
-    require_same_job,
-)
-from pipelines.extract.shard import run_shard
+from pipelines.extract.fit_codec import fit_rows
+from pipelines.extract.plan import BegunCache, ExtractionPlan, plan_rows, require_same_recipe
+from pipelines.extract.shard import packed_rows, shard_data
 from pipelines.extract.shard_runner import decode_threads
 from pipelines.label.label_writer import LabelWriter, label_encoder
+from pipelines.make_teacher import cache_teacher, options_from_recipe
 from pipelines.terminal.progress import track
 from pipelines.verify.check import Repair, remedy, repairable, start_over, verify_cache
 
@@ -201,36 +196,28 @@ def _recompute_features(damaged: _Damaged, options: VerifyOptions) -> list[Repai
         fit = load_fit(root, manifest)
     except CacheDamagedError as error:
         return damaged.refuse_shards(str(error))
-    asked_for = options_of(manifest.recipe, options.teacher)
-    job = job_with(
+    plan = plan_rows(
         open_source(options.images, track),
         cache_teacher(root, manifest, options.teacher),
-        asked_for,
+        options_from_recipe(manifest.recipe, options.teacher),
     )
-    wanted_recipe = asked(job, asked_for)
-    del wanted_recipe["codec"]  # the cache's own fit is used
-    require_same_job(root, manifest.recipe, wanted_recipe, job)
-    encoder = FeatureEncoder(fit, resolve_compute(asked_for.device, asked_for.precision).device)
+    fixed = plan.fixed_recipe()
+    del fixed["codec"]  # the cache's own fit is used
+    require_same_recipe(BegunCache(root=root, manifest=manifest), plan, fixed)
+    encoder = FeatureEncoder(fit, plan.teacher.device)
     shards = damaged.shards()
-    rows = {shard: manifest.rows_of(shard) for shard in shards}
+    num_rows = sum(len(manifest.rows_of(shard)) for shard in shards)
     repairs = list[Repair]()
-    with cpu_threads(asked_for.threads), track("repair", sum(map(len, rows.values()))) as progress:
+    with cpu_threads(plan.options.threads), track("repair", num_rows) as progress:
         for shard, files in shards.items():
-            todo = (job.samples[row].index for row in rows[shard])
-            views = load_views(
-                job.source, todo, job.view, threads=decode_threads(job.teacher.device)
-            )
-            work = run_shard(
-                job,
-                encoder,
-                shard,
-                rows[shard],
-                views,
-                fit_rows(len(job.samples)),
-                progress.advance,
-            )
+            rows = manifest.rows_of(shard)
+            indices = (plan.samples[row].index for row in rows)
+            threads = decode_threads(plan.teacher.device)
+            views = load_views(plan.source, indices, plan.view, threads=threads)
+            packed = list(packed_rows(plan, encoder, rows, views, progress.advance))
+            work = shard_data(plan, shard, rows, packed, fit_rows(len(plan.samples)))
             mismatch = OTHER_BYTES
-            changed = _first_changed_image(damaged, job, work)
+            changed = _first_changed_image(damaged, plan, work)
             if changed is not None:
                 mismatch = (
                     f"image {changed} has changed since the extraction, so nothing was written; "
@@ -240,13 +227,13 @@ def _recompute_features(damaged: _Damaged, options: VerifyOptions) -> list[Repai
     return repairs
 
 
-def _first_changed_image(damaged: _Damaged, job: Job, work: ShardData) -> str | None:
+def _first_changed_image(damaged: _Damaged, plan: ExtractionPlan, work: ShardData) -> str | None:
     """Return the key of the first image of a shard whose bytes are not those that were cached."""
     rows = damaged.manifest.rows_of(work.shard)
     cached = _cached_hashes(damaged, work.shard, rows)
     for row, known, now in zip(rows, cached, work.content_sha256, strict=False):
         if known != now:
-            return job.samples[row].key
+            return plan.samples[row].key
     return None
 
 

@@ -13,7 +13,7 @@ import dask
 from dask.distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlugin
 
 from dtcache.atomic_files import disk_errors
-from dtcache.errors import ClusterError
+from dtcache.errors import ClusterError, one_line
 
 CONNECT_SECONDS = 30
 CLOSE_SECONDS = 60
@@ -154,8 +154,3 @@ def _logged(log: Path) -> Iterator[None]:
         for name, handlers in before.items():
             logging.getLogger(name).handlers = handlers
         handler.close()
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception as one short line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -12,9 +12,8 @@ from typing import Any, TypeAlias
 from dask.distributed import Client, Future, KilledWorker
 
 from dtcache._version import __version__
-from dtcache.errors import ClusterError
+from dtcache.errors import ClusterError, one_line
 from dtcache.store.pending_shard import WrittenShard
-from pipelines.extract.workers.cluster import one_line
 from pipelines.extract.workers.task import Failed, Task, logger, run_task
 
 TASKS_A_WORKER = 2

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dask.distributed import Worker, get_worker
 
-from dtcache.errors import DiskError, DtcacheError
+from dtcache.errors import DiskError, DtcacheError, one_line
 from dtcache.store.pending_shard import WrittenShard
 
 Task = Callable[[str, int, Callable[[int], None]], WrittenShard]
@@ -44,7 +44,7 @@ def run_task(task: Task, assignment: str, shard: int, topic: str) -> WrittenShar
         )
     except Exception as error:
         logger.exception("shard %d", shard)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = f"{type(error).__name__}: {one_line(error)}"
         return Failed(worker=worker.address, reason=reason, final=False)
 
 

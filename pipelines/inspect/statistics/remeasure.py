@@ -16,10 +16,10 @@ from dtcache.options import InspectOptions
 from dtcache.recipe import Json
 from dtcache.teacher import Teacher
 from dtcache.whitening import whiten
-from pipelines.extract.recipe_options import cache_teacher
 from pipelines.inspect.statistics.compute import chosen_rows
 from pipelines.inspect.statistics.decode import Rows, decode
 from pipelines.inspect.statistics.jackknife import Estimate, jackknife
+from pipelines.make_teacher import cache_teacher
 from pipelines.terminal.progress import track
 
 MOST_ROWS = 64

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 import pipelines.extract.batch_size as batch
-import pipelines.extract.plan as job_module
+import pipelines.extract.plan as plan_module
 from cli import main
 from dtcache.errors import DeviceMemoryError
 from dtcache.store.manifest import read_manifest
@@ -123,7 +123,7 @@ def test_auto_is_chosen_once_and_recorded(
 ) -> None:
     """The recipe has the number that was found; the same command again goes by it and does not try."""
     found = iter([4])
-    monkeypatch.setattr(job_module, "fastest_batch", lambda prepare: next(found))
+    monkeypatch.setattr(plan_module, "fastest_batch", lambda prepare: next(found))
     flags = [
         "--device",
         "cpu",

@@ -18,8 +18,8 @@ from dtcache.store.summary import inspect_cache
 from dtcache.teacher import CallableTeacher
 from pipelines.extract.dry_run import Forecast, forecast, render_forecast
 from pipelines.extract.extract import extract
-from pipelines.extract.plan import make_job
-from pipelines.size_estimate import image_bytes
+from pipelines.extract.open_writer import image_bytes
+from pipelines.extract.plan import make_plan
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -110,7 +110,7 @@ def test_the_command_prints_it(scene_folder: Path, teacher_dir: Path, tmp_path: 
         "teacher busy",
         "features",
         "free, fits",
-        "views a pass",
+        "views per pass",
         "pays",
     ):
         assert word in result.output
@@ -144,35 +144,38 @@ def test_a_disk_that_is_too_small_is_told_of() -> None:
 def test_an_extraction_refuses_a_full_disk(
     scene_folder: Path, options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line says what is needed and found, and no cache is begun; --force goes on."""
+    """One line says what is needed and found, and no cache is begun; skip_disk_check goes on."""
     free(monkeypatch, 1000)
     with pytest.raises(
-        DiskError, match=r"expected .* KiB free for this cache, found 1000 B; .*--force"
+        DiskError,
+        match=r"expected .* KiB free for this cache, found 1000 B; .*`skip_disk_check=True`",
     ):
         extract(scene_folder, tmp_path / "cache", options)
     assert not (tmp_path / "cache" / "manifest.json").exists()
-    done = extract(scene_folder, tmp_path / "cache", replace(options, force=True))
+    done = extract(scene_folder, tmp_path / "cache", replace(options, skip_disk_check=True))
     assert done.num_done > 0
 
 
 def test_no_image_is_sized_where_none_is_stored(
     scene_folder: Path, options: ExtractOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With --images none the images weigh nothing, in the forecast and before the start."""
+    """With --no-store-images the images weigh nothing, in the forecast and before the start."""
     monkeypatch.setattr(space_module, "encode_stored", lambda *a: b"x" * 10**6)
-    bare = replace(options, images="none", limit=8)
+    bare = replace(options, store_images=False, limit=8)
     assert forecast(scene_folder, tmp_path / "c", bare).image_bytes == 0
-    job = make_job(open_source(scene_folder), bare)
-    assert image_bytes(job) == 0
-    assert image_bytes(replace(job, stores_images=True)) == 10**6
+    plan = make_plan(open_source(scene_folder), bare)
+    assert image_bytes(plan) == 0
+    assert (
+        image_bytes(make_plan(open_source(scene_folder), replace(bare, store_images=True))) == 10**6
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"workers": 2, "scheduler": "tcp://h:1"}, "--workers 2 starts a cluster"),
-        ({"max_failures": "bad"}, "`max_failures` bad: expected a percentage"),
-        ({"taps": "64"}, "--taps: the teacher has no map stride64"),
+        ({"workers": 2, "scheduler": "tcp://h:1"}, "`workers` 2 starts a cluster"),
+        ({"shard_rows": 2**21}, "`shard_rows` 2097152: expected at most"),
+        ({"taps": "64"}, "`taps` stride64: the teacher has no such map"),
     ],
 )
 def test_a_dry_run_refuses_what_a_start_refuses(

@@ -14,7 +14,7 @@ from dtcache.teacher import CallableTeacher, load_teacher
 from dtcache.teacher.aligned_crop import find_crop
 from dtcache.teacher.ddim_inversion import Inversion
 from pipelines.extract.equivariance import cut, measure, middle
-from pipelines.extract.plan import Job, make_job
+from pipelines.extract.plan import ExtractionPlan, make_plan
 
 TAPS = {"stride2": "pool", "stride8": "coarse"}
 
@@ -49,20 +49,20 @@ def noisy(pixels_BCHW: Tensor, noise_BCHW: Tensor, timestep: int) -> Tensor:
     return pixels_BCHW + noise_BCHW
 
 
-def job_of(images: Path, teacher: CallableTeacher | Path, **options: object) -> Job:
+def plan_of(images: Path, teacher: CallableTeacher | Path, **options: object) -> ExtractionPlan:
     more = {"device": "cpu", "precision": "fp32", "batch_size": 16, **options}
     if isinstance(teacher, Path):
-        return make_job(open_source(images), ExtractOptions(teacher=str(teacher), **more))
-    return make_job(open_source(images), ExtractOptions(timestep=(0,), size="32", **more), teacher)
+        return make_plan(open_source(images), ExtractOptions(teacher=str(teacher), **more))
+    return make_plan(open_source(images), ExtractOptions(timestep=(0,), size="32", **more), teacher)
 
 
 def test_a_teacher_that_follows_errs_by_nothing(scene_folder: Path) -> None:
     """Noise is mirrored and cropped together with the image: else a map of image plus noise would not follow."""
-    job = job_of(
+    plan = plan_of(
         scene_folder,
         CallableTeacher(Local(), taps=TAPS, version="1", prepare=noisy, alpha_bars=[0.5]),
     )
-    measured = measure(job, 40).equivariance
+    measured = measure(plan, 40).equivariance
     assert measured is not None
     assert (measured.images, measured.box) == (8, Box(top=8, left=8, height=16, width=16))
     assert set(measured.flip) == set(measured.crop) == {"t0/stride2", "t0/stride8"}
@@ -75,8 +75,8 @@ def test_a_teacher_that_follows_errs_by_nothing(scene_folder: Path) -> None:
 
 def test_the_flip_error_is_the_formulas(scene_folder: Path) -> None:
     """A map that is minus its own mirror image errs by 4: ||-w - w||^2 / ||w||^2; a crop sees the ramp anew."""
-    job = job_of(scene_folder, CallableTeacher(Ramp(), taps={"stride4": "pool"}, version="1"))
-    measured = measure(job, 40).equivariance
+    plan = plan_of(scene_folder, CallableTeacher(Ramp(), taps={"stride4": "pool"}, version="1"))
+    measured = measure(plan, 40).equivariance
     assert measured.flip["t0/stride4"] == pytest.approx(4.0, rel=1e-6)
     centres = (torch.arange(32, dtype=torch.float64) / 31 * 2 - 1).reshape(8, 4).mean(1)
     half = (torch.arange(16, dtype=torch.float64) / 15 * 2 - 1).reshape(4, 4).mean(1)
@@ -88,8 +88,8 @@ def test_the_flip_error_is_the_formulas(scene_folder: Path) -> None:
 
 def test_a_unet_is_measured_against_its_own_passes(scene_folder: Path, teacher_dir: Path) -> None:
     """Flip and crop errors of a diffusion teacher agree with full passes and hooks, without our teacher class."""
-    job = job_of(scene_folder, teacher_dir, timestep=(150,), size="32")
-    measured = measure(job, 40).equivariance
+    plan = plan_of(scene_folder, teacher_dir, timestep=(150,), size="32")
+    measured = measure(plan, 40).equivariance
     unet = load_teacher(str(teacher_dir)).denoiser.unet
     taps = {}
     a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[150]
@@ -102,8 +102,12 @@ def test_a_unet_is_measured_against_its_own_passes(scene_folder: Path, teacher_d
             unet(x, 150)
         return taps["x"].double()
 
-    loaded = list(load_views(job.source, [s.index for s in job.samples[:8]], job.view, threads=1))
-    batch = job.teacher.batch([job.input(view, row, False, [0]) for row, view in enumerate(loaded)])
+    loaded = list(
+        load_views(plan.source, [s.index for s in plan.samples[:8]], plan.view, threads=1)
+    )
+    batch = plan.teacher.batch(
+        [plan.input(view.pixels_CHW, row, False, [0]) for row, view in enumerate(loaded)]
+    )
     x = a.sqrt() * (batch.pixels_BCHW.float() / 127.5 - 1) + (1 - a).sqrt() * batch.noise[0][150]
     whole = features(x)
     mirrored = features(x.flip(3))
@@ -126,7 +130,7 @@ def test_a_unet_is_measured_against_its_own_passes(scene_folder: Path, teacher_d
 
 def test_measuring_twice_gives_the_same_bits(scene_folder: Path, teacher_dir: Path) -> None:
     """What a killed extraction measures again is what it measured."""
-    first, second = (measure(job_of(scene_folder, teacher_dir, size="32"), 40) for _ in range(2))
+    first, second = (measure(plan_of(scene_folder, teacher_dir, size="32"), 40) for _ in range(2))
     assert first == second
 
 
@@ -161,7 +165,7 @@ def test_no_crop_where_the_teacher_takes_one_size_only(scene_folder: Path) -> No
             return super().forward(x + torch.zeros(1, 1, 32, 32))
 
     measured = measure(
-        job_of(scene_folder, CallableTeacher(Fixed(), taps=TAPS, version="1")), 40
+        plan_of(scene_folder, CallableTeacher(Fixed(), taps=TAPS, version="1")), 40
     ).equivariance
     assert (measured.box, measured.crop, measured.crop_interior) == (None, None, None)
     assert set(measured.flip) == {"t0/stride2", "t0/stride8"}
@@ -174,26 +178,28 @@ def test_features_that_are_not_finite_are_refused(scene_folder: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x if x.shape[3] == 32 or len(x) == 1 else x * float("inf"))
 
-    job = job_of(scene_folder, CallableTeacher(Overflowing(), taps=TAPS, version="1"))
+    plan = plan_of(scene_folder, CallableTeacher(Overflowing(), taps=TAPS, version="1"))
     with pytest.raises(
         TeacherError,
-        match=r"not finite at t0/stride2 of a mirrored or cropped image; try --precision",
+        match=r"not finite at t0/stride2 of a mirrored or cropped image; try `precision=",
     ):
-        measure(job, 40)
+        measure(plan, 40)
 
 
 def test_an_inversion_that_is_not_finite_is_refused(
     scene_folder: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The timestep is named."""
-    job = job_of(scene_folder, teacher_dir, size="32", encoding="ddim", ddim_steps=2, batch_size=2)
+    plan = plan_of(
+        scene_folder, teacher_dir, size="32", encoding="ddim", ddim_steps=2, batch_size=2
+    )
     monkeypatch.setattr(
         Inversion, "round_trip", lambda self, x, t, labels: torch.full((len(x),), float("nan"))
     )
     with pytest.raises(
-        TeacherError, match=r"images inverted to --timestep 150 are not finite; give a lower one"
+        TeacherError, match=r"images inverted to `timestep=150` are not finite; pass a lower"
     ):
-        measure(job, 40)
+        measure(plan, 40)
 
 
 def test_parts_of_maps() -> None:

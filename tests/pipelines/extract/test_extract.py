@@ -241,7 +241,7 @@ def test_a_second_run_changes_nothing(cache: Path, scene_folder: Path, teacher_d
         (("--no-flip",), "flips"),
         (("--taps", "4,8"), "teacher.taps"),
         (("--limit", 20), "40 of the same images are there, 20 were asked for (--limit)"),
-        (("--fit", "stretch"), "view.fit"),
+        (("--resize-mode", "stretch"), "view.fit"),
         (("--bytes-per-image", 3000), "codec.ratio"),
     ],
 )
@@ -333,7 +333,7 @@ def test_a_disk_that_goes_away_stops_the_extraction(
     reason = f"16 x unreadable: Transport endpoint is not connected (first {first})"
     assert result.exit_code == 1
     assert (
-        f"16 of 40 images failed, --max-failures allows 1.0000%: {reason}. What is committed stays"
+        f"16 of 40 images failed, more than --max-failures 0.01 allows: {reason}. What is committed stays"
         in result.output
     )
     report = inspect(out)
@@ -352,7 +352,10 @@ def test_how_many_failures_are_too_many() -> None:
     require_few_failures(failures[:9], 9, 0.01)
     require_few_failures(failures[:10], 1000, 0.01)
     require_few_failures(failures, 20, 0.6)
-    message = r"^11 of 1000 images failed, .* 1\.0000%: 11 x teacher output is not finite at t1/s8 \(first k0\)\. What"
+    message = (
+        r"^11 of 1000 images failed, .* `max_failures=0\.01` allows: "
+        r"11 x teacher output is not finite at t1/s8 \(first k0\)\. What"
+    )
     with pytest.raises(ExtractionError, match=message):
         require_few_failures(failures, 1000, 0.01)
     with pytest.raises(ExtractionError, match="10 of 10 images failed"):
@@ -515,7 +518,7 @@ def test_ctrl_c_exits_130_and_resumes(
     """An interrupt says how to go on, exits with 130, and the next run finishes to the same bytes."""
     from pipelines.extract import shard_runner as runner
 
-    interrupt(monkeypatch, runner, "run_shard", call=3)
+    interrupt(monkeypatch, runner, "packed_rows", call=3)
     out = tmp_path / "c"
     result = extract(scene_folder, teacher_dir, out)
     assert result.exit_code == 130

@@ -181,7 +181,7 @@ def test_a_resumed_inversion_ends_in_the_same_bytes(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measurements are made once: an extraction that was interrupted goes on with those that it has."""
-    from pipelines.extract import extract as stage
+    from pipelines.extract import open_writer as stage
     from pipelines.extract import shard_runner as runner
 
     real = stage.measure
@@ -192,7 +192,7 @@ def test_a_resumed_inversion_ends_in_the_same_bytes(
     for out, stops in (("whole", False), ("halved", True)):
         with monkeypatch.context() as patch:
             if stops:
-                interrupt(patch, runner, "run_shard", call=1)
+                interrupt(patch, runner, "packed_rows", call=1)
             result = run(
                 "extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / out, *flags
             )

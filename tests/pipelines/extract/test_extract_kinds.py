@@ -29,7 +29,7 @@ from dtcache.store.manifest import read_manifest
 from dtcache.teacher import Prompt
 from dtcache.teacher.prompt import embed_prompt
 from dtcache.whitening import whiten
-from pipelines.extract.recipe_options import cache_teacher
+from pipelines.make_teacher import cache_teacher
 
 FLAGS = (
     "--precision",

@@ -19,7 +19,7 @@ from dtcache.recipe import Sample
 from dtcache.teacher import TeacherSettings, load_teacher, prepare_teacher
 from dtcache.whitening import whiten
 from pipelines.evaluate.pooled_features import CacheFeatures
-from pipelines.extract.plan import job_with
+from pipelines.extract.plan import plan_rows
 
 FLAGS = (
     "--precision",
@@ -147,9 +147,9 @@ def test_more_images_than_a_cache_holds_are_refused() -> None:
     source = SimpleNamespace(keys=range(1_000_001), labels=None)
     with pytest.raises(
         ConfigError,
-        match=r"1000001 images: expected at most 1000000; give --limit, or a larger --sh",
+        match=r"1000001 images: expected at most 1000000; pass `limit`, or a larger `sh",
     ):
-        job_with(source, None, ExtractOptions(shard_rows=1))
+        plan_rows(source, None, ExtractOptions(shard_rows=1))
 
 
 def test_a_size_that_loses_too_much_warns(
@@ -165,7 +165,7 @@ def test_a_size_that_loses_too_much_warns(
 def test_a_cache_without_images_trains_from_their_source(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """--images none stores no pixels; training with the source takes the very steps of a cache that holds them."""
+    """--no-store-images stores no pixels; training with the source takes the very steps of a cache that holds them."""
     flags = (
         "--student",
         "resnet10t",
@@ -194,8 +194,7 @@ def test_a_cache_without_images_trains_from_their_source(
             scene_folder,
             teacher_dir,
             tmp_path / images,
-            "--images",
-            images,
+            "--store-images" if images == "view" else "--no-store-images",
             "--bytes-per-image",
             4608,
         )
@@ -241,7 +240,7 @@ def test_the_teacher_recomputes_what_such_a_cache_holds(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, flags: tuple[object, ...]
 ) -> None:
     """evaluate pools the same features from the cache and, for images outside it, from the teacher by its recipe."""
-    cache = extracted(scene_folder, teacher_dir, tmp_path / "c", "--images", "none", *flags)
+    cache = extracted(scene_folder, teacher_dir, tmp_path / "c", "--no-store-images", *flags)
     source = FolderSource(scene_folder)
     keys = cache.samples["key"].to_pylist()[:5]
     batch = list(

@@ -16,7 +16,9 @@ from dtcache.errors import CacheMismatchError, ClusterError, ConfigError, Images
 from dtcache.options import ExtractOptions
 from dtcache.store.manifest import read_manifest
 from pipelines.extract.extract import extract
+from pipelines.extract.plan import resolve_threads
 from pipelines.extract.workers import worker
+from pipelines.extract.workers.dispatch import make_assignment, worker_environments
 
 OPTIONS = ExtractOptions(
     teacher="",
@@ -39,13 +41,10 @@ def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture
-def assignment(
-    cache: Path, scene_folder: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """What the coordinator of that cache would tell a worker, which has no teacher yet."""
-    monkeypatch.setattr(worker, "_RESIDENT", {})
+def assignment(cache: Path, scene_folder: Path, teacher_dir: Path) -> str:
+    """What the coordinator of that cache would tell a worker."""
     options = replace(OPTIONS, teacher=str(teacher_dir), workers=2)
-    return worker.make_assignment(cache, read_manifest(cache), scene_folder, options)
+    return make_assignment(cache, read_manifest(cache), scene_folder, options)
 
 
 def changed(assignment: str, **fields: Any) -> str:
@@ -62,17 +61,18 @@ def test_a_worker_writes_the_bytes_of_one_process(
     cache: Path, assignment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards that are asked for out of order are the committed ones; the teacher is loaded once, another one anew."""
-    real = worker.make_job
+    real = worker.make_plan
+    state = worker.ShardWorker()
     loads = []
     rows = []
 
-    def make_job(*arguments: Any, **named: Any) -> Any:
+    def make_plan(*arguments: Any, **named: Any) -> Any:
         loads.append(1)
         return real(*arguments, **named)
 
-    monkeypatch.setattr(worker, "make_job", make_job)
+    monkeypatch.setattr(worker, "make_plan", make_plan)
     for shard in (2, 0):
-        made = worker.compute(assignment, shard, rows.append)
+        made = state.compute(assignment, shard, rows.append)
         places = made.temporaries(cache)
         assert len(places) == 5
         for temporary, place in places.items():
@@ -80,9 +80,9 @@ def test_a_worker_writes_the_bytes_of_one_process(
             temporary.unlink()
     assert (len(loads), sum(rows)) == (1, 16)
     again = changed(assignment, threads=2)
-    for temporary in worker.compute(again, 1, rows.append).temporaries(cache):
+    for temporary in state.compute(again, 1, rows.append).temporaries(cache):
         temporary.unlink()
-    assert (len(loads), list(worker._RESIDENT)) == (2, [again])
+    assert (len(loads), state.assignment) == (2, again)
 
 
 def test_a_worker_that_is_not_fit_says_why(
@@ -90,9 +90,11 @@ def test_a_worker_that_is_not_fit_says_why(
 ) -> None:
     """Other versions, storage, images or teachers are one line each, before anything is computed."""
 
+    state = worker.ShardWorker()
+
     def refused(told: str, error: type[Exception], message: str) -> None:
         with pytest.raises(error, match=message):
-            worker.compute(told, 0, lambda count: None)
+            state.compute(told, 0, lambda count: None)
 
     refused(
         changed(assignment, torch="1.0"),
@@ -108,7 +110,7 @@ def test_a_worker_that_is_not_fit_says_why(
     refused(
         changed(assignment, root=elsewhere),
         ClusterError,
-        rf"^it does not see the cache {elsewhere} \(.*\); give an --out on storage that the coordinator and all wor",
+        rf"^it does not see the cache {elsewhere} \(.*\); pass an `out` on storage that the coordinator and all wor",
     )
     refused(
         changed(assignment, fingerprint="0"),
@@ -140,9 +142,9 @@ def test_a_worker_that_is_not_fit_says_why(
         refused(
             with_options(assignment, device="cuda"),
             ConfigError,
-            "--device cuda: this machine has 0 CUDA devices",
+            "`device` cuda: this machine has 0 CUDA devices",
         )
-    assert worker._RESIDENT == {}
+    assert state.assignment is None
 
 
 def test_an_assignment_is_resolved(cache: Path, assignment: str) -> None:
@@ -176,7 +178,7 @@ def run(*arguments: object) -> Result:
             ("--workers", 2, "--scheduler", "tcp://a:1"),
             "--workers 2 starts a cluster, --scheduler tcp://a:1 uses one",
         ),
-        (("--dashboard",), "--dashboard: expected --workers beside it"),
+        (("--dashboard",), "--dashboard: expected --workers with it"),
         (
             ("--workers", 2, "--device", "cuda:1"),
             "--device cuda:1 names one GPU, and --workers take one each",
@@ -203,17 +205,11 @@ def test_threads_are_a_constant_of_the_recipe(
 ) -> None:
     """The first run fixes them, a share of the cores a worker; a resume takes them, and refuses to change them."""
     assert read_manifest(cache).recipe["threads"] == 1
-    job: Any = type(
-        "Job", (), {"teacher": type("T", (), {"spec": read_manifest(cache).recipe["teacher"]})}
-    )
-    job.teacher.spec = type("Spec", (), {"device_type": "cpu"})
-    from pipelines.extract.extract import _threads
-
     with cpu_threads(8):
         assert torch.get_num_threads() == 8
 
         def chosen(**more: Any) -> int | None:
-            return _threads(job, replace(OPTIONS, threads=None, **more), None)
+            return resolve_threads(replace(OPTIONS, threads=None, **more), "cpu", None)
 
         assert [chosen(), chosen(workers=3), chosen(workers=20), chosen(scheduler="tcp://a:1")] == [
             8,
@@ -221,10 +217,9 @@ def test_threads_are_a_constant_of_the_recipe(
             1,
             1,
         ]
-        assert _threads(job, replace(OPTIONS, threads=None), {"threads": 5}) == 5
-        assert _threads(job, replace(OPTIONS, threads=3), {"threads": 5}) == 3
-        job.teacher.spec.device_type = "cuda"
-        assert _threads(job, replace(OPTIONS, threads=3), None) is None
+        assert resolve_threads(replace(OPTIONS, threads=None), "cpu", {"threads": 5}) == 5
+        assert resolve_threads(replace(OPTIONS, threads=3), "cpu", {"threads": 5}) == 3
+        assert resolve_threads(replace(OPTIONS, threads=3), "cuda", None) is None
     assert torch.get_num_threads() == 1
     flags = (
         "--limit",
@@ -248,17 +243,17 @@ def test_local_workers_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """One GPU a worker, of those that CUDA_VISIBLE_DEVICES names; more workers than GPUs are refused."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert worker._environments(2, "cuda") == [
+    assert worker_environments(2, "cuda") == [
         {"CUDA_VISIBLE_DEVICES": "0"},
         {"CUDA_VISIBLE_DEVICES": "1"},
     ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,4,5")
-    assert worker._environments(2, "cuda") == [
+    assert worker_environments(2, "cuda") == [
         {"CUDA_VISIBLE_DEVICES": "6"},
         {"CUDA_VISIBLE_DEVICES": "4"},
     ]
     with pytest.raises(
-        ConfigError, match="--workers 4: expected at most one a GPU, and this machine offers 3"
+        ConfigError, match="`workers` 4: expected at most one per GPU, and this machine has 3"
     ):
-        worker._environments(4, "cuda")
-    assert worker._environments(4, "cpu") == [{}] * 4
+        worker_environments(4, "cuda")
+    assert worker_environments(4, "cpu") == [{}] * 4

@@ -35,7 +35,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of 16 scenes in two draws, without images."""
     out = tmp_path_factory.mktemp("afresh") / "cache"
-    more = ("--limit", 16, "--images", "none", "--quality", "high", "--draws", 2)
+    more = ("--limit", 16, "--no-store-images", "--quality", "high", "--draws", 2)
     result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", out, *SMALL, *more)
     assert result.exit_code == 0, result.output
     return out

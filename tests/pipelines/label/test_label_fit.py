@@ -346,7 +346,7 @@ def cropped(
         device="cpu",
         batch_size=4,
         bytes_per_image=4608,
-        images=request.param,
+        store_images=request.param == "view",
     )
     extract(root / "images", root / "cache", options)
     return root / "cache", root / "images", root / "masks"

@@ -20,6 +20,7 @@ from dtcache.options import ExtractOptions
 from dtcache.store.manifest import read_manifest
 from dtcache.store.writer import ShardData
 from dtcache.store.zarr_nodes import zarr_nodes
+from pipelines.make_teacher import options_from_recipe
 from pipelines.verify import repair as repair_module
 
 VOLATILE = {"extraction.log.json", ".lock"}
@@ -150,7 +151,7 @@ def test_an_unfinished_cache_is_repaired_too(
         *FLAGS,
     ]
     with monkeypatch.context() as patch:
-        interrupt(patch, runner, "run_shard", call=3)
+        interrupt(patch, runner, "packed_rows", call=3)
         assert CliRunner().invoke(main, command).exit_code == 130
     (out / "data.zarr/t150/stride8/c.1.0.0").unlink()
     result, said = repair(out, scene_folder, teacher_dir)
@@ -166,7 +167,7 @@ def test_other_bytes_are_refused(
     root: Path, scene_folder: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If this machine computes other features, images are repaired, features refused."""
-    real = repair_module.run_shard
+    real = repair_module.shard_data
 
     def elsewhere(*arguments: object) -> ShardData:
         work = real(*arguments)
@@ -180,7 +181,7 @@ def test_other_bytes_are_refused(
     flip(root / "data.zarr/images/c.0.0")
     flip(root / "data.zarr/t150/stride8/c.0.0.0")
     damaged = (root / "data.zarr/t150/stride8/c.0.0.0").read_bytes()
-    monkeypatch.setattr(repair_module, "run_shard", elsewhere)
+    monkeypatch.setattr(repair_module, "shard_data", elsewhere)
     result, said = repair(root, scene_folder, teacher_dir)
     assert result.exit_code == 3
     line = said["data.zarr/t150/stride8/c.0.0.0"]
@@ -327,9 +328,9 @@ def test_a_teacher_whose_features_are_all_zero(
 
 def test_every_option_follows_from_the_recipe(shared: Path) -> None:
     """A repair asks for what the extraction asked for but the size: the cache's own fit is used; an
-    option that is added needs its place in options_of.
+    option that is added needs its place in options_from_recipe.
     """
-    found = repair_module.options_of(read_manifest(shared).recipe, "teacher")
+    found = repair_module.options_from_recipe(read_manifest(shared).recipe, "teacher")
     told = {
         "teacher": "teacher",
         "size": "32x32",
@@ -337,8 +338,14 @@ def test_every_option_follows_from_the_recipe(shared: Path) -> None:
         "batch_size": 8,
         "limit": 20,
     }
-    told |= {"timestep": (150,), "fit": "crop", "seed": 0, "flip": True, "shard_rows": 8}
-    told |= {"device": "cpu", "precision": "fp32", "draws": 1, "average": False, "images": "view"}
+    told |= {"timestep": (150,), "resize_mode": "crop", "seed": 0, "flip": True, "shard_rows": 8}
+    told |= {
+        "device": "cpu",
+        "precision": "fp32",
+        "draws": 1,
+        "average": False,
+        "store_images": True,
+    }
     told |= {
         "prompt": None,
         "condition": None,
@@ -356,5 +363,5 @@ def test_every_option_follows_from_the_recipe(shared: Path) -> None:
         "workers",
         "scheduler",
         "dashboard",
-        "force",
+        "skip_disk_check",
     }

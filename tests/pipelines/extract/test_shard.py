@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from pipelines.extract.overlap import in_threads
+from pipelines.extract.shard import in_threads
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3, 100])
