@@ -1,4 +1,4 @@
-"""Where workers come from: processes on this machine, or a scheduler that somebody runs; where their chatter goes."""
+"""Dask clusters: local worker processes, or the scheduler of a user; and the file for their logs."""
 
 import contextlib
 import logging
@@ -18,8 +18,8 @@ from dtcache.errors import ClusterError, one_line
 CONNECT_SECONDS = 30
 CLOSE_SECONDS = 60
 DASHBOARD_PORT = 8787
-DEATHS_AN_ATTEMPT = 2
-"""Deaths of workers that have a shard at work or in line which Dask makes good before that attempt counts as failed."""
+DEATHS_PER_ATTEMPT = 2
+"""How often Dask retries a task whose worker died, before that attempt at a shard fails."""
 CHATTY = (
     "distributed",
     "distributed.client",
@@ -32,13 +32,13 @@ CHATTY = (
 
 
 class Quiet(WorkerPlugin):
-    """Sends all that a local worker prints to a file, and leaves Ctrl-C, which reaches it too, to the coordinator."""
+    """Sends the output of a local worker to a file and ignores Ctrl-C, which the coordinator handles."""
 
     def __init__(self, log: str) -> None:
         self._log = log
 
     def setup(self, worker: Worker) -> None:
-        """Redirect the streams, and with them those of every library, of the worker's process."""
+        """Redirect stdout and stderr of the worker's process, also for libraries in C."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         handle = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for stream in (1, 2):
@@ -46,7 +46,7 @@ class Quiet(WorkerPlugin):
         os.close(handle)
 
     def teardown(self, worker: Worker) -> None:
-        """End the process at once: it holds nothing, while a task in the middle, or libraries, would take seconds."""
+        """End the process at once: it has no state to save, and a running task could take seconds."""
         os._exit(0)
 
 
@@ -56,15 +56,16 @@ def local_cluster(
 ) -> Iterator[Client]:
     """Start a worker process of one thread for each environment, and stop them all at the end.
 
-    No memory limit kills a worker, every port is of 127.0.0.1, and what Dask and the workers say goes to `log`. Raises
-    ClusterError where they cannot be started.
+    Workers have no memory limit, and every port is on 127.0.0.1. Messages of Dask and the workers
+    go to `log`. Raises ClusterError if the workers cannot be started.
     """
     if dashboard:
         _require_bokeh()
     settings = {
-        # Dask would set OMP_NUM_THREADS, here too: how many threads compute is the recipe's to say.
+        # Dask would set OMP_NUM_THREADS, but the recipe determines the number of threads.
         "distributed.nanny.pre-spawn-environ": {},
-        # It would also give a worker up for ever that is not back this long after it died, or that died again by then.
+        # Dask would also never restart a worker that is not back this long after its death, or that
+        # died again by then.
         "distributed.deploy.lost-worker-timeout": "1000 days",
     }
     with (
@@ -90,7 +91,7 @@ def local_cluster(
         served = {
             "dashboard": dashboard,
             "dashboard_address": address,
-            "allowed_failures": DEATHS_AN_ATTEMPT,
+            "allowed_failures": DEATHS_PER_ATTEMPT,
         }
         scheduler = {
             "cls": Scheduler,
@@ -101,7 +102,7 @@ def local_cluster(
                 cluster = SpecCluster(workers=workers, scheduler=scheduler)
             except (RuntimeError, OSError, TimeoutError) as error:
                 raise ClusterError(
-                    f"--workers {len(workers)}: cannot start ({one_line(error)}); see {log}"
+                    f"`workers` {len(workers)}: cannot start ({one_line(error)}); see {log}"
                 ) from error
             try:
                 if dashboard:
@@ -111,20 +112,21 @@ def local_cluster(
             finally:
                 with contextlib.suppress(
                     TimeoutError
-                ):  # what has not ended by then dies with this process
+                ):  # workers that are still running end with this process
                     cluster.close(timeout=CLOSE_SECONDS)
 
 
 @contextlib.contextmanager
 def existing_cluster(address: str, *, log: Path) -> Iterator[Client]:
-    """Connect to a scheduler that somebody else runs. Raises ClusterError where it cannot be reached."""
+    """Connect to a running scheduler. Raises ClusterError if it cannot be reached."""
     with _logged(log):
         try:
             client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:
             raise ClusterError(
-                f"--scheduler {address}: no Dask scheduler can be reached there ({one_line(error)}); start one with "
-                "dask scheduler, or give the address that it printed"
+                f"`scheduler` {address}: no Dask scheduler can be reached there "
+                f"({one_line(error)}); start one with dask scheduler, or pass the address that it "
+                "printed"
             ) from error
         with client:
             yield client
@@ -135,13 +137,13 @@ def _require_bokeh() -> None:
         import bokeh  # noqa: F401
     except ImportError as error:
         raise ClusterError(
-            "--dashboard: Dask draws it with bokeh, which is not installed; pip install bokeh"
+            "`dashboard`: Dask needs bokeh for it, which is not installed; pip install bokeh"
         ) from error
 
 
 @contextlib.contextmanager
 def _logged(log: Path) -> Iterator[None]:
-    """Send what Dask and its libraries log in this process to a file, begun anew."""
+    """Send the logs of Dask and its libraries in this process to `log`, which is overwritten."""
     with disk_errors(log):
         handler = logging.FileHandler(log, mode="w")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

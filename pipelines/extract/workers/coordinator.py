@@ -1,4 +1,4 @@
-"""The coordinator: one task a shard, a bounded number at a time, results as they come, failures tried elsewhere."""
+"""The coordinator: submits one task per shard, collects results, and retries failures elsewhere."""
 
 import contextlib
 import queue
@@ -16,22 +16,22 @@ from dtcache.errors import ClusterError, one_line
 from dtcache.store.pending_shard import WrittenShard
 from pipelines.extract.workers.task import Failed, Task, logger, run_task
 
-TASKS_A_WORKER = 2
-"""Tasks in flight: the one at work, and the next one, so that a worker never waits for the coordinator."""
+TASKS_PER_WORKER = 2
+"""Tasks in flight: the running one and the next one, so that no worker waits for the coordinator."""
 MOST_ATTEMPTS = 3
-"""Attempts at a shard, each elsewhere where there is another worker, before its failure is the run's."""
+"""Failed attempts at a shard that end the run; each is on another worker if there is one."""
 COUNT_SECONDS = 1.0
-"""How often workers are counted."""
+"""Seconds between counts of the workers."""
 COLLECT_SECONDS = 5.0
-"""How long the coordinator waits for one thing, such as a finished shard's description, before it looks at others."""
+"""Longest wait for one event or result, before the coordinator handles others."""
 WAIT_SECONDS = 20.0
-"""How often the coordinator says that there is no worker."""
+"""Seconds between messages that no worker is connected."""
 ANSWER_SECONDS = 60.0
-"""How long a scheduler may take to answer a question before it counts as gone."""
+"""A scheduler that takes longer than this to answer counts as lost."""
 STALL_SECONDS = 20.0
-"""Without a word for so long, and with every worker idle, Dask has lost what is in flight: it is submitted anew."""
+"""If no event came for so long and every worker is idle, Dask has lost tasks: they are resubmitted."""
 Attempt: TypeAlias = "Future[WrittenShard | Failed]"
-"""In quotes, for not every version of Dask has a Future that takes a type."""
+"""A string, because the Future of some versions of Dask takes no type parameter."""
 RESUME = "what is committed stays: run the same command again to resume"
 
 
@@ -41,15 +41,15 @@ class _Shard:
 
     rows: int
     reported: int = 0
-    """Rows that the bar has been told of: the most that any attempt has done."""
+    """Rows that were reported as finished: the most that any attempt has finished."""
     future: "Attempt | None" = None
     tries: int = 0
-    """Submissions so far; each has a key of its own."""
+    """Submissions so far; each has its own key."""
     failed: list[Failed] = field(default_factory=list)
 
 
 class ClusterRun:
-    """The coordinator's side of one run: what is in flight, what has failed and where, what the bar knows."""
+    """One run: its tasks in flight, its failures by worker, and the rows that were reported."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class ClusterRun:
         rows: Mapping[int, int],
         on_rows: Callable[[int], None],
     ) -> None:
-        """`rows` gives the number of rows of every shard that is wanted; `on_rows` hears of finished rows."""
+        """`rows` holds the number of rows of every shard to compute; `on_rows` gets finished rows."""
         self._client = client
         self._task = task
         self._assignment = assignment
@@ -71,26 +71,29 @@ class ClusterRun:
         self._count = 0
         self._counted = 0.0
         self._alone = self._heard = time.monotonic()
-        # Dask calls from threads of its own: they only leave word here.
+        # Dask calls back in its own threads, which only put events into this queue.
         self._events: queue.SimpleQueue[tuple[int, int | Attempt]] = queue.SimpleQueue()
 
     def results(self) -> Generator[WrittenShard, None, None]:
-        """Yield every shard's files as they come, in any order; the caller commits them.
+        """Yield every written shard, in any order; the caller commits them.
 
-        Raises ClusterError where a shard fails for good or the scheduler goes away.
+        Raises ClusterError if a shard cannot be computed or the scheduler is lost.
         """
         self._client.subscribe_topic(self._name, lambda event: self._events.put(event[1]))
         try:
             while self._waiting or self._flying:
                 self._submit()
-                shard, word = self._next()
-                if isinstance(word, int):
+                shard, event = self._next()
+                if isinstance(event, int):
                     self._heard = time.monotonic()
-                    self._tell(shard, word)
-                elif isinstance(word, Future) and (made := self._outcome(shard, word)) is not None:
+                    self._report(shard, event)
+                elif (
+                    isinstance(event, Future)
+                    and (written := self._outcome(shard, event)) is not None
+                ):
                     self._heard = time.monotonic()
-                    self._tell(shard, self._shards[shard].rows)
-                    yield made
+                    self._report(shard, self._shards[shard].rows)
+                    yield written
                     self._heard = time.monotonic()  # the caller may have taken long to commit it
                 elif time.monotonic() - self._heard > STALL_SECONDS:
                     self._require_work()
@@ -98,8 +101,8 @@ class ClusterRun:
             self._stop()
 
     def _submit(self) -> None:
-        """Fill the flight up to its bound."""
-        while self._waiting and len(self._flying) < TASKS_A_WORKER * max(1, self._workers()):
+        """Submit shards until enough tasks are in flight."""
+        while self._waiting and len(self._flying) < TASKS_PER_WORKER * max(1, self._workers()):
             shard = self._waiting.pop()
             state = self._shards[shard]
             failed = {failure.worker for failure in self._shards[shard].failed}
@@ -125,30 +128,31 @@ class ClusterRun:
             )
 
     def _require_work(self) -> None:
-        """Submit anew what is in flight where workers are there and none computes anything.
+        """Resubmit the tasks in flight if there are workers and none of them computes anything.
 
-        Seen once, after a worker died with finished results: the scheduler said that it would recompute them, and both
-        workers stayed idle. The workers themselves are asked, for the scheduler may believe that they compute.
+        This was seen once, after a worker died with finished results: the scheduler announced that
+        it would recompute them, and both workers stayed idle. The query goes to the workers
+        themselves, because the scheduler may believe that they compute.
         """
         self._heard = time.monotonic()
         if not self._workers():
             return
         with contextlib.suppress(
             OSError, TimeoutError, RuntimeError
-        ):  # a worker goes away meanwhile: ask again later
+        ):  # a worker disappeared meanwhile: query again later
             if (
                 self._client.sync(self._connected().call_stack, callback_timeout=ANSWER_SECONDS)
                 == {}
             ):
-                self._submit_anew()
+                self._resubmit()
 
-    def _submit_anew(self) -> None:
-        """Put all that is in flight back in line."""
+    def _resubmit(self) -> None:
+        """Put all shards in flight back into the queue."""
         logger.warning(
-            "every worker is idle with %d shards in flight: submitting them anew", len(self._flying)
+            "every worker is idle with %d shards in flight: resubmitting them", len(self._flying)
         )
         print(
-            f"no worker computes any of {len(self._flying)} shards: submitting them anew",
+            f"no worker computes any of {len(self._flying)} shards: resubmitting them",
             file=sys.stderr,
             flush=True,
         )
@@ -162,30 +166,33 @@ class ClusterRun:
         self._flying.clear()
 
     def _workers(self) -> int:
-        """Return how many workers there were within the last second. Raises ClusterError without a scheduler."""
+        """Return the number of workers, at most a second old. Raises ClusterError without a scheduler."""
         if time.monotonic() - self._counted > COUNT_SECONDS:
             self._count = len(self._addresses())
             self._counted = time.monotonic()
         return self._count
 
     def _addresses(self) -> list[str]:
-        """Return the workers that are connected. Raises ClusterError without a scheduler."""
+        """Return the addresses of the connected workers. Raises ClusterError without a scheduler."""
         scheduler = self._connected()
         try:
-            # The client's own method waits for ever where a scheduler takes a question and dies over it.
+            # The client's own method never returns if the scheduler dies while it handles a query.
             return list(self._client.sync(scheduler.ncores, callback_timeout=ANSWER_SECONDS))
         except (OSError, TimeoutError, RuntimeError) as error:
             raise self._lost(one_line(error)) from error
 
     def _connected(self) -> Any:
-        """Return the scheduler to ask. Raises ClusterError where the connection is lost: all that flew is cancelled."""
+        """Return the scheduler. Raises ClusterError if the connection is lost: all tasks are cancelled."""
         scheduler = self._client.scheduler
         if scheduler is None or self._client.status != "running":
             raise self._lost("the connection to it is lost")
         return scheduler
 
     def _next(self) -> "tuple[int, int | Attempt | None]":
-        """Return the next word, or None after a while; say now and then that there is no worker to give one."""
+        """Return the next shard and its event: finished rows, a finished task, or None after a timeout.
+
+        Prints a message from time to time while no worker is connected.
+        """
         if self._workers():
             self._alone = time.monotonic()
         elif time.monotonic() - self._alone > WAIT_SECONDS:
@@ -201,19 +208,19 @@ class ClusterRun:
             return 0, None
 
     def _outcome(self, shard: int, future: Attempt) -> WrittenShard | None:
-        """Take a finished task out of the flight; None where its shard is to be tried again."""
+        """Return the written shard of a finished task, or None if its shard must be tried again."""
         if future is not self._shards[shard].future:
-            return None  # an attempt that was given up
+            return None  # an attempt that was abandoned
         try:
-            made = future.result(timeout=COLLECT_SECONDS)
-        except TimeoutError:  # the worker died with it, and it is computed anew
+            outcome = future.result(timeout=COLLECT_SECONDS)
+        except TimeoutError:  # the worker died with the result, and Dask recomputes it
             self._events.put((shard, future))
             return None
         except KilledWorker as error:
             address = error.last_worker.address
-            made = Failed(
+            outcome = Failed(
                 worker=address,
-                reason="its workers died over it: killed, or out of memory",
+                reason="its workers died while computing it: killed, or out of memory",
                 final=False,
             )
         except Exception as error:
@@ -225,35 +232,36 @@ class ClusterRun:
             ) from error
         self._flying.remove(shard)
         self._shards[shard].future = None
-        if isinstance(made, WrittenShard):
-            return made
-        self._failed(shard, made)
+        if isinstance(outcome, WrittenShard):
+            return outcome
+        self._failed(shard, outcome)
         return None
 
     def _failed(self, shard: int, failure: Failed) -> None:
-        """Put a shard back for another worker. Raises ClusterError where that would be in vain."""
+        """Put a shard back for another worker. Raises ClusterError if another attempt is useless."""
         failed = self._shards[shard].failed
         failed.append(failure)
         if failure.final:
             raise ClusterError(f"worker {failure.worker}: {failure.reason} ({RESUME})")
         logger.warning("shard %d failed on %s: %s", shard, failure.worker, failure.reason)
         if len(failed) >= MOST_ATTEMPTS:
-            where = ", ".join(dict.fromkeys(f.worker for f in failed))
+            workers = ", ".join(dict.fromkeys(f.worker for f in failed))
             raise ClusterError(
-                f"shard {shard} failed {len(failed)} times, on {where}; the last time: {failure.reason} ({RESUME})"
+                f"shard {shard} failed {len(failed)} times, on {workers}; the last time: "
+                f"{failure.reason} ({RESUME})"
             )
         self._waiting.append(shard)
 
-    def _tell(self, shard: int, rows: int) -> None:
-        """Tell the bar of rows that no attempt had done before."""
+    def _report(self, shard: int, rows: int) -> None:
+        """Report the rows that no earlier attempt had finished."""
         state = self._shards[shard]
         if rows > state.reported:
             self._on_rows(rows - state.reported)
             state.reported = rows
 
     def _stop(self) -> None:
-        """Let go of everything in flight; a worker in the middle of a task ends it, and nobody takes the result."""
-        with contextlib.suppress(Exception):  # the scheduler may be what has gone away
+        """Release pending futures; running tasks finish and their results are dropped."""
+        with contextlib.suppress(Exception):  # the scheduler may be lost
             self._client.unsubscribe_topic(self._name)
             for state in self._shards.values():
                 if state.future is not None:
@@ -261,5 +269,5 @@ class ClusterRun:
 
     def _lost(self, reason: str) -> ClusterError:
         return ClusterError(
-            f"the Dask scheduler has gone away or given up the work ({reason}); {RESUME}"
+            f"the Dask scheduler has gone away or has dropped the tasks ({reason}); {RESUME}"
         )

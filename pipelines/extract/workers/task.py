@@ -1,4 +1,4 @@
-"""The worker's side of a run: one attempt at a shard, what it reports, how it fails."""
+"""The task that runs on a worker: one attempt at a shard, its progress reports and its failure."""
 
 import logging
 import time
@@ -11,34 +11,37 @@ from dtcache.errors import DiskError, DtcacheError, one_line
 from dtcache.store.pending_shard import WrittenShard
 
 Task = Callable[[str, int, Callable[[int], None]], WrittenShard]
-"""Computes one shard of an assignment and reports finished rows; a function of a module that workers can import."""
+"""Computes a shard of an assignment and reports finished rows; a function that workers can import."""
 
 REPORT_SECONDS = 1.0
-"""How often a worker reports rows."""
+"""Least seconds between two reports of a worker."""
 
 logger = logging.getLogger("distributed.dtcache")
-"""Below Dask's own, so that it ends in the same log."""
+"""A child of Dask's logger, so that its messages go to the same log."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """An attempt at a shard that raised on its worker."""
+    """An attempt at a shard that raised an exception on its worker."""
 
     worker: str
     """Its address."""
     reason: str
     final: bool
-    """Whether another worker would fail too."""
+    """Whether every other worker would fail too."""
 
 
 def run_task(task: Task, assignment: str, shard: int, topic: str) -> WrittenShard | Failed:
-    """Run a task on the worker that this is; a failure comes back as words, for exceptions do not always travel."""
+    """Run a task on this worker.
+
+    A failure is returned as text, because not every exception can be pickled.
+    """
     worker = get_worker()
     report = _Report(worker, topic, shard)
     try:
         return task(assignment, shard, report)
     except DtcacheError as error:
-        # A disk may fail on one machine alone; what else dtcache refuses, it refuses everywhere.
+        # A disk may fail on one machine only; other errors of dtcache occur on every machine.
         return Failed(
             worker=worker.address, reason=str(error), final=not isinstance(error, DiskError)
         )
@@ -49,7 +52,7 @@ def run_task(task: Task, assignment: str, shard: int, topic: str) -> WrittenShar
 
 
 class _Report:
-    """Tells the coordinator, now and then, how many rows of a shard an attempt has done."""
+    """Sends the coordinator the number of finished rows of an attempt, at most once per second."""
 
     def __init__(self, worker: Worker, topic: str, shard: int) -> None:
         self._worker = worker

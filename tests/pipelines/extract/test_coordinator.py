@@ -146,7 +146,7 @@ def test_a_shard_that_fails_is_tried_elsewhere(
         ),
         (
             "dies",
-            r"^shard \d failed 3 times, .*: its workers died over it: killed, or out of memory \(what is",
+            r"^shard \d failed 3 times, .*: its workers died while computing it: killed, or out of memory \(what is",
         ),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_failure_everywhere_is_one_clear_line(
     tmp_path: Path, fails: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What no worker can do ends the run after a bounded number of attempts; the cache stays as it was begun."""
-    monkeypatch.setattr(connect, "DEATHS_AN_ATTEMPT", 0)
+    monkeypatch.setattr(connect, "DEATHS_PER_ATTEMPT", 0)
     writer = begin(tmp_path / "cache", 3)
     before = content(tmp_path / "cache")
     with pytest.raises(ClusterError, match=message):
@@ -167,7 +167,7 @@ def test_a_scheduler_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(connect, "CONNECT_SECONDS", 1)
     for address in ("tcp://127.0.0.1:9", "nowhere://x"):
         message = (
-            rf"^--scheduler {address}: no Dask scheduler can be reached there \(.*\); "
+            rf"^`scheduler` {address}: no Dask scheduler can be reached there \(.*\); "
             "start one with dask scheduler"
         )
         with (

@@ -72,7 +72,7 @@ def inverted(
     )
     assert result.exit_code == 0, result.output
     assert re.search(
-        r"t200: images inverted and denoised back are off by \d\.\de[-+]\d\d of their square",
+        r"t200: images inverted and denoised back have a relative squared error of \d\.\de[-+]\d\d",
         result.stderr,
     )
     return out
@@ -233,7 +233,7 @@ def test_a_lost_shard_of_an_inverted_cache_is_made_anew(
         (("--timestep", 10), "--ddim-steps 20: expected at most 10, the steps up to --timestep 10"),
         (
             ("--encoding", "ddpm", "--ddim-steps", 20),
-            "--ddim-steps 20: expected --encoding ddim beside it",
+            "--ddim-steps 20: expected --encoding ddim with it",
         ),
     ],
 )
@@ -317,13 +317,13 @@ def test_a_module_is_extracted_and_its_cache_resumed_only_by_its_like(
         (
             {"teacher": "x/y"},
             True,
-            "--teacher: expected the name of a teacher or, from Python, .* got both",
+            "`teacher`: expected the name of a teacher or, from Python, .* got both",
         ),
-        ({}, False, "--teacher: expected the name of a teacher or, from Python, .* got neither"),
+        ({}, False, "`teacher`: expected the name of a teacher or, from Python, .* got neither"),
         (
             {"draws": 2},
             True,
-            "a CallableTeacher without prepare draws no noise: expected --draws 1",
+            "a CallableTeacher without prepare draws no noise: expected `draws=1`",
         ),
     ],
 )

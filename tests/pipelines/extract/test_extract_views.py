@@ -123,11 +123,11 @@ def test_float16_caches_say_so(scene_folder: Path, teacher_dir: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--draws", 33), "--draws 33: expected at most 64 draws, and as many views an image"),
+        (("--draws", 33), "--draws 33: expected at most 64 draws, and at most 64 views per image"),
         (("--shard-rows", 2_000_000), "--shard-rows 2000000: expected at most 1048576"),
         (("--average",), "--average: expected at least 2 --draws to take the mean of, got 1"),
         (("--bytes-per-image", 10**6), "expected fewer than the 92160 bytes of float16"),
-        (("--bytes-per-image", 900, "--quality", "small"), "and no --quality beside it"),
+        (("--bytes-per-image", 900, "--quality", "small"), "and no --quality with it"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(
@@ -208,7 +208,7 @@ def test_a_cache_without_images_trains_from_their_source(
     assert not (tmp_path / "none" / "data.zarr" / "images").exists()
     result = run("train", tmp_path / "none", "--out", tmp_path / "run-without", *flags)
     assert result.exit_code == 1
-    assert "stores no images: give those that it was extracted from (--images)" in result.output
+    assert "stores no images; pass --images, the images it was extracted from" in result.output
     assert not (tmp_path / "run-without").exists()
     result = run(
         "train", tmp_path / "view", "--out", tmp_path / "run-both", *flags, "--images", scene_folder
@@ -224,7 +224,7 @@ def test_position_whitening_needs_exact_features(
     extracted(scene_folder, teacher_dir, tmp_path / "c", "--bytes-per-image", 4608)
     result = run("train", tmp_path / "c", "--out", tmp_path / "r", "--whitening", "position")
     assert result.exit_code == 1
-    assert "--whitening position: expected a cache of --quality fp16" in result.output
+    assert "--whitening position: expected a cache of exact features; extract it with quality fp16" in result.output
 
 
 @pytest.mark.parametrize(
