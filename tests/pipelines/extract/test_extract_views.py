@@ -224,7 +224,10 @@ def test_position_whitening_needs_exact_features(
     extracted(scene_folder, teacher_dir, tmp_path / "c", "--bytes-per-image", 4608)
     result = run("train", tmp_path / "c", "--out", tmp_path / "r", "--whitening", "position")
     assert result.exit_code == 1
-    assert "--whitening position: expected a cache of exact features; extract it with quality fp16" in result.output
+    assert (
+        "--whitening position: expected a cache of exact features; extract it with quality fp16"
+        in result.output
+    )
 
 
 @pytest.mark.parametrize(
