@@ -330,7 +330,7 @@ def test_every_option_follows_from_the_recipe(shared: Path) -> None:
     """A repair asks for what the extraction asked for but the size: the cache's own fit is used; an
     option that is added needs its place in options_from_recipe.
     """
-    found = repair_module.options_from_recipe(read_manifest(shared).recipe, "teacher")
+    found = options_from_recipe(read_manifest(shared).recipe, "teacher")
     told = {
         "teacher": "teacher",
         "size": "32x32",
