@@ -125,6 +125,16 @@ SENTENCES: Mapping[tuple[str, str], str] = {
             "Nothing is overwritten. Pass a new folder to --out, or delete the old one.",
         ),
         (
+            ("extract",),
+            "--force",
+            "Use --skip-disk-check if the disk seems too small. Nothing is overwritten.",
+        ),
+        (
+            ("extract",),
+            "--images",
+            "Pass IMAGES without a flag. Use --no-store-images to store no pixels.",
+        ),
+        (
             ("train",),
             "--gpus --num-gpus --num-processes --nproc-per-node --world-size --devices",
             "Start several processes with torchrun, as dtcache train --help shows.",
