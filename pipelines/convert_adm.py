@@ -1,4 +1,4 @@
-"""`dtcache teacher convert`: an OpenAI guided-diffusion (ADM) checkpoint becomes a diffusers directory."""
+"""`dtcache teacher convert`: from an OpenAI ADM checkpoint to a diffusers directory."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -56,18 +56,19 @@ class Converted:
         return (
             f"{self.out}: {self.preset or 'a custom architecture'} at {s.size} px, "
             f"{self.parameters / 1e6:.1f}M parameters, "
-            f"{f'{classes} classes' if classes else 'unconditional'}; {s.schedule} schedule, {heads} "
-            f"in {s.order} order; channels {', '.join(map(str, channels))}; "
+            f"{f'{classes} classes' if classes else 'unconditional'}; {s.schedule} schedule, "
+            f"{heads} in {s.order} order; channels {', '.join(map(str, channels))}; "
             f"taps at strides {', '.join(map(str, self.strides))}"
         )
 
 
 def convert_adm(checkpoint: Path, out: Path, options: ConvertOptions) -> Converted:
-    """Write a UNet2DModel directory (unet/, scheduler/, conversion.json) equivalent to the checkpoint.
+    """Write a UNet2DModel directory equivalent to a guided-diffusion (ADM) checkpoint.
 
-    The directory appears complete or not at all. If `out` holds the same conversion already,
-    nothing is written. Raises ConfigError for options that contradict the checkpoint, TeacherError
-    for a file that is not an ADM checkpoint or an `out` with other files, and DiskError.
+    It consists of unet/, scheduler/ and conversion.json. The directory appears complete or not at
+    all. If `out` holds the same conversion already, nothing is written. Raises ConfigError for
+    options that contradict the checkpoint, TeacherError for a file that is not an ADM checkpoint or
+    an `out` with other files, and DiskError.
     """
     out = out.resolve()
     with disk_errors(out):
@@ -122,8 +123,8 @@ def resolve_settings(
     if preset is not None and not fits_preset(architecture, preset):
         channels, blocks, _ = PRESETS[preset]
         raise ConfigError(
-            f"`preset='{preset}'`: expected levels of {list(channels)} channels and {blocks} blocks, "
-            f"the checkpoint has {levels} and {architecture.blocks}; leave `preset` out"
+            f"`preset='{preset}'`: expected levels of {list(channels)} channels and {blocks} "
+            f"blocks, the checkpoint has {levels} and {architecture.blocks}; leave `preset` out"
         )
     if preset is None and options.size is None:
         raise ConfigError(
@@ -152,7 +153,8 @@ def resolve_settings(
     coarsest = 2 ** (len(levels) - 1)
     if settings.size % coarsest:
         raise ConfigError(
-            f"`size` {settings.size}: expected a multiple of {coarsest}, the coarsest level's stride"
+            f"`size` {settings.size}: expected a multiple of {coarsest}, the coarsest level's "
+            "stride"
         )
     return preset, settings
 
@@ -178,7 +180,7 @@ def _stored(tensors: dict[str, Tensor], *, half: bool) -> dict[str, Tensor]:
 def _record(
     checkpoint: Path, architecture: AdmArchitecture, settings: AdmSettings, *, half: bool
 ) -> bytes:
-    """Return `conversion.json`, a pure function of the checkpoint, the options and dtcache's version."""
+    """Return `conversion.json`: a function of the checkpoint, options and dtcache's version."""
     source = {
         "name": checkpoint.name,
         "bytes": checkpoint.stat().st_size,

@@ -1,4 +1,4 @@
-"""`dtcache demo`: every stage on generated scenes with the bundled teacher, offline, and one table."""
+"""`dtcache demo`: every stage, offline, on generated scenes with the bundled teacher."""
 
 import json
 import time
@@ -64,7 +64,7 @@ def demo(out: Path, options: DemoOptions) -> Json:
 
 
 class Stages:
-    """Runs each named stage once; results and durations are stored in `stages.json` of the folder."""
+    """Runs each named stage once; `stages.json` of the folder holds results and durations."""
 
     def __init__(self, out: Path) -> None:
         self._path = out / "stages.json"
@@ -148,7 +148,7 @@ def _evaluate(out: Path, name: str, model: Path, options: DemoOptions) -> Json:
 
 
 def cost_of(summary: Json) -> str:
-    """Return one sentence on the bytes per image: features with codec and indices, and stored pixels."""
+    """Return a sentence on bytes per image: features with codec and indices, and stored images."""
     return (
         f"{summary['num_images']} images: features take {summary['bytes_per_image']:.0f} bytes per "
         f"image for both flips, {summary['ratio']:.0f} times less than fp16 "

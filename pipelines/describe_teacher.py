@@ -14,7 +14,7 @@ from pipelines.terminal.text import byte_size
 TIMESTEPS = (50, 150, 250)
 RATIOS = (10, 50, 100)
 VIEWS = 2
-"""Views per image: both flips, as extract caches them by default."""
+"""Views per image: extract caches both flips by default."""
 
 
 def describe_teacher(where: str, size: str | None) -> Json:

@@ -39,7 +39,7 @@ class Exported:
 
 
 def export(source: Path, out: Path, options: ExportOptions) -> Exported:
-    """Export the backbone of a run, or a backbone folder, to a new folder that timm or torchvision reads.
+    """Export the backbone of a run, or a backbone folder, to a new folder.
 
     The exported network is read back and run on random images; the folder appears only if its
     outputs are those of the original. Raises ConfigError for a backbone that cannot be exported,
@@ -88,7 +88,8 @@ def backbone_folder(source: Path) -> Path:
         return source / "backbone"
     if (source / "run.json").is_file():
         raise ConfigError(
-            f"{source}: the run has no backbone yet; run its dtcache train command again to finish it"
+            f"{source}: the run has no backbone yet; run its dtcache train command again to "
+            "finish it"
         )
     raise ConfigError(
         f"{source}: expected a run of dtcache train, or a backbone folder with {CONFIG}"
@@ -123,7 +124,7 @@ def _write_timm(
 def _write_torchvision(
     folder: Path, draft: Path, backbone: Backbone, size: tuple[int, int]
 ) -> tuple[nn.Module, str]:
-    """Write a state dict and the normalisation of its inputs; load it with torchvision, strictly."""
+    """Write a state dict and its input normalisation; load it with torchvision, strictly."""
     network, head = torchvision_network(backbone)
     weights = {name: value.contiguous() for name, value in backbone.model.state_dict().items()}
     write_file(draft / WEIGHTS, safetensors.torch.save(weights, {"format": "pt"}))

@@ -1,4 +1,4 @@
-"""Label distillation: the interpreter of a teacher's features, its folder, and decoding of soft labels."""
+"""Label distillation: the feature interpreter, its folder, and the decoder of soft labels."""
 
 from dtcache.labels.folder import (
     MAX_CLASSES,

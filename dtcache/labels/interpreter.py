@@ -50,18 +50,19 @@ class FuseLayer(nn.Module):
 
 
 class FeatureInterpreter(nn.Module):
-    """Fuse layers from the coarsest map to the finest; logits of every pixel or of the pooled image."""
+    """Fuse layers from the coarsest map to the finest, then logits per pixel or per image."""
 
     def __init__(self, shapes: Shapes, classes: int, *, width: int, grid: tuple[int, int]) -> None:
-        """Build the network for maps of `shapes` and logits on `grid` (H, W); (1, 1) pools the image.
+        """Build the network for maps of `shapes` and logits on `grid` (H, W).
 
-        Raises ConfigError if `width` is not a multiple of the 32 groups of GroupNorm, or over 4096.
+        The grid (1, 1) averages over positions, for image labels. Raises ConfigError if `width` is
+        not a multiple of the 32 groups of GroupNorm, or over 4096.
         """
         super().__init__()
         if width % GROUPS or width > MAX_WIDTH:
             raise ConfigError(
-                f"`width` {width}: expected a multiple of {GROUPS}, the groups of its GroupNorm, up to "
-                f"{MAX_WIDTH}"
+                f"`width` {width}: expected a multiple of {GROUPS}, the groups of its GroupNorm, "
+                f"up to {MAX_WIDTH}"
             )
         # Coarsest first; of equal grids, such as a transformer's, the deepest block first.
         self._order = sorted(
@@ -90,7 +91,7 @@ class FeatureInterpreter(nn.Module):
 
 
 def logit_grid(shapes: Shapes, view: ViewSpec) -> tuple[int, int]:
-    """Return (H, W) of pixel logits: the finest map's grid, or the grid of stride 4 if that is finer."""
+    """Return (H, W) of pixel logits: the finest map's grid, or that of stride 4 if it is finer."""
     _, height, width = max(shapes.values(), key=lambda shape: shape[1] * shape[2])
     return (
         max(height, -(-view.height // LARGEST_STRIDE)),

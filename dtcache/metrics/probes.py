@@ -19,8 +19,8 @@ HELD_OUT_SHARE = 10
 """One training image in ten is held out while C is chosen."""
 MAX_ITERATIONS = 1000
 TOLERANCE = 1e-3
-"""Tolerance of the solver. A tenth of it changes the accuracy on 10,000 images by at most 0.1 points and
-takes two to three times the iterations."""
+"""Tolerance of the solver. A tenth of it changes the accuracy on 10,000 images by at most 0.1
+points and takes two to three times the iterations."""
 BLOCK = 1024
 """Test images whose similarities to all training images are in memory together."""
 
@@ -31,10 +31,10 @@ Labels = NDArray[np.int64]
 def knn_predict(
     train_ND: Features, labels_N: Labels, test_MD: Features, k: int, device: torch.device
 ) -> Labels:
-    """Return the class of each test image (M,): the majority of its k nearest training images by cosine.
+    """Return the class of each test image (M,): the majority of its k nearest training images.
 
-    Votes are unweighted; of classes with equally many votes, the one with the nearest neighbour
-    wins. Raises ConfigError if k > N.
+    Similarity is the cosine, and votes are unweighted; of classes with equally many votes, the one
+    with the nearest neighbour wins. Raises ConfigError if k > N.
     """
     if not 1 <= k <= len(train_ND):
         raise ConfigError(f"`k` {k}: expected 1 to {len(train_ND)}, the number of training images")

@@ -1,10 +1,10 @@
-"""Confusion counts and scores of predicted segmentation masks. C classes; scores are from 0 to 1."""
+"""Confusion counts and scores of predicted segmentation masks. C classes; scores in [0, 1]."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 Counts = NDArray[np.int64]
-"""(C, C) pixels, by true class (row) and predicted class (column); counts of several masks can be added."""
+"""(C, C) pixels by true class (row) and predicted class (column); counts can be added."""
 
 
 def confusion_matrix(

@@ -25,10 +25,10 @@ SURVEY_BATCH = 256
 
 
 class CachedMaps:
-    """Decoded whitened maps of a cache's taps, draw 0: read if cached, else computed by the teacher."""
+    """Decoded whitened maps of a cache's taps, draw 0: read from the cache, or from its teacher."""
 
     def __init__(self, cache: Cache, teacher: str | None, compute: Compute) -> None:
-        """Index the cache by image content. Raises TeacherError if `teacher` is not the cache's own."""
+        """Index the cache by image content. Raises TeacherError if `teacher` is not the cache's."""
         self.cache = cache
         self._compute = compute
         rows = cache.reader.usable_rows

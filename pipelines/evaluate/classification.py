@@ -31,7 +31,7 @@ class ProbeResult:
     """Accuracy of both probes on one set of features."""
 
     name: str
-    """The backbone, `pixels`, a tap's array such as t150/stride8, or `all`: all taps concatenated."""
+    """The backbone, `pixels`, a tap's array such as t150/stride8, or `all` for all taps."""
     knn_top1: float
     """Test images that k-NN classifies correctly, per cent."""
     linear_top1: float
@@ -92,11 +92,11 @@ class ClassificationResult:
 
 
 def classify(model: str, options: EvaluateOptions) -> ClassificationResult:
-    """Probe the pooled features of a backbone folder, a timm name (random weights), a cache or `pixels`.
+    """Probe the pooled features of a backbone folder, a timm name, a cache or `pixels`.
 
-    Every row is measured on the same images, which are a pure function of keys, options and seed.
-    Raises ConfigError for an unknown kind of model, ImagesError for images without labels, and what
-    opening the model raises.
+    A timm name gives random weights. Every row is measured on the same images, which are a pure
+    function of keys, options and seed. Raises ConfigError for an unknown kind of model, ImagesError
+    for images without labels, and what opening the model raises.
     """
     options.require_task("classification")
     compute = resolve_compute(options.device, options.precision)

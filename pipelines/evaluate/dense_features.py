@@ -1,4 +1,4 @@
-"""Feature maps that a segmentation head reads: a backbone's, or those of a cache's taps. B images."""
+"""Feature maps that a segmentation head reads: a backbone's or a cache's. B images per batch."""
 
 from pathlib import Path
 from typing import Protocol
@@ -61,8 +61,8 @@ class Trunk(Protocol):
     ) -> list[Tensor]:
         """Return maps (B, C, H, W), finest first.
 
-        Images are mirrored where `mirrored_B` is true, then cropped and jittered by `augmentation`, whose
-        draws depend on `step`.
+        Images whose entry in `mirrored_B` is true are mirrored. `augmentation` then crops and
+        jitters all images, with draws that depend on `step`.
         """
 
 
@@ -95,7 +95,7 @@ class NetworkTrunk:
         augmentation: Augmentation | None,
         step: int,
     ) -> list[Tensor]:
-        """Return maps (B, C, H, W), finest first; with gradients only if the backbone is finetuned."""
+        """Return maps (B, C, H, W), finest first; with gradients if the backbone is finetuned."""
         images_BCHW = mirror(stack_pixels(batch.loaded), mirrored_B)
         if augmentation is not None:
             images_BCHW = augmentation.images(images_BCHW, step, batch.rows, self.input_size)
@@ -111,7 +111,7 @@ class CacheTrunk:
     backbone = None
 
     def __init__(self, root: Path, options: EvaluateOptions, compute: Compute) -> None:
-        """Open a cache. Raises ConfigError for options of a backbone, and what opening a cache raises."""
+        """Open a cache. Raises ConfigError for a backbone's options, and what opening it raises."""
         backbone_options = {
             "`finetune`": options.finetune,
             f"`head='{options.head}'`": options.head != "linear",
@@ -144,7 +144,8 @@ class CacheTrunk:
     ) -> list[Tensor]:
         """Return maps (B, C, H, W), finest first.
 
-        Raises TrainingError if the teacher's output is not finite, ConfigError for crops and jitter.
+        Raises TrainingError if the teacher's output is not finite, ConfigError if `augmentation` is
+        given.
         """
         if augmentation is not None:
             raise ConfigError("a cache's features are fixed; crops and jitter need a backbone")
@@ -169,6 +170,6 @@ def open_trunk(model: str, options: EvaluateOptions, batch_size: int, compute: C
 
 
 def mirror(x_B_W: Tensor, mirrored_B: NDArray[np.bool_]) -> Tensor:
-    """Return images or masks (B, ..., W), mirrored where `mirrored_B` is true."""
+    """Mirror those images or masks (B, ..., W) whose entry in `mirrored_B` is true."""
     flips_B = torch.from_numpy(mirrored_B).view(-1, *(1,) * (x_B_W.ndim - 1))
     return torch.where(flips_B, x_B_W.flip(-1), x_B_W)

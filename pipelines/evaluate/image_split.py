@@ -64,7 +64,7 @@ def split_images(
 
 
 def load_batches(images: EvaluatedImages, view: ViewSpec, size: int) -> Iterator[list[LoadedView]]:
-    """Yield the images in order, decoded or failed, `size` at a time; the last batch may be short."""
+    """Yield the images in order, decoded or failed, in batches of `size`; the last may be short."""
     views = load_views(images.source, images.indices, view, threads=DECODE_THREADS)
     while batch := list(islice(views, size)):
         yield batch

@@ -1,4 +1,7 @@
-"""Images with segmentation masks: a training and a test set, in batches. B images of H x W pixels."""
+"""Images with segmentation masks: a training and a test set, in batches.
+
+B images of H x W pixels.
+"""
 
 import sys
 from collections.abc import Iterator

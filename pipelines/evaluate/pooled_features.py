@@ -144,7 +144,7 @@ class NetworkFeatures:
             return {self.backbone.name: self.backbone.pooled(self._input(batch)).float().cpu()}
 
     def normalised(self, images_BCHW: Tensor) -> Tensor:
-        """Return images (B, 3, H, W) in 0..255 as the backbone's input: resized, normalised, on the device."""
+        """Return the backbone's input for images (B, 3, H, W) in 0..255: resized and normalised."""
         x_BCHW = student_input(
             images_BCHW.to(self._compute.device),
             self.input_size,
@@ -161,7 +161,7 @@ class CacheFeatures:
     """Spatial means of a cache's decoded whitened features, view 0."""
 
     def __init__(self, cache: Cache, teacher: str | None, compute: Compute) -> None:
-        """Index the cache by image content. Raises TeacherError if `teacher` is not the cache's own."""
+        """Index the cache by image content. Raises TeacherError if `teacher` is not the cache's."""
         self.view = cache.view
         self.maps = CachedMaps(cache, teacher, compute)
 

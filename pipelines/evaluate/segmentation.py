@@ -63,7 +63,7 @@ class SegmentationResult:
     head: str
     finetuned: bool
     iou: dict[str, float | None]
-    """Intersection over union by class, per cent; None for a class without a pixel in the test masks."""
+    """Intersection over union by class, per cent; None for a class without a test pixel."""
     miou: float
     """Mean IoU over the classes that occur in the test masks, per cent."""
     pixel_accuracy: float
@@ -276,7 +276,7 @@ def fit_head(segmenter: Segmenter, train: MaskedImages, options: EvaluateOptions
     with track("segmentation", total) as progress:
         for epoch in range(options.epochs):
             shuffle = permuted(len(order), seed=options.seed, stream=f"segment-{epoch}")
-            shuffled = train.chosen([order[place] for place in shuffle[: steps * batch_size]])
+            shuffled = train.chosen([order[index] for index in shuffle[: steps * batch_size]])
             for number, batch in enumerate(shuffled.batches(trunk.view, batch_size)):
                 step = epoch * steps + number
                 mirrored_B = trunk.mirrors & (_mirror_draws(options.seed, step, batch) < 0.5)

@@ -48,14 +48,15 @@ class FittedInterpreter:
     trained_on: int
     """Number of labelled images that it was trained on."""
     validation: Json | None
-    """`images`, `miou` (None for image labels) and `accuracy` on held-out images; None without any."""
+    """`label_scores` on the held-out images; None without held-out images."""
 
 
 def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedInterpreter:
-    """Train an interpreter on a cache's features and write it to `out`, which appears when it is finished.
+    """Train an interpreter on a cache's features and write it to the folder `out`.
 
-    Raises ConfigError for options that cannot work, ImagesError for unusable masks or labels,
-    TrainingError if the loss is not finite, and what opening a cache raises.
+    The folder appears when the fit is finished. Raises ConfigError for options that cannot work,
+    ImagesError for unusable masks or labels, TrainingError if the loss is not finite, and what
+    opening a cache raises.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"`out` {out}: expected a new or empty folder, got one with files")
@@ -139,8 +140,8 @@ def _split(labelled: LabelledRows, options: LabelFitOptions) -> tuple[LabelledRo
     count = max(1, round(options.validation * len(labelled))) if options.validation else 0
     if count >= len(labelled):
         raise ConfigError(
-            f"expected at least 2 labelled images, one of them held out, got {len(labelled)}; label "
-            "more images, or pass `validation=0`"
+            f"expected at least 2 labelled images, one of them held out, got {len(labelled)}; "
+            "label more images, or pass `validation=0`"
         )
     order = permuted(len(labelled), seed=options.seed, stream="label-validation").tolist()
     return labelled.take(sorted(order[count:])), labelled.take(sorted(order[:count]))

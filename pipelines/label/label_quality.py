@@ -1,4 +1,4 @@
-"""Quality of a label set: distance from the exact logits, entropy, and agreement with known labels."""
+"""Quality of a label set: distance from exact logits, entropy, agreement with known labels."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,10 @@ from pipelines.label.labelled_rows import LabelledRows, images_with_masks, label
 from pipelines.terminal.progress import track
 
 SAMPLED = 256
-"""Images that errors and entropies are measured on: the last rows, as the codec is fitted on the first."""
+"""Images on which errors and entropies are measured: the last rows.
+
+The codec is fitted on the first ones.
+"""
 COMPARED = 4096
 """Most masks that stored labels are compared with; they are in memory together."""
 AT_ONCE = 32
@@ -84,8 +87,9 @@ def known_labels(
     known = images_with_masks(cache, options.masks, options.ignore_index, COMPARED, options.images)
     if not same_classes(known.classes, spec.classes):
         raise ImagesError(
-            f"{options.masks}: expected the interpreter's classes, {', '.join(spec.classes)[:200]}, "
-            f"got {', '.join(known.classes)[:200]}; number the classes alike, or leave `masks` out"
+            f"{options.masks}: expected the interpreter's classes, "
+            f"{', '.join(spec.classes)[:200]}, got {', '.join(known.classes)[:200]}; "
+            "number the classes alike, or leave `masks` out"
         )
     return known
 

@@ -152,7 +152,8 @@ class LabelWriter:
                 if not view.finite:
                     key = self.cache.samples["key"][row]
                     raise CodecError(
-                        f"the logits of {key} are not finite; fit the interpreter again with a lower lr"
+                        f"the logits of {key} are not finite; fit the interpreter again with a "
+                        "lower lr"
                     )
                 payloads[row] = view.payload
                 if row >= fitted or len(self.cache) == fitted:
@@ -171,13 +172,13 @@ class LabelWriter:
         )
 
     def fixed_fields(self) -> Json:
-        """Return the fields of the recipe that depend on the inputs alone, not on the codec's fit."""
+        """Return the fields of the recipe that do not depend on the codec's fit."""
         recipe = self._recipe(None, 0).to_json()
         codec = {"ratio": recipe["codec"]["ratio"]}
         return {"labels": recipe["labels"], "teacher": recipe["teacher"], "codec": codec}
 
     def _joined(self, rows: Rows) -> Tensor:
-        """Return (B, V x K, H, W): the logits minus their mean over classes, which softmax ignores."""
+        """Return (B, V x K, H, W): logits minus their mean over classes, which softmax ignores."""
         logits = self.logits(rows)
         return join_views(logits - logits.mean(2, keepdim=True), self._mirrored)
 
@@ -219,7 +220,7 @@ class LabelWriter:
         return [Sample(index=row, key=key, label=label) for row, (key, label) in enumerate(pairs)]
 
     def _recipe(self, solved: Solved | None, fitted: int) -> Recipe:
-        """Return the recipe of the label set; the fields of the codec's fit are empty without `solved`."""
+        """Return the recipe of the label set; without `solved`, the fields of the fit are empty."""
         own = self.cache.reader.manifest
         spec = self._interpreter.spec
         channels = len(spec.classes) * len(self._mirrored)

@@ -1,4 +1,4 @@
-"""The labelled rows of a cache: those with a mask in a folder, or with a label in the cache's index."""
+"""The labelled rows of a cache: those with a mask, or with a label in the cache's index."""
 
 import hashlib
 import sys
@@ -64,12 +64,12 @@ def images_with_masks(
     limit: int | None,
     images: Path | None = None,
 ) -> LabelledRows:
-    """Return the usable rows whose key has a mask in the folder `root`, with masks seen through the view.
+    """Return the usable rows whose key has a mask in the folder `root`.
 
-    A mask must have the size of its image. Sizes are read from the source `images`; without it,
-    only sizes that the cache knows are checked, and stderr says how many are not. Raises
-    ImagesError if no image has a mask, if a file is not a mask of its image, or if the masks show
-    fewer than two classes.
+    Masks are cropped and resized like the view. A mask must have the size of its image. Sizes are
+    read from the source `images`; without it, only sizes that the cache knows are checked, and
+    stderr says how many are not. Raises ImagesError if no image has a mask, if a file is not a mask
+    of its image, or if the masks show fewer than two classes.
     """
     folder = open_masks(root, ignore_index)
     keys = cache.samples["key"].to_pylist()
@@ -105,7 +105,10 @@ def images_with_masks(
 
 
 def labelled_images(cache: Cache, limit: int | None) -> LabelledRows:
-    """Return the usable rows with a label in the cache's index. Raises ImagesError if there is none."""
+    """Return the usable rows with a label in the cache's index.
+
+    Raises ImagesError if no row has a label, or if a label is out of range.
+    """
     labels = cache.samples["label"].to_pylist()
     usable = cache.reader.usable_rows
     rows = [int(row) for row in usable if labels[row] is not None and labels[row] >= 0][:limit]

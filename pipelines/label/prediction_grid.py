@@ -22,8 +22,9 @@ def label_picture(
     classes: int,
     ignore: int,
 ) -> bytes:
-    """Return a PNG with one row per image: image (3, H, W) if given, mask (H, W), prediction (H, W).
+    """Return a PNG with one row per image: image, mask and prediction.
 
+    Images are (3, H, W), masks and predictions (H, W). Without `images` there are two columns.
     Class 0 is black, every other class has a colour of its own, and ignored pixels are white.
     """
     palette = np.zeros((256, 3), np.uint8)

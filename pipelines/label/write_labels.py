@@ -35,10 +35,11 @@ class WrittenLabels:
 
 
 def write_labels(root: Path, interpreter_dir: Path, options: LabelWriteOptions) -> WrittenLabels:
-    """Write the soft labels of the cache `root` by an interpreter; resume a set begun with the same options.
+    """Write the soft labels of the cache `root` by an interpreter.
 
-    Raises CacheMismatchError, naming the difference, if the interpreter was fitted to other
-    features or if the set was begun with other inputs; ConfigError; and what opening either raises.
+    A set that was begun with the same inputs and options is resumed. Raises CacheMismatchError,
+    naming the difference, if the interpreter was fitted to other features or if the set was begun
+    with other inputs; ConfigError; and what opening either raises.
     """
     require_name(options.name)
     interpreter = load_interpreter(interpreter_dir)
@@ -74,9 +75,9 @@ def write_labels(root: Path, interpreter_dir: Path, options: LabelWriteOptions) 
         )
     if report["share"] > options.share:
         print(
-            f"warning: {out} takes {report['share']:.1%} of the features' bytes, over the requested "
-            f"share of {options.share:.4g}; in a cache of few images, the files that every label "
-            "set has take most of these bytes",
+            f"warning: {out} takes {report['share']:.1%} of the features' bytes, over the "
+            f"requested share of {options.share:.4g}; in a cache of few images, the files that "
+            "every label set has take most of these bytes",
             file=sys.stderr,
         )
     return WrittenLabels(
