@@ -270,7 +270,7 @@ def test_masks_of_one_class_are_refused(shelf: Path) -> None:
     )
     with pytest.raises(
         ImagesError,
-        match=r"masks: expected masks of at least two classes, got one alone, 0 \(255 is",
+        match=r"masks: expected masks of at least two classes, got only 0 \(255 is",
     ):
         class_names(*sides)
 

@@ -259,7 +259,7 @@ def test_bad_input_is_one_line(
         (("--masks", bad["value"]), f"{second}: expected the values 0 to 8 of the classes in"),
         (
             ("--masks", bad["binary"]),
-            f"{bad['binary']}: expected masks of at least two classes, got one alone, 0 (2",
+            f"{bad['binary']}: expected masks of at least two classes, got only 0 (2",
         ),
         (
             ("--masks", bad["ignored"]),

@@ -438,7 +438,7 @@ def test_figures_out_of_range_damage_their_own_set_alone(
         copy / "labels" / NAME, replace(manifest, measured={**manifest.measured, **change})
     )
     with pytest.raises(
-        CacheDamagedError, match=r"not a manifest of dtcache .* is no number from 0 to"
+        CacheDamagedError, match=r"not a manifest of dtcache .* is not a number from 0 to"
     ):
         read_manifest(copy / "labels" / NAME)
     result = run("inspect", copy)
