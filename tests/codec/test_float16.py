@@ -73,7 +73,7 @@ def test_short_payloads_are_refused() -> None:
         PayloadError, match="a payload has 40 bytes, too short for 72 float16 values"
     ) as caught:
         HalfCoder(count=72).unpack(pack([bytes(160), bytes(40)]))
-    assert caught.value.place == 1
+    assert caught.value.index == 1
 
 
 def test_a_grid_that_contradicts_itself_is_refused() -> None:

@@ -167,10 +167,10 @@ def test_truncated_payloads_raise() -> None:
                 continue
             with pytest.raises(PayloadError, match=r"a payload does not decode") as caught:
                 coder.unpack(padded(payload[:size], length=size))
-            assert caught.value.place == 0
+            assert caught.value.index == 0
             with pytest.raises(PayloadError, match=r"a payload does not decode") as caught:
                 coder.unpack(padded(payload[:size], length=fitted.payload_bound))
-            assert caught.value.place == 0
+            assert caught.value.index == 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 100])
@@ -183,7 +183,7 @@ def test_all_zero_payload_raises(count: int) -> None:
         match=r"a payload does not decode: its bytes are not ones that the encoder wrote",
     ) as caught:
         fitted.payload_coder().unpack(padded(good, b"", good, length=fitted.payload_bound))
-    assert caught.value.place == 1
+    assert caught.value.index == 1
 
 
 def test_any_number_of_escapes_round_trips() -> None:
@@ -201,7 +201,7 @@ def test_payloads_too_short_for_the_states_are_refused() -> None:
     for size in (0, 2, 22):
         with pytest.raises(PayloadError, match=r"a payload does not decode") as caught:
             fitted.payload_coder().unpack(pack([good, good, good[:size], good]))
-        assert caught.value.place == 2
+        assert caught.value.index == 2
 
 
 def test_an_empty_batch_decodes_to_nothing() -> None:
@@ -218,7 +218,7 @@ def test_the_bad_one_of_a_batch_is_named(wrong: int) -> None:
     payloads[wrong] = payloads[wrong][:-2]
     with pytest.raises(PayloadError, match=r"a payload does not decode") as caught:
         fitted.payload_coder().unpack(pack(payloads))
-    assert caught.value.place == wrong
+    assert caught.value.index == wrong
 
 
 def test_random_bytes_never_decode() -> None:
