@@ -1,4 +1,4 @@
-"""The processes of one training run, as torchrun or `accelerate launch` starts them; or one alone."""
+"""The processes of a training run, as torchrun or `accelerate launch` starts them, or one."""
 
 import os
 from collections.abc import Sequence

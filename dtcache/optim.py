@@ -1,4 +1,4 @@
-"""From gradients to updated weights: optimizer, learning-rate schedule, clipping, loss scale, EMA."""
+"""From gradients to updated weights: optimizer, schedule, clipping, loss scale, EMA."""
 
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class OptimizationSpec:
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the moving averages of the gradient and of its square."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of parameters with two or more dimensions; norms and biases have none."""
+    """Decoupled weight decay of parameters with two or more dimensions; the others have none."""
     fused: bool = True
     """Use the fused AdamW, which rounds differently from the plain one."""
     clip_grad: float | None = None
@@ -43,7 +43,7 @@ class Optimization:
     """A network's optimizer and all state that an update changes beside the network itself."""
 
     def __init__(self, network: nn.Module, spec: OptimizationSpec) -> None:
-        """Optimise the parameters of `network` that require a gradient; its EMA starts as a copy."""
+        """Optimise the parameters of `network` that require a gradient. The EMA starts equal."""
         self._spec = spec
         self._networks = [network]
         groups = parameter_groups(network, spec.lr, spec.weight_decay)
@@ -130,7 +130,7 @@ def make_optimizer(groups: list[dict[str, Any]], spec: OptimizationSpec) -> torc
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Return the share of the peak rate at `step`: linear warm-up, then a cosine to 0 at `total`."""
+    """Return the share of the peak rate at `step`: linear warm-up, then cosine to 0 at `total`."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

@@ -113,7 +113,7 @@ class TeacherTrainer:
     """A U-Net in training: step, save, restore."""
 
     def __init__(self, options: TeachOptions, compute: Compute) -> None:
-        """Build the U-Net on the device, at step 0. Raises ConfigError for sizes that do not fit."""
+        """Build the U-Net on the device, at step 0. Raises ConfigError for bad options."""
         torch.manual_seed(options.seed)
         unet = build_unet(
             *parse_size(options.size),
@@ -195,7 +195,7 @@ class TeacherTrainer:
         )
 
     def save_kept(self, out: Path) -> None:
-        """Write the teacher of this step to `kept/STEP/`; a resumed run writes the same one again."""
+        """Write the teacher of this step to `kept/STEP/`; a resumed run writes the same again."""
         self._save_teacher(out / KEPT / str(self.steps_done))
 
     def restore(self, out: Path) -> None:

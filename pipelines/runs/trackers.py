@@ -18,7 +18,7 @@ from dtcache.recipe import Json
 from pipelines.runs.folder import TENSORBOARD, TRACKER
 
 PROJECT = "dtcache"
-"""Project, or MLflow experiment, of the runs, unless the tracker's environment variable names one."""
+"""Default project, or MLflow experiment; the tracker's environment variable overrides it."""
 
 
 class Tracker(Protocol):
@@ -35,7 +35,7 @@ class Tracker(Protocol):
 
 
 def require_tracker(kind: str) -> None:
-    """Raise ConfigError if a tracker is not installed; `kind` is a value of the option `log_with`."""
+    """Raise ConfigError if the tracker `kind`, a value of `log_with`, is not installed."""
     if kind not in ("none", "tensorboard"):
         _imported(kind)
 

@@ -30,7 +30,10 @@ class CachedSource:
     def __init__(
         self, root: Path, options: TrainOptions, compute: Compute, processes: Processes
     ) -> None:
-        """Open a cache. Raises the errors of opening it, and ConfigError if it cannot serve the options."""
+        """Open a cache.
+
+        Raises the errors of opening it, and ConfigError if it cannot serve the options.
+        """
         allow: Allowed = "incomplete" if options.allow_incomplete else "nothing"
         self.labels: LabelSet | None = None
         if options.labels is not None:

@@ -1,4 +1,4 @@
-"""What a student is compared with: a batch's targets, augmented or not, and the losses on held-out samples.
+"""Inputs and targets of a student, with or without augmentation; the losses on held-out samples.
 
 Shapes: B batch, C channels, H rows, W columns.
 """

@@ -1,4 +1,4 @@
-"""Stage 2: train a student on a teacher's features, from a cache or from the teacher in the loop."""
+"""Stage 2: train a student on a teacher's features, cached or computed in the loop."""
 
 import json
 import sys
@@ -113,7 +113,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
 def open_source(
     where: Path, options: TrainOptions, compute: Compute, processes: Processes
 ) -> BatchSource:
-    """Return the batches of a cache or, if the options name a teacher, of that teacher in the loop."""
+    """Return the batches of a cache or, if the options name a teacher, of a teacher in the loop."""
     if options.teacher is None:
         return CachedSource(where, options, compute, processes)
     from pipelines.train.online_batches import OnlineSource
@@ -122,7 +122,7 @@ def open_source(
 
 
 def _begin(out: Path, trainer: Trainer, options: TrainOptions, compute: Compute) -> None:
-    """Claim the folder for these options and data, write the options, remarks and initial weights."""
+    """Claim the folder for these options and data; write options, remarks and initial weights."""
     source = trainer.source
     values = {**asdict(options), "precision": compute.precision}
     claim_run(out, {**values, **source.identity}, VOLATILE)

@@ -1,4 +1,4 @@
-"""One training run in memory: a student, its optimisation, its data; step, evaluate, save, restore."""
+"""A training run in memory: student, optimisation, data; step, evaluate, save, restore."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +37,7 @@ class Trainer:
         compute: Compute,
         processes: Processes,
     ) -> None:
-        """Build the student on the device, at step 0. Raises ConfigError for options that do not serve."""
+        """Build the student on the device, at step 0. Raises ConfigError for bad options."""
         self.source = source
         self.micro_batch_size = options.batch_size // (processes.world_size * options.micro_batches)
         if self.micro_batch_size < 2:
@@ -104,8 +104,8 @@ class Trainer:
         """Take one optimizer step over the micro-batches of a global batch.
 
         Returns `lr`, then the losses before the step, as means over all processes. Random layers
-        (dropout, dropped paths) draw from (seed, step, micro-batch), augmentation from (seed, step, row).
-        Raises TrainingError, and takes no step, if a loss is not finite.
+        (dropout, dropped paths) draw from (seed, step, micro-batch), augmentation from (seed, step,
+        row). Raises TrainingError, and takes no step, if a loss is not finite.
         """
         self.student.train()
         sums = torch.zeros(())
@@ -131,7 +131,7 @@ class Trainer:
         return {"lr": lr, **line}
 
     def evaluate(self) -> dict[str, float]:
-        """Return mean held-out losses: `held_out/...` of the student, `held_out_ema/...` of its EMA."""
+        """Return mean held-out losses: `held_out/...` and, for the EMA, `held_out_ema/...`."""
         students = {"held_out": self.student}
         if self._optimization.averaged is not None:
             students["held_out_ema"] = self.exported

@@ -1,4 +1,4 @@
-"""Stage 0 through the command line: a directory that diffusers and extract load, and exact resume."""
+"""Stage 0 on the command line: a directory that diffusers and extract load, and exact resume."""
 
 import json
 from pathlib import Path
@@ -155,7 +155,8 @@ def test_half_precision_weights_are_half_the_size(
     [
         (
             ("--size", "17"),
-            "--size 17x17: 2 levels halve the image 1 times; expected both sides to be multiples of 2",
+            "--size 17x17: 2 levels halve the image 1 times; expected both sides to be multiples "
+            "of 2",
         ),
         (("--channels", "6,10"), "expected multiples of 4"),
         (("--channels", "8,x"), "--channels 8,x: expected positive integers separated by commas"),
@@ -184,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(scene_folder: Path, tmp_path: P
 
 
 def test_the_loss_is_the_simple_objective() -> None:
-    """eq. 14 of Ho et al.: the mean squared error of the predicted noise at x_t = sqrt(a) x + sqrt(1 - a) e."""
+    """Ho et al., eq. 14: the MSE of the predicted noise at x_t = sqrt(a) x + sqrt(1 - a) e."""
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     noise = torch.randn(2, 3, 8, 8)
     t = torch.tensor([10, 900])
@@ -205,7 +206,7 @@ def test_the_loss_is_the_simple_objective() -> None:
 
 
 def test_samples_are_images_of_the_seed() -> None:
-    """Samples have the network's size, lie in [0, 1] and are a function of the seed; non-square networks work."""
+    """Samples have the network's size, also if it is not square, and are a function of the seed."""
     unet = build_unet(8, 16, (8, 8), layers=1, attention=0).eval()
     first, again, other = (sample_images(unet, 2, seed, steps=3) for seed in (0, 0, 1))
     assert first.shape == (2, 3, 8, 16)
@@ -221,7 +222,7 @@ def test_a_level_needs_channels_in_groups() -> None:
 
 
 def test_min_snr_weights_are_those_of_the_paper() -> None:
-    """Hang et al. 2023 for a predicted noise: each sample's error by min(SNR, gamma) / SNR, SNR = a / (1 - a)."""
+    """Hang et al. 2023, for a predicted noise: min(SNR, gamma) / SNR, where SNR = a / (1 - a)."""
     pixels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     noise = torch.randn(3, 3, 8, 8)
     t = torch.tensor([5, 300, 900])
@@ -268,7 +269,7 @@ def test_only_early_timesteps_are_trained_on(
 def test_teachers_of_single_steps_are_kept(
     taught: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--keep-steps saves loadable teachers of the initial weights and of steps; a resume saves the same ones."""
+    """--keep-steps saves loadable teachers of steps, 0 included; a resume saves the same ones."""
     from pipelines.teach import TeacherTrainer
 
     flags = ("--keep-steps", "0,3,6", "--samples", "0")

@@ -9,7 +9,7 @@ from pipelines.runs.metrics import Clock
 def test_the_share_of_waiting_is_that_of_the_time_that_batches_take_to_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Batches took one each to come and the student three with each: over two of them, a quarter."""
+    """Each batch took one second to arrive and three to train on: a quarter of the time."""
     now = [100.0]
     monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
 

@@ -1,4 +1,4 @@
-"""Experiment trackers, offline: each one receives a run's metrics, and a resumed run continues it."""
+"""Experiment trackers, offline: each receives a run's metrics, and a resumed run continues it."""
 
 import json
 import sys
@@ -108,7 +108,7 @@ LOGGED = [(1, {"loss": 2.0}), (2, {"loss": 1.0}), (2, {"held_out/loss": 1.5})]
 def test_wandb_receives_the_lines_and_resumes_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A resumed run has the id of the first session; options that are no JSON values become text."""
+    """A resumed run has the id of the first session; options that are not JSON become text."""
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     write_run(tmp_path / "cats", "wandb")
@@ -184,7 +184,7 @@ def test_tensorboard_is_written_beside_the_metrics(tmp_path: Path) -> None:
 
 
 def test_no_tracker_leaves_the_metrics_alone(tmp_path: Path) -> None:
-    """With `none` a run has its metrics file and nothing else; steps that are repeated are dropped."""
+    """With `none` a run has its metrics file alone; steps that a resume repeats are dropped."""
     write_run(tmp_path / "cats", "none")
     assert read_metrics(tmp_path / "cats") == LINES
     write_run(tmp_path / "cats", "none", step=1)
@@ -214,7 +214,7 @@ def test_a_tracker_that_is_not_installed_is_named(
 def test_a_tracker_that_cannot_start_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An exception of the tracker's own becomes one line of ours; a damaged tracker.json is named."""
+    """A tracker's own exception becomes one line of ours; a damaged tracker.json is named."""
 
     def refuse(**settings: object) -> None:
         raise OSError("no route\nto host")

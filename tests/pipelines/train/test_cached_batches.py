@@ -20,7 +20,10 @@ from pipelines.train.cached_batches import CachedSource
 def test_batches_for_a_gpu_are_pinned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: str
 ) -> None:
-    """Under either shuffle every tensor is pinned, the disk is told of a block's rows, and the order stays as it is."""
+    """Every tensor is pinned under either shuffle, and the order is unchanged.
+
+    The disk is told of the rows of a block.
+    """
     root = write_cache(tmp_path / "cache", tiny_plan())
     pinned: list[Tensor] = []
     told: list[int] = []

@@ -1,4 +1,4 @@
-"""The online baseline: the teacher in the loop, through the same stage; only the source of a batch differs."""
+"""The teacher in the loop, the online baseline: only the source of a batch differs."""
 
 import json
 from pathlib import Path
@@ -79,7 +79,7 @@ def targets(source: OnlineSource, epoch: int, start: int = 0) -> list[torch.Tens
 def test_the_first_epoch_is_that_of_an_exact_cache(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """Rows, views, images, targets and held-out samples are those of a float16 cache of the same seed."""
+    """Rows, views, images, targets and held-out samples equal a float16 cache of the same seed."""
     flags = (*CPU, "--batch-size", 8, "--quality", "fp16", "--taps", "4,8", "--timestep", 150)
     assert (
         run(
@@ -112,7 +112,10 @@ def test_the_first_epoch_is_that_of_an_exact_cache(
 def test_noise_is_fresh_in_every_epoch_and_fixed_for_held_out(
     scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """A sample's target is a function of (seed, key, epoch, flip): new in another epoch, the same after a resume."""
+    """A sample's target is a function of (seed, key, epoch, flip).
+
+    It differs in another epoch and is the same after a resume.
+    """
     source = source_of(scene_folder, teacher_dir)
     whole = targets(source, 1)
     resumed = targets(source, 1, start=1)
@@ -141,7 +144,7 @@ def test_noise_is_fresh_in_every_epoch_and_fixed_for_held_out(
 def test_an_online_run_trains_and_resumes_to_the_bit(
     scene_folder: Path, tmp_path: Path, online: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stage is the same: losses a tap, held-out losses, export, and a resume that repeats nothing."""
+    """Losses per tap, held-out losses and export exist, and a resume repeats nothing."""
     from pipelines.train.trainer import Trainer
 
     result = run("train", scene_folder, "--out", tmp_path / "a", *online)
@@ -211,7 +214,7 @@ def test_options_that_contradict_each_other_are_named(
 def test_views_of_the_first_epoch_are_those_of_an_exact_cache(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, online: tuple[str, ...]
 ) -> None:
-    """With crops and jitter the student sees online what it sees from a float16 cache: the same losses in epoch 0.
+    """With crops and jitter the losses of epoch 0 are those of a float16 cache.
 
     Nothing is known of the teacher's equivariance then, and nothing is said of it.
     """

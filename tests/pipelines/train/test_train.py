@@ -1,4 +1,4 @@
-"""Stage 2 through the command line: golden losses, resume to the bit, and a backbone that timm loads."""
+"""Stage 2 on the command line: golden losses, exact resume, and a backbone that timm loads."""
 
 import json
 import os
@@ -119,7 +119,7 @@ def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_loss_is_logged(trained: Path) -> None:
-    """Every step and every epoch's held-out losses are in the metrics, a tap each, and add up to the loss."""
+    """The metrics have every step and the held-out losses of every epoch, per tap; they add up."""
     lines = losses(trained)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 7))
@@ -142,7 +142,7 @@ def test_the_loss_falls(cache: Path, tmp_path: Path, optimizer: str) -> None:
 
 
 def test_the_first_loss_is_the_formulas(cache: Path, trained: Path) -> None:
-    """The golden first loss: an untouched student, the first batch, MSE + 10 AT computed in NumPy from decoded maps."""
+    """The first loss is MSE + 10 AT, in NumPy, of decoded maps and an untrained student."""
     opened = Cache(cache)
     names = ["t150/stride4", "t150/stride8"]
     rows, _ = split_rows(np.arange(40), opened.samples["key"].to_pylist())
@@ -199,7 +199,7 @@ def test_a_finished_run_is_not_repeated(cache: Path, trained: Path) -> None:
 
 
 def test_the_export_loads_in_timm(trained: Path) -> None:
-    """timm loads the backbone strictly, with our weights, in both of its forms; the starting weights differ."""
+    """timm loads the backbone strictly, with our weights, in both forms, unlike the initial ones."""
     folder = trained / "backbone"
     ours = load_file(folder / "model.safetensors")
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
@@ -217,7 +217,7 @@ def test_the_export_loads_in_timm(trained: Path) -> None:
 def test_an_interrupted_run_resumes_to_the_bit(
     cache: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C after five of six steps, then the same command: the same losses and the same weights."""
+    """Ctrl-C after five of six steps, then the same command: the same losses and weights."""
     from pipelines.train.trainer import Trainer
 
     calls = interrupt(monkeypatch, Trainer, "step", call=6)
@@ -234,7 +234,7 @@ def test_an_interrupted_run_resumes_to_the_bit(
 
 @pytest.mark.slow
 def test_killed_runs_resume_to_the_same_curve(cache: Path, tmp_path: Path) -> None:
-    """SIGKILL at random steps of a subprocess, several times: the loss curve of an uninterrupted one."""
+    """SIGKILL at random steps of a subprocess, several times: the curve of an uninterrupted run."""
     rng = random.Random(1)
     flags = [*FLAGS, "--epochs", "8"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -361,7 +361,10 @@ def test_an_incomplete_or_absent_cache_is_refused(cache: Path, tmp_path: Path) -
 
 
 def test_what_is_committed_can_be_trained_on(cache: Path, tmp_path: Path) -> None:
-    """--allow-incomplete trains on the committed shards, says how many samples that is, and is not resumed on more."""
+    """--allow-incomplete trains on the committed shards and prints how many samples they hold.
+
+    It is not resumed on more of them.
+    """
     part = Path(shutil.copytree(cache, tmp_path / "c"))
     manifest = read_manifest(part)
     records = [record_of(part, manifest, shard) for shard in range(manifest.num_shards)]
@@ -451,7 +454,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_a_target_that_is_not_finite_names_its_sample(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where some samples' targets are to blame, they alone are named, whatever part of the batch they are in."""
+    """If some samples' targets are to blame, only they are named, in whichever micro-batch."""
     real = Cache.batch
     spoilt = []
 
@@ -468,15 +471,15 @@ def test_a_target_that_is_not_finite_names_its_sample(
     assert result.exit_code == 1
     said = " ".join(result.output.split())
     assert (
-        f"not finite at step 0 (loss, at/t150/stride8; samples {spoilt[0]}, {spoilt[1]}); lower --lr"
-        in said
+        f"not finite at step 0 (loss, at/t150/stride8; samples {spoilt[0]}, {spoilt[1]}); "
+        "lower --lr" in said
     )
     assert not (tmp_path / "r" / "checkpoint.pt").exists()
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_a_run_that_diverges_is_stopped(cache: Path, tmp_path: Path) -> None:
-    """A rate that is far too high ends in one line with the step and all of the batch's samples counted."""
+    """A rate that is far too high ends in one line with the step and the number of samples."""
     result = run(
         "train", cache, "--out", tmp_path / "r", *FLAGS, "--lr", 1e30, "--warmup-epochs", 0
     )
@@ -514,7 +517,7 @@ VIEW_FLAGS = (
 def test_random_views_resume_to_the_bit(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run with crops and jitter, stopped between two checkpoints, ends in an uninterrupted one's losses."""
+    """A run with crops and jitter, stopped between two checkpoints, ends in the same losses."""
     from pipelines.train.trainer import Trainer
 
     flags = (*FLAGS, *VIEW_FLAGS, "--epochs", "2")
@@ -528,9 +531,10 @@ def test_random_views_resume_to_the_bit(
 
 
 def test_crops_show_image_and_targets_by_one_box(cache: Path) -> None:
-    """What the student is shown, and the targets of MSE and AT, are the whole ones cropped by the row's own box.
+    """The student's image and the targets of MSE and AT are cropped by one box per row.
 
-    The target of the MSE is not whitened again; that of AT is the raw feature; held-out batches are whole.
+    The target of the MSE is not whitened again; that of AT is the raw feature; held-out batches
+    are not cropped.
     """
     opened = Cache(cache)
     seen: dict[str, object] = {}
@@ -578,7 +582,7 @@ def reference_crop(x_CHW: np.ndarray, box: tuple[float, ...], size: tuple[int, i
 
 
 def test_a_run_tells_what_was_measured_of_its_crops(cache: Path) -> None:
-    """A recipe that has the teacher's equivariance is quoted for what is cropped; others are silent."""
+    """If the recipe has the teacher's equivariance, it is quoted for what is cropped; else not."""
     opened = Cache(cache)
     recipe = opened.reader.manifest.recipe
     measured = {**recipe, "equivariance": {"flip": {}, "crop": {"t150/stride8": 0.25}}}
@@ -611,7 +615,7 @@ def test_a_run_tells_what_was_measured_of_its_crops(cache: Path) -> None:
 def test_every_kind_of_run_ends_in_a_backbone(
     cache: Path, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
-    """Other losses, regressors and a plain ViT train and leave a backbone of timm's own weights, no more."""
+    """Other losses, regressors and a plain ViT train and leave a backbone of timm's weights."""
     result = run("train", cache, "--out", tmp_path / "r", *FLAGS, "--epochs", 2, *flags)
     assert result.exit_code == 0, result.output
     backbone = tmp_path / "r" / "backbone"

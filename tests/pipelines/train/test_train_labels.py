@@ -1,4 +1,4 @@
-"""`dtcache train --labels`: label and mixed distillation, and the head that it leaves for others to start from."""
+"""`dtcache train --labels`: label and mixed distillation, and the exported head."""
 
 import json
 import shutil
@@ -89,7 +89,7 @@ def test_both_losses_are_logged_and_add_up(mixed: Path) -> None:
 def test_the_label_loss_is_the_softened_cross_entropy_against_the_stored_labels(
     mixed: Path, labelled: Path
 ) -> None:
-    """The held-out loss of the last epoch, written out in NumPy from the checkpoint's student and the label set."""
+    """The last held-out loss, in NumPy, from the checkpoint's student and the label set."""
     cache = LabelledCache(labelled, "parts")
     student = student_of(mixed, cache)
     rows = np.array(held_out(cache.samples["key"].to_pylist()))
@@ -194,7 +194,7 @@ def test_a_head_of_every_regressor(kind: str) -> None:
 def test_masks_without_names_take_the_heads(
     mixed: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
-    """Fewer classes than the head has are no reason to refuse masks whose folder names none; more are."""
+    """Masks with fewer classes than the head serve if their folder names none; more are refused."""
     names = load_head_of(mixed).classes
     few = tmp_path / "masks"
     shutil.copytree(scene_folder.parent / "masks", few)

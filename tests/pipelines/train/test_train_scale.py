@@ -1,4 +1,4 @@
-"""Stage 2 at scale: parts of a batch, several processes, averages, compilation. They change rounding, never the run."""
+"""Micro-batches, several processes, EMA, compilation: they change rounding, never the run."""
 
 import importlib
 import json
@@ -41,7 +41,7 @@ FLAGS = (
     "4,8",
 )
 RTOL = 1e-4
-"""Of losses, under another number of processes or parts: sums in another order, and what steps make of it."""
+"""Of losses, with another number of processes or micro-batches: sums in another order."""
 PLAIN = """
 import sys, torch
 import cli, dtcache.student
@@ -98,7 +98,7 @@ class Alone(torch.nn.GroupNorm):
 @pytest.fixture
 def no_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give regressors no batch statistics, the one thing that hangs on how a batch is cut."""
-    # timm keeps the class that it finds when it is first imported; its networks are to keep the real one.
+    # timm keeps the class that it finds when it is first imported: its networks keep the real one.
     importlib.import_module("dtcache.student")
     monkeypatch.setattr(torch.nn, "BatchNorm2d", Alone)
 
@@ -113,7 +113,10 @@ def whole(cache: Path, tmp_path: Path, no_batch_norm: None) -> Path:
 def test_parts_of_a_batch_take_the_steps_of_the_whole(
     cache: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """--micro-batches 4 gives the undivided batch's losses and weights, up to rounding; a resume with it too."""
+    """--micro-batches 4 gives the undivided batch's losses and weights, up to rounding.
+
+    A resume with them does too.
+    """
     result = run("train", cache, "--out", tmp_path / "parts", *FLAGS, "--micro-batches", 4)
     assert result.exit_code == 0, result.output
     for name in ("loss", "mse/t150/stride4", "at/t150/stride8", "held_out/loss"):
@@ -148,7 +151,7 @@ def torchrun(script: Path, processes: int, *arguments: object) -> subprocess.Com
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(cache: Path, whole: Path, tmp_path: Path) -> None:
-    """Two processes over gloo give the losses of one within 1e-4, and one process goes on with what two began.
+    """Two processes over gloo give the losses of one within 1e-4; one resumes what two began.
 
     The first process alone writes: each step has one line.
     """
@@ -171,7 +174,7 @@ def test_two_processes_take_the_steps_of_one(cache: Path, whole: Path, tmp_path:
 def test_two_processes_distil_labels_as_one_does(
     labelled: Path, tmp_path: Path, no_batch_norm: None
 ) -> None:
-    """With --labels two processes over gloo give the losses of one, of features and of labels, within 1e-4."""
+    """With --labels two processes over gloo give all losses of one, within 1e-4."""
     script = tmp_path / "plain.py"
     flags = (*FLAGS, "--labels", "parts", "--label-weight", 2)
     script.write_text(PLAIN)
@@ -204,7 +207,7 @@ def test_a_process_that_is_refused_ends_all(cache: Path, tmp_path: Path) -> None
 def test_the_average_is_evaluated_and_exported(
     cache: Path, tmp_path: Path, no_batch_norm: None
 ) -> None:
-    """--ema-decay exports the warmed-up average of the weights and judges it on held-out samples beside the student."""
+    """--ema-decay exports the EMA of the weights and logs its held-out losses too."""
     out = tmp_path / "ema"
     result = run("train", cache, "--out", out, *FLAGS, "--ema-decay", "0.5")
     assert result.exit_code == 0, result.output
@@ -222,7 +225,7 @@ def test_the_average_is_evaluated_and_exported(
 def test_an_averaged_run_resumes_to_the_bit(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C at the third step, then the same command: the exported average is that of an undisturbed run."""
+    """Ctrl-C at the third step, then the same command: the EMA of an uninterrupted run."""
     from pipelines.train.trainer import Trainer
 
     flags = (*FLAGS, "--ema-decay", "0.9", "--save-every", "1", "--micro-batches", "2")
@@ -247,7 +250,7 @@ def test_a_compiled_student_takes_the_same_steps(cache: Path, whole: Path, tmp_p
 
 
 def test_a_compiler_that_fails_in_a_backward_pass_is_named() -> None:
-    """What torch's compiler raises becomes a ConfigError wherever it compiles; other failures stay what they are."""
+    """What torch's compiler raises becomes a ConfigError; other failures stay what they are."""
     from torch._inductor.exc import InvalidCxxCompiler
 
     with pytest.raises(ConfigError, match=r"`compile`: .*; run without it"), compile_errors():
@@ -281,7 +284,7 @@ def test_fp16_is_refused_on_a_cpu() -> None:
 def test_views_and_weights_hang_on_no_part(
     cache: Path, tmp_path: Path, no_batch_norm: None
 ) -> None:
-    """Crops, jitter and weighed taps are those of the undivided batch under --micro-batches: keyed by step and row."""
+    """Crops, jitter and weights of taps are those of the undivided batch under --micro-batches."""
     flags = (
         *FLAGS,
         "--scale",
@@ -322,5 +325,5 @@ def test_views_and_weights_hang_on_no_part(
 def test_a_run_belongs_to_its_views_and_regressor(
     cache: Path, whole: Path, flag: str, value: str, named: str
 ) -> None:
-    """What a student is and sees is part of the run's claim, and is refused by name where it differs."""
+    """The student and its inputs are part of the run's claim; a difference is refused by name."""
     assert named in run("train", cache, "--out", whole, *FLAGS, flag, value).output
