@@ -1,13 +1,15 @@
-"""Is the attention loss well served by decoded features? Its error against the exact ones, beside its own noise.
+"""Is the attention loss well served by decoded features? Its error against the exact ones, beside
+its own noise.
 
     python benchmarks/attention_error.py --caches runs/student_vs_size --images cifar10-test.parquet --teacher DIR \
         --timestep T [--count 256] [--results DIR]
 
-Takes the codecs of the caches of student_vs_size.py, passes uncompressed features of images that no codec was fitted
-on through them, and prints AT(decoded, exact) a tap. What another noise draw of the same image does to the target,
-AT(draw 0, draw 1), is the scale. A map of log-energies beside the payload, rounded to so many decibels, would have the
-errors and cost at least the bytes (its entropy) that are printed last. Results: docs/results/attention_error.json;
-what stands there is shown, --results with an empty folder measures anew.
+Takes the codecs of the caches of student_vs_size.py, passes uncompressed features of images that no
+codec was fitted on through them, and prints AT(decoded, exact) a tap. What another noise draw of
+the same image does to the target, AT(draw 0, draw 1), is the scale. A map of log-energies beside
+the payload, rounded to so many decibels, would have the errors and cost at least the bytes (its
+entropy) that are printed last. Results: docs/results/attention_error.json; what stands there is
+shown, --results with an empty folder measures anew.
 """
 
 import argparse
@@ -56,7 +58,9 @@ def main() -> None:
 
 
 def measure(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Return, a tap, the attention loss between two draws and between decoded and exact features of each arm."""
+    """Return, a tap, the attention loss between two draws and between decoded and exact features of
+    each arm.
+    """
     exact = asked.caches / "exact"
     options = ExtractOptions(
         teacher=asked.teacher,
@@ -103,12 +107,15 @@ def passed(cache: Cache, name: str, whitened_BCHW: torch.Tensor) -> torch.Tensor
 
 
 def log_energy_map(raw_BCHW: torch.Tensor, step: float) -> dict[str, float]:
-    """Return the attention loss of maps rounded to `step` decibels and their empirical entropy, bytes an image."""
+    """Return the attention loss of maps rounded to `step` decibels and their empirical entropy,
+    bytes an image.
+    """
     exact_BP = attention_map(raw_BCHW)
     levels_BP = (10 * exact_BP.clamp_min(1e-9).log10() / step).round()
     counts = torch.unique(levels_BP, return_counts=True)[1].double()
     bits = -(counts / counts.sum() * (counts / counts.sum()).log2()).sum()
-    # attention_map squares what it is given, so that it normalises the rounded map as it does a feature's.
+    # attention_map squares what it is given, so that it normalises the rounded map as it does a
+    # feature's.
     rounded_BP = attention_map((10 ** (levels_BP * step / 10)).sqrt()[:, None, :, None])
     error = float((rounded_BP - exact_BP).norm(dim=1).mean())
     return {"error": error, "bytes": float(bits) * levels_BP.shape[1] / 8}

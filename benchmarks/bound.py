@@ -1,8 +1,10 @@
-"""The Gaussian rate-distortion bound of a transform: PCA over channels and DCT over space, reverse water-filling.
+"""The Gaussian rate-distortion bound of a transform: PCA over channels and DCT over space, reverse
+water-filling.
 
-A Gaussian source of independent bands of variance v has, at mean squared error D, R = sum max(0, log2(v / w) / 2) bits,
-where the water level w is such that the sum of min(v, w) is the error (Cover & Thomas, 10.3.3). The bound of this
-transform is not one of every code: a source that is not Gaussian has a lower one.
+A Gaussian source of independent bands of variance v has, at mean squared error D, R = sum max(0,
+log2(v / w) / 2) bits, where the water level w is such that the sum of min(v, w) is the error (Cover
+& Thomas, 10.3.3). The bound of this transform is not one of every code: a source that is not
+Gaussian has a lower one.
 """
 
 from collections.abc import Mapping
@@ -20,7 +22,8 @@ def band_variances(
 ) -> dict[str, np.ndarray]:
     """Return (C, H, W) mean squares of all bands of each map about its channel means, by name.
 
-    PCA is that of the maps themselves unless bases (C, C) are given: that of few images would follow their noise.
+    PCA is that of the maps themselves unless bases (C, C) are given: that of few images would
+    follow their noise.
     """
     variances = {}
     for name, values in maps.items():
@@ -42,7 +45,9 @@ def band_variances(
 
 
 def energy_per_image(maps: Mapping[str, np.ndarray]) -> float:
-    """Return an image's mean sum of squares about the channel means, over all maps: the denominator of D."""
+    """Return an image's mean sum of squares about the channel means, over all maps: the denominator
+    of D.
+    """
     return sum(float(np.trace(_moments(values)[1])) * values[0, 0].size for values in maps.values())
 
 
@@ -65,7 +70,8 @@ def bound_bytes(variances: Mapping[str, np.ndarray], distortion: float) -> float
     """Return the bytes an image of the bound at D = error over the variance of all maps together."""
     v = np.sort(np.concatenate([band.reshape(-1) for band in variances.values()]))
     target = distortion * v.sum()
-    # With the k smallest bands wholly under water the error is their sum and a level w for each of the others.
+    # With the k smallest bands wholly under water the error is their sum and a level w for each of
+    # the others.
     under = np.concatenate([[0.0], np.cumsum(v)])[:-1]
     left = len(v) - np.arange(len(v))
     k = int(np.searchsorted(under + left * v, target))

@@ -1,19 +1,22 @@
-"""A student from the cache beside one with the teacher in its loop: speed, quality, waiting, noise, whitening.
+"""A student from the cache beside one with the teacher in its loop: speed, quality, waiting, noise,
+whitening.
 
     python benchmarks/cached_vs_online.py --train cifar10-train.parquet --test cifar10-test.parquet --teacher DIR \
         --timestep T [--parts speed,quality,noise,whitening] [--work runs/cached_vs_online] [--results DIR] \
         [--device cuda ...] ...
 
-Speed (and waiting): seconds a step of one student from the cache, with the teacher in the loop, and on random tensors
-that lie on the device already, which is the limit. Blocks of steps alternate; ratios are medians over paired blocks.
-Quality: arms see each of a few training images in every one of many epochs, because only then can frozen noise show.
-Online noise is fresh; caches hold 1, 2 or 4 draws as views, or the mean of 4, at 50 times under fp16, and 2 draws at
-100 times, which is the size of 1 at 50. Every seed has caches of its own, so that arms of one seed share weights,
-order, flips and the noise of draw 0. Losses are against the mean of 16 fresh draws of images that no arm saw;
-backbones also segment scenes, frozen, under a linear head. Noise: one draw with --noise-weighting. Whitening: {a
-sample, a position} x {MSE, MSE + 10 AT} on float16 caches, each judged in its own unit. Every measurement is a JSON
-of its own, and a finished one is skipped. Tables: docs/results/students.md. --results and --work with empty folders
-measure everything anew; results that other flags made are refused.
+Speed (and waiting): seconds a step of one student from the cache, with the teacher in the loop, and
+on random tensors that lie on the device already, which is the limit. Blocks of steps alternate;
+ratios are medians over paired blocks. Quality: arms see each of a few training images in every one
+of many epochs, because only then can frozen noise show. Online noise is fresh; caches hold 1, 2 or
+4 draws as views, or the mean of 4, at 50 times under fp16, and 2 draws at 100 times, which is the
+size of 1 at 50. Every seed has caches of its own, so that arms of one seed share weights, order,
+flips and the noise of draw 0. Losses are against the mean of 16 fresh draws of images that no arm
+saw; backbones also segment scenes, frozen, under a linear head. Noise: one draw with
+--noise-weighting. Whitening: {a sample, a position} x {MSE, MSE + 10 AT} on float16 caches, each
+judged in its own unit. Every measurement is a JSON of its own, and a finished one is skipped.
+Tables: docs/results/students.md. --results and --work with empty folders measure everything anew;
+results that other flags made are refused.
 """
 
 import json
@@ -143,7 +146,9 @@ def extract_reference(plan: Plan) -> Path:
 
 
 def attention_floor(plan: Plan) -> dict[str, dict[str, float]]:
-    """Return AT between targets of either whitening and their own raw maps: a student of perfect MSE has that much."""
+    """Return AT between targets of either whitening and their own raw maps: a student of perfect
+    MSE has that much.
+    """
     cache = Cache(plan.work / "reference")
     rows = np.arange(min(256, plan.held_out))
     batch = cache.batch(rows, np.zeros_like(rows), cache.names)
@@ -156,13 +161,17 @@ def attention_floor(plan: Plan) -> dict[str, dict[str, float]]:
 
 
 def judged(plan: Plan, name: str, run: str, train_it: Callable[[], dict[str, Any]]) -> None:
-    """Train one student and judge it, and its backbone by segmentation of scenes too, where that is not done yet."""
+    """Train one student and judge it, and its backbone by segmentation of scenes too, where that is
+    not done yet.
+    """
     plan.results.once(name, train_it)
     plan.results.once(f"scenes-{name}", lambda: segmented(plan, plan.work / run / "backbone"))
 
 
 def segmented(plan: Plan, backbone: Path) -> dict[str, Any]:
-    """Return how well a linear head tells the objects of scenes apart on the maps of a frozen backbone."""
+    """Return how well a linear head tells the objects of scenes apart on the maps of a frozen
+    backbone.
+    """
     sides = {}
     for seed, side in enumerate(("train", "test")):
         root = plan.work / f"scenes-{side}"
@@ -179,7 +188,9 @@ def segmented(plan: Plan, backbone: Path) -> dict[str, Any]:
 
 
 def trained(plan: Plan, where: Path, run: str, options: TrainOptions) -> dict[str, Any]:
-    """Train one student and return its losses on unseen images against the mean of many draws, and its probes."""
+    """Train one student and return its losses on unseen images against the mean of many draws, and
+    its probes.
+    """
     out = plan.work / run
     reference = extract_reference(plan)
     train(where, out, options)

@@ -1,4 +1,6 @@
-"""What cached_vs_online.py compares: the plan of one experiment, and the options that its parts share."""
+"""What cached_vs_online.py compares: the plan of one experiment, and the options that its parts
+share.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +49,9 @@ def parse(about: str) -> tuple[Plan, bool]:
 
 
 def subset(plan: Plan) -> Path:
-    """Write the training images as files of their own, so that every seed, online or cached, has the same ones."""
+    """Write the training images as files of their own, so that every seed, online or cached, has
+    the same ones.
+    """
     source = open_source(plan.train)
     out = plan.work / f"images-{plan.images}"
     out.mkdir(parents=True, exist_ok=True)

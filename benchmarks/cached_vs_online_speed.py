@@ -1,4 +1,6 @@
-"""The speed of cached_vs_online.py: seconds a step from the cache, online and from memory, and what they wait for."""
+"""The speed of cached_vs_online.py: seconds a step from the cache, online and from memory, and what
+they wait for.
+"""
 
 import shutil
 import time
@@ -55,7 +57,9 @@ def timed_extraction(plan: Plan, images: Path, cache: Path) -> dict[str, Any]:
 
 
 def projection() -> dict[str, int]:
-    """Return the operations of a view: ADM's shape at 256 px up to stride 4, and a ResNet-50's training step on it."""
+    """Return the operations of a view: ADM's shape at 256 px up to stride 4, and a ResNet-50's
+    training step on it.
+    """
     with torch.device("meta"):
         denoiser = UNetDenoiser(build_unet(256, 256, ADM_CHANNELS, layers=2, attention=3))
     taps = choose_taps(denoiser.find_taps(256, 256), ("stride4", "stride8", "stride16", "stride32"))
@@ -71,7 +75,9 @@ def projection() -> dict[str, int]:
 
 
 class MemorySource:
-    """Random batches that lie decoded on the device: what a student could do if nothing had to be fetched."""
+    """Random batches that lie decoded on the device: what a student could do if nothing had to be
+    fetched.
+    """
 
     def __init__(self, like: BatchSource, batch_size: int, device: torch.device) -> None:
         shapes = {name: like.shape(name) for name in like.names}
@@ -101,7 +107,9 @@ class MemorySource:
 
 
 def blocks(plan: Plan, images: Path, cache: Path, name: str) -> dict[str, Any]:
-    """Return seconds a step of every block by arm, and the share of the cached arm's time that went to waiting."""
+    """Return seconds a step of every block by arm, and the share of the cached arm's time that went
+    to waiting.
+    """
     compute = resolve_compute(plan.device, "auto")
     configure_process(compute.device)
     alone = Processes()

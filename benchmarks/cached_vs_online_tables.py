@@ -13,7 +13,9 @@ GPU_LIMIT = 1.03
 SPEEDUP = 0.9
 WAITING = 0.02
 QUALITY = 1.0
-"""Most per cent of the MSE that the best arm of at most twice the bytes may lie over the online one."""
+"""Most per cent of the MSE that the best arm of at most twice the bytes may lie over the online
+one.
+"""
 EPOCHS = 100
 STUDENTS = (1, 3, 10)
 
@@ -41,7 +43,9 @@ def verdict(low: float, high: float, goal: float) -> str:
 
 
 def speed_lines(found: dict[str, Any], machines: dict[str, str]) -> list[str]:
-    """Return seconds a step by arm, the goals of speed and waiting, and what an extraction is worth."""
+    """Return seconds a step by arm, the goals of speed and waiting, and what an extraction is
+    worth.
+    """
     runs = {
         name.removeprefix("speed-"): r for name, r in found.items() if name.startswith("speed-")
     }
@@ -54,7 +58,8 @@ def speed_lines(found: dict[str, Any], machines: dict[str, str]) -> list[str]:
         "",
     ]
     lines += [
-        "| student | limit | cached | online | teacher alone | cached/limit | speed-up of the possible | waiting |"
+        "| student | limit | cached | online | teacher alone | cached/limit | speed-up of the "
+        "possible | waiting |"
     ]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for student, run in runs.items():
@@ -101,9 +106,12 @@ def projection_lines(found: dict[str, Any]) -> list[str]:
     teacher = found["projection"]["teacher"] / 1e9
     student = found["projection"]["student"] / 1e9
     lines = [
-        f"Projection, by arithmetic alone: ADM at 256 px, cut off after stride 4, is {teacher:.0f} GFLOP a view, a "
-        f"ResNet-50 with FPN-256 and PPM is {student:.0f} GFLOP a step and view (three times its forward pass; a "
-        f"multiply-add is two). Online is then {(teacher + student) / student:.1f} times cached. With {EPOCHS} epochs "
+        f"Projection, by arithmetic alone: ADM at 256 px, cut off after stride 4, is {teacher:.0f} "
+        f"GFLOP a view, a "
+        f"ResNet-50 with FPN-256 and PPM is {student:.0f} GFLOP a step and view (three times its "
+        f"forward pass; a "
+        f"multiply-add is two). Online is then {(teacher + student) / student:.1f} times cached. "
+        f"With {EPOCHS} epochs "
         "and both flips cached, teacher and students together cost, online over cached:",
         "",
         "| students | online | cached | ratio |",
@@ -228,7 +236,9 @@ def noise_lines(found: dict[str, Any]) -> list[str]:
 
 
 def whitening_lines(found: dict[str, Any]) -> list[str]:
-    """Return the 2x2 of whitening and losses; MSE is in the unit of each whitening, AT and the probes compare."""
+    """Return the 2x2 of whitening and losses; MSE is in the unit of each whitening, AT and the
+    probes compare.
+    """
     arms = by_seed(found, "whitening")
     scenes = by_seed(found, "scenes-whitening")
     if not arms:
@@ -239,7 +249,8 @@ def whitening_lines(found: dict[str, Any]) -> list[str]:
         "MSE is in the unit of each arm's own whitening; the other columns compare. ",
     ]
     lines[-1] += (
-        "In brackets what the attention loss adds to its whitening, paired by seed, with its 95 % interval."
+        "In brackets what the attention loss adds to its whitening, paired by seed, with its 95 % "
+        "interval."
     )
     lines += [
         "",
@@ -269,7 +280,8 @@ def floor_lines(found: dict[str, Any]) -> list[str]:
         return []
     floors = found["attention-floor"]
     lines = [
-        "AT between the targets themselves and their raw maps, which is what a student of no MSE would have:",
+        "AT between the targets themselves and their raw maps, which is what a student of no MSE "
+        "would have:",
         "",
     ]
     lines += [

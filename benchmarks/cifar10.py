@@ -1,10 +1,12 @@
-"""A student from a cache of CIFAR-10 against its own starting weights, every tap of its teacher, and raw pixels.
+"""A student from a cache of CIFAR-10 against its own starting weights, every tap of its teacher,
+and raw pixels.
 
     python benchmarks/cifar10.py --data ../shared/data [--work runs/cifar10] [--seeds 3] [--results DIR] [--table]
 
-Every run writes its own JSON to docs/results/cifar10/ and a finished run is skipped, so that the work adds up over
-interruptions. The table is written to docs/results/cifar10.md from those files. --results and --work with empty folders
-measure everything anew but the teacher, which is finished where it lies.
+Every run writes its own JSON to docs/results/cifar10/ and a finished run is skipped, so that the
+work adds up over interruptions. The table is written to docs/results/cifar10.md from those files.
+--results and --work with empty folders measure everything anew but the teacher, which is finished
+where it lies.
 """
 
 import argparse
@@ -45,7 +47,8 @@ TEACH = [
     "--compile",
 ]
 EXTRACT = ["--limit", "20000"]
-# Without the finest tap, which is mostly noise, students enter at 64 px instead of 128 and are four times as fast.
+# Without the finest tap, which is mostly noise, students enter at 64 px instead of 128 and are four
+# times as fast.
 TRAIN = [
     "--student",
     "resnet18",
@@ -86,7 +89,9 @@ def main() -> None:
 
 
 def run_all(folder: Path, data: Path, work: Path, seeds: int, workers: int) -> None:
-    """Teacher, timestep, cache; then students and probes, which need each other no more, side by side."""
+    """Teacher, timestep, cache; then students and probes, which need each other no more, side by
+    side.
+    """
     step = partial(run_step, folder)
     train = data / "cifar10-train.parquet"
     test = data / "cifar10-test.parquet"
@@ -134,7 +139,9 @@ def run_all(folder: Path, data: Path, work: Path, seeds: int, workers: int) -> N
 def run_step(
     folder: Path, name: str, arguments: list[Any], summary: Path | None = None, threads_of: int = 1
 ) -> dict[str, Any]:
-    """Run one command unless its result is there and return the result; it uses an equal share of the threads."""
+    """Run one command unless its result is there and return the result; it uses an equal share of
+    the threads.
+    """
     words = [str(a) for a in arguments]
     as_json = ["--json"] if words[0] in ("evaluate", "inspect") else []
     shown = " ".join(["dtcache", *words]).replace(str(ROOT) + "/", "")
@@ -176,7 +183,8 @@ def write_table(folder: Path) -> None:
         for row in records.get(name, {"result": {"rows": []}})["result"]["rows"]:
             title = f"teacher {row['name']}" if name == "taps" else "raw pixels"
             rows.append(
-                f"| {title} | {row['feature_dim']} | {row['knn_top1']:.2f} | {row['linear_top1']:.2f} |"
+                f"| {title} | {row['feature_dim']} | {row['knn_top1']:.2f} | "
+                f"{row['linear_top1']:.2f} |"
             )
     commands = [
         f"{with_todays_names(r['command'])}    # {r['seconds']:.0f} s, commit {r['commit']}"
@@ -213,7 +221,8 @@ def choice(records: dict[str, Any]) -> list[str]:
     return [
         "## The timestep",
         "",
-        f"Chosen by the teacher's own linear probe on training images alone ({result['num_train']} to fit, "
+        f"Chosen by the teacher's own linear probe on training images alone ({result['num_train']} "
+        f"to fit, "
         f"{result['num_test']} held out): {result['best']}.",
         "",
         *head,
@@ -239,8 +248,10 @@ def cache(records: dict[str, Any]) -> list[str]:
         "## The cache",
         "",
         f"{report['num_done']} images, both flips: {report['bytes_per_image']:.0f} bytes an image, "
-        f"{report['ratio']:.1f} times under fp16 ({report['fp16_bytes_per_image']} bytes), everything on disk but the "
-        f"stored images (the source's own JPEG files, {report['image_bytes'] / report['num_done']:.0f} bytes each).",
+        f"{report['ratio']:.1f} times under fp16 ({report['fp16_bytes_per_image']} bytes), "
+        f"everything on disk but the "
+        f"stored images (the source's own JPEG files, "
+        f"{report['image_bytes'] / report['num_done']:.0f} bytes each).",
         "",
         *rows,
         "",
@@ -278,8 +289,10 @@ def gap(records: dict[str, Any]) -> list[str]:
     closed = [100 * (student - init) / (best - init) for init, student in pairs]
     gained = [student - init for init, student in pairs]
     return [
-        f"The best single tap is {records['taps']['result']['best']} with {best:.2f} %. The students close "
-        f"{mean_and_spread(closed)} % of the gap between their own starting weights and it (linear probe), and are "
+        f"The best single tap is {records['taps']['result']['best']} with {best:.2f} %. The "
+        f"students close "
+        f"{mean_and_spread(closed)} % of the gap between their own starting weights and it (linear "
+        f"probe), and are "
         f"{mean_and_spread(gained)} points over those.",
         "",
     ]

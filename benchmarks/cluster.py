@@ -1,12 +1,14 @@
-"""Two one-thread workers against one: images a second of the whole extraction, and what the machine itself allows.
+"""Two one-thread workers against one: images a second of the whole extraction, and what the machine
+itself allows.
 
     python benchmarks/cluster.py [--work runs/cluster] [--images 1024] [--rounds 5]
 
-A cache of generated scenes with the CIFAR-10 teacher, both flips, begun and fitted once; every round copies that folder
-and times all its shards from the first submitted task to the last commit, on one worker and on two, in turn. Start-up
-is apart: both clusters run all the time, and each worker has computed a shard before, so that its teacher is loaded
-and its kernels are compiled. The limit is what two of these workers do at once, in bare passes of the teacher with
-nothing else, over what one does: cores that share caches, memory or a clock give less than 2.
+A cache of generated scenes with the CIFAR-10 teacher, both flips, begun and fitted once; every
+round copies that folder and times all its shards from the first submitted task to the last commit,
+on one worker and on two, in turn. Start-up is apart: both clusters run all the time, and each
+worker has computed a shard before, so that its teacher is loaded and its kernels are compiled. The
+limit is what two of these workers do at once, in bare passes of the teacher with nothing else, over
+what one does: cores that share caches, memory or a clock give less than 2.
 """
 
 import argparse
@@ -112,7 +114,9 @@ def main() -> None:
 
 
 def fresh(begun: Path, root: Path) -> CacheWriter:
-    """Return the writer of a copy of the begun cache, always in one place: workers keep the teacher of that cache."""
+    """Return the writer of a copy of the begun cache, always in one place: workers keep the teacher
+    of that cache.
+    """
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(begun, root)
     return CacheWriter.resume(root)

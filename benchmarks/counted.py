@@ -1,4 +1,6 @@
-"""The codec itself: steps that reach asked-for distortions, and what every image costs on disk at one."""
+"""The codec itself: steps that reach asked-for distortions, and what every image costs on disk at
+one.
+"""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +25,10 @@ AMORTISED = 10_000
 SOLVED = 128
 SHARD = 256
 COUNTED = (
-    f"dtcache: shards as the store writes them (payloads, zstd frames, checksums, indices), one payload a chunk, "
-    f"plus {ROW_BYTES} bytes a row of the sample index and the fit's files over {AMORTISED} images of one view. Peers: "
+    f"dtcache: shards as the store writes them (payloads, zstd frames, checksums, indices), one "
+    f"payload a chunk, "
+    f"plus {ROW_BYTES} bytes a row of the sample index and the fit's files over {AMORTISED} images "
+    f"of one view. Peers: "
     "their own output alone, one or 64 images a chunk, the smaller. Bound: no side information."
 )
 
@@ -32,7 +36,9 @@ COUNTED = (
 def flat_fits(
     statistics: Mapping[str, TapStatistics], maps: Maps, energy: float, distortions: Sequence[float]
 ) -> Iterator[tuple[float, dict[str, FittedTap]]]:
-    """Yield steps and fits whose distortions, on some of the images, are within 2 % of those asked for."""
+    """Yield steps and fits whose distortions, on some of the images, are within 2 % of those asked
+    for.
+    """
     some = leading(maps, SOLVED)
     count = len(next(iter(some.values())))
     step = 1.0
@@ -60,7 +66,9 @@ class Counted:
     fit_bytes: int
     """The fit's arrays on disk."""
     taps: dict[str, dict[str, float]]
-    """By array: stored bytes an image without the fit, distortion of the tap alone, coded coefficients."""
+    """By array: stored bytes an image without the fit, distortion of the tap alone, coded
+    coefficients.
+    """
 
 
 def count_ours(fit: Mapping[str, FittedTap], step: float, maps: Maps, energy: float) -> Counted:

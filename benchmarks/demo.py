@@ -1,4 +1,5 @@
-"""Run `dtcache demo` with its defaults; record the result with machine and commit, and write its page.
+"""Run `dtcache demo` with its defaults; record the result with machine and commit, and write its
+page.
 
     python benchmarks/demo.py [--work runs/demo]
 
@@ -37,15 +38,18 @@ def page_lines(summary: dict[str, Any], seconds: float) -> list[str]:
         trained = spent[f"train {student['name'].split(',')[0]}"]
         time = f"{trained:.0f} s" if "cache" in student["name"] else "-"
         rows.append(
-            f"| {student['name']} | {student['knn_top1']:.1f} | {student['linear_top1']:.1f} | {time} |"
+            f"| {student['name']} | {student['knn_top1']:.1f} | {student['linear_top1']:.1f} | "
+            f"{time} |"
         )
     evaluations = [value for name, value in spent.items() if name.startswith("evaluate")]
     options = DemoOptions()
     return [
         "# The demonstration",
         "",
-        f"`dtcache demo` took {seconds:.0f} s on {machine()}, commit {commit()}. {cost_of(summary)}.",
-        "The demonstration has one seed, so it supports no claim about student quality. `demo.json` has the "
+        f"`dtcache demo` took {seconds:.0f} s on {machine()}, commit {commit()}. "
+        f"{cost_of(summary)}.",
+        "The demonstration has one seed, so it supports no claim about student quality. "
+        "`demo.json` has the "
         "whole result;",
         "`python benchmarks/demo.py` writes both files.",
         "",
@@ -55,7 +59,8 @@ def page_lines(summary: dict[str, Any], seconds: float) -> list[str]:
         "",
         f"Chance is 12.5 %: eight classes of scenes, with {options.train_images} training and "
         f"{options.test_images} test",
-        f"images. Writing the scenes took {spent['scenes']:.0f} s, fitting the codec and extracting the cache "
+        f"images. Writing the scenes took {spent['scenes']:.0f} s, fitting the codec and "
+        f"extracting the cache "
         f"{spent['extract']:.0f} s,",
         f"evaluating each row of the table {min(evaluations):.0f} to {max(evaluations):.0f} s.",
         "",

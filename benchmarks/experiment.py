@@ -1,4 +1,6 @@
-"""What the experiments on students share: their inputs, their student, and the flags and command that say so."""
+"""What the experiments on students share: their inputs, their student, and the flags and command
+that say so.
+"""
 
 import argparse
 from dataclasses import dataclass
@@ -86,7 +88,9 @@ def add_results_flags(parser: argparse.ArgumentParser) -> None:
 def parsed(
     parser: argparse.ArgumentParser, script: str, amounts: tuple[str, ...]
 ) -> tuple[dict[str, Any], bool]:
-    """Return what is asked for, its results found to be of this very command, and whether only tables are wanted."""
+    """Return what is asked for, its results found to be of this very command, and whether only
+    tables are wanted.
+    """
     asked = vars(parser.parse_args())
     table_only = asked.pop("table")
     where = asked.pop("results")

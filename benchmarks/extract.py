@@ -1,10 +1,11 @@
-"""What the whole of stage 1 costs beside its teacher's bare pass, and beside what today's scripts do.
+"""What the whole of stage 1 costs beside its teacher's bare pass, and beside what today's scripts
+do.
 
     python benchmarks/extract.py [--width 64] [--images 64] [--rounds 3] [--device cuda --width 256 --batch-size 64]
 
-A U-Net of ADM-256's shape (Dhariwal & Nichol 2021), its 256 channels scaled to --width, random weights; taps at
-strides 4 to 32; JPEGs of 480 pixels a side. Every arm of a round is a process of its own, arms interleaved, all in the
-same precision:
+A U-Net of ADM-256's shape (Dhariwal & Nichol 2021), its 256 channels scaled to --width, random
+weights; taps at strides 4 to 32; JPEGs of 480 pixels a side. Every arm of a round is a process of
+its own, arms interleaved, all in the same precision:
 
 - naive: full forward pass with hooks, fp16 features to one .npz file an image;
 - bare: the truncated forward pass on a batch that is there, and nothing else: the limit;
@@ -50,7 +51,9 @@ GOALS = {"over_naive": 2.2, "of_bare_cpu": 0.9, "of_bare_cuda": 0.97, "memory_gi
 
 
 def main() -> None:
-    """Run all arms of all rounds, print the ratios and keep them; or run one arm and print its figures."""
+    """Run all arms of all rounds, print the ratios and keep them; or run one arm and print its
+    figures.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--width", type=int, default=64, help="channels of the finest level; ADM has 256"
@@ -126,7 +129,9 @@ def run_arm(asked: argparse.Namespace) -> dict[str, float]:
 
 
 def naive(asked: argparse.Namespace) -> dict[str, float]:
-    """Run the whole U-Net on decoded images and save fp16 taps, one file an image, as a script of a paper would."""
+    """Run the whole U-Net on decoded images and save fp16 taps, one file an image, as a script of a
+    paper would.
+    """
     compute = resolve_compute(asked.device, "auto")
     loaded = load_teacher(str(asked.work / "teacher"))
     unet = loaded.denoiser.unet.to(compute.device)

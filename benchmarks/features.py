@@ -1,4 +1,5 @@
-"""Whitened decoder features to compress, spooled to disk: of a trained CIFAR-10 teacher, and of one in ADM's shape.
+"""Whitened decoder features to compress, spooled to disk: of a trained CIFAR-10 teacher, and of one
+in ADM's shape.
 
 Shape suffixes: B batch, C channels, H rows, W columns, M views.
 """
@@ -36,7 +37,9 @@ Maps = dict[str, np.memmap]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureSet:
-    """The features of one teacher: two noise draws of the views that codecs are fitted on, one of those counted."""
+    """The features of one teacher: two noise draws of the views that codecs are fitted on, one of
+    those counted.
+    """
 
     fit: dict[str, np.ndarray]
     """(2, M, C, H, W) fp16."""
@@ -48,7 +51,9 @@ class FeatureSet:
 def cifar10_features(
     spool: Path, data: Path, teacher: Path, timestep: int, fit: int, count: int
 ) -> FeatureSet:
-    """Fit on the first training images of the permuted order; count the first test images of theirs."""
+    """Fit on the first training images of the permuted order; count the first test images of
+    theirs.
+    """
     options = ExtractOptions(
         teacher=str(teacher), timestep=(timestep,), limit=fit, flip=False, batch_size=BATCH
     )
@@ -61,7 +66,9 @@ def cifar10_features(
 
 
 def adm_features(spool: Path, data: Path | None, timestep: int, fit: int, count: int) -> FeatureSet:
-    """Fit on some photographs and count others (generated scenes where there is no `data`), random weights, 256 px."""
+    """Fit on some photographs and count others (generated scenes where there is no `data`), random
+    weights, 256 px.
+    """
     images = data / "camvid" / "images" / "train" if data else spool / "scenes"
     if data is None:
         write_scenes(images, seed=0, size=256, count=fit + count, masks=False)

@@ -1,10 +1,12 @@
-"""What input at scale costs: a folder's list, tar shards against files, Parquet by how much of it may be held.
+"""What input at scale costs: a folder's list, tar shards against files, Parquet by how much of it
+may be held.
 
     python benchmarks/inputs.py --work SCRATCH [--files 200000] [--rows 20000] [--results DIR]
 
-Images are random bytes of 20 to 80 kB: nothing is decoded, only found and read, in one permuted order, from the page
-cache. Peak memory is that of a process of its own, above what it has after its imports. Results:
-docs/results/inputs.json; what stands there is shown, --results with an empty folder measures anew.
+Images are random bytes of 20 to 80 kB: nothing is decoded, only found and read, in one permuted
+order, from the page cache. Peak memory is that of a process of its own, above what it has after its
+imports. Results: docs/results/inputs.json; what stands there is shown, --results with an empty
+folder measures anew.
 """
 
 import argparse

@@ -1,17 +1,20 @@
-"""What label distillation is worth: one segmentation network, finetuned on a few images, from five starts.
+"""What label distillation is worth: one segmentation network, finetuned on a few images, from five
+starts.
 
     python benchmarks/labels.py --name scenes [--images 3000 --labelled 20,40 --seeds 5 --exact --compile ...] \
         [--results DIR] [--table]
     python benchmarks/labels.py --name camvid --train IMAGES --train-masks DIR --test IMAGES --test-masks DIR \
         --teacher DIR --timestep T --labelled 40 --seeds 3 [--results DIR] [--table]
 
-Without paths it generates scenes and takes the bundled teacher. Of a seed all arms share the labelled images, the
-network (backbone, pyramid, logit head), its starting weights where they are random, and the recipe with crops and
-jitter: they differ in what the backbone, and in the label and mixed arms the head too, was trained on before. The
-interpreter is judged on the teacher's features of the test images; students of labels, not yet finetuned, by their own
-head too. Of several finetunings of a start the mean counts. Every result is a JSON of its own, and a finished
-one is skipped. The tables go to docs/results/labels.md. --results and --work with empty folders measure everything
-anew; results that other flags made are refused, so that another --loss, --label-weight or recipe needs another --name.
+Without paths it generates scenes and takes the bundled teacher. Of a seed all arms share the
+labelled images, the network (backbone, pyramid, logit head), its starting weights where they are
+random, and the recipe with crops and jitter: they differ in what the backbone, and in the label and
+mixed arms the head too, was trained on before. The interpreter is judged on the teacher's features
+of the test images; students of labels, not yet finetuned, by their own head too. Of several
+finetunings of a start the mean counts. Every result is a JSON of its own, and a finished one is
+skipped. The tables go to docs/results/labels.md. --results and --work with empty folders measure
+everything anew; results that other flags made are refused, so that another --loss, --label-weight
+or recipe needs another --name.
 --quality is that of both caches, so that it changes what the interpreter sees and what labels' bytes are compared with.
 --finetune-lr and --finetune-epochs were chosen for the random start, by its test mIoU.
 """
@@ -194,7 +197,9 @@ def finetune(
 
 
 def subset(plan: Plan, count: int, seed: int) -> Path:
-    """Return a folder with the masks of `count` cached images, chosen by the seed; larger subsets hold the smaller."""
+    """Return a folder with the masks of `count` cached images, chosen by the seed; larger subsets
+    hold the smaller.
+    """
     assert plan.train_masks is not None
     out = plan.work / "masks" / f"n{count}-seed{seed}"
     whole = open_masks(plan.train_masks)

@@ -24,7 +24,9 @@ from pipelines.label.labelled_rows import images_with_masks
 
 @torch.no_grad()
 def interpreter_miou(folder: Path, test_cache: Path, options: EvaluateOptions) -> dict[str, float]:
-    """Return an interpreter's own `miou` on the teacher's cached features of the test images, per cent."""
+    """Return an interpreter's own `miou` on the teacher's cached features of the test images, per
+    cent.
+    """
     cache = Cache(test_cache)
     interpreter = load_interpreter(folder)
     assert options.test_masks is not None
@@ -44,7 +46,9 @@ def interpreter_miou(folder: Path, test_cache: Path, options: EvaluateOptions) -
 
 
 def own_miou(run: Path, options: EvaluateOptions) -> dict[str, float]:
-    """Return the `miou` of a student that learned labels, by its own head and not finetuned, per cent."""
+    """Return the `miou` of a student that learned labels, by its own head and not finetuned, per
+    cent.
+    """
     compute = resolve_compute(options.device, options.precision)
     configure_process(compute.device)
     trunk = open_trunk(str(run / "backbone"), replace(options, finetune=False), BATCH_SIZE, compute)
@@ -58,7 +62,9 @@ def own_miou(run: Path, options: EvaluateOptions) -> dict[str, float]:
 
 
 def held_out(run: Path) -> dict[str, Any]:
-    """Return the losses of a student on the cache's held-out images: `mse`, the mean over taps, and `label`."""
+    """Return the losses of a student on the cache's held-out images: `mse`, the mean over taps, and
+    `label`.
+    """
     found = json.loads((run / "summary.json").read_text())["held_out"]
     mse = [value for name, value in found.items() if name.startswith("mse/")]
     return {"mse": statistics.mean(mse) if mse else None, "label": found.get("label")}

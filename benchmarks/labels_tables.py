@@ -16,7 +16,8 @@ GOALS = (
     ("mixed", "label", -1.0),
     ("label", "label-exact", -1.0),
 )
-"""Arm, the one that it is compared with, and the least of the paired difference in points of mIoU."""
+"""Arm, the one that it is compared with, and the least of the paired difference in points of mIoU.
+"""
 OWN_GOALS = (("mixed", "label", -1.0), ("label", "label-exact", -1.0))
 """The same of students that are not finetuned, by their own heads."""
 MOST_SHARE = 0.10
@@ -26,8 +27,10 @@ LOSSES = (("mixed", "label", "label"), ("mixed", "feature", "mse"))
 """Arm, the one that it is compared with, and the held-out loss that both lower."""
 HELD_OUT = (
     "Held-out losses are measured after distillation and before finetuning, on the cache's own "
-    "held-out images: the MSE averaged over taps, and the cross-entropy with the stored labels. The "
-    "minimum of the cross-entropy is the entropy of these labels, so label-exact, with other labels, "
+    "held-out images: the MSE averaged over taps, and the cross-entropy with the stored labels. "
+    "The "
+    "minimum of the cross-entropy is the entropy of these labels, so label-exact, with other "
+    "labels, "
     "is not comparable. Own head: test mIoU of the student after distillation. Finetunings of the "
     "same start differ in the order of images, crops and jitter. A difference compares the means "
     "over the finetunings that both starts have; intervals are over seeds."
@@ -48,7 +51,8 @@ def experiment_lines(records: Records) -> list[str]:
 
 
 def count_lines(found: dict[str, Any], count: int, judged: bool) -> list[str]:
-    """Return the table of one number of labelled images, the differences that goals are set for, and labels' bytes.
+    """Return the table of one number of labelled images, the differences that goals are set for,
+    and labels' bytes.
 
     Goals are those of scenes: other images are reported without.
     """
@@ -57,7 +61,8 @@ def count_lines(found: dict[str, Any], count: int, judged: bool) -> list[str]:
     lines = [
         f"### {count} labelled images",
         "",
-        "| start | seeds | finetunings | held-out MSE | held-out labels | own head | test mIoU | over random, paired | "
+        "| start | seeds | finetunings | held-out MSE | held-out labels | own head | test mIoU | "
+        "over random, paired | "
         "over feature, paired |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -101,7 +106,9 @@ def count_lines(found: dict[str, Any], count: int, judged: bool) -> list[str]:
 
 
 def scores_of(found: dict[str, Any], count: int, ending: str) -> dict[str, Scores]:
-    """Return the scores of every arm's students: of the results of these names, the ending's group tells repeats."""
+    """Return the scores of every arm's students: of the results of these names, the ending's group
+    tells repeats.
+    """
     runs: dict[str, Scores] = {arm: {} for arm in ARMS}
     for name, result in found.items():
         matched = re.fullmatch(rf"n{count}-(seed[0-9]+)-({'|'.join(ARMS)}){ending}", name)
@@ -120,7 +127,9 @@ def mean(scores: Scores) -> str:
 
 
 def held_out(found: dict[str, Any], arms: Sequence[str], kind: str) -> str:
-    """Return the mean of the losses of an arm's students, those of some seeds, before they were finetuned."""
+    """Return the mean of the losses of an arm's students, those of some seeds, before they were
+    finetuned.
+    """
     losses = [found[f"{arm}-held-out"][kind] for arm in arms if f"{arm}-held-out" in found]
     return f"{statistics.mean(losses):.3f}" if losses and None not in losses else "-"
 
@@ -140,7 +149,9 @@ def paired(scores: Scores, others: Scores) -> list[float]:
 def goal_lines(
     runs: dict[str, Scores], goals: Sequence[tuple[str, str, float]], what: str, judged: bool
 ) -> list[str]:
-    """Return the differences, and whether each goal is met: an interval on both sides of it decides nothing."""
+    """Return the differences, and whether each goal is met: an interval on both sides of it decides
+    nothing.
+    """
     lines = []
     for arm, other, least in goals:
         differences = paired(runs[arm], runs[other])
@@ -183,8 +194,11 @@ def cost_lines(found: dict[str, Any], count: int) -> list[str]:
             most = max(s["share"] for s in sets)
             goal = f", goal at most {MOST_SHARE:.0%}: {'met' if most <= MOST_SHARE else 'missed'}"
             lines.append(
-                f"- {kind}: {share:.1%} of the features' bytes (at most {most:.2%}{goal if kind == 'labels' else ''}), "
-                f"total variation {error:.4f}, entropy {statistics.mean(s['entropy'] for s in sets):.3f} bits, "
-                f"mIoU over the whole cache {100 * statistics.mean(s['agreement']['miou'] for s in sets):.2f}"
+                f"- {kind}: {share:.1%} of the features' bytes (at most "
+                f"{most:.2%}{goal if kind == 'labels' else ''}), "
+                f"total variation {error:.4f}, entropy "
+                f"{statistics.mean(s['entropy'] for s in sets):.3f} bits, "
+                f"mIoU over the whole cache "
+                f"{100 * statistics.mean(s['agreement']['miou'] for s in sets):.2f}"
             )
     return lines

@@ -1,14 +1,17 @@
-"""Views a second of dtcache beside a bare fp16 memory map, zarr-python, TensorStore and LitData, on one core.
+"""Views a second of dtcache beside a bare fp16 memory map, zarr-python, TensorStore and LitData, on
+one core.
 
     pip install -e '.[bench]' && python benchmarks/loader.py [--work runs/loader] [--rounds 5] [--results DIR]
 
-All serve the same samples in the same random batches: dtcache its 50-fold cache as the batch of coefficients that
-stage 2 sends to the device (and, apart, as decoded features on the CPU), the memory map fp16, the others the same
-features as int8 in one chunk a sample and tap, uncompressed. Zarr's chunks carry a CRC-32C, as dtcache's do.
-Warm rounds interleave the loaders and count CPU time, since every loader is kept to one core and nothing waits for a
-disk; the ratios are medians over rounds. Cold rounds drop the files from the page cache, read each sample once in a
-block shuffle, and count wall time and the bytes that came from the disk. Where a disk is shared, the rate is the lesser
-of what the core and what the bandwidth allow; the table gives it for a few bandwidths.
+All serve the same samples in the same random batches: dtcache its 50-fold cache as the batch of
+coefficients that stage 2 sends to the device (and, apart, as decoded features on the CPU), the
+memory map fp16, the others the same features as int8 in one chunk a sample and tap, uncompressed.
+Zarr's chunks carry a CRC-32C, as dtcache's do. Warm rounds interleave the loaders and count CPU
+time, since every loader is kept to one core and nothing waits for a disk; the ratios are medians
+over rounds. Cold rounds drop the files from the page cache, read each sample once in a block
+shuffle, and count wall time and the bytes that came from the disk. Where a disk is shared, the rate
+is the lesser of what the core and what the bandwidth allow; the table gives it for a few
+bandwidths.
 """
 
 import argparse
@@ -192,8 +195,11 @@ def loaders(root: Path, pyramid: Pyramid) -> dict[str, Read]:
 
 
 def measure(root: Path, pyramid: Pyramid, rounds: int) -> dict[str, dict[str, float]]:
-    """Return, by loader, warm and cold views/s, bytes from the disk a view, and rates at given bandwidths."""
-    # Pages of a file that some process maps cannot be dropped: cold reads come first, each in a process of its own.
+    """Return, by loader, warm and cold views/s, bytes from the disk a view, and rates at given
+    bandwidths.
+    """
+    # Pages of a file that some process maps cannot be dropped: cold reads come first, each in a
+    # process of its own.
     names = ("dtcache", "fp16 memory map", "zarr-python", "TensorStore", "LitData")
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         cold = {name: pool.apply(read_cold, (root, name, pyramid)) for name in names}
@@ -222,7 +228,9 @@ def measure(root: Path, pyramid: Pyramid, rounds: int) -> dict[str, dict[str, fl
 
 
 def read_warm(opened: dict[str, Read], pyramid: Pyramid, rounds: int) -> dict[str, list[float]]:
-    """Return views/s of CPU time by loader and round; in each round all loaders read the same random batches."""
+    """Return views/s of CPU time by loader and round; in each round all loaders read the same
+    random batches.
+    """
     rng = np.random.default_rng(0)
     warm: dict[str, list[float]] = {name: [] for name in opened}
     for round_ in range(rounds + 1):
@@ -238,9 +246,11 @@ def read_warm(opened: dict[str, Read], pyramid: Pyramid, rounds: int) -> dict[st
 
 
 def read_cold(root: Path, name: str, pyramid: Pyramid) -> tuple[float, float]:
-    """Drop all files from the page cache, read every sample once; return views/s and bytes from the disk a view.
+    """Drop all files from the page cache, read every sample once; return views/s and bytes from the
+    disk a view.
 
-    dtcache and the memory map tell the disk of the next mix while they read one, as dtcache's block shuffle does.
+    dtcache and the memory map tell the disk of the next mix while they read one, as dtcache's block
+    shuffle does.
     """
     for path in (p for p in root.rglob("*") if p.is_file()):
         with open(path, "rb") as file:

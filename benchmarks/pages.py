@@ -1,4 +1,6 @@
-"""A page of results: what people wrote of them, and below it the tables that a script makes of its JSON files."""
+"""A page of results: what people wrote of them, and below it the tables that a script makes of its
+JSON files.
+"""
 
 import json
 from collections.abc import Callable
@@ -12,7 +14,9 @@ Records = dict[str, Any]
 def write_page(
     experiments: Path, page: str, script: str, lines_of: Callable[[Records], list[str]]
 ) -> None:
-    """Write the tables of every experiment, a folder of results each, below what a page beside them says by hand."""
+    """Write the tables of every experiment, a folder of results each, below what a page beside them
+    says by hand.
+    """
     mark = f"<!-- What follows is written by benchmarks/{script}. -->"
     path = experiments.parent / page
     lines = [

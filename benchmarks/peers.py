@@ -1,7 +1,8 @@
-"""Peers of the codec: general-purpose compressors over fp16, BitRound, int8, fp8 and pcodec, each over its knob.
+"""Peers of the codec: general-purpose compressors over fp16, BitRound, int8, fp8 and pcodec, each
+over its knob.
 
-A peer gets whitened fp16 features (n, C, H, W) of one chunk. Nothing but its own output is counted for it: no
-checksum, no index, no whitening scalars.
+A peer gets whitened fp16 features (n, C, H, W) of one chunk. Nothing but its own output is counted
+for it: no checksum, no index, no whitening scalars.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -115,7 +116,9 @@ PEERS = (
 
 
 def peer_curves(maps: Mapping[str, np.ndarray], energy: float) -> dict[str, dict[int, list[Point]]]:
-    """Return, by peer and images a chunk, a point a knob; `energy` is an image's, the denominator of D."""
+    """Return, by peer and images a chunk, a point a knob; `energy` is an image's, the denominator
+    of D.
+    """
     count = len(next(iter(maps.values())))
     curves: dict[str, dict[int, list[Point]]] = {}
     with track("peers", sum(len(p.knobs) for p in PEERS) * len(CHUNKS)) as progress:
@@ -147,9 +150,11 @@ def _chunks(maps: Mapping[str, np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def bytes_at(points: list[Point], distortion: float) -> float | None:
-    """Return the bytes at a distortion, or the least bytes at a smaller one where a codec cannot do as badly.
+    """Return the bytes at a distortion, or the least bytes at a smaller one where a codec cannot do
+    as badly.
 
-    Between two settings it is interpolated, logarithm over logarithm; None where even the finest setting is worse.
+    Between two settings it is interpolated, logarithm over logarithm; None where even the finest
+    setting is worse.
     """
     ordered = sorted(points, key=lambda p: p.distortion)
     better = [p.bytes_per_image for p in ordered if p.distortion <= distortion]
@@ -167,7 +172,9 @@ def bytes_at(points: list[Point], distortion: float) -> float | None:
 
 
 def bytes_near(points: list[Point], distortion: float) -> float:
-    """Return the bytes on the line, logarithm over logarithm, through the two settings nearest to a distortion."""
+    """Return the bytes on the line, logarithm over logarithm, through the two settings nearest to a
+    distortion.
+    """
     a, b = sorted(points, key=lambda p: abs(np.log(p.distortion / distortion)))[:2]
     slope = np.log(b.bytes_per_image / a.bytes_per_image) / np.log(b.distortion / a.distortion)
     return float(a.bytes_per_image * (distortion / a.distortion) ** slope)

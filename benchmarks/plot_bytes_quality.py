@@ -5,8 +5,8 @@
 Left: students of compressed caches against students of float16 features, from the records of
 student_vs_size.py. Right: students of caches with 1, 2 or 4 noise draws against students whose
 teacher runs in the training loop, from the records of cached_vs_online.py. Each point is the mean
-over seeds of the paired difference of the MSE on unseen images, with its 95 % interval (Student's t).
-Writes bytes_quality-light.svg and bytes_quality-dark.svg, and prints the points.
+over seeds of the paired difference of the MSE on unseen images, with its 95 % interval (Student's
+t). Writes bytes_quality-light.svg and bytes_quality-dark.svg, and prints the points.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python benchmarks/rate_distortion.py --data ../shared/data [--teacher DIR] [--timestep 50]
 
-D = sum of squared errors / sum of squares about the per-channel means of the counted images, both over all whitened
-features of all taps, so that a tap weighs as its variance. Features are those of benchmarks/features.py: whitened as
-the codec does and rounded to fp16, one view an image; every codec gets the same. The tables go
-to docs/results/rate_distortion.md, .json and .png.
+D = sum of squared errors / sum of squares about the per-channel means of the counted images, both
+over all whitened features of all taps, so that a tap weighs as its variance. Features are those of
+benchmarks/features.py: whitened as the codec does and rounded to fp16, one view an image; every
+codec gets the same. The tables go to docs/results/rate_distortion.md, .json and .png.
 """
 
 import argparse
@@ -97,8 +97,8 @@ def _adm(asked: argparse.Namespace) -> dict[str, Any]:
 def measure(features: FeatureSet, peer_count: int, few: bool) -> dict[str, Any]:
     """Return all codecs' bytes an image at every distortion.
 
-    With few images the bound takes the fit's PCA, and band variances over the fit's views too: over the counted ones
-    alone they would be too small in the logarithm.
+    With few images the bound takes the fit's PCA, and band variances over the fit's views too: over
+    the counted ones alone they would be too small in the logarithm.
     """
     statistics = fit_statistics(features)
     maps = features.counted
@@ -167,7 +167,9 @@ def fit_statistics(features: FeatureSet) -> dict[str, TapStatistics]:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Return a Markdown table of bytes an image and, in brackets, how many times smaller than fp16 that is."""
+    """Return a Markdown table of bytes an image and, in brackets, how many times smaller than fp16
+    that is.
+    """
     fp16 = result["fp16_bytes"]
     rows = result["bytes_per_image"]
     seen = f"the peers saw {result['images_peers']} of the images counted"

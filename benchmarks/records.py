@@ -1,4 +1,6 @@
-"""Results as small JSON files: what was run, where, at which commit; a finished run is never repeated."""
+"""Results as small JSON files: what was run, where, at which commit; a finished run is never
+repeated.
+"""
 
 import argparse
 import json
@@ -27,12 +29,16 @@ class Results:
     command: str
     """What makes them."""
     defaults: str = ""
-    """The command of all defaults: a record that does not name a flag was made with what stands here."""
+    """The command of all defaults: a record that does not name a flag was made with what stands
+    here.
+    """
     amounts: tuple[str, ...] = ()
     """Flags that choose which results there are and how often they are timed, not what they are."""
 
     def once(self, name: str, run: Callable[[], Any]) -> Any:
-        """Return the result of this name, or run, write it and return it; exit where another command made it."""
+        """Return the result of this name, or run, write it and return it; exit where another
+        command made it.
+        """
         path = self.folder / f"{name}.json"
         if path.exists():
             return self._checked(path)["result"]
@@ -69,7 +75,9 @@ def results_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def command_of(script: str, values: Mapping[str, Any], inputs: tuple[str, ...] = ()) -> str:
-    """Return a script's command; inputs are shown by their names, since a command names no path of the machine."""
+    """Return a script's command; inputs are shown by their names, since a command names no path of
+    the machine.
+    """
     words = [f"python benchmarks/{script}"]
     for name, value in values.items():
         if value is not None and value is not False:
@@ -86,7 +94,9 @@ def with_todays_names(command: str) -> str:
 
 
 def flags_of(command: str) -> dict[str, str]:
-    """Return a command's flags and what each is given; a path counts by its name, since it may lie anywhere."""
+    """Return a command's flags and what each is given; a path counts by its name, since it may lie
+    anywhere.
+    """
     flags: dict[str, list[str]] = {}
     flag = "command"
     for word in command.split():
@@ -99,7 +109,9 @@ def flags_of(command: str) -> dict[str, str]:
 
 
 def write(path: Path, command: str, result: Any, seconds: float) -> None:
-    """Write a result beside its command, wall seconds, machine and commit; a command names no path of the machine."""
+    """Write a result beside its command, wall seconds, machine and commit; a command names no path
+    of the machine.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "command": command,

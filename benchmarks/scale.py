@@ -1,10 +1,12 @@
-"""What a cache costs as it grows: writing 1k, 10k and 100k images, opening 1.28 million and starting an epoch.
+"""What a cache costs as it grows: writing 1k, 10k and 100k images, opening 1.28 million and
+starting an epoch.
 
     python benchmarks/scale.py [--work runs/scale] [--rounds 3] [--results DIR]
 
-The four taps of a CIFAR-10 teacher at 50 times, one view. The large cache's shards are hard links to one shard of each
-array, so that it takes little disk: everything that opening and reading look at (the index of 1.28 million samples,
-1565 files, every shard's own index) is as large as it would be. Memory is what a process of its own grows by.
+The four taps of a CIFAR-10 teacher at 50 times, one view. The large cache's shards are hard links
+to one shard of each array, so that it takes little disk: everything that opening and reading look
+at (the index of 1.28 million samples, 1565 files, every shard's own index) is as large as it would
+be. Memory is what a process of its own grows by.
 """
 
 import argparse
@@ -100,7 +102,9 @@ def payload_of(payloads: dict[str, list[bytes]]) -> Any:
 
 
 def write_linked(root: Path, fit: dict[str, FittedTap], payloads: dict[str, list[bytes]]) -> None:
-    """Write a cache of LARGE rows whose full shards, all of which hold the same payloads, are links to the first."""
+    """Write a cache of LARGE rows whose full shards, all of which hold the same payloads, are links
+    to the first.
+    """
     writer = begin_cache(root, SHAPES, fit, LARGE, SHARD_ROWS)
     first, *middle, last = writer.missing
     for shard in (first, last):

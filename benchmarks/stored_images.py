@@ -1,12 +1,14 @@
-"""How to keep a view's pixels: bytes, decoding time and error of each container, on photographs that must be resized.
+"""How to keep a view's pixels: bytes, decoding time and error of each container, on photographs
+that must be resized.
 
     python benchmarks/stored_images.py --images ../shared/data/camvid/images/train [--count 64] [--size 256] \
         [--results DIR]
 
-Where the view changes no pixel the source's own bytes are kept and no container is needed. Lossless WebP is named by
-its method and its quality, the two degrees of effort. Times are of one thread's CPU; those of decoding are medians of
-rounds in which every container decodes every image once. Results: docs/results/stored_images-SIZE.json; what stands
-there is shown, --results with an empty folder measures anew.
+Where the view changes no pixel the source's own bytes are kept and no container is needed. Lossless
+WebP is named by its method and its quality, the two degrees of effort. Times are of one thread's
+CPU; those of decoding are medians of rounds in which every container decodes every image once.
+Results: docs/results/stored_images-SIZE.json; what stands there is shown, --results with an empty
+folder measures anew.
 """
 
 import argparse
@@ -57,7 +59,8 @@ def main() -> None:
         f"stored_images-{asked.size}", lambda: measure(asked.images, asked.count, asked.size)
     )
     print(
-        f"{'container':16} {'bytes':>8} {'of PNG':>7} {'decode ms':>9} {'encode ms':>9} {'PSNR dB':>8}"
+        f"{'container':16} {'bytes':>8} {'of PNG':>7} {'decode ms':>9} {'encode ms':>9} "
+        f"{'PSNR dB':>8}"
     )
     png = result["containers"]["PNG"]["bytes"]
     for name, row in result["containers"].items():

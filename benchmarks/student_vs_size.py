@@ -1,14 +1,16 @@
-"""What a student loses by a smaller cache: paired runs of one student on caches of 1, 10, 50 and 100 times under fp16.
+"""What a student loses by a smaller cache: paired runs of one student on caches of 1, 10, 50 and
+100 times under fp16.
 
     python benchmarks/student_vs_size.py --train cifar10-train.parquet --test cifar10-test.parquet --teacher DIR \
         --timestep T [--work runs/student_vs_size] [--device cuda --student resnet50 ...] \
         [--results DIR] [--table]
 
-Quality is the whitened MSE on images that no cache held, against UNcompressed targets, mean over taps; the attention
-loss and a linear probe stand apart. Runs of one seed share their starting weights, order and views, so that their
-differences are the codec's alone. Every run writes its own JSON and a finished run is skipped: the table grows over
-interruptions. It is written to docs/results/student_vs_size/NAME.md. --results and --work with empty folders measure
-everything anew; results that other flags made are refused.
+Quality is the whitened MSE on images that no cache held, against UNcompressed targets, mean over
+taps; the attention loss and a linear probe stand apart. Runs of one seed share their starting
+weights, order and views, so that their differences are the codec's alone. Every run writes its own
+JSON and a finished run is skipped: the table grows over interruptions. It is written to
+docs/results/student_vs_size/NAME.md. --results and --work with empty folders measure everything
+anew; results that other flags made are refused.
 """
 
 import json
@@ -56,7 +58,9 @@ def main() -> None:
 
 
 def run_all(plan: Experiment) -> None:
-    """Extract every arm and the uncompressed reference, then train and judge seed by seed, so that pairs grow."""
+    """Extract every arm and the uncompressed reference, then train and judge seed by seed, so that
+    pairs grow.
+    """
     for arm, quality in ARMS.items():
         plan.results.once(f"cache-{arm}", lambda q=quality, a=arm: cache_of(plan, a, q))
     reference = plan.work / "reference"
@@ -160,7 +164,8 @@ def write_table(plan: Experiment) -> None:
     runs = {name: record["result"] for name, record in found.items() if name.startswith("seed")}
     seeds = sorted({name.split("-")[0] for name in runs})
     rows = [
-        "| cache | bytes an image | ratio | MSE | MSE, paired | AT, paired | linear probe | paired, points | goal |"
+        "| cache | bytes an image | ratio | MSE | MSE, paired | AT, paired | linear probe | "
+        "paired, points | goal |"
     ]
     rows.append("|---|---|---|---|---|---|---|---|---|")
     for arm in ARMS:
@@ -174,10 +179,14 @@ def write_table(plan: Experiment) -> None:
     text = [
         f"# Student quality against cache size: {plan.name}",
         "",
-        f"{plan.student} at {plan.student_size} px, fpn-width {plan.fpn_width}, {plan.epochs} epochs of {plan.images} "
-        f"images (both flips cached), batch {plan.batch_size}, t = {plan.timestep}; {len(seeds)} seeds, paired: the "
-        "same weights, order and views at the start. MSE and AT against the uncompressed features of "
-        f"{plan.held_out} test images, mean over taps; differences from the fp16 arm of the same seed with their 95 % "
+        f"{plan.student} at {plan.student_size} px, fpn-width {plan.fpn_width}, {plan.epochs} "
+        f"epochs of {plan.images} "
+        f"images (both flips cached), batch {plan.batch_size}, t = {plan.timestep}; {len(seeds)} "
+        f"seeds, paired: the "
+        "same weights, order and views at the start. MSE and AT against the uncompressed features "
+        "of "
+        f"{plan.held_out} test images, mean over taps; differences from the fp16 arm of the same "
+        f"seed with their 95 % "
         "interval (Student's t).",
         "",
         *rows,

@@ -20,11 +20,13 @@ from dtcache.store.writer import CacheWriter
 from dtcache.whitening import whiten
 
 TIMESTEP = 150
-# (C, H, W), finest first, of 67,584 and of 2.95 million values a view: a CIFAR-10 DDPM, and ADM at 256 pixels.
+# (C, H, W), finest first, of 67,584 and of 2.95 million values a view: a CIFAR-10 DDPM, and ADM at
+# 256 pixels.
 SMALL = ((32, 32, 32), (96, 16, 16), (128, 8, 8), (128, 4, 4))
 LARGE = ((512, 64, 64), (512, 32, 32), (1024, 16, 16), (1024, 8, 8))
 STEEPNESS = 1.25
-"""Of the spectra: with it 28 % of the coefficients are coded at 50 times, as of a real DDPM's taps."""
+"""Of the spectra: with it 28 % of the coefficients are coded at 50 times, as of a real DDPM's taps.
+"""
 Shape = tuple[int, int, int]
 
 
@@ -49,7 +51,9 @@ def names_of(shapes: Sequence[Shape]) -> list[str]:
 
 
 def features(shape: Shape, count: int, seed: int) -> torch.Tensor:
-    """Return (count, C, H, W) maps with correlated channels and falling spectra; one (shape) always has one mix."""
+    """Return (count, C, H, W) maps with correlated channels and falling spectra; one (shape) always
+    has one mix.
+    """
     channels, height, width = shape
     rng = torch.Generator().manual_seed(seed)
     strength = torch.arange(1, channels + 1).float() ** -0.6
@@ -66,7 +70,9 @@ def features(shape: Shape, count: int, seed: int) -> torch.Tensor:
 
 
 def fit_pyramid(shapes: Sequence[Shape], views: int, ratio: float) -> dict[str, FittedTap]:
-    """Fit the codec at a ratio of fp16 bytes over payload bytes; a second draw changes a third of the amplitude."""
+    """Fit the codec at a ratio of fp16 bytes over payload bytes; a second draw changes a third of
+    the amplitude.
+    """
     statistics = {}
     for place, (name, shape) in enumerate(zip(names_of(shapes), shapes, strict=True)):
         first = features(shape, views, seed=place)
@@ -96,7 +102,9 @@ def write_synthetic_cache(
     rows: int,
     shard_rows: int,
 ) -> Path:
-    """Write and seal a cache of `rows` rows with one view; `payload` gives an array's payload of a row."""
+    """Write and seal a cache of `rows` rows with one view; `payload` gives an array's payload of a
+    row.
+    """
     writer = begin_cache(root, shapes, fit, rows, shard_rows)
     for shard in writer.missing:
         writer.write_shard(shard_data(writer, shard, payload))

@@ -6,7 +6,8 @@ import pytest
 
 
 def interrupt(patch: pytest.MonkeyPatch, module: ModuleType, name: str, call: int) -> list[int]:
-    """Let a function of a module raise KeyboardInterrupt in its `call`-th call, once, in place of running.
+    """Let a function of a module raise KeyboardInterrupt in its `call`-th call, once, in place of
+    running.
 
     Returns a list that grows by one a call.
     """

@@ -34,9 +34,8 @@ def test_absent_classes_are_named_in_one_line(capsys: pytest.CaptureFixture[str]
     warn_of_absent(numbered(16), [0, 2], 1, "pixel in the training masks")
     names = ", ".join(f"{n} (class {n})" for n in range(3, 13))
     assert capsys.readouterr().err == (
-        "warning: 13 of 16 classes have no pixel in the training masks and will hardly be predicted: "
-        + names
-        + ", ...\n"
+        "warning: 13 of 16 classes have no pixel in the training masks and will hardly be "
+        "predicted: " + names + ", ...\n"
     )
     warn_of_absent(("sky", "road"), {0, 1}, 255, "pixel")
     assert capsys.readouterr().err == ""

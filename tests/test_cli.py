@@ -174,7 +174,9 @@ def test_a_missing_cache_is_one_line(tmp_path: Path) -> None:
 
 
 def test_an_error_cannot_steer_the_terminal(tmp_path: Path) -> None:
-    """Caches and model folders bring names of their own: escape sequences in them are not passed on."""
+    """Caches and model folders bring names of their own: escape sequences in them are not passed
+    on.
+    """
     result = CliRunner().invoke(main, ["inspect", str(tmp_path / "a\x1b[2Jb")])
     assert result.exit_code == 1
     assert "a\N{REPLACEMENT CHARACTER}[2Jb is not a cache" in result.output
@@ -196,7 +198,9 @@ def test_an_error_cannot_steer_the_terminal(tmp_path: Path) -> None:
 def test_only_verbs_that_resume_say_so(
     words: str, module: str, function: str, resumes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C ends with 130, and tells to run the command again where that goes on, also in a group within."""
+    """Ctrl-C ends with 130, and tells to run the command again where that goes on, also in a group
+    within.
+    """
     interrupt(monkeypatch, importlib.import_module(module), function, 1)
     result = CliRunner().invoke(main, words.split())
     assert result.exit_code == 130

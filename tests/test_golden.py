@@ -1,4 +1,6 @@
-"""A cache that an earlier dtcache wrote reads for ever: its bytes lie in tests/golden and are never written anew."""
+"""A cache that an earlier dtcache wrote reads for ever: its bytes lie in tests/golden and are never
+written anew.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""The house: imports go only downwards, without a circle, and the names at the top level are the agreed ones."""
+"""The house: imports go only downwards, without a circle, and the names at the top level are the
+agreed ones.
+"""
 
 import ast
 import subprocess
@@ -56,7 +58,9 @@ ROOMS = [
 ]
 """A module may import from its own room and from the rooms before it."""
 FLAT = ("dtcache", "pipelines")
-"""Packages whose rooms are listed one by one: the name alone stands for the package's own `__init__`."""
+"""Packages whose rooms are listed one by one: the name alone stands for the package's own
+`__init__`.
+"""
 SOURCES = [
     path for folder in ("dtcache", "pipelines") for path in sorted((ROOT / folder).rglob("*.py"))
 ] + [ROOT / "cli.py"]
@@ -78,13 +82,16 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from dtcache import losses` names a module, `from dtcache.losses import mse_loss` a member.
+            # `from dtcache import losses` names a module, `from dtcache.losses import mse_loss` a
+            # member.
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
 def own_imports(module: str) -> set[str]:
-    """Return the modules of this repository that a module imports, without the packages around them."""
+    """Return the modules of this repository that a module imports, without the packages around
+    them.
+    """
     names = imports_of(MODULES[module]) & set(MODULES)
     return {name for name in names if not any(other.startswith(f"{name}.") for other in names)} - {
         module
@@ -117,7 +124,9 @@ def test_every_room_of_the_list_exists() -> None:
 
 
 def test_no_import_circle() -> None:
-    """The modules can be put in an order in which each imports only earlier ones, inside packages too."""
+    """The modules can be put in an order in which each imports only earlier ones, inside packages
+    too.
+    """
     graph = dict(GRAPH)
     while ready := [module for module, imported in graph.items() if not imported & set(graph)]:
         for module in ready:

@@ -66,7 +66,9 @@ def test_the_document_names_every_field_that_may_be_absent() -> None:
 
 
 def test_later_fields_are_part_of_the_fingerprint_where_they_say_something() -> None:
-    """Steps, ratios and measurements are in the JSON; a None without a default, as of float16, always is."""
+    """Steps, ratios and measurements are in the JSON; a None without a default, as of float16,
+    always is.
+    """
     recipe = golden_recipe()
     measured = Equivariance(
         images=8, flip={"t150/stride2": 0.5}, box=None, crop=None, crop_interior=None

@@ -43,7 +43,9 @@ def test_differences_are_of_the_seeds_that_both_arms_have(
 def test_several_finetunings_of_a_start_count_by_their_mean(
     lines_of: Callable[..., list[str]],
 ) -> None:
-    """Intervals are over seeds: a second finetuning narrows its seed's difference, where both arms have it."""
+    """Intervals are over seeds: a second finetuning narrows its seed's difference, where both arms
+    have it.
+    """
     found = lines_of(
         {
             "n40-seed0-random": {"miou": 10.0},
@@ -61,7 +63,8 @@ def test_several_finetunings_of_a_start_count_by_their_mean(
 
 
 def test_students_are_compared_by_their_own_heads_too(lines_of: Callable[..., list[str]]) -> None:
-    """What a student scores before it is finetuned has a column and a goal, and does not mix with finetuned scores.
+    """What a student scores before it is finetuned has a column and a goal, and does not mix with
+    finetuned scores.
 
     A student that is never finetuned has a row, too.
     """
@@ -124,7 +127,9 @@ def test_other_images_than_scenes_are_reported_without_goals(
 
 
 def test_held_out_losses_are_paired(lines_of: Callable[..., list[str]]) -> None:
-    """What mixed students lose of labels is over students of labels, of features over students of features."""
+    """What mixed students lose of labels is over students of labels, of features over students of
+    features.
+    """
     losses = {"label": (None, 0.5), "mixed": (0.25, 0.625), "feature": (0.125, None)}
     found = lines_of(
         {

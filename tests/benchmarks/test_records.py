@@ -1,4 +1,6 @@
-"""Results say how they were made, and benchmarks take a recorded one only where its command is the one asked for."""
+"""Results say how they were made, and benchmarks take a recorded one only where its command is the
+one asked for.
+"""
 
 import json
 import re
@@ -73,7 +75,9 @@ def test_the_documents_name_commands() -> None:
 
 @pytest.mark.parametrize("line", documented())
 def test_committed_results_are_those_of_the_documented_commands(line: str, run: Any) -> None:
-    """Every documented command accepts the committed records, and its tables are the committed ones."""
+    """Every documented command accepts the committed records, and its tables are the committed
+    ones.
+    """
     folder = run(line)
     for made in folder.rglob("*.md"):
         assert made.read_text() == (RESULTS / made.relative_to(folder)).read_text()
@@ -94,19 +98,24 @@ EXPERIMENT = "--train TRAIN --test TEST --teacher TEACHER --timestep 20"
             r"--compile on, .* --compile not",
         ),
         (
-            "cached_vs_online.py --student-size 32 --images 1000 --probe-images 4000 --compile --scenes 9",
+            "cached_vs_online.py --student-size 32 --images 1000 --probe-images 4000 --compile "
+            "--scenes 9",
             "recorded with --scenes 300, asked for --scenes 9",
         ),
     ],
 )
 def test_results_of_other_flags_are_refused(line: str, message: str, run: Any) -> None:
-    """A flag that changes results stops the script, one that older records do not name too; tables are not written."""
+    """A flag that changes results stops the script, one that older records do not name too; tables
+    are not written.
+    """
     with pytest.raises(SystemExit, match=message):
         run(f"{line} {EXPERIMENT}")
 
 
 def test_a_result_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A second call with the same command returns the first result; places, amounts and defaults do not matter."""
+    """A second call with the same command returns the first result; places, amounts and defaults do
+    not matter.
+    """
     monkeypatch.syspath_prepend(SCRIPTS)
     from records import Results
 

@@ -1,4 +1,6 @@
-"""The Python interface: samples, features and stacks of an open cache are the teacher's, within the codec's error."""
+"""The Python interface: samples, features and stacks of an open cache are the teacher's, within the
+codec's error.
+"""
 
 import copy
 import pickle
@@ -49,7 +51,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
-    """Compare decoded features with the teacher's: the error of a map is a small part of its variance."""
+    """Compare decoded features with the teacher's: the error of a map is a small part of its
+    variance.
+    """
     assert found.shape == wanted.shape and found.dtype == np.float32
     axes = (-3, -2, -1)
     assert (np.square(found - wanted).mean(axes) < 0.05 * wanted.var(axes)).all()
@@ -63,7 +67,9 @@ def test_open_takes_a_path_in_any_form(cache: Cache) -> None:
 
 
 def test_a_fit_of_other_taps_is_refused(cache: Cache) -> None:
-    """The codec's arrays are of the shapes that the recipe gives its taps, and within what such a tap may need."""
+    """The codec's arrays are of the shapes that the recipe gives its taps, and within what such a
+    tap may need.
+    """
     manifest = copy.deepcopy(cache.reader.manifest)
     taps = manifest.recipe["teacher"]["taps"]
     taps[0]["height"], taps[0]["width"] = taps[0]["width"] * 2, taps[0]["height"] // 2
@@ -74,7 +80,9 @@ def test_a_fit_of_other_taps_is_refused(cache: Cache) -> None:
 
 
 def test_the_largest_array_of_a_fit_is_read() -> None:
-    """Tables of every class that a byte can name, of the widest symbols, are within the bound of the smallest tap."""
+    """Tables of every class that a byte can name, of the widest symbols, are within the bound of
+    the smallest tap.
+    """
     tables = np.zeros((255, 512), np.uint16)
     assert tables.nbytes == max_array_bytes((1, 1, 1))
     assert max_array_bytes((900, 3, 2)) == np.zeros((900, 900), np.float16).nbytes
@@ -82,7 +90,9 @@ def test_the_largest_array_of_a_fit_is_read() -> None:
 
 
 def test_a_sample_is_what_was_cached(cache: Cache) -> None:
-    """cache[i] has the key, label, image and, within the codec's error, all views' features of row i."""
+    """cache[i] has the key, label, image and, within the codec's error, all views' features of row
+    i.
+    """
     plan = tiny_plan()
     for row in (*GOOD, -1):
         sample = cache[row]
@@ -95,7 +105,9 @@ def test_a_sample_is_what_was_cached(cache: Cache) -> None:
 
 
 def test_rows_that_are_not_there(cache: Cache) -> None:
-    """Rows outside the cache raise IndexError; the row of a failed image raises with its key and its reason."""
+    """Rows outside the cache raise IndexError; the row of a failed image raises with its key and
+    its reason.
+    """
     for row in (ROWS, -ROWS - 1):
         with pytest.raises(IndexError, match=rf"has {ROWS} rows, got {row}"):
             cache[row]
@@ -117,7 +129,9 @@ def test_features_by_key(cache: Cache) -> None:
 
 
 def test_keys_that_are_not_there(cache: Cache) -> None:
-    """An unknown key and that of a failed image raise UnknownSampleError with the next step or the reason."""
+    """An unknown key and that of a failed image raise UnknownSampleError with the next step or the
+    reason.
+    """
     with pytest.raises(
         UnknownSampleError,
         match=r"no sample has the key 'x\.png'; cache\.samples\['key'\] lists them",
@@ -134,7 +148,9 @@ def test_samples_is_the_index(cache: Cache) -> None:
 
 
 def test_loader_serves_every_usable_sample(cache: Cache) -> None:
-    """cache.loader yields each usable row once, the short last batch included, in another order each epoch."""
+    """cache.loader yields each usable row once, the short last batch included, in another order
+    each epoch.
+    """
     orders = []
     for epoch in range(2):
         batches = list(cache.loader(batch_size=4, epoch=epoch))
@@ -145,7 +161,9 @@ def test_loader_serves_every_usable_sample(cache: Cache) -> None:
 
 
 def test_a_batch_may_be_larger_than_the_cache(cache: Cache) -> None:
-    """Every usable sample then comes in one short batch; a batch of nothing is refused in Python's own words."""
+    """Every usable sample then comes in one short batch; a batch of nothing is refused in Python's
+    own words.
+    """
     (batch,) = cache.loader(batch_size=100)
     assert sorted(batch.rows.tolist()) == GOOD
     for size in (0, -1):
@@ -161,7 +179,9 @@ def test_a_batch_may_be_larger_than_the_cache(cache: Cache) -> None:
 def test_a_stack_is_lazy_and_whole(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, scheduler: str
 ) -> None:
-    """cache.stack is (N, V, C, H, W) in chunks of rows, NaN for a failed image; a slice decodes its own chunks."""
+    """cache.stack is (N, V, C, H, W) in chunks of rows, NaN for a failed image; a slice decodes its
+    own chunks.
+    """
     monkeypatch.setattr("dtcache.cache.dask_array.CHUNK_VALUES", 3 * VIEWS * 64)
     stacked = cache.stack("stride2")
     assert (stacked.shape, stacked.dtype) == ((ROWS, VIEWS, 4, 4, 4), np.float32)
@@ -197,7 +217,9 @@ def test_a_stack_travels(cache: Cache) -> None:
 
 
 def test_a_stack_refuses_another_cache_in_its_place(cache: Cache, tmp_path: Path) -> None:
-    """A stack decodes the cache that it was made of, or nothing: never one that was put there since."""
+    """A stack decodes the cache that it was made of, or nothing: never one that was put there
+    since.
+    """
     root = Path(shutil.copytree(cache.reader.root, tmp_path / "cache"))
     stacked = dtcache.open(root).stack("stride4")
     manifest = read_manifest(root)

@@ -61,7 +61,9 @@ def assert_same(found: TrainBatch, wanted: TrainBatch) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 9])
 def test_an_epoch_serves_every_usable_row_once(cache: Cache, batch_size: int) -> None:
-    """Rows never repeat within an epoch, failed ones never come, and only the short last batch is dropped."""
+    """Rows never repeat within an epoch, failed ones never come, and only the short last batch is
+    dropped.
+    """
     usable = set(range(ROWS)) - {FAILED_ROW}
     for epoch in range(3):
         batches = list(loader(cache, batch_size).epoch(epoch))
@@ -84,7 +86,9 @@ def test_dropped_rows_change_with_the_epoch(cache: Cache) -> None:
 
 
 def test_order_is_a_function_of_seed_and_epoch(cache: Cache) -> None:
-    """Rows and views hang on (seed, epoch) alone, not on batch size, threads or earlier epochs, and on both of them."""
+    """Rows and views hang on (seed, epoch) alone, not on batch size, threads or earlier epochs, and
+    on both of them.
+    """
     rows, views = loader(cache, seed=1).order(4)
     used = loader(cache, batch_size=3, seed=1, threads=1)
     list(used.epoch(0))
@@ -110,7 +114,9 @@ def test_both_views_are_served_evenly(cache: Cache) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_start_continues_exactly(cache: Cache, threads: int) -> None:
-    """An epoch that starts at batch k is the rest of the whole epoch, bit for bit; at its end nothing is left."""
+    """An epoch that starts at batch k is the rest of the whole epoch, bit for bit; at its end
+    nothing is left.
+    """
     whole = list(loader(cache).epoch(2))
     for start in range(len(whole) + 1):
         rest = list(loader(cache, threads=threads).epoch(2, start))
@@ -120,7 +126,9 @@ def test_start_continues_exactly(cache: Cache, threads: int) -> None:
 
 
 def test_batches_hold_what_was_cached(cache: Cache) -> None:
-    """View 1 is the mirrored image with view 1's own features: coefficients are the quantiser's, scalars the map's."""
+    """View 1 is the mirrored image with view 1's own features: coefficients are the quantiser's,
+    scalars the map's.
+    """
     plan = tiny_plan()
     mirrored = 0
     for epoch in range(3):
@@ -149,7 +157,9 @@ def test_batches_hold_what_was_cached(cache: Cache) -> None:
 
 
 def test_decoded_batches_are_the_teachers_features(cache: Cache) -> None:
-    """The cache's decoder turns a batch into the whitened features within the codec's error, and scalars undo W."""
+    """The cache's decoder turns a batch into the whitened features within the codec's error, and
+    scalars undo W.
+    """
     plan = tiny_plan()
     rows = [0, 3, 9, 9]
     views = [0, 1, 0, 1]
@@ -243,7 +253,9 @@ def test_leaving_an_epoch_early_leaves_no_thread(cache: Cache) -> None:
 
 
 def test_damage_reaches_the_consumer(tmp_path: Path) -> None:
-    """A flipped byte ends the epoch with CacheDamagedError that names the sample, although a thread met it."""
+    """A flipped byte ends the epoch with CacheDamagedError that names the sample, although a thread
+    met it.
+    """
     root = write_cache(tmp_path / "cache", tiny_plan())
     path = root / "data.zarr" / FINE / "c.0.0.0"
     content = bytearray(path.read_bytes())
@@ -259,7 +271,9 @@ def test_damage_reaches_the_consumer(tmp_path: Path) -> None:
 
 
 def test_no_damaged_chunk_is_ever_served(root: Path, tmp_path: Path) -> None:
-    """With a bit flipped in any chunk or index, what comes before the error is right, and it names a sample of it."""
+    """With a bit flipped in any chunk or index, what comes before the error is right, and it names
+    a sample of it.
+    """
     plan = tiny_plan()
     damaged = Path(shutil.copytree(root, tmp_path / "cache"))
     whole = list(loader(Cache(root), batch_size=1).epoch(0))
@@ -306,16 +320,20 @@ def test_no_damaged_chunk_is_ever_served(root: Path, tmp_path: Path) -> None:
     [
         (
             FINE,
-            rf"{FINE} of sample {tiny_plan().samples[2].key}: a payload does not decode.*; run dtcache verify",
+            rf"{FINE} of sample {tiny_plan().samples[2].key}: a payload does not decode.*; run "
+            rf"dtcache verify",
         ),
         (
             "images",
-            rf"image {tiny_plan().samples[2].key}: a stored image of \d+ bytes does not fit into its payload",
+            rf"image {tiny_plan().samples[2].key}: a stored image of \d+ bytes does not fit into "
+            rf"its payload",
         ),
     ],
 )
 def test_payloads_that_no_encoder_wrote(tmp_path: Path, name: str, message: str) -> None:
-    """Payloads with right checksums that do not decode raise CacheDamagedError that names array and sample."""
+    """Payloads with right checksums that do not decode raise CacheDamagedError that names array and
+    sample.
+    """
     plan = tiny_plan()
     wrong = list(plan.shards[0].payloads[name])
     views = 1 if name == "images" else 2
@@ -331,7 +349,9 @@ def test_payloads_that_no_encoder_wrote(tmp_path: Path, name: str, message: str)
 
 
 def test_a_failed_row_asked_for_raises(cache: Cache) -> None:
-    """The empty payloads of a failed row raise when they are asked for: they never become a black image."""
+    """The empty payloads of a failed row raise when they are asked for: they never become a black
+    image.
+    """
     with pytest.raises(
         CacheDamagedError,
         match=rf"image {tiny_plan().samples[FAILED_ROW].key}: a stored image of 0 bytes",
@@ -391,7 +411,9 @@ def served_by(
 def test_any_number_of_ranks_serves_each_row_once(
     cache: Cache, world_size: int, shuffle: str
 ) -> None:
-    """Global batches are the same for any world size, cover every usable row exactly once, the short last one too."""
+    """Global batches are the same for any world size, cover every usable row exactly once, the
+    short last one too.
+    """
     batches = served_by(cache, world_size, shuffle=shuffle)
     assert batches == served_by(cache, 1, shuffle=shuffle)
     assert [len(batch) for batch in batches] == [4, 4, 1]
@@ -399,7 +421,9 @@ def test_any_number_of_ranks_serves_each_row_once(
 
 
 def test_a_run_resumes_under_another_world_size(cache: Cache) -> None:
-    """The global batches after k are the same whoever read the first k: one number is all that a resume needs."""
+    """The global batches after k are the same whoever read the first k: one number is all that a
+    resume needs.
+    """
     whole = served_by(cache, 1)
     for done in range(len(whole) + 1):
         for world_size in (1, 2, 4):
@@ -444,7 +468,9 @@ def test_only_shards_are_mixed() -> None:
 def test_a_block_shuffle_keeps_mixes_together(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks lie inside shards; the rows of a mix come one after the other, shuffled; mixes differ between epochs."""
+    """Blocks lie inside shards; the rows of a mix come one after the other, shuffled; mixes differ
+    between epochs.
+    """
     monkeypatch.setattr(loader_module, "BLOCK_ROWS", 2)
     monkeypatch.setattr(loader_module, "MIXED_BLOCKS", 2)
     blocks_of = EpochLoader(
@@ -469,7 +495,9 @@ def test_a_block_shuffle_keeps_mixes_together(
 def test_a_block_shuffle_tells_the_disk_a_mix_ahead(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every row is announced before it is read, each once, and after a resume only what is still to come."""
+    """Every row is announced before it is read, each once, and after a resume only what is still to
+    come.
+    """
     monkeypatch.setattr(loader_module, "BLOCK_ROWS", 1)
     monkeypatch.setattr(loader_module, "MIXED_BLOCKS", 2)
     told: list[int] = []
@@ -490,7 +518,9 @@ def test_a_block_shuffle_tells_the_disk_a_mix_ahead(
 
 
 def test_the_disk_is_told_of_whole_stretches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neighbouring chunks are announced as one stretch, which covers every chunk of the rows asked for."""
+    """Neighbouring chunks are announced as one stretch, which covers every chunk of the rows asked
+    for.
+    """
     calls: list[tuple[int, int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda *call: calls.append(call[:3]))
     reader = Cache(root).reader
@@ -502,7 +532,9 @@ def test_the_disk_is_told_of_whole_stretches(root: Path, monkeypatch: pytest.Mon
 
 
 def test_an_open_cache_travels_to_a_spawned_process(cache: Cache) -> None:
-    """A loader that is pickled opens its cache by path in the other process and serves the same batches."""
+    """A loader that is pickled opens its cache by path in the other process and serves the same
+    batches.
+    """
     travelled = pickle.loads(pickle.dumps(loader(cache)))
     for found, wanted in zip(travelled.epoch(3), loader(cache).epoch(3), strict=True):
         assert_same(found, wanted)

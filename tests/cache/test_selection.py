@@ -33,7 +33,9 @@ def test_held_out_count(count: int, wanted: int) -> None:
 
 
 def test_held_out_ignores_order() -> None:
-    """The same keys are held out whatever order they come in, and they are not simply the first ones."""
+    """The same keys are held out whatever order they come in, and they are not simply the first
+    ones.
+    """
     keys = [f"folder/{i}.png" for i in range(500)]
     wanted = {keys[p] for p in held_out(keys)}
     for seed in range(5):
@@ -43,7 +45,9 @@ def test_held_out_ignores_order() -> None:
 
 
 def test_held_out_hashes_canonical_json() -> None:
-    """Whatever characters a key has, its hash is that of the canonical JSON of its name and purpose."""
+    """Whatever characters a key has, its hash is that of the canonical JSON of its name and
+    purpose.
+    """
     keys = [f'n{i}/\u00fc"\\\n\x7f\u65e5\U0001f600{i}.png' for i in range(300)]
     ranked = sorted(range(300), key=lambda i: sha256_json(["held-out", keys[i]]))
     assert held_out(keys) == sorted(ranked[:64])

@@ -1,4 +1,6 @@
-"""Fits and values for the codec's tests, and a second decoder written from the payload's specification."""
+"""Fits and values for the codec's tests, and a second decoder written from the payload's
+specification.
+"""
 
 import struct
 
@@ -35,7 +37,9 @@ def coded_tables(fitted: FittedTap) -> NDArray[np.int64]:
 
 
 def draw_values(fitted: FittedTap, seed: int, escape_values: bool = True) -> NDArray[np.int16]:
-    """Draw one sample's values from the fit's own tables; an escape becomes any value outside its table."""
+    """Draw one sample's values from the fit's own tables; an escape becomes any value outside its
+    table.
+    """
     rng = np.random.default_rng(seed)
     values = []
     for t in coded_tables(fitted):
@@ -47,7 +51,9 @@ def draw_values(fitted: FittedTap, seed: int, escape_values: bool = True) -> NDA
 
 
 def reference_decode(payload: bytes, fitted: FittedTap) -> tuple[list[int], float, float]:
-    """Decode with Python integers alone; return values, sigma and mu. Raises ValueError unless it ends exactly."""
+    """Decode with Python integers alone; return values, sigma and mu. Raises ValueError unless it
+    ends exactly.
+    """
     sigma, mu, *states = struct.unpack_from("<ff4I", payload)
     rest = payload[24:]
     words = list(struct.unpack(f"<{len(rest) // 2}H", rest))

@@ -18,7 +18,9 @@ DEVIATIONS = np.array([3.0, 2.0, 1.4, 1.0, 0.7, 0.4])
 def planted(
     views: int, shares: np.ndarray, seed: int, size: int = 8
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (2, M, 6, H, W) features of a planted basis whose components change by `shares` from draw to draw."""
+    """Return (2, M, 6, H, W) features of a planted basis whose components change by `shares` from
+    draw to draw.
+    """
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(rng.normal(size=(6, 6)))[0]
     signal, first, second = rng.normal(size=(3, views, 6, size, size)) * DEVIATIONS[:, None, None]
@@ -30,7 +32,9 @@ def planted(
 
 
 def test_pca_finds_a_planted_basis() -> None:
-    """PCA recovers planted directions by falling variance, up to sign, and fixes the sign by the largest entry."""
+    """PCA recovers planted directions by falling variance, up to sign, and fixes the sign by the
+    largest entry.
+    """
     whitened, basis = planted(96, np.zeros(6), seed=0)
     found = tap_statistics(whitened).basis.astype(np.float64)
     assert np.abs((found * basis).sum(0)).min() > 0.995
@@ -63,7 +67,9 @@ def test_moments_are_numpys() -> None:
 
 
 def test_a_teacher_without_noise_is_fitted_on_one_draw() -> None:
-    """One draw gives the fit of two equal ones: no noise, and a step that is the same in every band."""
+    """One draw gives the fit of two equal ones: no noise, and a step that is the same in every
+    band.
+    """
     whitened, _ = planted(40, np.full(6, 0.4), seed=3)
     one = tap_statistics(whitened[:1])
     two = tap_statistics(np.stack([whitened[0], whitened[0]]))
@@ -108,7 +114,9 @@ def test_a_smaller_step_gives_a_smaller_error() -> None:
 
 
 def test_noisy_bands_get_wider_steps() -> None:
-    """A band's step is the global one over the share that the image determines, by half octaves, at most 8 times."""
+    """A band's step is the global one over the share that the image determines, by half octaves, at
+    most 8 times.
+    """
     shares = np.array([0.0, 0.0, 0.5, 0.75, 1.0, 1.0])
     whitened, _ = planted(96, shares, seed=5)
     fitted = quantised_fit(tap_statistics(whitened), 0.02)
@@ -128,7 +136,9 @@ def test_gains_undo_shrinkage_within_their_range() -> None:
 
 
 def test_a_fit_for_distortion_has_flat_steps_and_the_least_error() -> None:
-    """Every band has the one step whatever its noise, and scaling any class's gain by 5 % raises the squared error."""
+    """Every band has the one step whatever its noise, and scaling any class's gain by 5 % raises
+    the squared error.
+    """
     whitened, _ = planted(64, np.array([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]), seed=11)
     fitted = quantised_fit(tap_statistics(whitened), 1.5, "distortion")
     assert len(fitted.class_step) > 3
@@ -145,7 +155,9 @@ def test_a_fit_for_distortion_has_flat_steps_and_the_least_error() -> None:
 
 @pytest.mark.parametrize("ratio", [4.0, 12.0])
 def test_solve_step_meets_a_target_in_real_payloads(ratio: float) -> None:
-    """The solved step's real payloads cost the target within 5 %, over two taps that share the step."""
+    """The solved step's real payloads cost the target within 5 %, over two taps that share the
+    step.
+    """
     taps = {
         "t1/stride1": planted(24, np.full(6, 0.3), seed=7)[0],
         "t1/stride2": planted(24, np.zeros(6), seed=8)[0],
@@ -178,7 +190,9 @@ def test_solve_step_meets_a_target_in_real_payloads(ratio: float) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("step", [0.3, 1.0])
 def test_determined_error_is_the_bias_given_the_image(share: float, step: float) -> None:
-    """It agrees with the error of what very many draws of the same images decode to in the mean, over the signal."""
+    """It agrees with the error of what very many draws of the same images decode to in the mean,
+    over the signal.
+    """
     rng = np.random.default_rng(11)
     signal, *noise = (
         rng.normal(size=(3, 600, 1, 4, 4))
@@ -208,7 +222,9 @@ def test_half_fits_cost_what_float16_costs() -> None:
 
 
 def test_solve_step_returns_the_coarsest_for_an_impossible_target() -> None:
-    """Where even the coarsest step costs more than the target, that step comes back with its true cost."""
+    """Where even the coarsest step costs more than the target, that step comes back with its true
+    cost.
+    """
     statistics = {"t1/stride1": tap_statistics(planted(8, np.zeros(6), seed=9)[0])}
     solved = solve_step(statistics, lambda fit: 100.0 + len(fit["t1/stride1"].live), 1.0)
     assert solved.bytes_per_view == 100.0
@@ -265,7 +281,9 @@ def test_contradicting_arrays_are_refused(what: str) -> None:
 
 @pytest.mark.parametrize("field", [f.name for f in fields(FittedTap)])
 def test_arrays_of_another_type_are_refused(field: str) -> None:
-    """Each array has one type, byte order and number of axes: with others, compiled decoders would read elsewhere."""
+    """Each array has one type, byte order and number of axes: with others, compiled decoders would
+    read elsewhere.
+    """
     arrays = random_fit(5, 0).arrays()
     array = arrays[field]
     others = [
@@ -280,7 +298,9 @@ def test_arrays_of_another_type_are_refused(field: str) -> None:
 
 
 def test_fit_hash_covers_every_array() -> None:
-    """Changing one entry, the dtype's reading or the tap's name changes the hash; equal copies do not."""
+    """Changing one entry, the dtype's reading or the tap's name changes the hash; equal copies do
+    not.
+    """
     fitted = random_fit(20, 4)
     hashes = {sha256_fit({"t1/stride1": fitted}), sha256_fit({"t1/stride2": fitted})}
     assert len(hashes) == 2

@@ -1,4 +1,6 @@
-"""The float16 codec: exact to float16, plain bytes, and refused where they cannot be what was written."""
+"""The float16 codec: exact to float16, plain bytes, and refused where they cannot be what was
+written.
+"""
 
 import numpy as np
 import pytest
@@ -29,7 +31,9 @@ def raw_maps(count: int, seed: int) -> torch.Tensor:
 
 
 def test_features_come_back_as_float16_of_the_whitened_map() -> None:
-    """Encoding and decoding is exactly NumPy's float16 of the whitened feature, and the scalars are exact."""
+    """Encoding and decoding is exactly NumPy's float16 of the whitened feature, and the scalars are
+    exact.
+    """
     raw = raw_maps(5, 0)
     encoded = FeatureEncoder(fit(), torch.device("cpu")).encode(TAP, raw)
     values, scalars = HostDecoder(fit()).decode(TAP, pack([v.payload for v in encoded]))

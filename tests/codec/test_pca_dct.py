@@ -102,7 +102,8 @@ def test_decoder_is_the_float64_computation(shape: tuple[int, int, int], step: f
 
 @pytest.mark.parametrize("step", [0.05, 0.3, 1.0, 3.0])
 def test_encoder_reports_the_decoders_error(step: float) -> None:
-    """The reported error is the decoded map's within 1e-3 at D > 0.1, and always within 5e-4 of the energy.
+    """The reported error is the decoded map's within 1e-3 at D > 0.1, and always within 5e-4 of the
+    energy.
 
     It is taken on coefficients, as if the basis were orthonormal: in fp16 it is so to 2^-11.
     """
@@ -151,7 +152,9 @@ def test_a_tap_without_live_coefficients_decodes_to_its_mean() -> None:
 
 
 def test_feature_encoder_to_feature_decoder() -> None:
-    """Raw features of two taps come back through payloads within the error that the encoder reported."""
+    """Raw features of two taps come back through payloads within the error that the encoder
+    reported.
+    """
     fit = {
         "t1/stride2": fitted_tap((4, 8, 8), 0.2),
         "t1/stride4": fitted_tap((6, 4, 4), 0.2, seed=3),

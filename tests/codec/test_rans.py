@@ -13,7 +13,9 @@ from dtcache.payloads import Payloads, pack
 
 
 def padded(*payloads: bytes, length: int) -> Payloads:
-    """Return payloads as the store serves those of frames that it does not know: padded with zeros to one length."""
+    """Return payloads as the store serves those of frames that it does not know: padded with zeros
+    to one length.
+    """
     return pack([p.ljust(length, b"\0") for p in payloads])
 
 
@@ -24,7 +26,9 @@ def encoded(fitted: FittedTap, values: np.ndarray, mu: float = -0.5, sigma: floa
 
 @pytest.mark.parametrize("count", [*range(10), 63, 500])
 def test_round_trip_on_random_tables(count: int) -> None:
-    """Any number of coefficients, escapes included, decodes to itself beside exact scalars, in a batch of payloads."""
+    """Any number of coefficients, escapes included, decodes to itself beside exact scalars, in a
+    batch of payloads.
+    """
     for seed in range(6):
         fitted = random_fit(count, seed)
         values = np.stack([draw_values(fitted, 100 * seed + i) for i in range(3)]).reshape(3, count)
@@ -39,7 +43,9 @@ def test_round_trip_on_random_tables(count: int) -> None:
 
 @pytest.mark.parametrize("count", [*range(10), 200])
 def test_reference_decoder_reads_the_same(count: int) -> None:
-    """A decoder of Python integers, written from the documented layout, reads what the numba encoder wrote."""
+    """A decoder of Python integers, written from the documented layout, reads what the numba
+    encoder wrote.
+    """
     for seed in range(4):
         fitted = random_fit(count, 50 + seed)
         values = draw_values(fitted, seed)
@@ -51,7 +57,9 @@ def test_reference_decoder_reads_the_same(count: int) -> None:
 @pytest.mark.parametrize("max_half", [1, 127])
 @pytest.mark.parametrize("count", [0, 1, 5, 400, 5000])
 def test_extremes_stay_within_the_bound(count: int, max_half: int) -> None:
-    """Payloads of nothing but the dearest symbols or +-32767 round-trip and never exceed payload_bound."""
+    """Payloads of nothing but the dearest symbols or +-32767 round-trip and never exceed
+    payload_bound.
+    """
     fitted = random_fit(count, 3 * count + max_half, tables=2, max_half=max_half)
     coder = fitted.payload_coder()
     roomy = replace(coder, bound=4 * fitted.payload_bound)
@@ -108,9 +116,11 @@ def test_size_is_the_cross_entropy(count: int) -> None:
 
 
 def test_flipped_bits_of_states_and_words() -> None:
-    """A flipped bit of states or words raises CodecError, but for < 2 % that turn a symbol into one of equal frequency.
+    """A flipped bit of states or words raises CodecError, but for < 2 % that turn a symbol into one
+    of equal frequency.
 
-    Two symbols of one frequency lead to one next state: the coder alone cannot tell; the store's crc32c does.
+    Two symbols of one frequency lead to one next state: the coder alone cannot tell; the store's
+    crc32c does.
     """
     flips = 0
     missed = 0
@@ -142,7 +152,9 @@ def test_flipped_bits_of_states_and_words() -> None:
 
 
 def test_flipped_scalars_and_escapes_are_not_the_coders_to_find() -> None:
-    """A flipped bit of sigma or of an escaped value decodes to another number: only the store's crc32c finds it."""
+    """A flipped bit of sigma or of an escaped value decodes to another number: only the store's
+    crc32c finds it.
+    """
     fitted = random_fit(40, 5)
     values = draw_values(fitted, 1, escape_values=False)
     values[30] = 0x5A5A
@@ -175,7 +187,9 @@ def test_truncated_payloads_raise() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 4, 100])
 def test_all_zero_payload_raises(count: int) -> None:
-    """The empty payload of a failed row is never mistaken for features; the message names its place in the batch."""
+    """The empty payload of a failed row is never mistaken for features; the message names its place
+    in the batch.
+    """
     fitted = random_fit(count, count)
     good = encoded(fitted, draw_values(fitted, 0))
     with pytest.raises(
@@ -195,7 +209,9 @@ def test_any_number_of_escapes_round_trips() -> None:
 
 
 def test_payloads_too_short_for_the_states_are_refused() -> None:
-    """Payloads of fewer than 24 bytes are refused by their place in the batch before a word is read."""
+    """Payloads of fewer than 24 bytes are refused by their place in the batch before a word is
+    read.
+    """
     fitted = random_fit(3, 0)
     good = encoded(fitted, draw_values(fitted, 0))
     for size in (0, 2, 22):
@@ -212,7 +228,9 @@ def test_an_empty_batch_decodes_to_nothing() -> None:
 
 @pytest.mark.parametrize("wrong", range(5))
 def test_the_bad_one_of_a_batch_is_named(wrong: int) -> None:
-    """Payloads are decoded two by two; the place that the message gives is that of the one damaged payload."""
+    """Payloads are decoded two by two; the place that the message gives is that of the one damaged
+    payload.
+    """
     fitted = random_fit(80, 4)
     payloads = [encoded(fitted, draw_values(fitted, i, escape_values=False)) for i in range(5)]
     payloads[wrong] = payloads[wrong][:-2]

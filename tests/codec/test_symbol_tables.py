@@ -7,7 +7,9 @@ from dtcache.codec.symbol_tables import DEAD_RATIO, fit_tables, normalise, varia
 
 
 def test_normalise_sums_to_2048_with_no_zero() -> None:
-    """Whatever the counts, frequencies sum to 2048, none is 0, and none is further than 1 + its share from exact."""
+    """Whatever the counts, frequencies sum to 2048, none is 0, and none is further than 1 + its
+    share from exact.
+    """
     for seed in range(300):
         rng = np.random.default_rng(seed)
         counts = rng.gamma(rng.uniform(0.01, 2), size=int(rng.integers(1, 257))) + 1e-12
@@ -27,7 +29,9 @@ def test_normalise_keeps_the_order_of_counts() -> None:
 
 
 def test_variance_class_is_monotone() -> None:
-    """The class never falls as the ratio grows, covers -1..20, and is -1 exactly under the dead ratio asked for."""
+    """The class never falls as the ratio grows, covers -1..20, and is -1 exactly under the dead
+    ratio asked for.
+    """
     ratio = np.geomspace(1e-12, 1e6, 4001)
     found = variance_class(ratio)
     assert (np.diff(found) >= 0).all()
@@ -44,7 +48,9 @@ def test_variance_class_is_half_octaves() -> None:
 
 @pytest.mark.parametrize("kind", [0, 4, 10, 20])
 def test_fit_tables_follow_what_was_seen(kind: int) -> None:
-    """A table learns the frequencies of many values within 2 %, keeps an escape, and pads the rest with zeros."""
+    """A table learns the frequencies of many values within 2 %, keeps an escape, and pads the rest
+    with zeros.
+    """
     rng = np.random.default_rng(kind)
     deviation = 2.0 ** ((kind - 4) / 2)
     values = (

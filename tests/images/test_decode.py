@@ -45,7 +45,9 @@ def test_crop_resizes_the_shorter_side_and_takes_the_centre() -> None:
 
 
 def test_crop_antialiases() -> None:
-    """Shrinking a fine checkerboard gives grey, not aliases: at most a tenth of its contrast is left."""
+    """Shrinking a fine checkerboard gives grey, not aliases: at most a tenth of its contrast is
+    left.
+    """
     board = np.indices((128, 128)).sum(0) % 2 * 255
     view, _ = decode_view(png(np.repeat(board[:, :, None], 3, 2).astype(np.uint8)), SQUARE)
     assert view.std() < 25

@@ -1,4 +1,6 @@
-"""Every kind of pixel that files hold: what the view makes of it, against NumPy, and what it refuses."""
+"""Every kind of pixel that files hold: what the view makes of it, against NumPy, and what it
+refuses.
+"""
 
 import io
 import struct
@@ -87,7 +89,9 @@ def test_every_exif_orientation_is_applied(orientation: int, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_cmyk_becomes_rgb(kind: str) -> None:
-    """Ink becomes light, (255 - c)(255 - k) / 255, in JPEGs too, where Adobe's programs store it inverted."""
+    """Ink becomes light, (255 - c)(255 - k) / 255, in JPEGs too, where Adobe's programs store it
+    inverted.
+    """
     inks = np.broadcast_to(np.array([200, 20, 90, 40], np.uint8), (*SHAPE, 4))
     data = encode(
         Image.fromarray(inks, "CMYK"), kind, **({"quality": 100} if kind == "JPEG" else {})
@@ -108,7 +112,9 @@ def test_palettes_are_looked_up() -> None:
 
 
 def test_transparent_palette_entries_are_white() -> None:
-    """An entry marked as transparent shows the white behind it, not the colour that the entry happens to have."""
+    """An entry marked as transparent shows the white behind it, not the colour that the entry
+    happens to have.
+    """
     colours = RNG.integers(0, 256, (256, 3), np.uint8)
     places = noise()
     image = Image.fromarray(places, "P")
@@ -139,7 +145,9 @@ def test_alpha_is_blended_with_white(mode: str, bits: int) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_opaque_alpha_changes_nothing(mode: str) -> None:
-    """An alpha channel of 255 throughout leaves the colours exactly, and the file is the view's own bytes."""
+    """An alpha channel of 255 throughout leaves the colours exactly, and the file is the view's own
+    bytes.
+    """
     values = noise(len(mode))
     values[:, :, -1] = 255
     view, unchanged = decode_view(encode(Image.fromarray(values, mode), "PNG"), VIEW)
@@ -148,7 +156,9 @@ def test_opaque_alpha_changes_nothing(mode: str) -> None:
 
 
 def test_blended_images_are_stored_as_they_were_seen() -> None:
-    """A transparent file is not stored itself: other readers would see other pixels. Older caches hold such files."""
+    """A transparent file is not stored itself: other readers would see other pixels. Older caches
+    hold such files.
+    """
     data = encode(Image.fromarray(values := noise(4), "RGBA"), "PNG")
     view, unchanged = decode_view(data, VIEW)
     assert not unchanged

@@ -15,7 +15,9 @@ from dtcache.store.sample_index import hash_samples
 
 
 def test_class_folders_give_labels(tmp_path: Path) -> None:
-    """The first level of folders gives alphabetical class indices, and keys are relative POSIX paths."""
+    """The first level of folders gives alphabetical class indices, and keys are relative POSIX
+    paths.
+    """
     for name in ("cat/b.png", "cat/deep/a.JPG", "ant/x.webp", "ant/readme.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
@@ -44,7 +46,9 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_order_is_that_of_the_whole_paths(tmp_path: Path) -> None:
-    """Walking in place gives what pathlib lists and sorts as strings, for names on both sides of the slash."""
+    """Walking in place gives what pathlib lists and sorts as strings, for names on both sides of
+    the slash.
+    """
     names = [
         "a/b.jpg",
         "a-b/c.jpg",
@@ -130,7 +134,9 @@ def test_a_huge_file_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_sample_costs_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys of 49 characters, labels, row order and hashing: under 80 bytes a sample kept, under 200 on the way."""
+    """Keys of 49 characters, labels, row order and hashing: under 80 bytes a sample kept, under 200
+    on the way.
+    """
     count = 200_000
 
     def names(root: Path) -> Iterator[str]:

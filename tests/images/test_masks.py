@@ -1,4 +1,6 @@
-"""Masks: found by key, of one channel, through exactly the geometry of their image's view, and refused in words."""
+"""Masks: found by key, of one channel, through exactly the geometry of their image's view, and
+refused in words.
+"""
 
 import io
 import struct
@@ -49,7 +51,9 @@ def blobs(height: int, width: int) -> np.ndarray:
 def test_a_mask_goes_through_the_geometry_of_its_image(
     tmp_path: Path, size: tuple[int, int], view: ViewSpec
 ) -> None:
-    """Where an image paints its own mask, the view's colours tell the view's mask, but for blends at edges."""
+    """Where an image paints its own mask, the view's colours tell the view's mask, but for blends
+    at edges.
+    """
     mask = blobs(*size)
     save(tmp_path / "a.png", mask)
     data = io.BytesIO()
@@ -123,7 +127,9 @@ def four_bit_png(values: np.ndarray) -> bytes:
 
 
 def test_every_way_to_store_class_numbers_reads_alike(tmp_path: Path) -> None:
-    """Grey of 4, 8 and 16 bits, palette indices and one bit a pixel give the numbers that were stored."""
+    """Grey of 4, 8 and 16 bits, palette indices and one bit a pixel give the numbers that were
+    stored.
+    """
     mask = blobs(8, 8)
     folder = open_masks(tmp_path)
     view = ViewSpec(height=8, width=8)
@@ -138,7 +144,9 @@ def test_every_way_to_store_class_numbers_reads_alike(tmp_path: Path) -> None:
 
 
 def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
-    """Colours, large numbers, damage, another format and another size each give one line with the file."""
+    """Colours, large numbers, damage, another format and another size each give one line with the
+    file.
+    """
     folder = open_masks(tmp_path)
     save(tmp_path / "colour.png", COLOURS[blobs(4, 4)])
     with pytest.raises(
@@ -165,7 +173,9 @@ def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 
 
 def test_the_size_of_an_image_is_that_of_its_upright_view() -> None:
-    """An image that EXIF turns by a quarter has height and width swapped, as the view's pixels have."""
+    """An image that EXIF turns by a quarter has height and width swapped, as the view's pixels
+    have.
+    """
     data = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -177,7 +187,9 @@ def test_the_size_of_an_image_is_that_of_its_upright_view() -> None:
 
 
 def test_classes_come_from_the_folder_and_the_caller_wins_with_ignore(tmp_path: Path) -> None:
-    """classes.toml gives names and the ignored value; without it there are no names, and 255 is ignored."""
+    """classes.toml gives names and the ignored value; without it there are no names, and 255 is
+    ignored.
+    """
     assert open_masks(tmp_path) == MaskFolder(root=tmp_path, ignore=255, names=None)
     (tmp_path / "classes.toml").write_text('names = ["sky", "road"]\nignore = 11\n')
     assert open_masks(tmp_path) == MaskFolder(root=tmp_path, ignore=11, names=("sky", "road"))
@@ -223,7 +235,9 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_scenes_come_with_masks_that_open(tmp_path: Path) -> None:
-    """The masks that write_scenes leaves beside images are those of scene(), named background and the shapes."""
+    """The masks that write_scenes leaves beside images are those of scene(), named background and
+    the shapes.
+    """
     write_scenes(tmp_path, seed=3, size=32, count=3)
     folder = open_masks(tmp_path / "masks")
     assert folder.names == ("background", *CLASSES)

@@ -135,7 +135,9 @@ def large(tmp_path: Path) -> tuple[list[Path], list[bytes]]:
 def test_rows_are_the_same_however_little_is_held(
     large: tuple[list[Path], list[bytes]], held_bytes: int
 ) -> None:
-    """Held whole, in a few windows, in many, or one row a window: the same bytes in the order asked for."""
+    """Held whole, in a few windows, in many, or one row a window: the same bytes in the order asked
+    for.
+    """
     files, rows = large
     source = ParquetSource(files, held_bytes)
     order = RNG.permutation(450).tolist()
@@ -151,7 +153,9 @@ def test_rows_are_the_same_however_little_is_held(
 def test_what_is_held_is_bounded(
     large: tuple[list[Path], list[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two windows never hold more than was allowed, though images differ in size; a row group is read once a window."""
+    """Two windows never hold more than was allowed, though images differ in size; a row group is
+    read once a window.
+    """
     files, rows = large
     windows = []
     streams = []

@@ -86,7 +86,9 @@ def test_shapes_and_types_at_every_size(size: int) -> None:
 
 
 def test_the_layout_is_the_same_at_every_size() -> None:
-    """A scene at 128 pixels, averaged down to 32, is nearly the scene at 32, and its boxes are four times as large."""
+    """A scene at 128 pixels, averaged down to 32, is nearly the scene at 32, and its boxes are four
+    times as large.
+    """
     for index in range(20):
         small = scene(0, index, 32)
         large = scene(0, index, 128)
@@ -126,7 +128,9 @@ def test_boxes_enclose_the_mask_of_their_class_exactly(some_scenes: list[Scene])
 
 
 def test_the_main_object_lies_within_the_frame_and_stands_out(some_scenes: list[Scene]) -> None:
-    """The main object is hardly ever cut by the frame and nearly always differs in colour from its background."""
+    """The main object is hardly ever cut by the frame and nearly always differs in colour from its
+    background.
+    """
     boxes = np.array([item.boxes[-1] for item in some_scenes])
     assert np.mean((boxes[:, :2] > 0).all(axis=1) & (boxes[:, 2:] < 64).all(axis=1)) > 0.95
     contrasts = [
@@ -140,7 +144,9 @@ def test_the_main_object_lies_within_the_frame_and_stands_out(some_scenes: list[
 
 
 def test_colour_statistics_tell_next_to_nothing_about_the_class(some_scenes: list[Scene]) -> None:
-    """A linear classifier on the mean and spread of the colours stays within a few points of one in eight."""
+    """A linear classifier on the mean and spread of the colours stays within a few points of one in
+    eight.
+    """
     pixels = np.stack([item.pixels for item in some_scenes]).reshape(600, -1, 3) / 255
     labels = np.array([item.label for item in some_scenes])
     statistics = np.concatenate([pixels.mean(axis=1), pixels.std(axis=1)], axis=1)
@@ -151,7 +157,9 @@ def test_colour_statistics_tell_next_to_nothing_about_the_class(some_scenes: lis
 
 
 def test_the_silhouette_alone_tells_the_class(some_scenes: list[Scene]) -> None:
-    """The main object's outline, cut to its box, is enough for a nearest-neighbour rule: the label is the shape."""
+    """The main object's outline, cut to its box, is enough for a nearest-neighbour rule: the label
+    is the shape.
+    """
     outlines = []
     for item in some_scenes:
         shape = Image.fromarray(((item.mask == item.label + 1) * 255).astype(np.uint8))
@@ -165,13 +173,17 @@ def test_the_silhouette_alone_tells_the_class(some_scenes: list[Scene]) -> None:
 
 
 def test_class_names_are_in_the_order_a_folder_tree_gives() -> None:
-    """The class names are eight, distinct and sorted, so labels agree with those read off the written folders."""
+    """The class names are eight, distinct and sorted, so labels agree with those read off the
+    written folders.
+    """
     assert len(CLASSES) == 8
     assert list(CLASSES) == sorted(set(CLASSES))
 
 
 def test_written_files_hold_the_scenes(tmp_path: Path) -> None:
-    """Images, masks and boxes on disk are those of scene(), under the class's folder, and nothing else is there."""
+    """Images, masks and boxes on disk are those of scene(), under the class's folder, and nothing
+    else is there.
+    """
     write_scenes(tmp_path, seed=2, size=32, count=6, start=10)
     entries = json.loads((tmp_path / "boxes.json").read_text())
     expected = {"boxes.json", "scenes.json", "masks/classes.toml"}
@@ -204,7 +216,9 @@ def test_writing_without_masks_leaves_them_out_and_a_later_run_adds_them(tmp_pat
 
 
 def test_writing_again_skips_finished_files_and_mends_missing_ones(tmp_path: Path) -> None:
-    """A second run touches no finished image, writes a lost one anew, extends the set and keeps the older boxes."""
+    """A second run touches no finished image, writes a lost one anew, extends the set and keeps the
+    older boxes.
+    """
     write_scenes(tmp_path, seed=0, size=16, count=5)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*.png")}
     lost = next(iter(before))
@@ -272,7 +286,9 @@ def test_impossible_requests_say_what_was_expected(tmp_path: Path) -> None:
 def test_a_disk_that_refuses_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file in the folder's place, and a disk that fills up, say what could not be written; a resume finishes it."""
+    """A file in the folder's place, and a disk that fills up, say what could not be written; a
+    resume finishes it.
+    """
     (tmp_path / "file").write_text("precious")
     with pytest.raises(
         DiskError,

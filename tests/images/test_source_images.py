@@ -1,4 +1,6 @@
-"""Images that a cache does not hold come from their source, and only the very ones that were extracted."""
+"""Images that a cache does not hold come from their source, and only the very ones that were
+extracted.
+"""
 
 import hashlib
 import io
@@ -48,7 +50,9 @@ def linked(folder: Path) -> LinkedImages:
 
 
 def test_rows_find_their_images_by_key(folder: Path) -> None:
-    """A row's pixels are the view of the image of its key, whatever the source's order; failed rows need none."""
+    """A row's pixels are the view of the image of its key, whatever the source's order; failed rows
+    need none.
+    """
     for row, key in ((0, "2.png"), (2, "0.png")):
         np.testing.assert_array_equal(
             linked(folder).pixels(row), decode_view((folder / key).read_bytes(), VIEW)[0]

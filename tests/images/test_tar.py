@@ -1,4 +1,6 @@
-"""Tar shards: every image found where it lies, and nothing read from a tar that is not whole and plain."""
+"""Tar shards: every image found where it lies, and nothing read from a tar that is not whole and
+plain.
+"""
 
 import io
 import os
@@ -40,7 +42,9 @@ def add(path: Path, info: tarfile.TarInfo) -> Path:
 
 
 def test_images_are_found_where_they_lie(tmp_path: Path) -> None:
-    """Keys are paths without extension, in the tars' order; bytes in any order are those that tarfile extracts."""
+    """Keys are paths without extension, in the tars' order; bytes in any order are those that
+    tarfile extracts.
+    """
     for shard in range(3):
         members = {
             f"dir/{shard}{i}.{'jpg' if i % 2 else 'PNG'}": RNG.bytes(100 + 700 * i)
@@ -101,7 +105,9 @@ def test_a_sample_is_named_up_to_the_first_dot() -> None:
 
 
 def test_keys_that_tars_share_have_the_tars_name(tmp_path: Path) -> None:
-    """Shards that each count from nought are told apart; the images of every shard are then named that way."""
+    """Shards that each count from nought are told apart; the images of every shard are then named
+    that way.
+    """
     write_tar(tmp_path / "train-0.tar", {"000.jpg": b"1", "001.jpg": b"2"})
     write_tar(tmp_path / "train-1.tar", {"000.jpg": b"3", "002.jpg": b"4"})
     source = open_source(tmp_path)
@@ -192,7 +198,9 @@ def test_compressed_tars_are_refused(tmp_path: Path, kind: str) -> None:
 
 
 def test_every_cut_is_noticed(tmp_path: Path) -> None:
-    """A tar that ends anywhere before its end-of-archive is refused, whether in a header, a member or between."""
+    """A tar that ends anywhere before its end-of-archive is refused, whether in a header, a member
+    or between.
+    """
     whole = write_tar(
         tmp_path / "a.tar", {"a.jpg": RNG.bytes(700), "b.jpg": RNG.bytes(100)}
     ).read_bytes()

@@ -68,7 +68,9 @@ def test_logits_lie_on_the_finest_grid_or_that_of_stride_4(
 
 
 def test_every_map_and_the_image_alone_decide_an_images_logits() -> None:
-    """Each map matters, other images of the batch do not, and the pooled head gives one vector an image."""
+    """Each map matters, other images of the batch do not, and the pooled head gives one vector an
+    image.
+    """
     network = SPEC.build().eval()
     x = maps()
     whole = network(x)
@@ -114,7 +116,8 @@ def test_a_folder_gives_the_same_interpreter_back(tmp_path: Path) -> None:
         ({"validation": {"images": True, "miou": 0.5, "accuracy": 0.5}}, r"scores of True images"),
         (
             {"width": 64},
-            r"model.safetensors: not the weights of this interpreter .*needs \d+ bytes, the file has",
+            r"model.safetensors: not the weights of this interpreter .*needs \d+ bytes, the file "
+            r"has",
         ),
         ({"classes": ["sky"]}, r"not the weights of this interpreter"),
         ({"classes": ["x"] * 300}, r"a size of 300 is not a number from 1 to 256"),
@@ -128,7 +131,9 @@ def test_a_folder_gives_the_same_interpreter_back(tmp_path: Path) -> None:
     ],
 )
 def test_a_folder_that_was_changed_is_refused(tmp_path: Path, change: Json, message: str) -> None:
-    """One line says which part is not as it was written; no memory is taken for what the file does not hold."""
+    """One line says which part is not as it was written; no memory is taken for what the file does
+    not hold.
+    """
     save_interpreter(SPEC.build(), SPEC, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -167,7 +172,8 @@ def test_features_of_its_own_teacher_are_served(tmp_path: Path) -> None:
         (
             {"teacher": {**TEACHER, "weights_sha256": "c" * 64}},
             SHAPES,
-            r"other features: teacher weights_sha256 is c{64} in the cache, the interpreter expects a{64}",
+            r"other features: teacher weights_sha256 is c{64} in the cache, the interpreter "
+            r"expects a{64}",
         ),
         (
             {"teacher": {**TEACHER, "ddim_steps": 20}},
@@ -192,7 +198,8 @@ def test_features_of_its_own_teacher_are_served(tmp_path: Path) -> None:
         (
             {},
             {**SHAPES, "t50/stride8": (7, 4, 6)},
-            r"shape of t50/stride8 is \(7, 4, 6\) in the cache, the interpreter expects \(6, 4, 6\)",
+            r"shape of t50/stride8 is \(7, 4, 6\) in the cache, the interpreter expects \(6, 4, "
+            r"6\)",
         ),
     ],
 )

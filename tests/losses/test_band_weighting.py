@@ -16,7 +16,9 @@ STEP = 0.4
 
 @pytest.fixture(scope="module")
 def fitted() -> FittedTap:
-    """A fit whose noise grows with the frequency: levels of all kinds, and dropped bands and components."""
+    """A fit whose noise grows with the frequency: levels of all kinds, and dropped bands and
+    components.
+    """
     rng = np.random.default_rng(0)
     signal = rng.standard_normal((64, 6, 5, 4)) + 2 * rng.standard_normal((64, 6, 1, 1))
     signal *= np.array([1, 1, 0.5, 0.5, 0.25, 0.001])[:, None, None]
@@ -26,7 +28,9 @@ def fitted() -> FittedTap:
 
 
 def reference(error_BCHW: NDArray[np.float64], fitted: FittedTap) -> float:
-    """Return the mean over elements of w_n c_n^2 in a full orthonormal basis: what is not coded has weight 1."""
+    """Return the mean over elements of w_n c_n^2 in a full orthonormal basis: what is not coded has
+    weight 1.
+    """
     basis = fitted.basis.astype(np.float64)
     full = np.concatenate(
         [basis, np.linalg.svd(basis, full_matrices=True)[0][:, basis.shape[1] :]], 1
@@ -40,7 +44,9 @@ def reference(error_BCHW: NDArray[np.float64], fitted: FittedTap) -> float:
 
 
 def test_bands_weigh_by_the_share_that_the_image_determines(fitted: FittedTap) -> None:
-    """The weighed square equals scipy's, band by band; with errors anywhere, and in one component alone."""
+    """The weighed square equals scipy's, band by band; with errors anywhere, and in one component
+    alone.
+    """
     levels = {round(2 * float(np.log2(step / STEP))) for step in fitted.class_step}
     assert len(levels) > 2 and fitted.basis.shape[1] < 6 and (fitted.classes == DEAD).any()
     bands = DeterminedBands(fitted.bands(), STEP)
@@ -69,7 +75,9 @@ def test_its_gradient_is_that_of_the_weighed_square(fitted: FittedTap) -> None:
 
 
 def test_without_noise_it_is_the_mean_square(fitted: FittedTap) -> None:
-    """Where every band has the finest step, nothing is weighed down; half precision is computed in fp32."""
+    """Where every band has the finest step, nothing is weighed down; half precision is computed in
+    fp32.
+    """
     error = torch.randn(2, 6, 5, 4)
     flat = DeterminedBands(fitted.bands(), float(fitted.class_step.max()))
     torch.testing.assert_close(flat(error), error.square().mean())

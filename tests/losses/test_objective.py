@@ -1,4 +1,6 @@
-"""The objective: every loss and weight against NumPy's formula, and options that contradict each other."""
+"""The objective: every loss and weight against NumPy's formula, and options that contradict each
+other.
+"""
 
 import numpy as np
 import pytest
@@ -61,7 +63,8 @@ def losses(options: TrainOptions) -> dict[str, float]:
             {"tap_weights": "t150/stride8=3", "loss": "mse"},
             lambda n: (0.5, 0.0) if n == FINE else (1.5, 0.0),
         ),
-        # Shares of noise 0.9 and 0.2: weights 0.125 (the least) and 0.8, divided by their mean 0.4625.
+        # Shares of noise 0.9 and 0.2: weights 0.125 (the least) and 0.8, divided by their mean
+        # 0.4625.
         (
             {"noise_weighting": True},
             lambda n: tuple((0.125 if n == FINE else 0.8) / 0.4625 * x for x in (1, 10)),
@@ -73,7 +76,9 @@ def losses(options: TrainOptions) -> dict[str, float]:
     ],
 )
 def test_the_loss_is_the_mean_of_weighed_parts(options: dict, wanted: object) -> None:
-    """Each loss and each weighting equals the formula; both plain parts are there whatever the loss is of."""
+    """Each loss and each weighting equals the formula; both plain parts are there whatever the loss
+    is of.
+    """
     found = losses(TrainOptions(**options))
     expected = np.mean([wanted(name)[0] * mse(name) + wanted(name)[1] * at(name) for name in NAMES])
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
@@ -92,7 +97,9 @@ def test_equal_weights_change_no_bit() -> None:
 
 
 def test_a_part_that_does_not_count_has_no_gradient() -> None:
-    """Under `mse` a prediction is pulled towards the whitened feature alone: at it, the gradient is nought."""
+    """Under `mse` a prediction is pulled towards the whitened feature alone: at it, the gradient is
+    nought.
+    """
     x = torch.from_numpy(W[FINE]).float().requires_grad_()
     targets = Targets(whitened={FINE: x.detach()}, raw={FINE: torch.from_numpy(R[FINE]).float()})
     for weights, moves in (({}, False), ({FINE: 1.0}, True)):
@@ -136,7 +143,9 @@ def test_contradictions_are_refused(options: dict, message: str) -> None:
 
 
 def test_labels_are_weighed_beside_the_features() -> None:
-    """loss = feature weight x feature loss + label weight x label loss; both are also there in plain."""
+    """loss = feature weight x feature loss + label weight x label loss; both are also there in
+    plain.
+    """
     torch.manual_seed(0)
     x = torch.randn(2, 4, 4, 4)
     z = torch.randn(2, 3, 4, 4)

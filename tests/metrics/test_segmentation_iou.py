@@ -1,4 +1,6 @@
-"""Scores of segmentation masks against scikit-learn's, with ignored pixels and classes that do not occur."""
+"""Scores of segmentation masks against scikit-learn's, with ignored pixels and classes that do not
+occur.
+"""
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ RNG = np.random.default_rng(0)
 
 
 def test_counts_and_scores_are_scikit_learns() -> None:
-    """On random masks all four agree, with uint8 truths of many pixels and counts added up over batches."""
+    """On random masks all four agree, with uint8 truths of many pixels and counts added up over
+    batches.
+    """
     truth = RNG.integers(0, 5, (4, 30, 20)).astype(np.uint8)
     predicted = np.where(
         RNG.random(truth.shape) < 0.6, truth, RNG.integers(0, 5, truth.shape)
@@ -26,7 +30,9 @@ def test_counts_and_scores_are_scikit_learns() -> None:
 
 @pytest.mark.parametrize("ignore", [255, 0])
 def test_ignored_pixels_count_nowhere(ignore: int) -> None:
-    """Whatever is predicted at pixels of the ignored value, which may be a class's number, the scores stay."""
+    """Whatever is predicted at pixels of the ignored value, which may be a class's number, the
+    scores stay.
+    """
     truth = RNG.integers(1, 4, (50, 50)).astype(np.uint8)
     predicted = RNG.integers(0, 4, (50, 50))
     hidden = RNG.random(truth.shape) < 0.3
@@ -36,7 +42,9 @@ def test_ignored_pixels_count_nowhere(ignore: int) -> None:
 
 
 def test_classes_without_true_pixels_leave_the_mean() -> None:
-    """Class 2 never occurs: predicting it lowers the class that it was taken from, and has no score of its own."""
+    """Class 2 never occurs: predicting it lowers the class that it was taken from, and has no score
+    of its own.
+    """
     truth = np.array([0, 0, 0, 0, 1, 1], np.uint8)
     counts = confusion_matrix(truth, np.array([0, 0, 0, 2, 1, 1]), 3, 255)
     assert iou_per_class(counts) == pytest.approx([3 / 4, 1, np.nan], nan_ok=True)

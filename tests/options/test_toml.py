@@ -1,4 +1,6 @@
-"""Options from a TOML file: what it may say, what the command line overrides, and what is written for it."""
+"""Options from a TOML file: what it may say, what the command line overrides, and what is written
+for it.
+"""
 
 import dataclasses
 import tomllib
@@ -47,7 +49,9 @@ def filled(tmp_path: Path, toml: str, *flags: str) -> Few | str:
 
 
 def test_a_file_gives_options_and_flags_win(tmp_path: Path) -> None:
-    """Every type of option can be given in the file, required ones too; a flag wins, a default is what is left."""
+    """Every type of option can be given in the file, required ones too; a flag wins, a default is
+    what is left.
+    """
     toml = 'name = "a"\ncount = 5\nrate = 1e-3\nstep = [50, 150]\nflip = false\nwhere = "x/y"\n'
     assert filled(tmp_path, toml) == Few(
         name="a", count=5, rate=1e-3, step=(50, 150), flip=False, where=Path("x/y")
@@ -75,7 +79,9 @@ def test_a_file_gives_options_and_flags_win(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_file_is_one_clear_line(tmp_path: Path, toml: str, message: str) -> None:
-    """Unknown options are named with the nearest valid one; values are checked as if they were typed."""
+    """Unknown options are named with the nearest valid one; values are checked as if they were
+    typed.
+    """
     said = filled(tmp_path, toml)
     assert isinstance(said, str)
     assert message in said.replace("\n", " ")

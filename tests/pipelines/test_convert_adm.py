@@ -1,4 +1,6 @@
-"""Converting ADM checkpoints: a whole teacher or none, the settings that shapes do not tell, one line an error."""
+"""Converting ADM checkpoints: a whole teacher or none, the settings that shapes do not tell, one
+line an error.
+"""
 
 import hashlib
 import json
@@ -55,7 +57,9 @@ def tree(root: Path) -> dict[str, bytes]:
 def test_the_teacher_loads_and_its_taps_are_the_references(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """load_teacher takes the directory as it is, finds a tap a level, and they are the reference's features."""
+    """load_teacher takes the directory as it is, finds a tap a level, and they are the reference's
+    features.
+    """
     done = convert_adm(checkpoint, tmp_path / "out", OPTIONS)
     loaded = load_teacher(str(tmp_path / "out"))
     taps = loaded.denoiser.find_taps(16, 16)
@@ -72,7 +76,9 @@ def test_the_teacher_loads_and_its_taps_are_the_references(
 
 
 def test_a_class_conditional_model_reads_back(tmp_path: Path) -> None:
-    """diffusers' own loading gives the reference's output for each label: time and class embeddings are summed."""
+    """diffusers' own loading gives the reference's output for each label: time and class embeddings
+    are summed.
+    """
     convert_adm(save(tmp_path / "adm.pt", classes=5), tmp_path / "out", OPTIONS)
     unet, info = UNet2DModel.from_pretrained(
         str(tmp_path / "out" / "unet"), use_safetensors=True, output_loading_info=True
@@ -93,7 +99,9 @@ def test_a_class_conditional_model_reads_back(tmp_path: Path) -> None:
 
 
 def test_what_is_written(checkpoint: Path, tmp_path: Path) -> None:
-    """unet/, scheduler/ and a record of where it came from, and nothing else; the same bytes every time."""
+    """unet/, scheduler/ and a record of where it came from, and nothing else; the same bytes every
+    time.
+    """
     for name in ("one", "two"):
         convert_adm(checkpoint, tmp_path / name, OPTIONS)
     files = tree(tmp_path / "one")
@@ -216,7 +224,9 @@ def small_disk() -> Iterator[None]:
 
 
 def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path, small_disk: None) -> None:
-    """Weights that the disk refuses are one DiskError, and neither the folder nor its beginning stays."""
+    """Weights that the disk refuses are one DiskError, and neither the folder nor its beginning
+    stays.
+    """
     with pytest.raises(
         DiskError, match=r"cannot write .*safetensors: .*; free disk space and run the same command"
     ):
@@ -262,14 +272,18 @@ def test_what_a_kill_left_is_cleared_and_a_live_writer_is_not(
     ],
 )
 def test_options_come_before_the_preset(options: dict[str, object], expected: AdmSettings) -> None:
-    """A published model is recognised; a flag overrides what its preset says, and no more than that."""
+    """A published model is recognised; a flag overrides what its preset says, and no more than
+    that.
+    """
     with torch.device("meta"):
         found = infer_architecture(GuidedUNet(**published("adm-64", 192)).state_dict())
     assert resolve_settings(found, ConvertOptions(**options)) == ("adm-64", expected)
 
 
 def test_an_own_model_has_guided_diffusions_defaults() -> None:
-    """Without a preset what is not given is what its training script has without the flag: linear, legacy, 4 heads."""
+    """Without a preset what is not given is what its training script has without the flag: linear,
+    legacy, 4 heads.
+    """
     found = infer_architecture(random_unet(**TINY).state_dict())
     assert resolve_settings(found, ConvertOptions(size=16)) == (None, AdmSettings(size=16, heads=4))
 
@@ -279,11 +293,13 @@ def test_an_own_model_has_guided_diffusions_defaults() -> None:
     [
         (
             {},
-            r"`size`: levels of \[32, 64, 64\] channels and 1 blocks are none of OpenAI's published models; pass the",
+            r"`size`: levels of \[32, 64, 64\] channels and 1 blocks are none of OpenAI's "
+            r"published models; pass the",
         ),
         (
             {"preset": "adm-256"},
-            r"`preset='adm-256'`: expected levels of \[256, 256, 512, 512, 1024, 1024\] channels and "
+            r"`preset='adm-256'`: expected levels of \[256, 256, 512, 512, 1024, 1024\] channels "
+            r"and "
             r"2 blocks, the checkpoint has \[32, 64, 64\] and 1; leave `preset` out",
         ),
         ({"size": 18}, "`size` 18: expected a multiple of 4, the coarsest level's stride"),
@@ -319,7 +335,8 @@ def test_the_command_prints_one_line(checkpoint: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     count = sum(p.numel() for p in random_unet(**TINY).parameters())
     assert result.output == (
-        f"{tmp_path / 'out'}: a custom architecture at 16 px, {count / 1e6:.1f}M parameters, unconditional; linear "
+        f"{tmp_path / 'out'}: a custom architecture at 16 px, {count / 1e6:.1f}M parameters, "
+        f"unconditional; linear "
         "schedule, 4 heads in legacy order; channels 32, 64, 64; taps at strides 1, 2, 4\n"
     )
 
@@ -332,7 +349,8 @@ def test_a_bad_checkpoint_is_one_line(tmp_path: Path) -> None:
     )
     assert result.exit_code == 1
     assert result.output == (
-        f"Error: {tmp_path / 'resnet.pt'}: not an ADM checkpoint: fc.weight is not part of OpenAI's guided-diffusion "
+        f"Error: {tmp_path / 'resnet.pt'}: not an ADM checkpoint: fc.weight is not part of "
+        f"OpenAI's guided-diffusion "
         "U-Net\n"
     )
     assert [p.name for p in tmp_path.iterdir()] == ["resnet.pt"]
@@ -341,7 +359,9 @@ def test_a_bad_checkpoint_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_512_px_shape_goes_the_whole_way(tmp_path: Path) -> None:
-    """The timestep table is stored and read back: diffusers' loading gives the reference's output at both ends."""
+    """The timestep table is stored and read back: diffusers' loading gives the reference's output
+    at both ends.
+    """
     torch.save(
         random_unet(**small("adm-512", blocks=1, classes=3)).state_dict(), tmp_path / "adm.pt"
     )

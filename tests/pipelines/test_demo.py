@@ -31,7 +31,9 @@ def demo(out: Path, *more: str) -> Result:
 
 @pytest.mark.slow
 def test_demo_runs_every_stage_and_resumes(tmp_path: Path) -> None:
-    """The summary has sizes, seconds and two rows a student, before and after; a second run repeats nothing."""
+    """The summary has sizes, seconds and two rows a student, before and after; a second run repeats
+    nothing.
+    """
     out = tmp_path / "demo"
     result = demo(out)
     assert result.exit_code == 0, result.output

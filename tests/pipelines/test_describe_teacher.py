@@ -44,8 +44,8 @@ def test_json_describes_taps_and_noise(teacher_dir: Path) -> None:
 
 
 def test_flops_are_those_of_the_layers_that_run(teacher_dir: Path) -> None:
-    """Summed by hand over convolutions and linear layers that a real pass meets before each tap; attention's products
-    are a small rest.
+    """Summed by hand over convolutions and linear layers that a real pass meets before each tap;
+    attention's products are a small rest.
     """
     report = json.loads(run(teacher_dir, "--json").stdout)
     unet = load_teacher(str(teacher_dir)).denoiser.unet

@@ -22,7 +22,9 @@ VIEW = ViewSpec(height=32, width=32)
 
 
 def folder_of(name: str, folder: Path) -> Path:
-    """Write a backbone of random weights and of statistics that are not the initial ones, as a run does."""
+    """Write a backbone of random weights and of statistics that are not the initial ones, as a run
+    does.
+    """
     backbone = make_backbone(name, init=None, seed=1, size=(32, 32))
     generator = torch.Generator().manual_seed(2)
     for key, value in backbone.model.state_dict().items():
@@ -43,13 +45,15 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_torchvision_loads_the_state_dict_strictly(resnet: Path, tmp_path: Path) -> None:
-    """What the command prints is what works: torchvision's ResNet gives timm's features; the JSON normalises."""
+    """What the command prints is what works: torchvision's ResNet gives timm's features; the JSON
+    normalises.
+    """
     out = tmp_path / "deep" / "tv"
     result = run("export", resnet, "--to", "torchvision", "--out", out)
     assert result.exit_code == 0, result.output
     assert (
-        f"{out}: resnet18 for torchvision; on random images its outputs differ from the original's by at most"
-        in (result.output)
+        f"{out}: resnet18 for torchvision; on random images its outputs differ from the original's "
+        f"by at most" in (result.output)
     )
     scope = {"torchvision": torchvision, "torch": torch, "safetensors": safetensors}
     exec(result.output.splitlines()[1].strip(), scope)
@@ -81,7 +85,9 @@ def test_torchvision_loads_the_state_dict_strictly(resnet: Path, tmp_path: Path)
     "name", ["resnet18", "test_convnext", "test_efficientnet", "test_vit", "regnetx_002"]
 )
 def test_timm_gets_the_very_folder(name: str, tmp_path: Path) -> None:
-    """A backbone's folder by itself is copied byte by byte, once timm's own network has given its outputs."""
+    """A backbone's folder by itself is copied byte by byte, once timm's own network has given its
+    outputs.
+    """
     folder = folder_of(name, tmp_path / "backbone")
     done = export(folder, tmp_path / "out", ExportOptions(to="timm"))
     assert done.difference == 0 and done.largest > 0
@@ -120,13 +126,15 @@ def test_outputs_that_are_not_comparable_differ_by_infinity() -> None:
 
 
 def test_what_cannot_be_exported_says_why(resnet: Path, tmp_path: Path) -> None:
-    """An architecture of other names, an unfinished run, another folder, and a folder that is there: one line each."""
+    """An architecture of other names, an unfinished run, another folder, and a folder that is
+    there: one line each.
+    """
     other = folder_of("test_resnet", tmp_path / "backbone")
     result = run("export", other, "--to", "torchvision", "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert (
-        "no network with the weights' names of test_resnet; expected one of resnet18, resnet34, resnet50"
-        in (result.output.replace("\n", " "))
+        "no network with the weights' names of test_resnet; expected one of resnet18, resnet34, "
+        "resnet50" in (result.output.replace("\n", " "))
     )
     unfinished = tmp_path / "run"
     unfinished.mkdir()
@@ -149,7 +157,9 @@ def test_what_cannot_be_exported_says_why(resnet: Path, tmp_path: Path) -> None:
 
 
 def test_other_weights_under_a_known_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network whose keys or shapes are not torchvision's is refused by comparison, whatever the list says."""
+    """A network whose keys or shapes are not torchvision's is refused by comparison, whatever the
+    list says.
+    """
     monkeypatch.setitem(HEADS, "mobilenet_v2", "classifier")
     backbone = make_backbone("test_resnet", init=None, seed=0)
     backbone.name = "mobilenet_v2"

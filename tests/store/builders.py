@@ -220,7 +220,9 @@ def write_cache(root: Path, plan: Plan) -> Path:
 
 
 def tree(root: Path) -> dict[str, bytes | None]:
-    """Return the bytes of every file under a folder by path, None for a folder; not the volatile ones."""
+    """Return the bytes of every file under a folder by path, None for a folder; not the volatile
+    ones.
+    """
     return {
         path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None
         for path in sorted(root.rglob("*"))

@@ -1,4 +1,5 @@
-"""A shard runner without torch for tests of the cluster: writes planned shards, and dies or fails as told.
+"""A shard runner without torch for tests of the cluster: writes planned shards, and dies or fails
+as told.
 
 Its assignment is JSON: the cache's `root`, and what befalls an attempt. Workers import this module.
 """
@@ -41,7 +42,9 @@ def planned(manifest: CacheManifest, shard: int) -> ShardData:
 
 
 def write(assignment: str, shard: int, on_rows: Callable[[int], None]) -> WrittenShard:
-    """Write a planned shard; die of it now and then, as the assignment says: before, in the middle or after it."""
+    """Write a planned shard; die of it now and then, as the assignment says: before, in the middle
+    or after it.
+    """
     told = json.loads(assignment)
     root = Path(told["root"])
     moment = random.random() / told.get("deaths", 1e-9)
@@ -61,7 +64,9 @@ def write(assignment: str, shard: int, on_rows: Callable[[int], None]) -> Writte
 
 
 def fail(assignment: str, shard: int, on_rows: Callable[[int], None]) -> WrittenShard:
-    """Fail as the assignment says: `always`, only in the `first` process that tries, for good, or by dying."""
+    """Fail as the assignment says: `always`, only in the `first` process that tries, for good, or
+    by dying.
+    """
     told = json.loads(assignment)
     root = Path(told["root"])
     if told["fails"] == "refused":

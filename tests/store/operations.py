@@ -1,4 +1,6 @@
-"""The operation log of a writer, and what a disk holds after any part of it: with a kill, or with the power gone."""
+"""The operation log of a writer, and what a disk holds after any part of it: with a kill, or with
+the power gone.
+"""
 
 import builtins
 import os
@@ -27,10 +29,11 @@ class Operation:
 
 
 class Recorder:
-    """Records every write, fsync, rename, unlink, mkdir and rmdir below a folder, and lets all but the fsync happen.
+    """Records every write, fsync, rename, unlink, mkdir and rmdir below a folder, and lets all but
+    the fsync happen.
 
-    Writes of dtcache.atomic_files arrive in two halves. zarr-python's layout is recorded as it lies once it is
-    done: until its fsync no part of it counts, whatever their order.
+    Writes of dtcache.atomic_files arrive in two halves. zarr-python's layout is recorded as it lies
+    once it is done: until its fsync no part of it counts, whatever their order.
     """
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
@@ -126,7 +129,9 @@ class Node:
 
 
 class Disk:
-    """A file system that promises no more than POSIX: an fsync keeps a file's bytes, or a folder's names; no others."""
+    """A file system that promises no more than POSIX: an fsync keeps a file's bytes, or a folder's
+    names; no others.
+    """
 
     def __init__(self, tree: Tree) -> None:
         self._root = Node(is_folder=True)
@@ -159,7 +164,9 @@ class Disk:
             del folder.names[name]
 
     def left(self, *, writes: bool, names: bool) -> Tree:
-        """Return what is there after a crash, un-fsynced `writes` kept or lost, and un-fsynced `names` likewise."""
+        """Return what is there after a crash, un-fsynced `writes` kept or lost, and un-fsynced
+        `names` likewise.
+        """
         found: Tree = {}
 
         def walk(folder: Node, prefix: str) -> None:

@@ -54,7 +54,9 @@ def tiny_record(shard: int = 0) -> CommitRecord:
 
 
 def test_manifest_round_trips(tmp_path: Path) -> None:
-    """A manifest reads back equal, with its derived numbers, and as canonical JSON without a clock or a path."""
+    """A manifest reads back equal, with its derived numbers, and as canonical JSON without a clock
+    or a path.
+    """
     write_manifest(tmp_path, tiny_manifest())
     found = read_manifest(tmp_path)
     assert found == tiny_manifest()
@@ -67,7 +69,9 @@ def test_manifest_round_trips(tmp_path: Path) -> None:
 
 
 def test_every_flipped_character_of_a_manifest_is_found(tmp_path: Path) -> None:
-    """Flipping a bit of every other byte of a manifest raises CacheDamagedError, or CacheError for another format."""
+    """Flipping a bit of every other byte of a manifest raises CacheDamagedError, or CacheError for
+    another format.
+    """
     write_manifest(tmp_path, tiny_manifest())
     path = tmp_path / "manifest.json"
     text = path.read_bytes()
@@ -153,7 +157,9 @@ def test_measurements_that_cannot_be_are_damage(
 
 
 def with_sizes(recipe: dict, arrays: dict) -> CacheManifest:
-    """The tiny manifest with other recipe fields and other arrays, hashed as if it had been written so."""
+    """The tiny manifest with other recipe fields and other arrays, hashed as if it had been written
+    so.
+    """
     manifest = with_recipe(recipe, {})
     return replace(
         manifest, arrays={n: replace(a, **arrays.get(n, {})) for n, a in manifest.arrays.items()}
@@ -194,7 +200,9 @@ def of_rows(count: int, shard_rows: int) -> dict:
 def test_sizes_that_contradict_each_other_are_damage(
     tmp_path: Path, recipe: dict, arrays: dict
 ) -> None:
-    """Arrays are as long as the samples, as wide as the views, in the recipe's shards, and within bounds."""
+    """Arrays are as long as the samples, as wide as the views, in the recipe's shards, and within
+    bounds.
+    """
     write_manifest(tmp_path, with_sizes(recipe, arrays))
     with pytest.raises(
         CacheDamagedError,
@@ -213,7 +221,9 @@ def test_the_largest_sizes_are_read(tmp_path: Path) -> None:
 
 
 def test_a_map_beyond_any_payload_is_damage(tmp_path: Path) -> None:
-    """A tap whose map is larger than a payload may be is refused, each side of it within bounds or not."""
+    """A tap whose map is larger than a payload may be is refused, each side of it within bounds or
+    not.
+    """
     tap = tiny_plan().recipe.to_json()["teacher"]["taps"][0]
     write_manifest(
         tmp_path, with_recipe({}, {"taps": [{**tap, "height": 1 << 14, "width": 1 << 14}]})
@@ -240,7 +250,9 @@ def test_json_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_newer_format_is_refused(tmp_path: Path) -> None:
-    """A manifest of a newer format is refused with the number and the next step, though its fields be unknown."""
+    """A manifest of a newer format is refused with the number and the next step, though its fields
+    be unknown.
+    """
     (tmp_path / "manifest.json").write_text('{"format":2,"unknown":true}')
     with pytest.raises(
         CacheError,
@@ -259,7 +271,9 @@ def test_missing_manifest(tmp_path: Path) -> None:
 
 
 def test_require_same_names_the_dotted_field(tmp_path: Path) -> None:
-    """The first differing field is named with its path and both values; equal and partial recipes pass."""
+    """The first differing field is named with its path and both values; equal and partial recipes
+    pass.
+    """
     found = tiny_plan().recipe.to_json()
     require_same(tmp_path, found, copy.deepcopy(found))
     require_same(tmp_path, found, {"view": {"height": 8}, "seed": 3})
@@ -326,7 +340,9 @@ def told(condition: ConditionSpec) -> Recipe:
 def test_a_condition_is_in_the_recipe_where_there_is_one(
     tmp_path: Path, condition: ConditionSpec, value: Json
 ) -> None:
-    """Fields that say nothing are left out, so that recipes without a condition keep their fingerprints."""
+    """Fields that say nothing are left out, so that recipes without a condition keep their
+    fingerprints.
+    """
     plan = tiny_plan()
     recipe = told(condition)
     assert "condition" not in plan.recipe.to_json()["teacher"]
@@ -368,7 +384,9 @@ def test_commit_records_round_trip(tmp_path: Path) -> None:
 
 
 def test_every_flipped_character_of_a_commit_record_is_found(tmp_path: Path) -> None:
-    """Flipping a bit of every other byte of a commit record raises CacheDamagedError that says to delete it."""
+    """Flipping a bit of every other byte of a commit record raises CacheDamagedError that says to
+    delete it.
+    """
     (tmp_path / "commits").mkdir()
     write_commit(tmp_path, tiny_record())
     path = commit_path(tmp_path, 0)
@@ -385,7 +403,9 @@ def test_every_flipped_character_of_a_commit_record_is_found(tmp_path: Path) -> 
 
 
 def test_a_commit_record_under_another_name_is_found(tmp_path: Path) -> None:
-    """An intact record at the place of another shard's raises CacheDamagedError that says whose it is."""
+    """An intact record at the place of another shard's raises CacheDamagedError that says whose it
+    is.
+    """
     (tmp_path / "commits").mkdir()
     write_commit(tmp_path, tiny_record(2))
     commit_path(tmp_path, 2).rename(commit_path(tmp_path, 1))

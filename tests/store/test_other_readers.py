@@ -1,4 +1,6 @@
-"""Stock zarr-python, zarrs and TensorStore open the arrays of a cache and see the bytes that were handed in."""
+"""Stock zarr-python, zarrs and TensorStore open the arrays of a cache and see the bytes that were
+handed in.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +49,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @READERS
 @pytest.mark.parametrize("name", [IMAGES, FINE, COARSE])
 def test_payloads_of_a_cache(data: Path, name: str, read: Read) -> None:
-    """Every payload of every array comes out as it was handed in, padded with zeros, the failed row's too."""
+    """Every payload of every array comes out as it was handed in, padded with zeros, the failed
+    row's too.
+    """
     plan = tiny_plan()
     array = plan.arrays[name]
     views = 1 if name == IMAGES else VIEWS
@@ -72,7 +76,9 @@ def test_codec_arrays_of_a_cache(data: Path, read: Read) -> None:
 @READERS
 @pytest.mark.parametrize("length", [16, 255, 256, 65_792, 2 * MAX_BLOCK + 16])
 def test_frames_of_every_shape(tmp_path: Path, length: int, read: Read) -> None:
-    """Headers of one, two and four bytes, payloads and paddings of several blocks, and real compressor's frames."""
+    """Headers of one, two and four bytes, payloads and paddings of several blocks, and real
+    compressor's frames.
+    """
     rng = np.random.default_rng(length)
     payloads = [
         rng.bytes(size)

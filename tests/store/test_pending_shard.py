@@ -1,4 +1,6 @@
-"""Attempts at a shard: two of them, late ones, ones of other caches; only a commit makes one count, and only once."""
+"""Attempts at a shard: two of them, late ones, ones of other caches; only a commit makes one count,
+and only once.
+"""
 
 import os
 from dataclasses import replace
@@ -22,7 +24,9 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_attempt_is_no_part_of_the_cache_before_its_commit(tmp_path: Path) -> None:
-    """Its files lie beside their places under names of their own; committing gives what write_shard gives."""
+    """Its files lie beside their places under names of their own; committing gives what write_shard
+    gives.
+    """
     plan = tiny_plan()
     writer = begin(tmp_path / "a", plan)
     before = tree(tmp_path / "a")
@@ -40,7 +44,9 @@ def test_an_attempt_is_no_part_of_the_cache_before_its_commit(tmp_path: Path) ->
 
 
 def test_a_second_attempt_never_touches_what_is_committed(tmp_path: Path) -> None:
-    """A shard that comes twice, with other bytes even, is committed once; the late files go, whenever they come."""
+    """A shard that comes twice, with other bytes even, is committed once; the late files go,
+    whenever they come.
+    """
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     other = replace(
@@ -68,7 +74,9 @@ def test_a_second_attempt_never_touches_what_is_committed(tmp_path: Path) -> Non
 
 
 def test_a_zombie_of_an_earlier_run_cannot_commit(tmp_path: Path) -> None:
-    """What a run left goes when the next one begins; a worker of the first that comes late has nothing to commit."""
+    """What a run left goes when the next one begins; a worker of the first that comes late has
+    nothing to commit.
+    """
     plan = tiny_plan()
     zombie = write_attempt(tmp_path, begin(tmp_path, plan).manifest, plan.shards[0])
     writer = CacheWriter.resume(tmp_path)
@@ -86,7 +94,9 @@ def test_a_zombie_of_an_earlier_run_cannot_commit(tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_as_described_are_not_committed(tmp_path: Path) -> None:
-    """A file of another size, as a worker on other storage would leave, is refused, and the attempt's files go."""
+    """A file of another size, as a worker on other storage would leave, is refused, and the
+    attempt's files go.
+    """
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     made = write_attempt(tmp_path, writer.manifest, plan.shards[2])
@@ -102,7 +112,9 @@ def test_files_that_are_not_as_described_are_not_committed(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("wrong", ["fingerprint", "path", "shard", "rows", "failure", "attempt"])
 def test_an_attempt_at_another_cache_is_refused(tmp_path: Path, wrong: str) -> None:
-    """A description that another recipe, or a broken worker, gave names no file that would be renamed or removed."""
+    """A description that another recipe, or a broken worker, gave names no file that would be
+    renamed or removed.
+    """
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     made = write_attempt(tmp_path, writer.manifest, plan.shards[0])

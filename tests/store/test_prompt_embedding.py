@@ -59,7 +59,9 @@ def test_other_files_are_damage(tmp_path: Path) -> None:
 
 
 def test_the_manifest_hashes_it(tmp_path: Path) -> None:
-    """A writer does not go on where it has changed, and one that was left by a begun cache of another kind goes."""
+    """A writer does not go on where it has changed, and one that was left by a begun cache of
+    another kind goes.
+    """
     plan = tiny_plan()
     (tmp_path / PROMPT).write_bytes(b"left by a run that was cut short")
     writer = begin(tmp_path, plan)

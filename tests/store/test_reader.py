@@ -99,7 +99,9 @@ def read_all(reader: CacheReader) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_zarr_reads_the_same(shared: Path, name: str) -> None:
-    """zarr-python and the reader give the same bytes for every row and view, and those are the ones handed in."""
+    """zarr-python and the reader give the same bytes for every row and view, and those are the ones
+    handed in.
+    """
     plan = tiny_plan()
     group = zarr.open_group(shared / "data.zarr", mode="r")
     whole = np.asarray(group[name][...]).reshape(ROWS, views_of(name), -1)
@@ -118,7 +120,9 @@ def test_zarr_reads_the_same(shared: Path, name: str) -> None:
 
 
 def test_zarr_sees_nothing_foreign(shared: Path) -> None:
-    """The group holds exactly the payload arrays and the codec's, which read back as fitted, without a warning."""
+    """The group holds exactly the payload arrays and the codec's, which read back as fitted,
+    without a warning.
+    """
     group = zarr.open_group(shared / "data.zarr", mode="r")
     plan = tiny_plan()
     arrays = {name for name, node in group.members(max_depth=None) if isinstance(node, zarr.Array)}
@@ -164,7 +168,9 @@ def test_zarr_sees_nothing_foreign(shared: Path) -> None:
 def test_a_codec_array_of_any_size_is_refused_unread(
     root: Path, changes: dict, reason: str
 ) -> None:
-    """What an array's zarr.json claims is compared with what a fit may hold, and how, before memory is taken for it."""
+    """What an array's zarr.json claims is compared with what a fit may hold, and how, before memory
+    is taken for it.
+    """
     path = root / "data.zarr" / "codec" / FINE / "mean" / "zarr.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match=rf"codec/{FINE}/mean: expected {reason}"):
@@ -172,7 +178,9 @@ def test_a_codec_array_of_any_size_is_refused_unread(
 
 
 def test_a_codec_chunk_that_claims_any_size_is_refused_unread(root: Path) -> None:
-    """A small frame that says it decompresses to terabytes is damage, found before memory is taken for it."""
+    """A small frame that says it decompresses to terabytes is damage, found before memory is taken
+    for it.
+    """
     claim = b"\x28\xb5\x2f\xfd\xe0" + (1 << 45).to_bytes(8, "little") + b"\x01\x00\x00"
     (root / "data.zarr" / "codec" / FINE / "mean" / "c.0").write_bytes(
         claim + crc32c(claim).to_bytes(4, "little")
@@ -185,7 +193,9 @@ def test_a_codec_chunk_that_claims_any_size_is_refused_unread(root: Path) -> Non
 
 @pytest.mark.parametrize("sealed", [True, False])
 def test_an_index_of_another_length_is_damage(root: Path, tmp_path: Path, sealed: bool) -> None:
-    """A cache whose sample index has more or fewer rows than its recipe has samples is refused at open."""
+    """A cache whose sample index has more or fewer rows than its recipe has samples is refused at
+    open.
+    """
     if not sealed:
         root = tmp_path / "begun"
         begin(root, tiny_plan())
@@ -211,7 +221,9 @@ def test_failed_row_is_not_usable(shared: Path) -> None:
 def test_flipped_bytes_of_every_shard_are_found(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A flipped byte makes its own sample raise CacheDamagedError by name; others stay right, or raise with it."""
+    """A flipped byte makes its own sample raise CacheDamagedError by name; others stay right, or
+    raise with it.
+    """
     monkeypatch.setattr(reader_module, "open_limit", lambda: 0)
     reader = CacheReader(root)
     wanted = read_all(reader)
@@ -219,7 +231,8 @@ def test_flipped_bytes_of_every_shard_are_found(
         content = path.read_bytes()
         index_at = len(content) - (16 * array.shard_rows * array.payloads_per_row + 4)
         pairs = [(row, view) for row in array.rows_of(number) for view in range(views_of(name))]
-        # tests/store/test_shard.py flips every single byte; every sample's chunk and the index are met here too.
+        # tests/store/test_shard.py flips every single byte; every sample's chunk and the index are
+        # met here too.
         for place in range(number, len(content), 11 if name == IMAGES else 3):
             with open(path, "r+b") as file:
                 file.seek(place)
@@ -280,7 +293,9 @@ def test_missing_and_resized_shards_are_found_at_open(root: Path, what: str) -> 
 )
 @pytest.mark.parametrize("what", ["gone", "empty", "short", "zeros"])
 def test_damage_after_open_is_found_at_read(root: Path, what: str, opened: bool) -> None:
-    """A shard that changes after the cache was opened raises CacheDamagedError at the next read of it."""
+    """A shard that changes after the cache was opened raises CacheDamagedError at the next read of
+    it.
+    """
     reader = CacheReader(root)
     if opened:
         read(reader, FINE, [0], [0])
@@ -320,7 +335,9 @@ def test_swapped_shards_are_found_when_they_differ_in_size(root: Path) -> None:
 
 
 def with_equal_shards(root: Path) -> Path:
-    """Write a cache whose first two shards of the coarse tap have equal sizes and different payloads."""
+    """Write a cache whose first two shards of the coarse tap have equal sizes and different
+    payloads.
+    """
     plan = tiny_plan()
     mirrored = [bytes(reversed(p[:8])) + p[8:] for p in plan.shards[0].payloads[COARSE]]
     second = replace(plan.shards[1], payloads={**plan.shards[1].payloads, COARSE: mirrored})
@@ -328,9 +345,11 @@ def with_equal_shards(root: Path) -> Path:
 
 
 def test_swapped_shards_of_equal_size_pass_the_reader_but_not_their_hash(tmp_path: Path) -> None:
-    """Two intact shards of one size exchanged read without an error: only the SHA-256 in shards.parquet tells.
+    """Two intact shards of one size exchanged read without an error: only the SHA-256 in
+    shards.parquet tells.
 
-    A checksum does not know its place; no single fault of a disk does this. `dtcache verify` compares the hashes.
+    A checksum does not know its place; no single fault of a disk does this. `dtcache verify`
+    compares the hashes.
     """
     root = with_equal_shards(tmp_path / "cache")
     first, second = (root / "data.zarr" / COARSE / f"c.{shard}.0.0" for shard in range(2))
@@ -350,7 +369,9 @@ def test_swapped_shards_of_equal_size_pass_the_reader_but_not_their_hash(tmp_pat
 
 
 def test_every_other_file_is_hashed_at_open(root: Path) -> None:
-    """A flipped bit in, or the loss of, any zarr.json, codec array or Parquet file is found at open by its name."""
+    """A flipped bit in, or the loss of, any zarr.json, codec array or Parquet file is found at open
+    by its name.
+    """
     files = [name for name in CacheReader(root).manifest.files]
     assert len(files) > 30
     for name in files:
@@ -377,7 +398,9 @@ def test_reading_changes_nothing(root: Path) -> None:
 
 
 def test_incomplete_and_missing_caches(tmp_path: Path) -> None:
-    """A cache that is still being written, and a folder that is none, are told apart, each with the next step."""
+    """A cache that is still being written, and a folder that is none, are told apart, each with the
+    next step.
+    """
     begin(tmp_path / "cache", tiny_plan())
     with pytest.raises(
         CacheIncompleteError,
@@ -391,7 +414,9 @@ def test_incomplete_and_missing_caches(tmp_path: Path) -> None:
 
 
 def test_what_is_committed_of_an_incomplete_cache_can_be_read(shared: Path, tmp_path: Path) -> None:
-    """With incomplete allowed the committed shards' rows read as in the sealed cache; those of others are refused."""
+    """With incomplete allowed the committed shards' rows read as in the sealed cache; those of
+    others are refused.
+    """
     plan = tiny_plan()
     writer = begin(tmp_path / "cache", plan)
     for number in (0, 2):
@@ -416,7 +441,9 @@ def test_what_is_committed_of_an_incomplete_cache_can_be_read(shared: Path, tmp_
 def test_a_cache_that_is_sealed_while_it_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """Commit records that a seal takes away meanwhile, and a sample index that it replaces, are no damage."""
+    """Commit records that a seal takes away meanwhile, and a sample index that it replaces, are no
+    damage.
+    """
     plan = tiny_plan()
     writer = begin(tmp_path / "cache", plan)
     for number in writer.missing:
@@ -492,7 +519,9 @@ def test_an_incomplete_cache_with_damage_is_refused(tmp_path: Path) -> None:
 def test_a_record_of_rows_outside_its_shard_is_damage(
     tmp_path: Path, changes: dict, reason: str
 ) -> None:
-    """A record that speaks of more or fewer rows than its shard has, or of another's, is refused by all who read it."""
+    """A record that speaks of more or fewer rows than its shard has, or of another's, is refused by
+    all who read it.
+    """
     plan = tiny_plan()
     root = tmp_path / "cache"
     writer = begin(root, plan)
@@ -527,7 +556,9 @@ def test_absent_chunk_in_range_is_damage(tmp_path: Path) -> None:
 
 
 def test_a_replaced_shard_index_is_found(root: Path) -> None:
-    """A valid shards.parquet with other rows does not match the manifest, and an adjusted manifest not its own hash."""
+    """A valid shards.parquet with other rows does not match the manifest, and an adjusted manifest
+    not its own hash.
+    """
     table = read_table(root / "shards.parquet")
     (root / "shards.parquet").write_bytes(parquet_bytes(table.slice(0, 6)))
     with pytest.raises(
@@ -552,7 +583,9 @@ def open_below(root: Path) -> list[str]:
 def test_more_shards_than_open_files(
     shared: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    """With nine shards and fewer open files all reads are right, and no more descriptors stay open than allowed."""
+    """With nine shards and fewer open files all reads are right, and no more descriptors stay open
+    than allowed.
+    """
     wanted = read_all(CacheReader(shared))
     monkeypatch.setattr(reader_module, "open_limit", lambda: most)
     gc.collect()
@@ -571,7 +604,9 @@ def test_more_shards_than_open_files(
 
 @pytest.mark.parametrize("most", [2, 128])
 def test_threads_share_one_reader(shared: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Eight threads at once read the right bytes from one reader, also while shards are being closed under them."""
+    """Eight threads at once read the right bytes from one reader, also while shards are being
+    closed under them.
+    """
     wanted = read_all(CacheReader(shared))
     monkeypatch.setattr(reader_module, "open_limit", lambda: most)
     reader = CacheReader(shared)
@@ -612,7 +647,9 @@ def test_a_forked_reader_is_refused(shared: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_rows_and_views_out_of_range(shared: Path) -> None:
-    """A row or view that the array does not have raises IndexError with the range; nothing wraps around."""
+    """A row or view that the array does not have raises IndexError with the range; nothing wraps
+    around.
+    """
     reader = CacheReader(shared)
     for rows, views, message in (
         ([ROWS], [0], rf"{FINE} has rows 0 to {ROWS - 1}, got {ROWS}"),

@@ -20,7 +20,9 @@ from dtcache.store.sample_index import (
 
 
 def test_hash_samples_covers_order_keys_and_labels() -> None:
-    """The list's hash changes with its order, one key or one label, and not with the source's own order."""
+    """The list's hash changes with its order, one key or one label, and not with the source's own
+    order.
+    """
     samples = [Sample(index=i, key=f"k{i}", label=i % 2) for i in range(5)]
     hashes = {
         hash_samples(samples),
@@ -45,7 +47,9 @@ def table() -> pa.Table:
 
 
 def test_samples_table_round_trips(tmp_path: Path) -> None:
-    """pyarrow reads rows, keys, labels, hashes and failures as they were given, under the declared schema."""
+    """pyarrow reads rows, keys, labels, hashes and failures as they were given, under the declared
+    schema.
+    """
     path = tmp_path / "samples.parquet"
     path.write_bytes(parquet_bytes(table()))
     found = read_table(path)
@@ -125,7 +129,9 @@ LABELS = [0, 0, 1, 1]
 def test_what_changed_in_a_data_set_is_named(
     keys: list[str], labels: list[int | None], order: list[int], what: str
 ) -> None:
-    """Additions and removals come with a name, then labels, and the order only where nothing else changed."""
+    """Additions and removals come with a name, then labels, and the order only where nothing else
+    changed.
+    """
     was = samples_table([WAS[i] for i in (2, 0, 3, 1)], [LABELS[i] for i in (2, 0, 3, 1)])
     assert changed_samples(was, SampleList(keys, labels, np.array(order))) == what
 
@@ -137,5 +143,6 @@ def test_a_new_class_shifts_the_labels_after_it() -> None:
         ["ant/1", "ant/2", "ape/1", "bee/1", "bee/2"], [0, 0, 1, 2, 2], np.array([4, 3, 2, 1, 0])
     )
     assert changed_samples(was, now) == (
-        "1 image was added (first ape/1) and labels changed, of 2 images (such as bee/2: 1 there, 2 now)"
+        "1 image was added (first ape/1) and labels changed, of 2 images (such as bee/2: 1 there, "
+        "2 now)"
     )

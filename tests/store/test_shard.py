@@ -65,7 +65,9 @@ def test_zarr_reads_what_build_shard_wrote(
 
 
 def test_a_shard_that_zarr_wrote_reads(tmp_path: Path) -> None:
-    """dtcache's functions read a shard of zarr-python's: the layout is the standard one, not a look-alike."""
+    """dtcache's functions read a shard of zarr-python's: the layout is the standard one, not a
+    look-alike.
+    """
     array = PayloadArray(name="t1/stride2", shape=(4, 2, LENGTH), shard_rows=4)
     write_zarr_nodes(tmp_path / "data.zarr", {array.name: array}, {})
     payloads = [bytes([1 + i]) * (5 * i + 1) for i in range(8)]
@@ -102,7 +104,9 @@ def test_every_truncation_is_found() -> None:
     "entry", [(0, 1000), (1000, 8), (40, 1), (2**64 - 10, 20), (8, 2**64 - 1), (2**63, 2**63)]
 )
 def test_an_index_that_points_outside_raises(entry: tuple[int, int]) -> None:
-    """An intact index whose entry leaves the chunks' part of the file raises, sums beyond 2^64 included."""
+    """An intact index whose entry leaves the chunks' part of the file raises, sums beyond 2^64
+    included.
+    """
     shard = with_index(b"x" * 40, [(0, 8), entry])
     with pytest.raises(CacheDamagedError, match=r"^the shard's index points outside the file"):
         parse_index(shard[-index_bytes(2) :], 2, len(shard))
@@ -110,7 +114,9 @@ def test_an_index_that_points_outside_raises(entry: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("size", [0, 8, LENGTH - 1, LENGTH + 1, 4 * LENGTH])
 def test_a_chunk_of_another_length_raises(size: int) -> None:
-    """An intact chunk that decompresses to another length than the array's raises; nothing is left unwritten."""
+    """An intact chunk that decompresses to another length than the array's raises; nothing is left
+    unwritten.
+    """
     packed = compress(b"\x05" * size, 1)
     chunk = packed + crc32c(packed).to_bytes(4, "little")
     with pytest.raises(
@@ -120,7 +126,9 @@ def test_a_chunk_of_another_length_raises(size: int) -> None:
 
 
 def test_a_chunk_that_is_no_zstd_raises() -> None:
-    """Bytes with a right checksum that are no zstd frame raise CacheDamagedError, not a codec's own error."""
+    """Bytes with a right checksum that are no zstd frame raise CacheDamagedError, not a codec's own
+    error.
+    """
     for packed in (b"", b"\x01", b"not zstd at all", compress(b"y" * LENGTH, 1)[:-2]):
         chunk = packed + crc32c(packed).to_bytes(4, "little")
         with pytest.raises(

@@ -1,4 +1,6 @@
-"""Verify: every wrong byte of every file is found and told by its sample; nothing that is right is called damage."""
+"""Verify: every wrong byte of every file is found and told by its sample; nothing that is right is
+called damage.
+"""
 
 import errno
 import functools
@@ -82,7 +84,9 @@ def swap(first: Path, second: Path) -> None:
 
 
 def test_a_whole_cache_is_good(root: Path) -> None:
-    """All shard files are read, nothing is damaged or unnamed, a cluster's log neither; checking changes no byte."""
+    """All shard files are read, nothing is damaged or unnamed, a cluster's log neither; checking
+    changes no byte.
+    """
     (root / "cluster.log").write_text("WARNING distributed.nanny: Restarting worker")
     before = tree(root)
     found = verify(root)
@@ -94,7 +98,9 @@ def test_a_whole_cache_is_good(root: Path) -> None:
 
 
 def problem_of(root: Path, name: str) -> Callable[[], object]:
-    """Return the check that verify makes of one file, alone; it returns or raises something where the file is wrong."""
+    """Return the check that verify makes of one file, alone; it returns or raises something where
+    the file is wrong.
+    """
     contents = read_contents(root)
     assert contents.manifest is not None
     wanted = next((o for o in contents.objects if o.path == name), None)
@@ -120,7 +126,9 @@ def found_by(check: Callable[[], object]) -> bool:
 def test_every_flipped_byte_and_every_truncation_of_every_file_is_found(
     root: Path, begun: Path, state: str
 ) -> None:
-    """One bit flipped in any byte of any file, and any file cut short anywhere, is found; a whole file never is."""
+    """One bit flipped in any byte of any file, and any file cut short anywhere, is found; a whole
+    file never is.
+    """
     folder = {"sealed": root, "begun": begun}[state]
     names = [name for name, content in tree(folder).items() if content is not None]
     names += ["extraction.log.json"] * (state == "sealed")
@@ -130,7 +138,8 @@ def test_every_flipped_byte_and_every_truncation_of_every_file_is_found(
         check = problem_of(folder, name)
         content = path.read_bytes()
         assert not found_by(check)
-        # tests/store/test_manifest.py flips every other byte of what is parsed anew each time: every tenth here.
+        # tests/store/test_manifest.py flips every other byte of what is parsed anew each time:
+        # every tenth here.
         places = range(
             0, len(content), 10 if name == "manifest.json" or name.startswith("commits/") else 1
         )
@@ -175,7 +184,9 @@ def test_each_damaged_file_is_named_and_no_other(
 
 
 def test_a_damaged_chunk_is_told_by_shard_tap_key_and_view(root: Path) -> None:
-    """A flip in a chunk of a tap names its sample and view, in an image the sample, in the index every sample."""
+    """A flip in a chunk of a tap names its sample and view, in an image the sample, in the index
+    every sample.
+    """
     keys = [s.key for s in tiny_plan().samples]
     wanted = next(o for o in read_contents(root).objects if (o.array.name, o.shard) == (FINE, 1))
     flip(root / wanted.path, 3)
@@ -214,7 +225,9 @@ def test_every_chunk_of_a_shard_is_located(root: Path) -> None:
 
 
 def with_equal_shards(root: Path) -> Path:
-    """Write a cache whose first two shards of the coarse tap have equal sizes and different payloads."""
+    """Write a cache whose first two shards of the coarse tap have equal sizes and different
+    payloads.
+    """
     plan = tiny_plan()
     mirrored = [bytes(reversed(p[:8])) + p[8:] for p in plan.shards[0].payloads[COARSE]]
     second = replace(plan.shards[1], payloads={**plan.shards[1].payloads, COARSE: mirrored})
@@ -222,7 +235,9 @@ def with_equal_shards(root: Path) -> Path:
 
 
 def test_two_intact_shards_of_one_size_that_are_swapped(tmp_path: Path) -> None:
-    """Both are found, each with the name of the other, although every checksum inside them is right."""
+    """Both are found, each with the name of the other, although every checksum inside them is
+    right.
+    """
     root = with_equal_shards(tmp_path / "cache")
     names = [f"data.zarr/{COARSE}/c.{shard}.0.0" for shard in range(2)]
     assert (root / names[0]).stat().st_size == (root / names[1]).stat().st_size
@@ -236,7 +251,9 @@ def test_two_intact_shards_of_one_size_that_are_swapped(tmp_path: Path) -> None:
 
 
 def test_files_of_another_cache_or_another_tap(root: Path, tmp_path: Path) -> None:
-    """Intact files of a cache with other numbers, or of another tap of this one, are found wherever they are put."""
+    """Intact files of a cache with other numbers, or of another tap of this one, are found wherever
+    they are put.
+    """
     plan = tiny_plan()
     shards = [
         replace(
@@ -329,7 +346,9 @@ def test_files_that_nothing_names_are_reported(root: Path) -> None:
 
 
 def test_an_unfinished_cache_is_incomplete_not_damaged(begun: Path) -> None:
-    """What a kill leaves behind, temporary files and shards without a record, is reported and is no damage."""
+    """What a kill leaves behind, temporary files and shards without a record, is reported and is no
+    damage.
+    """
     (begun / "data.zarr" / FINE / ".tmp-c.2.0.0").write_bytes(b"half")
     (begun / "data.zarr" / FINE / "c.2.0.0").write_bytes(b"renamed, never committed")
     found = verify(begun)
@@ -344,7 +363,9 @@ def test_an_unfinished_cache_is_incomplete_not_damaged(begun: Path) -> None:
 
 
 def test_a_commit_record_of_another_cache_is_damage(begun: Path) -> None:
-    """An intact record with another fingerprint, or one that lists other files, is reported by its name."""
+    """An intact record with another fingerprint, or one that lists other files, is reported by its
+    name.
+    """
     path = begun / "commits" / "000001.json"
     for field, value in (("fingerprint", "0" * 64), ("objects", [])):
         content = path.read_bytes()
@@ -365,7 +386,9 @@ def test_a_commit_record_of_another_cache_is_damage(begun: Path) -> None:
 
 
 def test_a_sample_is_a_seeded_share_of_whole_shards(root: Path) -> None:
-    """A third of three shards is one of them, the seed says which; sizes and all other files are checked anyway."""
+    """A third of three shards is one of them, the seed says which; sizes and all other files are
+    checked anyway.
+    """
     contents = read_contents(root)
     picked = {seed: {o.shard for o in chosen_objects(contents, 0.05, seed)} for seed in range(20)}
     assert all(len(shards) == 1 for shards in picked.values())
@@ -420,7 +443,9 @@ def test_no_cache_and_a_newer_one(tmp_path: Path, root: Path) -> None:
 
 @pytest.mark.parametrize("what", ["one image", "all zeros"])
 def test_small_and_empty_caches_are_good(tmp_path: Path, what: str) -> None:
-    """A cache of one row, and one whose payloads are all zeros, are good, and a flip in either is found."""
+    """A cache of one row, and one whose payloads are all zeros, are good, and a flip in either is
+    found.
+    """
     plan = tiny_plan()
     shards = plan.shards
     if what == "all zeros":

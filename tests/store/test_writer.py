@@ -38,7 +38,9 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_create_write_seal(tmp_path: Path) -> None:
-    """A cache is begun with all shards missing, loses one at a time, and when sealed names and hashes all its files."""
+    """A cache is begun with all shards missing, loses one at a time, and when sealed names and
+    hashes all its files.
+    """
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     assert writer.missing == [0, 1, 2]
@@ -69,7 +71,9 @@ def test_create_write_seal(tmp_path: Path) -> None:
 
 
 def test_indices_hold_what_was_written(tmp_path: Path) -> None:
-    """samples.parquet holds keys, labels, hashes and the failure; shards.parquet every object's size and hash."""
+    """samples.parquet holds keys, labels, hashes and the failure; shards.parquet every object's
+    size and hash.
+    """
     plan = tiny_plan()
     write_cache(tmp_path, plan)
     samples = read_table(tmp_path / "samples.parquet").to_pydict()
@@ -84,7 +88,9 @@ def test_indices_hold_what_was_written(tmp_path: Path) -> None:
 
 
 def test_order_of_shards_changes_no_byte(tmp_path: Path) -> None:
-    """Shards written in any order, over several writers, give the tree of one that wrote them in order."""
+    """Shards written in any order, over several writers, give the tree of one that wrote them in
+    order.
+    """
     plan = tiny_plan()
     for shard in (2, 0, 1):
         begin(tmp_path / "a", plan).write_shard(plan.shards[shard])
@@ -93,7 +99,9 @@ def test_order_of_shards_changes_no_byte(tmp_path: Path) -> None:
 
 
 def test_order_of_arrays_changes_no_byte(tmp_path: Path) -> None:
-    """Taps whose names sort otherwise than their strides (stride4, stride16) give one tree, resumed or not."""
+    """Taps whose names sort otherwise than their strides (stride4, stride16) give one tree, resumed
+    or not.
+    """
     plan = tiny_plan()
     plan = replace(plan, arrays=dict(reversed(plan.arrays.items())))
     begin(tmp_path / "a", plan).write_shard(plan.shards[0])
@@ -111,7 +119,9 @@ def test_writing_a_shard_again_changes_no_byte(tmp_path: Path) -> None:
 
 
 def test_failures_are_known_before_and_after_sealing(tmp_path: Path) -> None:
-    """The failed sample is reported from commit records, from the sealed index, and after a half-done seal."""
+    """The failed sample is reported from commit records, from the sealed index, and after a
+    half-done seal.
+    """
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     wanted = list(plan.shards[1].failures)
@@ -163,7 +173,9 @@ def test_resume_removes_what_was_never_committed(tmp_path: Path) -> None:
 
 
 def test_missing_or_short_committed_object_is_reported(tmp_path: Path) -> None:
-    """A committed file that is gone or of another size stops a resume with the way to repair, which works."""
+    """A committed file that is gone or of another size stops a resume with the way to repair, which
+    works.
+    """
     plan = tiny_plan()
     write_cache(tmp_path / "whole", plan)
     root = tmp_path / "cache"
@@ -187,9 +199,11 @@ def test_missing_or_short_committed_object_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_resume_removes_nothing_from_a_damaged_cache(tmp_path: Path) -> None:
-    """Damage outside the shards, or the manifest of before the seal, stops a resume before it drops or writes a file.
+    """Damage outside the shards, or the manifest of before the seal, stops a resume before it drops
+    or writes a file.
 
-    That manifest knows no commit record of a sealed cache: a resume that trusted it would delete every shard.
+    That manifest knows no commit record of a sealed cache: a resume that trusted it would delete
+    every shard.
     """
     plan = tiny_plan()
     root = tmp_path / "cache"
@@ -218,7 +232,9 @@ def test_a_resume_removes_nothing_from_a_damaged_cache(tmp_path: Path) -> None:
 
 
 def test_seal_refuses_samples_that_the_recipe_does_not_name(tmp_path: Path) -> None:
-    """An intact samples.parquet of other keys, in place of a half-done seal's, is never sealed with a fresh hash."""
+    """An intact samples.parquet of other keys, in place of a half-done seal's, is never sealed with
+    a fresh hash.
+    """
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     for data in plan.shards:
@@ -247,7 +263,9 @@ def test_commit_record_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_foreign_folder_is_refused(tmp_path: Path) -> None:
-    """A folder with anything that a cache does not have is refused untouched; leftovers of a begun cache pass."""
+    """A folder with anything that a cache does not have is refused untouched; leftovers of a begun
+    cache pass.
+    """
     (tmp_path / ".lock").touch()
     (tmp_path / ".tmp-data.zarr").mkdir()
     require_ours(tmp_path)
@@ -309,7 +327,9 @@ class FullFile:
 
 
 def test_full_disk_while_laying_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ENOSPC inside zarr-python, or in any later file of the layout, is DiskError too, and the next run starts anew."""
+    """ENOSPC inside zarr-python, or in any later file of the layout, is DiskError too, and the next
+    run starts anew.
+    """
     plan = tiny_plan()
 
     def replace_fails(source: object, target: object) -> None:
@@ -336,7 +356,9 @@ def test_full_disk_while_laying_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_full_disk_while_writing_a_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int
 ) -> None:
-    """ENOSPC at any file of a shard gives DiskError with advice, commits nothing, and the same writer can go on."""
+    """ENOSPC at any file of a shard gives DiskError with advice, commits nothing, and the same
+    writer can go on.
+    """
     plan = tiny_plan()
     writer = begin(tmp_path / "a", plan)
     writer.write_shard(plan.shards[0])
@@ -361,7 +383,9 @@ def test_full_disk_while_writing_a_shard(
 def test_full_disk_while_sealing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int
 ) -> None:
-    """ENOSPC at either index or the manifest leaves the cache unsealed with all records, and a resume seals it."""
+    """ENOSPC at either index or the manifest leaves the cache unsealed with all records, and a
+    resume seals it.
+    """
     plan = tiny_plan()
     writer = begin(tmp_path / "a", plan)
     for data in plan.shards:
@@ -378,7 +402,9 @@ def test_full_disk_while_sealing(
 
 
 def test_failing_disk_gives_other_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EIO is DiskError too, but does not ask for space; a failed fsync removes the file instead of trying again."""
+    """EIO is DiskError too, but does not ask for space; a failed fsync removes the file instead of
+    trying again.
+    """
     writer = begin(tmp_path, tiny_plan())
     with monkeypatch.context() as patch:
         patch.setattr(storage, "open", FullDisk(1, errno.EIO).open, raising=False)
@@ -403,7 +429,9 @@ def test_failing_disk_gives_other_advice(tmp_path: Path, monkeypatch: pytest.Mon
 def test_any_failing_fsync_or_rename_of_a_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """EIO at any fsync or rename is DiskError; what a resume makes of it, or the same writer, is exact."""
+    """EIO at any fsync or rename is DiskError; what a resume makes of it, or the same writer, is
+    exact.
+    """
     plan = tiny_plan()
     wanted = tree(write_cache(tmp_path / "undisturbed", plan))
     real = getattr(os, name)
@@ -445,7 +473,9 @@ def test_any_failing_fsync_or_rename_of_a_shard(
 def test_data_is_durable_before_its_commit_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each file is fsynced before its rename, and each folder after it, before the commit record is begun."""
+    """Each file is fsynced before its rename, and each folder after it, before the commit record is
+    begun.
+    """
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     events: list[tuple[str, str]] = []
@@ -493,7 +523,8 @@ with FolderLock(Path(sys.argv[1])):
 
 
 def test_lock_admits_one_and_dies_with_its_process(tmp_path: Path) -> None:
-    """A second holder gets CacheBusyError while the first lives; SIGKILL of the first frees the lock at once.
+    """A second holder gets CacheBusyError while the first lives; SIGKILL of the first frees the
+    lock at once.
 
     A child of the first that outlives it, and inherits what it may, does not keep it.
     """

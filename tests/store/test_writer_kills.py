@@ -1,4 +1,6 @@
-"""Kills and power cuts: wherever a writer stops, a resume ends in the bytes of a run that nobody disturbed."""
+"""Kills and power cuts: wherever a writer stops, a resume ends in the bytes of a run that nobody
+disturbed.
+"""
 
 import contextlib
 import hashlib
@@ -29,9 +31,11 @@ CRASHES = {
 
 
 def crashed_states(before: Tree, log: list[Operation]) -> dict[str, tuple[str, Tree]]:
-    """Return every different state that a crash after any prefix of a log leaves, with how it came about.
+    """Return every different state that a crash after any prefix of a log leaves, with how it came
+    about.
 
-    States that differ in nothing but what lies below .tmp-data.zarr count as few: the next run deletes it unread.
+    States that differ in nothing but what lies below .tmp-data.zarr count as few: the next run
+    deletes it unread.
     """
     disk = Disk(before)
     states = dict[str, tuple[str, Tree]]()
@@ -50,7 +54,9 @@ def crashed_states(before: Tree, log: list[Operation]) -> dict[str, tuple[str, T
 def assert_resumes(
     states: dict[str, tuple[str, Tree]], folder: Path, plan: Plan, wanted: Tree
 ) -> None:
-    """Check that a whole cache comes out of every state, and that verify calls none of them damaged."""
+    """Check that a whole cache comes out of every state, and that verify calls none of them
+    damaged.
+    """
     for number, (how, left) in enumerate(states.values()):
         root = lay_out(left, folder / f"{number:04}")
         if "manifest.json" in left:
@@ -66,7 +72,9 @@ def assert_resumes(
 def test_a_crash_after_any_operation_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From every prefix of the operation log of three shards, whatever no fsync kept lost or not, a resume is exact."""
+    """From every prefix of the operation log of three shards, whatever no fsync kept lost or not, a
+    resume is exact.
+    """
     plan = tiny_plan()
     root = tmp_path / "cache"
     root.mkdir()
@@ -81,7 +89,8 @@ def test_a_crash_after_any_operation_resumes_to_the_same_bytes(
     assert disk.left(writes=True, names=True) == wanted  # the log misses nothing
     states = crashed_states({}, log)
     begun = [left for _, left in states.values() if "manifest.json" in left]
-    # All phases are among the states: nothing yet, half a layout, some shards, all of them, half of the records gone.
+    # All phases are among the states: nothing yet, half a layout, some shards, all of them, half of
+    # the records gone.
     assert len(begun) > 60 and len(states) - len(begun) > 5
     assert {sum(path.startswith("commits/0") for path in left) for left in begun} == {0, 1, 2, 3}
     assert any(b'"sealed"' in (left["manifest.json"] or b"") for left in begun)
@@ -92,7 +101,9 @@ def test_a_crash_after_any_operation_resumes_to_the_same_bytes(
 def test_a_crash_without_any_fsync_would_be_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The simulation has teeth: without the fsyncs, power cuts leave committed shards that are not as written."""
+    """The simulation has teeth: without the fsyncs, power cuts leave committed shards that are not
+    as written.
+    """
     plan = tiny_plan()
     root = tmp_path / "cache"
     root.mkdir()
@@ -113,7 +124,9 @@ def test_a_crash_without_any_fsync_would_be_noticed(
 def test_a_second_crash_while_resuming_is_no_worse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A resume that is cut short itself, at any operation, leaves a state that the next resume finishes exactly."""
+    """A resume that is cut short itself, at any operation, leaves a state that the next resume
+    finishes exactly.
+    """
     plan = tiny_plan()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
@@ -160,9 +173,11 @@ for line in sys.stdin:
 
 
 def kill_and_resume(folder: Path, kills: int) -> None:
-    """Kill real torch-free writers at random moments, `kills` times; what is finished must be as if undisturbed.
+    """Kill real torch-free writers at random moments, `kills` times; what is finished must be as if
+    undisturbed.
 
-    One warm process forks them: each takes milliseconds, so that the moments fall into its work, not into imports.
+    One warm process forks them: each takes milliseconds, so that the moments fall into its work,
+    not into imports.
     """
     plan = tiny_plan()
     (folder / "plan.pickle").write_bytes(pickle.dumps(plan))

@@ -1,4 +1,6 @@
-"""Hand-made zstd frames against other decoders of zstd, and the kernel that reads them against the general way."""
+"""Hand-made zstd frames against other decoders of zstd, and the kernel that reads them against the
+general way.
+"""
 
 import os
 from pathlib import Path
@@ -48,7 +50,9 @@ def test_other_decoders_read_the_frames(length: int) -> None:
 
 
 def test_frames_are_no_larger_than_a_compressors() -> None:
-    """Random payloads, a tenth of their padded length, cost at most their own bytes and 20, and no more than zstd-1."""
+    """Random payloads, a tenth of their padded length, cost at most their own bytes and 20, and no
+    more than zstd-1.
+    """
     for size in (16, 300, 3000, 100_000):
         payload = random_payload(size)
         packed = pack_frame(payload, 10 * size)
@@ -57,7 +61,9 @@ def test_frames_are_no_larger_than_a_compressors() -> None:
 
 
 def test_what_compresses_is_compressed() -> None:
-    """A payload that a compressor makes smaller by over a sixteenth is left to it; another one is not."""
+    """A payload that a compressor makes smaller by over a sixteenth is left to it; another one is
+    not.
+    """
     text = b"features of a teacher; " * 100
     assert len(pack_frame(text, 4000)) < len(text) / 10
     almost = random_payload(970) + b"\1" * 30
@@ -68,7 +74,9 @@ def test_what_compresses_is_compressed() -> None:
 def gathered(
     tmp_path: Path, chunks: list[bytes], length: int
 ) -> tuple[list[bytes | None], np.ndarray]:
-    """Read chunks with the kernel; return the payload of each, None where it left the chunk to the general way."""
+    """Read chunks with the kernel; return the payload of each, None where it left the chunk to the
+    general way.
+    """
     from dtcache.store.read_kernel import gather
 
     path = tmp_path / "chunks"
@@ -95,7 +103,9 @@ def gathered(
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_kernel_reads_our_frames(tmp_path: Path, length: int) -> None:
-    """The kernel returns the payload of every frame of ours in one piece and writes nothing outside the chunks."""
+    """The kernel returns the payload of every frame of ours in one piece and writes nothing outside
+    the chunks.
+    """
     payloads = [random_payload(size) for size in payload_sizes(length)]
     packed = [pack_frame(payload, length) for payload in payloads]
     found, outside = gathered(tmp_path, [checked(p) for p in packed], length)
@@ -127,7 +137,9 @@ def test_the_kernel_takes_no_damaged_chunk(tmp_path: Path) -> None:
 
 
 def test_the_kernel_agrees_with_the_general_way_on_any_frame(tmp_path: Path) -> None:
-    """Frames with a right checksum and one changed byte: what the kernel takes, zstd decompresses to the same."""
+    """Frames with a right checksum and one changed byte: what the kernel takes, zstd decompresses
+    to the same.
+    """
     packed = pack_frame(random_payload(40), 96)
     frames = [
         packed[:k] + bytes([b]) + packed[k + 1 :]

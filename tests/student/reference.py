@@ -1,4 +1,6 @@
-"""The regressors written again in NumPy, float64, from the papers: no line of them is dtcache's or torch's."""
+"""The regressors written again in NumPy, float64, from the papers: no line of them is dtcache's or
+torch's.
+"""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,4 +1,6 @@
-"""Random augmentation: boxes and factors belong to (seed, step, row), and do to pixels what torchvision does."""
+"""Random augmentation: boxes and factors belong to (seed, step, row), and do to pixels what
+torchvision does.
+"""
 
 import math
 
@@ -24,7 +26,9 @@ ROWS = np.arange(5000)
 
 @pytest.mark.parametrize("areas", [(0.08, 1.0), (0.3, 0.5), (0.9, 1.0), (1.0, 1.0)])
 def test_boxes_lie_inside_and_have_the_areas_asked_for(areas: tuple[float, float]) -> None:
-    """Areas are uniform between the bounds, aspects within 3/4 and 4/3, all inside the view; all of it at 1."""
+    """Areas are uniform between the bounds, aspects within 3/4 and 4/3, all inside the view; all of
+    it at 1.
+    """
     left, top, right, bottom = random_boxes(sample_uniforms(0, 0, ROWS, 4), areas).T
     area = (right - left) * (bottom - top)
     aspect = (right - left) / (bottom - top)
@@ -39,7 +43,9 @@ def test_boxes_lie_inside_and_have_the_areas_asked_for(areas: tuple[float, float
 
 
 def test_the_whole_view_is_left_as_it_is() -> None:
-    """A box of everything on a map's own grid returns the map to the bit; one on pixel edges is a slice."""
+    """A box of everything on a map's own grid returns the map to the bit; one on pixel edges is a
+    slice.
+    """
     maps = torch.randn(2, 3, 6, 8)
     whole = torch.tensor([[0.0, 0, 1, 1]] * 2)
     part = torch.tensor([[0.25, 0.5, 0.75, 1.0]] * 2)
@@ -48,7 +54,9 @@ def test_the_whole_view_is_left_as_it_is() -> None:
 
 
 def test_image_and_features_show_the_same_place() -> None:
-    """A plane that is linear over the view, cropped on a fine and on a coarse grid, agrees with the box at both."""
+    """A plane that is linear over the view, cropped on a fine and on a coarse grid, agrees with the
+    box at both.
+    """
     box = (0.2, 0.35, 0.7, 0.8)
     for side in (64, 16):
         ramp = ((torch.arange(side) + 0.5) / side).expand(1, 1, side, side)
@@ -59,7 +67,9 @@ def test_image_and_features_show_the_same_place() -> None:
 
 
 def test_shrunk_images_are_averaged() -> None:
-    """A chequered image shown at a third of its size is grey, where single points would be black and white."""
+    """A chequered image shown at a third of its size is grey, where single points would be black
+    and white.
+    """
     image = ((torch.arange(24)[:, None] + torch.arange(24)) % 2 * 255).expand(1, 3, 24, 24)
     shown = crop_images(image.to(torch.uint8), torch.tensor([[0.0, 0, 1, 1]]), (8, 8))
     assert shown.shape == (1, 3, 8, 8)
@@ -76,7 +86,9 @@ def test_without_options_nothing_is_touched() -> None:
 
 
 def test_views_are_a_function_of_seed_step_and_row() -> None:
-    """A row is shown alike in any batch; another step, seed or row shows it otherwise; crops do not hang on jitter."""
+    """A row is shown alike in any batch; another step, seed or row shows it otherwise; crops do not
+    hang on jitter.
+    """
     images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).repeat(3, 1, 1, 1)
     augmentation = Augmentation(scale="0.3,1.0", color_jitter=1.0, seed=5)
     shown = augmentation.images(images, 7, np.array([4, 9, 2]), (16, 16))
@@ -95,7 +107,9 @@ def test_views_are_a_function_of_seed_step_and_row() -> None:
 
 
 def test_masks_are_cropped_with_their_images() -> None:
-    """A box that lies on cells is repeated exactly; on random boxes masks agree with cropped one-hot images."""
+    """A box that lies on cells is repeated exactly; on random boxes masks agree with cropped
+    one-hot images.
+    """
     masks = torch.randint(
         0, 9, (2, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -116,7 +130,9 @@ def test_masks_are_cropped_with_their_images() -> None:
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_jitter_is_torchvisions_an_image_at_a_time(strength: float) -> None:
-    """Batched, it does what torchvision's brightness, contrast, saturation, hue and grey do one after the other."""
+    """Batched, it does what torchvision's brightness, contrast, saturation, hue and grey do one
+    after the other.
+    """
     images = torch.rand(6, 3, 7, 5, generator=torch.Generator().manual_seed(0))
     uniforms = torch.rand(6, 6, generator=torch.Generator().manual_seed(1))
     uniforms[:, 0] = torch.tensor([0.1, 0.2, 0.79, 0.81, 0.3, 0.4])

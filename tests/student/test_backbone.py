@@ -68,7 +68,9 @@ def test_pyramid_has_the_channels_and_strides_that_it_announces(name: str) -> No
 
 @pytest.mark.parametrize("name", NAMES)
 def test_timm_reads_the_folder_back_exactly(name: str, tmp_path: Path) -> None:
-    """timm's local-dir gives the same weights and outputs, as a plain network and as a feature pyramid."""
+    """timm's local-dir gives the same weights and outputs, as a plain network and as a feature
+    pyramid.
+    """
     backbone = backbone_of(name)
     save_backbone(backbone, tmp_path, input_size=(64, 96), view=VIEW)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -89,7 +91,9 @@ def test_timm_reads_the_folder_back_exactly(name: str, tmp_path: Path) -> None:
 
 
 def test_timm_learns_how_to_normalise_and_resize(saved: Path) -> None:
-    """The folder's pretrained_cfg names the input size, mean and std trained with, and hides dtcache's own key."""
+    """The folder's pretrained_cfg names the input size, mean and std trained with, and hides
+    dtcache's own key.
+    """
     model = timm.create_model(f"local-dir:{saved}", pretrained=True, num_classes=0)
     data = timm.data.resolve_model_data_config(model)
     assert (tuple(data["input_size"]), data["crop_mode"]) == ((3, 48, 96), "squash")
@@ -116,7 +120,9 @@ def test_channels_last_and_training_weights_are_saved_too(tmp_path: Path) -> Non
 
 
 def test_random_weights_are_a_function_of_the_seed() -> None:
-    """One seed gives one network, another seed another, and the caller's random numbers are left alone."""
+    """One seed gives one network, another seed another, and the caller's random numbers are left
+    alone.
+    """
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -128,7 +134,8 @@ def test_random_weights_are_a_function_of_the_seed() -> None:
 
 
 def test_a_saved_folder_starts_another_backbone(saved: Path) -> None:
-    """load_backbone gives size, view, normalisation and weights back; init takes the folder for the same name only.
+    """load_backbone gives size, view, normalisation and weights back; init takes the folder for the
+    same name only.
 
     The caller's random numbers are left alone.
     """
@@ -153,7 +160,9 @@ def test_a_saved_folder_starts_another_backbone(saved: Path) -> None:
 
 
 def test_names_that_cannot_serve_are_refused_with_advice() -> None:
-    """A misspelt name gets suggestions, a wrong tag its name, a network without a pyramid an explanation."""
+    """A misspelt name gets suggestions, a wrong tag its name, a network without a pyramid an
+    explanation.
+    """
     with pytest.raises(
         ConfigError, match=r"resnet5O: timm .* has no network of this name; did you mean resnet5"
     ):
@@ -223,7 +232,9 @@ def test_a_doctored_configuration_is_refused(saved: Path, config: bytes, message
 
 
 def test_weights_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> None:
-    """Truncated, foreign and missing weights each stop the load; a pickle beside them is never opened."""
+    """Truncated, foreign and missing weights each stop the load; a pickle beside them is never
+    opened.
+    """
     weights = saved / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
@@ -259,7 +270,9 @@ def test_weights_that_are_not_finite_are_refused(saved: Path) -> None:
 def test_a_larger_network_than_its_file_takes_no_memory(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An architecture that the file is too small for is refused before it is made anywhere but on the meta device."""
+    """An architecture that the file is too small for is refused before it is made anywhere but on
+    the meta device.
+    """
     (saved / "config.json").write_bytes(_edited(architecture="resnet101"))
     create = timm.create_model
     devices = set()
@@ -281,7 +294,9 @@ def test_a_larger_network_than_its_file_takes_no_memory(
 def test_a_network_that_computes_while_it_is_built_loads(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Older versions of timm do, so that its size cannot be told beforehand; that is no reason to refuse it."""
+    """Older versions of timm do, so that its size cannot be told beforehand; that is no reason to
+    refuse it.
+    """
     create = timm.create_model
     numbers = []
 
@@ -311,7 +326,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(16, 24), (32, 48), (40, 33), (8, 10)])
 def test_student_input_resizes_as_pillow_does(size: tuple[int, int]) -> None:
-    """Enlarging is plain bilinear, shrinking antialiased, both as in Pillow's float images; then mean and std."""
+    """Enlarging is plain bilinear, shrinking antialiased, both as in Pillow's float images; then
+    mean and std.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 24), np.uint8)
     mean = (0.4, 0.5, 0.6)
     std = (0.2, 0.25, 0.5)
@@ -364,7 +381,8 @@ def test_batch_norm_statistics_are_averages_over_batches() -> None:
     np.testing.assert_allclose(
         net.first.running_var, np.mean([m.var(1, ddof=1) for m in maps], 0), rtol=1e-5
     )
-    # Normalised by the batch and with dropout off, the second norm sees zero mean and unit variance.
+    # Normalised by the batch and with dropout off, the second norm sees zero mean and unit
+    # variance.
     np.testing.assert_allclose(net.second.running_mean, 0, atol=1e-5)
     np.testing.assert_allclose(net.second.running_var, 1, atol=1e-2)
     assert (net.first.momentum, net.second.momentum) == (0.1, 0.3)
@@ -401,7 +419,9 @@ def test_a_network_without_batch_norm_draws_no_batch() -> None:
 
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050"])
 def test_synchronised_batch_norms_keep_weights_and_names(name: str) -> None:
-    """Each batch normalisation, timm's with an activation too, becomes one over all processes; the rest stays."""
+    """Each batch normalisation, timm's with an activation too, becomes one over all processes; the
+    rest stays.
+    """
     backbone = make_backbone(name, init=None, seed=0)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     parameters = [id(p) for p in backbone.parameters()]

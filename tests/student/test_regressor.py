@@ -33,7 +33,9 @@ def shaken(regressor: FeatureRegressor) -> FeatureRegressor:
 
 @pytest.mark.parametrize("kind", ["fpn", "fpn-attention", "pafpn", "fpn-ppm"])
 def test_every_kind_is_its_papers_formula(kind: str) -> None:
-    """Predictions equal a second implementation in NumPy, on an odd pyramid whose steps are not all 2."""
+    """Predictions equal a second implementation in NumPy, on an odd pyramid whose steps are not all
+    2.
+    """
     grids = ((9, 14), (5, 7), (3, 4))
     channels = (3, 4, 5)
     targets = {"fine": (2, 9, 14), "coarse": (3, 3, 4)}
@@ -52,7 +54,9 @@ def test_every_kind_is_its_papers_formula(kind: str) -> None:
 
 
 def test_the_default_regressor_stays_what_it_was() -> None:
-    """The names, order and random weights of fpn-ppm are those of the runs made before there were others."""
+    """The names, order and random weights of fpn-ppm are those of the runs made before there were
+    others.
+    """
     torch.manual_seed(0)
     regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 16, 16), "b": (3, 2, 2)}, 16)
     items = regressor.state_dict().items()
@@ -65,7 +69,9 @@ def test_the_default_regressor_stays_what_it_was() -> None:
 
 
 def test_attention_starts_as_the_identity_and_then_sees_the_whole_map() -> None:
-    """Wang et al. start the block's last normalisation at zero; with another value a corner reaches its opposite."""
+    """Wang et al. start the block's last normalisation at zero; with another value a corner reaches
+    its opposite.
+    """
     block = NonLocal(8).eval()
     x = torch.randn(1, 8, 5, 6)
     assert torch.equal(block(x), x)
@@ -76,7 +82,9 @@ def test_attention_starts_as_the_identity_and_then_sees_the_whole_map() -> None:
 
 
 def test_the_bottom_up_branch_starts_at_the_finest_level() -> None:
-    """PaFPN's coarse prediction changes with the finest map alone, which an FPN's does not; its finest level stays."""
+    """PaFPN's coarse prediction changes with the finest map alone, which an FPN's does not; its
+    finest level stays.
+    """
     targets = {"a": (5, 4, 4)}
     xs = maps()
     changed = maps()
@@ -116,7 +124,9 @@ def test_two_timesteps_of_one_tap_share_a_level_but_not_a_head() -> None:
 
 
 def test_a_coarser_tap_gets_an_extra_pooled_level() -> None:
-    """A 2x2 and a 1x1 tap under a 4x4 coarsest level are served by pooled levels of exactly their grids."""
+    """A 2x2 and a 1x1 tap under a 4x4 coarsest level are served by pooled levels of exactly their
+    grids.
+    """
     regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 2, 2), "b": (5, 1, 1)}, width=16)
     assert regressor.level_of == {"a": 4, "b": 5}
     assert regressor.resized == []
@@ -150,7 +160,9 @@ def test_the_pyramid_carries_the_coarsest_map_down() -> None:
 
 
 def test_the_top_down_path_is_the_fpns_sum() -> None:
-    """Level i is its lateral plus the level above, enlarged; checked by composing the modules by hand."""
+    """Level i is its lateral plus the level above, enlarged; checked by composing the modules by
+    hand.
+    """
     regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 16, 16)}, width=16).eval()
     xs = maps()
     level = regressor.pooling(xs[3])

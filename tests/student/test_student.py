@@ -28,7 +28,9 @@ FAMILIES = (
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_regresses_every_tap(name: str) -> None:
-    """Convolutional, NHWC and plain networks meet taps at strides 4 to 32 exactly, and the loss reaches their stems."""
+    """Convolutional, NHWC and plain networks meet taps at strides 4 to 32 exactly, and the loss
+    reaches their stems.
+    """
     student = build_student(name, TARGETS, VIEW, size=None, width=8)
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     assert student.input_size == (64, 96)
@@ -43,7 +45,9 @@ def test_every_family_regresses_every_tap(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
 def test_networks_of_one_size_are_built_for_the_students(name: str, tmp_path: object) -> None:
-    """Their folder says for which size: timm and dtcache read it back to the bit, without the pyramid's layers."""
+    """Their folder says for which size: timm and dtcache read it back to the bit, without the
+    pyramid's layers.
+    """
     student = build_student(name, TARGETS, VIEW, size=(32, 64), width=8)
     backbone = student.backbone.eval()
     save_backbone(backbone, tmp_path, input_size=student.input_size, view=VIEW)
@@ -75,7 +79,9 @@ def test_networks_of_one_size_are_built_for_the_students(name: str, tmp_path: ob
     "name", ["mobilenetv3_small_050", "test_efficientnet", "test_vit", "test_resnet"]
 )
 def test_pooled_features_end_where_training_does(name: str) -> None:
-    """They are the means of the coarsest map: no weight behind it, which no loss ever reached, can change them."""
+    """They are the means of the coarsest map: no weight behind it, which no loss ever reached, can
+    change them.
+    """
     backbone = make_backbone(name, init=None, seed=0, size=(64, 64)).eval()
     images = torch.randn(2, 3, 64, 64)
     backbone.train()
@@ -133,7 +139,8 @@ def test_any_module_that_returns_maps_is_a_student(strides: tuple[int, ...]) -> 
     [
         (
             Maps((8, 4)),
-            r"Maps: expected a list of maps .* each coarser .*got \[\(1, 6, 8, 12\), \(1, 6, 16, 24\)\]",
+            r"Maps: expected a list of maps .* each coarser .*got \[\(1, 6, 8, 12\), \(1, 6, 16, "
+            r"24\)\]",
         ),
         (Maps(()), r"Maps: expected a list of maps .* got list"),
         (nn.Conv2d(3, 4, 1), r"Conv2d: expected a list of maps .* got Tensor"),
@@ -150,7 +157,9 @@ def test_other_modules_are_refused(module: nn.Module, message: str) -> None:
 
 @pytest.mark.parametrize("strides", [(4, 8, 16), (16,)])
 def test_initial_weights_are_a_function_of_the_seed(strides: tuple[int, ...]) -> None:
-    """They are those that a generator of this seed gives, pyramid first; the caller's random numbers are left alone."""
+    """They are those that a generator of this seed gives, pyramid first; the caller's random
+    numbers are left alone.
+    """
     module = Maps(strides)
     torch.manual_seed(7)
     channels = [6] * len(strides)

@@ -28,7 +28,9 @@ class Pair(nn.Module):
 def test_the_documented_loop_trains_a_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loop over a cache with a module of one's own takes steps: weights move, and the loss is finite."""
+    """The loop over a cache with a module of one's own takes steps: weights move, and the loss is
+    finite.
+    """
     write_cache(tmp_path / "cats.cache", tiny_plan())
     monkeypatch.chdir(tmp_path)
     (block,) = (

@@ -1,7 +1,8 @@
 """A reference of OpenAI's guided-diffusion U-Net, written from its definition for these tests only.
 
-Parameters have the names of the published checkpoints, so that `state_dict()` is one. Checkpointing of activations and
-the half-precision torso, which change no result, are left out. N batch, C channels, T positions of a map.
+Parameters have the names of the published checkpoints, so that `state_dict()` is one. Checkpointing
+of activations and the half-precision torso, which change no result, are left out. N batch, C
+channels, T positions of a map.
 """
 
 import math
@@ -52,7 +53,9 @@ class Halve(nn.Module):
 
 
 class Residual(nn.Module):
-    """Norm, SiLU, [resample], conv; time embedding; norm, SiLU, conv. The shortcut is resampled too."""
+    """Norm, SiLU, [resample], conv; time embedding; norm, SiLU, conv. The shortcut is resampled
+    too.
+    """
 
     def __init__(
         self,
@@ -89,7 +92,9 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over a map's positions, in either of guided-diffusion's orders of the 3C rows of qkv."""
+    """Self-attention over a map's positions, in either of guided-diffusion's orders of the 3C rows
+    of qkv.
+    """
 
     def __init__(self, channels: int, heads: int, new_order: bool) -> None:
         super().__init__()
@@ -190,7 +195,9 @@ class GuidedUNet(nn.Module):
     def forward(
         self, x: Tensor, t_N: Tensor, label_N: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the output, and each decoder level's last feature before its upsampler, coarsest first."""
+        """Return the output, and each decoder level's last feature before its upsampler, coarsest
+        first.
+        """
         emb = self.time_embed(sinusoids(t_N, self.width).to(x.dtype))
         if label_N is not None:
             emb = emb + self.label_emb(label_N)
@@ -213,7 +220,9 @@ class GuidedUNet(nn.Module):
 
 
 def random_unet(seed: int = 0, **shape: object) -> GuidedUNet:
-    """A reference none of whose parameters is zero or one: the real initialisation hides every attention block."""
+    """A reference none of whose parameters is zero or one: the real initialisation hides every
+    attention block.
+    """
     unet = GuidedUNet(**shape).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -252,7 +261,9 @@ def published(name: str, width: int, **changes: object) -> dict[str, object]:
 
 
 def small(name: str, **changes: object) -> dict[str, object]:
-    """The same shape with few channels. At 512 px the timesteps need the full base width, so that levels shrink."""
+    """The same shape with few channels. At 512 px the timesteps need the full base width, so that
+    levels shrink.
+    """
     if name == "adm-512":
         return published(
             name, 256, mult=(0.5, *[0.125] * 3, *[0.25] * 3), head_channels=16, **changes

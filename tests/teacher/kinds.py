@@ -1,4 +1,6 @@
-"""Small teachers of every kind, made and written with diffusers alone; each writer returns the modules it wrote."""
+"""Small teachers of every kind, made and written with diffusers alone; each writer returns the
+modules it wrote.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -30,7 +32,9 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def save_stable_diffusion(
     root: Path, **unet_options: Any
 ) -> tuple[UNet2DConditionModel, AutoencoderKL]:
-    """Write a text-conditioned latent teacher of 32 px: latent stride 4, U-Net strides 1, 2 and 4; no text encoder."""
+    """Write a text-conditioned latent teacher of 32 px: latent stride 4, U-Net strides 1, 2 and 4;
+    no text encoder.
+    """
     torch.manual_seed(1)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -69,7 +73,9 @@ def save_kl(folder: Path) -> AutoencoderKL:
 
 
 def save_ldm(root: Path) -> tuple[UNet2DModel, VQModel]:
-    """Write an unconditional latent teacher of 32 px on a VQ autoencoder of stride 2, with its channels apart."""
+    """Write an unconditional latent teacher of 32 px on a VQ autoencoder of stride 2, with its
+    channels apart.
+    """
     torch.manual_seed(3)
     unet = UNet2DModel(
         sample_size=16,
@@ -138,7 +144,9 @@ def save_class_unet(root: Path, classes: int = 8) -> UNet2DModel:
 def hooked_unet(
     unet: Any, strides: Sequence[int], *inputs: torch.Tensor, **told: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Run a whole U-Net; return the maps by name, coarsest level first in `strides`, where its upsamplers read them."""
+    """Run a whole U-Net; return the maps by name, coarsest level first in `strides`, where its
+    upsamplers read them.
+    """
     seen: dict[str, torch.Tensor] = {}
     for stride, block in zip(strides, unet.up_blocks, strict=True):
         if block.upsamplers:

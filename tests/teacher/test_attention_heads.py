@@ -1,4 +1,6 @@
-"""Heads of another width on each level: computed right, stored loudly, refused where they do not fit."""
+"""Heads of another width on each level: computed right, stored loudly, refused where they do not
+fit.
+"""
 
 from pathlib import Path
 
@@ -22,7 +24,9 @@ def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_directory_loads_and_computes_what_the_reference_does(four_heads: Path) -> None:
-    """from_pretrained with the stand-in, then the listed heads: the reference's output, and the list in the config."""
+    """from_pretrained with the stand-in, then the listed heads: the reference's output, and the
+    list in the config.
+    """
     config = UNet2DModel.load_config(str(four_heads))
     assert config["attention_head_dim"] == [32, 32, 16, 24, 32]
     unet = UNet2DModel.from_pretrained(str(four_heads), **stand_in(config))

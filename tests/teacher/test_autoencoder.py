@@ -1,4 +1,6 @@
-"""Latent teachers: what an image becomes before it is noised, and that the taps are those of diffusers' own models."""
+"""Latent teachers: what an image becomes before it is noised, and that the taps are those of
+diffusers' own models.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +72,9 @@ def pixels() -> torch.Tensor:
 
 
 def test_stable_diffusion_taps_are_those_of_diffusers(tmp_path: Path) -> None:
-    """Loaded from disk they equal hooks on the whole model in memory: mode, scale, noise, prompt; view strides."""
+    """Loaded from disk they equal hooks on the whole model in memory: mode, scale, noise, prompt;
+    view strides.
+    """
     unet, vae = save_stable_diffusion(tmp_path)
     teacher = prepared(load_teacher(str(tmp_path), stored=STORED), 150)
     assert [(t.name, t.stride, t.channels, t.height) for t in teacher.spec.taps] == [
@@ -106,7 +110,9 @@ def test_stable_diffusion_taps_are_those_of_diffusers(tmp_path: Path) -> None:
 
 
 def test_taps_are_found_without_arithmetic() -> None:
-    """Stable Diffusion 1.x at its full size, without any weights, has the strides and channels it is known for."""
+    """Stable Diffusion 1.x at its full size, without any weights, has the strides and channels it
+    is known for.
+    """
     with torch.device("meta"):
         denoiser = UNetDenoiser(
             UNet2DConditionModel(sample_size=64, cross_attention_dim=768), torch.zeros(77, 768)
@@ -121,7 +127,9 @@ def test_taps_are_found_without_arithmetic() -> None:
 
 
 def test_unconditional_latent_taps_are_those_of_diffusers(tmp_path: Path) -> None:
-    """The VQ encoder's output before the codebook, times the scale that its configuration states, is what is noised."""
+    """The VQ encoder's output before the codebook, times the scale that its configuration states,
+    is what is noised.
+    """
     unet, vae = save_ldm(tmp_path)
     edit(tmp_path / "vqvae" / "config.json", lambda c: c.update(scaling_factor=0.5))
     teacher = prepared(load_teacher(str(tmp_path)), 50)
@@ -135,7 +143,9 @@ def test_unconditional_latent_taps_are_those_of_diffusers(tmp_path: Path) -> Non
 
 
 def test_a_vq_model_that_states_no_scale_has_none(tmp_path: Path) -> None:
-    """As CompVis trained it; an AutoencoderKL that states none has Stable Diffusion's. The hash tells scales apart."""
+    """As CompVis trained it; an AutoencoderKL that states none has Stable Diffusion's. The hash
+    tells scales apart.
+    """
     save_ldm(tmp_path / "ldm")
     config = tmp_path / "ldm" / "vqvae" / "config.json"
     hashes = set()
@@ -230,7 +240,9 @@ def test_the_weights_hash_covers_every_part(tmp_path: Path) -> None:
 
 
 def test_sharded_weights_are_the_same_network(tmp_path: Path) -> None:
-    """A network whose weights lie in several files gives the same features; each file counts in the hash."""
+    """A network whose weights lie in several files gives the same features; each file counts in the
+    hash.
+    """
     unet, _ = save_ldm(tmp_path / "one")
     whole = load_teacher(str(tmp_path / "one"))
     save_ldm(tmp_path / "many")
@@ -316,7 +328,8 @@ def other_text_width(root: Path) -> None:
         (worded_scale, "expected scaling_factor to be a number, got 'big'"),
         (
             inpainting,
-            "expected in_channels=4, the channels of the autoencoder's latents, got 9; use a model that reads no masks",
+            "expected in_channels=4, the channels of the autoencoder's latents, got 9; use a model "
+            "that reads no masks",
         ),
         (
             no_autoencoder,
@@ -373,7 +386,9 @@ def test_what_it_predicts_is_read(tmp_path: Path) -> None:
 
 
 def test_bfloat16_latents_lie_close(tmp_path: Path) -> None:
-    """The autoencoder runs in the network's precision: its error is far under the noise at the paper's timesteps."""
+    """The autoencoder runs in the network's precision: its error is far under the noise at the
+    paper's timesteps.
+    """
     save_stable_diffusion(tmp_path)
     loaded = load_teacher(str(tmp_path), stored=STORED)
     assert loaded.latents is not None

@@ -46,7 +46,9 @@ PROMPT = Prompt(text="a cat", embedding_LD=np.ones((2, 3), np.float32))
 def test_conditions(
     denoiser: Fake, prompt: Prompt | None, asked: str | None, chosen: ConditionSpec | None
 ) -> None:
-    """Null by default where it exists, else what is asked for; a prompt where the teacher reads text."""
+    """Null by default where it exists, else what is asked for; a prompt where the teacher reads
+    text.
+    """
     assert choose_condition(denoiser, prompt, asked) == chosen  # type: ignore[arg-type]
 
 

@@ -21,7 +21,9 @@ SPREAD = 0.5
 
 
 def gaussian_denoiser(prediction: str, *, learned_variance: bool = False):
-    """The best denoiser of images N(0, SPREAD^2 I) has a closed form: E[noise | x_t] is a multiple of x_t."""
+    """The best denoiser of images N(0, SPREAD^2 I) has a closed form: E[noise | x_t] is a multiple
+    of x_t.
+    """
 
     def predict(x_BCHW: torch.Tensor, t_B: torch.Tensor, labels_B: None) -> torch.Tensor:
         a = ALPHA_BARS[t_B].to(x_BCHW)[:, None, None, None]
@@ -45,7 +47,9 @@ def images() -> torch.Tensor:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_step_is_diffusers_step(prediction: str) -> None:
-    """Each prediction type gives what DDIMInverseScheduler gives on its own grid, with clipping off."""
+    """Each prediction type gives what DDIMInverseScheduler gives on its own grid, with clipping
+    off.
+    """
     oracle = DDIMInverseScheduler(prediction_type=prediction, clip_sample=False)
     oracle.set_timesteps(100)
     x_BCHW, output_BCHW = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -60,8 +64,9 @@ def test_a_step_is_diffusers_step(prediction: str) -> None:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("learned_variance", [False, True])
 def test_gaussian_images_flow_as_the_ode_says(prediction: str, learned_variance: bool) -> None:
-    """With the best denoiser the probability flow keeps each image's place among its like: x_T = x_0 times the ratio of
-    the standard deviations. Learned variances, further channels, change nothing.
+    """With the best denoiser the probability flow keeps each image's place among its like: x_T =
+    x_0 times the ratio of the standard deviations. Learned variances, further channels, change
+    nothing.
     """
     predictor = gaussian_denoiser(prediction, learned_variance=learned_variance)
     found, t_B, _ = Inversion(predictor, ALPHA_BARS, prediction, 400).inputs(
@@ -135,8 +140,8 @@ def inverting(teacher_dir: Path) -> Teacher:
 def test_features_are_those_of_the_image_that_diffusers_inverts(
     inverting: Teacher, teacher_dir: Path
 ) -> None:
-    """The whole stage, batch padding included, against diffusers' own inversion of the whole network and a hook; and
-    the round trip against diffusers' own way back.
+    """The whole stage, batch padding included, against diffusers' own inversion of the whole
+    network and a hook; and the round trip against diffusers' own way back.
     """
     unet = load_teacher(str(teacher_dir)).denoiser.unet
     up = DDIMInverseScheduler(clip_sample=False)

@@ -1,4 +1,6 @@
-"""Diffusion transformers: a block is a tap, tokens lie where their patches do, and nothing after the last tap runs."""
+"""Diffusion transformers: a block is a tap, tokens lie where their patches do, and nothing after
+the last tap runs.
+"""
 
 from pathlib import Path
 
@@ -145,7 +147,9 @@ def test_a_block_that_is_not_offered_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_older_class_name_is_the_same_network(tmp_path: Path) -> None:
-    """A DiT that diffusers saved as Transformer2DModel loads; a Transformer2DModel that is none is refused."""
+    """A DiT that diffusers saved as Transformer2DModel loads; a Transformer2DModel that is none is
+    refused.
+    """
     save_dit(tmp_path)
     wanted = prepared(tmp_path, ("block5",), "null")
     config = tmp_path / "transformer" / "config.json"

@@ -29,7 +29,9 @@ def edit(path: Path, change: Callable[[dict], None]) -> None:
 
 
 def test_both_layouts_load_the_same_network(teacher_dir: Path, tmp_path: Path) -> None:
-    """The flat google/ddpm-* layout and the sub-folder layout give equal weights, schedule and hashes."""
+    """The flat google/ddpm-* layout and the sub-folder layout give equal weights, schedule and
+    hashes.
+    """
     shutil.copy(teacher_dir / "unet" / "config.json", tmp_path)
     shutil.copy(teacher_dir / "unet" / WEIGHTS, tmp_path)
     shutil.copy(teacher_dir / "scheduler" / "scheduler_config.json", tmp_path)
@@ -47,7 +49,9 @@ def test_both_layouts_load_the_same_network(teacher_dir: Path, tmp_path: Path) -
 
 
 def test_the_weights_are_the_files(teacher_dir: Path) -> None:
-    """Every tensor of the file is in the network, bit for bit, and the network is frozen in evaluation mode."""
+    """Every tensor of the file is in the network, bit for bit, and the network is frozen in
+    evaluation mode.
+    """
     loaded = load_teacher(str(teacher_dir))
     state = loaded.denoiser.unet.state_dict()
     for name, tensor in load_file(teacher_dir / "unet" / WEIGHTS).items():
@@ -57,7 +61,9 @@ def test_the_weights_are_the_files(teacher_dir: Path) -> None:
 
 
 def test_the_schedule_is_the_ddpm_formula(teacher_dir: Path) -> None:
-    """alpha_bar_t is the product of 1 - beta over Ho et al.'s linear betas, whatever sampler the file names."""
+    """alpha_bar_t is the product of 1 - beta over Ho et al.'s linear betas, whatever sampler the
+    file names.
+    """
     expected = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     torch.testing.assert_close(
         load_teacher(str(teacher_dir)).alpha_bars.double(), expected, rtol=1e-4, atol=1e-6
@@ -182,11 +188,13 @@ def huge_config(root: Path) -> None:
         (add_a_tensor, "1 unexpected_keys, such as extra.weight"),
         (
             other_class,
-            "expected _class_name UNet2DModel or .*, got 'UNet1DModel'; dtcache does not support this kind of",
+            "expected _class_name UNet2DModel or .*, got 'UNet1DModel'; dtcache does not support "
+            "this kind of",
         ),
         (
             other_condition,
-            "expected no class_embed_type, got 'timestep', a condition that dtcache does not support",
+            "expected no class_embed_type, got 'timestep', a condition that dtcache does not "
+            "support",
         ),
         (
             latent_without_autoencoder,

@@ -90,8 +90,8 @@ def test_a_plain_network_sees_the_pixels() -> None:
 
 
 def test_prepare_is_called_with_pixels_noise_and_timestep() -> None:
-    """Pixels are fp32 in [-1, 1], noise is the samples' own, the timestep an int; both are padded with zeros; what it
-    returns are the module's arguments.
+    """Pixels are fp32 in [-1, 1], noise is the samples' own, the timestep an int; both are padded
+    with zeros; what it returns are the module's arguments.
     """
     calls = []
 
@@ -130,7 +130,9 @@ def test_prepare_is_called_with_pixels_noise_and_timestep() -> None:
 def test_a_diffusion_network_of_ones_own_gives_the_features_of_the_built_in_way(
     teacher_dir: Path,
 ) -> None:
-    """A U-Net wrapped by hand, with the paper's noising in prepare, agrees bit for bit with the loaded directory."""
+    """A U-Net wrapped by hand, with the paper's noising in prepare, agrees bit for bit with the
+    loaded directory.
+    """
     loaded = load_teacher(str(teacher_dir))
     view = ViewSpec(height=32, width=32)
     settings = TeacherSettings(view=view, taps=("stride1",), timesteps=(150,), batch_size=2)
@@ -197,7 +199,8 @@ def failing(pixels_BCHW: Tensor, noise_BCHW: Tensor, timestep: int) -> Tensor:
     [
         (
             {"taps": {"stride4": "first"}},
-            r"tap stride4 at 'first': expected 4x6 values of a 16x24 view, got 8x12 \(6 channels\); correct its stride",
+            r"tap stride4 at 'first': expected 4x6 values of a 16x24 view, got 8x12 \(6 "
+            r"channels\); correct its stride",
         ),
         (
             {"taps": {"stride4": "level"}},
@@ -213,7 +216,8 @@ def failing(pixels_BCHW: Tensor, noise_BCHW: Tensor, timestep: int) -> Tensor:
         ),
         (
             {"prepare": failing},
-            r"Pyramid: its dry run on a 16x24 view failed \(RuntimeError: no such luck\); check that `prepare` returns",
+            r"Pyramid: its dry run on a 16x24 view failed \(RuntimeError: no such luck\); check "
+            r"that `prepare` returns",
         ),
     ],
 )

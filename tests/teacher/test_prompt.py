@@ -1,4 +1,6 @@
-"""The prompt's embedding: what Stable Diffusion's own text encoder makes of it, and nothing that is not its."""
+"""The prompt's embedding: what Stable Diffusion's own text encoder makes of it, and nothing that is
+not its.
+"""
 
 import json
 import sys
@@ -26,7 +28,9 @@ VOCABULARY = {
 
 
 def save_text_encoder(root: Path) -> Any:
-    """Write a small CLIP text encoder and its tokenizer as Stable Diffusion brings them; return the encoder."""
+    """Write a small CLIP text encoder and its tokenizer as Stable Diffusion brings them; return the
+    encoder.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
     from transformers.utils.logging import disable_progress_bar
 
@@ -79,7 +83,9 @@ def test_the_embedding_is_the_text_encoders(
 
 
 def test_weights_of_stable_diffusions_age_load(text: Any, tmp_path: Path) -> None:
-    """Keys under text_model., and the position numbers that older libraries saved, are the same encoder."""
+    """Keys under text_model., and the position numbers that older libraries saved, are the same
+    encoder.
+    """
     wanted = embed_prompt(tmp_path, "cat")
     path = tmp_path / "text_encoder" / TEXT_WEIGHTS
     old = {
@@ -92,7 +98,9 @@ def test_weights_of_stable_diffusions_age_load(text: Any, tmp_path: Path) -> Non
 
 
 def test_the_prompt_is_embedded_where_the_teacher_is_loaded(text: Any, tmp_path: Path) -> None:
-    """The empty prompt by default; a stored embedding is taken where it is of the same text, and only there."""
+    """The empty prompt by default; a stored embedding is taken where it is of the same text, and
+    only there.
+    """
     save_stable_diffusion(tmp_path)
     empty, cat = (load_teacher(str(tmp_path), prompt=prompt).prompt for prompt in (None, "cat"))
     assert empty is not None
@@ -146,7 +154,8 @@ def long_tokenizer(root: Path) -> None:
         (other_class, r"expected architectures \[CLIPTextModel\], got \['T5EncoderModel'\]"),
         (
             no_weights,
-            r"expected model\.safetensors, got only pickled weights \(pytorch_model\.bin\), which dtcache never loads",
+            r"expected model\.safetensors, got only pickled weights \(pytorch_model\.bin\), which "
+            r"dtcache never loads",
         ),
         (
             fewer_weights,
@@ -154,7 +163,8 @@ def long_tokenizer(root: Path) -> None:
         ),
         (
             no_tokenizer,
-            r"tokenizer: the tokenizer is missing; expected tokenizer\.json, or vocab\.json and merges\.txt",
+            r"tokenizer: the tokenizer is missing; expected tokenizer\.json, or vocab\.json and "
+            r"merges\.txt",
         ),
         (broken_tokenizer, r"tokenizer: transformers cannot use this tokenizer \("),
         (huge_tokenizer, r"merges\.txt: expected at most 16777216 bytes, got 16777217"),

@@ -94,7 +94,9 @@ def test_a_stride_that_is_not_offered_is_refused() -> None:
 
 @pytest.mark.parametrize("blocks", [(0,), (0, 1), (1, 2), (0, 1, 2, 3)])
 def test_truncation_changes_no_bit(blocks: tuple[int, ...]) -> None:
-    """The taps of the cut network equal those of the whole one, recorded where the upsamplers read them."""
+    """The taps of the cut network equal those of the whole one, recorded where the upsamplers read
+    them.
+    """
 
     def network() -> torch.nn.Module:
         torch.manual_seed(0)
@@ -129,7 +131,9 @@ def test_truncation_drops_the_layers_after_the_last_tap() -> None:
 
 
 def test_features_do_not_depend_on_the_rest_of_the_batch(teacher_dir: Path) -> None:
-    """A short batch is padded to the recipe's shape: a sample's features are the same alone and in company."""
+    """A short batch is padded to the recipe's shape: a sample's features are the same alone and in
+    company.
+    """
     view = ViewSpec(height=32, width=32)
     teacher = prepare_teacher(
         load_teacher(str(teacher_dir)),
@@ -241,7 +245,9 @@ def test_every_kind_runs_in_bfloat16(
 def test_one_graph_is_compiled_for_whole_views(
     teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compiled teacher says so, gives the same features, and compiles nothing more for other shapes."""
+    """A compiled teacher says so, gives the same features, and compiles nothing more for other
+    shapes.
+    """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     loaded = load_teacher(str(teacher_dir))
     view = ViewSpec(height=32, width=32)

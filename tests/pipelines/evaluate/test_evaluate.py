@@ -1,4 +1,6 @@
-"""Evaluation: the probes against scikit-learn, the splits, and the features of backbones, caches and pixels."""
+"""Evaluation: the probes against scikit-learn, the splits, and the features of backbones, caches
+and pixels.
+"""
 
 import io
 import json
@@ -92,7 +94,9 @@ def options_for(root: Path, **changes: object) -> EvaluateOptions:
     ("classes", "k", "spread"), [(2, 1, 1.0), (2, 5, 1.0), (2, 21, 1.0), (4, 20, 0.05)]
 )
 def test_knn_agrees_with_scikit_learn(classes: int, k: int, spread: float) -> None:
-    """Odd k of two random classes cannot tie, separable classes do not: both agree with cosine KNeighborsClassifier."""
+    """Odd k of two random classes cannot tie, separable classes do not: both agree with cosine
+    KNeighborsClassifier.
+    """
     rng = np.random.default_rng(k)
     centres = rng.standard_normal((classes, 12))
     labels = rng.integers(0, classes, 400)
@@ -106,7 +110,9 @@ def test_knn_agrees_with_scikit_learn(classes: int, k: int, spread: float) -> No
 
 
 def test_knn_gives_ties_to_the_nearer_and_majority_to_the_more() -> None:
-    """Two against two goes to the nearest neighbour's class; three votes far away beat two close by."""
+    """Two against two goes to the nearest neighbour's class; three votes far away beat two close
+    by.
+    """
     angles = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
     train = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32) * [
         [1],
@@ -125,7 +131,9 @@ def test_knn_gives_ties_to_the_nearer_and_majority_to_the_more() -> None:
 
 
 def test_linear_probe_chooses_c_on_the_last_tenth_and_refits_on_all() -> None:
-    """Predictions are those of a plain standardised LogisticRegression at the C that does best on the last tenth."""
+    """Predictions are those of a plain standardised LogisticRegression at the C that does best on
+    the last tenth.
+    """
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 200)
     test_labels = rng.integers(0, 3, 300)
@@ -161,7 +169,9 @@ def test_linear_probe_needs_two_classes() -> None:
 
 
 def test_splits_depend_on_keys_options_and_seed_alone(shelf: Path) -> None:
-    """Splits repeat, limits take a prefix, another seed takes other images; the held-out fifth is disjoint."""
+    """Splits repeat, limits take a prefix, another seed takes other images; the held-out fifth is
+    disjoint.
+    """
     train, test = split_labelled(options_for(shelf))
     assert sorted(train.indices) == list(range(40))
     assert sorted(test.indices) == list(range(12))
@@ -182,7 +192,9 @@ def test_without_test_images_a_fifth_is_held_out(
 
 
 def test_images_without_labels_are_refused(shelf: Path, tmp_path: Path) -> None:
-    """A flat folder, Parquet with a missing label and another set of classes each stop the evaluation."""
+    """A flat folder, Parquet with a missing label and another set of classes each stop the
+    evaluation.
+    """
     with pytest.raises(
         ImagesError, match=r"red: expected a label for every image.*one sub-folder per class"
     ):
@@ -263,7 +275,9 @@ def test_pixels_are_the_views_pixels(shelf: Path) -> None:
 
 
 def test_a_backbone_folder_is_probed_as_timm_would_run_it(shelf: Path, tmp_path: Path) -> None:
-    """Features equal those of timm's own local-dir model on the recorded view, resized to the recorded size."""
+    """Features equal those of timm's own local-dir model on the recorded view, resized to the
+    recorded size.
+    """
     backbone = make_backbone("resnet10t", init=None, seed=0)
     backbone.train().pooled(torch.randn(8, 3, 32, 32))
     save_backbone(
@@ -290,7 +304,9 @@ def test_a_backbone_folder_is_probed_as_timm_would_run_it(shelf: Path, tmp_path:
 
 
 def test_random_networks_are_calibrated_and_trained_ones_are_not(shelf: Path) -> None:
-    """A timm name's norms, all fresh, see the training images; once they have, another look changes nothing."""
+    """A timm name's norms, all fresh, see the training images; once they have, another look changes
+    nothing.
+    """
     train, test = split_labelled(options_for(shelf))
     backbone = make_backbone("resnet10t", init=None, seed=0)
     extractor = NetworkFeatures(backbone, ViewSpec(height=16, width=16), (32, 32), 16, CPU)
@@ -307,7 +323,9 @@ def test_random_networks_are_calibrated_and_trained_ones_are_not(shelf: Path) ->
 
 
 def test_a_timm_name_repeats_and_takes_a_size(shelf: Path) -> None:
-    """The same name, seed and size give the same results; the row carries the network's name and width."""
+    """The same name, seed and size give the same results; the row carries the network's name and
+    width.
+    """
     first = classify("resnet10t", options_for(shelf, size="32"))
     assert first == classify("resnet10t", options_for(shelf, size="32"))
     (row,) = first.rows
@@ -331,7 +349,9 @@ def test_models_of_no_kind_are_refused_with_a_hint(shelf: Path, tmp_path: Path) 
 
 
 def test_cached_taps_are_means_of_decoded_features(shelf: Path) -> None:
-    """Rows are found by content; features are the spatial means of view 0, each tap and all side by side."""
+    """Rows are found by content; features are the spatial means of view 0, each tap and all side by
+    side.
+    """
     cache = Cache(shelf / "cache")
     extractor = CacheFeatures(cache, None, CPU)
     source = FolderSource(shelf / "train")
@@ -349,7 +369,9 @@ def test_cached_taps_are_means_of_decoded_features(shelf: Path) -> None:
 
 
 def test_the_teacher_recomputes_what_the_cache_holds(shelf: Path) -> None:
-    """Features of an image that is not in the cache are what extract would have cached for it under its key."""
+    """Features of an image that is not in the cache are what extract would have cached for it under
+    its key.
+    """
     train, _ = split_labelled(options_for(shelf, limit_train=13))
     cached, _ = pooled_features(CacheFeatures(Cache(shelf / "cache"), None, CPU), train, 13)
     blind = CacheFeatures(Cache(shelf / "cache"), str(shelf / "teacher"), CPU)
@@ -360,7 +382,8 @@ def test_the_teacher_recomputes_what_the_cache_holds(shelf: Path) -> None:
     )
     other, _ = pooled_features(blind, renamed, 13)
     for name in cached:
-        # Batches were made up differently, so that a coefficient at a rounding edge may fall to the other side.
+        # Batches were made up differently, so that a coefficient at a rounding edge may fall to the
+        # other side.
         scale = np.abs(cached[name]).mean()
         assert np.abs(fresh[name] - cached[name]).mean() < 0.01 * scale
         assert np.abs(other[name] - cached[name]).mean() > 0.01 * scale
@@ -379,7 +402,9 @@ class _Renamed(FolderSource):
 
 
 def test_a_cache_is_probed_tap_by_tap(shelf: Path) -> None:
-    """With the teacher, test images outside the cache are served, and every tap and their union has a row."""
+    """With the teacher, test images outside the cache are served, and every tap and their union has
+    a row.
+    """
     results = classify(str(shelf / "cache"), options_for(shelf, teacher=str(shelf / "teacher")))
     assert [(r.name, r.feature_dim) for r in results.rows] == [
         ("t50/stride2", 16),
@@ -392,7 +417,9 @@ def test_a_cache_is_probed_tap_by_tap(shelf: Path) -> None:
 
 
 def test_images_outside_the_cache_need_the_teacher(shelf: Path, tmp_path: Path) -> None:
-    """Without a teacher the missing images are counted; another teacher is refused with both hashes."""
+    """Without a teacher the missing images are counted; another teacher is refused with both
+    hashes.
+    """
     with pytest.raises(
         ConfigError,
         match=r"cache: 12 of 52 images are not in the cache; pass the cache's `teacher`",
@@ -470,7 +497,9 @@ def test_json_puts_the_best_single_row_on_top() -> None:
 
 
 def test_stdout_is_json_and_nothing_else(shelf: Path) -> None:
-    """With --json stdout parses as JSON, notes go to stderr; without it stdout is a table; --train is asked for."""
+    """With --json stdout parses as JSON, notes go to stderr; without it stdout is a table; --train
+    is asked for.
+    """
     flags = [
         "evaluate",
         "pixels",

@@ -1,4 +1,6 @@
-"""Segmentation: heads and recipe on images whose colour tells the class, masks and options that do not serve."""
+"""Segmentation: heads and recipe on images whose colour tells the class, masks and options that do
+not serve.
+"""
 
 import io
 import json
@@ -35,7 +37,9 @@ TINY = "test_resnet"
 
 
 def write_set(root: Path, count: int, *, seed: int, names: tuple[str, ...] = NAMES) -> None:
-    """Write noisy images of four 16 px tiles, each of one of three colours, and masks that tell the colours."""
+    """Write noisy images of four 16 px tiles, each of one of three colours, and masks that tell the
+    colours.
+    """
     rng = np.random.default_rng(seed)
     for kind in ("images", "masks"):
         (root / kind).mkdir(parents=True)
@@ -98,7 +102,9 @@ def test_the_linear_head_is_a_convolution_of_the_enlarged_and_concatenated_maps(
 
 
 def test_the_fpn_head_reads_four_maps_or_makes_them_of_one() -> None:
-    """Scores lie on the finest of four grids; a plain ViT's one map is made into four; other grids are refused."""
+    """Scores lie on the finest of four grids; a plain ViT's one map is made into four; other grids
+    are refused.
+    """
     pytest.importorskip("segmentation_models_pytorch")
     shapes = [(8, 16, 16), (16, 8, 8), (16, 4, 4), (32, 2, 2)]
     assert FpnHead(shapes, 5, (64, 64))([torch.randn(2, *s) for s in shapes]).shape == (
@@ -125,7 +131,9 @@ def test_the_fpn_head_names_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPa
 
 
 def test_colours_are_told_apart_by_a_frozen_random_network(shelf: Path) -> None:
-    """Where colour alone is the class a linear head on random features finds it, the same way each time."""
+    """Where colour alone is the class a linear head on random features finds it, the same way each
+    time.
+    """
     result = evaluate(TINY, options_for(shelf))
     assert isinstance(result, SegmentationResult)
     assert result.miou > 80 and result.pixel_accuracy > 90
@@ -145,7 +153,9 @@ def test_colours_are_told_apart_by_a_frozen_random_network(shelf: Path) -> None:
 
 @pytest.mark.parametrize("head", ["linear", "fpn"])
 def test_finetuning_trains_the_backbone(shelf: Path, head: str, tmp_path: Path) -> None:
-    """From the same weights, cropped and jittered, colours are learnt; the folder's weights stay as they were."""
+    """From the same weights, cropped and jittered, colours are learnt; the folder's weights stay as
+    they were.
+    """
     if head == "fpn":
         pytest.importorskip("segmentation_models_pytorch")
     backbone = make_backbone(TINY, init=None, seed=0)
@@ -163,7 +173,9 @@ def test_finetuning_trains_the_backbone(shelf: Path, head: str, tmp_path: Path) 
 
 
 def test_a_cache_of_a_teacher_is_judged_by_its_taps(tmp_path: Path) -> None:
-    """All taps of a cache are a row, from the cache for what it holds and by the teacher for the rest."""
+    """All taps of a cache are a row, from the cache for what it holds and by the teacher for the
+    rest.
+    """
     write_set(tmp_path / "train", 12, seed=1)
     write_set(tmp_path / "test", 4, seed=2)
     torch.manual_seed(0)
@@ -217,7 +229,9 @@ def test_a_mirrored_image_has_the_maps_of_its_mirrored_view(shelf: Path) -> None
 def test_images_without_masks_are_left_out(
     shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Some without are counted in a warning; none with one is an error that says where masks are looked for."""
+    """Some without are counted in a warning; none with one is an error that says where masks are
+    looked for.
+    """
     write_set(tmp_path / "train", 12, seed=1)
     for number in range(3):
         (tmp_path / "train" / "masks" / f"{number}.png").unlink()
@@ -242,7 +256,9 @@ def test_images_without_masks_are_left_out(
 def test_classes_without_a_training_pixel_are_named(
     shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are in the warning and in the result, which has no IoU where the test masks lack them too."""
+    """They are in the warning and in the result, which has no IoU where the test masks lack them
+    too.
+    """
     write_set(tmp_path / "train", 8, seed=1, names=(*NAMES, "gold"))
     options = options_for(
         tmp_path, test=shelf / "test/images", test_masks=shelf / "test/masks", epochs=1

@@ -64,7 +64,9 @@ class Timed:
 def test_the_fastest_size_that_fits(
     seconds: dict[int, float], fails_at: int | None, best: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The least time a view wins, where a larger batch saves 3 %; memory and patience end the search."""
+    """The least time a view wins, where a larger batch saves 3 %; memory and patience end the
+    search.
+    """
     clock = [0.0]
     monkeypatch.setattr(batch.time, "perf_counter", lambda: clock[0])
     tried = []
@@ -89,7 +91,9 @@ def test_memory_that_is_nearly_used_up_ends_the_search(monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(not MEMINFO.exists(), reason="asks Linux")
 def test_memory_that_the_page_cache_holds_counts_as_available() -> None:
-    """Half of the kernel's own estimate of what a new process can have is free, not what nobody uses at all."""
+    """Half of the kernel's own estimate of what a new process can have is free, not what nobody
+    uses at all.
+    """
 
     def agree() -> bool:
         available = (

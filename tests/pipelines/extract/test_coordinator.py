@@ -1,4 +1,6 @@
-"""Runs on real Dask workers with a shard runner that needs no torch: deaths, failures, late results, no scheduler."""
+"""Runs on real Dask workers with a shard runner that needs no torch: deaths, failures, late
+results, no scheduler.
+"""
 
 import contextlib
 import json
@@ -81,7 +83,9 @@ def tasks_of(dask_scheduler: Scheduler) -> list[str]:
 
 
 def test_two_workers_that_die_lose_nothing(tmp_path: Path) -> None:
-    """Workers killed before, in the middle of and after shards: the files of one process, and every row told once."""
+    """Workers killed before, in the middle of and after shards: the files of one process, and every
+    row told once.
+    """
     writer = begin(tmp_path / "cache", 40)
     assert finish(writer, 2, deaths=0.1) == 80
     assert content(tmp_path / "cache") == planned(tmp_path / "one", 40)
@@ -89,7 +93,9 @@ def test_two_workers_that_die_lose_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_shards_and_many_deaths(tmp_path: Path) -> None:
-    """Of a thousand shards on four workers that die some dozens of times none is lost, and none counted twice."""
+    """Of a thousand shards on four workers that die some dozens of times none is lost, and none
+    counted twice.
+    """
     writer = begin(tmp_path / "cache", 1000)
     assert finish(writer, 4, deaths=0.04) == 2000
     assert content(tmp_path / "cache") == planned(tmp_path / "one", 1000)
@@ -99,7 +105,9 @@ def test_a_thousand_shards_and_many_deaths(tmp_path: Path) -> None:
 def test_a_task_that_dask_has_lost_is_submitted_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no worker has anything to do and no word comes, what is in flight is computed after all, each row once."""
+    """Where no worker has anything to do and no word comes, what is in flight is computed after
+    all, each row once.
+    """
     monkeypatch.setattr(run, "STALL_SECONDS", 1.0)
     monkeypatch.setattr(run, "COLLECT_SECONDS", 0.5)
     real = Client.submit
@@ -125,7 +133,9 @@ def test_a_task_that_dask_has_lost_is_submitted_anew(
 def test_a_shard_that_fails_is_tried_elsewhere(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A worker whose disk fails is passed over; what it said is in the log, and nothing on the terminal."""
+    """A worker whose disk fails is passed over; what it said is in the log, and nothing on the
+    terminal.
+    """
     writer = begin(tmp_path / "cache", 6)
     assert finish(writer, 2, fake_shards.fail, fails="first") == 12
     assert content(tmp_path / "cache") == planned(tmp_path / "one", 6)
@@ -138,22 +148,27 @@ def test_a_shard_that_fails_is_tried_elsewhere(
     [
         (
             "refused",
-            r"^worker tcp://\S+: it has torch 1\.0, the coordinator 2\.0 \(what is committed stays: run the same",
+            r"^worker tcp://\S+: it has torch 1\.0, the coordinator 2\.0 \(what is committed "
+            r"stays: run the same",
         ),
         (
             "always",
-            r"^shard \d failed 3 times, on tcp://.*; the last time: MemoryError: no memory left \(what is",
+            r"^shard \d failed 3 times, on tcp://.*; the last time: MemoryError: no memory left "
+            r"\(what is",
         ),
         (
             "dies",
-            r"^shard \d failed 3 times, .*: its workers died while computing it: killed, or out of memory \(what is",
+            r"^shard \d failed 3 times, .*: its workers died while computing it: killed, or out of "
+            r"memory \(what is",
         ),
     ],
 )
 def test_a_failure_everywhere_is_one_clear_line(
     tmp_path: Path, fails: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What no worker can do ends the run after a bounded number of attempts; the cache stays as it was begun."""
+    """What no worker can do ends the run after a bounded number of attempts; the cache stays as it
+    was begun.
+    """
     monkeypatch.setattr(connect, "DEATHS_PER_ATTEMPT", 0)
     writer = begin(tmp_path / "cache", 3)
     before = content(tmp_path / "cache")
@@ -178,7 +193,9 @@ def test_a_scheduler_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_an_existing_scheduler_outlives_the_run(tmp_path: Path) -> None:
-    """A second client of a running scheduler gets its shards, leaves no task there, and the workers go on living."""
+    """A second client of a running scheduler gets its shards, leaves no task there, and the workers
+    go on living.
+    """
     writer = begin(tmp_path / "cache", 4)
     assignment = json.dumps({"root": str(writer.root)})
     rows = dict.fromkeys(range(4), 2)

@@ -45,7 +45,8 @@ def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 def test_a_dry_run_writes_nothing_and_forecasts_the_bytes(
     scene_folder: Path, options: ExtractOptions, tmp_path: Path
 ) -> None:
-    """The forecast's features are those of the real cache within a tenth, its images within a third; --out stays away.
+    """The forecast's features are those of the real cache within a tenth, its images within a third;
+    --out stays away.
 
     The images are few and of several sizes, so that two batches of them say little more.
     """

@@ -1,4 +1,6 @@
-"""Measured equivariance: nought of a teacher that follows, and the formula's value of one that does not."""
+"""Measured equivariance: nought of a teacher that follows, and the formula's value of one that does
+not.
+"""
 
 from pathlib import Path
 
@@ -57,7 +59,9 @@ def plan_of(images: Path, teacher: CallableTeacher | Path, **options: object) ->
 
 
 def test_a_teacher_that_follows_errs_by_nothing(scene_folder: Path) -> None:
-    """Noise is mirrored and cropped together with the image: else a map of image plus noise would not follow."""
+    """Noise is mirrored and cropped together with the image: else a map of image plus noise would
+    not follow.
+    """
     plan = plan_of(
         scene_folder,
         CallableTeacher(Local(), taps=TAPS, version="1", prepare=noisy, alpha_bars=[0.5]),
@@ -74,7 +78,9 @@ def test_a_teacher_that_follows_errs_by_nothing(scene_folder: Path) -> None:
 
 
 def test_the_flip_error_is_the_formulas(scene_folder: Path) -> None:
-    """A map that is minus its own mirror image errs by 4: ||-w - w||^2 / ||w||^2; a crop sees the ramp anew."""
+    """A map that is minus its own mirror image errs by 4: ||-w - w||^2 / ||w||^2; a crop sees the
+    ramp anew.
+    """
     plan = plan_of(scene_folder, CallableTeacher(Ramp(), taps={"stride4": "pool"}, version="1"))
     measured = measure(plan, 40).equivariance
     assert measured.flip["t0/stride4"] == pytest.approx(4.0, rel=1e-6)
@@ -87,7 +93,9 @@ def test_the_flip_error_is_the_formulas(scene_folder: Path) -> None:
 
 
 def test_a_unet_is_measured_against_its_own_passes(scene_folder: Path, teacher_dir: Path) -> None:
-    """Flip and crop errors of a diffusion teacher agree with full passes and hooks, without our teacher class."""
+    """Flip and crop errors of a diffusion teacher agree with full passes and hooks, without our
+    teacher class.
+    """
     plan = plan_of(scene_folder, teacher_dir, timestep=(150,), size="32")
     measured = measure(plan, 40).equivariance
     unet = load_teacher(str(teacher_dir)).denoiser.unet
@@ -146,7 +154,9 @@ def test_measuring_twice_gives_the_same_bits(scene_folder: Path, teacher_dir: Pa
 def test_crops_lie_on_the_coarsest_grid(
     teacher_dir: Path, size: tuple[int, int], box: Box | None
 ) -> None:
-    """Half a side, rounded down to the coarsest stride, near the centre; none where a side is left with nothing."""
+    """Half a side, rounded down to the coarsest stride, near the centre; none where a side is left
+    with nothing.
+    """
     denoiser = load_teacher(str(teacher_dir)).denoiser
     height, width = size
     assert (
@@ -203,7 +213,9 @@ def test_an_inversion_that_is_not_finite_is_refused(
 
 
 def test_parts_of_maps() -> None:
-    """A box is cut in proportion to a map's size; the middle leaves a quarter, at least one, on each side."""
+    """A box is cut in proportion to a map's size; the middle leaves a quarter, at least one, on
+    each side.
+    """
     map_BCHW = torch.arange(64).reshape(1, 1, 8, 8)
     part = cut(map_BCHW, Box(top=8, left=16, height=16, width=8), 32, 32)
     assert part.flatten().tolist() == [20, 21, 28, 29, 36, 37, 44, 45]

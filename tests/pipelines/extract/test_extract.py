@@ -1,4 +1,6 @@
-"""Stage 1 through the command line: the cache is a function of its recipe, however often the run is killed."""
+"""Stage 1 through the command line: the cache is a function of its recipe, however often the run is
+killed.
+"""
 
 import errno
 import functools
@@ -123,9 +125,11 @@ def test_inspect_without_json_fits_a_narrow_terminal(cache: Path) -> None:
 def test_cached_features_are_the_teachers(
     cache: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """Decoded features of a row correlate with an independent full forward pass, and fit no other image as well.
+    """Decoded features of a row correlate with an independent full forward pass, and fit no other
+    image as well.
 
-    The oracle builds noise, noising, U-Net and whitening from the issue's definition, without our teacher class.
+    The oracle builds noise, noising, U-Net and whitening from the issue's definition, without our
+    teacher class.
     """
     opened = Cache(cache)
     source = FolderSource(scene_folder)
@@ -188,8 +192,9 @@ def test_the_kind_of_source_changes_no_byte(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same keys, labels and bytes give the same cache from a folder, from Parquet and from tars; only the manifest
-    differs, as these name no classes."""
+    """The same keys, labels and bytes give the same cache from a folder, from Parquet and from
+    tars; only the manifest differs, as these name no classes.
+    """
     source = FolderSource(scene_folder)
     images = tmp_path / "images"
     images.mkdir()
@@ -274,13 +279,15 @@ def test_another_teacher_or_image_set_is_refused(
     (images / "star" / "renamed.png").rename(images / "star" / "new.png")
     output = extract(images, teacher_dir, cache).output
     assert (
-        "holds a cache of another recipe: of other images: 1 image was added (first star/new.png) and 1 image was"
-        in output
+        "holds a cache of another recipe: of other images: 1 image was added (first star/new.png) "
+        "and 1 image was" in output
     )
 
 
 def test_bad_images_keep_their_rows(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
-    """Unreadable files are failures with reasons; the rest is cached; nothing of them is ever served."""
+    """Unreadable files are failures with reasons; the rest is cached; nothing of them is ever
+    served.
+    """
     images = Path(shutil.copytree(scene_folder, tmp_path / "images"))
     victims = sorted(images.rglob("*.png"))[::13]
     victims[0].write_bytes(b"")
@@ -313,7 +320,9 @@ def test_bad_images_keep_their_rows(scene_folder: Path, teacher_dir: Path, tmp_p
 def test_a_disk_that_goes_away_stops_the_extraction(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its failures are not committed, so that the same command, once it is back, makes an undisturbed run's bytes."""
+    """Its failures are not committed, so that the same command, once it is back, makes an
+    undisturbed run's bytes.
+    """
     keys = FolderSource(scene_folder).keys
     gone = {int(i) for i in permuted(40, seed=0, stream="rows")[16:]}
     first = keys[permuted(40, seed=0, stream="rows")[16]]
@@ -333,8 +342,8 @@ def test_a_disk_that_goes_away_stops_the_extraction(
     reason = f"16 x unreadable: Transport endpoint is not connected (first {first})"
     assert result.exit_code == 1
     assert (
-        f"16 of 40 images failed, more than --max-failures 0.01 allows: {reason}. What is committed stays"
-        in result.output
+        f"16 of 40 images failed, more than --max-failures 0.01 allows: {reason}. What is "
+        f"committed stays" in result.output
     )
     report = inspect(out)
     assert (report["num_done"], report["num_failed"], report["num_missing"]) == (16, 0, 24)
@@ -420,7 +429,8 @@ def test_kills_do_not_change_a_byte(
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        # Wait until this run touches the cache, so that kills fall into the work and not into imports.
+        # Wait until this run touches the cache, so that kills fall into the work and not into
+        # imports.
         stamp = _activity(out)
         deadline = time.monotonic() + 60
         while process.poll() is None and _activity(out) == stamp and time.monotonic() < deadline:
@@ -454,7 +464,9 @@ def test_a_full_disk_is_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
     cache: Path,
 ) -> None:
-    """ENOSPC in mid-run says what to do, and the same command afterwards finishes to the same bytes."""
+    """ENOSPC in mid-run says what to do, and the same command afterwards finishes to the same
+    bytes.
+    """
     from dtcache.store import pending_shard as attempt
 
     real = attempt.write_temporary
@@ -487,7 +499,9 @@ def test_batches_ahead_change_no_byte(
     monkeypatch: pytest.MonkeyPatch,
     cache: Path,
 ) -> None:
-    """Noise made ahead of the passes and payloads packed behind them, as beside a GPU, give the same cache."""
+    """Noise made ahead of the passes and payloads packed behind them, as beside a GPU, give the
+    same cache.
+    """
     from pipelines.extract import shard
 
     monkeypatch.setattr(shard, "batches_ahead", lambda device: 2)
@@ -545,7 +559,8 @@ def test_a_foreign_folder_is_refused(scene_folder: Path, teacher_dir: Path, tmp_
         (("--size", "big"), "--size big: expected H or HxW in pixels"),
         (
             ("--taps", "64"),
-            "--taps stride64: the teacher has no such map at this size; expected stride1, stride2, stride4, stride8",
+            "--taps stride64: the teacher has no such map at this size; expected stride1, stride2, "
+            "stride4, stride8",
         ),
         (("--timestep", "5000"), "--timestep 5000: this teacher was trained with steps 0 to 999"),
         (("--limit", "0"), "--limit 0: expected at least 1"),
@@ -565,7 +580,9 @@ def test_bad_options_are_one_clear_line(
 
 @pytest.mark.parametrize("images", ["one image", "no flips", "two timesteps", "wide"])
 def test_unusual_caches(scene_folder: Path, teacher_dir: Path, tmp_path: Path, images: str) -> None:
-    """One image, one view, several timesteps and a non-square view all give a cache that reads back."""
+    """One image, one view, several timesteps and a non-square view all give a cache that reads
+    back.
+    """
     flags = {
         "one image": ("--limit", 1),
         "no flips": ("--no-flip", "--limit", 9),

@@ -1,4 +1,6 @@
-"""Encodings through the command line and from Python: DDIM inversion, and torch modules as teachers."""
+"""Encodings through the command line and from Python: DDIM inversion, and torch modules as
+teachers.
+"""
 
 import json
 import re
@@ -81,7 +83,9 @@ def inverted(
 def test_a_ddim_cache_holds_the_inverted_images_features(
     inverted: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """Each view, the mirrored one too, is the float16 of the teacher's features of its own inversion."""
+    """Each view, the mirrored one too, is the float16 of the teacher's features of its own
+    inversion.
+    """
     cache = Cache(inverted)
     source = FolderSource(scene_folder)
     made = prepare_teacher(
@@ -180,7 +184,9 @@ def test_a_noised_cache_is_not_inverted_into(
 def test_a_resumed_inversion_ends_in_the_same_bytes(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measurements are made once: an extraction that was interrupted goes on with those that it has."""
+    """Measurements are made once: an extraction that was interrupted goes on with those that it
+    has.
+    """
     from pipelines.extract import open_writer as stage
     from pipelines.extract import shard_runner as runner
 
@@ -346,7 +352,9 @@ def test_contradicting_teachers_are_refused(
 def test_the_documented_example_runs(
     scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """docs/teachers.md extracts from a module and trains a student on it; only weights are left random."""
+    """docs/teachers.md extracts from a module and trains a student on it; only weights are left
+    random.
+    """
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "teachers.md").read_text(), re.S)[:1]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(scene_folder)

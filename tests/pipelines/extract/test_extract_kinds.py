@@ -1,4 +1,6 @@
-"""Latent, class-conditional and transformer teachers through the command line: into a cache, checked, mended, used."""
+"""Latent, class-conditional and transformer teachers through the command line: into a cache,
+checked, mended, used.
+"""
 
 import json
 import shutil
@@ -73,7 +75,9 @@ def tree(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The prompts that a stand-in for the text encoder was run on: its embedding is a function of the text."""
+    """The prompts that a stand-in for the text encoder was run on: its embedding is a function of
+    the text.
+    """
     prompts: list[str] = []
 
     def embed(root: Path, text: str) -> Prompt:
@@ -102,7 +106,9 @@ def require_whole_and_mendable(root: Path, images: Path, teacher: Path) -> None:
 
 
 def require_the_teachers(root: Path, images: Path, teacher: Path, labels: bool = False) -> None:
-    """Compare the float16 features of one image's two views with the teacher that the recipe alone makes again."""
+    """Compare the float16 features of one image's two views with the teacher that the recipe alone
+    makes again.
+    """
     cache = Cache(root)
     source = FolderSource(images)
     row = 3
@@ -119,7 +125,9 @@ def require_the_teachers(root: Path, images: Path, teacher: Path, labels: bool =
 
 
 def test_stable_diffusion(scene_folder: Path, tmp_path: Path, embedded: list[str]) -> None:
-    """The prompt is embedded once: resume, repair and evaluate read it from the cache; its hash is the recipe's."""
+    """The prompt is embedded once: resume, repair and evaluate read it from the cache; its hash is
+    the recipe's.
+    """
     teacher = tmp_path / "sd"
     out = tmp_path / "cache"
     save_stable_diffusion(teacher)
@@ -156,7 +164,9 @@ def test_stable_diffusion(scene_folder: Path, tmp_path: Path, embedded: list[str
 
 
 def test_stable_diffusion_with_its_own_text_encoder(scene_folder: Path, tmp_path: Path) -> None:
-    """With a text encoder and a tokenizer in the directory nothing else is needed, and later runs need neither."""
+    """With a text encoder and a tokenizer in the directory nothing else is needed, and later runs
+    need neither.
+    """
     pytest.importorskip("transformers")
     teacher = tmp_path / "sd"
     out = tmp_path / "cache"
@@ -283,7 +293,9 @@ def test_a_transformer_that_is_told_classes(scene_folder: Path, tmp_path: Path) 
 
 
 def test_a_class_conditional_unet_is_told_labels(scene_folder: Path, tmp_path: Path) -> None:
-    """Each image's own label reaches the teacher, in extraction, repair and evaluation, which warns of it."""
+    """Each image's own label reaches the teacher, in extraction, repair and evaluation, which warns
+    of it.
+    """
     teacher = tmp_path / "adm"
     out = tmp_path / "cache"
     save_class_unet(teacher)
@@ -320,7 +332,9 @@ def test_images_without_labels_cannot_be_told(scene_folder: Path, tmp_path: Path
 
 
 def test_the_recipe_of_an_unconditional_teacher_is_the_one_it_was() -> None:
-    """No field of a later version shows in it: the fingerprint of the golden cache is its recipe's still."""
+    """No field of a later version shows in it: the fingerprint of the golden cache is its recipe's
+    still.
+    """
     from store.builders import tiny_plan
 
     golden = read_manifest(Path(__file__).parents[2] / "golden" / "format1" / "cache")
@@ -330,7 +344,9 @@ def test_the_recipe_of_an_unconditional_teacher_is_the_one_it_was() -> None:
 
 
 def test_a_recipe_tells_its_teacher_device_apart(scene_folder: Path, tmp_path: Path) -> None:
-    """cache_teacher takes another device than the recipe's, and refuses another teacher by what differs."""
+    """cache_teacher takes another device than the recipe's, and refuses another teacher by what
+    differs.
+    """
     save_dit(tmp_path / "dit")
     out = tmp_path / "cache"
     succeeded(extract(scene_folder, tmp_path / "dit", out, "--taps", "block0", "--quality", "fp16"))

@@ -75,7 +75,9 @@ def decoded(cache: Cache, row: int, view: int) -> dict[str, np.ndarray]:
 def test_draws_are_views_draw_by_draw(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """View = draw x flips + flip: each is the float16 of the teacher's own features under that draw and flip."""
+    """View = draw x flips + flip: each is the float16 of the teacher's own features under that draw
+    and flip.
+    """
     cache = extracted(scene_folder, teacher_dir, tmp_path / "c", "--draws", 2, "--quality", "fp16")
     assert cache.reader.manifest.num_views == 4
     for view, (draw, flip) in enumerate([(0, False), (0, True), (1, False), (1, True)]):
@@ -143,7 +145,9 @@ def test_sizes_that_cannot_be_are_refused(
 
 
 def test_more_images_than_a_cache_holds_are_refused() -> None:
-    """Shards of one row hold a million images, as many as a reader takes shards; the message says what to change."""
+    """Shards of one row hold a million images, as many as a reader takes shards; the message says
+    what to change.
+    """
     source = SimpleNamespace(keys=range(1_000_001), labels=None)
     with pytest.raises(
         ConfigError,
@@ -155,7 +159,9 @@ def test_more_images_than_a_cache_holds_are_refused() -> None:
 def test_a_size_that_loses_too_much_warns(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """A target so small that most of what the image determines is lost is warned of, tap by tap, and still made."""
+    """A target so small that most of what the image determines is lost is warned of, tap by tap,
+    and still made.
+    """
     flags = (*FLAGS, "--bytes-per-image", 400)
     result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *flags)
     assert result.exit_code == 0
@@ -242,7 +248,9 @@ def test_position_whitening_needs_exact_features(
 def test_the_teacher_recomputes_what_such_a_cache_holds(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, flags: tuple[object, ...]
 ) -> None:
-    """evaluate pools the same features from the cache and, for images outside it, from the teacher by its recipe."""
+    """evaluate pools the same features from the cache and, for images outside it, from the teacher
+    by its recipe.
+    """
     cache = extracted(scene_folder, teacher_dir, tmp_path / "c", "--no-store-images", *flags)
     source = FolderSource(scene_folder)
     keys = cache.samples["key"].to_pylist()[:5]

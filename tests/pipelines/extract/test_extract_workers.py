@@ -1,4 +1,6 @@
-"""Stage 1 on clusters, through the command line: the same bytes from any number of workers, however many die."""
+"""Stage 1 on clusters, through the command line: the same bytes from any number of workers, however
+many die.
+"""
 
 import json
 import os
@@ -48,13 +50,17 @@ def command(images: Path, teacher: Path, out: Path, *more: object) -> list[str]:
 
 
 def hear_interrupts() -> None:
-    """Let Ctrl-C through, which a shell turns off for what it runs in the background, these tests too."""
+    """Let Ctrl-C through, which a shell turns off for what it runs in the background, these tests
+    too.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
 def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Run an extraction in a session of its own, so that whatever it leaves can be found, as from a terminal."""
+    """Run an extraction in a session of its own, so that whatever it leaves can be found, as from a
+    terminal.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command(*arguments),
@@ -159,7 +165,8 @@ def test_a_stopped_coordinator_leaves_no_worker_and_resumes(
     teacher_dir: Path,
     tmp_path: Path,
 ) -> None:
-    """Ctrl-C, which all processes of a terminal get, ends with 130 and no temporary file; a kill takes workers too.
+    """Ctrl-C, which all processes of a terminal get, ends with 130 and no temporary file; a kill
+    takes workers too.
 
     One process then finishes what two workers began.
     """
@@ -191,7 +198,9 @@ def test_a_stopped_coordinator_leaves_no_worker_and_resumes(
 def test_a_scheduler_as_the_manual_starts_it(
     one: dict[str, bytes | None], scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """The commands of docs/clusters.md for a cluster by hand make the same bytes, and scheduler and worker live on."""
+    """The commands of docs/clusters.md for a cluster by hand make the same bytes, and scheduler and
+    worker live on.
+    """
     manual = (ROOT / "docs" / "clusters.md").read_text()
     assert "dask scheduler --port 8786" in manual
     assert "dask worker tcp://HOST:8786 --nworkers 1 --nthreads 1 --memory-limit 0 " in manual

@@ -12,7 +12,9 @@ from pipelines.extract.shard import in_threads
 
 @pytest.mark.parametrize("ahead", [0, 1, 3, 100])
 def test_results_come_group_by_group_in_order(ahead: int) -> None:
-    """Whatever finishes first, groups and the tasks in them keep their order, empty groups included."""
+    """Whatever finishes first, groups and the tasks in them keep their order, empty groups
+    included.
+    """
     groups = [[partial(divmod, group, k + 1) for k in range(group % 3)] for group in range(10)]
     with ThreadPoolExecutor(4) as pool:
         found = list(in_threads(pool, groups, ahead=ahead))

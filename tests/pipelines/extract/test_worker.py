@@ -1,4 +1,6 @@
-"""What a worker does with an assignment, in this process: the same bytes, one teacher at a time; what it refuses."""
+"""What a worker does with an assignment, in this process: the same bytes, one teacher at a time;
+what it refuses.
+"""
 
 import json
 import shutil
@@ -60,7 +62,9 @@ def with_options(assignment: str, **fields: Any) -> str:
 def test_a_worker_writes_the_bytes_of_one_process(
     cache: Path, assignment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shards that are asked for out of order are the committed ones; the teacher is loaded once, another one anew."""
+    """Shards that are asked for out of order are the committed ones; the teacher is loaded once,
+    another one anew.
+    """
     real = worker.make_plan
     state = worker.ShardWorker()
     loads = []
@@ -110,7 +114,8 @@ def test_a_worker_that_is_not_fit_says_why(
     refused(
         changed(assignment, root=elsewhere),
         ClusterError,
-        rf"^it does not see the cache {elsewhere} \(.*\); pass an `out` on storage that the coordinator and all wor",
+        rf"^it does not see the cache {elsewhere} \(.*\); pass an `out` on storage that the "
+        rf"coordinator and all wor",
     )
     refused(
         changed(assignment, fingerprint="0"),
@@ -148,7 +153,9 @@ def test_a_worker_that_is_not_fit_says_why(
 
 
 def test_an_assignment_is_resolved(cache: Path, assignment: str) -> None:
-    """Nothing is left to a worker's machine or working folder: absolute paths, the recipe's own constants."""
+    """Nothing is left to a worker's machine or working folder: absolute paths, the recipe's own
+    constants.
+    """
     told = json.loads(assignment)
     assert all(
         Path(path).is_absolute()
@@ -190,7 +197,9 @@ def run(*arguments: object) -> Result:
 def test_options_that_contradict_each_other(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, flags: tuple[object, ...], message: str
 ) -> None:
-    """Two clusters, a dashboard of none, or one GPU for many are refused before anything is loaded or made."""
+    """Two clusters, a dashboard of none, or one GPU for many are refused before anything is loaded
+    or made.
+    """
     result = run(scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *flags)
     assert (result.exit_code, message in result.output) == (1, True), result.output
     assert not (tmp_path / "c").exists()
@@ -203,7 +212,9 @@ def test_threads_are_a_constant_of_the_recipe(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first run fixes them, a share of the cores a worker; a resume takes them, and refuses to change them."""
+    """The first run fixes them, a share of the cores a worker; a resume takes them, and refuses to
+    change them.
+    """
     assert read_manifest(cache).recipe["threads"] == 1
     with cpu_threads(8):
         assert torch.get_num_threads() == 8
@@ -240,7 +251,9 @@ def test_threads_are_a_constant_of_the_recipe(
 
 
 def test_local_workers_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One GPU a worker, of those that CUDA_VISIBLE_DEVICES names; more workers than GPUs are refused."""
+    """One GPU a worker, of those that CUDA_VISIBLE_DEVICES names; more workers than GPUs are
+    refused.
+    """
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert worker_environments(2, "cuda") == [

@@ -1,4 +1,6 @@
-"""`dtcache label fit`: an interpreter from cached features and a few masks, and every bad input in one line."""
+"""`dtcache label fit`: an interpreter from cached features and a few masks, and every bad input in
+one line.
+"""
 
 import json
 import re
@@ -104,7 +106,9 @@ def _trained_on(count: int) -> list[int]:
 def test_the_mirrored_view_is_trained_with_the_mirrored_mask(
     scene_cache: Path, masks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The truth that reaches the loss is the mask where the view is the image, else its mirror image."""
+    """The truth that reaches the loss is the mask where the view is the image, else its mirror
+    image.
+    """
     cache = Cache(scene_cache)
     seen = []
     truth = {int(r): t for r, t in zip(*_pairs(cache, masks), strict=True)}
@@ -193,7 +197,9 @@ def test_image_labels_come_from_the_index(scene_cache: Path, tmp_path: Path) -> 
 
 
 def test_labels_that_are_no_class_numbers_are_refused(scene_cache: Path) -> None:
-    """A cache without class names, whose labels are, say, identifiers, is no classification of a billion classes."""
+    """A cache without class names, whose labels are, say, identifiers, is no classification of a
+    billion classes.
+    """
     cache = Cache(scene_cache)
     labels = [10**9] * 40
     cache.reader.manifest = replace(cache.reader.manifest, classes=None)
@@ -209,7 +215,9 @@ def test_labels_that_are_no_class_numbers_are_refused(scene_cache: Path) -> None
 def test_an_interrupted_fit_leaves_nothing(
     scene_cache: Path, masks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Ctrl-C while it trains, or while it writes, leaves no folder; the same command then starts again."""
+    """Ctrl-C while it trains, or while it writes, leaves no folder; the same command then starts
+    again.
+    """
     arguments = ("label", "fit", scene_cache, "--masks", masks, "--out", tmp_path / "i", *FLAGS)
     for name, call in (("interpreter_loss", 3), ("label_picture", 1)):
         with monkeypatch.context() as patch:
@@ -328,7 +336,9 @@ def cropped(
     teacher_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path, Path]:
-    """A cache whose view crops its images, 48x40 pixels, beside the images and masks that were drawn on the views."""
+    """A cache whose view crops its images, 48x40 pixels, beside the images and masks that were
+    drawn on the views.
+    """
     root = tmp_path_factory.mktemp("cropped")
     for number, path in enumerate(sorted(scene_folder.rglob("*.png"))[:12]):
         mask = scene_folder.parent / "masks" / path.relative_to(scene_folder)
@@ -355,7 +365,9 @@ def cropped(
 def test_a_mask_drawn_on_the_view_is_refused_where_the_images_are_given(
     cropped: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A cache knows no size of images that its view changed: it says so, and reads them from their source."""
+    """A cache knows no size of images that its view changed: it says so, and reads them from their
+    source.
+    """
     root, images, masks = cropped
     cache = Cache(root)
     assert len(images_with_masks(cache, masks, None, None)) == 12

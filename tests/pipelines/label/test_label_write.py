@@ -58,7 +58,9 @@ def copy(labelled: Path, tmp_path: Path) -> Path:
 
 
 def exact_logits(cache: Cache, interpreter: Path) -> torch.Tensor:
-    """Return the interpreter's logits of all rows and views, (N, V, K, H, W), straight from the cache's features."""
+    """Return the interpreter's logits of all rows and views, (N, V, K, H, W), straight from the
+    cache's features.
+    """
     network = load_interpreter(interpreter).network
     rows = np.arange(len(cache))
     found = []
@@ -81,7 +83,9 @@ def test_the_cache_itself_is_untouched(labelled: Path, scene_cache: Path) -> Non
 def test_stored_logits_are_the_exact_ones_within_the_stated_error(
     labelled: Path, interpreter: Path
 ) -> None:
-    """The manifest's total variation and entropy are those of the stored logits, of every view in its own place."""
+    """The manifest's total variation and entropy are those of the stored logits, of every view in
+    its own place.
+    """
     cache = Cache(labelled)
     stored = LabelSet(cache, NAME).logits(np.arange(40))
     exact = exact_logits(cache, interpreter)
@@ -144,7 +148,9 @@ def test_an_interrupted_write_resumes_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Ctrl-C after a shard and in the seal: verify says incomplete, the same command ends in the same files."""
+    """Ctrl-C after a shard and in the seal: verify says incomplete, the same command ends in the
+    same files.
+    """
     root = tmp_path / "cache"
     shutil.copytree(scene_cache, root)
     arguments = (
@@ -186,7 +192,9 @@ def test_an_interrupted_write_resumes_to_the_same_bytes(
 def test_kills_do_not_change_a_byte(
     scene_folder: Path, teacher_dir: Path, interpreter: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL of a process after some of its shards, twice, then the same command: the bytes of an undisturbed run."""
+    """SIGKILL of a process after some of its shards, twice, then the same command: the bytes of an
+    undisturbed run.
+    """
     root = tmp_path / "cache"
     killed = tmp_path / "killed"
     options = ExtractOptions(
@@ -229,7 +237,9 @@ def test_kills_do_not_change_a_byte(
 
 
 def test_verify_reads_every_byte_of_a_label_set(copy: Path) -> None:
-    """A flipped bit in a shard, and a missing file, are damage with exit code 3; the remedy names the set."""
+    """A flipped bit in a shard, and a missing file, are damage with exit code 3; the remedy names
+    the set.
+    """
     assert run("verify", copy).exit_code == 0
     shard = next((copy / "labels" / NAME / "data.zarr" / "t0" / "logits").glob("c.*"))
     content = bytearray(shard.read_bytes())
@@ -314,7 +324,9 @@ def other(scene_cache: Path, interpreter: Path, tmp_path: Path) -> Iterator[Path
 def test_bad_input_is_one_line(
     labelled: Path, interpreter: Path, other: Path, tmp_path: Path
 ) -> None:
-    """Another teacher, another set of that name, a bad name, no interpreter, an unknown set, another cache's set."""
+    """Another teacher, another set of that name, a bad name, no interpreter, an unknown set,
+    another cache's set.
+    """
     scoreless = tmp_path / "scoreless"
     shutil.copytree(interpreter, scoreless)
     config = json.loads((scoreless / "config.json").read_text())
@@ -398,7 +410,9 @@ def test_a_set_of_another_cache_is_refused(labelled: Path, tmp_path: Path) -> No
 
 
 def test_labels_of_whole_images(scene_cache: Path, tmp_path: Path) -> None:
-    """The pooled head's logits are stored as one vector a view, and agree with the index as recorded."""
+    """The pooled head's logits are stored as one vector a view, and agree with the index as
+    recorded.
+    """
     root = tmp_path / "cache"
     shutil.copytree(scene_cache, root)
     flags = ("--width", "32", "--epochs", "2", "--warmup-epochs", "1", "--device", "cpu")

@@ -1,4 +1,6 @@
-"""What a guided-diffusion checkpoint's shapes tell, what they cannot, and what is no such checkpoint."""
+"""What a guided-diffusion checkpoint's shapes tell, what they cannot, and what is no such
+checkpoint.
+"""
 
 import math
 from dataclasses import replace
@@ -26,7 +28,9 @@ TINY = {"width": 32, "mult": (1, 2), "blocks": 1, "attention": (2,), "heads": 4}
 
 
 def test_the_shapes_tell_the_architecture() -> None:
-    """Channels, blocks, attention, base width, classes, outputs, norm and joints are read off the tensors."""
+    """Channels, blocks, attention, base width, classes, outputs, norm and joints are read off the
+    tensors.
+    """
     weights = random_unet(
         width=32,
         mult=(2, 1, 3),
@@ -52,7 +56,8 @@ def test_the_shapes_tell_the_architecture() -> None:
 
 @pytest.mark.parametrize("name", ADM_PRESETS)
 def test_published_models_are_recognised(name: str) -> None:
-    """The real shapes are told from each other, with attention where the published flags put it, and at no width else.
+    """The real shapes are told from each other, with attention where the published flags put it,
+    and at no width else.
 
     The flags name resolutions of 32, 16 and 8 pixels, whatever the image size.
     """
@@ -85,7 +90,9 @@ def test_the_published_settings() -> None:
 
 
 def test_schedules_are_the_formulas() -> None:
-    """Linear betas from 1e-4 to 0.02 (Ho et al.); cosine alpha-bars, betas of at most 0.999 (Nichol et al.)."""
+    """Linear betas from 1e-4 to 0.02 (Ho et al.); cosine alpha-bars, betas of at most 0.999 (Nichol
+    et al.).
+    """
     found = infer_architecture(random_unet(**TINY).state_dict())
     linear, cosine = (
         DDPMScheduler(**scheduler_config(found, AdmSettings(size=16, schedule=s)))
@@ -107,7 +114,9 @@ def test_schedules_are_the_formulas() -> None:
 
 
 def test_head_widths_are_one_number_where_they_can_be() -> None:
-    """Four heads of 512, 768 and 1024 channels differ in width; 64 channels a head do not, nor does one attention."""
+    """Four heads of 512, 768 and 1024 channels differ in width; 64 channels a head do not, nor does
+    one attention.
+    """
     with torch.device("meta"):
         found = infer_architecture(GuidedUNet(**published("adm-128", 256)).state_dict())
     assert unet_config(found, AdmSettings(size=128, heads=4))["attention_head_dim"] == [
@@ -185,11 +194,13 @@ def changed(
         ),
         (
             changed(drop="input_blocks.2"),
-            "same number of residual blocks per level, .*got 3 input and 4 output blocks with 1 upsamplers",
+            "same number of residual blocks per level, .*got 3 input and 4 output blocks with 1 "
+            "upsamplers",
         ),
         (
             changed(drop="output_blocks.3"),
-            "same number of residual blocks per level, .*got 4 input and 3 output blocks with 1 upsamplers",
+            "same number of residual blocks per level, .*got 4 input and 3 output blocks with 1 "
+            "upsamplers",
         ),
         (
             changed(add={"time_embed.0.weight": torch.zeros(())}),
@@ -214,7 +225,9 @@ def changed(
     ],
 )
 def test_other_checkpoints_are_refused(weights: dict[str, torch.Tensor], message: str) -> None:
-    """Other networks, OpenAI's classifiers and upsamplers, and half a U-Net are told by their first odd tensor."""
+    """Other networks, OpenAI's classifiers and upsamplers, and half a U-Net are told by their first
+    odd tensor.
+    """
     with pytest.raises(TeacherError, match=message):
         infer_architecture(weights)
 

@@ -1,4 +1,6 @@
-"""Converted ADM weights compute what an independent guided-diffusion U-Net computes, outputs and taps."""
+"""Converted ADM weights compute what an independent guided-diffusion U-Net computes, outputs and
+taps.
+"""
 
 from dataclasses import replace
 
@@ -52,7 +54,9 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("classes", [None, 7])
 @pytest.mark.parametrize("name", ["adm-64", "adm-128", "adm-256"])
 def test_outputs_are_the_references(name: str, classes: int | None) -> None:
-    """In fp64 every published shape, with and without classes, agrees to rounding; both 3-channel halves of it."""
+    """In fp64 every published shape, with and without classes, agrees to rounding; both 3-channel
+    halves of it.
+    """
     reference = random_unet(**small(name, classes=classes))
     unet = converted(reference, small_settings(name))
     label = None if classes is None else torch.tensor([0, 5])
@@ -67,7 +71,9 @@ def test_outputs_are_the_references(name: str, classes: int | None) -> None:
 
 @pytest.mark.parametrize("name", ["adm-64", "adm-128", "adm-256"])
 def test_taps_are_the_features_before_the_upsamplers(name: str) -> None:
-    """At every decoder level the tapped network gives the reference's output-block feature, in fp64 to rounding."""
+    """At every decoder level the tapped network gives the reference's output-block feature, in fp64
+    to rounding.
+    """
     reference = random_unet(**small(name))
     unet = converted(reference, small_settings(name))
     levels = len(unet.config.block_out_channels)
@@ -82,7 +88,9 @@ def test_taps_are_the_features_before_the_upsamplers(name: str) -> None:
 
 
 def test_a_half_width_first_level_is_exact_too() -> None:
-    """At 512 px the timestep table replaces sinusoids: outputs and taps agree as fp32 stores its numbers."""
+    """At 512 px the timestep table replaces sinusoids: outputs and taps agree as fp32 stores its
+    numbers.
+    """
     reference = random_unet(**small("adm-512", blocks=1, classes=7))
     unet = converted(reference, small_settings("adm-512"))
     x = images(64)
@@ -121,7 +129,9 @@ def test_a_table_that_would_lose_is_refused() -> None:
 @pytest.mark.parametrize("scale_shift", [True, False])
 @pytest.mark.parametrize("resblock_updown", [True, False])
 def test_guided_diffusions_other_flags(scale_shift: bool, resblock_updown: bool) -> None:
-    """Levels joined by convolutions, shift-only time embeddings and fixed variances convert exactly too."""
+    """Levels joined by convolutions, shift-only time embeddings and fixed variances convert exactly
+    too.
+    """
     reference = random_unet(
         width=32,
         mult=(1, 2, 2),
@@ -142,7 +152,9 @@ def test_guided_diffusions_other_flags(scale_shift: bool, resblock_updown: bool)
 
 @pytest.mark.parametrize("new_order", [True, False])
 def test_the_other_attention_order_loads_and_is_wrong(new_order: bool) -> None:
-    """Taking one order of the rows of qkv for the other fits every shape and computes something else."""
+    """Taking one order of the rows of qkv for the other fits every shape and computes something
+    else.
+    """
     reference = random_unet(**small("adm-256", new_order=new_order))
     right, wrong = ("new", "legacy") if new_order else ("legacy", "new")
     settings = small_settings("adm-256")
@@ -168,7 +180,9 @@ def test_other_heads_load_and_are_wrong() -> None:
 
 
 def test_qkv_rows_by_hand() -> None:
-    """Two heads of width 2: legacy rows are q0 k0 v0 q1 k1 v1, new rows q0 q1 k0 k1 v0 v1, two rows each."""
+    """Two heads of width 2: legacy rows are q0 k0 v0 q1 k1 v1, new rows q0 q1 k0 k1 v0 v1, two rows
+    each.
+    """
     rows = torch.arange(12.0)
     legacy = [part.tolist() for part in split_qkv(rows, 2, "legacy")]
     new = [part.tolist() for part in split_qkv(rows, 2, "new")]
@@ -189,9 +203,11 @@ def test_qkv_rows_by_hand() -> None:
 def test_the_published_models_convert_at_full_size(
     name: str, classes: int | None, millions: int
 ) -> None:
-    """Every tensor of the real shapes (no memory behind them) finds its place, and there are as many as the paper says.
+    """Every tensor of the real shapes (no memory behind them) finds its place, and there are as
+    many as the paper says.
 
-    The paper's table of 296, 422, 554 and 559 million parameters shows that the reference has the real shapes.
+    The paper's table of 296, 422, 554 and 559 million parameters shows that the reference has the
+    real shapes.
     """
     width = 192 if name == "adm-64" else 256
     with torch.device("meta"):
@@ -223,7 +239,8 @@ def spoil(weights: dict[str, torch.Tensor], key: str, tensor: torch.Tensor | Non
         (
             "output_blocks.2.0.emb_layers.1.bias",
             torch.zeros(5),
-            r"output_blocks\.2\.0\.emb_layers\.1\.bias: expected shape \[64\], which fits the other tensors, got \[5\]",
+            r"output_blocks\.2\.0\.emb_layers\.1\.bias: expected shape \[64\], which fits the "
+            r"other tensors, got \[5\]",
         ),
         (
             "middle_block.1.qkv.weight",
@@ -243,7 +260,8 @@ def spoil(weights: dict[str, torch.Tensor], key: str, tensor: torch.Tensor | Non
         (
             "time_embed.0.weight",
             torch.zeros(128, 31),
-            "fit into the 32 channels of the first level, got an embedding of 31 channels: .* would lose",
+            "fit into the 32 channels of the first level, got an embedding of 31 channels: .* "
+            "would lose",
         ),
         (
             "out.7.weight",
