@@ -26,14 +26,15 @@ class ExtractOptions(Options):
     )
     condition: str | None = option(
         None,
-        "Class that conditions the teacher: label (each image's own), null, or a number [default: null if the "
-        "teacher has one].",
+        "Class that conditions the teacher: label (each image's own), null, or a number "
+        "[default: null if the teacher has one].",
         metavar="CLASS",
         group="Teacher",
     )
     compile: bool = option(
         False,
-        "Compile the teacher (torch.compile). This takes minutes once; passes are faster then. Part of the recipe.",
+        "Compile the teacher (torch.compile). This takes minutes once; passes are faster then. "
+        "Part of the recipe.",
         group="Teacher",
     )
     size: str | None = option(
@@ -56,7 +57,8 @@ class ExtractOptions(Options):
     )
     max_failures: float = option(
         0.01,
-        "Stop if more than this share of the images fail. Fewer than ten failures never stop an extraction.",
+        "Stop if more than this share of the images fail. Fewer than ten failures never stop an "
+        "extraction.",
         metavar="SHARE",
         minimum=0,
         maximum=1,
@@ -64,21 +66,23 @@ class ExtractOptions(Options):
     )
     taps: str | None = option(
         None,
-        "Taps to cache: strides or names, such as 4,8,16,32 or block10,block16 [default: strides 4..32; the four "
-        "coarsest if these do not exist; four blocks of a transformer].",
+        "Taps to cache: strides or names, such as 4,8,16,32 or block10,block16 [default: strides "
+        "4..32; the four coarsest if these do not exist; four blocks of a transformer].",
         metavar="TAP,TAP,...",
         group="Features",
     )
     flip: bool = option(True, "Cache the mirrored view too.", group="Features")
     quality: str = option(
         "default",
-        "Size of the features: 10 (high), 50 (default) or 100 (small) times below float16; fp16 stores float16.",
+        "Size of the features: 10 (high), 50 (default) or 100 (small) times below float16; fp16 "
+        "stores float16.",
         choices=tuple(QUALITY_RATIOS),
         group="Features",
     )
     bytes_per_image: float | None = option(
         None,
-        "Size of the features in bytes per image, in place of --quality; all stored bytes but images count.",
+        "Size of the features in bytes per image, in place of --quality; all stored bytes but "
+        "images count.",
         minimum=1,
         group="Features",
     )
@@ -108,15 +112,16 @@ class ExtractOptions(Options):
     )
     batch_size: int | None = option(
         32,
-        "Global batch size: views per teacher pass. auto finds the fastest that fits. Part of the recipe.",
+        "Global batch size: views per teacher pass. auto finds the fastest that fits. Part of "
+        "the recipe.",
         minimum=1,
         auto=True,
         group="Hardware",
     )
     threads: int | None = option(
         None,
-        "CPU threads of each process that computes on a CPU. Part of the recipe [default: all cores; a share of "
-        "them with --workers; 1 with --scheduler].",
+        "CPU threads of each process that computes on a CPU. Part of the recipe [default: all "
+        "cores; a share of them with --workers; 1 with --scheduler].",
         minimum=1,
         group="Hardware",
     )

@@ -1,4 +1,4 @@
-"""`dtcache extract --dry-run`: what an extraction will take, extrapolated from two of its batches."""
+"""`dtcache extract --dry-run`: the cost of an extraction, extrapolated from two batches."""
 
 import resource
 import tempfile
@@ -55,8 +55,8 @@ class Forecast:
     full_flops: int | None
     """Of one full pass per view; None if the operations cannot be counted."""
     payback_epochs: float
-    """Epochs of training after which the cache has cost less than a teacher in the loop, summed over
-    all students."""
+    """Epochs of training, summed over all students, after which the cache has cost less than a
+    teacher in the training loop."""
 
     @property
     def fits(self) -> bool:

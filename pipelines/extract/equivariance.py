@@ -1,4 +1,4 @@
-"""How a teacher's features follow flips and crops, and DDIM's round trip; measured before the shards.
+"""How features follow flips and crops, and the round trip of DDIM; measured before the shards.
 
 Shape suffixes: B batch, C channels, H rows, W columns.
 """
@@ -120,7 +120,7 @@ def _first_views(plan: ExtractionPlan, rows: int, most: int) -> Views:
 
 
 def _both_flips(plan: ExtractionPlan, views: Views) -> tuple[Features, Features]:
-    """Return features of the images, and of the mirrored images with mirrored noise, in one pass."""
+    """Return features of images, and of mirrored images with mirrored noise, in one pass."""
     count = len(views)
 
     def mirror(twice: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def _both_flips(plan: ExtractionPlan, views: Views) -> tuple[Features, Features]
 
 
 def _cropped(plan: ExtractionPlan, views: Views) -> Features | None:
-    """Return features of the cropped images with cropped noise; None if the teacher takes no crop."""
+    """Return features of cropped images with cropped noise; None if there is no crop."""
     box = plan.teacher.crop
     if box is None:
         return None

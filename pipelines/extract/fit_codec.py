@@ -1,4 +1,4 @@
-"""The fit of a cache's codec: once, in the coordinating process, in one thread, before the shards."""
+"""The fit of a cache's codec: once, in the coordinating process, before the shards."""
 
 import math
 import os
@@ -117,7 +117,8 @@ def _spool_features(spool: Path, plan: ExtractionPlan, rows: int) -> dict[str, n
     }
     if not pixels:
         raise ImagesError(
-            f"none of the first {rows} images can be decoded ({loaded[0].failure}); check the source"
+            f"none of the first {rows} images can be decoded ({loaded[0].failure}); check the "
+            "source"
         )
     spec = plan.teacher.spec
     decoded = list(pixels)

@@ -42,7 +42,7 @@ def begin_cache(out: Path, plan: ExtractionPlan) -> CacheWriter:
     options = plan.options
     count = len(plan.samples)
     if not options.skip_disk_check:
-        # Checked twice: here, before the minutes of the fit, with the least bytes that are possible.
+        # A first check before the minutes of the fit, with the least bytes that are possible.
         require_space(out, count * plan.fp16_bytes_per_image / (plan.ratio or 2))
     fitted = fit_codec(out, plan, fit_rows(count))
     _warn_of_bias(fitted.spec)

@@ -101,7 +101,7 @@ class ExtractionPlan:
     def input(
         self, pixels_CHW: NDArray[np.uint8], row: int, flip: bool, draws: Sequence[int]
     ) -> TeacherInput:
-        """Return the teacher's input for the view of a row, mirrored if `flip`, with these draws."""
+        """Return the teacher's input for a row's view, mirrored if `flip`, with these draws."""
         sample = self.samples[row]
         return self.teacher.input(
             pixels_CHW,
@@ -372,9 +372,10 @@ def _check_target(plan: ExtractionPlan) -> None:
 
 
 def resolve_threads(options: ExtractOptions, device_type: str, begun: Json | None) -> int | None:
-    """Return the CPU threads of each process that computes, a constant of the recipe; None on a GPU.
+    """Return the CPU threads of each process that computes; None on a GPU.
 
-    `begun` is the recipe of a begun cache; its number of threads is used if the options have none.
+    The number is a constant of the recipe. `begun` is the recipe of a begun cache; its number is
+    used if the options have none.
     """
     if device_type != "cpu":
         return None

@@ -167,7 +167,7 @@ def _pack_tasks(
     batch: Sequence[PreparedRow],
     stream: torch.cuda.Stream | None,
 ) -> list[Callable[[], PackedRow]]:
-    """Run the teacher and the quantiser on a batch; return the remaining task of each of its rows."""
+    """Run the teacher and the quantiser on a batch; return the remaining task of each row."""
     inputs = [view for prepared in batch for view in prepared.inputs]
     groups: list[dict[str, QuantisedMaps]] = []
     if inputs:

@@ -1,4 +1,4 @@
-"""Computes shards of a cache and writes them to temporary files, in any process; commits nothing."""
+"""Computes shards and writes them to temporary files, in any process; commits nothing."""
 
 import os
 from collections.abc import Callable, Generator, Sequence

@@ -1,1 +1,1 @@
-"""Extraction on Dask workers: a cluster, the coordinator that hands out shards, and the worker that computes them."""
+"""Extraction on Dask workers: cluster, coordinator, and the worker that computes shards."""

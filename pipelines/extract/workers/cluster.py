@@ -1,4 +1,4 @@
-"""Dask clusters: local worker processes, or the scheduler of a user; and the file for their logs."""
+"""Dask clusters: local worker processes, or a running scheduler; and the file for their logs."""
 
 import contextlib
 import logging
@@ -32,7 +32,7 @@ CHATTY = (
 
 
 class Quiet(WorkerPlugin):
-    """Sends the output of a local worker to a file and ignores Ctrl-C, which the coordinator handles."""
+    """Sends a local worker's output to a file; ignores Ctrl-C, which the coordinator handles."""
 
     def __init__(self, log: str) -> None:
         self._log = log
@@ -46,7 +46,7 @@ class Quiet(WorkerPlugin):
         os.close(handle)
 
     def teardown(self, worker: Worker) -> None:
-        """End the process at once: it has no state to save, and a running task could take seconds."""
+        """End the process at once: it has no state, and a running task could take seconds."""
         os._exit(0)
 
 

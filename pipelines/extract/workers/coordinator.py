@@ -17,7 +17,7 @@ from dtcache.store.pending_shard import WrittenShard
 from pipelines.extract.workers.task import Failed, Task, logger, run_task
 
 TASKS_PER_WORKER = 2
-"""Tasks in flight: the running one and the next one, so that no worker waits for the coordinator."""
+"""Tasks in flight: the running and the next one, so that no worker waits for the coordinator."""
 MOST_ATTEMPTS = 3
 """Failed attempts at a shard that end the run; each is on another worker if there is one."""
 COUNT_SECONDS = 1.0
@@ -29,7 +29,7 @@ WAIT_SECONDS = 20.0
 ANSWER_SECONDS = 60.0
 """A scheduler that takes longer than this to answer counts as lost."""
 STALL_SECONDS = 20.0
-"""If no event came for so long and every worker is idle, Dask has lost tasks: they are resubmitted."""
+"""If no event came for so long and all workers are idle, lost tasks are resubmitted."""
 Attempt: TypeAlias = "Future[WrittenShard | Failed]"
 """A string, because the Future of some versions of Dask takes no type parameter."""
 RESUME = "what is committed stays: run the same command again to resume"
@@ -59,7 +59,7 @@ class ClusterRun:
         rows: Mapping[int, int],
         on_rows: Callable[[int], None],
     ) -> None:
-        """`rows` holds the number of rows of every shard to compute; `on_rows` gets finished rows."""
+        """`rows` holds the number of rows of every shard; `on_rows` gets finished rows."""
         self._client = client
         self._task = task
         self._assignment = assignment
@@ -166,14 +166,14 @@ class ClusterRun:
         self._flying.clear()
 
     def _workers(self) -> int:
-        """Return the number of workers, at most a second old. Raises ClusterError without a scheduler."""
+        """Return the number of workers, at most a second old. Raises ClusterError."""
         if time.monotonic() - self._counted > COUNT_SECONDS:
             self._count = len(self._addresses())
             self._counted = time.monotonic()
         return self._count
 
     def _addresses(self) -> list[str]:
-        """Return the addresses of the connected workers. Raises ClusterError without a scheduler."""
+        """Return the addresses of the workers. Raises ClusterError without a scheduler."""
         scheduler = self._connected()
         try:
             # The client's own method never returns if the scheduler dies while it handles a query.
@@ -182,14 +182,14 @@ class ClusterRun:
             raise self._lost(one_line(error)) from error
 
     def _connected(self) -> Any:
-        """Return the scheduler. Raises ClusterError if the connection is lost: all tasks are cancelled."""
+        """Return the scheduler. Raises ClusterError if the connection is lost."""
         scheduler = self._client.scheduler
         if scheduler is None or self._client.status != "running":
             raise self._lost("the connection to it is lost")
         return scheduler
 
     def _next(self) -> "tuple[int, int | Attempt | None]":
-        """Return the next shard and its event: finished rows, a finished task, or None after a timeout.
+        """Return the next shard and event: finished rows, a finished task, or None (timeout).
 
         Prints a message from time to time while no worker is connected.
         """
@@ -227,8 +227,8 @@ class ClusterRun:
             if future.status in ("cancelled", "lost"):
                 raise self._lost(one_line(error)) from error
             raise ClusterError(
-                f"a worker cannot run the task ({one_line(error)}): install dtcache {__version__} and the other "
-                "packages of the coordinator where the workers run"
+                f"a worker cannot run the task ({one_line(error)}): install dtcache {__version__} "
+                "and the other packages of the coordinator where the workers run"
             ) from error
         self._flying.remove(shard)
         self._shards[shard].future = None
@@ -238,7 +238,7 @@ class ClusterRun:
         return None
 
     def _failed(self, shard: int, failure: Failed) -> None:
-        """Put a shard back for another worker. Raises ClusterError if another attempt is useless."""
+        """Put a shard back for another worker. Raises ClusterError if that is useless."""
         failed = self._shards[shard].failed
         failed.append(failure)
         if failure.final:

@@ -11,7 +11,7 @@ from dtcache.errors import DiskError, DtcacheError, one_line
 from dtcache.store.pending_shard import WrittenShard
 
 Task = Callable[[str, int, Callable[[int], None]], WrittenShard]
-"""Computes a shard of an assignment and reports finished rows; a function that workers can import."""
+"""Computes a shard and reports finished rows; a function that workers can import."""
 
 REPORT_SECONDS = 1.0
 """Least seconds between two reports of a worker."""

@@ -512,7 +512,9 @@ def test_batches_ahead_change_no_byte(
 def test_a_compiled_cache_is_another_one(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--compile is in the recipe: without it the cache is not gone on with, and the reason is named."""
+    """--compile is in the recipe: without it the cache is not gone on with, and the reason is
+    named.
+    """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     out = tmp_path / "c"
     assert extract(scene_folder, teacher_dir, out, "--compile", "--limit", "8").exit_code == 0

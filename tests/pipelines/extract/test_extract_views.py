@@ -171,7 +171,9 @@ def test_a_size_that_loses_too_much_warns(
 def test_a_cache_without_images_trains_from_their_source(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """--no-store-images stores no pixels; training with the source takes the very steps of a cache that holds them."""
+    """--no-store-images stores no pixels; training with the source takes the very steps of a cache
+    that holds them.
+    """
     flags = (
         "--student",
         "resnet10t",
