@@ -200,13 +200,19 @@ def test_a_damaged_embedding_is_never_used(
     ]
     refused = extract(scene_folder, teacher, out)
     assert refused.exit_code == 1
-    assert "the prompt's embedding is not the one that the recipe names" in refused.output
+    assert (
+        "the stored embedding of the prompt does not have the SHA-256 of the recipe"
+        in refused.output
+    )
     (out / "data.zarr/t150/stride4/c.1.0.0").unlink()
     repair = run(
         "verify", out, "--repair", "--images", scene_folder, "--teacher", teacher, "--json"
     )
     assert repair.exit_code == 1
-    assert "the prompt's embedding is not the one that the recipe names" in repair.stderr
+    assert (
+        "the stored embedding of the prompt does not have the SHA-256 of the recipe"
+        in repair.stderr
+    )
     path.write_bytes(b"x" * 100)
     assert "not the embedding of a prompt" in extract(scene_folder, teacher, out).output
 
