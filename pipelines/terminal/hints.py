@@ -50,7 +50,7 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
         ("--opt --optim", ("--optimizer",)),
         (
             "--warmup --warmup-steps --lr-warmup-steps",
-            ("--warmup-epochs", "--warmup-steps", "--warmup"),
+            ("--warmup-epochs", "--warmup"),
         ),
         (
             "--max-grad-norm --clip-grad-norm --grad-clip --clip --gradient-clip-val",

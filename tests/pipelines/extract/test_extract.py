@@ -21,11 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from interrupts import interrupt
 from PIL import Image
+from support.cli import run
 
-from cli import main
 from dtcache.atomic_files import FolderLock
 from dtcache.cache.cache import Cache
 from dtcache.errors import ExtractionError
@@ -50,11 +50,6 @@ FLAGS = (
     "--bytes-per-image",
     "4608",
 )
-
-
-def run(*arguments: object) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def extract(images: Path, teacher: Path, out: Path, *more: object) -> Result:

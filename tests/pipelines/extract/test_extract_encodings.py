@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from interrupts import interrupt
+from support.cli import run
 from teacher.batches import batch_of
 from torch import nn
 
-from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.errors import CacheMismatchError, ConfigError
@@ -39,10 +38,6 @@ FLAGS = (
     "8",
 )
 DDIM = ("--encoding", "ddim", "--ddim-steps", 4, "--timestep", 200, "--taps", "4,8")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def tree(root: Path) -> dict[str, bytes]:

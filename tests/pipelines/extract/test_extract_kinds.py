@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.numpy import load_file
+from support.cli import run
 from teacher.batches import batch_of
 from teacher.kinds import (
     TEXT_CHANNELS,
@@ -23,7 +24,6 @@ from teacher.kinds import (
 )
 from teacher.test_prompt import save_text_encoder
 
-from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.images import FolderSource, decode_view
@@ -45,11 +45,6 @@ FLAGS = (
     "--limit",
     16,
 )
-
-
-def run(*arguments: object) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def extract(images: Path, teacher: Path, out: Path, *more: object) -> Result:

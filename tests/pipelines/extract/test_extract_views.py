@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from support.cli import run
 
-from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
@@ -33,11 +32,6 @@ FLAGS = (
     "--limit",
     "12",
 )
-
-
-def run(*arguments: object) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def extracted(images: Path, teacher: Path, out: Path, *more: object) -> Cache:

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from support.cli import run
 
-from cli import main
 from dtcache.device import cpu_threads
 from dtcache.errors import CacheMismatchError, ClusterError, ConfigError, ImagesNotFoundError
 from dtcache.options import ExtractOptions
@@ -173,11 +172,6 @@ def test_an_assignment_is_resolved(cache: Path, assignment: str) -> None:
     assert (told["threads"], told["fingerprint"]) == (1, read_manifest(cache).fingerprint)
 
 
-def run(*arguments: object) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(main, ["extract", *map(str, arguments)])
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -200,7 +194,7 @@ def test_options_that_contradict_each_other(
     """Two clusters, a dashboard of none, or one GPU for many are refused before anything is loaded
     or made.
     """
-    result = run(scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *flags)
+    result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *flags)
     assert (result.exit_code, message in result.output) == (1, True), result.output
     assert not (tmp_path / "c").exists()
 
@@ -245,9 +239,14 @@ def test_threads_are_a_constant_of_the_recipe(
         "cpu",
     )
     flags = (*flags, "--precision", "fp32")
-    result = run(scene_folder, "--teacher", teacher_dir, "--out", cache, *flags, "--threads", 2)
+    result = run(
+        "extract", scene_folder, "--teacher", teacher_dir, "--out", cache, *flags, "--threads", 2
+    )
     assert "threads is 1 there, 2 was asked for" in result.output
-    assert run(scene_folder, "--teacher", teacher_dir, "--out", cache, *flags).exit_code == 0
+    assert (
+        run("extract", scene_folder, "--teacher", teacher_dir, "--out", cache, *flags).exit_code
+        == 0
+    )
 
 
 def test_local_workers_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:

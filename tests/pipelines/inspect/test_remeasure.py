@@ -7,22 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from inspecting import documented
 from store.builders import FINE, tree
+from support.cli import run
 
-from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.errors import CacheDamagedError
 from dtcache.options import InspectOptions
 from pipelines.inspect.statistics.remeasure import remeasure
 
 SMALL = ("--precision", "fp32", "--device", "cpu", "--batch-size", "8")
-
-
-def run(*arguments: object) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.fixture(autouse=True)

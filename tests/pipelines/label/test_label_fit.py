@@ -12,11 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from interrupts import interrupt
 from PIL import Image
+from support.cli import run
 
-from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.errors import ImagesError
 from dtcache.labels import load_interpreter
@@ -39,11 +38,6 @@ FLAGS = (
     "--device",
     "cpu",
 )
-
-
-def run(*arguments: object) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

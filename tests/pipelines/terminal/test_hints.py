@@ -37,6 +37,9 @@ def test_the_tables_name_what_exists() -> None:
     """Every verb in the tables is a command."""
     assert {verb for verb, _ in SENTENCES} <= set(COMMANDS)
     groups = {word for words in COMMANDS for word in words.split()[:-1]}
+    every = {flag for command in COMMANDS.values() for flag in flags_of(command)}
+    assert {right for rights in SYNONYMS.values() for right in rights} <= every
+    assert all(wrong not in flags_of(COMMANDS[verb]) for verb, wrong in SENTENCES)
     rights = {right for verbs in VERBS.values() for right in verbs.values()}
     assert rights <= set(COMMANDS) | groups
 
@@ -53,6 +56,9 @@ def test_the_tables_name_what_exists() -> None:
         ("train --amp", "Use --precision."),
         ("train --mixed-precision bf16", "Use --precision."),
         ("extract --num-workers 4", "Use --threads."),
+        ("extract --force", "Use --skip-disk-check if the disk seems too small."),
+        ("extract --images none", "Pass IMAGES without a flag. Use --no-store-images"),
+        ("extract --fit crop", "Use --resize-mode."),
         ("train --num-workers-per-gpu 4", "Did you mean --num-workers?"),
         ("train --workers 4", "Use --num-workers."),
         ("train --threads 4", "Use --num-workers."),
