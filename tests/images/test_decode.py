@@ -17,14 +17,14 @@ SQUARE = ViewSpec(height=16, width=16)
 
 
 def png(pixels: np.ndarray, **options: object) -> bytes:
-    """Encode pixels as PNG."""
+    """Return pixels encoded as PNG."""
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "PNG", **options)
     return sink.getvalue()
 
 
 def noise(*shape: int) -> np.ndarray:
-    """Random uint8 pixels."""
+    """Return random uint8 pixels."""
     return RNG.integers(0, 256, shape, np.uint8)
 
 
@@ -64,7 +64,7 @@ def test_stretch_keeps_the_whole_image() -> None:
 
 
 def test_exif_orientation_is_applied() -> None:
-    """A rotated photo is shown upright, and its source bytes are not taken for the view."""
+    """A rotated photo is decoded upright, and its file is not stored as the view."""
     pixels = noise(16, 16, 3)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -89,14 +89,14 @@ def test_bad_bytes_raise_with_a_reason(data: bytes, reason: str) -> None:
 
 
 def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images of absurd size are failures, not memory."""
+    """Images of absurd size fail without using memory."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(BadImageError, match="decompression bomb"):
         decode_view(png(noise(16, 16, 3)), SQUARE)
 
 
 def test_loading_keeps_order_and_records_failures(tmp_path: Path) -> None:
-    """Views come in the order asked for; a bad file and a vanished file become reasons."""
+    """Views come in the requested order; a bad file and a deleted file give a failure reason."""
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(png(np.full((16, 16, 3), i, np.uint8)))
     (tmp_path / "1.png").write_bytes(b"")
@@ -117,7 +117,7 @@ def test_loading_keeps_order_and_records_failures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [16, 20], ids=["source bytes", "encoded anew"])
 def test_stored_images_decode_to_exactly_the_view(tmp_path: Path, size: int) -> None:
-    """A cached image gives the teacher's pixels back, bit for bit, from a padded payload."""
+    """A cached image decodes to the teacher's pixels, bit for bit, from a padded payload."""
     (tmp_path / "a.png").write_bytes(png(noise(size, size, 3)))
     loaded = next(load_views(FolderSource(tmp_path), [0], SQUARE, threads=1))
     bound = image_bound(SQUARE)
@@ -142,7 +142,7 @@ def test_an_oversized_source_is_encoded_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [0, 10_000])
 def test_a_stored_image_of_impossible_length_is_refused(length: int) -> None:
-    """The length that a payload claims is bounded by the payload."""
+    """A length beyond the payload is refused."""
     payload = np.frombuffer(length.to_bytes(4, "little") + bytes(96), np.uint8)
     with pytest.raises(
         BadImageError,

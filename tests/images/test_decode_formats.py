@@ -38,7 +38,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png16(
     mode: str, values: np.ndarray, *extra: bytes, size: tuple[int, int] | None = None
 ) -> bytes:
-    """Return a PNG of 16 bits a channel, which Pillow does not write."""
+    """Return a PNG with 16 bits per channel, which Pillow cannot write."""
     height, width = size or values.shape[:2]
     header = struct.pack(">IIBBBBB", width, height, 16, COLOURS[mode], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -57,7 +57,7 @@ def pixels(data: bytes) -> np.ndarray:
 
 
 def noise(*channels: int) -> np.ndarray:
-    """Random uint8 values of the view's size."""
+    """Return random uint8 values of the view's size."""
     return RNG.integers(0, 256, (*SHAPE, *channels), np.uint8)
 
 
@@ -77,7 +77,7 @@ ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_every_exif_orientation_is_applied(orientation: int, kind: str) -> None:
-    """Photographs stand upright, whichever of the eight ways the camera was held."""
+    """All eight EXIF orientations are decoded upright."""
     upright = ORIENTATIONS[orientation](stored := noise(3))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -130,7 +130,7 @@ def test_transparent_palette_entries_are_white() -> None:
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_alpha_is_blended_with_white(mode: str, bits: int) -> None:
-    """Light adds up: alpha x colour + (1 - alpha) x 255, at 8 and 16 bits a channel."""
+    """Alpha compositing gives alpha x colour + (1 - alpha) x 255, at 8 and 16 bits per channel."""
     values = noise(len(mode))
     data = (
         encode(Image.fromarray(values, mode), "PNG")
@@ -173,13 +173,13 @@ def test_blended_images_are_stored_as_they_were_seen() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_grey_is_scaled(kind: str) -> None:
-    """Of 16 bits the upper 8 are kept."""
+    """Of 16 bits, the upper 8 are kept."""
     values = RNG.integers(0, 65536, SHAPE, np.uint16)
     assert (pixels(encode(Image.fromarray(values), kind)) == (values >> 8)[:, :, None]).all()
 
 
 def test_16_bit_colour_is_scaled() -> None:
-    """Of 16 bits a channel the upper 8 are kept."""
+    """Of 16 bits per channel, the upper 8 are kept."""
     values = RNG.integers(0, 65536, (*SHAPE, 3), np.uint16)
     assert (pixels(png16("RGB", values)) == values >> 8).all()
 
@@ -195,7 +195,7 @@ def test_greys_and_bits() -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_the_first_frame_of_several_is_taken(kind: str) -> None:
-    """Animations and documents of several pages are their first picture."""
+    """The first frame stands for an animation, the first page for a document."""
     frames = [Image.new("RGB", (16, 12), colour) for colour in ("red", "lime", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -231,7 +231,7 @@ def test_wide_values_within_8_bits_are_taken(dtype: type) -> None:
     ],
 )
 def test_values_of_unknown_range_are_refused(values: np.ndarray, reason: str) -> None:
-    """Clipping would make black or white of them, silently."""
+    """Values of unknown range fail; clipping would silently make them black or white."""
     with pytest.raises(BadImageError, match=f"{reason}: convert it to 8 or 16 bits"):
         pixels(encode(Image.fromarray(values.reshape(SHAPE)), "TIFF"))
 
@@ -239,7 +239,7 @@ def test_values_of_unknown_range_are_refused(values: np.ndarray, reason: str) ->
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM"])
 @pytest.mark.parametrize("share", [0.3, 0.8])
 def test_files_that_were_cut_off_are_failures(kind: str, share: float) -> None:
-    """Half an image is never taken for a whole one."""
+    """A truncated image fails."""
     data = encode(Image.fromarray(noise(3)), kind)
     with pytest.raises(BadImageError) as caught:
         pixels(data[: int(share * len(data))])
@@ -247,7 +247,7 @@ def test_files_that_were_cut_off_are_failures(kind: str, share: float) -> None:
 
 
 def test_formats_that_run_programs_are_not_decoded() -> None:
-    """PostScript under an image's name reaches no interpreter."""
+    """PostScript with an image's extension is not run."""
     with pytest.raises(BadImageError, match="cannot identify image file"):
         pixels(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\n%%EndComments\nshowpage\n")
 
@@ -268,7 +268,7 @@ def test_huge_dimensions_are_refused_before_decoding(size: tuple[int, int], reas
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
 def test_text_bombs_are_refused(kind: bytes) -> None:
-    """Compressed text or a colour profile that swells a thousand times is a failure, not memory."""
+    """Text or a colour profile that decompresses a thousandfold fails without using memory."""
     swollen = zlib.compress(bytes(64 << 20), 9)
     head = b"k\0\1\0\0\0" if kind == b"iTXt" else b"k\0\0"
     with pytest.raises(BadImageError, match="too large"):

@@ -11,7 +11,7 @@ from dtcache.images.duplicate_keys import first_repeat, require_unique
 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_first_repeat_is_found(seed: int) -> None:
-    """It is what a walk with a dictionary finds."""
+    """The result equals that of a loop with a dictionary."""
     rng = random.Random(seed)
     keys = [str(rng.randrange(60)) for _ in range(rng.randrange(1, 30))]
     seen: dict[str, int] = {}
@@ -23,7 +23,7 @@ def test_the_first_repeat_is_found(seed: int) -> None:
 
 
 def test_both_places_are_named() -> None:
-    """The error has the key, where it is and where it was before, and what to do."""
+    """The message has the key, both of its images, and a remedy."""
     keys = pa.chunked_array([["a", "b"], ["c", "b"]])
     with pytest.raises(
         ImagesError, match=r"two images have the same name 'b': place 1 and place 3; rename one"

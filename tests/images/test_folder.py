@@ -38,7 +38,7 @@ def test_loose_images_have_no_labels(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    """No images is an error that says where it looked and for what."""
+    """A folder without images is refused, with the folder and the extensions in the message."""
     with pytest.raises(
         ImagesNotFoundError, match=r"no images under .*expected files ending in \.bmp"
     ):
@@ -97,7 +97,7 @@ def test_classes_sort_as_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a\nb.jpg", "a\x1b[2J.jpg", b"caf\xe9.jpg"])
 def test_names_that_cannot_be_printed_are_refused(tmp_path: Path, name: str | bytes) -> None:
-    """They could neither be stored as UTF-8 nor shown on a terminal."""
+    """Names that cannot be stored as UTF-8 or printed are refused."""
     open(bytes(tmp_path) + b"/" + (name if isinstance(name, bytes) else name.encode()), "w").close()
     with pytest.raises(
         ImagesError,
@@ -109,7 +109,7 @@ def test_names_that_cannot_be_printed_are_refused(tmp_path: Path, name: str | by
 def test_a_folder_that_cannot_be_listed_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its images would be left out silently."""
+    """A folder that cannot be listed is refused; its images would be left out silently."""
     (tmp_path / "a").mkdir()
     real = folder.os.scandir
 
@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(
 
 
 def test_a_huge_file_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not read into memory."""
+    """A file over the limit fails and is not read into memory."""
     (tmp_path / "a.jpg").write_bytes(bytes(100))
     monkeypatch.setattr(folder, "MAX_FILE_BYTES", 99)
     with pytest.raises(OSError, match="100 bytes, over the limit of 99"):

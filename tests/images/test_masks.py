@@ -22,7 +22,7 @@ COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
 
 
 def save(path: Path, values: np.ndarray, mode: str | None = None) -> None:
-    """Write values as PNG."""
+    """Write mask values as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(values)
     if mode == "P":
@@ -86,7 +86,7 @@ def test_cropping_alone_is_exact_and_the_views_own_size_is_as_stored(tmp_path: P
     ],
 )
 def test_a_mask_lies_at_the_images_path(tmp_path: Path, key: str, file: str) -> None:
-    """Only an image's extension is replaced, whatever dots the key has."""
+    """Only an image's extension is replaced, whatever other dots the key has."""
     save(tmp_path / file, blobs(4, 4))
     folder = open_masks(tmp_path)
     assert folder.has(key) and not folder.has("other/" + key)
@@ -94,7 +94,7 @@ def test_a_mask_lies_at_the_images_path(tmp_path: Path, key: str, file: str) -> 
 
 
 def test_a_key_that_leads_out_of_the_folder_has_no_mask(tmp_path: Path) -> None:
-    """Keys come from files of others: neither .. nor an absolute path is followed."""
+    """Keys are not trusted: neither .. nor an absolute path is followed."""
     save(tmp_path / "a.png", blobs(4, 4))
     (tmp_path / "inner").mkdir()
     folder = open_masks(tmp_path / "inner")
@@ -222,14 +222,14 @@ def test_a_value_without_a_class_is_named_and_the_ignored_one_stays(tmp_path: Pa
     ],
 )
 def test_classes_of_another_kind_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    """A classes.toml that does not say names and a value is an error that names the file."""
+    """An invalid classes.toml is refused, with the file in the message."""
     (tmp_path / "classes.toml").write_text(text)
     with pytest.raises(ImagesError, match=rf"classes\.toml: .*{message}"):
         open_masks(tmp_path)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    """A path that is no folder says so."""
+    """A path that is not a folder is refused."""
     with pytest.raises(ImagesNotFoundError, match="expected a folder of masks"):
         open_masks(tmp_path / "none")
 

@@ -39,7 +39,7 @@ def test_parquet_paths_are_keys_where_unique(tmp_path: Path) -> None:
 def test_parquet_rows_are_keys_where_paths_are_missing(
     tmp_path: Path, paths: list[str | None]
 ) -> None:
-    """Where paths are missing all rows have file:row keys."""
+    """If a path is missing, all rows have FILE:ROW keys."""
     assert list(open_source(write_parquet(tmp_path / "a.parquet", paths)).keys) == ["a:0", "a:1"]
 
 
@@ -54,7 +54,7 @@ def test_a_folder_of_parquet_files_is_one_source(tmp_path: Path) -> None:
 
 
 def test_parquet_of_another_layout_is_refused(tmp_path: Path) -> None:
-    """The columns that were found are named."""
+    """The message lists the file's columns."""
     pq.write_table(pa.table({"pixels": [1]}), tmp_path / "a.parquet")
     with pytest.raises(
         ImagesError, match=r"expected a column image: struct<bytes, path>.*got columns pixels"
@@ -63,14 +63,14 @@ def test_parquet_of_another_layout_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_truncated_parquet_file_is_refused(tmp_path: Path) -> None:
-    """A file that is no Parquet is an error of ours, with its name."""
+    """A file that is not Parquet gives ImagesError with its name."""
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ImagesError, match=r"a\.parquet: not a readable Parquet file"):
         open_source(tmp_path / "a.parquet")
 
 
 def test_a_path_that_comes_twice_is_refused(tmp_path: Path) -> None:
-    """Both rows are named, across files too: one of them may be a copy, and noise is drawn by name."""
+    """The message names both rows, across files too: noise is drawn from the name."""
     write_parquet(tmp_path / "a.parquet", ["x", "y"])
     write_parquet(tmp_path / "b.parquet", ["z", "y"])
     with pytest.raises(
@@ -91,7 +91,7 @@ def test_rows_are_counted_a_file(tmp_path: Path) -> None:
 
 
 def test_labels_may_be_missing(tmp_path: Path) -> None:
-    """A null label is an image without; files without the column leave all without."""
+    """A null label means no label; if a file has no label column, no image has a label."""
     table = pq.read_table(write_parquet(tmp_path / "a.parquet", ["1", "2"]))
     table = table.set_column(1, "label", pa.array([None, 3], pa.int64()))
     pq.write_table(table, tmp_path / "a.parquet")
@@ -101,7 +101,7 @@ def test_labels_may_be_missing(tmp_path: Path) -> None:
 
 
 def test_labels_of_more_than_32_bits_are_refused(tmp_path: Path) -> None:
-    """A cache holds labels as int32."""
+    """Labels beyond int32 are refused, because a cache stores int32."""
     table = pq.read_table(write_parquet(tmp_path / "a.parquet", ["1"]))
     pq.write_table(table.set_column(1, "label", pa.array([1 << 40])), tmp_path / "a.parquet")
     with pytest.raises(
@@ -111,7 +111,7 @@ def test_labels_of_more_than_32_bits_are_refused(tmp_path: Path) -> None:
 
 
 def test_files_without_rows_are_refused(tmp_path: Path) -> None:
-    """It names them."""
+    """Files without rows are refused by name."""
     with pytest.raises(
         ImagesNotFoundError, match=r"no images in \S+a\.parquet: the files have no rows"
     ):
@@ -135,8 +135,8 @@ def large(tmp_path: Path) -> tuple[list[Path], list[bytes]]:
 def test_rows_are_the_same_however_little_is_held(
     large: tuple[list[Path], list[bytes]], held_bytes: int
 ) -> None:
-    """Held whole, in a few windows, in many, or one row a window: the same bytes in the order asked
-    for.
+    """Held, in a few windows, in many, or one row per window: the bytes come in the requested
+    order.
     """
     files, rows = large
     source = ParquetSource(files, held_bytes)
@@ -190,7 +190,7 @@ def test_what_is_held_is_bounded(
 def test_nobody_waits_for_a_window_that_is_not_wanted(
     large: tuple[list[Path], list[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever stops early, as by Ctrl-C, waits for one row group, not for a pass over all files."""
+    """Stopping early, as by Ctrl-C, waits for one row group, not for a pass over all files."""
     source = ParquetSource(large[0], 200_000)
     streams = []
     stream = ParquetSource._stream
@@ -251,7 +251,7 @@ def test_a_damaged_row_group_fails_its_own_rows(large: tuple[list[Path], list[by
 
 
 def test_at_least_two_gibibytes_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sixteenth of the memory where that is more."""
+    """The default is a sixteenth of the memory if that is over 2 GiB."""
     monkeypatch.setattr(parquet, "CGROUP_LIMIT", Path("nowhere"))
     for memory, held in ((8 << 30, 2 << 30), (512 << 30, 32 << 30)):
         monkeypatch.setattr(
@@ -264,7 +264,7 @@ def test_at_least_two_gibibytes_are_held(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_containers_memory_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, held: int
 ) -> None:
-    """What a control group may use, not what its machine has."""
+    """The memory is that of the control group, not of the machine."""
     (tmp_path / "memory.max").write_text(limit)
     monkeypatch.setattr(parquet, "CGROUP_LIMIT", tmp_path / "memory.max")
     monkeypatch.setattr(

@@ -32,7 +32,7 @@ print(digest.hexdigest())
 
 @pytest.fixture(scope="module")
 def some_scenes() -> list[Scene]:
-    """The first 600 scenes of one stream."""
+    """Return the first 600 scenes of one stream."""
     return [scene(3, index) for index in range(600)]
 
 
@@ -57,7 +57,7 @@ def test_another_process_makes_the_same_scenes() -> None:
 
 
 def test_a_scene_does_not_depend_on_those_made_before(some_scenes: list[Scene]) -> None:
-    """Scene 400 made alone is scene 400 of a run over 600."""
+    """Scene 400 alone equals scene 400 of a run over 600."""
     alone = scene(3, 400)
     assert np.array_equal(alone.pixels, some_scenes[400].pixels)
     assert np.array_equal(alone.mask, some_scenes[400].mask)
@@ -65,7 +65,7 @@ def test_a_scene_does_not_depend_on_those_made_before(some_scenes: list[Scene]) 
 
 
 def test_seed_and_index_each_change_the_scene(some_scenes: list[Scene]) -> None:
-    """No two of 600 scenes are alike, and another seed gives other scenes."""
+    """600 scenes are all different, and a different seed gives different scenes."""
     digests = {hashlib.sha256(item.pixels.tobytes()).digest() for item in some_scenes}
     assert len(digests) == 600
     assert not np.array_equal(scene(4, 0).pixels, some_scenes[0].pixels)
@@ -106,7 +106,7 @@ def test_the_label_is_the_class_with_the_largest_visible_area(some_scenes: list[
 
 
 def test_every_class_is_about_as_frequent(some_scenes: list[Scene]) -> None:
-    """Each class has its share of 600 labels, within what chance allows."""
+    """The labels of 600 scenes are uniform within chance."""
     counts = np.bincount([item.label for item in some_scenes], minlength=len(CLASSES))
     assert counts.min() > 0.6 * 600 / len(CLASSES)
     assert counts.max() < 1.4 * 600 / len(CLASSES)
@@ -205,7 +205,7 @@ def test_written_files_hold_the_scenes(tmp_path: Path) -> None:
 
 
 def test_writing_without_masks_leaves_them_out_and_a_later_run_adds_them(tmp_path: Path) -> None:
-    """masks=False writes images only; asking for masks later adds them and leaves the images alone."""
+    """masks=False writes images only; a later run with masks adds them and does not rewrite images."""
     write_scenes(tmp_path, seed=0, size=16, count=3, masks=False)
     images = {path: path.stat().st_mtime_ns for path in tmp_path.glob("images/*/*.png")}
     assert len(images) == 3
@@ -233,7 +233,7 @@ def test_writing_again_skips_finished_files_and_mends_missing_ones(tmp_path: Pat
 
 
 def test_a_run_cut_short_is_finished_by_the_next(tmp_path: Path) -> None:
-    """After a failure between two scenes, running again gives the files that one whole run gives."""
+    """After a failure between two scenes, a second run gives the files of an uninterrupted run."""
 
     done: list[int] = []
 

@@ -9,7 +9,7 @@ from dtcache.images import open_source
 
 
 def test_a_missing_path_is_refused(tmp_path: Path) -> None:
-    """A path that is not there is named."""
+    """A missing path is refused by name."""
     with pytest.raises(ImagesNotFoundError, match="nowhere does not exist"):
         open_source(tmp_path / "nowhere")
 

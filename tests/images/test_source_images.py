@@ -22,7 +22,7 @@ VIEW = ViewSpec(height=8, width=12)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of three images of 20 px."""
+    """Return a folder of three images of 20 px."""
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 256, (20, 20, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
@@ -60,7 +60,7 @@ def test_rows_find_their_images_by_key(folder: Path) -> None:
 
 
 def test_a_missing_image_is_named(folder: Path) -> None:
-    """A source that lacks images of the cache is refused at once, with a count and a key."""
+    """A source without some images of the cache is refused at once, with a count and a key."""
     with pytest.raises(
         ImagesError, match=r"1 of 2 images of the cache are missing, such as x\.png"
     ):
@@ -68,7 +68,7 @@ def test_a_missing_image_is_named(folder: Path) -> None:
 
 
 def test_a_changed_image_is_refused(folder: Path) -> None:
-    """An image of the right name but with other bytes is never served."""
+    """An image with the right name but other bytes is refused."""
     images = linked(folder)
     sink = io.BytesIO()
     Image.new("RGB", (20, 20)).save(sink, "PNG")
@@ -80,7 +80,7 @@ def test_a_changed_image_is_refused(folder: Path) -> None:
 
 
 def test_an_image_that_went_away_is_named(folder: Path) -> None:
-    """An image deleted after the start is one clear error."""
+    """An image deleted after the start gives one clear error."""
     images = linked(folder)
     (folder / "0.png").unlink()
     with pytest.raises(ImagesError, match=r"0\.png: .*No such file.* the extraction could read it"):

@@ -73,7 +73,7 @@ def test_images_are_found_where_they_lie(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_every_tar_format_is_read(tmp_path: Path, kind: int) -> None:
-    """Long and non-ASCII names come out as they went in, whichever way a format keeps them."""
+    """Long and non-ASCII names are read correctly from every tar format."""
     name = (
         f"{'d' * 90}/{'n' * 80}" if kind == tarfile.USTAR_FORMAT else f"{'d' * 200}/ü/{'n' * 150}"
     )
@@ -85,7 +85,9 @@ def test_every_tar_format_is_read(tmp_path: Path, kind: int) -> None:
 
 
 def test_cls_files_are_labels(tmp_path: Path) -> None:
-    """A sample's .cls, before or after its images, labels each of them; a sample without has none."""
+    """A sample's .cls file, before or after its images, labels each of them; without one there is
+    no label.
+    """
     members = {
         "a.cls": b"7\n",
         "a.jpg": b"1",
@@ -100,7 +102,7 @@ def test_cls_files_are_labels(tmp_path: Path) -> None:
 
 
 def test_a_sample_is_named_up_to_the_first_dot() -> None:
-    """As WebDataset groups them; dots of folders do not count."""
+    """Members are grouped as in WebDataset; dots in folder names do not count."""
     assert [group_of(name) for name in ("a.jpg", "v1.5/a.b.png", "x/y")] == ["a", "v1.5/a", "x/y"]
 
 
@@ -116,7 +118,7 @@ def test_keys_that_tars_share_have_the_tars_name(tmp_path: Path) -> None:
 
 
 def test_a_key_that_comes_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
-    """Both places are named: two extensions of one name, or one name packed twice."""
+    """The message names both members: two extensions of one name, or one name packed twice."""
     path = write_tar(tmp_path / "a.tar", {"x/1.jpg": b"1", "x/2.jpg": b"2", "x/1.png": b"3"})
     with pytest.raises(
         ImagesError,
@@ -126,13 +128,13 @@ def test_a_key_that_comes_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
 
 
 def test_keys_may_differ_in_case_only(tmp_path: Path) -> None:
-    """A tar knows case, whatever the file system does."""
+    """Names in a tar are case-sensitive, whatever the file system does."""
     source = open_source(write_tar(tmp_path / "a.tar", {"A.jpg": b"1", "a.jpg": b"2"}))
     assert list(source.keys) == ["A", "a"]
 
 
 def test_views_come_from_tars(tmp_path: Path, scene_folder: Path) -> None:
-    """Decoded views are those of the folder that was packed, in the order asked for."""
+    """Decoded views equal those of the packed folder, in the requested order."""
     folder = open_source(scene_folder)
     view = ViewSpec(height=16, width=16)
     write_tar(tmp_path / "a.tar", {key: folder.read(i) for i, key in enumerate(folder.keys)})
@@ -144,7 +146,7 @@ def test_views_come_from_tars(tmp_path: Path, scene_folder: Path) -> None:
 
 
 def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
-    """Return a member that is no plain file."""
+    """Return a member that is not a plain file."""
     info = tarfile.TarInfo(name)
     info.type = kind
     info.linkname = link
@@ -172,13 +174,15 @@ def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
 def test_images_that_are_no_plain_files_are_refused(
     tmp_path: Path, info: tarfile.TarInfo, reason: str
 ) -> None:
-    """Links, sparse files, devices and paths out of the tar are named, as is the tar."""
+    """Links, sparse files, devices and paths out of the tar are refused, with member and tar in the
+    message.
+    """
     with pytest.raises(ImagesError, match=rf"a\.tar: {reason}"):
         open_source(add(tmp_path / "a.tar", info))
 
 
 def test_other_members_may_be_anything(tmp_path: Path) -> None:
-    """Folders, and links that are no images, are passed over."""
+    """Folders, and links that are not images, are skipped."""
     path = add(tmp_path / "a.tar", special("latest", tarfile.SYMTYPE, "good.jpg"))
     with tarfile.open(path, "a") as tar:
         tar.addfile(special("folder.jpg.d", tarfile.DIRTYPE))
@@ -187,7 +191,7 @@ def test_other_members_may_be_anything(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
 def test_compressed_tars_are_refused(tmp_path: Path, kind: str) -> None:
-    """They could only be read from the front."""
+    """Compressed tars are refused: they do not allow random access."""
     with tarfile.open(tmp_path / "a.tar", f"w:{kind}") as tar:
         tar.addfile(tarfile.TarInfo("a.jpg"))
     with pytest.raises(
@@ -230,7 +234,9 @@ def test_every_cut_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_damaged_header_is_noticed(tmp_path: Path) -> None:
-    """It is not taken for the end of the archive, which would leave out every image behind it."""
+    """A damaged header is refused; tarfile takes it for the end of the archive and would skip all
+    later images.
+    """
     path = write_tar(tmp_path / "a.tar", {"a.jpg": RNG.bytes(700), "b.jpg": RNG.bytes(100)})
     whole = bytearray(path.read_bytes())
     whole[1536 + 20] ^= 1
@@ -278,14 +284,14 @@ def sized(size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
     ],
 )
 def test_hostile_sizes_are_refused(tmp_path: Path, size: bytes, kind: bytes, reason: str) -> None:
-    """A size that its file cannot hold becomes neither memory nor an endless loop."""
+    """A size beyond the file costs no memory and causes no endless loop."""
     (tmp_path / "a.tar").write_bytes(sized(size, kind) + bytes(4096))
     with pytest.raises(ImagesError, match=rf"a\.tar: {reason}"):
         open_source(tmp_path / "a.tar")
 
 
 def test_endless_sparse_maps_are_refused(tmp_path: Path) -> None:
-    """A map that promises more entries than the file has ends at the bound of a header."""
+    """A sparse map with more entries than the file has stops at the limit of header bytes."""
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         info = tarfile.TarInfo("a.jpg")
         info.pax_headers = {
@@ -301,7 +307,7 @@ def test_endless_sparse_maps_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [b"cat", b"-1", b"", b"1.5", b"99999999999", b"7" * 40])
 def test_labels_that_are_no_index_are_refused(tmp_path: Path, text: bytes) -> None:
-    """The member and what it holds are named."""
+    """The message has the member and its content."""
     path = write_tar(tmp_path / "a.tar", {"a.jpg": b"1", "a.cls": text})
     with pytest.raises(
         ImagesError, match=r"a\.tar: 'a\.cls': expected a class index such as 7, got b'"
@@ -310,7 +316,7 @@ def test_labels_that_are_no_index_are_refused(tmp_path: Path, text: bytes) -> No
 
 
 def test_tars_without_images_are_refused(tmp_path: Path) -> None:
-    """It says which endings it looked for."""
+    """The message lists the file extensions of images."""
     with pytest.raises(
         ImagesNotFoundError, match=r"no images in \S+a\.tar: expected files ending in \.bmp"
     ):
@@ -319,7 +325,7 @@ def test_tars_without_images_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("beside", ["x.parquet", "x.jpg", "sub/x.png"])
 def test_tars_beside_other_images_are_refused(tmp_path: Path, beside: str) -> None:
-    """One of the two kinds would be left out silently."""
+    """Two kinds of images are refused; one of them would be left out silently."""
     write_tar(tmp_path / "a.tar", {"a.jpg": b"1"})
     (tmp_path / beside).parent.mkdir(exist_ok=True)
     (tmp_path / beside).touch()
@@ -328,7 +334,7 @@ def test_tars_beside_other_images_are_refused(tmp_path: Path, beside: str) -> No
 
 
 def test_a_tar_that_shrinks_or_goes_fails_its_images(tmp_path: Path) -> None:
-    """A read after the index was built gives the whole image or an OSError that says why."""
+    """After indexing, a read returns the complete image or raises OSError with a reason."""
     path = write_tar(tmp_path / "a.tar", {"a.jpg": b"12345", "b.jpg": b"67890"})
     source = open_source(path)
     os.truncate(path, 512 + 3)
@@ -340,7 +346,7 @@ def test_a_tar_that_shrinks_or_goes_fails_its_images(tmp_path: Path) -> None:
 
 
 def test_a_link_to_nowhere_is_refused(tmp_path: Path) -> None:
-    """A shard that is not there is named, not left out; a folder of a tar's name is a folder."""
+    """A missing shard is refused by name; a folder with a tar's name is a folder."""
     write_tar(tmp_path / "a.tar", {"a.jpg": b"1"})
     (tmp_path / "c.tar").mkdir()
     assert list(open_source(tmp_path).keys) == ["a"]

@@ -16,7 +16,7 @@ from pipelines.convert_adm import ConvertOptions, convert_adm
 
 @pytest.fixture(scope="module")
 def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 128 px shape, whose levels have four heads each, as a converted directory."""
+    """Return the 128 px shape, with four heads per level, as a converted directory."""
     root = tmp_path_factory.mktemp("heads")
     torch.save(random_unet(**small("adm-128", classes=7)).state_dict(), root / "adm.pt")
     convert_adm(root / "adm.pt", root / "out", ConvertOptions(size=16))
@@ -43,7 +43,7 @@ def test_the_directory_loads_and_computes_what_the_reference_does(four_heads: Pa
 
 
 def test_diffusers_alone_refuses_it_loudly(four_heads: Path) -> None:
-    """Without dtcache the list stops the loading: never other heads without a word."""
+    """diffusers alone fails to load the list, so it never uses wrong heads silently."""
     with pytest.raises(TypeError, match="list"):
         UNet2DModel.from_pretrained(str(four_heads))
 
@@ -52,7 +52,7 @@ def test_diffusers_alone_refuses_it_loudly(four_heads: Path) -> None:
     "widths", [[32, 32], [32, 32, 16, 24, 0], [32, 32, 16, 25, 32], [32, 32, 16, 24, "a"], []]
 )
 def test_a_list_that_does_not_fit_is_refused(four_heads: Path, widths: list[object]) -> None:
-    """One positive divisor of each level's channels, or nothing."""
+    """A list must hold one positive divisor of each level's channels."""
     config = {**UNet2DModel.load_config(str(four_heads)), "attention_head_dim": widths}
     with torch.device("meta"):
         unet = UNet2DModel.from_config({**config, **stand_in(config)})
@@ -64,7 +64,7 @@ def test_a_list_that_does_not_fit_is_refused(four_heads: Path, widths: list[obje
 
 
 def test_one_number_for_all_is_left_alone(teacher_dir: Path) -> None:
-    """An ordinary configuration needs no stand-in and changes nothing."""
+    """An ordinary configuration needs no replacement and changes nothing."""
     config = UNet2DModel.load_config(str(teacher_dir / "unet"))
     unet = UNet2DModel.from_pretrained(str(teacher_dir / "unet"))
     before = [m.heads for m in unet.modules() if hasattr(m, "heads")]

@@ -200,7 +200,9 @@ def test_latents_are_made_once_for_all_timesteps_and_draws(tmp_path: Path) -> No
 
 
 def test_a_short_batch_is_padded_for_the_autoencoder_too(tmp_path: Path) -> None:
-    """Every pass has the recipe's shape, and a sample's features are the same alone and in company."""
+    """Every pass has the recipe's shape, so a sample's features do not depend on the others in its
+    batch.
+    """
     save_ldm(tmp_path)
     teacher = prepared(load_teacher(str(tmp_path)), 150, batch_size=4)
     shapes = []
@@ -227,7 +229,7 @@ def test_a_size_that_latents_cannot_halve_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_weights_hash_covers_every_part(tmp_path: Path) -> None:
-    """One other number in the autoencoder makes another teacher."""
+    """One changed number in the autoencoder changes the teacher's hash."""
     save_ldm(tmp_path)
     before = load_teacher(str(tmp_path))
     path = tmp_path / "vqvae" / WEIGHTS
@@ -328,8 +330,8 @@ def other_text_width(root: Path) -> None:
         (worded_scale, "expected scaling_factor to be a number, got 'big'"),
         (
             inpainting,
-            "expected in_channels=4, the channels of the autoencoder's latents, got 9; use a model "
-            "that reads no masks",
+            "expected in_channels=4, the channels of the autoencoder's latents, got 9; use a "
+            "model that reads no masks",
         ),
         (
             no_autoencoder,
@@ -350,7 +352,7 @@ def other_text_width(root: Path) -> None:
 def test_a_bad_latent_teacher_is_refused(
     tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    """Whatever part is missing, of another class or of another model is named."""
+    """The message names a part that is missing or belongs to another class or model."""
     save_stable_diffusion(tmp_path)
     damage(tmp_path)
     with pytest.raises(TeacherError, match=message):
@@ -358,7 +360,7 @@ def test_a_bad_latent_teacher_is_refused(
 
 
 def test_an_embedding_of_another_width_is_refused(tmp_path: Path) -> None:
-    """A text encoder and a U-Net that do not fit are told by their channels."""
+    """The message has the channels of a text encoder and a U-Net that do not fit together."""
     save_stable_diffusion(tmp_path)
     stored = Prompt(text="", embedding_LD=np.zeros((TOKENS, 24), np.float32))
     with pytest.raises(
@@ -368,7 +370,7 @@ def test_an_embedding_of_another_width_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_prompt_for_a_teacher_that_reads_none_is_refused(tmp_path: Path) -> None:
-    """--prompt is no option of an unconditional teacher."""
+    """An unconditional teacher takes no prompt."""
     save_ldm(tmp_path)
     with pytest.raises(
         ConfigError,

@@ -17,7 +17,7 @@ from dtcache.teacher.unet import UNetDenoiser
 
 
 class Fake:
-    """A denoiser as far as its condition goes."""
+    """The attributes of a denoiser that its condition depends on."""
 
     def __init__(self, num_classes: int | None, null_class: int | None) -> None:
         self.num_classes = num_classes
@@ -98,13 +98,13 @@ def test_conditions(
 def test_impossible_conditions_are_refused(
     denoiser: Fake, prompt: Prompt | None, asked: str, message: str
 ) -> None:
-    """Each with its reason and what to do."""
+    """Each message has a reason and a remedy."""
     with pytest.raises(ConfigError, match=message):
         choose_condition(denoiser, prompt, asked)  # type: ignore[arg-type]
 
 
 def test_labels_outside_the_teachers_classes_are_refused() -> None:
-    """The first image whose label is missing or too large is named."""
+    """The message names the first image whose label is missing or too large."""
     require_labels(["a", "b"], [0, 2], 3)
     with pytest.raises(
         ImagesError, match="`condition='label'`: the images have no labels; pass a folder with"
@@ -122,7 +122,7 @@ def test_labels_outside_the_teachers_classes_are_refused() -> None:
 def test_a_class_conditional_unet_is_told_its_class(
     tmp_path: Path, condition: str, told: list[int]
 ) -> None:
-    """Its taps equal hooks on the whole model in memory, which is given the same classes."""
+    """Taps equal hooks on the complete model in memory with the same classes."""
     unet = save_class_unet(tmp_path)
     teacher = prepare_teacher(
         load_teacher(str(tmp_path)),
@@ -144,6 +144,6 @@ def test_a_class_conditional_unet_is_told_its_class(
 
 
 def test_a_unet_does_not_say_whether_it_has_a_null_class(tmp_path: Path) -> None:
-    """num_class_embeds alone cannot tell, so that null is never assumed."""
+    """num_class_embeds does not say whether a null class exists, so null is never the default."""
     denoiser = UNetDenoiser(save_class_unet(tmp_path))
     assert (denoiser.num_classes, denoiser.null_class) == (8, None)

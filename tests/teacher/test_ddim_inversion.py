@@ -78,7 +78,7 @@ def test_gaussian_images_flow_as_the_ode_says(prediction: str, learned_variance:
 
 
 def test_nothing_is_clipped() -> None:
-    """Values far outside [-1, 1] pass through as the formula has them."""
+    """Values far outside [-1, 1] follow the formula."""
     x_BCHW = torch.full((1, 3, 4, 4), 5.0)
     found, _, _ = Inversion(
         lambda x, t, labels: torch.zeros_like(x), ALPHA_BARS, "epsilon", 10
@@ -105,7 +105,7 @@ def test_levels_are_even_and_reach_the_timestep() -> None:
 
 
 def test_more_steps_than_levels_are_refused() -> None:
-    """There is no level between two timesteps."""
+    """More steps than timesteps are refused, since there is no level between two timesteps."""
     with pytest.raises(
         ConfigError, match=r"`ddim_steps` 20: expected at most 10, the steps up to `timestep` 10"
     ):
@@ -113,7 +113,7 @@ def test_more_steps_than_levels_are_refused() -> None:
 
 
 def test_another_prediction_is_refused() -> None:
-    """What is not known to be noise, image or velocity is not guessed at."""
+    """A prediction type other than noise, image or velocity is refused."""
     with pytest.raises(
         TeacherError,
         match=r"predicts epsilon, v_prediction, sample, got 'flow'; use `encoding='ddpm'`",
@@ -173,7 +173,7 @@ def test_features_are_those_of_the_image_that_diffusers_inverts(
 
 
 def test_inversion_needs_no_noise_and_no_seed(inverting: Teacher) -> None:
-    """The same image gives the same bits whatever its key, seed and draw are."""
+    """An image gives the same bits for any key, seed and draw."""
     pixels = [np.random.default_rng(1).integers(0, 256, (3, 32, 32), np.uint8)]
     assert not inverting.is_random
     one, two = (
@@ -187,7 +187,7 @@ def test_inversion_needs_no_noise_and_no_seed(inverting: Teacher) -> None:
 
 
 def test_tapping_and_predicting_share_weights(teacher_dir: Path) -> None:
-    """The tapped network holds no second copy of a weight, and leaves the denoiser whole."""
+    """The tapped network shares its weights with the denoiser, which stays complete."""
     denoiser = load_teacher(str(teacher_dir)).denoiser
     taps = denoiser.find_taps(32, 32)
     whole = {p.data_ptr() for p in denoiser.predictor().parameters()}

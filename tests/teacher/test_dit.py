@@ -41,7 +41,9 @@ def prepared(root: Path, taps: tuple[str, ...] | None, condition: str | None) ->
 def test_taps_are_those_of_diffusers(
     tmp_path: Path, condition: str | None, told: list[int]
 ) -> None:
-    """Loaded from disk they equal hooks on the whole model in memory, under each kind of condition."""
+    """Taps loaded from disk equal hooks on the complete model in memory, for each kind of
+    condition.
+    """
     transformer, vae = save_dit(tmp_path)
     teacher = prepared(tmp_path, ("block1", "block4"), condition)
     batch = batch_of(
@@ -63,7 +65,7 @@ def test_taps_are_those_of_diffusers(
 
 
 def test_conditions_differ(tmp_path: Path) -> None:
-    """The class that a transformer is told changes its features."""
+    """The class changes a transformer's features."""
     save_dit(tmp_path)
     maps = []
     for condition in ("null", "0", "2"):
@@ -76,7 +78,7 @@ def test_conditions_differ(tmp_path: Path) -> None:
 
 
 def test_every_block_offers_a_tap(tmp_path: Path) -> None:
-    """All at the stride of the patches against the view, also of a view that is not square."""
+    """All taps have the stride of the patches against the view, also for a view that is not square."""
     save_dit(tmp_path)
     denoiser = load_teacher(str(tmp_path)).denoiser
     found = [
@@ -92,7 +94,7 @@ def test_every_block_offers_a_tap(tmp_path: Path) -> None:
 
 
 def test_a_view_that_is_not_square_is_folded_row_by_row(tmp_path: Path) -> None:
-    """A 16x48 view gives maps of 2x6 whose places are the tokens' own."""
+    """A 16x48 view gives 2x6 maps with each token at its position."""
     transformer, _ = save_dit(tmp_path)
     x_BCHW = torch.from_numpy(
         np.random.default_rng(0).normal(size=(1, 4, 4, 12)).astype(np.float32)
@@ -128,7 +130,7 @@ def test_blocks_after_the_last_tap_are_cut_off(tmp_path: Path) -> None:
     ],
 )
 def test_default_taps_spread_over_the_depth(blocks: int, chosen: tuple[int, ...]) -> None:
-    """At one to four fifths of the blocks; all of a transformer of four or fewer."""
+    """The default is one to four fifths of the blocks; all blocks if there are at most four."""
     taps = tuple(
         TapSpec(name=f"block{n}", block=n, stride=16, channels=1, height=1, width=1)
         for n in range(blocks)
@@ -137,7 +139,7 @@ def test_default_taps_spread_over_the_depth(blocks: int, chosen: tuple[int, ...]
 
 
 def test_a_block_that_is_not_offered_is_refused(tmp_path: Path) -> None:
-    """A stride is no name of a block; the blocks on offer are named."""
+    """A stride does not name a block; the message lists the blocks."""
     save_dit(tmp_path, blocks=2)
     with pytest.raises(
         ConfigError,
@@ -147,9 +149,7 @@ def test_a_block_that_is_not_offered_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_older_class_name_is_the_same_network(tmp_path: Path) -> None:
-    """A DiT that diffusers saved as Transformer2DModel loads; a Transformer2DModel that is none is
-    refused.
-    """
+    """A DiT saved as Transformer2DModel loads; any other Transformer2DModel is refused."""
     save_dit(tmp_path)
     wanted = prepared(tmp_path, ("block5",), "null")
     config = tmp_path / "transformer" / "config.json"

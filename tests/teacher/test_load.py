@@ -17,7 +17,7 @@ from dtcache.teacher.diffusers_files import DOWNLOADED, WEIGHTS
 
 @pytest.fixture
 def teacher_copy(teacher_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the teacher that a test may damage."""
+    """Return a copy of the teacher that a test may damage."""
     return Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
 
 
@@ -214,7 +214,9 @@ def huge_config(root: Path) -> None:
 def test_a_bad_directory_is_refused(
     teacher_copy: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    """Whatever is missing, misnamed, pickled or of another model is named, and nothing is loaded."""
+    """The message names a part that is missing, misnamed, pickled or of another model; nothing is
+    loaded.
+    """
     damage(teacher_copy)
     with pytest.raises(TeacherError, match=message):
         load_teacher(str(teacher_copy))
@@ -232,7 +234,7 @@ def test_a_missing_directory_is_refused() -> None:
 def test_a_hub_id_is_downloaded_as_json_and_safetensors_only(
     teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hub id asks for no other kind of file, and what comes is loaded as a directory is."""
+    """A hub id downloads only allowed kinds of files, and the result loads like a directory."""
     asked = {}
 
     def snapshot(repo: str, *, allow_patterns: list[str]) -> str:
@@ -266,7 +268,7 @@ def test_a_hub_id_is_downloaded_as_json_and_safetensors_only(
 
 
 def test_a_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No network is reported with the name that was asked for."""
+    """The message has the requested name if there is no network."""
 
     def snapshot(repo: str, *, allow_patterns: list[str]) -> str:
         raise OSError("offline")

@@ -17,10 +17,10 @@ from dtcache.teacher import CallableTeacher, Teacher, TeacherSettings, load_teac
 
 
 class Pyramid(nn.Module):
-    """Two maps, of strides 2 and 4; the second comes in a tuple, as some networks have it."""
+    """Two maps, of strides 2 and 4; the second is in a tuple, as in some networks."""
 
     class Pair(nn.Module):
-        """A convolution and nothing."""
+        """A convolution whose output is in a tuple."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -67,7 +67,7 @@ def pixels(count: int) -> list[np.ndarray]:
 
 
 def test_a_plain_network_sees_the_pixels() -> None:
-    """Without prepare the taps are those of the images in [-1, 1], and there is no noise."""
+    """Without `prepare`, the module reads images in [-1, 1], and there is no noise."""
     teacher = prepared(made())
     assert [(t.name, t.channels, t.height, t.width) for t in teacher.spec.taps] == [
         ("stride2", 6, 8, 12),
@@ -185,7 +185,7 @@ def test_a_diffusion_network_of_ones_own_gives_the_features_of_the_built_in_way(
     ],
 )
 def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
-    """What contradicts itself or names nothing is said before anything runs."""
+    """Contradictory arguments and unknown paths are refused before anything runs."""
     with pytest.raises(ConfigError, match=message):
         made(**changes)
 
@@ -222,7 +222,9 @@ def failing(pixels_BCHW: Tensor, noise_BCHW: Tensor, timestep: int) -> Tensor:
     ],
 )
 def test_the_dry_run_finds_what_is_not_as_claimed(changes: dict[str, Any], message: str) -> None:
-    """One clear error each: a wrong stride, no map, a part that does not run, code that fails."""
+    """A wrong stride, an output that is not a map, a submodule that does not run, and code that
+    fails each give one error.
+    """
     with pytest.raises(TeacherError, match=message):
         prepared(made(**changes))
 
@@ -247,7 +249,7 @@ def test_a_plain_network_has_timestep_0_only_and_is_not_inverted() -> None:
 
 
 def test_hashes_cover_weights_taps_and_version() -> None:
-    """Each of them changes a hash of its own; memory layout does not, nor does evaluation."""
+    """Weights, taps and version each change a hash; memory layout and evaluation mode do not."""
     one = Pyramid()
     other = Pyramid()
     other.first.weight.data.add_(1e-6)
@@ -267,7 +269,7 @@ def test_hashes_cover_weights_taps_and_version() -> None:
 
 
 def test_nothing_stays_hooked() -> None:
-    """After a pass, and after one that failed, the user's module is as it was."""
+    """After a pass, failed or not, the user's module has no hooks."""
     module = Pyramid()
     prepared(made(module=module))
     with pytest.raises(TeacherError, match="its dry run"):
@@ -276,7 +278,7 @@ def test_nothing_stays_hooked() -> None:
 
 
 def test_a_map_that_the_next_module_overwrites_is_cached_as_it_was() -> None:
-    """What is cached is a path's output, though a ReLU behind it works in place."""
+    """The output at a path is cached, even if an in-place ReLU follows it."""
     torch.manual_seed(0)
     convolution = torch.nn.Conv2d(3, 4, 3, padding=1)
     net = torch.nn.Sequential(convolution, torch.nn.ReLU(inplace=True))

@@ -177,14 +177,14 @@ def long_tokenizer(root: Path) -> None:
 def test_a_bad_text_encoder_is_refused(
     text: Any, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    """Whatever is missing, pickled, damaged or of another model is named."""
+    """The message names a part that is missing, pickled, damaged or of another model."""
     damage(tmp_path)
     with pytest.raises(TeacherError, match=message):
         embed_prompt(tmp_path, "cat")
 
 
 def test_a_prompt_that_is_too_long_is_refused(text: Any, tmp_path: Path) -> None:
-    """Nothing is cut off silently."""
+    """A long prompt is refused, not truncated."""
     with pytest.raises(
         ConfigError, match=r"`prompt`: expected at most 7 tokens, got 10; shorten it"
     ):
@@ -194,7 +194,7 @@ def test_a_prompt_that_is_too_long_is_refused(text: Any, tmp_path: Path) -> None
 def test_without_transformers_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library is an extra, asked for only where a text encoder has to run."""
+    """The library is an extra that is needed only to run a text encoder."""
     save_stable_diffusion(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(

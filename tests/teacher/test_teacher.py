@@ -30,7 +30,7 @@ CPU = resolve_compute("cpu", "fp32")
 
 
 def tap(stride: int) -> TapSpec:
-    """A tap of some stride."""
+    """Return a tap with a stride."""
     return TapSpec(name=f"stride{stride}", block=0, stride=stride, channels=1, height=1, width=1)
 
 
@@ -58,7 +58,7 @@ def test_strides_hold_on_a_non_square_view(teacher_dir: Path) -> None:
 
 
 def test_a_size_the_network_cannot_halve_is_refused(teacher_dir: Path) -> None:
-    """The multiple that both sides must be is named."""
+    """The message names the multiple that both sides must be."""
     with pytest.raises(
         ConfigError, match=r"`size` 36x32: this U-Net halves the image 3 times.*multiples of 8"
     ):
@@ -79,12 +79,12 @@ def test_a_size_the_network_cannot_halve_is_refused(teacher_dir: Path) -> None:
 def test_default_taps(
     offered: tuple[int, ...], asked: tuple[int, ...] | None, chosen: tuple[int, ...]
 ) -> None:
-    """Strides 4 to 32 where all exist, else the four coarsest, else what is asked for."""
+    """The default is strides 4 to 32 if all exist, else the four coarsest; names override it."""
     assert tuple(t.stride for t in choose_taps(tuple(map(tap, offered)), asked)) == chosen
 
 
 def test_a_stride_that_is_not_offered_is_refused() -> None:
-    """The taps on offer are named."""
+    """The message lists the teacher's taps."""
     with pytest.raises(
         ConfigError,
         match="`taps` stride16: the teacher has no such map at this size; expected stride4, stride8",
@@ -131,8 +131,8 @@ def test_truncation_drops_the_layers_after_the_last_tap() -> None:
 
 
 def test_features_do_not_depend_on_the_rest_of_the_batch(teacher_dir: Path) -> None:
-    """A short batch is padded to the recipe's shape: a sample's features are the same alone and in
-    company.
+    """A short batch is padded to the recipe's shape, so a sample's features do not depend on the
+    others in its batch.
     """
     view = ViewSpec(height=32, width=32)
     teacher = prepare_teacher(
@@ -188,7 +188,7 @@ def test_the_noised_input_is_the_papers_formula(teacher_dir: Path) -> None:
 def test_bad_constants_are_refused(
     teacher_dir: Path, timesteps: tuple[int, ...], batch_size: int, message: str
 ) -> None:
-    """A timestep or batch size that cannot be used is named."""
+    """The message names the timestep or batch size that cannot be used."""
     with pytest.raises(ConfigError, match=message):
         prepare_teacher(
             load_teacher(str(teacher_dir)),
@@ -200,7 +200,7 @@ def test_bad_constants_are_refused(
 
 
 def test_native_size_reads_both_forms() -> None:
-    """A square sample size is one number, another is a pair."""
+    """A sample size is one number if square, else a pair."""
     assert UNetDenoiser(build_unet(32, 32, (16, 16), layers=1, attention=1)).native_size == (32, 32)
     assert UNetDenoiser(build_unet(16, 32, (16, 16), layers=1, attention=1)).native_size == (16, 32)
 
@@ -278,7 +278,7 @@ def test_one_graph_is_compiled_for_whole_views(
 def test_a_device_without_room_is_one_clear_line(
     teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Running out of memory names the batch size and what to do."""
+    """The message has the batch size and a remedy."""
     teacher = prepare_teacher(
         load_teacher(str(teacher_dir)),
         TeacherSettings(view=ViewSpec(height=32, width=32), timesteps=(150,), batch_size=2),
@@ -298,7 +298,7 @@ def test_a_device_without_room_is_one_clear_line(
 
 
 def test_the_clock_counts_the_passes(teacher_dir: Path) -> None:
-    """It grows with every pass, and with nothing else."""
+    """The clock advances with every pass and only then."""
     teacher = prepare_teacher(
         load_teacher(str(teacher_dir)),
         TeacherSettings(view=ViewSpec(height=32, width=32), timesteps=(150,), batch_size=2),

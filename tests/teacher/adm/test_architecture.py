@@ -75,12 +75,12 @@ def test_published_models_are_recognised(name: str) -> None:
 
 
 def test_every_preset_is_an_option() -> None:
-    """The command line, which loads no torch, knows the names."""
+    """The options, which load no torch, have the same names."""
     assert tuple(PRESETS) == ADM_PRESETS
 
 
 def test_the_published_settings() -> None:
-    """What the published flags say of each model: size, schedule, attention order, heads."""
+    """Each preset has the size, schedule, attention order and heads of the published flags."""
     assert {name: settings for name, (_, _, settings) in PRESETS.items()} == {
         "adm-64": AdmSettings(size=64, schedule="cosine", order="new", head_channels=64),
         "adm-128": AdmSettings(size=128, schedule="linear", order="legacy", heads=4),
@@ -146,7 +146,7 @@ def test_head_widths_are_one_number_where_they_can_be() -> None:
     ],
 )
 def test_heads_that_do_not_fit_are_refused(settings: AdmSettings, message: str) -> None:
-    """The flag and the level's channels are named."""
+    """The message names the field and the level's channels."""
     with pytest.raises(ConfigError, match=message):
         head_widths(infer_architecture(random_unet(**TINY).state_dict()), settings)
 
@@ -154,7 +154,7 @@ def test_heads_that_do_not_fit_are_refused(settings: AdmSettings, message: str) 
 def changed(
     drop: str = "", add: dict[str, torch.Tensor] | None = None, **shape: object
 ) -> dict[str, torch.Tensor]:
-    """A tiny checkpoint without the keys that start with `drop`, and with others."""
+    """Return a tiny checkpoint without the keys that start with `drop`, with the keys of `add`."""
     weights = random_unet(**{**TINY, **shape}).state_dict()
     return {k: v for k, v in weights.items() if not (drop and k.startswith(drop))} | (add or {})
 
@@ -233,6 +233,8 @@ def test_other_checkpoints_are_refused(weights: dict[str, torch.Tensor], message
 
 
 def test_a_number_in_a_key_allocates_nothing() -> None:
-    """Blocks are counted, so that a key of block 10^12 is one block too many and no loop."""
+    """Blocks are counted, not enumerated: a key of block 10^12 is one superfluous block, not a
+    loop.
+    """
     with pytest.raises(TeacherError, match="5 input and 4 output blocks"):
         infer_architecture(changed(add={"input_blocks.1000000000000.0.x": torch.zeros(1)}))

@@ -17,7 +17,7 @@ WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_both_formats_give_the_tensors(tmp_path: Path, zipped: bool) -> None:
-    """Zip archives, and the format of torch before 1.6."""
+    """Write a zip archive, or the format of torch before 1.6."""
     torch.save(WEIGHTS, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     got = read_checkpoint(tmp_path / "x.pt")
     assert list(got) == list(WEIGHTS)
@@ -28,7 +28,7 @@ def test_both_formats_give_the_tensors(tmp_path: Path, zipped: bool) -> None:
 
 
 class Evil:
-    """Makes a folder when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -39,7 +39,7 @@ class Evil:
 
 @pytest.mark.parametrize("kind", ["zip", "old", "pickle"])
 def test_code_in_the_file_is_never_run(tmp_path: Path, kind: str) -> None:
-    """A pickle that would act is refused in every container, and does not act."""
+    """A pickle with code is refused in every container, and its code does not run."""
     content = {"a": torch.ones(1), "b": Evil(tmp_path / "ran")}
     if kind == "pickle":
         (tmp_path / "x.pt").write_bytes(pickle.dumps(content["b"]))
@@ -72,7 +72,7 @@ def test_code_in_the_file_is_never_run(tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_other_content_is_refused(tmp_path: Path, content: object, message: str) -> None:
-    """The first thing that is not a floating-point tensor by name is named."""
+    """The message names the first entry that is not a floating-point tensor."""
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(TeacherError, match=message):
         read_checkpoint(tmp_path / "x.pt")
@@ -81,7 +81,7 @@ def test_other_content_is_refused(tmp_path: Path, content: object, message: str)
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_file_is_refused(tmp_path: Path, share: float, zipped: bool) -> None:
-    """However much of either format is missing, one line says so."""
+    """However much of either format is missing, the error is one line."""
     torch.save({"a": torch.rand(1000)}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     data = (tmp_path / "x.pt").read_bytes()
     (tmp_path / "x.pt").write_bytes(data[: int(len(data) * share)])
@@ -93,7 +93,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, share: float, zipped: bool)
 
 
 def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
-    """torch itself would read the wrong weight."""
+    """A damaged record is refused; torch alone would load the wrong weight."""
     torch.save({"a": torch.full((1000,), 2.0)}, tmp_path / "x.pt")
     data = bytearray((tmp_path / "x.pt").read_bytes())
     data[data.index(torch.full((8,), 2.0).numpy().tobytes()) + 400] ^= 1
@@ -107,7 +107,7 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"no checkpoint\n", bytes(5000)])
 def test_something_else_is_refused(tmp_path: Path, data: bytes) -> None:
-    """Any other file is one line too."""
+    """Other files give a one-line error too."""
     (tmp_path / "x.pt").write_bytes(data)
     with pytest.raises(
         TeacherError, match="expected a complete PyTorch checkpoint of plain tensors"
@@ -116,7 +116,7 @@ def test_something_else_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    """A path that is not there, or is a folder."""
+    """A missing path and a folder are refused."""
     with pytest.raises(
         TeacherNotFoundError, match=r"x\.pt: no such file; expected a PyTorch \.pt file"
     ):

@@ -20,13 +20,13 @@ T = torch.tensor([3, 951])
 
 
 def small_settings(name: str) -> AdmSettings:
-    """A preset's settings for its small shape."""
+    """Return a preset's settings for its small shape."""
     settings = replace(PRESETS[name][2], size=SIDES[name])
     return settings if settings.heads else replace(settings, head_channels=16)
 
 
 def converted(reference: GuidedUNet, settings: AdmSettings) -> UNet2DModel:
-    """The UNet2DModel, on real memory, that a reference's state dict converts to."""
+    """Return the UNet2DModel, with memory, that a reference's state dict converts to."""
     weights = reference.state_dict()
     found = infer_architecture(weights)
     config = unet_config(found, settings)
@@ -38,7 +38,7 @@ def converted(reference: GuidedUNet, settings: AdmSettings) -> UNet2DModel:
 
 
 def double(network: torch.nn.Module) -> torch.nn.Module:
-    """The network in fp64; diffusers' own `to` warns of nothing."""
+    """Return the network in fp64, without the warnings of diffusers' `to`."""
     return torch.nn.Module.to(network, torch.float64)
 
 
@@ -47,7 +47,7 @@ def images(side: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Greatest difference over greatest value."""
+    """Return the largest difference over the largest value."""
     return float((got - expected).abs().max() / expected.abs().max())
 
 
@@ -119,7 +119,9 @@ def test_the_timestep_table_holds_at_every_step() -> None:
 
 
 def test_a_table_that_would_lose_is_refused() -> None:
-    """64 sinusoids do not fit 32 numbers a step; the conversion says so instead of approximating."""
+    """64 sinusoids do not fit into 32 numbers per step; the conversion refuses instead of
+    approximating.
+    """
     reference = random_unet(width=64, mult=(0.5, 1), blocks=1, attention=(2,), heads=4)
     message = r"fit into the 32 channels of the first level, got an embedding of 64 channels: .* would lose"
     with pytest.raises(TeacherError, match=message):
@@ -152,9 +154,7 @@ def test_guided_diffusions_other_flags(scale_shift: bool, resblock_updown: bool)
 
 @pytest.mark.parametrize("new_order", [True, False])
 def test_the_other_attention_order_loads_and_is_wrong(new_order: bool) -> None:
-    """Taking one order of the rows of qkv for the other fits every shape and computes something
-    else.
-    """
+    """The wrong order of qkv rows fits every shape but computes different features."""
     reference = random_unet(**small("adm-256", new_order=new_order))
     right, wrong = ("new", "legacy") if new_order else ("legacy", "new")
     settings = small_settings("adm-256")
@@ -171,7 +171,7 @@ def test_the_other_attention_order_loads_and_is_wrong(new_order: bool) -> None:
 
 
 def test_other_heads_load_and_are_wrong() -> None:
-    """The number of heads is in no shape, so that a preset or an option has to be right."""
+    """The number of heads is not in any shape, so a preset or an option must be correct."""
     reference = random_unet(**small("adm-256"))
     unet = converted(reference, AdmSettings(size=32, head_channels=32))
     with torch.inference_mode():
@@ -278,7 +278,7 @@ def spoil(weights: dict[str, torch.Tensor], key: str, tensor: torch.Tensor | Non
 def test_a_tensor_that_does_not_fit_is_named(
     key: str, tensor: torch.Tensor | None, message: str
 ) -> None:
-    """Nothing is left out, left over or of another shape."""
+    """Missing tensors, superfluous tensors and other shapes are refused."""
     reference = random_unet(width=32, mult=(1, 2), blocks=1, attention=(2,), heads=4)
     weights = reference.state_dict()
     spoil(weights, key, tensor)
