@@ -26,13 +26,14 @@ from records import ROOT, Results, results_flag, with_todays_names
 TEACHER = ROOT / "benchmarks" / "teachers" / "cifar10"
 HEAD = """# CIFAR-10
 
-Written by `python benchmarks/cifar10.py --data DATA`; each run has its own JSON beside this page.
-Machine: {machines}. The seconds are wall times of runs that shared the cores with each other and with other
-work. The teacher (`benchmarks/teachers/cifar10`, [samples](../../benchmarks/teachers/cifar10/samples.png),
-[loss](../../benchmarks/teachers/cifar10/loss.png)) is a small one of an hour on such a machine: what counts is how much
-of it students take over. Students train on strides 2, 4 and 8: the finest tap is half noise, and without it they enter
-at 64 px instead of 128. All rows see the same 20,000 labelled training images and the 10,000 test images; student and
-random init pool 512 values, a tap its channels, so that a student may read better than any one tap it learned from.
+Written by `python benchmarks/cifar10.py --data DATA`; each run has its own JSON in the folder `cifar10`.
+Machine: {machines}. Seconds are wall times of runs that shared the cores with each other and with other work.
+The teacher (`benchmarks/teachers/cifar10`, [samples](../../benchmarks/teachers/cifar10/samples.png),
+[loss](../../benchmarks/teachers/cifar10/loss.png)) is small: it was trained for about an hour on such a machine. The
+question is how much of its quality students take over. Students train on strides 2, 4 and 8: half of the finest tap is
+noise, and without that tap their input is 64 px instead of 128. All rows use the same 20,000 labelled training images
+and the 10,000 test images. Students and random initialisations pool 512 values, a tap pools its channels, so a student
+may score higher than any single tap that it learned from.
 """
 TIMESTEPS = (20, 50, 100, 200)
 TEACH = [

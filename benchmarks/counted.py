@@ -25,11 +25,10 @@ AMORTISED = 10_000
 SOLVED = 128
 SHARD = 256
 COUNTED = (
-    f"dtcache: shards as the store writes them (payloads, zstd frames, checksums, indices), one "
-    f"payload a chunk, "
-    f"plus {ROW_BYTES} bytes a row of the sample index and the fit's files over {AMORTISED} images "
-    f"of one view. Peers: "
-    "their own output alone, one or 64 images a chunk, the smaller. Bound: no side information."
+    "dtcache: shards as the store writes them (payloads, zstd frames, checksums, indices) with one "
+    f"payload per chunk, plus {ROW_BYTES} bytes per row of the sample index, plus the fit's files "
+    f"divided by {AMORTISED} images of one view. Peers: only their own output, with one or 64 images "
+    "per chunk, whichever is smaller. Bound: without side information."
 )
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/rate_distortion.py --data ../shared/data [--teacher DIR] [--timestep 50]
 
-D = sum of squared errors / sum of squares about the per-channel means of the counted images, both
-over all whitened features of all taps, so that a tap weighs as its variance. Features are those of
-benchmarks/features.py: whitened as the codec does and rounded to fp16, one view an image; every
-codec gets the same. The tables go to docs/results/rate_distortion.md, .json and .png.
+D = sum of squared errors / sum of squares about the per-channel means of the counted images. Both
+sums run over all whitened features of all taps, so a tap is weighted by its variance. All codecs
+get the same features, from benchmarks/features.py: whitened as by dtcache and rounded to fp16, one
+view per image. The script writes docs/results/rate_distortion.md, .json and .png.
 """
 
 import argparse
