@@ -1,4 +1,4 @@
-"""Commit records: the one file that makes a shard part of the cache."""
+"""Commit records: the file that makes a shard part of the cache."""
 
 import re
 from collections.abc import Iterable
@@ -13,9 +13,9 @@ from dtcache.recipe import FailedSample, Json
 from dtcache.store.layout import COMMITS
 
 _SHA256 = re.compile("[0-9a-f]{64}")
-ANEW = "delete it and run the extraction again"
+ANEW = "delete it and run dtcache extract again"
 MAX_COMMIT_BYTES = 256 << 20
-"""Of a shard of 2^20 rows, each with a hash and a failure's reason."""
+"""Enough for a shard of 2^20 rows, each with a hash and a failure reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +23,7 @@ class ShardObject:
     """One file of a shard."""
 
     path: str
-    """Relative to the cache."""
+    """Relative to the cache folder."""
     size: int
     """Bytes."""
     sha256: str
@@ -31,11 +31,11 @@ class ShardObject:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecSums:
-    """Float64 sums of one tap over the rows of a shard that the codec was not fitted on."""
+    """Float64 sums of one tap over the rows of a shard, without the rows of the codec's fit."""
 
     squared_error: float
     energy: float
-    """About the channel means of the data set, after whitening."""
+    """Sum of squares about the channel means of the data set, after whitening."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,10 +44,10 @@ class CommitRecord:
 
     shard: int
     fingerprint: str
-    """Of the recipe that it was made by."""
+    """Fingerprint of the recipe that the shard was computed with."""
     objects: tuple[ShardObject, ...]
     content_sha256: tuple[str | None, ...]
-    """SHA-256 of each row's source bytes; None where the image failed."""
+    """SHA-256 of each row's source bytes; None if the image failed."""
     failures: tuple[FailedSample, ...]
     sums: dict[str, CodecSums]
 
@@ -70,35 +70,37 @@ class CommitRecord:
 
 
 def commit_path(root: Path, shard: int) -> Path:
-    """Return where a shard's record lies."""
+    """Return the path of a shard's commit record."""
     return root / COMMITS / f"{shard:06d}.json"
 
 
 def write_commit(root: Path, record: CommitRecord) -> None:
-    """Write a commit record atomically; from then on the shard is part of the cache."""
+    """Write a commit record atomically. From then on the shard is part of the cache."""
     write_file(commit_path(root, record.shard), canonical_json(record.to_json()))
 
 
 def read_commits(root: Path) -> dict[int, CommitRecord]:
-    """Read all commit records by shard. Raises CacheDamagedError where one is not as written."""
+    """Read all commit records by shard. Raises CacheDamagedError if one is damaged."""
     records = (read_commit(path) for path in commit_files(root))
     return {record.shard: record for record in records}
 
 
 def commit_files(root: Path) -> list[Path]:
-    """Return the files of all commit records, by shard."""
+    """Return the files of all commit records, in shard order."""
     folder = root / COMMITS
     return sorted(folder.glob("[0-9]*.json")) if folder.is_dir() else []
 
 
 def read_commit(path: Path) -> CommitRecord:
-    """Read one commit record. Raises CacheDamagedError where it is not, byte for byte, as written."""
+    """Read one commit record. Raises CacheDamagedError if its bytes are not those that were
+    written.
+    """
     try:
         value, whole = read_hashed_json(path, MAX_COMMIT_BYTES)
         if not whole:
             raise ValueError("its own checksum does not match")
         if path.name != f"{value['shard']:06d}.json":
-            raise ValueError(f"it is of shard {value['shard']}")
+            raise ValueError(f"it belongs to shard {value['shard']}")
         _check_types(value)
         return CommitRecord(
             shard=value["shard"],
@@ -121,7 +123,7 @@ def read_commit(path: Path) -> CommitRecord:
 
 
 def _check_types(value: Json) -> None:
-    """Check what the record's users rely on. Raises KeyError, TypeError or ValueError."""
+    """Check the types of a record's values. Raises KeyError, TypeError or ValueError."""
     objects = value["objects"]
     failures = value["failures"]
     sums = value["sums"].values()
@@ -135,7 +137,7 @@ def _check_types(value: Json) -> None:
         *(o["sha256"] for o in objects),
         *(sha for sha in value["content_sha256"] if sha is not None),
     ]
-    for expected, found, is_one in (
+    for expected, values, is_valid in (
         ("a count", numbers, lambda x: type(x) is int and x >= 0),
         ("text", words, lambda x: isinstance(x, str)),
         ("a SHA-256", hashes, lambda x: isinstance(x, str) and _SHA256.fullmatch(x)),
@@ -145,13 +147,16 @@ def _check_types(value: Json) -> None:
             lambda x: type(x) in (int, float) and isfinite(x),
         ),
     ):
-        for x in found:
-            if not is_one(x):
+        for x in values:
+            if not is_valid(x):
                 raise ValueError(f"expected {expected}, got {str(x)[:40]!r}")
 
 
 def total_sums(records: Iterable[CommitRecord]) -> dict[str, CodecSums]:
-    """Add the sums of records in the order given: floating-point sums hang on it, so give them in shard order."""
+    """Add up the sums of records in the given order.
+
+    Give them in shard order: a floating-point sum depends on the order.
+    """
     totals: dict[str, CodecSums] = {}
     for record in records:
         for name, sums in record.sums.items():

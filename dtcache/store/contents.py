@@ -1,4 +1,4 @@
-"""What a cache should hold: every file that its manifest, its shard index or its commit records name."""
+"""The files that a cache should hold: those that manifest, shard index or commit records name."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,67 +32,68 @@ LOCK = ".lock"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplePlace:
-    """A sample that a damage takes away."""
+    """A sample whose features a damaged file loses."""
 
     row: int
     key: str | None
-    """None where samples.parquet itself cannot be trusted."""
+    """None if samples.parquet is damaged."""
     view: int | None
-    """None: every view."""
+    """None for all views."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Damage:
-    """One file that is not as it was written."""
+    """One file whose bytes differ from those that were written."""
 
     path: str
-    """Relative to the cache."""
+    """Relative to the cache folder."""
     reason: str
     array: str | None = None
-    """images, or a tap such as t150/stride8, where the file is one of its shards."""
+    """images, or a tap such as t150/stride8, if the file is a shard."""
     shard: int | None = None
     samples: tuple[SamplePlace, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WantedObject:
-    """A shard file as it was recorded."""
+    """A shard file that the cache should hold."""
 
     path: str
     array: PayloadArray
     shard: int
     size: int | None
-    """Bytes; None where the record is damaged, so that only checksums inside the file are left."""
+    """Bytes; None if the record is damaged, so that only the checksums in the file are known."""
     sha256: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contents:
-    """Everything that should be in a cache, as far as the files that say so can be trusted."""
+    """Everything that a cache should hold, as far as its undamaged files tell."""
 
     manifest: CacheManifest | None
-    """None where it is damaged: then nothing else is known."""
+    """None if the manifest is damaged; then nothing else is known."""
     objects: tuple[WantedObject, ...] = ()
-    """Shard by shard."""
+    """In shard order."""
     missing: tuple[int, ...] = ()
     """Shards that were never committed."""
     records: dict[int, CommitRecord] = field(default_factory=dict)
-    """By shard, while the cache is being written."""
+    """Commit records by shard, while the cache is being written."""
     keys: tuple[str, ...] | None = None
-    """Sample keys by row; None where samples.parquet cannot be trusted."""
+    """Sample keys by row; None if samples.parquet is damaged."""
     damage: tuple[Damage, ...] = ()
-    """What is wrong with manifest, shard index, sample index and commit records."""
+    """Damage of the manifest, shard index, sample index and commit records."""
 
     @property
     def sealed(self) -> bool:
-        """Whether the cache was finished."""
+        """Whether the cache is finished."""
         return self.manifest is not None and self.manifest.state == "sealed"
 
 
 def read_contents(root: Path) -> Contents:
-    """Read what a cache should hold, finished or not.
+    """Read which files a cache should hold, finished or not.
 
-    Raises CacheNotFoundError where there is no cache and CacheFormatError where a newer dtcache wrote it.
+    Raises CacheNotFoundError if there is no cache, and CacheFormatError if a newer dtcache wrote
+    it.
     """
     try:
         manifest = read_manifest(root)
@@ -130,7 +131,9 @@ def read_contents(root: Path) -> Contents:
 
 
 def _listed(root: Path, manifest: CacheManifest) -> tuple[dict[str, ShardObject], list[Damage]]:
-    """Return what the shard index of a sealed cache lists."""
+    """Return the shard files by path that the index of a sealed cache lists, and damage of the
+    index.
+    """
     problem = file_problem(root / SHARDS, manifest.files.get(SHARDS))
     if problem is None:
         listed = {
@@ -145,13 +148,14 @@ def _listed(root: Path, manifest: CacheManifest) -> tuple[dict[str, ShardObject]
         if listed.keys() == wanted:
             return listed, []
         problem = (
-            f"expected one row for every shard of every array, got {min(listed.keys() ^ wanted)}"
+            "expected one row per shard and array, got a difference at "
+            f"{min(listed.keys() ^ wanted)}"
         )
     return {}, [Damage(path=SHARDS, reason=problem)]
 
 
 def _committed(root: Path, manifest: CacheManifest) -> tuple[dict[int, CommitRecord], list[Damage]]:
-    """Return the commit records of an unfinished cache, and those that are damaged or another cache's."""
+    """Return the valid commit records of an unfinished cache by shard, and damage of the others."""
     records = {}
     damage = []
     for path in commit_files(root):
@@ -181,9 +185,10 @@ def _wanted(array: PayloadArray, shard: int, listed: ShardObject | None) -> Want
 def samples_problem(
     root: Path, manifest: CacheManifest, records: dict[int, CommitRecord]
 ) -> str | None:
-    """Return what is wrong with samples.parquet, None where it is as the manifest says.
+    """Return what is wrong with samples.parquet, or None if it matches the manifest.
 
-    While the cache is being written it may also be, byte for byte, the one that its commit records seal to.
+    While the cache is being written, the file may also be, byte for byte, the one that its commit
+    records seal to.
     """
     path = root / SAMPLES
     problem = file_problem(path, manifest.files.get(SAMPLES))
@@ -200,7 +205,9 @@ def samples_problem(
 
 
 def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
-    """Return every file in the cache's folder that neither it nor a label set names, and what is known of it."""
+    """Return the files in the cache folder that neither it nor a label set names, each with a
+    reason.
+    """
     if contents.manifest is None:
         return {}
     named = {
@@ -225,11 +232,11 @@ def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
         if name in named or name.startswith(sets):
             continue
         if TEMPORARY in name:
-            found[name] = "left by a run that was cut short"
+            found[name] = "left by an interrupted run"
         elif name in uncommitted:
-            found[name] = "never committed; the next extraction writes it anew"
+            found[name] = "never committed; the next extraction writes it again"
         elif (name == SHARDS) or name.startswith(f"{COMMITS}/"):
-            found[name] = "left by a seal that was cut short; the next extraction finishes it"
+            found[name] = "left by an interrupted seal; the next extraction finishes it"
         else:
             found[name] = "not part of the cache"
     return found

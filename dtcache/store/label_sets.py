@@ -1,4 +1,4 @@
-"""The label sets of a cache: sealed components in labels/NAME/, each laid out as a cache of its own."""
+"""The label sets of a cache: folders labels/NAME/, each laid out like a cache."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from dtcache.store.layout import LABELS, LOGITS, MANIFEST
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 LEVELS = ("pixel", "image")
 MAX_ENTROPY = 64
-"""Bits: of more classes than there can be."""
+"""Maximum entropy in bits: more than any number of classes can reach."""
 
 
 def label_set_names(root: Path) -> list[str]:
@@ -20,50 +20,56 @@ def label_set_names(root: Path) -> list[str]:
 
 
 def label_set_root(root: Path, name: str) -> Path:
-    """Return the folder of a cache's label set. Raises UnknownLabelsError naming those that there are."""
+    """Return the folder of a label set. Raises UnknownLabelsError with the existing names."""
     names = label_set_names(root)
     if name not in names:
         have = (
-            f"it has {', '.join(names)}" if names else "it has none; dtcache label write makes one"
+            f"it has {', '.join(names)}"
+            if names
+            else "it has none; dtcache label write creates one"
         )
         raise UnknownLabelsError(f"{root}: no label set {name[:64]!r}; {have}")
     return root / LABELS / name
 
 
 def require_name(name: str) -> None:
-    """Raise ConfigError for a name that no folder of labels may have."""
+    """Raise ConfigError if a name is not valid for a label set."""
     if not NAME.fullmatch(name):
         raise ConfigError(
-            f"--name {name[:80]!r}: expected up to 64 lower-case letters, digits, dots, dashes and underscores, such "
+            f"`name` {name[:80]!r}: expected up to 64 lower-case letters, digits, dots, dashes and "
+            "underscores, such "
             "as parts-20"
         )
 
 
 def check_labels(labels: Json, arrays: list[str], taps: list[Json]) -> None:
-    """Check what a recipe says of soft labels. Raises KeyError, TypeError or ValueError."""
+    """Check the `labels` of a recipe. Raises KeyError, TypeError or ValueError."""
     classes = labels["classes"]
     views = labels["views"]
-    whole = (
+    valid = (
         labels["level"] in LEVELS
         and isinstance(classes, list)
         and all(isinstance(c, str) for c in classes)
     )
-    whole = whole and isinstance(views, int) and 0 < views <= MAX_VIEWS and arrays == [LOGITS]
-    if not whole or taps[0]["channels"] != views * len(classes):
+    valid = valid and isinstance(views, int) and 0 < views <= MAX_VIEWS and arrays == [LOGITS]
+    if not valid or taps[0]["channels"] != views * len(classes):
         raise ValueError(f"labels {str(labels)[:120]} in {arrays}")
     if not all(isinstance(labels[name], str) for name in ("cache_fingerprint", "cache_samples")):
-        raise ValueError("labels of no cache")
+        raise ValueError("labels without the hashes of their cache")
     if labels["validation"] is not None:
         check_scores(labels["validation"])
 
 
 def checked_measured(measured: Any) -> Json | None:
-    """Return what a manifest records of a label set's worth, if anything. Raises KeyError, TypeError or ValueError."""
+    """Return the quality measures of a label set in a manifest, or None if there are none.
+
+    Raises KeyError, TypeError or ValueError if they are not valid.
+    """
     if measured is None:
         return None
     check_range(measured["total_variation"], 1)
     check_range(measured["entropy"], MAX_ENTROPY)
     if measured["agreement"] is not None:
         check_scores(measured["agreement"])
-    found: Json = measured
-    return found
+    checked: Json = measured
+    return checked

@@ -13,25 +13,25 @@ COMMITS = "commits"
 LOG = "extraction.log.json"
 PROMPT = "prompt.safetensors"
 CLUSTER_LOG = "cluster.log"
-"""What Dask and local workers had to say in the last run that used them; nobody reads it but people."""
+"""Output of Dask and of local workers in the last run that used them, for people to read."""
 DATA = "data.zarr"
 LABELS = "labels"
 """Folder of a cache's label sets, each a cache of its own."""
 LOGITS = "t0/logits"
-"""The one array of a label set: the interpreter adds no noise, as a teacher at timestep 0."""
+"""The one array of a label set. t0: an interpreter adds no noise, like a teacher at timestep 0."""
 IMAGES = "images"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PayloadArray:
-    """A uint8 array of padded payloads: (N, L), or (N, V, L) where every view of a row has one."""
+    """A uint8 array of padded payloads: (N, L), or (N, V, L) with one payload per view of a row."""
 
     name: str
     """Path in data.zarr."""
     shape: tuple[int, ...]
     """The last axis is L, the bytes of one padded payload."""
     shard_rows: int
-    """Rows of one shard."""
+    """Rows per shard."""
 
     @property
     def length(self) -> int:
@@ -40,7 +40,7 @@ class PayloadArray:
 
     @property
     def payloads_per_row(self) -> int:
-        """Payloads of one row: V, or 1."""
+        """Payloads per row: V, or 1."""
         return math.prod(self.shape[1:-1])
 
     @property
@@ -49,23 +49,23 @@ class PayloadArray:
         return -(-self.shape[0] // self.shard_rows)
 
     def rows_of(self, shard: int) -> range:
-        """Return the rows that a shard holds; the last one may be short."""
+        """Return the rows that a shard holds; the last shard may have fewer."""
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.shape[0]))
 
     def object_path(self, shard: int) -> str:
-        """Return the shard's file, relative to the cache."""
+        """Return the path of a shard's file, relative to the cache folder."""
         return f"{DATA}/{self.name}/c.{shard}{'.0' * (len(self.shape) - 1)}"
 
 
 def tap_names(recipe: Recipe) -> list[str]:
-    """Return the arrays of all taps, timestep by timestep, finest first."""
+    """Return the names of all tap arrays, timestep by timestep, finest tap first."""
     return [tap_name(t, tap.name) for t in recipe.teacher.timesteps for tap in recipe.teacher.taps]
 
 
 def payload_arrays(
     recipe: Recipe, image_bound: int, tap_bounds: Mapping[str, int]
 ) -> dict[str, PayloadArray]:
-    """Return all arrays of a cache by name, given the upper bounds of their payloads."""
+    """Return all payload arrays by name, given upper bounds of their payloads in bytes."""
     count = recipe.num_samples
     rows = recipe.shard_rows
     arrays = {}

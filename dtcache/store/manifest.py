@@ -1,4 +1,4 @@
-"""The manifest: what the cache is a function of, what files it has, and whether all of them are there."""
+"""The manifest: the recipe of a cache, its files' hashes, and whether all files are there."""
 
 import json
 from collections.abc import Callable
@@ -23,26 +23,28 @@ from dtcache.store.validate import check_recipe, checked_array
 T = TypeVar("T")
 
 MAX_MANIFEST_BYTES = 64 << 20
-SAME = "give the same options and images to resume it, or another --out"
+SAME = "pass the same options and images to resume it, or a different `out`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheManifest:
-    """A cache's recipe as JSON, and the hashes of its files; it holds no clock, path, host or worker count."""
+    """A cache's recipe as JSON and its files' hashes; it holds no clock, path, host or worker
+    count.
+    """
 
     state: Literal["writing", "sealed"]
     recipe: Json
-    """`Recipe.to_json()`; kept as JSON, so that reading it needs no type of a later version."""
+    """`Recipe.to_json()`. It stays JSON, so that fields of a later version survive."""
     fingerprint: str
     arrays: dict[str, PayloadArray]
     classes: tuple[str, ...] | None
-    """Class names by label."""
+    """Class names by class index."""
     files: dict[str, str]
-    """SHA-256 by path of every file but shards: zarr.json, codec arrays, Parquet."""
+    """SHA-256 by path of every file except shards: zarr.json, codec arrays, Parquet."""
     sums: dict[str, CodecSums]
-    """By array, over all rows that the codec was not fitted on; empty until the cache is sealed."""
+    """Codec error by array, over all rows that the codec was not fitted on; empty until sealed."""
     measured: Json | None = None
-    """Of a sealed label set: what `dtcache label write` measured on it (docs/format.md)."""
+    """What `dtcache label write` measured on a sealed label set (docs/format.md)."""
 
     def to_json(self) -> Json:
         """Return the manifest as JSON values, with its own hash."""
@@ -69,19 +71,19 @@ class CacheManifest:
     def sealed(
         self, files: dict[str, str], sums: dict[str, CodecSums], measured: Json | None = None
     ) -> "CacheManifest":
-        """Return the manifest of the finished cache, with the hashes of files that changed or came."""
+        """Return the manifest of the finished cache, with the hashes of new and changed files."""
         return replace(
             self, state="sealed", files={**self.files, **files}, sums=sums, measured=measured
         )
 
     @property
     def identity(self) -> str:
-        """SHA-256 of the whole manifest: with the recipe it covers, once sealed, every file, so the images too."""
+        """SHA-256 of the manifest. Once sealed, the manifest covers the recipe and every file."""
         return sha256_json(self.to_json())
 
     @property
     def tap_names(self) -> list[str]:
-        """The arrays of features, timestep by timestep, finest tap first."""
+        """Names of the tap arrays, timestep by timestep, finest tap first."""
         return list(self.tap_shapes)
 
     @property
@@ -102,7 +104,7 @@ class CacheManifest:
 
     @property
     def shard_rows(self) -> int:
-        """Rows of a shard, the same for every array; the last shard may have fewer."""
+        """Rows per shard, the same for every array; the last shard may have fewer."""
         return int(self.recipe["shard_rows"])
 
     @property
@@ -127,7 +129,7 @@ class CacheManifest:
 
     @property
     def num_views(self) -> int:
-        """Views of a row: view = draw x flips + flip, where draws are not averaged."""
+        """Views per row: draws x flips. view = draw x flips + flip, unless draws are averaged."""
         return (1 if self.recipe["average"] else int(self.recipe["draws"])) * (
             2 if self.recipe["flips"] else 1
         )
@@ -143,7 +145,7 @@ def new_manifest(
     classes: list[str] | None,
     files: dict[str, str],
 ) -> CacheManifest:
-    """Return the manifest of a cache that is about to be written."""
+    """Return the manifest of a cache that has no shards yet."""
     return CacheManifest(
         state="writing",
         recipe=recipe.to_json(),
@@ -156,20 +158,21 @@ def new_manifest(
 
 
 def write_manifest(root: Path, manifest: CacheManifest) -> None:
-    """Write the manifest atomically."""
+    """Write the manifest atomically. Raises DiskError."""
     write_file(root / MANIFEST, canonical_json(manifest.to_json()))
 
 
 def read_manifest(root: Path) -> CacheManifest:
     """Read and check a manifest.
 
-    Raises CacheNotFoundError where there is none, CacheDamagedError where it is not as written, and CacheFormatError
-    where a newer dtcache wrote it.
+    Raises CacheNotFoundError if there is none, CacheDamagedError if its bytes are not those that
+    were written, and CacheFormatError if a newer dtcache wrote it.
     """
     path = root / MANIFEST
     if not path.is_file():
         raise CacheNotFoundError(
-            f"{root} is not a cache: expected {MANIFEST} in it; give a folder made by dtcache extract"
+            f"{root} is not a cache: expected {MANIFEST} in it; pass a folder made by dtcache "
+            "extract"
         )
     try:
         value, whole = read_hashed_json(path, MAX_MANIFEST_BYTES)
@@ -204,13 +207,14 @@ def read_manifest(root: Path) -> CacheManifest:
 
 
 def look_at(root: Path, look: Callable[[CacheManifest], T]) -> T:
-    """Return what `look` finds in a cache under its manifest, and raise what it raises.
+    """Return `look(manifest)` of a cache; calls `look` again if the cache was sealed meanwhile.
 
-    Where the cache was sealed meanwhile it looks again: commit records go then, and the sample index is another.
+    Sealing removes the commit records and changes the sample index, so a look across it may fail.
+    Raises what `look` raises.
     """
     manifest = read_manifest(root)
     try:
-        found = look(manifest)
+        result = look(manifest)
     except CacheDamagedError:
         again = read_manifest(root)
         if again.state == manifest.state:
@@ -218,7 +222,7 @@ def look_at(root: Path, look: Callable[[CacheManifest], T]) -> T:
     else:
         again = manifest if manifest.state == "sealed" else read_manifest(root)
         if again.state == manifest.state:
-            return found
+            return result
     return look(again)
 
 
@@ -227,28 +231,34 @@ def _check_arrays(manifest: CacheManifest) -> None:
     rows = manifest.num_samples
     views = manifest.num_views
     shard_rows = manifest.recipe["shard_rows"]
-    wanted: dict[str, tuple[int, ...]] = dict.fromkeys(manifest.tap_names, (rows, views))
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(manifest.tap_names, (rows, views))
     if manifest.recipe["images"] == "view":
-        wanted[IMAGES] = (rows,)
-    found = {name: array.shape[:-1] for name, array in manifest.arrays.items()}
-    if found != wanted or {array.shard_rows for array in manifest.arrays.values()} != {shard_rows}:
+        expected[IMAGES] = (rows,)
+    shapes = {name: array.shape[:-1] for name, array in manifest.arrays.items()}
+    if shapes != expected or {array.shard_rows for array in manifest.arrays.values()} != {
+        shard_rows
+    }:
         raise ValueError(
-            f"arrays that are not those of {rows} samples, {views} views and {shard_rows} rows a shard"
+            f"arrays that are not those of {rows} samples, {views} views and {shard_rows} rows per "
+            "shard"
         )
 
 
 def require_same(
     root: Path, found: Json, wanted: Json, where: str = "", remedy: str = SAME
 ) -> None:
-    """Raise CacheMismatchError naming the first field of `wanted` that a cache's recipe holds with another value."""
+    """Raise CacheMismatchError with the first field of `wanted` that differs in `found`.
+
+    `found` is the recipe of the cache at `root`, `wanted` the one that the options ask for.
+    """
     for name, value in wanted.items():
         have: Any = found.get(name)
         if isinstance(value, dict) and isinstance(have, dict):
             require_same(root, have, value, f"{where}{name}.", remedy)
         elif have != value:
             raise CacheMismatchError(
-                f"{root} holds a cache of another recipe: {where}{name} is {_short(have)} there, {_short(value)} was "
-                f"asked for; {remedy}"
+                f"{root} holds a cache of another recipe: {where}{name} is {_short(have)} there, "
+                f"{_short(value)} was asked for; {remedy}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Open shard files, a bounded number at a time."""
+"""Open shard files, at most a given number at a time."""
 
 import errno
 import os
@@ -14,13 +14,16 @@ from dtcache.errors import CacheDamagedError, CacheError
 
 
 def open_limit() -> int:
-    """Return how many shards one reader keeps open: half of what the process may open, within [16, 4096]."""
+    """Return how many shard files one reader keeps open.
+
+    Half of the files that the process may open, within [16, 4096].
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 4096 if soft == resource.RLIM_INFINITY else min(max(soft // 2, 16), 4096)
 
 
 class OpenFiles:
-    """The most recently used files of a folder, open; safe to share between threads."""
+    """The most recently used files of a folder, kept open. Safe to share between threads."""
 
     def __init__(self, root: Path, most: int) -> None:
         self._root = root
@@ -29,24 +32,26 @@ class OpenFiles:
         self._lock = threading.Lock()
 
     def open(self, path: str) -> "OpenFile":
-        """Return an open file; it stays open for as long as the caller holds it.
+        """Return an open file. It stays open while the caller holds it.
 
-        Raises CacheDamagedError, and CacheError where the process may open no more files.
+        Raises CacheDamagedError if it is missing, and CacheError if the process may open no more
+        files.
         """
         with self._lock:
-            found = self._files.get(path)
-            if found is None:
-                found = self._files[path] = OpenFile(self._root / path)
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = OpenFile(self._root / path)
                 if len(self._files) > self._most:
-                    # Not closed here: another thread may be reading it; it closes when the last user lets go.
+                    # Dropped, not closed: another thread may read it. It closes when its last user
+                    # drops it.
                     self._files.popitem(last=False)
             else:
                 self._files.move_to_end(path)
-            return found
+            return file
 
 
 class OpenFile:
-    """A file for reading at places; it closes when nobody holds it."""
+    """A file that is read at byte offsets. It closes when it is garbage-collected."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -57,7 +62,7 @@ class OpenFile:
                     f"{path}: {error.strerror}; raise the limit (ulimit -n)"
                 ) from error
             raise CacheDamagedError(
-                f"{error.strerror}, but it was there when the cache was opened"
+                f"{error.strerror}, but the file was there when the cache was opened"
             ) from error
 
     def __del__(self) -> None:
@@ -65,13 +70,13 @@ class OpenFile:
             os.close(self.handle)
 
     def will_need(self, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
-        """Let the system read stretches of the file into its page cache, where it knows how; returns at once."""
+        """Prefetch ranges of the file into the page cache, if the system can; returns at once."""
         if hasattr(os, "posix_fadvise"):
             for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
                 os.posix_fadvise(self.handle, offset, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return up to `size` bytes at a place. Raises CacheDamagedError where the disk fails."""
+        """Return up to `size` bytes from an offset. Raises CacheDamagedError if the disk fails."""
         try:
             return os.pread(self.handle, size, offset)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Writing a shard's files beside their places, in any process; only the cache's one writer makes them count."""
+"""Shard files on their way into a cache: any process may write them, one writer commits them."""
 
 import contextlib
 import hashlib
@@ -17,11 +17,11 @@ from dtcache.store.shard import build_shard
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardData:
-    """Everything that one shard holds; the lists run over its rows (times views, row by row)."""
+    """Everything that one shard holds. Lists run over its rows, and over the views of each row."""
 
     shard: int
     payloads: dict[str, list[bytes]]
-    """Payloads by array; empty bytes where a row failed."""
+    """Payloads by array; empty if a row's image failed."""
     content_sha256: tuple[str | None, ...]
     failures: tuple[FailedSample, ...]
     sums: dict[str, CodecSums]
@@ -29,23 +29,24 @@ class ShardData:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenShard:
-    """A shard whose files lie, durable, beside their places; it is no part of the cache before it is committed."""
+    """A shard whose files are durable under temporary names. It is not yet part of the cache."""
 
     attempt: str
-    """Part of the temporary files' names, which no other attempt at the shard shares."""
+    """Part of the temporary file names that is unique to this attempt at the shard."""
     record: CommitRecord
-    """What is to be committed: the files' paths, sizes and hashes among it."""
+    """The record to commit, with the files' final paths, sizes and hashes."""
 
     def temporaries(self, root: Path) -> dict[Path, Path]:
-        """Return the places of the files by their temporary paths."""
-        places = [root / o.path for o in self.record.objects]
-        return {temporary_path(place, self.attempt): place for place in places}
+        """Return the final path of each file by its temporary path."""
+        targets = [root / o.path for o in self.record.objects]
+        return {temporary_path(target, self.attempt): target for target in targets}
 
 
 def write_attempt(root: Path, manifest: CacheManifest, data: ShardData) -> WrittenShard:
-    """Write a shard of the cache at `root` to temporary files; needs no lock, and may run anywhere any number of times.
+    """Write a shard of the cache at `root` to temporary files.
 
-    Raises DiskError, and leaves nothing then.
+    Needs no lock: any process may call it, any number of times. Raises DiskError after removing
+    what it wrote.
     """
     attempt = secrets.token_hex(8)
     written = list[Path]()
@@ -77,19 +78,19 @@ def write_attempt(root: Path, manifest: CacheManifest, data: ShardData) -> Writt
 
 
 def drop_temporaries(root: Path) -> None:
-    """Remove every temporary file of a cache: what runs that were cut short, or workers given up, have left.
+    """Remove every temporary file of a cache: those of interrupted runs and of abandoned workers.
 
-    Whoever calls it holds the cache's lock; a worker that still writes one can then no longer commit it. Its label sets
-    have locks of their own.
+    The caller holds the cache's lock. A worker that is still writing such a file cannot commit it
+    afterwards. Label sets keep theirs: they have their own locks.
     """
-    found = [
+    temporaries = [
         path for path in root.rglob(f"{TEMPORARY}*") if path.relative_to(root).parts[0] != LABELS
     ]
-    remove(path for path in found if path.is_file())
+    remove(path for path in temporaries if path.is_file())
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Remove files that nobody waits for; one that cannot be removed is left to the next resume."""
+    """Remove files; one that cannot be removed is left to the next resume."""
     for path in paths:
         with contextlib.suppress(OSError):
             path.unlink()

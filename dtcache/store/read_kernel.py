@@ -1,10 +1,12 @@
-"""The hot path of the reader as one numba kernel a (array, batch): read, check and unwrap every chunk in place.
+"""The reader's hot path: one numba kernel per (array, batch) reads, checks and unwraps every chunk.
 
-Chunks are read with pread, not mapped: a file that shrinks or a disk that fails gives an error here, where a map kills
-the process with SIGBUS; a cold disk reads the chunk alone, where a page fault reads around it; and no more than the
-batch lies in memory. It costs about half a microsecond a chunk over a map.
+Chunks are read with pread instead of mmap. A file that shrinks or a disk that fails gives an error
+here; with mmap it kills the process by SIGBUS. A cold disk reads only the chunk; a page fault also
+reads around it. Only the batch is in memory. The cost is about half a microsecond per chunk more
+than mmap.
 
-numba is loaded with this module, so that readers import it when they read, not when they open.
+Importing this module loads numba, so readers import it at their first read, not when they open a
+cache.
 """
 
 import numpy as np
@@ -15,13 +17,15 @@ from dtcache.store.shard import CRC_BYTES
 from dtcache.store.zstd_frame import BLOCK_HEADER, MAX_BLOCK, RAW, RLE
 
 POLYNOMIAL = 0x82F63B78
-"""Castagnoli's, bits reversed."""
+"""The Castagnoli polynomial, bits reversed."""
 
 _pread = types.ExternalFunction("pread", intp(int32, intp, uintp, int64))
 
 
 def _crc_tables() -> NDArray[np.uint32]:
-    """Return (8, 256): row k advances a byte that k more bytes follow, so that eight are taken at once."""
+    """Return the tables of slicing-by-8, (8, 256): row k advances a byte that k more
+    bytes follow.
+    """
     row = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         row = np.where(row & 1, row >> 1 ^ np.uint32(POLYNOMIAL), row >> 1).astype(np.uint32)
@@ -37,12 +41,13 @@ _BYTE = uint64(255)
 
 @njit(cache=True, nogil=True)
 def gather(todo, handles, offsets, sizes, places, head, length, data, done, used):  # type: ignore[no-untyped-def]
-    """Read the chunks `todo`, each to its place in `data`, and check them; leave their payloads there in one piece.
+    """Read and check the chunks `todo`; leave the payload of each in one piece in `data`.
 
-    Chunk i = todo[k] is `sizes[i]` bytes at `offsets[i]` of the file `handles[k]`. Where its checksum is right and its
-    frame one of ours (it begins with `head` and makes `length` bytes), done[i] becomes True and used[i] the payload's
-    size; the payload begins `len(head)` and a block header after the place. All others are left to the general way,
-    which knows every frame and every error.
+    Chunk i = todo[k] is `sizes[i]` bytes at `offsets[i]` of the file `handles[k]`, and is read to
+    `places[i]`. If its checksum is right and its frame is one of `pack_frame`'s (it begins with
+    `head` and decompresses to `length` bytes), done[i] becomes True and used[i] the payload's size;
+    the payload begins `len(head)` plus one block header after `places[i]`. All other chunks are
+    left to the slower path, which reads every frame and reports every error.
     """
     words = data.view(np.uint64)
     for k in range(len(todo)):
@@ -91,7 +96,10 @@ def crc32c(data, words, begin, end):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _unwrap(data, begin, end, head, length):  # type: ignore[no-untyped-def]
-    """Join the Raw blocks of the frame data[begin:end] and return their size, or -1 for a frame not made like ours."""
+    """Join the Raw blocks of the frame data[begin:end] and return their size.
+
+    Returns -1 if the frame is not one of `pack_frame`'s.
+    """
     if end - begin < len(head) + BLOCK_HEADER:
         return -1
     for k in range(len(head)):

@@ -1,4 +1,6 @@
-"""Reading a cache: checked at open, every chunk checked when it is read."""
+"""Random access to the payloads of a cache: files are checked at open, chunks when they
+are read.
+"""
 
 import os
 from collections.abc import Iterator
@@ -22,24 +24,25 @@ from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 from dtcache.store.zstd_frame import BLOCK_HEADER, frame_header
 
 HELD_FILES = 64
-"""Shards that one call holds open at a time, beyond those that are kept."""
+"""Shard files that one call holds open at a time, beyond those that OpenFiles keeps."""
 STRETCH_GAP = 1 << 16
-"""Bytes between two chunks over which a disk rather reads on."""
+"""Two chunks at most this many bytes apart are prefetched as one range."""
 
 
 Allowed = Literal["nothing", "incomplete", "damage"]
-"""What a cache may lack when it is opened; damage includes incomplete."""
+"""What may be missing from a cache when it is opened. damage includes incomplete."""
 
 
 class CacheReader:
-    """Random access to the payloads of a cache; safe to share between threads."""
+    """Random access to the payloads of a cache. Safe to share between threads."""
 
     def __init__(self, root: Path, *, allow: Allowed = "nothing") -> None:
-        """Open a cache and check that every file that its manifest names is there, at its size.
+        """Open a cache and check that every file in its manifest exists, with the recorded size.
 
-        With `allow` incomplete a cache that is not sealed is opened too, as the shards that are committed by now: the
-        samples of the others count as failed. With damage shards may also be lost: `usable_rows` leaves their rows
-        out. Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError.
+        With `allow` incomplete, an unfinished cache is opened as the shards committed so far;
+        samples of other shards count as failed. With `allow` damage, shards may also be lost;
+        `usable_rows` leaves out their rows. Raises CacheNotFoundError, CacheIncompleteError or
+        CacheDamagedError.
         """
         self.root = root
         self._allow = allow
@@ -48,7 +51,9 @@ class CacheReader:
         self.manifest, self.samples, self._objects = look_at(root, partial(_look, root, allow))
         sealed = self.manifest.state == "sealed"
         self.damaged: dict[str, str] = damaged_objects(root, self._objects)
-        """Shard files that are not as recorded, and what is there instead; none unless damage is allowed."""
+        """Shard files that are missing or of the wrong size, and what was found; empty unless
+        allowed.
+        """
         arrays = self.manifest.arrays
         self._paths = {
             name: [a.object_path(shard) for shard in range(a.num_shards)]
@@ -60,12 +65,12 @@ class CacheReader:
                     f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}"
                 )
             listed = (path for paths in self._paths.values() for path in paths)
-            for lacking in (path for path in listed if sealed and path not in self._objects):
-                raise CacheDamagedError(f"{root / lacking}: {SHARDS} does not list it; {AGAIN}")
+            for missing in (path for path in listed if sealed and path not in self._objects):
+                raise CacheDamagedError(f"{root / missing}: {SHARDS} does not list it; {AGAIN}")
         self._usable = np.array(self.samples["failure"].is_null())
         for array in arrays.values():
-            for shard, place in enumerate(self._paths[array.name]):
-                if place not in self._objects or place in self.damaged:
+            for shard, path in enumerate(self._paths[array.name]):
+                if path not in self._objects or path in self.damaged:
                     rows = array.rows_of(shard)
                     self._usable[rows.start : rows.stop] = False
         self._files = OpenFiles(root, open_limit())
@@ -73,23 +78,24 @@ class CacheReader:
         self._process = os.getpid()
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        """Travel as a path: the other process opens the cache, and checks it, by itself."""
+        """Pickle as a path: the other process opens and checks the cache itself."""
         return partial(CacheReader, allow=self._allow), (self.root,)
 
     @property
     def usable_rows(self) -> NDArray[np.int64]:
-        """Rows that have features: those whose image did not fail, of shards that are there."""
+        """Rows that have features: their image did not fail, and their shard is there."""
         return np.flatnonzero(self._usable).astype(np.int64)
 
     def payloads(self, name: str, rows: ArrayLike, views: ArrayLike) -> Payloads:
-        """Return the payloads of B (row, view) pairs of one array; images have the one view 0.
+        """Return the payloads of B (row, view) pairs of one array. Images have only view 0.
 
-        Raises CacheDamagedError naming the sample and array where a byte is not the one written, IndexError for a
-        row or view that the array does not have, CacheError in a forked process.
+        Raises CacheDamagedError with sample and array if a byte is wrong, IndexError for a row or
+        view that the array does not have, and CacheError in a forked process.
         """
         if os.getpid() != self._process:
             raise CacheError(
-                f"{self.root}: this cache was opened in another process and then forked; start workers with the spawn "
+                f"{self.root}: this cache was opened in another process and then forked; start "
+                "workers with the spawn "
                 "method, or open the cache in each of them"
             )
         chunks = self._locate(
@@ -98,7 +104,7 @@ class CacheReader:
         return self._gather(chunks)
 
     def will_need(self, name: str, rows: NDArray[np.int64]) -> None:
-        """Tell the disk of rows whose payloads, all views, will be read soon: it fetches them in stretches."""
+        """Prefetch all views of rows that will be read soon, in ranges of neighbouring chunks."""
         array = self.manifest.arrays[name]
         views = np.tile(np.arange(array.payloads_per_row), len(rows))
         chunks = self._locate(array, np.repeat(rows, array.payloads_per_row), views)
@@ -113,7 +119,7 @@ class CacheReader:
     def _locate(
         self, array: PayloadArray, rows: NDArray[np.int64], views: NDArray[np.int64]
     ) -> "_Chunks":
-        """Return where the chunks of (row, view) pairs lie; reads the indices of shards met for the first time."""
+        """Return the chunks of (row, view) pairs; the index of a shard is read at its first use."""
         _require_within(array, rows, views)
         shards, inner = np.divmod(rows, array.shard_rows)
         index = self._indices[array.name]
@@ -125,7 +131,7 @@ class CacheReader:
                     path = self._paths[array.name][number]
                     if path not in self._objects:
                         raise CacheDamagedError(
-                            "the shard was not extracted yet when the cache was opened"
+                            "the shard was not committed yet when the cache was opened"
                         )
                     index.load(number, self._files.open(path), self._objects[path])
             except CacheDamagedError as error:
@@ -139,13 +145,13 @@ class CacheReader:
         )
 
     def _gather(self, chunks: "_Chunks") -> Payloads:
-        """Read chunks: the kernel takes those whose frame is ours and intact, the general way the rest."""
+        """Read chunks: the kernel those whose frame it knows, the slower path the others."""
         from dtcache.store.read_kernel import gather
 
         length = chunks.array.length
         head = np.frombuffer(frame_header(length), np.uint8)
         skip = len(head) + BLOCK_HEADER
-        # Every chunk begins `skip` before a multiple of 8, so that payloads, not chunks, are aligned.
+        # Every chunk begins `skip` bytes before a multiple of 8, so that payloads are aligned.
         ends = _aligned(skip) + np.cumsum(_aligned(np.maximum(chunks.sizes, skip)))
         starts = np.concatenate([np.full(1, _aligned(skip)), ends])
         data = np.empty(int(starts[-1]) + SLACK, np.uint8)
@@ -175,7 +181,7 @@ class CacheReader:
         return Payloads(data=data, starts=starts, sizes=used)
 
     def _unpack(self, chunks: "_Chunks", rest: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Read some chunks in whatever frame they are, whole and one after the other. Raises CacheDamagedError."""
+        """Read chunks with any frame, one after the other. Raises CacheDamagedError."""
         length = chunks.array.length
         out = np.empty((len(rest), _aligned(length)), np.uint8)
         for row, place in zip(out, rest.tolist(), strict=True):
@@ -211,7 +217,7 @@ class CacheReader:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Chunks:
-    """Where the chunks of B (row, view) pairs of an array lie."""
+    """The files, offsets and sizes of the chunks of B (row, view) pairs of an array."""
 
     array: PayloadArray
     rows: NDArray[np.int64]
@@ -223,7 +229,9 @@ class _Chunks:
     def by_shards(
         self, most: int
     ) -> Iterator[tuple[NDArray[np.int64], list[int], NDArray[np.int64]]]:
-        """Yield places in the order of the disk, with the shards (`most` at a time) and how many places each has."""
+        """Yield indices of chunks in disk order, their shards (at most `most`), and counts per
+        shard.
+        """
         order = np.lexsort((self.offsets, self.shards))
         numbers, first = np.unique(self.shards[order], return_index=True)
         ends = np.append(first, len(order))
@@ -234,7 +242,7 @@ class _Chunks:
 
 
 def _aligned(size: Any) -> Any:
-    """Return a size, or an array of sizes, rounded up to whole words of eight bytes."""
+    """Return a size, or an array of sizes, rounded up to a multiple of 8 bytes."""
     return (size + 7) // 8 * 8
 
 
@@ -255,7 +263,9 @@ def _require_within(array: PayloadArray, rows: NDArray[np.int64], views: NDArray
 def _look(
     root: Path, allow: Allowed, manifest: CacheManifest
 ) -> tuple[CacheManifest, pa.Table, dict[str, int]]:
-    """Return a cache's manifest, sample index and bytes by shard file; its other files are as the manifest says."""
+    """Return a cache's manifest, sample index and shard file sizes, with all other
+    files checked.
+    """
     if manifest.state != "sealed" and allow == "nothing":
         raise CacheIncompleteError(
             f"{root}: the cache is not complete; run its dtcache extract command again to finish it"
@@ -274,18 +284,18 @@ def _look(
 
 
 class _Index:
-    """The shard indices of one array, each read and checked when its shard is first met: 16 bytes a chunk."""
+    """The shard indices of one array: 16 bytes per chunk, read and checked at first use."""
 
     def __init__(self, array: PayloadArray) -> None:
         self._entries = array.shard_rows * array.payloads_per_row
-        # Memory comes when a page is first written to, not here.
+        # The system allocates a page when it is first written, not here.
         self.table = np.zeros((array.num_shards, self._entries, 2), np.uint64)
         self.loaded = np.zeros(array.num_shards, np.bool_)
 
     def load(self, shard: int, file: OpenFile, size: int) -> None:
-        """Read a shard's index; `size` is that of the file. Raises CacheDamagedError.
+        """Read the index of a shard whose file has `size` bytes. Raises CacheDamagedError.
 
-        Two threads that race here write the same bytes.
+        Two threads that load the same index write the same bytes.
         """
         tail = index_bytes(self._entries)
         self.table[shard] = parse_index(file.read(max(0, size - tail), tail), self._entries, size)

@@ -1,4 +1,4 @@
-"""The sample index and the shard index, as Parquet with one fixed encoding."""
+"""The sample index and the shard index: Parquet files with one fixed encoding."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ from dtcache.store.manifest import CacheManifest
 
 AT_ONCE = 1 << 16
 NOT_YET = "not extracted yet"
-"""Failure of the rows that an unfinished cache does not have yet."""
+"""Failure reason of the rows that an unfinished cache does not have yet."""
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -42,7 +42,7 @@ SHARD_SCHEMA = pa.schema(
 
 
 def hash_samples(samples: Sequence[Sample]) -> str:
-    """Return the SHA-256 over keys and labels in row order."""
+    """Return the SHA-256 over keys and labels, in row order."""
     return hash_keys((sample.key, sample.label) for sample in samples)
 
 
@@ -55,13 +55,16 @@ def hash_keys(pairs: Iterable[tuple[str, int | None]]) -> str:
 
 
 def changed_samples(was: pa.Table, samples: SampleList) -> str:
-    """Say how samples differ from those of a cache's index: what was removed and added, else labels, else the order."""
+    """Return how samples differ from a cache's index, in words for an error message.
+
+    Names removed and added images and changed labels, or else a changed order.
+    """
     now = samples_table((s.key for s in samples), (s.label for s in samples))
     both = min(len(was), len(now))
     if was["key"][:both].equals(now["key"][:both]) and was["label"][:both].equals(
         now["label"][:both]
     ):
-        return f"{len(was)} of the same images are there, {len(now)} were asked for (--limit)"
+        return f"{len(was)} of the same images are there, {len(now)} were asked for (`limit`)"
     limited = len(samples) < len(samples.source_keys)
     removed = was["key"].filter(
         pc.invert(pc.is_in(was["key"], pa.array(samples.source_keys, pa.string())))
@@ -80,11 +83,13 @@ def changed_samples(was: pa.Table, samples: SampleList) -> str:
     if pc.any(other).as_py():
         key, old, new = (column.filter(other)[0] for column in (now["key"], before, now["label"]))
         changes.append(
-            f"labels changed, of {pc.sum(other)} images (such as {key}: {old} there, {new} now)"
+            f"labels changed, of {pc.sum(other)} images (such as {key}: {old} in the cache, {new} "
+            "now)"
         )
     if not changes and limited:
         changes.append(
-            f"--limit chooses others of the {len(samples.source_keys)} images that there are now"
+            f"`limit` selects other images of the {len(samples.source_keys)} that the source has "
+            "now"
         )
     return " and ".join(changes) or "the order of the images changed"
 
@@ -100,7 +105,7 @@ def samples_table(
     content: Iterable[bytes | None] | None = None,
     failures: Iterable[str | None] | None = None,
 ) -> pa.Table:
-    """Return the sample index; content hashes and failures are null while the cache is being written."""
+    """Return the sample index. Content hashes and failures are null while the cache is written."""
     names = _column(keys, pa.string())
     rest = [labels, content, failures]
     columns = [
@@ -111,21 +116,23 @@ def samples_table(
 
 
 def _column(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
-    """Return values as one array; those of a generator never become a list, which would take twice the memory."""
-    left = iter(values)
-    parts = iter(lambda: pa.array(islice(left, AT_ONCE), kind), pa.array([], kind))
+    """Return values as one array, without a list of all of them, which would take twice
+    the memory.
+    """
+    remaining = iter(values)
+    parts = iter(lambda: pa.array(islice(remaining, AT_ONCE), kind), pa.array([], kind))
     return pa.chunked_array(list(parts), kind).combine_chunks()
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """Return a table's Parquet file; the same table always gives the same bytes with one version of pyarrow."""
+    """Return a table as a Parquet file: always the same bytes with one version of pyarrow."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_statistics=False)
     return sink.getvalue()
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read a Parquet file of the cache. Raises CacheDamagedError where it is missing or not one."""
+    """Read a Parquet file of the cache. Raises CacheDamagedError if it is missing or invalid."""
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
@@ -135,7 +142,10 @@ def read_table(path: Path) -> pa.Table:
 
 
 def read_samples(root: Path, manifest: CacheManifest) -> pa.Table:
-    """Read a cache's sample index. Raises CacheDamagedError where it has not a row for each of the recipe's samples."""
+    """Read a cache's sample index.
+
+    Raises CacheDamagedError if it does not have one row per sample of the recipe.
+    """
     table = read_table(root / SAMPLES)
     if len(table) != manifest.num_samples:
         raise CacheDamagedError(
@@ -145,9 +155,10 @@ def read_samples(root: Path, manifest: CacheManifest) -> pa.Table:
 
 
 def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitRecord]) -> pa.Table:
-    """Return the finished sample index: the begun one at `path`, with what the records of all shards, in order, add.
+    """Return the finished sample index: the one at `path` plus what all shards' records add.
 
-    Raises CacheDamagedError where its keys and labels are not the ones that the recipe's `samples_sha256` names.
+    `records` are in shard order. Raises CacheDamagedError if keys and labels are not those whose
+    hash the recipe records.
     """
     table = read_table(path)
     try:
@@ -159,7 +170,7 @@ def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitReco
         ) from error
     if hash_keys(zip(keys, labels, strict=True)) != samples_sha256:
         raise CacheDamagedError(
-            f"{path}: not the samples that the recipe names; delete this cache and extract it again"
+            f"{path}: not the samples of the recipe; delete this cache and extract it again"
         )
     failures: list[str | None] = [None] * len(keys)
     for failed in (f for record in records for f in record.failures):
@@ -171,10 +182,10 @@ def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitReco
 
 
 def committed(root: Path, manifest: CacheManifest) -> tuple[pa.Table, dict[str, int]]:
-    """Return the sample index of a cache that is not sealed, and bytes by shard file, as its commit records have them.
+    """Return the sample index and the shard file sizes of an unfinished cache.
 
-    The rows of shards without a record count as failed: NOT_YET. Raises CacheDamagedError where a record is not as
-    written or belongs to another cache.
+    Rows of shards without a commit record count as failed, with reason NOT_YET. Raises
+    CacheDamagedError if a record is damaged or belongs to another cache.
     """
     table = read_samples(root, manifest)
     failures: list[str | None] = [NOT_YET] * manifest.num_samples
@@ -207,7 +218,7 @@ def require_rows(root: Path, manifest: CacheManifest, record: CommitRecord) -> N
 
 
 def shards_table(objects: Iterable[tuple[int, ShardObject]]) -> pa.Table:
-    """Return the shard index of (shard, object) pairs, given in shard order."""
+    """Return the shard index of (shard, object) pairs that are in shard order."""
     rows = [(shard, o.path, o.size, o.sha256) for shard, o in objects]
     return pa.Table.from_arrays(
         [pa.array(column) for column in zip(*rows, strict=True)], schema=SHARD_SCHEMA
@@ -215,7 +226,10 @@ def shards_table(objects: Iterable[tuple[int, ShardObject]]) -> pa.Table:
 
 
 def read_objects(root: Path) -> list[tuple[str, int, str]]:
-    """Return (path, bytes, SHA-256) of every shard of a sealed cache. Raises CacheDamagedError."""
+    """Return (path, bytes, SHA-256) of every shard file of a sealed cache.
+
+    Raises CacheDamagedError.
+    """
     table = read_table(root / SHARDS)
     return list(
         zip(*(table[name].to_pylist() for name in ("path", "bytes", "sha256")), strict=True)
@@ -223,15 +237,15 @@ def read_objects(root: Path) -> list[tuple[str, int, str]]:
 
 
 def damaged_objects(root: Path, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Return those of some files that are missing or of another size than the one given, and what is there instead."""
-    found = {}
+    """Return the files that are missing or of another size than given, and what was found."""
+    damaged = {}
     for name, size in sizes.items():
         path = root / name
         if not path.is_file():
-            found[name] = "no file"
+            damaged[name] = "no file"
         elif path.stat().st_size != size:
-            found[name] = f"{path.stat().st_size} bytes"
-    return found
+            damaged[name] = f"{path.stat().st_size} bytes"
+    return damaged
 
 
 def read_failures(path: Path) -> list[FailedSample]:

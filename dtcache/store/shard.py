@@ -1,4 +1,7 @@
-"""The bytes of one Zarr v3 shard (ZEP 2, `sharding_indexed`): checked inner chunks, then their checked index."""
+"""The bytes of one Zarr v3 shard (ZEP 2, `sharding_indexed`): inner chunks, then their index.
+
+Each chunk and the index end in their CRC-32C.
+"""
 
 import numpy as np
 from google_crc32c import value as crc32c
@@ -11,19 +14,21 @@ from dtcache.store.zstd_frame import pack_frame
 CRC_BYTES = 4
 ENTRY_BYTES = 16
 ABSENT = np.uint64(2**64 - 1)
-"""Offset and size of a chunk that the array's edge cuts off."""
+"""Offset and size of a chunk beyond the edge of the array."""
 
 
 def build_shard(payloads: list[bytes], length: int, entries: int) -> bytes:
-    """Return a shard of payloads, each padded with zeros to `length`; entries past the last payload are absent.
+    """Return a shard of payloads, each padded with zeros to `length`.
 
-    Every payload is written, an empty one as zeros: an absent chunk in range means damage. Raises CodecError for a
-    payload longer than `length`.
+    Every payload is written, an empty one as zeros; entries after the last payload are ABSENT. So
+    an absent chunk within the array means damage. Raises CodecError for a payload longer than
+    `length`.
     """
     longest = max(map(len, payloads), default=0)
     if longest > length or len(payloads) > entries:
         raise CodecError(
-            f"a shard of {len(payloads)} payloads of up to {longest} bytes exceeds {entries} of {length}"
+            f"a shard of {len(payloads)} payloads of up to {longest} bytes exceeds {entries} of "
+            f"{length}"
         )
     index = np.full((entries, 2), ABSENT, "<u8")
     parts: list[bytes] = []
@@ -39,14 +44,15 @@ def build_shard(payloads: list[bytes], length: int, entries: int) -> bytes:
 
 
 def index_bytes(entries: int) -> int:
-    """Return the size of a shard's index."""
+    """Return the bytes of a shard's index."""
     return entries * ENTRY_BYTES + CRC_BYTES
 
 
 def parse_index(tail: bytes, entries: int, size: int) -> NDArray[np.uint64]:
     """Return (entries, 2) offsets and sizes from a shard's last bytes; an entry may be ABSENT.
 
-    Raises CacheDamagedError where the checksum fails or an entry points outside a shard of `size` bytes.
+    Raises CacheDamagedError if the checksum fails or an entry points outside a shard of `size`
+    bytes.
     """
     table = tail[:-CRC_BYTES]
     checksum = tail[-CRC_BYTES:]
@@ -61,13 +67,16 @@ def parse_index(tail: bytes, entries: int, size: int) -> NDArray[np.uint64]:
 
 
 def unpack_chunk(chunk: bytes, out: NDArray[np.uint8]) -> None:
-    """Check one inner chunk and decompress it into `out` (L,). Raises CacheDamagedError where a byte is wrong."""
+    """Check one inner chunk and decompress it into `out` (L,).
+
+    Raises CacheDamagedError if a byte is wrong.
+    """
     packed = chunk[:-CRC_BYTES]
     checksum = chunk[-CRC_BYTES:]
     if len(chunk) <= CRC_BYTES or crc32c(packed) != int.from_bytes(checksum, "little"):
         raise CacheDamagedError("the checksum does not match")
     try:
-        # Before any memory is taken for it: a small frame can claim any size.
+        # Checked before memory is allocated: a small frame can claim any size.
         size = get_frame_parameters(packed).content_size
         if size != len(out):
             raise CacheDamagedError(f"it decompresses to {size} bytes instead of {len(out)}")

@@ -1,4 +1,4 @@
-"""What a manifest may say: sizes within bounds, and nothing that a reader would not know how to take."""
+"""Validation of a manifest: sizes within bounds, and only values that a reader supports."""
 
 import math
 import re
@@ -20,7 +20,7 @@ from dtcache.store.layout import PayloadArray
 
 MAX_PAYLOAD_BYTES = 1 << 28
 MAX_VALUES = MAX_PAYLOAD_BYTES // 2
-"""Of a sample's map, which as float16 is a payload."""
+"""Maximum values of one sample's map: as float16, the map is one payload."""
 FITS = ("crop", "stretch")
 STORED = ("view", "none")
 CODECS = get_args(CodecName)
@@ -30,13 +30,17 @@ ARRAY_NAME = re.compile(r"[a-z0-9]+(/[a-z0-9]+)?")
 
 
 def checked_array(name: str, value: Json) -> PayloadArray:
-    """Return an array's description, its sizes within bounds. Raises ValueError."""
+    """Return the array that a manifest describes. Raises ValueError if its sizes exceed
+    the bounds.
+    """
     array = PayloadArray(
         name=name, shape=tuple(map(int, value["shape"])), shard_rows=int(value["shard_rows"])
     )
-    sane = len(array.shape) in (2, 3) and min(array.shape) > 0 and array.length <= MAX_PAYLOAD_BYTES
-    sane = sane and array.payloads_per_row <= MAX_VIEWS
-    if not (sane and 0 < array.shard_rows <= MAX_SHARD_ROWS and ARRAY_NAME.fullmatch(name)):
+    valid = (
+        len(array.shape) in (2, 3) and min(array.shape) > 0 and array.length <= MAX_PAYLOAD_BYTES
+    )
+    valid = valid and array.payloads_per_row <= MAX_VIEWS
+    if not (valid and 0 < array.shard_rows <= MAX_SHARD_ROWS and ARRAY_NAME.fullmatch(name)):
         raise ValueError(
             f"array {name[:40]!r} of shape {value['shape']} in shards of {value['shard_rows']} rows"
         )
@@ -44,7 +48,7 @@ def checked_array(name: str, value: Json) -> PayloadArray:
 
 
 def check_recipe(recipe: Json) -> None:
-    """Check what readers rely on. Raises KeyError, TypeError or ValueError."""
+    """Check the fields of a recipe that readers use. Raises KeyError, TypeError or ValueError."""
     view = recipe["view"]
     teacher = recipe["teacher"]
     codec = recipe["codec"]
@@ -91,7 +95,7 @@ def check_recipe(recipe: Json) -> None:
 
 
 def _check_measured(recipe: Json, names: list[str]) -> None:
-    """Check what is shown of the noise and of the teacher. Raises KeyError, TypeError or ValueError."""
+    """Check what is recorded about noise and teacher. Raises KeyError, TypeError or ValueError."""
     teacher = recipe["teacher"]
     measured = recipe.get("equivariance")
     counts = []
@@ -116,14 +120,14 @@ def _check_measured(recipe: Json, names: list[str]) -> None:
 
 
 def _check_condition(condition: Json) -> None:
-    """Check what a teacher is told of an image. Raises KeyError, TypeError or ValueError."""
+    """Check the condition of a teacher. Raises KeyError, TypeError or ValueError."""
     kind = condition["kind"]
-    whole = kind in CONDITIONS
+    valid = kind in CONDITIONS
     if kind == "class":
-        whole = isinstance(condition["number"], int)
+        valid = isinstance(condition["number"], int)
     elif kind == "prompt":
-        whole = isinstance(condition["prompt"], str) and isinstance(
+        valid = isinstance(condition["prompt"], str) and isinstance(
             condition["embedding_sha256"], str
         )
-    if not whole:
+    if not valid:
         raise ValueError(f"condition {condition}")

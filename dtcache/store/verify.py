@@ -1,4 +1,4 @@
-"""Checking every byte of a cache against the hashes that were recorded when it was written; never writes."""
+"""Checks every byte of a cache against the hashes recorded when it was written; never writes."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,47 +18,50 @@ from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 
 State = Literal["damaged", "unreadable", "incomplete", "good"]
 STATES: tuple[State, ...] = get_args(State)
-"""Verdicts: each outweighs those after it."""
+"""Verdicts, the gravest first."""
 MAX_LOG_BYTES = 64 << 20
 THREADS = 4
-"""Files that are hashed at once: hashing lets other threads run."""
+"""Files that are hashed at the same time: hashing releases Python's lock."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """What a check of a cache found."""
+    """The result of checking a cache."""
 
     contents: Contents
     damage: tuple[Damage, ...]
     unnamed: dict[str, str]
-    """Files that the cache does not name, and what is known of them: no damage."""
+    """Files in the folder that the cache does not name, each with a reason; they are not damage."""
     checked: tuple[WantedObject, ...]
-    """The shard files of which every byte was read."""
+    """The shard files whose every byte was read."""
     labels: dict[str, "Verification"] = field(default_factory=dict)
-    """The cache's label sets, each a cache of its own, by name."""
+    """The results of the cache's label sets, by name."""
     unreadable: dict[str, str] = field(default_factory=dict)
-    """Label sets of a format that this dtcache does not read, by name, and why it does not."""
+    """Label sets in a format that this dtcache does not read, by name, with the reason."""
 
     @property
     def own_state(self) -> State:
-        """The verdict on the cache, its label sets apart."""
+        """The verdict on the cache without its label sets."""
         return "damaged" if self.damage else "good" if self.contents.sealed else "incomplete"
 
     @property
     def state(self) -> State:
-        """The verdict on cache and label sets: the gravest of theirs."""
-        found: set[State] = {self.own_state, *(inner.state for inner in self.labels.values())}
+        """The gravest verdict of the cache and its label sets."""
+        states: set[State] = {self.own_state, *(labels.state for labels in self.labels.values())}
         if self.unreadable:
-            found.add("unreadable")
-        return min(found, key=STATES.index)
+            states.add("unreadable")
+        return min(states, key=STATES.index)
 
 
-def chosen_objects(contents: Contents, share: float, seed: int) -> list[WantedObject]:
-    """Return the objects of a share (0 to 1] of the shards, at least one: a pure function of its arguments."""
+def chosen_objects(contents: Contents, fraction: float, seed: int) -> list[WantedObject]:
+    """Return the shard files of a fraction (0 to 1] of the shards, at least one shard.
+
+    A pure function of its arguments.
+    """
     shards = sorted({wanted.shard for wanted in contents.objects})
-    count = min(len(shards), max(1, math.ceil(share * len(shards))))
-    places = permuted(len(shards), seed=seed, stream="verify")[:count]
-    chosen = {shards[place] for place in places}
+    count = min(len(shards), max(1, math.ceil(fraction * len(shards))))
+    indices = permuted(len(shards), seed=seed, stream="verify")[:count]
+    chosen = {shards[index] for index in indices}
     return [wanted for wanted in contents.objects if wanted.shard in chosen]
 
 
@@ -68,26 +71,27 @@ def verify_contents(
     chosen: Sequence[WantedObject],
     on_object: Callable[[WantedObject], None],
 ) -> Verification:
-    """Check all files of a cache but shards, the chosen shard files, and the size of the others.
+    """Check the chosen shard files, the sizes of the other shard files, and all other files.
 
-    Raises CacheBusyError where the cache was sealed meanwhile.
+    Raises CacheBusyError if the cache was sealed meanwhile.
     """
     damage = list(contents.damage)
     if contents.manifest is not None:
         damage += _file_damage(root, contents)
-        homes = {
+        path_of = {
             wanted.sha256: wanted.path for wanted in contents.objects if wanted.sha256 is not None
         }
-        whole = {wanted.path for wanted in chosen}
+        read_fully = {wanted.path for wanted in chosen}
         damage += [
             found
             for wanted in contents.objects
-            if wanted.path not in whole and (found := _size_damage(root, wanted, contents.keys))
+            if wanted.path not in read_fully
+            and (found := _size_damage(root, wanted, contents.keys))
         ]
         with ThreadPoolExecutor(THREADS, thread_name_prefix="verify") as pool:
             try:
                 checks = pool.map(
-                    lambda wanted: check_object(root, wanted, contents.keys, homes), chosen
+                    lambda wanted: check_object(root, wanted, contents.keys, path_of), chosen
                 )
                 for wanted, found in zip(chosen, checks, strict=True):
                     damage += [found] if found is not None else []
@@ -105,11 +109,11 @@ def verify_contents(
 
 
 def check_object(
-    root: Path, wanted: WantedObject, keys: Sequence[str] | None, homes: Mapping[str, str]
+    root: Path, wanted: WantedObject, keys: Sequence[str] | None, path_of: Mapping[str, str]
 ) -> Damage | None:
-    """Check every byte of one shard file; where it is not the recorded one, find out which samples are affected.
+    """Check every byte of one shard file; if it differs, find out which samples are affected.
 
-    `homes` gives the path of every recorded hash, so that a shard that lies in another's place is told by its name.
+    `path_of` gives the path of every recorded hash, so that a misplaced shard file is recognised.
     """
     found = _size_damage(root, wanted, keys)
     if found is not None:
@@ -129,14 +133,14 @@ def check_object(
         return _damage(wanted, f"{len(bad)} of its chunks: {reasons}", bad, keys)
     if wanted.sha256 is None:
         return None
-    what = f"it is {homes[got]}" if got in homes else f"got {got[:16]}..., every chunk intact"
-    return _damage(wanted, f"expected SHA-256 {wanted.sha256[:16]}..., {what}", None, keys)
+    actual = f"it is {path_of[got]}" if got in path_of else f"got {got[:16]}..., every chunk intact"
+    return _damage(wanted, f"expected SHA-256 {wanted.sha256[:16]}..., {actual}", None, keys)
 
 
 def bad_entries(content: bytes, array: PayloadArray, shard: int) -> dict[int, str]:
-    """Return what is wrong with each chunk of a shard that is not intact, by its place in the index.
+    """Return what is wrong with each damaged chunk of a shard, by its number in the index.
 
-    Raises CacheDamagedError where the index itself is damaged, and nothing in the file can be found.
+    Raises CacheDamagedError if the index itself is damaged, so that no chunk can be found.
     """
     entries = array.shard_rows * array.payloads_per_row
     index = parse_index(content[-index_bytes(entries) :], entries, len(content))
@@ -166,7 +170,7 @@ def _size_damage(root: Path, wanted: WantedObject, keys: Sequence[str] | None) -
 def _damage(
     wanted: WantedObject, reason: str, entries: Iterable[int] | None, keys: Sequence[str] | None
 ) -> Damage:
-    """Describe a damaged shard file by the samples of its `entries`, None for all of them."""
+    """Describe a damaged shard file by the samples of its `entries`, or all samples if None."""
     array = wanted.array
     rows = wanted.array.rows_of(wanted.shard)
     places: list[tuple[int, int | None]] = [(row, None) for row in rows]
@@ -189,7 +193,7 @@ def _damage(
 
 
 def _file_damage(root: Path, contents: Contents) -> list[Damage]:
-    """Check the files that hold no shard, but for those that `read_contents` has checked already."""
+    """Check the files that hold no shard, except those that `read_contents` has checked."""
     assert contents.manifest is not None
     problems = {
         name: file_problem(root / name, sha256)
@@ -203,11 +207,11 @@ def _file_damage(root: Path, contents: Contents) -> list[Damage]:
 
 
 def log_problem(path: Path) -> str | None:
-    """Return what is wrong with the one volatile file, which carries its own checksum; None where there is none."""
+    """Return what is wrong with the extraction log, which carries its own hash; None if nothing."""
     if not path.exists():
         return None
     try:
-        _, whole = read_hashed_json(path, MAX_LOG_BYTES)
+        _, intact = read_hashed_json(path, MAX_LOG_BYTES)
     except (ValueError, OSError) as error:
         return f"not an extraction log ({error})"
-    return None if whole else "its own checksum does not match"
+    return None if intact else "its own checksum does not match"

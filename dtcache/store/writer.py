@@ -1,4 +1,4 @@
-"""Writing a cache shard by shard, so that a kill at any moment leaves something that resumes to the same bytes."""
+"""Writing a cache shard by shard. After a kill at any moment, a resume gives the same bytes."""
 
 import hashlib
 import shutil
@@ -48,13 +48,14 @@ from dtcache.store.zarr_nodes import write_zarr_nodes
 
 
 class CacheWriter:
-    """The one writer of a cache; whoever makes it holds the cache's lock."""
+    """The only writer of a cache. Whoever creates it holds the cache's lock."""
 
     def __init__(self, root: Path, manifest: CacheManifest) -> None:
-        """Go on with the cache that `manifest` describes: drop leftovers of a killed run, read what is committed.
+        """Resume the cache that `manifest` describes: read its commits, remove uncommitted files.
 
-        Raises CacheDamagedError where a committed file is gone or another file is not as written, before anything is
-        removed, and CacheMismatchError for records of another recipe.
+        Raises CacheDamagedError, before anything is removed, if a committed file is missing or
+        another file is not the one that was written, and CacheMismatchError for records of another
+        recipe.
         """
         self.root = root
         self.manifest = manifest
@@ -83,9 +84,10 @@ class CacheWriter:
         classes: list[str] | None,
         embedding_LD: NDArray[np.float32] | None = None,
     ) -> "CacheWriter":
-        """Lay out an empty cache, with the embedding of its teacher's prompt where there is one.
+        """Create an empty cache, with the embedding of its teacher's prompt if there is one.
 
-        The manifest comes last: without it the folder is not a cache.
+        The manifest is written last: without it the folder is not a cache. Raises
+        CacheMismatchError if the folder holds other files, and DiskError.
         """
         require_ours(root)
         for leftover in (root / DATA, root / f"{TEMPORARY}{DATA}"):
@@ -111,12 +113,13 @@ class CacheWriter:
             files[PROMPT] = file_sha256(root / PROMPT)
         manifest = new_manifest(recipe, arrays, classes, files)
         write_manifest(root, manifest)
-        # As a resume reads it: commit records list objects in the manifest's order, which JSON sorts by name.
+        # Read back from disk: commit records list files in the manifest's order, and JSON sorts by
+        # name.
         return cls.resume(root)
 
     @classmethod
     def resume(cls, root: Path) -> "CacheWriter":
-        """Go on with a cache that was begun earlier."""
+        """Resume the cache at `root`."""
         return cls(root, read_manifest(root))
 
     @property
@@ -128,28 +131,31 @@ class CacheWriter:
 
     @property
     def failures(self) -> list[FailedSample]:
-        """Samples that have a row but no features, in row order, of everything committed."""
-        if self.manifest.state == "writing":  # a sealed cache may have lost some of its records
+        """Committed samples that have a row but no features, in row order."""
+        if self.manifest.state == "writing":  # sealing deletes the records
             return [f for shard in sorted(self._records) for f in self._records[shard].failures]
         return read_failures(self.root / SAMPLES)
 
     def content_sha256(self, row: int) -> str | None:
-        """Return the SHA-256 of a committed row's source bytes; None where it failed or is not committed."""
+        """Return the SHA-256 of a row's source bytes; None if it failed or is not committed."""
         if self.manifest.state == "sealed":
-            found = read_table(self.root / SAMPLES)["content_sha256"][row].as_py()
-            return found.hex() if found is not None else None
-        shard, place = divmod(row, self.manifest.shard_rows)
-        return self._records[shard].content_sha256[place] if shard in self._records else None
+            sha256 = read_table(self.root / SAMPLES)["content_sha256"][row].as_py()
+            return sha256.hex() if sha256 is not None else None
+        shard, index = divmod(row, self.manifest.shard_rows)
+        return self._records[shard].content_sha256[index] if shard in self._records else None
 
     def write_shard(self, data: ShardData) -> int:
-        """Write and commit one shard; return its bytes. Raises DiskError; nothing is committed then."""
+        """Write and commit one shard; return its bytes. Raises DiskError; then nothing is
+        committed.
+        """
         return self.commit(write_attempt(self.root, self.manifest, data))
 
     def commit(self, written: WrittenShard) -> int:
-        """Make a written shard part of the cache and return its bytes; 0, and its files go, where it is one already.
+        """Make a written shard part of the cache and return its bytes.
 
-        Raises CacheMismatchError for a shard that is none of this cache, CacheError where its files are not here, and
-        DiskError; nothing is committed then, and its files go.
+        A shard that is already committed is dropped, and the result is 0. Raises CacheMismatchError
+        for a shard of another cache, CacheError if its files are missing here, and DiskError. Then
+        nothing is committed and the shard's files are removed.
         """
         record = written.record
         self._require_ours(written)
@@ -161,8 +167,10 @@ class CacheWriter:
                 size = path.stat().st_size if path.is_file() else None
                 if size != o.size:
                     raise CacheError(
-                        f"{path}: expected the {o.size} bytes that were written for shard {record.shard}, got "
-                        f"{'no file' if size is None else size}; see that all workers share the cache's storage"
+                        f"{path}: expected the {o.size} bytes that were written for shard "
+                        f"{record.shard}, got "
+                        f"{'no file' if size is None else size}; check that all workers share the "
+                        "cache's storage"
                     )
             publish(temporaries)
             write_commit(self.root, record)
@@ -172,9 +180,9 @@ class CacheWriter:
         return sum(o.size for o in record.objects)
 
     def seal(self, measured: Json | None = None) -> None:
-        """Finish the cache: indices, then the manifest, then the commit records go. Safe to repeat after a kill.
+        """Finish the cache: write the indices, then the manifest, then delete the commit records.
 
-        The manifest of a label set records what was `measured` on it.
+        Safe to repeat after a kill. `measured` is recorded in the manifest of a label set.
         """
         if self.manifest.state == "writing":
             if self.missing:
@@ -202,13 +210,16 @@ class CacheWriter:
             shutil.rmtree(self.root / COMMITS)
 
     def write_log(self, log: dict[str, object]) -> None:
-        """Write the one volatile file (times, host, versions), with its own checksum."""
+        """Write the extraction log (times, host, versions), the one volatile file, with its own
+        hash.
+        """
         write_file(self.root / LOG, canonical_json(with_own_hash(log)))
 
     def _check_files(self) -> None:
-        """Check all files but shards, so that nothing is computed from, or sealed with, a byte that nobody wrote.
+        """Check all files except shards, so that a corrupted file is never resumed from or sealed.
 
-        A kill between samples.parquet and the manifest of a seal leaves the new one of the two: it is written anew.
+        A kill during a seal, between samples.parquet and the manifest, leaves the new
+        samples.parquet: it is written again.
         """
         for name, sha256 in self.manifest.files.items():
             path = self.root / name
@@ -225,7 +236,10 @@ class CacheWriter:
                     path.unlink()
 
     def _require_ours(self, written: WrittenShard) -> None:
-        """Check that a shard that another process describes is one of this cache, so that no other path is touched."""
+        """Check that a shard that another process describes belongs to this cache.
+
+        So that no file outside the cache is touched.
+        """
         record = written.record
         paths = [array.object_path(record.shard) for array in self.manifest.arrays.values()]
         if (
@@ -235,14 +249,16 @@ class CacheWriter:
             or not written.attempt.isalnum()
         ):
             raise CacheMismatchError(
-                f"{self.root}: shard {record.shard} was made for another cache; it is not committed"
+                f"{self.root}: shard {record.shard} belongs to another cache; it is not committed"
             )
 
     def _check(self, record: CommitRecord) -> None:
         if record.fingerprint != self.manifest.fingerprint:
             raise CacheMismatchError(
-                f"{commit_path(self.root, record.shard)}: expected fingerprint {self.manifest.fingerprint}, got "
-                f"{record.fingerprint}: the record belongs to another cache; delete it and extract again"
+                f"{commit_path(self.root, record.shard)}: expected fingerprint "
+                f"{self.manifest.fingerprint}, got "
+                f"{record.fingerprint}: the record belongs to another cache; delete it and extract "
+                "again"
             )
         require_rows(self.root, self.manifest, record)
         for o in record.objects:
@@ -250,18 +266,20 @@ class CacheWriter:
             if not path.is_file() or path.stat().st_size != o.size:
                 got = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
                 raise CacheDamagedError(
-                    f"{path}: expected {o.size} bytes, got {got}; delete {commit_path(self.root, record.shard)} "
-                    "and run the extraction again to write this shard anew"
+                    f"{path}: expected {o.size} bytes, got {got}; delete "
+                    f"{commit_path(self.root, record.shard)} "
+                    "and run dtcache extract again to write this shard again"
                 )
 
 
 def require_ours(root: Path) -> None:
-    """Raise CacheMismatchError where a folder holds anything that a begun cache would not."""
+    """Raise CacheMismatchError if a folder holds anything that an unfinished cache would not."""
     known = {DATA, COMMITS, SAMPLES, MANIFEST, LOG, CLUSTER_LOG, PROMPT, ".lock"}
     foreign = sorted(
         p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(TEMPORARY)
     )
     if foreign:
         raise CacheMismatchError(
-            f"{root} is not empty and not a cache: found {foreign[0]}; give an --out that is new or a cache"
+            f"{root} is not empty and not a cache: found {foreign[0]}; pass an `out` that is new "
+            "or a cache"
         )

@@ -1,4 +1,4 @@
-"""The Zarr v3 nodes of a cache: written, read, and recomputed from the manifest and the codec's chunk files."""
+"""The Zarr v3 nodes of a cache: written, read, and recomputed from manifest and codec chunks."""
 
 import math
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ DTYPES = {
     },
     "float16": {"mean": "<f2", "grid": "<i4"},
 }
-"""Types of each codec's arrays."""
+"""Array dtypes by codec."""
 
 
 def write_zarr_nodes(
@@ -41,7 +41,7 @@ def write_zarr_nodes(
     arrays: Mapping[str, PayloadArray],
     fit: Mapping[str, Mapping[str, NDArray[np.generic]]],
 ) -> None:
-    """Write the Zarr v3 group at `root`: the payload arrays' metadata, and the codec's arrays whole."""
+    """Write the Zarr v3 group at `root`: metadata of the payload arrays, and the codec's arrays."""
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
     from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
@@ -75,20 +75,21 @@ def write_zarr_nodes(
 
 
 def read_fit(root: Path, tap: str, most: int) -> dict[str, NDArray[np.generic]]:
-    """Read one tap's codec arrays, by name, from the Zarr group at `root`: each is one chunk, as it was written.
+    """Read one tap's codec arrays by name from the Zarr group at `root`; each array is one chunk.
 
-    Raises ValueError, before any of it is read, for an array of more than `most` bytes of numbers or of other chunks,
-    OSError where a chunk cannot be read, and CacheDamagedError where one is not as written.
+    Raises ValueError, before anything is read, for an array of more than `most` bytes of numbers or
+    with other chunks; OSError if a chunk cannot be read; CacheDamagedError if one is damaged.
     """
     import zarr
 
-    found = {}
+    arrays = {}
     for name, array in zarr.open_group(root, mode="r", path=f"codec/{tap}", zarr_format=3).arrays():
         size = array.dtype.itemsize * math.prod(array.shape)
         where = f"codec/{tap}/{name[:40]}"
         if size > most or array.dtype.kind not in "iuf":
             raise ValueError(
-                f"{where}: expected at most {most} bytes of numbers, got {size} of {array.dtype.kind!r}"
+                f"{where}: expected at most {most} bytes of numbers, got {size} of "
+                f"{array.dtype.kind!r}"
             )
         if array.chunks != array.shape or array.shards is not None:
             raise ValueError(
@@ -104,15 +105,15 @@ def read_fit(root: Path, tap: str, most: int) -> dict[str, NDArray[np.generic]]:
             raise ValueError(
                 f"{where}: expected codecs bytes (little-endian), zstd and crc32c, got {coding}"
             )
-        found[name] = np.empty(array.shape, array.dtype)
-        if size > 0:  # where no component lives, nothing was written
+        arrays[name] = np.empty(array.shape, array.dtype)
+        if size > 0:  # nothing is written for an array without values
             chunk = root / "codec" / tap / name / array.metadata.encode_chunk_key((0,) * array.ndim)
-            _read_chunk(chunk, found[name].reshape(-1).view(np.uint8))
-    return found
+            _read_chunk(chunk, arrays[name].reshape(-1).view(np.uint8))
+    return arrays
 
 
 def _read_chunk(chunk: Path, out: NDArray[np.uint8]) -> None:
-    # Not by Zarr, whose decoder takes what memory a frame asks for. No frame is twice as long as what it holds.
+    # Zarr's decoder would allocate what a frame claims. A frame is at most twice its content.
     with open(chunk, "rb") as file:
         packed = file.read(2 * len(out) + 64)
     try:
@@ -122,10 +123,11 @@ def _read_chunk(chunk: Path, out: NDArray[np.uint8]) -> None:
 
 
 def zarr_nodes(root: Path, manifest: CacheManifest) -> dict[str, bytes]:
-    """Return every zarr.json of a cache by its path, as the writer would write it today; nothing is written.
+    """Return every zarr.json of a cache by path, as the writer would write it today.
 
-    The shapes of a tap's codec arrays are found from its chunk files; where one of those is damaged, the nodes of all
-    its arrays are left out. Compare the result with the recorded hashes: another zarr-python may word a node otherwise.
+    Writes nothing. The shapes of a tap's codec arrays are derived from the sizes of its chunk
+    files; if one of these is damaged, the nodes of all arrays of the tap are left out. Compare the
+    result with the recorded hashes: another version of zarr-python may format a node differently.
     """
     from zarr.core.buffer import Buffer
     from zarr.storage import MemoryStore
@@ -149,12 +151,12 @@ def zarr_nodes(root: Path, manifest: CacheManifest) -> dict[str, bytes]:
 def _codec_arrays(
     root: Path, manifest: CacheManifest, name: str, tap: Json
 ) -> dict[str, NDArray[np.generic]] | None:
-    """Return a tap's codec arrays, shaped as docs/format.md says; None where a chunk is damaged."""
+    """Return a tap's codec arrays with the shapes of docs/format.md; None if a chunk is damaged."""
     flat = {}
     for array, dtype in DTYPES[manifest.recipe["codec"]["name"]].items():
         folder = f"{DATA}/codec/{name}/{array}/"
         chunk = next((path for path in manifest.files if path.startswith(f"{folder}c.")), None)
-        if chunk is None:  # an array of no values, of a tap that is never coded
+        if chunk is None:  # an array without values, of a tap that is never coded
             flat[array] = np.zeros(0, dtype)
             continue
         if file_problem(root / chunk, manifest.files[chunk]) is not None:

@@ -265,7 +265,7 @@ def test_missing_manifest(tmp_path: Path) -> None:
     """A folder without a manifest is not a cache."""
     with pytest.raises(
         CacheNotFoundError,
-        match=r"is not a cache: expected manifest.json in it; give a folder made by",
+        match=r"is not a cache: expected manifest.json in it; pass a folder made by",
     ):
         read_manifest(tmp_path)
 
@@ -278,7 +278,7 @@ def test_require_same_names_the_dotted_field(tmp_path: Path) -> None:
     require_same(tmp_path, found, copy.deepcopy(found))
     require_same(tmp_path, found, {"view": {"height": 8}, "seed": 3})
     for path, value, message in (
-        (("seed",), 4, r"another recipe: seed is 3 there, 4 was asked for; give the same options"),
+        (("seed",), 4, r"another recipe: seed is 3 there, 4 was asked for; pass the same options"),
         (("view", "fit"), "stretch", r'view\.fit is "crop" there, "stretch" was asked for'),
         (
             ("teacher", "weights_sha256"),
@@ -410,7 +410,8 @@ def test_a_commit_record_under_another_name_is_found(tmp_path: Path) -> None:
     write_commit(tmp_path, tiny_record(2))
     commit_path(tmp_path, 2).rename(commit_path(tmp_path, 1))
     with pytest.raises(
-        CacheDamagedError, match=r"000001.json: not a commit record of dtcache \(it is of shard 2\)"
+        CacheDamagedError,
+        match=r"000001.json: not a commit record of dtcache \(it belongs to shard 2\)",
     ):
         read_commits(tmp_path)
 

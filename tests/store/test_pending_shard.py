@@ -83,7 +83,7 @@ def test_a_zombie_of_an_earlier_run_cannot_commit(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".tmp-*"))
     with pytest.raises(
         CacheError,
-        match=r"\.tmp-\w+-c.0.0: expected the \d+ bytes .* shard 0, got no file; see that all",
+        match=r"\.tmp-\w+-c.0.0: expected the \d+ bytes .* shard 0, got no file; check that all",
     ):
         writer.commit(zombie)
     assert (writer.missing, read_commits(tmp_path)) == ([0, 1, 2], {})
@@ -103,7 +103,7 @@ def test_files_that_are_not_as_described_are_not_committed(tmp_path: Path) -> No
     list(made.temporaries(tmp_path))[1].write_bytes(b"short")
     with pytest.raises(
         CacheError,
-        match=r"expected the \d+ bytes that were written for shard 2, got 5; see that all",
+        match=r"expected the \d+ bytes that were written for shard 2, got 5; check that all",
     ):
         writer.commit(made)
     assert not list(tmp_path.rglob(".tmp-*"))
@@ -135,7 +135,7 @@ def test_an_attempt_at_another_cache_is_refused(tmp_path: Path, wrong: str) -> N
         "attempt": replace(made, attempt="../../x"),
     }[wrong]
     before = tree(tmp_path)
-    with pytest.raises(CacheMismatchError, match="was made for another cache; it is not committed"):
+    with pytest.raises(CacheMismatchError, match="belongs to another cache; it is not committed"):
         writer.commit(bad)
     assert tree(tmp_path) == before
 

@@ -430,7 +430,7 @@ def test_what_is_committed_of_an_incomplete_cache_can_be_read(shared: Path, tmp_
     for name in NAMES:
         assert np.array_equal(read(reader, name, rows, [0] * 6), read(whole, name, rows, [0] * 6))
     with pytest.raises(
-        CacheDamagedError, match="the shard was not extracted yet when the cache was opened"
+        CacheDamagedError, match="the shard was not committed yet when the cache was opened"
     ):
         read(reader, FINE, [4], [0])
     assert pickle.loads(pickle.dumps(reader)).usable_rows.tolist() == rows
@@ -528,7 +528,7 @@ def test_a_record_of_rows_outside_its_shard_is_damage(
     for made in plan.shards:
         writer.write_shard(made)
     write_commit(root, replace(read_commits(root)[0], **changes))
-    reason = f"000000.json: {reason}.*; delete it and run the extraction again"
+    reason = f"000000.json: {reason}.*; delete it and run dtcache extract again"
     with pytest.raises(CacheDamagedError, match=reason):
         CacheReader(root, allow="incomplete")
     with pytest.raises(CacheDamagedError, match=reason):

@@ -96,7 +96,7 @@ LABELS = [0, 0, 1, 1]
             WAS,
             [0, 0, 2, 1],
             [2, 0, 3, 1],
-            "labels changed, of 1 images (such as bee/1: 1 there, 2 now)",
+            "labels changed, of 1 images (such as bee/1: 1 in the cache, 2 now)",
         ),
         (
             WAS,
@@ -105,12 +105,12 @@ LABELS = [0, 0, 1, 1]
             "labels changed, of 1 images (such as bee/2: 1 there, None now)",
         ),
         (WAS, LABELS, [3, 0, 2, 1], "the order of the images changed"),
-        (WAS, LABELS, [2, 0], "4 of the same images are there, 2 were asked for (--limit)"),
+        (WAS, LABELS, [2, 0], "4 of the same images are there, 2 were asked for (`limit`)"),
         (
             [*WAS, "cow/1"],
             [*LABELS, 2],
             [4, 1],
-            "--limit chooses others of the 5 images that there are now",
+            "`limit` selects other images of the 5 that the source has now",
         ),
         ([*WAS[1:], "cow/1"], [*LABELS[1:], 2], [3, 1], "1 image was removed (first ant/1)"),
     ],

@@ -339,8 +339,8 @@ def test_files_that_nothing_names_are_reported(root: Path) -> None:
     assert found.unnamed == {
         "notes.txt": "not part of the cache",
         f"data.zarr/{FINE}/c.7.0.0": "not part of the cache",
-        "data.zarr/.tmp-x": "left by a run that was cut short",
-        "commits/000001.json": "left by a seal that was cut short; the next extraction finishes it",
+        "data.zarr/.tmp-x": "left by an interrupted run",
+        "commits/000001.json": "left by an interrupted seal; the next extraction finishes it",
         "nowhere": "not part of the cache",
     }
 
@@ -355,8 +355,8 @@ def test_an_unfinished_cache_is_incomplete_not_damaged(begun: Path) -> None:
     assert (found.state, found.damage, found.contents.missing) == ("incomplete", (), (2,))
     assert len(found.checked) == 6
     assert found.unnamed == {
-        f"data.zarr/{FINE}/.tmp-c.2.0.0": "left by a run that was cut short",
-        f"data.zarr/{FINE}/c.2.0.0": "never committed; the next extraction writes it anew",
+        f"data.zarr/{FINE}/.tmp-c.2.0.0": "left by an interrupted run",
+        f"data.zarr/{FINE}/c.2.0.0": "never committed; the next extraction writes it again",
     }
     flip(begun / "data.zarr" / FINE / "c.1.0.0", 5)
     assert [d.path for d in verify(begun).damage] == [f"data.zarr/{FINE}/c.1.0.0"]

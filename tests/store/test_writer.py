@@ -245,7 +245,7 @@ def test_seal_refuses_samples_that_the_recipe_does_not_name(tmp_path: Path) -> N
     (tmp_path / "samples.parquet").write_bytes(parquet_bytes(other))
     with pytest.raises(
         CacheDamagedError,
-        match=r"samples\.parquet: not the samples that the recipe names; delete this",
+        match=r"samples\.parquet: not the samples of the recipe; delete this",
     ):
         CacheWriter.resume(tmp_path).seal()
     assert read_manifest(tmp_path).state == "writing"
@@ -272,7 +272,7 @@ def test_foreign_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(
         CacheMismatchError,
-        match=r"not empty and not a cache: found notes.txt; give an --out that is new",
+        match=r"not empty and not a cache: found notes.txt; pass an `out` that is new",
     ):
         begin(tmp_path, tiny_plan())
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -170,7 +170,7 @@ def test_what_has_no_statistics_is_refused_in_a_line(
     for root, message in (
         (
             tmp_path / "folder",
-            "is not a cache: expected manifest.json in it; give a folder made by dtcache extract",
+            "is not a cache: expected manifest.json in it; pass a folder made by dtcache extract",
         ),
         (tiny_copy, "expected format 1, got 2; install the dtcache that wrote it"),
         (tmp_path / "empty", "no sample has features yet; statistics need at least one"),

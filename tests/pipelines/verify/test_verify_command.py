@@ -36,7 +36,7 @@ def test_each_verdict_has_its_exit_code(tiny_copy: Path, tmp_path: Path) -> None
     nothing = run(tmp_path)
     assert (nothing.exit_code, nothing.stdout) == (5, "")
     assert (
-        "is not a cache: expected manifest.json in it; give a folder made by dtcache extract"
+        "is not a cache: expected manifest.json in it; pass a folder made by dtcache extract"
         in nothing.stderr
     )
     (tiny_copy / "manifest.json").write_text('{"format":2}')
