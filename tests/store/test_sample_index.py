@@ -96,7 +96,7 @@ LABELS = [0, 0, 1, 1]
             WAS,
             [0, 0, 2, 1],
             [2, 0, 3, 1],
-            "labels changed, of 1 images (such as bee/1: 1 in the cache, 2 now)",
+            "labels changed, of 1 images (such as bee/1: 1 there, 2 now)",
         ),
         (
             WAS,
