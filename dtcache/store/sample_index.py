@@ -83,8 +83,7 @@ def changed_samples(was: pa.Table, samples: SampleList) -> str:
     if pc.any(other).as_py():
         key, old, new = (column.filter(other)[0] for column in (now["key"], before, now["label"]))
         changes.append(
-            f"labels changed, of {pc.sum(other)} images (such as {key}: {old} in the cache, {new} "
-            "now)"
+            f"labels changed, of {pc.sum(other)} images (such as {key}: {old} there, {new} now)"
         )
     if not changes and limited:
         changes.append(
