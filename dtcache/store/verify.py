@@ -194,10 +194,10 @@ def _damage(
 
 def _file_damage(root: Path, contents: Contents) -> list[Damage]:
     """Check the files that hold no shard, except those that `read_contents` has checked."""
-    assert contents.manifest is not None
+    files = contents.manifest.files if contents.manifest is not None else {}
     problems = {
         name: file_problem(root / name, sha256)
-        for name, sha256 in contents.manifest.files.items()
+        for name, sha256 in files.items()
         if name not in (SAMPLES, SHARDS)
     }
     problems[LOG] = log_problem(root / LOG)
