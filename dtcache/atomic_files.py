@@ -1,7 +1,7 @@
-"""The only file-system writes. A file is complete or absent, whenever the process is killed.
+"""Atomic file-system writes. A file is complete or absent, whenever the process is killed.
 
-Each is written to a temporary file beside its target and fsynced, the file is renamed, the folder
-is fsynced.
+A file is written to a temporary file beside its target and fsynced; then it is renamed, and the
+folder is fsynced.
 """
 
 import errno
@@ -91,7 +91,7 @@ def fsync_tree(root: Path) -> None:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Raise any OSError of the block, also one from another library, as DiskError about `target`."""
+    """Raise any OSError of the block, also another library's, as DiskError about `target`."""
     try:
         yield
     except OSError as error:
@@ -103,7 +103,7 @@ def _disk_error(target: Path, size: int, error: OSError) -> DiskError:
     advice = (
         "free some space and run the same command again: it resumes"
         if full
-        else "check the disk and its rights"
+        else "check the disk and its permissions"
     )
     written = f"{target} ({size} bytes)" if size else str(target)
     return DiskError(f"cannot write {written}: {error.strerror or error}; {advice}")
@@ -149,11 +149,11 @@ class FolderLock:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` when the block succeeds; it is removed if the
-    block fails.
+    """Yield a temporary folder that becomes `target` if the block succeeds.
 
-    `target` must be missing or empty. Files that a killed process left in the temporary folder are
-    removed first. Raises CacheBusyError if another process writes the same folder, and DiskError.
+    The temporary folder is removed if the block fails. `target` must be missing or empty. Files
+    that a killed process left in the temporary folder are removed first. Raises CacheBusyError if
+    another process writes the same folder, and DiskError.
     """
     temporary = target.with_name(f"{TEMPORARY}{target.name}")
     with FolderLock(temporary):

@@ -80,20 +80,18 @@ def configure_process(device: torch.device) -> None:
     fp32 never runs as TF32. On a CPU, glibc keeps freed memory instead of returning it to the
     kernel.
     """
-    # A cache's bytes are a function of its recipe, and the recipe does not hold torch's global
-    # switches.
+    # A cache's bytes are a function of its recipe, which does not record torch's global switches.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        # Otherwise every training step maps, zeroes and unmaps the memory of its feature maps
-        # again.
+        # Otherwise every training step maps, zeroes and unmaps the memory of its feature maps.
         libc = ctypes.CDLL(None)
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             libc.mallopt(parameter, MALLOC_THRESHOLD_BYTES)
 
 
 class DeviceClock:
-    """Seconds that a device has spent on marked stretches of work; on a GPU it never synchronises."""
+    """Seconds that a device spends on marked work; on a GPU the clock never synchronises."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -161,8 +159,7 @@ def compiled(module: torch.nn.Module) -> Callable[..., Any]:
     The first call raises ConfigError if this machine has no working compiler. The first backward
     pass compiles too: run it inside `compile_errors`.
     """
-    # Graphs that the process compiled earlier would change what is compiled now, and so the last
-    # bits of its results.
+    # Graphs compiled earlier in the process would change the last bits of this module's results.
     torch._dynamo.reset()
     network = torch.compile(module, dynamic=False)
 
@@ -175,7 +172,7 @@ def compiled(module: torch.nn.Module) -> Callable[..., Any]:
 
 @contextmanager
 def compile_errors() -> Iterator[None]:
-    """Raise ConfigError if torch.compile fails inside the block; other exceptions pass unchanged."""
+    """Raise ConfigError if torch.compile fails in the block; other exceptions pass unchanged."""
     with warnings.catch_warnings():
         # diffusers warns of its caches, which change no result.
         warnings.filterwarnings("ignore", module="torch")
@@ -196,7 +193,6 @@ def compile_errors() -> Iterator[None]:
 def _has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    # oneDNN has fast bf16 convolutions only for CPUs with AVX512-BF16; on others bf16 is slower
-    # than fp32.
+    # oneDNN has fast bf16 convolutions only for CPUs with AVX512-BF16; elsewhere fp32 is faster.
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(probe is not None and probe())

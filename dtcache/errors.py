@@ -102,9 +102,7 @@ class ExtractionError(DtcacheError, RuntimeError):
 
 
 class ClusterError(DtcacheError, RuntimeError):
-    """A cluster that cannot do the work: unreachable, or its workers fail or lack what a task
-    needs.
-    """
+    """A cluster that cannot compute: it is unreachable, or its workers cannot do a task."""
 
 
 class TrainingError(DtcacheError, RuntimeError):

@@ -7,9 +7,7 @@ from typing import Any
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return the UTF-8 encoding of a JSON value that dtcache hashes: sorted keys, no spaces, no
-    NaN.
-    """
+    """Return a JSON value as dtcache hashes it: UTF-8, sorted keys, no spaces, no NaN."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()

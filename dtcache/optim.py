@@ -43,7 +43,10 @@ class Optimization:
     """A network's optimizer and all state that an update changes beside the network itself."""
 
     def __init__(self, network: nn.Module, spec: OptimizationSpec) -> None:
-        """Optimise the parameters of `network` that require a gradient. The EMA starts equal."""
+        """Optimise the parameters of `network` that require a gradient.
+
+        The EMA starts at the network's weights.
+        """
         self._spec = spec
         self._networks = [network]
         groups = parameter_groups(network, spec.lr, spec.weight_decay)
@@ -97,7 +100,7 @@ class Optimization:
         return states if self._average is None else {**states, "average": self._average}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds: `optimizer`, `scaler` and, with an EMA, `average`."""
+        """Return the state for a checkpoint: `optimizer`, `scaler` and, with an EMA, `average`."""
         return {name: value.state_dict() for name, value in self._states().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -122,8 +125,8 @@ def parameter_groups(network: nn.Module, lr: float, weight_decay: float) -> list
 def make_optimizer(groups: list[dict[str, Any]], spec: OptimizationSpec) -> torch.optim.Optimizer:
     """Return the optimizer of some parameter groups."""
     if spec.kind == "adamw":
-        # The plain AdamW passes over each parameter once per operation: an eighth of the step of a
-        # narrow student on a CPU.
+        # The plain AdamW passes over each parameter once per operation. On a CPU that takes an
+        # eighth of the step of a narrow student.
         return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=spec.fused)
     # timm clips at norm 1 by default; the paper does not.
     return Lamb(groups, lr=spec.lr, betas=spec.betas, max_grad_norm=None)

@@ -14,8 +14,8 @@ SLACK = 8
 class Payloads:
     """B payloads of one array.
 
-    Payload i is `data[starts[i] : starts[i] + sizes[i]]`. In the array, zeros follow it up to L
-    bytes.
+    Payload i is `data[starts[i] : starts[i] + sizes[i]]`. In the array, each payload is padded with
+    zeros to L bytes.
     """
 
     data: NDArray[np.uint8]

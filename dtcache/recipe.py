@@ -1,4 +1,4 @@
-"""The recipe of a cache and its parts: frozen types that describe what the cached bytes depend on."""
+"""The recipe of a cache and its parts: frozen types of all that the cached bytes depend on."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -27,7 +27,7 @@ def tap_name(timestep: int, tap: str) -> str:
 
 
 def signal_to_noise(alpha_bar: float) -> float | None:
-    """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar), or None if there is no noise."""
+    """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar); None without noise."""
     return alpha_bar / (1.0 - alpha_bar) if alpha_bar < 1.0 else None
 
 
@@ -98,7 +98,7 @@ class TeacherSpec:
     architecture: str
     """The diffusers class, such as UNet2DModel."""
     weights_sha256: str
-    """SHA-256 of the weight file. For several files: of the canonical JSON of their hashes by path.
+    """SHA-256 of the weight file; for several files, of the canonical JSON of their hashes by path.
     """
     config_sha256: str
     """SHA-256 of the canonical JSON of the model, scheduler and autoencoder configurations."""
@@ -125,7 +125,7 @@ class TeacherSpec:
     condition: ConditionSpec | None = None
     """The condition of each forward pass; None if the teacher is unconditional."""
     compiled: bool | None = None
-    """Whether torch.compile compiled the network, which changes results in the last bits; else
+    """True if torch.compile compiled the network, which changes the last bits of results; else
     None.
     """
 
@@ -135,7 +135,7 @@ class CodecSpec:
     """How features become bytes. The store holds the fitted arrays; the recipe holds their hash."""
 
     name: CodecName = "pca-dct-rans"
-    """The codec family. A reader refuses one that it does not know."""
+    """The codec family. A reader refuses a family that it does not know."""
     whitening: Literal["sample-chw"] = "sample-chw"
     """sample-chw: non-affine LayerNorm over (C, H, W) of each sample."""
     ratio: float | None
@@ -155,7 +155,7 @@ class CodecSpec:
     changes.
     """
     noise_floor: dict[str, float]
-    """By array: that variance per value of the uncompressed whitened map.
+    """By array: the variance that a second noise draw changes, per value of the whitened map.
 
     No student that sees only the image can have a smaller MSE.
     """
@@ -202,8 +202,9 @@ class Equivariance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelSpec:
-    """What a set of soft labels is about. The teacher of its recipe is the interpreter that
-    predicted the labels.
+    """The classes of a set of soft labels, and the cache that it labels.
+
+    The teacher in the recipe of a label set is the interpreter that predicted the labels.
     """
 
     level: Literal["pixel", "image"]
@@ -211,11 +212,11 @@ class LabelSpec:
     classes: tuple[str, ...]
     """Class names by class index."""
     views: int
-    """Views of a row of the cache. They share one payload of views x classes channels."""
+    """Views per row of the cache, which share one payload of views x classes channels."""
     cache_fingerprint: str
     """Fingerprint of the cache whose features the interpreter read."""
     cache_samples: str
-    """SHA-256 of that cache's samples.parquet: which image each row is."""
+    """SHA-256 of that cache's samples.parquet, which lists the image of each row."""
     validation: dict[str, float | None] | None
     """Scores by name on masked images that the interpreter was not fitted to; None if there are
     none.
@@ -243,8 +244,9 @@ def check_range(value: Any, most: float) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """Everything that a cache is a function of, except the images' bytes: samples.parquet has their
-    hashes.
+    """Everything that a cache is a function of, except the images' bytes.
+
+    The hashes of the images' bytes are in samples.parquet.
     """
 
     teacher: TeacherSpec
@@ -297,12 +299,15 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON. Recipe and images give the same bytes on one machine type."""
+        """SHA-256 of the canonical JSON.
+
+        On one type of machine, recipe and images determine the bytes of a cache.
+        """
         return sha256_json(self.to_json())
 
 
 def _without_later(spec: Any, value: Json) -> Json:
-    """Return a dataclass's fields by name, without those that are None and whose default is None."""
+    """Return a dataclass's fields by name, without those whose value and default are None."""
     kept = {
         f.name: value[f.name]
         for f in fields(spec)
@@ -331,6 +336,6 @@ class Sample:
     index: int
     """Index in the source's own order."""
     key: str
-    """Unique name; docs/images.md tells how each kind of source forms it."""
+    """Unique name; docs/images.md describes how each kind of source forms it."""
     label: int | None = field(default=None)
     """Class index; None if the source has no classes."""

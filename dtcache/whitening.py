@@ -13,10 +13,10 @@ WHITEN_EPS = 1e-6
 
 
 def whiten(raw_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Whiten each sample over (C, H, W): return fp32 features (B, C, H, W), mu (B,) and sigma (B,),
-    both fp32.
+    """Whiten each sample over (C, H, W) (paper: W).
 
-    raw = whitened * sigma + mu; sigma includes the epsilon (paper: W).
+    Returns fp32 features (B, C, H, W), and mu and sigma, both fp32 (B,): raw = whitened * sigma +
+    mu. sigma includes the epsilon.
     """
     raw_BCHW = raw_BCHW.float()
     count = raw_BCHW[0].numel()
@@ -33,18 +33,20 @@ def unwhiten(whitened_BCHW: Tensor, scalars_B2: Tensor) -> Tensor:
 
 
 def whiten_positions(raw_BCHW: Tensor) -> Tensor:
-    """Whiten each position over C, an alternative reading of the paper's W: return fp32 features
-    (B, C, H, W).
+    """Whiten each position over C: fp32 features (B, C, H, W).
 
-    An ablation: every position then has the same energy, which contradicts the attention loss
-    (design: losses).
+    This is an alternative reading of the paper's W, for an ablation: every position then has the
+    same energy, which contradicts the attention loss (design: losses).
     """
     centred_BCHW = raw_BCHW.float() - raw_BCHW.float().mean(1, keepdim=True)
     return centred_BCHW / (centred_BCHW.square().mean(1, keepdim=True) + WHITEN_EPS).sqrt()
 
 
 def square_norms(maps_BCHW: Tensor) -> Tensor:
-    """Return |x|^2 of each sample, fp64 (B,), summed in fp64. Neither memory order is copied."""
+    """Return |x|^2 of each sample, fp64 (B,), summed in fp64.
+
+    Maps in either memory order, channels first or last, are read without a copy.
+    """
     if not maps_BCHW.is_contiguous():
         maps_BCHW = maps_BCHW.permute(0, 2, 3, 1)
     norms_B: Tensor = torch.linalg.vector_norm(maps_BCHW.flatten(1), dim=1, dtype=torch.float64)

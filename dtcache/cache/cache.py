@@ -52,8 +52,7 @@ class CachedSample:
     image_CHW: Tensor
     """uint8 RGB, not mirrored."""
     features: dict[str, Tensor]
-    """By array, such as t150/stride8: fp32 (V, C, H, W), not whitened, as the teacher computed
-    them.
+    """By array, such as t150/stride8: fp32 (V, C, H, W), not whitened, as the teacher computed it.
 
     If the cache has flips, views with an odd index are features of the mirrored image.
     """
@@ -62,7 +61,8 @@ class CachedSample:
 class Cache:
     """A sequence of CachedSample that also yields batches. Safe to share between threads.
 
-    Pickled, it is a path, which is opened again where it is unpickled. A forked process is refused.
+    A pickle holds the cache's path, and unpickling opens the cache again. Reading in a forked
+    process raises CacheError.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class Cache:
     ) -> None:
         """Open and check a cache.
 
-        `images` is the source of the images, for a cache that does not store them. With `allow`
-        incomplete, an unfinished cache is opened as the shards committed so far. With `allow`
+        `images` is the source of the images, for a cache that does not store them. If `allow` is
+        incomplete, an unfinished cache opens with the shards committed so far. If `allow` is
         damage, shards may also be lost; such a cache is for inspection, not for training.
 
         Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError if
@@ -119,7 +119,10 @@ class Cache:
         return self.reader.manifest.num_samples
 
     def __getitem__(self, row: int) -> CachedSample:
-        """Return one row, decoded. Raises IndexError, and UnknownSampleError if its image failed."""
+        """Return one row, decoded.
+
+        Raises IndexError if there is no such row, and UnknownSampleError if its image failed.
+        """
         if not -len(self) <= row < len(self):
             raise IndexError(f"{self.reader.root} has {len(self)} rows, got {row}")
         rows = np.array([row % len(self)])
@@ -307,7 +310,7 @@ class Cache:
 class StoredFeatures:
     """The decoded features of one array, by row. Safe to share between threads.
 
-    Pickled, it is a path. The cache is opened at the first call, and again in each process.
+    A pickle holds the cache's path; each process opens the cache at its first call.
     """
 
     def __init__(self, root: Path, identity: str, allow: Allowed, name: str) -> None:
@@ -343,9 +346,9 @@ class StoredFeatures:
                 cache = Cache(self.root, allow=self.allow)
                 if cache.reader.manifest.identity != self.identity:
                     raise CacheMismatchError(
-                        f"{self.root}: expected the cache that the stack was made of, got another "
-                        "one, or the same "
-                        "one finished since; open it again and make the stack again"
+                        f"{self.root}: expected the cache that the stack was made from, got a "
+                        "different cache, or the same one, finished since; open it and make the "
+                        "stack again"
                     )
                 self._cache = cache
             return self._cache

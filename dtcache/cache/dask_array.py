@@ -1,5 +1,6 @@
-"""A tap of a whole cache as a lazy dask array. Shape suffixes: N rows, V views, C channels, H rows,
-W columns.
+"""A tap of a whole cache as a lazy dask array.
+
+Shape suffixes: N rows, V views, C channels, H rows, W columns.
 """
 
 from collections.abc import Callable
@@ -17,8 +18,7 @@ Decode = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
 
 def lazy_stack(decode: Decode, shape_NVCHW: tuple[int, ...], name: str) -> da.Array:
-    """Return the lazy array that `decode` gives for all rows, fp32 (N, V, C, H, W), in chunks of
-    rows.
+    """Return the lazy array of `decode` over all rows, fp32 (N, V, C, H, W), in chunks of rows.
 
     `name` must differ from the name of every other array.
     """

@@ -18,7 +18,7 @@ from dtcache.rng import permuted
 
 SHUFFLES = ("full", "block")
 LOOKAHEAD = 4
-"""Batches that are read ahead, at least. One more than there are threads keeps every thread busy."""
+"""Least number of batches read ahead; one more than `threads` keeps every thread busy."""
 BLOCK_ROWS = 256
 """Rows of a block: a contiguous range of a shard, which a cold disk reads in one request."""
 MIXED_BLOCKS = 64
@@ -37,7 +37,7 @@ class Readable(Protocol[T_co]):
 
     @property
     def shard_rows(self) -> int | None:
-        """Rows per shard, where neighbours lie side by side on disk; None if there are no shards."""
+        """Rows per shard, which lie side by side on disk; None if there are no shards."""
 
     def will_need(self, rows: NDArray[np.int64], names: Sequence[str]) -> None:
         """Prefetch some arrays of rows that will be read soon, into the page cache."""
@@ -158,7 +158,8 @@ class EpochLoader(Generic[T_co]):
     ) -> deque[tuple[int, NDArray[np.int64]]]:
         """Return the rows of each mix from batch `start` on, with the position to prefetch it at.
 
-        A mix is prefetched one mix ahead: at the position in the order where the one before begins.
+        A mix is prefetched one mix ahead: at the position in the order where the previous mix
+        begins.
         """
         edges = np.flatnonzero(np.diff(self._mix_of(rows, epoch), prepend=-1, append=-1)).tolist()
         mixes = zip([0, *edges], edges[:-1], edges[1:], strict=False)
@@ -170,7 +171,7 @@ class EpochLoader(Generic[T_co]):
 
 
 def _check(cache: Readable[object], rows: NDArray[np.int64], batching: Batching) -> None:
-    """Raise ConfigError if a source and its rows cannot be served so."""
+    """Raise ConfigError if `batching` does not fit the source or the number of its rows."""
     batch_size = batching.batch_size
     world_size = batching.world_size
     if batching.shuffle not in SHUFFLES:

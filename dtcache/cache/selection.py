@@ -1,4 +1,4 @@
-"""Which samples and arrays of a cache a training uses: taps and timesteps, and held-out samples."""
+"""The samples and arrays of a cache that a training uses: taps, timesteps, held-out samples."""
 
 import hashlib
 import json
@@ -16,9 +16,9 @@ from dtcache.store.layout import SAMPLES
 
 
 def cache_identity(cache: Cache) -> Json:
-    """Return what identifies the data of a run: the recipe's fingerprint and a hash of the samples."""
+    """Return the identity of a run's data: the recipe's fingerprint and a hash of its samples."""
     manifest = cache.reader.manifest
-    # An unfinished cache may have more samples at a resume, and its samples.parquet differs then.
+    # An unfinished cache may have more samples when a run resumes; samples.parquet then differs.
     samples = (
         manifest.files[SAMPLES]
         if manifest.state == "sealed"
@@ -28,10 +28,10 @@ def cache_identity(cache: Cache) -> Json:
 
 
 def chosen_taps(cache: Cache, *, timestep: int | None, taps: str | None) -> list[str]:
-    """Return the arrays of some taps at one timestep, or of all of them.
+    """Return the names of the arrays of `taps` at `timestep`; None selects all.
 
-    `taps` are names or strides, separated by commas. Raises ConfigError listing the cached ones if
-    one is missing.
+    `taps` are names or strides, separated by commas. Raises ConfigError, listing the cached values,
+    if one is missing.
     """
     teacher = cache.reader.manifest.recipe["teacher"]
     timesteps = teacher["timesteps"]

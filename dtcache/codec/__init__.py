@@ -1,5 +1,4 @@
-"""Feature codecs: PCA over channels, full-frame DCT, one global step and static-table rANS; or
-plain float16."""
+"""Feature codecs: PCA, DCT, quantiser and static-table rANS; or plain float16."""
 
 from dtcache.codec.feature_codec import (
     EncodedView,

@@ -1,5 +1,4 @@
-"""The codecs of all taps together: raw features to payloads in stage 1, payloads to targets in
-stage 2."""
+"""The codecs of all taps: raw features to payloads (stage 1), payloads to targets (stage 2)."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -26,9 +25,9 @@ class EncodedView:
     payload: bytes
     """Empty if the teacher's map is not finite."""
     squared_error: float
-    """Of the whitened map, summed over the map."""
+    """Squared error of the whitened map, summed over its values."""
     energy: float
-    """Of the whitened map about the data set's channel means, summed over the map."""
+    """Squared distance of the whitened map from the data set's channel means, summed."""
     finite: bool
     """Whether the teacher's map is finite."""
 
@@ -45,8 +44,11 @@ class QuantisedMaps:
     """Set while the tensors are being copied to the host; recorded when the copy is complete."""
 
     def to_host(self, stream: torch.cuda.Stream | None) -> "QuantisedMaps":
-        """Return the maps on the host. With a CUDA stream the copy runs there, while the device
-        computes on."""
+        """Return the maps on the host.
+
+        If `stream` is given, the copy runs on that CUDA stream while the device continues to
+        compute.
+        """
         if stream is None:
             return self
         stream.wait_stream(torch.cuda.current_stream(self.values_BN.device))
@@ -64,8 +66,7 @@ class QuantisedMaps:
 
 
 class FeatureEncoder:
-    """Encodes raw features by tap: quantises on the features' device, packs payloads on the
-    host."""
+    """Encodes raw features: quantises on their device, packs payloads on the host."""
 
     def __init__(self, fit: Mapping[str, TapCodec], device: torch.device) -> None:
         self._encoders = {name: fitted.encoder().to(device) for name, fitted in fit.items()}
@@ -84,8 +85,8 @@ class FeatureEncoder:
             whitened_BCHW, mu_B, sigma_B = (
                 torch.stack(parts).mean(0) for parts in zip(*draws, strict=True)
             )
-        # A value that is not finite makes both scalars of its own view not finite, and no other
-        # view's.
+        # A value that is not finite makes both scalars of its view not finite; other views keep
+        # theirs.
         finite_B = torch.isfinite(mu_B) & torch.isfinite(sigma_B)
         values_BN, error_B, energy_B = self._encoders[name](whitened_BCHW)
         measures_5B = torch.stack(
@@ -94,8 +95,10 @@ class FeatureEncoder:
         return QuantisedMaps(values_BN=values_BN, measures_5B=measures_5B)
 
     def pack(self, name: str, maps: QuantisedMaps, indices: Iterable[int]) -> list[EncodedView]:
-        """Pack the views at some indices of the batch. Thread-safe: threads may pack different
-        views at once."""
+        """Pack the views at `indices` of the batch.
+
+        Thread-safe: several threads may pack different views at the same time.
+        """
         if maps.copied is not None:
             maps.copied.synchronize()
         values = maps.values_BN.numpy(force=True)
@@ -119,17 +122,16 @@ class FeatureEncoder:
 
 
 class HostDecoder:
-    """Payloads to coefficients and whitening scalars: the only codec work on the host in stage
-    2."""
+    """Payloads to coefficients and scalars: the only codec work on the host in stage 2."""
 
     def __init__(self, fit: Mapping[str, TapCodec]) -> None:
         self._coders = {name: fitted.payload_coder() for name, fitted in fit.items()}
 
     def decode(self, name: str, payloads: Payloads) -> tuple[Tensor, Tensor]:
-        """Return coefficients (B, n), int16 (fp16 for a float16 tap), and (sigma, mu) pairs (B, 2),
-        fp32.
+        """Return coefficients (B, n) and (sigma, mu) pairs (B, 2).
 
-        Raises PayloadError, with the index in the batch, for a damaged payload.
+        Coefficients are int16, or fp16 for a float16 tap; pairs are fp32. Raises PayloadError, with
+        the index in the batch, if a payload is damaged.
         """
         values, scalars = self._coders[name].unpack(payloads)
         return torch.from_numpy(values), torch.from_numpy(scalars)
@@ -150,11 +152,10 @@ class FeatureDecoder(nn.Module):
 
 
 def make_tap_codec(codec: str, arrays: Mapping[str, NDArray[Any]]) -> TapCodec:
-    """Return the codec of one tap from its stored arrays. `codec` is the recipe's: pca-dct-rans or
-    float16.
+    """Return the codec of one tap from its stored arrays.
 
-    Raises CodecError for another name or arrays that contradict each other, TypeError if an array
-    is missing.
+    `codec` is the name in the recipe: pca-dct-rans or float16. Raises CodecError for another name
+    or for arrays that contradict each other, and TypeError if an array is missing.
     """
     classes = {"pca-dct-rans": FittedTap, "float16": HalfTap}
     if codec not in classes:
@@ -164,8 +165,10 @@ def make_tap_codec(codec: str, arrays: Mapping[str, NDArray[Any]]) -> TapCodec:
 
 
 def sha256_fit(fit: Mapping[str, TapCodec]) -> str:
-    """Return the SHA-256 over all arrays of all taps: names, dtypes, shapes and bytes
-    (little-endian, C order)."""
+    """Return the SHA-256 over all arrays of all taps.
+
+    The hash covers names, dtypes, shapes and bytes (little-endian, C order).
+    """
     digest = hashlib.sha256()
     for tap, fitted in sorted(fit.items()):
         for name, array in fitted.arrays().items():

@@ -1,7 +1,6 @@
-"""Fits the transform codec: PCA, band statistics from two noise draws, and the step that meets a
-target size.
+"""Fits the transform codec: PCA, band statistics, and the step that meets a target size.
 
-Shapes: M views, C channels, H rows, W columns.
+The statistics come from two noise draws. Shapes: M views, C channels, H rows, W columns.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,15 +30,16 @@ GAIN_RANGE = (1.0, 2.5)
 DEAD_RATIO_FOR_DISTORTION = 2.0**-1.5
 
 Aim = Literal["student", "distortion"]
-"""What a fit minimises: a student's error, or the squared error (for soft labels, and to compare
-codecs)."""
+"""The error that a fit minimises: a student's error, or the squared error (for soft labels, and to
+compare codecs).
+"""
 
 Whitened = NDArray[np.float16]
-"""(2, M, C, H, W): whitened features of M views under two noise draws, a memory map for large
-teachers.
+"""Whitened features of M views under two noise draws, (2, M, C, H, W).
 
-(1, M, C, H, W) for a teacher without noise: a second draw would equal the first, because the image
-determines all."""
+The array is a memory map for large teachers. A teacher without noise has one draw, (1, M, C, H, W):
+a second draw would equal the first.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +55,10 @@ class TapStatistics:
     noise_share: NDArray[np.float64]
     """(C, H, W): share of that variance which differs between noise draws, in [0, 1]."""
     coefficients: NDArray[np.float32]
-    """(2, m, C, H, W): coefficients of some of the fit's views under both draws, or twice under the
-    only draw.
+    """(2, m, C, H, W): coefficients of m of the fit's views under both draws.
 
-    The step is solved on draw 0."""
+    If there is one draw only, its coefficients stand twice. The step is solved on draw 0.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,11 +74,10 @@ class Solved:
 
 
 def tap_statistics(whitened: Whitened) -> TapStatistics:
-    """Fit PCA and measure every band, with moments in fp64. The result depends on the number of
-    threads: use one.
+    """Fit PCA and measure every band, with moments in fp64.
 
-    The covariance is shrunk towards its diagonal by 1/M: with one image PCA is the identity, up to
-    order.
+    The result depends on the number of threads, so use one thread. The covariance is shrunk towards
+    its diagonal by 1/M; with one image, PCA is the identity up to order.
     """
     draws, views, channels, height, width = whitened.shape
     total = np.zeros(channels)
@@ -95,8 +94,7 @@ def tap_statistics(whitened: Whitened) -> TapStatistics:
     covariance = (1 - 1 / views) * covariance + np.diag(np.diag(covariance)) / views
     eigenvalues, vectors = np.linalg.eigh(covariance)
     basis = vectors[:, np.argsort(-eigenvalues, kind="stable")]
-    # The sign of an eigenvector is arbitrary; fix it, so that the fit does not depend on the linear
-    # algebra library.
+    # An eigenvector's sign is arbitrary; fix it, so that the fit does not depend on the library.
     basis = (
         basis * np.where(basis[np.abs(basis).argmax(0), np.arange(channels)] < 0, -1, 1)
     ).astype(np.float16)
@@ -134,8 +132,10 @@ def tap_statistics(whitened: Whitened) -> TapStatistics:
 
 
 def _smooth(moment: NDArray[np.float64], views: int) -> NDArray[np.float64]:
-    """Shrink the moment of each coefficient towards the mean of its frequency ring, which few views
-    estimate better."""
+    """Shrink each coefficient's moment towards the mean of its frequency ring.
+
+    Few views estimate the mean of a ring better than a single coefficient.
+    """
     height, width = moment.shape[1:]
     ring = np.maximum(
         *np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
@@ -149,16 +149,15 @@ def _smooth(moment: NDArray[np.float64], views: int) -> NDArray[np.float64]:
 
 
 def quantised_fit(statistics: TapStatistics, step: float, aim: Aim = "student") -> FittedTap:
-    """Return the fit of one tap at a global step: classes, their steps and gains, and the
-    probability tables.
+    """Return the fit of one tap at a global step: classes, steps, gains and probability tables.
 
-    student: a band's step is step / (share of the band that the image determines). Error in a band
-    that is mostly noise costs a student little, so reverse water-filling works on what the image
-    determines. The gain undoes the shrinkage by the dead zone.
+    If `aim` is student, a band's step is step / (share of the band that the image determines). An
+    error in a band that is mostly noise costs a student little, so reverse water-filling works on
+    the determined part alone. The gain undoes the shrinkage by the dead zone.
 
-    distortion: every band has the same step, and the gain is the one of least squared error. Bands
-    with few nonzero values are dropped if a finer step in the other bands costs less (4 % of the
-    bytes at 50x; students get worse).
+    If `aim` is distortion, every band has the same step, and the gain minimises the squared error.
+    Bands with few nonzero values are dropped if a finer step in the other bands costs less. This
+    saves 4 % of the bytes at 50x, but students get worse.
     """
     dead = DEAD_RATIO if aim == "student" else DEAD_RATIO_FOR_DISTORTION
     share = statistics.noise_share if aim == "student" else np.zeros_like(statistics.noise_share)
@@ -202,8 +201,11 @@ def quantised_fit(statistics: TapStatistics, step: float, aim: Aim = "student") 
 
 
 def _gain(c: Tensor, decoded: Tensor, aim: Aim) -> float:
-    """Return E[c^2] / E[c c_hat], within bounds, for a student; E[c c_hat] / E[c_hat^2] for the
-    least squared error."""
+    """Return the gain of decoded coefficients.
+
+    For a student the gain is E[c^2] / E[c c_hat], within GAIN_RANGE; for the least squared error it
+    is E[c c_hat] / E[c_hat^2].
+    """
     cross, energy, decoded_energy = (
         float((a * b).sum(dtype=torch.float64))
         for a, b in ((c, decoded), (c, c), (decoded, decoded))
@@ -214,13 +216,12 @@ def _gain(c: Tensor, decoded: Tensor, aim: Aim) -> float:
 
 
 def determined_error(statistics: TapStatistics, fitted: FittedTap) -> float:
-    """Return the codec's squared error in the part of a tap that the image determines, over that
-    part's variance.
+    """Return the codec's relative squared error in the part of a tap that the image determines.
 
-    Two noise draws of one image share exactly the part that the image determines. Products between
-    the draws therefore estimate error and variance without bias: sum E[e_1 e_2] / sum E[c_1 c_2]
-    with e = c - decoded c. This error is the bias that a student learns; the codec's error in the
-    noise does not enter (design: codec).
+    The error is divided by the variance of that part. Two noise draws of one image share exactly
+    the part that the image determines. Products between the draws therefore estimate error and
+    variance without bias: sum E[e_1 e_2] / sum E[c_1 c_2] with e = c - decoded c. This error is the
+    bias that a student learns; the codec's error in the noise does not contribute (design: codec).
     """
     both = torch.from_numpy(statistics.coefficients).flatten(2)
     live = torch.from_numpy(fitted.live)
@@ -245,7 +246,7 @@ def solve_step(
     target: float,
     aim: Aim = "student",
 ) -> Solved:
-    """Bisect, in the logarithm, for the step at which `size_of` the fit is `target` bytes per view.
+    """Bisect, in the logarithm, for the step at which `size_of(fit)` is `target` bytes per view.
 
     All taps have the same step: whitened features have unit variance, so equal steps spend bits
     where they reduce the total error most. If even the coarsest step costs more than `target`, that

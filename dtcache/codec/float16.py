@@ -1,5 +1,4 @@
-"""The codec without a transform: whitened features as float16, their bytes regrouped by
-significance.
+"""The codec without a transform: float16 features, with bytes regrouped by significance.
 
 Shapes: B samples, C channels, H rows, W columns, n = C x H x W values.
 """
@@ -25,8 +24,7 @@ ARRAY_TYPES = {"mean": (np.float16, 1), "grid": (np.int32, 1)}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HalfTap:
-    """The fit of one float16 tap: its shape, and the channel means about which errors are
-    measured."""
+    """The fit of one float16 tap: the shape of its maps and the channel means of its features."""
 
     mean: NDArray[np.float16]
     """(C,): channel means of the whitened features."""
@@ -72,14 +70,15 @@ class HalfTap:
         """Return None: features are stored without a transform."""
 
     def count_limits(self, values_N: NDArray[np.float16]) -> tuple[int, int]:
-        """Return how many of the values (..., n) are at least 65504 in magnitude, and 0: there are
-        no escapes."""
+        """Return how many of the values (..., n) are at least 65504 in magnitude.
+
+        The second number, of escapes, is always 0.
+        """
         return int((np.abs(values_N.astype(np.float32)) >= FLOAT16_LIMIT).sum()), 0
 
 
 class HalfEncoder(nn.Module):
-    """Whitened features to float16, with the squared error of the rounding and the features'
-    energy."""
+    """Whitened features to float16, with the rounding's squared error and the features' energy."""
 
     mean_C: Tensor
 
@@ -88,8 +87,10 @@ class HalfEncoder(nn.Module):
         self.register_buffer("mean_C", torch.from_numpy(fitted.mean).float())
 
     def forward(self, whitened_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return values (B, n) fp16, squared error (B,) and energy about the channel means (B,),
-        both fp64."""
+        """Return values (B, n) fp16, and squared error and energy, both fp64 (B,).
+
+        Energy is measured about the channel means.
+        """
         values_BCHW = whitened_BCHW.half()
         error_B = square_norms(whitened_BCHW - values_BCHW.float())
         return values_BCHW.flatten(1), error_B, energy_about(whitened_BCHW, self.mean_C)
@@ -110,10 +111,10 @@ class HalfDecoder(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HalfCoder:
-    """Packs and unpacks payloads of `count` float16 values: sigma and mu (fp32), all low bytes,
-    then all high bytes.
+    """Packs and unpacks payloads of `count` float16 values.
 
-    The high bytes repeat more among themselves than pairs of bytes do: zstd then saves 10 to 20 %.
+    A payload holds sigma and mu (fp32), then all low bytes, then all high bytes. High bytes in one
+    run repeat more often than pairs of bytes do, so zstd saves 10 to 20 %.
     """
 
     count: int
@@ -124,8 +125,10 @@ class HalfCoder:
         return np.array([sigma, mu], "<f4").tobytes() + planes.tobytes()
 
     def unpack(self, payloads: Payloads) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
-        """Return values (B, n) and (sigma, mu) pairs (B, 2). Raises PayloadError for a payload that
-        is too short."""
+        """Return values (B, n) and (sigma, mu) pairs (B, 2).
+
+        Raises PayloadError if a payload is too short.
+        """
         size = HEADER_BYTES + 2 * self.count
         short = np.flatnonzero(payloads.sizes < size)
         if len(short):

@@ -1,8 +1,7 @@
-"""The transform codec of one tap: PCA over channels, full-frame DCT, dead-zone quantiser,
-static-table rANS.
+"""The transform codec of one tap: PCA over channels, full-frame DCT, quantiser, rANS.
 
-Shapes: B samples, C channels, H rows, W columns, K live PCA components, J classes of bands, n coded
-coefficients.
+The quantiser has a dead zone; rANS has static tables. Shapes: B samples, C channels, H rows, W
+columns, K live PCA components, J classes of bands, n coded coefficients.
 """
 
 import functools
@@ -23,8 +22,9 @@ DEAD = 255
 """Class of a coefficient that is never coded."""
 INT16_LIMIT = 32767
 ROUNDING = 0.42
-"""Added before the floor. Below 0.5 it widens the dead zone, which pays at low rates (design:
-codec)."""
+"""Added before the floor. A value below 0.5 widens the dead zone, which saves bytes at low rates
+(design: codec).
+"""
 ARRAY_TYPES = {
     "basis": (np.float16, 2),
     "mean": (np.float16, 1),
@@ -37,14 +37,14 @@ ARRAY_TYPES = {
 }
 """Dtype and number of axes of each fitted array.
 
-Compiled decoders index by these arrays without checks, and a cache's own zarr.json decides which
-dtypes are read: a signed dtype must not pass."""
+Compiled decoders index by these arrays without bounds checks, and a cache's own zarr.json sets the
+dtypes that are read. So a signed dtype must be refused.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FittedTap:
-    """The fit of one tap: K live components of C channels, J classes of bands, T probability tables
-    of A symbols."""
+    """The fit of one tap: K live PCA components, J classes of bands, T tables of A symbols."""
 
     basis: NDArray[np.float16]
     """(C, K): PCA components as columns, by falling variance."""
@@ -111,10 +111,10 @@ class FittedTap:
 
     @property
     def payload_bound(self) -> int:
-        """Upper bound of the bytes per payload: header, lane states, and 11 bits and a 16-bit
-        escape per coefficient.
+        """Upper bound of the bytes per payload, a multiple of 16, which keeps payloads aligned.
 
-        Rounded up to a multiple of 16, so that rows of payloads are aligned words.
+        The bound counts the header, the lane states, and 11 bits and a 16-bit escape per
+        coefficient.
         """
         count = int((self.classes != DEAD).sum())
         bound = 32 + 2 * count + (count * TABLE_BITS + 7) // 8
@@ -146,24 +146,24 @@ class FittedTap:
         return Bands(basis_CK=self.basis, step_KHW=step_KHW)
 
     def count_limits(self, values_N: NDArray[np.int16]) -> tuple[int, int]:
-        """Return how many of the values (..., n) are +-32767, and how many lie outside of their
-        class's table."""
+        """Return how many of the values (..., n) are +-32767, and how many are escapes.
+
+        An escape is a value outside its class's table.
+        """
         magnitude = np.abs(values_N.astype(np.int32))
         widest_N = self.half_width.astype(np.int32)[self.class_table[self.live_classes]]
         return int((magnitude >= INT16_LIMIT).sum()), int((magnitude > widest_N).sum())
 
 
 def max_array_bytes(shape: tuple[int, int, int]) -> int:
-    """Return an upper bound of the bytes of each array that any codec fits to a tap whose maps are
-    (C, H, W)."""
+    """Return an upper bound of the bytes of any fitted array of a tap whose maps are (C, H, W)."""
     channels, height, width = shape
     tables = DEAD * (2 * np.iinfo(np.uint8).max + 2)
     return max(2 * channels * channels, channels * height * width, 2 * tables)
 
 
 def dct_matrix(size: int) -> Tensor:
-    """Return the orthonormal DCT-II as an fp64 matrix (size, size): coefficients = matrix @
-    signal."""
+    """Return the orthonormal DCT-II, fp64 (size, size): coefficients = matrix @ signal."""
     k = torch.arange(size, dtype=torch.float64)[:, None]
     n = torch.arange(size, dtype=torch.float64)[None, :]
     matrix = torch.cos(math.pi * (2 * n + 1) * k / (2 * size)) * math.sqrt(2 / size)
@@ -182,8 +182,7 @@ def forward_transform(whitened_BCHW: Tensor, basis_CK: Tensor, mean_C: Tensor) -
     rows_HH = _dct_on(height, whitened_BCHW.device)
     columns_WW = _dct_on(width, whitened_BCHW.device)
     coefficients = rows_HH @ (components @ columns_WW.T)
-    # A constant has only the first coefficient, so this centres the features without a pass over
-    # them.
+    # A constant has only the first coefficient, so this subtraction centres the features.
     coefficients[:, :, 0, 0] -= math.sqrt(height * width) * (mean_C @ basis_CK)
     return coefficients
 
@@ -195,8 +194,7 @@ def _dct_on(size: int, device: torch.device) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Whitened features to quantised coefficients, with the quantiser's squared error and the
-    features' energy."""
+    """Whitened features to quantised coefficients, with squared error and energy."""
 
     basis_CK: Tensor
     mean_C: Tensor
@@ -221,13 +219,13 @@ class Encoder(nn.Module):
         )
 
     def forward(self, whitened_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return values (B, n) int16, squared error (B,) and energy about the channel means (B,),
-        both fp64.
+        """Return values (B, n) int16, and squared error and energy, both fp64 (B,).
 
-        The error is |x - B c|^2 with decoded coefficients c and the stored basis B. The DCT is
-        orthonormal, so the error is computed on coefficients. B, rounded to fp16, is not exactly
-        orthonormal: the lengths of its columns are accounted for; their remaining angles (1e-4) are
-        not, because components are uncorrelated over the data set.
+        Energy is measured about the channel means. The error is |x - B c|^2 with decoded
+        coefficients c and the stored basis B. The DCT is orthonormal, so the error is computed on
+        coefficients. B, rounded to fp16, is not exactly orthonormal: the computation includes the
+        lengths of its columns, but not their remaining angles (1e-4), because components are
+        uncorrelated over the data set.
         """
         energy_B = energy_about(whitened_BCHW, self.mean_C)
         maps_BKHW = forward_transform(whitened_BCHW, self.basis_CK, self.mean_C)
@@ -251,8 +249,7 @@ def energy_about(whitened_BCHW: Tensor, mean_C: Tensor) -> Tensor:
 
 
 def quantise(coefficients: Tensor, step: Tensor) -> Tensor:
-    """Quantise with a dead zone (rounding offset 0.42): return signed integers as fp32, within
-    +-32767."""
+    """Quantise with a dead zone (rounding offset 0.42): signed integers as fp32 within +-32767."""
     scaled = coefficients / step
     return (scaled.sign() * (scaled.abs() + ROUNDING).floor()).clamp(-INT16_LIMIT, INT16_LIMIT)
 
@@ -290,7 +287,7 @@ class Decoder(nn.Module):
             count = len(values_BN)
             dense = self.scale_N.new_zeros(count, self.components * self.height * self.width)
             dense.index_copy_(1, self.live_N, values_BN * self.scale_N)
-            # Channels last, as the student's maps are, so that the loss reads both in one memory
+            # Channels last, like the student's maps, so that the loss reads both in one memory
             # order.
             maps = dense.view(count, self.components, self.height * self.width).mT @ self.basis_CK.T
             maps = self.rows_HH.T @ maps.view(count, self.height, -1)

@@ -1,9 +1,9 @@
-"""Four-lane interleaved range asymmetric numeral systems (Duda 2014) with static tables, as numba
-kernels.
+"""Four-lane interleaved rANS (Duda 2014) with static tables, as numba kernels.
 
-A payload is little-endian: sigma and mu (float32), four lane states (uint32), then 16-bit words.
-Coefficient i belongs to lane i mod 4. If a value has no symbol of its own, the words of the escape
-symbol come first, then the value as one int16 word. docs/format.md is the specification.
+rANS stands for range asymmetric numeral systems. A payload is little-endian: sigma and mu
+(float32), four lane states (uint32), then 16-bit words. Coefficient i belongs to lane i mod 4. If a
+value has no symbol of its own, the words of the escape symbol come first, then the value as one
+int16 word. docs/format.md is the specification.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,7 @@ SLOT_MASK = uint64(TABLE_SIZE - 1)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RansCoder:
-    """Packs and unpacks payloads with T probability tables of A symbols, laid out for the
-    kernels."""
+    """Packs and unpacks payloads with T probability tables of A symbols."""
 
     frequency: NDArray[np.uint16]
     """(T, A): frequency of each symbol; each row sums to 2048."""
@@ -44,8 +43,9 @@ class RansCoder:
     runs: NDArray[np.int64]
     """(R + 1,): coefficients runs[r] up to runs[r + 1] have the same table."""
     slots: NDArray[np.uint32]
-    """(T * 2048 * 2,): per slot, the frequency of its symbol (0 for the escape) and its offset in
-    the symbol."""
+    """(T * 2048 * 2,): per slot, the frequency of its symbol (0 for the escape) and the slot's
+    offset within the symbol.
+    """
     value_at: NDArray[np.int16]
     """(T * 2048,): per slot, the value, or ESCAPE."""
     escape: NDArray[np.uint32]
@@ -54,8 +54,7 @@ class RansCoder:
     """Upper bound of the bytes per payload."""
 
     def pack(self, values_N: NDArray[np.int16], mu: float, sigma: float) -> bytes:
-        """Return the payload of one sample: quantised coefficients (n,) and its two whitening
-        scalars."""
+        """Return the payload of one sample: its coefficients (n,) and its two whitening scalars."""
         words = np.zeros(self.bound // 2, np.uint16)
         words[:HEADER_WORDS] = np.array([sigma, mu], np.float32).view(np.uint16)
         used = _encode(values_N, self.table, self.frequency, self.start, self.half_width, words)
@@ -64,7 +63,7 @@ class RansCoder:
     def unpack(self, payloads: Payloads) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
         """Return coefficients (B, n) and (sigma, mu) pairs (B, 2) of B payloads.
 
-        Raises PayloadError, with the index in the batch, for a payload that no encoder wrote.
+        Raises PayloadError, with the index in the batch, if a payload is not an encoder's output.
         """
         values = np.empty((len(payloads), len(self.table)), np.int16)
         scalars = np.empty((len(payloads), 2), np.float32)
@@ -83,7 +82,7 @@ class RansCoder:
         )
         if bad >= 0:
             raise PayloadError(
-                "a payload does not decode: its bytes are not ones that the encoder wrote", int(bad)
+                "a payload does not decode: its bytes are not the output of an encoder", int(bad)
             )
         return values, scalars
 
@@ -94,8 +93,11 @@ def rans_coder(
     table: NDArray[np.uint8],
     bound: int,
 ) -> RansCoder:
-    """Lay out probability tables (T, A), their half widths (T,) and each coefficient's table (n,)
-    for the kernels."""
+    """Lay out probability tables for the kernels.
+
+    `frequency` holds the tables (T, A), `half_width` their half widths (T,), and `table` the number
+    of each coefficient's table (n,). `bound` is an upper bound of the bytes per payload.
+    """
     cumulative = np.cumsum(frequency.astype(np.int64), axis=1)
     start = cumulative - frequency
     half = half_width.astype(np.int64)
@@ -125,8 +127,8 @@ def _encode(values, table, frequency, start, half_width, out):  # type: ignore[n
     """Write the payload after its scalars into uint16 words; return the number of words used."""
     count = len(values)
     states = np.full(LANES, LOW, np.uint64)
-    # Encode backwards, so that decoding runs forwards. Per coefficient: at most one word of state
-    # and one escape.
+    # Encode backwards, so that decoding runs forwards. A coefficient takes at most one word of
+    # state and one escape.
     words = np.empty(2 * count, np.uint16)
     used = 0
     for i in range(count - 1, -1, -1):
@@ -161,11 +163,11 @@ def _encode(values, table, frequency, start, half_width, out):  # type: ignore[n
 def _decode(  # type: ignore[no-untyped-def]
     words, starts, sizes, slots, value_at, escape, half_width, runs, table, values, scalars
 ):
-    """Decode payloads in pairs, so that their eight lanes run side by side; return the index of a
-    bad one, or -1.
+    """Decode payloads in pairs, whose eight lanes run side by side.
 
-    Words up to SLACK bytes after a payload's end may be read, but are not used. All indices are
-    unsigned, because numba tests signed indices for wrapping.
+    Returns the index of a bad payload, or -1. Words up to SLACK bytes after a payload's end may be
+    read, but are not used. All indices are unsigned, because numba tests signed indices for
+    wrapping.
     """
     out = values.reshape(-1)
     count = uint64(values.shape[1])
@@ -226,8 +228,8 @@ def _decode(  # type: ignore[no-untyped-def]
                 f = g
                 g = h
                 h = x
-        # The decoder must end in the state in which the encoder began; otherwise damage has passed
-        # the checksums.
+        # The decoder must end in the state in which the encoder began. Otherwise the payload is
+        # damaged, although its checksum is right.
         if p > end_p or a != LOW or b != LOW or c != LOW or d != LOW:
             return first
         if q > end_q or e != LOW or f != LOW or g != LOW or h != LOW:
@@ -246,10 +248,10 @@ def _lane(words, at, lane):  # type: ignore[no-untyped-def]
 def _refill(  # type: ignore[no-untyped-def]
     state, x, value, word, after, at, end, offset, rare, half
 ):
-    """Finish a coefficient whose state needs a word or that is an escape (few do); return state,
-    value and position.
+    """Finish a coefficient that is an escape, or whose state needs a word (few do).
 
-    Position end + 1 marks a payload that no encoder wrote.
+    Returns state, value and position. Position end + 1 marks a payload that is not an encoder's
+    output.
     """
     if value == ESCAPE:
         x = rare * (state >> SLOT_BITS) + offset

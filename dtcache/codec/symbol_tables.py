@@ -27,10 +27,10 @@ def variance_class(ratio: NDArray[np.float64], dead: float = DEAD_RATIO) -> NDAr
 def fit_tables(
     kinds: NDArray[np.int64], values: list[NDArray[np.int16]]
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
-    """Return frequencies (T, A), each row summing to 2048, and half widths (T,), fitted to the
-    values of each class.
+    """Return frequencies (T, A) and half widths (T,), fitted to the values of each class.
 
-    `kinds` (T,) are the variance classes; `values` are the quantised coefficients of each.
+    Each row of the frequencies sums to 2048. `kinds` (T,) are the variance classes; `values` are
+    the quantised coefficients of each class.
     """
     ratios = 2.0 ** ((kinds + LOWEST) / 2)
     half = np.clip(np.ceil(4 * ratios), 2, MAX_HALF_WIDTH).astype(np.int64)

@@ -1,5 +1,4 @@
-"""What each codec of a tap provides, whichever way it stores features; and the checks that all
-codecs share.
+"""The protocol that every codec of a tap implements, and the checks that all codecs share.
 
 Shapes: B samples, C channels, H rows, W columns, K PCA components, n stored values per sample.
 """
@@ -36,13 +35,14 @@ class PayloadCoder(Protocol):
         """Return the payload of one sample: its values (n,) and its two whitening scalars."""
 
     def unpack(self, payloads: Payloads) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """Return values (B, n) and (sigma, mu) pairs (B, 2). Raises PayloadError if a payload is
-        damaged."""
+        """Return values (B, n) and (sigma, mu) pairs (B, 2).
+
+        Raises PayloadError if a payload is damaged.
+        """
 
 
 class TapCodec(Protocol):
-    """The codec of one tap, fitted to a data set: small arrays that the cache stores, and what they
-    make."""
+    """The codec of one tap, fitted to a data set: small arrays that the cache stores."""
 
     @property
     def mean(self) -> NDArray[np.float16]:
@@ -60,29 +60,31 @@ class TapCodec(Protocol):
         """Return the fitted arrays by field name, as the store keeps them."""
 
     def encoder(self) -> nn.Module:
-        """Return a module: whitened features (B, C, H, W) to values (B, n), squared error and
-        energy (B,), fp64."""
+        """Return a module from whitened features (B, C, H, W) to values, squared error and energy.
+
+        Values are (B, n); error and energy are fp64 (B,).
+        """
 
     def decoder(self) -> nn.Module:
-        """Return a module: values (B, n) to whitened features, fp32 (B, C, H, W)."""
+        """Return a module from values (B, n) to whitened features, fp32 (B, C, H, W)."""
 
     def payload_coder(self) -> PayloadCoder:
         """Return the coder between values and payloads."""
 
     def bands(self) -> Bands | None:
-        """Return the codec's frequency bands, or None if features are stored without a
-        transform."""
+        """Return the codec's frequency bands, or None if it stores features without a transform."""
 
     def count_limits(self, values_N: NDArray[Any]) -> tuple[int, int]:
-        """Return how many of the values (..., n) lie at the limit of their dtype, and how many are
-        coded as escapes."""
+        """Return two counts of the values (..., n): at the limit of their dtype, and escapes."""
 
 
 def have_types(
     arrays: Mapping[str, NDArray[np.generic]], types: Mapping[str, tuple[type, int]]
 ) -> bool:
-    """Return whether each array has the dtype (in native byte order) and the number of axes that
-    `types` gives."""
+    """Return whether each array has the dtype and the number of axes that `types` gives.
+
+    Dtypes are in native byte order.
+    """
     return all(
         (arrays[name].dtype, arrays[name].ndim) == (np.dtype(dtype), axes)
         for name, (dtype, axes) in types.items()

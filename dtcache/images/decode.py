@@ -46,7 +46,7 @@ class LoadedView:
 def decode_view(
     data: bytes, view: ViewSpec, *, stored: bool = False
 ) -> tuple[NDArray[np.uint8], bool]:
-    """Decode an image, its first frame upright and on white, and resize it to the view.
+    """Decode the first frame of an image, upright and on white, and resize it to the view.
 
     Set `stored` for bytes from a cache. Older versions of dtcache stored images whose transparency
     or value range they ignored, and the features belong to the pixels decoded in that way.

@@ -29,9 +29,8 @@ def is_image(name: str) -> bool:
 class FolderSource:
     """A folder tree of images.
 
-    If every image lies in a sub-folder, the first level of sub-folders gives the labels.
-
-    Links to files are followed, links to folders are not.
+    If every image lies in a sub-folder, the first level of sub-folders gives the labels. Links to
+    files are followed, links to folders are not.
     """
 
     def __init__(self, root: Path) -> None:

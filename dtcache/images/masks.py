@@ -1,4 +1,4 @@
-"""Segmentation masks: PNG files of class numbers, found by an image's key and resized to its view."""
+"""Segmentation masks: PNG files of class numbers, found by key and resized to the view."""
 
 import io
 import tomllib
@@ -35,7 +35,7 @@ class MaskFolder:
     """Class names by number; None if the folder names no classes."""
 
     def path(self, key: str) -> Path:
-        """Return the path of an image's mask: the image's relative path with .png as its extension."""
+        """Return the path of an image's mask: the image's path with .png as its extension."""
         return self.root / f"{key.rpartition('.')[0] if is_image(key) else key}.png"
 
     def has(self, key: str) -> bool:
@@ -44,9 +44,7 @@ class MaskFolder:
         return not parts.is_absolute() and ".." not in parts.parts and self.path(key).is_file()
 
     def require_several(self, values: Sequence[int]) -> None:
-        """Raise ImagesError if masks contain fewer than two classes.
-
-        Any prediction would fit such masks.
+        """Raise ImagesError if masks contain fewer than two classes: a model would learn nothing.
 
         `values` are the class numbers that occur, without the ignore index.
         """
@@ -144,7 +142,7 @@ def _read_classes(path: Path) -> dict[str, Any]:
 
 
 def _decode(path: Path) -> NDArray[np.uint8]:
-    """Return a PNG file's values (H, W) as they are stored. Raises ImagesError."""
+    """Return the values (H, W) of a PNG file without conversion. Raises ImagesError."""
     try:
         with Image.open(io.BytesIO(read_bounded(path)), formats=("PNG",)) as opened:
             mode = opened.mode

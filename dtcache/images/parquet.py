@@ -168,12 +168,10 @@ class ParquetSource:
         return np.array(rows, np.int64)
 
     def _window(self, rows: NDArray[np.int64], given_up: Event) -> list[bytes | OSError | None]:
-        """Return the images of `rows` in their order.
+        """Return the images of `rows` in their order; None stands for an image without room.
 
-        None stands for an image that does not fit into the window.
-
-        Sizes are estimated per row group, so an image may not fit. A window may take a pass over
-        all files; it ends early once `given_up` is set.
+        An image may not fit into the window, because sizes are estimated per row group. A window
+        may take a pass over all files; it ends early once `given_up` is set.
         """
         order = np.argsort(rows, kind="stable")
         groups = np.searchsorted(self._starts, rows[order], "right") - 1

@@ -43,8 +43,7 @@ def _length(x: _Floats, y: _Floats) -> _Floats:
 
 
 def _star(x: _Floats, y: _Floats) -> _Floats:
-    # Fold at the axes of the tips until one half tip is left; its single straight edge bounds the
-    # star.
+    # Fold at the axes of the tips until one half tip is left; its straight edge bounds the star.
     x = np.abs(x)
     y = -y
     for mirror in (0.809, -0.809):

@@ -21,7 +21,7 @@ class ImageSource(Protocol):
 
     @property
     def labels(self) -> Sequence[int | None] | None:
-        """Class index per image, None for an unlabelled image; None if the source has no classes."""
+        """Class index by image, None if it has no class; None if the source has no classes."""
 
     @property
     def classes(self) -> list[str] | None:

@@ -16,7 +16,7 @@ from dtcache.samples import Column
 
 
 class LinkedImages:
-    """Views by row, from the images that a cache was extracted from; safe to share between threads."""
+    """Views by row, from the images that a cache was extracted from; thread-safe."""
 
     def __init__(
         self, images: Path, keys: pa.ChunkedArray, content_sha256: pa.ChunkedArray, view: ViewSpec
@@ -66,6 +66,6 @@ class LinkedImages:
 
     def _unreadable(self, row: int, error: Exception) -> ImagesError:
         return ImagesError(
-            f"{self._images}: {self._keys[row]}: {error}; the extraction could read it, restore "
+            f"{self._images}: {self._keys[row]}: {error}; the extraction read this image; restore "
             "the file"
         )

@@ -26,9 +26,8 @@ def image_bound(view: ViewSpec) -> int:
 def encode_stored(loaded: LoadedView, bound: int) -> bytes:
     """Return a payload: the length (uint32, little-endian) and an image file.
 
-    The file decodes to exactly the view's pixels.
-
-    The source's bytes are encoded again if they exceed `bound`, for example because of metadata.
+    The file decodes to exactly the view's pixels. If the source's bytes exceed `bound`, for example
+    because of metadata, the image is encoded again.
     """
     data = loaded.source
     if not loaded.unchanged or len(data) + LENGTH_BYTES > bound:

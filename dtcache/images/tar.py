@@ -38,10 +38,8 @@ Track = Callable[[str, int], AbstractContextManager[Progress]]
 class TarSource:
     """Uncompressed tar files.
 
-    Every image in them is a sample; a `.cls` file gives its class index.
-
-    A key is the image's path without its extension. If tars share keys, the name of its tar
-    precedes every key.
+    Every image in them is a sample; a `.cls` file gives its class index. A key is the image's path
+    without its extension. If two tars share a key, every key is prefixed with the name of its tar.
     """
 
     def __init__(self, files: Sequence[Path], track: Track | None = None) -> None:
@@ -93,7 +91,7 @@ class TarSource:
         with open(file, "rb", buffering=0) as opened:
             data = os.pread(opened.fileno(), size, self._offsets[index])
         if len(data) != size:
-            raise OSError(f"{file.name} ends within it, {size - len(data)} bytes early")
+            raise OSError(f"{file.name} ends {size - len(data)} bytes before the image does")
         return data
 
     def fetches(self, indices: Iterable[int]) -> Iterator[tuple[int, Callable[[], bytes]]]:
@@ -146,7 +144,7 @@ def group_of(name: str) -> str:
 
 
 class _Headers:
-    """A file object that gives tarfile only headers, so that hostile sizes cost no memory or time."""
+    """A file object that gives tarfile only headers: hostile sizes then cost no memory or time."""
 
     def __init__(self, opened: BinaryIO) -> None:
         self._opened = opened

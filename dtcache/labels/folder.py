@@ -173,7 +173,7 @@ def _spec(config: Json) -> InterpreterSpec:
     if not all(len(shape) == 3 and name.count("/") == 1 for name, shape in shapes.items()):
         raise ValueError("its shapes are not (channels, height, width) by array")
     if not isinstance(config["teacher"], dict) or set(config["teacher"]) != set(TEACHER):
-        raise ValueError("its teacher is not named")
+        raise ValueError("its teacher's fields are not those of an interpreter")
     if validation is not None:
         check_scores(validation)
     if bounded(config["width"], MAX_WIDTH) % GROUPS:

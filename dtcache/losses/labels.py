@@ -12,12 +12,13 @@ DICE_WEIGHT = 3.0
 TEMPERATURE = 4.0
 """The paper's temperature of the softmax, the same for teacher and student."""
 SMOOTHING = 1.0
-"""Pixels added to numerator and denominator of a Dice coefficient: it is 1 for a class in neither
-mask."""
+"""Pixels added to numerator and denominator of a Dice coefficient, which is then 1 for a class in
+neither mask.
+"""
 
 
 def cross_entropy(logits_BKHW: Tensor, classes_BHW: Tensor, ignore: int) -> Tensor:
-    """Return the mean cross-entropy over the pixels that are not `ignore`, a scalar; 0 if all are.
+    """Return the mean cross-entropy over the pixels that are not `ignore`, a scalar; 0 without any.
 
     Classes are integers (B, H, W); `ignore` is the ignore index.
     """
@@ -31,8 +32,8 @@ def dice_loss(logits_BKHW: Tensor, classes_BHW: Tensor, ignore: int) -> Tensor:
     """Return 1 - the mean over classes of the soft Dice coefficient, a scalar.
 
     The coefficient is (2 sum p y + 1) / (sum p + sum y + 1) with the softmax p and the one-hot
-    truth y, summed over the batch's pixels that are not `ignore`. It is that of V-Net (Milletari,
-    Navab and Ahmadi 2016) with p and y unsquared in the denominator, and smoothed.
+    truth y, summed over the batch's pixels that are not `ignore`. This is the coefficient of V-Net
+    (Milletari, Navab and Ahmadi 2016), smoothed, with p and y unsquared in the denominator.
     """
     kept_BHW = classes_BHW != ignore
     p_KN = logits_BKHW.float().softmax(1).transpose(0, 1)[:, kept_BHW]
@@ -52,11 +53,10 @@ def interpreter_loss(logits_BKHW: Tensor, classes_BHW: Tensor, ignore: int) -> T
 
 
 def label_loss(predicted_BKHW: Tensor, target_BKHW: Tensor) -> Tensor:
-    """Return H(P_g, P_r) = -sum_k P_g log P_r, averaged over pixels, a scalar (paper: label
-    distillation).
+    """Return H(P_g, P_r) = -sum_k P_g log P_r, a scalar (paper: label distillation).
 
-    P_g is the softmax of the soft labels at temperature 4, P_r that of the student's logits. There
-    is no factor tau^2.
+    The mean is over pixels. P_g is the softmax of the soft labels at temperature 4, P_r the softmax
+    of the student's logits. There is no factor tau^2.
     """
     target = (target_BKHW.float() / TEMPERATURE).softmax(1)
     return -(target * (predicted_BKHW.float() / TEMPERATURE).log_softmax(1)).sum(1).mean()

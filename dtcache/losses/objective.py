@@ -1,5 +1,4 @@
-"""What a student minimises: the losses of all taps and labels, with the weights of taps and
-bands."""
+"""The objective of a student: the losses of all taps and labels, weighted by tap and band."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -63,10 +62,10 @@ class Objective(nn.Module):
     def forward(self, predicted: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         """Return `loss` and its parts, fp32 scalars.
 
-        Parts are the unweighted `mse/<tap>` and `at/<tap>` of every tap, whichever of them the
-        loss contains, so that runs with different objectives compare; `determined_mse/<tap>` if
-        bands are weighted; and with soft labels the unweighted `label` and, if there are taps,
-        `feature`.
+        Parts are the unweighted `mse/<tap>` and `at/<tap>` of every tap. They are returned even if
+        the loss does not contain them, so that runs with different objectives can be compared. If
+        bands are weighted, `determined_mse/<tap>` follows. With soft labels there are also the
+        unweighted `label` and, if there are taps, `feature`.
         """
         parts: dict[str, Tensor] = {}
         per_tap = []
@@ -99,12 +98,13 @@ class Objective(nn.Module):
 def make_objective(
     options: TrainOptions, fit: Mapping[str, TapCodec], codec: Json, names: Sequence[str]
 ) -> Objective:
-    """Return the objective of some of a cache's arrays; `codec` is the entry of its recipe.
+    """Return the objective for the arrays `names` of a cache.
 
-    By default: the mean over taps of MSE + 10 AT (paper: feature loss). Tap weights, divided by
-    their mean over taps, multiply both terms. Under `noise_weighting` the AT of a tap is weighted
-    by d = 1 - (share of noise); its MSE is weighted band by band if the codec has bands and nothing
-    is cropped, and by d otherwise. Raises ConfigError for options that contradict each other.
+    `fit` holds the arrays' codecs; `codec` is that entry of the cache's recipe. By default the loss
+    is the mean over taps of MSE + 10 AT (paper: feature loss). Tap weights, divided by their mean
+    over taps, multiply both terms. Under `noise_weighting` the AT of a tap is weighted by d = 1 -
+    (share of noise); its MSE is weighted band by band if the codec has bands and nothing is
+    cropped, and by d otherwise. Raises ConfigError for options that contradict each other.
     """
     _require_consistent(options)
     tap_weight = dict.fromkeys(names, 1.0)

@@ -22,7 +22,7 @@ TOLERANCE = 1e-3
 """Tolerance of the solver. A tenth of it changes the accuracy on 10,000 images by at most 0.1
 points and takes two to three times the iterations."""
 BLOCK = 1024
-"""Test images whose similarities to all training images are in memory together."""
+"""Test images whose similarities to all training images are in memory at the same time."""
 
 Features = NDArray[np.float32]
 Labels = NDArray[np.int64]

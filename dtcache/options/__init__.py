@@ -1,4 +1,4 @@
-"""The options of each command: frozen dataclasses that become flags, and that Python callers pass as they are."""
+"""The options of each command: frozen dataclasses, from which the flags are made."""
 
 from dtcache.options.demo import DemoOptions
 from dtcache.options.evaluate import EvaluateOptions

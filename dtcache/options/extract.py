@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
 
 QUALITY_RATIOS = {"high": 10.0, "default": 50.0, "small": 100.0, "fp16": None}
-"""float16 bytes over stored bytes of features by quality; all stored bytes but images count."""
+"""Ratio of the features' float16 bytes to all stored bytes except images, by quality."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """Options whose value is text with a structure: sizes, lists of integers, taps.
 
-Each function names the field in its error, because two options of a command may have the same form.
+Each function takes the field's name for its error, because two fields may have the same form.
 """
 
 import re
@@ -9,7 +9,7 @@ from dtcache.errors import ConfigError
 
 
 def parse_size(text: str, field: str = "size") -> tuple[int, int]:
-    """Parse `H` or `HxW` into (height, width) in pixels. Raises ConfigError if the text is neither."""
+    """Parse `H` or `HxW` into (height, width) in pixels. Raises ConfigError for any other text."""
     sides = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?", text.lower())
     if sides is None:
         raise ConfigError(f"`{field}` {text}: expected H or HxW in pixels, such as 256 or 128x256")
@@ -17,7 +17,7 @@ def parse_size(text: str, field: str = "size") -> tuple[int, int]:
 
 
 def parse_ints(text: str, field: str) -> tuple[int, ...]:
-    """Parse positive integers separated by commas. Raises ConfigError if the text is something else."""
+    """Parse positive integers separated by commas. Raises ConfigError for any other text."""
     if not re.fullmatch(r" *[1-9][0-9]{0,8} *(, *[1-9][0-9]{0,8} *)*", text):
         raise ConfigError(
             f"`{field}` {text}: expected positive integers separated by commas, such as 8,16,32"
@@ -28,7 +28,7 @@ def parse_ints(text: str, field: str) -> tuple[int, ...]:
 def parse_taps(text: str, field: str = "taps") -> tuple[str, ...]:
     """Parse names of taps separated by commas; a number is a stride, so 8 is stride8.
 
-    Raises ConfigError if the text is something else.
+    Raises ConfigError for any other text.
     """
     if not re.fullmatch(r" *[a-z0-9]{1,40} *(, *[a-z0-9]{1,40} *)*", text):
         raise ConfigError(

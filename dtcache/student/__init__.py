@@ -1,5 +1,4 @@
-"""The student: a backbone, its augmented input, and the regressor that predicts teacher
-features."""
+"""The student: a backbone, its augmented input, and the regressor of teacher features."""
 
 from dtcache.student.augmentation import Augmentation
 from dtcache.student.backbone import (

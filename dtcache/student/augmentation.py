@@ -1,5 +1,4 @@
-"""Random augmentation of training batches: crops of image and features alike, colour jitter of the
-image alone.
+"""Random augmentation of batches: crops of image and features, colour jitter of the image.
 
 Shapes: B batch, C channels, H rows, W columns; boxes are (left, top, right, bottom) as fractions of
 the view's sides.
@@ -26,13 +25,16 @@ MAX_COLOR_JITTER = 2.0
 BOX_DRAWS = 4
 AUGMENTATION_DRAWS = BOX_DRAWS + DRAWS
 """Number of uniforms that crop and jitter take per sample and step; other random choices take the
-uniforms after."""
+uniforms after these.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augmentation:
-    """Random crops and colour jitter, computed on the device of the input: pure functions of (seed,
-    step, row)."""
+    """Random crops and colour jitter: pure functions of (seed, step, row).
+
+    They are computed on the device of the input.
+    """
 
     scale: str | None = None
     """Least and most fraction of the area that a crop keeps, such as `0.3,1.0`; None crops nothing.
@@ -63,7 +65,7 @@ class Augmentation:
     ) -> Tensor:
         """Crop uint8 images, resize the crops to `size` (H, W), jitter their colours.
 
-        Returns uint8 images if neither is on, otherwise fp32 in [0, 255].
+        Returns fp32 in [0, 255], or the uint8 images if neither crop nor jitter is on.
         """
         boxes_B4 = self.boxes(step, rows)
         if boxes_B4 is not None:
@@ -79,8 +81,7 @@ class Augmentation:
         return images_BCHW
 
     def masks(self, masks_BHW: Tensor, step: int, rows: NDArray[np.int64]) -> Tensor:
-        """Crop masks with the boxes of their images by nearest pixels, and keep their size (H,
-        W)."""
+        """Crop masks (B, H, W) with the boxes of their images, by nearest pixels; keep the grid."""
         boxes_B4 = self.boxes(step, rows)
         return (
             masks_BHW if boxes_B4 is None else crop_masks(masks_BHW, boxes_B4.to(masks_BHW.device))
@@ -89,8 +90,10 @@ class Augmentation:
     def features(
         self, maps: dict[str, Tensor], step: int, rows: NDArray[np.int64]
     ) -> dict[str, Tensor]:
-        """Crop feature maps (B, C, H, W) by array with the boxes of their images; each map keeps
-        its grid."""
+        """Crop feature maps (B, C, H, W) by array with the boxes of their images.
+
+        Each map keeps its grid.
+        """
         boxes_B4 = self.boxes(step, rows)
         if boxes_B4 is None:
             return maps
@@ -101,8 +104,10 @@ class Augmentation:
 
 
 def parse_scale(text: str) -> tuple[float, float]:
-    """Parse `least,most` fractions of the area. Raises ConfigError unless 0 < least <= most <=
-    1."""
+    """Parse `least,most` fractions of the area.
+
+    Raises ConfigError unless 0 < least <= most <= 1.
+    """
     match = re.fullmatch(r" *([01](?:\.[0-9]{1,9})?) *, *([01](?:\.[0-9]{1,9})?) *", text)
     least, most = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
     if not 0 < least <= most <= 1:
@@ -137,10 +142,10 @@ def random_boxes(
 def crop_maps(
     maps_BCHW: Tensor, boxes_B4: Tensor, size: tuple[int, int], samples: int = 1
 ) -> Tensor:
-    """Resample each map's box on a grid `size` (H, W): fp32 (B, C, *size), bilinear between pixel
-    centres.
+    """Resample each map's box on a grid `size` (H, W): fp32 (B, C, *size).
 
-    Each cell is the mean of samples x samples points; points beyond the edge take the edge's value.
+    Each cell is the mean of samples x samples points, interpolated bilinearly between pixel
+    centres. Points beyond the edge take the edge's value.
     """
     height, width = maps_BCHW.shape[2:]
     corners_B4 = boxes_B4.to(maps_BCHW.device) * boxes_B4.new_tensor(
@@ -159,15 +164,16 @@ def crop_maps(
 
 
 def crop_images(images_BCHW: Tensor, boxes_B4: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize each image's box to `size` (H, W): fp32 in the images' range, averaged over pixels if
-    a side shrinks."""
+    """Resize each image's box to `size` (H, W): fp32 in the images' range.
+
+    Pixels are averaged if a side shrinks.
+    """
     shrink = max(images_BCHW.shape[2] / size[0], images_BCHW.shape[3] / size[1])
     return crop_maps(images_BCHW, boxes_B4, size, samples=max(1, math.ceil(shrink)))
 
 
 def crop_masks(masks_BHW: Tensor, boxes_B4: Tensor) -> Tensor:
-    """Resample each mask's box on the mask's own grid: the values under the centres of the
-    cells."""
+    """Resample each mask's box on the mask's grid: the values under the cells' centres."""
     height, width = masks_BHW.shape[1:]
 
     def indices(low_B: Tensor, high_B: Tensor, count: int) -> Tensor:

@@ -58,8 +58,7 @@ class MapsModule(nn.Module):
 
 
 class Backbone(MapsModule):
-    """A timm network without its classifier; its maps are a pyramid, or the last map of a plain
-    ViT."""
+    """A timm network without its classifier; its maps are a pyramid, or a plain ViT's last map."""
 
     def __init__(
         self, model: nn.Module, *, mean: Rgb, std: Rgb, size: tuple[int, int] | None = None
@@ -102,7 +101,7 @@ class Backbone(MapsModule):
     def fresh_batch_norms(self) -> list[_BatchNorm]:
         """Batch normalisations that have seen no batch: their running statistics are still 0 and 1.
 
-        The counter of batches alone is not enough: weights saved without it load as 0.
+        The counter of batches alone is not enough: it loads as 0 if the saved weights lack it.
         """
         return [norm for norm in _batch_norms(self) if _is_fresh(norm)]
 
@@ -140,7 +139,7 @@ def recalibrate_batch_norm(
     backbone.eval()
     for norm in norms:
         # Without momentum PyTorch keeps a cumulative average, and the first batch replaces the old
-        # statistics. A norm on which no map depends keeps its own.
+        # statistics. A norm on which no map depends keeps its old statistics.
         norm.momentum = None
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.zero_()
@@ -155,8 +154,7 @@ def recalibrate_batch_norm(
 
 
 def synchronise_batch_norm(network: nn.Module) -> None:
-    """Make batch normalisations, including timm's own, use the statistics of all processes'
-    samples.
+    """Make batch normalisations, also timm's own, use statistics over all processes.
 
     CUDA only. Weights and their names stay the same.
     """

@@ -29,12 +29,12 @@ from dtcache.student.weights_io import (
 def make_backbone(
     name: str, *, init: str | None, seed: int, size: tuple[int, int] | None = None
 ) -> Backbone:
-    """Build a backbone from its timm name; a network of one input size only is built for `size` (H,
-    W).
+    """Build a backbone from its timm name.
 
-    `init` is None for random weights, a function of `seed`; "pretrained" for timm's weights; else a
-    folder written by `save_backbone`. Raises ConfigError for an unknown name, a network without a
-    pyramid, and an `init` or `size` that does not fit the network.
+    A network that takes one input size only is built for `size` (H, W). `init` is None for random
+    weights, a function of `seed`; "pretrained" for timm's weights; else a folder written by
+    `save_backbone`. Raises ConfigError for an unknown name, a network without a pyramid, and an
+    `init` or `size` that does not fit the network.
     """
     _require_known(name)
     if init not in (None, "pretrained"):
@@ -75,10 +75,10 @@ def make_backbone(
 def save_backbone(
     backbone: Backbone, folder: Path, *, input_size: tuple[int, int], view: ViewSpec
 ) -> None:
-    """Write `model.safetensors` and `config.json`; timm reads `local-dir:FOLDER` with
-    pretrained=True.
+    """Write a backbone's `model.safetensors` and `config.json`.
 
-    `input_size` (height, width) and `view` are those of the training. Raises DiskError.
+    timm reads the folder as `local-dir:FOLDER` with pretrained=True. `input_size` (height, width)
+    and `view` are those of the training. Raises DiskError.
     """
     timm_config = cast(Any, backbone.model).pretrained_cfg
     config: Json = {
@@ -107,11 +107,11 @@ def save_backbone(
 
 
 def load_backbone(folder: Path) -> tuple[Backbone, tuple[int, int], ViewSpec | None]:
-    """Read a folder of `save_backbone`: backbone, input size (height, width) and view of its
-    training.
+    """Read a folder of `save_backbone`.
 
-    The view is None if the folder records none. Reads JSON and safetensors only. Raises ConfigError
-    if a file is missing, does not fit or is out of bounds.
+    Returns the backbone, and the input size (height, width) and the view of its training. The view
+    is None if the folder records none. Reads JSON and safetensors only. Raises ConfigError if a
+    file is missing, does not fit or is out of bounds.
     """
     config = read_config(
         folder / CONFIG,
@@ -122,7 +122,9 @@ def load_backbone(folder: Path) -> tuple[Backbone, tuple[int, int], ViewSpec | N
         name = config["architecture"]
         cfg = config["pretrained_cfg"]
         if not isinstance(name, str) or name not in timm.list_models():
-            raise ValueError(f"architecture {str(name)[:60]!r} is none of timm {timm.__version__}")
+            raise ValueError(
+                f"architecture {str(name)[:60]!r} is not a network of timm {timm.__version__}"
+            )
         channels, *sides = cfg["input_size"]
         if channels != 3:
             raise ValueError(f"input_size {cfg['input_size']} is not (3, height, width)")
@@ -166,8 +168,10 @@ def _sized(name: str, size: tuple[int, int] | None) -> Json:
 
 
 def _require_known(name: str) -> None:
-    """Raise ConfigError, with the closest names, if timm has no such network; a tag may follow a
-    dot."""
+    """Raise ConfigError, with the closest names, if timm has no such network.
+
+    A dot and a tag may follow the name.
+    """
     known = timm.list_models()
     if split_model_name_tag(name)[0] in known:
         return

@@ -1,5 +1,7 @@
-"""Building blocks of regressors. Shapes: B batch, C channels, H rows, W columns, P = H x W
-positions."""
+"""Building blocks of regressors.
+
+Shapes: B batch, C channels, H rows, W columns, P = H x W positions.
+"""
 
 from collections.abc import Sequence
 
@@ -22,8 +24,7 @@ class ConvBlock(nn.Sequential):
 
 
 class PyramidPooling(nn.Module):
-    """Pyramid pooling (PSPNet, Zhao et al. 2017) of a map: its means over 1, 2, 3 and 6 bins per
-    side.
+    """Pyramid pooling (PSPNet, Zhao et al. 2017): means over 1, 2, 3 and 6 bins per side.
 
     The means are resized to the map's grid, concatenated with the map and merged by a 3x3
     convolution.
@@ -49,9 +50,9 @@ class PyramidPooling(nn.Module):
 class NonLocal(nn.Module):
     """Self-attention over a map's positions, added to the map: a non-local block.
 
-    Wang et al. 2018, eq. 6: embedded Gaussian with half the channels; scaled by the square root of
-    their number, as in transformers. The scale of the last normalisation starts at zero (ibid.,
-    4.1), so that an untrained block is the identity.
+    Wang et al. 2018, eq. 6: an embedded Gaussian with half the channels. Scores are divided by the
+    square root of the number of these channels, as in transformers. The scale of the last
+    normalisation starts at zero (section 4.1), so that an untrained block is the identity.
     """
 
     def __init__(self, width: int) -> None:
@@ -72,8 +73,10 @@ class NonLocal(nn.Module):
 
 
 class BottomUp(nn.Module):
-    """PANet's bottom-up branch (Liu et al. 2018, 3.1): N_0 = P_0, N_i = conv(P_i + stride-2
-    conv(N_(i-1)))."""
+    """PANet's bottom-up branch (Liu et al. 2018, section 3.1).
+
+    N_0 = P_0 and N_i = conv(P_i + stride-2 conv(N_(i-1))).
+    """
 
     def __init__(self, levels: int, width: int) -> None:
         super().__init__()
@@ -92,8 +95,7 @@ class BottomUp(nn.Module):
 
 
 def resize(x_BCHW: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize maps bilinearly to a grid (H, W); maps on that grid already are returned as they
-    are."""
+    """Resize maps bilinearly to a grid (H, W); maps of that grid are returned unchanged."""
     if tuple(x_BCHW.shape[2:]) == tuple(size):
         return x_BCHW
     return F.interpolate(x_BCHW, size=tuple(size), mode="bilinear", align_corners=False)

@@ -40,8 +40,10 @@ def jitter(images_BCHW: Tensor, uniforms_B6: Tensor, strength: float) -> Tensor:
 
 
 def turn_hue(images_BCHW: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue of RGB in [0, 1] by `turn` (B, 1, 1, 1), a fraction of the circle, in HSV (Smith
-    1978)."""
+    """Turn the hue of RGB in [0, 1] in HSV (Smith 1978).
+
+    `turn` (B, 1, 1, 1) is a fraction of the circle.
+    """
     value = images_BCHW.amax(1, keepdim=True)
     low = images_BCHW.amin(1, keepdim=True)
     chroma = value - low

@@ -52,8 +52,7 @@ class HeadSpec:
 
 
 class LogitHead(nn.Module):
-    """The part of a student's regressor that computes logits: pyramid, smoothing, 1x1
-    convolution."""
+    """The part of a student's regressor that computes logits: pyramid, smoothing, 1x1 head."""
 
     def __init__(self, spec: HeadSpec) -> None:
         """Make a head with random weights."""
@@ -94,11 +93,10 @@ def save_head(head: LogitHead, spec: HeadSpec, folder: Path) -> None:
 def load_head(
     folder: Path, shapes: Sequence[MapShape], input_size: tuple[int, int]
 ) -> tuple[LogitHead, HeadSpec]:
-    """Read a folder of `save_head` for a backbone whose maps have these `shapes` at `input_size`
-    (H, W).
+    """Read a folder of `save_head` for a backbone with maps of `shapes` at `input_size` (H, W).
 
     The grid of the logits scales with the maps. Raises ConfigError if a file is missing, is out of
-    bounds or does not fit the backbone, and for a head of whole-image labels.
+    bounds or does not fit the backbone, and for a head of image labels.
     """
     config = read_config(
         folder / CONFIG, expected="the head of a run of dtcache train with `labels`", again=AGAIN
@@ -111,7 +109,7 @@ def load_head(
         ) from error
     if saved.grid == (1, 1):
         raise ConfigError(
-            f"{folder}: expected a head of pixels' labels, got one of whole images; pass another "
+            f"{folder}: expected a head for pixel labels, got one for image labels; pass another "
             "head"
         )
     channels = [[c for c, _, _ in maps] for maps in (saved.shapes, shapes)]

@@ -47,8 +47,8 @@ def pyramid_for(
 ) -> tuple[SimplePyramid | None, list[MapShape]]:
     """Return the pyramid that a backbone needs, and the shapes of the maps that a regressor reads.
 
-    A backbone with one map needs a simple pyramid, with random weights; a backbone with several
-    maps (of these `shapes`, finest first, at `input_size` (H, W)) needs none: None.
+    A backbone with one map gets a simple pyramid with random weights; a backbone with several maps
+    gets None. `shapes` are those of the backbone's maps, finest first, at `input_size` (H, W).
     """
     if len(shapes) > 1:
         return None, list(shapes)

@@ -1,7 +1,7 @@
-"""The feature regressor, from a backbone's pyramid to the teacher's maps (paper: FPN and a 1x1 conv
-per tap).
+"""The feature regressor: from a backbone's pyramid to the teacher's maps.
 
-Shapes: B batch, C channels, H rows, W columns.
+The paper's regressor is an FPN and a 1x1 convolution per tap. Shapes: B batch, C channels, H rows,
+W columns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ from dtcache.student.blocks import BottomUp, ConvBlock, NonLocal, PyramidPooling
 
 
 class FeatureRegressor(nn.Module):
-    """A feature pyramid network with one 1x1 convolution (head) per target, on the level of its
-    grid.
+    """A feature pyramid network with one 1x1 convolution (head) per target.
+
+    A head reads the level that has the target's grid. If a target is coarser than every level,
+    max-pooled levels are added. If no level has the target's grid, the target is predicted on the
+    next finer level and resized bilinearly; `resized` names such targets. A level without a target
+    has no head.
 
     Four kinds, as in the paper's ablation: `fpn`; `fpn-attention`, with a non-local block on the
     coarsest level; `pafpn`, followed by PANet's bottom-up branch; `fpn-ppm`, with pyramid pooling
     instead of the 1x1 convolution of the coarsest level.
-
-    If a target is coarser than every level, max-pooled levels are added. If no level has a target's
-    grid, it is predicted on the next finer level and resized bilinearly; `resized` names those
-    targets. A level without a target has no head.
     """
 
     def __init__(
@@ -49,8 +49,7 @@ class FeatureRegressor(nn.Module):
             name for name in self._names if levels[self.level_of[name]] != self._sizes[name]
         ]
 
-        # Keep this order: initial weights are a function of the seed and of the order in which
-        # modules are made.
+        # Keep this order: initial weights depend on the seed and on the order of construction.
         self.pooling = PyramidPooling(channels[-1], width) if kind == "fpn-ppm" else None
         self.laterals = nn.ModuleList(
             ConvBlock(c, width, 1)
@@ -66,8 +65,10 @@ class FeatureRegressor(nn.Module):
         self.heads = nn.ModuleList(nn.Conv2d(width, c, 1) for c, _, _ in targets.values())
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return predictions (B, C, H, W) of whitened teacher features by target, from a backbone's
-        maps."""
+        """Return predictions (B, C, H, W) of whitened teacher features by target.
+
+        `maps` are those of the backbone, finest first.
+        """
         levels = [self._coarsest(maps[-1])]
         for lateral, x_BCHW in zip(
             reversed(self.laterals[: len(maps) - 1]), reversed(maps[:-1]), strict=True
@@ -91,8 +92,7 @@ class FeatureRegressor(nn.Module):
 
 
 def _level(levels: Sequence[tuple[int, int]], size: tuple[int, int]) -> int:
-    """Return the level with this grid, else the coarsest of all finer levels, else the finest
-    level."""
+    """Return the level of this grid, else the coarsest finer level, else the finest level."""
     if size in levels:
         return levels.index(size)
     finer = [i for i, (h, w) in enumerate(levels) if h >= size[0] and w >= size[1]]

@@ -1,5 +1,7 @@
-"""A student: a backbone and the regressor of a cache's taps. Shapes: B batch, C channels, H rows, W
-columns."""
+"""A student: a backbone and the regressor of a cache's taps.
+
+Shapes: B batch, C channels, H rows, W columns.
+"""
 
 from collections.abc import Mapping
 
@@ -16,8 +18,7 @@ from dtcache.student.regressor import FeatureRegressor
 
 
 class Student(nn.Module):
-    """A backbone and its regressor: uint8 images in, predictions of whitened teacher features
-    out."""
+    """A backbone and its regressor: from images to predictions of whitened teacher features."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ def build_student(
         backbone: MapsModule = make_backbone(student, init=init, seed=seed, size=size)
     elif init is not None:
         raise ConfigError(
-            f"`init` {init}: expected with a timm name, got a module; load the module's weights "
+            f"`init` {init}: expected a timm name as `student`, got a module; load the module's weights "
             "before you pass it"
         )
     else:

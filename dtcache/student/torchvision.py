@@ -1,5 +1,7 @@
-"""Backbones as torchvision networks. Both libraries name the weights alike, which is checked: no
-renaming."""
+"""Backbones as torchvision networks.
+
+No weight is renamed: both libraries use the same names, which is checked.
+"""
 
 import torchvision
 from torch import nn
@@ -17,8 +19,7 @@ HEADS = {
 
 
 def torchvision_network(backbone: Backbone) -> tuple[nn.Module, str]:
-    """Return torchvision's network of a backbone with random weights, and the name of its
-    classifier.
+    """Return torchvision's network of a backbone, with random weights, and its classifier's name.
 
     The classifier is replaced by the identity. Raises ConfigError if torchvision has no such
     network or names its weights differently.

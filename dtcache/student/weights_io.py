@@ -84,16 +84,20 @@ def weight_bytes(network: nn.Module) -> bytes:
 
 
 def bounded(value: Any, most: int = MAX_SIDE) -> int:
-    """Return a size from a configuration. Raises ValueError unless it is an integer in [1,
-    `most`]."""
+    """Return a size from a configuration.
+
+    Raises ValueError unless it is an integer in [1, `most`].
+    """
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
         raise ValueError(f"a size of {str(value)[:40]} is not a number from 1 to {most}")
     return value
 
 
 def read_view(view: Any) -> ViewSpec:
-    """Return the view in a configuration. Raises ValueError, KeyError or TypeError if it is
-    damaged."""
+    """Return the view in a configuration.
+
+    Raises ValueError, KeyError or TypeError if it is damaged.
+    """
     if view["fit"] not in ("crop", "stretch"):
         raise ValueError(f"fit {view['fit']!r} is neither crop nor stretch")
     return ViewSpec(height=bounded(view["height"]), width=bounded(view["width"]), fit=view["fit"])

@@ -1,4 +1,4 @@
-"""The teacher: loading one safely, encoding an image, and reading decoder features at its taps."""
+"""The teacher: safe loading, the encoding of images, and decoder features at its taps."""
 
 from dtcache.teacher.load import LoadedTeacher, load_teacher
 from dtcache.teacher.module_teacher import CallableTeacher

@@ -1,8 +1,7 @@
 """Attention heads of different widths per level, which UNet2DModel's configuration cannot express.
 
 The configuration of such a network holds a list of widths, finest level first. diffusers alone
-fails on the list with an error, because it divides by it. So such a network is never loaded with
-the wrong heads.
+divides by that list and fails, so it never loads such a network with the wrong heads.
 """
 
 from typing import Any
@@ -15,17 +14,16 @@ KEY = "attention_head_dim"
 
 
 def stand_in(config: dict[str, Any]) -> dict[str, int]:
-    """Return what replaces a list of head widths when diffusers builds the network."""
+    """Return the setting that replaces a list of head widths while diffusers builds the network."""
     return {KEY: 1} if isinstance(config.get(KEY), list) else {}
 
 
 def set_heads(unet: UNet2DModel, config: dict[str, Any]) -> None:
     """Give each level the head width that its configuration lists.
 
-    A configuration with a single width changes nothing.
-
-    Weights do not change: the shape of a projection does not depend on the number of heads. Raises
-    TeacherError if the list does not fit the network.
+    A configuration with a single width changes nothing. Weights do not change: the shape of a
+    projection does not depend on the number of heads. Raises TeacherError if the list does not fit
+    the network.
     """
     widths = config.get(KEY)
     if not isinstance(widths, list):

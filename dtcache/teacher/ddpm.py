@@ -18,7 +18,6 @@ def build_unet(
     height: int, width: int, channels: tuple[int, ...], layers: int, attention: int
 ) -> UNet2DModel:
     """Return a randomly initialised DDPM U-Net with attention at its coarsest levels.
-    levels.
 
     Raises ConfigError if the view cannot be halved once per level, or if the channels have no
     common group size.
@@ -65,12 +64,12 @@ def ddpm_loss(
     t_B: Tensor,
     snr_gamma: float | None = None,
 ) -> Tensor:
-    """Return the mean squared error of the predicted noise, an fp32 scalar (Ho et al. 2020, eq.
-    14).
+    """Return the mean squared error of the predicted noise, an fp32 scalar.
 
-    `pixels_BCHW` are uint8; the noise is fp32 of the same shape; `t_B` is int64 in [0, 1000). With
-    `snr_gamma`, the error of each sample is weighted by min(SNR(t), gamma) / SNR(t): Min-SNR-gamma
-    for a predicted noise (Hang et al. 2023, section 3.4).
+    The loss is that of Ho et al. 2020, eq. 14. `pixels_BCHW` are uint8; the noise is fp32 of the
+    same shape; `t_B` is int64 in [0, 1000). With `snr_gamma`, the error of each sample is weighted
+    by min(SNR(t), gamma) / SNR(t): Min-SNR-gamma for a predicted noise (Hang et al. 2023, section
+    3.4).
     """
     clean_BCHW = pixels_BCHW.float() / 127.5 - 1.0
     predicted_BCHW = unet(scheduler.add_noise(clean_BCHW, noise_BCHW, t_B), t_B).sample
@@ -97,9 +96,8 @@ def sample_images(unet: UNet2DModel, count: int, seed: int, steps: int = 50) -> 
 
 
 def save_teacher(unet: UNet2DModel, out: Path, dtype: torch.dtype) -> None:
-    """Write a standard diffusers directory (unet/, scheduler/, model_index.json; safetensors only)."""
-    # `to` of torch, because that of diffusers warns about modules to keep in fp32 even if there are
-    # none.
+    """Write a diffusers directory (unet/, scheduler/, model_index.json), with safetensors only."""
+    # torch's own `to`: diffusers' warns about modules to keep in fp32 even if there are none.
     DDPMPipeline(torch.nn.Module.to(unet, dtype), ddpm_scheduler()).save_pretrained(
         out, safe_serialization=True
     )

@@ -1,4 +1,4 @@
-"""The interface of a denoising network, whatever its architecture, and the choice among its taps."""
+"""The interface of a denoising network of any architecture, and the choice among its taps."""
 
 import copy
 from collections.abc import Sequence
@@ -19,23 +19,17 @@ class Denoiser(Protocol):
     channels: int
     """Channels of the network's input: 3 for pixels, or the channels of its latents."""
     native_size: tuple[int, int] | None
-    """(height, width) of the network's input in training; None if the configuration does not state
-    it.
-    """
+    """(height, width) of the network's input in training; None if the configuration lacks it."""
     num_classes: int | None
     """Number of classes that can condition the network; None if it is not class-conditional."""
     null_class: int | None
-    """The class that means no class; None if the network is not known to have been trained with
-    one.
-    """
+    """The class that means no class; None if the network is not known to have one."""
 
     def find_taps(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
         """Return every tap for a view in pixels, finest first, as a dry pass measures them.
 
-        Strides are against the view.
-
-        The network's input has 1 / `latent_stride` of the view's rows and columns. Raises
-        ConfigError if the network does not take that size.
+        Strides are relative to the view. The network's input has 1 / `latent_stride` of the view's
+        rows and columns. Raises ConfigError if the network does not take that size.
         """
 
     def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
@@ -48,8 +42,9 @@ class Denoiser(Protocol):
     def predictor(self) -> nn.Module:
         """Return the complete network, which shares its weights with tapped networks.
 
-        Its forward pass takes the arguments of `tapped` and returns the prediction, (B, C, H, W) or
-        (B, 2 C, H, W) if variances are learned. Raises ConfigError if the prediction is not known.
+        Its forward pass takes the arguments of `tapped` and returns the prediction: (B, C, H, W),
+        or (B, 2 C, H, W) if variances are learned. Raises ConfigError if the prediction is not
+        known.
         """
 
 
@@ -63,8 +58,9 @@ def choose_taps(taps: tuple[TapSpec, ...], names: tuple[str, ...] | None) -> tup
 
     The default is strides 4, 8, 16 and 32 if all exist, else the four coarsest. If several taps
     share a stride, as in a transformer, the default is the taps at one to four fifths of its depth.
-    The first blocks see little but patches, and the last ones predict the noise; linear probes are
-    best at about half to 0.7 of the depth (DDAE, Xiang et al. 2023; REPA, Yu et al. 2025).
+    The first blocks have little context beyond their patches, and the last blocks specialise in the
+    noise; linear probes are best at about half to 0.7 of the depth (DDAE, Xiang et al. 2023; REPA,
+    Yu et al. 2025).
 
     Raises ConfigError listing the teacher's taps if one of `names` is not among them.
     """

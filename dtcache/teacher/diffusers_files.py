@@ -70,9 +70,8 @@ def read_config(path: Path, title: str, limit: int = MAX_CONFIG_BYTES) -> dict[s
 def read_class(folder: Path, title: str, allowed: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """Return the class name and the configuration of a part.
 
-    Raises TeacherError if the class is not allowed.
-
-    `from_pretrained` alone would build one class from a directory of another without a warning.
+    Raises TeacherError if the class is not allowed: `from_pretrained` alone would build one class
+    from the directory of another without a warning.
     """
     path = folder / "config.json"
     config = read_config(path, title)
@@ -133,10 +132,8 @@ def _sharded(folder: Path, index: Path) -> list[Path]:
 def load_part(cls: Any, folder: Path, weights: Sequence[Path], **more: Any) -> Any:
     """Return a module of `cls` with every tensor from `weights`.
 
-    It is fp32, in evaluation mode, frozen, on the CPU.
-
-    Raises TeacherError if the library cannot load the part, or if weights and configuration do not
-    fit together.
+    The module is fp32, in evaluation mode, frozen, on the CPU. Raises TeacherError if the library
+    cannot load the part, or if weights and configuration do not fit together.
     """
     try:
         module, info = cls.from_pretrained(
@@ -166,7 +163,7 @@ def load_part(cls: Any, folder: Path, weights: Sequence[Path], **more: Any) -> A
 def hash_weights(root: Path, files: Sequence[Path]) -> str:
     """Return one SHA-256 for the weight files of a teacher.
 
-    It is the hash of a single file; for several files, the hash of the canonical JSON of their
+    For one file this is the file's hash; for several files, the hash of the canonical JSON of their
     hashes by path.
     """
     hashes = {path.relative_to(root).as_posix(): file_sha256(path) for path in files}

@@ -22,8 +22,7 @@ class TransformerDenoiser:
             int(config.sample_size),
         )
         self.num_classes: int | None = int(config.num_embeds_ada_norm)
-        # The class embedder has one more row than there are classes, for labels dropped in
-        # training.
+        # The class embedder has one row more than classes, for labels dropped in training.
         self.null_class: int | None = int(config.num_embeds_ada_norm)
 
     def find_taps(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
@@ -76,7 +75,7 @@ class WholeTransformer(nn.Module):
 
 
 class TappedTransformer(nn.Module):
-    """A DiT that ends after its last tapped block and returns the tokens of tapped blocks as maps."""
+    """A DiT that ends after its last tapped block and returns the tapped tokens as maps."""
 
     def __init__(self, transformer: DiTTransformer2DModel, name_of: Mapping[int, str]) -> None:
         """Take patch embedding and blocks of `transformer`; `name_of` holds tap names by block."""

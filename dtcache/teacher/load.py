@@ -34,8 +34,7 @@ ARCHITECTURES: dict[str, Any] = {
     "Transformer2DModel": DiTTransformer2DModel,
 }
 NETWORKS = ("unet", "transformer")
-# Schedulers of variance-preserving models. The betas do not depend on the sampler that the file
-# names.
+# Schedulers of variance-preserving models. The choice of the sampler does not change the betas.
 SCHEDULERS = frozenset(
     {
         "DDPMScheduler",
@@ -51,7 +50,7 @@ SCHEDULERS = frozenset(
         "DPMSolverSinglestepScheduler",
     }
 )
-# Conditions that dtcache does not give, by network and key of its configuration.
+# Conditions that dtcache does not support, by network and key of its configuration.
 UNSERVED = {
     "UNet2DModel": ("class_embed_type",),
     "UNet2DConditionModel": (

@@ -217,13 +217,16 @@ class TappedModule(nn.Module):
         self._paths = dict(paths)
 
     def forward(self, *arguments: Tensor) -> dict[str, Tensor]:
-        """Return the maps (B, C, H, W) by name. Raises TeacherError if an output is not such a map."""
+        """Return the maps (B, C, H, W) by name.
+
+        Raises TeacherError if an output is not such a map.
+        """
         outputs: dict[str, object] = {}
 
         def recorder(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: object, output: object) -> None:
                 first = output[0] if isinstance(output, tuple) and output else output
-                # The next module may overwrite it in place.
+                # The next module may overwrite the output in place.
                 outputs[name] = first.clone() if isinstance(first, Tensor) else first
 
             return hook
@@ -252,9 +255,7 @@ class TappedModule(nn.Module):
 def weights_sha256(module: nn.Module) -> str:
     """Return the SHA-256 over name, dtype, shape and bytes of the state dict's tensors.
 
-    Tensors are sorted by name.
-
-    Memory layout and device do not change it.
+    Tensors are sorted by name. Memory layout and device do not change the hash.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):

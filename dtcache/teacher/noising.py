@@ -15,7 +15,7 @@ class Encoding(Protocol):
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int] | None:
         """Return the (C, H, W) of the noise for a view of `height` x `width` pixels.
 
-        None if the encoding takes no noise.
+        Returns None if the encoding takes no noise.
         """
 
     def inputs(
@@ -30,7 +30,7 @@ class Encoding(Protocol):
 
 
 class Noising:
-    """The paper's encoding, in fp32: x_t = sqrt(a) x + sqrt(1 - a) noise (Ho et al. 2020, eq. 4)."""
+    """The paper's encoding, fp32: x_t = sqrt(a) x + sqrt(1 - a) noise (Ho et al. 2020, eq. 4)."""
 
     def __init__(self, alpha_bars: Tensor, channels: int, stride: int = 1) -> None:
         """Take alpha_bar by timestep, fp32 (T,) on the device.

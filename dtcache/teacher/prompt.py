@@ -1,4 +1,4 @@
-"""The embedding of a prompt, with which a text-conditioned denoiser sees every image."""
+"""The embedding of the prompt that conditions a text-conditioned denoiser."""
 
 import hashlib
 from dataclasses import dataclass
@@ -34,10 +34,10 @@ class Prompt:
 def embed_prompt(root: Path, text: str) -> Prompt:
     """Run a Stable Diffusion directory's CLIP text encoder on `text`, padded to full length.
 
-    This is what diffusers' pipeline does. The encoder runs in fp32 on one CPU thread, so that the
-    embedding is bit-identical whatever device computes the features. Raises ConfigError if the
-    `transformers` library is missing or the prompt is too long, and TeacherError if the directory
-    cannot be used.
+    diffusers' pipeline embeds a prompt in the same way. The encoder runs in fp32 on one CPU thread,
+    so that the embedding is bit-identical whatever device computes the features. Raises ConfigError
+    if the `transformers` library is missing or the prompt is too long, and TeacherError if the
+    directory cannot be used.
     """
     try:
         from transformers import CLIPTextModel, CLIPTokenizer

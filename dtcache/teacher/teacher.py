@@ -1,4 +1,4 @@
-"""The teacher: uint8 views in, decoder features out, by one denoising pass per timestep and draw."""
+"""The teacher: from uint8 views to decoder features, one pass per timestep and draw."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -179,14 +179,11 @@ class Teacher:
     def features(self, batch: TeacherBatch) -> Iterator[dict[str, Tensor]]:
         """Yield, per draw, the raw features by array name: fp32 (B, C, H, W).
 
-        A draw's arrays are those of all timesteps and taps.
-
-        Latents are computed once for all draws and timesteps. A short batch is padded to the
-        recipe's batch size, because the batch shape changes the last bits of results. Raises
-        DeviceMemoryError.
+        Each draw has the arrays of all timesteps and taps. Latents are computed once for all draws
+        and timesteps. A short batch is padded to the recipe's batch size, because the batch shape
+        changes the last bits of results. Raises DeviceMemoryError.
         """
-        # Batches of other shapes, such as the crops that measure equivariance, would each be
-        # compiled again.
+        # Batches of another shape, such as crops for equivariance, would each be compiled again.
         compiled_shape = (self.spec.batch_size, 3, self.view.height, self.view.width)
         padded_size = max(self.spec.batch_size, len(batch.pixels_BCHW))
         is_whole = (padded_size, *batch.pixels_BCHW.shape[1:]) == compiled_shape
@@ -208,12 +205,11 @@ class Teacher:
             yield features
 
     def clean(self, batch: TeacherBatch) -> Tensor:
-        """Return what is noised, padded to the recipe's batch size: fp32 on the device.
+        """Return the clean images or latents that are noised: fp32 on the device.
 
-        These are the pixels in [-1, 1], or their latents.
-
-        The autoencoder runs in the network's own precision. bf16 changes latents far less than the
-        noise added to them, and fp32 would take longer than the network itself.
+        These are the pixels in [-1, 1], or their latents, padded to the recipe's batch size. The
+        autoencoder runs in the network's own precision: bf16 changes latents far less than the
+        added noise does, and fp32 would take longer than the network itself.
         """
         pixels_BCHW = self._padded(batch.pixels_BCHW).float() / 127.5 - 1.0
         if self._latents is None:
@@ -225,7 +221,7 @@ class Teacher:
     def labels(self, batch: TeacherBatch) -> Tensor | None:
         """Return the classes that condition the network, int64 on the device.
 
-        They are padded to the recipe's batch size.
+        The classes are padded to the recipe's batch size.
         """
         return self._padded(batch.labels_B) if batch.labels_B is not None else None
 
@@ -306,7 +302,7 @@ def prepare_teacher(loaded: LoadedTeacher, settings: TeacherSettings, compute: C
 
 
 def _encoding(loaded: LoadedTeacher, compute: Compute, ddim_steps: int | None) -> Encoding:
-    """Return a DDIM inversion if `ddim_steps` is given, else the teacher's own or noising."""
+    """Return a DDIM inversion if `ddim_steps` is set, else the teacher's encoding or noising."""
     if ddim_steps is None:
         noising = Noising(
             loaded.alpha_bars.to(compute.device), loaded.denoiser.channels, loaded.latent_stride

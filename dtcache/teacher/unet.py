@@ -16,10 +16,7 @@ UNet = Any
 
 
 class UNetDenoiser:
-    """A UNet2DModel, or a UNet2DConditionModel with the embedding of its prompt.
-
-    A UNet2DModel may be class-conditional.
-    """
+    """A UNet2DModel, which may be class-conditional, or a UNet2DConditionModel with its prompt."""
 
     def __init__(self, unet: UNet, embedding_LD: Tensor | None = None) -> None:
         """Take over `unet`: fp32, in evaluation mode, on the CPU.

@@ -227,7 +227,7 @@ def test_a_stack_refuses_another_cache_in_its_place(cache: Cache, tmp_path: Path
     with dask.config.set(scheduler="synchronous"):
         with pytest.raises(
             CacheMismatchError,
-            match="expected the cache that the stack was made of, got another one",
+            match="expected the cache that the stack was made from, got a different cache",
         ):
             stacked[:1].compute()
         write_manifest(root, manifest)

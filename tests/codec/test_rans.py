@@ -194,7 +194,7 @@ def test_all_zero_payload_raises(count: int) -> None:
     good = encoded(fitted, draw_values(fitted, 0))
     with pytest.raises(
         PayloadError,
-        match=r"a payload does not decode: its bytes are not ones that the encoder wrote",
+        match=r"a payload does not decode: its bytes are not the output of an encoder",
     ) as caught:
         fitted.payload_coder().unpack(padded(good, b"", good, length=fitted.payload_bound))
     assert caught.value.index == 1

@@ -292,7 +292,7 @@ def test_a_disk_that_refuses_is_one_clear_error(
     (tmp_path / "file").write_text("precious")
     with pytest.raises(
         DiskError,
-        match=r"cannot write .*file/scenes.json: File exists; check the disk and its rights",
+        match=r"cannot write .*file/scenes.json: File exists; check the disk and its permissions",
     ):
         write_scenes(tmp_path / "file", seed=0, size=16, count=1)
     assert (tmp_path / "file").read_text() == "precious"

@@ -83,7 +83,9 @@ def test_an_image_that_went_away_is_named(folder: Path) -> None:
     """An image deleted after the start gives one clear error."""
     images = linked(folder)
     (folder / "0.png").unlink()
-    with pytest.raises(ImagesError, match=r"0\.png: .*No such file.* the extraction could read it"):
+    with pytest.raises(
+        ImagesError, match=r"0\.png: .*No such file.* the extraction read this image"
+    ):
         images.pixels(2)
 
 

@@ -338,7 +338,7 @@ def test_a_tar_that_shrinks_or_goes_fails_its_images(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.jpg": b"12345", "b.jpg": b"67890"})
     source = open_source(path)
     os.truncate(path, 512 + 3)
-    with pytest.raises(OSError, match=r"a\.tar ends within it, 2 bytes early"):
+    with pytest.raises(OSError, match=r"a\.tar ends 2 bytes before the image does"):
         source.read(0)
     path.unlink()
     with pytest.raises(FileNotFoundError):

@@ -126,7 +126,7 @@ def test_a_folder_gives_the_same_interpreter_back(tmp_path: Path) -> None:
             r"its shapes are not \(channels, height, width\) by array",
         ),
         ({"shapes": 3}, r"not the configuration of an interpreter"),
-        ({"teacher": {}}, r"its teacher is not named"),
+        ({"teacher": {}}, r"its teacher's fields are not those"),
         ({"view": {"height": 32, "width": 48, "fit": "x"}}, r"fit 'x' is neither crop nor stretch"),
     ],
 )

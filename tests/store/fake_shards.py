@@ -82,5 +82,5 @@ def fail(assignment: str, shard: int, on_rows: Callable[[int], None]) -> Written
     except FileExistsError:
         pass
     if first.read_text() == str(os.getpid()):
-        raise DiskError("cannot write: Stale file handle; check the disk and its rights")
+        raise DiskError("cannot write: Stale file handle; check the disk and its permissions")
     return write(assignment, shard, on_rows)

@@ -408,7 +408,9 @@ def test_failing_disk_gives_other_advice(tmp_path: Path, monkeypatch: pytest.Mon
     writer = begin(tmp_path, tiny_plan())
     with monkeypatch.context() as patch:
         patch.setattr(storage, "open", FullDisk(1, errno.EIO).open, raising=False)
-        with pytest.raises(DiskError, match="Input/output error; check the disk and its rights"):
+        with pytest.raises(
+            DiskError, match="Input/output error; check the disk and its permissions"
+        ):
             writer.write_shard(tiny_plan().shards[0])
     calls = []
 
@@ -418,7 +420,7 @@ def test_failing_disk_gives_other_advice(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(DiskError, match="check the disk and its rights"):
+        with pytest.raises(DiskError, match="check the disk and its permissions"):
             writer.write_shard(tiny_plan().shards[0])
     assert len(calls) == 1
     assert not list(tmp_path.rglob(".tmp-*"))
@@ -458,7 +460,7 @@ def test_any_failing_fsync_or_rename_of_a_shard(
                 writer.write_shard(plan.shards[0])
             except DiskError as error:
                 failed = True
-                assert "Input/output error; check the disk and its rights" in str(error)
+                assert "Input/output error; check the disk and its permissions" in str(error)
                 assert writer.missing == [0, 1, 2]
         if fail_at % 2:
             writer = CacheWriter.resume(root)

@@ -205,8 +205,8 @@ def _edited(**changes: object) -> bytes:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (_edited(architecture="os.system"), "architecture 'os.system' is none of timm"),
-        (_edited(architecture=["resnet18"]), "is none of timm"),
+        (_edited(architecture="os.system"), "architecture 'os.system' is not a network of timm"),
+        (_edited(architecture=["resnet18"]), "is not a network of timm"),
         (_edited(input_size=[1, 48, 96]), r"not \(3, height, width\)"),
         (_edited(input_size=[3, 10**9, 96]), "a size of 1000000000 is not a number from 1 to"),
         (_edited(input_size=[3, 48.0, 96]), r"a size of 48\.0"),
@@ -317,7 +317,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     """A file where a folder should be is a DiskError, no traceback."""
     (tmp_path / "file").touch()
     with pytest.raises(
-        DiskError, match=r"cannot write .*/file: File exists; check the disk and its rights"
+        DiskError, match=r"cannot write .*/file: File exists; check the disk and its permissions"
     ):
         save_backbone(
             backbone_of(SMALL), tmp_path / "file/backbone", input_size=(48, 96), view=VIEW

@@ -151,7 +151,7 @@ def test_other_modules_are_refused(module: nn.Module, message: str) -> None:
     """What returns no rising pyramid of maps is told what was expected and got."""
     with pytest.raises(ConfigError, match=message):
         build_student(module, TARGETS, VIEW, size=None, width=8)
-    with pytest.raises(ConfigError, match=r"`init` pretrained: expected with a timm name"):
+    with pytest.raises(ConfigError, match=r"`init` pretrained: expected a timm name as `student`"):
         build_student(module, TARGETS, VIEW, size=None, width=8, init="pretrained")
 
 

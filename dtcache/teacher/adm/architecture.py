@@ -42,7 +42,7 @@ class AdmArchitecture:
     scale_shift: bool
     """Whether the time embedding scales features as well as shifts them."""
     resample: Literal["resnet", "conv"]
-    """Whether a residual block or a single convolution joins two levels."""
+    """How two levels are joined: by a residual block or by a single convolution."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,7 +235,8 @@ def unet_config(architecture: AdmArchitecture, settings: AdmSettings) -> dict[st
 def scheduler_config(architecture: AdmArchitecture, settings: AdmSettings) -> dict[str, Any]:
     """Return the DDPMScheduler configuration of training.
 
-    1000 steps, predicted noise, and a learned or a large variance.
+    Training has 1000 steps, predicts the noise, and learns the variance or fixes it to the large
+    one.
     """
     return {
         "num_train_timesteps": STEPS,

@@ -1,4 +1,4 @@
-"""Reading a PyTorch checkpoint: all of it, undamaged, and nothing but plain tensors unpickled."""
+"""Reading a PyTorch checkpoint: every byte is checked, and only plain tensors are unpickled."""
 
 import warnings
 import zipfile
@@ -59,7 +59,10 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """Compare the CRC-32 of every record with its bytes; torch does not. Raises TeacherError."""
+    """Compare the CRC-32 of every record with its bytes, which torch does not do.
+
+    Raises TeacherError if a record is damaged.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

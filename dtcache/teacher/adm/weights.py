@@ -47,7 +47,7 @@ LOST = 1e-7
 
 
 def blank_unet(config: dict[str, Any]) -> UNet2DModel:
-    """Return the network of a configuration on torch's meta device, without memory for its weights."""
+    """Return a configuration's network on torch's meta device, without memory for its weights."""
     with torch.device("meta"):
         unet = UNet2DModel(**{**config, **stand_in(config)})
     set_heads(unet, config)
@@ -153,12 +153,11 @@ def _layers(architecture: AdmArchitecture) -> Iterator[tuple[str, str, dict[str,
 def _narrow_timesteps(weight_EM: Tensor, width: int) -> dict[str, Tensor]:
     """Return a narrower timestep embedding, and the first layer's weights for it.
 
-    The embedding is a table of `width` numbers per timestep, in place of M sinusoids.
-
-    UNet2DModel embeds timesteps in as many channels as its first level has. ADM uses its base
-    channels, twice as many at 512 px. Over the 1000 training timesteps, ADM's 256 sinusoids lie
-    within 4e-8 of a 128-dimensional space, so a table of their coordinates in that space loses
-    nothing. Raises TeacherError if it would.
+    The embedding is a table of `width` numbers per timestep, in place of M sinusoids. UNet2DModel
+    embeds timesteps in as many channels as its first level has. ADM uses its base channels, twice
+    as many at 512 px. Over the 1000 training timesteps, ADM's 256 sinusoids lie within 4e-8 of a
+    128-dimensional space, so a table of their coordinates in that space loses nothing. Raises
+    TeacherError if a table would lose something.
     """
     half = weight_EM.shape[1] // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)

@@ -228,7 +228,7 @@ def test_a_head_of_whole_images_is_no_head_of_pixels(mixed: Path, tmp_path: Path
     path.write_text(json.dumps({**json.loads(path.read_text()), "grid": [1, 1]}))
     backbone, size, _ = load_backbone(mixed / "backbone")
     with pytest.raises(
-        ConfigError, match=r"head: expected a head of pixels' labels, got one of whole images"
+        ConfigError, match=r"head: expected a head for pixel labels, got one for image labels"
     ):
         load_head(tmp_path / "head", probe_maps(backbone, size), size)
 
