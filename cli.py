@@ -55,7 +55,7 @@ def main() -> None:
 def demo(out: Path, options: DemoOptions) -> None:
     """Run all stages on generated scenes, offline.
 
-    It writes a cache, trains two students from it, and prints one table.
+    The demo writes a cache, trains two students from the cache, and prints one table.
 
     \b
     Example:
@@ -76,14 +76,12 @@ def demo(out: Path, options: DemoOptions) -> None:
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Number of the first scene.",
+    help="Index of the first scene.",
 )
 @click.option(
     "--size", type=click.IntRange(min=16), default=64, show_default=True, help="Side in pixels."
 )
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of the stream of scenes."
-)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the scenes.")
 @out_flag("Folder for images/<class>/, masks/<class>/ and boxes.json.")
 def scenes(count: int, start: int, size: int, seed: int, out: Path) -> None:
     """Generate labelled scenes to try dtcache on.
@@ -122,7 +120,7 @@ def teacher() -> None:
 def teacher_train(images: Path, out: Path, options: TeachOptions) -> None:
     """Train an unconditional DDPM on IMAGES (stage 0).
 
-    Use it if no published diffusion model fits your images.
+    Train a teacher only if no published diffusion model fits your images.
 
     \b
     Example:
@@ -142,9 +140,9 @@ def teacher_train(images: Path, out: Path, options: TeachOptions) -> None:
 @click.option("--size", metavar="H[xW]", help="View size in pixels [default: the training size].")
 @JSON_FLAG
 def teacher_show(where: str, size: str | None, as_json: bool) -> None:
-    """Show a teacher's taps, their costs and its noise.
+    """Show a teacher's taps, costs and noise schedule.
 
-    A tap's cost is its share of the FLOPs and its bytes in a cache.
+    The costs of a tap are its share of the FLOPs of a full pass, and its bytes in a cache.
 
     \b
     Example:
@@ -169,7 +167,8 @@ def teacher_show(where: str, size: str | None, as_json: bool) -> None:
 def teacher_convert(checkpoint: Path, out: Path, options: ConvertOptions) -> None:
     """Convert an OpenAI ADM checkpoint to a teacher.
 
-    CHECKPOINT is a U-Net of guided-diffusion. The teacher is a diffusers folder (safetensors).
+    CHECKPOINT is a U-Net of guided-diffusion. The teacher is written as a diffusers folder
+    (safetensors).
 
     \b
     Example:
@@ -225,11 +224,11 @@ def extract(
 @JSON_FLAG
 @options_of(InspectOptions)
 def inspect(paths: tuple[Path, ...], as_json: bool, options: InspectOptions) -> None:
-    """Show what a cache or a run holds.
+    """Show the contents of a cache or a run.
 
     One cache: its contents, bytes and, with --stats, statistics of its features. One run of
-    dtcache train: its options and results. Several caches or several runs: what differs. Nothing
-    is written into a cache or a run.
+    dtcache train: its options and results. Several caches or several runs: their differences.
+    Nothing is written into a cache or a run.
 
     \b
     Example:
@@ -258,7 +257,7 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
     """Check a cache against its hashes, or repair it.
 
     CACHE may be unfinished. Its label sets are checked too. The report names each damaged file, the
-    samples that it takes away, and the remedy.
+    affected samples, and the remedy.
 
     \b
     Exit codes:
@@ -317,7 +316,7 @@ def label() -> None:
 def label_fit(cache: Path, out: Path, options: LabelFitOptions) -> None:
     """Train an interpreter of CACHE's features.
 
-    It trains on the cached features of the labelled images; the teacher does not run.
+    The interpreter trains on the cached features of the labelled images; the teacher does not run.
 
     \b
     Example:
@@ -340,7 +339,7 @@ def label_fit(cache: Path, out: Path, options: LabelFitOptions) -> None:
 def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> None:
     """Write soft labels for every image of CACHE.
 
-    INTERPRETER predicts them for each view. They are stored in CACHE/labels/NAME.
+    INTERPRETER predicts the labels of each view. They are stored in CACHE/labels/NAME.
 
     \b
     Example:
@@ -362,8 +361,8 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
 def train(where: Path, out: Path, options: TrainOptions) -> None:
     """Train a student (stage 2) on a cache or online.
 
-    Give CACHE to train from cached features, or IMAGES and --teacher to run the teacher in the
-    loop. The backbone is exported for timm. Several processes train one student together with
+    Pass CACHE to train from cached features, or IMAGES and --teacher to run the teacher in the
+    loop. The backbone is exported for timm. To train one student in several processes, use
     torchrun: torchrun --nproc-per-node 8 --no-python dtcache train ...
 
     \b
@@ -416,7 +415,7 @@ def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
     \b
     Example:
       dtcache evaluate runs/resnet50/backbone --train labelled/train --test labelled/test --json
-      dtcache evaluate runs/resnet50/backbone --task segmentation --train images/ --train-masks masks/
+      dtcache evaluate runs/a/backbone --task segmentation --train images/ --train-masks masks/
     """
     from pipelines.evaluate.evaluate import evaluate as run
 

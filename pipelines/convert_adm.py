@@ -1,4 +1,4 @@
-"""`dtcache teacher convert`: from an OpenAI ADM checkpoint to a diffusers directory."""
+"""`dtcache teacher convert`: turn an OpenAI ADM checkpoint into a diffusers folder."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +38,7 @@ class Converted:
     architecture: AdmArchitecture
     settings: AdmSettings
     preset: str | None
-    """Name of the published architecture, or None for another one."""
+    """Name of the published architecture, or None for a custom one."""
     parameters: int
 
     @property
@@ -63,12 +63,12 @@ class Converted:
 
 
 def convert_adm(checkpoint: Path, out: Path, options: ConvertOptions) -> Converted:
-    """Write a UNet2DModel directory equivalent to a guided-diffusion (ADM) checkpoint.
+    """Write a UNet2DModel folder that is equivalent to a guided-diffusion (ADM) checkpoint.
 
-    It consists of unet/, scheduler/ and conversion.json. The directory appears complete or not at
-    all. If `out` holds the same conversion already, nothing is written. Raises ConfigError for
-    options that contradict the checkpoint, TeacherError for a file that is not an ADM checkpoint or
-    an `out` with other files, and DiskError.
+    The folder has unet/, scheduler/ and conversion.json. It appears complete or not at all. If
+    `out` holds the same conversion already, nothing is written. Raises ConfigError for options that
+    contradict the checkpoint, TeacherError for a file that is not an ADM checkpoint or an `out`
+    with other files, and DiskError.
     """
     out = out.resolve()
     with disk_errors(out):

@@ -18,7 +18,7 @@ VIEWS = 2
 
 
 def describe_teacher(where: str, size: str | None) -> Json:
-    """Load a teacher and describe it, as JSON values, at a view's size; None means its native size.
+    """Load a teacher and describe it as JSON values, for views of `size`; None: its native size.
 
     `flops` are per view; a multiply-add counts as two. Raises TeacherError if the teacher cannot be
     loaded, ConfigError for a size that it does not accept.

@@ -19,7 +19,7 @@ from dtcache.student.torchvision import torchvision_network
 from dtcache.student.weights_io import CONFIG, WEIGHTS
 
 TOLERANCE = 1e-5
-"""Largest difference of the outputs over the largest output: summation order may differ."""
+"""Largest difference of the outputs over the largest output; summation order causes some."""
 NUM_IMAGES = 2
 """Random images on which both networks are compared."""
 
@@ -41,9 +41,9 @@ class Exported:
 def export(source: Path, out: Path, options: ExportOptions) -> Exported:
     """Export the backbone of a run, or a backbone folder, to a new folder.
 
-    The exported network is read back and run on random images; the folder appears only if its
-    outputs are those of the original. Raises ConfigError for a backbone that cannot be exported,
-    ExportError if the outputs differ, and DiskError.
+    The exported network is read back and run on random images. The folder appears only if its
+    outputs agree with those of the original. Raises ConfigError for a backbone that cannot be
+    exported, ExportError if the outputs differ, and DiskError.
     """
     folder = backbone_folder(source)
     if out.exists():
@@ -78,7 +78,7 @@ def export(source: Path, out: Path, options: ExportOptions) -> Exported:
 
 
 def backbone_folder(source: Path) -> Path:
-    """Return the backbone folder at `source`, which is that folder itself or a finished run.
+    """Return the backbone folder of `source`: that folder itself, or the one in a finished run.
 
     Raises ConfigError if there is none.
     """

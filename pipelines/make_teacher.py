@@ -1,4 +1,4 @@
-"""The teacher of an extraction: made from options, or from the recipe of a cache."""
+"""Make the teacher of an extraction, from options or from the recipe of a cache."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -55,8 +55,8 @@ def cache_teacher(
 ) -> Teacher:
     """Return the teacher of a cache, with the constants of the cache's recipe.
 
-    `name` is the directory or Hugging Face id of the teacher. `device` replaces the recipe's kind
-    of device. The embedding of a prompt is read from the cache. Raises TeacherError if `name` is a
+    `name` is the directory or Hugging Face id of the teacher. `device` replaces the recipe's device
+    type. The embedding of a prompt is read from the cache. Raises TeacherError if `name` is a
     different teacher, and what loading a teacher raises.
     """
     options = options_from_recipe(manifest.recipe, name)
@@ -98,7 +98,7 @@ def stored_prompt(root: Path, manifest: CacheManifest) -> Prompt | None:
 
 
 def options_from_recipe(recipe: Json, teacher: str) -> ExtractOptions:
-    """Return the options that give a cache of this recipe, except its target size.
+    """Return the options that reproduce the cache of a recipe, except its target size.
 
     `quality` and `bytes_per_image` keep their defaults: only the fit of the codec depends on them.
     """
@@ -131,7 +131,7 @@ def options_from_recipe(recipe: Json, teacher: str) -> ExtractOptions:
 
 
 def _condition_option(condition: Json) -> str | None:
-    """Return the value of `condition` that gives a recipe's condition."""
+    """Return the option `condition` that reproduces a recipe's condition."""
     match condition.get("kind"):
         case "class":
             return str(condition["number"])

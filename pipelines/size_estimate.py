@@ -1,4 +1,4 @@
-"""How many bytes a cache needs on the disk, and whether the disk has them."""
+"""Estimates the bytes of a cache, and checks that the disk has them free."""
 
 import shutil
 from collections.abc import Mapping
@@ -28,12 +28,12 @@ ROW_BYTES = 60
 NODE_BYTES = 900
 """Bytes of the Zarr node of one fitted array."""
 RESERVE = 1.05
-"""Free bytes that are required per estimated byte: file systems and indices need some."""
+"""Required free bytes per estimated byte: file systems and indices take some more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureSize:
-    """How many bytes the features of a cache take: all stored bytes except those of images."""
+    """Estimates the bytes of a cache's features: all stored bytes except those of images."""
 
     images: int
     """Rows of the cache."""
@@ -49,10 +49,10 @@ class FeatureSize:
     def bytes_per_view(
         self, fit: Mapping[str, FittedTap], statistics: Mapping[str, TapStatistics]
     ) -> float:
-        """Return the bytes per view: chunks, index entries, and a share of the row and the fit.
+        """Return the bytes per view: chunks, index entries, and a share of the row and of the fit.
 
-        The fit and the row count for at most half the target, because a cache of few images cannot
-        pay for them.
+        That share is at most half the target. Otherwise the fit would leave the chunks of a cache
+        of few images no bytes.
         """
         chunks = 0.0
         for name, fitted in fit.items():

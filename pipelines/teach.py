@@ -1,4 +1,4 @@
-"""Stage 0: train an unconditional DDPM on a user's own images, as a diffusers directory."""
+"""Stage 0: train an unconditional DDPM on a user's own images; write a diffusers folder."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ from pipelines.terminal.progress import track
 
 LOSSES = "losses.json"
 KEPT = "kept"
-"""Folder of the teachers of single steps, `RUN/kept/STEP/`."""
+"""Folder of the teachers of `keep_steps`: `RUN/kept/STEP/`."""
 VOLATILE = ("device", "save_every", "samples")
 """Options that may change on resume."""
 AVERAGED_LOSSES = 100
@@ -63,10 +63,10 @@ class Taught:
 
 
 def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
-    """Train a DDPM on `images`; resumes a run in `out` of the same options and images.
+    """Train a DDPM on `images`, or resume a run in `out` with the same options and images.
 
-    Raises CacheMismatchError if `out` holds a run of other options, TrainingError if a loss is not
-    finite.
+    Raises CacheMismatchError if `out` holds a run with other options or images, and TrainingError
+    if a loss is not finite.
     """
     source = open_source(images, track)
     rows = permuted(len(source.keys), seed=options.seed, stream="teach")[: options.limit]
@@ -182,7 +182,7 @@ class TeacherTrainer:
         return self._unet if averaged is None else averaged
 
     def save(self, out: Path) -> None:
-        """Write the teacher (the EMA), then the checkpoint: a kill between the two repeats both."""
+        """Write the teacher (the EMA), then the checkpoint, so that a resumed run repeats both."""
         self._save_teacher(out)
         save_checkpoint(
             out,
@@ -195,7 +195,7 @@ class TeacherTrainer:
         )
 
     def save_kept(self, out: Path) -> None:
-        """Write the teacher of this step to `kept/STEP/`; a resumed run writes the same again."""
+        """Write the teacher of this step to `kept/STEP/`; a resumed run writes the same files."""
         self._save_teacher(out / KEPT / str(self.steps_done))
 
     def restore(self, out: Path) -> None:
@@ -240,7 +240,7 @@ def _batches(
 
 
 def _row_stream(rows: NDArray[np.int64], start: int, stop: int, seed: int) -> Iterator[int]:
-    """Yield the source indices of draws [start, stop): each epoch permutes `rows` by the seed."""
+    """Yield source indices at positions [start, stop); each epoch permutes `rows` by the seed."""
     epoch = -1
     order = rows
     for position in range(start, stop):

@@ -25,7 +25,7 @@ class DemoOptions(Options):
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group="Hardware")
     precision: str = option(
         "auto",
-        "Autocast precision; auto is bf16 if the hardware has it.",
+        "Autocast precision; auto: bf16 if native, else fp32.",
         choices=PRECISIONS,
         group="Hardware",
     )

@@ -18,7 +18,7 @@ TASKS = {
         "lr",
     ),
 }
-"""Each task, and the options that only this task takes."""
+"""By task: the options that only this task takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class EvaluateOptions(Options):
     )
     size: str | None = option(
         None,
-        "Input size, and the masks' size [default: that of training; 32 for raw pixels].",
+        "Size of input and masks [default: the backbone's training size; 32 for pixels].",
         metavar="H[xW]",
         group="Data",
     )
@@ -64,7 +64,7 @@ class EvaluateOptions(Options):
     )
     ignore_index: int | None = option(
         None,
-        "Mask value excluded from loss and scores [default: that of classes.toml, else 255].",
+        "Mask value excluded from loss and scores [default: from classes.toml, else 255].",
         minimum=0,
         group="Segmentation",
     )
@@ -87,7 +87,7 @@ class EvaluateOptions(Options):
     )
     teacher: str | None = option(
         None,
-        "Teacher of the cache, for images that it lacks.",
+        "Teacher of a cache, to compute the features of images that are not cached.",
         metavar="DIR_OR_ID",
         group="Data",
     )
@@ -98,13 +98,13 @@ class EvaluateOptions(Options):
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group="Hardware")
     precision: str = option(
         "auto",
-        "Autocast precision; auto is bf16 if the hardware has it.",
+        "Autocast precision; auto: bf16 if native, else fp32.",
         choices=PRECISIONS,
         group="Hardware",
     )
 
     def require_task(self, task: str) -> None:
-        """Raise ConfigError if `task` is another one, or if an option of another task is set."""
+        """Raise ConfigError if the options are for another task, or set one of its options."""
         if self.task != task:
             raise ConfigError(f"`task='{self.task}'`: expected `task='{task}'`")
         others = [name for other, names in TASKS.items() if other != task for name in names]

@@ -27,14 +27,14 @@ class ExtractOptions(Options):
     condition: str | None = option(
         None,
         "Class that conditions the teacher: label (each image's own), null, or a number "
-        "[default: null if the teacher has one].",
+        "[default: null if the teacher has a null class].",
         metavar="CLASS",
         group="Teacher",
     )
     compile: bool = option(
         False,
-        "Compile the teacher (torch.compile). This takes minutes once; passes are faster then. "
-        "Part of the recipe.",
+        "Compile the teacher (torch.compile): minutes once, then faster passes. Part of the "
+        "recipe.",
         group="Teacher",
     )
     size: str | None = option(
@@ -50,7 +50,7 @@ class ExtractOptions(Options):
         group="Images",
     )
     store_images: bool = option(
-        True, "Store the pixels of the views; if not, train needs --images.", group="Images"
+        True, "Store the pixels of the views; without them, train needs --images.", group="Images"
     )
     limit: int | None = option(
         None, "Cache the first N images of the permuted order.", minimum=1, group="Images"
@@ -74,21 +74,21 @@ class ExtractOptions(Options):
     flip: bool = option(True, "Cache the mirrored view too.", group="Features")
     quality: str = option(
         "default",
-        "Size of the features: 10 (high), 50 (default) or 100 (small) times below float16; fp16 "
-        "stores float16.",
+        "Size of the features: 10 (high), 50 (default) or 100 (small) times smaller than float16; "
+        "fp16 stores float16.",
         choices=tuple(QUALITY_RATIOS),
         group="Features",
     )
     bytes_per_image: float | None = option(
         None,
-        "Size of the features in bytes per image, in place of --quality; all stored bytes but "
-        "images count.",
+        "Size of the features in bytes per image, in place of --quality. All stored bytes except "
+        "those of images count.",
         minimum=1,
         group="Features",
     )
     timestep: tuple[int, ...] = option(
         (150,),
-        "Diffusion step at which images are noised. May be repeated.",
+        "Diffusion timestep at which images are noised. Can be repeated.",
         group="Noise",
     )
     encoding: str = option(
@@ -106,14 +106,14 @@ class ExtractOptions(Options):
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group="Hardware")
     precision: str = option(
         "auto",
-        "Autocast precision; auto is bf16 if native, else fp32.",
+        "Autocast precision; auto: bf16 if native, else fp32.",
         choices=PRECISIONS,
         group="Hardware",
     )
     batch_size: int | None = option(
         32,
-        "Global batch size: views per teacher pass. auto finds the fastest that fits. Part of "
-        "the recipe.",
+        "Global batch size: views per teacher pass. auto: the fastest size that fits into memory. "
+        "Part of the recipe.",
         minimum=1,
         auto=True,
         group="Hardware",
@@ -121,7 +121,7 @@ class ExtractOptions(Options):
     threads: int | None = option(
         None,
         "CPU threads of each process that computes on a CPU. Part of the recipe [default: all "
-        "cores; a share of them with --workers; 1 with --scheduler].",
+        "cores; an equal share with --workers; 1 with --scheduler].",
         minimum=1,
         group="Hardware",
     )
@@ -138,7 +138,7 @@ class ExtractOptions(Options):
         group="Hardware",
     )
     dashboard: bool = option(
-        False, "Serve Dask's dashboard of the local --workers.", group="Hardware"
+        False, "Serve Dask's dashboard for the local --workers.", group="Hardware"
     )
     shard_rows: int | None = option(
         None, "Rows per shard [default: 256 to 4096, by payload size].", minimum=1, group="Run"

@@ -10,7 +10,7 @@ from dtcache.errors import ConfigError
 AUTO_DEVICE = "auto, cpu, cuda or cuda:N"
 PRECISIONS = ("auto", "fp32", "bf16")
 MAX_SEED = 2**32 - 1
-"""Largest seed, 32 bits: some 64-bit generator seeds combine it with the number of a step."""
+"""Largest seed: 32 bits, because some 64-bit generator seeds combine it with a step number."""
 
 
 def option(
@@ -27,7 +27,7 @@ def option(
 ) -> Any:
     """Return a dataclass field that carries its help text, choices, metavar, bounds and group.
 
-    If `auto` is true, the command line also takes the word auto, which becomes None. `off` names
+    If `auto` is true, the command line also accepts the word auto, which becomes None. `off` names
     the flag that sets a boolean to false (default: `no-` and the name). `group` is the heading in
     `--help` under which the flag stands.
     """
@@ -55,7 +55,7 @@ class Options:
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for the first field that is no choice, out of bounds, or not finite."""
+        """Raise ConfigError for the first field outside its choices or bounds, or not finite."""
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if value is not None:

@@ -11,7 +11,7 @@ class InspectOptions(Options):
     """Options of `dtcache inspect`."""
 
     stats: bool = option(
-        False, "Compute statistics of every tap, with confidence intervals. Decodes features."
+        False, "Compute statistics of every tap, with confidence intervals; decodes features."
     )
     num_samples: int = option(2000, "Samples that the statistics are estimated from.", minimum=1)
     exact: bool = option(False, "Compute the statistics from all samples.")

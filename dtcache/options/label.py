@@ -6,7 +6,7 @@ from pathlib import Path
 from dtcache.errors import ConfigError
 from dtcache.options.field import AUTO_DEVICE, Options, option, seed_option
 
-IGNORE_HELP = "Mask value excluded from loss and scores [default: that of classes.toml, else 255]."
+IGNORE_HELP = "Mask value excluded from loss and scores [default: from classes.toml, else 255]."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +18,7 @@ class LabelFitOptions(Options):
     )
     level: str = option(
         "pixel",
-        "Label pixels by masks, or images by the cache's own labels.",
+        "pixel: learn from masks. image: learn from the image labels in the cache.",
         choices=("pixel", "image"),
         group="Data",
     )
@@ -64,11 +64,11 @@ class LabelWriteOptions(Options):
 
     name: str = option("", "Name of the label set: CACHE/labels/NAME.", metavar="NAME")
     share: float = option(
-        0.1, "Largest size, as a share of the features' bytes, over 0 up to 1.", metavar="SHARE"
+        0.1, "Largest size as a share of the features' bytes, over 0 and up to 1.", metavar="SHARE"
     )
     masks: Path | None = option(
         None,
-        "Known masks; the agreement of the stored labels with them is recorded.",
+        "Known masks, to measure how well the stored labels agree with them.",
         metavar="DIR",
         group="Data",
     )

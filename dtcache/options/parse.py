@@ -1,4 +1,4 @@
-"""Options whose value is text with a structure: sizes, lists of integers, taps.
+"""Parses options that are written as text: sizes, lists of integers, taps.
 
 Each function takes the field's name for its error, because two fields may have the same form.
 """

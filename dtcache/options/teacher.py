@@ -29,7 +29,7 @@ class TeachOptions(Options):
     size: str = option("64", "View size in pixels.", metavar="H[xW]", group=DATA)
     resize_mode: str = option(
         "crop",
-        "How an image is fitted to the view: cropped or stretched.",
+        "How an image becomes a view: resize and crop, or stretch.",
         choices=("crop", "stretch"),
         group=DATA,
     )
@@ -66,7 +66,7 @@ class TeachOptions(Options):
         200, "Steps of linear warm-up; cosine decay follows.", minimum=0, group=OPTIMISATION
     )
     ema_decay: float = option(
-        0.999, "Decay of the EMA of the weights, which is saved.", minimum=0, group=OPTIMISATION
+        0.999, "Decay of the EMA of the weights; the EMA is saved.", minimum=0, group=OPTIMISATION
     )
     seed: int = seed_option("Seed of weights, order and noise.", group=OPTIMISATION)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group=HARDWARE)
@@ -79,10 +79,12 @@ class TeachOptions(Options):
     compile: bool = option(
         False, "Compile the U-Net: minutes once, then faster steps.", group=HARDWARE
     )
-    weights: str = option("fp32", "Type of the saved weights.", choices=WEIGHT_TYPES, group=RUN)
+    weights: str = option(
+        "fp32", "Data type of the saved weights.", choices=WEIGHT_TYPES, group=RUN
+    )
     keep_steps: str | None = option(
         None,
-        "Also save the teachers of these steps, to kept/STEP/; 0: before training.",
+        "Also save the teacher at these steps, in kept/STEP/; 0: before training.",
         metavar="STEP,...",
         group=RUN,
     )
@@ -109,7 +111,7 @@ class TeachOptions(Options):
 
     @property
     def kept(self) -> frozenset[int]:
-        """Steps whose teachers are kept."""
+        """Steps at which the teacher is also saved to `kept/STEP/`."""
         return frozenset(map(int, self.keep_steps.split(","))) if self.keep_steps else frozenset()
 
 
@@ -117,12 +119,12 @@ class TeachOptions(Options):
 class ConvertOptions(Options):
     """Options of `dtcache teacher convert`.
 
-    auto is the preset's value, or guided-diffusion's own default if there is no preset.
+    `auto` is the preset's value or, without a preset, guided-diffusion's own default.
     """
 
     preset: str = option(
         "auto",
-        "Published model that CHECKPOINT must be; auto: recognise it.",
+        "Published model that CHECKPOINT must be; auto: detect it from the shapes.",
         choices=("auto", *ADM_PRESETS),
     )
     size: int | None = option(
@@ -130,18 +132,22 @@ class ConvertOptions(Options):
     )
     schedule: str = option(
         "auto",
-        "Its --noise_schedule; auto is the preset's, else linear.",
+        "--noise_schedule of its training; auto: the preset's, else linear.",
         choices=("auto", "linear", "cosine"),
     )
     attention_order: str = option(
         "auto",
-        "new if trained with --use_new_attention_order; auto is the preset's, else legacy.",
+        "new if trained with --use_new_attention_order; auto: the preset's, else legacy.",
         choices=("auto", "legacy", "new"),
     )
-    heads: int | None = option(None, "Its --num_heads [default: the preset's, else 4].", minimum=1)
+    heads: int | None = option(
+        None, "--num_heads of its training [default: the preset's, else 4].", minimum=1
+    )
     head_channels: int | None = option(
-        None, "Its --num_head_channels, instead of --heads [default: the preset's].", minimum=1
+        None,
+        "--num_head_channels of its training, instead of --heads [default: the preset's].",
+        minimum=1,
     )
     weights: str = option(
-        "fp32", "Type of the saved weights; fp16 rounds them.", choices=WEIGHT_TYPES
+        "fp32", "Data type of the saved weights; fp16 rounds them.", choices=WEIGHT_TYPES
     )

@@ -10,9 +10,9 @@ REGRESSORS = ("fpn", "fpn-attention", "pafpn", "fpn-ppm")
 TRAIN_PRECISIONS = (*PRECISIONS, "fp16")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "none")
 CACHE_ONLY = ("images", "allow_incomplete", "labels")
-"""Options that mean nothing with a teacher in the loop."""
+"""Options that apply only to training on a cache."""
 ONLINE_ONLY = ("prompt", "condition", "size", "resize_mode", "encoding", "ddim_steps")
-"""Options that mean nothing without a teacher in the loop."""
+"""Options that apply only to training with a teacher in the loop."""
 
 DATA = "Data"
 STUDENT = "Student"
@@ -35,17 +35,17 @@ class TrainOptions(Options):
         group=DATA,
     )
     timestep: int | None = option(
-        None, "Timestep [default: all in the cache]; needed with --teacher.", group=DATA
+        None, "Timestep [default: all in the cache]. Required with --teacher.", group=DATA
     )
     limit: int | None = option(
         None,
-        "Use the first N samples. With --teacher: images of the permuted order.",
+        "Use the first N samples; with --teacher, N images of the permuted order.",
         minimum=1,
         group=DATA,
     )
     images: Path | None = option(
         None,
-        "Images of a cache that stores none.",
+        "Source of the images, if the cache stores none.",
         metavar="IMAGES",
         group=DATA,
     )
@@ -66,7 +66,7 @@ class TrainOptions(Options):
     )
     student_size: str | None = option(
         None,
-        "Input size [default: view x max(1, 4/finest stride)].",
+        "Input size of the student [default: view x max(1, 4/finest stride)].",
         metavar="H[xW]",
         group=STUDENT,
     )
@@ -166,7 +166,7 @@ class TrainOptions(Options):
     seed: int = seed_option("Seed of weights, order and flips.", group=OPTIMISATION)
     scale: str | None = option(
         None,
-        "Random resized crops of image and features: least and most share of the area.",
+        "Random resized crops of image and features: range of their share of the area.",
         metavar="0.3,1.0",
         group=AUGMENTATION,
     )
@@ -241,8 +241,8 @@ class TrainOptions(Options):
             for name in ONLINE_ONLY:
                 if getattr(self, name) is not None:
                     raise ConfigError(
-                        f"`{name}`: a cache has its own, and only a teacher in the loop uses this "
-                        "option; pass `teacher` too, or leave it out"
+                        f"`{name}`: only a teacher in the loop uses this option, and a cache has "
+                        "its own value; pass `teacher` too, or leave the option out"
                     )
             return
         if self.timestep is None:
@@ -261,12 +261,12 @@ class TrainOptions(Options):
             )
 
     def _check_labels(self) -> None:
-        """Raise ConfigError for weights of losses that do not take part."""
+        """Raise ConfigError for weights of losses that are not computed."""
         for name in ("label_weight", "feature_weight"):
             if self.labels is None and getattr(self, name) is not None:
                 raise ConfigError(
-                    f"`{name}`: it weights two losses, and without `labels` there is only one; "
-                    "pass `labels` too"
+                    f"`{name}`: this option weights two losses, and without `labels` there is only "
+                    "one; pass `labels` too"
                 )
         if self.label_weight == 0:
             raise ConfigError(

@@ -1,1 +1,1 @@
-"""What every run folder holds: options, checkpoint, metrics and plots."""
+"""The contents of a run folder: options, checkpoint, metrics and plots."""

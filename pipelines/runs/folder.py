@@ -1,4 +1,4 @@
-"""A run folder's file names, and the record of what the run is. Imports no torch."""
+"""A run folder's file names, and the record of the run's identity. Imports no torch."""
 
 import json
 from collections.abc import Collection
@@ -19,7 +19,7 @@ TRACKER = "tracker.json"
 
 
 def claim_run(out: Path, identity: Json, volatile: Collection[str]) -> None:
-    """Record in `out/run.json` what the run is, or check that the run there is the same one.
+    """Record a run's identity in `out/run.json`, or check that the run there is the same one.
 
     Fields named in `volatile` may differ when a run is resumed. Raises CacheMismatchError, naming
     the field, if the folder holds a different run, or if it holds other files and no run.

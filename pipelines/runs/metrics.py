@@ -28,7 +28,7 @@ class Clock:
         self._images = 0
 
     def state_dict(self) -> dict[str, float]:
-        """Return what a checkpoint holds."""
+        """Return the state for a checkpoint."""
         return {"seconds": self.seconds, "waited": self._waited, "images": self._images}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -116,7 +116,7 @@ class MetricsFile:
 
 
 class NoMetrics(AbstractContextManager["NoMetrics"]):
-    """Drops the lines, in processes that do not write the run folder."""
+    """Discards the lines, in processes that do not write the run folder."""
 
     def __exit__(self, *raised: object) -> None:
         pass
@@ -134,7 +134,7 @@ def read_metrics(out: Path) -> list[Json]:
 
 
 def _step_of(line: str) -> float:
-    """Return a line's step; infinity for a line that a kill cut short."""
+    """Return a line's step; infinity for a line that was not written to its end."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

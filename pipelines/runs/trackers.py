@@ -1,7 +1,7 @@
 """Experiment trackers, which display a run's metrics: TensorBoard, W&B, MLflow, Trackio, or none.
 
-A tracker is imported when it is chosen. `RUN/tracker.json` holds the id of a tracker's run, so that
-a resumed run continues the same one.
+A tracker's package is imported only if `log_with` names it. `RUN/tracker.json` holds the id of a
+tracker's run, so that a resumed run continues the same one.
 """
 
 import importlib
@@ -22,13 +22,13 @@ PROJECT = "dtcache"
 
 
 class Tracker(Protocol):
-    """Displays metrics somewhere."""
+    """Displays the metrics of one run."""
 
     def log(self, line: Json) -> None:
         """Add the metrics of one step; `line` maps names to numbers, and has the `step`."""
 
     def flush(self) -> None:
-        """Write out what is buffered, if the tracker lets its caller decide when."""
+        """Write buffered metrics, if the tracker lets its caller decide when."""
 
     def close(self, failed: bool) -> None:
         """End the run, as a failed one if `failed`."""
@@ -107,7 +107,7 @@ class TensorBoardTracker:
 class WandbTracker:
     """A Weights & Biases run in the project of `WANDB_PROJECT`, else `dtcache`.
 
-    W&B ignores lines of steps that it has already, which a resumed run repeats.
+    A resumed run repeats some steps; W&B ignores lines of steps that it already has.
     """
 
     def __init__(self, wandb: Any, out: Path, config: Json) -> None:

@@ -1,1 +1,1 @@
-"""What every command shares with a terminal: flags, progress and text."""
+"""The parts that all commands share: click classes, flags, hints, progress and text."""

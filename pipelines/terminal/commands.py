@@ -1,4 +1,4 @@
-"""The click classes of all verbs: grouped help, errors of one line with a hint, exit codes, Ctrl-C."""
+"""The click classes of all verbs: grouped help, one-line errors with a hint, exit codes, Ctrl-C."""
 
 import sys
 from typing import Any
@@ -11,14 +11,14 @@ from pipelines.terminal.hints import hint_for_flag, hint_for_verb, see_help
 from pipelines.terminal.text import printable
 
 WRITES_NOTHING = "dtcache.writes_nothing"
-"""Key of a context's `meta`. A verb sets it if its flags leave nothing on disk to resume from."""
+"""Key of a context's `meta`. A verb sets this key if it writes nothing that could be resumed."""
 
 RUN_GROUP = "Run"
 """Heading for options without a group, in the help of a command that has groups."""
 
 
 class GroupedOption(click.Option):
-    """An option that stands under a heading of its own in `--help`."""
+    """An option, and the heading under which `--help` lists it."""
 
     def __init__(self, *declarations: Any, group: str = "", **settings: Any) -> None:
         super().__init__(*declarations, **settings)
@@ -34,7 +34,7 @@ class WrongUsage(click.UsageError):
 
 
 class _OneLineErrors(click.Command):
-    """Shows wrong flags, arguments and values as one line that says what to use.
+    """Reports a wrong flag, argument or value as one line that says what to use.
 
     `section` is the command's heading in the help of its group.
     """
@@ -59,14 +59,14 @@ class _OneLineErrors(click.Command):
 
 
 class Command(_OneLineErrors):
-    """A verb. `resumes` says that the same command, run again, continues from where it was interrupted."""
+    """A verb. If `resumes` is true, running the same command again resumes an interrupted one."""
 
     def __init__(self, *arguments: Any, resumes: bool = False, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.resumes = resumes
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options under their headings, in the order in which the headings first appear."""
+        """Write the options under their headings, which are in order of first appearance."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -85,7 +85,7 @@ class Group(_OneLineErrors, click.Group):
     """A group of verbs. It shows dtcache's errors as one line, and ends with 130 on Ctrl-C."""
 
     command_class = Command
-    group_class = type  # groups in this group are of this class too
+    group_class = type  # click then makes subgroups of this class too
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the verbs' names in the order of their definition."""
@@ -106,7 +106,7 @@ class Group(_OneLineErrors, click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the verb's name, the verb and the words after it. Raises WrongUsage for another word."""
+        """Return the verb's name, the verb and the words after it. Raises WrongUsage."""
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             verb = verb_of(ctx)
             words = " ".join(("dtcache", *verb.split(), args[0]))
@@ -134,5 +134,5 @@ def in_command_words(error: DtcacheError, command: click.Command | None) -> str:
 
 
 def verb_of(ctx: click.Context) -> str:
-    """Return the words of a command after the program's name, such as `label fit`; "" for the program."""
+    """Return a command's words without the program's name, such as `label fit`."""
     return " ".join(ctx.command_path.split()[1:]) if ctx.parent is not None else ""

@@ -1,4 +1,4 @@
-"""Library messages name fields in backticks; a command shows them as its own flags and arguments."""
+"""Turns the fields that library messages name in backticks into a command's flags and arguments."""
 
 import ast
 import re
@@ -33,7 +33,7 @@ def in_flags(message: str, command: click.Command | None) -> str:
 
 
 def _with_value(option: click.Option, text: str) -> str:
-    """Return an option and a value, given as a Python literal or as plain text, as one would type them."""
+    """Return an option with a value, a Python literal or plain text, as a user would type them."""
     flag = option.opts[0]
     try:
         value: Any = ast.literal_eval(text)

@@ -27,8 +27,8 @@ JSON_FLAG = click.option(
 def options_of(options: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command one flag for each field of a frozen dataclass.
 
-    The command receives the filled dataclass as `options`. `--config FILE` gives any of the
-    command's options too; a flag overrides the file.
+    The command receives the filled dataclass as `options`. `--config FILE` also sets any of the
+    command's options; a flag overrides the file.
     """
     hints = typing.get_type_hints(options)
 
@@ -56,7 +56,7 @@ def options_of(options: type) -> Callable[[Callable[..., Any]], Callable[..., An
 
 
 def _read_defaults(ctx: click.Context, flag: click.Parameter, path: Path | None) -> None:
-    """Make a file's options the defaults of the flags, as text, so that click checks them as if typed."""
+    """Make a file's options the flags' defaults, as text, which click checks like typed values."""
     if path is None:
         return
     try:
@@ -99,7 +99,7 @@ def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
         off = f.metadata["off"] or (f"no-{name}" if f.default else "")
         return click.option(f"--{name}/--{off}" if off else f"--{name}", is_flag=True, **settings)
     if f.default == "":
-        # click 8.3 takes an explicit default of None for a value, and then reports nothing missing.
+        # click 8.3 treats an explicit default of None as a value, and then accepts a missing flag.
         del settings["default"]
         settings["required"] = True
     if f.metadata["choices"]:
@@ -120,7 +120,7 @@ def _click_type(hint: type) -> Any:
 
 
 def _number(text: Any) -> float:
-    """Return a float. A percentage is refused with the share that it stands for."""
+    """Return a float. The error for a percentage names the share to pass instead."""
     try:
         return float(text)
     except ValueError:
@@ -138,7 +138,7 @@ def _integer_or_auto(text: Any) -> int | None:
 
 
 def out_flag(help_text: str) -> Callable[..., Any]:
-    """Return the flag --out, which says where a command writes."""
+    """Return the flag --out: the path that a command writes to."""
     return click.option("--out", type=PATH, required=True, help=help_text)
 
 

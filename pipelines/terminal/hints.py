@@ -1,6 +1,6 @@
-"""What to type in the place of a wrong flag or verb.
+"""Hints for wrong flags and verbs: which one to use instead.
 
-Wrong flags are those of timm, accelerate, LightlyTrain and diffusers, and those of earlier dtcache.
+The tables cover the flags of timm, accelerate, LightlyTrain and diffusers, and common synonyms.
 """
 
 import difflib
@@ -61,8 +61,8 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
             ("--batch-size",),
         ),
         (
-            "--num-train-epochs --num-epochs --max-train-steps --max-steps --num-steps --iterations "
-            "--total-steps",
+            "--num-train-epochs --num-epochs --max-train-steps --max-steps --num-steps "
+            "--iterations --total-steps",
             ("--epochs", "--steps"),
         ),
         ("--ema --model-ema --model-ema-decay --use-ema", ("--ema-decay",)),
@@ -106,7 +106,7 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     )
     for wrong in wrongs.split()
 }
-"""From a wrong flag to the flags that may be meant, best first; a command's first one of them counts."""
+"""By wrong flag: the flags that may be meant. The hint names the first one that the verb has."""
 
 SENTENCES: Mapping[tuple[str, str], str] = {
     (verb, wrong): sentence
@@ -176,7 +176,7 @@ SENTENCES: Mapping[tuple[str, str], str] = {
     for verb in verbs
     for wrong in wrongs.split()
 }
-"""By verb and wrong flag: what to say if no single flag of the verb stands for the wrong one."""
+"""By verb and wrong flag: the hint, if no single flag of the verb replaces the wrong one."""
 
 DATA = {
     "--data",
@@ -187,7 +187,7 @@ DATA = {
     "--images",
     "--cache",
 }
-"""Wrong flags for what a verb takes as its first argument."""
+"""Wrong flags for the first argument of a verb."""
 
 VERBS: Mapping[str, Mapping[str, str]] = {
     "": {
@@ -210,7 +210,7 @@ VERBS: Mapping[str, Mapping[str, str]] = {
     "teacher": {"teach": "teacher train", "fit": "teacher train", "convert-adm": "teacher convert"},
     "label": {"train": "label fit", "apply": "label write", "predict": "label write"},
 }
-"""By group of verbs: the verb that stands for a wrong one."""
+"""By group of verbs and wrong verb: the verb to use instead."""
 
 
 def hint_for_flag(flag: str, command: click.Command, verb: str, program: click.Command) -> str:
@@ -242,12 +242,12 @@ def hint_for_flag(flag: str, command: click.Command, verb: str, program: click.C
 
 
 def see_help(verb: str) -> str:
-    """Return the sentence that names a command's help."""
+    """Return the sentence that points to a command's help."""
     return f"Run {' '.join(('dtcache', *verb.split()))} --help for help."
 
 
 def hint_for_verb(word: str, group: click.Group, verb: str) -> str:
-    """Return a sentence that says which verb to use instead of `word`, which `group` does not have."""
+    """Return a sentence that says which verb to use instead of `word`, which `group` lacks."""
     right = VERBS.get(verb, {}).get(word)
     if right is not None:
         return f"Use dtcache {right}."
@@ -261,13 +261,13 @@ def hint_for_verb(word: str, group: click.Group, verb: str) -> str:
 
 
 def option_hint(name: str, command: click.Command, verb: str, program: click.Command) -> str:
-    """Return `hint_for_flag` for an option of a TOML file, with names as a TOML file has them."""
+    """Return `hint_for_flag` for an option of a TOML file; flags are spelled as in TOML."""
     hint = hint_for_flag("--" + name.replace("_", "-"), command, verb, program)
     return re.sub(r"--(?!help)([a-z][a-z0-9-]*)", lambda match: match[1].replace("-", "_"), hint)
 
 
 def flags_of(command: click.Command) -> list[str]:
-    """Return every flag of a command, `--no-` forms too."""
+    """Return every flag of a command, including the `--no-` forms."""
     return [
         flag
         for p in command.params

@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar with an ETA on a terminal, a line now and then elsewhere (always on stderr)."""
+"""Progress on stderr: a live bar with an ETA on a terminal, else a line from time to time."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ LINE_SECONDS = 20.0
 
 
 class Tracker:
-    """Counts finished units of one piece of work and says how fast they go."""
+    """Counts the finished units of one task and shows their rate."""
 
     def __init__(
         self, title: str, total: int, done: int, bar: Progress | None, shown: bool
@@ -54,7 +54,7 @@ class Tracker:
 
 @contextmanager
 def track(title: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Tracker]:
-    """Show progress of `total` units, `done` of them finished earlier; or nothing, where another process does."""
+    """Show progress of `total` units, `done` of them finished earlier; nothing if not `shown`."""
     console = Console(stderr=True, quiet=not shown)
     if not console.is_terminal:
         yield Tracker(title, total, done, None, shown)

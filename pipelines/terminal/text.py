@@ -1,4 +1,4 @@
-"""Sizes, durations and foreign text as people read them."""
+"""Formats sizes, durations and untrusted text for a terminal."""
 
 
 def byte_size(count: float | None) -> str:
@@ -13,7 +13,7 @@ def byte_size(count: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as seconds, minutes, or hours and minutes."""
+    """Return a number of seconds as text: seconds, minutes, or hours and minutes."""
     hours, minutes = divmod(round(seconds / 60), 60)
     return (
         f"{hours} h {minutes} min"
@@ -25,5 +25,5 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text without what could steer a terminal: caches and model folders bring names of their own."""
+    """Return text whose control characters, which names in a cache may have, are replaced."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -347,9 +347,9 @@ def test_block_shuffling_serves_labels_too(labelled: Path) -> None:
     [
         (
             {"label_weight": 1.0},
-            r"`label_weight`: it weights two losses, and without `labels` there is only one",
+            r"`label_weight`: this option weights two losses, and without `labels` there is only one",
         ),
-        ({"feature_weight": 0.0}, r"`feature_weight`: it weights two losses"),
+        ({"feature_weight": 0.0}, r"`feature_weight`: this option weights two losses"),
         (
             {"labels": "x", "label_weight": 0.0},
             r"`label_weight` 0: expected a number over 0; leave `labels` out",
