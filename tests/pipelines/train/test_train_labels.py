@@ -347,7 +347,7 @@ def test_block_shuffling_serves_labels_too(labelled: Path) -> None:
     [
         (
             {"label_weight": 1.0},
-            r"`label_weight`: this option weights two losses, and without `labels` there is only one",
+            r"`label_weight`: this option weights two losses, and without `labels` there is only",
         ),
         ({"feature_weight": 0.0}, r"`feature_weight`: this option weights two losses"),
         (
