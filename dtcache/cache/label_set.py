@@ -49,8 +49,7 @@ class LabelSet:
             if recorded != own_hash:
                 raise CacheMismatchError(
                     f"{root}: made from other {source}: expected {own_hash[:16]}..., got "
-                    f"{str(recorded)[:16]}...; "
-                    "write labels again with dtcache label write, under another name"
+                    f"{str(recorded)[:16]}...; write labels again with dtcache label write, under another name"
                 )
         self._cache = cache
         self._stored = Cache(root, allow="incomplete" if unfinished else "nothing")

@@ -195,8 +195,7 @@ def _check(cache: Readable[object], rows: NDArray[np.int64], batching: Batching)
     if batch_size % (world_size * batching.micro_batches):
         raise ConfigError(
             f"`batch_size` {batch_size}: expected a multiple of "
-            f"{world_size * batching.micro_batches}, "
-            f"the {batching.micro_batches} micro-batches of each of {world_size} processes"
+            f"{world_size * batching.micro_batches}, the {batching.micro_batches} micro-batches of each of {world_size} processes"
         )
     if batching.shuffle == "block" and cache.shard_rows is None:
         raise ConfigError(

@@ -92,8 +92,9 @@ def commit_files(root: Path) -> list[Path]:
 
 
 def read_commit(path: Path) -> CommitRecord:
-    """Read one commit record. Raises CacheDamagedError if its bytes are not those that were
-    written.
+    """Read one commit record.
+
+    Raises CacheDamagedError if its bytes are not those that were written.
     """
     try:
         value, whole = read_hashed_json(path, MAX_COMMIT_BYTES)

@@ -32,18 +32,18 @@ LOCK = ".lock"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplePlace:
-    """A sample whose features a damaged file loses."""
+    """A sample that loses features because a file is damaged."""
 
     row: int
     key: str | None
     """None if samples.parquet is damaged."""
     view: int | None
-    """None for all views."""
+    """The view that loses its features; None for all views."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Damage:
-    """One file whose bytes differ from those that were written."""
+    """One file that is missing, or whose bytes differ from those that were written."""
 
     path: str
     """Relative to the cache folder."""
@@ -62,13 +62,13 @@ class WantedObject:
     array: PayloadArray
     shard: int
     size: int | None
-    """Bytes; None if the record is damaged, so that only the checksums in the file are known."""
+    """Bytes; None if the record is damaged. Then only the checksums inside the file are left."""
     sha256: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contents:
-    """Everything that a cache should hold, as far as its undamaged files tell."""
+    """Everything that a cache should hold, as far as its undamaged files show."""
 
     manifest: CacheManifest | None
     """None if the manifest is damaged; then nothing else is known."""
@@ -131,8 +131,9 @@ def read_contents(root: Path) -> Contents:
 
 
 def _listed(root: Path, manifest: CacheManifest) -> tuple[dict[str, ShardObject], list[Damage]]:
-    """Return the shard files by path that the index of a sealed cache lists, and damage of the
-    index.
+    """Return the shard files that the index of a sealed cache lists, by path.
+
+    The second value is the damage of the index.
     """
     problem = file_problem(root / SHARDS, manifest.files.get(SHARDS))
     if problem is None:
@@ -155,7 +156,10 @@ def _listed(root: Path, manifest: CacheManifest) -> tuple[dict[str, ShardObject]
 
 
 def _committed(root: Path, manifest: CacheManifest) -> tuple[dict[int, CommitRecord], list[Damage]]:
-    """Return the valid commit records of an unfinished cache by shard, and damage of the others."""
+    """Return the valid commit records of an unfinished cache by shard.
+
+    The second value is the damage of the other records.
+    """
     records = {}
     damage = []
     for path in commit_files(root):
@@ -187,8 +191,8 @@ def samples_problem(
 ) -> str | None:
     """Return what is wrong with samples.parquet, or None if it matches the manifest.
 
-    While the cache is being written, the file may also be, byte for byte, the one that its commit
-    records seal to.
+    While the cache is being written, the file may already be the finished index that the commit
+    records give, byte for byte.
     """
     path = root / SAMPLES
     problem = file_problem(path, manifest.files.get(SAMPLES))
@@ -205,8 +209,9 @@ def samples_problem(
 
 
 def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
-    """Return the files in the cache folder that neither it nor a label set names, each with a
-    reason.
+    """Return the unexpected files in a cache's folder, each with a reason.
+
+    These are the files that neither the cache nor one of its label sets names.
     """
     if contents.manifest is None:
         return {}

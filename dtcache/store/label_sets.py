@@ -37,8 +37,7 @@ def require_name(name: str) -> None:
     if not NAME.fullmatch(name):
         raise ConfigError(
             f"`name` {name[:80]!r}: expected up to 64 lower-case letters, digits, dots, dashes and "
-            "underscores, such "
-            "as parts-20"
+            "underscores, such as parts-20"
         )
 
 

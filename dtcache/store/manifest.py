@@ -28,8 +28,9 @@ SAME = "pass the same options and images to resume it, or a different `out`"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheManifest:
-    """A cache's recipe as JSON and its files' hashes; it holds no clock, path, host or worker
-    count.
+    """A cache's recipe as JSON, and the hashes of its files.
+
+    Nothing in a manifest depends on time, path, host or number of workers.
     """
 
     state: Literal["writing", "sealed"]
@@ -124,12 +125,18 @@ class CacheManifest:
             return f"expected {len(rows)} rows, got {len(record.content_sha256)}"
         for failed in record.failures:
             if failed.row not in rows:
-                return f"expected failures of rows {rows.start} to {rows.stop - 1}, got row {failed.row}"
+                return (
+                    f"expected failures of rows {rows.start} to {rows.stop - 1}, got row "
+                    f"{failed.row}"
+                )
         return None
 
     @property
     def num_views(self) -> int:
-        """Views per row: draws x flips. view = draw x flips + flip, unless draws are averaged."""
+        """Views per row: draws x flips, or flips if draws are averaged.
+
+        The number of a view is draw x flips + flip.
+        """
         return (1 if self.recipe["average"] else int(self.recipe["draws"])) * (
             2 if self.recipe["flips"] else 1
         )
@@ -207,10 +214,10 @@ def read_manifest(root: Path) -> CacheManifest:
 
 
 def look_at(root: Path, look: Callable[[CacheManifest], T]) -> T:
-    """Return `look(manifest)` of a cache; calls `look` again if the cache was sealed meanwhile.
+    """Return `look(manifest)` of a cache; `look` is called again if the cache was sealed meanwhile.
 
-    Sealing removes the commit records and changes the sample index, so a look across it may fail.
-    Raises what `look` raises.
+    Sealing removes the commit records and changes the sample index, so a first call during a seal
+    may fail. Raises what `look` raises.
     """
     manifest = read_manifest(root)
     try:
@@ -249,7 +256,7 @@ def require_same(
 ) -> None:
     """Raise CacheMismatchError with the first field of `wanted` that differs in `found`.
 
-    `found` is the recipe of the cache at `root`, `wanted` the one that the options ask for.
+    `found` is the recipe of the cache at `root`, `wanted` the recipe that the options give.
     """
     for name, value in wanted.items():
         have: Any = found.get(name)

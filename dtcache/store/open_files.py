@@ -16,7 +16,7 @@ from dtcache.errors import CacheDamagedError, CacheError
 def open_limit() -> int:
     """Return how many shard files one reader keeps open.
 
-    Half of the files that the process may open, within [16, 4096].
+    It is half of the files that the process may open, within [16, 4096].
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 4096 if soft == resource.RLIM_INFINITY else min(max(soft // 2, 16), 4096)
@@ -32,18 +32,17 @@ class OpenFiles:
         self._lock = threading.Lock()
 
     def open(self, path: str) -> "OpenFile":
-        """Return an open file. It stays open while the caller holds it.
+        """Return an open file, which stays open while the caller holds it.
 
-        Raises CacheDamagedError if it is missing, and CacheError if the process may open no more
-        files.
+        Raises CacheDamagedError if the file is missing, and CacheError if the process may open no
+        more files.
         """
         with self._lock:
             file = self._files.get(path)
             if file is None:
                 file = self._files[path] = OpenFile(self._root / path)
                 if len(self._files) > self._most:
-                    # Dropped, not closed: another thread may read it. It closes when its last user
-                    # drops it.
+                    # Not closed here, because another thread may still read the file.
                     self._files.popitem(last=False)
             else:
                 self._files.move_to_end(path)

@@ -17,11 +17,11 @@ from dtcache.store.shard import build_shard
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardData:
-    """Everything that one shard holds. Lists run over its rows, and over the views of each row."""
+    """Everything that one shard holds. Each list has one entry per row, or per row and view."""
 
     shard: int
     payloads: dict[str, list[bytes]]
-    """Payloads by array; empty if a row's image failed."""
+    """Payloads by array; a payload is empty if the row's image failed."""
     content_sha256: tuple[str | None, ...]
     failures: tuple[FailedSample, ...]
     sums: dict[str, CodecSums]
@@ -45,8 +45,8 @@ class WrittenShard:
 def write_attempt(root: Path, manifest: CacheManifest, data: ShardData) -> WrittenShard:
     """Write a shard of the cache at `root` to temporary files.
 
-    Needs no lock: any process may call it, any number of times. Raises DiskError after removing
-    what it wrote.
+    No lock is needed: any process may call this, any number of times. Raises DiskError after
+    removing the files that were written.
     """
     attempt = secrets.token_hex(8)
     written = list[Path]()
@@ -81,7 +81,7 @@ def drop_temporaries(root: Path) -> None:
     """Remove every temporary file of a cache: those of interrupted runs and of abandoned workers.
 
     The caller holds the cache's lock. A worker that is still writing such a file cannot commit it
-    afterwards. Label sets keep theirs: they have their own locks.
+    afterwards. Temporary files of label sets stay, because label sets have their own locks.
     """
     temporaries = [
         path for path in root.rglob(f"{TEMPORARY}*") if path.relative_to(root).parts[0] != LABELS

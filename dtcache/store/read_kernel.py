@@ -23,8 +23,9 @@ _pread = types.ExternalFunction("pread", intp(int32, intp, uintp, int64))
 
 
 def _crc_tables() -> NDArray[np.uint32]:
-    """Return the tables of slicing-by-8, (8, 256): row k advances a byte that k more
-    bytes follow.
+    """Return the tables of slicing-by-8, uint32 (8, 256).
+
+    Row k advances the checksum by a byte that k more bytes follow.
     """
     row = np.arange(256, dtype=np.uint32)
     for _ in range(8):

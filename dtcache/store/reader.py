@@ -1,6 +1,4 @@
-"""Random access to the payloads of a cache: files are checked at open, chunks when they
-are read.
-"""
+"""Random access to a cache's payloads: files are checked at open, chunks at each read."""
 
 import os
 from collections.abc import Iterator
@@ -39,8 +37,8 @@ class CacheReader:
     def __init__(self, root: Path, *, allow: Allowed = "nothing") -> None:
         """Open a cache and check that every file in its manifest exists, with the recorded size.
 
-        With `allow` incomplete, an unfinished cache is opened as the shards committed so far;
-        samples of other shards count as failed. With `allow` damage, shards may also be lost;
+        If `allow` is incomplete, an unfinished cache opens with the shards committed so far;
+        samples of other shards count as failed. If `allow` is damage, shards may also be lost;
         `usable_rows` leaves out their rows. Raises CacheNotFoundError, CacheIncompleteError or
         CacheDamagedError.
         """
@@ -51,8 +49,9 @@ class CacheReader:
         self.manifest, self.samples, self._objects = look_at(root, partial(_look, root, allow))
         sealed = self.manifest.state == "sealed"
         self.damaged: dict[str, str] = damaged_objects(root, self._objects)
-        """Shard files that are missing or of the wrong size, and what was found; empty unless
-        allowed.
+        """Shard files that are missing or of the wrong size, and what was found.
+
+        Empty unless `allow` is damage.
         """
         arrays = self.manifest.arrays
         self._paths = {
@@ -78,12 +77,12 @@ class CacheReader:
         self._process = os.getpid()
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        """Pickle as a path: the other process opens and checks the cache itself."""
+        """Pickle as a path: the other process opens and checks the cache again."""
         return partial(CacheReader, allow=self._allow), (self.root,)
 
     @property
     def usable_rows(self) -> NDArray[np.int64]:
-        """Rows that have features: their image did not fail, and their shard is there."""
+        """Rows that have features: their images did not fail, and their shards exist."""
         return np.flatnonzero(self._usable).astype(np.int64)
 
     def payloads(self, name: str, rows: ArrayLike, views: ArrayLike) -> Payloads:
@@ -95,8 +94,7 @@ class CacheReader:
         if os.getpid() != self._process:
             raise CacheError(
                 f"{self.root}: this cache was opened in another process and then forked; start "
-                "workers with the spawn "
-                "method, or open the cache in each of them"
+                "workers with the spawn method, or open the cache in each of them"
             )
         chunks = self._locate(
             self.manifest.arrays[name], np.asarray(rows, np.int64), np.asarray(views, np.int64)
@@ -145,7 +143,7 @@ class CacheReader:
         )
 
     def _gather(self, chunks: "_Chunks") -> Payloads:
-        """Read chunks: the kernel those whose frame it knows, the slower path the others."""
+        """Read chunks: with the kernel if it knows their frames, else by the slower path."""
         from dtcache.store.read_kernel import gather
 
         length = chunks.array.length
@@ -229,8 +227,9 @@ class _Chunks:
     def by_shards(
         self, most: int
     ) -> Iterator[tuple[NDArray[np.int64], list[int], NDArray[np.int64]]]:
-        """Yield indices of chunks in disk order, their shards (at most `most`), and counts per
-        shard.
+        """Yield indices of chunks in disk order, their shards, and the number of chunks per shard.
+
+        Each item covers at most `most` shards.
         """
         order = np.lexsort((self.offsets, self.shards))
         numbers, first = np.unique(self.shards[order], return_index=True)
@@ -263,8 +262,9 @@ def _require_within(array: PayloadArray, rows: NDArray[np.int64], views: NDArray
 def _look(
     root: Path, allow: Allowed, manifest: CacheManifest
 ) -> tuple[CacheManifest, pa.Table, dict[str, int]]:
-    """Return a cache's manifest, sample index and shard file sizes, with all other
-    files checked.
+    """Return a cache's manifest, sample index and sizes of shard files.
+
+    All other files are checked.
     """
     if manifest.state != "sealed" and allow == "nothing":
         raise CacheIncompleteError(

@@ -57,7 +57,7 @@ def hash_keys(pairs: Iterable[tuple[str, int | None]]) -> str:
 def changed_samples(was: pa.Table, samples: SampleList) -> str:
     """Return how samples differ from a cache's index, in words for an error message.
 
-    Names removed and added images and changed labels, or else a changed order.
+    The words name added and removed images and changed labels, or else a changed order.
     """
     now = samples_table((s.key for s in samples), (s.label for s in samples))
     both = min(len(was), len(now))
@@ -115,8 +115,9 @@ def samples_table(
 
 
 def _column(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
-    """Return values as one array, without a list of all of them, which would take twice
-    the memory.
+    """Return values as one array.
+
+    A list of all values would take twice the memory, so they are converted in parts.
     """
     remaining = iter(values)
     parts = iter(lambda: pa.array(islice(remaining, AT_ONCE), kind), pa.array([], kind))
@@ -154,10 +155,10 @@ def read_samples(root: Path, manifest: CacheManifest) -> pa.Table:
 
 
 def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitRecord]) -> pa.Table:
-    """Return the finished sample index: the one at `path` plus what all shards' records add.
+    """Return the finished sample index: the index at `path`, completed from the commit records.
 
-    `records` are in shard order. Raises CacheDamagedError if keys and labels are not those whose
-    hash the recipe records.
+    `records` are those of all shards, in shard order. Raises CacheDamagedError if keys and labels
+    are not those whose hash the recipe records.
     """
     table = read_table(path)
     try:
@@ -236,7 +237,7 @@ def read_objects(root: Path) -> list[tuple[str, int, str]]:
 
 
 def damaged_objects(root: Path, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Return the files that are missing or of another size than given, and what was found."""
+    """Return the files that are missing or not of the size in `sizes`, and what was found."""
     damaged = {}
     for name, size in sizes.items():
         path = root / name

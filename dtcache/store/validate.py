@@ -30,8 +30,9 @@ ARRAY_NAME = re.compile(r"[a-z0-9]+(/[a-z0-9]+)?")
 
 
 def checked_array(name: str, value: Json) -> PayloadArray:
-    """Return the array that a manifest describes. Raises ValueError if its sizes exceed
-    the bounds.
+    """Return the array that a manifest describes.
+
+    Raises ValueError if its sizes exceed the bounds.
     """
     array = PayloadArray(
         name=name, shape=tuple(map(int, value["shape"])), shard_rows=int(value["shard_rows"])
@@ -95,7 +96,7 @@ def check_recipe(recipe: Json) -> None:
 
 
 def _check_measured(recipe: Json, names: list[str]) -> None:
-    """Check what is recorded about noise and teacher. Raises KeyError, TypeError or ValueError."""
+    """Check the values measured of noise and teacher. Raises KeyError, TypeError or ValueError."""
     teacher = recipe["teacher"]
     measured = recipe.get("equivariance")
     counts = []

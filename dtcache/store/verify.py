@@ -21,7 +21,7 @@ STATES: tuple[State, ...] = get_args(State)
 """Verdicts, the gravest first."""
 MAX_LOG_BYTES = 64 << 20
 THREADS = 4
-"""Files that are hashed at the same time: hashing releases Python's lock."""
+"""Files that are hashed at the same time: hashing releases the GIL."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +33,7 @@ class Verification:
     unnamed: dict[str, str]
     """Files in the folder that the cache does not name, each with a reason; they are not damage."""
     checked: tuple[WantedObject, ...]
-    """The shard files whose every byte was read."""
+    """The shard files of which every byte was read."""
     labels: dict[str, "Verification"] = field(default_factory=dict)
     """The results of the cache's label sets, by name."""
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -207,7 +207,7 @@ def _file_damage(root: Path, contents: Contents) -> list[Damage]:
 
 
 def log_problem(path: Path) -> str | None:
-    """Return what is wrong with the extraction log, which carries its own hash; None if nothing."""
+    """Return what is wrong with the extraction log, or None. The log holds its own hash."""
     if not path.exists():
         return None
     try:

@@ -48,7 +48,7 @@ from dtcache.store.zarr_nodes import write_zarr_nodes
 
 
 class CacheWriter:
-    """The only writer of a cache. Whoever creates it holds the cache's lock."""
+    """The only writer of a cache. Its creator must hold the cache's lock."""
 
     def __init__(self, root: Path, manifest: CacheManifest) -> None:
         """Resume the cache that `manifest` describes: read its commits, remove uncommitted files.
@@ -113,8 +113,8 @@ class CacheWriter:
             files[PROMPT] = file_sha256(root / PROMPT)
         manifest = new_manifest(recipe, arrays, classes, files)
         write_manifest(root, manifest)
-        # Read back from disk: commit records list files in the manifest's order, and JSON sorts by
-        # name.
+        # Read back from disk: commit records list files in the manifest's order, and JSON sorts
+        # names.
         return cls.resume(root)
 
     @classmethod
@@ -145,8 +145,9 @@ class CacheWriter:
         return self._records[shard].content_sha256[index] if shard in self._records else None
 
     def write_shard(self, data: ShardData) -> int:
-        """Write and commit one shard; return its bytes. Raises DiskError; then nothing is
-        committed.
+        """Write and commit one shard; return its bytes.
+
+        Raises DiskError; then nothing is committed.
         """
         return self.commit(write_attempt(self.root, self.manifest, data))
 
@@ -168,9 +169,8 @@ class CacheWriter:
                 if size != o.size:
                     raise CacheError(
                         f"{path}: expected the {o.size} bytes that were written for shard "
-                        f"{record.shard}, got "
-                        f"{'no file' if size is None else size}; check that all workers share the "
-                        "cache's storage"
+                        f"{record.shard}, got {'no file' if size is None else size}; check that "
+                        "all workers share the cache's storage"
                     )
             publish(temporaries)
             write_commit(self.root, record)
@@ -210,16 +210,17 @@ class CacheWriter:
             shutil.rmtree(self.root / COMMITS)
 
     def write_log(self, log: dict[str, object]) -> None:
-        """Write the extraction log (times, host, versions), the one volatile file, with its own
-        hash.
+        """Write the extraction log, with its own hash.
+
+        It is the only file that differs between two runs: it holds times, host and versions.
         """
         write_file(self.root / LOG, canonical_json(with_own_hash(log)))
 
     def _check_files(self) -> None:
         """Check all files except shards, so that a corrupted file is never resumed from or sealed.
 
-        A kill during a seal, between samples.parquet and the manifest, leaves the new
-        samples.parquet: it is written again.
+        A kill during a seal may leave the new samples.parquet with the old manifest; sealing again
+        writes both.
         """
         for name, sha256 in self.manifest.files.items():
             path = self.root / name
@@ -238,7 +239,7 @@ class CacheWriter:
     def _require_ours(self, written: WrittenShard) -> None:
         """Check that a shard that another process describes belongs to this cache.
 
-        So that no file outside the cache is touched.
+        This keeps every file outside the cache untouched.
         """
         record = written.record
         paths = [array.object_path(record.shard) for array in self.manifest.arrays.values()]
@@ -256,9 +257,8 @@ class CacheWriter:
         if record.fingerprint != self.manifest.fingerprint:
             raise CacheMismatchError(
                 f"{commit_path(self.root, record.shard)}: expected fingerprint "
-                f"{self.manifest.fingerprint}, got "
-                f"{record.fingerprint}: the record belongs to another cache; delete it and extract "
-                "again"
+                f"{self.manifest.fingerprint}, got {record.fingerprint}: the record belongs to "
+                "another cache; delete it and extract again"
             )
         require_rows(self.root, self.manifest, record)
         for o in record.objects:
@@ -267,13 +267,13 @@ class CacheWriter:
                 got = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
                 raise CacheDamagedError(
                     f"{path}: expected {o.size} bytes, got {got}; delete "
-                    f"{commit_path(self.root, record.shard)} "
-                    "and run dtcache extract again to write this shard again"
+                    f"{commit_path(self.root, record.shard)} and run dtcache extract again to "
+                    "write this shard again"
                 )
 
 
 def require_ours(root: Path) -> None:
-    """Raise CacheMismatchError if a folder holds anything that an unfinished cache would not."""
+    """Raise CacheMismatchError if a folder holds a file that no unfinished cache has."""
     known = {DATA, COMMITS, SAMPLES, MANIFEST, LOG, CLUSTER_LOG, PROMPT, ".lock"}
     foreign = sorted(
         p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(TEMPORARY)

@@ -19,8 +19,9 @@ WORTH = 15 / 16
 
 
 def pack_frame(payload: bytes, length: int) -> bytes:
-    """Return a frame that decompresses to `payload`, zero-padded to `length` bytes (0 < length <
-    2^32).
+    """Return a frame that decompresses to `payload`, padded with zeros to `length` bytes.
+
+    `length` is over 0 and under 2^32.
     """
     blocks = [(RAW, payload[at : at + MAX_BLOCK]) for at in range(0, len(payload), MAX_BLOCK)]
     zeros = length - len(payload)

@@ -72,8 +72,8 @@ def build_student(
         backbone: MapsModule = make_backbone(student, init=init, seed=seed, size=size)
     elif init is not None:
         raise ConfigError(
-            f"`init` {init}: expected a timm name as `student`, got a module; load the module's weights "
-            "before you pass it"
+            f"`init` {init}: expected a timm name as `student`, got a module; load the module's "
+            "weights before you pass it"
         )
     else:
         backbone = MapsModule(student, mean=mean, std=std)
