@@ -53,7 +53,7 @@ def read_hashed_json(path: Path, limit: int) -> tuple[dict[str, Any], bool]:
     """Read a JSON object that carries its own hash.
 
     Returns the object without its `sha256`, and whether the file is intact: its bytes must be
-    canonical JSON and its hash must match. Raises what `read_json` raises.
+    canonical JSON and its hash must match. Raises the errors of `read_json`.
     """
     content = _read_bounded(path, limit)
     value = _parse_object(content)

@@ -40,7 +40,7 @@ class OptimizationSpec:
 
 
 class Optimization:
-    """A network's optimizer and all state that an update changes beside the network itself."""
+    """A network's optimizer and all state that an update changes, except the network itself."""
 
     def __init__(self, network: nn.Module, spec: OptimizationSpec) -> None:
         """Optimise the parameters of `network` that require a gradient.

@@ -218,9 +218,7 @@ class LabelSpec:
     cache_samples: str
     """SHA-256 of that cache's samples.parquet, which lists the image of each row."""
     validation: dict[str, float | None] | None
-    """Scores by name on masked images that the interpreter was not fitted to; None if there are
-    none.
-    """
+    """Scores by name on masked images that the interpreter was not fitted to; None without any."""
 
 
 def check_scores(scores: Any) -> None:
@@ -279,9 +277,7 @@ class Recipe:
     again.
     """
     labels: LabelSpec | None = None
-    """Set only for a set of soft labels, which is a cache of its own inside the cache that it
-    labels.
-    """
+    """Set only for a set of soft labels, which is a cache inside the cache that it labels."""
 
     @property
     def num_views(self) -> int:

@@ -28,7 +28,7 @@ def lazy_stack(decode: Decode, shape_NVCHW: tuple[int, ...], name: str) -> da.Ar
     stacked: da.Array = da.map_blocks(
         _decode_chunk,
         numbers,
-        # A task of its own, so that a worker process opens the cache once, not once per chunk.
+        # A separate task, so that a worker process opens the cache once, not once per chunk.
         decode=delayed(decode, name=f"decode-{name}", traverse=False),
         dtype=np.float32,
         chunks=da.core.normalize_chunks((rows, *row_shape), shape_NVCHW),

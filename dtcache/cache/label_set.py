@@ -49,7 +49,8 @@ class LabelSet:
             if recorded != own_hash:
                 raise CacheMismatchError(
                     f"{root}: made from other {source}: expected {own_hash[:16]}..., got "
-                    f"{str(recorded)[:16]}...; write labels again with dtcache label write, under another name"
+                    f"{str(recorded)[:16]}...; write labels again with "
+                    "dtcache label write, under another name"
                 )
         self._cache = cache
         self._stored = Cache(root, allow="incomplete" if unfinished else "nothing")
@@ -101,7 +102,7 @@ class LabelledCache(Cache):
     def __init__(
         self, root: Path, name: str, images: Path | None = None, *, allow: Allowed = "nothing"
     ) -> None:
-        """Open a cache and one of its label sets. Raises what opening each of them raises."""
+        """Open a cache and one of its label sets. Raises the errors of `Cache` and `LabelSet`."""
         super().__init__(root, images, allow=allow)
         self.labels = LabelSet(self, name)
         self._again = functools.partial(LabelledCache, root, name, images, allow=allow)

@@ -29,7 +29,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Readable(Protocol[T_co]):
-    """A source of batches, such as a Cache. Threads share it."""
+    """A source of batches, such as a Cache. Threads share one source."""
 
     @property
     def num_views(self) -> int:
@@ -195,7 +195,8 @@ def _check(cache: Readable[object], rows: NDArray[np.int64], batching: Batching)
     if batch_size % (world_size * batching.micro_batches):
         raise ConfigError(
             f"`batch_size` {batch_size}: expected a multiple of "
-            f"{world_size * batching.micro_batches}, the {batching.micro_batches} micro-batches of each of {world_size} processes"
+            f"{world_size * batching.micro_batches}, the {batching.micro_batches} micro-batches of "
+            f"each of {world_size} processes"
         )
     if batching.shuffle == "block" and cache.shard_rows is None:
         raise ConfigError(

@@ -83,7 +83,7 @@ def held_out(keys: Sequence[str]) -> list[int]:
     quoted = json.encoder.encode_basestring
     digests = [hashlib.sha256(b'["held-out",%b]' % quoted(key).encode()).digest() for key in keys]
     heads = np.frombuffer(b"".join(digests), ">u8")[::4].astype(np.uint64)
-    # The first 8 bytes of the last held-out digest. Whole digests decide between equal heads.
+    # The first 8 bytes of the last held-out digest. If heads are equal, whole digests decide.
     last = np.partition(heads, count - 1)[count - 1]
     candidates = np.flatnonzero(heads <= last).tolist()
     return sorted(sorted(candidates, key=lambda index: digests[index])[:count])

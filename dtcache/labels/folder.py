@@ -111,7 +111,7 @@ def load_interpreter(folder: Path) -> Interpreter:
 def require_serves(spec: InterpreterSpec, root: Path, recipe: Json, shapes: Shapes) -> None:
     """Raise CacheMismatchError if the interpreter was fitted to other features.
 
-    The message names the first difference. `recipe` and `shapes` are those of the cache at `root`,
+    The message names the first difference. `recipe` and `shapes` describe the cache at `root`,
     which may have more taps and timesteps than the interpreter reads.
     """
     difference = next(_differences(spec, recipe, shapes), None)

@@ -16,7 +16,7 @@ GROUPS = 32
 MAX_WIDTH = 4096
 DROPOUT = 0.1
 LARGEST_STRIDE = 4
-"""Logits have the stride of the finest map, but at most this one."""
+"""Logits have the stride of the finest map, or stride 4 if that map is coarser."""
 
 Shapes = Mapping[str, tuple[int, int, int]]
 """(C, H, W) by a cache's array names, timestep by timestep, finest tap first."""
@@ -91,7 +91,7 @@ class FeatureInterpreter(nn.Module):
 
 
 def logit_grid(shapes: Shapes, view: ViewSpec) -> tuple[int, int]:
-    """Return (H, W) of pixel logits: the finest map's grid, or that of stride 4 if it is finer."""
+    """Return (H, W) of pixel logits: the finest map's grid, or stride 4's if that is finer."""
     _, height, width = max(shapes.values(), key=lambda shape: shape[1] * shape[2])
     return (
         max(height, -(-view.height // LARGEST_STRIDE)),

@@ -25,7 +25,7 @@ class DeterminedBands(nn.Module):
     zero_C: Tensor
 
     def __init__(self, bands: Bands, step: float) -> None:
-        """Take the weights from a codec's bands and its global step: that of the finest bands."""
+        """Take the weights from a codec's bands and its global step: the finest bands' step."""
         super().__init__()
         share_KHW = np.clip(step / bands.step_KHW.astype(np.float64), LEAST_WEIGHT, 1.0)
         noise_KHW = np.nan_to_num(1.0 - share_KHW, nan=0.0).astype(np.float32)

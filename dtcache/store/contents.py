@@ -189,7 +189,7 @@ def _wanted(array: PayloadArray, shard: int, listed: ShardObject | None) -> Want
 def samples_problem(
     root: Path, manifest: CacheManifest, records: dict[int, CommitRecord]
 ) -> str | None:
-    """Return what is wrong with samples.parquet, or None if it matches the manifest.
+    """Return the damage of samples.parquet, or None if it matches the manifest.
 
     While the cache is being written, the file may already be the finished index that the commit
     records give, byte for byte.

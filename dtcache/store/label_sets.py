@@ -60,7 +60,7 @@ def check_labels(labels: Json, arrays: list[str], taps: list[Json]) -> None:
 
 
 def checked_measured(measured: Any) -> Json | None:
-    """Return the quality measures of a label set in a manifest, or None if there are none.
+    """Return the quality measures of a label set from its manifest, or None without any.
 
     Raises KeyError, TypeError or ValueError if they are not valid.
     """

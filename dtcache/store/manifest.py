@@ -45,7 +45,7 @@ class CacheManifest:
     sums: dict[str, CodecSums]
     """Codec error by array, over all rows that the codec was not fitted on; empty until sealed."""
     measured: Json | None = None
-    """What `dtcache label write` measured on a sealed label set (docs/format.md)."""
+    """The measurements of `dtcache label write` on a sealed label set (docs/format.md)."""
 
     def to_json(self) -> Json:
         """Return the manifest as JSON values, with its own hash."""
@@ -256,7 +256,7 @@ def require_same(
 ) -> None:
     """Raise CacheMismatchError with the first field of `wanted` that differs in `found`.
 
-    `found` is the recipe of the cache at `root`, `wanted` the recipe that the options give.
+    `found` is the recipe of the cache at `root`, `wanted` the recipe of this run.
     """
     for name, value in wanted.items():
         have: Any = found.get(name)
@@ -264,8 +264,8 @@ def require_same(
             require_same(root, have, value, f"{where}{name}.", remedy)
         elif have != value:
             raise CacheMismatchError(
-                f"{root} holds a cache of another recipe: {where}{name} is {_short(have)} there, "
-                f"{_short(value)} was asked for; {remedy}"
+                f"{root} holds a cache of another recipe: {where}{name} is {_short(have)} in "
+                f"the cache, {_short(value)} in this run; {remedy}"
             )
 
 

@@ -28,7 +28,7 @@ STRETCH_GAP = 1 << 16
 
 
 Allowed = Literal["nothing", "incomplete", "damage"]
-"""What may be missing from a cache when it is opened. damage includes incomplete."""
+"""The parts of a cache that may be missing when it is opened; damage includes incomplete."""
 
 
 class CacheReader:
@@ -49,7 +49,7 @@ class CacheReader:
         self.manifest, self.samples, self._objects = look_at(root, partial(_look, root, allow))
         sealed = self.manifest.state == "sealed"
         self.damaged: dict[str, str] = damaged_objects(root, self._objects)
-        """Shard files that are missing or of the wrong size, and what was found.
+        """Shard files that are missing or of the wrong size, with a description of the actual file.
 
         Empty unless `allow` is damage.
         """

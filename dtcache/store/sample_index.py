@@ -64,7 +64,7 @@ def changed_samples(was: pa.Table, samples: SampleList) -> str:
     if was["key"][:both].equals(now["key"][:both]) and was["label"][:both].equals(
         now["label"][:both]
     ):
-        return f"{len(was)} of the same images are there, {len(now)} were asked for (`limit`)"
+        return f"the cache has {len(was)} of the images, {len(now)} are selected now (`limit`)"
     limited = len(samples) < len(samples.source_keys)
     removed = was["key"].filter(
         pc.invert(pc.is_in(was["key"], pa.array(samples.source_keys, pa.string())))
@@ -83,7 +83,8 @@ def changed_samples(was: pa.Table, samples: SampleList) -> str:
     if pc.any(other).as_py():
         key, old, new = (column.filter(other)[0] for column in (now["key"], before, now["label"]))
         changes.append(
-            f"labels changed, of {pc.sum(other)} images (such as {key}: {old} there, {new} now)"
+            f"labels changed, of {pc.sum(other)} images (such as {key}: {old} in the cache, "
+            f"{new} now)"
         )
     if not changes and limited:
         changes.append(
@@ -237,7 +238,7 @@ def read_objects(root: Path) -> list[tuple[str, int, str]]:
 
 
 def damaged_objects(root: Path, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Return the files that are missing or not of the size in `sizes`, and what was found."""
+    """Return the files that are missing or not of the size in `sizes`, with their actual size."""
     damaged = {}
     for name, size in sizes.items():
         path = root / name

@@ -52,7 +52,7 @@ class _Progress:
     shard_bytes: Mapping[str, int]
     """By array: bytes of the shard files that have their recorded size."""
     damaged: dict[str, str]
-    """By path: shard files that are missing or of another size, and what is there instead."""
+    """By path: shard files that are missing or of another size, with their actual size."""
     num_missing: int
     """Rows of the shards that at least one array lacks."""
 
@@ -210,7 +210,7 @@ def _tap_bytes(
 
 
 def _tap_errors(manifest: CacheManifest, name: str, sums: Mapping[str, CodecSums]) -> Json:
-    """Return what extraction measured of one array: the codec's errors, noise, equivariance."""
+    """Return the measurements of one array: the codec's errors, noise, equivariance."""
     codec = manifest.recipe["codec"]
     total = sums.get(name)
     relative_mse = None

@@ -18,7 +18,7 @@ from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 
 State = Literal["damaged", "unreadable", "incomplete", "good"]
 STATES: tuple[State, ...] = get_args(State)
-"""Verdicts, the gravest first."""
+"""Verdicts, the worst first."""
 MAX_LOG_BYTES = 64 << 20
 THREADS = 4
 """Files that are hashed at the same time: hashing releases the GIL."""
@@ -46,7 +46,7 @@ class Verification:
 
     @property
     def state(self) -> State:
-        """The gravest verdict of the cache and its label sets."""
+        """The worst verdict on the cache and its label sets."""
         states: set[State] = {self.own_state, *(labels.state for labels in self.labels.values())}
         if self.unreadable:
             states.add("unreadable")
@@ -138,9 +138,9 @@ def check_object(
 
 
 def bad_entries(content: bytes, array: PayloadArray, shard: int) -> dict[int, str]:
-    """Return what is wrong with each damaged chunk of a shard, by its number in the index.
+    """Return the damage of each damaged chunk of a shard, by its number in the index.
 
-    Raises CacheDamagedError if the index itself is damaged, so that no chunk can be found.
+    Raises CacheDamagedError if the index itself is damaged, because no chunk can then be found.
     """
     entries = array.shard_rows * array.payloads_per_row
     index = parse_index(content[-index_bytes(entries) :], entries, len(content))
@@ -207,7 +207,7 @@ def _file_damage(root: Path, contents: Contents) -> list[Damage]:
 
 
 def log_problem(path: Path) -> str | None:
-    """Return what is wrong with the extraction log, or None. The log holds its own hash."""
+    """Return the damage of the extraction log, or None. The log holds its own hash."""
     if not path.exists():
         return None
     try:

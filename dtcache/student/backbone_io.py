@@ -78,7 +78,7 @@ def save_backbone(
     """Write a backbone's `model.safetensors` and `config.json`.
 
     timm reads the folder as `local-dir:FOLDER` with pretrained=True. `input_size` (height, width)
-    and `view` are those of the training. Raises DiskError.
+    and `view` describe the training. Raises DiskError.
     """
     timm_config = cast(Any, backbone.model).pretrained_cfg
     config: Json = {

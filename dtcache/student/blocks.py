@@ -86,7 +86,7 @@ class BottomUp(nn.Module):
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Return maps of the same shapes as `levels`, finest first.
 
-        A downsampled map whose grid is not that of the next level is resized bilinearly.
+        A downsampled map is resized bilinearly if the next level has another grid.
         """
         merged = [levels[0]]
         for down, fuse, x_BCHW in zip(self.down, self.fuse, levels[1:], strict=True):

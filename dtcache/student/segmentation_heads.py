@@ -30,7 +30,7 @@ class LinearHead(nn.Module):
     def __init__(self, shapes: Shapes, classes: int, *, momentum: float | None) -> None:
         """Read maps of these shapes.
 
-        `momentum` is that of the running statistics; None averages them over the whole training.
+        `momentum` updates the running statistics; None averages them over the whole training.
         """
         super().__init__()
         self.norms = nn.ModuleList(

@@ -23,7 +23,7 @@ Network = TypeVar("Network", bound=nn.Module)
 def read_config(path: Path, *, expected: str, again: str) -> Json:
     """Return the JSON object in a file.
 
-    Raises ConfigError, which says what file was `expected` and how to make it `again`.
+    Raises ConfigError. The message says which file was `expected` and how to make it `again`.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: missing; expected {expected}")

@@ -57,7 +57,7 @@ class LatentEncoder(nn.Module):
 
 
 def load_latents(root: Path) -> tuple[LatentEncoder, list[Path], dict[str, Any]] | None:
-    """Return a directory's autoencoder, its weight files, and what its latents depend on.
+    """Return a directory's autoencoder, its weight files, and the configuration of its latents.
 
     Returns None if the directory has no autoencoder. Raises TeacherNotFoundError and TeacherError
     as `load_part` does, and TeacherError if the latents are normalised by anything but a scale and

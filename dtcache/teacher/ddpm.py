@@ -66,10 +66,9 @@ def ddpm_loss(
 ) -> Tensor:
     """Return the mean squared error of the predicted noise, an fp32 scalar.
 
-    The loss is that of Ho et al. 2020, eq. 14. `pixels_BCHW` are uint8; the noise is fp32 of the
-    same shape; `t_B` is int64 in [0, 1000). With `snr_gamma`, the error of each sample is weighted
-    by min(SNR(t), gamma) / SNR(t): Min-SNR-gamma for a predicted noise (Hang et al. 2023, section
-    3.4).
+    Ho et al. 2020, eq. 14. `pixels_BCHW` are uint8; the noise is fp32 of the same shape; `t_B` is
+    int64 in [0, 1000). With `snr_gamma`, the error of each sample is weighted by min(SNR(t), gamma)
+    / SNR(t): Min-SNR-gamma for a predicted noise (Hang et al. 2023, section 3.4).
     """
     clean_BCHW = pixels_BCHW.float() / 127.5 - 1.0
     predicted_BCHW = unet(scheduler.add_noise(clean_BCHW, noise_BCHW, t_B), t_B).sample

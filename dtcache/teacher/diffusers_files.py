@@ -87,7 +87,7 @@ def read_class(folder: Path, title: str, allowed: Sequence[str]) -> tuple[str, d
 def weight_files(folder: Path, name: str = WEIGHTS) -> list[Path]:
     """Return the safetensors files of a part: one file, or all files that its index names.
 
-    Raises TeacherNotFoundError if there are none, TeacherError if there are only pickles.
+    Raises TeacherNotFoundError if the part has no weights, and TeacherError if it has only pickles.
     """
     if (folder / name).is_file():
         return [folder / name]

@@ -110,7 +110,7 @@ class CallableTeacher:
         return self._prepare is not None
 
     def loaded(self) -> LoadedTeacher:
-        """Return what `load_teacher` returns for a directory, with this module's hashes."""
+        """Return the module as `load_teacher` returns a directory, with the module's hashes."""
         name = type(self._module).__qualname__
         config = {
             "class": name,

@@ -35,7 +35,7 @@ class Noising:
     def __init__(self, alpha_bars: Tensor, channels: int, stride: int = 1) -> None:
         """Take alpha_bar by timestep, fp32 (T,) on the device.
 
-        `channels` and `stride` (against the view) are those of the network's input.
+        `channels` and `stride` (relative to the view) describe the network's input.
         """
         self._alpha_bars = alpha_bars
         self._channels = channels

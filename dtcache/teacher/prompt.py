@@ -34,8 +34,8 @@ class Prompt:
 def embed_prompt(root: Path, text: str) -> Prompt:
     """Run a Stable Diffusion directory's CLIP text encoder on `text`, padded to full length.
 
-    diffusers' pipeline embeds a prompt in the same way. The encoder runs in fp32 on one CPU thread,
-    so that the embedding is bit-identical whatever device computes the features. Raises ConfigError
+    diffusers' pipeline embeds a prompt in the same way. The encoder runs in fp32 on one CPU thread.
+    So the embedding is bit-identical on every device that computes the features. Raises ConfigError
     if the `transformers` library is missing or the prompt is too long, and TeacherError if the
     directory cannot be used.
     """

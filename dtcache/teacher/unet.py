@@ -144,7 +144,7 @@ class TappedUNet(nn.Module):
     def __init__(
         self, unet: UNet, name_of: Mapping[int, str], embedding_LD: Tensor | None = None
     ) -> None:
-        """Truncate `unet` in place after the last block of `name_of`, tap names by block."""
+        """Truncate `unet` in place after the last block of `name_of`: tap names by block."""
         super().__init__()
         last = max(name_of)
         unet.up_blocks = unet.up_blocks[: last + 1]

@@ -278,19 +278,23 @@ def test_require_same_names_the_dotted_field(tmp_path: Path) -> None:
     require_same(tmp_path, found, copy.deepcopy(found))
     require_same(tmp_path, found, {"view": {"height": 8}, "seed": 3})
     for path, value, message in (
-        (("seed",), 4, r"another recipe: seed is 3 there, 4 was asked for; pass the same options"),
-        (("view", "fit"), "stretch", r'view\.fit is "crop" there, "stretch" was asked for'),
+        (
+            ("seed",),
+            4,
+            r"seed is 3 in the cache, 4 in this run; pass the same options",
+        ),
+        (("view", "fit"), "stretch", r'view\.fit is "crop" in the cache, "stretch" in this run'),
         (
             ("teacher", "weights_sha256"),
             "c" * 64,
-            r'teacher\.weights_sha256 is "a{56}\.\.\. there, "c{56}\.\.\. was',
+            r'teacher\.weights_sha256 is "a{56}\.\.\. in the cache, "c{56}\.\.\. in',
         ),
         (
             ("codec", "noise_share", "t150/stride2"),
             0.5,
-            r"codec\.noise_share\.t150/stride2 is 0\.1 there, 0\.5 was",
+            r"codec\.noise_share\.t150/stride2 is 0\.1 in the cache, 0\.5 in",
         ),
-        (("new",), 1, r"new is null there, 1 was asked for"),
+        (("new",), 1, r"new is null in the cache, 1 in this run"),
     ):
         wanted = copy.deepcopy(found)
         place = wanted

@@ -96,16 +96,16 @@ LABELS = [0, 0, 1, 1]
             WAS,
             [0, 0, 2, 1],
             [2, 0, 3, 1],
-            "labels changed, of 1 images (such as bee/1: 1 there, 2 now)",
+            "labels changed, of 1 images (such as bee/1: 1 in the cache, 2 now)",
         ),
         (
             WAS,
             [0, 0, 1, None],
             [2, 0, 3, 1],
-            "labels changed, of 1 images (such as bee/2: 1 there, None now)",
+            "labels changed, of 1 images (such as bee/2: 1 in the cache, None now)",
         ),
         (WAS, LABELS, [3, 0, 2, 1], "the order of the images changed"),
-        (WAS, LABELS, [2, 0], "4 of the same images are there, 2 were asked for (`limit`)"),
+        (WAS, LABELS, [2, 0], "the cache has 4 of the images, 2 are selected now (`limit`)"),
         (
             [*WAS, "cow/1"],
             [*LABELS, 2],
@@ -143,6 +143,6 @@ def test_a_new_class_shifts_the_labels_after_it() -> None:
         ["ant/1", "ant/2", "ape/1", "bee/1", "bee/2"], [0, 0, 1, 2, 2], np.array([4, 3, 2, 1, 0])
     )
     assert changed_samples(was, now) == (
-        "1 image was added (first ape/1) and labels changed, of 2 images (such as bee/2: 1 there, "
+        "1 image was added (first ape/1) and labels changed, of 2 images (such as bee/2: 1 in the cache, "
         "2 now)"
     )

@@ -240,7 +240,7 @@ def test_a_second_run_changes_nothing(cache: Path, scene_folder: Path, teacher_d
         (("--timestep", 50), "teacher.timesteps"),
         (("--no-flip",), "flips"),
         (("--taps", "4,8"), "teacher.taps"),
-        (("--limit", 20), "40 of the same images are there, 20 were asked for (--limit)"),
+        (("--limit", 20), "the cache has 40 of the images, 20 are selected now (--limit)"),
         (("--resize-mode", "stretch"), "view.fit"),
         (("--bytes-per-image", 3000), "codec.ratio"),
     ],

@@ -137,8 +137,8 @@ def test_a_ddim_cache_says_what_it_is(inverted: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "field"),
     [
-        (("--ddim-steps", 5), r"teacher\.ddim_steps is 4 there, 5 was asked for"),
-        (("--encoding", "ddpm"), r"teacher\.ddim_steps is 4 there, null was asked for"),
+        (("--ddim-steps", 5), r"teacher\.ddim_steps is 4 in the cache, 5 in this run"),
+        (("--encoding", "ddpm"), r"teacher\.ddim_steps is 4 in the cache, null in this run"),
     ],
 )
 def test_another_encoding_is_another_recipe(
@@ -173,7 +173,7 @@ def test_a_noised_cache_is_not_inverted_into(
     assert run("extract", scene_folder, *out, *flags).exit_code == 0
     result = run("extract", scene_folder, *out, *FLAGS, *DDIM)
     assert result.exit_code == 1
-    assert "teacher.ddim_steps is null there, 4 was asked for" in result.output
+    assert "teacher.ddim_steps is null in the cache, 4 in this run" in result.output
 
 
 def test_a_resumed_inversion_ends_in_the_same_bytes(

@@ -154,7 +154,8 @@ def test_stable_diffusion(scene_folder: Path, tmp_path: Path, embedded: list[str
     refused = extract(scene_folder, teacher, out, "--prompt", "a dog", "--quality", "fp16")
     assert refused.exit_code == 1
     assert (
-        'teacher.condition.prompt is "a cat [small]" there, "a dog" was asked for' in refused.output
+        'teacher.condition.prompt is "a cat [small]" in the cache, "a dog" in this run'
+        in refused.output
     )
 
 
@@ -290,7 +291,7 @@ def test_a_transformer_that_is_told_classes(scene_folder: Path, tmp_path: Path) 
     require_whole_and_mendable(out, scene_folder, teacher)
     require_the_teachers(out, scene_folder, teacher)
     again = extract(scene_folder, teacher, out, *taps)
-    assert 'teacher.condition.kind is "class" there, "null" was asked for' in again.output
+    assert 'teacher.condition.kind is "class" in the cache, "null" in this run' in again.output
 
 
 def test_a_class_conditional_unet_is_told_labels(scene_folder: Path, tmp_path: Path) -> None:
