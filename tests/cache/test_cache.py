@@ -1,6 +1,4 @@
-"""The Python interface: samples, features and stacks of an open cache are the teacher's, within the
-codec's error.
-"""
+"""The Python interface of an open cache agrees with the teacher within the codec's error."""
 
 import copy
 import pickle
@@ -51,25 +49,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
-    """Compare decoded features with the teacher's: the error of a map is a small part of its
-    variance.
-    """
+    """Assert that the decoded features' error is a small part of each map's variance."""
     assert found.shape == wanted.shape and found.dtype == np.float32
     axes = (-3, -2, -1)
     assert (np.square(found - wanted).mean(axes) < 0.05 * wanted.var(axes)).all()
 
 
 def test_open_takes_a_path_in_any_form(cache: Cache) -> None:
-    """dtcache.open takes a string or a Path, and says where no cache is."""
+    """dtcache.open takes a string or a Path and names a path that is not a cache."""
     assert len(dtcache.open(str(cache.reader.root))) == len(cache) == ROWS
     with pytest.raises(CacheNotFoundError, match="nowhere is not a cache"):
         dtcache.open("nowhere")
 
 
 def test_a_fit_of_other_taps_is_refused(cache: Cache) -> None:
-    """The codec's arrays are of the shapes that the recipe gives its taps, and within what such a
-    tap may need.
-    """
+    """Codec arrays whose shapes differ from the recipe's taps are refused."""
     manifest = copy.deepcopy(cache.reader.manifest)
     taps = manifest.recipe["teacher"]["taps"]
     taps[0]["height"], taps[0]["width"] = taps[0]["width"] * 2, taps[0]["height"] // 2
@@ -80,9 +74,7 @@ def test_a_fit_of_other_taps_is_refused(cache: Cache) -> None:
 
 
 def test_the_largest_array_of_a_fit_is_read() -> None:
-    """Tables of every class that a byte can name, of the widest symbols, are within the bound of
-    the smallest tap.
-    """
+    """The largest tables that a fit can need are within the size bound of the smallest tap."""
     tables = np.zeros((255, 512), np.uint16)
     assert tables.nbytes == max_array_bytes((1, 1, 1))
     assert max_array_bytes((900, 3, 2)) == np.zeros((900, 900), np.float16).nbytes
@@ -90,9 +82,7 @@ def test_the_largest_array_of_a_fit_is_read() -> None:
 
 
 def test_a_sample_is_what_was_cached(cache: Cache) -> None:
-    """cache[i] has the key, label, image and, within the codec's error, all views' features of row
-    i.
-    """
+    """cache[i] has row i's key, label, image and, within the codec's error, its features."""
     plan = tiny_plan()
     for row in (*GOOD, -1):
         sample = cache[row]
@@ -105,9 +95,7 @@ def test_a_sample_is_what_was_cached(cache: Cache) -> None:
 
 
 def test_rows_that_are_not_there(cache: Cache) -> None:
-    """Rows outside the cache raise IndexError; the row of a failed image raises with its key and
-    its reason.
-    """
+    """A row outside the cache raises IndexError; a failed row raises with its key and reason."""
     for row in (ROWS, -ROWS - 1):
         with pytest.raises(IndexError, match=rf"has {ROWS} rows, got {row}"):
             cache[row]
@@ -119,7 +107,7 @@ def test_rows_that_are_not_there(cache: Cache) -> None:
 
 
 def test_features_by_key(cache: Cache) -> None:
-    """cache.features gives all views of samples by key, in the order asked, repeats included."""
+    """cache.features returns all views per key, in the requested order, repeated keys included."""
     plan = tiny_plan()
     rows = [7, 0, 7]
     found = cache.features([plan.samples[row].key for row in rows])
@@ -129,9 +117,7 @@ def test_features_by_key(cache: Cache) -> None:
 
 
 def test_keys_that_are_not_there(cache: Cache) -> None:
-    """An unknown key and that of a failed image raise UnknownSampleError with the next step or the
-    reason.
-    """
+    """An unknown key and a failed image's key raise UnknownSampleError with the reason."""
     with pytest.raises(
         UnknownSampleError,
         match=r"no sample has the key 'x\.png'; cache\.samples\['key'\] lists them",
@@ -142,15 +128,13 @@ def test_keys_that_are_not_there(cache: Cache) -> None:
 
 
 def test_samples_is_the_index(cache: Cache) -> None:
-    """cache.samples is an Arrow table with one row a sample."""
+    """cache.samples is an Arrow table with one row per sample."""
     assert cache.samples.column_names == ["row", "key", "label", "content_sha256", "failure"]
     assert cache.samples["key"].to_pylist() == [sample.key for sample in tiny_plan().samples]
 
 
 def test_loader_serves_every_usable_sample(cache: Cache) -> None:
-    """cache.loader yields each usable row once, the short last batch included, in another order
-    each epoch.
-    """
+    """cache.loader yields each usable row once per epoch, in a different order each epoch."""
     orders = []
     for epoch in range(2):
         batches = list(cache.loader(batch_size=4, epoch=epoch))
@@ -161,9 +145,7 @@ def test_loader_serves_every_usable_sample(cache: Cache) -> None:
 
 
 def test_a_batch_may_be_larger_than_the_cache(cache: Cache) -> None:
-    """Every usable sample then comes in one short batch; a batch of nothing is refused in Python's
-    own words.
-    """
+    """A batch larger than the cache holds every usable sample; a batch size below 1 is refused."""
     (batch,) = cache.loader(batch_size=100)
     assert sorted(batch.rows.tolist()) == GOOD
     for size in (0, -1):
@@ -179,9 +161,7 @@ def test_a_batch_may_be_larger_than_the_cache(cache: Cache) -> None:
 def test_a_stack_is_lazy_and_whole(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, scheduler: str
 ) -> None:
-    """cache.stack is (N, V, C, H, W) in chunks of rows, NaN for a failed image; a slice decodes its
-    own chunks.
-    """
+    """cache.stack is a lazy (N, V, C, H, W) array whose failed images are NaN."""
     monkeypatch.setattr("dtcache.cache.dask_array.CHUNK_VALUES", 3 * VIEWS * 64)
     stacked = cache.stack("stride2")
     assert (stacked.shape, stacked.dtype) == ((ROWS, VIEWS, 4, 4, 4), np.float32)
@@ -198,7 +178,7 @@ def test_a_stack_is_lazy_and_whole(
 def test_a_chunk_of_failed_images_alone_is_nan(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk that has no usable row is NaN, and the chunks beside it are decoded."""
+    """A chunk without a usable row is NaN, and its neighbouring chunks are decoded."""
     monkeypatch.setattr("dtcache.cache.dask_array.CHUNK_VALUES", 1)
     stacked = cache.stack("stride4")
     assert stacked.chunks[0] == (1,) * ROWS
@@ -208,7 +188,7 @@ def test_a_chunk_of_failed_images_alone_is_nan(
 
 
 def test_a_stack_travels(cache: Cache) -> None:
-    """A pickled stack holds the cache's path, not its bytes, and computes the same."""
+    """A pickled stack holds the cache's path, not its bytes, and computes the same values."""
     stacked = cache.stack("stride4", timestep=150)
     message = pickle.dumps(stacked)
     assert len(message) < 20_000
@@ -217,9 +197,7 @@ def test_a_stack_travels(cache: Cache) -> None:
 
 
 def test_a_stack_refuses_another_cache_in_its_place(cache: Cache, tmp_path: Path) -> None:
-    """A stack decodes the cache that it was made of, or nothing: never one that was put there
-    since.
-    """
+    """A stack refuses to decode a different cache that was put at its path."""
     root = Path(shutil.copytree(cache.reader.root, tmp_path / "cache"))
     stacked = dtcache.open(root).stack("stride4")
     manifest = read_manifest(root)
@@ -235,7 +213,7 @@ def test_a_stack_refuses_another_cache_in_its_place(cache: Cache, tmp_path: Path
 
 
 def test_a_stack_allows_what_its_cache_did(cache: Cache, tmp_path: Path) -> None:
-    """Of an unfinished cache, opened as such, the rows that are not there yet are NaN."""
+    """In a stack of an incomplete cache, rows that are not extracted yet are NaN."""
     plan = tiny_plan()
     begin(tmp_path / "cache", plan).write_shard(plan.shards[0])
     stacked = Cache(tmp_path / "cache", allow="incomplete").stack("stride4")
@@ -249,7 +227,7 @@ def test_a_stack_allows_what_its_cache_did(cache: Cache, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("tap", "timestep"), [("stride3", None), ("stride2", 50)])
 def test_a_stack_of_another_tap_is_refused(cache: Cache, tap: str, timestep: int | None) -> None:
-    """A tap or timestep that was not cached raises ConfigError with those that were."""
+    """A tap or timestep that was not cached raises ConfigError with the cached ones."""
     with pytest.raises(
         ConfigError, match=rf"has no t{timestep or 150}/{tap}, only {FINE}, {COARSE}; pass one"
     ):

@@ -1,4 +1,4 @@
-"""The loader: every usable row once an epoch, in an order that is a pure function of (seed, epoch)."""
+"""The loader serves every usable row once per epoch, in an order set by (seed, epoch) alone."""
 
 import multiprocessing
 import os
@@ -51,7 +51,7 @@ def loader(cache: Cache, batch_size: int = 2, seed: int = 0, threads: int = 2) -
 
 
 def assert_same(found: TrainBatch, wanted: TrainBatch) -> None:
-    """Compare two batches in every bit."""
+    """Assert that two batches agree in every bit."""
     np.testing.assert_array_equal(found.rows, wanted.rows)
     assert torch.equal(found.images_BCHW, wanted.images_BCHW)
     for name in NAMES:
@@ -61,9 +61,7 @@ def assert_same(found: TrainBatch, wanted: TrainBatch) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 9])
 def test_an_epoch_serves_every_usable_row_once(cache: Cache, batch_size: int) -> None:
-    """Rows never repeat within an epoch, failed ones never come, and only the short last batch is
-    dropped.
-    """
+    """An epoch never repeats a row, skips failed rows and drops only the short last batch."""
     usable = set(range(ROWS)) - {FAILED_ROW}
     for epoch in range(3):
         batches = list(loader(cache, batch_size).epoch(epoch))
@@ -86,9 +84,7 @@ def test_dropped_rows_change_with_the_epoch(cache: Cache) -> None:
 
 
 def test_order_is_a_function_of_seed_and_epoch(cache: Cache) -> None:
-    """Rows and views hang on (seed, epoch) alone, not on batch size, threads or earlier epochs, and
-    on both of them.
-    """
+    """Rows and views depend on seed and epoch, not on batch size, threads or earlier epochs."""
     rows, views = loader(cache, seed=1).order(4)
     used = loader(cache, batch_size=3, seed=1, threads=1)
     list(used.epoch(0))
@@ -102,7 +98,7 @@ def test_order_is_a_function_of_seed_and_epoch(cache: Cache) -> None:
 
 
 def test_both_views_are_served_evenly(cache: Cache) -> None:
-    """Each epoch takes view 1 for half of the rows, and every row meets both views over epochs."""
+    """Each epoch takes view 1 for half of the rows; over the epochs every row gets both views."""
     seen: dict[int, set[int]] = {}
     for epoch in range(12):
         rows, views = loader(cache).order(epoch)
@@ -114,9 +110,7 @@ def test_both_views_are_served_evenly(cache: Cache) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_start_continues_exactly(cache: Cache, threads: int) -> None:
-    """An epoch that starts at batch k is the rest of the whole epoch, bit for bit; at its end
-    nothing is left.
-    """
+    """An epoch started at batch k equals the rest of the full epoch, bit for bit."""
     whole = list(loader(cache).epoch(2))
     for start in range(len(whole) + 1):
         rest = list(loader(cache, threads=threads).epoch(2, start))
@@ -126,9 +120,7 @@ def test_start_continues_exactly(cache: Cache, threads: int) -> None:
 
 
 def test_batches_hold_what_was_cached(cache: Cache) -> None:
-    """View 1 is the mirrored image with view 1's own features: coefficients are the quantiser's,
-    scalars the map's.
-    """
+    """A batch holds the cached coefficients and scalars, and view 1 is the mirrored image."""
     plan = tiny_plan()
     mirrored = 0
     for epoch in range(3):
@@ -157,9 +149,7 @@ def test_batches_hold_what_was_cached(cache: Cache) -> None:
 
 
 def test_decoded_batches_are_the_teachers_features(cache: Cache) -> None:
-    """The cache's decoder turns a batch into the whitened features within the codec's error, and
-    scalars undo W.
-    """
+    """Decoded whitened features are within the codec's error, and the scalars undo whitening."""
     plan = tiny_plan()
     rows = [0, 3, 9, 9]
     views = [0, 1, 0, 1]
@@ -178,14 +168,14 @@ def test_decoded_batches_are_the_teachers_features(cache: Cache) -> None:
 
 
 def test_only_asked_taps_are_read(cache: Cache) -> None:
-    """A batch of one tap holds that tap alone."""
+    """A batch of one requested tap holds that tap alone."""
     batch = cache.batch([1], [1], [COARSE])
     assert list(batch.coefficients) == list(batch.scalars) == [COARSE]
     assert cache.names == NAMES
 
 
 def test_a_single_view_cache_serves_view_0(tmp_path: Path) -> None:
-    """Without cached flips every image comes as it is."""
+    """A cache without flips serves every image unmirrored."""
     plan = tiny_plan()
     recipe = replace(plan.recipe, flips=False)
     arrays = {
@@ -207,7 +197,7 @@ def test_a_single_view_cache_serves_view_0(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch_size", [0, -1, 10])
 def test_batch_size_must_fit(cache: Cache, batch_size: int) -> None:
-    """A batch size of nothing, or of more than the usable rows, is refused with the range."""
+    """A batch size below 1 or above the number of usable rows is refused with the valid range."""
     with pytest.raises(
         ConfigError,
         match=rf"`batch_size` {batch_size}: expected 1 to 9, the samples left for training",
@@ -216,7 +206,7 @@ def test_batch_size_must_fit(cache: Cache, batch_size: int) -> None:
 
 
 class Meeting:
-    """Rows whose batches wait for each other: no thread goes on before so many of them read."""
+    """Rows whose batches wait at a barrier until every thread has started to read one."""
 
     num_views = 1
     shard_rows = None
@@ -225,18 +215,18 @@ class Meeting:
         self._barrier = threading.Barrier(threads, timeout=30)
 
     def will_need(self, rows: np.ndarray, names: list[str]) -> None:
-        """Refuse: there are no shards."""
+        """Raise, because these rows lie in no shards."""
         raise AssertionError("nothing to tell of")
 
     def batch(self, rows: np.ndarray, views: np.ndarray, names: list[str]) -> list[int]:
-        """Return the rows, once every thread has some."""
+        """Return the rows once every thread has reached the barrier."""
         self._barrier.wait()
         return rows.tolist()
 
 
 @pytest.mark.parametrize("threads", [1, 4, 9])
 def test_every_thread_reads(threads: int) -> None:
-    """As many batches as there are threads are read at once, more than the usual look-ahead too."""
+    """As many batches are read at once as there are threads, even beyond the default look-ahead."""
     rows = np.arange(3 * threads)
     batches = EpochLoader(
         Meeting(threads), rows, [], Batching(batch_size=1, seed=0, threads=threads)
@@ -245,7 +235,7 @@ def test_every_thread_reads(threads: int) -> None:
 
 
 def test_leaving_an_epoch_early_leaves_no_thread(cache: Cache) -> None:
-    """A consumer that stops after one batch ends the read-ahead threads."""
+    """The read-ahead threads end when the consumer stops after one batch."""
     batches = loader(cache, batch_size=1).epoch(0)
     next(batches)
     batches.close()
@@ -253,9 +243,7 @@ def test_leaving_an_epoch_early_leaves_no_thread(cache: Cache) -> None:
 
 
 def test_damage_reaches_the_consumer(tmp_path: Path) -> None:
-    """A flipped byte ends the epoch with CacheDamagedError that names the sample, although a thread
-    met it.
-    """
+    """A flipped byte that a thread reads raises CacheDamagedError in the consumer."""
     root = write_cache(tmp_path / "cache", tiny_plan())
     path = root / "data.zarr" / FINE / "c.0.0.0"
     content = bytearray(path.read_bytes())
@@ -271,9 +259,7 @@ def test_damage_reaches_the_consumer(tmp_path: Path) -> None:
 
 
 def test_no_damaged_chunk_is_ever_served(root: Path, tmp_path: Path) -> None:
-    """With a bit flipped in any chunk or index, what comes before the error is right, and it names
-    a sample of it.
-    """
+    """With a bit flipped in any chunk or index, every batch before the error is correct."""
     plan = tiny_plan()
     damaged = Path(shutil.copytree(root, tmp_path / "cache"))
     whole = list(loader(Cache(root), batch_size=1).epoch(0))
@@ -331,9 +317,7 @@ def test_no_damaged_chunk_is_ever_served(root: Path, tmp_path: Path) -> None:
     ],
 )
 def test_payloads_that_no_encoder_wrote(tmp_path: Path, name: str, message: str) -> None:
-    """Payloads with right checksums that do not decode raise CacheDamagedError that names array and
-    sample.
-    """
+    """An undecodable payload with a valid checksum raises CacheDamagedError with its sample."""
     plan = tiny_plan()
     wrong = list(plan.shards[0].payloads[name])
     views = 1 if name == "images" else 2
@@ -349,9 +333,7 @@ def test_payloads_that_no_encoder_wrote(tmp_path: Path, name: str, message: str)
 
 
 def test_a_failed_row_asked_for_raises(cache: Cache) -> None:
-    """The empty payloads of a failed row raise when they are asked for: they never become a black
-    image.
-    """
+    """Requesting a failed row raises; its empty payloads never become a black image."""
     with pytest.raises(
         CacheDamagedError,
         match=rf"image {tiny_plan().samples[FAILED_ROW].key}: a stored image of 0 bytes",
@@ -360,7 +342,7 @@ def test_a_failed_row_asked_for_raises(cache: Cache) -> None:
 
 
 def test_codec_arrays_of_another_fit_are_refused(tmp_path: Path) -> None:
-    """A cache whose recipe names another fit than its codec arrays hold does not open."""
+    """A cache does not open if its codec arrays do not match the fit that its recipe names."""
     plan = tiny_plan()
     recipe = replace(plan.recipe, codec=replace(plan.recipe.codec, fit_sha256="0" * 64))
     root = write_cache(tmp_path / "cache", replace(plan, recipe=recipe))
@@ -371,7 +353,7 @@ def test_codec_arrays_of_another_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_no_cache_and_no_complete_cache(tmp_path: Path) -> None:
-    """Opening for training tells a folder without a cache from a cache without all shards."""
+    """Opening for training distinguishes a folder without a cache from an incomplete cache."""
     with pytest.raises(CacheNotFoundError, match="is not a cache"):
         Cache(tmp_path)
     begin(tmp_path / "cache", tiny_plan())
@@ -382,7 +364,7 @@ def test_no_cache_and_no_complete_cache(tmp_path: Path) -> None:
 def served_by(
     cache: Cache, world_size: int, batch_size: int = 4, epoch: int = 1, start: int = 0, **how: str
 ) -> list:
-    """Return the rows of each global batch, ranks one after the other."""
+    """Return the rows of each global batch, with the ranks concatenated in order."""
     ranks = [
         EpochLoader(
             cache,
@@ -411,9 +393,7 @@ def served_by(
 def test_any_number_of_ranks_serves_each_row_once(
     cache: Cache, world_size: int, shuffle: str
 ) -> None:
-    """Global batches are the same for any world size, cover every usable row exactly once, the
-    short last one too.
-    """
+    """For any world size, the ranks together serve every usable row exactly once."""
     batches = served_by(cache, world_size, shuffle=shuffle)
     assert batches == served_by(cache, 1, shuffle=shuffle)
     assert [len(batch) for batch in batches] == [4, 4, 1]
@@ -421,9 +401,7 @@ def test_any_number_of_ranks_serves_each_row_once(
 
 
 def test_a_run_resumes_under_another_world_size(cache: Cache) -> None:
-    """The global batches after k are the same whoever read the first k: one number is all that a
-    resume needs.
-    """
+    """After a resume under a different world size, the remaining global batches are the same."""
     whole = served_by(cache, 1)
     for done in range(len(whole) + 1):
         for world_size in (1, 2, 4):
@@ -432,7 +410,7 @@ def test_a_run_resumes_under_another_world_size(cache: Cache) -> None:
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 3), (2, 2), (-1, 2), (0, 0)])
 def test_ranks_must_share_a_batch_evenly(cache: Cache, rank: int, world_size: int) -> None:
-    """A world size that does not divide the batch, or a rank outside it, is refused."""
+    """A world size that does not divide the batch size, or a rank outside it, is refused."""
     with pytest.raises(
         ConfigError, match=rf"`batch_size` 4: expected a multiple of the {world_size} processes"
     ):
@@ -445,7 +423,7 @@ def test_ranks_must_share_a_batch_evenly(cache: Cache, rank: int, world_size: in
 
 
 def test_an_unknown_shuffle_is_refused(cache: Cache) -> None:
-    """A shuffle of another name raises ConfigError with the names there are."""
+    """An unknown shuffle raises ConfigError with the valid names."""
     with pytest.raises(ConfigError, match="`shuffle` blocks: expected one of full, block"):
         EpochLoader(
             cache,
@@ -456,7 +434,7 @@ def test_an_unknown_shuffle_is_refused(cache: Cache) -> None:
 
 
 def test_only_shards_are_mixed() -> None:
-    """A block shuffle of rows that lie in no shards is refused."""
+    """A block shuffle is refused if the rows do not lie in shards."""
     with pytest.raises(
         ConfigError, match="`shuffle='block'`: expected a cache, whose blocks of rows it mixes"
     ):
@@ -468,9 +446,7 @@ def test_only_shards_are_mixed() -> None:
 def test_a_block_shuffle_keeps_mixes_together(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks lie inside shards; the rows of a mix come one after the other, shuffled; mixes differ
-    between epochs.
-    """
+    """A block shuffle serves each mix of blocks together, in a different order each epoch."""
     monkeypatch.setattr(loader_module, "BLOCK_ROWS", 2)
     monkeypatch.setattr(loader_module, "MIXED_BLOCKS", 2)
     blocks_of = EpochLoader(
@@ -495,9 +471,7 @@ def test_a_block_shuffle_keeps_mixes_together(
 def test_a_block_shuffle_tells_the_disk_a_mix_ahead(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every row is announced before it is read, each once, and after a resume only what is still to
-    come.
-    """
+    """Every row is announced to the disk once and before its read, after a resume too."""
     monkeypatch.setattr(loader_module, "BLOCK_ROWS", 1)
     monkeypatch.setattr(loader_module, "MIXED_BLOCKS", 2)
     told: list[int] = []
@@ -518,9 +492,7 @@ def test_a_block_shuffle_tells_the_disk_a_mix_ahead(
 
 
 def test_the_disk_is_told_of_whole_stretches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neighbouring chunks are announced as one stretch, which covers every chunk of the rows asked
-    for.
-    """
+    """Neighbouring chunks are announced as one stretch that covers every requested row."""
     calls: list[tuple[int, int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda *call: calls.append(call[:3]))
     reader = Cache(root).reader
@@ -532,22 +504,20 @@ def test_the_disk_is_told_of_whole_stretches(root: Path, monkeypatch: pytest.Mon
 
 
 def test_an_open_cache_travels_to_a_spawned_process(cache: Cache) -> None:
-    """A loader that is pickled opens its cache by path in the other process and serves the same
-    batches.
-    """
+    """A pickled loader reopens its cache by path and serves the same batches."""
     travelled = pickle.loads(pickle.dumps(loader(cache)))
     for found, wanted in zip(travelled.epoch(3), loader(cache).epoch(3), strict=True):
         assert_same(found, wanted)
 
 
 def first_batch(batches: EpochLoader) -> TrainBatch:
-    """Return a loader's first batch, in whatever process this runs."""
+    """Return a loader's first batch, in the process that calls this function."""
     return next(batches.epoch(0))
 
 
 @pytest.mark.slow
 def test_a_spawned_worker_reads(cache: Cache) -> None:
-    """A worker started with the spawn method serves the batch that this process would."""
+    """A worker started with the spawn method serves the same batch as this process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.apply(first_batch, (loader(cache),))
     assert_same(found, first_batch(loader(cache)))

@@ -1,4 +1,4 @@
-"""Held-out samples: how many, and which, by a hash of their keys alone."""
+"""The number and the choice of held-out samples follow from a hash of the keys alone."""
 
 import random
 
@@ -25,7 +25,7 @@ from dtcache.hashing import sha256_json
     ],
 )
 def test_held_out_count(count: int, wanted: int) -> None:
-    """One per cent is held out, at least 64, at most half; places are sorted, unique and in range."""
+    """One per cent is held out, at least 64 and at most half, at sorted unique positions."""
     places = held_out([f"image{i}" for i in range(count)])
     assert len(places) == wanted
     assert places == sorted(set(places))
@@ -33,9 +33,7 @@ def test_held_out_count(count: int, wanted: int) -> None:
 
 
 def test_held_out_ignores_order() -> None:
-    """The same keys are held out whatever order they come in, and they are not simply the first
-    ones.
-    """
+    """The same keys are held out in any order of the samples, and they are not the first ones."""
     keys = [f"folder/{i}.png" for i in range(500)]
     wanted = {keys[p] for p in held_out(keys)}
     for seed in range(5):
@@ -45,9 +43,7 @@ def test_held_out_ignores_order() -> None:
 
 
 def test_held_out_hashes_canonical_json() -> None:
-    """Whatever characters a key has, its hash is that of the canonical JSON of its name and
-    purpose.
-    """
+    """Keys with any characters are ranked by the hash of the canonical JSON of purpose and key."""
     keys = [f'n{i}/\u00fc"\\\n\x7f\u65e5\U0001f600{i}.png' for i in range(300)]
     ranked = sorted(range(300), key=lambda i: sha256_json(["held-out", keys[i]]))
     assert held_out(keys) == sorted(ranked[:64])

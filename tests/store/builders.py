@@ -1,6 +1,6 @@
-"""A tiny cache to write and read: 10 rows, 2 taps, 2 views, shards of 4 rows, one failed row.
+"""A tiny cache for tests: 10 rows, 2 taps, 2 views, shards of 4 rows, one failed row.
 
-Importing this module, unpickling a plan and writing it load no torch; only making a plan does.
+Importing this module and unpickling or writing a plan load no torch; only making a plan does.
 """
 
 import functools
@@ -39,7 +39,7 @@ VOLATILE = (LOG, ".lock")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Everything that a tiny cache is written from, and what a reader should find in it."""
+    """The inputs of a tiny cache and the contents that a reader should return."""
 
     recipe: Recipe
     arrays: dict[str, PayloadArray]
@@ -54,7 +54,7 @@ class Plan:
     """(N, V, n): quantised coefficients by array, straight from the quantiser."""
 
     def payload(self, name: str, row: int, view: int) -> bytes:
-        """Return one payload as it was handed to the writer."""
+        """Return one payload as the writer received it."""
         views = 1 if name == IMAGES else VIEWS
         shard, inner = divmod(row, SHARD_ROWS)
         return self.shards[shard].payloads[name][inner * views + view]
@@ -201,7 +201,7 @@ def tiny_plan() -> Plan:
 
 
 def begin(root: Path, plan: Plan) -> CacheWriter:
-    """Begin the cache of a plan, or go on with it, as `extract` does."""
+    """Begin the cache of a plan, or resume it, as `extract` does."""
     if (root / "manifest.json").exists():
         return CacheWriter.resume(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -211,7 +211,7 @@ def begin(root: Path, plan: Plan) -> CacheWriter:
 
 
 def write_cache(root: Path, plan: Plan) -> Path:
-    """Write what is missing of a plan's cache and seal it."""
+    """Write the missing shards of a plan's cache and seal it."""
     writer = begin(root, plan)
     for shard in writer.missing:
         writer.write_shard(plan.shards[shard])
@@ -220,9 +220,7 @@ def write_cache(root: Path, plan: Plan) -> Path:
 
 
 def tree(root: Path) -> dict[str, bytes | None]:
-    """Return the bytes of every file under a folder by path, None for a folder; not the volatile
-    ones.
-    """
+    """Return the bytes per path below a folder, None for a folder, volatile files left out."""
     return {
         path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None
         for path in sorted(root.rglob("*"))

@@ -1,7 +1,6 @@
-"""A shard runner without torch for tests of the cluster: writes planned shards, and dies or fails
-as told.
+"""A shard runner without torch for tests of the cluster, which can be told to die or fail.
 
-Its assignment is JSON: the cache's `root`, and what befalls an attempt. Workers import this module.
+Its assignment is JSON: the cache's `root`, and how each attempt fails. Workers import this module.
 """
 
 import json
@@ -42,9 +41,7 @@ def planned(manifest: CacheManifest, shard: int) -> ShardData:
 
 
 def write(assignment: str, shard: int, on_rows: Callable[[int], None]) -> WrittenShard:
-    """Write a planned shard; die of it now and then, as the assignment says: before, in the middle
-    or after it.
-    """
+    """Write a planned shard; die before, during or after it if the assignment says so."""
     told = json.loads(assignment)
     root = Path(told["root"])
     moment = random.random() / told.get("deaths", 1e-9)
@@ -52,21 +49,19 @@ def write(assignment: str, shard: int, on_rows: Callable[[int], None]) -> Writte
         os.kill(os.getpid(), signal.SIGKILL)
     manifest = read_manifest(root)
     made = write_attempt(root, manifest, planned(manifest, shard))
-    if moment < 0.6:  # some of its files are written, the others are not
+    if moment < 0.6:  # some of the files are written
         next(iter(made.temporaries(root))).unlink()
         os.kill(os.getpid(), signal.SIGKILL)
     on_rows(len(made.record.content_sha256))
-    if moment < 0.8:  # all are, but the coordinator hears of it from nobody
+    if moment < 0.8:  # all files are written, but the coordinator gets no result
         os.kill(os.getpid(), signal.SIGKILL)
-    if moment < 1:  # or only just
+    if moment < 1:  # all files are written just before the death
         os.posix_spawn("/bin/sh", ["sh", "-c", f"sleep 0.02; kill -9 {os.getpid()}"], os.environ)
     return made
 
 
 def fail(assignment: str, shard: int, on_rows: Callable[[int], None]) -> WrittenShard:
-    """Fail as the assignment says: `always`, only in the `first` process that tries, for good, or
-    by dying.
-    """
+    """Fail as the assignment says: `always`, in the `first` process only, for good, or by dying."""
     told = json.loads(assignment)
     root = Path(told["root"])
     if told["fails"] == "refused":

@@ -1,6 +1,4 @@
-"""The operation log of a writer, and what a disk holds after any part of it: with a kill, or with
-the power gone.
-"""
+"""The operation log of a writer, and the disk after a kill or a power cut at any point."""
 
 import builtins
 import os
@@ -29,11 +27,12 @@ class Operation:
 
 
 class Recorder:
-    """Records every write, fsync, rename, unlink, mkdir and rmdir below a folder, and lets all but
-    the fsync happen.
+    """Record every write, fsync, rename, unlink, mkdir and rmdir below a folder.
 
-    Writes of dtcache.atomic_files arrive in two halves. zarr-python's layout is recorded as it lies
-    once it is done: until its fsync no part of it counts, whatever their order.
+    The real fsync is skipped.
+
+    Each write of dtcache.atomic_files is recorded as two halves. zarr-python's layout is recorded
+    when it is complete: no part of it counts before its fsync, in whatever order it was written.
     """
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
@@ -62,7 +61,7 @@ class Recorder:
 
     def _recorded(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, *rest: Any, **options: Any) -> Any:
-            result = function(path, *rest, **options)  # one that fails is no operation
+            result = function(path, *rest, **options)  # a call that raises is not recorded
             if not self._quiet:
                 folder = options.get("dir_fd")
                 whole = Path(
@@ -81,7 +80,7 @@ class Recorder:
 
     def _nodes(self, function: Callable[..., None]) -> Callable[..., None]:
         def call(nodes: Path, *rest: Any) -> None:
-            self._quiet = True  # zarr-python writes in threads of its own
+            self._quiet = True  # zarr-python writes in its own threads
             function(nodes, *rest)
             self._quiet = False
             self.add("mkdir", nodes)
@@ -94,7 +93,7 @@ class Recorder:
 
 
 class Written:
-    """A file whose writes are recorded in two halves."""
+    """A file whose writes are recorded as two halves."""
 
     def __init__(self, recorder: Recorder, path: Path) -> None:
         self._recorder = recorder
@@ -119,7 +118,7 @@ class Written:
 
 @dataclass
 class Node:
-    """A file or a folder: as processes see it, and as the last fsync of itself left it on the disk."""
+    """A file or folder, as processes see it and as its last fsync left it on disk."""
 
     is_folder: bool
     data: bytes = b""
@@ -129,9 +128,7 @@ class Node:
 
 
 class Disk:
-    """A file system that promises no more than POSIX: an fsync keeps a file's bytes, or a folder's
-    names; no others.
-    """
+    """A file system with POSIX guarantees only: fsync keeps a file's bytes or a folder's names."""
 
     def __init__(self, tree: Tree) -> None:
         self._root = Node(is_folder=True)
@@ -143,7 +140,7 @@ class Disk:
             folder.kept_names = dict(folder.names)
 
     def apply(self, operation: Operation) -> None:
-        """Do one operation."""
+        """Apply one operation."""
         if operation.kind == "fsync":
             node = self._node(operation.path)
             node.kept_data = node.data
@@ -164,9 +161,7 @@ class Disk:
             del folder.names[name]
 
     def left(self, *, writes: bool, names: bool) -> Tree:
-        """Return what is there after a crash, un-fsynced `writes` kept or lost, and un-fsynced
-        `names` likewise.
-        """
+        """Return the tree after a crash, with un-fsynced `writes` and `names` each kept or lost."""
         found: Tree = {}
 
         def walk(folder: Node, prefix: str) -> None:

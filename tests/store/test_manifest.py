@@ -1,4 +1,4 @@
-"""The manifest and commit records: round trips, damage, versions and mismatches."""
+"""Manifests and commit records round-trip; damage, newer versions and mismatches are refused."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ def tiny_manifest() -> CacheManifest:
 
 
 def tiny_record(shard: int = 0) -> CommitRecord:
-    """Return a commit record with every kind of field filled."""
+    """Return a commit record in which every kind of field has a value."""
     return CommitRecord(
         shard=shard,
         fingerprint="f" * 64,
@@ -54,9 +54,7 @@ def tiny_record(shard: int = 0) -> CommitRecord:
 
 
 def test_manifest_round_trips(tmp_path: Path) -> None:
-    """A manifest reads back equal, with its derived numbers, and as canonical JSON without a clock
-    or a path.
-    """
+    """A manifest reads back equal, as canonical JSON without a clock or a path."""
     write_manifest(tmp_path, tiny_manifest())
     found = read_manifest(tmp_path)
     assert found == tiny_manifest()
@@ -69,9 +67,7 @@ def test_manifest_round_trips(tmp_path: Path) -> None:
 
 
 def test_every_flipped_character_of_a_manifest_is_found(tmp_path: Path) -> None:
-    """Flipping a bit of every other byte of a manifest raises CacheDamagedError, or CacheError for
-    another format.
-    """
+    """A flipped bit in a manifest raises CacheDamagedError, or CacheError for another format."""
     write_manifest(tmp_path, tiny_manifest())
     path = tmp_path / "manifest.json"
     text = path.read_bytes()
@@ -86,7 +82,7 @@ def test_every_flipped_character_of_a_manifest_is_found(tmp_path: Path) -> None:
 
 
 def test_every_truncated_manifest_is_found(tmp_path: Path) -> None:
-    """A manifest cut short anywhere raises CacheDamagedError."""
+    """A manifest truncated at any length raises CacheDamagedError."""
     write_manifest(tmp_path, tiny_manifest())
     path = tmp_path / "manifest.json"
     text = path.read_bytes()
@@ -118,7 +114,7 @@ MEASURED = {
 
 
 def with_recipe(changes: dict, teacher: dict) -> CacheManifest:
-    """The tiny manifest with other recipe fields, hashed as if it had been written so."""
+    """Return the tiny manifest with changed recipe fields and a valid hash."""
     manifest = tiny_manifest()
     recipe = {**manifest.recipe, **changes, "teacher": {**manifest.recipe["teacher"], **teacher}}
     return replace(manifest, recipe=recipe)
@@ -145,7 +141,7 @@ def with_recipe(changes: dict, teacher: dict) -> CacheManifest:
 def test_measurements_that_cannot_be_are_damage(
     tmp_path: Path, changes: dict, teacher: dict
 ) -> None:
-    """What inspect shows of noise and teacher is checked, whoever hashed it."""
+    """Impossible measurements in a manifest are damage, even if its hash is valid."""
     write_manifest(
         tmp_path,
         with_recipe({"equivariance": MEASURED, "round_trip": {"t150": 0.0}}, {"ddim_steps": 2}),
@@ -157,9 +153,7 @@ def test_measurements_that_cannot_be_are_damage(
 
 
 def with_sizes(recipe: dict, arrays: dict) -> CacheManifest:
-    """The tiny manifest with other recipe fields and other arrays, hashed as if it had been written
-    so.
-    """
+    """Return the tiny manifest with changed recipe fields and arrays and a valid hash."""
     manifest = with_recipe(recipe, {})
     return replace(
         manifest, arrays={n: replace(a, **arrays.get(n, {})) for n, a in manifest.arrays.items()}
@@ -171,7 +165,7 @@ L = {name: array.length for name, array in tiny_plan().arrays.items()}
 
 
 def of_rows(count: int, shard_rows: int) -> dict:
-    """Return changes that make every array as long as this, in shards of so many rows."""
+    """Return changes that give every array `count` rows in shards of `shard_rows` rows."""
     shapes = {
         IMAGES: (count, L[IMAGES]),
         FINE: (count, VIEWS, L[FINE]),
@@ -200,9 +194,7 @@ def of_rows(count: int, shard_rows: int) -> dict:
 def test_sizes_that_contradict_each_other_are_damage(
     tmp_path: Path, recipe: dict, arrays: dict
 ) -> None:
-    """Arrays are as long as the samples, as wide as the views, in the recipe's shards, and within
-    bounds.
-    """
+    """Array shapes that contradict samples, views or shards, or exceed the bounds, are damage."""
     write_manifest(tmp_path, with_sizes(recipe, arrays))
     with pytest.raises(
         CacheDamagedError,
@@ -212,7 +204,7 @@ def test_sizes_that_contradict_each_other_are_damage(
 
 
 def test_the_largest_sizes_are_read(tmp_path: Path) -> None:
-    """2^30 samples, and a million shards, are within the bounds."""
+    """2^30 samples and a million shards are within the bounds."""
     for count, rows in ((2**30, 2**20), (10**6, 1)):
         write_manifest(
             tmp_path, with_sizes({"num_samples": count, "shard_rows": rows}, of_rows(count, rows))
@@ -221,9 +213,7 @@ def test_the_largest_sizes_are_read(tmp_path: Path) -> None:
 
 
 def test_a_map_beyond_any_payload_is_damage(tmp_path: Path) -> None:
-    """A tap whose map is larger than a payload may be is refused, each side of it within bounds or
-    not.
-    """
+    """A map larger than any payload is refused, even if each side is within bounds."""
     tap = tiny_plan().recipe.to_json()["teacher"]["taps"][0]
     write_manifest(
         tmp_path, with_recipe({}, {"taps": [{**tap, "height": 1 << 14, "width": 1 << 14}]})
@@ -233,7 +223,7 @@ def test_a_map_beyond_any_payload_is_damage(tmp_path: Path) -> None:
 
 
 def test_json_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A manifest or a record that is larger than any, or nested deeper than Python goes, is damage."""
+    """A manifest or record beyond the size limit, or nested too deep, is damage."""
     (tmp_path / "commits").mkdir()
     monkeypatch.setattr("dtcache.store.manifest.MAX_MANIFEST_BYTES", 1 << 17)
     monkeypatch.setattr("dtcache.store.commits.MAX_COMMIT_BYTES", 1 << 17)
@@ -250,9 +240,7 @@ def test_json_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_newer_format_is_refused(tmp_path: Path) -> None:
-    """A manifest of a newer format is refused with the number and the next step, though its fields
-    be unknown.
-    """
+    """A newer format is refused with its number and the next step, even if fields are unknown."""
     (tmp_path / "manifest.json").write_text('{"format":2,"unknown":true}')
     with pytest.raises(
         CacheError,
@@ -271,9 +259,7 @@ def test_missing_manifest(tmp_path: Path) -> None:
 
 
 def test_require_same_names_the_dotted_field(tmp_path: Path) -> None:
-    """The first differing field is named with its path and both values; equal and partial recipes
-    pass.
-    """
+    """The first differing field is named with its dotted path and both values."""
     found = tiny_plan().recipe.to_json()
     require_same(tmp_path, found, copy.deepcopy(found))
     require_same(tmp_path, found, {"view": {"height": 8}, "seed": 3})
@@ -324,7 +310,7 @@ def test_fingerprint_covers_every_field() -> None:
 
 
 def told(condition: ConditionSpec) -> Recipe:
-    """Return the tiny recipe of a teacher that is told something."""
+    """Return the tiny recipe with a condition on its teacher."""
     recipe = tiny_plan().recipe
     return replace(recipe, teacher=replace(recipe.teacher, condition=condition))
 
@@ -344,9 +330,7 @@ def told(condition: ConditionSpec) -> Recipe:
 def test_a_condition_is_in_the_recipe_where_there_is_one(
     tmp_path: Path, condition: ConditionSpec, value: Json
 ) -> None:
-    """Fields that say nothing are left out, so that recipes without a condition keep their
-    fingerprints.
-    """
+    """A condition enters the recipe only if set, so recipes without one keep their fingerprints."""
     plan = tiny_plan()
     recipe = told(condition)
     assert "condition" not in plan.recipe.to_json()["teacher"]
@@ -367,7 +351,7 @@ def test_a_condition_is_in_the_recipe_where_there_is_one(
     ],
 )
 def test_a_condition_of_another_kind_is_damage(tmp_path: Path, value: object) -> None:
-    """A reader refuses what it would not know how to tell a teacher."""
+    """An unknown or incomplete condition is damage."""
     plan = tiny_plan()
     manifest = new_manifest(told(ConditionSpec(kind="null")), plan.arrays, None, {})
     manifest.recipe["teacher"]["condition"] = value
@@ -388,9 +372,7 @@ def test_commit_records_round_trip(tmp_path: Path) -> None:
 
 
 def test_every_flipped_character_of_a_commit_record_is_found(tmp_path: Path) -> None:
-    """Flipping a bit of every other byte of a commit record raises CacheDamagedError that says to
-    delete it.
-    """
+    """A flipped bit in a commit record raises CacheDamagedError with the advice to delete it."""
     (tmp_path / "commits").mkdir()
     write_commit(tmp_path, tiny_record())
     path = commit_path(tmp_path, 0)
@@ -407,9 +389,7 @@ def test_every_flipped_character_of_a_commit_record_is_found(tmp_path: Path) -> 
 
 
 def test_a_commit_record_under_another_name_is_found(tmp_path: Path) -> None:
-    """An intact record at the place of another shard's raises CacheDamagedError that says whose it
-    is.
-    """
+    """An intact record under another shard's name raises CacheDamagedError with its own shard."""
     (tmp_path / "commits").mkdir()
     write_commit(tmp_path, tiny_record(2))
     commit_path(tmp_path, 2).rename(commit_path(tmp_path, 1))
@@ -444,7 +424,7 @@ def test_a_commit_record_under_another_name_is_found(tmp_path: Path) -> None:
 def test_a_commit_record_of_other_types_is_found(
     tmp_path: Path, changes: dict, reason: str
 ) -> None:
-    """A record that carries its own hash, but hashes or failures that are none, is damage."""
+    """A record with a valid hash of its own but ill-typed hashes or failures is damage."""
     (tmp_path / "commits").mkdir()
     body = {**tiny_record().to_json(), **changes}
     del body["sha256"]
@@ -456,7 +436,7 @@ def test_a_commit_record_of_other_types_is_found(
 
 
 def test_sums_add_in_the_order_given() -> None:
-    """Totals are plain left-to-right float64 sums by array, so that shard order fixes every bit."""
+    """Totals per array are left-to-right float64 sums, so the shard order determines every bit."""
     sums = [0.1, 0.2, 0.3, 1e16, 1.0, -1e16]
     small = {"b": CodecSums(squared_error=1.0, energy=0.0)}
     records = [

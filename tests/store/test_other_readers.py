@@ -1,6 +1,4 @@
-"""Stock zarr-python, zarrs and TensorStore open the arrays of a cache and see the bytes that were
-handed in.
-"""
+"""zarr-python, zarrs and TensorStore read the cached bytes exactly as the writer received them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -49,9 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @READERS
 @pytest.mark.parametrize("name", [IMAGES, FINE, COARSE])
 def test_payloads_of_a_cache(data: Path, name: str, read: Read) -> None:
-    """Every payload of every array comes out as it was handed in, padded with zeros, the failed
-    row's too.
-    """
+    """Every payload reads as written and padded with zeros, the failed row's empty payload too."""
     plan = tiny_plan()
     array = plan.arrays[name]
     views = 1 if name == IMAGES else VIEWS
@@ -67,7 +63,7 @@ def test_payloads_of_a_cache(data: Path, name: str, read: Read) -> None:
 
 @READERS
 def test_codec_arrays_of_a_cache(data: Path, read: Read) -> None:
-    """The codec's arrays come out as fitted."""
+    """The codec's arrays read back as fitted."""
     for tap, fitted in tiny_plan().fit.items():
         for name, values in fitted.items():
             np.testing.assert_array_equal(read(data, f"codec/{tap}/{name}"), values)
@@ -76,9 +72,7 @@ def test_codec_arrays_of_a_cache(data: Path, read: Read) -> None:
 @READERS
 @pytest.mark.parametrize("length", [16, 255, 256, 65_792, 2 * MAX_BLOCK + 16])
 def test_frames_of_every_shape(tmp_path: Path, length: int, read: Read) -> None:
-    """Headers of one, two and four bytes, payloads and paddings of several blocks, and real
-    compressor's frames.
-    """
+    """Frames of every header size, of several blocks and of a standard compressor all read."""
     rng = np.random.default_rng(length)
     payloads = [
         rng.bytes(size)

@@ -1,6 +1,4 @@
-"""Attempts at a shard: two of them, late ones, ones of other caches; only a commit makes one count,
-and only once.
-"""
+"""Among several attempts at a shard, late and foreign ones included, exactly one commit counts."""
 
 import os
 from dataclasses import replace
@@ -19,14 +17,12 @@ from dtcache.store.writer import CacheWriter
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the disk: no test here pulls the plug."""
+    """Skip fsync: no test here simulates a power cut."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def test_an_attempt_is_no_part_of_the_cache_before_its_commit(tmp_path: Path) -> None:
-    """Its files lie beside their places under names of their own; committing gives what write_shard
-    gives.
-    """
+    """An attempt's files stay temporary until its commit, which gives the files of write_shard."""
     plan = tiny_plan()
     writer = begin(tmp_path / "a", plan)
     before = tree(tmp_path / "a")
@@ -44,9 +40,7 @@ def test_an_attempt_is_no_part_of_the_cache_before_its_commit(tmp_path: Path) ->
 
 
 def test_a_second_attempt_never_touches_what_is_committed(tmp_path: Path) -> None:
-    """A shard that comes twice, with other bytes even, is committed once; the late files go,
-    whenever they come.
-    """
+    """A second attempt at a committed shard changes nothing, and its files are removed."""
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     other = replace(
@@ -55,7 +49,7 @@ def test_a_second_attempt_never_touches_what_is_committed(tmp_path: Path) -> Non
     )
     zombie = write_attempt(
         tmp_path, writer.manifest, other
-    )  # written before the other is committed
+    )  # written before the commit of the first attempt
     assert writer.commit(write_attempt(tmp_path, writer.manifest, plan.shards[0])) > 0
     with_zombie = tree(tmp_path)
     assert writer.commit(zombie) == 0
@@ -63,7 +57,7 @@ def test_a_second_attempt_never_touches_what_is_committed(tmp_path: Path) -> Non
     assert {
         name for name in with_zombie if ".tmp-" in name
     } == with_zombie.keys() - committed.keys()
-    assert writer.commit(write_attempt(tmp_path, writer.manifest, other)) == 0  # begun after it
+    assert writer.commit(write_attempt(tmp_path, writer.manifest, other)) == 0  # begun later
     for shard in writer.missing:
         writer.write_shard(plan.shards[shard])
     writer.seal()
@@ -74,9 +68,7 @@ def test_a_second_attempt_never_touches_what_is_committed(tmp_path: Path) -> Non
 
 
 def test_a_zombie_of_an_earlier_run_cannot_commit(tmp_path: Path) -> None:
-    """What a run left goes when the next one begins; a worker of the first that comes late has
-    nothing to commit.
-    """
+    """A resume removes an earlier run's attempts, so a late worker of that run cannot commit."""
     plan = tiny_plan()
     zombie = write_attempt(tmp_path, begin(tmp_path, plan).manifest, plan.shards[0])
     writer = CacheWriter.resume(tmp_path)
@@ -94,9 +86,7 @@ def test_a_zombie_of_an_earlier_run_cannot_commit(tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_as_described_are_not_committed(tmp_path: Path) -> None:
-    """A file of another size, as a worker on other storage would leave, is refused, and the
-    attempt's files go.
-    """
+    """An attempt with a file of the wrong size is refused, and its files are removed."""
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     made = write_attempt(tmp_path, writer.manifest, plan.shards[2])
@@ -112,9 +102,7 @@ def test_files_that_are_not_as_described_are_not_committed(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("wrong", ["fingerprint", "path", "shard", "rows", "failure", "attempt"])
 def test_an_attempt_at_another_cache_is_refused(tmp_path: Path, wrong: str) -> None:
-    """A description that another recipe, or a broken worker, gave names no file that would be
-    renamed or removed.
-    """
+    """An attempt described for another cache is refused, and no file is renamed or removed."""
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     made = write_attempt(tmp_path, writer.manifest, plan.shards[0])
@@ -143,7 +131,7 @@ def test_an_attempt_at_another_cache_is_refused(tmp_path: Path, wrong: str) -> N
 def test_an_attempt_that_fails_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the last file cannot be written, or Ctrl-C comes, those before it go too."""
+    """An attempt that fails at its last file, or on Ctrl-C, removes its earlier files."""
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     before = tree(tmp_path)

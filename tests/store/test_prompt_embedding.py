@@ -1,4 +1,4 @@
-"""The stored embedding of a prompt: what was written is read, and nothing else passes for one."""
+"""The stored embedding of a prompt reads back as written, and any other file is refused."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ EMBEDDING = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
 
 
 def test_an_embedding_reads_as_it_was_written(tmp_path: Path) -> None:
-    """The file is plain safetensors with one tensor, the same bytes every time."""
+    """The file is plain safetensors with one tensor, and its bytes are reproducible."""
     (tmp_path / PROMPT).write_bytes(embedding_bytes(EMBEDDING))
     assert np.array_equal(read_embedding(tmp_path), EMBEDDING)
     assert {name: x.tolist() for name, x in load_file(tmp_path / PROMPT).items()} == {
@@ -28,7 +28,7 @@ def test_an_embedding_reads_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_other_files_are_damage(tmp_path: Path) -> None:
-    """A missing, cut, huge, misnamed, misshapen or mistyped one is refused with its path."""
+    """A missing, truncated, huge or ill-typed embedding is refused with its path."""
     path = tmp_path / PROMPT
     whole = embedding_bytes(EMBEDDING)
     with pytest.raises(
@@ -59,9 +59,7 @@ def test_other_files_are_damage(tmp_path: Path) -> None:
 
 
 def test_the_manifest_hashes_it(tmp_path: Path) -> None:
-    """A writer does not go on where it has changed, and one that was left by a begun cache of
-    another kind goes.
-    """
+    """A resume refuses a changed embedding and removes one that a different begun cache left."""
     plan = tiny_plan()
     (tmp_path / PROMPT).write_bytes(b"left by a run that was cut short")
     writer = begin(tmp_path, plan)

@@ -1,4 +1,4 @@
-"""The reader against zarr-python, and against every kind of damage that a disk can do."""
+"""The reader agrees with zarr-python and detects every kind of damage that a disk can cause."""
 
 import errno
 import gc
@@ -50,7 +50,7 @@ NAMES = (IMAGES, FINE, COARSE)
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the disk: no test here pulls the plug."""
+    """Skip fsync: no test here simulates a power cut."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -67,7 +67,7 @@ def root(shared: Path, tmp_path: Path) -> Path:
 
 
 def views_of(name: str) -> int:
-    """Return how many payloads a row of an array has."""
+    """Return the number of payloads per row of an array."""
     return 1 if name == IMAGES else VIEWS
 
 
@@ -99,9 +99,7 @@ def read_all(reader: CacheReader) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_zarr_reads_the_same(shared: Path, name: str) -> None:
-    """zarr-python and the reader give the same bytes for every row and view, and those are the ones
-    handed in.
-    """
+    """zarr-python and the reader return the written bytes for every row and view."""
     plan = tiny_plan()
     group = zarr.open_group(shared / "data.zarr", mode="r")
     whole = np.asarray(group[name][...]).reshape(ROWS, views_of(name), -1)
@@ -120,9 +118,7 @@ def test_zarr_reads_the_same(shared: Path, name: str) -> None:
 
 
 def test_zarr_sees_nothing_foreign(shared: Path) -> None:
-    """The group holds exactly the payload arrays and the codec's, which read back as fitted,
-    without a warning.
-    """
+    """The Zarr group holds exactly the payload arrays and the codec's arrays."""
     group = zarr.open_group(shared / "data.zarr", mode="r")
     plan = tiny_plan()
     arrays = {name for name, node in group.members(max_depth=None) if isinstance(node, zarr.Array)}
@@ -168,9 +164,7 @@ def test_zarr_sees_nothing_foreign(shared: Path) -> None:
 def test_a_codec_array_of_any_size_is_refused_unread(
     root: Path, changes: dict, reason: str
 ) -> None:
-    """What an array's zarr.json claims is compared with what a fit may hold, and how, before memory
-    is taken for it.
-    """
+    """A codec array's zarr.json is checked against its bounds before memory is allocated."""
     path = root / "data.zarr" / "codec" / FINE / "mean" / "zarr.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match=rf"codec/{FINE}/mean: expected {reason}"):
@@ -178,9 +172,7 @@ def test_a_codec_array_of_any_size_is_refused_unread(
 
 
 def test_a_codec_chunk_that_claims_any_size_is_refused_unread(root: Path) -> None:
-    """A small frame that says it decompresses to terabytes is damage, found before memory is taken
-    for it.
-    """
+    """A codec chunk that claims terabytes is refused before memory is allocated."""
     claim = b"\x28\xb5\x2f\xfd\xe0" + (1 << 45).to_bytes(8, "little") + b"\x01\x00\x00"
     (root / "data.zarr" / "codec" / FINE / "mean" / "c.0").write_bytes(
         claim + crc32c(claim).to_bytes(4, "little")
@@ -193,9 +185,7 @@ def test_a_codec_chunk_that_claims_any_size_is_refused_unread(root: Path) -> Non
 
 @pytest.mark.parametrize("sealed", [True, False])
 def test_an_index_of_another_length_is_damage(root: Path, tmp_path: Path, sealed: bool) -> None:
-    """A cache whose sample index has more or fewer rows than its recipe has samples is refused at
-    open.
-    """
+    """A sample index with more or fewer rows than the recipe's samples is refused at open."""
     if not sealed:
         root = tmp_path / "begun"
         begin(root, tiny_plan())
@@ -211,7 +201,7 @@ def test_an_index_of_another_length_is_damage(root: Path, tmp_path: Path, sealed
 
 
 def test_failed_row_is_not_usable(shared: Path) -> None:
-    """The failed row keeps its place, reads as zeros, and is the only one that is not usable."""
+    """The failed row keeps its position, reads as zeros and is the only unusable row."""
     reader = CacheReader(shared)
     assert reader.usable_rows.tolist() == [row for row in range(ROWS) if row != FAILED_ROW]
     for name in NAMES:
@@ -221,9 +211,7 @@ def test_failed_row_is_not_usable(shared: Path) -> None:
 def test_flipped_bytes_of_every_shard_are_found(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A flipped byte makes its own sample raise CacheDamagedError by name; others stay right, or
-    raise with it.
-    """
+    """A flipped byte of a shard raises CacheDamagedError with the key of each sample it affects."""
     monkeypatch.setattr(reader_module, "open_limit", lambda: 0)
     reader = CacheReader(root)
     wanted = read_all(reader)
@@ -231,8 +219,8 @@ def test_flipped_bytes_of_every_shard_are_found(
         content = path.read_bytes()
         index_at = len(content) - (16 * array.shard_rows * array.payloads_per_row + 4)
         pairs = [(row, view) for row in array.rows_of(number) for view in range(views_of(name))]
-        # tests/store/test_shard.py flips every single byte; every sample's chunk and the index are
-        # met here too.
+        # test_shard.py flips every byte; here a subset still covers every sample's chunk and the
+        # index.
         for place in range(number, len(content), 11 if name == IMAGES else 3):
             with open(path, "r+b") as file:
                 file.seek(place)
@@ -264,7 +252,7 @@ def test_flipped_bytes_of_every_shard_are_found(
 
 @pytest.mark.parametrize("what", ["gone", "empty", "one byte short", "one byte long", "a folder"])
 def test_missing_and_resized_shards_are_found_at_open(root: Path, what: str) -> None:
-    """Every shard that is gone, empty or of another size is named when the cache is opened."""
+    """Opening a cache names a shard that is missing, empty or of another size."""
     for _, _, _, path in shard_files(root):
         content = path.read_bytes()
         path.unlink()
@@ -293,9 +281,7 @@ def test_missing_and_resized_shards_are_found_at_open(root: Path, what: str) -> 
 )
 @pytest.mark.parametrize("what", ["gone", "empty", "short", "zeros"])
 def test_damage_after_open_is_found_at_read(root: Path, what: str, opened: bool) -> None:
-    """A shard that changes after the cache was opened raises CacheDamagedError at the next read of
-    it.
-    """
+    """A shard that changes after the cache was opened raises CacheDamagedError at its next read."""
     reader = CacheReader(root)
     if opened:
         read(reader, FINE, [0], [0])
@@ -303,7 +289,7 @@ def test_damage_after_open_is_found_at_read(root: Path, what: str, opened: bool)
     size = path.stat().st_size
     if what == "gone":
         path.unlink()
-        if opened:  # POSIX: an open file outlives its name
+        if opened:  # POSIX: an open file stays readable after unlink
             assert read(reader, FINE, [3], [1]).any()
             return
     else:
@@ -316,7 +302,7 @@ def test_damage_after_open_is_found_at_read(root: Path, what: str, opened: bool)
 
 
 def test_swapped_shards_are_found_when_they_differ_in_size(root: Path) -> None:
-    """Two shards of different size exchanged, within or across arrays, are found at open."""
+    """Two exchanged shards of different sizes, within or across arrays, are reported at open."""
     files = [path for *_, path in shard_files(root)]
     for first in files:
         for second in files:
@@ -335,9 +321,7 @@ def test_swapped_shards_are_found_when_they_differ_in_size(root: Path) -> None:
 
 
 def with_equal_shards(root: Path) -> Path:
-    """Write a cache whose first two shards of the coarse tap have equal sizes and different
-    payloads.
-    """
+    """Write a cache whose first two coarse shards differ in payloads but not in size."""
     plan = tiny_plan()
     mirrored = [bytes(reversed(p[:8])) + p[8:] for p in plan.shards[0].payloads[COARSE]]
     second = replace(plan.shards[1], payloads={**plan.shards[1].payloads, COARSE: mirrored})
@@ -345,11 +329,10 @@ def with_equal_shards(root: Path) -> Path:
 
 
 def test_swapped_shards_of_equal_size_pass_the_reader_but_not_their_hash(tmp_path: Path) -> None:
-    """Two intact shards of one size exchanged read without an error: only the SHA-256 in
-    shards.parquet tells.
+    """Only the SHA-256 in shards.parquet detects two exchanged intact shards of equal size.
 
-    A checksum does not know its place; no single fault of a disk does this. `dtcache verify`
-    compares the hashes.
+    The checksums of a chunk do not cover its position. No single disk fault exchanges two files, so
+    the reader accepts this case and `dtcache verify` compares the hashes.
     """
     root = with_equal_shards(tmp_path / "cache")
     first, second = (root / "data.zarr" / COARSE / f"c.{shard}.0.0" for shard in range(2))
@@ -369,9 +352,7 @@ def test_swapped_shards_of_equal_size_pass_the_reader_but_not_their_hash(tmp_pat
 
 
 def test_every_other_file_is_hashed_at_open(root: Path) -> None:
-    """A flipped bit in, or the loss of, any zarr.json, codec array or Parquet file is found at open
-    by its name.
-    """
+    """A changed or missing zarr.json, codec array or Parquet file is named at open."""
     files = [name for name in CacheReader(root).manifest.files]
     assert len(files) > 30
     for name in files:
@@ -391,16 +372,14 @@ def test_every_other_file_is_hashed_at_open(root: Path) -> None:
 
 
 def test_reading_changes_nothing(root: Path) -> None:
-    """Opening and reading a cache leaves every byte and every name as it was."""
+    """Opening and reading a cache changes no byte and no file name."""
     before = tree(root)
     read_all(CacheReader(root))
     assert tree(root) == before
 
 
 def test_incomplete_and_missing_caches(tmp_path: Path) -> None:
-    """A cache that is still being written, and a folder that is none, are told apart, each with the
-    next step.
-    """
+    """An incomplete cache and a folder without a cache raise two different errors."""
     begin(tmp_path / "cache", tiny_plan())
     with pytest.raises(
         CacheIncompleteError,
@@ -414,9 +393,7 @@ def test_incomplete_and_missing_caches(tmp_path: Path) -> None:
 
 
 def test_what_is_committed_of_an_incomplete_cache_can_be_read(shared: Path, tmp_path: Path) -> None:
-    """With incomplete allowed the committed shards' rows read as in the sealed cache; those of
-    others are refused.
-    """
+    """With `allow="incomplete"`, committed rows read as if sealed and all others are refused."""
     plan = tiny_plan()
     writer = begin(tmp_path / "cache", plan)
     for number in (0, 2):
@@ -441,9 +418,7 @@ def test_what_is_committed_of_an_incomplete_cache_can_be_read(shared: Path, tmp_
 def test_a_cache_that_is_sealed_while_it_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """Commit records that a seal takes away meanwhile, and a sample index that it replaces, are no
-    damage.
-    """
+    """A seal during the opening of an incomplete cache is not reported as damage."""
     plan = tiny_plan()
     writer = begin(tmp_path / "cache", plan)
     for number in writer.missing:
@@ -464,7 +439,7 @@ def test_a_cache_that_is_sealed_while_it_is_opened(
 
 
 def test_commit_records_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opening an unfinished cache reads each record once."""
+    """Opening an incomplete cache reads each commit record once."""
     plan = tiny_plan()
     writer = begin(tmp_path / "cache", plan)
     for number in (0, 2):
@@ -479,7 +454,7 @@ def test_commit_records_are_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_incomplete_cache_with_damage_is_refused(tmp_path: Path) -> None:
-    """A committed shard that is short, and a record of another cache, are found at open."""
+    """A short committed shard and a record of another cache are reported at open."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     begin(root, plan).write_shard(plan.shards[0])
@@ -519,9 +494,7 @@ def test_an_incomplete_cache_with_damage_is_refused(tmp_path: Path) -> None:
 def test_a_record_of_rows_outside_its_shard_is_damage(
     tmp_path: Path, changes: dict, reason: str
 ) -> None:
-    """A record that speaks of more or fewer rows than its shard has, or of another's, is refused by
-    all who read it.
-    """
+    """The reader, a resume and inspect refuse a record whose rows do not match its shard."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     writer = begin(root, plan)
@@ -539,7 +512,7 @@ def test_a_record_of_rows_outside_its_shard_is_damage(
 
 
 def test_absent_chunk_in_range_is_damage(tmp_path: Path) -> None:
-    """A shard whose intact index lacks a chunk in range raises: absence never reads as zeros."""
+    """A chunk that the shard's intact index lacks raises; absence never reads as zeros."""
     plan = tiny_plan()
     short = replace(
         plan.shards[2],
@@ -556,9 +529,7 @@ def test_absent_chunk_in_range_is_damage(tmp_path: Path) -> None:
 
 
 def test_a_replaced_shard_index_is_found(root: Path) -> None:
-    """A valid shards.parquet with other rows does not match the manifest, and an adjusted manifest
-    not its own hash.
-    """
+    """A replaced shards.parquet is detected even if the manifest was edited to match it."""
     table = read_table(root / "shards.parquet")
     (root / "shards.parquet").write_bytes(parquet_bytes(table.slice(0, 6)))
     with pytest.raises(
@@ -583,9 +554,7 @@ def open_below(root: Path) -> list[str]:
 def test_more_shards_than_open_files(
     shared: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    """With nine shards and fewer open files all reads are right, and no more descriptors stay open
-    than allowed.
-    """
+    """With more shards than open files allowed, reads are right and the limit is kept."""
     wanted = read_all(CacheReader(shared))
     monkeypatch.setattr(reader_module, "open_limit", lambda: most)
     gc.collect()
@@ -604,9 +573,7 @@ def test_more_shards_than_open_files(
 
 @pytest.mark.parametrize("most", [2, 128])
 def test_threads_share_one_reader(shared: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Eight threads at once read the right bytes from one reader, also while shards are being
-    closed under them.
-    """
+    """Eight threads read the right bytes from one reader while it closes and reopens shards."""
     wanted = read_all(CacheReader(shared))
     monkeypatch.setattr(reader_module, "open_limit", lambda: most)
     reader = CacheReader(shared)
@@ -628,7 +595,7 @@ def test_threads_share_one_reader(shared: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_reader_travels_as_a_path(shared: Path) -> None:
-    """A pickled reader opens the cache again where it arrives and reads the same."""
+    """A pickled reader reopens the cache by path and reads the same bytes."""
     reader = CacheReader(shared)
     read(reader, FINE, [0], [0])
     message = pickle.dumps(reader)
@@ -637,7 +604,7 @@ def test_a_reader_travels_as_a_path(shared: Path) -> None:
 
 
 def test_a_forked_reader_is_refused(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In another process than the one that opened it, a reader raises with what to do instead."""
+    """A reader used in a forked process raises with the advice to spawn workers."""
     reader = CacheReader(shared)
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(
@@ -647,9 +614,7 @@ def test_a_forked_reader_is_refused(shared: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_rows_and_views_out_of_range(shared: Path) -> None:
-    """A row or view that the array does not have raises IndexError with the range; nothing wraps
-    around.
-    """
+    """A row or view outside the array raises IndexError with the range; negative indices too."""
     reader = CacheReader(shared)
     for rows, views, message in (
         ([ROWS], [0], rf"{FINE} has rows 0 to {ROWS - 1}, got {ROWS}"),
@@ -666,7 +631,7 @@ def test_rows_and_views_out_of_range(shared: Path) -> None:
 def test_frames_of_other_writers_read_the_same(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    """Frames of a real compressor, in all chunks or in some among ours, read as the same payloads."""
+    """Frames of a standard compressor, alone or mixed with ours, read as the same payloads."""
     made = 0
 
     def pack_frame(payload: bytes, length: int) -> bytes:
@@ -687,7 +652,7 @@ def test_frames_of_other_writers_read_the_same(
 def test_a_process_that_may_open_no_more_files_is_told_so(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Running out of file descriptors is no damage: the message names the limit, not a repair."""
+    """Running out of file descriptors names the limit and is not reported as damage."""
     reader = CacheReader(root)
 
     def refuse(path: object, flags: int) -> int:

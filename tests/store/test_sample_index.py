@@ -1,4 +1,4 @@
-"""The sample index: hashes, and one fixed Parquet encoding."""
+"""The sample index has stable hashes and one fixed Parquet encoding."""
 
 from pathlib import Path
 
@@ -20,9 +20,7 @@ from dtcache.store.sample_index import (
 
 
 def test_hash_samples_covers_order_keys_and_labels() -> None:
-    """The list's hash changes with its order, one key or one label, and not with the source's own
-    order.
-    """
+    """The list's hash depends on its order, keys and labels, but not on the source's order."""
     samples = [Sample(index=i, key=f"k{i}", label=i % 2) for i in range(5)]
     hashes = {
         hash_samples(samples),
@@ -47,9 +45,7 @@ def table() -> pa.Table:
 
 
 def test_samples_table_round_trips(tmp_path: Path) -> None:
-    """pyarrow reads rows, keys, labels, hashes and failures as they were given, under the declared
-    schema.
-    """
+    """pyarrow reads rows, keys, labels, hashes and failures as written, in the declared schema."""
     path = tmp_path / "samples.parquet"
     path.write_bytes(parquet_bytes(table()))
     found = read_table(path)
@@ -65,7 +61,7 @@ def test_samples_table_round_trips(tmp_path: Path) -> None:
 
 
 def test_parquet_bytes_are_deterministic() -> None:
-    """Equal tables give equal bytes, one that was read back too; another value gives other bytes."""
+    """Equal tables give equal bytes, after a round trip too; a changed value changes the bytes."""
     first = parquet_bytes(table())
     assert parquet_bytes(table()) == first
     assert parquet_bytes(pq.read_table(pa.BufferReader(first))) == first
@@ -129,15 +125,13 @@ LABELS = [0, 0, 1, 1]
 def test_what_changed_in_a_data_set_is_named(
     keys: list[str], labels: list[int | None], order: list[int], what: str
 ) -> None:
-    """Additions and removals come with a name, then labels, and the order only where nothing else
-    changed.
-    """
+    """Added and removed images are named first, then changed labels, then a changed order."""
     was = samples_table([WAS[i] for i in (2, 0, 3, 1)], [LABELS[i] for i in (2, 0, 3, 1)])
     assert changed_samples(was, SampleList(keys, labels, np.array(order))) == what
 
 
 def test_a_new_class_shifts_the_labels_after_it() -> None:
-    """Both are told: the images that came, and how many others have another label by that."""
+    """A new class reports both the added images and the labels that shifted."""
     was = samples_table(WAS, LABELS)
     now = SampleList(
         ["ant/1", "ant/2", "ape/1", "bee/1", "bee/2"], [0, 0, 1, 2, 2], np.array([4, 3, 2, 1, 0])

@@ -1,4 +1,4 @@
-"""One shard's bytes against zarr-python, and against every flipped byte."""
+"""One shard's bytes agree with zarr-python, and every flipped byte is detected."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ LENGTH = 48
 
 
 def random_payloads(count: int, seed: int) -> list[bytes]:
-    """Return payloads of every size from nothing to the whole length, some all zeros."""
+    """Return payloads of every size from empty to full length, some all zeros."""
     rng = np.random.default_rng(seed)
     payloads = [rng.bytes(int(rng.integers(1, LENGTH + 1))) for _ in range(count)]
     payloads[0], payloads[-1] = b"", rng.bytes(LENGTH)
@@ -38,7 +38,7 @@ def read_all(shard: bytes, count: int, entries: int) -> list[bytes]:
 
 
 def with_index(chunks: bytes, entries: list[tuple[int, int]]) -> bytes:
-    """Return a shard of `chunks` whose index is intact but says what `entries` say."""
+    """Return a shard of `chunks` whose index has a valid checksum and the given `entries`."""
     table = np.array(entries, "<u8").tobytes()
     return chunks + table + crc32c(table).to_bytes(4, "little")
 
@@ -65,9 +65,7 @@ def test_zarr_reads_what_build_shard_wrote(
 
 
 def test_a_shard_that_zarr_wrote_reads(tmp_path: Path) -> None:
-    """dtcache's functions read a shard of zarr-python's: the layout is the standard one, not a
-    look-alike.
-    """
+    """dtcache reads a shard that zarr-python wrote, so the layout is the standard one."""
     array = PayloadArray(name="t1/stride2", shape=(4, 2, LENGTH), shard_rows=4)
     write_zarr_nodes(tmp_path / "data.zarr", {array.name: array}, {})
     payloads = [bytes([1 + i]) * (5 * i + 1) for i in range(8)]
@@ -78,7 +76,7 @@ def test_a_shard_that_zarr_wrote_reads(tmp_path: Path) -> None:
 
 
 def test_every_flipped_byte_is_found() -> None:
-    """Any change of any byte of a ragged shard, absent entries included, raises CacheDamagedError."""
+    """A flipped byte anywhere in a ragged shard raises CacheDamagedError."""
     payloads = random_payloads(6, seed=1)
     shard = build_shard(payloads, LENGTH, 8)
     assert read_all(shard, 6, 8) == [p.ljust(LENGTH, b"\0") for p in payloads]
@@ -93,7 +91,7 @@ def test_every_flipped_byte_is_found() -> None:
 
 
 def test_every_truncation_is_found() -> None:
-    """A shard cut short anywhere raises CacheDamagedError."""
+    """A shard truncated at any length raises CacheDamagedError."""
     shard = build_shard(random_payloads(6, seed=2), LENGTH, 8)
     for size in range(len(shard)):
         with pytest.raises(CacheDamagedError, match=r"^the shard's index is damaged"):
@@ -104,9 +102,7 @@ def test_every_truncation_is_found() -> None:
     "entry", [(0, 1000), (1000, 8), (40, 1), (2**64 - 10, 20), (8, 2**64 - 1), (2**63, 2**63)]
 )
 def test_an_index_that_points_outside_raises(entry: tuple[int, int]) -> None:
-    """An intact index whose entry leaves the chunks' part of the file raises, sums beyond 2^64
-    included.
-    """
+    """An index entry outside the shard's chunks raises, even if offset + size exceeds 2^64."""
     shard = with_index(b"x" * 40, [(0, 8), entry])
     with pytest.raises(CacheDamagedError, match=r"^the shard's index points outside the file"):
         parse_index(shard[-index_bytes(2) :], 2, len(shard))
@@ -114,9 +110,7 @@ def test_an_index_that_points_outside_raises(entry: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("size", [0, 8, LENGTH - 1, LENGTH + 1, 4 * LENGTH])
 def test_a_chunk_of_another_length_raises(size: int) -> None:
-    """An intact chunk that decompresses to another length than the array's raises; nothing is left
-    unwritten.
-    """
+    """A chunk that decompresses to another length than the array's raises."""
     packed = compress(b"\x05" * size, 1)
     chunk = packed + crc32c(packed).to_bytes(4, "little")
     with pytest.raises(
@@ -126,9 +120,7 @@ def test_a_chunk_of_another_length_raises(size: int) -> None:
 
 
 def test_a_chunk_that_is_no_zstd_raises() -> None:
-    """Bytes with a right checksum that are no zstd frame raise CacheDamagedError, not a codec's own
-    error.
-    """
+    """A chunk with a valid checksum that is not a zstd frame raises CacheDamagedError."""
     for packed in (b"", b"\x01", b"not zstd at all", compress(b"y" * LENGTH, 1)[:-2]):
         chunk = packed + crc32c(packed).to_bytes(4, "little")
         with pytest.raises(
@@ -138,7 +130,7 @@ def test_a_chunk_that_is_no_zstd_raises() -> None:
 
 
 def test_array_layout() -> None:
-    """Shards cover all rows once, the last one short, and their files carry one zero an inner axis."""
+    """Shards cover all rows once, and their file names have one zero per inner axis."""
     array = PayloadArray(name="t1/stride2", shape=(10, 2, 48), shard_rows=4)
     assert [list(array.rows_of(s)) for s in range(array.num_shards)] == [
         [0, 1, 2, 3],

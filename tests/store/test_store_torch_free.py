@@ -1,4 +1,4 @@
-"""The store without the model libraries: fault tests and tools start in a fraction of a second."""
+"""The store loads no model library, so that tools start in a fraction of a second."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Inspect without reading features: parts, states, races with a writer, and how little it reads."""
+"""Inspect reports parts and states without reading features, also while a writer is running."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def bytes_read() -> int:
 
 
 def test_parts_add_up_to_the_files(tiny_cache: Path) -> None:
-    """Bytes by part and by tap are those of the files that they name; no byte is counted twice."""
+    """Bytes by part and by tap add up to the files' sizes; no byte is counted twice."""
     report = inspect_cache(tiny_cache)
     sizes = {
         p.relative_to(tiny_cache).as_posix(): p.stat().st_size
@@ -55,19 +55,19 @@ def test_parts_add_up_to_the_files(tiny_cache: Path) -> None:
     not Path("/proc/self/io").exists(), reason="the kernel counts no bytes read here"
 )
 def test_only_manifest_and_index_are_read(tiny_copy: Path) -> None:
-    """However large the shards are, no more bytes are read than manifest and indices have."""
-    inspect_cache(tiny_copy)  # imports what it needs
+    """Inspecting a cache reads no more bytes than its manifest and indices hold."""
+    inspect_cache(tiny_copy)  # loads the lazily imported modules
     index = sum((tiny_copy / name).stat().st_size for name in (MANIFEST, SAMPLES, SHARDS))
     for path in (tiny_copy / "data.zarr").rglob("c.*"):
         os.truncate(path, path.stat().st_size + (1 << 26))
     before = bytes_read()
     inspect_cache(tiny_copy)
-    # The rest is the counter itself, and Parquet footers, which are read twice.
+    # The remainder is the counter itself and the Parquet footers, which are read twice.
     assert bytes_read() - before < 2 * index + 4096
 
 
 def test_a_cache_is_inspected_while_it_is_written(tmp_path: Path) -> None:
-    """After each commit the report counts the rows so far, as unfinished; no file changes."""
+    """Inspecting a cache between commits counts the usable rows so far and changes no file."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     writer = begin(root, plan)
@@ -80,13 +80,13 @@ def test_a_cache_is_inspected_while_it_is_written(tmp_path: Path) -> None:
         done.append(report["num_done"])
         assert sum(report["parts"].values()) == report["bytes_on_disk"]
         writer.write_shard(plan.shards[shard])
-    assert done == [0, 4, 7]  # a row of the second shard failed
+    assert done == [0, 4, 7]  # one row of the second shard failed
     empty = inspect(tmp_path / "cache")
     assert empty.exit_code == 0
 
 
 def test_a_seal_in_between_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the cache is sealed after its manifest was read, its records are gone: read again."""
+    """If a seal deletes the records after the manifest was read, the manifest is read again."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     writer = begin(root, plan)
@@ -104,7 +104,7 @@ def test_a_seal_in_between_is_no_damage(tmp_path: Path, monkeypatch: pytest.Monk
 def test_records_that_a_seal_deleted_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a seal deletes records before they are listed, the rest is not taken for all records."""
+    """If a seal deletes records before they are listed, the rows are still counted in full."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     writer = begin(root, plan)
@@ -141,7 +141,7 @@ def test_files_that_vanish_meanwhile_are_skipped(
 
 
 def test_damaged_shards_are_named(tiny_copy: Path) -> None:
-    """A shard that is short or missing makes the cache damaged; both are named, with the reason."""
+    """A short and a missing shard are each named with the reason."""
     short, gone = (tiny_copy / f"data.zarr/{name}/c.1.0.0" for name in (FINE, COARSE))
     os.truncate(short, 7)
     gone.unlink()
@@ -157,7 +157,7 @@ def test_damaged_shards_are_named(tiny_copy: Path) -> None:
 
 
 def test_a_newer_format_is_refused(tiny_copy: Path) -> None:
-    """For a manifest of a later version, the message says which version is supported."""
+    """A newer format is refused with the supported version."""
     (tiny_copy / MANIFEST).write_text('{"format":2}')
     with pytest.raises(
         CacheFormatError, match="expected format 1, got 2; install the dtcache that wrote it"
@@ -167,7 +167,7 @@ def test_a_newer_format_is_refused(tiny_copy: Path) -> None:
 
 
 def test_the_terminal_is_narrow_safe(tiny_cache: Path) -> None:
-    """At 60 columns every number is whole; at 40 no line is longer, and no ellipsis hides text."""
+    """At 60 columns every number is complete; at 40 no line is longer or cut by an ellipsis."""
     report = inspect_cache(tiny_cache)
     wide = inspect(tiny_cache, COLUMNS="60").output
     for tap in report["taps"]:
@@ -181,7 +181,7 @@ def test_the_terminal_is_narrow_safe(tiny_cache: Path) -> None:
 
 
 def test_the_schema_is_documented(tiny_cache: Path) -> None:
-    """docs/inspect.md lists exactly the fields that --json prints of a cache, and their version."""
+    """docs/inspect.md lists exactly the fields that --json prints for a cache."""
     report = json.loads(inspect(tiny_cache, "--json").stdout)
     assert f"Schema {SCHEMA}" in DOCS.read_text()
     found = [name for name in report if name != "statistics"] + [
@@ -206,7 +206,7 @@ def fields(value: object, prefix: str = "") -> set[str]:
 
 
 def test_the_schema_of_statistics_is_documented(tiny_cache: Path) -> None:
-    """docs/inspect.md lists exactly the fields of statistics without teacher, and explains each."""
+    """docs/inspect.md lists and explains exactly the fields of statistics without a teacher."""
     statistics = json.loads(inspect(tiny_cache, "--stats", "--json").stdout)["statistics"]
     found = {name for name in documented("statistics") if not name.startswith("afresh")}
     assert found == fields(statistics)
@@ -221,7 +221,7 @@ def test_the_schema_of_statistics_is_documented(tiny_cache: Path) -> None:
 
 
 def test_statistics_are_narrow_safe(tiny_cache: Path) -> None:
-    """At 60 columns every number of the statistics is whole."""
+    """At 60 columns every number of the statistics is complete."""
     statistics = json.loads(inspect(tiny_cache, "--stats", "--num-samples", 6, "--json").stdout)[
         "statistics"
     ]

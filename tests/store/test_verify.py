@@ -1,6 +1,4 @@
-"""Verify: every wrong byte of every file is found and told by its sample; nothing that is right is
-called damage.
-"""
+"""Verify reports every wrong byte with its file and samples, and no false damage."""
 
 import errno
 import functools
@@ -33,7 +31,7 @@ from dtcache.store.verify import (
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the disk: no test here pulls the plug."""
+    """Skip fsync: no test here simulates a power cut."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -53,7 +51,7 @@ def root(shared: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
-    """A cache of which the first two of three shards are committed."""
+    """A cache with the first two of its three shards committed."""
     root = tmp_path / "begun"
     for shard in range(2):
         begin(root, tiny_plan()).write_shard(tiny_plan().shards[shard])
@@ -76,7 +74,7 @@ def flip(path: Path, place: int) -> None:
 
 
 def swap(first: Path, second: Path) -> None:
-    """Let two files change places."""
+    """Exchange two files."""
     a = first.read_bytes()
     b = second.read_bytes()
     first.write_bytes(b)
@@ -84,9 +82,7 @@ def swap(first: Path, second: Path) -> None:
 
 
 def test_a_whole_cache_is_good(root: Path) -> None:
-    """All shard files are read, nothing is damaged or unnamed, a cluster's log neither; checking
-    changes no byte.
-    """
+    """In an intact cache every shard is checked, and no file is damaged, unnamed or changed."""
     (root / "cluster.log").write_text("WARNING distributed.nanny: Restarting worker")
     before = tree(root)
     found = verify(root)
@@ -98,9 +94,7 @@ def test_a_whole_cache_is_good(root: Path) -> None:
 
 
 def problem_of(root: Path, name: str) -> Callable[[], object]:
-    """Return the check that verify makes of one file, alone; it returns or raises something where
-    the file is wrong.
-    """
+    """Return verify's check of one file, which returns a problem or raises on damage."""
     contents = read_contents(root)
     assert contents.manifest is not None
     wanted = next((o for o in contents.objects if o.path == name), None)
@@ -115,7 +109,7 @@ def problem_of(root: Path, name: str) -> Callable[[], object]:
 
 
 def found_by(check: Callable[[], object]) -> bool:
-    """Return whether a check finds anything."""
+    """Return whether a check reports a problem."""
     try:
         return bool(check())
     except (CacheFormatError, CacheNotFoundError):
@@ -126,9 +120,7 @@ def found_by(check: Callable[[], object]) -> bool:
 def test_every_flipped_byte_and_every_truncation_of_every_file_is_found(
     root: Path, begun: Path, state: str
 ) -> None:
-    """One bit flipped in any byte of any file, and any file cut short anywhere, is found; a whole
-    file never is.
-    """
+    """Any flipped byte and any truncation of any file is found; an intact file is accepted."""
     folder = {"sealed": root, "begun": begun}[state]
     names = [name for name, content in tree(folder).items() if content is not None]
     names += ["extraction.log.json"] * (state == "sealed")
@@ -138,8 +130,7 @@ def test_every_flipped_byte_and_every_truncation_of_every_file_is_found(
         check = problem_of(folder, name)
         content = path.read_bytes()
         assert not found_by(check)
-        # tests/store/test_manifest.py flips every other byte of what is parsed anew each time:
-        # every tenth here.
+        # test_manifest.py flips every other byte of the parsed files; here every tenth is enough.
         places = range(
             0, len(content), 10 if name == "manifest.json" or name.startswith("commits/") else 1
         )
@@ -160,7 +151,7 @@ def test_every_flipped_byte_and_every_truncation_of_every_file_is_found(
 def test_each_damaged_file_is_named_and_no_other(
     root: Path, begun: Path, state: str, what: str
 ) -> None:
-    """A whole check after any one file was damaged reports just that file."""
+    """After damage to one file, a full check reports that file alone."""
     folder = {"sealed": root, "begun": begun}[state]
     for name, content in tree(folder).items():
         path = folder / name
@@ -174,7 +165,7 @@ def test_each_damaged_file_is_named_and_no_other(
             path.write_bytes(b"" if what == "empty" else content + b"\0")
         found = verify(folder)
         if what == "gone" and name.startswith("commits/"):
-            # Without its record a shard was never written: a resume makes it anew.
+            # A shard without its record counts as not written: a resume recomputes it.
             assert (found.state, found.contents.missing) == ("incomplete", (int(name[8:14]), 2))
         else:
             assert found.state == "damaged"
@@ -184,9 +175,7 @@ def test_each_damaged_file_is_named_and_no_other(
 
 
 def test_a_damaged_chunk_is_told_by_shard_tap_key_and_view(root: Path) -> None:
-    """A flip in a chunk of a tap names its sample and view, in an image the sample, in the index
-    every sample.
-    """
+    """A flip in a chunk names its sample and view; a flip in an index names all samples."""
     keys = [s.key for s in tiny_plan().samples]
     wanted = next(o for o in read_contents(root).objects if (o.array.name, o.shard) == (FINE, 1))
     flip(root / wanted.path, 3)
@@ -211,7 +200,7 @@ def test_a_damaged_chunk_is_told_by_shard_tap_key_and_view(root: Path) -> None:
 
 
 def test_every_chunk_of_a_shard_is_located(root: Path) -> None:
-    """The first byte of each chunk, flipped, is told by its own row and view."""
+    """A flip in the first byte of each chunk is reported with that chunk's row and view."""
     array = tiny_plan().arrays[COARSE]
     path = root / array.object_path(0)
     content = path.read_bytes()
@@ -225,9 +214,7 @@ def test_every_chunk_of_a_shard_is_located(root: Path) -> None:
 
 
 def with_equal_shards(root: Path) -> Path:
-    """Write a cache whose first two shards of the coarse tap have equal sizes and different
-    payloads.
-    """
+    """Write a cache whose first two coarse shards differ in payloads but not in size."""
     plan = tiny_plan()
     mirrored = [bytes(reversed(p[:8])) + p[8:] for p in plan.shards[0].payloads[COARSE]]
     second = replace(plan.shards[1], payloads={**plan.shards[1].payloads, COARSE: mirrored})
@@ -235,9 +222,7 @@ def with_equal_shards(root: Path) -> Path:
 
 
 def test_two_intact_shards_of_one_size_that_are_swapped(tmp_path: Path) -> None:
-    """Both are found, each with the name of the other, although every checksum inside them is
-    right.
-    """
+    """Two exchanged shards of equal size are both reported, each with the other's name."""
     root = with_equal_shards(tmp_path / "cache")
     names = [f"data.zarr/{COARSE}/c.{shard}.0.0" for shard in range(2)]
     assert (root / names[0]).stat().st_size == (root / names[1]).stat().st_size
@@ -251,9 +236,7 @@ def test_two_intact_shards_of_one_size_that_are_swapped(tmp_path: Path) -> None:
 
 
 def test_files_of_another_cache_or_another_tap(root: Path, tmp_path: Path) -> None:
-    """Intact files of a cache with other numbers, or of another tap of this one, are found wherever
-    they are put.
-    """
+    """Intact files of a different cache or tap are reported under any name."""
     plan = tiny_plan()
     shards = [
         replace(
@@ -287,7 +270,7 @@ def test_files_of_another_cache_or_another_tap(root: Path, tmp_path: Path) -> No
 def test_the_manifest_of_another_cache_and_of_another_time(
     root: Path, begun: Path, tmp_path: Path
 ) -> None:
-    """A manifest that is whole, but not this cache's or no longer, does not make the cache good."""
+    """An intact manifest of a different cache, or of an earlier state, is reported as damage."""
     plan = tiny_plan()
     stale = (begun / "manifest.json").read_bytes()
     (root / "manifest.json").write_bytes(stale)
@@ -301,7 +284,7 @@ def test_the_manifest_of_another_cache_and_of_another_time(
 
 
 def test_a_damaged_manifest_is_all_that_is_said(root: Path) -> None:
-    """Nothing is concluded from a manifest that is not as written."""
+    """If the manifest is damaged, verify reports nothing else."""
     flip(root / "manifest.json", 40)
     found = verify(root)
     assert [damage.path for damage in found.damage] == ["manifest.json"]
@@ -309,7 +292,7 @@ def test_a_damaged_manifest_is_all_that_is_said(root: Path) -> None:
 
 
 def test_without_a_shard_index_damage_is_still_located(root: Path) -> None:
-    """Where shards.parquet is gone, the checksums inside the shards still name the sample."""
+    """Without shards.parquet, the checksums inside the shards still name the damaged sample."""
     (root / "shards.parquet").unlink()
     flip(root / f"data.zarr/{FINE}/c.0.0.0", 3)
     first, second = verify(root).damage
@@ -318,7 +301,7 @@ def test_without_a_shard_index_damage_is_still_located(root: Path) -> None:
 
 
 def test_without_a_sample_index_rows_are_named(root: Path) -> None:
-    """Where samples.parquet is damaged, its keys are not trusted: damage elsewhere is told by row."""
+    """If samples.parquet is damaged, other damage is reported by row instead of by key."""
     flip(root / "samples.parquet", 99)
     flip(root / f"data.zarr/{FINE}/c.0.0.0", 3)
     damage = {d.path: d for d in verify(root).damage}
@@ -327,7 +310,7 @@ def test_without_a_sample_index_rows_are_named(root: Path) -> None:
 
 
 def test_files_that_nothing_names_are_reported(root: Path) -> None:
-    """Strangers, leftovers and links are listed with what they are, and are no damage."""
+    """Unknown files, leftovers and links are listed with their kind and are not damage."""
     (root / "notes.txt").write_text("mine")
     (root / "data.zarr" / FINE / "c.7.0.0").write_bytes(b"x")
     (root / "data.zarr" / ".tmp-x").write_bytes(b"")
@@ -346,9 +329,7 @@ def test_files_that_nothing_names_are_reported(root: Path) -> None:
 
 
 def test_an_unfinished_cache_is_incomplete_not_damaged(begun: Path) -> None:
-    """What a kill leaves behind, temporary files and shards without a record, is reported and is no
-    damage.
-    """
+    """Temporary files and shards without a record are reported, but not as damage."""
     (begun / "data.zarr" / FINE / ".tmp-c.2.0.0").write_bytes(b"half")
     (begun / "data.zarr" / FINE / "c.2.0.0").write_bytes(b"renamed, never committed")
     found = verify(begun)
@@ -363,9 +344,7 @@ def test_an_unfinished_cache_is_incomplete_not_damaged(begun: Path) -> None:
 
 
 def test_a_commit_record_of_another_cache_is_damage(begun: Path) -> None:
-    """An intact record with another fingerprint, or one that lists other files, is reported by its
-    name.
-    """
+    """An intact record with another fingerprint, or for other files, is reported by its name."""
     path = begun / "commits" / "000001.json"
     for field, value in (("fingerprint", "0" * 64), ("objects", [])):
         content = path.read_bytes()
@@ -386,9 +365,7 @@ def test_a_commit_record_of_another_cache_is_damage(begun: Path) -> None:
 
 
 def test_a_sample_is_a_seeded_share_of_whole_shards(root: Path) -> None:
-    """A third of three shards is one of them, the seed says which; sizes and all other files are
-    checked anyway.
-    """
+    """A partial check reads a seeded choice of shards, but all sizes and all other files."""
     contents = read_contents(root)
     picked = {seed: {o.shard for o in chosen_objects(contents, 0.05, seed)} for seed in range(20)}
     assert all(len(shards) == 1 for shards in picked.values())
@@ -404,7 +381,7 @@ def test_a_sample_is_a_seeded_share_of_whole_shards(root: Path) -> None:
 
 
 def test_a_disk_that_fails_to_read_is_damage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EIO of one file is reported with its name, and the check goes on."""
+    """A read error of one file is reported with its name, and the check continues."""
     real = hashing.file_sha256
 
     def failing(path: Path) -> str:
@@ -423,7 +400,7 @@ def test_a_disk_that_fails_to_read_is_damage(root: Path, monkeypatch: pytest.Mon
 
 
 def test_a_cache_that_is_finished_meanwhile(begun: Path) -> None:
-    """A seal during the check is told as such, not as damage."""
+    """A seal during the check is reported as a seal, not as damage."""
     contents = read_contents(begun)
     write_cache(begun, tiny_plan())
     with pytest.raises(CacheBusyError, match="finished while it was being checked; check it again"):
@@ -431,7 +408,7 @@ def test_a_cache_that_is_finished_meanwhile(begun: Path) -> None:
 
 
 def test_no_cache_and_a_newer_one(tmp_path: Path, root: Path) -> None:
-    """A folder without a manifest and a format of later are errors, not damage."""
+    """A folder without a manifest and a newer format raise errors and are not damage."""
     with pytest.raises(CacheNotFoundError, match=r"is not a cache: expected manifest\.json in it"):
         verify(tmp_path)
     (root / "manifest.json").write_text('{"format":2}')
@@ -443,9 +420,7 @@ def test_no_cache_and_a_newer_one(tmp_path: Path, root: Path) -> None:
 
 @pytest.mark.parametrize("what", ["one image", "all zeros"])
 def test_small_and_empty_caches_are_good(tmp_path: Path, what: str) -> None:
-    """A cache of one row, and one whose payloads are all zeros, are good, and a flip in either is
-    found.
-    """
+    """A one-row cache and an all-zero cache are good, and a flip in either is reported."""
     plan = tiny_plan()
     shards = plan.shards
     if what == "all zeros":

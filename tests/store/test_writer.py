@@ -1,4 +1,4 @@
-"""The writer: what it commits, what it refuses, and what a full disk leaves behind."""
+"""The writer commits exactly what it was given, refuses bad states and survives a full disk."""
 
 import builtins
 import errno
@@ -33,14 +33,12 @@ from dtcache.store.writer import CacheWriter, require_ours
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the disk: no test here pulls the plug."""
+    """Skip fsync: no test here simulates a power cut."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def test_create_write_seal(tmp_path: Path) -> None:
-    """A cache is begun with all shards missing, loses one at a time, and when sealed names and
-    hashes all its files.
-    """
+    """A new cache misses all shards, then one fewer per write; the seal hashes all its files."""
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     assert writer.missing == [0, 1, 2]
@@ -71,9 +69,7 @@ def test_create_write_seal(tmp_path: Path) -> None:
 
 
 def test_indices_hold_what_was_written(tmp_path: Path) -> None:
-    """samples.parquet holds keys, labels, hashes and the failure; shards.parquet every object's
-    size and hash.
-    """
+    """samples.parquet holds keys, labels, hashes and failures; shards.parquet sizes and hashes."""
     plan = tiny_plan()
     write_cache(tmp_path, plan)
     samples = read_table(tmp_path / "samples.parquet").to_pydict()
@@ -88,9 +84,7 @@ def test_indices_hold_what_was_written(tmp_path: Path) -> None:
 
 
 def test_order_of_shards_changes_no_byte(tmp_path: Path) -> None:
-    """Shards written in any order, over several writers, give the tree of one that wrote them in
-    order.
-    """
+    """Shards written in any order by several writers give the bytes of one ordered writer."""
     plan = tiny_plan()
     for shard in (2, 0, 1):
         begin(tmp_path / "a", plan).write_shard(plan.shards[shard])
@@ -99,9 +93,7 @@ def test_order_of_shards_changes_no_byte(tmp_path: Path) -> None:
 
 
 def test_order_of_arrays_changes_no_byte(tmp_path: Path) -> None:
-    """Taps whose names sort otherwise than their strides (stride4, stride16) give one tree, resumed
-    or not.
-    """
+    """Taps whose names sort differently from their strides give the same bytes after a resume."""
     plan = tiny_plan()
     plan = replace(plan, arrays=dict(reversed(plan.arrays.items())))
     begin(tmp_path / "a", plan).write_shard(plan.shards[0])
@@ -109,7 +101,7 @@ def test_order_of_arrays_changes_no_byte(tmp_path: Path) -> None:
 
 
 def test_writing_a_shard_again_changes_no_byte(tmp_path: Path) -> None:
-    """write_shard is idempotent: a second time it leaves the same tree."""
+    """Writing a shard a second time changes no byte."""
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     writer.write_shard(plan.shards[0])
@@ -119,9 +111,7 @@ def test_writing_a_shard_again_changes_no_byte(tmp_path: Path) -> None:
 
 
 def test_failures_are_known_before_and_after_sealing(tmp_path: Path) -> None:
-    """The failed sample is reported from commit records, from the sealed index, and after a
-    half-done seal.
-    """
+    """Failures are reported from commit records, from the sealed index and after a partial seal."""
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     wanted = list(plan.shards[1].failures)
@@ -134,14 +124,12 @@ def test_failures_are_known_before_and_after_sealing(tmp_path: Path) -> None:
     assert writer.failures == wanted
     assert CacheWriter.resume(tmp_path).failures == wanted
     (tmp_path / "commits").mkdir()
-    write_commit(
-        tmp_path, records[2]
-    )  # killed while the records were being deleted: two of three are gone
+    write_commit(tmp_path, records[2])  # killed while it deleted the records: two of three are gone
     assert CacheWriter.resume(tmp_path).failures == wanted
 
 
 def test_seal_needs_every_shard(tmp_path: Path) -> None:
-    """Sealing with shards missing raises and changes nothing."""
+    """Sealing with missing shards raises and changes nothing."""
     writer = begin(tmp_path, tiny_plan())
     writer.write_shard(tiny_plan().shards[0])
     before = tree(tmp_path)
@@ -151,7 +139,7 @@ def test_seal_needs_every_shard(tmp_path: Path) -> None:
 
 
 def test_sealed_cache_is_left_alone(tmp_path: Path) -> None:
-    """Resuming and sealing a sealed cache changes no byte and finds nothing missing."""
+    """Resuming and sealing a sealed cache changes no byte and finds no missing shard."""
     before = tree(write_cache(tmp_path, tiny_plan()))
     writer = CacheWriter.resume(tmp_path)
     assert writer.missing == []
@@ -160,7 +148,7 @@ def test_sealed_cache_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_resume_removes_what_was_never_committed(tmp_path: Path) -> None:
-    """Temporary files and shards without a commit record go; committed ones stay."""
+    """A resume removes temporary files and shards without a record, and keeps committed shards."""
     plan = tiny_plan()
     begin(tmp_path, plan).write_shard(plan.shards[0])
     wanted = tree(tmp_path)
@@ -173,9 +161,7 @@ def test_resume_removes_what_was_never_committed(tmp_path: Path) -> None:
 
 
 def test_missing_or_short_committed_object_is_reported(tmp_path: Path) -> None:
-    """A committed file that is gone or of another size stops a resume with the way to repair, which
-    works.
-    """
+    """A missing or resized committed file stops a resume with advice for a repair that works."""
     plan = tiny_plan()
     write_cache(tmp_path / "whole", plan)
     root = tmp_path / "cache"
@@ -199,11 +185,10 @@ def test_missing_or_short_committed_object_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_resume_removes_nothing_from_a_damaged_cache(tmp_path: Path) -> None:
-    """Damage outside the shards, or the manifest of before the seal, stops a resume before it drops
-    or writes a file.
+    """A resume of a damaged cache stops before it removes or writes any file.
 
-    That manifest knows no commit record of a sealed cache: a resume that trusted it would delete
-    every shard.
+    The manifest from before the seal is one case: it names no commit records, so a resume that
+    trusted it would delete every shard.
     """
     plan = tiny_plan()
     root = tmp_path / "cache"
@@ -232,9 +217,7 @@ def test_a_resume_removes_nothing_from_a_damaged_cache(tmp_path: Path) -> None:
 
 
 def test_seal_refuses_samples_that_the_recipe_does_not_name(tmp_path: Path) -> None:
-    """An intact samples.parquet of other keys, in place of a half-done seal's, is never sealed with
-    a fresh hash.
-    """
+    """A seal refuses an intact samples.parquet with other keys than the recipe's."""
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     for data in plan.shards:
@@ -252,7 +235,7 @@ def test_seal_refuses_samples_that_the_recipe_does_not_name(tmp_path: Path) -> N
 
 
 def test_commit_record_of_another_recipe_is_refused(tmp_path: Path) -> None:
-    """A commit record with another fingerprint stops a resume; both fingerprints are named."""
+    """A commit record with another fingerprint stops a resume, which names both fingerprints."""
     plan = tiny_plan()
     begin(tmp_path, plan).write_shard(plan.shards[0])
     record = read_commits(tmp_path)[0]
@@ -263,9 +246,7 @@ def test_commit_record_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_foreign_folder_is_refused(tmp_path: Path) -> None:
-    """A folder with anything that a cache does not have is refused untouched; leftovers of a begun
-    cache pass.
-    """
+    """A folder with unknown files is refused untouched; leftovers of a begun cache are accepted."""
     (tmp_path / ".lock").touch()
     (tmp_path / ".tmp-data.zarr").mkdir()
     require_ours(tmp_path)
@@ -280,7 +261,7 @@ def test_foreign_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_log_carries_its_checksum(tmp_path: Path) -> None:
-    """extraction.log.json holds what it was given and a hash of just that."""
+    """extraction.log.json holds the given log and the log's hash."""
     writer = begin(tmp_path, tiny_plan())
     writer.write_log({"seconds": 1.5, "host": "somewhere"})
     found = json.loads((tmp_path / "extraction.log.json").read_bytes())
@@ -289,7 +270,7 @@ def test_log_carries_its_checksum(tmp_path: Path) -> None:
 
 
 class FullDisk:
-    """`open` of the store's storage, but the n-th write finds no space after half of its bytes."""
+    """An `open` whose n-th write runs out of space after half of its bytes."""
 
     def __init__(self, fail_at: int, code: int = errno.ENOSPC) -> None:
         self.fail_at = fail_at
@@ -318,7 +299,7 @@ class FullFile:
         return getattr(self._file, name)
 
     def write(self, data: bytes) -> None:
-        """Write `data`, or half of it and fail."""
+        """Write `data`, or half of it and raise."""
         self._disk.writes += 1
         if self._disk.writes == self._disk.fail_at:
             self._file.write(data[: len(data) // 2])
@@ -327,9 +308,7 @@ class FullFile:
 
 
 def test_full_disk_while_laying_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ENOSPC inside zarr-python, or in any later file of the layout, is DiskError too, and the next
-    run starts anew.
-    """
+    """A full disk during the layout raises DiskError, and the next run starts again."""
     plan = tiny_plan()
 
     def replace_fails(source: object, target: object) -> None:
@@ -356,9 +335,7 @@ def test_full_disk_while_laying_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_full_disk_while_writing_a_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int
 ) -> None:
-    """ENOSPC at any file of a shard gives DiskError with advice, commits nothing, and the same
-    writer can go on.
-    """
+    """A full disk during a shard raises DiskError and commits nothing; the writer can retry."""
     plan = tiny_plan()
     writer = begin(tmp_path / "a", plan)
     writer.write_shard(plan.shards[0])
@@ -383,9 +360,7 @@ def test_full_disk_while_writing_a_shard(
 def test_full_disk_while_sealing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int
 ) -> None:
-    """ENOSPC at either index or the manifest leaves the cache unsealed with all records, and a
-    resume seals it.
-    """
+    """A full disk during a seal keeps all records, and a resume completes the seal."""
     plan = tiny_plan()
     writer = begin(tmp_path / "a", plan)
     for data in plan.shards:
@@ -402,9 +377,7 @@ def test_full_disk_while_sealing(
 
 
 def test_failing_disk_gives_other_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EIO is DiskError too, but does not ask for space; a failed fsync removes the file instead of
-    trying again.
-    """
+    """EIO raises DiskError without advice about space, and a failed fsync removes the file."""
     writer = begin(tmp_path, tiny_plan())
     with monkeypatch.context() as patch:
         patch.setattr(storage, "open", FullDisk(1, errno.EIO).open, raising=False)
@@ -431,9 +404,7 @@ def test_failing_disk_gives_other_advice(tmp_path: Path, monkeypatch: pytest.Mon
 def test_any_failing_fsync_or_rename_of_a_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """EIO at any fsync or rename is DiskError; what a resume makes of it, or the same writer, is
-    exact.
-    """
+    """After EIO at any fsync or rename, a resume or a retry still gives the exact bytes."""
     plan = tiny_plan()
     wanted = tree(write_cache(tmp_path / "undisturbed", plan))
     real = getattr(os, name)
@@ -468,16 +439,14 @@ def test_any_failing_fsync_or_rename_of_a_shard(
             writer.write_shard(plan.shards[shard])
         writer.seal()
         assert tree(root) == wanted
-    # Three arrays and a commit record; one fsync a file and one a folder.
+    # Three arrays and a commit record, with one fsync per file and one per folder.
     assert fail_at == {"fsync": 8, "replace": 4}[name] + 1
 
 
 def test_data_is_durable_before_its_commit_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each file is fsynced before its rename, and each folder after it, before the commit record is
-    begun.
-    """
+    """Every file and every folder is fsynced before the commit record is written."""
     plan = tiny_plan()
     writer = begin(tmp_path, plan)
     events: list[tuple[str, str]] = []
@@ -525,10 +494,9 @@ with FolderLock(Path(sys.argv[1])):
 
 
 def test_lock_admits_one_and_dies_with_its_process(tmp_path: Path) -> None:
-    """A second holder gets CacheBusyError while the first lives; SIGKILL of the first frees the
-    lock at once.
+    """A lock admits one holder, and SIGKILL of the holder frees the lock at once.
 
-    A child of the first that outlives it, and inherits what it may, does not keep it.
+    A child process that outlives the holder does not keep the lock, even if it inherits open files.
     """
     folder = tmp_path / "new" / "cache"
     with subprocess.Popen(
@@ -546,13 +514,13 @@ def test_lock_admits_one_and_dies_with_its_process(tmp_path: Path) -> None:
         holder.wait()
     with FolderLock(folder), pytest.raises(CacheBusyError, match="another process"):
         FolderLock(folder)
-    os.kill(int(child), signal.SIGKILL)  # it was alive all the while
+    os.kill(int(child), signal.SIGKILL)  # the child was alive until here
     with FolderLock(folder):
         pass
 
 
 def test_lock_where_no_folder_can_be(tmp_path: Path) -> None:
-    """A path under a file gives DiskError that names it."""
+    """A path below a file raises DiskError with that path."""
     (tmp_path / "file").touch()
     with pytest.raises(
         DiskError, match=r"cannot write .*file/cache: Not a directory; check the disk"

@@ -1,6 +1,4 @@
-"""Kills and power cuts: wherever a writer stops, a resume ends in the bytes of a run that nobody
-disturbed.
-"""
+"""After a kill or a power cut at any point, a resume gives the bytes of an undisturbed run."""
 
 import contextlib
 import hashlib
@@ -31,11 +29,10 @@ CRASHES = {
 
 
 def crashed_states(before: Tree, log: list[Operation]) -> dict[str, tuple[str, Tree]]:
-    """Return every different state that a crash after any prefix of a log leaves, with how it came
-    about.
+    """Return each distinct state that a crash after any prefix of a log leaves, with its cause.
 
-    States that differ in nothing but what lies below .tmp-data.zarr count as few: the next run
-    deletes it unread.
+    States that differ only below .tmp-data.zarr count once, because the next run deletes that
+    folder unread.
     """
     disk = Disk(before)
     states = dict[str, tuple[str, Tree]]()
@@ -54,9 +51,7 @@ def crashed_states(before: Tree, log: list[Operation]) -> dict[str, tuple[str, T
 def assert_resumes(
     states: dict[str, tuple[str, Tree]], folder: Path, plan: Plan, wanted: Tree
 ) -> None:
-    """Check that a whole cache comes out of every state, and that verify calls none of them
-    damaged.
-    """
+    """Assert that every state resumes to the complete cache and that verify reports no damage."""
     for number, (how, left) in enumerate(states.values()):
         root = lay_out(left, folder / f"{number:04}")
         if "manifest.json" in left:
@@ -72,9 +67,7 @@ def assert_resumes(
 def test_a_crash_after_any_operation_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From every prefix of the operation log of three shards, whatever no fsync kept lost or not, a
-    resume is exact.
-    """
+    """After a crash at any operation, with un-fsynced data kept or lost, a resume is exact."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     root.mkdir()
@@ -86,11 +79,11 @@ def test_a_crash_after_any_operation_resumes_to_the_same_bytes(
     disk = Disk({})
     for operation in log:
         disk.apply(operation)
-    assert disk.left(writes=True, names=True) == wanted  # the log misses nothing
+    assert disk.left(writes=True, names=True) == wanted  # the log is complete
     states = crashed_states({}, log)
     begun = [left for _, left in states.values() if "manifest.json" in left]
-    # All phases are among the states: nothing yet, half a layout, some shards, all of them, half of
-    # the records gone.
+    # The states cover all phases: nothing yet, half a layout, some shards, all shards, half of the
+    # records deleted.
     assert len(begun) > 60 and len(states) - len(begun) > 5
     assert {sum(path.startswith("commits/0") for path in left) for left in begun} == {0, 1, 2, 3}
     assert any(b'"sealed"' in (left["manifest.json"] or b"") for left in begun)
@@ -101,9 +94,7 @@ def test_a_crash_after_any_operation_resumes_to_the_same_bytes(
 def test_a_crash_without_any_fsync_would_be_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The simulation has teeth: without the fsyncs, power cuts leave committed shards that are not
-    as written.
-    """
+    """The simulation detects missing fsyncs: without them, power cuts leave damaged shards."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     root.mkdir()
@@ -124,9 +115,7 @@ def test_a_crash_without_any_fsync_would_be_noticed(
 def test_a_second_crash_while_resuming_is_no_worse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A resume that is cut short itself, at any operation, leaves a state that the next resume
-    finishes exactly.
-    """
+    """After a crash of a resume at any operation, the next resume is still exact."""
     plan = tiny_plan()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
@@ -173,11 +162,10 @@ for line in sys.stdin:
 
 
 def kill_and_resume(folder: Path, kills: int) -> None:
-    """Kill real torch-free writers at random moments, `kills` times; what is finished must be as if
-    undisturbed.
+    """Kill torch-free writers at `kills` random moments, then compare with an undisturbed run.
 
-    One warm process forks them: each takes milliseconds, so that the moments fall into its work,
-    not into imports.
+    One warm process forks the writers. Each takes milliseconds, so the kills hit the writes and not
+    the imports.
     """
     plan = tiny_plan()
     (folder / "plan.pickle").write_bytes(pickle.dumps(plan))
@@ -207,7 +195,7 @@ def kill_and_resume(folder: Path, kills: int) -> None:
             began = time.monotonic()
             if seconds and killed < kills:
                 time.sleep(moments.uniform(0, seconds))
-                with contextlib.suppress(ProcessLookupError):  # it was done by then
+                with contextlib.suppress(ProcessLookupError):  # the writer had ended already
                     os.kill(child, signal.SIGKILL)
             code = int(server.stdout.readline())
             assert code in (0, -signal.SIGKILL)
@@ -228,5 +216,5 @@ def test_twenty_sigkills_and_resumes_give_the_same_bytes(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_three_hundred_sigkills_and_resumes_give_the_same_bytes(tmp_path: Path) -> None:
-    """Three hundred SIGKILLs change no byte either."""
+    """Three hundred SIGKILLs change no byte."""
     kill_and_resume(tmp_path, 300)

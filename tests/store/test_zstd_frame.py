@@ -1,6 +1,4 @@
-"""Hand-made zstd frames against other decoders of zstd, and the kernel that reads them against the
-general way.
-"""
+"""Our zstd frames suit other decoders, and the read kernel agrees with the general decoder."""
 
 import os
 from pathlib import Path
@@ -26,7 +24,7 @@ def payload_sizes(length: int) -> list[int]:
 
 
 def random_payload(size: int) -> bytes:
-    """Return bytes that no compressor makes smaller."""
+    """Return incompressible bytes."""
     return np.random.default_rng(size).bytes(size)
 
 
@@ -37,7 +35,7 @@ def checked(packed: bytes) -> bytes:
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_other_decoders_read_the_frames(length: int) -> None:
-    """zstandard and numcodecs give the payload and its zeros, at every border of header and blocks."""
+    """zstandard and numcodecs return the padded payload at every border of header and blocks."""
     for size in payload_sizes(length):
         payload = random_payload(size)
         packed = pack_frame(payload, length)
@@ -50,9 +48,7 @@ def test_other_decoders_read_the_frames(length: int) -> None:
 
 
 def test_frames_are_no_larger_than_a_compressors() -> None:
-    """Random payloads, a tenth of their padded length, cost at most their own bytes and 20, and no
-    more than zstd-1.
-    """
+    """A frame of random bytes is at most 20 bytes larger than them, and no larger than zstd-1's."""
     for size in (16, 300, 3000, 100_000):
         payload = random_payload(size)
         packed = pack_frame(payload, 10 * size)
@@ -61,9 +57,7 @@ def test_frames_are_no_larger_than_a_compressors() -> None:
 
 
 def test_what_compresses_is_compressed() -> None:
-    """A payload that a compressor makes smaller by over a sixteenth is left to it; another one is
-    not.
-    """
+    """A payload is compressed only if that saves over a sixteenth."""
     text = b"features of a teacher; " * 100
     assert len(pack_frame(text, 4000)) < len(text) / 10
     almost = random_payload(970) + b"\1" * 30
@@ -74,9 +68,7 @@ def test_what_compresses_is_compressed() -> None:
 def gathered(
     tmp_path: Path, chunks: list[bytes], length: int
 ) -> tuple[list[bytes | None], np.ndarray]:
-    """Read chunks with the kernel; return the payload of each, None where it left the chunk to the
-    general way.
-    """
+    """Read chunks with the kernel; return each payload, or None for a chunk that it declines."""
     from dtcache.store.read_kernel import gather
 
     path = tmp_path / "chunks"
@@ -103,9 +95,7 @@ def gathered(
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_kernel_reads_our_frames(tmp_path: Path, length: int) -> None:
-    """The kernel returns the payload of every frame of ours in one piece and writes nothing outside
-    the chunks.
-    """
+    """The kernel reads the payload of every frame of ours and writes nothing outside the chunks."""
     payloads = [random_payload(size) for size in payload_sizes(length)]
     packed = [pack_frame(payload, length) for payload in payloads]
     found, outside = gathered(tmp_path, [checked(p) for p in packed], length)
@@ -124,7 +114,7 @@ def test_the_kernel_reads_our_frames(tmp_path: Path, length: int) -> None:
 
 
 def test_the_kernel_takes_no_damaged_chunk(tmp_path: Path) -> None:
-    """With any one byte of a chunk changed the kernel leaves it to the general way, which raises."""
+    """The kernel declines a chunk with any changed byte, and the general decoder then raises."""
     chunk = checked(pack_frame(random_payload(40), 96))
     damaged = [
         chunk[:k] + bytes([chunk[k] ^ mask]) + chunk[k + 1 :]
@@ -137,9 +127,7 @@ def test_the_kernel_takes_no_damaged_chunk(tmp_path: Path) -> None:
 
 
 def test_the_kernel_agrees_with_the_general_way_on_any_frame(tmp_path: Path) -> None:
-    """Frames with a right checksum and one changed byte: what the kernel takes, zstd decompresses
-    to the same.
-    """
+    """What the kernel reads from a changed frame with a valid checksum equals zstd's output."""
     packed = pack_frame(random_payload(40), 96)
     frames = [
         packed[:k] + bytes([b]) + packed[k + 1 :]
