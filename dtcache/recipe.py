@@ -40,8 +40,9 @@ class ViewSpec:
     width: int
     """Columns of the view, in pixels."""
     fit: Fit = "crop"
-    """crop: resize the shorter side (antialiased bicubic), then centre crop. stretch: resize both
-    sides.
+    """crop: resize the shorter side (antialiased bicubic), then crop the centre.
+
+    stretch: resize both sides.
     """
 
 
@@ -54,9 +55,7 @@ class TapSpec:
     """
 
     name: str
-    """stride8, stride16, ... by the map's stride in the view, or block6, ... by the transformer
-    block.
-    """
+    """stride8, ... by the map's stride in the view, or block6, ... by the transformer block."""
     block: int
     """Index of the up block (the coarsest is 0), or of the transformer block."""
     stride: int
@@ -79,16 +78,14 @@ class ConditionSpec:
     """The condition that a conditional teacher receives beside the noisy image."""
 
     kind: ConditionKind
-    """label: each sample's own label. class: one class for all. null: the null condition. prompt:
-    one text for all.
+    """label: each sample's own label; class: one class; null: the null condition; prompt: one text.
     """
     number: int | None = None
     """The class, if `kind` is class."""
     prompt: str | None = None
     """The text, if `kind` is prompt."""
     embedding_sha256: str | None = None
-    """SHA-256 of the prompt's embedding: little-endian fp32 in C order, as in prompt.safetensors.
-    """
+    """SHA-256 of the prompt's embedding in prompt.safetensors: little-endian fp32 in C order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,15 +95,16 @@ class TeacherSpec:
     architecture: str
     """The diffusers class, such as UNet2DModel."""
     weights_sha256: str
-    """SHA-256 of the weight file; for several files, of the canonical JSON of their hashes by path.
+    """SHA-256 of the weight file.
+
+    For several files, SHA-256 of the canonical JSON of their hashes by path.
     """
     config_sha256: str
     """SHA-256 of the canonical JSON of the model, scheduler and autoencoder configurations."""
     timesteps: tuple[int, ...]
     """Noise levels, as training steps of the scheduler."""
     alpha_bars: tuple[float, ...]
-    """Fraction of the signal's variance left at each timestep; SNR = alpha_bar / (1 - alpha_bar).
-    """
+    """Fraction of the signal's variance left at each timestep."""
     taps: tuple[TapSpec, ...]
     """The taps, finest first."""
     precision: Literal["fp32", "bf16", "fp16"]
@@ -116,18 +114,16 @@ class TeacherSpec:
     device_type: str
     """cpu or cuda. Their results differ in the last bits."""
     snrs: tuple[float | None, ...] | None = None
-    """alpha_bar / (1 - alpha_bar) at each timestep, None if there is no noise; early caches lack
-    the field.
+    """SNR = alpha_bar / (1 - alpha_bar) at each timestep; None without noise.
+
+    Early caches lack this field.
     """
     ddim_steps: int | None = None
-    """Steps of the deterministic DDIM inversion up to each timestep; None if noise is added (DDPM).
-    """
+    """Steps of the DDIM inversion up to each timestep; None if noise is added instead (DDPM)."""
     condition: ConditionSpec | None = None
     """The condition of each forward pass; None if the teacher is unconditional."""
     compiled: bool | None = None
-    """True if torch.compile compiled the network, which changes the last bits of results; else
-    None.
-    """
+    """True if torch.compile compiled the network, which changes results in the last bits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,31 +135,26 @@ class CodecSpec:
     whitening: Literal["sample-chw"] = "sample-chw"
     """sample-chw: non-affine LayerNorm over (C, H, W) of each sample."""
     ratio: float | None
-    """Target ratio of fp16 bytes to all stored bytes except images; None if features are stored as
-    float16.
-    """
+    """Target ratio of fp16 bytes to all stored bytes except images; None for float16 features."""
     step: float | None
-    """Quantiser step of a band that the image determines fully, in units of the whitened feature;
-    None for float16.
+    """Quantiser step of a band without noise, in units of the whitened feature; None for float16.
     """
     fit_rows: int
     """The codec was fitted on rows [0, fit_rows)."""
     fit_sha256: str
     """SHA-256 of the fitted arrays."""
     noise_share: dict[str, float]
-    """By array: the fraction of the variance about the channel means that a second noise draw
-    changes.
-    """
+    """By array: the share of the variance about channel means that a second noise draw changes."""
     noise_floor: dict[str, float]
     """By array: the variance that a second noise draw changes, per value of the whitened map.
 
     No student that sees only the image can have a smaller MSE.
     """
     determined_error: dict[str, float]
-    """By array: the codec's squared error in the determined part, divided by the variance of that
-    part.
+    """By array: the codec's squared error in the determined part, over that part's variance.
 
-    The determined part is what the image alone determines. Measured on the rows of the fit.
+    The determined part is the part that the image alone determines. The error is measured on the
+    rows of the fit.
     """
 
 
@@ -191,13 +182,11 @@ class Equivariance:
     flip: dict[str, float]
     """Features of the mirrored image against the mirrored features."""
     box: Box | None
-    """The crop, aligned to the coarsest stride; None if the teacher does not take images of that
-    size.
-    """
+    """The crop, on the grid of the coarsest stride; None if the teacher does not take its size."""
     crop: dict[str, float] | None
     """Features of the cropped image against the features cropped by the same box."""
     crop_interior: dict[str, float] | None
-    """The same over the middle of the crop alone, for taps whose maps have a middle."""
+    """The same over the middle of the crop alone, for taps whose maps are large enough for one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,8 +262,9 @@ class Recipe:
     equivariance: Equivariance | None = None
     """Measured before the first shard is written."""
     round_trip: dict[str, float] | None = None
-    """By timestep, such as t150: ||x' - x||^2 / ||x||^2 of images x that DDIM inverts and denoises
-    again.
+    """By timestep, such as t150: ||x' - x||^2 / ||x||^2 of images after a DDIM round trip.
+
+    An image x is inverted and denoised again to x'.
     """
     labels: LabelSpec | None = None
     """Set only for a set of soft labels, which is a cache inside the cache that it labels."""

@@ -34,8 +34,9 @@ class TrainBatch:
     images_BCHW: Tensor
     """uint8 RGB, mirrored if the view is."""
     coefficients: dict[str, Tensor]
-    """By array: int16 (B, N), fp16 for float16 features; or a teacher's features, fp32 (B, C, H,
-    W).
+    """By array: int16 (B, N), or fp16 for float16 features.
+
+    If a teacher runs in the loop: its features by array, fp32 (B, C, H, W).
     """
     scalars: dict[str, Tensor]
     """By array: fp32 (B, 2), (sigma, mu): raw = whitened * sigma + mu."""

@@ -19,19 +19,18 @@ from dtcache.codec.tap_codec import TapCodec
 
 CHUNK = 16
 MAX_LEVEL = 6
-"""A band's step grows with its share of noise in half octaves, to at most 2^(6/2) = 8 times the
-global step."""
+"""Most half octaves that a band's share of noise adds to its step: a factor of 2^(6/2) = 8."""
 SMOOTHING = 8.0
-"""Weight, in samples, of the pooled variance of a frequency ring in the estimate of one
-coefficient's variance."""
+"""Weight, in samples, of a frequency ring's pooled variance in a coefficient's variance."""
 MAX_SOLVE_VALUES = 40_000_000
 STEP_RANGE = (0.02, 64.0)
 GAIN_RANGE = (1.0, 2.5)
 DEAD_RATIO_FOR_DISTORTION = 2.0**-1.5
 
 Aim = Literal["student", "distortion"]
-"""The error that a fit minimises: a student's error, or the squared error (for soft labels, and to
-compare codecs).
+"""The error that a fit minimises: a student's error, or the squared error.
+
+The squared error serves soft labels and comparisons of codecs.
 """
 
 Whitened = NDArray[np.float16]

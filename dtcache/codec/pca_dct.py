@@ -22,9 +22,7 @@ DEAD = 255
 """Class of a coefficient that is never coded."""
 INT16_LIMIT = 32767
 ROUNDING = 0.42
-"""Added before the floor. A value below 0.5 widens the dead zone, which saves bytes at low rates
-(design: codec).
-"""
+"""Added before the floor. A value below 0.5 widens the dead zone (design: codec)."""
 ARRAY_TYPES = {
     "basis": (np.float16, 2),
     "mean": (np.float16, 1),
@@ -51,21 +49,25 @@ class FittedTap:
     mean: NDArray[np.float16]
     """(C,): channel means of the whitened features."""
     classes: NDArray[np.uint8]
-    """(K, H, W): class of each DCT coefficient; 255 if it is dropped. Coefficients are coded by
-    rising class."""
+    """(K, H, W): class of each DCT coefficient, 255 if it is dropped; the coding order is by class.
+    """
     class_step: NDArray[np.float32]
     """(J,): quantiser step."""
     class_gain: NDArray[np.float32]
-    """(J,): the reconstruction is symbol x step x gain; the gain undoes the shrinkage of the dead
-    zone."""
+    """(J,): symbol x step x gain is the reconstruction; the gain undoes the dead zone's shrinkage.
+    """
     class_table: NDArray[np.uint8]
     """(J,): index of the probability table that codes the class."""
     tables: NDArray[np.uint16]
-    """(T, A): symbol frequencies, each row sums to 2048; symbol s means value s - half_width, the
-    last is an escape."""
+    """(T, A): symbol frequencies; each row sums to 2048.
+
+    Symbol s means the value s - half_width; the last symbol is an escape.
+    """
     half_width: NDArray[np.uint8]
-    """(T,): table t codes the values -half_width..half_width and, as symbol 2 half_width + 1, an
-    escape."""
+    """(T,): table t codes the values -half_width..half_width.
+
+    Its symbol 2 half_width + 1 is the escape.
+    """
 
     def __post_init__(self) -> None:
         """Check every dtype and bound that a decoder relies on. Raises CodecError."""

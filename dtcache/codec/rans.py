@@ -43,8 +43,9 @@ class RansCoder:
     runs: NDArray[np.int64]
     """(R + 1,): coefficients runs[r] up to runs[r + 1] have the same table."""
     slots: NDArray[np.uint32]
-    """(T * 2048 * 2,): per slot, the frequency of its symbol (0 for the escape) and the slot's
-    offset within the symbol.
+    """(T * 2048 * 2,): per slot, the frequency of its symbol and its offset within the symbol.
+
+    The frequency is 0 for the escape.
     """
     value_at: NDArray[np.int16]
     """(T * 2048,): per slot, the value, or ESCAPE."""

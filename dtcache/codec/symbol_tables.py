@@ -6,13 +6,14 @@ from numpy.typing import NDArray
 from dtcache.codec.rans import MAX_HALF_WIDTH, TABLE_SIZE
 
 DEAD_RATIO = 2.0**-2.25
-"""Bands whose standard deviation is below this many steps are dropped: they almost never leave the
-dead zone."""
+"""Bands with a standard deviation below this many steps are dropped: they are almost always 0."""
 LOWEST = -4
 HIGHEST = 16
 PRIOR_COUNT = 64.0
-"""Weight of the Laplace prior in a table, in observations. It bounds the cost of rare symbols and
-of small fits."""
+"""Weight of the Laplace prior in a table, in observations.
+
+The prior bounds the cost of rare symbols and of small fits.
+"""
 
 
 def variance_class(ratio: NDArray[np.float64], dead: float = DEAD_RATIO) -> NDArray[np.int64]:

@@ -28,9 +28,7 @@ from dtcache.options.toml import config_text
 
 _Floats = NDArray[np.floating]
 _VERSION = 1
-"""Version of the generator. Increase it whenever a pixel changes, so that old folders are not
-extended with new scenes.
-"""
+"""Version of the generator. Increase it whenever a pixel changes: old folders are then refused."""
 _MIN_SIZE = 16
 _REACH = 2.4
 """Maximum extent of a shape from its centre, in scales, including stretch and shadow."""

@@ -12,9 +12,7 @@ DICE_WEIGHT = 3.0
 TEMPERATURE = 4.0
 """The paper's temperature of the softmax, the same for teacher and student."""
 SMOOTHING = 1.0
-"""Pixels added to numerator and denominator of a Dice coefficient, which is then 1 for a class in
-neither mask.
-"""
+"""Pixels added to both parts of a Dice coefficient, which makes it 1 for a class in no mask."""
 
 
 def cross_entropy(logits_BKHW: Tensor, classes_BHW: Tensor, ignore: int) -> Tensor:

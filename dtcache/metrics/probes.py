@@ -19,8 +19,11 @@ HELD_OUT_SHARE = 10
 """One training image in ten is held out while C is chosen."""
 MAX_ITERATIONS = 1000
 TOLERANCE = 1e-3
-"""Tolerance of the solver. A tenth of it changes the accuracy on 10,000 images by at most 0.1
-points and takes two to three times the iterations."""
+"""Tolerance of the solver.
+
+A tenth of it changes the accuracy on 10,000 images by at most 0.1 points and takes two to three
+times the iterations.
+"""
 BLOCK = 1024
 """Test images whose similarities to all training images are in memory at the same time."""
 

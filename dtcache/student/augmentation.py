@@ -19,13 +19,16 @@ from dtcache.rng import sample_uniforms
 from dtcache.student.color_jitter import DRAWS, jitter
 
 ASPECTS = (3 / 4, 4 / 3)
-"""Bounds of a crop's aspect ratio relative to the view's own (Szegedy et al. 2015), as in
-RandomResizedCrop."""
+"""Bounds of a crop's aspect ratio relative to the view's, as in RandomResizedCrop.
+
+Szegedy et al. 2015.
+"""
 MAX_COLOR_JITTER = 2.0
 BOX_DRAWS = 4
 AUGMENTATION_DRAWS = BOX_DRAWS + DRAWS
-"""Number of uniforms that crop and jitter take per sample and step; other random choices take the
-uniforms after these.
+"""Number of uniforms that crop and jitter take per sample and step.
+
+Other random choices take the uniforms after these.
 """
 
 
@@ -37,8 +40,7 @@ class Augmentation:
     """
 
     scale: str | None = None
-    """Least and most fraction of the area that a crop keeps, such as `0.3,1.0`; None crops nothing.
-    """
+    """Least and most fraction of the area of a crop, such as `0.3,1.0`; None crops nothing."""
     color_jitter: float = 0.0
     """Strength of the colour jitter, from 0 (none) to 2; SimCLR's is 1."""
     seed: int

@@ -8,8 +8,10 @@ from torch import Tensor
 
 APPLIED = 0.8
 GREYED = 0.2
-"""Probabilities that an image is jittered and that it is made grey (SimCLR, Chen et al. 2020,
-appendix A)."""
+"""Probabilities that an image is jittered and that it is made grey.
+
+SimCLR, Chen et al. 2020, appendix A.
+"""
 LUMA = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in grey, as in torchvision."""
 DRAWS = 6

@@ -13,9 +13,7 @@ from dtcache.teacher.diffusers_files import load_part, read_class, weight_files
 AUTOENCODERS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 FOLDERS = ("vae", "vqvae")
 KL_SCALE = 0.18215
-"""Stable Diffusion's scale. Its first configurations do not state it, and diffusers uses it as the
-default.
-"""
+"""Stable Diffusion's scale, which is diffusers' default: its first configurations lack it."""
 VQ_SCALE = 1.0
 """The scale of VQ latents, which CompVis' latent-diffusion does not scale.
 

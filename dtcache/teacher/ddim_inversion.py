@@ -11,8 +11,9 @@ from dtcache.teacher.noising import timestep_batch
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""The complete network: fp32 x_BCHW, int64 t_B and class labels (or None) to an fp32 prediction
-with as many channels as x or, if variances are learned, twice as many.
+"""The complete network: fp32 x_BCHW, int64 t_B and class labels (or None) to a prediction.
+
+The prediction is fp32. It has as many channels as x or, if variances are learned, twice as many.
 """
 
 

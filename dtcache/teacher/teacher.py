@@ -50,9 +50,7 @@ class TeacherInput:
     label: int | None
     """The class that conditions the network; None if no class does."""
     noise: tuple[dict[int, NDArray[np.float32]], ...]
-    """Per draw: noise by timestep, of the network's input shape (C, H, W); empty if the encoding
-    takes no noise.
-    """
+    """Per draw: noise (C, H, W) by timestep; empty if the encoding takes no noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

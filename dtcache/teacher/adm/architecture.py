@@ -54,9 +54,7 @@ class AdmSettings:
     schedule: Literal["linear", "cosine"] = "linear"
     """Noise schedule."""
     order: Literal["legacy", "new"] = "legacy"
-    """Order of the 3C rows of qkv: per head (legacy), or all of q, then all of k, then all of v
-    (new).
-    """
+    """Order of the 3C rows of qkv: per head (legacy), or all q, then all k, then all v (new)."""
     heads: int | None = None
     """Heads of every attention block; None if `head_channels` is set."""
     head_channels: int | None = None
@@ -73,8 +71,9 @@ PRESETS: dict[str, tuple[tuple[int, ...], int, AdmSettings]] = {
     "adm-256": ((256, 256, 512, 512, 1024, 1024), 2, AdmSettings(size=256, head_channels=64)),
     "adm-512": ((128, 256, 256, 512, 512, 1024, 1024), 2, AdmSettings(size=512, head_channels=64)),
 }
-"""Channels, blocks and settings of the published checkpoints (from their README); adm-256 also
-covers the unconditional and LSUN ones.
+"""Channels, blocks and settings of the published checkpoints (from their README).
+
+adm-256 also covers the unconditional and LSUN checkpoints.
 """
 
 
