@@ -1,4 +1,4 @@
-"""Fixtures of the pipelines: an interpreter, and a cache with a label set."""
+"""Fixtures of the pipelines' tests: an interpreter, and a cache with a label set."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from cli import main
 def interpreter(
     scene_folder: Path, scene_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """An interpreter of the scenes' pixels, barely fitted."""
+    """An interpreter of the scenes, trained for very few steps."""
     out = tmp_path_factory.mktemp("fit") / "interpreter"
     masks = scene_folder.parent / "masks"
     flags = [
@@ -41,7 +41,7 @@ def labelled(
     interpreter: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """The cache of the scenes with a label set, parts; copy it before anything is written to it."""
+    """The scenes' cache with a label set named `parts`; copy the cache before writing to it."""
     root = tmp_path_factory.mktemp("labelled") / "cache"
     masks = scene_folder.parent / "masks"
     shutil.copytree(scene_cache, root)

@@ -1,6 +1,4 @@
-"""Evaluation: the probes against scikit-learn, the splits, and the features of backbones, caches
-and pixels.
-"""
+"""Evaluation: probes against scikit-learn, splits, and features of backbones, caches and pixels."""
 
 import io
 import json
@@ -47,7 +45,7 @@ SIZE = 16
 def write_images(
     root: Path, count: int, *, seed: int, classes: tuple[str, ...] = ("blue", "red")
 ) -> Path:
-    """Write `count` random PNG files a class; the classes differ in hue."""
+    """Write `count` random PNG files per class; the classes differ in hue."""
     rng = np.random.default_rng(seed)
     for place, name in enumerate(classes):
         (root / name).mkdir(parents=True)
@@ -60,7 +58,7 @@ def write_images(
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two image folders, a tiny teacher, and the cache that it made of the first."""
+    """Two image folders, a tiny teacher, and the cache of the first folder's images."""
     root = tmp_path_factory.mktemp("evaluate")
     write_images(root / "train", 20, seed=1)
     write_images(root / "test", 6, seed=2)
@@ -80,23 +78,21 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options_for(root: Path, **changes: object) -> EvaluateOptions:
-    """Return options that suit a folder with train/ and test/."""
+    """Return options for a folder with train/ and test/."""
     plain = EvaluateOptions(
         train=root / "train", test=root / "test", k=3, device="cpu", precision="fp32"
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-# The probes.
+# Probes.
 
 
 @pytest.mark.parametrize(
     ("classes", "k", "spread"), [(2, 1, 1.0), (2, 5, 1.0), (2, 21, 1.0), (4, 20, 0.05)]
 )
 def test_knn_agrees_with_scikit_learn(classes: int, k: int, spread: float) -> None:
-    """Odd k of two random classes cannot tie, separable classes do not: both agree with cosine
-    KNeighborsClassifier.
-    """
+    """k-NN predicts the classes that scikit-learn's cosine KNeighborsClassifier predicts."""
     rng = np.random.default_rng(k)
     centres = rng.standard_normal((classes, 12))
     labels = rng.integers(0, classes, 400)
@@ -110,9 +106,7 @@ def test_knn_agrees_with_scikit_learn(classes: int, k: int, spread: float) -> No
 
 
 def test_knn_gives_ties_to_the_nearer_and_majority_to_the_more() -> None:
-    """Two against two goes to the nearest neighbour's class; three votes far away beat two close
-    by.
-    """
+    """The majority of the k neighbours wins, and the nearest neighbour's class breaks a tie."""
     angles = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
     train = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32) * [
         [1],
@@ -131,9 +125,7 @@ def test_knn_gives_ties_to_the_nearer_and_majority_to_the_more() -> None:
 
 
 def test_linear_probe_chooses_c_on_the_last_tenth_and_refits_on_all() -> None:
-    """Predictions are those of a plain standardised LogisticRegression at the C that does best on
-    the last tenth.
-    """
+    """The linear probe selects C on the last tenth of the training rows and refits on all rows."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 200)
     test_labels = rng.integers(0, 3, 300)
@@ -156,7 +148,7 @@ def test_linear_probe_chooses_c_on_the_last_tenth_and_refits_on_all() -> None:
 
 
 def test_linear_probe_needs_two_classes() -> None:
-    """Images of one class only are refused with advice instead of a traceback out of scikit-learn."""
+    """Training images of a single class raise a ConfigError with advice."""
     features = np.zeros((4, 2), np.float32)
     with pytest.raises(
         ImagesError,
@@ -165,13 +157,11 @@ def test_linear_probe_needs_two_classes() -> None:
         linear_predict(features, np.zeros(4, np.int64), features)
 
 
-# The images.
+# Images and splits.
 
 
 def test_splits_depend_on_keys_options_and_seed_alone(shelf: Path) -> None:
-    """Splits repeat, limits take a prefix, another seed takes other images; the held-out fifth is
-    disjoint.
-    """
+    """The split is a function of keys, options and seed, and its held-out fifth is disjoint."""
     train, test = split_labelled(options_for(shelf))
     assert sorted(train.indices) == list(range(40))
     assert sorted(test.indices) == list(range(12))
@@ -183,7 +173,7 @@ def test_splits_depend_on_keys_options_and_seed_alone(shelf: Path) -> None:
 def test_without_test_images_a_fifth_is_held_out(
     shelf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last fifth of the permuted training images is the test set, and stderr says so."""
+    """Without test images the last fifth of the permuted training images is held out."""
     whole, _ = split_labelled(options_for(shelf))
     train, test = split_labelled(options_for(shelf, test=None, limit_test=3))
     assert train.indices == whole.indices[:32]
@@ -192,9 +182,7 @@ def test_without_test_images_a_fifth_is_held_out(
 
 
 def test_images_without_labels_are_refused(shelf: Path, tmp_path: Path) -> None:
-    """A flat folder, Parquet with a missing label and another set of classes each stop the
-    evaluation.
-    """
+    """Images without labels, or with classes that differ between the sets, stop the evaluation."""
     with pytest.raises(
         ImagesError, match=r"red: expected a label for every image.*one sub-folder per class"
     ):
@@ -233,7 +221,7 @@ def test_images_without_labels_are_refused(shelf: Path, tmp_path: Path) -> None:
 def test_options_that_cannot_work_are_refused(
     shelf: Path, changes: dict[str, object], message: str
 ) -> None:
-    """Each option out of its range is named with what was expected."""
+    """An option out of its range raises an error with the option's name and the expected range."""
     with pytest.raises(ConfigError, match=message):
         classify("pixels", options_for(shelf, **changes))
 
@@ -241,7 +229,7 @@ def test_options_that_cannot_work_are_refused(
 def test_bad_images_are_left_out_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file that is no image costs its row and one line on stderr; none that decodes is an error."""
+    """Undecodable images are skipped and counted; an error is raised if no image decodes."""
     write_images(tmp_path / "train", 5, seed=0)
     write_images(tmp_path / "test", 2, seed=1)
     (tmp_path / "train" / "blue" / "000.png").write_bytes(b"no image")
@@ -256,11 +244,11 @@ def test_bad_images_are_left_out_and_counted(
         classify("pixels", options_for(tmp_path))
 
 
-# The features.
+# Features.
 
 
 def test_pixels_are_the_views_pixels(shelf: Path) -> None:
-    """The baseline's features are the files' own values over 255, and separable hues are separated."""
+    """The pixel baseline's features are the view's values divided by 255."""
     train, _ = split_labelled(options_for(shelf))
     features, labels = pooled_features(
         open_model("pixels", options_for(shelf, size="16"), CPU), train, 16
@@ -275,9 +263,7 @@ def test_pixels_are_the_views_pixels(shelf: Path) -> None:
 
 
 def test_a_backbone_folder_is_probed_as_timm_would_run_it(shelf: Path, tmp_path: Path) -> None:
-    """Features equal those of timm's own local-dir model on the recorded view, resized to the
-    recorded size.
-    """
+    """A backbone's features equal those of timm's own local-dir model on the same resized view."""
     backbone = make_backbone("resnet10t", init=None, seed=0)
     backbone.train().pooled(torch.randn(8, 3, 32, 32))
     save_backbone(
@@ -304,16 +290,14 @@ def test_a_backbone_folder_is_probed_as_timm_would_run_it(shelf: Path, tmp_path:
 
 
 def test_random_networks_are_calibrated_and_trained_ones_are_not(shelf: Path) -> None:
-    """A timm name's norms, all fresh, see the training images; once they have, another look changes
-    nothing.
-    """
+    """Batch norms of an untrained network are calibrated on training images, once and only then."""
     train, test = split_labelled(options_for(shelf))
     backbone = make_backbone("resnet10t", init=None, seed=0)
     extractor = NetworkFeatures(backbone, ViewSpec(height=16, width=16), (32, 32), 16, CPU)
     assert len(backbone.fresh_batch_norms) > 5
     extractor.prepare(train, test)
     assert backbone.fresh_batch_norms == []
-    # 40 images: two full batches of 16, the short third one left out.
+    # 40 images make two full batches of 16; the shorter third batch is not used.
     assert {
         int(v) for k, v in backbone.state_dict().items() if k.endswith("num_batches_tracked")
     } == {2}
@@ -323,9 +307,7 @@ def test_random_networks_are_calibrated_and_trained_ones_are_not(shelf: Path) ->
 
 
 def test_a_timm_name_repeats_and_takes_a_size(shelf: Path) -> None:
-    """The same name, seed and size give the same results; the row carries the network's name and
-    width.
-    """
+    """A timm name, seed and size give repeatable results with the network's name and width."""
     first = classify("resnet10t", options_for(shelf, size="32"))
     assert first == classify("resnet10t", options_for(shelf, size="32"))
     (row,) = first.rows
@@ -333,7 +315,7 @@ def test_a_timm_name_repeats_and_takes_a_size(shelf: Path) -> None:
 
 
 def test_models_of_no_kind_are_refused_with_a_hint(shelf: Path, tmp_path: Path) -> None:
-    """A run folder points to the backbone inside; a name that timm does not know gets suggestions."""
+    """A model that is no backbone is refused with a hint at the run's backbone or similar names."""
     (tmp_path / "backbone").mkdir()
     (tmp_path / "backbone" / "config.json").write_text("{}")
     with pytest.raises(
@@ -345,13 +327,11 @@ def test_models_of_no_kind_are_refused_with_a_hint(shelf: Path, tmp_path: Path) 
         classify("resnet1O", options_for(shelf))
 
 
-# The features of a cache.
+# Features of a cache.
 
 
 def test_cached_taps_are_means_of_decoded_features(shelf: Path) -> None:
-    """Rows are found by content; features are the spatial means of view 0, each tap and all side by
-    side.
-    """
+    """Cached features are the spatial means of view 0, per tap and concatenated over all taps."""
     cache = Cache(shelf / "cache")
     extractor = CacheFeatures(cache, None, CPU)
     source = FolderSource(shelf / "train")
@@ -369,9 +349,7 @@ def test_cached_taps_are_means_of_decoded_features(shelf: Path) -> None:
 
 
 def test_the_teacher_recomputes_what_the_cache_holds(shelf: Path) -> None:
-    """Features of an image that is not in the cache are what extract would have cached for it under
-    its key.
-    """
+    """For an image outside the cache the teacher computes what extract would have cached."""
     train, _ = split_labelled(options_for(shelf, limit_train=13))
     cached, _ = pooled_features(CacheFeatures(Cache(shelf / "cache"), None, CPU), train, 13)
     blind = CacheFeatures(Cache(shelf / "cache"), str(shelf / "teacher"), CPU)
@@ -382,15 +360,15 @@ def test_the_teacher_recomputes_what_the_cache_holds(shelf: Path) -> None:
     )
     other, _ = pooled_features(blind, renamed, 13)
     for name in cached:
-        # Batches were made up differently, so that a coefficient at a rounding edge may fall to the
-        # other side.
+        # The batches differ in composition, so a coefficient near a rounding boundary may round the
+        # other way.
         scale = np.abs(cached[name]).mean()
         assert np.abs(fresh[name] - cached[name]).mean() < 0.01 * scale
         assert np.abs(other[name] - cached[name]).mean() > 0.01 * scale
 
 
 class _Renamed(FolderSource):
-    """The same images under other keys, hence with other noise."""
+    """The same images under other keys, and therefore with other noise."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -402,9 +380,7 @@ class _Renamed(FolderSource):
 
 
 def test_a_cache_is_probed_tap_by_tap(shelf: Path) -> None:
-    """With the teacher, test images outside the cache are served, and every tap and their union has
-    a row.
-    """
+    """A cache with its teacher gives one row per tap and one for all taps, for any test images."""
     results = classify(str(shelf / "cache"), options_for(shelf, teacher=str(shelf / "teacher")))
     assert [(r.name, r.feature_dim) for r in results.rows] == [
         ("t50/stride2", 16),
@@ -417,9 +393,7 @@ def test_a_cache_is_probed_tap_by_tap(shelf: Path) -> None:
 
 
 def test_images_outside_the_cache_need_the_teacher(shelf: Path, tmp_path: Path) -> None:
-    """Without a teacher the missing images are counted; another teacher is refused with both
-    hashes.
-    """
+    """Images outside the cache are refused without the teacher, or with a different teacher."""
     with pytest.raises(
         ConfigError,
         match=r"cache: 12 of 52 images are not in the cache; pass the cache's `teacher`",
@@ -436,7 +410,7 @@ def test_images_outside_the_cache_need_the_teacher(shelf: Path, tmp_path: Path) 
 
 
 def test_a_teacher_with_another_noise_schedule_is_refused(shelf: Path, tmp_path: Path) -> None:
-    """Equal weights do not make the same teacher where the noise levels differ."""
+    """A teacher with equal weights and a different noise schedule is a different teacher."""
     save_teacher(build_unet(SIZE, SIZE, (8, 16, 16), 1, 0), tmp_path / "bent", torch.float32)
     weights = "unet/diffusion_pytorch_model.safetensors"
     (tmp_path / "bent" / weights).write_bytes((shelf / "teacher" / weights).read_bytes())
@@ -451,7 +425,7 @@ def test_a_teacher_with_another_noise_schedule_is_refused(shelf: Path, tmp_path:
 def test_features_that_are_not_finite_are_left_out(
     shelf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A teacher that overflows on one image costs that image alone."""
+    """An image whose features are not finite is skipped, and the other images are kept."""
     extractor = CacheFeatures(Cache(shelf / "cache"), str(shelf / "teacher"), CPU)
     plain = extractor.maps._raw_draws
 
@@ -471,11 +445,11 @@ def test_features_that_are_not_finite_are_left_out(
     assert "2 of 12 test images left out (features that are not finite)" in capsys.readouterr().err
 
 
-# The command.
+# Command line.
 
 
 def test_json_puts_the_best_single_row_on_top() -> None:
-    """The top level repeats the best single tap by the linear probe, never the concatenation."""
+    """The JSON's top level repeats the best single tap by linear probe, never the concatenation."""
     row = ProbeResult(
         name="a",
         knn_top1=1.0,
@@ -497,9 +471,7 @@ def test_json_puts_the_best_single_row_on_top() -> None:
 
 
 def test_stdout_is_json_and_nothing_else(shelf: Path) -> None:
-    """With --json stdout parses as JSON, notes go to stderr; without it stdout is a table; --train
-    is asked for.
-    """
+    """Stdout is pure JSON with --json and a table without --json, and --train is required."""
     flags = [
         "evaluate",
         "pixels",

@@ -1,6 +1,4 @@
-"""Segmentation: heads and recipe on images whose colour tells the class, masks and options that do
-not serve.
-"""
+"""Segmentation: heads, training recipe, masks, and options that are refused."""
 
 import io
 import json
@@ -37,9 +35,7 @@ TINY = "test_resnet"
 
 
 def write_set(root: Path, count: int, *, seed: int, names: tuple[str, ...] = NAMES) -> None:
-    """Write noisy images of four 16 px tiles, each of one of three colours, and masks that tell the
-    colours.
-    """
+    """Write noisy images of four 16 px tiles in three colours, and masks of the colours."""
     rng = np.random.default_rng(seed)
     for kind in ("images", "masks"):
         (root / kind).mkdir(parents=True)
@@ -61,7 +57,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options_for(root: Path, **changes: object) -> EvaluateOptions:
-    """Return options that suit a folder with train/ and test/."""
+    """Return options for a folder with train/ and test/."""
     plain = EvaluateOptions(
         task="segmentation",
         train=root / "train/images",
@@ -77,11 +73,11 @@ def options_for(root: Path, **changes: object) -> EvaluateOptions:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-# The heads.
+# Heads.
 
 
 def test_the_linear_head_is_a_convolution_of_the_enlarged_and_concatenated_maps() -> None:
-    """Scores equal those of the one 1x1 convolution over standardised maps at the finest grid."""
+    """The linear head is one 1x1 convolution over standardised maps resized to the finest grid."""
     torch.manual_seed(0)
     shapes = [(4, 8, 8), (6, 4, 4), (5, 2, 2)]
     head = LinearHead(shapes, 3, momentum=None)
@@ -102,9 +98,7 @@ def test_the_linear_head_is_a_convolution_of_the_enlarged_and_concatenated_maps(
 
 
 def test_the_fpn_head_reads_four_maps_or_makes_them_of_one() -> None:
-    """Scores lie on the finest of four grids; a plain ViT's one map is made into four; other grids
-    are refused.
-    """
+    """The FPN head takes four maps, or builds four from a plain ViT's one, and refuses others."""
     pytest.importorskip("segmentation_models_pytorch")
     shapes = [(8, 16, 16), (16, 8, 8), (16, 4, 4), (32, 2, 2)]
     assert FpnHead(shapes, 5, (64, 64))([torch.randn(2, *s) for s in shapes]).shape == (
@@ -121,19 +115,17 @@ def test_the_fpn_head_reads_four_maps_or_makes_them_of_one() -> None:
 
 
 def test_the_fpn_head_names_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without segmentation-models-pytorch the message says what to install."""
+    """Without segmentation-models-pytorch the error gives the extra to install."""
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch.decoders.fpn.decoder", None)
     with pytest.raises(ConfigError, match=r"`head='fpn'`: .*pip install 'dtcache\[segmentation\]'"):
         FpnHead([(8, 8, 8)], 5, (64, 64))
 
 
-# The whole.
+# The whole evaluation.
 
 
 def test_colours_are_told_apart_by_a_frozen_random_network(shelf: Path) -> None:
-    """Where colour alone is the class a linear head on random features finds it, the same way each
-    time.
-    """
+    """A linear head on random frozen features learns classes that differ in colour, repeatably."""
     result = evaluate(TINY, options_for(shelf))
     assert isinstance(result, SegmentationResult)
     assert result.miou > 80 and result.pixel_accuracy > 90
@@ -153,9 +145,7 @@ def test_colours_are_told_apart_by_a_frozen_random_network(shelf: Path) -> None:
 
 @pytest.mark.parametrize("head", ["linear", "fpn"])
 def test_finetuning_trains_the_backbone(shelf: Path, head: str, tmp_path: Path) -> None:
-    """From the same weights, cropped and jittered, colours are learnt; the folder's weights stay as
-    they were.
-    """
+    """Finetuning learns the classes from given weights and leaves the weights' folder unchanged."""
     if head == "fpn":
         pytest.importorskip("segmentation_models_pytorch")
     backbone = make_backbone(TINY, init=None, seed=0)
@@ -173,9 +163,7 @@ def test_finetuning_trains_the_backbone(shelf: Path, head: str, tmp_path: Path) 
 
 
 def test_a_cache_of_a_teacher_is_judged_by_its_taps(tmp_path: Path) -> None:
-    """All taps of a cache are a row, from the cache for what it holds and by the teacher for the
-    rest.
-    """
+    """All taps of a cache give one row, and the teacher computes the images outside the cache."""
     write_set(tmp_path / "train", 12, seed=1)
     write_set(tmp_path / "test", 4, seed=2)
     torch.manual_seed(0)
@@ -209,7 +197,7 @@ def test_a_cache_of_a_teacher_is_judged_by_its_taps(tmp_path: Path) -> None:
 
 
 def test_a_mirrored_image_has_the_maps_of_its_mirrored_view(shelf: Path) -> None:
-    """What the trunk calls mirrored is the image mirrored, and the mask with it."""
+    """The trunk's mirrored maps are those of the mirrored image, and the mask is mirrored too."""
     options = options_for(shelf)
     trunk = open_trunk(TINY, options, 8, resolve_compute("cpu", "fp32"))
     train, _ = masked_images(options, trunk.view)
@@ -223,15 +211,13 @@ def test_a_mirrored_image_has_the_maps_of_its_mirrored_view(shelf: Path) -> None
     assert not torch.equal(plain[0], mirrored[0])
 
 
-# What does not serve.
+# Refused inputs.
 
 
 def test_images_without_masks_are_left_out(
     shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Some without are counted in a warning; none with one is an error that says where masks are
-    looked for.
-    """
+    """Images without masks are skipped with a warning; an error is raised if none has a mask."""
     write_set(tmp_path / "train", 12, seed=1)
     for number in range(3):
         (tmp_path / "train" / "masks" / f"{number}.png").unlink()
@@ -256,9 +242,7 @@ def test_images_without_masks_are_left_out(
 def test_classes_without_a_training_pixel_are_named(
     shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are in the warning and in the result, which has no IoU where the test masks lack them
-    too.
-    """
+    """Classes without a training pixel are named in a warning and have no IoU if untested too."""
     write_set(tmp_path / "train", 8, seed=1, names=(*NAMES, "gold"))
     options = options_for(
         tmp_path, test=shelf / "test/images", test_masks=shelf / "test/masks", epochs=1
@@ -276,7 +260,7 @@ def test_classes_without_a_training_pixel_are_named(
 
 
 def test_masks_of_one_class_are_refused(shelf: Path) -> None:
-    """Masks of 0 and 255, which is ignored, say nothing: every prediction would be right."""
+    """Masks with a single class besides the ignore index are refused."""
     options = options_for(shelf, test=None, test_masks=None)
     train, test = masked_images(options, ViewSpec(height=SIZE, width=SIZE))
     only = np.zeros_like(train.pixels)
@@ -292,7 +276,7 @@ def test_masks_of_one_class_are_refused(shelf: Path) -> None:
 
 
 def test_an_ignored_class_counts_nowhere(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A class's own number can be ignored: it has no IoU, no warning, and the others are learnt."""
+    """A class whose number is the ignore index has no IoU and no warning."""
     result = segment(TINY, options_for(shelf, ignore_index=0))
     assert result.iou["red"] is None and result.miou > 80
     assert "warning" not in capsys.readouterr().err
@@ -311,24 +295,24 @@ def test_an_ignored_class_counts_nowhere(shelf: Path, capsys: pytest.CaptureFixt
 def test_options_that_do_not_go_together_are_refused(
     shelf: Path, changes: dict[str, object], message: str
 ) -> None:
-    """Each is named with what was expected."""
+    """Each contradiction of options raises an error that states what was expected."""
     with pytest.raises(ConfigError, match=message):
         evaluate(TINY, options_for(shelf, **changes))
 
 
 def test_a_loss_that_is_not_finite_stops_with_one_line(shelf: Path) -> None:
-    """A rate that blows the weights up ends the training, and names the step and the rate."""
+    """A loss that is not finite stops the training with the step and the learning rate."""
     with pytest.raises(
         TrainingError, match=r"step \d+ of 24: the loss is (nan|inf); pass a lower `lr`"
     ):
         segment(TINY, options_for(shelf, lr=1e36))
 
 
-# The command.
+# Command line.
 
 
 def test_the_command_prints_json_or_a_table(shelf: Path) -> None:
-    """--json gives miou and iou_per_class by name and nothing else on stdout; else there is a row a class."""
+    """The command prints only JSON with --json and otherwise a table with one row per class."""
     flags = ["evaluate", TINY, "--task", "segmentation", "--train", str(shelf / "train/images")]
     flags += [
         "--train-masks",
@@ -354,7 +338,7 @@ def test_the_command_prints_json_or_a_table(shelf: Path) -> None:
 
 
 def test_names_with_brackets_are_shown_as_they_are() -> None:
-    """Class names and paths are no markup of the terminal."""
+    """Class names and paths with brackets are printed literally, not parsed as markup."""
     names = ("[/road]", "a [b]", "c\x1b[2J")
     found = SegmentationResult(
         name="x",

@@ -1,4 +1,4 @@
-"""The batch size that --batch-size auto finds; that it is found once, and recorded."""
+"""`--batch-size auto`: how the size is found, and that the recipe records it."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ MEMINFO = Path("/proc/meminfo")
 
 
 class Timed:
-    """A teacher whose passes take what a test says, by a clock of the test's own."""
+    """A teacher whose passes take the seconds that a test sets, on a clock of the test."""
 
     def __init__(self, size: int, seconds: float, clock: list[float], fails: bool = False) -> None:
         self.spec = SimpleNamespace(batch_size=size)
@@ -41,7 +41,7 @@ class Timed:
         return inputs
 
     def features(self, inputs: list[np.ndarray]) -> Iterator[dict[str, object]]:
-        """Let the time pass."""
+        """Advance the clock by the pass's time."""
         if self._fails:
             raise DeviceMemoryError("no room")
         self._clock[0] += self._seconds
@@ -55,7 +55,7 @@ class Timed:
             {2: 1.0, 4: 1.2, 8: 1.6, 16: 3.15, 32: 6.3},
             None,
             8,
-        ),  # 0.5, 0.3, 0.2, 0.197, 0.197 a view: no 3 % after 8
+        ),  # 0.5, 0.3, 0.2, 0.197, 0.197 per view: no 3 % after 8
         ({2: 1.0, 4: 1.2, 8: 1.6, 16: 2.4, 32: 4.9, 64: 9.8}, None, 16),
         ({2: 1.0, 4: 1.0, 8: 1.0, 16: 1.0}, 16, 8),  # the next size does not fit
         ({2: 10.0, 4: 18.0, 8: 30.0, 16: 50.0}, None, 8),  # passes grow too long to try larger ones
@@ -64,9 +64,7 @@ class Timed:
 def test_the_fastest_size_that_fits(
     seconds: dict[int, float], fails_at: int | None, best: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The least time a view wins, where a larger batch saves 3 %; memory and patience end the
-    search.
-    """
+    """The search picks the least time per view, within the limits of memory and of patience."""
     clock = [0.0]
     monkeypatch.setattr(batch.time, "perf_counter", lambda: clock[0])
     tried = []
@@ -80,7 +78,7 @@ def test_the_fastest_size_that_fits(
 
 
 def test_memory_that_is_nearly_used_up_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A size is not tried where twice the growth so far would take over half of what is free."""
+    """A size is not tried if twice the growth so far exceeds half of the free memory."""
     clock = [0.0]
     peaks = iter([0, 100, 1000, 10_000])
     monkeypatch.setattr(batch.time, "perf_counter", lambda: clock[0])
@@ -91,9 +89,7 @@ def test_memory_that_is_nearly_used_up_ends_the_search(monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(not MEMINFO.exists(), reason="asks Linux")
 def test_memory_that_the_page_cache_holds_counts_as_available() -> None:
-    """Half of the kernel's own estimate of what a new process can have is free, not what nobody
-    uses at all.
-    """
+    """The memory limit is half of the kernel's MemAvailable, which includes the page cache."""
 
     def agree() -> bool:
         available = (
@@ -107,7 +103,7 @@ def test_memory_that_the_page_cache_holds_counts_as_available() -> None:
 
 
 def test_the_memory_of_the_host_does_not_limit_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA only what the GPU refuses and patience end the search."""
+    """On CUDA only the GPU's own refusal and the patience limit end the search."""
     clock = [0.0]
     seconds = {2: 1.0, 4: 1.2, 8: 1.6, 16: 2.4, 32: 4.9, 64: 9.8}
     monkeypatch.setattr(batch.time, "perf_counter", lambda: clock[0])
@@ -125,7 +121,7 @@ def test_the_memory_of_the_host_does_not_limit_a_gpu(monkeypatch: pytest.MonkeyP
 def test_auto_is_chosen_once_and_recorded(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The recipe has the number that was found; the same command again goes by it and does not try."""
+    """The recipe records the size that was found, and a resume uses it without a new search."""
     found = iter([4])
     monkeypatch.setattr(plan_module, "fastest_batch", lambda prepare: next(found))
     flags = [
@@ -156,7 +152,7 @@ def test_auto_is_chosen_once_and_recorded(
 
 
 def test_a_word_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    """Only auto stands beside numbers."""
+    """The only word accepted in place of a number is `auto`."""
     result = CliRunner().invoke(
         main, ["extract", str(tmp_path), "--teacher", "t", "--out", "o", "--batch-size", "big"]
     )

@@ -1,6 +1,4 @@
-"""Runs on real Dask workers with a shard runner that needs no torch: deaths, failures, late
-results, no scheduler.
-"""
+"""Dask workers with a shard runner without torch: deaths, failures, late results, no scheduler."""
 
 import contextlib
 import json
@@ -50,7 +48,7 @@ def finish(
     task: Callable[..., WrittenShard] = fake_shards.write,
     **told: object,
 ) -> int:
-    """Write what is missing on local workers and seal it; return the rows that the bar was told of."""
+    """Write the missing shards on local workers and seal; return the rows reported as progress."""
     rows = dict.fromkeys(writer.missing, 2)
     told_rows = []
     assignment = json.dumps({"root": str(writer.root), **told})
@@ -64,12 +62,12 @@ def finish(
 
 
 def content(root: Path) -> dict[str, bytes | None]:
-    """Return a cache's files but the cluster's log."""
+    """Return a cache's files without the cluster's log."""
     return {name: data for name, data in tree(root).items() if name != CLUSTER_LOG}
 
 
 def planned(root: Path, shards: int) -> dict[str, bytes | None]:
-    """Return the files of the cache that one process writes."""
+    """Return the files of the same cache written by one process."""
     writer = begin(root, shards)
     for shard in writer.missing:
         writer.write_shard(fake_shards.planned(writer.manifest, shard))
@@ -78,14 +76,12 @@ def planned(root: Path, shards: int) -> dict[str, bytes | None]:
 
 
 def tasks_of(dask_scheduler: Scheduler) -> list[str]:
-    """Return the tasks of dtcache that a scheduler knows."""
+    """Return the tasks of dtcache that a scheduler holds."""
     return [str(key) for key in dask_scheduler.tasks if "dtcache" in str(key)]
 
 
 def test_two_workers_that_die_lose_nothing(tmp_path: Path) -> None:
-    """Workers killed before, in the middle of and after shards: the files of one process, and every
-    row told once.
-    """
+    """Two killed workers change no byte of the cache and no row is reported twice."""
     writer = begin(tmp_path / "cache", 40)
     assert finish(writer, 2, deaths=0.1) == 80
     assert content(tmp_path / "cache") == planned(tmp_path / "one", 40)
@@ -93,9 +89,7 @@ def test_two_workers_that_die_lose_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_shards_and_many_deaths(tmp_path: Path) -> None:
-    """Of a thousand shards on four workers that die some dozens of times none is lost, and none
-    counted twice.
-    """
+    """Dozens of worker deaths lose none of a thousand shards and count none twice."""
     writer = begin(tmp_path / "cache", 1000)
     assert finish(writer, 4, deaths=0.04) == 2000
     assert content(tmp_path / "cache") == planned(tmp_path / "one", 1000)
@@ -105,9 +99,7 @@ def test_a_thousand_shards_and_many_deaths(tmp_path: Path) -> None:
 def test_a_task_that_dask_has_lost_is_submitted_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no worker has anything to do and no word comes, what is in flight is computed after
-    all, each row once.
-    """
+    """If all workers are idle and no result arrives, pending shards are submitted again."""
     monkeypatch.setattr(run, "STALL_SECONDS", 1.0)
     monkeypatch.setattr(run, "COLLECT_SECONDS", 0.5)
     real = Client.submit
@@ -116,7 +108,7 @@ def test_a_task_that_dask_has_lost_is_submitted_anew(
     def submit(client: Client, *arguments: object, **named: object) -> Future:
         if len(lost) < 2:
             lost.append(named["key"])
-            return Future(f"lost-{named['key']}", client)  # a key that nobody computes
+            return Future(f"lost-{named['key']}", client)  # a key that no worker computes
         return real(client, *arguments, **named)
 
     monkeypatch.setattr(Client, "submit", submit)
@@ -133,9 +125,7 @@ def test_a_task_that_dask_has_lost_is_submitted_anew(
 def test_a_shard_that_fails_is_tried_elsewhere(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A worker whose disk fails is passed over; what it said is in the log, and nothing on the
-    terminal.
-    """
+    """A shard that fails on one worker is computed by another, and only the log has the error."""
     writer = begin(tmp_path / "cache", 6)
     assert finish(writer, 2, fake_shards.fail, fails="first") == 12
     assert content(tmp_path / "cache") == planned(tmp_path / "one", 6)
@@ -166,9 +156,7 @@ def test_a_shard_that_fails_is_tried_elsewhere(
 def test_a_failure_everywhere_is_one_clear_line(
     tmp_path: Path, fails: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What no worker can do ends the run after a bounded number of attempts; the cache stays as it
-    was begun.
-    """
+    """A shard that fails on every worker ends the run after bounded attempts, with one message."""
     monkeypatch.setattr(connect, "DEATHS_PER_ATTEMPT", 0)
     writer = begin(tmp_path / "cache", 3)
     before = content(tmp_path / "cache")
@@ -178,7 +166,7 @@ def test_a_failure_everywhere_is_one_clear_line(
 
 
 def test_a_scheduler_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An address where nobody answers, or that is none, is one clear line."""
+    """An unreachable or malformed scheduler address is an error of one line."""
     monkeypatch.setattr(connect, "CONNECT_SECONDS", 1)
     for address in ("tcp://127.0.0.1:9", "nowhere://x"):
         message = (
@@ -193,9 +181,7 @@ def test_a_scheduler_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_an_existing_scheduler_outlives_the_run(tmp_path: Path) -> None:
-    """A second client of a running scheduler gets its shards, leaves no task there, and the workers
-    go on living.
-    """
+    """A run on an existing scheduler leaves no task behind, and its workers stay alive."""
     writer = begin(tmp_path / "cache", 4)
     assignment = json.dumps({"root": str(writer.root)})
     rows = dict.fromkeys(range(4), 2)
@@ -214,7 +200,7 @@ def test_an_existing_scheduler_outlives_the_run(tmp_path: Path) -> None:
 
 
 def test_a_scheduler_that_goes_away(tmp_path: Path) -> None:
-    """Where the scheduler ends in mid-run, the run does too, with one clear line."""
+    """A scheduler that ends during a run ends the run with an error of one line."""
     writer = begin(tmp_path / "cache", 2)
     assignment = json.dumps({"root": str(writer.root)})
     command = [
@@ -235,11 +221,11 @@ def test_a_scheduler_that_goes_away(tmp_path: Path) -> None:
     ):
         stack.callback(
             scheduler.kill
-        )  # whatever fails here: leaving Popen's block waits for the process
+        )  # always end the process, since leaving Popen's block waits for it
         address = ""
         while not address:
             assert scheduler.poll() is None
-            with contextlib.suppress(OSError, json.JSONDecodeError):  # not there, or not whole yet
+            with contextlib.suppress(OSError, json.JSONDecodeError):  # absent or incomplete
                 address = json.loads((tmp_path / "scheduler.json").read_text())["address"]
             time.sleep(0.05)
         with existing_cluster(address, log=tmp_path / "log") as client:
@@ -255,7 +241,7 @@ def test_a_scheduler_that_goes_away(tmp_path: Path) -> None:
 
 
 def test_logging_is_as_before(tmp_path: Path) -> None:
-    """Dask's loggers get their handlers back after a run."""
+    """A run restores the handlers of Dask's loggers."""
     before = [list(logging.getLogger(name).handlers) for name in connect.CHATTY]
     with connect._logged(tmp_path / "log"):
         logging.getLogger("distributed.scheduler").warning("%d workers", np.int64(3))

@@ -1,4 +1,4 @@
-"""What a dry run says, and that an extraction does not begin on a disk that is too small."""
+"""The dry run's forecast, and the check of disk space before an extraction."""
 
 import shutil
 from collections import namedtuple
@@ -26,7 +26,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def options(teacher_dir: Path) -> ExtractOptions:
-    """Small constants."""
+    """Return options of small sizes."""
     return ExtractOptions(
         teacher=str(teacher_dir),
         device="cpu",
@@ -38,17 +38,16 @@ def options(teacher_dir: Path) -> ExtractOptions:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Make every disk have so many bytes left."""
+    """Let every disk report this many free bytes."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, count))
 
 
 def test_a_dry_run_writes_nothing_and_forecasts_the_bytes(
     scene_folder: Path, options: ExtractOptions, tmp_path: Path
 ) -> None:
-    """The forecast's features are those of the real cache within a tenth, its images within a third;
-    --out stays away.
+    """The dry run forecasts features within a tenth and images within a third, and writes nothing.
 
-    The images are few and of several sizes, so that two batches of them say little more.
+    The images are few and vary in size, so two batches of them predict the total only roughly.
     """
     found = forecast(scene_folder, tmp_path / "cache", options)
     assert not (tmp_path / "cache").exists()
@@ -63,14 +62,14 @@ def test_a_dry_run_writes_nothing_and_forecasts_the_bytes(
     assert (found.images, found.views, found.batch_size) == (report["num_images"], 2, 8)
     assert found.seconds > found.fit_seconds > 0
     assert 0 < found.teacher_share <= 1
-    # Both flips are computed once for the cache, and one view an epoch by an online teacher.
+    # The cache computes both flips once; an online teacher computes one view per epoch.
     assert found.payback_epochs > 2
 
 
 def test_the_truncated_pass_is_a_part_of_the_whole(
     scene_folder: Path, options: ExtractOptions, tmp_path: Path
 ) -> None:
-    """Without the finest taps the pass costs less, and the whole one the same."""
+    """Without the finest taps the truncated pass costs less, and the full pass costs the same."""
     coarse = forecast(
         scene_folder, tmp_path / "c", replace(options, taps="8", limit=8, bytes_per_image=None)
     )
@@ -81,7 +80,7 @@ def test_the_truncated_pass_is_a_part_of_the_whole(
 
 
 def test_the_command_prints_it(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
-    """--dry-run prints time, cache, disk, memory and pay-off, and makes no folder."""
+    """--dry-run prints time, cache, disk, memory and break-even, and creates no folder."""
     flags = [
         "--device",
         "cpu",
@@ -119,7 +118,7 @@ def test_the_command_prints_it(scene_folder: Path, teacher_dir: Path, tmp_path: 
 
 
 def test_a_disk_that_is_too_small_is_told_of() -> None:
-    """The table shouts where the cache does not fit."""
+    """The table warns if the cache does not fit on the disk."""
     found = Forecast(
         images=1000,
         views=2,
@@ -145,7 +144,7 @@ def test_a_disk_that_is_too_small_is_told_of() -> None:
 def test_an_extraction_refuses_a_full_disk(
     scene_folder: Path, options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line says what is needed and found, and no cache is begun; skip_disk_check goes on."""
+    """An extraction without enough disk space is refused, unless `skip_disk_check` is set."""
     free(monkeypatch, 1000)
     with pytest.raises(
         DiskError,
@@ -160,7 +159,7 @@ def test_an_extraction_refuses_a_full_disk(
 def test_no_image_is_sized_where_none_is_stored(
     scene_folder: Path, options: ExtractOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With --no-store-images the images weigh nothing, in the forecast and before the start."""
+    """With --no-store-images the forecast and the disk check count no bytes for images."""
     monkeypatch.setattr(space_module, "encode_stored", lambda *a: b"x" * 10**6)
     bare = replace(options, store_images=False, limit=8)
     assert forecast(scene_folder, tmp_path / "c", bare).image_bytes == 0
@@ -186,7 +185,7 @@ def test_a_dry_run_refuses_what_a_start_refuses(
     changes: dict[str, object],
     message: str,
 ) -> None:
-    """Contradicting options, bad ones, and an --out with other people's files."""
+    """A dry run refuses bad options and a foreign output folder as an extraction does."""
     with pytest.raises(ConfigError, match=message):
         forecast(scene_folder, tmp_path / "c", replace(options, **changes))
     (tmp_path / "thesis.tex").write_text("precious")
@@ -197,7 +196,7 @@ def test_a_dry_run_refuses_what_a_start_refuses(
 def test_a_module_whose_operations_cannot_be_counted_is_forecast_without(
     scene_folder: Path, tmp_path: Path
 ) -> None:
-    """A forward pass that reads a number back is no reason to fail, and no operations are claimed."""
+    """If FLOPs cannot be counted, the forecast succeeds without them."""
 
     class Reading(torch.nn.Conv2d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,4 @@
-"""Measured equivariance: nought of a teacher that follows, and the formula's value of one that does
-not.
-"""
+"""Measured equivariance: zero for an equivariant teacher, the formula's value for others."""
 
 from pathlib import Path
 
@@ -22,7 +20,7 @@ TAPS = {"stride2": "pool", "stride8": "coarse"}
 
 
 class Local(nn.Module):
-    """Maps that know nothing of where they are: averages of squares of 2 and of 8 pixels."""
+    """Local maps without positions: averages of the squares of 2 and of 8 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +32,7 @@ class Local(nn.Module):
 
 
 class Ramp(nn.Module):
-    """One map, the image's red plus a ramp over the columns: its flip error is known."""
+    """One map, the image's red plus a ramp over the columns, whose flip error is known."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,9 +57,7 @@ def plan_of(images: Path, teacher: CallableTeacher | Path, **options: object) ->
 
 
 def test_a_teacher_that_follows_errs_by_nothing(scene_folder: Path) -> None:
-    """Noise is mirrored and cropped together with the image: else a map of image plus noise would
-    not follow.
-    """
+    """An equivariant teacher has zero error, since noise is mirrored and cropped with the image."""
     plan = plan_of(
         scene_folder,
         CallableTeacher(Local(), taps=TAPS, version="1", prepare=noisy, alpha_bars=[0.5]),
@@ -78,9 +74,7 @@ def test_a_teacher_that_follows_errs_by_nothing(scene_folder: Path) -> None:
 
 
 def test_the_flip_error_is_the_formulas(scene_folder: Path) -> None:
-    """A map that is minus its own mirror image errs by 4: ||-w - w||^2 / ||w||^2; a crop sees the
-    ramp anew.
-    """
+    """The flip error is ||F(flip x) - flip F(x)||^2 / ||F(x)||^2: 4 for a map of flipped sign."""
     plan = plan_of(scene_folder, CallableTeacher(Ramp(), taps={"stride4": "pool"}, version="1"))
     measured = measure(plan, 40).equivariance
     assert measured.flip["t0/stride4"] == pytest.approx(4.0, rel=1e-6)
@@ -93,9 +87,7 @@ def test_the_flip_error_is_the_formulas(scene_folder: Path) -> None:
 
 
 def test_a_unet_is_measured_against_its_own_passes(scene_folder: Path, teacher_dir: Path) -> None:
-    """Flip and crop errors of a diffusion teacher agree with full passes and hooks, without our
-    teacher class.
-    """
+    """A U-Net's flip and crop errors equal those of full passes with hooks, without our teacher."""
     plan = plan_of(scene_folder, teacher_dir, timestep=(150,), size="32")
     measured = measure(plan, 40).equivariance
     unet = load_teacher(str(teacher_dir)).denoiser.unet
@@ -137,7 +129,7 @@ def test_a_unet_is_measured_against_its_own_passes(scene_folder: Path, teacher_d
 
 
 def test_measuring_twice_gives_the_same_bits(scene_folder: Path, teacher_dir: Path) -> None:
-    """What a killed extraction measures again is what it measured."""
+    """Two measurements give the same bits, so a resumed extraction records the same values."""
     first, second = (measure(plan_of(scene_folder, teacher_dir, size="32"), 40) for _ in range(2))
     assert first == second
 
@@ -154,9 +146,7 @@ def test_measuring_twice_gives_the_same_bits(scene_folder: Path, teacher_dir: Pa
 def test_crops_lie_on_the_coarsest_grid(
     teacher_dir: Path, size: tuple[int, int], box: Box | None
 ) -> None:
-    """Half a side, rounded down to the coarsest stride, near the centre; none where a side is left
-    with nothing.
-    """
+    """Crops are half a side, rounded down to the coarsest stride, or absent if a side is empty."""
     denoiser = load_teacher(str(teacher_dir)).denoiser
     height, width = size
     assert (
@@ -168,7 +158,7 @@ def test_crops_lie_on_the_coarsest_grid(
 
 
 def test_no_crop_where_the_teacher_takes_one_size_only(scene_folder: Path) -> None:
-    """A teacher that fails at the crop's size is measured by its flips alone."""
+    """A teacher that fails at the crop's size is measured with flips only."""
 
     class Fixed(Local):
         def forward(self, x: Tensor) -> Tensor:
@@ -182,7 +172,7 @@ def test_no_crop_where_the_teacher_takes_one_size_only(scene_folder: Path) -> No
 
 
 def test_features_that_are_not_finite_are_refused(scene_folder: Path) -> None:
-    """A recipe holds numbers only: a teacher that fails on a crop is named, with what to try."""
+    """A teacher whose features are not finite on a crop is refused with advice."""
 
     class Overflowing(Local):
         def forward(self, x: Tensor) -> Tensor:
@@ -199,7 +189,7 @@ def test_features_that_are_not_finite_are_refused(scene_folder: Path) -> None:
 def test_an_inversion_that_is_not_finite_is_refused(
     scene_folder: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The timestep is named."""
+    """An inversion that is not finite is refused with its timestep."""
     plan = plan_of(
         scene_folder, teacher_dir, size="32", encoding="ddim", ddim_steps=2, batch_size=2
     )
@@ -213,9 +203,7 @@ def test_an_inversion_that_is_not_finite_is_refused(
 
 
 def test_parts_of_maps() -> None:
-    """A box is cut in proportion to a map's size; the middle leaves a quarter, at least one, on
-    each side.
-    """
+    """A box is cut in proportion to the map's size, and the centre omits a quarter per side."""
     map_BCHW = torch.arange(64).reshape(1, 1, 8, 8)
     part = cut(map_BCHW, Box(top=8, left=16, height=16, width=8), 32, 32)
     assert part.flatten().tolist() == [20, 21, 28, 29, 36, 37, 44, 45]

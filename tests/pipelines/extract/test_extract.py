@@ -1,6 +1,4 @@
-"""Stage 1 through the command line: the cache is a function of its recipe, however often the run is
-killed.
-"""
+"""Stage 1 on the command line: the cache is a function of its recipe, despite interruptions."""
 
 import errno
 import functools
@@ -58,7 +56,7 @@ def extract(images: Path, teacher: Path, out: Path, *more: object) -> Result:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """Return a cache's files but the volatile ones."""
+    """Return a cache's files without the volatile files."""
     files = (p for p in sorted(root.rglob("*")) if p.is_file() and p.name not in VOLATILE)
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
 
@@ -80,7 +78,7 @@ def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPa
 
 
 def test_inspect_tells_what_is_there(cache: Path) -> None:
-    """Counts, bytes and ratio agree with each other and with the files on disk."""
+    """The counts, bytes and ratio of inspect agree with each other and with the files on disk."""
     report = inspect(cache)
     assert report["complete"]
     assert [report[f"num_{k}"] for k in ("images", "done", "failed", "missing", "views")] == [
@@ -120,10 +118,9 @@ def test_inspect_without_json_fits_a_narrow_terminal(cache: Path) -> None:
 def test_cached_features_are_the_teachers(
     cache: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """Decoded features of a row correlate with an independent full forward pass, and fit no other
-    image as well.
+    """A row's decoded features correlate best with its own image's independent forward pass.
 
-    The oracle builds noise, noising, U-Net and whitening from the issue's definition, without our
+    The oracle builds noise, noising, U-Net and whitening from their definitions, without our
     teacher class.
     """
     opened = Cache(cache)
@@ -156,7 +153,7 @@ def test_cached_features_are_the_teachers(
 
 
 def test_rows_are_the_permuted_sample_list(cache: Path, scene_folder: Path) -> None:
-    """Row order is the seed's permutation, labels and content hashes are the files'."""
+    """The rows follow the seed's permutation, with the labels and content hashes of the files."""
     import hashlib
 
     source = FolderSource(scene_folder)
@@ -172,7 +169,7 @@ def test_rows_are_the_permuted_sample_list(cache: Path, scene_folder: Path) -> N
 def test_limit_takes_the_first_rows_of_the_same_order(
     cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """--limit 10 caches the rows that the full cache has first."""
+    """--limit 10 caches the first ten rows of the full cache."""
     assert extract(scene_folder, teacher_dir, tmp_path / "c", "--limit", 10).exit_code == 0
     few = Cache(tmp_path / "c").reader.samples["key"].to_pylist()
     assert few == Cache(cache).reader.samples["key"].to_pylist()[:10]
@@ -187,9 +184,7 @@ def test_the_kind_of_source_changes_no_byte(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same keys, labels and bytes give the same cache from a folder, from Parquet and from
-    tars; only the manifest differs, as these name no classes.
-    """
+    """Folder, Parquet and tar sources of equal keys, labels and bytes give equal cache files."""
     source = FolderSource(scene_folder)
     images = tmp_path / "images"
     images.mkdir()
@@ -227,7 +222,7 @@ def test_the_kind_of_source_changes_no_byte(
 
 
 def test_a_second_run_changes_nothing(cache: Path, scene_folder: Path, teacher_dir: Path) -> None:
-    """Extracting again into a finished cache is quick and leaves every byte."""
+    """A second extraction into a finished cache is quick and changes no byte."""
     before = tree(cache)
     assert extract(scene_folder, teacher_dir, cache).exit_code == 0
     assert tree(cache) == before
@@ -248,7 +243,7 @@ def test_a_second_run_changes_nothing(cache: Path, scene_folder: Path, teacher_d
 def test_another_recipe_is_refused(
     cache: Path, scene_folder: Path, teacher_dir: Path, flags: tuple[object, ...], field: str
 ) -> None:
-    """A cache of other options is refused with the field that differs, and is not touched."""
+    """An extraction with other options into a cache is refused with the field that differs."""
     before = tree(cache)
     result = extract(scene_folder, teacher_dir, cache, *flags)
     assert result.exit_code == 1
@@ -260,7 +255,7 @@ def test_another_recipe_is_refused(
 def test_another_teacher_or_image_set_is_refused(
     cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """Other weights are noticed, and a changed image list, with what changed in it."""
+    """Different weights or a different image list are refused with what differs."""
     from safetensors.torch import load_file, save_file
 
     other = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
@@ -280,9 +275,7 @@ def test_another_teacher_or_image_set_is_refused(
 
 
 def test_bad_images_keep_their_rows(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
-    """Unreadable files are failures with reasons; the rest is cached; nothing of them is ever
-    served.
-    """
+    """Unreadable images keep their rows as failures with reasons, and are never served."""
     images = Path(shutil.copytree(scene_folder, tmp_path / "images"))
     victims = sorted(images.rglob("*.png"))[::13]
     victims[0].write_bytes(b"")
@@ -315,9 +308,7 @@ def test_bad_images_keep_their_rows(scene_folder: Path, teacher_dir: Path, tmp_p
 def test_a_disk_that_goes_away_stops_the_extraction(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its failures are not committed, so that the same command, once it is back, makes an
-    undisturbed run's bytes.
-    """
+    """Failures of a missing disk are not committed, so a resume gives the bytes of a clean run."""
     keys = FolderSource(scene_folder).keys
     gone = {int(i) for i in permuted(40, seed=0, stream="rows")[16:]}
     first = keys[permuted(40, seed=0, stream="rows")[16]]
@@ -326,7 +317,7 @@ def test_a_disk_that_goes_away_stops_the_extraction(
 
     def read(source: FolderSource, index: int) -> bytes:
         reads.append(index)
-        if len(reads) > 40 and index in gone:  # the fit has read all 40 by then
+        if len(reads) > 40 and index in gone:  # by then the codec's fit has read all 40 images
             raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
         return real(source, index)
 
@@ -348,7 +339,7 @@ def test_a_disk_that_goes_away_stops_the_extraction(
 
 
 def test_how_many_failures_are_too_many() -> None:
-    """Ten or more and over the share stop an extraction; fewer, or a larger share allowed, do not."""
+    """At least ten failures that exceed the allowed share stop an extraction; others do not."""
     failures = [
         FailedSample(row=row, key=f"k{row}", reason="teacher output is not finite at t1/s8")
         for row in range(11)
@@ -367,7 +358,7 @@ def test_how_many_failures_are_too_many() -> None:
 
 
 def test_a_second_writer_is_refused(cache: Path, scene_folder: Path, teacher_dir: Path) -> None:
-    """While one process writes a cache, another extraction into it says so and changes nothing."""
+    """A second extraction into a cache that is being written is refused and changes nothing."""
     before = tree(cache)
     with FolderLock(cache):
         result = extract(scene_folder, teacher_dir, cache)
@@ -379,7 +370,7 @@ def test_a_second_writer_is_refused(cache: Path, scene_folder: Path, teacher_dir
 def test_the_bytes_do_not_depend_on_who_asks(
     cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """A second process, from another folder, makes the same bytes."""
+    """A second process in another working folder writes the same bytes."""
     out = tmp_path / "c"
     command = [
         sys.executable,
@@ -404,7 +395,7 @@ def test_the_bytes_do_not_depend_on_who_asks(
 def test_kills_do_not_change_a_byte(
     cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL at random moments, then the same command: the bytes of an uninterrupted run."""
+    """A run that SIGKILL interrupts at random moments resumes to an uninterrupted run's bytes."""
     out = tmp_path / "c"
     rng = random.Random(0)
     kills = 0
@@ -424,7 +415,7 @@ def test_kills_do_not_change_a_byte(
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        # Wait until this run touches the cache, so that kills fall into the work and not into
+        # Wait until this run touches the cache, so that the kill interrupts the work, not the
         # imports.
         stamp = _activity(out)
         deadline = time.monotonic() + 60
@@ -459,9 +450,7 @@ def test_a_full_disk_is_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
     cache: Path,
 ) -> None:
-    """ENOSPC in mid-run says what to do, and the same command afterwards finishes to the same
-    bytes.
-    """
+    """ENOSPC is an error with advice, and a later run of the same command gives the same bytes."""
     from dtcache.store import pending_shard as attempt
 
     real = attempt.write_temporary
@@ -494,9 +483,7 @@ def test_batches_ahead_change_no_byte(
     monkeypatch: pytest.MonkeyPatch,
     cache: Path,
 ) -> None:
-    """Noise made ahead of the passes and payloads packed behind them, as beside a GPU, give the
-    same cache.
-    """
+    """Prefetched noise and deferred packing, as used with a GPU, change no byte of the cache."""
     from pipelines.extract import shard
 
     monkeypatch.setattr(shard, "batches_ahead", lambda device: 2)
@@ -507,9 +494,7 @@ def test_batches_ahead_change_no_byte(
 def test_a_compiled_cache_is_another_one(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--compile is in the recipe: without it the cache is not gone on with, and the reason is
-    named.
-    """
+    """The recipe records --compile, so a resume without --compile is refused with the reason."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     out = tmp_path / "c"
     assert extract(scene_folder, teacher_dir, out, "--compile", "--limit", "8").exit_code == 0
@@ -526,7 +511,7 @@ def test_ctrl_c_exits_130_and_resumes(
     monkeypatch: pytest.MonkeyPatch,
     cache: Path,
 ) -> None:
-    """An interrupt says how to go on, exits with 130, and the next run finishes to the same bytes."""
+    """Ctrl-C exits with 130 and advice, and the next run finishes to the same bytes."""
     from pipelines.extract import shard_runner as runner
 
     interrupt(monkeypatch, runner, "packed_rows", call=3)
@@ -541,7 +526,7 @@ def test_ctrl_c_exits_130_and_resumes(
 
 
 def test_a_foreign_folder_is_refused(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
-    """A folder with other people's files is not written into."""
+    """A folder with files that dtcache did not create is refused and left unchanged."""
     (tmp_path / "thesis.tex").write_text("precious")
     result = extract(scene_folder, teacher_dir, tmp_path)
     assert result.exit_code == 1
@@ -567,7 +552,7 @@ def test_a_foreign_folder_is_refused(scene_folder: Path, teacher_dir: Path, tmp_
 def test_bad_options_are_one_clear_line(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, flags: tuple[str, ...], message: str
 ) -> None:
-    """Options that cannot work are named, with a non-zero exit and no cache left behind."""
+    """Invalid options are named with a non-zero exit code, and no cache is begun."""
     result = extract(scene_folder, teacher_dir, tmp_path / "c", *flags)
     assert result.exit_code == 1
     assert message in result.output
@@ -577,9 +562,7 @@ def test_bad_options_are_one_clear_line(
 
 @pytest.mark.parametrize("images", ["one image", "no flips", "two timesteps", "wide"])
 def test_unusual_caches(scene_folder: Path, teacher_dir: Path, tmp_path: Path, images: str) -> None:
-    """One image, one view, several timesteps and a non-square view all give a cache that reads
-    back.
-    """
+    """One image, one view, several timesteps or a non-square view give a readable cache."""
     flags = {
         "one image": ("--limit", 1),
         "no flips": ("--no-flip", "--limit", 9),
@@ -601,7 +584,7 @@ def test_unusual_caches(scene_folder: Path, teacher_dir: Path, tmp_path: Path, i
 
 
 def test_images_are_the_teachers_pixels(cache: Path, scene_folder: Path) -> None:
-    """Students read exactly the pixels that the view shows, mirrored for view 1."""
+    """Students read exactly the pixels of the view, mirrored for view 1."""
     opened = Cache(cache)
     source = FolderSource(scene_folder)
     batch = opened.batch([0, 0], [0, 1], [])

@@ -78,9 +78,7 @@ def inverted(
 def test_a_ddim_cache_holds_the_inverted_images_features(
     inverted: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """Each view, the mirrored one too, is the float16 of the teacher's features of its own
-    inversion.
-    """
+    """Each view holds the teacher's float16 features of that view's own DDIM inversion."""
     cache = Cache(inverted)
     source = FolderSource(scene_folder)
     made = prepare_teacher(
@@ -104,7 +102,7 @@ def test_a_ddim_cache_holds_the_inverted_images_features(
 
 
 def test_a_ddim_cache_says_what_it_is(inverted: Path) -> None:
-    """Manifest and inspect tell steps, alpha-bar, SNR and round trip; nothing in it is noise."""
+    """Manifest and inspect show steps, alpha-bar, SNR and round-trip error, and a noise of zero."""
     report = json.loads(run("inspect", inverted, "--json").stdout)
     recipe = report["recipe"]
     alpha_bar = float(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[200])
@@ -144,7 +142,7 @@ def test_a_ddim_cache_says_what_it_is(inverted: Path) -> None:
 def test_another_encoding_is_another_recipe(
     inverted: Path, scene_folder: Path, teacher_dir: Path, flags: tuple[object, ...], field: str
 ) -> None:
-    """Other steps, and noise instead of inversion, are refused."""
+    """A resume with another number of steps, or with noise in place of inversion, is refused."""
     more = (
         (*DDIM, *flags) if "--ddim-steps" in flags else ("--timestep", 200, "--taps", "4,8", *flags)
     )
@@ -167,7 +165,7 @@ def test_another_encoding_is_another_recipe(
 def test_a_noised_cache_is_not_inverted_into(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """A cache whose recipe has no such field is not taken for one of any encoding."""
+    """A noised cache, whose recipe has no encoding field, is refused by an inverted extraction."""
     flags = (*FLAGS, "--timestep", 200, "--taps", "4,8")
     out = ("--teacher", teacher_dir, "--out", tmp_path / "c")
     assert run("extract", scene_folder, *out, *flags).exit_code == 0
@@ -179,9 +177,7 @@ def test_a_noised_cache_is_not_inverted_into(
 def test_a_resumed_inversion_ends_in_the_same_bytes(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measurements are made once: an extraction that was interrupted goes on with those that it
-    has.
-    """
+    """A resumed extraction reuses its measurements and ends in the same bytes."""
     from pipelines.extract import open_writer as stage
     from pipelines.extract import shard_runner as runner
 
@@ -211,7 +207,7 @@ def test_a_resumed_inversion_ends_in_the_same_bytes(
 def test_a_lost_shard_of_an_inverted_cache_is_made_anew(
     inverted: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """verify --repair inverts with the recipe's steps: the bytes are the recorded ones."""
+    """verify --repair recomputes an inverted shard to the recorded bytes by the recipe's steps."""
     victim = inverted / "data.zarr/t200/stride8/c.1.0.0"
     before = victim.read_bytes()
     victim.unlink()
@@ -241,7 +237,7 @@ def test_a_lost_shard_of_an_inverted_cache_is_made_anew(
 def test_contradicting_encodings_are_refused(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, flags: tuple[object, ...], message: str
 ) -> None:
-    """One clear line, and nothing is left behind."""
+    """Contradicting encoding options are refused in one line and leave nothing on disk."""
     result = run(
         "extract",
         scene_folder,
@@ -260,7 +256,7 @@ def test_contradicting_encodings_are_refused(
 
 
 class Edges(nn.Module):
-    """A map of stride 4."""
+    """A module with one map of stride 4."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +270,7 @@ class Edges(nn.Module):
 def test_a_module_is_extracted_and_its_cache_resumed_only_by_its_like(
     scene_folder: Path, tmp_path: Path
 ) -> None:
-    """The cache holds the module's own maps; another version of it is another recipe."""
+    """A cache holds the module's own maps, and another version of the module is refused."""
     options = ExtractOptions(
         timestep=(0,),
         size="32",
@@ -331,7 +327,7 @@ def test_a_module_is_extracted_and_its_cache_resumed_only_by_its_like(
 def test_contradicting_teachers_are_refused(
     scene_folder: Path, tmp_path: Path, options: dict[str, object], given: bool, message: str
 ) -> None:
-    """One teacher, and draws only of one that has noise."""
+    """Two teachers, or draws of a teacher without noise, are refused."""
     teacher = CallableTeacher(Edges(), taps={"stride4": "map"}, version="1") if given else None
     with pytest.raises(ConfigError, match=message):
         extract(
@@ -347,9 +343,7 @@ def test_contradicting_teachers_are_refused(
 def test_the_documented_example_runs(
     scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """docs/teachers.md extracts from a module and trains a student on it; only weights are left
-    random.
-    """
+    """The example of docs/teachers.md extracts from a module and trains a student on the cache."""
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "teachers.md").read_text(), re.S)[:1]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(scene_folder)

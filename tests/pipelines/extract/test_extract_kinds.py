@@ -1,6 +1,4 @@
-"""Latent, class-conditional and transformer teachers through the command line: into a cache,
-checked, mended, used.
-"""
+"""Latent, class-conditional and transformer teachers on the command line."""
 
 import json
 import shutil
@@ -53,13 +51,13 @@ def extract(images: Path, teacher: Path, out: Path, *more: object) -> Result:
 
 
 def succeeded(result: Result) -> Result:
-    """Return a result that is no failure."""
+    """Return the result of a command that must succeed."""
     assert result.exit_code == 0, result.output
     return result
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """Return a cache's files but the volatile ones."""
+    """Return a cache's files without the volatile files."""
     files = (
         p
         for p in sorted(root.rglob("*"))
@@ -70,9 +68,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The prompts that a stand-in for the text encoder was run on: its embedding is a function of
-    the text.
-    """
+    """The prompts given to a stand-in text encoder, whose embedding is a function of the text."""
     prompts: list[str] = []
 
     def embed(root: Path, text: str) -> Prompt:
@@ -87,7 +83,7 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def require_whole_and_mendable(root: Path, images: Path, teacher: Path) -> None:
-    """Verify a cache, lose a shard of its last tap, and find it made anew byte for byte."""
+    """Verify a cache, then delete a shard of its last tap and require the repair's equal bytes."""
     wanted = tree(root)
     name = Cache(root).names[-1]
     (root / "data.zarr" / name / "c.1.0.0").unlink()
@@ -101,9 +97,7 @@ def require_whole_and_mendable(root: Path, images: Path, teacher: Path) -> None:
 
 
 def require_the_teachers(root: Path, images: Path, teacher: Path, labels: bool = False) -> None:
-    """Compare the float16 features of one image's two views with the teacher that the recipe alone
-    makes again.
-    """
+    """Compare one image's float16 features, both views, with the teacher built from the recipe."""
     cache = Cache(root)
     source = FolderSource(images)
     row = 3
@@ -120,9 +114,7 @@ def require_the_teachers(root: Path, images: Path, teacher: Path, labels: bool =
 
 
 def test_stable_diffusion(scene_folder: Path, tmp_path: Path, embedded: list[str]) -> None:
-    """The prompt is embedded once: resume, repair and evaluate read it from the cache; its hash is
-    the recipe's.
-    """
+    """The prompt is embedded once, and resume, repair and evaluate read it from the cache."""
     teacher = tmp_path / "sd"
     out = tmp_path / "cache"
     save_stable_diffusion(teacher)
@@ -160,9 +152,7 @@ def test_stable_diffusion(scene_folder: Path, tmp_path: Path, embedded: list[str
 
 
 def test_stable_diffusion_with_its_own_text_encoder(scene_folder: Path, tmp_path: Path) -> None:
-    """With a text encoder and a tokenizer in the directory nothing else is needed, and later runs
-    need neither.
-    """
+    """A directory with text encoder and tokenizer suffices, and later runs need neither."""
     pytest.importorskip("transformers")
     teacher = tmp_path / "sd"
     out = tmp_path / "cache"
@@ -181,7 +171,7 @@ def test_stable_diffusion_with_its_own_text_encoder(scene_folder: Path, tmp_path
 def test_a_damaged_embedding_is_never_used(
     scene_folder: Path, tmp_path: Path, embedded: list[str]
 ) -> None:
-    """verify names it, and resume and repair refuse it."""
+    """verify names a damaged prompt embedding, and resume and repair refuse it."""
     teacher = tmp_path / "sd"
     out = tmp_path / "cache"
     save_stable_diffusion(teacher)
@@ -214,7 +204,7 @@ def test_a_damaged_embedding_is_never_used(
 
 
 def test_an_unconditional_latent_teacher(scene_folder: Path, tmp_path: Path) -> None:
-    """Strides are those of the view; the recipe has no condition."""
+    """A latent teacher's strides are relative to the view, and its recipe has no condition."""
     teacher = tmp_path / "ldm"
     out = tmp_path / "cache"
     save_ldm(teacher)
@@ -235,7 +225,7 @@ def test_an_unconditional_latent_teacher(scene_folder: Path, tmp_path: Path) -> 
 
 
 def test_a_transformer_and_its_student(scene_folder: Path, tmp_path: Path) -> None:
-    """Blocks are cached by name, all at one stride, and a student trains on some or all of them."""
+    """Blocks are cached by name at one stride, and a student trains on some or on all of them."""
     teacher = tmp_path / "dit"
     out = tmp_path / "cache"
     save_dit(teacher)
@@ -276,7 +266,7 @@ def test_a_transformer_and_its_student(scene_folder: Path, tmp_path: Path) -> No
 
 
 def test_a_transformer_that_is_told_classes(scene_folder: Path, tmp_path: Path) -> None:
-    """One class for all is cached; labels beyond the teacher's classes are refused with the image."""
+    """One class serves all images, and a label out of the teacher's range is refused by image."""
     teacher = tmp_path / "dit"
     out = tmp_path / "cache"
     save_dit(teacher)
@@ -295,9 +285,7 @@ def test_a_transformer_that_is_told_classes(scene_folder: Path, tmp_path: Path) 
 
 
 def test_a_class_conditional_unet_is_told_labels(scene_folder: Path, tmp_path: Path) -> None:
-    """Each image's own label reaches the teacher, in extraction, repair and evaluation, which warns
-    of it.
-    """
+    """Extraction, repair and evaluation pass each image's own label to the teacher."""
     teacher = tmp_path / "adm"
     out = tmp_path / "cache"
     save_class_unet(teacher)
@@ -324,7 +312,7 @@ def test_a_class_conditional_unet_is_told_labels(scene_folder: Path, tmp_path: P
 
 
 def test_images_without_labels_cannot_be_told(scene_folder: Path, tmp_path: Path) -> None:
-    """A flat folder has no classes."""
+    """Label conditioning of a flat folder without classes is refused."""
     save_class_unet(tmp_path / "adm")
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -334,9 +322,7 @@ def test_images_without_labels_cannot_be_told(scene_folder: Path, tmp_path: Path
 
 
 def test_the_recipe_of_an_unconditional_teacher_is_the_one_it_was() -> None:
-    """No field of a later version shows in it: the fingerprint of the golden cache is its recipe's
-    still.
-    """
+    """An unconditional recipe has no later field, so its hash is the golden cache's."""
     from store.builders import tiny_plan
 
     golden = read_manifest(Path(__file__).parents[2] / "golden" / "format1" / "cache")
@@ -346,9 +332,7 @@ def test_the_recipe_of_an_unconditional_teacher_is_the_one_it_was() -> None:
 
 
 def test_a_recipe_tells_its_teacher_device_apart(scene_folder: Path, tmp_path: Path) -> None:
-    """cache_teacher takes another device than the recipe's, and refuses another teacher by what
-    differs.
-    """
+    """cache_teacher accepts another device, and refuses another teacher with the difference."""
     save_dit(tmp_path / "dit")
     out = tmp_path / "cache"
     succeeded(extract(scene_folder, tmp_path / "dit", out, "--taps", "block0", "--quality", "fp16"))

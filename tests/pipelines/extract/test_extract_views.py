@@ -1,4 +1,4 @@
-"""What a cache's views and sizes are: draws, their mean, float16, and caches without images."""
+"""Views and sizes of a cache: draws, their mean, float16, and caches without images."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def extracted(images: Path, teacher: Path, out: Path, *more: object) -> Cache:
 def wanted_maps(
     cache: Cache, images: Path, teacher: Path, row: int, draw: int, flip: bool
 ) -> dict[str, np.ndarray]:
-    """Return a view's whitened features straight from the teacher."""
+    """Return a view's whitened features, computed by the teacher."""
     loaded = load_teacher(str(teacher))
     made = prepare_teacher(
         loaded,
@@ -69,9 +69,7 @@ def decoded(cache: Cache, row: int, view: int) -> dict[str, np.ndarray]:
 def test_draws_are_views_draw_by_draw(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """View = draw x flips + flip: each is the float16 of the teacher's own features under that draw
-    and flip.
-    """
+    """View draw x flips + flip holds the teacher's float16 features of that draw and flip."""
     cache = extracted(scene_folder, teacher_dir, tmp_path / "c", "--draws", 2, "--quality", "fp16")
     assert cache.reader.manifest.num_views == 4
     for view, (draw, flip) in enumerate([(0, False), (0, True), (1, False), (1, True)]):
@@ -86,7 +84,7 @@ def test_draws_are_views_draw_by_draw(
 
 
 def test_averaged_draws_are_one_view(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
-    """--average stores the mean of the draws' whitened features in the place of one view a flip."""
+    """--average stores the mean of the draws' whitened features as one view per flip."""
     flags = ("--draws", 3, "--average", "--quality", "fp16")
     cache = extracted(scene_folder, teacher_dir, tmp_path / "c", *flags)
     assert cache.reader.manifest.num_views == 2
@@ -96,7 +94,7 @@ def test_averaged_draws_are_one_view(scene_folder: Path, teacher_dir: Path, tmp_
 
 
 def test_an_average_has_less_noise(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
-    """The fit measures an average's own noise: that of four draws is a good deal under that of one."""
+    """The fit measures less noise for the average of four draws than for one draw."""
     one = extracted(scene_folder, teacher_dir, tmp_path / "one", "--quality", "fp16")
     four = extracted(
         scene_folder, teacher_dir, tmp_path / "four", "--draws", 4, "--average", "--quality", "fp16"
@@ -106,7 +104,7 @@ def test_an_average_has_less_noise(scene_folder: Path, teacher_dir: Path, tmp_pa
 
 
 def test_float16_caches_say_so(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
-    """inspect shows a ratio near 1, next to no error, and no loss of what the image determines."""
+    """inspect shows a ratio near 1, almost no error and no lost signal for a float16 cache."""
     extracted(scene_folder, teacher_dir, tmp_path / "c", "--quality", "fp16")
     report = json.loads(run("inspect", tmp_path / "c", "--json").stdout)
     assert 0.8 < report["ratio"] < 1.5
@@ -129,7 +127,7 @@ def test_float16_caches_say_so(scene_folder: Path, teacher_dir: Path, tmp_path: 
 def test_sizes_that_cannot_be_are_refused(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, flags: tuple[object, ...], message: str
 ) -> None:
-    """Contradicting sizes and views are one clear line, and leave no cache behind."""
+    """Contradicting sizes and views are refused in one line, and no cache is begun."""
     result = run(
         "extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *FLAGS, *flags
     )
@@ -139,9 +137,7 @@ def test_sizes_that_cannot_be_are_refused(
 
 
 def test_more_images_than_a_cache_holds_are_refused() -> None:
-    """Shards of one row hold a million images, as many as a reader takes shards; the message says
-    what to change.
-    """
+    """More shards than a reader accepts are refused with the option to change."""
     source = SimpleNamespace(keys=range(1_000_001), labels=None)
     with pytest.raises(
         ConfigError,
@@ -153,9 +149,7 @@ def test_more_images_than_a_cache_holds_are_refused() -> None:
 def test_a_size_that_loses_too_much_warns(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """A target so small that most of what the image determines is lost is warned of, tap by tap,
-    and still made.
-    """
+    """A size that loses most of the signal gives a warning per tap, and the cache is written."""
     flags = (*FLAGS, "--bytes-per-image", 400)
     result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *flags)
     assert result.exit_code == 0
@@ -165,9 +159,7 @@ def test_a_size_that_loses_too_much_warns(
 def test_a_cache_without_images_trains_from_their_source(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """--no-store-images stores no pixels; training with the source takes the very steps of a cache
-    that holds them.
-    """
+    """A --no-store-images cache trains from its source with the losses of stored images."""
     flags = (
         "--student",
         "resnet10t",
@@ -222,7 +214,7 @@ def test_a_cache_without_images_trains_from_their_source(
 def test_position_whitening_needs_exact_features(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """--whitening position is refused on a compressed cache."""
+    """--whitening position is refused for a compressed cache."""
     extracted(scene_folder, teacher_dir, tmp_path / "c", "--bytes-per-image", 4608)
     result = run("train", tmp_path / "c", "--out", tmp_path / "r", "--whitening", "position")
     assert result.exit_code == 1
@@ -244,9 +236,7 @@ def test_position_whitening_needs_exact_features(
 def test_the_teacher_recomputes_what_such_a_cache_holds(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, flags: tuple[object, ...]
 ) -> None:
-    """evaluate pools the same features from the cache and, for images outside it, from the teacher
-    by its recipe.
-    """
+    """evaluate gets equal features from the cache and, outside the cache, from its teacher."""
     cache = extracted(scene_folder, teacher_dir, tmp_path / "c", "--no-store-images", *flags)
     source = FolderSource(scene_folder)
     keys = cache.samples["key"].to_pylist()[:5]

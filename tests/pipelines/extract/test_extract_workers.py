@@ -1,6 +1,4 @@
-"""Stage 1 on clusters, through the command line: the same bytes from any number of workers, however
-many die.
-"""
+"""Stage 1 on clusters through the command line: worker counts and worker deaths change no byte."""
 
 import json
 import os
@@ -50,17 +48,13 @@ def command(images: Path, teacher: Path, out: Path, *more: object) -> list[str]:
 
 
 def hear_interrupts() -> None:
-    """Let Ctrl-C through, which a shell turns off for what it runs in the background, these tests
-    too.
-    """
+    """Restore the default SIGINT, which a shell ignores in background jobs."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
 def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Run an extraction in a session of its own, so that whatever it leaves can be found, as from a
-    terminal.
-    """
+    """Run an extraction in its own session, as from a terminal, to find all of its processes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command(*arguments),
@@ -79,7 +73,7 @@ def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def session(leader: int) -> list[int]:
-    """Return the living processes of a session."""
+    """Return the live processes of a session."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -92,7 +86,7 @@ def session(leader: int) -> list[int]:
 
 
 def workers(leader: int) -> list[int]:
-    """Return the worker processes of a session: Python processes that Dask's nannies spawned."""
+    """Return the worker processes of a session, which Dask's nannies spawned."""
     lines = {pid: Path(f"/proc/{pid}/cmdline") for pid in session(leader) if pid != leader}
     return [
         pid for pid, line in lines.items() if line.exists() and b"spawn_main" in line.read_bytes()
@@ -105,7 +99,7 @@ def committed(out: Path) -> int:
 
 
 def content(out: Path) -> dict[str, bytes | None]:
-    """Return a cache's files but the logs."""
+    """Return a cache's files without the logs."""
     return {name: data for name, data in tree(out).items() if name != "cluster.log"}
 
 
@@ -113,7 +107,7 @@ def content(out: Path) -> dict[str, bytes | None]:
 def one(
     scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, bytes | None]:
-    """The files that one process makes."""
+    """The files that a single process writes."""
     out = tmp_path_factory.mktemp("one") / "cache"
     extract(scene_folder, out, replace(OPTIONS, teacher=str(teacher_dir)))
     return content(out)
@@ -123,7 +117,7 @@ def one(
 def test_any_number_of_workers_makes_the_same_bytes(
     count: int, one: dict[str, bytes | None], scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """Two workers, and four; nothing of them is on the terminal, and no process stays."""
+    """Two or four workers write one process's bytes, print nothing and leave no process."""
     with running(scene_folder, teacher_dir, tmp_path / "c", "--workers", count) as process:
         assert process.stdout is not None
         said = process.stdout.read()
@@ -138,7 +132,7 @@ def test_any_number_of_workers_makes_the_same_bytes(
 def test_workers_killed_at_random_change_no_byte(
     one: dict[str, bytes | None], scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL of workers at random moments of their work, four times, in one run."""
+    """Four SIGKILLs of workers at random moments of one run change no byte."""
     rng = random.Random(3)
     kills = 0
     seen = 0
@@ -165,10 +159,10 @@ def test_a_stopped_coordinator_leaves_no_worker_and_resumes(
     teacher_dir: Path,
     tmp_path: Path,
 ) -> None:
-    """Ctrl-C, which all processes of a terminal get, ends with 130 and no temporary file; a kill
-    takes workers too.
+    """Ctrl-C or a kill of the coordinator ends all workers, and one process can resume.
 
-    One process then finishes what two workers began.
+    Ctrl-C, which every process of the terminal receives, exits with 130 and leaves no temporary
+    file.
     """
     out = tmp_path / "c"
     with running(scene_folder, teacher_dir, out, "--workers", 2) as process:
@@ -198,9 +192,7 @@ def test_a_stopped_coordinator_leaves_no_worker_and_resumes(
 def test_a_scheduler_as_the_manual_starts_it(
     one: dict[str, bytes | None], scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """The commands of docs/clusters.md for a cluster by hand make the same bytes, and scheduler and
-    worker live on.
-    """
+    """The commands of docs/clusters.md write the same bytes and leave the cluster running."""
     manual = (ROOT / "docs" / "clusters.md").read_text()
     assert "dask scheduler --port 8786" in manual
     assert "dask worker tcp://HOST:8786 --nworkers 1 --nthreads 1 --memory-limit 0 " in manual

@@ -1,4 +1,4 @@
-"""Host tasks in threads: order, bound, failures."""
+"""Tasks in host threads: order, bound and failures."""
 
 import threading
 from collections.abc import Iterator
@@ -12,9 +12,7 @@ from pipelines.extract.shard import in_threads
 
 @pytest.mark.parametrize("ahead", [0, 1, 3, 100])
 def test_results_come_group_by_group_in_order(ahead: int) -> None:
-    """Whatever finishes first, groups and the tasks in them keep their order, empty groups
-    included.
-    """
+    """Results keep the order of groups and tasks, empty groups included."""
     groups = [[partial(divmod, group, k + 1) for k in range(group % 3)] for group in range(10)]
     with ThreadPoolExecutor(4) as pool:
         found = list(in_threads(pool, groups, ahead=ahead))
@@ -23,7 +21,7 @@ def test_results_come_group_by_group_in_order(ahead: int) -> None:
 
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_no_more_groups_are_drawn_than_allowed(ahead: int) -> None:
-    """When a group is yielded, just `ahead` further ones have been drawn from the source."""
+    """When a group is yielded, exactly `ahead` further groups have been drawn from the source."""
     drawn = []
 
     def groups() -> Iterator[list[partial[int]]]:
@@ -38,7 +36,7 @@ def test_no_more_groups_are_drawn_than_allowed(ahead: int) -> None:
 
 
 def test_a_task_runs_beside_the_caller() -> None:
-    """With a group ahead, the next group's task runs while the caller still works on the first."""
+    """With one group ahead, the next group's task runs while the caller uses the first group."""
     running = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         results = in_threads(pool, [[partial(int, 1)], [running.set], [partial(int, 2)]], ahead=1)
@@ -47,7 +45,7 @@ def test_a_task_runs_beside_the_caller() -> None:
 
 
 def test_what_a_task_raises_reaches_the_caller_and_the_rest_is_cancelled() -> None:
-    """A failure surfaces in its group's turn; groups that were not started never run."""
+    """A task's exception is raised in its group's turn, and unstarted groups are cancelled."""
     ran = []
 
     def fail() -> None:

@@ -1,6 +1,4 @@
-"""What a worker does with an assignment, in this process: the same bytes, one teacher at a time;
-what it refuses.
-"""
+"""A worker's shards in this process: equal bytes, one loaded teacher, and refused assignments."""
 
 import json
 import shutil
@@ -43,27 +41,25 @@ def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def assignment(cache: Path, scene_folder: Path, teacher_dir: Path) -> str:
-    """What the coordinator of that cache would tell a worker."""
+    """The coordinator's assignment for that cache."""
     options = replace(OPTIONS, teacher=str(teacher_dir), workers=2)
     return make_assignment(cache, read_manifest(cache), scene_folder, options)
 
 
 def changed(assignment: str, **fields: Any) -> str:
-    """Return an assignment with other fields."""
+    """Return an assignment with changed fields."""
     return json.dumps({**json.loads(assignment), **fields})
 
 
 def with_options(assignment: str, **fields: Any) -> str:
-    """Return an assignment with other options."""
+    """Return an assignment with changed options."""
     return changed(assignment, options={**json.loads(assignment)["options"], **fields})
 
 
 def test_a_worker_writes_the_bytes_of_one_process(
     cache: Path, assignment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shards that are asked for out of order are the committed ones; the teacher is loaded once,
-    another one anew.
-    """
+    """Shards in any order have the committed bytes; the teacher is loaded only if it changes."""
     real = worker.make_plan
     state = worker.ShardWorker()
     loads = []
@@ -91,7 +87,7 @@ def test_a_worker_writes_the_bytes_of_one_process(
 def test_a_worker_that_is_not_fit_says_why(
     cache: Path, assignment: str, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """Other versions, storage, images or teachers are one line each, before anything is computed."""
+    """Different versions, storage, images or teacher are refused in one line before any work."""
 
     state = worker.ShardWorker()
 
@@ -152,9 +148,7 @@ def test_a_worker_that_is_not_fit_says_why(
 
 
 def test_an_assignment_is_resolved(cache: Path, assignment: str) -> None:
-    """Nothing is left to a worker's machine or working folder: absolute paths, the recipe's own
-    constants.
-    """
+    """An assignment has absolute paths and the recipe's constants, and no machine's defaults."""
     told = json.loads(assignment)
     assert all(
         Path(path).is_absolute()
@@ -191,9 +185,7 @@ def test_an_assignment_is_resolved(cache: Path, assignment: str) -> None:
 def test_options_that_contradict_each_other(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, flags: tuple[object, ...], message: str
 ) -> None:
-    """Two clusters, a dashboard of none, or one GPU for many are refused before anything is loaded
-    or made.
-    """
+    """Contradicting cluster options are refused before anything is loaded or created."""
     result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *flags)
     assert (result.exit_code, message in result.output) == (1, True), result.output
     assert not (tmp_path / "c").exists()
@@ -206,9 +198,7 @@ def test_threads_are_a_constant_of_the_recipe(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first run fixes them, a share of the cores a worker; a resume takes them, and refuses to
-    change them.
-    """
+    """The first run records the threads per worker, and a resume uses and never changes them."""
     assert read_manifest(cache).recipe["threads"] == 1
     with cpu_threads(8):
         assert torch.get_num_threads() == 8
@@ -250,9 +240,7 @@ def test_threads_are_a_constant_of_the_recipe(
 
 
 def test_local_workers_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One GPU a worker, of those that CUDA_VISIBLE_DEVICES names; more workers than GPUs are
-    refused.
-    """
+    """Each local worker gets one of CUDA_VISIBLE_DEVICES; more workers than GPUs are refused."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert worker_environments(2, "cuda") == [

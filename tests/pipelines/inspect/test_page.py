@@ -118,7 +118,7 @@ def test_a_page_is_one_file_that_asks_for_nothing(tiny_cache: Path, tmp_path: Pa
     assert not re.search(r"https?://|<script|<link[^>]+stylesheet|@import|url\(", page)
     sources = re.findall(r'src="([^"]{5})', page)
     assert set(sources) == {"data:"}
-    # Three images, in two galleries, each with a picture a tap.
+    # Three images, in two galleries, each with one picture per tap.
     assert len(sources) == 3 * 2 * (1 + 2)
     assert len(page) < 10_000_000
     for heading in (

@@ -244,7 +244,7 @@ def test_a_sample_is_all_that_is_read(tmp_path: Path) -> None:
 
     plan = tiny_plan()
     root = write_cache(tmp_path / "cache", plan)
-    cache_statistics(root, InspectOptions(num_samples=3))  # imports what it needs
+    cache_statistics(root, InspectOptions(num_samples=3))  # performs lazy imports
     before = bytes_read()
     Cache(root, allow="damage")
     opening = bytes_read() - before

@@ -1,6 +1,4 @@
-"""`dtcache label fit`: an interpreter from cached features and a few masks, and every bad input in
-one line.
-"""
+"""`dtcache label fit`: an interpreter from cached features and few masks; bad input is one line."""
 
 import json
 import re
@@ -42,7 +40,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def masks(scene_folder: Path, scene_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The masks of the cache's first ten images, and the names of their classes."""
+    """The masks of the cache's first ten images, and their class names."""
     out = tmp_path_factory.mktemp("masks")
     whole = scene_folder.parent / "masks"
     shutil.copy(whole / "classes.toml", out)
@@ -54,7 +52,7 @@ def masks(scene_folder: Path, scene_cache: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def fitted(scene_cache: Path, masks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter, fitted for a few epochs."""
+    """An interpreter after a few epochs of training."""
     out = tmp_path_factory.mktemp("fit") / "interpreter"
     result = run("label", "fit", scene_cache, "--masks", masks, "--out", out, *FLAGS)
     assert result.exit_code == 0, result.output
@@ -63,7 +61,7 @@ def fitted(scene_cache: Path, masks: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_the_loss_falls_and_every_epoch_is_scored(fitted: Path) -> None:
-    """metrics.jsonl has a line an epoch, with the mean loss and the validation's mIoU."""
+    """metrics.jsonl has one line per epoch with the falling mean loss and the validation mIoU."""
     lines = [json.loads(line) for line in (fitted / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(6))
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
@@ -73,7 +71,7 @@ def test_the_loss_falls_and_every_epoch_is_scored(fitted: Path) -> None:
 def test_the_recorded_score_is_that_of_the_weights(
     fitted: Path, scene_cache: Path, masks: Path
 ) -> None:
-    """The interpreter, read back and run on the held-out images, has the mIoU in its configuration."""
+    """The saved interpreter has its configuration's mIoU on the held-out images."""
     cache = Cache(scene_cache)
     found = load_interpreter(fitted)
     held = [i for i in range(10) if i not in _trained_on(10)]
@@ -92,7 +90,7 @@ def test_the_recorded_score_is_that_of_the_weights(
 
 
 def _trained_on(count: int) -> list[int]:
-    """Return the places that are not held out, as the seed 0 deals them."""
+    """Return the indices of the training images under seed 0."""
     order = fit.permuted(count, seed=0, stream="label-validation").tolist()
     return sorted(order[count // 5 :])
 
@@ -100,9 +98,7 @@ def _trained_on(count: int) -> list[int]:
 def test_the_mirrored_view_is_trained_with_the_mirrored_mask(
     scene_cache: Path, masks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The truth that reaches the loss is the mask where the view is the image, else its mirror
-    image.
-    """
+    """The loss gets the mask for the unmirrored view and the mirrored mask for the other view."""
     cache = Cache(scene_cache)
     seen = []
     truth = {int(r): t for r, t in zip(*_pairs(cache, masks), strict=True)}
@@ -145,7 +141,7 @@ def _pairs(cache: Cache, masks: Path) -> tuple[np.ndarray, torch.Tensor]:
 def test_one_seed_gives_one_interpreter(
     scene_cache: Path, masks: Path, fitted: Path, tmp_path: Path
 ) -> None:
-    """The same command gives the same weights, bit for bit."""
+    """The same command gives the same weights to the bit."""
     assert (
         run(
             "label", "fit", scene_cache, "--masks", masks, "--out", tmp_path / "i", *FLAGS
@@ -157,13 +153,13 @@ def test_one_seed_gives_one_interpreter(
 
 
 def test_the_picture_shows_image_mask_and_prediction(fitted: Path) -> None:
-    """Two held-out images, three columns."""
+    """The picture has two held-out images in three columns."""
     with Image.open(fitted / "predictions.png") as picture:
         assert picture.size == (3 * 128 + 2 * 4, 2 * 128 + 4)
 
 
 def test_ignored_pixels_are_white_and_classes_differ() -> None:
-    """A mask's classes have colours of their own; without images there are two columns."""
+    """Each class has its own colour, ignored pixels are white, and images are optional."""
     mask = np.array([[0, 1], [2, 255]], np.uint8)
     sheet = np.asarray(Image.open(_bytes(label_picture(None, [mask], [mask], 3, 255))))
     corners = [tuple(sheet[y, x]) for y, x in ((10, 10), (10, 120), (120, 10), (120, 120))]
@@ -180,7 +176,7 @@ def _bytes(content: bytes) -> "fit.Path":
 
 
 def test_image_labels_come_from_the_index(scene_cache: Path, tmp_path: Path) -> None:
-    """--level image trains the pooled head on the cache's own labels, and scores its accuracy."""
+    """--level image trains the pooled head on the cache's labels and reports its accuracy."""
     result = run("label", "fit", scene_cache, "--level", "image", "--out", tmp_path / "i", *FLAGS)
     assert result.exit_code == 0, result.output
     assert "fitted to 32 labelled images; 8 held out, accuracy" in result.output
@@ -191,9 +187,7 @@ def test_image_labels_come_from_the_index(scene_cache: Path, tmp_path: Path) -> 
 
 
 def test_labels_that_are_no_class_numbers_are_refused(scene_cache: Path) -> None:
-    """A cache without class names, whose labels are, say, identifiers, is no classification of a
-    billion classes.
-    """
+    """Without class names, labels out of the range of class numbers are refused."""
     cache = Cache(scene_cache)
     labels = [10**9] * 40
     cache.reader.manifest = replace(cache.reader.manifest, classes=None)
@@ -209,9 +203,7 @@ def test_labels_that_are_no_class_numbers_are_refused(scene_cache: Path) -> None
 def test_an_interrupted_fit_leaves_nothing(
     scene_cache: Path, masks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Ctrl-C while it trains, or while it writes, leaves no folder; the same command then starts
-    again.
-    """
+    """Ctrl-C during training or writing leaves no folder, and the same command starts again."""
     arguments = ("label", "fit", scene_cache, "--masks", masks, "--out", tmp_path / "i", *FLAGS)
     for name, call in (("interpreter_loss", 3), ("label_picture", 1)):
         with monkeypatch.context() as patch:
@@ -222,7 +214,7 @@ def test_an_interrupted_fit_leaves_nothing(
 
 
 def test_a_class_without_a_pixel_is_named(scene_cache: Path, masks: Path, tmp_path: Path) -> None:
-    """It is warned of, and the fit goes on."""
+    """A class without a pixel gives a warning, and the fit continues."""
     more = tmp_path / "masks"
     shutil.copytree(masks, more)
     names = ["background", *(f"c{i}" for i in range(1, 9)), "unicorn"]
@@ -236,7 +228,7 @@ def test_a_class_without_a_pixel_is_named(scene_cache: Path, masks: Path, tmp_pa
 def test_bad_input_is_one_line(
     scene_cache: Path, masks: Path, fitted: Path, tmp_path: Path
 ) -> None:
-    """Each names what was expected and found; nothing is written."""
+    """Bad input is refused with what was expected and got, and nothing is written."""
     bad = {name: tmp_path / name for name in ("none", "size", "value", "binary", "ignored")}
     for name in ("size", "value"):
         shutil.copytree(masks, bad[name])
@@ -306,7 +298,7 @@ def test_bad_input_is_one_line(
 
 
 def test_an_incomplete_cache_is_refused(scene_cache: Path, masks: Path, tmp_path: Path) -> None:
-    """Labels are of a finished cache."""
+    """`label fit` refuses a cache that is not finished."""
     from dtcache.store.manifest import read_manifest, write_manifest
 
     root = tmp_path / "cache"
@@ -330,9 +322,7 @@ def cropped(
     teacher_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path, Path]:
-    """A cache whose view crops its images, 48x40 pixels, beside the images and masks that were
-    drawn on the views.
-    """
+    """A cache whose view crops 48x40 px images, with the images and masks of the view's size."""
     root = tmp_path_factory.mktemp("cropped")
     for number, path in enumerate(sorted(scene_folder.rglob("*.png"))[:12]):
         mask = scene_folder.parent / "masks" / path.relative_to(scene_folder)
@@ -359,9 +349,7 @@ def cropped(
 def test_a_mask_drawn_on_the_view_is_refused_where_the_images_are_given(
     cropped: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A cache knows no size of images that its view changed: it says so, and reads them from their
-    source.
-    """
+    """With --images a mask whose size differs from the original image is refused."""
     root, images, masks = cropped
     cache = Cache(root)
     assert len(images_with_masks(cache, masks, None, None)) == 12
@@ -398,7 +386,7 @@ def test_a_mask_drawn_on_the_view_is_refused_where_the_images_are_given(
 def test_images_that_are_not_the_caches_are_refused(
     cropped: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    """Another file under the same name has a size that says nothing of the mask."""
+    """A different image file under a cached key is refused."""
     root, images, masks = cropped
     shutil.copytree(images, tmp_path / "images")
     Image.new("RGB", (48, 40)).save(tmp_path / "images" / "3.png")

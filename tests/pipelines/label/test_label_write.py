@@ -1,4 +1,4 @@
-"""`dtcache label write`: soft labels as a sealed part of a cache that it leaves as it is."""
+"""`dtcache label write`: soft labels as a sealed label set; the cache itself is unchanged."""
 
 import json
 import os
@@ -51,16 +51,14 @@ def run(*arguments: object) -> Result:
 
 @pytest.fixture
 def copy(labelled: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be damaged."""
+    """A copy of the labelled cache, to be damaged."""
     root = tmp_path / "cache"
     shutil.copytree(labelled, root)
     return root
 
 
 def exact_logits(cache: Cache, interpreter: Path) -> torch.Tensor:
-    """Return the interpreter's logits of all rows and views, (N, V, K, H, W), straight from the
-    cache's features.
-    """
+    """Return all logits (N, V, K, H, W), computed by the interpreter from the cached features."""
     network = load_interpreter(interpreter).network
     rows = np.arange(len(cache))
     found = []
@@ -72,7 +70,7 @@ def exact_logits(cache: Cache, interpreter: Path) -> torch.Tensor:
 
 
 def test_the_cache_itself_is_untouched(labelled: Path, scene_cache: Path) -> None:
-    """Every file that was there before has the same bytes, and all that came lies under labels/."""
+    """Writing labels changes no existing file and adds files only under labels/."""
     before = tree(scene_cache)
     after = tree(labelled)
     assert {
@@ -83,9 +81,7 @@ def test_the_cache_itself_is_untouched(labelled: Path, scene_cache: Path) -> Non
 def test_stored_logits_are_the_exact_ones_within_the_stated_error(
     labelled: Path, interpreter: Path
 ) -> None:
-    """The manifest's total variation and entropy are those of the stored logits, of every view in
-    its own place.
-    """
+    """The manifest states the stored logits' own total variation and entropy over all views."""
     cache = Cache(labelled)
     stored = LabelSet(cache, NAME).logits(np.arange(40))
     exact = exact_logits(cache, interpreter)
@@ -105,7 +101,7 @@ def test_stored_logits_are_the_exact_ones_within_the_stated_error(
 def test_the_recorded_agreement_is_that_of_the_stored_labels(
     labelled: Path, scene_folder: Path
 ) -> None:
-    """mIoU against the given masks, of the unmirrored view."""
+    """The recorded mIoU is that of the unmirrored view's stored labels and the given masks."""
     from dtcache.images import open_masks
 
     cache = Cache(labelled)
@@ -122,7 +118,7 @@ def test_the_recorded_agreement_is_that_of_the_stored_labels(
 
 
 def test_a_batch_has_the_labels_of_its_views(labelled: Path) -> None:
-    """A training batch's logits are those of each row's own view, through the device-side decoder."""
+    """A training batch holds the logits of each row's own view, decoded on the device."""
     cache = LabelledCache(labelled, NAME)
     rows = np.array([3, 7, 7])
     views = np.array([1, 0, 1])
@@ -134,7 +130,7 @@ def test_a_batch_has_the_labels_of_its_views(labelled: Path) -> None:
 
 
 def test_joined_views_are_mirrored_back() -> None:
-    """The channels of a mirrored view lie as those of the image, and decoding mirrors them again."""
+    """Joining views mirrors the mirrored view's logits back to the image's orientation."""
     logits = torch.arange(12.0).view(1, 2, 1, 2, 3)
     joined = join_views(logits, [False, True])
     assert torch.equal(joined, torch.cat([logits[:, 0], logits[:, 1].flip(3)], 1))
@@ -148,9 +144,7 @@ def test_an_interrupted_write_resumes_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Ctrl-C after a shard and in the seal: verify says incomplete, the same command ends in the
-    same files.
-    """
+    """Ctrl-C leaves an incomplete label set, and the same command resumes it to the same bytes."""
     root = tmp_path / "cache"
     shutil.copytree(scene_cache, root)
     arguments = (
@@ -192,9 +186,7 @@ def test_an_interrupted_write_resumes_to_the_same_bytes(
 def test_kills_do_not_change_a_byte(
     scene_folder: Path, teacher_dir: Path, interpreter: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL of a process after some of its shards, twice, then the same command: the bytes of an
-    undisturbed run.
-    """
+    """A write that SIGKILL ends twice resumes to an undisturbed run's bytes."""
     root = tmp_path / "cache"
     killed = tmp_path / "killed"
     options = ExtractOptions(
@@ -237,9 +229,7 @@ def test_kills_do_not_change_a_byte(
 
 
 def test_verify_reads_every_byte_of_a_label_set(copy: Path) -> None:
-    """A flipped bit in a shard, and a missing file, are damage with exit code 3; the remedy names
-    the set.
-    """
+    """A flipped bit or a missing file of a label set is damage, with the label set's own remedy."""
     assert run("verify", copy).exit_code == 0
     shard = next((copy / "labels" / NAME / "data.zarr" / "t0" / "logits").glob("c.*"))
     content = bytearray(shard.read_bytes())
@@ -258,7 +248,7 @@ def test_verify_reads_every_byte_of_a_label_set(copy: Path) -> None:
 
 
 def test_inspect_describes_label_sets(labelled: Path, scene_cache: Path) -> None:
-    """Classes, entropy, agreement and bytes; the cache's own figures are those without labels."""
+    """inspect shows a label set's classes, entropy, agreement and bytes apart from the cache."""
     report, before = (
         json.loads(run("inspect", root, "--json").stdout) for root in (labelled, scene_cache)
     )
@@ -285,7 +275,7 @@ def test_inspect_describes_label_sets(labelled: Path, scene_cache: Path) -> None
 
 
 def test_a_damaged_manifest_of_a_label_set_is_said_and_no_more(copy: Path) -> None:
-    """The cache itself is still shown."""
+    """inspect names the damaged manifest of a label set and still shows the cache."""
     path = copy / "labels" / NAME / "manifest.json"
     newer = json.dumps({**json.loads(path.read_text()), "format": 2})
     for content, reason in (
@@ -303,7 +293,7 @@ def test_a_damaged_manifest_of_a_label_set_is_said_and_no_more(copy: Path) -> No
 
 
 def test_an_extraction_that_resumes_leaves_a_label_set_alone(copy: Path) -> None:
-    """What another process writes there is not the extraction's to remove."""
+    """A resumed extraction removes no file of a label set that another process writes."""
     left = copy / "labels" / NAME / ".tmp-abc-manifest.json"
     left.write_bytes(b"x")
     writer.CacheWriter.resume(copy)
@@ -324,9 +314,7 @@ def other(scene_cache: Path, interpreter: Path, tmp_path: Path) -> Iterator[Path
 def test_bad_input_is_one_line(
     labelled: Path, interpreter: Path, other: Path, tmp_path: Path
 ) -> None:
-    """Another teacher, another set of that name, a bad name, no interpreter, an unknown set,
-    another cache's set.
-    """
+    """Each bad input is refused in one line: teacher, name, interpreter or label set."""
     scoreless = tmp_path / "scoreless"
     shutil.copytree(interpreter, scoreless)
     config = json.loads((scoreless / "config.json").read_text())
@@ -364,7 +352,7 @@ def test_bad_input_is_one_line(
 def test_masks_of_other_classes_do_not_agree_by_number(
     labelled: Path, interpreter: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
-    """They are refused before anything is written; so are masks of an interpreter of whole images."""
+    """Masks with other classes, or for a pooled head, are refused before anything is written."""
     others = tmp_path / "masks"
     shutil.copytree(scene_folder.parent / "masks", others)
     (others / "classes.toml").write_text(f"names = {json.dumps([f'c{i}' for i in range(9)])}\n")
@@ -387,7 +375,7 @@ def test_masks_of_other_classes_do_not_agree_by_number(
 def test_masks_that_come_too_late_are_told(
     copy: Path, interpreter: Path, scene_folder: Path
 ) -> None:
-    """A set that was finished without them records no agreement, whatever is asked for later."""
+    """Masks given after a set is finished are not used, and the command says so."""
     assert run("label", "write", copy, interpreter, "--name", "b").exit_code == 0
     masks = scene_folder.parent / "masks"
     result = run("label", "write", copy, interpreter, "--name", "b", "--masks", masks)
@@ -395,7 +383,7 @@ def test_masks_that_come_too_late_are_told(
 
 
 def test_a_set_of_another_cache_is_refused(labelled: Path, tmp_path: Path) -> None:
-    """Labels that were copied from another cache do not serve."""
+    """Labels copied from a different cache are refused."""
     root = write_cache(tmp_path / "cache", tiny_plan())
     with pytest.raises(
         UnknownLabelsError,
@@ -410,9 +398,7 @@ def test_a_set_of_another_cache_is_refused(labelled: Path, tmp_path: Path) -> No
 
 
 def test_labels_of_whole_images(scene_cache: Path, tmp_path: Path) -> None:
-    """The pooled head's logits are stored as one vector a view, and agree with the index as
-    recorded.
-    """
+    """The pooled head's logits are one vector per view with the recorded agreement."""
     root = tmp_path / "cache"
     shutil.copytree(scene_cache, root)
     flags = ("--width", "32", "--epochs", "2", "--warmup-epochs", "1", "--device", "cpu")
@@ -445,7 +431,7 @@ def test_labels_of_whole_images(scene_cache: Path, tmp_path: Path) -> None:
 def test_figures_out_of_range_damage_their_own_set_alone(
     copy: Path, change: dict[str, object]
 ) -> None:
-    """A set that says of itself what cannot be is shown as damaged; the cache around it is shown."""
+    """A label set with impossible figures is shown as damaged, and the cache is still shown."""
     manifest = read_manifest(copy / "labels" / NAME)
     assert manifest.measured is not None
     write_manifest(

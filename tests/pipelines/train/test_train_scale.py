@@ -98,7 +98,7 @@ class Alone(torch.nn.GroupNorm):
 @pytest.fixture
 def no_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give regressors no batch statistics, the one thing that hangs on how a batch is cut."""
-    # timm keeps the class that it finds when it is first imported: its networks keep the real one.
+    # timm binds the class at its first import, so timm's networks keep the real class.
     importlib.import_module("dtcache.student")
     monkeypatch.setattr(torch.nn, "BatchNorm2d", Alone)
 
