@@ -1,1 +1,1 @@
-"""Stage 1: images and a teacher to a sealed cache."""
+"""Stage 1: compute a sealed cache from images and a teacher."""

@@ -45,8 +45,8 @@ def fastest_batch(prepare: Callable[[int], Teacher]) -> int:
             if seconds < GAIN * least:
                 best = size
                 least = seconds
-            # A GPU raises an error for what does not fit, and host memory then grows with libraries
-            # rather than with the batch.
+            # A GPU raises an error if a batch does not fit. Its host memory grows with the loaded
+            # libraries, not with the batch.
             crowded = on_host and 2 * (_peak_bytes() - before) > _free_bytes()
             if worse == 2 or seconds * size > LONGEST_SECONDS or crowded:
                 break
@@ -56,7 +56,7 @@ def fastest_batch(prepare: Callable[[int], Teacher]) -> int:
 def _seconds_per_view(teacher: Teacher) -> tuple[float, bool]:
     """Return the seconds per view of a pass over grey images, and whether a CPU ran it.
 
-    One pass runs before those that are timed.
+    The first pass is a warm-up and is not timed.
     """
     size = teacher.spec.batch_size
     grey_CHW = np.full((3, teacher.view.height, teacher.view.width), 128, np.uint8)

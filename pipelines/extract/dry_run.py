@@ -34,26 +34,26 @@ class Forecast:
     batch_size: int
     """Views per pass of the teacher."""
     views_per_second: float
-    """Of the shards, without the fit of the codec."""
+    """Speed of computing shards, without the fit of the codec."""
     teacher_share: float
     """Share of the shards' time that the teacher's passes take."""
     fit_seconds: float
     seconds: float
-    """Of the whole extraction, the fit included."""
+    """Time of the whole extraction, including the fit."""
     feature_bytes: float
-    """Features, the codec's fit and indices."""
+    """Bytes of the features, the codec's fit and the indices."""
     image_bytes: float
-    """Stored images."""
+    """Bytes of the stored images."""
     spool_bytes: int
     """Temporary bytes on the same disk while the codec is fitted."""
     free_bytes: int
     memory_bytes: int
     """Peak memory of this process so far; on a GPU, its peak allocated memory."""
     flops: int | None
-    """Of one truncated pass per view; a multiply-add counts as two. Without an inversion's further
-    passes and without an autoencoder. None if the operations cannot be counted."""
+    """FLOPs per view of one truncated pass; a multiply-add counts as two. The further passes of an
+    inversion and an autoencoder are not counted. None if the operations cannot be counted."""
     full_flops: int | None
-    """Of one full pass per view; None if the operations cannot be counted."""
+    """FLOPs per view of one full pass; None if the operations cannot be counted."""
     payback_epochs: float
     """Epochs of training, summed over all students, after which the cache has cost less than a
     teacher in the training loop."""
@@ -68,7 +68,7 @@ class Forecast:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Trial:
-    """What two batches of an extraction took."""
+    """The rows of two batches of an extraction, and the time that they took."""
 
     packed: list[PackedRow]
     seconds: float
@@ -104,8 +104,8 @@ def forecast(
     )
     averaged = plan.options.draws if plan.options.average else 1
     draws = fit_draws(plan)
-    # Most of the time besides passes is that of statistics, which grows with the rows; the time of
-    # solving the step does not, and is smaller.
+    # Besides the passes, the fit spends most of its time on statistics, and this time grows with
+    # the rows. Solving for the step takes less time, which does not grow.
     fit_seconds = (draws * averaged * fit_rows(count)) * pass_seconds
     fit_seconds += solve_seconds * fit_rows(count) / rows
     seconds = fit_seconds + count * trial.seconds / rows
@@ -129,7 +129,7 @@ def forecast(
 
 
 def _run_rows(plan: ExtractionPlan, fitted: CodecFit, rows: int) -> _Trial:
-    """Compute the first rows as an extraction does, and time it."""
+    """Compute the first rows as an extraction does, and measure the time."""
     device = plan.teacher.device
     encoder = FeatureEncoder(fitted.fit, device)
     indices = [plan.samples[row].index for row in range(rows)]
@@ -189,7 +189,7 @@ def _flops(teacher: Teacher, network: torch.nn.Module | None) -> int | None:
         if network is None:
             network = teacher.denoiser.predictor()
         return count_flops(network, teacher.input_shape, teacher.denoiser.num_classes) or None
-    except Exception:  # a user's module may do anything on tensors without data
+    except Exception:  # a user's module may fail in any way on tensors without data
         return None
 
 

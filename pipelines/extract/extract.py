@@ -33,15 +33,15 @@ class Extracted:
 
     root: Path
     num_done: int
-    """Images with features, of all runs."""
+    """Images with features, over all runs."""
     failures: tuple[FailedSample, ...]
-    """Images without features, of all runs."""
+    """Images without features, over all runs."""
     seconds: float
-    """Of this run, in all."""
+    """Total time of this run."""
     fit_seconds: float
-    """Of this run: fitting the codec and measuring the teacher; 0 if a cache was resumed."""
+    """Time of this run to fit the codec and measure the teacher; 0 if a cache was resumed."""
     shard_seconds: float
-    """Of this run: from the beginning of the first shard to the commit of the last one."""
+    """Time of this run from the start of the first shard to the commit of the last one."""
 
 
 def extract(
@@ -49,7 +49,7 @@ def extract(
 ) -> Extracted:
     """Cache a teacher's features of `images` in `out`, or resume a cache of the same recipe there.
 
-    `teacher` is a teacher made in Python; then `options.teacher` is empty. Raises
+    `teacher` is a teacher made in Python; leave `options.teacher` empty with it. Raises
     CacheMismatchError, naming the field, if `out` holds a different cache, and what planning,
     fitting, computing and writing raise.
     """
@@ -64,7 +64,7 @@ def extract(
     ):
         opened = time.time()
         writer = open_writer(out, plan)
-        del plan  # its teacher makes room on the device for the teachers of local workers
+        del plan  # frees its teacher's device memory for the teachers of local workers
         fitted = time.time()
         rows_this_run = rows_left(writer)
         _compute_shards(runner, writer, options.max_failures)
@@ -124,12 +124,12 @@ class _Progress:
 
 
 def rows_left(writer: CacheWriter) -> int:
-    """Return how many rows are not committed."""
+    """Return the number of rows that are not committed yet."""
     return sum(len(writer.manifest.rows_of(shard)) for shard in writer.missing)
 
 
 def require_few_failures(failures: Sequence[FailedSample], count: int, max_failures: float) -> None:
-    """Raise ExtractionError if at least ten and more than a share of `count` images have failed.
+    """Raise ExtractionError if ten or more images, and more than a share of `count`, have failed.
 
     The check comes before the commit of the shard that exceeds the share. Thus, if a disk was
     unmounted, a resume tries that shard again.

@@ -1,4 +1,4 @@
-"""The fit of a cache's codec: once, in the coordinating process, before the shards."""
+"""Fits a cache's codec: once, in the coordinating process, before the shards."""
 
 import math
 import os
@@ -23,7 +23,7 @@ from pipelines.size_estimate import FeatureSize
 from pipelines.terminal.progress import track
 
 FIT_DRAWS = 2
-"""Noise draws that the codec is fitted on, to separate what the image determines from noise."""
+"""Noise draws that the codec is fitted on, to separate noise from what the image determines."""
 MAX_FIT_ROWS = 256
 
 
@@ -49,7 +49,7 @@ def fit_draws(plan: ExtractionPlan) -> int:
 
 
 def fit_codec(out: Path, plan: ExtractionPlan, rows: int) -> CodecFit:
-    """Fit every tap on the first rows and two noise draws, and solve the step for the plan's ratio.
+    """Fit every tap on the first rows and two noise draws; solve the step for the plan's ratio.
 
     If the plan has no ratio, features stay float16 and only their statistics are fitted. If draws
     are averaged, the fit uses two averages of separate draws. Features are spooled to a folder in
@@ -97,7 +97,7 @@ def fit_codec(out: Path, plan: ExtractionPlan, rows: int) -> CodecFit:
 
 
 def _solve(statistics: dict[str, TapStatistics], plan: ExtractionPlan) -> Solved:
-    """Return the codec of the plan's ratio, or float16 if it has none."""
+    """Return the codec with the plan's ratio, or float16 if the plan has no ratio."""
     if plan.ratio is None:
         return half_fits(statistics)
     target = sum(2 * s.variance.size for s in statistics.values()) / plan.ratio

@@ -16,7 +16,7 @@ from pipelines.size_estimate import mean_image_bytes, require_space
 
 CHECKED_ROWS = 64
 BAD_ERROR = 0.5
-"""Share of the variance that the image determines: a tap that loses more than this is warned of."""
+"""A warning names each tap that loses more than this share of the variance set by the image."""
 
 
 def open_writer(out: Path, plan: ExtractionPlan) -> CacheWriter:
@@ -42,7 +42,7 @@ def begin_cache(out: Path, plan: ExtractionPlan) -> CacheWriter:
     options = plan.options
     count = len(plan.samples)
     if not options.skip_disk_check:
-        # A first check before the minutes of the fit, with the least bytes that are possible.
+        # A first check, before the minutes of the fit, with the smallest size that is possible.
         require_space(out, count * plan.fp16_bytes_per_image / (plan.ratio or 2))
     fitted = fit_codec(out, plan, fit_rows(count))
     _warn_of_bias(fitted.spec)
@@ -76,7 +76,7 @@ def begin_cache(out: Path, plan: ExtractionPlan) -> CacheWriter:
 
 
 def image_bytes(plan: ExtractionPlan) -> float:
-    """Return the mean bytes of a stored image, estimated from a few; 0 if none are stored."""
+    """Return the mean bytes of a stored image, estimated from a few images; 0 if none is stored."""
     if not plan.options.store_images:
         return 0.0
     return mean_image_bytes(plan.source, plan.samples, plan.view)
@@ -93,12 +93,12 @@ def choose_shard_rows(count: int, bytes_per_row: float) -> int:
 
 
 def _warn_of_bias(spec: CodecSpec) -> None:
-    """Warn of taps whose codec loses much of what a student could learn; less loss costs bytes."""
+    """Warn of taps whose codec loses much of the variance that a student could learn."""
     for name, error in spec.determined_error.items():
         if error > BAD_ERROR:
             print(
-                f"warning: {name}: {error:.0%} of what the image determines is lost at this size; "
-                "raise --quality or --bytes-per-image, or leave the tap out with --taps",
+                f"warning: {name}: at this size the codec loses {error:.0%} of what the image "
+                "determines; pass a higher quality or more bytes per image, or leave the tap out",
                 file=sys.stderr,
             )
 

@@ -1,4 +1,4 @@
-"""The plan of an extraction: images, teacher and options, of which every one is resolved."""
+"""The plan of an extraction: images, teacher, and options with every default resolved."""
 
 import sys
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class BegunCache:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractionPlan:
-    """What an extraction computes, whoever computes it: everything that turns rows into shards."""
+    """Everything that turns rows into shards, in whichever process they are computed."""
 
     source: ImageSource
     samples: SampleList
@@ -119,7 +119,7 @@ class ExtractionPlan:
         equivariance: Equivariance | None = None,
         round_trip: dict[str, float] | None = None,
     ) -> Recipe:
-        """Return the recipe of the cache, given its fitted codec and what was measured."""
+        """Return the recipe of the cache, from its fitted codec and its measurements."""
         options = self.options
         return Recipe(
             teacher=self.teacher.spec,
@@ -177,9 +177,9 @@ def plan_extraction(
 ) -> ExtractionPlan:
     """Check everything that can be checked before computing, and load images and teacher.
 
-    `teacher` is a teacher made in Python; then `options.teacher` is empty. Writes nothing. Raises
-    ConfigError, CacheMismatchError if `out` holds a different cache or files that dtcache did not
-    create, and what loading images and teacher raises.
+    `teacher` is a teacher made in Python; leave `options.teacher` empty with it. Writes nothing.
+    Raises ConfigError, CacheMismatchError if `out` holds a different cache or files that dtcache
+    did not create, and what loading images and teacher raises.
     """
     check_options(options, teacher)
     begun = find_begun_cache(out)
@@ -343,7 +343,7 @@ def _check_encoding(options: ExtractOptions, *, takes_noise: bool) -> None:
 
 
 def _check_views(options: ExtractOptions) -> None:
-    """Raise ConfigError if draws, flips and the batch size do not go together."""
+    """Raise ConfigError if `draws`, `average`, `flip` and `batch_size` contradict each other."""
     if options.average and options.draws < 2:
         raise ConfigError(
             f"`average`: expected at least 2 `draws` to take the mean of, got {options.draws}"
@@ -392,7 +392,7 @@ def _computing_threads(options: ExtractOptions) -> int:
 
 
 def _fastest(loaded: LoadedTeacher, options: ExtractOptions) -> int:
-    # Compiling for each size would take minutes, and change what is compiled later.
+    # Compiling for each size would take minutes, and would change the later compilation.
     eager = replace(options, compile=False)
     with cpu_threads(_computing_threads(options)):
         return fastest_batch(lambda size: make_teacher(loaded, eager, size))

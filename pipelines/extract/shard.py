@@ -1,8 +1,9 @@
-"""One shard of a cache: the images of its rows, through the teacher and the codec, to payloads.
+"""Computes one shard of a cache: from images, by the teacher and the codec, to payloads.
 
-The calling thread drives the teacher and the quantiser. Threads make the noise before a batch and
-the payloads after it: while other batches are on a GPU, but between the passes on a CPU, where both
-would compete for the same cores. Shape suffixes: C channels, H rows, W columns.
+The calling thread runs the teacher and the quantiser. Other threads draw the noise before a pass
+and code the payloads after it. On a GPU they do so during the passes of other batches; on a CPU
+they do so between the passes, since both would compete for the same cores. Shape suffixes: C
+channels, H rows, W columns.
 """
 
 import hashlib
@@ -45,10 +46,10 @@ class PreparedRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedRow:
-    """One row as it is written."""
+    """The content of one row of a shard."""
 
     content_sha256: str | None
-    """Of the image file; None if it cannot be decoded."""
+    """SHA-256 of the image file; None if the image cannot be decoded."""
     reason: str | None
     """Why the row failed, or None."""
     image: bytes
@@ -125,7 +126,7 @@ def packed_rows(
 
 
 def batches_ahead(device: torch.device) -> int:
-    """Return how many batches are prepared, and how many may wait, besides those on a device."""
+    """Return how many batches are prepared ahead, and how many may wait for the entropy coder."""
     return AHEAD if device.type == "cuda" else 0
 
 
@@ -134,9 +135,9 @@ def in_threads(
 ) -> Iterator[list[T]]:
     """Run the tasks of each group in `pool` and yield their results, group by group, in order.
 
-    The calling thread takes groups from `groups`; up to `ahead` groups run or wait, finished,
-    besides the group that is yielded next. With `ahead` 0, a group is taken, run and yielded before
-    the next is taken. Raises what a task raises.
+    The calling thread takes groups from `groups`; besides the group that is yielded next, up to
+    `ahead` groups run, or are finished and wait. With `ahead` 0, a group is taken, run and yielded
+    before the next is taken. Raises what a task raises.
     """
     waiting: deque[list[Future[T]]] = deque()
     try:

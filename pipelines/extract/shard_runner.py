@@ -21,7 +21,7 @@ MAX_DECODE_THREADS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardRunner:
-    """The plan and the fitted codec of a cache, ready for any of its shards."""
+    """Computes any shards of a cache, from its plan and its fitted codec."""
 
     root: Path
     manifest: CacheManifest
@@ -33,8 +33,9 @@ class ShardRunner:
     ) -> Generator[WrittenShard, None, None]:
         """Compute shards, write each to temporary files, and yield it once these are durable.
 
-        A thread writes a shard while the next one is computed. If computing fails, the shard before
-        it is yielded first. `on_rows` is called with the number of rows of each finished batch.
+        A thread writes a shard while the next one is computed. If a shard cannot be computed, the
+        shard before it is yielded first. `on_rows` is called with the number of rows of each
+        finished batch.
         """
         samples = self.plan.samples
         indices = (samples[row].index for shard in shards for row in self.manifest.rows_of(shard))
@@ -49,7 +50,7 @@ class ShardRunner:
                 try:
                     for row in packed_rows(self.plan, self.encoder, rows, views, on_rows):
                         packed.append(row)
-                        # Not only at the end of the shard: a full disk stops the work at once.
+                        # Checked after every row, so that a full disk stops the work at once.
                         if writing is not None and writing.done():
                             written = writing
                             writing = None
@@ -67,7 +68,7 @@ class ShardRunner:
 
 
 def open_shard_runner(root: Path, manifest: CacheManifest, plan: ExtractionPlan) -> ShardRunner:
-    """Read a cache's codec onto the device of the plan's teacher. Raises CacheDamagedError."""
+    """Return the runner of a cache, whose codec is read from the disk. Raises CacheDamagedError."""
     encoder = FeatureEncoder(load_fit(root, manifest), plan.teacher.device)
     return ShardRunner(root=root, manifest=manifest, plan=plan, encoder=encoder)
 

@@ -1,1 +1,1 @@
-"""Stage 2: a student is trained on the features of a teacher."""
+"""Stage 2: train a student on the features of a teacher."""

@@ -1,4 +1,4 @@
-"""What a student is trained on: the protocol that a cache and a teacher in the loop both follow."""
+"""The training data of a student: the protocol of a cache and of a teacher in the loop."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ class BatchSource(Protocol):
     labels: LabelSet | None
     """The soft labels that are distilled beside the features, if any."""
     identity: Json
-    """What identifies the data of a run, beside its options."""
+    """The fields that identify the data of a run, beside its options."""
 
     @property
     def num_batches(self) -> int:

@@ -1,4 +1,4 @@
-"""Batches of a student from a cache."""
+"""Training batches from a cache."""
 
 import sys
 from collections import deque
@@ -32,7 +32,7 @@ class CachedSource:
     ) -> None:
         """Open a cache.
 
-        Raises the errors of opening it, and ConfigError if it cannot serve the options.
+        Raises the errors of opening a cache, and ConfigError if the cache cannot serve the options.
         """
         allow: Allowed = "incomplete" if options.allow_incomplete else "nothing"
         self.labels: LabelSet | None = None
@@ -59,7 +59,7 @@ class CachedSource:
         usable = self._cache.reader.usable_rows
         if manifest.state != "sealed" and processes.is_first:
             print(
-                f"{root} is not complete: {len(usable)} of {len(self._cache)} samples are there",
+                f"{root} is not complete: it has {len(usable)} of {len(self._cache)} samples",
                 file=sys.stderr,
             )
         limited = usable[: options.limit]
@@ -97,7 +97,7 @@ class CachedSource:
         return self._cache.shape(name)
 
     def epoch(self, epoch: int, start: int) -> Iterator[TrainBatch]:
-        """Yield this process's micro-batches; on a GPU they are copied while it computes."""
+        """Yield this process's micro-batches; a GPU copies the next one while it computes."""
         return copied_ahead(self._loader.epoch(epoch, start), self._device)
 
     def held_out(self) -> Iterator[TrainBatch]:
@@ -131,7 +131,7 @@ class _Pinned:
 
 
 def copied_ahead(batches: Iterable[TrainBatch], device: torch.device) -> Iterator[TrainBatch]:
-    """Yield batches on the device. On CUDA the next one is copied meanwhile, over a side stream."""
+    """Yield batches on the device. On CUDA the next batch is copied meanwhile, in a side stream."""
     if device.type != "cuda":
         yield from batches
         return
@@ -144,8 +144,8 @@ def copied_ahead(batches: Iterable[TrainBatch], device: torch.device) -> Iterato
         current.wait_event(copied)
 
         def used_here(x: Tensor) -> Tensor:
-            # Otherwise the allocator could give its memory to the next copy while this stream
-            # still reads it.
+            # Otherwise the allocator could give the tensor's memory to the next copy while this
+            # stream still reads the tensor.
             x.record_stream(current)
             return x
 

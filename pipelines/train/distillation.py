@@ -1,4 +1,4 @@
-"""Inputs and targets of a student, with or without augmentation; the losses on held-out samples.
+"""Inputs, targets and losses of a student, with or without augmentation.
 
 Shapes: B batch, C channels, H rows, W columns.
 """
@@ -24,7 +24,7 @@ Predictor = Callable[[Tensor], Mapping[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Distillation:
-    """Turns batches into what a student sees and into its targets, on the device of `compute`."""
+    """Turns batches into the inputs and the targets of a student, on the device of `compute`."""
 
     decoder: nn.Module
     """Coefficients to whitened features by array."""
@@ -51,8 +51,7 @@ class Distillation:
     def augmented(self, batch: TrainBatch, step: int) -> tuple[Tensor, Targets]:
         """Return a batch's images and targets with the augmentation of one step.
 
-        A target is whitened first and cropped second: a crop is not whitened again, whatever share
-        of the map's energy it holds.
+        A target is whitened before it is cropped. The crop is not whitened again.
         """
         images_BCHW, targets = self.unaugmented(batch)
         labels = targets.labels
@@ -69,7 +68,7 @@ class Distillation:
     def losses(
         self, student: Predictor, batch: TrainBatch, step: int | None = None
     ) -> dict[str, Tensor]:
-        """Return `loss` and its parts by name, fp32 scalars; with `step` of augmented inputs."""
+        """Return `loss` and its parts by name, fp32 scalars; with `step`, inputs are augmented."""
         images_BCHW, targets = (
             self.unaugmented(batch) if step is None else self.augmented(batch, step)
         )
@@ -104,7 +103,7 @@ def held_out_losses(
 
 
 def not_finite(distillation: Distillation, batches: Iterable[TrainBatch]) -> list[int]:
-    """Return the rows whose targets are not finite; all rows if the student alone is to blame."""
+    """Return the rows whose targets are not finite, or all rows if every target is finite."""
     rows: list[int] = []
     suspects: list[int] = []
     for batch in batches:
@@ -119,7 +118,7 @@ def not_finite(distillation: Distillation, batches: Iterable[TrainBatch]) -> lis
 def remarks(
     student: Student, objective: Objective, recipe: Json, options: TrainOptions
 ) -> list[str]:
-    """Return what a user should know about a run before it starts, as lines."""
+    """Return notes for the user about a run that is about to start, as lines."""
     lines = [
         f"{name}: no pyramid level has its grid; its prediction is resized bilinearly"
         for name in student.regressor.resized

@@ -1,7 +1,7 @@
-"""Batches of a student from a teacher in the loop, which is the paper's own method.
+"""Training batches from a teacher in the loop: the paper's own method, the baseline for caches.
 
-It is the baseline for caches. Only the source of a batch differs: rows, split, order, flips and the
-noise of epoch 0 are those of a cache of the same seed; each later epoch has fresh noise.
+Only the source of a batch differs from training on a cache. Rows, split, order, flips and the noise
+of epoch 0 are those of a cache with the same seed; each later epoch has fresh noise.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ class OnlineBatch:
 
 
 class _Drawn:
-    """Images with the noise of one draw. The loader's threads share it."""
+    """Images with the noise of one draw. The threads of the loader share this object."""
 
     num_views = 2  # original and mirrored
     shard_rows = None
@@ -140,9 +140,9 @@ class OnlineSource:
         return self._shapes[name]
 
     def epoch(self, epoch: int, start: int) -> Iterator[OnlineBatch]:
-        """Yield this process's micro-batches; their noise is that of draw number `epoch`.
+        """Yield this process's micro-batches, with the noise of draw number `epoch`.
 
-        It is a function of (seed, key, timestep, epoch, flip).
+        The noise is a function of (seed, key, timestep, epoch, flip).
         """
         return self._drawn(epoch).epoch(epoch, start)
 

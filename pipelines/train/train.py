@@ -49,7 +49,7 @@ class Trained:
     out: Path
     steps: int
     held_out_loss: float
-    """Mean over the held-out samples, of the exported weights."""
+    """Mean loss of the exported weights over the held-out samples."""
     wait_share: float
     """Share of the time spent waiting for data, 0 to 1."""
 
@@ -57,8 +57,8 @@ class Trained:
 def train(where: Path, out: Path, options: TrainOptions) -> Trained:
     """Train a student on the cache `where`, or with `teacher` on images, and export its backbone.
 
-    Resumes a run of the same options in `out`. Under torchrun every process calls this, and the
-    first one writes `out`. Raises TrainingError, with the samples, if the loss is not finite, and
+    Resumes a run with the same options in `out`. Under torchrun every process calls this, and the
+    first one writes `out`. Raises TrainingError, naming the samples, if the loss is not finite, and
     the errors of opening the cache or the teacher.
     """
     require_tracker(options.log_with)
@@ -136,7 +136,7 @@ def _begin(out: Path, trainer: Trainer, options: TrainOptions, compute: Compute)
 def _metrics(
     out: Path, trainer: Trainer, options: TrainOptions, processes: Processes
 ) -> MetricsFile | NoMetrics:
-    """Return the metrics of the first process, and a sink for those of the others."""
+    """Return the metrics file in the first process, and a sink in every other process."""
     if not processes.is_first:
         return NoMetrics()
     step = trainer.steps_done
@@ -144,7 +144,7 @@ def _metrics(
 
 
 def _grouped(micro_batches: Iterable[Any], count: int) -> Iterator[list[Any]]:
-    """Yield `count` micro-batches at a time, which are one global batch."""
+    """Yield lists of `count` micro-batches; each list is one global batch."""
     left = iter(micro_batches)
     while group := list(islice(left, count)):
         yield group

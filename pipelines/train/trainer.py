@@ -24,7 +24,7 @@ from pipelines.train.batch_source import BatchSource
 from pipelines.train.distillation import Distillation, held_out_losses, not_finite
 
 KEYS_NAMED = 8
-"""Samples that an error names."""
+"""Most samples that an error names."""
 
 
 class Trainer:

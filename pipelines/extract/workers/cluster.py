@@ -19,7 +19,7 @@ CONNECT_SECONDS = 30
 CLOSE_SECONDS = 60
 DASHBOARD_PORT = 8787
 DEATHS_PER_ATTEMPT = 2
-"""How often Dask retries a task whose worker died, before that attempt at a shard fails."""
+"""How often Dask retries a task whose worker died, before the attempt at the shard fails."""
 CHATTY = (
     "distributed",
     "distributed.client",
@@ -64,8 +64,8 @@ def local_cluster(
     settings = {
         # Dask would set OMP_NUM_THREADS, but the recipe determines the number of threads.
         "distributed.nanny.pre-spawn-environ": {},
-        # Dask would also never restart a worker that is not back this long after its death, or that
-        # died again by then.
+        # By default, Dask gives up on a worker that is not back within this time after its death,
+        # or that dies again within this time.
         "distributed.deploy.lost-worker-timeout": "1000 days",
     }
     with (
@@ -110,9 +110,8 @@ def local_cluster(
                 with Client(cluster, set_as_default=False) as client:
                     yield client
             finally:
-                with contextlib.suppress(
-                    TimeoutError
-                ):  # workers that are still running end with this process
+                # Workers that are still running end with this process.
+                with contextlib.suppress(TimeoutError):
                     cluster.close(timeout=CLOSE_SECONDS)
 
 

@@ -29,7 +29,7 @@ WAIT_SECONDS = 20.0
 ANSWER_SECONDS = 60.0
 """A scheduler that takes longer than this to answer counts as lost."""
 STALL_SECONDS = 20.0
-"""If no event came for so long and all workers are idle, lost tasks are resubmitted."""
+"""If no event comes for this long and all workers are idle, the tasks are resubmitted."""
 Attempt: TypeAlias = "Future[WrittenShard | Failed]"
 """A string, because the Future of some versions of Dask takes no type parameter."""
 RESUME = "what is committed stays: run the same command again to resume"
@@ -59,7 +59,8 @@ class ClusterRun:
         rows: Mapping[int, int],
         on_rows: Callable[[int], None],
     ) -> None:
-        """`rows` holds the number of rows of every shard; `on_rows` gets finished rows."""
+        """`rows` is the number of rows by shard; `on_rows` is called with numbers of finished
+        rows."""
         self._client = client
         self._task = task
         self._assignment = assignment
@@ -137,9 +138,8 @@ class ClusterRun:
         self._heard = time.monotonic()
         if not self._workers():
             return
-        with contextlib.suppress(
-            OSError, TimeoutError, RuntimeError
-        ):  # a worker disappeared meanwhile: query again later
+        # If a worker disappears during the query, query again later.
+        with contextlib.suppress(OSError, TimeoutError, RuntimeError):
             if (
                 self._client.sync(self._connected().call_stack, callback_timeout=ANSWER_SECONDS)
                 == {}
@@ -173,7 +173,7 @@ class ClusterRun:
         return self._count
 
     def _addresses(self) -> list[str]:
-        """Return the addresses of the workers. Raises ClusterError without a scheduler."""
+        """Return the addresses of the workers. Raises ClusterError if the scheduler is lost."""
         scheduler = self._connected()
         try:
             # The client's own method never returns if the scheduler dies while it handles a query.
@@ -238,7 +238,7 @@ class ClusterRun:
         return None
 
     def _failed(self, shard: int, failure: Failed) -> None:
-        """Put a shard back for another worker. Raises ClusterError if that is useless."""
+        """Queue a shard again after a failed attempt. Raises ClusterError if no attempt is left."""
         failed = self._shards[shard].failed
         failed.append(failure)
         if failure.final:
@@ -253,7 +253,7 @@ class ClusterRun:
         self._waiting.append(shard)
 
     def _report(self, shard: int, rows: int) -> None:
-        """Report the rows that no earlier attempt had finished."""
+        """Report the rows of an attempt, without those that an earlier attempt has finished."""
         state = self._shards[shard]
         if rows > state.reported:
             self._on_rows(rows - state.reported)

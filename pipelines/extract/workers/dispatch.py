@@ -1,4 +1,4 @@
-"""Which processes compute the shards of an extraction: this one, or Dask workers; what they get."""
+"""Runners of an extraction: this process, or Dask workers and the assignment that they get."""
 
 import gc
 import os
@@ -121,7 +121,7 @@ def start_runner(images: Path, out: Path, plan: ExtractionPlan) -> Iterator[Runn
         else:
             environments = worker_environments(options.workers or 1, plan.teacher.spec.device_type)
             cluster = local_cluster(environments, dashboard=options.dashboard, log=log)
-        del plan  # its teacher makes room on the device for the teachers of local workers
+        del plan  # frees its teacher's device memory for the teachers of local workers
         with cluster as client:
             yield ClusterRunner(client=client, images=images, root=out, options=options)
     except (CacheMismatchError, CacheDamagedError):

@@ -25,10 +25,10 @@ class Failed:
     """An attempt at a shard that raised an exception on its worker."""
 
     worker: str
-    """Its address."""
+    """Address of the worker."""
     reason: str
     final: bool
-    """Whether every other worker would fail too."""
+    """Whether the attempt would fail on every other worker too."""
 
 
 def run_task(task: Task, assignment: str, shard: int, topic: str) -> WrittenShard | Failed:

@@ -1,4 +1,4 @@
-"""What a Dask worker does: it loads the teacher of an assignment once, then computes its shards."""
+"""Computes shards on a Dask worker, which loads the teacher of an assignment once."""
 
 import json
 import threading

@@ -153,7 +153,7 @@ def test_a_size_that_loses_too_much_warns(
     flags = (*FLAGS, "--bytes-per-image", 400)
     result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *flags)
     assert result.exit_code == 0
-    assert "of what the image determines is lost at this size; raise --quality" in result.output
+    assert "of what the image determines; pass a higher quality" in result.output
 
 
 def test_a_cache_without_images_trains_from_their_source(

@@ -381,7 +381,7 @@ def test_what_is_committed_can_be_trained_on(cache: Path, tmp_path: Path) -> Non
     flags = (*FLAGS, "--allow-incomplete", "--epochs", 1, "--warmup-epochs", 0)
     result = run("train", part, "--out", tmp_path / "r", *flags)
     assert result.exit_code == 0, result.output
-    assert "is not complete: 32 of 40 samples are there" in result.output.replace("\n", " ")
+    assert "is not complete: it has 32 of 40 samples" in result.output.replace("\n", " ")
     assert run("train", part, "--out", tmp_path / "r", *flags).exit_code == 0
     page = ("--cache", part, "--device", "cpu", "--report", tmp_path / "r.html")
     assert run("inspect", tmp_path / "r", *page).exit_code == 0
