@@ -1,6 +1,4 @@
-"""Converting ADM checkpoints: a whole teacher or none, the settings that shapes do not tell, one
-line an error.
-"""
+"""Converting ADM checkpoints: complete teachers, settings that shapes do not determine, errors."""
 
 import hashlib
 import json
@@ -46,7 +44,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """Every file of a folder with its bytes."""
+    """Return every file of a folder with its bytes."""
     return {
         p.relative_to(root).as_posix(): p.read_bytes()
         for p in sorted(root.rglob("*"))
@@ -57,9 +55,7 @@ def tree(root: Path) -> dict[str, bytes]:
 def test_the_teacher_loads_and_its_taps_are_the_references(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """load_teacher takes the directory as it is, finds a tap a level, and they are the reference's
-    features.
-    """
+    """load_teacher reads the converted directory, and its taps equal the reference's features."""
     done = convert_adm(checkpoint, tmp_path / "out", OPTIONS)
     loaded = load_teacher(str(tmp_path / "out"))
     taps = loaded.denoiser.find_taps(16, 16)
@@ -76,9 +72,7 @@ def test_the_teacher_loads_and_its_taps_are_the_references(
 
 
 def test_a_class_conditional_model_reads_back(tmp_path: Path) -> None:
-    """diffusers' own loading gives the reference's output for each label: time and class embeddings
-    are summed.
-    """
+    """diffusers loads the class-conditional model and gives the reference's output per label."""
     convert_adm(save(tmp_path / "adm.pt", classes=5), tmp_path / "out", OPTIONS)
     unet, info = UNet2DModel.from_pretrained(
         str(tmp_path / "out" / "unet"), use_safetensors=True, output_loading_info=True
@@ -99,9 +93,7 @@ def test_a_class_conditional_model_reads_back(tmp_path: Path) -> None:
 
 
 def test_what_is_written(checkpoint: Path, tmp_path: Path) -> None:
-    """unet/, scheduler/ and a record of where it came from, and nothing else; the same bytes every
-    time.
-    """
+    """A conversion writes unet/, scheduler/ and its provenance, with the same bytes each time."""
     for name in ("one", "two"):
         convert_adm(checkpoint, tmp_path / name, OPTIONS)
     files = tree(tmp_path / "one")
@@ -137,7 +129,7 @@ def test_what_is_written(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_half_rounds_the_weights(checkpoint: Path, tmp_path: Path) -> None:
-    """--weights fp16 stores each weight's nearest fp16 in half the bytes; load_teacher takes it."""
+    """--weights fp16 stores each weight's nearest fp16 in half the bytes, and the teacher loads."""
     for name, weights in (("full", "fp32"), ("half", "fp16")):
         convert_adm(
             checkpoint, tmp_path / name, ConvertOptions(size=16, head_channels=16, weights=weights)
@@ -151,7 +143,7 @@ def test_half_rounds_the_weights(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_a_half_precision_checkpoint_is_stored_in_fp32(tmp_path: Path) -> None:
-    """What a checkpoint rounded already is stored as it is."""
+    """A half-precision checkpoint is stored in fp32 with its values unchanged."""
     weights = {k: v.half() for k, v in random_unet(**TINY).state_dict().items()}
     torch.save(weights, tmp_path / "adm.pt")
     convert_adm(tmp_path / "adm.pt", tmp_path / "out", OPTIONS)
@@ -182,7 +174,7 @@ def test_values_that_are_not_finite_are_refused(
 
 
 def test_the_same_conversion_again_changes_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    """A second run finds its own work done; other options or another checkpoint are refused."""
+    """A repeated conversion changes nothing; other options or another checkpoint are refused."""
     out = tmp_path / "out"
     out.mkdir()
     first = convert_adm(checkpoint, out, OPTIONS)
@@ -202,7 +194,7 @@ def test_the_same_conversion_again_changes_nothing(checkpoint: Path, tmp_path: P
 def test_something_else_at_out_is_never_touched(
     checkpoint: Path, tmp_path: Path, kind: str
 ) -> None:
-    """A folder with anything in it, or a file, is refused before any work."""
+    """A file or a folder that is not empty is refused as output before any work."""
     out = tmp_path / "out"
     if kind == "folder":
         out.mkdir()
@@ -216,7 +208,7 @@ def test_something_else_at_out_is_never_touched(
 
 @pytest.fixture
 def small_disk() -> Iterator[None]:
-    """No file may grow over 100 kB."""
+    """Limit each file to 100 kB."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     yield
@@ -224,9 +216,7 @@ def small_disk() -> Iterator[None]:
 
 
 def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path, small_disk: None) -> None:
-    """Weights that the disk refuses are one DiskError, and neither the folder nor its beginning
-    stays.
-    """
+    """A full disk raises one DiskError and leaves neither the folder nor temporary files."""
     with pytest.raises(
         DiskError, match=r"cannot write .*safetensors: .*; free disk space and run the same command"
     ):
@@ -237,7 +227,7 @@ def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path, small_disk
 def test_what_a_kill_left_is_cleared_and_a_live_writer_is_not(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """An earlier run's temporary folder is begun anew, unless a process still holds it."""
+    """A killed run's temporary folder is replaced, unless a live process holds its lock."""
     left = tmp_path / ".tmp-out"
     (left / "unet").mkdir(parents=True)
     (left / "unet" / "junk").write_text("x")
@@ -272,18 +262,14 @@ def test_what_a_kill_left_is_cleared_and_a_live_writer_is_not(
     ],
 )
 def test_options_come_before_the_preset(options: dict[str, object], expected: AdmSettings) -> None:
-    """A published model is recognised; a flag overrides what its preset says, and no more than
-    that.
-    """
+    """A published model's preset applies, and an option overrides only its own setting."""
     with torch.device("meta"):
         found = infer_architecture(GuidedUNet(**published("adm-64", 192)).state_dict())
     assert resolve_settings(found, ConvertOptions(**options)) == ("adm-64", expected)
 
 
 def test_an_own_model_has_guided_diffusions_defaults() -> None:
-    """Without a preset what is not given is what its training script has without the flag: linear,
-    legacy, 4 heads.
-    """
+    """Without a preset the defaults are those of guided-diffusion's training script."""
     found = infer_architecture(random_unet(**TINY).state_dict())
     assert resolve_settings(found, ConvertOptions(size=16)) == (None, AdmSettings(size=16, heads=4))
 
@@ -313,13 +299,13 @@ def test_an_own_model_has_guided_diffusions_defaults() -> None:
 def test_options_that_do_not_fit_are_refused(
     checkpoint: Path, tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
-    """The flag, what it says and what the checkpoint has are named."""
+    """An option that contradicts the checkpoint is refused with both values."""
     with pytest.raises(ConfigError, match=message):
         convert_adm(checkpoint, tmp_path / "out", ConvertOptions(**options))
 
 
 def test_the_command_prints_one_line(checkpoint: Path, tmp_path: Path) -> None:
-    """What it is, what was assumed, and the strides of its taps."""
+    """The command prints the model, the assumed settings and the strides of the taps."""
     arguments = [
         "teacher",
         "convert",
@@ -342,7 +328,7 @@ def test_the_command_prints_one_line(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_a_bad_checkpoint_is_one_line(tmp_path: Path) -> None:
-    """The file and the reason, no traceback, and no folder."""
+    """A bad checkpoint gives the file and the reason in one line, and no folder."""
     torch.save({"fc.weight": torch.ones(2)}, tmp_path / "resnet.pt")
     result = CliRunner().invoke(
         main, ["teacher", "convert", str(tmp_path / "resnet.pt"), "--out", str(tmp_path / "out")]
@@ -359,9 +345,7 @@ def test_a_bad_checkpoint_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_512_px_shape_goes_the_whole_way(tmp_path: Path) -> None:
-    """The timestep table is stored and read back: diffusers' loading gives the reference's output
-    at both ends.
-    """
+    """diffusers loads the stored timestep table and gives the reference's outputs at both ends."""
     torch.save(
         random_unet(**small("adm-512", blocks=1, classes=3)).state_dict(), tmp_path / "adm.pt"
     )

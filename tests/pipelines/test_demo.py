@@ -1,4 +1,4 @@
-"""The demonstration: every stage once, one table, and nothing twice."""
+"""The demonstration runs every stage once, prints one table and repeats nothing."""
 
 import json
 from pathlib import Path
@@ -25,15 +25,13 @@ FLAGS = (
 
 
 def demo(out: Path, *more: str) -> Result:
-    """Run the demonstration, much smaller."""
+    """Run the demonstration at a much smaller size."""
     return CliRunner().invoke(main, ["demo", "--out", str(out), *FLAGS, *more])
 
 
 @pytest.mark.slow
 def test_demo_runs_every_stage_and_resumes(tmp_path: Path) -> None:
-    """The summary has sizes, seconds and two rows a student, before and after; a second run repeats
-    nothing.
-    """
+    """The summary has sizes, seconds and two rows per student, and a second run repeats nothing."""
     out = tmp_path / "demo"
     result = demo(out)
     assert result.exit_code == 0, result.output
@@ -72,7 +70,7 @@ def test_demo_runs_every_stage_and_resumes(tmp_path: Path) -> None:
 
 
 def test_demo_refuses_a_folder_of_other_options(tmp_path: Path) -> None:
-    """A folder belongs to its options; a foreign folder is not written into."""
+    """A folder of other options, or with foreign files, is refused and left unchanged."""
     (tmp_path / "thesis.tex").write_text("precious")
     result = demo(tmp_path)
     assert result.exit_code == 1

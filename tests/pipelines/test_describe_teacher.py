@@ -18,7 +18,7 @@ def run(*arguments: object) -> Result:
 
 
 def test_json_describes_taps_and_noise(teacher_dir: Path) -> None:
-    """Taps are those of extract, sizes follow from their values, SNRs from the linear schedule."""
+    """The JSON has extract's taps, sizes that follow from the values, and the schedule's SNRs."""
     report = json.loads(run(teacher_dir, "--json").stdout)
     loaded = load_teacher(str(teacher_dir))
     assert report["parameters"] == sum(p.numel() for p in loaded.denoiser.unet.parameters())
@@ -44,8 +44,9 @@ def test_json_describes_taps_and_noise(teacher_dir: Path) -> None:
 
 
 def test_flops_are_those_of_the_layers_that_run(teacher_dir: Path) -> None:
-    """Summed by hand over convolutions and linear layers that a real pass meets before each tap;
-    attention's products are a small rest.
+    """FLOPs per tap equal a hand count over the layers that run before the tap.
+
+    The count has convolutions and linear layers; the attention products are a small remainder.
     """
     report = json.loads(run(teacher_dir, "--json").stdout)
     unet = load_teacher(str(teacher_dir)).denoiser.unet
@@ -88,7 +89,7 @@ def test_attention_is_counted() -> None:
 
 
 def test_the_table_is_narrow_and_gives_a_command(teacher_dir: Path) -> None:
-    """At most 80 columns; every tap; a command that extracts at that size."""
+    """The table has every tap in at most 80 columns and an extract command for the same size."""
     result = run(teacher_dir, "--size", "16x32")
     assert result.exit_code == 0, result.output
     assert "stride8*" in result.output
@@ -110,7 +111,7 @@ def test_the_table_is_narrow_and_gives_a_command(teacher_dir: Path) -> None:
 def test_bad_teachers_and_sizes_are_one_line(
     teacher_dir: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    """What extract would refuse is refused here."""
+    """Teachers and sizes that extract refuses are refused in one line."""
     result = run(*(teacher_dir if a == "TEACHER" else a for a in arguments))
     assert result.exit_code == 1
     assert message in result.output

@@ -1,4 +1,4 @@
-"""Exports: a folder that the other library reads strictly, with the original's outputs, or none."""
+"""Exports: a folder that another library loads strictly with equal outputs, or no folder."""
 
 import json
 from pathlib import Path
@@ -22,9 +22,7 @@ VIEW = ViewSpec(height=32, width=32)
 
 
 def folder_of(name: str, folder: Path) -> Path:
-    """Write a backbone of random weights and of statistics that are not the initial ones, as a run
-    does.
-    """
+    """Write a backbone of random weights and changed batch statistics, as a run does."""
     backbone = make_backbone(name, init=None, seed=1, size=(32, 32))
     generator = torch.Generator().manual_seed(2)
     for key, value in backbone.model.state_dict().items():
@@ -45,9 +43,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_torchvision_loads_the_state_dict_strictly(resnet: Path, tmp_path: Path) -> None:
-    """What the command prints is what works: torchvision's ResNet gives timm's features; the JSON
-    normalises.
-    """
+    """torchvision loads the export strictly by the printed lines and gives timm's features."""
     out = tmp_path / "deep" / "tv"
     result = run("export", resnet, "--to", "torchvision", "--out", out)
     assert result.exit_code == 0, result.output
@@ -85,9 +81,7 @@ def test_torchvision_loads_the_state_dict_strictly(resnet: Path, tmp_path: Path)
     "name", ["resnet18", "test_convnext", "test_efficientnet", "test_vit", "regnetx_002"]
 )
 def test_timm_gets_the_very_folder(name: str, tmp_path: Path) -> None:
-    """A backbone's folder by itself is copied byte by byte, once timm's own network has given its
-    outputs.
-    """
+    """For timm the folder is copied byte by byte after timm's network gave equal outputs."""
     folder = folder_of(name, tmp_path / "backbone")
     done = export(folder, tmp_path / "out", ExportOptions(to="timm"))
     assert done.difference == 0 and done.largest > 0
@@ -99,7 +93,7 @@ def test_timm_gets_the_very_folder(name: str, tmp_path: Path) -> None:
 def test_an_export_that_differs_is_none(
     resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One weight that changes on the way is found by running both, and leaves nothing behind."""
+    """An export with one changed weight fails the comparison of outputs and leaves no folder."""
     real = stage.torchvision_network
 
     def changed(backbone: Backbone) -> tuple[torch.nn.Module, str]:
@@ -117,7 +111,7 @@ def test_an_export_that_differs_is_none(
 
 
 def test_outputs_that_are_not_comparable_differ_by_infinity() -> None:
-    """Another shape, and numbers that are not finite, are never taken for equal."""
+    """Outputs of other shapes, or that are not finite, differ by infinity."""
     plain = torch.nn.Flatten()
     nan = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Threshold(1e9, float("nan")))
     assert compare(plain, torch.nn.Identity(), (4, 4))[0] == float("inf")
@@ -126,9 +120,7 @@ def test_outputs_that_are_not_comparable_differ_by_infinity() -> None:
 
 
 def test_what_cannot_be_exported_says_why(resnet: Path, tmp_path: Path) -> None:
-    """An architecture of other names, an unfinished run, another folder, and a folder that is
-    there: one line each.
-    """
+    """An export that cannot be made is refused in one line with the reason."""
     other = folder_of("test_resnet", tmp_path / "backbone")
     result = run("export", other, "--to", "torchvision", "--out", tmp_path / "out")
     assert result.exit_code == 1
@@ -157,9 +149,7 @@ def test_what_cannot_be_exported_says_why(resnet: Path, tmp_path: Path) -> None:
 
 
 def test_other_weights_under_a_known_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network whose keys or shapes are not torchvision's is refused by comparison, whatever the
-    list says.
-    """
+    """A network whose keys or shapes differ from torchvision's is refused, even if listed."""
     monkeypatch.setitem(HEADS, "mobilenet_v2", "classifier")
     backbone = make_backbone("test_resnet", init=None, seed=0)
     backbone.name = "mobilenet_v2"
@@ -173,7 +163,7 @@ def test_other_weights_under_a_known_name_are_refused(monkeypatch: pytest.Monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(HEADS) - {"resnet18"}))
 def test_every_listed_network_is_torchvisions(name: str, tmp_path: Path) -> None:
-    """Every architecture that --to torchvision promises gives the original's outputs there."""
+    """Every architecture listed for --to torchvision gives the original's outputs there."""
     done = export(
         folder_of(name, tmp_path / "b"), tmp_path / "out", ExportOptions(to="torchvision")
     )

@@ -50,7 +50,7 @@ def teach(images: Path, out: Path, *more: object) -> Result:
 
 @pytest.fixture(scope="module")
 def taught(scene_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
+    """A finished training run."""
     out = tmp_path_factory.mktemp("teach") / "teacher"
     result = teach(scene_folder, out)
     assert result.exit_code == 0, result.output
@@ -63,7 +63,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_directory_is_standard_and_holds_no_pickle_but_the_checkpoint(taught: Path) -> None:
-    """diffusers and our loader read the same weights; pictures and losses lie beside them."""
+    """diffusers and our loader read equal weights; only the checkpoint is a pickle."""
     unet = UNet2DModel.from_pretrained(taught / "unet", use_safetensors=True)
     ours = load_teacher(str(taught)).denoiser.unet.state_dict()
     assert all(torch.equal(value, ours[name]) for name, value in unet.state_dict().items())
@@ -78,7 +78,7 @@ def test_the_directory_is_standard_and_holds_no_pickle_but_the_checkpoint(taught
 def test_a_taught_teacher_can_be_extracted_from(
     taught: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
-    """The output of teach is an input of extract, at its own size."""
+    """extract accepts a trained teacher at the teacher's own size."""
     flags = ("--limit", "4", "--device", "cpu", "--batch-size", "4", "--out", str(tmp_path / "c"))
     result = CliRunner().invoke(
         main, ["extract", str(scene_folder), "--teacher", str(taught), *flags]
@@ -90,7 +90,7 @@ def test_a_taught_teacher_can_be_extracted_from(
 def test_a_compiled_network_takes_the_same_steps(
     taught: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
-    """--compile changes the losses by rounding alone, and leaves the same kind of directory."""
+    """--compile changes the losses only by rounding and writes the same kind of directory."""
     assert teach(scene_folder, tmp_path / "t", "--compile").exit_code == 0
     plain, compiled = (
         json.loads((out / "losses.json").read_text()) for out in (taught, tmp_path / "t")
@@ -102,7 +102,7 @@ def test_a_compiled_network_takes_the_same_steps(
 def test_a_machine_without_a_compiler_is_told_so(
     scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where compilation fails the command ends with one clear line."""
+    """If compilation fails, the command ends with one clear line."""
 
     def refuse(module: torch.nn.Module, *, dynamic: bool) -> object:
         def call(*arguments: object) -> object:
@@ -119,7 +119,7 @@ def test_a_machine_without_a_compiler_is_told_so(
 def test_an_interrupted_run_resumes_to_the_bit(
     taught: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C in step 6, then the same command: the same losses and weights as without."""
+    """A run interrupted in step 6 resumes to the losses and weights of an uninterrupted run."""
     from pipelines.teach import TeacherTrainer
 
     calls = interrupt(monkeypatch, TeacherTrainer, "step", call=6)
@@ -135,7 +135,7 @@ def test_an_interrupted_run_resumes_to_the_bit(
 
 
 def test_a_run_of_other_options_is_refused(taught: Path, scene_folder: Path) -> None:
-    """The option that differs is named."""
+    """A resume with another option is refused with the option's name."""
     result = teach(scene_folder, taught, "--lr", "1")
     assert result.exit_code == 1
     assert "holds a run with another --lr: expected 0.0004, got 1.0" in result.output
@@ -171,21 +171,24 @@ def test_half_precision_weights_are_half_the_size(
 def test_bad_options_are_one_clear_line(
     scene_folder: Path, tmp_path: Path, flags: tuple[str, ...], message: str
 ) -> None:
-    """Options that cannot work are named."""
+    """Invalid options are refused in one line with their names."""
     result = teach(scene_folder, tmp_path / "t", *flags)
     assert result.exit_code == 1
     assert message in result.output
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(scene_folder: Path, tmp_path: Path) -> None:
-    """An absurd learning rate is reported with the step."""
+    """A loss that is not finite stops the run with its step."""
     result = teach(scene_folder, tmp_path / "t", "--lr", "1e30", "--steps", "30")
     assert result.exit_code == 1
     assert "the loss is nan at step" in result.output
 
 
 def test_the_loss_is_the_simple_objective() -> None:
-    """Ho et al., eq. 14: the MSE of the predicted noise at x_t = sqrt(a) x + sqrt(1 - a) e."""
+    """The loss is the MSE of the predicted noise at x_t = sqrt(a) x + sqrt(1 - a) e.
+
+    Source: Ho et al. 2020, eq. 14.
+    """
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     noise = torch.randn(2, 3, 8, 8)
     t = torch.tensor([10, 900])
@@ -206,7 +209,7 @@ def test_the_loss_is_the_simple_objective() -> None:
 
 
 def test_samples_are_images_of_the_seed() -> None:
-    """Samples have the network's size, also if it is not square, and are a function of the seed."""
+    """Samples have the network's size, square or not, and are a function of the seed."""
     unet = build_unet(8, 16, (8, 8), layers=1, attention=0).eval()
     first, again, other = (sample_images(unet, 2, seed, steps=3) for seed in (0, 0, 1))
     assert first.shape == (2, 3, 8, 16)
@@ -216,13 +219,16 @@ def test_samples_are_images_of_the_seed() -> None:
 
 
 def test_a_level_needs_channels_in_groups() -> None:
-    """Channels that share no group size are refused before any training."""
+    """Channels without a common group size are refused before any training."""
     with pytest.raises(ConfigError, match="expected multiples of 4"):
         build_unet(16, 16, (8, 9), layers=1, attention=0)
 
 
 def test_min_snr_weights_are_those_of_the_paper() -> None:
-    """Hang et al. 2023, for a predicted noise: min(SNR, gamma) / SNR, where SNR = a / (1 - a)."""
+    """Min-SNR weights of a predicted noise are min(SNR, gamma) / SNR with SNR = a / (1 - a).
+
+    Source: Hang et al. 2023.
+    """
     pixels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     noise = torch.randn(3, 3, 8, 8)
     t = torch.tensor([5, 300, 900])
@@ -248,7 +254,7 @@ def test_min_snr_weights_are_those_of_the_paper() -> None:
 def test_only_early_timesteps_are_trained_on(
     scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--max-timestep bounds every drawn timestep; --snr-gamma reaches the loss."""
+    """--max-timestep bounds every drawn timestep, and --snr-gamma changes the loss."""
     from pipelines import teach as stage
 
     seen: list[int] = []
@@ -269,7 +275,7 @@ def test_only_early_timesteps_are_trained_on(
 def test_teachers_of_single_steps_are_kept(
     taught: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--keep-steps saves loadable teachers of steps, 0 included; a resume saves the same ones."""
+    """--keep-steps saves loadable teachers of the given steps, and a resume saves the same ones."""
     from pipelines.teach import TeacherTrainer
 
     flags = ("--keep-steps", "0,3,6", "--samples", "0")

@@ -1,4 +1,4 @@
-"""Pages in a real browser, light and dark, wide and narrow: no errors, no requests."""
+"""Pages in a real browser, light and dark, wide and narrow: no errors and no requests."""
 
 import base64
 import itertools
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 def pages(
     scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """The page of a cache with its teacher, and the page of a run trained on it."""
+    """The page of a cache with its teacher, and the page of a run trained on the cache."""
     root = tmp_path_factory.mktemp("browser")
     cache = root / "cache"
     run = root / "run"
@@ -120,7 +120,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def show(browser: Any, page: Path, width: int, scheme: str) -> None:
-    """Open a page from disk in a window of a width, in a colour scheme."""
+    """Open a page from disk at a window width and in a colour scheme."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -146,9 +146,10 @@ def screenshot(browser: Any, width: int) -> bytes:
 def test_a_page_is_whole(
     browser: Any, pages: dict[str, Path], kind: str, width: int, scheme: str, tmp_path: Path
 ) -> None:
-    """The browser logs nothing and requests only the file; all pictures and charts have a size; the
-    page is not wider than the window; text and background contrast as the scheme says. A screenshot
-    is saved for people to look at.
+    """A page loads without errors or requests, and its text, pictures and charts are visible.
+
+    Pictures and charts have a size, the page is not wider than the window, and the contrast fits
+    the scheme. A screenshot is saved for review.
     """
     page = pages[kind]
     show(browser, page, width, scheme)
@@ -183,8 +184,9 @@ def test_a_page_is_whole(
 
 @pytest.mark.parametrize("kind", ["cache", "run"])
 def test_charts_can_be_read(browser: Any, pages: dict[str, Path], kind: str) -> None:
-    """No label of a chart is cut off or overlaps another; each numeric axis has at least two
-    labels; text is 9 to 15 pixels high; on a wide screen nothing has to be scrolled.
+    """Chart labels are uncut and apart, 9 to 15 px high, at least two per numeric axis.
+
+    On a wide screen no chart scrolls.
     """
     for width in (1200, 400):
         show(browser, pages[kind], width, "light")

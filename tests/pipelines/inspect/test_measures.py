@@ -19,8 +19,9 @@ from pipelines.inspect.statistics.sums import Group, empty, rings_of, water_line
 
 
 def test_intervals_cover_the_truth() -> None:
-    """About 95 % of the jackknife's intervals of 400 samples hold the population's ratio, also with
-    the correction for a sample of half the population; the whole population has a zero interval.
+    """About 95 % of the jackknife intervals hold the population's ratio, and a census has width 0.
+
+    The same holds with the finite-population correction for a sample of half the population.
     """
     rng = np.random.default_rng(0)
     population = rng.gamma(2.0, size=(4000, 2))
@@ -78,9 +79,10 @@ def test_noise_share_is_unbiased(tiny_cache: Path, draws: int) -> None:
 
 
 def test_hsic_is_unbiased_and_cka_knows_rotations() -> None:
-    """The unbiased HSIC of independent features averages 0 even with more channels than samples,
-    for which the biased one is near 1. CKA is 1 for a rotation and scaling, 0 for independent
-    features.
+    """Unbiased HSIC of independent features averages 0, and CKA is 1 under rotation and scaling.
+
+    The biased HSIC is near 1 if there are more channels than samples. The CKA of independent
+    features is 0.
     """
     rng = np.random.default_rng(2)
     batches = [(rng.normal(size=(16, 64)), rng.normal(size=(16, 64))) for _ in range(60)]
@@ -116,7 +118,7 @@ def test_similarity_is_a_symmetric_matrix_over_common_rows() -> None:
 
 
 def test_knn_finds_what_is_there() -> None:
-    """Separate classes score 1, shuffled labels chance; no labels or one class give None."""
+    """k-NN scores 1 on separate classes, chance on shuffled labels and None without two classes."""
     rng = np.random.default_rng(6)
     labels = rng.integers(0, 4, 400)
     features = np.eye(4)[labels] + 0.05 * rng.normal(size=(400, 4))
@@ -133,8 +135,9 @@ def test_knn_finds_what_is_there() -> None:
 
 @pytest.mark.parametrize("name", [FINE, COARSE])
 def test_the_water_line_is_the_quantisers_error(tiny_cache: Path, name: str) -> None:
-    """By component, by ring and overall, it is the mean squared error of rounding values that
-    spread over many steps, over the coded coefficients.
+    """Per component, per ring and overall the water line is the mean squared rounding error.
+
+    The values spread over many steps, and only coded coefficients count.
     """
     fit = Cache(tiny_cache).fit[name]
     channels, height, width = fit.shape

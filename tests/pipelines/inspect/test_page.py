@@ -62,8 +62,9 @@ def test_segments_are_common_to_all_images() -> None:
 
 
 def test_charts_draw_what_they_are_given() -> None:
-    """Points follow the axes; None, or zero on a logarithmic axis, breaks a line; no data is no
-    error.
+    """Points follow the axes, missing values break a line, and an empty chart is no error.
+
+    None is a missing value, and so is zero on a logarithmic axis.
     """
     svg = line_chart(
         [Series(name="<a>", x=[1, 2, 3, 4], y=[1.0, None, 10.0, 100.0])],
@@ -109,9 +110,7 @@ def test_ticks_are_round(low: float, high: float, log: bool, labels: list[str]) 
 
 
 def test_a_page_is_one_file_that_asks_for_nothing(tiny_cache: Path, tmp_path: Path) -> None:
-    """The page has no URL, script or external style sheet; each picture is a data URI; at most 10
-    MB.
-    """
+    """A page is one file of at most 10 MB without any external reference."""
     before = tree(tiny_cache)
     page = page_of(tiny_cache, tmp_path / "out.html", "--gallery", 3)
     assert tree(tiny_cache) == before
@@ -136,7 +135,7 @@ def test_a_page_is_one_file_that_asks_for_nothing(tiny_cache: Path, tmp_path: Pa
 
 
 def test_a_page_of_a_damaged_cache(tiny_copy: Path, tmp_path: Path) -> None:
-    """A flipped bit costs one picture, not the page; the page names the sample left out."""
+    """A flipped bit removes one picture, and the page names the sample that was left out."""
     flip(tiny_copy / f"data.zarr/{FINE}/c.1.0.0")
     key = tiny_plan().samples[4].key
     page = page_of(tiny_copy, tmp_path / "out.html")
@@ -145,9 +144,7 @@ def test_a_page_of_a_damaged_cache(tiny_copy: Path, tmp_path: Path) -> None:
 
 
 def test_a_page_of_a_cache_without_a_readable_image(tiny_copy: Path, tmp_path: Path) -> None:
-    """If all shards of one tap are garbage, the page says that there are no pictures, and still has
-    the statistics of the other tap.
-    """
+    """If all shards of one tap are damaged, the page has only the other tap's statistics."""
     for path in (tiny_copy / "data.zarr" / FINE).glob("c.*"):
         path.write_bytes(bytes(path.stat().st_size))
     page = page_of(tiny_copy, tmp_path / "out.html")
@@ -157,7 +154,7 @@ def test_a_page_of_a_cache_without_a_readable_image(tiny_copy: Path, tmp_path: P
 
 
 def test_a_page_of_an_unfinished_cache(tmp_path: Path) -> None:
-    """The page shows the rows so far, and says that the cache is unfinished."""
+    """The page of an unfinished cache shows the committed rows and says that they are not all."""
     plan = tiny_plan()
     writer = begin(tmp_path / "cache", plan)
     writer.write_shard(plan.shards[1])
@@ -168,7 +165,7 @@ def test_a_page_of_an_unfinished_cache(tmp_path: Path) -> None:
 
 
 def test_options_that_do_not_go_together(tiny_cache: Path, tmp_path: Path) -> None:
-    """Each is refused in one line that says what was expected."""
+    """Each contradiction of options is refused in one line that says what was expected."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"student": "resnet10t", "cache": "abc"}')
     for arguments, message in (

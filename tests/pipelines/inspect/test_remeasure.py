@@ -1,4 +1,4 @@
-"""The codec's error remeasured, and a student beside its teacher, against the recorded values."""
+"""The codec's error remeasured, and a student next to its teacher, against the recorded values."""
 
 import json
 import os
@@ -38,9 +38,7 @@ def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPa
 def test_the_error_is_the_one_that_extraction_recorded(
     cache: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """The remeasured error of all samples' first views is near the recorded error of all views; the
-    worst samples come first.
-    """
+    """The remeasured error is near the recorded error, and the worst samples come first."""
     options = InspectOptions(images=scene_folder, device="cpu")
     found = remeasure(cache, str(teacher_dir), options)
     sums = Cache(cache).reader.manifest.sums
@@ -64,7 +62,7 @@ def test_the_error_is_the_one_that_extraction_recorded(
 
 
 def test_the_teacher_is_not_asked_of_what_cannot_be_read(tiny_copy: Path) -> None:
-    """If no sample can be read at every tap, the error comes before a teacher is loaded."""
+    """If no sample is readable at every tap, the error is raised before a teacher is loaded."""
     for path in (tiny_copy / "data.zarr" / FINE).glob("c.*"):
         path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(
@@ -78,9 +76,7 @@ def test_the_teacher_is_not_asked_of_what_cannot_be_read(tiny_copy: Path) -> Non
 def test_a_page_has_originals_and_the_worst(
     cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """With a teacher, each decoded map has its original beside it, and the worst samples their
-    errors.
-    """
+    """With a teacher each decoded map is shown with its original, and the worst samples first."""
     out = tmp_path / "out.html"
     more = ("--images", scene_folder, "--device", "cpu", "--report", out, "--gallery", 3)
     before = tree(cache)
@@ -100,7 +96,7 @@ def test_a_page_has_originals_and_the_worst(
 def test_what_does_not_fit_is_refused(
     cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """The teacher needs images; one teacher serves one cache; a page without images says so."""
+    """A teacher is refused without images or for two caches; a page without images says so."""
     result = run("inspect", cache, "--teacher", teacher_dir, "--device", "cpu")
     assert (
         result.exit_code == 1
@@ -118,8 +114,9 @@ def test_what_does_not_fit_is_refused(
 def test_a_student_stands_beside_its_teacher(
     cache: Path, scene_folder: Path, tmp_path: Path, average: tuple[object, ...]
 ) -> None:
-    """The pictures' errors average to the held-out MSE that training recorded for the exported
-    weights, the EMA or the last ones; a different cache is refused.
+    """The pictures' errors average to the held-out MSE recorded for the exported weights.
+
+    The exported weights are the EMA or the last weights. A different cache is refused.
     """
     result = run(
         "train",
@@ -156,7 +153,7 @@ def test_a_student_stands_beside_its_teacher(
     ]
     held = json.loads((tmp_path / "run" / "summary.json").read_text())["held_out"]
     wanted = [value for name, value in held.items() if name.startswith("mse/")]
-    assert len(errors) == 4 * 8  # half of 16 samples are held out
+    assert len(errors) == 4 * 8  # half of the 16 samples are held out
     assert np.mean(errors) == pytest.approx(np.mean(wanted), abs=0.01)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     os.makedirs(tmp_path / "other")

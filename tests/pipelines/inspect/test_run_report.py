@@ -54,9 +54,7 @@ def finish(root: Path, loss: float) -> None:
 
 
 def test_a_run_is_inspected_finished_or_not(tmp_path: Path) -> None:
-    """Curves end before a line that a kill cut short; results come from the summary; the file names
-    are those of training.
-    """
+    """A run's curves end before a truncated line, and its results are those of the summary."""
     from pipelines.runs.folder import METRICS, RUN
 
     assert (student_run.RUN, student_run.METRICS) == (RUN, METRICS)
@@ -79,9 +77,7 @@ def test_a_run_is_inspected_finished_or_not(tmp_path: Path) -> None:
 
 
 def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
-    """With --ema-decay the held-out curves are those of the exported EMA; the last weights' are
-    dashed.
-    """
+    """With --ema-decay the held-out curve is the EMA's, and the last weights' curve is dashed."""
     root = a_run(tmp_path / "run", ema_decay=0.9)
     with open(root / student_run.METRICS, "w") as file:
         for step, last, average in ((2, 4.0, 8.0), (4, 3.0, 1.0)):
@@ -101,15 +97,13 @@ def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
         style: [float(point.split(",")[1]) for point in points.split()]
         for style, points in lines.items()
     }
-    # Pixels grow downwards: the average begins highest and ends lowest.
+    # Pixel rows count downwards: the EMA's curve begins highest and ends lowest.
     assert ends["c0"][0] < ends["c0 dashed"][0] < ends["c0 dashed"][1] < ends["c0"][1]
     assert "dashed are" not in page_of(tmp_path / "plain", tmp_path / "plain.html")
 
 
 def test_a_run_with_the_teacher_in_the_loop_is_inspected(tmp_path: Path) -> None:
-    """A run with a teacher in the loop names the teacher instead of a cache; inspect refuses a
-    cache for it.
-    """
+    """A run with an online teacher shows the teacher, and inspect refuses a cache for the run."""
     root = a_run(tmp_path / "run", teacher="photos-teacher", teacher_weights="ef" * 32)
     record = json.loads((root / student_run.RUN).read_text())
     del record["cache"]
@@ -142,7 +136,7 @@ def test_runs_differ_in_options_and_results(tmp_path: Path) -> None:
 
 
 def test_two_caches_stand_side_by_side(tiny_cache: Path, tmp_path: Path) -> None:
-    """Differing fields are shown with both values, equal fields are not; a cache equals itself."""
+    """Differing fields of two caches are shown with both values, and equal fields are not shown."""
     plan = tiny_plan()
     writer = begin(tmp_path / "other", plan)
     writer.write_shard(plan.shards[0])

@@ -1,4 +1,4 @@
-"""Statistics against NumPy over all values; damaged samples; what is read, and what is saved."""
+"""Statistics against NumPy over all values, damaged samples, and which bytes are read and saved."""
 
 import json
 import re
@@ -36,9 +36,7 @@ GOOD = np.array([row for row in range(ROWS) if row != FAILED_ROW])
 
 
 def test_exact_statistics_are_those_of_all_values(tiny_cache: Path) -> None:
-    """Mean, std, rank, dead channels and histogram equal NumPy's over all values, with zero
-    interval.
-    """
+    """Statistics of all samples equal NumPy's over all values, with intervals of width zero."""
     found = cache_statistics(tiny_cache, InspectOptions(exact=True))
     cache = Cache(tiny_cache)
     assert (found["num_rows"], found["num_usable"], found["exact"], found["left_out"]) == (
@@ -67,7 +65,7 @@ def test_exact_statistics_are_those_of_all_values(tiny_cache: Path) -> None:
 
 
 def test_the_spectrum_is_parsevals(tiny_cache: Path) -> None:
-    """The rings add up to the energy about the codec's mean; ring 0 is the mean of the map."""
+    """The rings add up to the energy about the codec's mean, and ring 0 is the map's mean."""
     cache = Cache(tiny_cache)
     group = group_of(cache, FINE, GOOD)
     centred = (
@@ -95,7 +93,7 @@ def test_sums_of_groups_add_up(tiny_cache: Path) -> None:
 
 
 def test_escapes_are_counted(tiny_cache: Path) -> None:
-    """Escapes are the values beyond the half width of their table; none is at the int16 limit."""
+    """Escapes are counted as the values beyond the half width of their symbol table."""
     cache = Cache(tiny_cache)
     sums = group_of(cache, FINE, GOOD).sums
     fit = cache.fit[FINE]
@@ -107,7 +105,7 @@ def test_escapes_are_counted(tiny_cache: Path) -> None:
 
 
 def test_a_damaged_sample_is_left_out_and_named(tiny_copy: Path) -> None:
-    """A flipped bit costs one sample of one tap; statistics of the others are not saved."""
+    """A flipped bit removes one sample of one tap, and the remaining statistics are not saved."""
     flip(tiny_copy / f"data.zarr/{FINE}/c.1.0.0")
     found = cache_statistics(tiny_copy, InspectOptions(exact=True))
     key = tiny_plan().samples[4].key
@@ -122,7 +120,7 @@ def test_a_damaged_sample_is_left_out_and_named(tiny_copy: Path) -> None:
 
 
 def test_a_lost_shard_is_left_out_and_named(tiny_copy: Path) -> None:
-    """Rows of a missing shard file are not sampled; the file is named."""
+    """Rows of a missing shard file are not sampled, and the file is named."""
     (tiny_copy / f"data.zarr/{COARSE}/c.0.0.0").unlink()
     found = cache_statistics(tiny_copy, InspectOptions())
     assert found["num_usable"] == 5
@@ -131,8 +129,9 @@ def test_a_lost_shard_is_left_out_and_named(tiny_copy: Path) -> None:
 
 @pytest.mark.parametrize("shards", [(1,), (0, 1, 2)])
 def test_a_shard_of_rubbish_is_left_out_and_named(tiny_copy: Path, shards: tuple[int, ...]) -> None:
-    """A shard file of the right size and wrong bytes costs its rows of one tap, all files cost the
-    tap; the other tap has its statistics, and each sample is named.
+    """Corrupted shard files remove their rows of one tap only, and each sample is named.
+
+    If all files of a tap are corrupted, that tap has no statistics.
     """
     for shard in shards:
         path = tiny_copy / f"data.zarr/{FINE}/c.{shard}.0.0"
@@ -162,7 +161,7 @@ def test_a_shard_of_rubbish_is_left_out_and_named(tiny_copy: Path, shards: tuple
 def test_what_has_no_statistics_is_refused_in_a_line(
     tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ) -> None:
-    """No cache, a cache of a newer format, and a cache without a sample yet."""
+    """Statistics of no cache, of a newer format or of an empty cache are refused in one line."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     begin(tmp_path / "empty", tiny_plan())
@@ -182,7 +181,7 @@ def test_what_has_no_statistics_is_refused_in_a_line(
 
 
 def test_an_unfinished_cache_has_statistics_of_what_is_there(tmp_path: Path) -> None:
-    """Before the first commit there are no statistics; then they use the rows so far."""
+    """An unfinished cache has statistics of its committed rows, if there are any."""
     plan = tiny_plan()
     root = tmp_path / "cache"
     writer = begin(root, plan)
@@ -202,9 +201,7 @@ def test_an_unfinished_cache_has_statistics_of_what_is_there(tmp_path: Path) -> 
 def test_statistics_are_kept_outside_of_the_cache(
     tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second call decodes nothing; other options or a damaged file are recomputed; the cache is
-    unchanged.
-    """
+    """Statistics are saved outside the cache; other options or a damaged file recompute them."""
     before = tree(tiny_cache)
     first = cache_statistics(tiny_cache, InspectOptions(num_samples=6))
     [file] = statistics_folder().iterdir()
@@ -225,7 +222,7 @@ def test_a_folder_that_cannot_be_written_is_no_failure(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """If the user's cache folder is a file, statistics are shown and not saved."""
+    """If the user's cache folder is not writable, statistics are shown and not saved."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cache_statistics(tiny_cache, InspectOptions())["num_rows"] == 9
@@ -236,7 +233,7 @@ def test_a_folder_that_cannot_be_written_is_no_failure(
     not Path("/proc/self/io").exists(), reason="the kernel counts no bytes read here"
 )
 def test_a_sample_is_all_that_is_read(tmp_path: Path) -> None:
-    """A sample of two rows reads no more bytes than opening, shard indices and its own chunks."""
+    """A sample of two rows reads no more than the opening, the shard indices and its own chunks."""
 
     def bytes_read() -> int:
         counters = Path("/proc/self/io").read_text()
@@ -273,7 +270,7 @@ def test_the_json_has_statistics(tiny_cache: Path) -> None:
 
 
 def test_recorded_measurements_are_shown(tmp_path: Path) -> None:
-    """The codec's error is from the manifest's sums; with one draw the noise share is the fit's."""
+    """The codec's error is the manifest's, and with one draw the noise share is the fit's."""
     plan = tiny_plan()
     root = write_cache(tmp_path / "cache", replace(plan))
     found = cache_statistics(root, InspectOptions())["taps"][0]

@@ -9,7 +9,7 @@ from pipelines.runs.metrics import Clock
 def test_the_share_of_waiting_is_that_of_the_time_that_batches_take_to_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each batch took one second to arrive and three to train on: a quarter of the time."""
+    """The waiting share is the time spent on waiting for batches divided by the total time."""
     now = [100.0]
     monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
 

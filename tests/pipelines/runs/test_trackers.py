@@ -96,7 +96,7 @@ def write_run(out: Path, kind: str, step: int = 0) -> None:
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tracker is set up by this machine's environment."""
+    """Remove this machine's tracker settings from the environment."""
     for name in ("WANDB_PROJECT", "TRACKIO_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
@@ -108,7 +108,7 @@ LOGGED = [(1, {"loss": 2.0}), (2, {"loss": 1.0}), (2, {"held_out/loss": 1.5})]
 def test_wandb_receives_the_lines_and_resumes_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A resumed run has the id of the first session; options that are not JSON become text."""
+    """W&B receives every line, and a resumed run keeps the run id of the first session."""
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     write_run(tmp_path / "cats", "wandb")
@@ -128,7 +128,7 @@ def test_wandb_receives_the_lines_and_resumes_its_run(
 
 
 def test_a_failed_run_is_marked_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W&B and MLflow show that a run ended by an exception."""
+    """W&B and MLflow mark a run that an exception ended as failed."""
     wandb = FakeWandb()
     mlflow = FakeMlflow()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -144,7 +144,7 @@ def test_a_failed_run_is_marked_as_failed(tmp_path: Path, monkeypatch: pytest.Mo
 def test_mlflow_receives_the_lines_and_resumes_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server names the run; its parameters are logged once, as MLflow refuses to change one."""
+    """MLflow receives every line, and a resumed run does not log its parameters again."""
     mlflow = FakeMlflow()
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     write_run(tmp_path / "cats", "mlflow")
@@ -162,7 +162,7 @@ def test_mlflow_receives_the_lines_and_resumes_its_run(
 def test_trackio_receives_the_lines_and_resumes_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trackio finds a run by its name, which is therefore unique."""
+    """Trackio receives every line, and a resume finds the run by its unique name."""
     trackio = FakeTrackio()
     monkeypatch.setitem(sys.modules, "trackio", trackio)
     monkeypatch.setenv("TRACKIO_PROJECT", "mine")
@@ -177,14 +177,14 @@ def test_trackio_receives_the_lines_and_resumes_its_run(
 
 
 def test_tensorboard_is_written_beside_the_metrics(tmp_path: Path) -> None:
-    """The default tracker writes event files, and needs no id."""
+    """The default tracker writes TensorBoard event files and needs no run id."""
     write_run(tmp_path / "cats", "tensorboard")
     assert list((tmp_path / "cats" / "tensorboard").glob("events.out.tfevents.*"))
     assert not (tmp_path / "cats" / "tracker.json").exists()
 
 
 def test_no_tracker_leaves_the_metrics_alone(tmp_path: Path) -> None:
-    """With `none` a run has its metrics file alone; steps that a resume repeats are dropped."""
+    """With `none` a run writes only its metrics file, without the steps that a resume repeats."""
     write_run(tmp_path / "cats", "none")
     assert read_metrics(tmp_path / "cats") == LINES
     write_run(tmp_path / "cats", "none", step=1)
@@ -199,7 +199,7 @@ def test_no_tracker_leaves_the_metrics_alone(tmp_path: Path) -> None:
 def test_a_tracker_that_is_not_installed_is_named(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message has the command that installs it; nothing is written."""
+    """A missing tracker is refused with the command that installs it, and nothing is written."""
     monkeypatch.setitem(sys.modules, kind, None)
     message = rf"`log_with` {kind}: {kind} is not installed; run pip install 'dtcache\[{kind}\]'"
     with pytest.raises(ConfigError, match=message):
@@ -214,7 +214,7 @@ def test_a_tracker_that_is_not_installed_is_named(
 def test_a_tracker_that_cannot_start_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tracker's own exception becomes one line of ours; a damaged tracker.json is named."""
+    """A tracker's own exception, or a damaged tracker.json, becomes an error of one line."""
 
     def refuse(**settings: object) -> None:
         raise OSError("no route\nto host")

@@ -1,4 +1,4 @@
-"""Library messages name fields; the command line shows its own flags."""
+"""Library messages name fields, and the command line shows the corresponding flags."""
 
 import click
 import pytest
@@ -36,13 +36,13 @@ def verb() -> None: ...
     ],
 )
 def test_fields_become_flags(message: str, shown: str) -> None:
-    """Names, values, lists, switches and arguments of the command; other text stays."""
+    """Fields, values, lists, switches and arguments become flags; other text in backticks stays."""
     assert in_flags(message, verb) == shown
     assert in_flags(message, None) == message
 
 
 def test_a_verb_in_a_group_shows_its_own_flags() -> None:
-    """The flags are those of the verb that failed, not of its group."""
+    """A message of a verb in a group shows the verb's own flags."""
     result = click.testing.CliRunner().invoke(
         main, ["label", "fit", "x", "--out", "y", "--batch-size", "0"]
     )

@@ -1,4 +1,4 @@
-"""--help: whole sentences, verbs by stage, options under headings."""
+"""--help: whole sentences, verbs by stage, and options under headings."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ COMMANDS = commands_of(main)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TwoGroups(Options):
-    """Options of two groups, and one without."""
+    """Options of two groups, and one without a group."""
 
     size: int = option(3, "A size.", group="Images")
     rate: float | None = option(None, "A rate.", group="Loss")
@@ -41,7 +41,7 @@ def help_of(options: type) -> str:
 
 
 def test_options_stand_under_the_headings_of_their_groups() -> None:
-    """In the order in which the headings first appear; what has no group stands under Run."""
+    """Groups come in the order of first appearance, and options without a group are under Run."""
     text = help_of(TwoGroups)
     headings = re.findall(r"^(\w+):$", text, re.M)
     assert headings == ["Run", "Images", "Loss"]
@@ -55,7 +55,7 @@ def test_options_stand_under_the_headings_of_their_groups() -> None:
 
 
 def test_a_verb_without_groups_has_one_list() -> None:
-    """Its heading is Options."""
+    """A verb without option groups has a single list with the heading Options."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
     class Plain(Options):
@@ -66,7 +66,7 @@ def test_a_verb_without_groups_has_one_list() -> None:
 
 @pytest.mark.parametrize("verb", sorted(COMMANDS))
 def test_lists_of_verbs_show_whole_sentences(verb: str) -> None:
-    """The first paragraph of each verb is one short sentence, which no list of verbs cuts off."""
+    """Each verb's first paragraph is one short sentence, which no list of verbs truncates."""
     *group, name = verb.split()
     sentence = (COMMANDS[verb].help or "").split("\n\n")[0]
     assert len(sentence) <= 60
@@ -76,7 +76,7 @@ def test_lists_of_verbs_show_whole_sentences(verb: str) -> None:
 
 
 def test_verbs_stand_under_their_stages() -> None:
-    """From what needs nothing to what needs a cache."""
+    """Verbs are listed by stage, from those that need nothing to those that need a cache."""
     output = CliRunner().invoke(main, ["--help"]).output
     headings = [line for line in output.splitlines() if re.match(r"\w.*:$", line)]
     assert headings == [

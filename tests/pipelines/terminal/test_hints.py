@@ -1,4 +1,4 @@
-"""Wrong flags and verbs: one line with the right name, exit code 2, nothing begun."""
+"""Wrong flags and verbs are answered in one line with the right name and exit code 2."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
 
 @pytest.mark.parametrize("verb", sorted(COMMANDS))
 def test_a_hint_names_only_flags_that_the_verb_has(verb: str) -> None:
-    """Of the whole table, and of every flag of every other verb."""
+    """Every hint, from the table or from another verb, names only flags of the verb itself."""
     wrongs = {*SYNONYMS, *(wrong for of, wrong in SENTENCES if of == verb)}
     wrongs |= {flag for command in COMMANDS.values() for flag in flags_of(command)}
     command = COMMANDS[verb]
@@ -111,7 +111,7 @@ def test_the_tables_name_what_exists() -> None:
 def test_a_wrong_word_is_one_line_with_the_right_one(
     words: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Flags of timm, accelerate, LightlyTrain and diffusers, and old ones of dtcache."""
+    """Flags of timm, accelerate, LightlyTrain, diffusers and old dtcache get the right name."""
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, words.split())
     assert result.exit_code == 2
@@ -135,7 +135,7 @@ def test_a_wrong_word_is_one_line_with_the_right_one(
     ],
 )
 def test_a_wrong_value_is_one_line(words: str, message: str) -> None:
-    """Values of the wrong kind, and missing ones, end with 2 and name the help."""
+    """Wrong and missing values exit with 2 and mention --help."""
     result = CliRunner().invoke(main, words.split())
     assert result.exit_code == 2
     assert message in result.output
@@ -144,7 +144,7 @@ def test_a_wrong_value_is_one_line(words: str, message: str) -> None:
 
 
 def test_the_program_without_a_verb_shows_its_help() -> None:
-    """As click does: all verbs, each with a whole sentence."""
+    """Without a verb dtcache shows its help, with each verb as a whole sentence."""
     output = CliRunner().invoke(main, []).output
     assert all(command.get_short_help_str(200) in output for command in main.commands.values())
     assert isinstance(main, click.Group)

@@ -1,4 +1,4 @@
-"""Where a student's batches come from: what a cache's batches are on a GPU, with none at hand."""
+"""Batches of cached features for a GPU, tested without a GPU."""
 
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from pipelines.train.cached_batches import CachedSource
 def test_batches_for_a_gpu_are_pinned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: str
 ) -> None:
-    """Every tensor is pinned under either shuffle, and the order is unchanged.
+    """Every tensor of a GPU batch is pinned under either shuffle, in unchanged order.
 
-    The disk is told of the rows of a block.
+    The block shuffle announces the served rows through `will_need`.
     """
     root = write_cache(tmp_path / "cache", tiny_plan())
     pinned: list[Tensor] = []

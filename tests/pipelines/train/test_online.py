@@ -1,4 +1,4 @@
-"""The teacher in the loop, the online baseline: only the source of a batch differs."""
+"""The online teacher: a baseline that differs from cached training only in its batch source."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ IN_THE_LOOP = ("--teacher", "x", "--timestep", "150")
 
 
 def metrics(run_folder: Path) -> list[dict]:
-    """Return the metrics that must not vary: everything but times."""
+    """Return the deterministic metrics, without times."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     times = ("seconds", "images_per_second", "wait_share")
     return [{key: value for key, value in line.items() if key not in times} for line in lines]
@@ -52,7 +52,7 @@ def metrics(run_folder: Path) -> list[dict]:
 
 @pytest.fixture
 def online(teacher_dir: Path) -> tuple[str, ...]:
-    """The flags that put the teacher into the loop."""
+    """Return the flags of an online teacher."""
     return (*FLAGS, "--teacher", str(teacher_dir), "--timestep", "150")
 
 
@@ -112,9 +112,9 @@ def test_the_first_epoch_is_that_of_an_exact_cache(
 def test_noise_is_fresh_in_every_epoch_and_fixed_for_held_out(
     scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """A sample's target is a function of (seed, key, epoch, flip).
+    """A training target depends on (seed, key, epoch, flip), a held-out target on no epoch.
 
-    It differs in another epoch and is the same after a resume.
+    A resume gives the same targets.
     """
     source = source_of(scene_folder, teacher_dir)
     whole = targets(source, 1)
@@ -144,7 +144,7 @@ def test_noise_is_fresh_in_every_epoch_and_fixed_for_held_out(
 def test_an_online_run_trains_and_resumes_to_the_bit(
     scene_folder: Path, tmp_path: Path, online: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses per tap, held-out losses and export exist, and a resume repeats nothing."""
+    """An online run writes losses per tap and an export, and resumes to the bit."""
     from pipelines.train.trainer import Trainer
 
     result = run("train", scene_folder, "--out", tmp_path / "a", *online)
@@ -170,7 +170,7 @@ def test_an_online_run_trains_and_resumes_to_the_bit(
 def test_an_image_that_cannot_be_read_is_named(
     teacher_dir: Path, tmp_path: Path, online: tuple[str, ...]
 ) -> None:
-    """The online way has no row for a failed image: it stops with the name."""
+    """Online training stops at an unreadable image with the image's name."""
     write_scenes(tmp_path / "s", seed=7, size=32, count=40)
     for path in (tmp_path / "s" / "images").rglob("*.png"):
         path.write_bytes(b"no image")
@@ -204,7 +204,7 @@ def test_an_image_that_cannot_be_read_is_named(
 def test_options_that_contradict_each_other_are_named(
     scene_folder: Path, tmp_path: Path, flags: tuple[str, ...], message: str
 ) -> None:
-    """What belongs to a cache and what belongs to a teacher in the loop do not mix."""
+    """Options of a cache and options of an online teacher are refused together."""
     result = run("train", scene_folder, "--out", tmp_path / "r", *FLAGS, *flags)
     assert result.exit_code == 1
     assert message in result.output.replace("\n", " ")
@@ -214,9 +214,9 @@ def test_options_that_contradict_each_other_are_named(
 def test_views_of_the_first_epoch_are_those_of_an_exact_cache(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, online: tuple[str, ...]
 ) -> None:
-    """With crops and jitter the losses of epoch 0 are those of a float16 cache.
+    """With crops and jitter the online losses of epoch 0 equal those of a float16 cache.
 
-    Nothing is known of the teacher's equivariance then, and nothing is said of it.
+    Without a measured equivariance the run prints none.
     """
     extraction = (*CPU, "--batch-size", 8, "--quality", "fp16", "--taps", "4,8", "--timestep", 150)
     assert (

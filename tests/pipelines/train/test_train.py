@@ -60,13 +60,13 @@ FLAGS = (
 
 
 def small_student(cache: Cache) -> Student:
-    """Return an untrained student of 32 px of all of a cache's arrays."""
+    """Return an untrained 32 px student for all arrays of a cache."""
     targets = {name: cache.shape(name) for name in cache.names}
     return build_student("resnet10t", targets, cache.view, size=(32, 32), width=16, seed=0)
 
 
 def distillation(cache: Cache, options: TrainOptions) -> Distillation:
-    """Return everything that turns this cache's batches into losses, for a student of 32 px."""
+    """Return the losses of a 32 px student on this cache's batches."""
     codec = cache.reader.manifest.recipe["codec"]
     compute = resolve_compute("cpu", "fp32")
     return Distillation(
@@ -82,7 +82,7 @@ def distillation(cache: Cache, options: TrainOptions) -> Distillation:
 
 
 def losses(run_folder: Path) -> list[dict]:
-    """Return the metrics that must not vary: everything but times."""
+    """Return the deterministic metrics, without times."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     times = ("seconds", "images_per_second", "wait_share")
     return [{key: value for key, value in line.items() if key not in times} for line in lines]
@@ -111,7 +111,7 @@ def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
+    """A finished training run."""
     out = tmp_path_factory.mktemp("runs") / "run"
     result = run("train", cache, "--out", out, *FLAGS)
     assert result.exit_code == 0, result.output
@@ -119,7 +119,7 @@ def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_loss_is_logged(trained: Path) -> None:
-    """The metrics have every step and the held-out losses of every epoch, per tap; they add up."""
+    """The metrics have each step's and each epoch's losses per tap, which add up to the total."""
     lines = losses(trained)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 7))
@@ -133,7 +133,7 @@ def test_every_loss_is_logged(trained: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 def test_the_loss_falls(cache: Path, tmp_path: Path, optimizer: str) -> None:
-    """Both optimizers learn: the last training losses are well under the first."""
+    """With either optimizer the last training losses are well below the first."""
     rate = "3e-3" if optimizer == "adamw" else "1e-2"
     flags = (*FLAGS, "--epochs", 15, "--lr", rate, "--optimizer", optimizer)
     assert run("train", cache, "--out", tmp_path / "r", *flags).exit_code == 0
@@ -142,7 +142,7 @@ def test_the_loss_falls(cache: Path, tmp_path: Path, optimizer: str) -> None:
 
 
 def test_the_first_loss_is_the_formulas(cache: Path, trained: Path) -> None:
-    """The first loss is MSE + 10 AT, in NumPy, of decoded maps and an untrained student."""
+    """The first loss equals MSE + 10 AT, computed in NumPy from decoded maps."""
     opened = Cache(cache)
     names = ["t150/stride4", "t150/stride8"]
     rows, _ = split_rows(np.arange(40), opened.samples["key"].to_pylist())
@@ -174,7 +174,7 @@ def test_the_first_loss_is_the_formulas(cache: Path, trained: Path) -> None:
 
 
 def test_the_schedule_is_warm_up_and_cosine(trained: Path) -> None:
-    """Rates rise linearly over one epoch to 4e-3 x 8 / 256, then fall by a cosine."""
+    """The learning rate rises linearly to 4e-3 x 8 / 256 in one epoch and falls by a cosine."""
     peak = 4e-3 * 8 / 256
     expected = [peak / 2, peak] + [peak * 0.5 * (1 + np.cos(np.pi * k / 4)) for k in range(4)]
     got = [line["lr"] for line in losses(trained) if "lr" in line]
@@ -184,7 +184,7 @@ def test_the_schedule_is_warm_up_and_cosine(trained: Path) -> None:
 
 
 def test_held_out_samples_are_never_trained_on(cache: Path) -> None:
-    """The split is by key hash: training and held-out rows are disjoint and complete."""
+    """The split by key hash gives disjoint and complete training and held-out rows."""
     opened = Cache(cache)
     rows, held = split_rows(np.arange(40), opened.samples["key"].to_pylist())
     assert sorted([*rows, *held]) == list(range(40))
@@ -192,14 +192,14 @@ def test_held_out_samples_are_never_trained_on(cache: Path) -> None:
 
 
 def test_a_finished_run_is_not_repeated(cache: Path, trained: Path) -> None:
-    """The same command again leaves metrics and weights as they are."""
+    """The same command on a finished run changes neither metrics nor weights."""
     before = (losses(trained), (trained / "backbone" / "model.safetensors").read_bytes())
     assert run("train", cache, "--out", trained, *FLAGS).exit_code == 0
     assert (losses(trained), (trained / "backbone" / "model.safetensors").read_bytes()) == before
 
 
 def test_the_export_loads_in_timm(trained: Path) -> None:
-    """timm loads the backbone strictly, with our weights, in both forms, unlike the initial ones."""
+    """timm loads the trained backbone strictly, with our weights, in both forms."""
     folder = trained / "backbone"
     ours = load_file(folder / "model.safetensors")
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
@@ -217,7 +217,7 @@ def test_the_export_loads_in_timm(trained: Path) -> None:
 def test_an_interrupted_run_resumes_to_the_bit(
     cache: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C after five of six steps, then the same command: the same losses and weights."""
+    """A run interrupted after five of six steps resumes to the same losses and weights."""
     from pipelines.train.trainer import Trainer
 
     calls = interrupt(monkeypatch, Trainer, "step", call=6)
@@ -234,7 +234,7 @@ def test_an_interrupted_run_resumes_to_the_bit(
 
 @pytest.mark.slow
 def test_killed_runs_resume_to_the_same_curve(cache: Path, tmp_path: Path) -> None:
-    """SIGKILL at random steps of a subprocess, several times: the curve of an uninterrupted run."""
+    """A run that SIGKILL ends at random steps resumes to an uninterrupted run's losses."""
     rng = random.Random(1)
     flags = [*FLAGS, "--epochs", "8"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -270,7 +270,7 @@ def test_killed_runs_resume_to_the_same_curve(cache: Path, tmp_path: Path) -> No
 
 
 def test_two_students_share_one_cache(cache: Path, tmp_path: Path) -> None:
-    """A different backbone trains from the same cache, which is not written to."""
+    """A different backbone trains from the same cache, and the cache stays unchanged."""
     stamps = {p: p.stat().st_mtime_ns for p in cache.rglob("*") if p.is_file()}
     result = run(
         "train",
@@ -334,7 +334,7 @@ def test_two_students_share_one_cache(cache: Path, tmp_path: Path) -> None:
 def test_bad_options_are_one_clear_line(
     cache: Path, tmp_path: Path, flags: tuple[str, ...], message: str
 ) -> None:
-    """Options that cannot work are named, with what can."""
+    """Invalid options are refused in one line with the allowed values."""
     result = run("train", cache, "--out", tmp_path / "r", *FLAGS, *flags)
     assert result.exit_code == 1
     assert message in result.output.replace("\n", "")
@@ -342,14 +342,14 @@ def test_bad_options_are_one_clear_line(
 
 
 def test_a_run_of_other_options_is_refused(cache: Path, trained: Path) -> None:
-    """A run folder belongs to its options; the field that differs is named."""
+    """A resume with other options is refused with the field that differs."""
     result = run("train", cache, "--out", trained, *FLAGS, "--seed", 1)
     assert result.exit_code == 1
     assert "holds a run with another --seed: expected 0, got 1" in result.output
 
 
 def test_an_incomplete_or_absent_cache_is_refused(cache: Path, tmp_path: Path) -> None:
-    """Training needs a sealed cache, and says so."""
+    """Training refuses an unsealed or missing cache."""
     assert (
         "is not a cache: expected manifest.json"
         in run("train", tmp_path, "--out", tmp_path / "r", *FLAGS).output
@@ -361,9 +361,9 @@ def test_an_incomplete_or_absent_cache_is_refused(cache: Path, tmp_path: Path) -
 
 
 def test_what_is_committed_can_be_trained_on(cache: Path, tmp_path: Path) -> None:
-    """--allow-incomplete trains on the committed shards and prints how many samples they hold.
+    """--allow-incomplete trains on the committed shards and prints their number of samples.
 
-    It is not resumed on more of them.
+    A resume with more shards is refused.
     """
     part = Path(shutil.copytree(cache, tmp_path / "c"))
     manifest = read_manifest(part)
@@ -398,7 +398,7 @@ def test_what_is_committed_can_be_trained_on(cache: Path, tmp_path: Path) -> Non
 
 
 def record_of(root: Path, manifest: CacheManifest, shard: int) -> CommitRecord:
-    """Return the record that a shard of a sealed cache was committed with, but for its sums."""
+    """Return the record of a committed shard of a sealed cache, without its sums."""
     listed = {path: (size, sha256) for path, size, sha256 in read_objects(root)}
     paths = [array.object_path(shard) for array in manifest.arrays.values()]
     rows = manifest.rows_of(shard)
@@ -416,7 +416,7 @@ def record_of(root: Path, manifest: CacheManifest, shard: int) -> CommitRecord:
 
 
 def test_the_resolved_options_can_be_given_back(cache: Path, trained: Path, tmp_path: Path) -> None:
-    """A run's config.toml repeats the run to the bit, and resumes it; a flag beside it wins."""
+    """A run's config.toml repeats and resumes the run to the bit, and flags override the file."""
     config = trained / "config.toml"
     assert run("train", cache, "--out", trained, "--config", config).exit_code == 0
     assert run("train", cache, "--out", tmp_path / "again", "--config", config).exit_code == 0
@@ -426,7 +426,7 @@ def test_the_resolved_options_can_be_given_back(cache: Path, trained: Path, tmp_
 
 
 def test_damaged_features_stop_the_run_naming_the_sample(cache: Path, tmp_path: Path) -> None:
-    """A flipped byte is never trained on."""
+    """A flipped byte stops training with the name of the damaged sample."""
     broken = Path(shutil.copytree(cache, tmp_path / "c"))
     for shard in (broken / "data.zarr" / "t150" / "stride8").glob("c.*"):
         flip(shard, 10)
@@ -439,7 +439,7 @@ def test_damaged_features_stop_the_run_naming_the_sample(cache: Path, tmp_path: 
 def test_a_loss_that_is_not_finite_stops_the_run(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NaN is reported with its step, its part and samples; no checkpoint of it is written."""
+    """A NaN loss stops the run with step, term and samples, and no checkpoint is written."""
     from dtcache.losses import objective
 
     monkeypatch.setattr(objective, "at_loss", lambda a, b: (a * float("nan")).mean())
@@ -454,7 +454,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_a_target_that_is_not_finite_names_its_sample(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If some samples' targets are to blame, only they are named, in whichever micro-batch."""
+    """A target that is not finite is reported with its own sample only, in any micro-batch."""
     real = Cache.batch
     spoilt = []
 
@@ -479,7 +479,7 @@ def test_a_target_that_is_not_finite_names_its_sample(
 
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_a_run_that_diverges_is_stopped(cache: Path, tmp_path: Path) -> None:
-    """A rate that is far too high ends in one line with the step and the number of samples."""
+    """A diverging run ends in one line with the step and the number of samples."""
     result = run(
         "train", cache, "--out", tmp_path / "r", *FLAGS, "--lr", 1e30, "--warmup-epochs", 0
     )
@@ -490,7 +490,7 @@ def test_a_run_that_diverges_is_stopped(cache: Path, tmp_path: Path) -> None:
 
 
 def test_losses_of_every_tap_reach_the_backbone(cache: Path) -> None:
-    """The summed loss has a gradient in the stem and in every head."""
+    """The summed loss has a gradient in the stem and in every regressor."""
     opened = Cache(cache)
     targets = {n: opened.shape(n) for n in opened.names}
     student = build_student(
@@ -517,7 +517,7 @@ VIEW_FLAGS = (
 def test_random_views_resume_to_the_bit(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run with crops and jitter, stopped between two checkpoints, ends in the same losses."""
+    """A run with crops and jitter, stopped between checkpoints, resumes to the same losses."""
     from pipelines.train.trainer import Trainer
 
     flags = (*FLAGS, *VIEW_FLAGS, "--epochs", "2")
@@ -531,10 +531,10 @@ def test_random_views_resume_to_the_bit(
 
 
 def test_crops_show_image_and_targets_by_one_box(cache: Path) -> None:
-    """The student's image and the targets of MSE and AT are cropped by one box per row.
+    """One crop box per row applies to the student's image and to the targets of MSE and AT.
 
-    The target of the MSE is not whitened again; that of AT is the raw feature; held-out batches
-    are not cropped.
+    The MSE target is not whitened again, the AT target is the raw feature, and held-out batches are
+    not cropped.
     """
     opened = Cache(cache)
     seen: dict[str, object] = {}
@@ -570,7 +570,7 @@ def test_crops_show_image_and_targets_by_one_box(cache: Path) -> None:
 
 
 def reference_crop(x_CHW: np.ndarray, box: tuple[float, ...], size: tuple[int, int]) -> np.ndarray:
-    """Return a box resampled at its cells' centres, bilinearly between pixel centres, by scipy."""
+    """Return a box resampled at its cells' centres by scipy's bilinear interpolation."""
     from scipy.ndimage import map_coordinates
 
     height, width = x_CHW.shape[1:]
@@ -582,7 +582,7 @@ def reference_crop(x_CHW: np.ndarray, box: tuple[float, ...], size: tuple[int, i
 
 
 def test_a_run_tells_what_was_measured_of_its_crops(cache: Path) -> None:
-    """If the recipe has the teacher's equivariance, it is quoted for what is cropped; else not."""
+    """A run that crops prints the teacher's crop error if the recipe has the measurement."""
     opened = Cache(cache)
     recipe = opened.reader.manifest.recipe
     measured = {**recipe, "equivariance": {"flip": {}, "crop": {"t150/stride8": 0.25}}}
@@ -615,7 +615,7 @@ def test_a_run_tells_what_was_measured_of_its_crops(cache: Path) -> None:
 def test_every_kind_of_run_ends_in_a_backbone(
     cache: Path, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
-    """Other losses, regressors and a plain ViT train and leave a backbone of timm's weights."""
+    """Other losses, regressors and a plain ViT train and export timm weights."""
     result = run("train", cache, "--out", tmp_path / "r", *FLAGS, "--epochs", 2, *flags)
     assert result.exit_code == 0, result.output
     backbone = tmp_path / "r" / "backbone"

@@ -1,4 +1,4 @@
-"""`dtcache train --labels`: label and mixed distillation, and the exported head."""
+"""`dtcache train --labels`: label distillation, mixed distillation and the exported head."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def student_of(run: Path, cache: LabelledCache) -> Student:
 
 
 def test_both_losses_are_logged_and_add_up(mixed: Path) -> None:
-    """loss = feature + 2 label, in training and held out; the labels' own loss stands apart."""
+    """The loss is feature + 2 label in training and held out, and the label loss is logged too."""
     for line in lines(mixed):
         for title in ("", "held_out/"):
             if f"{title}loss" in line:
@@ -89,7 +89,7 @@ def test_both_losses_are_logged_and_add_up(mixed: Path) -> None:
 def test_the_label_loss_is_the_softened_cross_entropy_against_the_stored_labels(
     mixed: Path, labelled: Path
 ) -> None:
-    """The last held-out loss, in NumPy, from the checkpoint's student and the label set."""
+    """The held-out label loss equals the softened cross-entropy to the stored labels in NumPy."""
     cache = LabelledCache(labelled, "parts")
     student = student_of(mixed, cache)
     rows = np.array(held_out(cache.samples["key"].to_pylist()))
@@ -105,7 +105,7 @@ def test_the_label_loss_is_the_softened_cross_entropy_against_the_stored_labels(
 def test_labels_alone_train_without_features(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--feature-weight 0 reads no feature, and its loss is the labels'."""
+    """With --feature-weight 0 no feature is read and the loss is the label loss."""
     read: list[list[str]] = []
     real = Cache.coefficients
     monkeypatch.setattr(
@@ -127,7 +127,7 @@ def test_labels_alone_train_without_features(
 def test_a_run_resumes_to_the_bit(
     labelled: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Ctrl-C in the middle, then the same command: the same backbone and head."""
+    """An interrupted run resumes to the same backbone and head."""
     arguments = (
         "train",
         labelled,
@@ -153,7 +153,7 @@ def test_a_run_resumes_to_the_bit(
 
 
 def test_the_exported_head_gives_the_students_logits(mixed: Path, labelled: Path) -> None:
-    """Backbone and head, read back, are the student's path to its logits."""
+    """The exported backbone and head give the student's logits."""
     cache = LabelledCache(labelled, "parts")
     student = student_of(mixed, cache)
     backbone, size, _ = load_backbone(mixed / "backbone")
@@ -167,7 +167,7 @@ def test_the_exported_head_gives_the_students_logits(mixed: Path, labelled: Path
 
 @pytest.mark.parametrize("kind", ["fpn", "fpn-attention", "pafpn"])
 def test_a_head_of_every_regressor(kind: str) -> None:
-    """Whatever the pyramid is made of, the head has the part of it that the logits take."""
+    """For every regressor the exported head has the layers that the logits use."""
     from dtcache.recipe import ViewSpec
     from dtcache.student.logit_head import logit_head
 
@@ -194,7 +194,7 @@ def test_a_head_of_every_regressor(kind: str) -> None:
 def test_masks_without_names_take_the_heads(
     mixed: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
-    """Masks with fewer classes than the head serve if their folder names none; more are refused."""
+    """Masks without class names take the head's names; more classes than the head's are refused."""
     names = load_head_of(mixed).classes
     few = tmp_path / "masks"
     shutil.copytree(scene_folder.parent / "masks", few)
@@ -222,7 +222,7 @@ def test_masks_without_names_take_the_heads(
 
 
 def test_a_head_of_whole_images_is_no_head_of_pixels(mixed: Path, tmp_path: Path) -> None:
-    """Enlarged to the image it would give all of its pixels one class."""
+    """A head of image labels is refused for segmentation."""
     shutil.copytree(mixed / "head", tmp_path / "head")
     path = tmp_path / "head" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "grid": [1, 1]}))
@@ -234,13 +234,13 @@ def test_a_head_of_whole_images_is_no_head_of_pixels(mixed: Path, tmp_path: Path
 
 
 def load_head_of(out: Path) -> HeadSpec:
-    """Return what a run's head was built from."""
+    """Return the parts from which a run's head was built."""
     backbone, size, _ = load_backbone(out / "backbone")
     return load_head(out / "head", probe_maps(backbone, size), size)[1]
 
 
 def test_segmentation_starts_from_the_head(mixed: Path, scene_folder: Path, tmp_path: Path) -> None:
-    """At a rate of nearly 0 the score is that of the trained head itself, at either input size."""
+    """At a learning rate near 0 the score is the trained head's, at either input size."""
     masks = scene_folder.parent / "masks"
     common = (
         "--task",
@@ -288,7 +288,7 @@ def test_segmentation_starts_from_the_head(mixed: Path, scene_folder: Path, tmp_
 
 @pytest.mark.slow
 def test_labels_of_whole_images_train_too(labelled: Path, tmp_path: Path) -> None:
-    """The logits are then one vector an image."""
+    """Image labels train a student with one logit vector per image."""
     root = tmp_path / "cache"
     shutil.copytree(labelled, root)
     flags = ("--width", "32", "--epochs", "2", "--warmup-epochs", "1", "--device", "cpu")
@@ -304,7 +304,7 @@ def test_labels_of_whole_images_train_too(labelled: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_crops_take_labels_along(labelled: Path, tmp_path: Path) -> None:
-    """Random crops of image and features crop the labels too."""
+    """Random crops apply to the labels as to image and features."""
     result = run(
         "train",
         labelled,
@@ -320,7 +320,7 @@ def test_crops_take_labels_along(labelled: Path, tmp_path: Path) -> None:
 
 
 def test_block_shuffling_serves_labels_too(labelled: Path) -> None:
-    """A cache with labels is a cache, whose shards are mixed; its batches carry their labels."""
+    """Block shuffling serves every row of a labelled cache with its labels."""
     cache = LabelledCache(labelled, "parts")
     loader = EpochLoader(
         cache,
@@ -367,13 +367,13 @@ def test_block_shuffling_serves_labels_too(labelled: Path) -> None:
 def test_weights_of_losses_that_are_not_there_are_refused(
     options: dict[str, object], message: str
 ) -> None:
-    """Each contradiction is one line."""
+    """Contradicting loss options are refused in one line."""
     with pytest.raises(ConfigError, match=message):
         TrainOptions(**options)  # type: ignore[arg-type]
 
 
 def test_an_unknown_label_set_is_named_with_those_there_are(labelled: Path, tmp_path: Path) -> None:
-    """Nothing is written."""
+    """An unknown label set is refused with the existing sets' names, and nothing is written."""
     result = run("train", labelled, "--labels", "part", "--out", tmp_path / "run", *FLAGS)
     assert result.exit_code == 1
     assert result.output.splitlines()[-1] == f"Error: {labelled}: no label set 'part'; it has parts"

@@ -1,4 +1,4 @@
-"""Micro-batches, several processes, EMA, compilation: they change rounding, never the run."""
+"""Micro-batches, several processes, EMA and compilation change a run only by rounding."""
 
 import importlib
 import json
@@ -62,7 +62,7 @@ cli.main()
 
 
 def metric(run_folder: Path, name: str) -> list[float]:
-    """Return one metric's values in the order of steps."""
+    """Return one metric's values in the order of the steps."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     return [line[name] for line in lines if name in line]
 
@@ -89,7 +89,7 @@ def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPa
 
 
 class Alone(torch.nn.GroupNorm):
-    """Normalises a sample by itself."""
+    """A norm that normalises each sample by itself."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(1, channels)
@@ -97,7 +97,7 @@ class Alone(torch.nn.GroupNorm):
 
 @pytest.fixture
 def no_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give regressors no batch statistics, the one thing that hangs on how a batch is cut."""
+    """Replace the regressors' batch norm, whose statistics depend on the micro-batches."""
     # timm binds the class at its first import, so timm's networks keep the real class.
     importlib.import_module("dtcache.student")
     monkeypatch.setattr(torch.nn, "BatchNorm2d", Alone)
@@ -105,7 +105,7 @@ def no_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def whole(cache: Path, tmp_path: Path, no_batch_norm: None) -> Path:
-    """A run in one process and one part."""
+    """A run in one process with one micro-batch."""
     assert run("train", cache, "--out", tmp_path / "whole", *FLAGS).exit_code == 0
     return tmp_path / "whole"
 
@@ -113,9 +113,9 @@ def whole(cache: Path, tmp_path: Path, no_batch_norm: None) -> Path:
 def test_parts_of_a_batch_take_the_steps_of_the_whole(
     cache: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """--micro-batches 4 gives the undivided batch's losses and weights, up to rounding.
+    """--micro-batches 4 gives the undivided batch's losses and weights up to rounding.
 
-    A resume with them does too.
+    A resume with micro-batches gives the same losses too.
     """
     result = run("train", cache, "--out", tmp_path / "parts", *FLAGS, "--micro-batches", 4)
     assert result.exit_code == 0, result.output
@@ -130,7 +130,7 @@ def test_parts_of_a_batch_take_the_steps_of_the_whole(
 
 
 def torchrun(script: Path, processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a script in several processes, over gloo."""
+    """Run a script in several processes over gloo."""
     command = [
         sys.executable,
         "-m",
@@ -151,9 +151,9 @@ def torchrun(script: Path, processes: int, *arguments: object) -> subprocess.Com
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(cache: Path, whole: Path, tmp_path: Path) -> None:
-    """Two processes over gloo give the losses of one within 1e-4; one resumes what two began.
+    """Two processes give one process's losses within 1e-4, and one process can resume the run.
 
-    The first process alone writes: each step has one line.
+    Only the first process writes, so each step has one line.
     """
     script = tmp_path / "plain.py"
     out = tmp_path / "two"
@@ -174,7 +174,7 @@ def test_two_processes_take_the_steps_of_one(cache: Path, whole: Path, tmp_path:
 def test_two_processes_distil_labels_as_one_does(
     labelled: Path, tmp_path: Path, no_batch_norm: None
 ) -> None:
-    """With --labels two processes over gloo give all losses of one, within 1e-4."""
+    """With --labels two processes give all losses of one process within 1e-4."""
     script = tmp_path / "plain.py"
     flags = (*FLAGS, "--labels", "parts", "--label-weight", 2)
     script.write_text(PLAIN)
@@ -194,7 +194,7 @@ def test_two_processes_distil_labels_as_one_does(
 
 @pytest.mark.slow
 def test_a_process_that_is_refused_ends_all(cache: Path, tmp_path: Path) -> None:
-    """A batch that the processes cannot share is one clear line."""
+    """A batch that the processes cannot share is refused in one line."""
     script = tmp_path / "plain.py"
     script.write_text(PLAIN)
     refused = torchrun(
@@ -225,7 +225,7 @@ def test_the_average_is_evaluated_and_exported(
 def test_an_averaged_run_resumes_to_the_bit(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C at the third step, then the same command: the EMA of an uninterrupted run."""
+    """A run interrupted at the third step resumes to an uninterrupted run's EMA."""
     from pipelines.train.trainer import Trainer
 
     flags = (*FLAGS, "--ema-decay", "0.9", "--save-every", "1", "--micro-batches", "2")
@@ -239,7 +239,7 @@ def test_an_averaged_run_resumes_to_the_bit(
 
 @pytest.mark.slow
 def test_a_compiled_student_takes_the_same_steps(cache: Path, whole: Path, tmp_path: Path) -> None:
-    """--compile changes the losses by rounding alone, and the export not at all in its names."""
+    """--compile changes the losses only by rounding and no name in the export."""
     result = run("train", cache, "--out", tmp_path / "c", *FLAGS, "--compile")
     assert result.exit_code == 0, result.output
     np.testing.assert_allclose(metric(tmp_path / "c", "loss"), metric(whole, "loss"), rtol=1e-3)
@@ -250,7 +250,7 @@ def test_a_compiled_student_takes_the_same_steps(cache: Path, whole: Path, tmp_p
 
 
 def test_a_compiler_that_fails_in_a_backward_pass_is_named() -> None:
-    """What torch's compiler raises becomes a ConfigError; other failures stay what they are."""
+    """An exception of torch's compiler becomes a ConfigError, and other exceptions pass through."""
     from torch._inductor.exc import InvalidCxxCompiler
 
     with pytest.raises(ConfigError, match=r"`compile`: .*; run without it"), compile_errors():
@@ -273,7 +273,7 @@ def test_a_compiler_that_fails_in_a_backward_pass_is_named() -> None:
 
 
 def test_fp16_is_refused_on_a_cpu() -> None:
-    """fp16 without a GPU is refused with what works there."""
+    """fp16 without a GPU is refused with the precisions that work."""
     with pytest.raises(
         ConfigError,
         match="`precision` fp16: expected a CUDA device, got cpu; use bf16 or fp32 on a CPU",
@@ -284,7 +284,7 @@ def test_fp16_is_refused_on_a_cpu() -> None:
 def test_views_and_weights_hang_on_no_part(
     cache: Path, tmp_path: Path, no_batch_norm: None
 ) -> None:
-    """Crops, jitter and weights of taps are those of the undivided batch under --micro-batches."""
+    """Crops, jitter and tap weights do not depend on --micro-batches."""
     flags = (
         *FLAGS,
         "--scale",
@@ -325,5 +325,5 @@ def test_views_and_weights_hang_on_no_part(
 def test_a_run_belongs_to_its_views_and_regressor(
     cache: Path, whole: Path, flag: str, value: str, named: str
 ) -> None:
-    """The student and its inputs are part of the run's claim; a difference is refused by name."""
+    """A resume with other views or another regressor is refused with the field's name."""
     assert named in run("train", cache, "--out", whole, *FLAGS, flag, value).output

@@ -67,7 +67,7 @@ def root(shared: Path, tmp_path: Path) -> Path:
 
 
 def repair(root: Path, images: Path, teacher: Path) -> tuple[Result, dict[str, dict[str, str]]]:
-    """Run the repair; return its result, and its outcome line per file."""
+    """Run the repair and return its result and one outcome line per file."""
     command = [
         "verify",
         root,
@@ -86,8 +86,9 @@ def repair(root: Path, images: Path, teacher: Path) -> tuple[Result, dict[str, d
 def test_damaged_files_come_back_byte_for_byte(
     root: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """A flipped, a cut and a lost shard, a lost tap and all lost Zarr nodes come back; no other
-    shard is recomputed.
+    """Damaged and lost shards, taps and Zarr nodes are restored byte for byte.
+
+    Other shards are not recomputed.
     """
     wanted = tree(root)
     flip(root / "data.zarr/t150/stride8/c.0.0.0")
@@ -109,7 +110,7 @@ def test_damaged_files_come_back_byte_for_byte(
 def test_a_lost_shard_index_is_proved_by_its_own_hash(
     root: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """shards.parquet is rebuilt from intact shard files, and refused if one is damaged too."""
+    """shards.parquet is rebuilt from intact shards by its recorded hash, or refused."""
     wanted = tree(root)
     (root / "shards.parquet").unlink()
     flip(root / "data.zarr/images/c.1.0")
@@ -135,9 +136,7 @@ def test_an_unfinished_cache_is_repaired_too(
     monkeypatch: pytest.MonkeyPatch,
     shared: Path,
 ) -> None:
-    """A committed shard of a killed extraction is restored; the extraction then ends in equal
-    bytes.
-    """
+    """A committed shard of a killed extraction is restored, and a resume ends in equal bytes."""
     from pipelines.extract import shard_runner as runner
 
     out = tmp_path / "c"
@@ -166,7 +165,7 @@ def test_an_unfinished_cache_is_repaired_too(
 def test_other_bytes_are_refused(
     root: Path, scene_folder: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If this machine computes other features, images are repaired, features refused."""
+    """If this machine computes other features, images are repaired and features are refused."""
     real = repair_module.shard_data
 
     def elsewhere(*arguments: object) -> ShardData:
@@ -196,9 +195,7 @@ def test_other_bytes_are_refused(
 def test_other_images_or_another_teacher_are_refused(
     root: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """A changed image is named; other images or a different teacher are refused; nothing is
-    written.
-    """
+    """Other images or a different teacher are refused with names, and nothing is written."""
     flip(root / "data.zarr/images/c.0.0")
     before = tree(root)
     key = json.loads(CliRunner().invoke(main, ["verify", str(root), "--json"]).stdout)["damage"][0][
@@ -231,9 +228,7 @@ def test_other_images_or_another_teacher_are_refused(
 def test_what_cannot_be_repaired_is_left_and_said(
     root: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """Codec arrays, sample index and manifest are not repaired, nor are shards that need them; each
-    has a remedy.
-    """
+    """Codec, sample index and manifest are not repaired, and each is reported with a remedy."""
     flip(root / "data.zarr/codec/t150/stride8/basis/c.0.0")
     flip(root / "data.zarr/t150/stride8/c.0.0.0")
     flip(root / "samples.parquet")
@@ -255,7 +250,7 @@ def test_what_cannot_be_repaired_is_left_and_said(
 def test_a_cache_that_is_being_written_is_not_repaired(
     root: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """The repair takes the cache's lock, and says so if another process holds it."""
+    """A repair is refused while another process holds the cache's lock."""
     with FolderLock(root):
         result, _ = repair(root, scene_folder, teacher_dir)
     assert result.exit_code == 1
@@ -263,7 +258,7 @@ def test_a_cache_that_is_being_written_is_not_repaired(
 
 
 def test_nodes_are_the_writers_own(root: Path) -> None:
-    """Every zarr.json rebuilt from manifest and codec chunks equals the one on disk."""
+    """Each zarr.json rebuilt from manifest and codec chunks equals the file on disk."""
     wanted = {name: content for name, content in tree(root).items() if name.endswith("zarr.json")}
     assert len(wanted) > 20
     assert zarr_nodes(root, read_manifest(root)) == wanted
@@ -272,7 +267,7 @@ def test_nodes_are_the_writers_own(root: Path) -> None:
 def test_nodes_of_a_float16_cache_are_the_writers_own(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """The float16 codec has other arrays; their nodes are rebuilt too."""
+    """The Zarr nodes of the float16 codec's arrays are rebuilt too."""
     flags = [
         "--quality",
         "fp16",
@@ -303,9 +298,7 @@ def test_nodes_of_a_float16_cache_are_the_writers_own(
 def test_a_teacher_whose_features_are_all_zero(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    """Its cache is intact and decodes to zeros; the nodes of its empty codec arrays are rebuilt
-    too.
-    """
+    """A cache of zero features decodes to zeros, and its empty codec arrays' nodes are rebuilt."""
     teacher = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
     weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
     save_file(
@@ -327,8 +320,9 @@ def test_a_teacher_whose_features_are_all_zero(
 
 
 def test_every_option_follows_from_the_recipe(shared: Path) -> None:
-    """A repair asks for what the extraction asked for but the size: the cache's own fit is used; an
-    option that is added needs its place in options_from_recipe.
+    """A repair's options equal the extraction's options except for the size of the payloads.
+
+    The repair uses the cache's own codec fit. A new option must be added to options_from_recipe.
     """
     found = options_from_recipe(read_manifest(shared).recipe, "teacher")
     told = {

@@ -1,4 +1,4 @@
-"""Label sets under `dtcache verify`: repaired like features, and named if their format is newer."""
+"""Label sets in `dtcache verify`: repair of damage, and a report of newer formats."""
 
 import json
 import os
@@ -41,9 +41,7 @@ def root(labelled: Path, tmp_path: Path) -> Path:
 def test_damaged_files_of_a_label_set_come_back_byte_for_byte(
     root: Path, interpreter: Path
 ) -> None:
-    """A flipped, a cut and a lost shard and all lost Zarr nodes come back without images and
-    teacher.
-    """
+    """Damaged label shards and Zarr nodes are restored without images and teacher."""
     wanted = tree(root)
     flip(root / SHARD)
     os.truncate(root / SHARD.replace("c.1", "c.2"), 9)
@@ -62,9 +60,7 @@ def test_damaged_files_of_a_label_set_come_back_byte_for_byte(
 def test_features_are_repaired_before_the_labels_that_follow_from_them(
     root: Path, interpreter: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
-    """With the interpreter alone neither is repaired, and each names what it needs; with images and
-    teacher too, both are.
-    """
+    """Labels of damaged features are repaired only after the features, or name what is missing."""
     wanted = tree(root)
     feature = "data.zarr/t150/stride8/c.1.0.0"
     (root / feature).unlink()
@@ -91,7 +87,7 @@ def test_an_unfinished_label_set_is_repaired_too(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A committed shard of a killed label write comes back; the command ends in equal bytes."""
+    """A committed shard of a killed label write is restored, and a resume ends in equal bytes."""
     root = Path(shutil.copytree(scene_cache, tmp_path / "cache"))
     command = [
         "label",
@@ -127,9 +123,7 @@ def test_what_cannot_be_repaired_is_left_and_said(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No or a different interpreter, other bytes, a damaged codec or manifest: nothing is written,
-    and each has its reason.
-    """
+    """A label set that cannot be repaired is left unchanged and reported with the reason."""
     flip(root / SHARD)
     before = tree(root)
     other = Path(shutil.copytree(interpreter, tmp_path / "other"))
@@ -176,7 +170,7 @@ def test_what_cannot_be_repaired_is_left_and_said(
 
 
 def test_the_plan_names_the_flags_that_are_missing(root: Path) -> None:
-    """--repair --dry-run says what a repair of a label set does and needs; nothing is written."""
+    """--repair --dry-run shows what a label set's repair does and needs, and writes nothing."""
     flip(root / SHARD)
     before = tree(root)
     output = " ".join(run("verify", root, "--repair", "--dry-run").output.split())
@@ -196,7 +190,7 @@ def test_the_plan_names_the_flags_that_are_missing(root: Path) -> None:
 
 
 def test_a_label_set_that_is_being_written_is_not_repaired(root: Path, interpreter: Path) -> None:
-    """The repair takes the locks of label sets, and names one that another process holds."""
+    """A repair skips a label set whose lock another process holds, and names the set."""
     with FolderLock(root / SET):
         result, _ = repair(root, "--interpreter", interpreter)
     assert result.exit_code == 1
@@ -208,9 +202,7 @@ def test_a_label_set_that_is_being_written_is_not_repaired(root: Path, interpret
 def test_a_label_set_of_a_newer_format_is_named_and_the_cache_verified(
     root: Path, interpreter: Path
 ) -> None:
-    """It has one line and exit code 5; damage of the cache or of another set is still found, with
-    exit code 3.
-    """
+    """A newer label set gives exit code 5, and damage elsewhere is found with exit code 3."""
     shutil.copytree(root / SET, root / "labels" / "newer")
     path = root / "labels" / "newer" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))

@@ -25,7 +25,7 @@ def run(*arguments: object) -> Result:
 
 
 def test_each_verdict_has_its_exit_code(tiny_copy: Path, tmp_path: Path) -> None:
-    """0 good, 3 damaged, 4 unfinished, 5 no or a newer cache, 2 wrong usage, 1 other failures."""
+    """Exit codes: 0 good, 2 usage, 3 damaged, 4 unfinished, 5 not readable, 1 other failures."""
     assert run(tiny_copy).exit_code == 0
     flip(tiny_copy / SHARD)
     assert run(tiny_copy).exit_code == 3
@@ -62,7 +62,7 @@ def test_damage_is_told_by_file_sample_and_remedy(tiny_copy: Path) -> None:
 
 
 def test_many_damages_are_cut_short(tiny_copy: Path) -> None:
-    """The terminal shows twenty damaged files and counts the rest."""
+    """The terminal shows twenty damaged files and the number of the others."""
     for path in (tiny_copy / "data.zarr").rglob("zarr.json"):
         path.unlink()
     count = sum(
@@ -75,7 +75,7 @@ def test_many_damages_are_cut_short(tiny_copy: Path) -> None:
 
 
 def test_json_is_json_and_nothing_else(tiny_copy: Path) -> None:
-    """Standard output is JSON: each damage with shard, array, rows, keys, views; unnamed files."""
+    """Stdout is pure JSON with shard, array, rows, keys and views of each damage."""
     flip(tiny_copy / SHARD)
     (tiny_copy / "notes.txt").write_text("mine")
     result = run(tiny_copy, "--json", "--repair", "--dry-run")
@@ -96,9 +96,7 @@ def test_json_is_json_and_nothing_else(tiny_copy: Path) -> None:
 
 
 def test_a_sample_is_called_one(tiny_copy: Path) -> None:
-    """With --fraction the text says that a sample was checked and of how many files; --seed
-    chooses.
-    """
+    """With --fraction the text states the number of checked files, which --seed selects."""
     output = run(tiny_copy, "--fraction", 0.05, "--seed", 4).output
     assert "A SAMPLE: 3 of 9 shard files" in output
     report = json.loads(run(tiny_copy, "--fraction", 0.4, "--json").stdout)
@@ -106,9 +104,7 @@ def test_a_sample_is_called_one(tiny_copy: Path) -> None:
 
 
 def test_the_plan_of_a_repair_writes_nothing(tiny_copy: Path) -> None:
-    """--repair --dry-run says, file by file, what a repair does or why it cannot, and writes
-    nothing.
-    """
+    """--repair --dry-run shows per file the repair or its obstacle, and writes nothing."""
     flip(tiny_copy / SHARD)
     (tiny_copy / "data.zarr" / "zarr.json").unlink()
     flip(tiny_copy / "samples.parquet")
@@ -127,7 +123,7 @@ def test_the_plan_of_a_repair_writes_nothing(tiny_copy: Path) -> None:
 
 
 def test_a_repair_needs_images_and_teacher(tiny_copy: Path) -> None:
-    """--repair alone is refused with what is missing, and writes nothing."""
+    """--repair without images and teacher is refused with what is missing; nothing is written."""
     flip(tiny_copy / SHARD)
     before = tree(tiny_copy)
     needed = "needs {}images{} and {}teacher{} (features) or {}interpreter{} (labels)"
@@ -149,14 +145,14 @@ def test_a_dry_run_is_that_of_a_repair(tiny_copy: Path) -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 1.01, -0.01, 5, float("nan")])
 def test_a_fraction_is_a_share(tiny_cache: Path, fraction: float) -> None:
-    """Anything but a share over 0 and up to 1 is refused, naming the field or the flag."""
+    """A fraction outside (0, 1] is refused with the name of the field or of the flag."""
     with pytest.raises(ConfigError, match=r"fraction.* expected a"):
         verify(tiny_cache, VerifyOptions(fraction=fraction))
     assert "--fraction " in run(tiny_cache, "--fraction", fraction).stderr
 
 
 def test_a_newer_cache_is_one_line_on_stderr(tiny_copy: Path) -> None:
-    """The message of exit code 5 is one line on stderr."""
+    """A cache of a newer format gives one line on stderr."""
     (tiny_copy / "manifest.json").write_text('{"format":2}')
     result = run(tiny_copy)
     assert (result.exit_code, result.stdout) == (5, "")
