@@ -1,4 +1,4 @@
-"""Runs of `dtcache inspect`, its documentation, and damage to files."""
+"""Helpers that run `dtcache inspect`, read its documentation and damage files."""
 
 import re
 from pathlib import Path

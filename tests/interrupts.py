@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a stage."""
+"""Simulates Ctrl-C in the middle of a stage."""
 
 from types import ModuleType
 
@@ -6,10 +6,9 @@ import pytest
 
 
 def interrupt(patch: pytest.MonkeyPatch, module: ModuleType, name: str, call: int) -> list[int]:
-    """Let a function of a module raise KeyboardInterrupt in its `call`-th call, once, in place of
-    running.
+    """Make a function of a module raise KeyboardInterrupt once, in its `call`-th call.
 
-    Returns a list that grows by one a call.
+    Returns a list that grows by one per call.
     """
     real = getattr(module, name)
     calls: list[int] = []

@@ -1,4 +1,4 @@
-"""Class names by number: placeholders, agreement, and the warning of those that do not occur."""
+"""Class names by number: placeholders, agreement, and the warning of absent classes."""
 
 import pytest
 
@@ -25,12 +25,12 @@ from dtcache.class_names import numbered, same_classes, warn_of_absent
 def test_numbers_stand_for_the_same_classes_as_far_as_both_name_them(
     known: tuple[str, ...], classes: tuple[str, ...], same: bool
 ) -> None:
-    """Placeholders agree with any name; a list that ends earlier agrees as far as it goes."""
+    """Placeholders agree with any name, and a shorter list agrees if its names do."""
     assert same_classes(known, classes) is same
 
 
 def test_absent_classes_are_named_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """The first ten by number and name, never the one that is ignored; no line where all occur."""
+    """One line names the first ten absent classes, never the ignored one; no line if all occur."""
     warn_of_absent(numbered(16), [0, 2], 1, "pixel in the training masks")
     names = ", ".join(f"{n} (class {n})" for n in range(3, 13))
     assert capsys.readouterr().err == (

@@ -1,4 +1,4 @@
-"""The command line: help with an example for every verb, bounds, and one line an error."""
+"""The command line has help with examples, bounded options and one-line errors."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ from dtcache.options import (
 
 
 def verbs(group: click.Group, *above: str) -> dict[tuple[str, ...], click.Command]:
-    """Return every command by the words that call it, groups and their own commands alike."""
+    """Return every command by the words that call it, groups and subcommands alike."""
     found: dict[tuple[str, ...], click.Command] = {}
     for name, command in group.commands.items():
         found[(*above, name)] = command
@@ -40,7 +40,7 @@ VERBS = verbs(main)
 
 @pytest.mark.parametrize("words", sorted(VERBS), ids=" ".join)
 def test_every_verb_has_help_with_an_example(words: tuple[str, ...]) -> None:
-    """--help says what the verb does and shows a command that uses it, and every option is described."""
+    """--help has a summary and an example per verb, and describes every option."""
     result = CliRunner().invoke(main, [*words, "--help"])
     assert result.exit_code == 0
     assert f"dtcache {' '.join(words)}" in result.output.split("Example:")[1]
@@ -94,7 +94,7 @@ def test_the_verbs_are_the_documented_ones() -> None:
     ],
 )
 def test_options_have_bounds(make: object, message: str) -> None:
-    """Values that cannot work are refused with the name of the field."""
+    """Out-of-bounds values are refused with the name of the field."""
     with pytest.raises(ConfigError, match=message):
         make()
 
@@ -103,7 +103,7 @@ def test_options_have_bounds(make: object, message: str) -> None:
     "options", [ExtractOptions, LabelFitOptions, TeachOptions, TrainOptions, EvaluateOptions]
 )
 def test_no_option_is_infinite_or_no_number(options: type) -> None:
-    """Every option that is a number refuses nan and inf."""
+    """Every numeric option refuses nan and inf."""
     hints = typing.get_type_hints(options)
     names = [name for name, hint in hints.items() if float in (hint, *typing.get_args(hint))]
     assert names
@@ -117,13 +117,13 @@ def test_no_option_is_infinite_or_no_number(options: type) -> None:
     ("text", "size"), [("64", (64, 64)), ("128x256", (128, 256)), ("8X4", (8, 4))]
 )
 def test_sizes_are_height_by_width(text: str, size: tuple[int, int]) -> None:
-    """H is a square, HxW is rows by columns."""
+    """H is a square, and HxW is height by width."""
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "64x", "64x64x3", "-1", "6.4", "²", "999999"])
 def test_other_sizes_are_refused(text: str) -> None:
-    """Anything else is refused with the name of the field."""
+    """Any other size is refused with the name of the field."""
     with pytest.raises(
         ConfigError, match=r"`student_size` .*: expected H or HxW in pixels, such as 256 or 128x256"
     ):
@@ -132,7 +132,7 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "4,", "a", "0", "4;8", "²"])
 def test_other_lists_are_refused(text: str) -> None:
-    """Lists of strides are positive integers between commas."""
+    """A list of strides must be positive integers separated by commas."""
     assert parse_ints("4, 8", "taps") == (4, 8)
     with pytest.raises(
         ConfigError, match=r"`taps` .*: expected positive integers separated by commas"
@@ -141,13 +141,13 @@ def test_other_lists_are_refused(text: str) -> None:
 
 
 def test_taps_are_strides_or_names() -> None:
-    """A number is a stride, anything else a tap's own name."""
+    """A number is a stride; any other text is a tap's name."""
     assert parse_taps("4, stride8,block14") == ("stride4", "stride8", "block14")
 
 
 @pytest.mark.parametrize("text", ["", "4,", "Block1", "4;8", "²", "a/b"])
 def test_other_taps_are_refused(text: str) -> None:
-    """Names are lower-case letters and digits."""
+    """Tap names must be lower-case letters and digits."""
     with pytest.raises(
         ConfigError, match=r"`taps` .*: expected strides or names of taps separated by commas"
     ):
@@ -155,7 +155,7 @@ def test_other_taps_are_refused(text: str) -> None:
 
 
 def test_scenes_are_written_with_progress(tmp_path: Path) -> None:
-    """The verb writes images, masks and boxes, and says where."""
+    """The verb writes images, masks and boxes, and prints their number."""
     result = CliRunner().invoke(
         main, ["scenes", "--count", "5", "--size", "16", "--out", str(tmp_path / "s")]
     )
@@ -166,7 +166,7 @@ def test_scenes_are_written_with_progress(tmp_path: Path) -> None:
 
 
 def test_a_missing_cache_is_one_line(tmp_path: Path) -> None:
-    """inspect of something else says what was expected, and exits with 1."""
+    """Inspecting a folder that is not a cache prints one line and exits with 1."""
     result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
     assert result.exit_code == 1
     assert result.output.startswith(f"Error: {tmp_path} is not a cache: expected manifest.json")
@@ -174,9 +174,7 @@ def test_a_missing_cache_is_one_line(tmp_path: Path) -> None:
 
 
 def test_an_error_cannot_steer_the_terminal(tmp_path: Path) -> None:
-    """Caches and model folders bring names of their own: escape sequences in them are not passed
-    on.
-    """
+    """Escape sequences in names from caches or model folders do not reach the terminal."""
     result = CliRunner().invoke(main, ["inspect", str(tmp_path / "a\x1b[2Jb")])
     assert result.exit_code == 1
     assert "a\N{REPLACEMENT CHARACTER}[2Jb is not a cache" in result.output
@@ -198,9 +196,7 @@ def test_an_error_cannot_steer_the_terminal(tmp_path: Path) -> None:
 def test_only_verbs_that_resume_say_so(
     words: str, module: str, function: str, resumes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C ends with 130, and tells to run the command again where that goes on, also in a group
-    within.
-    """
+    """Ctrl-C exits with 130 and advises to run again only for verbs that resume."""
     interrupt(monkeypatch, importlib.import_module(module), function, 1)
     result = CliRunner().invoke(main, words.split())
     assert result.exit_code == 130

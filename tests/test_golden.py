@@ -1,6 +1,4 @@
-"""A cache that an earlier dtcache wrote reads for ever: its bytes lie in tests/golden and are never
-written anew.
-"""
+"""A cache of an earlier dtcache stays readable; its bytes in tests/golden are never rewritten."""
 
 from pathlib import Path
 
@@ -18,7 +16,7 @@ FORMATS = pytest.mark.parametrize(
 
 
 def expected(root: Path) -> dict[str, np.ndarray]:
-    """Return what the writer handed in and what its codec decoded."""
+    """Return the writer's payloads and the features that its codec decoded."""
     with np.load(root / "expected.npz") as arrays:
         return dict(arrays)
 
@@ -30,14 +28,14 @@ def pairs(rows: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_golden_cache_of_each_format_is_here() -> None:
-    """Format 1 has its golden cache, and all of them together stay small."""
+    """Format 1 has a golden cache, and all golden caches together stay small."""
     assert [path.name for path in sorted(GOLDEN.glob("format*"))] == ["format1"]
     assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) < 200_000
 
 
 @FORMATS
 def test_payloads_are_the_bytes_handed_in(root: Path) -> None:
-    """Every payload of every array is, byte for byte, the one that was written."""
+    """Every payload of every array equals the written one byte for byte."""
     cache = dtcache.open(root / "cache")
     wanted = expected(root)
     for name in cache.reader.manifest.arrays:
@@ -57,7 +55,7 @@ def test_payloads_are_the_bytes_handed_in(root: Path) -> None:
 
 @FORMATS
 def test_coefficients_are_those_that_were_encoded(root: Path) -> None:
-    """The kernels and a decoder of Python integers both give the quantiser's own output."""
+    """The kernels and a reference decoder both return the quantiser's output."""
     cache = dtcache.open(root / "cache")
     wanted = expected(root)
     for name in cache.names:
@@ -81,7 +79,7 @@ def test_coefficients_are_those_that_were_encoded(root: Path) -> None:
 
 @FORMATS
 def test_features_and_images_decode_to_what_they_did(root: Path) -> None:
-    """Decoded features are equal within the rounding of fp32 on another machine; images are equal."""
+    """Decoded images are equal, and decoded features are equal within fp32 rounding."""
     cache = dtcache.open(root / "cache")
     wanted = expected(root)
     rows = wanted["rows"]

@@ -119,14 +119,12 @@ def test_imports_go_only_downwards(module: str) -> None:
 
 
 def test_every_room_of_the_list_exists() -> None:
-    """A room that is listed holds a module: the list describes the repository."""
+    """Every room in the list has a module in the repository."""
     assert set(ROOMS) == {room_of(module) for module in MODULES}
 
 
 def test_no_import_circle() -> None:
-    """The modules can be put in an order in which each imports only earlier ones, inside packages
-    too.
-    """
+    """The import graph has no circle, inside packages too."""
     graph = dict(GRAPH)
     while ready := [module for module, imported in graph.items() if not imported & set(graph)]:
         for module in ready:
@@ -148,7 +146,7 @@ def test_no_import_circle() -> None:
 def test_a_library_is_imported_in_one_place_only(
     library: str, homes: str | tuple[str, ...]
 ) -> None:
-    """A library has one home: what replaces the library changes that home alone."""
+    """Each third-party library is imported in one place only, so that replacing it is local."""
     users = {
         p.relative_to(ROOT).as_posix()
         for p in SOURCES
@@ -180,7 +178,7 @@ except SystemExit as done:
     ],
 )
 def test_looking_loads_no_heavy_library(code: str, tmp_path: Path) -> None:
-    """--help, inspect and a whole verify, with the plan of a repair, run without torch, diffusers, timm or numba."""
+    """--help, inspect and verify with a repair plan load no torch, diffusers, timm or numba."""
     if code == "verify":
         root = write_cache(tmp_path / "cache", tiny_plan())
         (root / "shards.parquet").unlink()

@@ -6,7 +6,7 @@ from dtcache.optim import warmed_up_ema
 
 
 def test_the_average_forgets_the_starting_weights() -> None:
-    """Decays rise from a tenth to the limit: a short run's average is of trained weights."""
+    """The EMA's decay rises from a tenth to its limit, so that a short run forgets the start."""
     averaged = [torch.zeros(2)]
     expected = 0.0
     update = warmed_up_ema(0.9)

@@ -1,4 +1,4 @@
-"""Recipes: the fingerprints of caches that were written earlier hold when later fields come."""
+"""Fingerprints of earlier caches stay valid when recipes get new fields."""
 
 import json
 import re
@@ -24,7 +24,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden/format1/cache/manifest.json
 
 
 def golden_recipe() -> Recipe:
-    """The golden cache's recipe, as today's types hold it."""
+    """The golden cache's recipe in the current types."""
     recipe = dict(GOLDEN["recipe"])
     teacher = dict(recipe.pop("teacher"))
     taps = tuple(TapSpec(**tap) for tap in teacher.pop("taps"))
@@ -40,13 +40,13 @@ def golden_recipe() -> Recipe:
 
 
 def test_an_early_recipe_has_its_early_fingerprint() -> None:
-    """Fields that came later are None for it, and no part of its JSON."""
+    """An early recipe keeps its fingerprint, because later fields are None and absent in JSON."""
     assert golden_recipe().to_json() == GOLDEN["recipe"]
     assert golden_recipe().fingerprint == GOLDEN["fingerprint"]
 
 
 def absent(spec: type, place: str = "") -> list[str]:
-    """Return the dotted names of the fields, of a type and of those inside it, that JSON may lack."""
+    """Return the dotted names of the fields, nested ones included, that JSON may lack."""
     found = []
     for name, kind in get_type_hints(spec).items():
         default = next(f.default for f in fields(spec) if f.name == name)
@@ -58,7 +58,7 @@ def absent(spec: type, place: str = "") -> list[str]:
 
 
 def test_the_document_names_every_field_that_may_be_absent() -> None:
-    """docs/format.md lists exactly the fields of a recipe that are left out where they are None."""
+    """docs/format.md lists exactly the recipe fields that are omitted if they are None."""
     text = (Path(__file__).parents[1] / "docs/format.md").read_text()
     listed = text[text.index(" that caches may lack") : text.index("`recipe.teacher.taps` names")]
     assert {"threads", "teacher.compiled", "teacher.condition.number"} <= set(absent(Recipe))
@@ -66,9 +66,7 @@ def test_the_document_names_every_field_that_may_be_absent() -> None:
 
 
 def test_later_fields_are_part_of_the_fingerprint_where_they_say_something() -> None:
-    """Steps, ratios and measurements are in the JSON; a None without a default, as of float16,
-    always is.
-    """
+    """Later fields enter JSON and fingerprint if set; a None without a default always does."""
     recipe = golden_recipe()
     measured = Equivariance(
         images=8, flip={"t150/stride2": 0.5}, box=None, crop=None, crop_interior=None
@@ -103,6 +101,6 @@ def test_later_fields_are_part_of_the_fingerprint_where_they_say_something() -> 
 
 @pytest.mark.parametrize(("alpha_bar", "snr"), [(0.5, 1.0), (0.75, 3.0), (0.0, 0.0), (1.0, None)])
 def test_snr_is_signal_over_noise(alpha_bar: float, snr: float | None) -> None:
-    """Without noise there is no ratio, and JSON stays JSON."""
+    """The ratio is alpha_bar / (1 - alpha_bar), or None without noise, which JSON can hold."""
     assert signal_to_noise(alpha_bar) == snr
     assert canonical_json(signal_to_noise(alpha_bar))

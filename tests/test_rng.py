@@ -15,9 +15,7 @@ WHO = {"seed": 0, "key": "cat/1.png", "timestep": 150, "draw": 0, "flip": False}
 
 
 def test_noise_is_standard_normal() -> None:
-    """Mean, variance, fourth moment and neighbour correlation are a standard normal's within 5
-    standard errors.
-    """
+    """Moments and neighbour correlation are a standard normal's within 5 standard errors."""
     x = sample_noise((1000, 1000), **WHO).astype(np.float64).reshape(-1)
     se = 1 / np.sqrt(x.size)
     assert abs(x.mean()) < 5 * se
@@ -38,8 +36,7 @@ def test_noise_depends_on_every_field_of_its_key(field: dict[str, object]) -> No
 
 
 def test_noise_is_pinned() -> None:
-    """These values belong to the cache format: a cache that one version began resumes under
-    another.
+    """The noise values are part of the cache format, so a resume under another version is exact.
 
     The tolerance is one unit in the last place of fp32, since math libraries round logarithms and
     cosines differently.
@@ -50,9 +47,7 @@ def test_noise_is_pinned() -> None:
 
 
 def test_noise_matches_an_independent_box_muller() -> None:
-    """A scalar implementation with Python's `math` gives the same numbers from the same 64-bit
-    words.
-    """
+    """A scalar implementation with Python's `math` gives the same numbers from the same words."""
     name = b"0\0cat/1.png\x00150\x000\x000"
     words = np.random.Philox(
         key=int.from_bytes(hashlib.sha256(name).digest()[:16], "little")
@@ -70,11 +65,11 @@ def test_noise_matches_an_independent_box_muller() -> None:
 def test_permuted_is_the_order_of_every_cache_and_run_so_far() -> None:
     """The order is the one that NumPy gave when format 1 was defined.
 
-    NumPy guarantees the bits of Philox, but not what `Generator.permutation` makes of them. If this
-    test fails, a new NumPy has changed the shuffle. Then unfinished caches refuse to resume,
-    because their sample list is in another order, a resumed training run would repeat some samples
-    of its epoch and skip others, and recorded results can no longer be reproduced. Do not change
-    the numbers here: implement the old shuffle in `permuted`.
+    NumPy guarantees the bits of Philox, but not the result of `Generator.permutation`. If this test
+    fails, a new NumPy has changed the shuffle. Then unfinished caches refuse to resume, because
+    their sample list is in another order, a resumed training run would repeat some samples of its
+    epoch and skip others, and recorded results can no longer be reproduced. Do not change the
+    numbers here: implement the old shuffle in `permuted`.
     """
     assert permuted(12, seed=1, stream="rows").tolist() == [10, 3, 0, 11, 7, 4, 2, 9, 5, 8, 6, 1]
     assert permuted(12, seed=0, stream="epoch-0").tolist() == [1, 8, 6, 4, 5, 3, 7, 9, 2, 10, 11, 0]
@@ -102,9 +97,7 @@ def mixed(x: int) -> int:
 
 
 def test_splitmix_gives_its_published_numbers() -> None:
-    """A generator that starts at 1234567 gives the numbers that other implementations are tested
-    with.
-    """
+    """A generator that starts at 1234567 gives the published test numbers."""
     states = np.uint64(1234567) + np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     assert splitmix64(states).tolist() == [
         6457827717110365317,
@@ -114,9 +107,7 @@ def test_splitmix_gives_its_published_numbers() -> None:
 
 
 def test_uniforms_belong_to_the_row_and_the_step() -> None:
-    """Uniforms equal those of Python integers, in any batch, and change with seed, step, row and
-    column.
-    """
+    """Uniforms equal those of Python integers and depend only on seed, step, row and column."""
     uniforms = sample_uniforms(3, 17, np.array([9, 4]), 2)
     expected = mixed(mixed(mixed(mixed(3) ^ 17) ^ 4) ^ 1) >> 11
     assert uniforms[1, 1] == expected / 2**53
@@ -126,9 +117,7 @@ def test_uniforms_belong_to_the_row_and_the_step() -> None:
 
 
 def test_uniforms_are_uniform_and_independent() -> None:
-    """Mean, variance and correlation per column and across two steps are those of independent
-    uniforms.
-    """
+    """Mean, variance and correlation, per column and across two steps, are those of uniforms."""
     x = np.concatenate([sample_uniforms(0, step, ROWS, 4) for step in (0, 1)], 1)
     assert x.min() >= 0 and x.max() < 1
     np.testing.assert_allclose(x.mean(0), 0.5, atol=0.02)

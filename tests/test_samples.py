@@ -1,4 +1,4 @@
-"""Columns and sample lists read like the lists they stand for."""
+"""Columns and sample lists behave like the lists that they represent."""
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ LABELS = [number % 3 if number else None for number in range(20)]
 
 
 def columns(parts: int) -> tuple[Column[str], Column[int | None]]:
-    """Return keys and labels as Arrow arrays in so many parts."""
+    """Return keys and labels as Arrow arrays in `parts` chunks."""
     cuts = [slice(i * 20 // parts, (i + 1) * 20 // parts) for i in range(parts)]
     return (
         Column(pa.chunked_array([KEYS[cut] for cut in cuts], pa.string())),
@@ -23,7 +23,7 @@ def columns(parts: int) -> tuple[Column[str], Column[int | None]]:
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_column_reads_like_a_list(parts: int) -> None:
-    """Length, places from both ends, NumPy's integers, slices, order and search are a list's."""
+    """A column has a list's length, indexing, slices, order and search."""
     column, labels = columns(parts)
     assert (len(column), list(column), list(labels)) == (20, KEYS, LABELS)
     assert [column[i] for i in (0, 7, -1)] == [KEYS[i] for i in (0, 7, -1)]
@@ -36,7 +36,7 @@ def test_a_column_reads_like_a_list(parts: int) -> None:
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_sample_list_reads_like_a_list_of_samples(labelled: bool) -> None:
-    """Rows are the source's samples in the order of the indices; their hash is that of the list."""
+    """A sample list's rows follow its indices, and its hash is that of the equal list."""
     keys, labels = columns(2)
     order = np.random.default_rng(0).permutation(20)[:12]
     listed = SampleList(keys, labels if labelled else None, order)

@@ -1,4 +1,4 @@
-"""The tables of label distillation: what is paired with what, and when a goal counts as met."""
+"""The tables of label distillation pair results by seed and judge goals by intervals."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture
 def lines_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """The function that makes the tables of results by name."""
+    """A function that makes the tables from results by name."""
     monkeypatch.syspath_prepend(SCRIPTS)
     from labels_tables import experiment_lines
 
@@ -22,7 +22,7 @@ def lines_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 def test_differences_are_of_the_seeds_that_both_arms_have(
     lines_of: Callable[..., list[str]],
 ) -> None:
-    """An arm's mean is of its own seeds, its differences of common ones, its losses of the same."""
+    """An arm's mean uses all its seeds; differences use the seeds that both arms have."""
     found = lines_of(
         {
             "n40-seed0-random": {"miou": 10.0},
@@ -43,9 +43,7 @@ def test_differences_are_of_the_seeds_that_both_arms_have(
 def test_several_finetunings_of_a_start_count_by_their_mean(
     lines_of: Callable[..., list[str]],
 ) -> None:
-    """Intervals are over seeds: a second finetuning narrows its seed's difference, where both arms
-    have it.
-    """
+    """Several finetunings of one seed count by their mean, and intervals are taken over seeds."""
     found = lines_of(
         {
             "n40-seed0-random": {"miou": 10.0},
@@ -63,8 +61,7 @@ def test_several_finetunings_of_a_start_count_by_their_mean(
 
 
 def test_students_are_compared_by_their_own_heads_too(lines_of: Callable[..., list[str]]) -> None:
-    """What a student scores before it is finetuned has a column and a goal, and does not mix with
-    finetuned scores.
+    """The score before finetuning has its own column and goal.
 
     A student that is never finetuned has a row, too.
     """
@@ -103,7 +100,7 @@ def test_students_are_compared_by_their_own_heads_too(lines_of: Callable[..., li
 def test_a_goal_is_met_where_the_whole_interval_is(
     lines_of: Callable[..., list[str]], gains: tuple[float, ...], verdict: str
 ) -> None:
-    """Mixed over random, at least 5 points: an interval on both sides of it decides nothing."""
+    """A goal is met if the whole interval lies above it, and undecided if the interval spans it."""
     found = lines_of(
         {
             f"n20-seed{seed}-{arm}": {"miou": 30.0 + (gain if arm == "mixed" else 0.0)}
@@ -118,7 +115,7 @@ def test_a_goal_is_met_where_the_whole_interval_is(
 def test_other_images_than_scenes_are_reported_without_goals(
     lines_of: Callable[..., list[str]],
 ) -> None:
-    """Their differences stand there, and no verdict."""
+    """Results on other images than scenes show differences without a verdict."""
     found = lines_of(
         {"n40-seed0-random": {"miou": 30.0}, "n40-seed0-mixed": {"miou": 31.0}},
         "labels.py --name x --train TRAIN",
@@ -127,9 +124,7 @@ def test_other_images_than_scenes_are_reported_without_goals(
 
 
 def test_held_out_losses_are_paired(lines_of: Callable[..., list[str]]) -> None:
-    """What mixed students lose of labels is over students of labels, of features over students of
-    features.
-    """
+    """Mixed students' held-out label loss is compared with label students', mse with feature's."""
     losses = {"label": (None, 0.5), "mixed": (0.25, 0.625), "feature": (0.125, None)}
     found = lines_of(
         {

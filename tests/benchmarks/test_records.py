@@ -1,6 +1,4 @@
-"""Results say how they were made, and benchmarks take a recorded one only where its command is the
-one asked for.
-"""
+"""Results record their command, and a benchmark reuses a result only for the same command."""
 
 import json
 import re
@@ -30,7 +28,7 @@ TABLES = ("cached_vs_online", "labels", "student_vs_size")
 
 
 def documented() -> list[str]:
-    """Return the commands of these scripts that the documents name, on one line each."""
+    """Return the commands of these scripts in the documents, one line each."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     text = "\n".join(re.sub(r"\\\n\s*", "", page.read_text()) for page in pages)
     found = re.findall(r"`(python benchmarks/[^`]*)`", text) + re.findall(
@@ -42,7 +40,7 @@ def documented() -> list[str]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A function that runs a command of the documents on a copy of the committed results."""
+    """A function that runs a documented command on a copy of the committed results."""
     folder = tmp_path / "results"
     shutil.copytree(RESULTS, folder)
     monkeypatch.syspath_prepend(SCRIPTS)
@@ -58,7 +56,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_results_say_how_they_were_made() -> None:
-    """Every JSON file of results names the command, the machine and the commit that it is of."""
+    """Every JSON file of results names its command, machine and commit."""
     files = sorted(RESULTS.rglob("*.json"))
     assert files
     for path in files:
@@ -69,15 +67,13 @@ def test_results_say_how_they_were_made() -> None:
 
 
 def test_the_documents_name_commands() -> None:
-    """README and pages name a command of every script that has committed results."""
+    """README and pages name a command for every script with committed results."""
     assert {c.split(".py")[0] for c in documented()} >= {*SKIPPING} - {"labels"}
 
 
 @pytest.mark.parametrize("line", documented())
 def test_committed_results_are_those_of_the_documented_commands(line: str, run: Any) -> None:
-    """Every documented command accepts the committed records, and its tables are the committed
-    ones.
-    """
+    """Every documented command accepts the committed records and gives the committed tables."""
     folder = run(line)
     for made in folder.rglob("*.md"):
         assert made.read_text() == (RESULTS / made.relative_to(folder)).read_text()
@@ -105,16 +101,15 @@ EXPERIMENT = "--train TRAIN --test TEST --teacher TEACHER --timestep 20"
     ],
 )
 def test_results_of_other_flags_are_refused(line: str, message: str, run: Any) -> None:
-    """A flag that changes results stops the script, one that older records do not name too; tables
-    are not written.
-    """
+    """A flag that changes results stops the script before it writes tables."""
     with pytest.raises(SystemExit, match=message):
         run(f"{line} {EXPERIMENT}")
 
 
 def test_a_result_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A second call with the same command returns the first result; places, amounts and defaults do
-    not matter.
+    """A second call with the same command returns the first result without measuring.
+
+    Paths, amounts and default values do not count as differences.
     """
     monkeypatch.syspath_prepend(SCRIPTS)
     from records import Results

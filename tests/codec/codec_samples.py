@@ -1,6 +1,4 @@
-"""Fits and values for the codec's tests, and a second decoder written from the payload's
-specification.
-"""
+"""Fits and values for the codec's tests, and a reference decoder of the payload's specification."""
 
 import struct
 
@@ -31,15 +29,13 @@ def random_fit(count: int, seed: int, tables: int = 3, max_half: int = 20) -> Fi
 
 
 def coded_tables(fitted: FittedTap) -> NDArray[np.int64]:
-    """Return the table of each coefficient in coding order: by rising class, then by place."""
+    """Return the table of each coefficient in coding order: by rising class, then by position."""
     live = sorted((int(c), place) for place, c in enumerate(fitted.classes.reshape(-1)) if c != 255)
     return np.array([fitted.class_table[c] for c, _ in live], np.int64)
 
 
 def draw_values(fitted: FittedTap, seed: int, escape_values: bool = True) -> NDArray[np.int16]:
-    """Draw one sample's values from the fit's own tables; an escape becomes any value outside its
-    table.
-    """
+    """Draw one sample's values from the fit's tables; an escape gives a value outside its table."""
     rng = np.random.default_rng(seed)
     values = []
     for t in coded_tables(fitted):
@@ -51,8 +47,9 @@ def draw_values(fitted: FittedTap, seed: int, escape_values: bool = True) -> NDA
 
 
 def reference_decode(payload: bytes, fitted: FittedTap) -> tuple[list[int], float, float]:
-    """Decode with Python integers alone; return values, sigma and mu. Raises ValueError unless it
-    ends exactly.
+    """Decode with Python integers alone and return values, sigma and mu.
+
+    Raises ValueError unless decoding ends exactly at the payload's end.
     """
     sigma, mu, *states = struct.unpack_from("<ff4I", payload)
     rest = payload[24:]

@@ -1,4 +1,4 @@
-"""The fit against planted structure, and the fitted arrays against contradiction."""
+"""The fit recovers planted structure, and contradictory fitted arrays are refused."""
 
 from dataclasses import fields, replace
 
@@ -18,9 +18,7 @@ DEVIATIONS = np.array([3.0, 2.0, 1.4, 1.0, 0.7, 0.4])
 def planted(
     views: int, shares: np.ndarray, seed: int, size: int = 8
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (2, M, 6, H, W) features of a planted basis whose components change by `shares` from
-    draw to draw.
-    """
+    """Return (2, M, 6, H, W) features of a planted basis whose components differ by `shares`."""
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(rng.normal(size=(6, 6)))[0]
     signal, first, second = rng.normal(size=(3, views, 6, size, size)) * DEVIATIONS[:, None, None]
@@ -32,9 +30,7 @@ def planted(
 
 
 def test_pca_finds_a_planted_basis() -> None:
-    """PCA recovers planted directions by falling variance, up to sign, and fixes the sign by the
-    largest entry.
-    """
+    """PCA finds planted directions by falling variance; the largest entry fixes each sign."""
     whitened, basis = planted(96, np.zeros(6), seed=0)
     found = tap_statistics(whitened).basis.astype(np.float64)
     assert np.abs((found * basis).sum(0)).min() > 0.995
@@ -43,7 +39,7 @@ def test_pca_finds_a_planted_basis() -> None:
 
 
 def test_pca_of_one_view_is_the_identity_reordered() -> None:
-    """From one view the basis is a permutation of the identity, by falling channel variance."""
+    """With one view the basis is a permutation of the identity, by falling channel variance."""
     whitened, _ = planted(1, np.full(6, 0.2), seed=1)
     basis = tap_statistics(whitened).basis
     np.testing.assert_array_equal(np.sort(basis, axis=None), [0] * 30 + [1] * 6)
@@ -53,7 +49,7 @@ def test_pca_of_one_view_is_the_identity_reordered() -> None:
 
 
 def test_moments_are_numpys() -> None:
-    """Means are the features' own, and the bands' mean squares sum to the variance (Parseval)."""
+    """The means are NumPy's, and the bands' mean squares sum to the variance (Parseval)."""
     whitened, _ = planted(50, np.full(6, 0.3), seed=2)
     whitened = (whitened + np.arange(6, dtype=np.float16)[:, None, None]).astype(np.float16)
     found = tap_statistics(whitened)
@@ -67,9 +63,7 @@ def test_moments_are_numpys() -> None:
 
 
 def test_a_teacher_without_noise_is_fitted_on_one_draw() -> None:
-    """One draw gives the fit of two equal ones: no noise, and a step that is the same in every
-    band.
-    """
+    """One draw gives the same fit as two equal draws: no noise, and the same step in every band."""
     whitened, _ = planted(40, np.full(6, 0.4), seed=3)
     one = tap_statistics(whitened[:1])
     two = tap_statistics(np.stack([whitened[0], whitened[0]]))
@@ -88,7 +82,7 @@ def test_a_teacher_without_noise_is_fitted_on_one_draw() -> None:
 
 
 def test_noise_share_is_the_planted_one() -> None:
-    """The share of each component's variance that a second draw changes is found within 0.06."""
+    """The estimated noise share of each component is within 0.06 of the planted share."""
     shares = np.array([0.05, 0.2, 0.4, 0.6, 0.8, 1.0])
     whitened, _ = planted(96, shares, seed=3)
     found = tap_statistics(whitened).noise_share
@@ -97,7 +91,7 @@ def test_noise_share_is_the_planted_one() -> None:
 
 
 def test_a_smaller_step_gives_a_smaller_error() -> None:
-    """Error falls and payloads grow with every smaller step."""
+    """A smaller step gives a smaller error and larger payloads."""
     whitened, _ = planted(64, np.full(6, 0.3), seed=4)
     statistics = tap_statistics(whitened)
     x = torch.from_numpy(whitened[0].astype(np.float32))
@@ -114,9 +108,7 @@ def test_a_smaller_step_gives_a_smaller_error() -> None:
 
 
 def test_noisy_bands_get_wider_steps() -> None:
-    """A band's step is the global one over the share that the image determines, by half octaves, at
-    most 8 times.
-    """
+    """A band's step is the global step divided by its determined share, by at most 8."""
     shares = np.array([0.0, 0.0, 0.5, 0.75, 1.0, 1.0])
     whitened, _ = planted(96, shares, seed=5)
     fitted = quantised_fit(tap_statistics(whitened), 0.02)
@@ -126,7 +118,7 @@ def test_noisy_bands_get_wider_steps() -> None:
 
 
 def test_gains_undo_shrinkage_within_their_range() -> None:
-    """Every class's gain lies in [1, 2.5], and a fine step needs next to none."""
+    """Every class's gain lies in [1, 2.5], and a fine step needs a gain near 1."""
     whitened, _ = planted(64, np.full(6, 0.1), seed=6)
     statistics = tap_statistics(whitened)
     coarse, fine = (quantised_fit(statistics, step).class_gain for step in (3.0, 0.02))
@@ -136,9 +128,7 @@ def test_gains_undo_shrinkage_within_their_range() -> None:
 
 
 def test_a_fit_for_distortion_has_flat_steps_and_the_least_error() -> None:
-    """Every band has the one step whatever its noise, and scaling any class's gain by 5 % raises
-    the squared error.
-    """
+    """A fit for distortion has one step for all bands and gains of the least squared error."""
     whitened, _ = planted(64, np.array([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]), seed=11)
     fitted = quantised_fit(tap_statistics(whitened), 1.5, "distortion")
     assert len(fitted.class_step) > 3
@@ -155,9 +145,7 @@ def test_a_fit_for_distortion_has_flat_steps_and_the_least_error() -> None:
 
 @pytest.mark.parametrize("ratio", [4.0, 12.0])
 def test_solve_step_meets_a_target_in_real_payloads(ratio: float) -> None:
-    """The solved step's real payloads cost the target within 5 %, over two taps that share the
-    step.
-    """
+    """Over two taps that share the solved step, real payloads meet the target within 5 %."""
     taps = {
         "t1/stride1": planted(24, np.full(6, 0.3), seed=7)[0],
         "t1/stride2": planted(24, np.zeros(6), seed=8)[0],
@@ -190,9 +178,7 @@ def test_solve_step_meets_a_target_in_real_payloads(ratio: float) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("step", [0.3, 1.0])
 def test_determined_error_is_the_bias_given_the_image(share: float, step: float) -> None:
-    """It agrees with the error of what very many draws of the same images decode to in the mean,
-    over the signal.
-    """
+    """The determined error is the error of the mean decoded map of many draws, over the signal."""
     rng = np.random.default_rng(11)
     signal, *noise = (
         rng.normal(size=(3, 600, 1, 4, 4))
@@ -213,7 +199,7 @@ def test_determined_error_is_the_bias_given_the_image(share: float, step: float)
 
 
 def test_half_fits_cost_what_float16_costs() -> None:
-    """Features that stay float16 have no step, no error, and the size of their padded payloads."""
+    """Float16 features have no step, no error and the size of their padded payloads."""
     statistics = {"t1/stride1": tap_statistics(planted(8, np.zeros(6), seed=12)[0])}
     solved = half_fits(statistics)
     assert (solved.step, solved.determined_error) == (None, {"t1/stride1": 0.0})
@@ -222,9 +208,7 @@ def test_half_fits_cost_what_float16_costs() -> None:
 
 
 def test_solve_step_returns_the_coarsest_for_an_impossible_target() -> None:
-    """Where even the coarsest step costs more than the target, that step comes back with its true
-    cost.
-    """
+    """For an impossible target, the coarsest step is returned with its true cost."""
     statistics = {"t1/stride1": tap_statistics(planted(8, np.zeros(6), seed=9)[0])}
     solved = solve_step(statistics, lambda fit: 100.0 + len(fit["t1/stride1"].live), 1.0)
     assert solved.bytes_per_view == 100.0
@@ -272,7 +256,7 @@ CONTRADICTIONS = {
 
 @pytest.mark.parametrize("what", CONTRADICTIONS)
 def test_contradicting_arrays_are_refused(what: str) -> None:
-    """Arrays that a decoder could not rely on raise CodecError before any payload is read."""
+    """Arrays that contradict each other raise CodecError before any payload is read."""
     with pytest.raises(
         CodecError, match=r"codec arrays contradict each other; the cache is damaged"
     ):
@@ -281,9 +265,7 @@ def test_contradicting_arrays_are_refused(what: str) -> None:
 
 @pytest.mark.parametrize("field", [f.name for f in fields(FittedTap)])
 def test_arrays_of_another_type_are_refused(field: str) -> None:
-    """Each array has one type, byte order and number of axes: with others, compiled decoders would
-    read elsewhere.
-    """
+    """Arrays of another dtype, byte order or number of axes than specified are refused."""
     arrays = random_fit(5, 0).arrays()
     array = arrays[field]
     others = [
@@ -298,9 +280,7 @@ def test_arrays_of_another_type_are_refused(field: str) -> None:
 
 
 def test_fit_hash_covers_every_array() -> None:
-    """Changing one entry, the dtype's reading or the tap's name changes the hash; equal copies do
-    not.
-    """
+    """The hash changes with any entry, dtype or tap name, and equal copies have equal hashes."""
     fitted = random_fit(20, 4)
     hashes = {sha256_fit({"t1/stride1": fitted}), sha256_fit({"t1/stride2": fitted})}
     assert len(hashes) == 2

@@ -1,6 +1,4 @@
-"""The float16 codec: exact to float16, plain bytes, and refused where they cannot be what was
-written.
-"""
+"""The float16 codec is exact to float16, and payloads that it cannot have written are refused."""
 
 import numpy as np
 import pytest
@@ -24,16 +22,14 @@ def fit() -> dict[str, HalfTap]:
 
 
 def raw_maps(count: int, seed: int) -> torch.Tensor:
-    """Return raw features of no particular scale."""
+    """Return raw features with arbitrary scale."""
     return torch.from_numpy(
         np.random.default_rng(seed).normal(3, 7, (count, *SHAPE)).astype(np.float32)
     )
 
 
 def test_features_come_back_as_float16_of_the_whitened_map() -> None:
-    """Encoding and decoding is exactly NumPy's float16 of the whitened feature, and the scalars are
-    exact.
-    """
+    """Decoding returns NumPy's float16 of the whitened feature and the exact scalars."""
     raw = raw_maps(5, 0)
     encoded = FeatureEncoder(fit(), torch.device("cpu")).encode(TAP, raw)
     values, scalars = HostDecoder(fit()).decode(TAP, pack([v.payload for v in encoded]))
@@ -46,7 +42,7 @@ def test_features_come_back_as_float16_of_the_whitened_map() -> None:
 
 
 def test_the_payload_is_scalars_low_bytes_high_bytes() -> None:
-    """The bytes are those of docs/format.md, written here with NumPy alone."""
+    """The payload's bytes are those of docs/format.md, written here with NumPy alone."""
     values = np.arange(-3, 69).astype(np.float16)
     low = values.view(np.uint16) & 255
     high = values.view(np.uint16) >> 8
@@ -59,7 +55,7 @@ def test_the_payload_is_scalars_low_bytes_high_bytes() -> None:
 
 
 def test_error_and_energy_are_numpys() -> None:
-    """The reported error is that of rounding, the energy that about the channel means."""
+    """The reported error is the rounding error; the energy is taken about the channel means."""
     raw = raw_maps(4, 1)
     encoded = FeatureEncoder(fit(), torch.device("cpu")).encode(TAP, raw)
     x = whiten(raw)[0].numpy().astype(np.float64)
@@ -72,7 +68,7 @@ def test_error_and_energy_are_numpys() -> None:
 
 
 def test_short_payloads_are_refused() -> None:
-    """Payloads that cannot hold the values raise CodecError before anything is read."""
+    """A payload too short for its values raises CodecError before anything is read."""
     with pytest.raises(
         PayloadError, match="a payload has 40 bytes, too short for 72 float16 values"
     ) as caught:
@@ -81,7 +77,7 @@ def test_short_payloads_are_refused() -> None:
 
 
 def test_a_grid_that_contradicts_itself_is_refused() -> None:
-    """An empty grid, a mean that is no vector, and arrays of other types are damage."""
+    """An empty grid, a mean that is not a vector and arrays of other types are refused."""
     with pytest.raises(CodecError, match="arrays contradict each other"):
         HalfTap(mean=np.zeros(3, np.float16), grid=np.array([4, 0], np.int32))
     with pytest.raises(CodecError, match="arrays contradict each other"):
@@ -92,7 +88,7 @@ def test_a_grid_that_contradicts_itself_is_refused() -> None:
 
 
 def test_the_hash_covers_mean_and_grid() -> None:
-    """Another mean or another grid of as many positions is another fit."""
+    """The fit's hash changes with the mean and with another grid of equally many positions."""
     mean = np.zeros(3, np.float16)
     grid = np.array([4, 6], np.int32)
     taps = [

@@ -1,4 +1,4 @@
-"""Whitening, transforms and quantiser against torch, SciPy and float64 NumPy."""
+"""Whitening, transforms and quantiser agree with torch, SciPy and float64 NumPy."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from dtcache.whitening import WHITEN_EPS, whiten
 
 
 def features(count: int, shape: tuple[int, int, int], seed: int) -> np.ndarray:
-    """Return random maps whose channels have unequal variance and are correlated."""
+    """Return random maps with correlated channels of unequal variance."""
     rng = np.random.default_rng(seed)
     channels = shape[0]
     mixing = rng.normal(size=(channels, channels)) * 2.0 ** (-np.arange(channels) / 2)
@@ -62,7 +62,7 @@ def test_dct_matrix_is_scipys_and_orthonormal(size: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_whiten_is_layer_norm(dtype: torch.dtype) -> None:
-    """Whitening is non-affine LayerNorm over (C, H, W) in fp32, and its two scalars undo it."""
+    """Whitening is non-affine LayerNorm over (C, H, W) in fp32, and its two scalars invert it."""
     raw = torch.from_numpy(features(5, (6, 4, 8), 0) * 7 + 30).to(dtype)
     found, mu, sigma = whiten(raw)
     wanted = torch.nn.functional.layer_norm(raw.float(), (6, 4, 8), eps=WHITEN_EPS)
@@ -75,14 +75,14 @@ def test_whiten_is_layer_norm(dtype: torch.dtype) -> None:
 
 
 def test_whiten_of_a_constant_map_is_zero() -> None:
-    """A map without variance becomes zeros, never NaN."""
+    """Whitening a constant map gives zeros, never NaN."""
     found, mu, _ = whiten(torch.full((2, 3, 4, 4), 5.0))
     assert not found.any()
     assert mu.tolist() == [5.0, 5.0]
 
 
 def test_quantise_is_odd_and_clamped() -> None:
-    """Values are rounded with offset 0.42 towards zero, symmetrically, and stay within +-32767."""
+    """The quantiser rounds with offset 0.42 towards zero, is odd, and clamps to +-32767."""
     x = torch.tensor([0.0, 0.57, 0.59, 1.57, 1.59, 1e9])
     assert quantise(x, torch.tensor(1.0)).tolist() == [0, 0, 1, 1, 2, 32767]
     assert quantise(-x, torch.tensor(1.0)).tolist() == [0, 0, -1, -1, -2, -32767]
@@ -92,7 +92,7 @@ def test_quantise_is_odd_and_clamped() -> None:
 @pytest.mark.parametrize("shape", [(6, 4, 4), (5, 8, 4), (3, 1, 1)])
 @pytest.mark.parametrize("step", [0.3, 1.0])
 def test_decoder_is_the_float64_computation(shape: tuple[int, int, int], step: float) -> None:
-    """The decoder's matrix products equal SciPy's inverse DCT and the PCA expansion in float64."""
+    """The decoder equals SciPy's inverse DCT and the PCA expansion in float64."""
     fitted = fitted_tap(shape, step)
     values = np.random.default_rng(0).integers(-40, 41, (7, len(fitted.live))).astype(np.int16)
     found = Decoder(fitted)(torch.from_numpy(values))
@@ -102,10 +102,10 @@ def test_decoder_is_the_float64_computation(shape: tuple[int, int, int], step: f
 
 @pytest.mark.parametrize("step", [0.05, 0.3, 1.0, 3.0])
 def test_encoder_reports_the_decoders_error(step: float) -> None:
-    """The reported error is the decoded map's within 1e-3 at D > 0.1, and always within 5e-4 of the
-    energy.
+    """The reported error is the decoded map's within 1e-3 at D > 0.1 and 5e-4 of the energy.
 
-    It is taken on coefficients, as if the basis were orthonormal: in fp16 it is so to 2^-11.
+    The error is computed on coefficients, as if the basis were orthonormal. In fp16 the basis is
+    orthonormal to 2^-11.
     """
     fitted = fitted_tap((6, 8, 8), step)
     x = whiten(torch.from_numpy(features(12, (6, 8, 8), 5)))[0]
@@ -138,7 +138,7 @@ def test_decoder_is_fp32_under_autocast() -> None:
 
 
 def test_a_tap_without_live_coefficients_decodes_to_its_mean() -> None:
-    """Where a coarse step drops every band, encoding and decoding work and give the channel means."""
+    """A tap whose bands are all dropped decodes to its channel means."""
     fitted = fitted_tap((4, 4, 4), 64.0)
     assert len(fitted.live) == 0
     raw = torch.from_numpy(features(3, (4, 4, 4), 2))
@@ -152,9 +152,7 @@ def test_a_tap_without_live_coefficients_decodes_to_its_mean() -> None:
 
 
 def test_feature_encoder_to_feature_decoder() -> None:
-    """Raw features of two taps come back through payloads within the error that the encoder
-    reported.
-    """
+    """Raw features of two taps decode from payloads within the error that the encoder reports."""
     fit = {
         "t1/stride2": fitted_tap((4, 8, 8), 0.2),
         "t1/stride4": fitted_tap((6, 4, 4), 0.2, seed=3),
@@ -176,7 +174,7 @@ def test_feature_encoder_to_feature_decoder() -> None:
 
 
 def test_several_draws_are_coded_as_their_mean() -> None:
-    """The payload is that of the mean whitened map, its scalars the means of the draws' own."""
+    """Several draws give the payload of their mean whitened map and the means of their scalars."""
     fit = {"t1/stride4": fitted_tap((6, 4, 4), 0.1)}
     encoder = FeatureEncoder(fit, torch.device("cpu"))
     host = HostDecoder(fit)
@@ -196,7 +194,7 @@ def test_several_draws_are_coded_as_their_mean() -> None:
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_a_map_that_is_not_finite_has_no_payload(wrong: float) -> None:
-    """One wrong number empties its own sample's payload and leaves the others' bytes as they were."""
+    """A non-finite value empties its own sample's payload and changes no other payload."""
     fit = {"t1/stride4": fitted_tap((6, 4, 4), 0.3)}
     encoder = FeatureEncoder(fit, torch.device("cpu"))
     raw = torch.from_numpy(features(3, (6, 4, 4), 4))
@@ -208,7 +206,7 @@ def test_a_map_that_is_not_finite_has_no_payload(wrong: float) -> None:
 
 
 def test_live_is_class_order() -> None:
-    """Coefficients are coded by rising class, then by place; dropped ones never."""
+    """Coefficients are coded by rising class, then by position; dropped ones are not coded."""
     fitted = random_fit(30, 0)
     classes = fitted.classes.copy()
     classes[0, 0, [4, 17]] = 255

@@ -1,4 +1,4 @@
-"""The entropy coder against a second decoder written from its specification, and against damage."""
+"""The entropy coder agrees with a reference decoder and detects damaged payloads."""
 
 import math
 from dataclasses import replace
@@ -13,22 +13,18 @@ from dtcache.payloads import Payloads, pack
 
 
 def padded(*payloads: bytes, length: int) -> Payloads:
-    """Return payloads as the store serves those of frames that it does not know: padded with zeros
-    to one length.
-    """
+    """Return payloads padded with zeros to one length, as the store does for general frames."""
     return pack([p.ljust(length, b"\0") for p in payloads])
 
 
 def encoded(fitted: FittedTap, values: np.ndarray, mu: float = -0.5, sigma: float = 1.25) -> bytes:
-    """Encode one sample within the fit's own bound."""
+    """Encode one sample within the fit's bound."""
     return fitted.payload_coder().pack(values, mu, sigma)
 
 
 @pytest.mark.parametrize("count", [*range(10), 63, 500])
 def test_round_trip_on_random_tables(count: int) -> None:
-    """Any number of coefficients, escapes included, decodes to itself beside exact scalars, in a
-    batch of payloads.
-    """
+    """Any number of coefficients, escapes included, round-trips with exact scalars in a batch."""
     for seed in range(6):
         fitted = random_fit(count, seed)
         values = np.stack([draw_values(fitted, 100 * seed + i) for i in range(3)]).reshape(3, count)
@@ -43,9 +39,7 @@ def test_round_trip_on_random_tables(count: int) -> None:
 
 @pytest.mark.parametrize("count", [*range(10), 200])
 def test_reference_decoder_reads_the_same(count: int) -> None:
-    """A decoder of Python integers, written from the documented layout, reads what the numba
-    encoder wrote.
-    """
+    """A reference decoder in Python integers reads what the numba encoder wrote."""
     for seed in range(4):
         fitted = random_fit(count, 50 + seed)
         values = draw_values(fitted, seed)
@@ -57,9 +51,7 @@ def test_reference_decoder_reads_the_same(count: int) -> None:
 @pytest.mark.parametrize("max_half", [1, 127])
 @pytest.mark.parametrize("count", [0, 1, 5, 400, 5000])
 def test_extremes_stay_within_the_bound(count: int, max_half: int) -> None:
-    """Payloads of nothing but the dearest symbols or +-32767 round-trip and never exceed
-    payload_bound.
-    """
+    """Payloads of the costliest symbols or of +-32767 round-trip and stay within payload_bound."""
     fitted = random_fit(count, 3 * count + max_half, tables=2, max_half=max_half)
     coder = fitted.payload_coder()
     roomy = replace(coder, bound=4 * fitted.payload_bound)
@@ -91,7 +83,7 @@ def test_extremes_stay_within_the_bound(count: int, max_half: int) -> None:
 
 
 def test_bound_is_whole_aligned_words() -> None:
-    """payload_bound is a multiple of 16 that counts live coefficients alone."""
+    """payload_bound is a multiple of 16 that depends only on the number of live coefficients."""
     for count in range(40):
         fitted = random_fit(count, count)
         assert fitted.payload_bound % 16 == 0
@@ -100,7 +92,7 @@ def test_bound_is_whole_aligned_words() -> None:
 
 @pytest.mark.parametrize("count", [0, 7, 300, 4000])
 def test_size_is_the_cross_entropy(count: int) -> None:
-    """Past its header and escapes, a payload is within 2 % + 16 bytes of the tables' cross-entropy."""
+    """Without header and escapes, a payload is within 2 % + 16 bytes of the cross-entropy."""
     for seed in range(3):
         fitted = random_fit(count, 7 + seed)
         values = draw_values(fitted, seed)
@@ -116,11 +108,10 @@ def test_size_is_the_cross_entropy(count: int) -> None:
 
 
 def test_flipped_bits_of_states_and_words() -> None:
-    """A flipped bit of states or words raises CodecError, but for < 2 % that turn a symbol into one
-    of equal frequency.
+    """A flipped bit of states or words raises CodecError, with under 2 % exceptions.
 
-    Two symbols of one frequency lead to one next state: the coder alone cannot tell; the store's
-    crc32c does.
+    The exceptions turn a symbol into another of equal frequency. Both lead to the same next state,
+    so only the store's crc32c detects them.
     """
     flips = 0
     missed = 0
@@ -152,9 +143,7 @@ def test_flipped_bits_of_states_and_words() -> None:
 
 
 def test_flipped_scalars_and_escapes_are_not_the_coders_to_find() -> None:
-    """A flipped bit of sigma or of an escaped value decodes to another number: only the store's
-    crc32c finds it.
-    """
+    """A flipped bit of sigma or of an escape decodes to another number; only crc32c detects it."""
     fitted = random_fit(40, 5)
     values = draw_values(fitted, 1, escape_values=False)
     values[30] = 0x5A5A
@@ -169,7 +158,7 @@ def test_flipped_scalars_and_escapes_are_not_the_coders_to_find() -> None:
 
 
 def test_truncated_payloads_raise() -> None:
-    """A payload cut short anywhere past its header, padded with zeros or bare, raises CodecError."""
+    """A payload cut anywhere past its header, zero-padded or not, raises CodecError."""
     for seed in range(4):
         fitted = random_fit(60, 300 + seed)
         coder = fitted.payload_coder()
@@ -187,9 +176,7 @@ def test_truncated_payloads_raise() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 4, 100])
 def test_all_zero_payload_raises(count: int) -> None:
-    """The empty payload of a failed row is never mistaken for features; the message names its place
-    in the batch.
-    """
+    """An all-zero payload raises with its position in the batch and never decodes to features."""
     fitted = random_fit(count, count)
     good = encoded(fitted, draw_values(fitted, 0))
     with pytest.raises(
@@ -201,7 +188,7 @@ def test_all_zero_payload_raises(count: int) -> None:
 
 
 def test_any_number_of_escapes_round_trips() -> None:
-    """A sample whose every value is an escape, more of them than 16 bits count, decodes to itself."""
+    """A sample of escapes only, more than 16 bits can count, round-trips."""
     fitted = random_fit(70_000, 2)
     values = np.where(np.arange(70_000) % 2, 30_000, -30_000).astype(np.int16)
     rows = padded(encoded(fitted, values), length=fitted.payload_bound)
@@ -209,9 +196,7 @@ def test_any_number_of_escapes_round_trips() -> None:
 
 
 def test_payloads_too_short_for_the_states_are_refused() -> None:
-    """Payloads of fewer than 24 bytes are refused by their place in the batch before a word is
-    read.
-    """
+    """A payload under 24 bytes is refused with its batch position before a word is read."""
     fitted = random_fit(3, 0)
     good = encoded(fitted, draw_values(fitted, 0))
     for size in (0, 2, 22):
@@ -221,16 +206,14 @@ def test_payloads_too_short_for_the_states_are_refused() -> None:
 
 
 def test_an_empty_batch_decodes_to_nothing() -> None:
-    """No payloads give no coefficients."""
+    """An empty batch decodes to no coefficients."""
     found, scalars = random_fit(3, 0).payload_coder().unpack(pack([]))
     assert (found.shape, scalars.shape) == ((0, 3), (0, 2))
 
 
 @pytest.mark.parametrize("wrong", range(5))
 def test_the_bad_one_of_a_batch_is_named(wrong: int) -> None:
-    """Payloads are decoded two by two; the place that the message gives is that of the one damaged
-    payload.
-    """
+    """The error has the batch position of the damaged payload, also when two decode together."""
     fitted = random_fit(80, 4)
     payloads = [encoded(fitted, draw_values(fitted, i, escape_values=False)) for i in range(5)]
     payloads[wrong] = payloads[wrong][:-2]
@@ -240,7 +223,7 @@ def test_the_bad_one_of_a_batch_is_named(wrong: int) -> None:
 
 
 def test_random_bytes_never_decode() -> None:
-    """Noise in place of a payload raises CodecError."""
+    """Random bytes in place of a payload raise CodecError."""
     fitted = random_fit(100, 1)
     noise = np.random.default_rng(0).integers(0, 256, (200, fitted.payload_bound), np.uint8)
     for row in noise:
@@ -249,7 +232,7 @@ def test_random_bytes_never_decode() -> None:
 
 
 def test_a_tap_without_live_coefficients_round_trips() -> None:
-    """Where the step drops every band and no table is left, a payload is its scalars alone."""
+    """If the step drops every band, a payload consists of its scalars alone and round-trips."""
     fitted = FittedTap(
         basis=np.zeros((3, 0), np.float16),
         mean=np.zeros(3, np.float16),

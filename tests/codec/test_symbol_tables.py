@@ -1,4 +1,4 @@
-"""Probability tables: their sums, their floors, and the classes that choose them."""
+"""Probability tables have the right sums and floors, and variance classes select them."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,7 @@ from dtcache.codec.symbol_tables import DEAD_RATIO, fit_tables, normalise, varia
 
 
 def test_normalise_sums_to_2048_with_no_zero() -> None:
-    """Whatever the counts, frequencies sum to 2048, none is 0, and none is further than 1 + its
-    share from exact.
-    """
+    """Frequencies sum to 2048, none is 0, and each is within 1 of its exact value."""
     for seed in range(300):
         rng = np.random.default_rng(seed)
         counts = rng.gamma(rng.uniform(0.01, 2), size=int(rng.integers(1, 257))) + 1e-12
@@ -22,16 +20,14 @@ def test_normalise_sums_to_2048_with_no_zero() -> None:
 
 
 def test_normalise_keeps_the_order_of_counts() -> None:
-    """A symbol seen more often never gets a lower frequency than one seen less often."""
+    """A symbol with a higher count never gets a lower frequency."""
     for seed in range(50):
         counts = np.sort(np.random.default_rng(seed).gamma(0.5, size=40)) + 1e-9
         assert (np.diff(normalise(counts).astype(int)) >= 0).all()
 
 
 def test_variance_class_is_monotone() -> None:
-    """The class never falls as the ratio grows, covers -1..20, and is -1 exactly under the dead
-    ratio asked for.
-    """
+    """The class never falls as the ratio grows, covers -1..20, and is -1 below the dead ratio."""
     ratio = np.geomspace(1e-12, 1e6, 4001)
     found = variance_class(ratio)
     assert (np.diff(found) >= 0).all()
@@ -42,15 +38,13 @@ def test_variance_class_is_monotone() -> None:
 
 
 def test_variance_class_is_half_octaves() -> None:
-    """Class 4 is a deviation of one step, and every factor of sqrt(2) is one class more."""
+    """Class 4 is a deviation of one step, and each factor of sqrt(2) adds one class."""
     np.testing.assert_array_equal(variance_class(2.0 ** (np.arange(-4, 17) / 2)), np.arange(21))
 
 
 @pytest.mark.parametrize("kind", [0, 4, 10, 20])
 def test_fit_tables_follow_what_was_seen(kind: int) -> None:
-    """A table learns the frequencies of many values within 2 %, keeps an escape, and pads the rest
-    with zeros.
-    """
+    """A table learns observed frequencies within 2 %, keeps an escape and is zero elsewhere."""
     rng = np.random.default_rng(kind)
     deviation = 2.0 ** ((kind - 4) / 2)
     values = (

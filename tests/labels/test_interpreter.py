@@ -1,4 +1,4 @@
-"""The interpreter's shapes, its folder, and what features it refuses."""
+"""The interpreter's shapes, its saved folder and the features that it refuses."""
 
 import json
 from dataclasses import replace
@@ -57,7 +57,7 @@ def maps(count: int = 2) -> dict[str, torch.Tensor]:
 def test_logits_lie_on_the_finest_grid_or_that_of_stride_4(
     shapes: Any, grid: tuple[int, int]
 ) -> None:
-    """A coarser teacher's are upsampled, a finer one's are not thrown away."""
+    """Logits lie on the teacher's finest grid or on that of stride 4, whichever is finer."""
     assert logit_grid(shapes, VIEW) == grid
     network = FeatureInterpreter(shapes, 3, width=32, grid=grid)
     assert network({name: torch.randn(1, *shape) for name, shape in shapes.items()}).shape == (
@@ -68,9 +68,7 @@ def test_logits_lie_on_the_finest_grid_or_that_of_stride_4(
 
 
 def test_every_map_and_the_image_alone_decide_an_images_logits() -> None:
-    """Each map matters, other images of the batch do not, and the pooled head gives one vector an
-    image.
-    """
+    """An image's logits depend on each of its maps and on no other image of the batch."""
     network = SPEC.build().eval()
     x = maps()
     whole = network(x)
@@ -82,13 +80,13 @@ def test_every_map_and_the_image_alone_decide_an_images_logits() -> None:
 
 
 def test_a_width_that_its_groups_do_not_divide_is_refused() -> None:
-    """GroupNorm has 32 groups."""
+    """A width that is not a multiple of GroupNorm's 32 groups is refused."""
     with pytest.raises(ConfigError, match=r"`width` 48: expected a multiple of 32"):
         replace(SPEC, width=48).build()
 
 
 def test_a_folder_gives_the_same_interpreter_back(tmp_path: Path) -> None:
-    """Weights and configuration survive, and the outputs with them."""
+    """A saved and loaded interpreter has the same configuration and the same outputs."""
     network = SPEC.build().eval()
     save_interpreter(network, SPEC, tmp_path)
     found = load_interpreter(tmp_path)
@@ -131,9 +129,7 @@ def test_a_folder_gives_the_same_interpreter_back(tmp_path: Path) -> None:
     ],
 )
 def test_a_folder_that_was_changed_is_refused(tmp_path: Path, change: Json, message: str) -> None:
-    """One line says which part is not as it was written; no memory is taken for what the file does
-    not hold.
-    """
+    """A changed folder is refused with one line before memory is allocated."""
     save_interpreter(SPEC.build(), SPEC, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -142,7 +138,7 @@ def test_a_folder_that_was_changed_is_refused(tmp_path: Path, change: Json, mess
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    """A missing configuration, missing weights, and weights that are not finite are one line each."""
+    """Missing configuration, missing weights and non-finite weights each give one line."""
     with pytest.raises(
         ConfigError, match=r"config.json: missing; expected an output folder of dtcache label fit"
     ):
@@ -158,7 +154,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_features_of_its_own_teacher_are_served(tmp_path: Path) -> None:
-    """A cache may have more taps than it reads, but none in the place of one that it does."""
+    """A cache may have more taps than the interpreter reads, but must have all of those."""
     more = {**SHAPES, "t50/stride4": (3, 8, 12)}
     require_serves(SPEC, tmp_path, RECIPE, more)
     del more["t50/stride8"]
@@ -206,6 +202,6 @@ def test_features_of_its_own_teacher_are_served(tmp_path: Path) -> None:
 def test_other_features_are_refused_and_the_difference_named(
     tmp_path: Path, recipe: Json, shapes: Any, message: str
 ) -> None:
-    """Another teacher, timestep, tap set, shape or view."""
+    """Another teacher, timestep, tap set, shape or view is refused, and the difference is named."""
     with pytest.raises(CacheMismatchError, match=message):
         require_serves(SPEC, tmp_path, {**RECIPE, **recipe}, shapes)

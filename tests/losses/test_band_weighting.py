@@ -1,4 +1,4 @@
-"""Squared errors weighed by band, against the same transform written with scipy."""
+"""Squared errors weighted per band equal the same transform computed with scipy."""
 
 import numpy as np
 import pytest
@@ -16,9 +16,7 @@ STEP = 0.4
 
 @pytest.fixture(scope="module")
 def fitted() -> FittedTap:
-    """A fit whose noise grows with the frequency: levels of all kinds, and dropped bands and
-    components.
-    """
+    """A fit whose noise grows with frequency, with several step levels and dropped bands."""
     rng = np.random.default_rng(0)
     signal = rng.standard_normal((64, 6, 5, 4)) + 2 * rng.standard_normal((64, 6, 1, 1))
     signal *= np.array([1, 1, 0.5, 0.5, 0.25, 0.001])[:, None, None]
@@ -28,9 +26,7 @@ def fitted() -> FittedTap:
 
 
 def reference(error_BCHW: NDArray[np.float64], fitted: FittedTap) -> float:
-    """Return the mean over elements of w_n c_n^2 in a full orthonormal basis: what is not coded has
-    weight 1.
-    """
+    """Return the mean of w_n c_n^2 in a full orthonormal basis, with weight 1 if not coded."""
     basis = fitted.basis.astype(np.float64)
     full = np.concatenate(
         [basis, np.linalg.svd(basis, full_matrices=True)[0][:, basis.shape[1] :]], 1
@@ -44,9 +40,7 @@ def reference(error_BCHW: NDArray[np.float64], fitted: FittedTap) -> float:
 
 
 def test_bands_weigh_by_the_share_that_the_image_determines(fitted: FittedTap) -> None:
-    """The weighed square equals scipy's, band by band; with errors anywhere, and in one component
-    alone.
-    """
+    """The weighted square equals scipy's for errors in all components and in one alone."""
     levels = {round(2 * float(np.log2(step / STEP))) for step in fitted.class_step}
     assert len(levels) > 2 and fitted.basis.shape[1] < 6 and (fitted.classes == DEAD).any()
     bands = DeterminedBands(fitted.bands(), STEP)
@@ -62,7 +56,7 @@ def test_bands_weigh_by_the_share_that_the_image_determines(fitted: FittedTap) -
 
 
 def test_its_gradient_is_that_of_the_weighed_square(fitted: FittedTap) -> None:
-    """Autograd agrees with differences of the reference."""
+    """Autograd agrees with finite differences of the reference."""
     error = np.random.default_rng(2).standard_normal((2, 6, 5, 4))
     x = torch.from_numpy(error).float().requires_grad_()
     DeterminedBands(fitted.bands(), STEP)(x).backward()
@@ -75,9 +69,7 @@ def test_its_gradient_is_that_of_the_weighed_square(fitted: FittedTap) -> None:
 
 
 def test_without_noise_it_is_the_mean_square(fitted: FittedTap) -> None:
-    """Where every band has the finest step, nothing is weighed down; half precision is computed in
-    fp32.
-    """
+    """If every band has the finest step, the weighted square is the mean square, in fp32."""
     error = torch.randn(2, 6, 5, 4)
     flat = DeterminedBands(fitted.bands(), float(fitted.class_step.max()))
     torch.testing.assert_close(flat(error), error.square().mean())

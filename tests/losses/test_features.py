@@ -1,4 +1,4 @@
-"""Losses against independent NumPy formulas of the paper."""
+"""The feature losses equal independent NumPy formulas of the paper."""
 
 import numpy as np
 import pytest
@@ -26,17 +26,17 @@ def reference_at(predicted: np.ndarray, raw: np.ndarray) -> float:
 
 
 def test_mse_is_the_mean_over_elements() -> None:
-    """MSE is the mean squared difference of all elements."""
+    """MSE is the mean squared difference over all elements."""
     assert float(mse_loss(tensor(P), tensor(T))) == pytest.approx(np.square(P - T).mean(), rel=1e-5)
 
 
 def test_at_is_the_papers_formula() -> None:
-    """AT is the mean over samples of the distance of unit attention maps."""
+    """AT is the mean over samples of the distance between unit attention maps."""
     assert float(at_loss(tensor(P), tensor(T))) == pytest.approx(reference_at(P, T), rel=1e-5)
 
 
 def test_attention_maps_have_unit_length_and_ignore_scale() -> None:
-    """Each map is a unit vector of H x W entries, the same for a feature and a multiple of it."""
+    """An attention map is a unit vector of H x W entries that does not depend on the scale."""
     maps = attention_map(tensor(P))
     assert maps.shape == (3, 24)
     torch.testing.assert_close(maps.norm(dim=1), torch.ones(3))
@@ -51,7 +51,7 @@ def test_losses_are_fp32_under_autocast(loss: object) -> None:
 
 
 def test_gradients_are_finite_where_maps_agree_or_vanish() -> None:
-    """Epsilons under the roots keep the gradient finite at equality and at zero."""
+    """The gradient is finite where maps are equal or zero."""
     for predicted, raw in ((P, P), (0 * P, T), (P, 0 * T)):
         x = tensor(predicted).requires_grad_()
         at_loss(x, tensor(raw)).backward()
@@ -83,7 +83,7 @@ def test_unwhiten_inverts_layer_norm() -> None:
 
 
 def test_position_whitening_is_layer_norm_over_channels() -> None:
-    """It agrees with torch's LayerNorm over C without affine, at every position."""
+    """Position whitening equals torch's non-affine LayerNorm over C at every position."""
     raw = torch.randn(3, 5, 4, 6, generator=torch.Generator().manual_seed(0)) * 7 + 2
     wanted = torch.nn.functional.layer_norm(raw.permute(0, 2, 3, 1), (5,), eps=1e-6).permute(
         0, 3, 1, 2

@@ -1,4 +1,4 @@
-"""The losses of label distillation against NumPy, written out a pixel at a time."""
+"""The losses of label distillation equal NumPy formulas written per pixel."""
 
 import math
 
@@ -32,13 +32,13 @@ def logits() -> np.ndarray:
 
 @pytest.fixture
 def truth() -> np.ndarray:
-    """Classes 0 and 2, some pixels ignored; class 1 never occurs."""
+    """Classes 0 and 2 with some ignored pixels; class 1 never occurs."""
     mask = np.random.default_rng(1).choice([0, 2, IGNORE], size=(2, 4, 5), p=[0.5, 0.3, 0.2])
     return mask.astype(np.uint8)
 
 
 def pixels(logits: np.ndarray, truth: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """Return probabilities and the class of every pixel that counts."""
+    """Return the probabilities and the class of every pixel that is not ignored."""
     return [
         (softmax(logits[b, :, h, w]), int(truth[b, h, w]))
         for b, h, w in np.ndindex(truth.shape)
@@ -47,12 +47,12 @@ def pixels(logits: np.ndarray, truth: np.ndarray) -> list[tuple[np.ndarray, int]
 
 
 def expected_cross_entropy(logits: np.ndarray, truth: np.ndarray) -> float:
-    """-log p of the true class, mean over the pixels that count."""
+    """Return the mean of -log p of the true class over the pixels that are not ignored."""
     return float(np.mean([-math.log(p[c]) for p, c in pixels(logits, truth)]))
 
 
 def expected_dice(logits: np.ndarray, truth: np.ndarray) -> float:
-    """1 - the mean over all classes, also those without a pixel."""
+    """Return 1 - the mean Dice coefficient over all classes, absent ones included."""
     found = pixels(logits, truth)
     coefficients = []
     for k in range(3):
@@ -63,7 +63,7 @@ def expected_dice(logits: np.ndarray, truth: np.ndarray) -> float:
 
 
 def test_cross_entropy_and_dice_match_their_formulas(logits: np.ndarray, truth: np.ndarray) -> None:
-    """Both leave ignored pixels out, and their sum weighs Dice by the paper's 3."""
+    """Both losses skip ignored pixels, and their sum weights Dice by the paper's 3."""
     z = torch.from_numpy(logits)
     y = torch.from_numpy(truth)
     assert float(cross_entropy(z, y, IGNORE)) == pytest.approx(
@@ -75,7 +75,7 @@ def test_cross_entropy_and_dice_match_their_formulas(logits: np.ndarray, truth: 
 
 
 def test_the_value_to_ignore_may_be_a_class_number(logits: np.ndarray) -> None:
-    """Where 0 is ignored, pixels of 0 count nowhere, though there is a logit 0."""
+    """If the ignore index is 0, pixels of class 0 are skipped although a logit 0 exists."""
     mask = np.random.default_rng(2).integers(0, 3, (2, 4, 5)).astype(np.uint8)
     renamed = np.where(mask == 0, IGNORE, mask).astype(np.uint8)
     given = float(interpreter_loss(torch.from_numpy(logits), torch.from_numpy(mask), 0))
@@ -85,7 +85,7 @@ def test_the_value_to_ignore_may_be_a_class_number(logits: np.ndarray) -> None:
 
 
 def test_a_batch_without_a_pixel_that_counts_has_a_finite_loss(logits: np.ndarray) -> None:
-    """Its gradient is zero, not NaN."""
+    """A batch of ignored pixels alone has loss zero and gradient zero, not NaN."""
     z = torch.from_numpy(logits).requires_grad_()
     loss = interpreter_loss(z, torch.full((2, 4, 5), IGNORE, dtype=torch.uint8), IGNORE)
     (gradient,) = torch.autograd.grad(loss, z)
@@ -96,7 +96,7 @@ def test_a_batch_without_a_pixel_that_counts_has_a_finite_loss(logits: np.ndarra
 def test_the_label_loss_is_the_cross_entropy_of_softmaxes_at_temperature_four(
     logits: np.ndarray,
 ) -> None:
-    """H(P_g, P_r) without tau^2, mean over pixels; its least value is the labels' own entropy."""
+    """The label loss is H(P_g, P_r) at temperature 4 without tau^2, averaged over pixels."""
     other = np.random.default_rng(3).normal(size=logits.shape)
     places = [(b, h, w) for b in range(2) for h in range(4) for w in range(5)]
     wanted = np.mean(
@@ -112,7 +112,7 @@ def test_the_label_loss_is_the_cross_entropy_of_softmaxes_at_temperature_four(
 
 
 def test_total_variation_and_entropy_match_their_formulas(logits: np.ndarray) -> None:
-    """TV is half the absolute difference at temperature 4, entropy is in bits at temperature 1."""
+    """TV is half the absolute difference at temperature 4; entropy is in bits at temperature 1."""
     other = logits + np.random.default_rng(4).normal(size=logits.shape)
     tv = total_variation(torch.from_numpy(logits), torch.from_numpy(other)).numpy()
     bits = entropy(torch.from_numpy(logits)).numpy()

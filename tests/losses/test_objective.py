@@ -1,6 +1,4 @@
-"""The objective: every loss and weight against NumPy's formula, and options that contradict each
-other.
-"""
+"""The objective equals NumPy's formula for every loss and weight; contradictions are refused."""
 
 import numpy as np
 import pytest
@@ -54,7 +52,7 @@ def losses(options: TrainOptions) -> dict[str, float]:
         ({"at_weight": 3.0}, lambda n: (1.0, 3.0)),
         ({"loss": "mse"}, lambda n: (1.0, 0.0)),
         ({"loss": "at"}, lambda n: (0.0, 1.0)),
-        # Weights 0.5 and 1.5 have the mean 1, as 1 and 3 have after the division.
+        # Weights 0.5 and 1.5 already have the mean 1; 1 and 3 are divided by their mean 2.
         (
             {"tap_weights": "stride4=0.5, stride8=1.5"},
             lambda n: (0.5, 5.0) if n == FINE else (1.5, 15.0),
@@ -63,8 +61,8 @@ def losses(options: TrainOptions) -> dict[str, float]:
             {"tap_weights": "t150/stride8=3", "loss": "mse"},
             lambda n: (0.5, 0.0) if n == FINE else (1.5, 0.0),
         ),
-        # Shares of noise 0.9 and 0.2: weights 0.125 (the least) and 0.8, divided by their mean
-        # 0.4625.
+        # Noise shares 0.9 and 0.2 give the weights 0.125 (the minimum) and 0.8, which are divided
+        # by their mean 0.4625.
         (
             {"noise_weighting": True},
             lambda n: tuple((0.125 if n == FINE else 0.8) / 0.4625 * x for x in (1, 10)),
@@ -76,9 +74,7 @@ def losses(options: TrainOptions) -> dict[str, float]:
     ],
 )
 def test_the_loss_is_the_mean_of_weighed_parts(options: dict, wanted: object) -> None:
-    """Each loss and each weighting equals the formula; both plain parts are there whatever the loss
-    is of.
-    """
+    """Each loss and weighting equals its formula, and both unweighted terms are always returned."""
     found = losses(TrainOptions(**options))
     expected = np.mean([wanted(name)[0] * mse(name) + wanted(name)[1] * at(name) for name in NAMES])
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
@@ -89,7 +85,7 @@ def test_the_loss_is_the_mean_of_weighed_parts(options: dict, wanted: object) ->
 
 
 def test_equal_weights_change_no_bit() -> None:
-    """Weights that are all alike give the very loss that no weights give, whatever they are."""
+    """Equal tap weights give the unweighted loss bit for bit, whatever their value."""
     assert (
         losses(TrainOptions(tap_weights="stride4=3,stride8=3"))["loss"]
         == losses(TrainOptions())["loss"]
@@ -97,9 +93,7 @@ def test_equal_weights_change_no_bit() -> None:
 
 
 def test_a_part_that_does_not_count_has_no_gradient() -> None:
-    """Under `mse` a prediction is pulled towards the whitened feature alone: at it, the gradient is
-    nought.
-    """
+    """A term without weight has no gradient: under `mse` the gradient is zero at the target."""
     x = torch.from_numpy(W[FINE]).float().requires_grad_()
     targets = Targets(whitened={FINE: x.detach()}, raw={FINE: torch.from_numpy(R[FINE]).float()})
     for weights, moves in (({}, False), ({FINE: 1.0}, True)):
@@ -137,15 +131,13 @@ def test_a_part_that_does_not_count_has_no_gradient() -> None:
     ],
 )
 def test_contradictions_are_refused(options: dict, message: str) -> None:
-    """Options that say something about what is not there are named, each in one line."""
+    """An option that has no effect or names a missing tap is refused with one line."""
     with pytest.raises(ConfigError, match=message):
         make_objective(TrainOptions(**options), FIT, CODEC, NAMES)
 
 
 def test_labels_are_weighed_beside_the_features() -> None:
-    """loss = feature weight x feature loss + label weight x label loss; both are also there in
-    plain.
-    """
+    """The loss is the weighted sum of feature and label loss, both returned unweighted."""
     torch.manual_seed(0)
     x = torch.randn(2, 4, 4, 4)
     z = torch.randn(2, 3, 4, 4)

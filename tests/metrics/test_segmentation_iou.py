@@ -1,6 +1,4 @@
-"""Scores of segmentation masks against scikit-learn's, with ignored pixels and classes that do not
-occur.
-"""
+"""Segmentation scores equal scikit-learn's, with ignored pixels and absent classes."""
 
 import numpy as np
 import pytest
@@ -13,9 +11,7 @@ RNG = np.random.default_rng(0)
 
 
 def test_counts_and_scores_are_scikit_learns() -> None:
-    """On random masks all four agree, with uint8 truths of many pixels and counts added up over
-    batches.
-    """
+    """Counts, IoU, mIoU and accuracy equal scikit-learn's when counts are added over batches."""
     truth = RNG.integers(0, 5, (4, 30, 20)).astype(np.uint8)
     predicted = np.where(
         RNG.random(truth.shape) < 0.6, truth, RNG.integers(0, 5, truth.shape)
@@ -30,9 +26,7 @@ def test_counts_and_scores_are_scikit_learns() -> None:
 
 @pytest.mark.parametrize("ignore", [255, 0])
 def test_ignored_pixels_count_nowhere(ignore: int) -> None:
-    """Whatever is predicted at pixels of the ignored value, which may be a class's number, the
-    scores stay.
-    """
+    """Predictions at ignored pixels change no score, even if the ignore index is a class number."""
     truth = RNG.integers(1, 4, (50, 50)).astype(np.uint8)
     predicted = RNG.integers(0, 4, (50, 50))
     hidden = RNG.random(truth.shape) < 0.3
@@ -42,9 +36,7 @@ def test_ignored_pixels_count_nowhere(ignore: int) -> None:
 
 
 def test_classes_without_true_pixels_leave_the_mean() -> None:
-    """Class 2 never occurs: predicting it lowers the class that it was taken from, and has no score
-    of its own.
-    """
+    """A class without true pixels has no IoU; predicting it lowers the IoU of the true class."""
     truth = np.array([0, 0, 0, 0, 1, 1], np.uint8)
     counts = confusion_matrix(truth, np.array([0, 0, 0, 2, 1, 1]), 3, 255)
     assert iou_per_class(counts) == pytest.approx([3 / 4, 1, np.nan], nan_ok=True)

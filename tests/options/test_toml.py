@@ -1,6 +1,4 @@
-"""Options from a TOML file: what it may say, what the command line overrides, and what is written
-for it.
-"""
+"""Options from a TOML file: valid content, override by flags, and the written text."""
 
 import dataclasses
 import tomllib
@@ -32,7 +30,7 @@ class Few(Options):
 
 
 def filled(tmp_path: Path, toml: str, *flags: str) -> Few | str:
-    """Return what a command gets from a file and flags, or what it says instead."""
+    """Return the options that a command receives from a file and flags, or its error output."""
     got: list[Few] = []
 
     @click.group(cls=Group)
@@ -49,9 +47,7 @@ def filled(tmp_path: Path, toml: str, *flags: str) -> Few | str:
 
 
 def test_a_file_gives_options_and_flags_win(tmp_path: Path) -> None:
-    """Every type of option can be given in the file, required ones too; a flag wins, a default is
-    what is left.
-    """
+    """A file can set every type of option; a flag overrides the file, the file the default."""
     toml = 'name = "a"\ncount = 5\nrate = 1e-3\nstep = [50, 150]\nflip = false\nwhere = "x/y"\n'
     assert filled(tmp_path, toml) == Few(
         name="a", count=5, rate=1e-3, step=(50, 150), flip=False, where=Path("x/y")
@@ -79,16 +75,14 @@ def test_a_file_gives_options_and_flags_win(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_file_is_one_clear_line(tmp_path: Path, toml: str, message: str) -> None:
-    """Unknown options are named with the nearest valid one; values are checked as if they were
-    typed.
-    """
+    """An unknown option is named with the nearest valid one, and values are checked like flags."""
     said = filled(tmp_path, toml)
     assert isinstance(said, str)
     assert message in said.replace("\n", " ")
 
 
 def test_an_option_of_another_tool_is_refused_with_the_right_name(tmp_path: Path) -> None:
-    """The hints of wrong flags hold for a file's options too, in the names of a file."""
+    """Options of other tools get the same hints in a file as on the command line."""
     (tmp_path / "c.toml").write_text("learning_rate = 1")
     words = ["train", "x", "--out", "y", "--config", str(tmp_path / "c.toml")]
     output = CliRunner().invoke(main, words).output
@@ -96,7 +90,7 @@ def test_an_option_of_another_tool_is_refused_with_the_right_name(tmp_path: Path
 
 
 def test_a_file_that_is_not_there_or_too_large_is_refused(tmp_path: Path) -> None:
-    """The file's own failures name it."""
+    """A missing or too large file is refused by name."""
     with pytest.raises(ConfigError, match=r"nowhere: No such file or directory; pass a TOML file"):
         read_config(tmp_path / "nowhere")
     (tmp_path / "large.toml").write_text("#" * ((1 << 20) + 1))
@@ -114,7 +108,7 @@ def test_a_file_that_is_not_there_or_too_large_is_refused(tmp_path: Path) -> Non
     ],
 )
 def test_what_is_written_is_read_back(tmp_path: Path, options: Any) -> None:
-    """The text of a set of options is TOML that gives the same set."""
+    """Written options read back from TOML as the same options."""
     values = dataclasses.asdict(options)
     text = config_text(values)
     (tmp_path / "c.toml").write_text(text)
@@ -133,5 +127,5 @@ def test_what_is_written_is_read_back(tmp_path: Path, options: Any) -> None:
     ["teacher train", "teacher convert", "extract", "verify", "train", "evaluate", "demo"],
 )
 def test_every_verb_with_options_takes_a_file(verb: str) -> None:
-    """--config stands beside the options of every verb that has some."""
+    """Every verb with options accepts --config."""
     assert "--config FILE" in CliRunner().invoke(main, [*verb.split(), "--help"]).output

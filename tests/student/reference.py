@@ -1,6 +1,4 @@
-"""The regressors written again in NumPy, float64, from the papers: no line of them is dtcache's or
-torch's.
-"""
+"""The regressors rewritten from the papers in float64 NumPy, without code of dtcache or torch."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +41,7 @@ def bins(x: Array, scale: int) -> Array:
 
 
 class Reference:
-    """A regressor by a state dict of arrays, its batch normalisations in evaluation mode."""
+    """A regressor from a state dict of arrays, with batch normalisation in evaluation mode."""
 
     def __init__(self, state: dict[str, Array], kind: str) -> None:
         self._state = state
@@ -72,7 +70,7 @@ class Reference:
         return self.block("pooling.merge", np.concatenate([x, *pooled], 1))
 
     def attend(self, x: Array) -> Array:
-        """Add what every position gathers from all others, a query at a time."""
+        """Add the attention-weighted values of all positions, one query at a time."""
         q, k, v = (
             conv(x, self._state[f"attention.{n}.weight"], self._state[f"attention.{n}.bias"])
             for n in ("query", "key", "value")
@@ -85,7 +83,7 @@ class Reference:
         return x + self.bn("attention.out.1", conv(mixed, self._state["attention.out.0.weight"]))
 
     def __call__(self, maps: list[Array], levels: dict[str, int]) -> dict[str, Array]:
-        """Return predictions by target, whose grids are the levels' own."""
+        """Return predictions by target, each on the grid of its level."""
         last = len(maps) - 1
         top = (
             self.ppm(maps[-1])

@@ -1,6 +1,4 @@
-"""Random augmentation: boxes and factors belong to (seed, step, row), and do to pixels what
-torchvision does.
-"""
+"""Random augmentation is a function of (seed, step, row) and agrees with torchvision."""
 
 import math
 
@@ -26,9 +24,7 @@ ROWS = np.arange(5000)
 
 @pytest.mark.parametrize("areas", [(0.08, 1.0), (0.3, 0.5), (0.9, 1.0), (1.0, 1.0)])
 def test_boxes_lie_inside_and_have_the_areas_asked_for(areas: tuple[float, float]) -> None:
-    """Areas are uniform between the bounds, aspects within 3/4 and 4/3, all inside the view; all of
-    it at 1.
-    """
+    """Boxes lie inside the view, with uniform areas between the bounds and aspects within 4/3."""
     left, top, right, bottom = random_boxes(sample_uniforms(0, 0, ROWS, 4), areas).T
     area = (right - left) * (bottom - top)
     aspect = (right - left) / (bottom - top)
@@ -43,9 +39,7 @@ def test_boxes_lie_inside_and_have_the_areas_asked_for(areas: tuple[float, float
 
 
 def test_the_whole_view_is_left_as_it_is() -> None:
-    """A box of everything on a map's own grid returns the map to the bit; one on pixel edges is a
-    slice.
-    """
+    """A box of the full view returns the map bit for bit, and a box on pixel edges is a slice."""
     maps = torch.randn(2, 3, 6, 8)
     whole = torch.tensor([[0.0, 0, 1, 1]] * 2)
     part = torch.tensor([[0.25, 0.5, 0.75, 1.0]] * 2)
@@ -54,9 +48,7 @@ def test_the_whole_view_is_left_as_it_is() -> None:
 
 
 def test_image_and_features_show_the_same_place() -> None:
-    """A plane that is linear over the view, cropped on a fine and on a coarse grid, agrees with the
-    box at both.
-    """
+    """An image and its features, cropped by one box, show the same part of the view."""
     box = (0.2, 0.35, 0.7, 0.8)
     for side in (64, 16):
         ramp = ((torch.arange(side) + 0.5) / side).expand(1, 1, side, side)
@@ -67,9 +59,7 @@ def test_image_and_features_show_the_same_place() -> None:
 
 
 def test_shrunk_images_are_averaged() -> None:
-    """A chequered image shown at a third of its size is grey, where single points would be black
-    and white.
-    """
+    """A checkerboard shrunk to a third of its size is averaged to grey."""
     image = ((torch.arange(24)[:, None] + torch.arange(24)) % 2 * 255).expand(1, 3, 24, 24)
     shown = crop_images(image.to(torch.uint8), torch.tensor([[0.0, 0, 1, 1]]), (8, 8))
     assert shown.shape == (1, 3, 8, 8)
@@ -77,7 +67,7 @@ def test_shrunk_images_are_averaged() -> None:
 
 
 def test_without_options_nothing_is_touched() -> None:
-    """No crop and no jitter return the very tensors that came in."""
+    """Without crop and jitter, the input tensors themselves are returned."""
     augmentation = Augmentation(scale=None, color_jitter=0.0, seed=0)
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     maps = {"a": torch.zeros(2, 3, 2, 2)}
@@ -86,9 +76,7 @@ def test_without_options_nothing_is_touched() -> None:
 
 
 def test_views_are_a_function_of_seed_step_and_row() -> None:
-    """A row is shown alike in any batch; another step, seed or row shows it otherwise; crops do not
-    hang on jitter.
-    """
+    """An augmented view depends only on seed, step and row; its crop does not depend on jitter."""
     images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).repeat(3, 1, 1, 1)
     augmentation = Augmentation(scale="0.3,1.0", color_jitter=1.0, seed=5)
     shown = augmentation.images(images, 7, np.array([4, 9, 2]), (16, 16))
@@ -107,9 +95,7 @@ def test_views_are_a_function_of_seed_step_and_row() -> None:
 
 
 def test_masks_are_cropped_with_their_images() -> None:
-    """A box that lies on cells is repeated exactly; on random boxes masks agree with cropped
-    one-hot images.
-    """
+    """Masks are cropped with the same boxes as their images."""
     masks = torch.randint(
         0, 9, (2, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -130,9 +116,7 @@ def test_masks_are_cropped_with_their_images() -> None:
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_jitter_is_torchvisions_an_image_at_a_time(strength: float) -> None:
-    """Batched, it does what torchvision's brightness, contrast, saturation, hue and grey do one
-    after the other.
-    """
+    """Batched jitter equals torchvision's colour operations applied per image in sequence."""
     images = torch.rand(6, 3, 7, 5, generator=torch.Generator().manual_seed(0))
     uniforms = torch.rand(6, 6, generator=torch.Generator().manual_seed(1))
     uniforms[:, 0] = torch.tensor([0.1, 0.2, 0.79, 0.81, 0.3, 0.4])
@@ -153,7 +137,7 @@ def test_jitter_is_torchvisions_an_image_at_a_time(strength: float) -> None:
 
 
 def test_hue_turns_by_the_circle() -> None:
-    """A third of the circle takes red to green; a whole turn and grey pixels change nothing."""
+    """A third of the hue circle turns red to green; a full turn and grey pixels change nothing."""
     red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)
     torch.testing.assert_close(
         turn_hue(red, torch.tensor(1 / 3)).ravel(), torch.tensor([0.0, 1, 0])
@@ -168,7 +152,7 @@ def test_hue_turns_by_the_circle() -> None:
     "text", ["", "0.3", "0,1", "0.5,0.3", "0.3,1.1", "a,b", "0.3,1,1", "nan,1"]
 )
 def test_other_areas_are_refused(text: str) -> None:
-    """Anything but two rising shares names the flag; so does a strength out of bounds."""
+    """Areas that are not two rising shares, and a strength out of bounds, are refused by name."""
     assert parse_scale(" 0.3, 1") == (0.3, 1.0)
     with pytest.raises(ConfigError, match=r"`scale` .*: expected two rising shares of the area"):
         parse_scale(text)

@@ -1,4 +1,4 @@
-"""The backbone: timm's own network, its pyramid, and a folder that timm reads back bit by bit."""
+"""The backbone is timm's own network with a pyramid, and timm reads its folder back exactly."""
 
 import json
 from functools import cache
@@ -39,7 +39,7 @@ SMALL = "resnet10t"
 
 @cache
 def backbone_of(name: str) -> Backbone:
-    """Return one random network a name, shared by the tests; none of them may change it."""
+    """Return one random network per name, shared by the tests; no test may change it."""
     return make_backbone(name, init=None, seed=3).eval()
 
 
@@ -57,7 +57,7 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pyramid_has_the_channels_and_strides_that_it_announces(name: str) -> None:
-    """Maps come finest first, from stride 4 on, with the announced channels on the announced grids."""
+    """Maps come finest first from stride 4, with the declared channels and grids."""
     backbone = backbone_of(name)
     with torch.no_grad():
         maps = backbone(images())
@@ -68,9 +68,7 @@ def test_pyramid_has_the_channels_and_strides_that_it_announces(name: str) -> No
 
 @pytest.mark.parametrize("name", NAMES)
 def test_timm_reads_the_folder_back_exactly(name: str, tmp_path: Path) -> None:
-    """timm's local-dir gives the same weights and outputs, as a plain network and as a feature
-    pyramid.
-    """
+    """timm's local-dir loads the same weights and outputs, as a network and as a pyramid."""
     backbone = backbone_of(name)
     save_backbone(backbone, tmp_path, input_size=(64, 96), view=VIEW)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -91,9 +89,7 @@ def test_timm_reads_the_folder_back_exactly(name: str, tmp_path: Path) -> None:
 
 
 def test_timm_learns_how_to_normalise_and_resize(saved: Path) -> None:
-    """The folder's pretrained_cfg names the input size, mean and std trained with, and hides
-    dtcache's own key.
-    """
+    """The folder's pretrained_cfg has the input size, mean and std of the training."""
     model = timm.create_model(f"local-dir:{saved}", pretrained=True, num_classes=0)
     data = timm.data.resolve_model_data_config(model)
     assert (tuple(data["input_size"]), data["crop_mode"]) == ((3, 48, 96), "squash")
@@ -105,7 +101,7 @@ def test_timm_learns_how_to_normalise_and_resize(saved: Path) -> None:
 
 
 def test_channels_last_and_training_weights_are_saved_too(tmp_path: Path) -> None:
-    """A backbone in channels-last memory and training mode saves the same bytes as one that is not."""
+    """A backbone in channels-last format and training mode saves the same bytes."""
     backbone = make_backbone(SMALL, init=None, seed=3)
     save_backbone(backbone, tmp_path / "a", input_size=(32, 32), view=VIEW)
     save_backbone(
@@ -120,9 +116,7 @@ def test_channels_last_and_training_weights_are_saved_too(tmp_path: Path) -> Non
 
 
 def test_random_weights_are_a_function_of_the_seed() -> None:
-    """One seed gives one network, another seed another, and the caller's random numbers are left
-    alone.
-    """
+    """Random weights depend on the seed alone, and the caller's random state is unchanged."""
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -134,10 +128,9 @@ def test_random_weights_are_a_function_of_the_seed() -> None:
 
 
 def test_a_saved_folder_starts_another_backbone(saved: Path) -> None:
-    """load_backbone gives size, view, normalisation and weights back; init takes the folder for the
-    same name only.
+    """load_backbone restores size, view, normalisation and weights; init accepts only its own name.
 
-    The caller's random numbers are left alone.
+    The caller's random state is unchanged.
     """
     loaded, size, view = load_backbone(saved)
     assert (size, view, loaded.name) == ((48, 96), VIEW, SMALL)
@@ -160,9 +153,7 @@ def test_a_saved_folder_starts_another_backbone(saved: Path) -> None:
 
 
 def test_names_that_cannot_serve_are_refused_with_advice() -> None:
-    """A misspelt name gets suggestions, a wrong tag its name, a network without a pyramid an
-    explanation.
-    """
+    """A misspelt name, a wrong tag and a network without a pyramid are each refused with advice."""
     with pytest.raises(
         ConfigError, match=r"resnet5O: timm .* has no network of this name; did you mean resnet5"
     ):
@@ -180,7 +171,7 @@ def test_names_that_cannot_serve_are_refused_with_advice() -> None:
 
 
 def test_a_network_of_one_input_size_says_so() -> None:
-    """Swin serves 224 pixels only; another size is refused instead of a traceback out of timm."""
+    """A network with a fixed input size (Swin, 224 pixels) is refused at another size."""
     backbone = make_backbone("swin_tiny_patch4_window7_224", init=None, seed=0)
     with pytest.raises(
         ConfigError,
@@ -225,16 +216,14 @@ def _edited(**changes: object) -> bytes:
     ],
 )
 def test_a_doctored_configuration_is_refused(saved: Path, config: bytes, message: str) -> None:
-    """Whatever a config.json says, it is bounded and whitelisted before anything is built from it."""
+    """The values of config.json are bounded and whitelisted before anything is built from them."""
     (saved / "config.json").write_bytes(config)
     with pytest.raises(ConfigError, match=message):
         load_backbone(saved)
 
 
 def test_weights_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> None:
-    """Truncated, foreign and missing weights each stop the load; a pickle beside them is never
-    opened.
-    """
+    """Truncated, foreign and missing weights are refused, and a pickle is never opened."""
     weights = saved / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
@@ -257,7 +246,7 @@ def test_weights_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> Non
 
 
 def test_weights_that_are_not_finite_are_refused(saved: Path) -> None:
-    """A backbone whose training has diverged is named instead of serving NaNs."""
+    """A backbone with non-finite weights is refused."""
     weights = safetensors.torch.load_file(saved / "model.safetensors")
     weights["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
     safetensors.torch.save_file(weights, saved / "model.safetensors")
@@ -270,9 +259,7 @@ def test_weights_that_are_not_finite_are_refused(saved: Path) -> None:
 def test_a_larger_network_than_its_file_takes_no_memory(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An architecture that the file is too small for is refused before it is made anywhere but on
-    the meta device.
-    """
+    """An architecture larger than its weights file is refused before it takes memory."""
     (saved / "config.json").write_bytes(_edited(architecture="resnet101"))
     create = timm.create_model
     devices = set()
@@ -294,8 +281,9 @@ def test_a_larger_network_than_its_file_takes_no_memory(
 def test_a_network_that_computes_while_it_is_built_loads(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Older versions of timm do, so that its size cannot be told beforehand; that is no reason to
-    refuse it.
+    """A network that computes while it is built loads, although its size is not known beforehand.
+
+    Networks of older timm versions do so.
     """
     create = timm.create_model
     numbers = []
@@ -314,7 +302,7 @@ def test_a_network_that_computes_while_it_is_built_loads(
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    """A file where a folder should be is a DiskError, no traceback."""
+    """A file at the folder's path raises DiskError, not a traceback."""
     (tmp_path / "file").touch()
     with pytest.raises(
         DiskError, match=r"cannot write .*/file: File exists; check the disk and its permissions"
@@ -326,9 +314,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(16, 24), (32, 48), (40, 33), (8, 10)])
 def test_student_input_resizes_as_pillow_does(size: tuple[int, int]) -> None:
-    """Enlarging is plain bilinear, shrinking antialiased, both as in Pillow's float images; then
-    mean and std.
-    """
+    """The student's input is enlarged or shrunk as by Pillow, then normalised by mean and std."""
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 24), np.uint8)
     mean = (0.4, 0.5, 0.6)
     std = (0.2, 0.25, 0.5)
@@ -340,7 +326,7 @@ def test_student_input_resizes_as_pillow_does(size: tuple[int, int]) -> None:
 
 
 class LinearNet(nn.Module):
-    """Two batch normalisations behind a 1x1 convolution and dropout, in timm's clothes."""
+    """A timm-like network: 1x1 convolution, dropout and two batch normalisations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -363,7 +349,7 @@ def linear_backbone() -> Backbone:
 
 
 def test_batch_norm_statistics_are_averages_over_batches() -> None:
-    """Running mean and variance equal NumPy's averages of the batches' own, and only they change."""
+    """Recalibrated running mean and variance are averages over batches; nothing else changes."""
     backbone = linear_backbone()
     net = backbone.model
     batches = [images(5, 8, 8) * 2 + 1, images(3, 8, 8) - 4, images(4, 8, 8) * 0.5]
@@ -381,7 +367,7 @@ def test_batch_norm_statistics_are_averages_over_batches() -> None:
     np.testing.assert_allclose(
         net.first.running_var, np.mean([m.var(1, ddof=1) for m in maps], 0), rtol=1e-5
     )
-    # Normalised by the batch and with dropout off, the second norm sees zero mean and unit
+    # With batch statistics and without dropout, the second norm gets inputs of zero mean and unit
     # variance.
     np.testing.assert_allclose(net.second.running_mean, 0, atol=1e-5)
     np.testing.assert_allclose(net.second.running_var, 1, atol=1e-2)
@@ -392,7 +378,7 @@ def test_batch_norm_statistics_are_averages_over_batches() -> None:
 
 
 def test_only_the_named_batch_norms_are_recalibrated() -> None:
-    """A trained norm keeps its statistics while a fresh one behind it is calibrated."""
+    """Only a fresh batch norm is recalibrated; a trained one keeps its statistics."""
     backbone = linear_backbone()
     net = backbone.model
     net.first.running_mean += 1
@@ -406,7 +392,7 @@ def test_only_the_named_batch_norms_are_recalibrated() -> None:
 
 
 def test_a_network_without_batch_norm_draws_no_batch() -> None:
-    """ConvNeXt has layer norms only, so that recalibration asks for no image at all."""
+    """Recalibrating a network without batch norm (ConvNeXt) draws no batch."""
     before = {
         key: value.clone() for key, value in backbone_of("convnext_atto").model.state_dict().items()
     }
@@ -419,9 +405,7 @@ def test_a_network_without_batch_norm_draws_no_batch() -> None:
 
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050"])
 def test_synchronised_batch_norms_keep_weights_and_names(name: str) -> None:
-    """Each batch normalisation, timm's with an activation too, becomes one over all processes; the
-    rest stays.
-    """
+    """Each batch norm becomes a SyncBatchNorm; parameters, names and values stay the same."""
     backbone = make_backbone(name, init=None, seed=0)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     parameters = [id(p) for p in backbone.parameters()]

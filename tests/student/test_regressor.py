@@ -1,4 +1,4 @@
-"""The regressor: which level serves which tap, and that the pyramid is the paper's."""
+"""The regressor assigns taps to levels and implements the pyramids of the papers."""
 
 import hashlib
 
@@ -20,7 +20,7 @@ def maps() -> list[torch.Tensor]:
 
 
 def shaken(regressor: FeatureRegressor) -> FeatureRegressor:
-    """Give every weight and statistic a random value, so that none is hidden by its initial one."""
+    """Give every weight and statistic a random value, so that no initial value hides an error."""
     generator = torch.Generator().manual_seed(1)
     for name, value in regressor.state_dict().items():
         if value.is_floating_point():
@@ -33,9 +33,7 @@ def shaken(regressor: FeatureRegressor) -> FeatureRegressor:
 
 @pytest.mark.parametrize("kind", ["fpn", "fpn-attention", "pafpn", "fpn-ppm"])
 def test_every_kind_is_its_papers_formula(kind: str) -> None:
-    """Predictions equal a second implementation in NumPy, on an odd pyramid whose steps are not all
-    2.
-    """
+    """Each kind's predictions equal a NumPy implementation on a pyramid with uneven steps."""
     grids = ((9, 14), (5, 7), (3, 4))
     channels = (3, 4, 5)
     targets = {"fine": (2, 9, 14), "coarse": (3, 3, 4)}
@@ -54,9 +52,7 @@ def test_every_kind_is_its_papers_formula(kind: str) -> None:
 
 
 def test_the_default_regressor_stays_what_it_was() -> None:
-    """The names, order and random weights of fpn-ppm are those of the runs made before there were
-    others.
-    """
+    """The names, order and random weights of the default regressor fpn-ppm never change."""
     torch.manual_seed(0)
     regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 16, 16), "b": (3, 2, 2)}, 16)
     items = regressor.state_dict().items()
@@ -69,9 +65,7 @@ def test_the_default_regressor_stays_what_it_was() -> None:
 
 
 def test_attention_starts_as_the_identity_and_then_sees_the_whole_map() -> None:
-    """Wang et al. start the block's last normalisation at zero; with another value a corner reaches
-    its opposite.
-    """
+    """Attention is the identity at first; later a corner affects the opposite corner."""
     block = NonLocal(8).eval()
     x = torch.randn(1, 8, 5, 6)
     assert torch.equal(block(x), x)
@@ -82,9 +76,7 @@ def test_attention_starts_as_the_identity_and_then_sees_the_whole_map() -> None:
 
 
 def test_the_bottom_up_branch_starts_at_the_finest_level() -> None:
-    """PaFPN's coarse prediction changes with the finest map alone, which an FPN's does not; its
-    finest level stays.
-    """
+    """In PaFPN the finest map affects the coarsest prediction, which it does not in FPN."""
     targets = {"a": (5, 4, 4)}
     xs = maps()
     changed = maps()
@@ -99,7 +91,7 @@ def test_the_bottom_up_branch_starts_at_the_finest_level() -> None:
 
 @pytest.mark.parametrize("kind", ["fpn", "fpn-attention", "pafpn"])
 def test_every_kind_serves_coarser_taps(kind: str) -> None:
-    """Levels pooled past the backbone's coarsest serve 2x2 and 1x1 taps under every kind."""
+    """Under every kind, levels pooled below the backbone's coarsest serve 2x2 and 1x1 taps."""
     regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 2, 2), "b": (5, 1, 1)}, 16, kind)
     assert [tuple(p.shape[1:]) for p in regressor(maps()).values()] == [(5, 2, 2), (5, 1, 1)]
 
@@ -124,9 +116,7 @@ def test_two_timesteps_of_one_tap_share_a_level_but_not_a_head() -> None:
 
 
 def test_a_coarser_tap_gets_an_extra_pooled_level() -> None:
-    """A 2x2 and a 1x1 tap under a 4x4 coarsest level are served by pooled levels of exactly their
-    grids.
-    """
+    """A tap coarser than all levels gets an extra pooled level of exactly its grid."""
     regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 2, 2), "b": (5, 1, 1)}, width=16)
     assert regressor.level_of == {"a": 4, "b": 5}
     assert regressor.resized == []
@@ -134,7 +124,7 @@ def test_a_coarser_tap_gets_an_extra_pooled_level() -> None:
 
 
 def test_a_grid_that_no_level_has_is_resized_and_named() -> None:
-    """A 12x12 tap is predicted on the 16x16 level and resized bilinearly."""
+    """A tap on a grid of no level is predicted on the next finer level and resized bilinearly."""
     regressor = FeatureRegressor(
         CHANNELS, GRIDS, {"odd": (5, 12, 12), "even": (5, 16, 16)}, width=16
     )
@@ -144,14 +134,14 @@ def test_a_grid_that_no_level_has_is_resized_and_named() -> None:
 
 
 def test_a_level_without_a_tap_has_no_weights() -> None:
-    """Only levels with a target get a smoothing convolution and a head."""
+    """Only levels with a target have a smoothing convolution and a head."""
     regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 8, 8)}, width=16)
     assert list(regressor.smooth) == ["2"]
     assert len(regressor.heads) == 1
 
 
 def test_the_pyramid_carries_the_coarsest_map_down() -> None:
-    """A finest-level prediction depends on the coarsest map, through pooling and the top-down path."""
+    """A finest-level prediction depends on the coarsest map through the top-down path."""
     regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 32, 32)}, width=16).eval()
     xs = maps()
     before = regressor(xs)["a"]
@@ -160,9 +150,7 @@ def test_the_pyramid_carries_the_coarsest_map_down() -> None:
 
 
 def test_the_top_down_path_is_the_fpns_sum() -> None:
-    """Level i is its lateral plus the level above, enlarged; checked by composing the modules by
-    hand.
-    """
+    """Each level is its lateral map plus the enlarged level above."""
     regressor = FeatureRegressor(CHANNELS, GRIDS, {"a": (5, 16, 16)}, width=16).eval()
     xs = maps()
     level = regressor.pooling(xs[3])
@@ -175,7 +163,7 @@ def test_the_top_down_path_is_the_fpns_sum() -> None:
 
 
 def test_pyramid_pooling_sees_the_whole_map() -> None:
-    """A change in one corner reaches the opposite corner, which a 3x3 convolution alone cannot do."""
+    """With pyramid pooling, a change in one corner reaches the opposite corner."""
     pooling = PyramidPooling(4, 8).eval()
     x = torch.randn(1, 4, 12, 12)
     changed = x.clone()

@@ -1,4 +1,4 @@
-"""Students of every family, of modules, and of networks with one map; what a size must be."""
+"""Students can be built from networks of every family, from modules and from single maps."""
 
 import numpy as np
 import pytest
@@ -28,9 +28,7 @@ FAMILIES = (
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_regresses_every_tap(name: str) -> None:
-    """Convolutional, NHWC and plain networks meet taps at strides 4 to 32 exactly, and the loss
-    reaches their stems.
-    """
+    """Every network family regresses taps at strides 4 to 32, and gradients reach its stem."""
     student = build_student(name, TARGETS, VIEW, size=None, width=8)
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     assert student.input_size == (64, 96)
@@ -45,9 +43,7 @@ def test_every_family_regresses_every_tap(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
 def test_networks_of_one_size_are_built_for_the_students(name: str, tmp_path: object) -> None:
-    """Their folder says for which size: timm and dtcache read it back to the bit, without the
-    pyramid's layers.
-    """
+    """A network of one input size is built for the student's size and reads back bit for bit."""
     student = build_student(name, TARGETS, VIEW, size=(32, 64), width=8)
     backbone = student.backbone.eval()
     save_backbone(backbone, tmp_path, input_size=student.input_size, view=VIEW)
@@ -79,9 +75,7 @@ def test_networks_of_one_size_are_built_for_the_students(name: str, tmp_path: ob
     "name", ["mobilenetv3_small_050", "test_efficientnet", "test_vit", "test_resnet"]
 )
 def test_pooled_features_end_where_training_does(name: str) -> None:
-    """They are the means of the coarsest map: no weight behind it, which no loss ever reached, can
-    change them.
-    """
+    """Pooled features are the coarsest map's means and do not depend on untrained weights."""
     backbone = make_backbone(name, init=None, seed=0, size=(64, 64)).eval()
     images = torch.randn(2, 3, 64, 64)
     backbone.train()
@@ -102,7 +96,7 @@ def test_pooled_features_end_where_training_does(name: str) -> None:
 
 
 class Maps(nn.Module):
-    """A network of our own: some maps by average pooling."""
+    """A custom network whose maps come from average pooling."""
 
     def __init__(self, strides: tuple[int, ...], kind: type = list) -> None:
         super().__init__()
@@ -118,7 +112,7 @@ class Maps(nn.Module):
 
 @pytest.mark.parametrize("strides", [(4, 8, 16), (16,), (2,)])
 def test_any_module_that_returns_maps_is_a_student(strides: tuple[int, ...]) -> None:
-    """A list of maps is regressed as a timm pyramid is; of a single one, strides 4 to 32 are made."""
+    """A module may return a pyramid of maps, or one map from which strides 4 to 32 are made."""
     module = Maps(strides)
     student = build_student(
         module, TARGETS, VIEW, size=None, width=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
@@ -148,7 +142,7 @@ def test_any_module_that_returns_maps_is_a_student(strides: tuple[int, ...]) -> 
     ],
 )
 def test_other_modules_are_refused(module: nn.Module, message: str) -> None:
-    """What returns no rising pyramid of maps is told what was expected and got."""
+    """A module without a rising pyramid is refused with what was expected and got."""
     with pytest.raises(ConfigError, match=message):
         build_student(module, TARGETS, VIEW, size=None, width=8)
     with pytest.raises(ConfigError, match=r"`init` pretrained: expected a timm name as `student`"):
@@ -157,9 +151,7 @@ def test_other_modules_are_refused(module: nn.Module, message: str) -> None:
 
 @pytest.mark.parametrize("strides", [(4, 8, 16), (16,)])
 def test_initial_weights_are_a_function_of_the_seed(strides: tuple[int, ...]) -> None:
-    """They are those that a generator of this seed gives, pyramid first; the caller's random
-    numbers are left alone.
-    """
+    """Initial weights depend on the seed alone, and the caller's random state is unchanged."""
     module = Maps(strides)
     torch.manual_seed(7)
     channels = [6] * len(strides)
@@ -187,7 +179,7 @@ def test_initial_weights_are_a_function_of_the_seed(strides: tuple[int, ...]) ->
 
 
 def test_sizes_that_a_network_cannot_take_are_refused() -> None:
-    """Sizes that timm refuses, when the network is built or first run, are named with its reason."""
+    """A size that timm refuses is refused with timm's reason."""
     with pytest.raises(
         ConfigError, match=r"images of 64x90 pixels \(.*divisible by patch size \(16\)\.\)"
     ):
@@ -202,7 +194,7 @@ def test_sizes_that_a_network_cannot_take_are_refused() -> None:
     ("stride", "scales"), [(16, (4, 2, 1, 0.5)), (14, (4, 2, 1, 0.5)), (8, (2, 1, 0.5, 0.25))]
 )
 def test_the_simple_pyramid_is_vitdets(stride: int, scales: tuple[float, ...]) -> None:
-    """Strides 4 to 32 by deconvolution, identity and pooling; a deconvolution halves the channels."""
+    """The simple pyramid is ViTDet's: strides 4 to 32 by deconvolution, identity and pooling."""
     pyramid = SimplePyramid(8, stride)
     x = torch.randn(2, 8, 4, 8)
     maps = pyramid(x)

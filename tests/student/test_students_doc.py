@@ -1,4 +1,4 @@
-"""docs/students.md: its Python runs as it stands."""
+"""The Python code in docs/students.md runs as printed."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ DOC = Path(__file__).resolve().parents[2] / "docs" / "students.md"
 
 
 class Pair(nn.Module):
-    """A network of our own, of two maps."""
+    """A custom network with two maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,9 +28,7 @@ class Pair(nn.Module):
 def test_the_documented_loop_trains_a_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loop over a cache with a module of one's own takes steps: weights move, and the loss is
-    finite.
-    """
+    """The documented loop trains a custom module: its weights change and the loss is finite."""
     write_cache(tmp_path / "cats.cache", tiny_plan())
     monkeypatch.chdir(tmp_path)
     (block,) = (
