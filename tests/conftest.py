@@ -13,7 +13,7 @@ from dtcache.options import ExtractOptions
 from dtcache.teacher.ddpm import build_unet, save_teacher
 from pipelines.extract.extract import extract
 
-# Threads slow tiny tensors down on a busy machine; subprocesses inherit the variable.
+# Threads slow tiny tensors on a busy machine; subprocesses inherit the variable.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
@@ -21,7 +21,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs ../shared/data where that folder does not exist."""
+    """Skip the tests that need ../shared/data if that folder does not exist."""
     if not SHARED.is_dir():
         for item in items:
             if item.get_closest_marker("shared"):
@@ -61,7 +61,7 @@ def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scene_cache(
     scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A cache of the 40 scenes, both flips, two taps, three shards; copy before writing to it."""
+    """A cache of the 40 scenes: both flips, two taps, three shards; copy before writing to it."""
     options = ExtractOptions(
         teacher=str(teacher_dir),
         timestep=(150,),
@@ -79,7 +79,7 @@ def scene_cache(
 
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Skip fsync, since no test cuts the power, and save statistics in a folder of the test."""
+    """Skip fsync, since no test cuts the power, and save statistics in the test's own folder."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 

@@ -1,4 +1,4 @@
-"""The view: geometry, decoding, and failures that are recorded instead of raised."""
+"""The view of an image: its geometry, its decoding, and failures that are recorded."""
 
 import io
 from pathlib import Path
@@ -29,7 +29,7 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def test_an_image_of_the_views_size_is_unchanged() -> None:
-    """Pixels pass through exactly, channels first."""
+    """An image of the view's size keeps its pixels exactly, channels first."""
     pixels = noise(16, 16, 3)
     view, unchanged = decode_view(png(pixels), SQUARE)
     assert unchanged
@@ -45,16 +45,14 @@ def test_crop_resizes_the_shorter_side_and_takes_the_centre() -> None:
 
 
 def test_crop_antialiases() -> None:
-    """Shrinking a fine checkerboard gives grey, not aliases: at most a tenth of its contrast is
-    left.
-    """
+    """Shrinking a fine checkerboard leaves at most a tenth of its contrast, without aliasing."""
     board = np.indices((128, 128)).sum(0) % 2 * 255
     view, _ = decode_view(png(np.repeat(board[:, :, None], 3, 2).astype(np.uint8)), SQUARE)
     assert view.std() < 25
 
 
 def test_stretch_keeps_the_whole_image() -> None:
-    """Stretching keeps both ends of a wide gradient, cropping does not; non-square views work."""
+    """Stretching keeps both ends of a wide gradient, and cropping does not."""
     ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (16, 1, 3))
     stretched, _ = decode_view(png(ramp), ViewSpec(height=16, width=32, fit="stretch"))
     cropped, _ = decode_view(png(ramp), SQUARE)
@@ -128,7 +126,7 @@ def test_stored_images_decode_to_exactly_the_view(tmp_path: Path, size: int) -> 
 
 
 def test_an_oversized_source_is_encoded_anew(tmp_path: Path) -> None:
-    """Metadata larger than the bound does not enter the cache, and the pixels are the same."""
+    """An image with too much metadata is encoded again without it, and its pixels are the same."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -142,7 +140,7 @@ def test_an_oversized_source_is_encoded_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [0, 10_000])
 def test_a_stored_image_of_impossible_length_is_refused(length: int) -> None:
-    """A length beyond the payload is refused."""
+    """A stored image that claims more bytes than its payload is refused."""
     payload = np.frombuffer(length.to_bytes(4, "little") + bytes(96), np.uint8)
     with pytest.raises(
         BadImageError,

@@ -1,6 +1,4 @@
-"""Every kind of pixel that files hold: what the view makes of it, against NumPy, and what it
-refuses.
-"""
+"""Every pixel format decodes as NumPy computes it, and unsupported formats are refused."""
 
 import io
 import struct
@@ -52,7 +50,7 @@ def png16(
 
 
 def pixels(data: bytes) -> np.ndarray:
-    """Return the view of an image of its size, (H, W, 3)."""
+    """Return the view of an image at the image's own size, (H, W, 3)."""
     return decode_view(data, VIEW)[0].transpose(1, 2, 0)
 
 
@@ -89,9 +87,7 @@ def test_every_exif_orientation_is_applied(orientation: int, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_cmyk_becomes_rgb(kind: str) -> None:
-    """Ink becomes light, (255 - c)(255 - k) / 255, in JPEGs too, where Adobe's programs store it
-    inverted.
-    """
+    """CMYK becomes (255 - c)(255 - k) / 255, also in JPEGs that store inverted ink values."""
     inks = np.broadcast_to(np.array([200, 20, 90, 40], np.uint8), (*SHAPE, 4))
     data = encode(
         Image.fromarray(inks, "CMYK"), kind, **({"quality": 100} if kind == "JPEG" else {})
@@ -102,7 +98,7 @@ def test_cmyk_becomes_rgb(kind: str) -> None:
 
 
 def test_palettes_are_looked_up() -> None:
-    """A pixel of a palette image is its entry's colour."""
+    """A pixel of a palette image has the colour of its palette entry."""
     colours = RNG.integers(0, 256, (256, 3), np.uint8)
     places = noise()
     image = Image.fromarray(places, "P")
@@ -112,9 +108,7 @@ def test_palettes_are_looked_up() -> None:
 
 
 def test_transparent_palette_entries_are_white() -> None:
-    """An entry marked as transparent shows the white behind it, not the colour that the entry
-    happens to have.
-    """
+    """A transparent palette entry shows the white background instead of its own colour."""
     colours = RNG.integers(0, 256, (256, 3), np.uint8)
     places = noise()
     image = Image.fromarray(places, "P")
@@ -145,9 +139,7 @@ def test_alpha_is_blended_with_white(mode: str, bits: int) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_opaque_alpha_changes_nothing(mode: str) -> None:
-    """An alpha channel of 255 throughout leaves the colours exactly, and the file is the view's own
-    bytes.
-    """
+    """With alpha 255 throughout, the colours stay exact and the file itself can be stored."""
     values = noise(len(mode))
     values[:, :, -1] = 255
     view, unchanged = decode_view(encode(Image.fromarray(values, mode), "PNG"), VIEW)
@@ -156,8 +148,9 @@ def test_opaque_alpha_changes_nothing(mode: str) -> None:
 
 
 def test_blended_images_are_stored_as_they_were_seen() -> None:
-    """A transparent file is not stored itself: other readers would see other pixels. Older caches
-    hold such files.
+    """A transparent image is stored as its blended view, and older caches with the file decode.
+
+    Other readers would decode the file itself to other pixels.
     """
     data = encode(Image.fromarray(values := noise(4), "RGBA"), "PNG")
     view, unchanged = decode_view(data, VIEW)
@@ -173,19 +166,19 @@ def test_blended_images_are_stored_as_they_were_seen() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_grey_is_scaled(kind: str) -> None:
-    """Of 16 bits, the upper 8 are kept."""
+    """A 16-bit grey value keeps its upper 8 bits."""
     values = RNG.integers(0, 65536, SHAPE, np.uint16)
     assert (pixels(encode(Image.fromarray(values), kind)) == (values >> 8)[:, :, None]).all()
 
 
 def test_16_bit_colour_is_scaled() -> None:
-    """Of 16 bits per channel, the upper 8 are kept."""
+    """A 16-bit colour value keeps its upper 8 bits per channel."""
     values = RNG.integers(0, 65536, (*SHAPE, 3), np.uint16)
     assert (pixels(png16("RGB", values)) == values >> 8).all()
 
 
 def test_greys_and_bits() -> None:
-    """Grey is the same in all channels; of one bit, 0 is black and 1 is white."""
+    """Grey has equal channels; in one-bit images 0 is black and 1 is white."""
     grey = noise()
     assert (pixels(encode(Image.fromarray(grey), "PNG")) == grey[:, :, None]).all()
     for kind in ("PNG", "TIFF", "BMP"):
@@ -195,7 +188,7 @@ def test_greys_and_bits() -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_the_first_frame_of_several_is_taken(kind: str) -> None:
-    """The first frame stands for an animation, the first page for a document."""
+    """An animation is decoded as its first frame, and a document as its first page."""
     frames = [Image.new("RGB", (16, 12), colour) for colour in ("red", "lime", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -205,7 +198,7 @@ def test_the_first_frame_of_several_is_taken(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_wide_values_within_8_bits_are_taken(dtype: type) -> None:
-    """Floats and 32-bit integers from 0 to 255 are grey levels."""
+    """Floats and 32-bit integers from 0 to 255 are decoded as grey levels."""
     values = noise().astype(dtype)
     assert (
         pixels(encode(Image.fromarray(values), "TIFF")) == values.astype(np.uint8)[:, :, None]
@@ -231,7 +224,7 @@ def test_wide_values_within_8_bits_are_taken(dtype: type) -> None:
     ],
 )
 def test_values_of_unknown_range_are_refused(values: np.ndarray, reason: str) -> None:
-    """Values of unknown range fail; clipping would silently make them black or white."""
+    """Values of unknown range are refused, because clipping would make them black or white."""
     with pytest.raises(BadImageError, match=f"{reason}: convert it to 8 or 16 bits"):
         pixels(encode(Image.fromarray(values.reshape(SHAPE)), "TIFF"))
 
@@ -239,7 +232,7 @@ def test_values_of_unknown_range_are_refused(values: np.ndarray, reason: str) ->
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM"])
 @pytest.mark.parametrize("share", [0.3, 0.8])
 def test_files_that_were_cut_off_are_failures(kind: str, share: float) -> None:
-    """A truncated image fails."""
+    """A truncated image is a failure."""
     data = encode(Image.fromarray(noise(3)), kind)
     with pytest.raises(BadImageError) as caught:
         pixels(data[: int(share * len(data))])
@@ -247,7 +240,7 @@ def test_files_that_were_cut_off_are_failures(kind: str, share: float) -> None:
 
 
 def test_formats_that_run_programs_are_not_decoded() -> None:
-    """PostScript with an image's extension is not run."""
+    """PostScript with an image's extension is never executed."""
     with pytest.raises(BadImageError, match="cannot identify image file"):
         pixels(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\n%%EndComments\nshowpage\n")
 
@@ -261,14 +254,14 @@ def test_formats_that_run_programs_are_not_decoded() -> None:
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_huge_dimensions_are_refused_before_decoding(size: tuple[int, int], reason: str) -> None:
-    """A header of few bytes that claims a huge picture costs no memory."""
+    """A small header that claims a huge picture is refused before memory is allocated."""
     with pytest.raises(BadImageError, match=reason):
         pixels(png16("L", np.zeros((1, 1)), size=size))
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
 def test_text_bombs_are_refused(kind: bytes) -> None:
-    """Text or a colour profile that decompresses a thousandfold fails without using memory."""
+    """Text or a colour profile that decompresses a thousandfold is refused without using memory."""
     swollen = zlib.compress(bytes(64 << 20), 9)
     head = b"k\0\1\0\0\0" if kind == b"iTXt" else b"k\0\0"
     with pytest.raises(BadImageError, match="too large"):
@@ -276,7 +269,7 @@ def test_text_bombs_are_refused(kind: bytes) -> None:
 
 
 def test_plain_text_beside_the_pixels_is_ignored() -> None:
-    """Comments of ordinary size change nothing."""
+    """Comments of ordinary size do not change the pixels."""
     info = PngInfo()
     info.add_text("comment", "taken in spring", zip=True)
     image = Image.fromarray(values := noise(3))

@@ -1,4 +1,4 @@
-"""The first key that comes twice is found, however the keys are cut into parts."""
+"""The first repeated key is found, however the keys are split into chunks."""
 
 import random
 
@@ -23,7 +23,7 @@ def test_the_first_repeat_is_found(seed: int) -> None:
 
 
 def test_both_places_are_named() -> None:
-    """The message has the key, both of its images, and a remedy."""
+    """The message names the key, both of its images and a remedy."""
     keys = pa.chunked_array([["a", "b"], ["c", "b"]])
     with pytest.raises(
         ImagesError, match=r"two images have the same name 'b': place 1 and place 3; rename one"

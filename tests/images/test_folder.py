@@ -1,4 +1,4 @@
-"""Folders: what is an image, what is its key, what is its label, and what a million of them cost."""
+"""A folder as a source: its images, keys, labels and memory per sample."""
 
 import tracemalloc
 from collections.abc import Iterator
@@ -15,9 +15,7 @@ from dtcache.store.sample_index import hash_samples
 
 
 def test_class_folders_give_labels(tmp_path: Path) -> None:
-    """The first level of folders gives alphabetical class indices, and keys are relative POSIX
-    paths.
-    """
+    """Top-level folders give alphabetical class indices, and keys are relative POSIX paths."""
     for name in ("cat/b.png", "cat/deep/a.JPG", "ant/x.webp", "ant/readme.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
@@ -46,9 +44,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_order_is_that_of_the_whole_paths(tmp_path: Path) -> None:
-    """Walking in place gives what pathlib lists and sorts as strings, for names on both sides of
-    the slash.
-    """
+    """The order equals pathlib's listing sorted as strings, also for names around the slash."""
     names = [
         "a/b.jpg",
         "a-b/c.jpg",
@@ -86,7 +82,7 @@ def test_the_order_is_that_of_the_whole_paths(tmp_path: Path) -> None:
 
 
 def test_classes_sort_as_names(tmp_path: Path) -> None:
-    """Labels follow the class names' own order, though keys of a-b come before those of a."""
+    """Labels follow the order of class names, although the keys of a-b sort before those of a."""
     for name in ("a/1.jpg", "a-b/1.jpg", "a-b/2.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -109,7 +105,7 @@ def test_names_that_cannot_be_printed_are_refused(tmp_path: Path, name: str | by
 def test_a_folder_that_cannot_be_listed_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder that cannot be listed is refused; its images would be left out silently."""
+    """A folder that cannot be listed is refused, so that its images are not silently missing."""
     (tmp_path / "a").mkdir()
     real = folder.os.scandir
 
@@ -126,7 +122,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(
 
 
 def test_a_huge_file_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file over the limit fails and is not read into memory."""
+    """A file over the size limit is a failure and is not read into memory."""
     (tmp_path / "a.jpg").write_bytes(bytes(100))
     monkeypatch.setattr(folder, "MAX_FILE_BYTES", 99)
     with pytest.raises(OSError, match="100 bytes, over the limit of 99"):
@@ -134,9 +130,7 @@ def test_a_huge_file_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_sample_costs_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys of 49 characters, labels, row order and hashing: under 80 bytes a sample kept, under 200
-    on the way.
-    """
+    """With keys of 49 characters, a sample takes under 80 bytes, and under 200 while opening."""
     count = 200_000
 
     def names(root: Path) -> Iterator[str]:

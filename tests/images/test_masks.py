@@ -1,6 +1,4 @@
-"""Masks: found by key, of one channel, through exactly the geometry of their image's view, and
-refused in words.
-"""
+"""Masks are found by key, follow the geometry of their image, and are refused with a reason."""
 
 import io
 import struct
@@ -32,7 +30,7 @@ def save(path: Path, values: np.ndarray, mode: str | None = None) -> None:
 
 
 def blobs(height: int, width: int) -> np.ndarray:
-    """Three classes in large patches: uint8 (H, W)."""
+    """Return three classes in large patches, uint8 (H, W)."""
     y, x = np.mgrid[:height, :width]
     return ((y * 5 // height + 2 * (x * 4 // width)) % 3).astype(np.uint8)
 
@@ -51,9 +49,7 @@ def blobs(height: int, width: int) -> np.ndarray:
 def test_a_mask_goes_through_the_geometry_of_its_image(
     tmp_path: Path, size: tuple[int, int], view: ViewSpec
 ) -> None:
-    """Where an image paints its own mask, the view's colours tell the view's mask, but for blends
-    at edges.
-    """
+    """A mask gets the geometry of its image, so an image painted by its mask still matches it."""
     mask = blobs(*size)
     save(tmp_path / "a.png", mask)
     data = io.BytesIO()
@@ -68,7 +64,7 @@ def test_a_mask_goes_through_the_geometry_of_its_image(
 
 
 def test_cropping_alone_is_exact_and_the_views_own_size_is_as_stored(tmp_path: Path) -> None:
-    """A mask that needs no scaling keeps its pixels, noise included."""
+    """A mask that needs no scaling keeps its pixels exactly."""
     mask = np.random.default_rng(1).integers(0, 255, (16, 40)).astype(np.uint8)
     save(tmp_path / "a.png", mask)
     folder = open_masks(tmp_path)
@@ -86,7 +82,7 @@ def test_cropping_alone_is_exact_and_the_views_own_size_is_as_stored(tmp_path: P
     ],
 )
 def test_a_mask_lies_at_the_images_path(tmp_path: Path, key: str, file: str) -> None:
-    """Only an image's extension is replaced, whatever other dots the key has."""
+    """A mask's path is its image's with another extension, whatever other dots the key has."""
     save(tmp_path / file, blobs(4, 4))
     folder = open_masks(tmp_path)
     assert folder.has(key) and not folder.has("other/" + key)
@@ -94,7 +90,7 @@ def test_a_mask_lies_at_the_images_path(tmp_path: Path, key: str, file: str) -> 
 
 
 def test_a_key_that_leads_out_of_the_folder_has_no_mask(tmp_path: Path) -> None:
-    """Keys are not trusted: neither .. nor an absolute path is followed."""
+    """A key with .. or an absolute path finds no mask outside the folder."""
     save(tmp_path / "a.png", blobs(4, 4))
     (tmp_path / "inner").mkdir()
     folder = open_masks(tmp_path / "inner")
@@ -107,7 +103,7 @@ def test_a_key_that_leads_out_of_the_folder_has_no_mask(tmp_path: Path) -> None:
 
 
 def four_bit_png(values: np.ndarray) -> bytes:
-    """Encode values under 16 as greyscale PNG of four bits a pixel, which Pillow does not write."""
+    """Encode values below 16 as 4-bit greyscale PNG, which Pillow does not write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -127,9 +123,7 @@ def four_bit_png(values: np.ndarray) -> bytes:
 
 
 def test_every_way_to_store_class_numbers_reads_alike(tmp_path: Path) -> None:
-    """Grey of 4, 8 and 16 bits, palette indices and one bit a pixel give the numbers that were
-    stored.
-    """
+    """Grey of 4, 8 and 16 bits, palette indices and one bit per pixel give the stored numbers."""
     mask = blobs(8, 8)
     folder = open_masks(tmp_path)
     view = ViewSpec(height=8, width=8)
@@ -144,9 +138,7 @@ def test_every_way_to_store_class_numbers_reads_alike(tmp_path: Path) -> None:
 
 
 def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
-    """Colours, large numbers, damage, another format and another size each give one line with the
-    file.
-    """
+    """An unusable mask gives one line with its file and the reason."""
     folder = open_masks(tmp_path)
     save(tmp_path / "colour.png", COLOURS[blobs(4, 4)])
     with pytest.raises(
@@ -173,9 +165,7 @@ def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 
 
 def test_the_size_of_an_image_is_that_of_its_upright_view() -> None:
-    """An image that EXIF turns by a quarter has height and width swapped, as the view's pixels
-    have.
-    """
+    """An image that EXIF rotates by a quarter has height and width swapped."""
     data = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -187,9 +177,7 @@ def test_the_size_of_an_image_is_that_of_its_upright_view() -> None:
 
 
 def test_classes_come_from_the_folder_and_the_caller_wins_with_ignore(tmp_path: Path) -> None:
-    """classes.toml gives names and the ignored value; without it there are no names, and 255 is
-    ignored.
-    """
+    """classes.toml gives names and ignore index (255 without it); the caller's index wins."""
     assert open_masks(tmp_path) == MaskFolder(root=tmp_path, ignore=255, names=None)
     (tmp_path / "classes.toml").write_text('names = ["sky", "road"]\nignore = 11\n')
     assert open_masks(tmp_path) == MaskFolder(root=tmp_path, ignore=11, names=("sky", "road"))
@@ -197,7 +185,7 @@ def test_classes_come_from_the_folder_and_the_caller_wins_with_ignore(tmp_path: 
 
 
 def test_a_value_without_a_class_is_named_and_the_ignored_one_stays(tmp_path: Path) -> None:
-    """The message has the file, the value and the classes; ignored pixels come out as they are."""
+    """A value without a class is refused with its file and the classes; ignored pixels stay."""
     (tmp_path / "classes.toml").write_text('names = ["sky", "road"]\nignore = 11\n')
     save(tmp_path / "good.png", np.array([[0, 1], [11, 0]], np.uint8))
     save(tmp_path / "bad.png", np.array([[0, 1], [2, 0]], np.uint8))
@@ -235,9 +223,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_scenes_come_with_masks_that_open(tmp_path: Path) -> None:
-    """The masks that write_scenes leaves beside images are those of scene(), named background and
-    the shapes.
-    """
+    """The masks of write_scenes open with the masks and class names of scene()."""
     write_scenes(tmp_path, seed=3, size=32, count=3)
     folder = open_masks(tmp_path / "masks")
     assert folder.names == ("background", *CLASSES)

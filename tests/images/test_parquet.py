@@ -1,4 +1,4 @@
-"""Parquet: rows of any number of files, held or read a window at a time, always the same bytes."""
+"""Parquet rows read as the same bytes, whether held in memory or read in windows."""
 
 import threading
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_a_folder_of_parquet_files_is_one_source(tmp_path: Path) -> None:
 
 
 def test_parquet_of_another_layout_is_refused(tmp_path: Path) -> None:
-    """The message lists the file's columns."""
+    """A Parquet file of another layout is refused with its columns."""
     pq.write_table(pa.table({"pixels": [1]}), tmp_path / "a.parquet")
     with pytest.raises(
         ImagesError, match=r"expected a column image: struct<bytes, path>.*got columns pixels"
@@ -63,14 +63,14 @@ def test_parquet_of_another_layout_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_truncated_parquet_file_is_refused(tmp_path: Path) -> None:
-    """A file that is not Parquet gives ImagesError with its name."""
+    """A truncated Parquet file raises ImagesError with its name."""
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ImagesError, match=r"a\.parquet: not a readable Parquet file"):
         open_source(tmp_path / "a.parquet")
 
 
 def test_a_path_that_comes_twice_is_refused(tmp_path: Path) -> None:
-    """The message names both rows, across files too: noise is drawn from the name."""
+    """A repeated path, across files too, is refused with both rows, since noise depends on it."""
     write_parquet(tmp_path / "a.parquet", ["x", "y"])
     write_parquet(tmp_path / "b.parquet", ["z", "y"])
     with pytest.raises(
@@ -81,7 +81,7 @@ def test_a_path_that_comes_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_rows_are_counted_a_file(tmp_path: Path) -> None:
-    """file:row goes on through a file's row groups, and begins anew with a file."""
+    """FILE:ROW keys count through the row groups of a file and restart at each file."""
     for name in ("a", "b"):
         table = pq.read_table(write_parquet(tmp_path / f"{name}.parquet", [None] * 5))
         pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
@@ -91,7 +91,7 @@ def test_rows_are_counted_a_file(tmp_path: Path) -> None:
 
 
 def test_labels_may_be_missing(tmp_path: Path) -> None:
-    """A null label means no label; if a file has no label column, no image has a label."""
+    """A null label means no label; a file without a label column removes all labels."""
     table = pq.read_table(write_parquet(tmp_path / "a.parquet", ["1", "2"]))
     table = table.set_column(1, "label", pa.array([None, 3], pa.int64()))
     pq.write_table(table, tmp_path / "a.parquet")
@@ -120,7 +120,7 @@ def test_files_without_rows_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def large(tmp_path: Path) -> tuple[list[Path], list[bytes]]:
-    """Three files of 150 rows in row groups of 40, sizes from none to 2 kB, and their rows."""
+    """Three files of 150 rows in row groups of 40, with images of 0 to 2 kB, and their rows."""
     rows = [RNG.bytes(int(size)) for size in RNG.integers(0, 2000, 450)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     files = [tmp_path / f"{number}.parquet" for number in range(3)]
@@ -135,9 +135,7 @@ def large(tmp_path: Path) -> tuple[list[Path], list[bytes]]:
 def test_rows_are_the_same_however_little_is_held(
     large: tuple[list[Path], list[bytes]], held_bytes: int
 ) -> None:
-    """Held, in a few windows, in many, or one row per window: the bytes come in the requested
-    order.
-    """
+    """The bytes come in the requested order for any number of windows."""
     files, rows = large
     source = ParquetSource(files, held_bytes)
     order = RNG.permutation(450).tolist()
@@ -153,9 +151,7 @@ def test_rows_are_the_same_however_little_is_held(
 def test_what_is_held_is_bounded(
     large: tuple[list[Path], list[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two windows never hold more than was allowed, though images differ in size; a row group is
-    read once a window.
-    """
+    """Two windows stay within the memory limit, and a window reads each row group at most once."""
     files, rows = large
     windows = []
     streams = []
@@ -179,12 +175,12 @@ def test_what_is_held_is_bounded(
     with monkeypatch.context() as patch:
         patch.setattr(ParquetSource, "_stream", counted_stream)
         handed = [fetch for _, fetch in source.fetches(order)]
-    assert 14 <= len(windows) - 1 <= 20  # 450 kB in windows of 30 kB, and an empty one at the end
+    assert 14 <= len(windows) - 1 <= 20  # 450 kB in windows of 30 kB; the last is empty
     assert max(windows) <= 30_000
     assert all(len(read) == len(set(read)) <= 12 for read in streams)
     assert [fetch() for fetch in handed] == [
         rows[i] for i in order
-    ]  # those that did not fit are read by themselves
+    ]  # rows that did not fit are read one by one
 
 
 def test_nobody_waits_for_a_window_that_is_not_wanted(
@@ -199,7 +195,7 @@ def test_nobody_waits_for_a_window_that_is_not_wanted(
 
     def held_up(source: ParquetSource, number: int, wanted: np.ndarray) -> object:
         streams.append(number)
-        if len(streams) == 13:  # the second window's first group, of twelve
+        if len(streams) == 13:  # the first of twelve groups of the second window
             first_read.set()
             go_on.wait(10)
         return stream(source, number, wanted)
@@ -214,7 +210,7 @@ def test_nobody_waits_for_a_window_that_is_not_wanted(
 
 
 def test_one_image_for_many_rows_is_not_held_as_many(tmp_path: Path) -> None:
-    """A file of few bytes whose dictionary stands for many rows is read in windows all the same."""
+    """A small file whose dictionary repeats one large image is still read in windows."""
     image = pa.array(
         [{"bytes": bytes(10_000), "path": None}] * 1000,
         pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
@@ -229,7 +225,7 @@ def test_one_image_for_many_rows_is_not_held_as_many(tmp_path: Path) -> None:
 
 
 def test_a_damaged_row_group_fails_its_own_rows(large: tuple[list[Path], list[bytes]]) -> None:
-    """Rows of other groups are unaffected; the reason names the file."""
+    """A damaged row group fails its own rows with the file's name and no other rows."""
     files, rows = large
     source = ParquetSource(files, 100_000)
     meta = pq.read_metadata(files[1]).row_group(2).column(0)
@@ -251,7 +247,7 @@ def test_a_damaged_row_group_fails_its_own_rows(large: tuple[list[Path], list[by
 
 
 def test_at_least_two_gibibytes_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default is a sixteenth of the memory if that is over 2 GiB."""
+    """By default a sixteenth of the memory is held, but at least 2 GiB."""
     monkeypatch.setattr(parquet, "CGROUP_LIMIT", Path("nowhere"))
     for memory, held in ((8 << 30, 2 << 30), (512 << 30, 32 << 30)):
         monkeypatch.setattr(
@@ -264,7 +260,7 @@ def test_at_least_two_gibibytes_are_held(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_containers_memory_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, held: int
 ) -> None:
-    """The memory is that of the control group, not of the machine."""
+    """In a container, the memory is that of the control group, not of the machine."""
     (tmp_path / "memory.max").write_text(limit)
     monkeypatch.setattr(parquet, "CGROUP_LIMIT", tmp_path / "memory.max")
     monkeypatch.setattr(

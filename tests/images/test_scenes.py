@@ -57,7 +57,7 @@ def test_another_process_makes_the_same_scenes() -> None:
 
 
 def test_a_scene_does_not_depend_on_those_made_before(some_scenes: list[Scene]) -> None:
-    """Scene 400 alone equals scene 400 of a run over 600."""
+    """A scene does not depend on the scenes made before it."""
     alone = scene(3, 400)
     assert np.array_equal(alone.pixels, some_scenes[400].pixels)
     assert np.array_equal(alone.mask, some_scenes[400].mask)
@@ -86,9 +86,7 @@ def test_shapes_and_types_at_every_size(size: int) -> None:
 
 
 def test_the_layout_is_the_same_at_every_size() -> None:
-    """A scene at 128 pixels, averaged down to 32, is nearly the scene at 32, and its boxes are four
-    times as large.
-    """
+    """A scene at 128 pixels averaged to 32 is nearly the scene at 32; boxes scale by four."""
     for index in range(20):
         small = scene(0, index, 32)
         large = scene(0, index, 128)
@@ -128,9 +126,7 @@ def test_boxes_enclose_the_mask_of_their_class_exactly(some_scenes: list[Scene])
 
 
 def test_the_main_object_lies_within_the_frame_and_stands_out(some_scenes: list[Scene]) -> None:
-    """The main object is hardly ever cut by the frame and nearly always differs in colour from its
-    background.
-    """
+    """The main object is rarely cut by the frame and almost always differs in colour."""
     boxes = np.array([item.boxes[-1] for item in some_scenes])
     assert np.mean((boxes[:, :2] > 0).all(axis=1) & (boxes[:, 2:] < 64).all(axis=1)) > 0.95
     contrasts = [
@@ -144,9 +140,7 @@ def test_the_main_object_lies_within_the_frame_and_stands_out(some_scenes: list[
 
 
 def test_colour_statistics_tell_next_to_nothing_about_the_class(some_scenes: list[Scene]) -> None:
-    """A linear classifier on the mean and spread of the colours stays within a few points of one in
-    eight.
-    """
+    """A linear classifier on mean and spread of the colours is within a few points of chance."""
     pixels = np.stack([item.pixels for item in some_scenes]).reshape(600, -1, 3) / 255
     labels = np.array([item.label for item in some_scenes])
     statistics = np.concatenate([pixels.mean(axis=1), pixels.std(axis=1)], axis=1)
@@ -157,9 +151,7 @@ def test_colour_statistics_tell_next_to_nothing_about_the_class(some_scenes: lis
 
 
 def test_the_silhouette_alone_tells_the_class(some_scenes: list[Scene]) -> None:
-    """The main object's outline, cut to its box, is enough for a nearest-neighbour rule: the label
-    is the shape.
-    """
+    """The main object's outline in its box is enough for a nearest-neighbour rule."""
     outlines = []
     for item in some_scenes:
         shape = Image.fromarray(((item.mask == item.label + 1) * 255).astype(np.uint8))
@@ -173,17 +165,13 @@ def test_the_silhouette_alone_tells_the_class(some_scenes: list[Scene]) -> None:
 
 
 def test_class_names_are_in_the_order_a_folder_tree_gives() -> None:
-    """The class names are eight, distinct and sorted, so labels agree with those read off the
-    written folders.
-    """
+    """There are eight distinct, sorted class names, so labels agree with the written folders."""
     assert len(CLASSES) == 8
     assert list(CLASSES) == sorted(set(CLASSES))
 
 
 def test_written_files_hold_the_scenes(tmp_path: Path) -> None:
-    """Images, masks and boxes on disk are those of scene(), under the class's folder, and nothing
-    else is there.
-    """
+    """The files on disk are exactly the images, masks and boxes of scene()."""
     write_scenes(tmp_path, seed=2, size=32, count=6, start=10)
     entries = json.loads((tmp_path / "boxes.json").read_text())
     expected = {"boxes.json", "scenes.json", "masks/classes.toml"}
@@ -216,9 +204,7 @@ def test_writing_without_masks_leaves_them_out_and_a_later_run_adds_them(tmp_pat
 
 
 def test_writing_again_skips_finished_files_and_mends_missing_ones(tmp_path: Path) -> None:
-    """A second run touches no finished image, writes a lost one anew, extends the set and keeps the
-    older boxes.
-    """
+    """A second run keeps finished images and older boxes, and rewrites a lost image."""
     write_scenes(tmp_path, seed=0, size=16, count=5)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*.png")}
     lost = next(iter(before))
@@ -258,7 +244,7 @@ def test_a_run_cut_short_is_finished_by_the_next(tmp_path: Path) -> None:
 
 
 def test_a_root_with_other_scenes_is_refused(tmp_path: Path) -> None:
-    """Scenes of another seed or size are not mixed into a root."""
+    """A root with scenes of another seed or size is refused."""
     write_scenes(tmp_path, seed=0, size=16, count=1)
     with pytest.raises(
         ConfigError, match=r"holds other scenes: expected .*'seed': 1.*, got .*'seed': 0"
@@ -286,9 +272,7 @@ def test_impossible_requests_say_what_was_expected(tmp_path: Path) -> None:
 def test_a_disk_that_refuses_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file in the folder's place, and a disk that fills up, say what could not be written; a
-    resume finishes it.
-    """
+    """A disk error says what could not be written, and a resume finishes the set."""
     (tmp_path / "file").write_text("precious")
     with pytest.raises(
         DiskError,

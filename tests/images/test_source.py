@@ -1,4 +1,4 @@
-"""Sources: the kind of images that a path holds."""
+"""A source's kind follows from what its path holds."""
 
 from pathlib import Path
 

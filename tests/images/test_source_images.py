@@ -1,6 +1,4 @@
-"""Images that a cache does not hold come from their source, and only the very ones that were
-extracted.
-"""
+"""Images that a cache does not hold come from their source, if they are unchanged."""
 
 import hashlib
 import io
@@ -50,9 +48,7 @@ def linked(folder: Path) -> LinkedImages:
 
 
 def test_rows_find_their_images_by_key(folder: Path) -> None:
-    """A row's pixels are the view of the image of its key, whatever the source's order; failed rows
-    need none.
-    """
+    """A row's pixels are the view of the image with its key, whatever the source's order."""
     for row, key in ((0, "2.png"), (2, "0.png")):
         np.testing.assert_array_equal(
             linked(folder).pixels(row), decode_view((folder / key).read_bytes(), VIEW)[0]
@@ -60,7 +56,7 @@ def test_rows_find_their_images_by_key(folder: Path) -> None:
 
 
 def test_a_missing_image_is_named(folder: Path) -> None:
-    """A source without some images of the cache is refused at once, with a count and a key."""
+    """A source that lacks images of the cache is refused at once, with their number and one key."""
     with pytest.raises(
         ImagesError, match=r"1 of 2 images of the cache are missing, such as x\.png"
     ):
@@ -80,7 +76,7 @@ def test_a_changed_image_is_refused(folder: Path) -> None:
 
 
 def test_an_image_that_went_away_is_named(folder: Path) -> None:
-    """An image deleted after the start gives one clear error."""
+    """An image that is deleted after the start gives one error with its name."""
     images = linked(folder)
     (folder / "0.png").unlink()
     with pytest.raises(
@@ -93,7 +89,7 @@ def test_an_image_that_went_away_is_named(folder: Path) -> None:
 def test_images_come_from_every_kind_of_source(
     folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows find their images in tars and in Parquet, held or not."""
+    """Rows find their images in tars and in Parquet, held in memory or not."""
     contents = {name: (folder / f"{name}.png").read_bytes() for name in ("0", "1", "2")}
     path = tmp_path / f"a.{kind.split()[0]}"
     if kind == "tar":

@@ -1,6 +1,4 @@
-"""Tar shards: every image found where it lies, and nothing read from a tar that is not whole and
-plain.
-"""
+"""Tar shards: every image is found at its offset, and damaged or unusual tars are refused."""
 
 import io
 import os
@@ -32,7 +30,7 @@ def write_tar(path: Path, members: dict[str, bytes], **options: object) -> Path:
 
 
 def add(path: Path, info: tarfile.TarInfo) -> Path:
-    """Write a tar of a good image and a special member."""
+    """Write a tar with one good image and one special member."""
     with tarfile.open(path, "w") as tar:
         good = tarfile.TarInfo("good.jpg")
         good.size = 3
@@ -42,9 +40,7 @@ def add(path: Path, info: tarfile.TarInfo) -> Path:
 
 
 def test_images_are_found_where_they_lie(tmp_path: Path) -> None:
-    """Keys are paths without extension, in the tars' order; bytes in any order are those that
-    tarfile extracts.
-    """
+    """Keys are paths without extension in tar order, and bytes equal what tarfile extracts."""
     for shard in range(3):
         members = {
             f"dir/{shard}{i}.{'jpg' if i % 2 else 'PNG'}": RNG.bytes(100 + 700 * i)
@@ -85,9 +81,7 @@ def test_every_tar_format_is_read(tmp_path: Path, kind: int) -> None:
 
 
 def test_cls_files_are_labels(tmp_path: Path) -> None:
-    """A sample's .cls file, before or after its images, labels each of them; without one there is
-    no label.
-    """
+    """A sample's .cls file labels each of its images; without one there is no label."""
     members = {
         "a.cls": b"7\n",
         "a.jpg": b"1",
@@ -107,9 +101,7 @@ def test_a_sample_is_named_up_to_the_first_dot() -> None:
 
 
 def test_keys_that_tars_share_have_the_tars_name(tmp_path: Path) -> None:
-    """Shards that each count from nought are told apart; the images of every shard are then named
-    that way.
-    """
+    """Keys that several shards share get the shard's name, and then all images do."""
     write_tar(tmp_path / "train-0.tar", {"000.jpg": b"1", "001.jpg": b"2"})
     write_tar(tmp_path / "train-1.tar", {"000.jpg": b"3", "002.jpg": b"4"})
     source = open_source(tmp_path)
@@ -118,7 +110,7 @@ def test_keys_that_tars_share_have_the_tars_name(tmp_path: Path) -> None:
 
 
 def test_a_key_that_comes_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
-    """The message names both members: two extensions of one name, or one name packed twice."""
+    """A repeated key in a tar is refused with the names of both members."""
     path = write_tar(tmp_path / "a.tar", {"x/1.jpg": b"1", "x/2.jpg": b"2", "x/1.png": b"3"})
     with pytest.raises(
         ImagesError,
@@ -128,7 +120,7 @@ def test_a_key_that_comes_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
 
 
 def test_keys_may_differ_in_case_only(tmp_path: Path) -> None:
-    """Names in a tar are case-sensitive, whatever the file system does."""
+    """Keys may differ only in case, whatever the file system does."""
     source = open_source(write_tar(tmp_path / "a.tar", {"A.jpg": b"1", "a.jpg": b"2"}))
     assert list(source.keys) == ["A", "a"]
 
@@ -174,9 +166,7 @@ def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
 def test_images_that_are_no_plain_files_are_refused(
     tmp_path: Path, info: tarfile.TarInfo, reason: str
 ) -> None:
-    """Links, sparse files, devices and paths out of the tar are refused, with member and tar in the
-    message.
-    """
+    """Links, sparse files, devices and paths out of the tar are refused with member and tar."""
     with pytest.raises(ImagesError, match=rf"a\.tar: {reason}"):
         open_source(add(tmp_path / "a.tar", info))
 
@@ -191,7 +181,7 @@ def test_other_members_may_be_anything(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
 def test_compressed_tars_are_refused(tmp_path: Path, kind: str) -> None:
-    """Compressed tars are refused: they do not allow random access."""
+    """Compressed tars are refused, because they allow no random access."""
     with tarfile.open(tmp_path / "a.tar", f"w:{kind}") as tar:
         tar.addfile(tarfile.TarInfo("a.jpg"))
     with pytest.raises(
@@ -202,9 +192,7 @@ def test_compressed_tars_are_refused(tmp_path: Path, kind: str) -> None:
 
 
 def test_every_cut_is_noticed(tmp_path: Path) -> None:
-    """A tar that ends anywhere before its end-of-archive is refused, whether in a header, a member
-    or between.
-    """
+    """A tar that is cut anywhere before its end-of-archive marker is refused."""
     whole = write_tar(
         tmp_path / "a.tar", {"a.jpg": RNG.bytes(700), "b.jpg": RNG.bytes(100)}
     ).read_bytes()
@@ -234,8 +222,9 @@ def test_every_cut_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_damaged_header_is_noticed(tmp_path: Path) -> None:
-    """A damaged header is refused; tarfile takes it for the end of the archive and would skip all
-    later images.
+    """A damaged header is refused.
+
+    tarfile takes a damaged header for the end of the archive and would skip all later images.
     """
     path = write_tar(tmp_path / "a.tar", {"a.jpg": RNG.bytes(700), "b.jpg": RNG.bytes(100)})
     whole = bytearray(path.read_bytes())
@@ -248,7 +237,7 @@ def test_a_damaged_header_is_noticed(tmp_path: Path) -> None:
 
 
 def sized(size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """Return a header whose size field holds these bytes."""
+    """Return a header with these bytes in its size field."""
     header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
     header[124:136], header[156:157] = size, kind
     header[148:156] = b" " * 8
@@ -284,7 +273,7 @@ def sized(size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
     ],
 )
 def test_hostile_sizes_are_refused(tmp_path: Path, size: bytes, kind: bytes, reason: str) -> None:
-    """A size beyond the file costs no memory and causes no endless loop."""
+    """A size beyond the file allocates no memory and causes no endless loop."""
     (tmp_path / "a.tar").write_bytes(sized(size, kind) + bytes(4096))
     with pytest.raises(ImagesError, match=rf"a\.tar: {reason}"):
         open_source(tmp_path / "a.tar")
@@ -307,7 +296,7 @@ def test_endless_sparse_maps_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [b"cat", b"-1", b"", b"1.5", b"99999999999", b"7" * 40])
 def test_labels_that_are_no_index_are_refused(tmp_path: Path, text: bytes) -> None:
-    """The message has the member and its content."""
+    """A label that is not an index is refused with the member and its content."""
     path = write_tar(tmp_path / "a.tar", {"a.jpg": b"1", "a.cls": text})
     with pytest.raises(
         ImagesError, match=r"a\.tar: 'a\.cls': expected a class index such as 7, got b'"
@@ -316,7 +305,7 @@ def test_labels_that_are_no_index_are_refused(tmp_path: Path, text: bytes) -> No
 
 
 def test_tars_without_images_are_refused(tmp_path: Path) -> None:
-    """The message lists the file extensions of images."""
+    """A tar without images is refused with the extensions of images."""
     with pytest.raises(
         ImagesNotFoundError, match=r"no images in \S+a\.tar: expected files ending in \.bmp"
     ):
@@ -325,7 +314,7 @@ def test_tars_without_images_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("beside", ["x.parquet", "x.jpg", "sub/x.png"])
 def test_tars_beside_other_images_are_refused(tmp_path: Path, beside: str) -> None:
-    """Two kinds of images are refused; one of them would be left out silently."""
+    """A folder with two kinds of images is refused, so that neither is silently ignored."""
     write_tar(tmp_path / "a.tar", {"a.jpg": b"1"})
     (tmp_path / beside).parent.mkdir(exist_ok=True)
     (tmp_path / beside).touch()
@@ -334,7 +323,7 @@ def test_tars_beside_other_images_are_refused(tmp_path: Path, beside: str) -> No
 
 
 def test_a_tar_that_shrinks_or_goes_fails_its_images(tmp_path: Path) -> None:
-    """After indexing, a read returns the complete image or raises OSError with a reason."""
+    """If a tar shrinks or vanishes after indexing, a read is complete or raises OSError."""
     path = write_tar(tmp_path / "a.tar", {"a.jpg": b"12345", "b.jpg": b"67890"})
     source = open_source(path)
     os.truncate(path, 512 + 3)
@@ -346,7 +335,7 @@ def test_a_tar_that_shrinks_or_goes_fails_its_images(tmp_path: Path) -> None:
 
 
 def test_a_link_to_nowhere_is_refused(tmp_path: Path) -> None:
-    """A missing shard is refused by name; a folder with a tar's name is a folder."""
+    """A broken link to a shard is refused by name; a folder with a tar's name is a folder."""
     write_tar(tmp_path / "a.tar", {"a.jpg": b"1"})
     (tmp_path / "c.tar").mkdir()
     assert list(open_source(tmp_path).keys) == ["a"]
@@ -356,7 +345,7 @@ def test_a_link_to_nowhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_indexing_shows_its_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Units are MiB of tar, whatever the number of files."""
+    """Progress of indexing is counted in MiB of tar, whatever the number of files."""
     seen: list[int] = []
 
     counter = SimpleNamespace(advance=lambda count=1: seen.append(count))

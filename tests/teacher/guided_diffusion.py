@@ -1,7 +1,7 @@
-"""A reference of OpenAI's guided-diffusion U-Net, written from its definition for these tests only.
+"""A reference of OpenAI's guided-diffusion U-Net, written from its definition for these tests.
 
-Parameters have the names of the published checkpoints, so that `state_dict()` is one. Checkpointing
-of activations and the half-precision torso, which change no result, are left out. N batch, C
+Parameters have the names of the published checkpoints, so that `state_dict()` is one. Activation
+checkpointing and the half-precision torso change no result and are left out. N is the batch, C
 channels, T positions of a map.
 """
 
@@ -27,7 +27,7 @@ def sinusoids(t_N: Tensor, channels: int) -> Tensor:
 
 
 class Double(nn.Module):
-    """Nearest-neighbour upsampling by two, with a convolution after it where one is asked for."""
+    """Nearest-neighbour upsampling by two, followed by an optional convolution."""
 
     def __init__(self, channels: int, with_conv: bool) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Double(nn.Module):
 
 
 class Halve(nn.Module):
-    """Halving by a strided convolution, or by the mean of 2x2 pixels."""
+    """Downsampling by two with a strided convolution or the mean of 2x2 pixels."""
 
     def __init__(self, channels: int, with_conv: bool) -> None:
         super().__init__()
@@ -53,8 +53,9 @@ class Halve(nn.Module):
 
 
 class Residual(nn.Module):
-    """Norm, SiLU, [resample], conv; time embedding; norm, SiLU, conv. The shortcut is resampled
-    too.
+    """Norm, SiLU, [resample], conv; time embedding; norm, SiLU, conv.
+
+    The shortcut is resampled, too.
     """
 
     def __init__(
@@ -92,9 +93,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over a map's positions, in either of guided-diffusion's orders of the 3C rows
-    of qkv.
-    """
+    """Self-attention over a map's positions, with either of guided-diffusion's qkv row orders."""
 
     def __init__(self, channels: int, heads: int, new_order: bool) -> None:
         super().__init__()
@@ -109,9 +108,9 @@ class Attention(nn.Module):
         x_NCT = x_NCHW.reshape(n, c, -1)
         qkv = self.qkv(self.norm(x_NCT))
         width = c // self.heads
-        if self.new_order:  # rows: all of q, all of k, all of v, each head after head
+        if self.new_order:  # rows: all of q, all of k, all of v, head by head
             q, k, v = (part.reshape(n * self.heads, width, -1) for part in qkv.chunk(3, dim=1))
-        else:  # rows: head after head, each q, k, v
+        else:  # rows: head by head, q, k and v within each
             q, k, v = qkv.reshape(n * self.heads, 3 * width, -1).split(width, dim=1)
         weight = torch.einsum("bct,bcs->bts", q / width**0.25, k / width**0.25).softmax(dim=-1)
         attended = torch.einsum("bts,bcs->bct", weight, v).reshape(n, c, -1)
@@ -128,7 +127,7 @@ class Stage(nn.Sequential):
 
 
 class GuidedUNet(nn.Module):
-    """The network of Dhariwal and Nichol 2021; `attention` holds the strides at which there is any."""
+    """The network of Dhariwal and Nichol 2021; `attention` holds the strides with attention."""
 
     def __init__(
         self,
@@ -195,9 +194,7 @@ class GuidedUNet(nn.Module):
     def forward(
         self, x: Tensor, t_N: Tensor, label_N: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the output, and each decoder level's last feature before its upsampler, coarsest
-        first.
-        """
+        """Return the output and each level's last map before its upsampler, coarsest first."""
         emb = self.time_embed(sinusoids(t_N, self.width).to(x.dtype))
         if label_N is not None:
             emb = emb + self.label_emb(label_N)
@@ -220,8 +217,9 @@ class GuidedUNet(nn.Module):
 
 
 def random_unet(seed: int = 0, **shape: object) -> GuidedUNet:
-    """A reference none of whose parameters is zero or one: the real initialisation hides every
-    attention block.
+    """Return a reference without zero parameters.
+
+    The real initialisation with zeros would hide every attention block.
     """
     unet = GuidedUNet(**shape).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -229,12 +227,12 @@ def random_unet(seed: int = 0, **shape: object) -> GuidedUNet:
         for name, parameter in unet.named_parameters():
             parameter.normal_(0, 1 / math.sqrt(max(1, parameter[0].numel())), generator=generator)
             if "qkv" in name:
-                parameter.mul_(2)  # sharp attention, so that a wrong order of rows shows
+                parameter.mul_(2)  # sharp attention reveals a wrong row order
     return unet
 
 
 def published(name: str, width: int, **changes: object) -> dict[str, object]:
-    """The shape of a published model, at another width, as its README's flags have it."""
+    """Return the shape of a published model, per its README's flags, with another width."""
     shapes: dict[str, dict[str, object]] = {
         "adm-64": {
             "mult": (1, 2, 3, 4),
@@ -261,8 +259,9 @@ def published(name: str, width: int, **changes: object) -> dict[str, object]:
 
 
 def small(name: str, **changes: object) -> dict[str, object]:
-    """The same shape with few channels. At 512 px the timesteps need the full base width, so that
-    levels shrink.
+    """Return the same shape with few channels.
+
+    At 512 px the timestep embedding needs the full base width, so the levels shrink instead.
     """
     if name == "adm-512":
         return published(

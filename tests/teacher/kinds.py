@@ -1,6 +1,4 @@
-"""Small teachers of every kind, made and written with diffusers alone; each writer returns the
-modules it wrote.
-"""
+"""Small teachers of every kind, written with diffusers alone; each writer returns its modules."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -32,8 +30,9 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def save_stable_diffusion(
     root: Path, **unet_options: Any
 ) -> tuple[UNet2DConditionModel, AutoencoderKL]:
-    """Write a text-conditioned latent teacher of 32 px: latent stride 4, U-Net strides 1, 2 and 4;
-    no text encoder.
+    """Write a text-conditioned latent teacher of 32 px without a text encoder.
+
+    Its latent stride is 4, and its U-Net has strides 1, 2 and 4.
     """
     torch.manual_seed(1)
     unet = UNet2DConditionModel(
@@ -52,7 +51,7 @@ def save_stable_diffusion(
         **unet_options,
     ).eval()
     unet.save_pretrained(root / "unet")
-    # As Stable Diffusion 1.x: a sampler's file, with betas that are no default.
+    # As in Stable Diffusion 1.x: the file of a sampler, with betas other than the defaults.
     PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True
     ).save_pretrained(root / "scheduler")
@@ -73,9 +72,7 @@ def save_kl(folder: Path) -> AutoencoderKL:
 
 
 def save_ldm(root: Path) -> tuple[UNet2DModel, VQModel]:
-    """Write an unconditional latent teacher of 32 px on a VQ autoencoder of stride 2, with its
-    channels apart.
-    """
+    """Write an unconditional latent teacher of 32 px on a VQ autoencoder of stride 2."""
     torch.manual_seed(3)
     unet = UNet2DModel(
         sample_size=16,
@@ -144,9 +141,7 @@ def save_class_unet(root: Path, classes: int = 8) -> UNet2DModel:
 def hooked_unet(
     unet: Any, strides: Sequence[int], *inputs: torch.Tensor, **told: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Run a whole U-Net; return the maps by name, coarsest level first in `strides`, where its
-    upsamplers read them.
-    """
+    """Run a full U-Net and return the inputs of its upsamplers by name, for `strides`."""
     seen: dict[str, torch.Tensor] = {}
     for stride, block in zip(strides, unet.up_blocks, strict=True):
         if block.upsamplers:
@@ -165,7 +160,7 @@ def hooked_unet(
 def hooked_transformer(
     transformer: Any, size: tuple[int, int], *inputs: torch.Tensor, **told: torch.Tensor
 ) -> dict:
-    """Run a whole DiT; return every block's tokens as a map of `size`."""
+    """Run a full DiT and return every block's tokens as a map of `size`."""
     seen: dict[str, torch.Tensor] = {}
 
     def folded(tokens_BND: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,4 @@
-"""Heads of another width on each level: computed right, stored loudly, refused where they do not
-fit.
-"""
+"""Different attention heads per level are computed correctly, or refused if they do not fit."""
 
 from pathlib import Path
 
@@ -24,9 +22,7 @@ def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_directory_loads_and_computes_what_the_reference_does(four_heads: Path) -> None:
-    """from_pretrained with the stand-in, then the listed heads: the reference's output, and the
-    list in the config.
-    """
+    """The loaded network with listed heads gives the reference's output and keeps the list."""
     config = UNet2DModel.load_config(str(four_heads))
     assert config["attention_head_dim"] == [32, 32, 16, 24, 32]
     unet = UNet2DModel.from_pretrained(str(four_heads), **stand_in(config))
@@ -64,7 +60,7 @@ def test_a_list_that_does_not_fit_is_refused(four_heads: Path, widths: list[obje
 
 
 def test_one_number_for_all_is_left_alone(teacher_dir: Path) -> None:
-    """An ordinary configuration needs no replacement and changes nothing."""
+    """A configuration with one number for all levels is loaded unchanged."""
     config = UNet2DModel.load_config(str(teacher_dir / "unet"))
     unet = UNet2DModel.from_pretrained(str(teacher_dir / "unet"))
     before = [m.heads for m in unet.modules() if hasattr(m, "heads")]

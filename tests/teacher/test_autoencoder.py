@@ -1,6 +1,4 @@
-"""Latent teachers: what an image becomes before it is noised, and that the taps are those of
-diffusers' own models.
-"""
+"""Latent teachers noise the latents of an image, and their taps equal those of diffusers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -72,9 +70,7 @@ def pixels() -> torch.Tensor:
 
 
 def test_stable_diffusion_taps_are_those_of_diffusers(tmp_path: Path) -> None:
-    """Loaded from disk they equal hooks on the whole model in memory: mode, scale, noise, prompt;
-    view strides.
-    """
+    """Stable Diffusion's taps, loaded from disk, equal hooks on the full model in memory."""
     unet, vae = save_stable_diffusion(tmp_path)
     teacher = prepared(load_teacher(str(tmp_path), stored=STORED), 150)
     assert [(t.name, t.stride, t.channels, t.height) for t in teacher.spec.taps] == [
@@ -110,9 +106,7 @@ def test_stable_diffusion_taps_are_those_of_diffusers(tmp_path: Path) -> None:
 
 
 def test_taps_are_found_without_arithmetic() -> None:
-    """Stable Diffusion 1.x at its full size, without any weights, has the strides and channels it
-    is known for.
-    """
+    """Stable Diffusion 1.x at full size, without weights, has its known strides and channels."""
     with torch.device("meta"):
         denoiser = UNetDenoiser(
             UNet2DConditionModel(sample_size=64, cross_attention_dim=768), torch.zeros(77, 768)
@@ -127,9 +121,7 @@ def test_taps_are_found_without_arithmetic() -> None:
 
 
 def test_unconditional_latent_taps_are_those_of_diffusers(tmp_path: Path) -> None:
-    """The VQ encoder's output before the codebook, times the scale that its configuration states,
-    is what is noised.
-    """
+    """An LDM noises the VQ encoder's output before the codebook, times the configured scale."""
     unet, vae = save_ldm(tmp_path)
     edit(tmp_path / "vqvae" / "config.json", lambda c: c.update(scaling_factor=0.5))
     teacher = prepared(load_teacher(str(tmp_path)), 50)
@@ -143,8 +135,9 @@ def test_unconditional_latent_taps_are_those_of_diffusers(tmp_path: Path) -> Non
 
 
 def test_a_vq_model_that_states_no_scale_has_none(tmp_path: Path) -> None:
-    """As CompVis trained it; an AutoencoderKL that states none has Stable Diffusion's. The hash
-    tells scales apart.
+    """Without a configured scale, a VQ model has 1 and an AutoencoderKL has 0.18215.
+
+    The hash of the configuration distinguishes scales.
     """
     save_ldm(tmp_path / "ldm")
     config = tmp_path / "ldm" / "vqvae" / "config.json"
@@ -169,7 +162,7 @@ def test_a_vq_model_that_states_no_scale_has_none(tmp_path: Path) -> None:
 
 
 def test_the_shift_comes_before_the_scale(tmp_path: Path) -> None:
-    """As diffusers' pipelines have it: (latents - shift_factor) * scaling_factor."""
+    """As in diffusers' pipelines, latents become (latents - shift_factor) * scaling_factor."""
     _, vae = save_stable_diffusion(tmp_path)
     edit(
         tmp_path / "vae" / "config.json", lambda c: c.update(shift_factor=0.25, scaling_factor=2.0)
@@ -182,7 +175,7 @@ def test_the_shift_comes_before_the_scale(tmp_path: Path) -> None:
 
 
 def test_latents_are_made_once_for_all_timesteps_and_draws(tmp_path: Path) -> None:
-    """Two draws at two timesteps pass the autoencoder once; noise has the latent's shape."""
+    """Two draws at two timesteps run the autoencoder once; noise has the latent's shape."""
     save_stable_diffusion(tmp_path)
     teacher = prepared(load_teacher(str(tmp_path), stored=STORED), 50, 250)
     calls = []
@@ -200,9 +193,7 @@ def test_latents_are_made_once_for_all_timesteps_and_draws(tmp_path: Path) -> No
 
 
 def test_a_short_batch_is_padded_for_the_autoencoder_too(tmp_path: Path) -> None:
-    """Every pass has the recipe's shape, so a sample's features do not depend on the others in its
-    batch.
-    """
+    """The autoencoder's batch is padded, so features do not depend on the rest of the batch."""
     save_ldm(tmp_path)
     teacher = prepared(load_teacher(str(tmp_path)), 150, batch_size=4)
     shapes = []
@@ -217,7 +208,7 @@ def test_a_short_batch_is_padded_for_the_autoencoder_too(tmp_path: Path) -> None
 
 
 def test_a_size_that_latents_cannot_halve_is_refused(tmp_path: Path) -> None:
-    """The multiple is in pixels of the view: latent stride times the U-Net's halvings."""
+    """A size that cannot be halved is refused with the multiple in pixels of the view."""
     save_stable_diffusion(tmp_path)
     loaded = load_teacher(str(tmp_path), stored=STORED)
     with pytest.raises(
@@ -242,9 +233,7 @@ def test_the_weights_hash_covers_every_part(tmp_path: Path) -> None:
 
 
 def test_sharded_weights_are_the_same_network(tmp_path: Path) -> None:
-    """A network whose weights lie in several files gives the same features; each file counts in the
-    hash.
-    """
+    """Weights in several files give the same features, and each file counts in the hash."""
     unet, _ = save_ldm(tmp_path / "one")
     whole = load_teacher(str(tmp_path / "one"))
     save_ldm(tmp_path / "many")
@@ -352,7 +341,7 @@ def other_text_width(root: Path) -> None:
 def test_a_bad_latent_teacher_is_refused(
     tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    """The message names a part that is missing or belongs to another class or model."""
+    """A part that is missing or belongs to another class or model is refused by name."""
     save_stable_diffusion(tmp_path)
     damage(tmp_path)
     with pytest.raises(TeacherError, match=message):
@@ -360,7 +349,7 @@ def test_a_bad_latent_teacher_is_refused(
 
 
 def test_an_embedding_of_another_width_is_refused(tmp_path: Path) -> None:
-    """The message has the channels of a text encoder and a U-Net that do not fit together."""
+    """A text embedding of another width than the U-Net's is refused with both widths."""
     save_stable_diffusion(tmp_path)
     stored = Prompt(text="", embedding_LD=np.zeros((TOKENS, 24), np.float32))
     with pytest.raises(
@@ -380,7 +369,7 @@ def test_a_prompt_for_a_teacher_that_reads_none_is_refused(tmp_path: Path) -> No
 
 
 def test_what_it_predicts_is_read(tmp_path: Path) -> None:
-    """prediction_type comes from the scheduler's file."""
+    """The prediction type comes from the scheduler's file."""
     save_ldm(tmp_path)
     assert load_teacher(str(tmp_path)).prediction == "epsilon"
     DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "scheduler")
@@ -388,9 +377,7 @@ def test_what_it_predicts_is_read(tmp_path: Path) -> None:
 
 
 def test_bfloat16_latents_lie_close(tmp_path: Path) -> None:
-    """The autoencoder runs in the network's precision: its error is far under the noise at the
-    paper's timesteps.
-    """
+    """In bfloat16 the latents' error is far below the noise at the paper's timesteps."""
     save_stable_diffusion(tmp_path)
     loaded = load_teacher(str(tmp_path), stored=STORED)
     assert loaded.latents is not None

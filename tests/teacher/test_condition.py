@@ -1,4 +1,4 @@
-"""What a class-conditional teacher is told: the choice, its reasons, and that the network hears it."""
+"""The condition of a teacher: its choice, its refusals and its effect on the network."""
 
 from pathlib import Path
 
@@ -46,9 +46,7 @@ PROMPT = Prompt(text="a cat", embedding_LD=np.ones((2, 3), np.float32))
 def test_conditions(
     denoiser: Fake, prompt: Prompt | None, asked: str | None, chosen: ConditionSpec | None
 ) -> None:
-    """Null by default where it exists, else what is asked for; a prompt where the teacher reads
-    text.
-    """
+    """The condition is null by default if it exists, else the requested one or the prompt."""
     assert choose_condition(denoiser, prompt, asked) == chosen  # type: ignore[arg-type]
 
 
@@ -98,13 +96,13 @@ def test_conditions(
 def test_impossible_conditions_are_refused(
     denoiser: Fake, prompt: Prompt | None, asked: str, message: str
 ) -> None:
-    """Each message has a reason and a remedy."""
+    """An impossible condition is refused with a reason and a remedy."""
     with pytest.raises(ConfigError, match=message):
         choose_condition(denoiser, prompt, asked)  # type: ignore[arg-type]
 
 
 def test_labels_outside_the_teachers_classes_are_refused() -> None:
-    """The message names the first image whose label is missing or too large."""
+    """A missing or too large label is refused with its first image."""
     require_labels(["a", "b"], [0, 2], 3)
     with pytest.raises(
         ImagesError, match="`condition='label'`: the images have no labels; pass a folder with"
@@ -122,7 +120,7 @@ def test_labels_outside_the_teachers_classes_are_refused() -> None:
 def test_a_class_conditional_unet_is_told_its_class(
     tmp_path: Path, condition: str, told: list[int]
 ) -> None:
-    """Taps equal hooks on the complete model in memory with the same classes."""
+    """Taps equal hooks on the full model in memory with the same classes."""
     unet = save_class_unet(tmp_path)
     teacher = prepare_teacher(
         load_teacher(str(tmp_path)),
@@ -144,6 +142,6 @@ def test_a_class_conditional_unet_is_told_its_class(
 
 
 def test_a_unet_does_not_say_whether_it_has_a_null_class(tmp_path: Path) -> None:
-    """num_class_embeds does not say whether a null class exists, so null is never the default."""
+    """Null is never the default for a U-Net, since num_class_embeds does not tell if it exists."""
     denoiser = UNetDenoiser(save_class_unet(tmp_path))
     assert (denoiser.num_classes, denoiser.null_class) == (8, None)

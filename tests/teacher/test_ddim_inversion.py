@@ -1,4 +1,4 @@
-"""DDIM inversion against diffusers' schedulers, and against the exact flow of Gaussian images."""
+"""DDIM inversion agrees with diffusers' schedulers and with the exact flow of Gaussian images."""
 
 import math
 from pathlib import Path
@@ -21,9 +21,7 @@ SPREAD = 0.5
 
 
 def gaussian_denoiser(prediction: str, *, learned_variance: bool = False):
-    """The best denoiser of images N(0, SPREAD^2 I) has a closed form: E[noise | x_t] is a multiple
-    of x_t.
-    """
+    """Return the optimal denoiser of images N(0, SPREAD^2 I): E[noise | x_t] is linear in x_t."""
 
     def predict(x_BCHW: torch.Tensor, t_B: torch.Tensor, labels_B: None) -> torch.Tensor:
         a = ALPHA_BARS[t_B].to(x_BCHW)[:, None, None, None]
@@ -47,9 +45,7 @@ def images() -> torch.Tensor:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_step_is_diffusers_step(prediction: str) -> None:
-    """Each prediction type gives what DDIMInverseScheduler gives on its own grid, with clipping
-    off.
-    """
+    """Each prediction type equals DDIMInverseScheduler on its grid with clipping off."""
     oracle = DDIMInverseScheduler(prediction_type=prediction, clip_sample=False)
     oracle.set_timesteps(100)
     x_BCHW, output_BCHW = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -64,9 +60,10 @@ def test_a_step_is_diffusers_step(prediction: str) -> None:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("learned_variance", [False, True])
 def test_gaussian_images_flow_as_the_ode_says(prediction: str, learned_variance: bool) -> None:
-    """With the best denoiser the probability flow keeps each image's place among its like: x_T =
-    x_0 times the ratio of the standard deviations. Learned variances, further channels, change
-    nothing.
+    """For Gaussian images, x_T is x_0 times the ratio of the standard deviations.
+
+    This is the probability flow of the optimal denoiser. Further channels of learned variance
+    change nothing.
     """
     predictor = gaussian_denoiser(prediction, learned_variance=learned_variance)
     found, t_B, _ = Inversion(predictor, ALPHA_BARS, prediction, 400).inputs(
@@ -78,7 +75,7 @@ def test_gaussian_images_flow_as_the_ode_says(prediction: str, learned_variance:
 
 
 def test_nothing_is_clipped() -> None:
-    """Values far outside [-1, 1] follow the formula."""
+    """Values far outside [-1, 1] are not clipped."""
     x_BCHW = torch.full((1, 3, 4, 4), 5.0)
     found, _, _ = Inversion(
         lambda x, t, labels: torch.zeros_like(x), ALPHA_BARS, "epsilon", 10
@@ -87,7 +84,7 @@ def test_nothing_is_clipped() -> None:
 
 
 def test_the_round_trip_comes_home_with_many_steps() -> None:
-    """The error falls with the number of steps, and does not vanish with few."""
+    """The round trip's error falls with the number of steps and is not zero with few."""
     predictor = gaussian_denoiser("epsilon")
     few, more, many = (
         float(Inversion(predictor, ALPHA_BARS, "epsilon", steps).round_trip(images(), 250).mean())
@@ -140,9 +137,7 @@ def inverting(teacher_dir: Path) -> Teacher:
 def test_features_are_those_of_the_image_that_diffusers_inverts(
     inverting: Teacher, teacher_dir: Path
 ) -> None:
-    """The whole stage, batch padding included, against diffusers' own inversion of the whole
-    network and a hook; and the round trip against diffusers' own way back.
-    """
+    """Features and round trip equal diffusers' own inversion of the full network."""
     unet = load_teacher(str(teacher_dir)).denoiser.unet
     up = DDIMInverseScheduler(clip_sample=False)
     down = DDIMScheduler(clip_sample=False)

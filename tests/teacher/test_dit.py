@@ -1,6 +1,4 @@
-"""Diffusion transformers: a block is a tap, tokens lie where their patches do, and nothing after
-the last tap runs.
-"""
+"""Diffusion transformers: a block is a tap, tokens keep their positions, later blocks are cut."""
 
 from pathlib import Path
 
@@ -41,9 +39,7 @@ def prepared(root: Path, taps: tuple[str, ...] | None, condition: str | None) ->
 def test_taps_are_those_of_diffusers(
     tmp_path: Path, condition: str | None, told: list[int]
 ) -> None:
-    """Taps loaded from disk equal hooks on the complete model in memory, for each kind of
-    condition.
-    """
+    """Taps loaded from disk equal hooks on the full model in memory for each kind of condition."""
     transformer, vae = save_dit(tmp_path)
     teacher = prepared(tmp_path, ("block1", "block4"), condition)
     batch = batch_of(
@@ -78,7 +74,7 @@ def test_conditions_differ(tmp_path: Path) -> None:
 
 
 def test_every_block_offers_a_tap(tmp_path: Path) -> None:
-    """All taps have the stride of the patches against the view, also for a view that is not square."""
+    """All taps have the patch stride, also for a view that is not square."""
     save_dit(tmp_path)
     denoiser = load_teacher(str(tmp_path)).denoiser
     found = [
@@ -94,7 +90,7 @@ def test_every_block_offers_a_tap(tmp_path: Path) -> None:
 
 
 def test_a_view_that_is_not_square_is_folded_row_by_row(tmp_path: Path) -> None:
-    """A 16x48 view gives 2x6 maps with each token at its position."""
+    """A 16x48 view gives 2x6 maps with each token at its patch's position."""
     transformer, _ = save_dit(tmp_path)
     x_BCHW = torch.from_numpy(
         np.random.default_rng(0).normal(size=(1, 4, 4, 12)).astype(np.float32)
@@ -110,7 +106,7 @@ def test_a_view_that_is_not_square_is_folded_row_by_row(tmp_path: Path) -> None:
 
 
 def test_blocks_after_the_last_tap_are_cut_off(tmp_path: Path) -> None:
-    """A tap of block 1 leaves two blocks."""
+    """With block 1 as the only tap, two blocks remain."""
     save_dit(tmp_path)
     loaded = load_teacher(str(tmp_path))
     network = loaded.denoiser.tapped(
@@ -130,7 +126,7 @@ def test_blocks_after_the_last_tap_are_cut_off(tmp_path: Path) -> None:
     ],
 )
 def test_default_taps_spread_over_the_depth(blocks: int, chosen: tuple[int, ...]) -> None:
-    """The default is one to four fifths of the blocks; all blocks if there are at most four."""
+    """The default taps are at one to four fifths of the blocks, or all of up to four blocks."""
     taps = tuple(
         TapSpec(name=f"block{n}", block=n, stride=16, channels=1, height=1, width=1)
         for n in range(blocks)
@@ -139,7 +135,7 @@ def test_default_taps_spread_over_the_depth(blocks: int, chosen: tuple[int, ...]
 
 
 def test_a_block_that_is_not_offered_is_refused(tmp_path: Path) -> None:
-    """A stride does not name a block; the message lists the blocks."""
+    """A stride is refused as a tap, and the message lists the blocks."""
     save_dit(tmp_path, blocks=2)
     with pytest.raises(
         ConfigError,

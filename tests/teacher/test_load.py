@@ -1,4 +1,4 @@
-"""Loading a teacher: both layouts, safely, and never one whose weights do not fit."""
+"""A teacher loads safely from both layouts, and never with weights that do not fit."""
 
 import json
 import shutil
@@ -29,9 +29,7 @@ def edit(path: Path, change: Callable[[dict], None]) -> None:
 
 
 def test_both_layouts_load_the_same_network(teacher_dir: Path, tmp_path: Path) -> None:
-    """The flat google/ddpm-* layout and the sub-folder layout give equal weights, schedule and
-    hashes.
-    """
+    """The flat google/ddpm-* layout and the sub-folder layout load with equal hashes."""
     shutil.copy(teacher_dir / "unet" / "config.json", tmp_path)
     shutil.copy(teacher_dir / "unet" / WEIGHTS, tmp_path)
     shutil.copy(teacher_dir / "scheduler" / "scheduler_config.json", tmp_path)
@@ -49,9 +47,7 @@ def test_both_layouts_load_the_same_network(teacher_dir: Path, tmp_path: Path) -
 
 
 def test_the_weights_are_the_files(teacher_dir: Path) -> None:
-    """Every tensor of the file is in the network, bit for bit, and the network is frozen in
-    evaluation mode.
-    """
+    """Every tensor of the file is in the frozen network bit for bit."""
     loaded = load_teacher(str(teacher_dir))
     state = loaded.denoiser.unet.state_dict()
     for name, tensor in load_file(teacher_dir / "unet" / WEIGHTS).items():
@@ -61,9 +57,7 @@ def test_the_weights_are_the_files(teacher_dir: Path) -> None:
 
 
 def test_the_schedule_is_the_ddpm_formula(teacher_dir: Path) -> None:
-    """alpha_bar_t is the product of 1 - beta over Ho et al.'s linear betas, whatever sampler the
-    file names.
-    """
+    """alpha_bar_t is the product of 1 - beta over Ho et al.'s betas for any sampler file."""
     expected = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     torch.testing.assert_close(
         load_teacher(str(teacher_dir)).alpha_bars.double(), expected, rtol=1e-4, atol=1e-6
@@ -71,7 +65,7 @@ def test_the_schedule_is_the_ddpm_formula(teacher_dir: Path) -> None:
 
 
 def test_other_samplers_give_the_same_schedule(teacher_dir: Path, teacher_copy: Path) -> None:
-    """An Euler scheduler's file, with the same betas, gives DDPM's noise levels."""
+    """An Euler scheduler's file with the same betas gives DDPM's noise levels."""
     edit(
         teacher_copy / "scheduler" / "scheduler_config.json",
         lambda c: c.update(_class_name="EulerDiscreteScheduler"),
@@ -82,7 +76,7 @@ def test_other_samplers_give_the_same_schedule(teacher_dir: Path, teacher_copy: 
 
 
 def test_what_the_network_predicts_is_the_schedulers(teacher_dir: Path, teacher_copy: Path) -> None:
-    """The kind of betas and of prediction come from the scheduler's file, with diffusers' defaults."""
+    """The kinds of betas and prediction come from the scheduler's file or diffusers' defaults."""
     path = teacher_copy / "scheduler" / "scheduler_config.json"
     plain = load_teacher(str(teacher_dir))
     assert (plain.schedule, plain.prediction) == ("linear", "epsilon")
@@ -214,16 +208,14 @@ def huge_config(root: Path) -> None:
 def test_a_bad_directory_is_refused(
     teacher_copy: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    """The message names a part that is missing, misnamed, pickled or of another model; nothing is
-    loaded.
-    """
+    """A part that is missing, misnamed, pickled or of another model is refused by name."""
     damage(teacher_copy)
     with pytest.raises(TeacherError, match=message):
         load_teacher(str(teacher_copy))
 
 
 def test_a_missing_directory_is_refused() -> None:
-    """A path that is neither a directory nor a hub id says what was expected."""
+    """A path that is neither a directory nor a hub id is refused with what was expected."""
     with pytest.raises(
         TeacherNotFoundError,
         match=r"teacher \./nowhere: no such directory; expected a diffusers dir",
@@ -268,7 +260,7 @@ def test_a_hub_id_is_downloaded_as_json_and_safetensors_only(
 
 
 def test_a_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message has the requested name if there is no network."""
+    """Without a network, a hub id fails with its name in one message."""
 
     def snapshot(repo: str, *, allow_patterns: list[str]) -> str:
         raise OSError("offline")
@@ -281,7 +273,7 @@ def test_a_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_code_in_the_directory_is_never_run(teacher_copy: Path) -> None:
-    """A model_index.json that names a Python file, and that file, have no effect."""
+    """Python code in the directory, named by model_index.json, is never run."""
     mark = teacher_copy / "ran"
     (teacher_copy / "evil.py").write_text(f"open({str(mark)!r}, 'w')")
     edit(

@@ -1,4 +1,4 @@
-"""A torch module as a teacher: what it is called with, what is refused, and what its hashes cover."""
+"""A torch module as a teacher: its inputs, what is refused, and what its hashes cover."""
 
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,9 @@ def test_a_plain_network_sees_the_pixels() -> None:
 
 
 def test_prepare_is_called_with_pixels_noise_and_timestep() -> None:
-    """Pixels are fp32 in [-1, 1], noise is the samples' own, the timestep an int; both are padded
-    with zeros; what it returns are the module's arguments.
+    """`prepare` gets fp32 pixels in [-1, 1], the samples' noise and an int timestep.
+
+    Pixels and noise are padded with zeros. The module receives what `prepare` returns.
     """
     calls = []
 
@@ -106,7 +107,7 @@ def test_prepare_is_called_with_pixels_noise_and_timestep() -> None:
         timestep=1,
     )
     assert (teacher.is_random, teacher.spec.alpha_bars, teacher.spec.snrs) == (True, (0.5,), (1.0,))
-    calls.clear()  # of the dry runs
+    calls.clear()  # discard the calls of the dry runs
     two = pixels(2)
     (found,) = teacher.features(
         batch_of(teacher, two, ["a", "b"], [False, True], seed=4, draws=[1])
@@ -130,9 +131,7 @@ def test_prepare_is_called_with_pixels_noise_and_timestep() -> None:
 def test_a_diffusion_network_of_ones_own_gives_the_features_of_the_built_in_way(
     teacher_dir: Path,
 ) -> None:
-    """A U-Net wrapped by hand, with the paper's noising in prepare, agrees bit for bit with the
-    loaded directory.
-    """
+    """A U-Net wrapped by hand, with the paper's noising in prepare, equals the built-in way."""
     loaded = load_teacher(str(teacher_dir))
     view = ViewSpec(height=32, width=32)
     settings = TeacherSettings(view=view, taps=("stride1",), timesteps=(150,), batch_size=2)
@@ -222,15 +221,13 @@ def failing(pixels_BCHW: Tensor, noise_BCHW: Tensor, timestep: int) -> Tensor:
     ],
 )
 def test_the_dry_run_finds_what_is_not_as_claimed(changes: dict[str, Any], message: str) -> None:
-    """A wrong stride, an output that is not a map, a submodule that does not run, and code that
-    fails each give one error.
-    """
+    """The dry run reports a wrong stride, an output that is no map, and code that fails."""
     with pytest.raises(TeacherError, match=message):
         prepared(made(**changes))
 
 
 def test_a_plain_network_has_timestep_0_only_and_is_not_inverted() -> None:
-    """Other timesteps and DDIM are refused."""
+    """A plain network has only timestep 0, and DDIM is refused."""
     with pytest.raises(
         ConfigError, match="`timestep` 150: this teacher was trained with steps 0 to 0"
     ):
@@ -278,7 +275,7 @@ def test_nothing_stays_hooked() -> None:
 
 
 def test_a_map_that_the_next_module_overwrites_is_cached_as_it_was() -> None:
-    """The output at a path is cached, even if an in-place ReLU follows it."""
+    """The output at a path is cached unchanged, even if an in-place ReLU follows."""
     torch.manual_seed(0)
     convolution = torch.nn.Conv2d(3, 4, 3, padding=1)
     net = torch.nn.Sequential(convolution, torch.nn.ReLU(inplace=True))

@@ -1,6 +1,4 @@
-"""The prompt's embedding: what Stable Diffusion's own text encoder makes of it, and nothing that is
-not its.
-"""
+"""A prompt's embedding equals Stable Diffusion's text encoder; unsuitable encoders are refused."""
 
 import json
 import sys
@@ -28,9 +26,7 @@ VOCABULARY = {
 
 
 def save_text_encoder(root: Path) -> Any:
-    """Write a small CLIP text encoder and its tokenizer as Stable Diffusion brings them; return the
-    encoder.
-    """
+    """Write a small CLIP text encoder and tokenizer in Stable Diffusion's layout; return it."""
     from transformers import CLIPTextConfig, CLIPTextModel
     from transformers.utils.logging import disable_progress_bar
 
@@ -61,7 +57,7 @@ def save_text_encoder(root: Path) -> Any:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Any:
-    """The encoder that `tmp_path` holds."""
+    """The text encoder in `tmp_path`."""
     pytest.importorskip("transformers")
     return save_text_encoder(tmp_path)
 
@@ -72,7 +68,7 @@ def text(tmp_path: Path) -> Any:
 def test_the_embedding_is_the_text_encoders(
     text: Any, tmp_path: Path, prompt: str, tokens: list[int]
 ) -> None:
-    """The last hidden states of the padded tokens, without a mask, whatever torch's thread count."""
+    """The embedding is the last hidden states of the padded tokens for any thread count."""
     with torch.inference_mode():
         wanted = text(torch.tensor([tokens]))[0][0].numpy()
     threads = torch.get_num_threads()
@@ -83,9 +79,7 @@ def test_the_embedding_is_the_text_encoders(
 
 
 def test_weights_of_stable_diffusions_age_load(text: Any, tmp_path: Path) -> None:
-    """Keys under text_model., and the position numbers that older libraries saved, are the same
-    encoder.
-    """
+    """Weights with the older text_model. prefix and position ids load as the same encoder."""
     wanted = embed_prompt(tmp_path, "cat")
     path = tmp_path / "text_encoder" / TEXT_WEIGHTS
     old = {
@@ -98,9 +92,7 @@ def test_weights_of_stable_diffusions_age_load(text: Any, tmp_path: Path) -> Non
 
 
 def test_the_prompt_is_embedded_where_the_teacher_is_loaded(text: Any, tmp_path: Path) -> None:
-    """The empty prompt by default; a stored embedding is taken where it is of the same text, and
-    only there.
-    """
+    """The prompt is empty by default, and a stored embedding is used only for the same text."""
     save_stable_diffusion(tmp_path)
     empty, cat = (load_teacher(str(tmp_path), prompt=prompt).prompt for prompt in (None, "cat"))
     assert empty is not None
@@ -177,14 +169,14 @@ def long_tokenizer(root: Path) -> None:
 def test_a_bad_text_encoder_is_refused(
     text: Any, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    """The message names a part that is missing, pickled, damaged or of another model."""
+    """A part that is missing, pickled, damaged or of another model is refused by name."""
     damage(tmp_path)
     with pytest.raises(TeacherError, match=message):
         embed_prompt(tmp_path, "cat")
 
 
 def test_a_prompt_that_is_too_long_is_refused(text: Any, tmp_path: Path) -> None:
-    """A long prompt is refused, not truncated."""
+    """A prompt that is too long is refused, not truncated."""
     with pytest.raises(
         ConfigError, match=r"`prompt`: expected at most 7 tokens, got 10; shorten it"
     ):
@@ -194,7 +186,7 @@ def test_a_prompt_that_is_too_long_is_refused(text: Any, tmp_path: Path) -> None
 def test_without_transformers_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library is an extra that is needed only to run a text encoder."""
+    """Without transformers, embedding a prompt names the extra to install."""
     save_stable_diffusion(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(

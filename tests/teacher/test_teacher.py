@@ -1,4 +1,4 @@
-"""Taps: where they are, and that cutting the network off changes no bit of them."""
+"""Taps lie before the upsamplers, and cutting the network changes no bit of them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +35,7 @@ def tap(stride: int) -> TapSpec:
 
 
 def test_taps_are_found_before_the_upsamplers(teacher_dir: Path) -> None:
-    """Each level's map is at that level's own stride, with its own channels, finest first."""
+    """Each level's map has the level's own stride and channels, finest first."""
     taps = load_teacher(str(teacher_dir)).denoiser.find_taps(32, 32)
     found = [(t.name, t.block, t.stride, t.channels, t.height, t.width) for t in taps]
     assert found == [
@@ -58,7 +58,7 @@ def test_strides_hold_on_a_non_square_view(teacher_dir: Path) -> None:
 
 
 def test_a_size_the_network_cannot_halve_is_refused(teacher_dir: Path) -> None:
-    """The message names the multiple that both sides must be."""
+    """A size that the network cannot halve is refused with the required multiple."""
     with pytest.raises(
         ConfigError, match=r"`size` 36x32: this U-Net halves the image 3 times.*multiples of 8"
     ):
@@ -79,12 +79,12 @@ def test_a_size_the_network_cannot_halve_is_refused(teacher_dir: Path) -> None:
 def test_default_taps(
     offered: tuple[int, ...], asked: tuple[int, ...] | None, chosen: tuple[int, ...]
 ) -> None:
-    """The default is strides 4 to 32 if all exist, else the four coarsest; names override it."""
+    """The default taps are strides 4 to 32 if all exist, else the four coarsest."""
     assert tuple(t.stride for t in choose_taps(tuple(map(tap, offered)), asked)) == chosen
 
 
 def test_a_stride_that_is_not_offered_is_refused() -> None:
-    """The message lists the teacher's taps."""
+    """A stride without a tap is refused with the teacher's taps."""
     with pytest.raises(
         ConfigError,
         match="`taps` stride16: the teacher has no such map at this size; expected stride4, stride8",
@@ -94,9 +94,7 @@ def test_a_stride_that_is_not_offered_is_refused() -> None:
 
 @pytest.mark.parametrize("blocks", [(0,), (0, 1), (1, 2), (0, 1, 2, 3)])
 def test_truncation_changes_no_bit(blocks: tuple[int, ...]) -> None:
-    """The taps of the cut network equal those of the whole one, recorded where the upsamplers read
-    them.
-    """
+    """The taps of the cut network equal those of the full network bit for bit."""
 
     def network() -> torch.nn.Module:
         torch.manual_seed(0)
@@ -131,9 +129,7 @@ def test_truncation_drops_the_layers_after_the_last_tap() -> None:
 
 
 def test_features_do_not_depend_on_the_rest_of_the_batch(teacher_dir: Path) -> None:
-    """A short batch is padded to the recipe's shape, so a sample's features do not depend on the
-    others in its batch.
-    """
+    """A short batch is padded, so a sample's features do not depend on the rest of the batch."""
     view = ViewSpec(height=32, width=32)
     teacher = prepare_teacher(
         load_teacher(str(teacher_dir)),
@@ -153,7 +149,7 @@ def test_features_do_not_depend_on_the_rest_of_the_batch(teacher_dir: Path) -> N
 
 
 def test_the_noised_input_is_the_papers_formula(teacher_dir: Path) -> None:
-    """The network sees sqrt(a) x + sqrt(1 - a) noise with x in [-1, 1], and the timestep."""
+    """The network gets sqrt(a) x + sqrt(1 - a) noise with x in [-1, 1], and the timestep."""
     view = ViewSpec(height=32, width=32)
     teacher = prepare_teacher(
         load_teacher(str(teacher_dir)),
@@ -188,7 +184,7 @@ def test_the_noised_input_is_the_papers_formula(teacher_dir: Path) -> None:
 def test_bad_constants_are_refused(
     teacher_dir: Path, timesteps: tuple[int, ...], batch_size: int, message: str
 ) -> None:
-    """The message names the timestep or batch size that cannot be used."""
+    """An unusable timestep or batch size is refused by name."""
     with pytest.raises(ConfigError, match=message):
         prepare_teacher(
             load_teacher(str(teacher_dir)),
@@ -245,9 +241,7 @@ def test_every_kind_runs_in_bfloat16(
 def test_one_graph_is_compiled_for_whole_views(
     teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compiled teacher says so, gives the same features, and compiles nothing more for other
-    shapes.
-    """
+    """A compiled teacher records it, gives the same features and compiles one shape only."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     loaded = load_teacher(str(teacher_dir))
     view = ViewSpec(height=32, width=32)
@@ -278,7 +272,7 @@ def test_one_graph_is_compiled_for_whole_views(
 def test_a_device_without_room_is_one_clear_line(
     teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message has the batch size and a remedy."""
+    """Running out of memory gives one line with the batch size and a remedy."""
     teacher = prepare_teacher(
         load_teacher(str(teacher_dir)),
         TeacherSettings(view=ViewSpec(height=32, width=32), timesteps=(150,), batch_size=2),
