@@ -179,8 +179,8 @@ def compile_errors() -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            # The compiler's errors have no common base class, and their modules are loaded only by
-            # a compilation.
+            # The compiler's errors share no base class, and their modules load only with a
+            # compilation.
             if not type(error).__module__.startswith(
                 ("torch._dynamo", "torch._inductor", "torch._functorch")
             ):

@@ -85,8 +85,7 @@ class FeatureEncoder:
             whitened_BCHW, mu_B, sigma_B = (
                 torch.stack(parts).mean(0) for parts in zip(*draws, strict=True)
             )
-        # A value that is not finite makes both scalars of its view not finite; other views keep
-        # theirs.
+        # A value that is not finite makes both scalars of its own view not finite, and only those.
         finite_B = torch.isfinite(mu_B) & torch.isfinite(sigma_B)
         values_BN, error_B, energy_B = self._encoders[name](whitened_BCHW)
         measures_5B = torch.stack(

@@ -289,8 +289,7 @@ class Decoder(nn.Module):
             count = len(values_BN)
             dense = self.scale_N.new_zeros(count, self.components * self.height * self.width)
             dense.index_copy_(1, self.live_N, values_BN * self.scale_N)
-            # Channels last, like the student's maps, so that the loss reads both in one memory
-            # order.
+            # Channels last, like the student's maps: the loss then reads both in one order.
             maps = dense.view(count, self.components, self.height * self.width).mT @ self.basis_CK.T
             maps = self.rows_HH.T @ maps.view(count, self.height, -1)
             maps = self.columns_WW.T @ maps.view(count * self.height, self.width, -1)

@@ -216,7 +216,7 @@ def _paths(root: Path, index: int, label: int, masks: bool) -> list[Path]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")  # which no reader of images takes for one
+    temporary = path.with_suffix(".tmp")  # not the extension of an image
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)

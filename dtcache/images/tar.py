@@ -208,7 +208,7 @@ def _members(file: Path, opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
         raise ImagesError(
             f"{file}: not a readable tar file ({error}); pack it again or leave it out"
         ) from error
-    # tarfile takes a damaged header for the end of the archive.
+    # tarfile treats a damaged header as the end of the archive.
     if os.pread(opened.fileno(), BLOCK, tar.offset) != bytes(BLOCK):
         defect = "cut off: no end-of-archive" if tar.offset + BLOCK > size else "damaged: no header"
         raise ImagesError(f"{file}: {defect} at byte {tar.offset}; copy or pack it again")

@@ -113,8 +113,7 @@ class CacheWriter:
             files[PROMPT] = file_sha256(root / PROMPT)
         manifest = new_manifest(recipe, arrays, classes, files)
         write_manifest(root, manifest)
-        # Read back from disk: commit records list files in the manifest's order, and JSON sorts
-        # names.
+        # Read back from disk, because JSON sorts names and commit records list files in that order.
         return cls.resume(root)
 
     @classmethod

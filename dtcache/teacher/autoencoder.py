@@ -47,8 +47,8 @@ class LatentEncoder(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return latents (B, channels, H / stride, W / stride) of pixels (B, 3, H, W)."""
         encoded = self.autoencoder.encode(pixels_BCHW)
-        # A VQ denoiser was trained on latents before quantisation. Of a KL encoder the mode is
-        # used, which makes a cache a function of the image.
+        # A VQ denoiser was trained on latents before quantisation. For a KL encoder the mode is
+        # used, so that a cache is a function of the image.
         unscaled_BCHW = encoded.latents if self.is_vq else encoded.latent_dist.mode()
         scaled_BCHW: Tensor = (unscaled_BCHW - self.shift) * self.scale
         return scaled_BCHW
