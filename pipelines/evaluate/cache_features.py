@@ -1,4 +1,4 @@
-"""Feature maps of any images as a cache has them: read if cached, else computed by its teacher.
+"""A cache's feature maps of any images: read if cached, else computed by the cache's teacher.
 
 B images per batch; maps are (B, C, H, W).
 """

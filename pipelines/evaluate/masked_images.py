@@ -96,7 +96,7 @@ def _test_masks(options: EvaluateOptions, train: MaskFolder) -> MaskFolder:
 def _surveyed(
     images: EvaluatedImages, masks: MaskFolder, view: ViewSpec, limit: int | None
 ) -> MaskedImages:
-    """Read every image and mask once before training, so that unusable ones are known then."""
+    """Read every image and mask once before training, to find those that cannot be used."""
     keys = images.source.keys
     masked = [index for index in images.indices if masks.has(keys[index])]
     if images.indices and not masked:

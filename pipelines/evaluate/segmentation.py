@@ -47,7 +47,7 @@ WEIGHT_DECAY = 0.01
 WARMUP_SHARE = 0.1
 """Share of the steps that is linear warm-up."""
 BACKBONE_LR = 0.1
-"""Learning rate of a finetuned backbone over that of the head."""
+"""Ratio of a finetuned backbone's learning rate to the head's."""
 SCALE = "0.25,1.0"
 COLOR_JITTER = 0.5
 """Random crops and colour jitter of finetuning; images of a frozen backbone are only mirrored."""
@@ -241,7 +241,7 @@ def _optimization(
 
 
 def _require_variance(trunk: Trunk, head: nn.Module, num_images: int) -> None:
-    """Raise ConfigError if a step has one value per channel, as batch norm then has no variance."""
+    """Raise ConfigError if batch norm would have no variance: one value per channel in a step."""
     pools = any(isinstance(module, PyramidPooling) for module in head.modules())
     smallest = min(height * width for _, height, width in trunk.shapes)
     if num_images < 2 and (pools or smallest == 1):
@@ -298,5 +298,5 @@ def fit_head(segmenter: Segmenter, train: MaskedImages, options: EvaluateOptions
 
 
 def _mirror_draws(seed: int, step: int, batch: MaskedBatch) -> NDArray[np.float64]:
-    """Return one uniform draw per image (B,): the one after those of crops and jitter."""
+    """Return one uniform draw per image (B,): the draw after those of crops and jitter."""
     return sample_uniforms(seed, step, batch.rows, AUGMENTATION_DRAWS + 1)[:, AUGMENTATION_DRAWS]

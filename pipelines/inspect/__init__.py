@@ -1,1 +1,1 @@
-"""What a cache or a run holds, as tables and as a page."""
+"""Describe a cache or a run: as JSON values, as tables and as a page."""

@@ -15,7 +15,7 @@ from pipelines.inspect.run_report import inspect_run, is_run
 from pipelines.inspect.tables import render, render_run, render_statistics
 
 CACHES_ONLY = ("stats", "exact", "num_samples", "teacher")
-"""Options that no run takes."""
+"""Options that apply to caches only."""
 NEEDS_ONE_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "cache": {
         "num_samples": ("stats", "report", "teacher"),
@@ -30,7 +30,7 @@ NEEDS_ONE_OF: dict[str, dict[str, tuple[str, ...]]] = {
         "device": ("cache",),
     },
 }
-"""By what is inspected: options that have no effect unless one of these others is given too."""
+"""By kind and option: the option has no effect unless one of these others is set too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ def inspect(roots: Sequence[Path], options: InspectOptions) -> Inspected:
 
     Without statistics, teacher or page, only manifests, indices and JSON files are read. Raises
     CacheNotFoundError, CacheFormatError or CacheDamagedError, and ConfigError for options that do
-    not apply to what is inspected.
+    not apply to these caches or runs.
     """
     runs = [is_run(root) for root in roots]
     if any(runs) and not all(runs):

@@ -24,8 +24,8 @@ def inspect_run(root: Path) -> Json:
 
     Returns JSON values. `results` are those of the exported weights, and None until the run is
     finished. `curves` has steps and values by name, such as `held_out/mse/t50/stride8`; the curves
-    of averaged weights are `held_out_ema/...`. Raises CacheDamagedError if a file is not one that
-    `dtcache train` writes, and ConfigError if the run is one of another command.
+    of the EMA are `held_out_ema/...`. Raises CacheDamagedError if a file does not have the form
+    that `dtcache train` writes, and ConfigError if another command wrote the run.
     """
     options = _read_object(root / RUN)
     if "student" not in options:
@@ -71,7 +71,7 @@ def _read_object(path: Path) -> Json:
 
 
 def _curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Return steps and values of every metric, up to a line that a kill cut short."""
+    """Return steps and values of every metric, up to a line that was not written to its end."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
     if not path.is_file():
         return curves

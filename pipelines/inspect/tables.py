@@ -11,9 +11,9 @@ from dtcache.recipe import Json, tap_name
 from pipelines.terminal.text import byte_size, printable
 
 SHOWN = 5
-"""Failures, and damaged files, that a terminal shows; --json lists all."""
+"""Most failures, and most damaged files, that a terminal shows; the JSON report lists all."""
 WEIGHTS = {"last": "of the last step", "average": "averaged over steps (EMA)"}
-"""The weights that a run exports and that its held-out losses are of."""
+"""By kind: the weights that a run exports, and of which it reports held-out losses."""
 STATISTICS_TABLES = {
     "scale": {"mean": "mean", "std": "std", "effective_rank": "eff. rank"},
     "coding": {"dead_channels": "dead channels", "saturation": "saturation", "escapes": "escapes"},
@@ -208,7 +208,7 @@ def _condition(condition: Json) -> str:
 
 
 def _views(recipe: Json) -> str:
-    """Return what the views of an image are."""
+    """Describe the views of an image."""
     draws = recipe["draws"]
     flips = "both flips" if recipe["flips"] else "no flip"
     if draws == 1:
@@ -281,7 +281,7 @@ def render_statistics(statistics: Json) -> RenderableType:
     left_out = [f"left out: {name}: {reason}" for name, reason in statistics["left_out"].items()]
     lines = [escape(line) for line in left_out[:SHOWN]]
     if len(left_out) > SHOWN:
-        lines.append(f"and {len(left_out) - SHOWN} more; --json lists all")
+        lines.append(f"and {len(left_out) - SHOWN} more; the JSON report lists all")
     return Group(*tables, *lines)
 
 

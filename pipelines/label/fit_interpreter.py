@@ -36,7 +36,7 @@ from pipelines.terminal.progress import track
 
 PICTURE = "predictions.png"
 SHOWN = 8
-"""Most images in the picture."""
+"""Most images in `predictions.png`."""
 AT_ONCE = 32
 
 

@@ -46,7 +46,7 @@ from pipelines.size_estimate import FeatureSize
 from pipelines.terminal.progress import track
 
 AIM = 0.98
-"""Share of the requested bytes that the fit aims at, as it predicts the size from its own rows."""
+"""The fit aims at this share of the requested bytes, as it predicts the size from few rows."""
 FIXED_BYTES = 8000
 """Bytes of manifest and shard index, independent of the number of images."""
 MAX_FIT_VALUES = 1 << 28
@@ -56,7 +56,7 @@ FIT_BATCH = 32
 
 
 class LabelWriter:
-    """Labels any rows of a cache by an interpreter."""
+    """Labels any rows of a cache with an interpreter."""
 
     def __init__(self, root: Path, interpreter: Interpreter, options: LabelWriteOptions) -> None:
         """Open the cache `root`.

@@ -67,9 +67,9 @@ def images_with_masks(
     """Return the usable rows whose key has a mask in the folder `root`.
 
     Masks are cropped and resized like the view. A mask must have the size of its image. Sizes are
-    read from the source `images`; without it, only sizes that the cache knows are checked, and
-    stderr says how many are not. Raises ImagesError if no image has a mask, if a file is not a mask
-    of its image, or if the masks show fewer than two classes.
+    read from the source `images`; without it, only sizes that the cache records are checked, and a
+    warning counts the others. Raises ImagesError if no image has a mask, if a file is not a mask of
+    its image, or if the masks show fewer than two classes.
     """
     folder = open_masks(root, ignore_index)
     keys = cache.samples["key"].to_pylist()
@@ -84,9 +84,9 @@ def images_with_masks(
     sizes = _image_sizes(cache, rows, images)
     if None in sizes:
         print(
-            f"warning: the cache does not know the size of {sizes.count(None)} of the {len(rows)} "
-            "images with a mask, so masks of another size are not detected; pass the cache's "
-            "images to check them",
+            f"warning: the cache does not record the size of {sizes.count(None)} of the "
+            f"{len(rows)} images with a mask, so masks of another size are not detected; pass the "
+            "cache's images to check them",
             file=sys.stderr,
         )
     masks = [
@@ -138,8 +138,8 @@ def _image_sizes(
 ) -> list[tuple[int, int] | None]:
     """Return (height, width) of the images, None if unknown.
 
-    Without the source `images`, a size is known if the cache stores the image's own bytes: then the
-    view did not change it.
+    Without the source `images`, a size is known only if the cache stores the image's own bytes:
+    such an image has the size of the view.
     """
     content = cache.samples["content_sha256"]
     if images is not None:

@@ -31,7 +31,7 @@ class WrittenLabels:
     share: float
     """Bytes of the label set over those of the features."""
     measured: Json
-    """What `label_quality.measure` returned when the set was sealed."""
+    """Result of `label_quality.measure` at the time when the set was sealed."""
 
 
 def write_labels(root: Path, interpreter_dir: Path, options: LabelWriteOptions) -> WrittenLabels:
@@ -39,7 +39,7 @@ def write_labels(root: Path, interpreter_dir: Path, options: LabelWriteOptions) 
 
     A set that was begun with the same inputs and options is resumed. Raises CacheMismatchError,
     naming the difference, if the interpreter was fitted to other features or if the set was begun
-    with other inputs; ConfigError; and what opening either raises.
+    with other inputs; ConfigError; and what opening the cache or the interpreter raises.
     """
     require_name(options.name)
     interpreter = load_interpreter(interpreter_dir)

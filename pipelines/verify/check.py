@@ -22,11 +22,11 @@ class Repair:
     """Relative to the folder of the cache."""
     outcome: Literal["planned", "repaired", "refused", "impossible"]
     note: str
-    """What the repair does, or why it did not write the file; names options as `field`."""
+    """What the repair does, or why it did not write the file. Options appear as `field`."""
 
 
 def verify_cache(root: Path, options: VerifyOptions) -> Verification:
-    """Check a cache and its label sets: the shards that `options` choose, and all other files.
+    """Check a cache and its label sets: a share `options.fraction` of the shards, all other files.
 
     Raises CacheNotFoundError, CacheFormatError and CacheBusyError.
     """
@@ -69,10 +69,10 @@ def remedy(damage: Damage, label_set: str | None = None) -> str:
         needed = "`images` and `teacher`" if label_set is None else "`interpreter`"
         return f"run dtcache verify with `repair` and {needed}"
     if damage.path == LOG:
-        return "delete it: it only records how the extraction went"
+        return "delete it: it is only a log of the extraction"
     if damage.path.startswith(f"{COMMITS}/"):
         writer = "the extraction" if label_set is None else "dtcache label write"
-        return f"delete it and run {writer} again: that recomputes the shard"
+        return f"delete it and run {writer} again, which recomputes the shard"
     return f"restore it from a copy, or {start_over(label_set)}"
 
 
@@ -84,7 +84,7 @@ def start_over(label_set: str | None) -> str:
 
 
 def planned_repairs(verification: Verification) -> list[Repair]:
-    """Return what a repair would do about each damaged file; nothing is computed or written."""
+    """Return the planned repair of each damaged file; nothing is computed or written."""
     plan = list(_planned(verification, None))
     for name, of_set in verification.labels.items():
         plan += [
@@ -104,7 +104,9 @@ def _planned(verification: Verification, label_set: str | None) -> Iterator[Repa
             note = remedy(damage, label_set)
             yield Repair(path=damage.path, outcome="impossible", note=note)
         elif damage.shard is None:
-            yield Repair(path=damage.path, outcome="planned", note="make it from the other files")
+            yield Repair(
+                path=damage.path, outcome="planned", note="rebuild it from the other files"
+            )
         else:
             source = "teacher" if label_set is None else "interpreter"
             count = len(rows_by_path[damage.path])

@@ -1,4 +1,4 @@
-"""The repair of a cache and its label sets: recompute damaged files, write recorded bytes only."""
+"""Repairs a cache and its label sets: recomputes damaged files, writes only the recorded bytes."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +37,8 @@ from pipelines.verify.check import Repair, remedy, repairable, start_over, verif
 
 OTHER_BYTES = (
     "the recomputed bytes do not have the recorded SHA-256, so they were not written; repair on "
-    "the type of machine and with the versions that wrote the file (extraction.log.json names "
-    "those of an extraction), or write everything again"
+    "the type of machine and with the versions that wrote the file (for an extraction, they are "
+    "in extraction.log.json), or write everything again"
 )
 
 
@@ -71,7 +71,7 @@ def repair_cache(root: Path, options: VerifyOptions) -> tuple[Verification, list
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Damaged:
-    """A cache, or one of its label sets, whose manifest is intact and other files may not be."""
+    """A cache, or one of its label sets, with an intact manifest and damage in other files."""
 
     root: Path
     label_set: str | None
@@ -89,7 +89,7 @@ class _Damaged:
         return damaged
 
     def refuse_shards(self, note: str) -> list[Repair]:
-        """Return the refusal of every damaged shard file, for one reason."""
+        """Return a refusal with the same `note` for every damaged shard file."""
         return [
             Repair(path=damage.path, outcome="refused", note=note)
             for damage in self.verification.damage
@@ -172,14 +172,15 @@ def _rebuild_indices(damaged: _Damaged) -> list[Repair]:
             repairs.append(damaged.write(path, contents[path], manifest.files.get(path)))
         else:
             note = (
-                f"the files that it follows from are damaged too; {start_over(damaged.label_set)}"
+                "the files that it is rebuilt from are damaged too; "
+                f"{start_over(damaged.label_set)}"
             )
             repairs.append(Repair(path=path, outcome="refused", note=note))
     return repairs
 
 
 def _objects_on_disk(damaged: _Damaged) -> Iterator[tuple[int, ShardObject]]:
-    """Yield shard number and record of every shard file, as it is on disk."""
+    """Yield the shard number of every shard file, and a record of the file as it is on disk."""
     for wanted in damaged.verification.contents.objects:
         path = damaged.root / wanted.path
         size = path.stat().st_size

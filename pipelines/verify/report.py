@@ -1,7 +1,7 @@
 """A verification as JSON values and as lines for a terminal.
 
-Remedies and notes name options as `field`; `in_words` turns such a text into the words of the
-program that shows it, such as the flags of a command.
+Remedies and notes name options as `field`. `in_words` replaces these by the words of the program
+that shows them, such as the flags of a command.
 """
 
 from collections.abc import Callable
@@ -118,7 +118,7 @@ def _facts(verification: Verification, root: Path) -> Table:
             state += "; run dtcache label write again to finish it"
         table.add_row(f"labels {name}", state)
     for name, reason in verification.unreadable.items():
-        table.add_row(f"labels {name}", Text(printable(f"not read by this version: {reason}")))
+        table.add_row(f"labels {name}", Text(printable(f"not readable by this version: {reason}")))
     return table
 
 
@@ -165,4 +165,4 @@ def _repair_lines(repairs: tuple[Repair, ...]) -> list[str]:
 
 
 def _more(count: int) -> list[str]:
-    return [f"... and {count - SHOWN} more; --json lists all"] if count > SHOWN else []
+    return [f"... and {count - SHOWN} more; the JSON report lists all"] if count > SHOWN else []

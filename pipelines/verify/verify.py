@@ -41,7 +41,7 @@ def verify(root: Path, options: VerifyOptions) -> Verified:
 
 
 def _require_consistent(options: VerifyOptions) -> None:
-    """Raise ConfigError for an empty share of the shards and for options that contradict."""
+    """Raise ConfigError for an empty share of the shards, and for options that need another one."""
     if options.fraction <= 0:
         raise ConfigError(
             f"`fraction` {options.fraction:g}: expected a share over 0 and up to 1, such as 0.05"

@@ -98,7 +98,7 @@ def _parts(report: Json) -> list[tuple[str, int, float, str]]:
 
 
 def _measures(report: Json, statistics: Json) -> list[tuple[str, str, list[str]]]:
-    """Return the rows of the table of taps: a title, what a good value is, and one text per tap."""
+    """Return the rows of the table of taps: a title, the range of good values, one text per tap."""
     taps = report["taps"]
     measured = statistics["taps"]
     rows = [

@@ -124,7 +124,7 @@ def bar_chart(
 ) -> str:
     """Return a bar chart of (value, low, high), with whiskers if the interval is known.
 
-    `line` is the height of a dashed level line; `note`, below the chart, says what the line is.
+    `line` is the height of a dashed line; `note` explains the line below the chart.
     """
     top = max([v[2] or v[0] for v in values] + [line or 0.0, 1e-9]) * 1.08
     up = Axis(low=0.0, high=top, start=HEIGHT - BAR_BOTTOM, end=TOP, log=False)

@@ -72,7 +72,7 @@ def write_run_page(
 def _held_out(title: str, curve: str, y: str, names: Sequence[str], reports: Sequence[Json]) -> str:
     """Return a chart of a held-out loss of the exported weights.
 
-    If a run exports an average, the loss of the last step's weights is dashed.
+    If a run exports the EMA, the loss of the weights without averaging is dashed.
     """
     lines = []
     for number, (name, report) in enumerate(zip(names, reports, strict=True)):

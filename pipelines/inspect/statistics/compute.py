@@ -51,7 +51,7 @@ def cache_statistics(root: Path, options: InspectOptions) -> Json:
     cache = Cache(root, allow="damage")
     rows = chosen_rows(cache, options)
     identity = cache.reader.manifest.identity
-    # Under one manifest an unfinished cache gains rows, and a damaged cache loses some.
+    # With the same manifest, an unfinished cache gains rows, and a damaged cache loses some.
     request = {
         "schema": STATISTICS_SCHEMA,
         "rows": len(rows),
@@ -170,7 +170,7 @@ def _distributions(cache: Cache, name: str, groups: Sequence[Group]) -> Json:
 def _spectrum(cache: Cache, name: str, total: GroupSums) -> Json:
     """Return the mean variance per coefficient, by ring of frequency and by principal component.
 
-    The water lines of the codec stand beside both.
+    Both come with the codec's water lines (see `water_lines`).
     """
     channels, height, width = cache.shape(name)
     ring_sizes = np.bincount(rings_of(height, width).ravel(), minlength=len(total.rings))

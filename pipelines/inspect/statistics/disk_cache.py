@@ -23,7 +23,7 @@ def statistics_folder() -> Path:
 def read_statistics(identity: str, request: Json) -> Json | None:
     """Return the saved statistics of a manifest for one request, or None.
 
-    None also if the file is unreadable or does not have its own hash.
+    Returns None, too, if the file is unreadable or does not match its own hash.
     """
     path = _path(identity, request)
     try:

@@ -27,7 +27,7 @@ Float = NDArray[np.float64]
 
 @dataclass(kw_only=True, slots=True)
 class GroupSums:
-    """Additive sums: those of two groups add up to the sums of their union."""
+    """Additive sums: the sums of two groups add up to the sums of their union."""
 
     rows: int
     maps: int
@@ -56,7 +56,7 @@ class GroupSums:
 
 @dataclass(kw_only=True, slots=True)
 class Group:
-    """One group of rows: its sums, its pooled features, and what could not be read."""
+    """One group of rows: its sums, its pooled features, and the rows that could not be read."""
 
     sums: GroupSums
     pooled_rows: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -78,7 +78,7 @@ def group_sums(cache: Cache, name: str, row_groups: Sequence[Rows]) -> list[Grou
     )
     groups = row_numbers.map_blocks(
         _block,
-        # A task of its own: each process opens the cache once, not once per block.
+        # The cache is a task of its own: each process opens the cache once, not once per block.
         cache=delayed(cache, traverse=False),
         tap=name,
         dtype=object,
@@ -205,9 +205,10 @@ def water_lines(
 ) -> tuple[list[float | None], list[float | None], float | None]:
     """Return the variance below which the quantiser hides coefficients: by ring, component, all.
 
-    It is the error of a uniform quantiser, step^2 / 12, averaged over the coded coefficients, and
-    None if no coefficient is coded: the level of reverse water-filling (Cover and Thomas, Elements
-    of Information Theory, 10.3.3). The lists are empty for features stored without a transform.
+    A level is the error of a uniform quantiser, step^2 / 12, averaged over the coded coefficients;
+    it is None if no coefficient is coded. It is the level of reverse water-filling (Cover and
+    Thomas, Elements of Information Theory, 10.3.3). The lists are empty for features stored without
+    a transform.
     """
     bands = cache.fit[name].bands()
     if bands is None:

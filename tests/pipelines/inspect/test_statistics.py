@@ -153,7 +153,7 @@ def test_a_shard_of_rubbish_is_left_out_and_named(tiny_copy: Path, shards: tuple
     )
     output = " ".join(inspect(tiny_copy, "--exact").output.split())
     assert "left out" in output and (
-        len(rows) <= 5 or f"and {len(rows) - 5} more; --json lists all" in output
+        len(rows) <= 5 or f"and {len(rows) - 5} more; the JSON report lists all" in output
     )
 
 

@@ -353,7 +353,7 @@ def test_a_mask_drawn_on_the_view_is_refused_where_the_images_are_given(
     root, images, masks = cropped
     cache = Cache(root)
     assert len(images_with_masks(cache, masks, None, None)) == 12
-    warning = "the cache does not know the size of 12 of the 12 images with a mask, so masks of another size are not"
+    warning = "the cache does not record the size of 12 of the 12 images with a mask, so masks of another size are not"
     assert (
         f"warning: {warning} detected; pass the cache's images to check them\n"
         in capsys.readouterr().err

@@ -386,7 +386,7 @@ def test_what_is_committed_can_be_trained_on(cache: Path, tmp_path: Path) -> Non
     page = ("--cache", part, "--device", "cpu", "--report", tmp_path / "r.html")
     assert run("inspect", tmp_path / "r", *page).exit_code == 0
     write_commit(part, records[4])
-    assert "or its samples are others now" in run("inspect", tmp_path / "r", *page).output
+    assert "or its samples have changed" in run("inspect", tmp_path / "r", *page).output
     assert (
         "holds a run with another `samples`"
         in run("train", part, "--out", tmp_path / "r", *flags).output

@@ -118,7 +118,7 @@ def test_a_lost_shard_index_is_proved_by_its_own_hash(
     result, said = repair(root, scene_folder, teacher_dir)
     assert result.exit_code == 3
     wanted_note = (
-        "the files that it follows from are damaged too; delete this cache and extract it again"
+        "the files that it is rebuilt from are damaged too; delete this cache and extract it again"
     )
     assert said["shards.parquet"]["note"] == wanted_note
     assert "the record of its SHA-256 is damaged too" in said["data.zarr/images/c.1.0"]["note"]

@@ -108,7 +108,7 @@ def test_an_unfinished_label_set_is_repaired_too(
     result, said = repair(root, "--interpreter", interpreter)
     assert result.exit_code == 3
     assert said[SHARD] == ("repaired", "it has the recorded SHA-256")
-    advice = "delete it and run dtcache label write again: that recomputes the shard"
+    advice = "delete it and run dtcache label write again, which recomputes the shard"
     assert said[f"{SET}/commits/000000.json"] == ("impossible", advice)
     record.unlink()
     assert CliRunner().invoke(main, [*map(str, command)]).exit_code == 0
@@ -150,7 +150,7 @@ def test_what_cannot_be_repaired_is_left_and_said(
     again = "delete labels/parts and run dtcache label write again"
     assert said[f"{SET}/shards.parquet"] == (
         "refused",
-        f"the files that it follows from are damaged too; {again}",
+        f"the files that it is rebuilt from are damaged too; {again}",
     )
     assert "the record of its SHA-256 is damaged too" in said[SHARD][1]
     flip(root / SHARD)
@@ -211,7 +211,7 @@ def test_a_label_set_of_a_newer_format_is_named_and_the_cache_verified(
     assert result.exit_code == 5
     text = " ".join(re.sub(r"[│\s]+", " ", result.output).split())
     reason = "expected format 1, got 2; install the dtcache that wrote it, or a newer one"
-    assert f"labels newer not read by this version: {reason}" in text
+    assert f"labels newer not readable by this version: {reason}" in text
     assert "state good" in text and "labels parts good" in text
     found = json.loads(run("verify", root, "--json").stdout)
     assert (found["state"], found["damage"], found["labels"]["parts"]["state"]) == (

@@ -71,7 +71,7 @@ def test_many_damages_are_cut_short(tiny_copy: Path) -> None:
     )
     output = run(tiny_copy).output
     assert output.count("no file") == 20
-    assert f"and {count - 20} more; --json lists all" in output
+    assert f"and {count - 20} more; the JSON report lists all" in output
 
 
 def test_json_is_json_and_nothing_else(tiny_copy: Path) -> None:
@@ -113,7 +113,7 @@ def test_the_plan_of_a_repair_writes_nothing(tiny_copy: Path) -> None:
     assert result.exit_code == 3
     output = " ".join(result.output.split())
     assert f"planned: {SHARD}: recompute shard 1 (4 images) with the teacher" in output
-    assert "planned: data.zarr/zarr.json: make it from the other files" in output
+    assert "planned: data.zarr/zarr.json: rebuild it from the other files" in output
     assert "impossible: samples.parquet: restore it from a copy" in output
     assert (
         "nothing was written; to repair, pass --images and --teacher and leave out --dry-run"
