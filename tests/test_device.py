@@ -27,17 +27,13 @@ PIXELS = 2**24
     ],
 )
 def test_unusable_devices_are_refused(device: str, precision: str, message: str) -> None:
-    """A device that is unknown, missing or unsupported is refused, and so is a precision that it
-    lacks.
-    """
+    """An unknown, missing or unsupported device is refused, and so is an unsupported precision."""
     with pytest.raises(ConfigError, match=message):
         resolve_compute(device, precision)
 
 
 def test_fp32_is_never_tf32() -> None:
-    """Convolutions and matrix products use all 24 bits of fp32, even if the caller had switched
-    TF32 on.
-    """
+    """Convolutions and matrix products use all 24 bits of fp32, even if TF32 was switched on."""
     torch.backends.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("medium")
     configure_process(torch.device("cpu"))
@@ -46,7 +42,7 @@ def test_fp32_is_never_tf32() -> None:
 
 
 def test_running_out_of_memory_says_what_to_do() -> None:
-    """The message has the batch size, the first line of the device's message, and the remedy."""
+    """An out-of-memory error has the batch size, the device's first line and a remedy."""
     with (
         pytest.raises(
             DeviceMemoryError,
@@ -59,9 +55,7 @@ def test_running_out_of_memory_says_what_to_do() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
 def test_freed_memory_is_reused() -> None:
-    """On a CPU, allocating 64 MiB again and again stops causing page faults: glibc reuses the freed
-    memory.
-    """
+    """On a CPU, repeated allocations of 64 MiB stop causing page faults (glibc reuses it)."""
     configure_process(torch.device("cpu"))
     faults = []
     for _ in range(40):

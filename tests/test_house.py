@@ -1,6 +1,4 @@
-"""The house: imports go only downwards, without a circle, and the names at the top level are the
-agreed ones.
-"""
+"""Imports go only downwards, without a circle, and the top level has the agreed names."""
 
 import ast
 import subprocess
@@ -89,9 +87,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def own_imports(module: str) -> set[str]:
-    """Return the modules of this repository that a module imports, without the packages around
-    them.
-    """
+    """Return the modules of this repository that a module imports, without parent packages."""
     names = imports_of(MODULES[module]) & set(MODULES)
     return {name for name in names if not any(other.startswith(f"{name}.") for other in names)} - {
         module

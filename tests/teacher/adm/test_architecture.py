@@ -1,6 +1,4 @@
-"""What a guided-diffusion checkpoint's shapes tell, what they cannot, and what is no such
-checkpoint.
-"""
+"""The architecture follows from a guided-diffusion checkpoint's shapes; others are refused."""
 
 import math
 from dataclasses import replace
@@ -28,9 +26,7 @@ TINY = {"width": 32, "mult": (1, 2), "blocks": 1, "attention": (2,), "heads": 4}
 
 
 def test_the_shapes_tell_the_architecture() -> None:
-    """Channels, blocks, attention, base width, classes, outputs, norm and joints are read off the
-    tensors.
-    """
+    """All fields of the architecture are inferred from the shapes of the checkpoint's tensors."""
     weights = random_unet(
         width=32,
         mult=(2, 1, 3),
@@ -56,10 +52,9 @@ def test_the_shapes_tell_the_architecture() -> None:
 
 @pytest.mark.parametrize("name", ADM_PRESETS)
 def test_published_models_are_recognised(name: str) -> None:
-    """The real shapes are told from each other, with attention where the published flags put it,
-    and at no width else.
+    """The published shapes are recognised, with attention exactly at the published resolutions.
 
-    The flags name resolutions of 32, 16 and 8 pixels, whatever the image size.
+    The flags name resolutions of 32, 16 and 8 pixels for any image size.
     """
     with torch.device("meta"):
         found = infer_architecture(
@@ -75,7 +70,7 @@ def test_published_models_are_recognised(name: str) -> None:
 
 
 def test_every_preset_is_an_option() -> None:
-    """The options, which load no torch, have the same names."""
+    """The options, which load no torch, list the names of all presets."""
     assert tuple(PRESETS) == ADM_PRESETS
 
 
@@ -90,8 +85,9 @@ def test_the_published_settings() -> None:
 
 
 def test_schedules_are_the_formulas() -> None:
-    """Linear betas from 1e-4 to 0.02 (Ho et al.); cosine alpha-bars, betas of at most 0.999 (Nichol
-    et al.).
+    """Linear betas follow Ho et al. and cosine alpha-bars follow Nichol and Dhariwal.
+
+    Linear betas go from 1e-4 to 0.02; cosine betas are at most 0.999.
     """
     found = infer_architecture(random_unet(**TINY).state_dict())
     linear, cosine = (
@@ -114,9 +110,7 @@ def test_schedules_are_the_formulas() -> None:
 
 
 def test_head_widths_are_one_number_where_they_can_be() -> None:
-    """Four heads of 512, 768 and 1024 channels differ in width; 64 channels a head do not, nor does
-    one attention.
-    """
+    """Heads of equal width on all levels are stored as one number, others as a list per level."""
     with torch.device("meta"):
         found = infer_architecture(GuidedUNet(**published("adm-128", 256)).state_dict())
     assert unet_config(found, AdmSettings(size=128, heads=4))["attention_head_dim"] == [
@@ -146,7 +140,7 @@ def test_head_widths_are_one_number_where_they_can_be() -> None:
     ],
 )
 def test_heads_that_do_not_fit_are_refused(settings: AdmSettings, message: str) -> None:
-    """The message names the field and the level's channels."""
+    """Heads that do not divide a level's channels are refused with the field and the channels."""
     with pytest.raises(ConfigError, match=message):
         head_widths(infer_architecture(random_unet(**TINY).state_dict()), settings)
 
@@ -225,16 +219,12 @@ def changed(
     ],
 )
 def test_other_checkpoints_are_refused(weights: dict[str, torch.Tensor], message: str) -> None:
-    """Other networks, OpenAI's classifiers and upsamplers, and half a U-Net are told by their first
-    odd tensor.
-    """
+    """Another network, a classifier, an upsampler and half a U-Net are refused by a tensor."""
     with pytest.raises(TeacherError, match=message):
         infer_architecture(weights)
 
 
 def test_a_number_in_a_key_allocates_nothing() -> None:
-    """Blocks are counted, not enumerated: a key of block 10^12 is one superfluous block, not a
-    loop.
-    """
+    """A key with block number 10^12 counts as one superfluous block and allocates nothing."""
     with pytest.raises(TeacherError, match="5 input and 4 output blocks"):
         infer_architecture(changed(add={"input_blocks.1000000000000.0.x": torch.zeros(1)}))

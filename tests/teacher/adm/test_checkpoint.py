@@ -1,4 +1,4 @@
-"""Reading a .pt file: tensors and nothing else, whole and undamaged."""
+"""A .pt file is read only if it holds nothing but tensors, complete and undamaged."""
 
 import os
 import pickle
@@ -17,7 +17,7 @@ WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_both_formats_give_the_tensors(tmp_path: Path, zipped: bool) -> None:
-    """Write a zip archive, or the format of torch before 1.6."""
+    """A zip archive and the format of torch before 1.6 give the same tensors."""
     torch.save(WEIGHTS, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     got = read_checkpoint(tmp_path / "x.pt")
     assert list(got) == list(WEIGHTS)
@@ -28,7 +28,7 @@ def test_both_formats_give_the_tensors(tmp_path: Path, zipped: bool) -> None:
 
 
 class Evil:
-    """An object that makes a folder when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -72,7 +72,7 @@ def test_code_in_the_file_is_never_run(tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_other_content_is_refused(tmp_path: Path, content: object, message: str) -> None:
-    """The message names the first entry that is not a floating-point tensor."""
+    """An entry that is not a floating-point tensor is refused by name."""
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(TeacherError, match=message):
         read_checkpoint(tmp_path / "x.pt")
@@ -81,7 +81,7 @@ def test_other_content_is_refused(tmp_path: Path, content: object, message: str)
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_file_is_refused(tmp_path: Path, share: float, zipped: bool) -> None:
-    """However much of either format is missing, the error is one line."""
+    """A file of either format, cut anywhere, gives one line."""
     torch.save({"a": torch.rand(1000)}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     data = (tmp_path / "x.pt").read_bytes()
     (tmp_path / "x.pt").write_bytes(data[: int(len(data) * share)])
@@ -93,7 +93,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, share: float, zipped: bool)
 
 
 def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
-    """A damaged record is refused; torch alone would load the wrong weight."""
+    """A damaged record, which torch alone would load as a wrong weight, is refused."""
     torch.save({"a": torch.full((1000,), 2.0)}, tmp_path / "x.pt")
     data = bytearray((tmp_path / "x.pt").read_bytes())
     data[data.index(torch.full((8,), 2.0).numpy().tobytes()) + 400] ^= 1
@@ -107,7 +107,7 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"no checkpoint\n", bytes(5000)])
 def test_something_else_is_refused(tmp_path: Path, data: bytes) -> None:
-    """Other files give a one-line error too."""
+    """A file that is not a checkpoint gives one line."""
     (tmp_path / "x.pt").write_bytes(data)
     with pytest.raises(
         TeacherError, match="expected a complete PyTorch checkpoint of plain tensors"

@@ -1,6 +1,4 @@
-"""Converted ADM weights compute what an independent guided-diffusion U-Net computes, outputs and
-taps.
-"""
+"""Converted ADM weights give the outputs and taps of an independent guided-diffusion U-Net."""
 
 from dataclasses import replace
 
@@ -26,7 +24,7 @@ def small_settings(name: str) -> AdmSettings:
 
 
 def converted(reference: GuidedUNet, settings: AdmSettings) -> UNet2DModel:
-    """Return the UNet2DModel, with memory, that a reference's state dict converts to."""
+    """Return the UNet2DModel that a reference's state dict converts to, with allocated memory."""
     weights = reference.state_dict()
     found = infer_architecture(weights)
     config = unet_config(found, settings)
@@ -54,9 +52,7 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("classes", [None, 7])
 @pytest.mark.parametrize("name", ["adm-64", "adm-128", "adm-256"])
 def test_outputs_are_the_references(name: str, classes: int | None) -> None:
-    """In fp64 every published shape, with and without classes, agrees to rounding; both 3-channel
-    halves of it.
-    """
+    """In fp64 every published shape, with and without classes, agrees within rounding."""
     reference = random_unet(**small(name, classes=classes))
     unet = converted(reference, small_settings(name))
     label = None if classes is None else torch.tensor([0, 5])
@@ -71,9 +67,7 @@ def test_outputs_are_the_references(name: str, classes: int | None) -> None:
 
 @pytest.mark.parametrize("name", ["adm-64", "adm-128", "adm-256"])
 def test_taps_are_the_features_before_the_upsamplers(name: str) -> None:
-    """At every decoder level the tapped network gives the reference's output-block feature, in fp64
-    to rounding.
-    """
+    """At every decoder level the tapped network gives the reference's feature in fp64."""
     reference = random_unet(**small(name))
     unet = converted(reference, small_settings(name))
     levels = len(unet.config.block_out_channels)
@@ -88,9 +82,7 @@ def test_taps_are_the_features_before_the_upsamplers(name: str) -> None:
 
 
 def test_a_half_width_first_level_is_exact_too() -> None:
-    """At 512 px the timestep table replaces sinusoids: outputs and taps agree as fp32 stores its
-    numbers.
-    """
+    """At 512 px, with a timestep table for the sinusoids, outputs and taps agree within fp32."""
     reference = random_unet(**small("adm-512", blocks=1, classes=7))
     unet = converted(reference, small_settings("adm-512"))
     x = images(64)
@@ -108,7 +100,7 @@ def test_a_half_width_first_level_is_exact_too() -> None:
 
 
 def test_the_timestep_table_holds_at_every_step() -> None:
-    """The embedding of each of the 1000 steps is the reference's, to the rounding of fp32."""
+    """The embedding of each of the 1000 steps equals the reference's within fp32 rounding."""
     reference = random_unet(**small("adm-512", classes=7))
     unet = double(converted(reference, small_settings("adm-512")))
     steps = torch.arange(1000)
@@ -119,9 +111,7 @@ def test_the_timestep_table_holds_at_every_step() -> None:
 
 
 def test_a_table_that_would_lose_is_refused() -> None:
-    """64 sinusoids do not fit into 32 numbers per step; the conversion refuses instead of
-    approximating.
-    """
+    """A timestep table too narrow for its sinusoids is refused, not approximated."""
     reference = random_unet(width=64, mult=(0.5, 1), blocks=1, attention=(2,), heads=4)
     message = r"fit into the 32 channels of the first level, got an embedding of 64 channels: .* would lose"
     with pytest.raises(TeacherError, match=message):
@@ -131,9 +121,7 @@ def test_a_table_that_would_lose_is_refused() -> None:
 @pytest.mark.parametrize("scale_shift", [True, False])
 @pytest.mark.parametrize("resblock_updown", [True, False])
 def test_guided_diffusions_other_flags(scale_shift: bool, resblock_updown: bool) -> None:
-    """Levels joined by convolutions, shift-only time embeddings and fixed variances convert exactly
-    too.
-    """
+    """Convolution joints, shift-only time embeddings and fixed variances convert exactly."""
     reference = random_unet(
         width=32,
         mult=(1, 2, 2),
@@ -154,7 +142,7 @@ def test_guided_diffusions_other_flags(scale_shift: bool, resblock_updown: bool)
 
 @pytest.mark.parametrize("new_order", [True, False])
 def test_the_other_attention_order_loads_and_is_wrong(new_order: bool) -> None:
-    """The wrong order of qkv rows fits every shape but computes different features."""
+    """The wrong order of qkv rows fits every shape but gives different features."""
     reference = random_unet(**small("adm-256", new_order=new_order))
     right, wrong = ("new", "legacy") if new_order else ("legacy", "new")
     settings = small_settings("adm-256")
@@ -171,7 +159,7 @@ def test_the_other_attention_order_loads_and_is_wrong(new_order: bool) -> None:
 
 
 def test_other_heads_load_and_are_wrong() -> None:
-    """The number of heads is not in any shape, so a preset or an option must be correct."""
+    """A wrong number of heads fits every shape but gives different features."""
     reference = random_unet(**small("adm-256"))
     unet = converted(reference, AdmSettings(size=32, head_channels=32))
     with torch.inference_mode():
@@ -180,9 +168,7 @@ def test_other_heads_load_and_are_wrong() -> None:
 
 
 def test_qkv_rows_by_hand() -> None:
-    """Two heads of width 2: legacy rows are q0 k0 v0 q1 k1 v1, new rows q0 q1 k0 k1 v0 v1, two rows
-    each.
-    """
+    """Legacy rows are q0 k0 v0 q1 k1 v1 and new rows q0 q1 k0 k1 v0 v1, two rows each."""
     rows = torch.arange(12.0)
     legacy = [part.tolist() for part in split_qkv(rows, 2, "legacy")]
     new = [part.tolist() for part in split_qkv(rows, 2, "new")]
@@ -203,11 +189,10 @@ def test_qkv_rows_by_hand() -> None:
 def test_the_published_models_convert_at_full_size(
     name: str, classes: int | None, millions: int
 ) -> None:
-    """Every tensor of the real shapes (no memory behind them) finds its place, and there are as
-    many as the paper says.
+    """Every tensor of the published shapes converts, with the parameter count of the paper.
 
-    The paper's table of 296, 422, 554 and 559 million parameters shows that the reference has the
-    real shapes.
+    The shapes have no memory behind them. The paper's counts of 296, 422, 554 and 559 million
+    parameters show that the reference has the published shapes.
     """
     width = 192 if name == "adm-64" else 256
     with torch.device("meta"):
@@ -278,7 +263,7 @@ def spoil(weights: dict[str, torch.Tensor], key: str, tensor: torch.Tensor | Non
 def test_a_tensor_that_does_not_fit_is_named(
     key: str, tensor: torch.Tensor | None, message: str
 ) -> None:
-    """Missing tensors, superfluous tensors and other shapes are refused."""
+    """Missing tensors, superfluous tensors and other shapes are refused by name."""
     reference = random_unet(width=32, mult=(1, 2), blocks=1, attention=(2,), heads=4)
     weights = reference.state_dict()
     spoil(weights, key, tensor)
