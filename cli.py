@@ -79,7 +79,11 @@ def demo(out: Path, options: DemoOptions) -> None:
     help="Index of the first scene.",
 )
 @click.option(
-    "--size", type=click.IntRange(min=16), default=64, show_default=True, help="Side in pixels."
+    "--size",
+    type=click.IntRange(min=16, max=4096),
+    default=64,
+    show_default=True,
+    help="Side in pixels.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the scenes.")
 @out_flag("Folder for images/<class>/, masks/<class>/ and boxes.json.")

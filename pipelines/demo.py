@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dtcache.atomic_files import write_file
+from dtcache.device import resolve_compute
 from dtcache.images.scenes import write_scenes
 from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TrainOptions
 from dtcache.recipe import Json
 from dtcache.store.summary import inspect_cache
+from dtcache.student.backbone_io import require_known
 from pipelines.evaluate.classification import classify
 from pipelines.extract.extract import extract
 from pipelines.inspect.tables import render
@@ -31,10 +33,14 @@ TEST_START = 1_000_000
 def demo(out: Path, options: DemoOptions) -> Json:
     """Run every stage that is not finished in `out`; return and write `summary.json`.
 
-    Raises CacheMismatchError if `out` holds a demonstration with other options.
+    Raises CacheMismatchError if `out` holds a demonstration with other options, and ConfigError,
+    before anything is written, if the device or a student is unknown.
     """
-    claim_run(out, asdict(options), volatile=("device",))
+    resolve_compute(options.device, options.precision)
     names = options.students.split(",")
+    for name in names:
+        require_known(name)
+    claim_run(out, asdict(options), volatile=("device",))
     stages = Stages(out)
     stages.run("scenes", partial(_write_scenes, out, options))
     stages.run("extract", partial(_extract, out, options))

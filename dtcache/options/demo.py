@@ -11,7 +11,9 @@ class DemoOptions(Options):
 
     train_images: int = option(1500, "Scenes to cache and train on.", minimum=1, group="Data")
     test_images: int = option(500, "Scenes to test on.", minimum=1, group="Data")
-    timestep: int = option(50, "Diffusion timestep of the cache.", group="Data")
+    timestep: int = option(
+        50, "Diffusion timestep of the cache.", minimum=0, maximum=999, group="Data"
+    )
     students: str = option(
         "resnet18,resnet10t",
         "Students to train from the same cache.",

@@ -36,7 +36,7 @@ def make_backbone(
     `save_backbone`. Raises ConfigError for an unknown name, a network without a pyramid, and an
     `init` or `size` that does not fit the network.
     """
-    _require_known(name)
+    require_known(name)
     if init not in (None, "pretrained"):
         loaded, _, _ = load_backbone(Path(init))
         if loaded.name != split_model_name_tag(name)[0]:
@@ -167,7 +167,7 @@ def _sized(name: str, size: tuple[int, int] | None) -> Json:
     )
 
 
-def _require_known(name: str) -> None:
+def require_known(name: str) -> None:
     """Raise ConfigError, with the closest names, if timm has no such network.
 
     A dot and a tag may follow the name.

@@ -13,7 +13,11 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     wrong: right
     for wrongs, right in (
         # data and models
-        ("--model --model-name --arch -a --architecture --backbone", ("--student", "--teacher")),
+        (
+            "--model --model-name --arch -a --architecture --backbone",
+            ("--student", "--students", "--teacher"),
+        ),
+        ("--student", ("--students",)),
         ("--model-id --pretrained-model-name-or-path --unet", ("--teacher", "--init")),
         (
             "--pretrained --initial-checkpoint --checkpoint --weights --pretrained-backbone "
@@ -30,8 +34,8 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
         ("--fit --center-crop --crop-mode --resize", ("--resize-mode",)),
         ("--images", ("--store-images",)),
         (
-            "--max-images --max-samples --max-train-samples --num-images --subset",
-            ("--limit", "--limit-train", "--train-images"),
+            "--max-images --max-samples --max-train-samples --num-images --subset --num -n",
+            ("--limit", "--limit-train", "--train-images", "--count"),
         ),
         # teacher
         (
