@@ -1,7 +1,8 @@
 """Is the attention loss well served by decoded features? Its error against the exact ones, beside
 its own noise.
 
-    python benchmarks/attention_error.py --caches runs/student_vs_size --images cifar10-test.parquet --teacher DIR \
+    python benchmarks/attention_error.py --caches runs/student_vs_size \
+        --images cifar10-test.parquet --teacher DIR \
         --timestep T [--count 256] [--results DIR]
 
 Takes the codecs of the caches of student_vs_size.py, passes uncompressed features of images that no

@@ -67,7 +67,7 @@ def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bound_bytes(variances: Mapping[str, np.ndarray], distortion: float) -> float:
-    """Return the bytes an image of the bound at D = error over the variance of all maps together."""
+    """Return the bytes per image of the bound at D = error over variance of all maps."""
     v = np.sort(np.concatenate([band.reshape(-1) for band in variances.values()]))
     target = distortion * v.sum()
     # With the k smallest bands wholly under water the error is their sum and a level w for each of

@@ -1,8 +1,9 @@
 """A student from the cache beside one with the teacher in its loop: speed, quality, waiting, noise,
 whitening.
 
-    python benchmarks/cached_vs_online.py --train cifar10-train.parquet --test cifar10-test.parquet --teacher DIR \
-        --timestep T [--parts speed,quality,noise,whitening] [--work runs/cached_vs_online] [--results DIR] \
+    python benchmarks/cached_vs_online.py --train cifar10-train.parquet \
+        --test cifar10-test.parquet --teacher DIR \
+        --timestep T [--parts speed,quality,noise,whitening] [--work DIR] [--results DIR] \
         [--device cuda ...] ...
 
 Speed (and waiting): seconds a step of one student from the cache, with the teacher in the loop, and
@@ -98,7 +99,7 @@ def quality(plan: Plan, images: Path) -> None:
 
 
 def noise(plan: Plan, images: Path) -> None:
-    """Train the arm of one draw once more, its losses weighed by what is not the teacher's noise."""
+    """Train the arm of one draw again, with `noise_weighting`."""
     for seed in range(plan.seeds):
         cache = plan.work / f"cache-1-draw-seed{seed}"
         options = training(plan, seed, noise_weighting=True)

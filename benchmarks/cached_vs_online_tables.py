@@ -95,7 +95,10 @@ def break_even_lines(found: dict[str, Any], runs: dict[str, Any]) -> list[str]:
         ]
         even = [f"{seconds / (n * saved):.1f}" if saved > 0 else "never" for n in STUDENTS]
         lines.append(f"| {student} | {' | '.join(even)} |")
-    text = f"The extraction took {seconds:.0f} s. Epochs of each student after which it has paid for itself:"
+    text = (
+        f"The extraction took {seconds:.0f} s. Epochs of each student after which it has "
+        f"paid for itself:"
+    )
     return [text, "", *lines, ""]
 
 
@@ -156,7 +159,10 @@ def quality_lines(found: dict[str, Any]) -> list[str]:
         "Against the mean of 16 fresh draws of unseen images; differences from online, paired by ",
     ]
     lines[-1] += "seed, with their 95 % interval. The gap is held-out over training loss."
-    headings = "arm | seeds | bytes an image | MSE | MSE | AT | gap | linear probe | points | mIoU | points | goal"
+    headings = (
+        "arm | seeds | bytes an image | MSE | MSE | AT | gap | linear probe | points | "
+        "mIoU | points | goal"
+    )
     lines += ["", f"| {headings} |"]
     lines += ["|---|---|---|---|---|---|---|---|---|---|---|---|"]
     one = (
@@ -207,7 +213,7 @@ def tap_lines(arms: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def noise_lines(found: dict[str, Any]) -> list[str]:
-    """Return what weighing the losses by noise changes against one draw without it, paired by seed."""
+    """Return the effect of noise weighting against one plain draw, paired by seed."""
     arms = {
         part: by_seed(found, f"{part}noise")
         | {"plain": by_seed(found, f"{part}quality").get("1-draw", {})}

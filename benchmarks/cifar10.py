@@ -1,7 +1,8 @@
 """A student from a cache of CIFAR-10 against its own starting weights, every tap of its teacher,
 and raw pixels.
 
-    python benchmarks/cifar10.py --data ../shared/data [--work runs/cifar10] [--seeds 3] [--results DIR] [--table]
+    python benchmarks/cifar10.py --data ../shared/data [--work runs/cifar10] [--seeds 3] \
+        [--results DIR] [--table]
 
 Every run writes its own JSON to docs/results/cifar10/ and a finished run is skipped, so that the
 work adds up over interruptions. The table is written to docs/results/cifar10.md from those files.

@@ -27,7 +27,8 @@ SHARD = 256
 COUNTED = (
     "dtcache: shards as the store writes them (payloads, zstd frames, checksums, indices) with one "
     f"payload per chunk, plus {ROW_BYTES} bytes per row of the sample index, plus the fit's files "
-    f"divided by {AMORTISED} images of one view. Peers: only their own output, with one or 64 images "
+    f"divided by {AMORTISED} images of one view. Peers: only their own output, with one or 64 "
+    f"images "
     "per chunk, whichever is smaller. Bound: without side information."
 )
 

@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def page_lines(summary: dict[str, Any], seconds: float) -> list[str]:
-    """Return the lines of the page: machine, bytes per image, one row per student and start, times."""
+    """Return the lines of the page: machine, bytes per image, students, times."""
     spent = summary["seconds"]
     rows = []
     for student in summary["students"]:

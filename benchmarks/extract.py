@@ -1,7 +1,8 @@
 """What the whole of stage 1 costs beside its teacher's bare pass, and beside what today's scripts
 do.
 
-    python benchmarks/extract.py [--width 64] [--images 64] [--rounds 3] [--device cuda --width 256 --batch-size 64]
+    python benchmarks/extract.py [--width 64] [--images 64] [--rounds 3] \
+        [--device cuda --width 256 --batch-size 64]
 
 A U-Net of ADM-256's shape (Dhariwal & Nichol 2021), its 256 channels scaled to --width, random
 weights; taps at strides 4 to 32; JPEGs of 480 pixels a side. Every arm of a round is a process of
@@ -9,7 +10,8 @@ its own, arms interleaved, all in the same precision:
 
 - naive: full forward pass with hooks, fp16 features to one .npz file an image;
 - bare: the truncated forward pass on a batch that is there, and nothing else: the limit;
-- dtcache: `extract` of both flips; its images/s are those of its shards. The fit, 2 x 256 passes once a cache, is told
+- dtcache: `extract` of both flips; images/s count the shards alone. The fit, 2 x 256 passes per
+  cache, is timed
   apart: it is 1 % of an extraction of 25,600 images.
 
 Results: docs/results/extract-<width>-<device>.json.
@@ -79,7 +81,8 @@ def main() -> None:
         rounds = [{arm: in_process(asked, arm) for arm in ARMS} for _ in range(asked.rounds)]
     device = resolve_compute(asked.device, "auto").device.type
     result = summary(rounds, device)
-    command = f"python benchmarks/extract.py --width {asked.width} --images {asked.images} --passes {asked.passes} "
+    command = f"python benchmarks/extract.py --width {asked.width} --images {asked.images} "
+    command += f"--passes {asked.passes} "
     command += f"--batch-size {asked.batch_size} --rounds {asked.rounds} --device {asked.device}"
     write(
         asked.results / f"extract-{asked.width}-{device}.json",

@@ -61,7 +61,10 @@ def cifar10_features(
     test = open_source(data / "cifar10-test.parquet")
     order = permuted(len(test.keys), seed=0, stream="rows")[:count]
     counted = replace(plan, source=test, samples=SampleList(test.keys, test.labels, order))
-    about = f"CIFAR-10 teacher, t={timestep}: fitted on {fit} training images, counted on {count} test images, 32 px"
+    about = (
+        f"CIFAR-10 teacher, t={timestep}: fitted on {fit} training images, counted on "
+        f"{count} test images, 32 px"
+    )
     return _feature_set(spool / "cifar10", plan, counted, about)
 
 

@@ -1,9 +1,11 @@
 """What label distillation is worth: one segmentation network, finetuned on a few images, from five
 starts.
 
-    python benchmarks/labels.py --name scenes [--images 3000 --labelled 20,40 --seeds 5 --exact --compile ...] \
+    python benchmarks/labels.py --name scenes \
+        [--images 3000 --labelled 20,40 --seeds 5 --exact --compile ...] \
         [--results DIR] [--table]
-    python benchmarks/labels.py --name camvid --train IMAGES --train-masks DIR --test IMAGES --test-masks DIR \
+    python benchmarks/labels.py --name camvid --train IMAGES --train-masks DIR \
+        --test IMAGES --test-masks DIR \
         --teacher DIR --timestep T --labelled 40 --seeds 3 [--results DIR] [--table]
 
 Without paths it generates scenes and takes the bundled teacher. Of a seed all arms share the
@@ -15,7 +17,8 @@ finetunings of a start the mean counts. Every result is a JSON of its own, and a
 skipped. The tables go to docs/results/labels.md. --results and --work with empty folders measure
 everything anew; results that other flags made are refused, so that another --loss, --label-weight
 or recipe needs another --name.
---quality is that of both caches, so that it changes what the interpreter sees and what labels' bytes are compared with.
+--quality applies to both caches: it changes the interpreter's input and the size that the labels'
+bytes are compared with.
 --finetune-lr and --finetune-epochs were chosen for the random start, by its test mIoU.
 """
 
@@ -179,7 +182,7 @@ def students(plan: Plan, name: str, seed: int) -> dict[str, Path]:
 def finetune(
     plan: Plan, name: str, masks: Path, runs: dict[str, Path], seed: int, number: int
 ) -> None:
-    """Finetune every start once, with a seed of its own for the order of images, crops and jitter."""
+    """Finetune every start once, with its own seed for order, crops and jitter."""
     untrained = random_head(plan, runs["label"], seed)
     starts = {
         "random": (runs["feature"] / "init", untrained),

@@ -1,7 +1,8 @@
 """Views a second of dtcache beside a bare fp16 memory map, zarr-python, TensorStore and LitData, on
 one core.
 
-    pip install -e '.[bench]' && python benchmarks/loader.py [--work runs/loader] [--rounds 5] [--results DIR]
+    pip install -e '.[bench]' && python benchmarks/loader.py [--work runs/loader] \
+        [--rounds 5] [--results DIR]
 
 All serve the same samples in the same random batches: dtcache its 50-fold cache as the batch of
 coefficients that stage 2 sends to the device (and, apart, as decoded features on the CPU), the

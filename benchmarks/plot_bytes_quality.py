@@ -1,6 +1,7 @@
 """Plot a student's loss against the bytes of its cache, from recorded results; it measures nothing.
 
-    python benchmarks/plot_bytes_quality.py [--size-experiment NAME] [--online-experiment NAME] [--out DIR]
+    python benchmarks/plot_bytes_quality.py [--size-experiment NAME] \
+        [--online-experiment NAME] [--out DIR]
 
 Left: students of compressed caches against students of float16 features, from the records of
 student_vs_size.py. Right: students of caches with 1, 2 or 4 noise draws against students whose

@@ -1,7 +1,8 @@
 """How to keep a view's pixels: bytes, decoding time and error of each container, on photographs
 that must be resized.
 
-    python benchmarks/stored_images.py --images ../shared/data/camvid/images/train [--count 64] [--size 256] \
+    python benchmarks/stored_images.py --images ../shared/data/camvid/images/train \
+        [--count 64] [--size 256] \
         [--results DIR]
 
 Where the view changes no pixel the source's own bytes are kept and no container is needed. Lossless
@@ -53,7 +54,8 @@ def main() -> None:
     parser.add_argument("--size", default="256", metavar="H[xW]")
     results_flag(parser)
     asked = parser.parse_args()
-    command = f"python benchmarks/stored_images.py --images IMAGES --count {asked.count} --size {asked.size}"
+    command = f"python benchmarks/stored_images.py --images IMAGES --count {asked.count} "
+    command += f"--size {asked.size}"
     results = Results(folder=asked.results, command=command)
     result = results.once(
         f"stored_images-{asked.size}", lambda: measure(asked.images, asked.count, asked.size)
@@ -121,7 +123,7 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def psnr(views: list[Image.Image], files: list[bytes]) -> float | None:
-    """Return the peak signal-to-noise ratio over all images, dB; None where every pixel is exact."""
+    """Return the peak signal-to-noise ratio over all images, dB; None if exact."""
     pairs = zip(views, files, strict=True)
     error = statistics.mean(
         float(np.square(np.asarray(v, np.float64) - decode(f)).mean()) for v, f in pairs

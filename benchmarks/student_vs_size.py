@@ -1,7 +1,8 @@
 """What a student loses by a smaller cache: paired runs of one student on caches of 1, 10, 50 and
 100 times under fp16.
 
-    python benchmarks/student_vs_size.py --train cifar10-train.parquet --test cifar10-test.parquet --teacher DIR \
+    python benchmarks/student_vs_size.py --train cifar10-train.parquet \
+        --test cifar10-test.parquet --teacher DIR \
         --timestep T [--work runs/student_vs_size] [--device cuda --student resnet50 ...] \
         [--results DIR] [--table]
 

@@ -76,7 +76,7 @@ def test_permuted_is_the_order_of_every_cache_and_run_so_far() -> None:
 
 
 def test_each_seed_and_stream_has_its_own_permutation() -> None:
-    """(count, seed, stream) always gives the same permutation, and any other gives a different one."""
+    """(count, seed, stream) gives one permutation, and any other key a different one."""
     order = permuted(1000, seed=1, stream="rows")
     assert sorted(order.tolist()) == list(range(1000))
     np.testing.assert_array_equal(permuted(1000, seed=1, stream="rows"), order)

@@ -10,7 +10,7 @@ from dtcache.codec.symbol_tables import normalise
 
 
 def random_fit(count: int, seed: int, tables: int = 3, max_half: int = 20) -> FittedTap:
-    """Return a valid fit of `count` live coefficients with random classes and skewed random tables."""
+    """Return a valid fit of `count` live coefficients with random tables."""
     rng = np.random.default_rng(seed)
     half = rng.integers(1, max_half + 1, tables)
     rows = np.zeros((tables, 2 * int(half.max()) + 2), np.uint16)

@@ -75,7 +75,10 @@ def test_a_path_that_comes_twice_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "b.parquet", ["z", "y"])
     with pytest.raises(
         ImagesError,
-        match=r"two images have the same name 'y': row 1 of \S+a\.parquet and row 1 of \S+b\.parquet; give each row",
+        match=(
+            r"two images have the same name 'y': row 1 of \S+a\.parquet and row 1 of "
+            r"\S+b\.parquet; give each row"
+        ),
     ):
         open_source(tmp_path)
 

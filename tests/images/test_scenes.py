@@ -111,7 +111,7 @@ def test_every_class_is_about_as_frequent(some_scenes: list[Scene]) -> None:
 
 
 def test_boxes_enclose_the_mask_of_their_class_exactly(some_scenes: list[Scene]) -> None:
-    """As no class occurs twice in a scene, each box is the tight box around its class in the mask."""
+    """Each box is the tight box around its class in the mask."""
     for item in some_scenes:
         assert set(item.box_labels + 1) == set(np.unique(item.mask)) - {0}
         assert item.box_labels[-1] == item.label
@@ -193,7 +193,7 @@ def test_written_files_hold_the_scenes(tmp_path: Path) -> None:
 
 
 def test_writing_without_masks_leaves_them_out_and_a_later_run_adds_them(tmp_path: Path) -> None:
-    """masks=False writes images only; a later run with masks adds them and does not rewrite images."""
+    """masks=False writes images only; a later run adds masks and keeps the images."""
     write_scenes(tmp_path, seed=0, size=16, count=3, masks=False)
     images = {path: path.stat().st_mtime_ns for path in tmp_path.glob("images/*/*.png")}
     assert len(images) == 3

@@ -114,7 +114,10 @@ def test_a_key_that_comes_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"x/1.jpg": b"1", "x/2.jpg": b"2", "x/1.png": b"3"})
     with pytest.raises(
         ImagesError,
-        match=r"same name 'x/1': x/1\.jpg at byte 512 of \S+a\.tar and x/1\.png at byte 2560 of \S+a\.tar",
+        match=(
+            r"same name 'x/1': x/1\.jpg at byte 512 of \S+a\.tar and x/1\.png at byte 2560 of "
+            r"\S+a\.tar"
+        ),
     ):
         open_source(path)
 

@@ -137,6 +137,7 @@ def test_a_new_class_shifts_the_labels_after_it() -> None:
         ["ant/1", "ant/2", "ape/1", "bee/1", "bee/2"], [0, 0, 1, 2, 2], np.array([4, 3, 2, 1, 0])
     )
     assert changed_samples(was, now) == (
-        "1 image was added (first ape/1) and labels changed, of 2 images (such as bee/2: 1 in the cache, "
+        "1 image was added (first ape/1) and labels changed, of 2 images (such as bee/2: 1 in the "
+        "cache, "
         "2 now)"
     )

@@ -240,7 +240,10 @@ def test_commit_record_of_another_recipe_is_refused(tmp_path: Path) -> None:
     begin(tmp_path, plan).write_shard(plan.shards[0])
     record = read_commits(tmp_path)[0]
     write_commit(tmp_path, replace(record, fingerprint="0" * 64))
-    wanted = rf"000000.json: expected fingerprint {plan.recipe.fingerprint}, got 0{{64}}: the record belongs to another"
+    wanted = (
+        rf"000000.json: expected fingerprint {plan.recipe.fingerprint}, got 0{{64}}: the "
+        rf"record belongs to another"
+    )
     with pytest.raises(CacheMismatchError, match=wanted):
         CacheWriter.resume(tmp_path)
 

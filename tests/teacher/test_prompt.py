@@ -191,6 +191,9 @@ def test_without_transformers_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
         ConfigError,
-        match=r"needs the transformers library to embed its prompt; run pip install 'dtcache\[text\]'",
+        match=(
+            r"needs the transformers library to embed its prompt; run pip install "
+            r"'dtcache\[text\]'"
+        ),
     ):
         load_teacher(str(tmp_path))

@@ -87,7 +87,9 @@ def test_a_stride_that_is_not_offered_is_refused() -> None:
     """A stride without a tap is refused with the teacher's taps."""
     with pytest.raises(
         ConfigError,
-        match="`taps` stride16: the teacher has no such map at this size; expected stride4, stride8",
+        match=(
+            "`taps` stride16: the teacher has no such map at this size; expected stride4, stride8"
+        ),
     ):
         choose_taps((tap(4), tap(8)), ("stride16",))
 

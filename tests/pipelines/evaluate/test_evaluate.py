@@ -200,7 +200,10 @@ def test_images_without_labels_are_refused(shelf: Path, tmp_path: Path) -> None:
     other = write_images(tmp_path / "other", 1, seed=0, classes=("blue", "grey"))
     with pytest.raises(
         ImagesError,
-        match=r"other: expected the classes of .*train, got others: only one of the two has grey, red",
+        match=(
+            r"other: expected the classes of .*train, got others: only one of the two has "
+            r"grey, red"
+        ),
     ):
         split_labelled(options_for(shelf, test=other))
     with pytest.raises(ImagesNotFoundError, match=r"nowhere does not exist"):

@@ -221,7 +221,10 @@ def test_a_class_without_a_pixel_is_named(scene_cache: Path, masks: Path, tmp_pa
     (more / "classes.toml").write_text(f"names = {json.dumps(names)}\n")
     result = run("label", "fit", scene_cache, "--masks", more, "--out", tmp_path / "i", *FLAGS)
     assert result.exit_code == 0, result.output
-    warning = "1 of 10 classes have no pixel among the 8 images trained on and will hardly be predicted: 9 (unicorn)\n"
+    warning = (
+        "1 of 10 classes have no pixel among the 8 images trained on and will hardly be "
+        "predicted: 9 (unicorn)\n"
+    )
     assert f"warning: {warning}" in result.output
 
 
@@ -353,7 +356,10 @@ def test_a_mask_drawn_on_the_view_is_refused_where_the_images_are_given(
     root, images, masks = cropped
     cache = Cache(root)
     assert len(images_with_masks(cache, masks, None, None)) == 12
-    warning = "the cache does not record the size of 12 of the 12 images with a mask, so masks of another size are not"
+    warning = (
+        "the cache does not record the size of 12 of the 12 images with a mask, so masks "
+        "of another size are not"
+    )
     assert (
         f"warning: {warning} detected; pass the cache's images to check them\n"
         in capsys.readouterr().err

@@ -47,7 +47,10 @@ def test_code_in_the_file_is_never_run(tmp_path: Path, kind: str) -> None:
         torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(
         TeacherError,
-        match=r"expected a complete PyTorch checkpoint of plain tensors, the only content that dtcache unpickles",
+        match=(
+            r"expected a complete PyTorch checkpoint of plain tensors, the only content that "
+            r"dtcache unpickles"
+        ),
     ):
         read_checkpoint(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()

@@ -113,7 +113,10 @@ def test_the_timestep_table_holds_at_every_step() -> None:
 def test_a_table_that_would_lose_is_refused() -> None:
     """A timestep table too narrow for its sinusoids is refused, not approximated."""
     reference = random_unet(width=64, mult=(0.5, 1), blocks=1, attention=(2,), heads=4)
-    message = r"fit into the 32 channels of the first level, got an embedding of 64 channels: .* would lose"
+    message = (
+        r"fit into the 32 channels of the first level, got an embedding of 64 channels: "
+        r".* would lose"
+    )
     with pytest.raises(TeacherError, match=message):
         converted(reference, AdmSettings(size=16, heads=4))
 
