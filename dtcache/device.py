@@ -47,7 +47,9 @@ def resolve_compute(device: str, precision: str) -> Compute:
     try:
         resolved = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"`device` {device}: expected auto, cpu, cuda or cuda:N") from error
+        raise ConfigError(
+            f"`device` {device}: expected auto, cpu, cuda or cuda:N ({error})"
+        ) from error
     if resolved.type not in ("cpu", "cuda"):
         raise ConfigError(f"`device` {device}: expected auto, cpu, cuda or cuda:N")
     if resolved.type == "cuda" and (
