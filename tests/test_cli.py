@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from interrupts import interrupt
+from support.interrupts import interrupt
 
 from cli import main
 from dtcache.errors import ConfigError

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from store.builders import COARSE, FAILED_ROW, FINE, ROWS, begin, tiny_plan, write_cache
+from support.files import flip
 
 from dtcache.cache import loader as loader_module
 from dtcache.cache.batch import TrainBatch
@@ -246,9 +247,7 @@ def test_damage_reaches_the_consumer(tmp_path: Path) -> None:
     """A flipped byte that a thread reads raises CacheDamagedError in the consumer."""
     root = write_cache(tmp_path / "cache", tiny_plan())
     path = root / "data.zarr" / FINE / "c.0.0.0"
-    content = bytearray(path.read_bytes())
-    content[3] ^= 4
-    path.write_bytes(content)
+    flip(path, 3, 4)
     damaged = loader(Cache(root), batch_size=1)
     with pytest.raises(
         CacheDamagedError,

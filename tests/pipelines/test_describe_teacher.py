@@ -5,21 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from support.cli import run
 from torch import Tensor, nn
 
-from cli import main
 from dtcache.teacher import load_teacher
 from dtcache.teacher.flops import count_flops
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["teacher", "show", *map(str, arguments)])
-
-
 def test_json_describes_taps_and_noise(teacher_dir: Path) -> None:
     """The JSON has extract's taps, sizes that follow from the values, and the schedule's SNRs."""
-    report = json.loads(run(teacher_dir, "--json").stdout)
+    report = json.loads(run("teacher", "show", teacher_dir, "--json").stdout)
     loaded = load_teacher(str(teacher_dir))
     assert report["parameters"] == sum(p.numel() for p in loaded.denoiser.unet.parameters())
     assert (report["architecture"], report["native_size"], report["steps"]) == (
@@ -48,7 +43,7 @@ def test_flops_are_those_of_the_layers_that_run(teacher_dir: Path) -> None:
 
     The count has convolutions and linear layers; the attention products are a small remainder.
     """
-    report = json.loads(run(teacher_dir, "--json").stdout)
+    report = json.loads(run("teacher", "show", teacher_dir, "--json").stdout)
     unet = load_teacher(str(teacher_dir)).denoiser.unet
     spent = [0]
     at = {}
@@ -90,7 +85,7 @@ def test_attention_is_counted() -> None:
 
 def test_the_table_is_narrow_and_gives_a_command(teacher_dir: Path) -> None:
     """The table has every tap in at most 80 columns and an extract command for the same size."""
-    result = run(teacher_dir, "--size", "16x32")
+    result = run("teacher", "show", teacher_dir, "--size", "16x32")
     assert result.exit_code == 0, result.output
     assert "stride8*" in result.output
     assert "--size 16x32 --timestep 50 --out CACHE" in " ".join(result.output.split())
@@ -112,7 +107,7 @@ def test_bad_teachers_and_sizes_are_one_line(
     teacher_dir: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     """Teachers and sizes that extract refuses are refused in one line."""
-    result = run(*(teacher_dir if a == "TEACHER" else a for a in arguments))
+    result = run("teacher", "show", *(teacher_dir if a == "TEACHER" else a for a in arguments))
     assert result.exit_code == 1
     assert message in result.output
     assert "Traceback" not in result.output

@@ -8,9 +8,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from diffusers import UNet2DModel
-from interrupts import interrupt
 from PIL import Image
 from safetensors.torch import load_file
+from support.interrupts import interrupt
 
 from cli import main
 from dtcache.errors import ConfigError

@@ -1,6 +1,5 @@
 """Among several attempts at a shard, late and foreign ones included, exactly one commit counts."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +13,7 @@ from dtcache.store.commits import read_commits
 from dtcache.store.pending_shard import write_attempt
 from dtcache.store.writer import CacheWriter
 
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip fsync: no test here simulates a power cut."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def test_an_attempt_is_no_part_of_the_cache_before_its_commit(tmp_path: Path) -> None:

@@ -48,10 +48,7 @@ from dtcache.store.zarr_nodes import read_fit
 NAMES = (IMAGES, FINE, COARSE)
 
 
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip fsync: no test here simulates a power cut."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @pytest.fixture(scope="module")

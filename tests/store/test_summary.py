@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from inspecting import DOCS, documented, inspect
 from store.builders import COARSE, FINE, begin, tiny_plan, tree
+from support.inspecting import DOCS, documented, inspect
 
 from dtcache.errors import CacheDamagedError, CacheFormatError
 from dtcache.store import summary as report_module

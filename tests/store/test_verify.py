@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from store.builders import COARSE, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
+from support.files import flip
 
 from dtcache import hashing
 from dtcache.errors import CacheBusyError, CacheFormatError, CacheNotFoundError
@@ -28,11 +29,7 @@ from dtcache.store.verify import (
     verify_contents,
 )
 
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip fsync: no test here simulates a power cut."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +61,6 @@ def verify(root: Path, share: float = 1.0, seed: int = 0) -> Verification:
     return verify_contents(
         root, contents, chosen_objects(contents, share, seed), lambda wanted: None
     )
-
-
-def flip(path: Path, place: int) -> None:
-    """Flip one bit of one byte of a file."""
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1 << place % 8
-    path.write_bytes(content)
 
 
 def swap(first: Path, second: Path) -> None:
@@ -158,7 +148,7 @@ def test_each_damaged_file_is_named_and_no_other(
         if content is None or (what == "gone" and name == "manifest.json"):
             continue
         if what == "flipped":
-            flip(path, len(content) // 2)
+            flip(path, len(content) // 2, 1 << len(content) // 2 % 8)
         elif what == "gone":
             path.unlink()
         else:
@@ -207,7 +197,7 @@ def test_every_chunk_of_a_shard_is_located(root: Path) -> None:
     entries = array.shard_rows * array.payloads_per_row
     offsets = parse_index(content[-index_bytes(entries) :], entries, len(content))[:, 0].tolist()
     for entry, offset in enumerate(offsets):
-        flip(path, offset)
+        flip(path, offset, 1 << offset % 8)
         [damage] = verify(root).damage
         assert [(s.row, s.view) for s in damage.samples] == [divmod(entry, VIEWS)]
         path.write_bytes(content)

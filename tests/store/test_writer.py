@@ -30,11 +30,7 @@ from dtcache.store.manifest import read_manifest
 from dtcache.store.sample_index import parquet_bytes, read_table
 from dtcache.store.writer import CacheWriter, require_ours
 
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip fsync: no test here simulates a power cut."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def test_create_write_seal(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import Result
-from interrupts import interrupt
 from PIL import Image
 from support.cli import run
+from support.interrupts import interrupt
 
 from dtcache.atomic_files import FolderLock
 from dtcache.cache.cache import Cache

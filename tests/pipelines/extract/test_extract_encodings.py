@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interrupts import interrupt
 from support.cli import run
+from support.interrupts import interrupt
 from teacher.batches import batch_of
 from torch import nn
 

@@ -10,6 +10,7 @@ import pytest
 from click.testing import Result
 from safetensors.numpy import load_file
 from support.cli import run
+from support.files import flip
 from teacher.batches import batch_of
 from teacher.kinds import (
     TEXT_CHANNELS,
@@ -177,9 +178,7 @@ def test_a_damaged_embedding_is_never_used(
     save_stable_diffusion(teacher)
     succeeded(extract(scene_folder, teacher, out))
     path = out / "prompt.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 64
-    path.write_bytes(content)
+    flip(path, -1, 64)
     damage = json.loads(run("verify", out, "--json").stdout)["damage"]
     assert [(d["path"], d["remedy"][:27]) for d in damage] == [
         ("prompt.safetensors", "restore it from a copy, or ")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.cli import run
+from support.files import flip
 
 from dtcache.device import cpu_threads
 from dtcache.errors import CacheMismatchError, ClusterError, ConfigError, ImagesNotFoundError
@@ -125,9 +126,7 @@ def test_a_worker_that_is_not_fit_says_why(
     refused(changed(assignment, images=str(fewer)), CacheMismatchError, "samples_sha256 is ")
     other = Path(shutil.copytree(teacher_dir, tmp_path / "other"))
     weights = next(other.rglob("*.safetensors"))
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    flip(weights, -1)
     refused(
         with_options(assignment, teacher=str(other)),
         CacheMismatchError,

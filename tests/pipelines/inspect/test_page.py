@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inspecting import flip, inspect, page_of
 from store.builders import COARSE, FAILED_ROW, FINE, begin, tiny_plan, tree
+from support.files import flip
+from support.inspecting import inspect, page_of
 
 from dtcache.cache.cache import Cache
 from pipelines.inspect.page.charts import Axis, Series, bar_chart, line_chart

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inspecting import documented
 from store.builders import FINE, tree
 from support.cli import run
+from support.inspecting import documented
 
 from dtcache.cache.cache import Cache
 from dtcache.errors import CacheDamagedError

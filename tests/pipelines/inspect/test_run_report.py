@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from inspecting import documented, inspect, page_of
 from store.builders import FINE, begin, tiny_plan
+from support.inspecting import documented, inspect, page_of
 
 from dtcache.store.summary import inspect_cache
 from pipelines.inspect import run_report as student_run

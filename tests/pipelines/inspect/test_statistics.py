@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from inspecting import flip, inspect
 from store.builders import (
     COARSE,
     FAILED_ROW,
@@ -21,6 +20,8 @@ from store.builders import (
     tree,
     write_cache,
 )
+from support.files import flip
+from support.inspecting import inspect
 
 from dtcache.cache.cache import Cache
 from dtcache.errors import ConfigError

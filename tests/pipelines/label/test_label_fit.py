@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from interrupts import interrupt
 from PIL import Image
 from support.cli import run
+from support.interrupts import interrupt
 
 from dtcache.cache.cache import Cache
 from dtcache.errors import ImagesError

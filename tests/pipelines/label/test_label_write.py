@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from interrupts import interrupt
 from store.builders import tiny_plan, tree, write_cache
+from support.cli import run
+from support.files import flip
+from support.interrupts import interrupt
 
-from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelledCache, LabelSet
 from dtcache.errors import (
@@ -42,11 +42,6 @@ from pipelines.label.label_quality import known_labels
 
 ROOT = Path(__file__).resolve().parents[3]
 NAME = "parts"
-
-
-def run(*arguments: object) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.fixture
@@ -232,9 +227,7 @@ def test_verify_reads_every_byte_of_a_label_set(copy: Path) -> None:
     """A flipped bit or a missing file of a label set is damage, with the label set's own remedy."""
     assert run("verify", copy).exit_code == 0
     shard = next((copy / "labels" / NAME / "data.zarr" / "t0" / "logits").glob("c.*"))
-    content = bytearray(shard.read_bytes())
-    content[30] ^= 1
-    shard.write_bytes(content)
+    flip(shard, 30)
     result = run("verify", copy, "--json")
     assert result.exit_code == 3
     found = json.loads(result.stdout)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interrupts import interrupt
 from support.cli import run
+from support.interrupts import interrupt
 
 from dtcache.device import resolve_compute
 from dtcache.distributed import Processes

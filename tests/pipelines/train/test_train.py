@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from interrupts import interrupt
 from safetensors.torch import load_file
 from support.cli import run
 from support.files import flip
+from support.interrupts import interrupt
 
 from dtcache.cache.cache import Cache
 from dtcache.cache.loader import Batching, EpochLoader

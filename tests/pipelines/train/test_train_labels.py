@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interrupts import interrupt
 from PIL import Image
 from safetensors.torch import load_file
 from support.cli import run
+from support.interrupts import interrupt
 
 from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelledCache

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interrupts import interrupt
 from safetensors.torch import load_file
 from support.cli import run
+from support.interrupts import interrupt
 
 from dtcache.device import compile_errors, compiled, resolve_compute
 from dtcache.errors import ConfigError

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from inspecting import flip
-from interrupts import interrupt
 from safetensors.torch import load_file, save_file
+from support.files import flip
+from support.interrupts import interrupt
 
 from cli import main
 from dtcache.atomic_files import FolderLock

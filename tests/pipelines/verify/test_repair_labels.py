@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from inspecting import flip
-from interrupts import interrupt
 from store.builders import tree
 from support.cli import run
+from support.files import flip
+from support.interrupts import interrupt
 
 from cli import main
 from dtcache.atomic_files import FolderLock

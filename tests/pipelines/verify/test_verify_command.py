@@ -5,11 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-from inspecting import flip
 from store.builders import FINE, begin, tiny_plan, tree
+from support.cli import run
+from support.files import flip
 
-from cli import main
 from dtcache.errors import ConfigError
 from dtcache.options import VerifyOptions
 from pipelines.verify.verify import verify
@@ -19,31 +18,26 @@ pytestmark = pytest.mark.usefixtures("apart")
 SHARD = f"data.zarr/{FINE}/c.1.0.0"
 
 
-def run(*arguments: object) -> Result:
-    """Run `dtcache verify` in this process."""
-    return CliRunner().invoke(main, ["verify", *map(str, arguments)])
-
-
 def test_each_verdict_has_its_exit_code(tiny_copy: Path, tmp_path: Path) -> None:
     """Exit codes: 0 good, 2 usage, 3 damaged, 4 unfinished, 5 not readable, 1 other failures."""
-    assert run(tiny_copy).exit_code == 0
+    assert run("verify", tiny_copy).exit_code == 0
     flip(tiny_copy / SHARD)
-    assert run(tiny_copy).exit_code == 3
+    assert run("verify", tiny_copy).exit_code == 3
     begin(tmp_path / "begun", tiny_plan()).write_shard(tiny_plan().shards[0])
-    assert run(tmp_path / "begun").exit_code == 4
+    assert run("verify", tmp_path / "begun").exit_code == 4
     flip(tmp_path / "begun" / "data.zarr" / FINE / "c.0.0.0")
-    assert run(tmp_path / "begun").exit_code == 3
-    nothing = run(tmp_path)
+    assert run("verify", tmp_path / "begun").exit_code == 3
+    nothing = run("verify", tmp_path)
     assert (nothing.exit_code, nothing.stdout) == (5, "")
     assert (
         "is not a cache: expected manifest.json in it; pass a folder made by dtcache extract"
         in nothing.stderr
     )
     (tiny_copy / "manifest.json").write_text('{"format":2}')
-    assert run(tiny_copy).exit_code == 5
-    assert run(tiny_copy, "--samples", "0.05").exit_code == 2
-    assert run(tiny_copy, "--fraction", "5%").exit_code == 2
-    assert run(tiny_copy, "--fraction", "5").exit_code == 1
+    assert run("verify", tiny_copy).exit_code == 5
+    assert run("verify", tiny_copy, "--samples", "0.05").exit_code == 2
+    assert run("verify", tiny_copy, "--fraction", "5%").exit_code == 2
+    assert run("verify", tiny_copy, "--fraction", "5").exit_code == 1
 
 
 def test_damage_is_told_by_file_sample_and_remedy(tiny_copy: Path) -> None:
@@ -51,14 +45,16 @@ def test_damage_is_told_by_file_sample_and_remedy(tiny_copy: Path) -> None:
     flip(tiny_copy / SHARD)
     flip(tiny_copy / "samples.parquet", 60)
     key = tiny_plan().samples[4].key
-    output = " ".join(run(tiny_copy).output.split())
+    output = " ".join(run("verify", tiny_copy).output.split())
     assert "DAMAGED" in output and "every byte" in output
     assert f"{SHARD}: 1 of its chunks: the checksum does not match" in output
     assert "shard 1 of t150/stride2: row 4 view 0 run dtcache verify with --repair and" in output
     assert "samples.parquet: expected SHA-256" in output
     assert "restore it from a copy, or delete this cache and extract it again" in output
     flip(tiny_copy / "samples.parquet", 60)
-    assert f"shard 1 of t150/stride2: {key} view 0" in " ".join(run(tiny_copy).output.split())
+    assert f"shard 1 of t150/stride2: {key} view 0" in " ".join(
+        run("verify", tiny_copy).output.split()
+    )
 
 
 def test_many_damages_are_cut_short(tiny_copy: Path) -> None:
@@ -69,7 +65,7 @@ def test_many_damages_are_cut_short(tiny_copy: Path) -> None:
         name.endswith("zarr.json")
         for name in verify(tiny_copy, VerifyOptions()).verification.contents.manifest.files
     )
-    output = run(tiny_copy).output
+    output = run("verify", tiny_copy).output
     assert output.count("no file") == 20
     assert f"and {count - 20} more; the JSON report lists all" in output
 
@@ -78,7 +74,7 @@ def test_json_is_json_and_nothing_else(tiny_copy: Path) -> None:
     """Stdout is pure JSON with shard, array, rows, keys and views of each damage."""
     flip(tiny_copy / SHARD)
     (tiny_copy / "notes.txt").write_text("mine")
-    result = run(tiny_copy, "--json", "--repair", "--dry-run")
+    result = run("verify", tiny_copy, "--json", "--repair", "--dry-run")
     report = json.loads(result.stdout)
     assert result.exit_code == 3
     assert (report["state"], report["sealed"], report["num_objects"], report["num_checked"]) == (
@@ -97,9 +93,9 @@ def test_json_is_json_and_nothing_else(tiny_copy: Path) -> None:
 
 def test_a_sample_is_called_one(tiny_copy: Path) -> None:
     """With --fraction the text states the number of checked files, which --seed selects."""
-    output = run(tiny_copy, "--fraction", 0.05, "--seed", 4).output
+    output = run("verify", tiny_copy, "--fraction", 0.05, "--seed", 4).output
     assert "A SAMPLE: 3 of 9 shard files" in output
-    report = json.loads(run(tiny_copy, "--fraction", 0.4, "--json").stdout)
+    report = json.loads(run("verify", tiny_copy, "--fraction", 0.4, "--json").stdout)
     assert (report["num_checked"], report["num_objects"]) == (6, 9)
 
 
@@ -109,7 +105,7 @@ def test_the_plan_of_a_repair_writes_nothing(tiny_copy: Path) -> None:
     (tiny_copy / "data.zarr" / "zarr.json").unlink()
     flip(tiny_copy / "samples.parquet")
     before = tree(tiny_copy)
-    result = run(tiny_copy, "--repair", "--dry-run")
+    result = run("verify", tiny_copy, "--repair", "--dry-run")
     assert result.exit_code == 3
     output = " ".join(result.output.split())
     assert f"planned: {SHARD}: recompute shard 1 (4 images) with the teacher" in output
@@ -129,7 +125,7 @@ def test_a_repair_needs_images_and_teacher(tiny_copy: Path) -> None:
     needed = "needs {}images{} and {}teacher{} (features) or {}interpreter{} (labels)"
     with pytest.raises(ConfigError, match=re.escape(needed.format(*"``````"))):
         verify(tiny_copy, VerifyOptions(repair=True))
-    result = run(tiny_copy, "--repair")
+    result = run("verify", tiny_copy, "--repair")
     assert result.exit_code == 1
     assert f"--repair {needed.format(*['--', ''] * 3)}" in result.stderr
     assert tree(tiny_copy) == before
@@ -137,7 +133,7 @@ def test_a_repair_needs_images_and_teacher(tiny_copy: Path) -> None:
 
 def test_a_dry_run_is_that_of_a_repair(tiny_copy: Path) -> None:
     """--dry-run without --repair is refused in one line."""
-    result = run(tiny_copy, "--dry-run")
+    result = run("verify", tiny_copy, "--dry-run")
     assert result.exit_code == 1
     assert result.output.count("\n") == 1
     assert "--dry-run: expected --repair with it" in result.output
@@ -148,12 +144,12 @@ def test_a_fraction_is_a_share(tiny_cache: Path, fraction: float) -> None:
     """A fraction outside (0, 1] is refused with the name of the field or of the flag."""
     with pytest.raises(ConfigError, match=r"fraction.* expected a"):
         verify(tiny_cache, VerifyOptions(fraction=fraction))
-    assert "--fraction " in run(tiny_cache, "--fraction", fraction).stderr
+    assert "--fraction " in run("verify", tiny_cache, "--fraction", fraction).stderr
 
 
 def test_a_newer_cache_is_one_line_on_stderr(tiny_copy: Path) -> None:
     """A cache of a newer format gives one line on stderr."""
     (tiny_copy / "manifest.json").write_text('{"format":2}')
-    result = run(tiny_copy)
+    result = run("verify", tiny_copy)
     assert (result.exit_code, result.stdout) == (5, "")
     assert "expected format 1, got 2" in result.stderr and result.stderr.count("\n") == 1

@@ -6,7 +6,7 @@ import pytest
 
 
 def interrupt(patch: pytest.MonkeyPatch, module: ModuleType, name: str, call: int) -> list[int]:
-    """Make a function of a module raise KeyboardInterrupt once, in its `call`-th call.
+    """Make call number `call` of a module's function raise KeyboardInterrupt, once.
 
     Returns a list that grows by one per call.
     """

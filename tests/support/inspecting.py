@@ -1,4 +1,4 @@
-"""Helpers that run `dtcache inspect`, read its documentation and damage files."""
+"""Runs of `dtcache inspect`, and its documentation."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from click.testing import CliRunner, Result
 
 from cli import main
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "inspect.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "inspect.md"
 
 
 def inspect(*arguments: object, **variables: str) -> Result:
@@ -21,13 +21,6 @@ def page_of(root: Path, out: Path, *more: object) -> str:
     assert result.exit_code == 0, result.output
     assert f"wrote {out}" in result.output.replace("\n", "")
     return out.read_text()
-
-
-def flip(path: Path, place: int = 3) -> None:
-    """Flip one bit of one byte of a file."""
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
 
 
 def documented(kind: str) -> list[str]:
