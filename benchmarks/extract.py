@@ -11,8 +11,7 @@ its own, arms interleaved, all in the same precision:
 - naive: full forward pass with hooks, fp16 features to one .npz file an image;
 - bare: the truncated forward pass on a batch that is there, and nothing else: the limit;
 - dtcache: `extract` of both flips; images/s count the shards alone. The fit, 2 x 256 passes per
-  cache, is timed
-  apart: it is 1 % of an extraction of 25,600 images.
+  cache, is timed separately: it is 1 % of an extraction of 25,600 images.
 
 Results: docs/results/extract-<width>-<device>.json.
 """
