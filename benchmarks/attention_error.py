@@ -1,16 +1,15 @@
-"""Is the attention loss well served by decoded features? Its error against the exact ones, beside
-its own noise.
+"""Measure the attention loss between decoded and exact features, beside that between noise draws.
 
     python benchmarks/attention_error.py --caches runs/student_vs_size \
         --images cifar10-test.parquet --teacher DIR \
         --timestep T [--count 256] [--results DIR]
 
 Takes the codecs of the caches of student_vs_size.py, passes uncompressed features of images that no
-codec was fitted on through them, and prints AT(decoded, exact) a tap. What another noise draw of
-the same image does to the target, AT(draw 0, draw 1), is the scale. A map of log-energies beside
-the payload, rounded to so many decibels, would have the errors and cost at least the bytes (its
-entropy) that are printed last. Results: docs/results/attention_error.json; what stands there is
-shown, --results with an empty folder measures anew.
+codec was fitted on through them, and prints AT(decoded, exact) per tap. AT(draw 0, draw 1), between
+two noise draws of the same image, gives the scale. The last columns have the error and the entropy
+in bytes of a log-energy map rounded to a number of decibels, as it could be stored beside the
+payload. Results: docs/results/attention_error.json. If the file exists, the script shows its
+content; pass --results with an empty folder to measure again.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from pipelines.extract.extract import extract
 
 ARMS = ("10x", "50x", "100x")
 STEPS_DB = (3.0, 1.0, 0.5)
-"""Resolutions of the maps that are priced, decibels of energy."""
+"""Resolutions of the log-energy maps, in decibels of energy."""
 
 
 def main() -> None:
@@ -59,9 +58,7 @@ def main() -> None:
 
 
 def measure(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Return, a tap, the attention loss between two draws and between decoded and exact features of
-    each arm.
-    """
+    """Return AT per tap: between two draws, and between decoded and exact features."""
     exact = asked.caches / "exact"
     options = ExtractOptions(
         teacher=asked.teacher,
@@ -101,7 +98,7 @@ def features(
 
 
 def passed(cache: Cache, name: str, whitened_BCHW: torch.Tensor) -> torch.Tensor:
-    """Return features after one cache's codec."""
+    """Return the features after encoding and decoding with one cache's codec."""
     fitted: Any = cache.fit[name]
     values, _, _ = Encoder(fitted)(whitened_BCHW)
     return FeatureDecoder({name: fitted})({name: values})[name]
@@ -109,7 +106,7 @@ def passed(cache: Cache, name: str, whitened_BCHW: torch.Tensor) -> torch.Tensor
 
 def log_energy_map(raw_BCHW: torch.Tensor, step: float) -> dict[str, float]:
     """Return the attention loss of maps rounded to `step` decibels and their empirical entropy,
-    bytes an image.
+    bytes per image.
     """
     exact_BP = attention_map(raw_BCHW)
     levels_BP = (10 * exact_BP.clamp_min(1e-9).log10() / step).round()

@@ -2,9 +2,9 @@
 water-filling.
 
 A Gaussian source of independent bands of variance v has, at mean squared error D, R = sum max(0,
-log2(v / w) / 2) bits, where the water level w is such that the sum of min(v, w) is the error (Cover
-& Thomas, 10.3.3). The bound of this transform is not one of every code: a source that is not
-Gaussian has a lower one.
+log2(v / w) / 2) bits, where the water level w makes the sum of min(v, w) equal to the error
+(Cover & Thomas, 10.3.3). This bound does not hold for every code: the bound of a source that is not
+Gaussian is lower.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ def band_variances(
 ) -> dict[str, np.ndarray]:
     """Return (C, H, W) mean squares of all bands of each map about its channel means, by name.
 
-    PCA is that of the maps themselves unless bases (C, C) are given: that of few images would
-    follow their noise.
+    The PCA is computed from the maps unless `bases` (C, C) are given. Pass bases if there are few
+    images, because a PCA of few images fits their noise.
     """
     variances = {}
     for name, values in maps.items():
@@ -52,7 +52,7 @@ def energy_per_image(maps: Mapping[str, np.ndarray]) -> float:
 
 
 def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return channel means (C,) and covariance (C, C) over images and places."""
+    """Return channel means (C,) and covariance (C, C) over images and positions."""
     count, channels, height, width = values.shape
     total = np.zeros(channels)
     outer = np.zeros((channels, channels))

@@ -6,18 +6,18 @@ whitening.
         --timestep T [--parts speed,quality,noise,whitening] [--work DIR] [--results DIR] \
         [--device cuda ...] ...
 
-Speed (and waiting): seconds a step of one student from the cache, with the teacher in the loop, and
-on random tensors that lie on the device already, which is the limit. Blocks of steps alternate;
+Speed (and waiting): seconds per step of one student from the cache, with the teacher in the loop,
+and on random tensors that lie on the device already, which is the limit. Blocks of steps alternate;
 ratios are medians over paired blocks. Quality: arms see each of a few training images in every one
 of many epochs, because only then can frozen noise show. Online noise is fresh; caches hold 1, 2 or
-4 draws as views, or the mean of 4, at 50 times under fp16, and 2 draws at 100 times, which is the
-size of 1 at 50. Every seed has caches of its own, so that arms of one seed share weights, order,
-flips and the noise of draw 0. Losses are against the mean of 16 fresh draws of images that no arm
-saw; backbones also segment scenes, frozen, under a linear head. Noise: one draw with
---noise-weighting. Whitening: {a sample, a position} x {MSE, MSE + 10 AT} on float16 caches, each
-judged in its own unit. Every measurement is a JSON of its own, and a finished one is skipped.
+4 draws as views, or the mean of 4, 50 times smaller than fp16, and 2 draws at 100 times, which take
+the bytes of 1 at 50. Every seed has caches of its own, so that arms of one seed share weights,
+order, flips and the noise of draw 0. Losses are against the mean of 16 fresh draws of images that
+no arm saw; backbones also segment scenes, frozen, under a linear head. Noise: one draw with
+--noise-weighting. Whitening: {per sample, per position} x {MSE, MSE + 10 AT} on float16 caches,
+each judged in its own unit. Every measurement is a JSON of its own, and a finished one is skipped.
 Tables: docs/results/students.md. --results and --work with empty folders measure everything anew;
-results that other flags made are refused.
+the script refuses results that were made with other flags.
 """
 
 import json
@@ -170,9 +170,7 @@ def judged(plan: Plan, name: str, run: str, train_it: Callable[[], dict[str, Any
 
 
 def segmented(plan: Plan, backbone: Path) -> dict[str, Any]:
-    """Return how well a linear head tells the objects of scenes apart on the maps of a frozen
-    backbone.
-    """
+    """Return the scores of a linear segmentation head on a frozen backbone's maps of scenes."""
     sides = {}
     for seed, side in enumerate(("train", "test")):
         root = plan.work / f"scenes-{side}"

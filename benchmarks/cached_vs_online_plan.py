@@ -19,7 +19,7 @@ AMOUNTS = ("--seeds", "--parts", "--large", "--rounds", "--steps")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Experiment):
-    """The experiment, and what its speed is measured with."""
+    """The experiment and the settings of its speed measurement."""
 
     parts: str
     large: str
@@ -35,11 +35,17 @@ def parse(about: str) -> tuple[Plan, bool]:
         about, work=ROOT / "runs" / "cached_vs_online", images=2000, epochs=60
     )
     parser.add_argument("--parts", default="speed,quality,noise,whitening")
-    parser.add_argument("--large", default="resnet50", help="the other student of the waiting")
-    parser.add_argument("--rounds", type=int, default=5, help="blocks of each arm of the speed")
-    parser.add_argument("--steps", type=int, default=20, help="steps of a block")
     parser.add_argument(
-        "--scenes", type=int, default=300, help="images of each side of the segmentation"
+        "--large",
+        default="resnet50",
+        help="the second student whose speed and waiting are measured",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="timed blocks per arm of the speed part"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="steps per block")
+    parser.add_argument(
+        "--scenes", type=int, default=300, help="images per split of the segmentation"
     )
     parser.add_argument(
         "--compile", action="store_true", help="compile teacher, student and losses"
@@ -80,7 +86,7 @@ def training(plan: Plan, seed: int, **chosen: Any) -> TrainOptions:
 
 
 def online(plan: Plan) -> dict[str, Any]:
-    """Return what puts the teacher into the loop."""
+    """Return the training options that run the teacher in the training loop."""
     return {"teacher": plan.teacher, "timestep": plan.timestep}
 
 

@@ -1,5 +1,5 @@
-"""The speed of cached_vs_online.py: seconds a step from the cache, online and from memory, and what
-they wait for.
+"""The speed of cached_vs_online.py: seconds per step from the cache, online and from memory, and
+the share of waiting.
 """
 
 import shutil
@@ -49,7 +49,7 @@ def speed(plan: Plan, images: Path) -> None:
 
 
 def timed_extraction(plan: Plan, images: Path, cache: Path) -> dict[str, Any]:
-    """Extract and return the seconds of it, loading the teacher, fit and all."""
+    """Extract and return the wall seconds, including loading the teacher and fitting the codec."""
     shutil.rmtree(cache, ignore_errors=True)  # a resumed one would take less
     began = time.monotonic()
     extract(images, cache, extraction(plan))
@@ -75,8 +75,8 @@ def projection() -> dict[str, int]:
 
 
 class MemorySource:
-    """Random batches that lie decoded on the device: what a student could do if nothing had to be
-    fetched.
+    """Random batches that lie decoded on the device: the speed limit of a student that waits for
+    no data.
     """
 
     def __init__(self, like: BatchSource, batch_size: int, device: torch.device) -> None:
@@ -107,9 +107,7 @@ class MemorySource:
 
 
 def blocks(plan: Plan, images: Path, cache: Path, name: str) -> dict[str, Any]:
-    """Return seconds a step of every block by arm, and the share of the cached arm's time that went
-    to waiting.
-    """
+    """Return seconds per step of every block by arm, and the cached arm's share of waiting."""
     compute = resolve_compute(plan.device, "auto")
     configure_process(compute.device)
     alone = Processes()
@@ -152,7 +150,7 @@ def block(plan: Plan, trainer: Trainer, compute: Compute) -> tuple[float, float]
 
 
 def teacher_block(plan: Plan, source: OnlineSource, compute: Compute) -> float:
-    """Return seconds a batch of the teacher's passes alone, its inputs being there."""
+    """Return seconds per batch of the teacher's forward passes alone, with the inputs in memory."""
     with closing(forever(source)) as batches:
         batch = next(batches)
     source.ready(batch)

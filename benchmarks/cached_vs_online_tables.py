@@ -13,8 +13,9 @@ GPU_LIMIT = 1.03
 SPEEDUP = 0.9
 WAITING = 0.02
 QUALITY = 1.0
-"""Most per cent of the MSE that the best arm of at most twice the bytes may lie over the online
-one.
+"""Goal: the most, in per cent, by which an arm's MSE may exceed the online arm's.
+
+It applies to arms of at most twice the bytes of one draw.
 """
 EPOCHS = 100
 STUDENTS = (1, 3, 10)
@@ -38,14 +39,12 @@ def experiment_lines(records: Records) -> list[str]:
 
 
 def verdict(low: float, high: float, goal: float) -> str:
-    """Return met, missed or undecided for an interval that shall lie under a goal."""
+    """Return met, missed or undecided for an interval that must lie below a goal."""
     return "met" if high <= goal else "missed" if low > goal else "undecided"
 
 
 def speed_lines(found: dict[str, Any], machines: dict[str, str]) -> list[str]:
-    """Return seconds a step by arm, the goals of speed and waiting, and what an extraction is
-    worth.
-    """
+    """Return seconds per step by arm, the goals of speed and waiting, and the break-even epochs."""
     runs = {
         name.removeprefix("speed-"): r for name, r in found.items() if name.startswith("speed-")
     }
@@ -54,12 +53,12 @@ def speed_lines(found: dict[str, Any], machines: dict[str, str]) -> list[str]:
     lines = [
         "### Speed and waiting",
         "",
-        "Seconds a step, medians over blocks; ratios are medians of paired blocks.",
+        "Seconds per step, medians over blocks; ratios are medians of paired blocks.",
         "",
     ]
     lines += [
-        "| student | limit | cached | online | teacher alone | cached/limit | speed-up of the "
-        "possible | waiting |"
+        "| student | limit | cached | online | teacher alone | cached/limit | speed-up of "
+        "possible speed-up | waiting |"
     ]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for student, run in runs.items():
@@ -83,11 +82,11 @@ def speed_lines(found: dict[str, Any], machines: dict[str, str]) -> list[str]:
 
 
 def break_even_lines(found: dict[str, Any], runs: dict[str, Any]) -> list[str]:
-    """Return after how many epochs a cache has paid for its extraction, by number of students."""
+    """Return the epochs after which a cache has saved its extraction time, by student count."""
     if "extract" not in found:
         return []
     seconds = found["extract"]["seconds"]
-    lines = [f"| student | {' | '.join(f'{n} of them' for n in STUDENTS)} |"]
+    lines = [f"| student | {' | '.join(f'{n} student' + 's' * (n > 1) for n in STUDENTS)} |"]
     lines.append("|---" * (len(STUDENTS) + 1) + "|")
     for student, run in runs.items():
         saved = (statistics.median(run["online"]) - statistics.median(run["cached"])) * run[
@@ -96,8 +95,8 @@ def break_even_lines(found: dict[str, Any], runs: dict[str, Any]) -> list[str]:
         even = [f"{seconds / (n * saved):.1f}" if saved > 0 else "never" for n in STUDENTS]
         lines.append(f"| {student} | {' | '.join(even)} |")
     text = (
-        f"The extraction took {seconds:.0f} s. Epochs of each student after which it has "
-        f"paid for itself:"
+        f"The extraction took {seconds:.0f} s. Epochs per student after which the cache has saved "
+        "as much time:"
     )
     return [text, "", *lines, ""]
 
@@ -110,8 +109,8 @@ def projection_lines(found: dict[str, Any]) -> list[str]:
     student = found["projection"]["student"] / 1e9
     lines = [
         f"Projection, by arithmetic alone: ADM at 256 px, cut off after stride 4, is {teacher:.0f} "
-        f"GFLOP a view, a "
-        f"ResNet-50 with FPN-256 and PPM is {student:.0f} GFLOP a step and view (three times its "
+        f"GFLOP per view, a "
+        f"ResNet-50 with FPN-256 and PPM is {student:.0f} GFLOP per step and view (three times its "
         f"forward pass; a "
         f"multiply-add is two). Online is then {(teacher + student) / student:.1f} times cached. "
         f"With {EPOCHS} epochs "
@@ -142,7 +141,7 @@ def by_seed(found: dict[str, Any], part: str) -> dict[str, dict[str, Any]]:
 def compared(
     arms: dict[str, dict[str, Any]], arm: str, against: str, of: Callable[[Any, Any], float]
 ) -> list[float]:
-    """Return one difference a seed that both arms have."""
+    """Return one difference per seed that both arms have."""
     both = sorted(arms.get(arm, {}).keys() & arms.get(against, {}).keys())
     return [of(arms[arm][seed], arms[against][seed]) for seed in both]
 
@@ -158,10 +157,12 @@ def quality_lines(found: dict[str, Any]) -> list[str]:
         "",
         "Against the mean of 16 fresh draws of unseen images; differences from online, paired by ",
     ]
-    lines[-1] += "seed, with their 95 % interval. The gap is held-out over training loss."
+    lines[-1] += (
+        "seed, with their 95 % interval. The gap is the held-out loss divided by the training loss."
+    )
     headings = (
-        "arm | seeds | bytes an image | MSE | MSE | AT | gap | linear probe | points | "
-        "mIoU | points | goal"
+        "arm | seeds | bytes per image | MSE | MSE | AT | gap | linear probe | points | mIoU | "
+        "points | goal"
     )
     lines += ["", f"| {headings} |"]
     lines += ["|---|---|---|---|---|---|---|---|---|---|---|---|"]
@@ -198,12 +199,12 @@ def quality_lines(found: dict[str, Any]) -> list[str]:
 
 
 def tap_lines(arms: dict[str, dict[str, Any]]) -> list[str]:
-    """Return each arm's MSE a tap, means over its seeds."""
+    """Return each arm's MSE per tap, averaged over its seeds."""
     names = [
         name for name in next(iter(arms["online"].values()))["losses"] if name.startswith("mse/")
     ]
     headings = [name.removeprefix("mse/") for name in names]
-    lines = [f"| MSE a tap | {' | '.join(headings)} |", "|---" * (len(names) + 1) + "|"]
+    lines = [f"| MSE per tap | {' | '.join(headings)} |", "|---" * (len(names) + 1) + "|"]
     for arm, seeds in arms.items():
         means = [
             statistics.mean(result["losses"][name] for result in seeds.values()) for name in names
@@ -281,7 +282,7 @@ def whitening_lines(found: dict[str, Any]) -> list[str]:
 
 
 def floor_lines(found: dict[str, Any]) -> list[str]:
-    """Return the attention loss of perfect students, a tap."""
+    """Return the attention loss of students with an MSE of 0, per tap."""
     if "attention-floor" not in found:
         return []
     floors = found["attention-floor"]

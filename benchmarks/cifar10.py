@@ -6,8 +6,8 @@ and raw pixels.
 
 Every run writes its own JSON to docs/results/cifar10/ and a finished run is skipped, so that the
 work adds up over interruptions. The table is written to docs/results/cifar10.md from those files.
---results and --work with empty folders measure everything anew but the teacher, which is finished
-where it lies.
+--results and --work with empty folders measure everything again except the teacher, which is in the
+repository.
 """
 
 import argparse
@@ -33,8 +33,8 @@ The teacher (`benchmarks/teachers/cifar10`, [samples](../../benchmarks/teachers/
 [loss](../../benchmarks/teachers/cifar10/loss.png)) is small: it was trained for about an hour on such a machine. The
 question is how much of its quality students take over. Students train on strides 2, 4 and 8: half of the finest tap is
 noise, and without that tap their input is 64 px instead of 128. All rows use the same 20,000 labelled training images
-and the 10,000 test images. Students and random initialisations pool 512 values, a tap pools its channels, so a student
-may score higher than any single tap that it learned from.
+and the 10,000 test images. Students and random initialisations pool 512 values, each tap pools its channels, so a
+student may score higher than any single tap that it learned from.
 """
 TIMESTEPS = (20, 50, 100, 200)
 TEACH = [
@@ -77,10 +77,10 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each"
+        "--workers", type=int, default=os.cpu_count() or 1, help="runs at the same time"
     )
     parser.add_argument(
-        "--table", action="store_true", help="write the table from the results that are there"
+        "--table", action="store_true", help="only write the table, from the recorded results"
     )
     results_flag(parser)
     asked = parser.parse_args()
@@ -91,9 +91,7 @@ def main() -> None:
 
 
 def run_all(folder: Path, data: Path, work: Path, seeds: int, workers: int) -> None:
-    """Teacher, timestep, cache; then students and probes, which need each other no more, side by
-    side.
-    """
+    """Train the teacher, choose the timestep, extract; then run students and probes in parallel."""
     step = partial(run_step, folder)
     train = data / "cifar10-train.parquet"
     test = data / "cifar10-test.parquet"
@@ -209,7 +207,7 @@ def write_table(folder: Path) -> None:
 
 
 def choice(records: dict[str, Any]) -> list[str]:
-    """Show what the timestep was chosen from."""
+    """Return the table of probes from which the timestep was chosen."""
     if "timesteps" not in records:
         return []
     result = records["timesteps"]["result"]
@@ -234,12 +232,12 @@ def choice(records: dict[str, Any]) -> list[str]:
 
 
 def cache(records: dict[str, Any]) -> list[str]:
-    """Show what the cache holds and costs."""
+    """Return the table of the cache's taps and its size."""
     if "inspect" not in records:
         return []
     report = records["inspect"]["result"]
     rows = [
-        "| tap | shape | bits a value | noise share | lost of what the image determines |",
+        "| tap | shape | bits per value | noise share | lost share of the image-determined signal |",
         "|---|---|---|---|---|",
     ]
     for tap in report["taps"]:
@@ -249,10 +247,10 @@ def cache(records: dict[str, Any]) -> list[str]:
     return [
         "## The cache",
         "",
-        f"{report['num_done']} images, both flips: {report['bytes_per_image']:.0f} bytes an image, "
-        f"{report['ratio']:.1f} times under fp16 ({report['fp16_bytes_per_image']} bytes), "
-        f"everything on disk but the "
-        f"stored images (the source's own JPEG files, "
+        f"{report['num_done']} images, both flips: {report['bytes_per_image']:.0f} bytes per image, "
+        f"{report['ratio']:.1f} times smaller than fp16 ({report['fp16_bytes_per_image']} bytes), "
+        f"which is everything on "
+        f"disk except the stored images (the source's own JPEG files, "
         f"{report['image_bytes'] / report['num_done']:.0f} bytes each).",
         "",
         *rows,
@@ -261,7 +259,7 @@ def cache(records: dict[str, Any]) -> list[str]:
 
 
 def losses(records: dict[str, Any], folder: Path) -> list[str]:
-    """Show what the students ended with on held-out images of the cache."""
+    """Return the students' final losses on held-out images of the cache."""
     runs = [r["result"] for name, r in records.items() if name.startswith("train-")]
     if not runs:
         return []
@@ -276,7 +274,7 @@ def losses(records: dict[str, Any], folder: Path) -> list[str]:
 
 
 def gap(records: dict[str, Any]) -> list[str]:
-    """Say how much of the way from random init to the best single tap the students go."""
+    """Return which part of the gap between random weights and the best tap the students close."""
     seeds = [n.removeprefix("student-") for n in records if n.startswith("student-")]
     if not seeds or "taps" not in records:
         return []
@@ -295,13 +293,13 @@ def gap(records: dict[str, Any]) -> list[str]:
         f"students close "
         f"{mean_and_spread(closed)} % of the gap between their own starting weights and it (linear "
         f"probe), and are "
-        f"{mean_and_spread(gained)} points over those.",
+        f"{mean_and_spread(gained)} points above those weights.",
         "",
     ]
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """Return the mean and, of several values, their standard deviation."""
+    """Return the mean and, if there are several values, their standard deviation."""
     mean = f"{statistics.mean(values):.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 

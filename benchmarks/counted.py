@@ -1,6 +1,4 @@
-"""The codec itself: steps that reach asked-for distortions, and what every image costs on disk at
-one.
-"""
+"""The codec: find steps that reach given distortions, and count every image's bytes on disk."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,11 +60,11 @@ class Counted:
 
     point: Point
     payload_bytes: float
-    """Payloads without the padding, an image."""
+    """Bytes of payloads per image, without padding."""
     fit_bytes: int
     """The fit's arrays on disk."""
     taps: dict[str, dict[str, float]]
-    """By array: stored bytes an image without the fit, distortion of the tap alone, coded
+    """By array: stored bytes per image without the fit, distortion of this tap, coded
     coefficients.
     """
 
@@ -119,7 +117,7 @@ def fit_bytes(fit: Mapping[str, FittedTap]) -> int:
 
 
 def stored_bytes(fit: Mapping[str, FittedTap], maps: Maps) -> float:
-    """Return the bytes an image that a fit costs."""
+    """Return the bytes of a fit, per image."""
     return count_ours(fit, 0.0, maps, 1.0).point.bytes_per_image
 
 

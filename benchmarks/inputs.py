@@ -1,12 +1,11 @@
-"""What input at scale costs: a folder's list, tar shards against files, Parquet by how much of it
-may be held.
+"""Measure input at scale: listing a folder, tar shards against files, Parquet by memory limit.
 
     python benchmarks/inputs.py --work SCRATCH [--files 200000] [--rows 20000] [--results DIR]
 
 Images are random bytes of 20 to 80 kB: nothing is decoded, only found and read, in one permuted
 order, from the page cache. Peak memory is that of a process of its own, above what it has after its
-imports. Results: docs/results/inputs.json; what stands there is shown, --results with an empty
-folder measures anew.
+imports. Results: docs/results/inputs.json; if it exists, its content is shown; pass --results with
+an empty folder to measure again.
 """
 
 import argparse
@@ -56,12 +55,12 @@ def main() -> None:
     for row in result["reads"]:
         print(
             f"{row['source']:34} open {row['open_s']:5.1f} s, {row['rows_per_s']:8.0f} rows/s, "
-            f"{row['cpu_ms']:5.2f} ms CPU a row, peak {row['peak_mib']:5.0f} MiB"
+            f"{row['cpu_ms']:5.2f} ms CPU per row, peak {row['peak_mib']:5.0f} MiB"
         )
 
 
 def measure(work: Path, files: int, rows: int) -> dict[str, Any]:
-    """Return what listing and reading cost."""
+    """Return the times and memory of listing and reading."""
     kinds: list[tuple[str, Any, Any]] = [
         ("folder", write_folder, FolderSource),
         ("tars", write_tars, open_tars),
@@ -75,7 +74,7 @@ def measure(work: Path, files: int, rows: int) -> dict[str, Any]:
     for name, write, open_with in kinds:
         root = alone(
             write, work, rows
-        )  # in another process: what writing takes is no part of a peak
+        )  # in another process, so that the memory of writing does not count towards the peak
         reads.append(alone(read_all, name, open_with, root, rows))
     return {"list": alone(list_files, work, files), "reads": reads}
 
@@ -87,7 +86,7 @@ def alone(run: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def list_files(work: Path, count: int) -> dict[str, float]:
-    """List a folder of classes of 1,000 empty files: time, against pathlib, and memory a sample."""
+    """List a folder of classes of 1,000 empty files: time, pathlib's time, memory per sample."""
     root = work / f"files-{count}"
     for start in range(0, 0 if root.exists() else count, 1000):
         (root / f"class_{start // 1000:08}").mkdir(parents=True)

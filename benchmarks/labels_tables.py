@@ -16,7 +16,7 @@ GOALS = (
     ("mixed", "label", -1.0),
     ("label", "label-exact", -1.0),
 )
-"""Arm, the one that it is compared with, and the least of the paired difference in points of mIoU.
+"""Arm, the arm it is compared with, and the goal: the least paired difference in points of mIoU.
 """
 OWN_GOALS = (("mixed", "label", -1.0), ("label", "label-exact", -1.0))
 """The same of students that are not finetuned, by their own heads."""
@@ -24,7 +24,7 @@ MOST_SHARE = 0.10
 Scores = dict[str, dict[str, float]]
 """Test mIoU by seed and number of the finetuning."""
 LOSSES = (("mixed", "label", "label"), ("mixed", "feature", "mse"))
-"""Arm, the one that it is compared with, and the held-out loss that both lower."""
+"""Arm, the arm it is compared with, and the held-out loss that both are trained on."""
 HELD_OUT = (
     "Held-out losses are measured after distillation and before finetuning, on the cache's own "
     "held-out images: the MSE averaged over taps, and the cross-entropy with the stored labels. "
@@ -164,7 +164,7 @@ def goal_lines(
 
 
 def loss_lines(found: dict[str, Any], count: int) -> list[str]:
-    """Return how much worse students of both learn either, paired by seed."""
+    """Return how much higher each loss is for students trained on both, paired by seed."""
     lines = []
     for arm, other, kind in LOSSES:
         losses: list[Scores] = [{}, {}]
@@ -181,7 +181,7 @@ def loss_lines(found: dict[str, Any], count: int) -> list[str]:
 
 
 def cost_lines(found: dict[str, Any], count: int) -> list[str]:
-    """Return what the label sets cost and how exact they are, the means of the seeds."""
+    """Return the size and accuracy of the label sets, averaged over seeds."""
     lines = []
     for kind in ("labels", "labels-exact"):
         sets: Sequence[dict[str, Any]] = [

@@ -1,12 +1,11 @@
-"""Views a second of dtcache beside a bare fp16 memory map, zarr-python, TensorStore and LitData, on
-one core.
+"""Views per second on one core: dtcache, fp16 memory map, zarr-python, TensorStore and LitData.
 
     pip install -e '.[bench]' && python benchmarks/loader.py [--work runs/loader] \
         [--rounds 5] [--results DIR]
 
 All serve the same samples in the same random batches: dtcache its 50-fold cache as the batch of
 coefficients that stage 2 sends to the device (and, apart, as decoded features on the CPU), the
-memory map fp16, the others the same features as int8 in one chunk a sample and tap, uncompressed.
+memory map fp16, the others the same features as int8 in one chunk per sample and tap, uncompressed.
 Zarr's chunks carry a CRC-32C, as dtcache's do. Warm rounds interleave the loaders and count CPU
 time, since every loader is kept to one core and nothing waits for a disk; the ratios are medians
 over rounds. Cold rounds drop the files from the page cache, read each sample once in a block
@@ -49,13 +48,13 @@ class Pyramid:
     name: str
     shapes: tuple[Shape, ...]
     distinct: int
-    """Maps that are made; samples repeat them, their bytes lie on the disk once a sample."""
+    """Maps that are made; samples repeat them, their bytes are on the disk once per sample."""
     samples: int
     batch: int
     fit_views: int
     shard_rows: int
     mix: int
-    """Neighbouring samples that a cold round mixes."""
+    """Number of neighbouring samples that a cold round shuffles together."""
 
 
 PYRAMIDS = (
@@ -196,7 +195,7 @@ def loaders(root: Path, pyramid: Pyramid) -> dict[str, Read]:
 
 
 def measure(root: Path, pyramid: Pyramid, rounds: int) -> dict[str, dict[str, float]]:
-    """Return, by loader, warm and cold views/s, bytes from the disk a view, and rates at given
+    """Return, by loader, warm and cold views/s, bytes from the disk per view, and rates at given
     bandwidths.
     """
     # Pages of a file that some process maps cannot be dropped: cold reads come first, each in a
@@ -308,7 +307,7 @@ def disk_bytes() -> int:
 def show(pyramid: Pyramid, result: dict[str, dict[str, float]]) -> None:
     """Print a table."""
     columns = list(next(iter(result.values())))
-    print(f"\n{pyramid.name}: {sum(map(np.prod, pyramid.shapes))} values a view")
+    print(f"\n{pyramid.name}: {sum(map(np.prod, pyramid.shapes))} values per view")
     print(f"{'':24}" + "".join(f"{column:>22}" for column in columns))
     for name, row in result.items():
         print(

@@ -1,6 +1,4 @@
-"""A page of results: what people wrote of them, and below it the tables that a script makes of its
-JSON files.
-"""
+"""A page of results: hand-written text, and below it the tables made from JSON files."""
 
 import json
 from collections.abc import Callable
@@ -14,9 +12,7 @@ Records = dict[str, Any]
 def write_page(
     experiments: Path, page: str, script: str, lines_of: Callable[[Records], list[str]]
 ) -> None:
-    """Write the tables of every experiment, a folder of results each, below what a page beside them
-    says by hand.
-    """
+    """Write the tables of every experiment (one folder each) below the page's hand-written text."""
     mark = f"<!-- What follows is written by benchmarks/{script}. -->"
     path = experiments.parent / page
     lines = [
@@ -40,6 +36,6 @@ def about(records: Records) -> list[str]:
 
 
 def _section(folder: Path, lines_of: Callable[[Records], list[str]]) -> list[str]:
-    """Return one experiment's tables, and how they came about."""
+    """Return one experiment's tables, and its machines, commits and commands."""
     records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     return [f"## {folder.name}", "", *lines_of(records), *about(records)]

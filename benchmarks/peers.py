@@ -1,5 +1,5 @@
 """Peers of the codec: general-purpose compressors over fp16, BitRound, int8, fp8 and pcodec, each
-over its knob.
+over the range of its setting.
 
 A peer gets whitened fp16 features (n, C, H, W) of one chunk. Nothing but its own output is counted
 for it: no checksum, no index, no whitening scalars.
@@ -20,7 +20,7 @@ from pipelines.terminal.progress import track
 LEVEL = 3
 """Of zstd."""
 CHUNKS = (1, 64)
-"""Images a chunk."""
+"""Images per chunk."""
 
 Coded = tuple[int, np.ndarray]
 """Bytes, and the decoded features."""
@@ -65,7 +65,7 @@ def _zstd(x: np.ndarray) -> int:
 
 
 def _int8(x: np.ndarray, coarser: float) -> Coded:
-    """One absolute-maximum scale a channel and chunk, fp16, times the knob."""
+    """One absolute-maximum scale per channel and chunk, fp16, times the setting."""
     scale = np.abs(x.astype(np.float32)).max((0, 2, 3), keepdims=True) / 127 * coarser
     scale = np.maximum(scale.astype(np.float16), np.float16(1e-6)).astype(np.float32)
     q = np.clip(np.rint(x / scale), -127, 127).astype(np.int8)
@@ -116,8 +116,9 @@ PEERS = (
 
 
 def peer_curves(maps: Mapping[str, np.ndarray], energy: float) -> dict[str, dict[int, list[Point]]]:
-    """Return, by peer and images a chunk, a point a knob; `energy` is an image's, the denominator
-    of D.
+    """Return one point per setting, by peer and images per chunk.
+
+    `energy` is per image, the denominator of D.
     """
     count = len(next(iter(maps.values())))
     curves: dict[str, dict[int, list[Point]]] = {}

@@ -1,4 +1,4 @@
-"""Bytes an image at equal distortion: the codec, its peers, and the Gaussian rate-distortion bound.
+"""Bytes per image at equal distortion: the codec, its peers, and the Gaussian bound.
 
     python benchmarks/rate_distortion.py --data ../shared/data [--teacher DIR] [--timestep 50]
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--timestep", type=int, default=50)
     parser.add_argument("--count", type=int, default=10_000, help="CIFAR-10 images counted")
     parser.add_argument(
-        "--peer-count", type=int, default=128, help="of these, how many the peers see"
+        "--peer-count", type=int, default=128, help="how many of these the peers are measured on"
     )
     parser.add_argument(
         "--adm-fit", type=int, default=8, help="images that the ADM shape's codec is fitted on"
@@ -95,7 +95,7 @@ def _adm(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(features: FeatureSet, peer_count: int, few: bool) -> dict[str, Any]:
-    """Return all codecs' bytes an image at every distortion.
+    """Return all codecs' bytes per image at every distortion.
 
     With few images the bound takes the fit's PCA, and band variances over the fit's views too: over
     the counted ones alone they would be too small in the logarithm.
@@ -167,14 +167,14 @@ def fit_statistics(features: FeatureSet) -> dict[str, TapStatistics]:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Return a Markdown table of bytes an image and, in brackets, how many times smaller than fp16
+    """Return a Markdown table of bytes per image and, in brackets, how many times smaller than fp16
     that is.
     """
     fp16 = result["fp16_bytes"]
     rows = result["bytes_per_image"]
-    seen = f"the peers saw {result['images_peers']} of the images counted"
-    lines = [f"{result['about']}; {seen}. fp16: {fp16} bytes an image.", ""]
-    lines += ["| bytes an image at D = | " + " | ".join(f"{d:g}" for d in DISTORTIONS) + " |"]
+    seen = f"the peers were measured on {result['images_peers']} of the images counted"
+    lines = [f"{result['about']}; {seen}. fp16: {fp16} bytes per image.", ""]
+    lines += ["| bytes per image at D = | " + " | ".join(f"{d:g}" for d in DISTORTIONS) + " |"]
     lines += ["|---" * (1 + len(DISTORTIONS)) + "|"]
     for name, row in rows.items():
         cells = ["-" if b is None else f"{b:.0f} ({fp16 / b:.1f}x)" for b in row]
@@ -222,13 +222,13 @@ def write(folder: Path, results: dict[str, Any], command: str, seconds: float) -
     ]
     lines = [line for result in results.values() for line in table(result)]
     (folder / "rate_distortion.md").write_text(
-        "\n".join([*head, *lines, "![bits a value](rate_distortion.png)", ""])
+        "\n".join([*head, *lines, "![bits per value](rate_distortion.png)", ""])
     )
     plot(results, folder / "rate_distortion.png")
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw bits a value against D, a panel a teacher."""
+    """Draw bits per value against D, one panel per teacher."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(results), 4.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""Results as small JSON files: what was run, where, at which commit; a finished run is never
+"""Results as small JSON files: command, machine, commit and result; a finished run is not
 repeated.
 """
 
@@ -23,17 +23,16 @@ RENAMED = {"dtcache teach ": "dtcache teacher train ", "--weights float16": "--w
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """The results of one command, a JSON file each."""
+    """The results of one command, one JSON file per result."""
 
     folder: Path
     command: str
-    """What makes them."""
+    """The command that makes the results."""
     defaults: str = ""
-    """The command of all defaults: a record that does not name a flag was made with what stands
-    here.
+    """The command with all default flags: the values of flags that a record does not name.
     """
     amounts: tuple[str, ...] = ()
-    """Flags that choose which results there are and how often they are timed, not what they are."""
+    """Flags that select results or repeat timings but do not change a result."""
 
     def once(self, name: str, run: Callable[[], Any]) -> Any:
         """Return the result of this name, or run, write it and return it; exit where another

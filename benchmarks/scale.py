@@ -1,5 +1,4 @@
-"""What a cache costs as it grows: writing 1k, 10k and 100k images, opening 1.28 million and
-starting an epoch.
+"""Measure how cost grows with a cache: write 1k to 100k images, open 1.28 million, start an epoch.
 
     python benchmarks/scale.py [--work runs/scale] [--rounds 3] [--results DIR]
 
@@ -86,7 +85,7 @@ def main() -> None:
 
 
 def encode(fit: dict[str, FittedTap]) -> dict[str, list[bytes]]:
-    """Return some payloads a tap, which rows share."""
+    """Return a few payloads per tap; the rows share them."""
     encoder = FeatureEncoder(fit, torch.device("cpu"))
     shapes = enumerate(zip(names_of(SHAPES), SHAPES, strict=True))
     encoded = {

@@ -1,5 +1,4 @@
-"""How to keep a view's pixels: bytes, decoding time and error of each container, on photographs
-that must be resized.
+"""Compare image formats for stored views: bytes, decoding time and error, on resized photographs.
 
     python benchmarks/stored_images.py --images ../shared/data/camvid/images/train \
         [--count 64] [--size 256] \
@@ -8,8 +7,8 @@ that must be resized.
 Where the view changes no pixel the source's own bytes are kept and no container is needed. Lossless
 WebP is named by its method and its quality, the two degrees of effort. Times are of one thread's
 CPU; those of decoding are medians of rounds in which every container decodes every image once.
-Results: docs/results/stored_images-SIZE.json; what stands there is shown, --results with an empty
-folder measures anew.
+Results: docs/results/stored_images-SIZE.json; if it exists, its content is shown; pass --results
+with an empty folder to measure again.
 """
 
 import argparse
@@ -72,7 +71,7 @@ def main() -> None:
 
 
 def measure(images: Path, count: int, size: str) -> dict[str, Any]:
-    """Return bytes an image, milliseconds an image, and the error of each container."""
+    """Return bytes and milliseconds per image, and the error of each container."""
     source = open_source(images)
     height, width = parse_size(size)
     view = ViewSpec(height=height, width=width)

@@ -1,16 +1,15 @@
-"""What a student loses by a smaller cache: paired runs of one student on caches of 1, 10, 50 and
-100 times under fp16.
+"""Student quality against cache size: paired runs on caches 1 to 100 times smaller than fp16.
 
     python benchmarks/student_vs_size.py --train cifar10-train.parquet \
         --test cifar10-test.parquet --teacher DIR \
         --timestep T [--work runs/student_vs_size] [--device cuda --student resnet50 ...] \
         [--results DIR] [--table]
 
-Quality is the whitened MSE on images that no cache held, against UNcompressed targets, mean over
-taps; the attention loss and a linear probe stand apart. Runs of one seed share their starting
-weights, order and views, so that their differences are the codec's alone. Every run writes its own
-JSON and a finished run is skipped: the table grows over interruptions. It is written to
-docs/results/student_vs_size/NAME.md. --results and --work with empty folders measure everything
+Quality is the whitened MSE on images that no cache held, against uncompressed targets, averaged
+over taps; the attention loss and a linear probe are reported separately. Runs of one seed share
+their starting weights, order and views, so that their differences are the codec's alone. Every run
+writes its own JSON and a finished run is skipped: the table grows over interruptions. It is written
+to docs/results/student_vs_size/NAME.md. --results and --work with empty folders measure everything
 anew; results that other flags made are refused.
 """
 
@@ -41,9 +40,9 @@ from pipelines.train.train import train
 
 ARMS = {"fp16": "fp16", "10x": "high", "50x": "default", "100x": "small"}
 GOALS = {"50x": 1.0, "100x": 2.0}
-"""Most that the MSE may rise, per cent, at the upper end of the interval."""
+"""Goal for the upper end of the interval of the MSE's rise, per cent."""
 PROBE_GOAL = -1.0
-"""Least of the linear probe's difference at the lower end of the interval, points."""
+"""Goal for the lower end of the interval of the linear probe's difference, points."""
 
 
 def main() -> None:
@@ -86,7 +85,7 @@ def common(plan: Experiment) -> dict[str, Any]:
 
 
 def cache_of(plan: Experiment, arm: str, quality: str) -> dict[str, Any]:
-    """Extract one arm's cache and return what it costs."""
+    """Extract one arm's cache and return its size and taps."""
     out = plan.work / f"cache-{arm}"
     extract(plan.train, out, ExtractOptions(**common(plan), quality=quality, limit=plan.images))
     report = inspect_cache(out)
@@ -165,7 +164,7 @@ def write_table(plan: Experiment) -> None:
     runs = {name: record["result"] for name, record in found.items() if name.startswith("seed")}
     seeds = sorted({name.split("-")[0] for name in runs})
     rows = [
-        "| cache | bytes an image | ratio | MSE | MSE, paired | AT, paired | linear probe | "
+        "| cache | bytes per image | ratio | MSE | MSE, paired | AT, paired | linear probe | "
         "paired, points | goal |"
     ]
     rows.append("|---|---|---|---|---|---|---|---|---|")

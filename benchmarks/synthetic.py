@@ -20,8 +20,8 @@ from dtcache.store.writer import CacheWriter
 from dtcache.whitening import whiten
 
 TIMESTEP = 150
-# (C, H, W), finest first, of 67,584 and of 2.95 million values a view: a CIFAR-10 DDPM, and ADM at
-# 256 pixels.
+# (C, H, W), finest first, of 67,584 and of 2.95 million values per view: a CIFAR-10 DDPM, and ADM
+# at 256 pixels.
 SMALL = ((32, 32, 32), (96, 16, 16), (128, 8, 8), (128, 4, 4))
 LARGE = ((512, 64, 64), (512, 32, 32), (1024, 16, 16), (1024, 8, 8))
 STEEPNESS = 1.25
@@ -70,7 +70,7 @@ def features(shape: Shape, count: int, seed: int) -> torch.Tensor:
 
 
 def fit_pyramid(shapes: Sequence[Shape], views: int, ratio: float) -> dict[str, FittedTap]:
-    """Fit the codec at a ratio of fp16 bytes over payload bytes; a second draw changes a third of
+    """Fit the codec at a ratio of fp16 to payload bytes; a second draw changes a third of
     the amplitude.
     """
     statistics = {}
