@@ -135,7 +135,7 @@ def test_a_worker_that_is_not_fit_says_why(
     refused(
         with_options(assignment, precision="bf16"),
         CacheMismatchError,
-        r'teacher\.precision is "fp32" there',
+        r'teacher\.precision is "fp32" in the cache',
     )
     if not torch.cuda.is_available():
         refused(
