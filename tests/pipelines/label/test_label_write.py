@@ -380,7 +380,7 @@ def test_a_set_of_another_cache_is_refused(labelled: Path, tmp_path: Path) -> No
     root = write_cache(tmp_path / "cache", tiny_plan())
     with pytest.raises(
         UnknownLabelsError,
-        match=r"no label set 'parts'; it has none; dtcache label write makes one",
+        match=r"no label set 'parts'; it has none; dtcache label write creates one",
     ):
         LabelSet(Cache(root), NAME)
     shutil.copytree(labelled / "labels", root / "labels")
