@@ -71,11 +71,12 @@ def ddpm_loss(
     / SNR(t): Min-SNR-gamma for a predicted noise (Hang et al. 2023, section 3.4).
     """
     clean_BCHW = pixels_BCHW.float() / 127.5 - 1.0
-    predicted_BCHW = unet(scheduler.add_noise(clean_BCHW, noise_BCHW, t_B), t_B).sample
+    noisy_BCHW = scheduler.add_noise(clean_BCHW, noise_BCHW, t_B)
+    predicted_BCHW: Tensor = unet(noisy_BCHW, t_B).sample.float()
     if snr_gamma is None:
-        return torch.nn.functional.mse_loss(predicted_BCHW.float(), noise_BCHW)
-    error_B = (predicted_BCHW.float() - noise_BCHW).square().mean((1, 2, 3))
-    signal_B = scheduler.alphas_cumprod.to(t_B.device)[t_B]
+        return torch.nn.functional.mse_loss(predicted_BCHW, noise_BCHW)
+    error_B = (predicted_BCHW - noise_BCHW).square().mean((1, 2, 3))
+    signal_B: Tensor = scheduler.alphas_cumprod.to(t_B.device)[t_B]
     snr_B = signal_B / (1 - signal_B)
     return (error_B * snr_B.clamp(max=snr_gamma) / snr_B).mean()
 
