@@ -110,7 +110,7 @@ def test_inspect_without_json_fits_a_narrow_terminal(cache: Path) -> None:
     assert result.exit_code == 0
     assert "stride8" in result.output
     assert "under fp16" in result.output
-    assert "fit of 40 images" in result.output
+    assert "fitted on 40 images" in result.output
     body = result.output.splitlines()[1:]
     assert max(map(len, body)) <= 80
 

@@ -186,8 +186,8 @@ def test_an_image_that_cannot_be_read_is_named(
     ("flags", "message"),
     [
         (("--teacher", "x"), "--teacher: expected --timestep beside it; pass both, as to extract"),
-        (("--prompt", "x"), "--prompt: a cache has its own, and only a teacher in the loop uses"),
-        (("--resize-mode", "stretch"), "--resize-mode: a cache has its own, and only a teacher"),
+        (("--prompt", "x"), "--prompt: only a teacher in the loop uses this option"),
+        (("--resize-mode", "stretch"), "--resize-mode: only a teacher in the loop uses this"),
         (
             (*IN_THE_LOOP, "--shuffle", "block"),
             "--shuffle: only a cache uses this option, and with --teacher there is no cache",
