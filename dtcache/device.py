@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -196,3 +197,10 @@ def _has_native_bf16(device: torch.device) -> bool:
     # oneDNN has fast bf16 convolutions only for CPUs with AVX512-BF16; elsewhere fp32 is faster.
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(probe is not None and probe())
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dtcache.errors import ConfigError
-from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
+from dtcache.options.field import AUTO_DEVICE, IGNORE_HELP, PRECISIONS, Options, option, seed_option
 
 TASKS = {
     "classification": ("k",),
@@ -64,7 +64,7 @@ class EvaluateOptions(Options):
     )
     ignore_index: int | None = option(
         None,
-        "Mask value excluded from loss and scores [default: from classes.toml, else 255].",
+        IGNORE_HELP,
         minimum=0,
         group="Segmentation",
     )

@@ -8,6 +8,7 @@ from typing import Any
 from dtcache.errors import ConfigError
 
 AUTO_DEVICE = "auto, cpu, cuda or cuda:N"
+IGNORE_HELP = "Mask value excluded from loss and scores [default: from classes.toml, else 255]."
 PRECISIONS = ("auto", "fp32", "bf16")
 MAX_SEED = 2**32 - 1
 """Largest seed: 32 bits, because some 64-bit generator seeds combine it with a step number."""

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtcache.errors import ConfigError
-from dtcache.options.field import AUTO_DEVICE, Options, option, seed_option
-
-IGNORE_HELP = "Mask value excluded from loss and scores [default: from classes.toml, else 255]."
+from dtcache.options.field import AUTO_DEVICE, IGNORE_HELP, Options, option, seed_option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dtcache.errors import ConfigError
-from dtcache.student.pyramid import SimplePyramid
+from dtcache.student.pyramid import pyramid_for
 
 Shapes = Sequence[tuple[int, int, int]]
 """(C, H, W) of the maps, finest first."""
@@ -72,15 +72,9 @@ class FpnHead(nn.Module):
                 f"`head='fpn'`: segmentation-models-pytorch cannot be imported ({error}); run pip "
                 "install 'dtcache[segmentation]', or pass `head='linear'`"
             ) from error
-        self.pyramid = None
-        if len(shapes) == 1:
-            self.pyramid = SimplePyramid(shapes[0][0], input_size[0] / shapes[0][1])
-            with torch.no_grad():
-                shapes = [
-                    (x.shape[1], x.shape[2], x.shape[3])
-                    for x in self.pyramid(torch.zeros(1, *shapes[0]))
-                ]
-        shapes = shapes[-LEVELS:]
+        with torch.no_grad():
+            self.pyramid, levels = pyramid_for(shapes, input_size)
+        shapes = levels[-LEVELS:]
         grids = [(h, w) for _, h, w in shapes]
         if len(grids) < LEVELS or any((2 * h, 2 * w) != fine for fine, (h, w) in pairwise(grids)):
             raise ConfigError(

@@ -1,6 +1,5 @@
 """The batch size at which a teacher is fastest, found by trying powers of two."""
 
-import resource
 import time
 from collections.abc import Callable
 
@@ -8,6 +7,7 @@ import numpy as np
 import psutil
 import torch
 
+from dtcache.device import peak_bytes
 from dtcache.errors import DeviceMemoryError
 from dtcache.teacher import Teacher
 from pipelines.terminal.progress import track
@@ -15,6 +15,7 @@ from pipelines.terminal.progress import track
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 GAIN = 0.97
 """A larger batch is chosen only if its time per view is below this share of the best so far."""
+HOST = torch.device("cpu")
 PASSES = 2
 LONGEST_SECONDS = 20.0
 """If a pass takes longer than this, no larger size is tried."""
@@ -30,7 +31,7 @@ def fastest_batch(prepare: Callable[[int], Teacher]) -> int:
     best = SIZES[0]
     least = float("inf")
     worse = 0
-    before = _peak_bytes()
+    before = peak_bytes(HOST)
     with track("choose batch size", len(SIZES)) as progress:
         for size in SIZES:
             try:
@@ -47,7 +48,7 @@ def fastest_batch(prepare: Callable[[int], Teacher]) -> int:
                 least = seconds
             # A GPU raises an error if a batch does not fit. Its host memory grows with the loaded
             # libraries, not with the batch.
-            crowded = on_host and 2 * (_peak_bytes() - before) > _free_bytes()
+            crowded = on_host and 2 * (peak_bytes(HOST) - before) > _free_bytes()
             if worse == 2 or seconds * size > LONGEST_SECONDS or crowded:
                 break
     return best
@@ -70,10 +71,6 @@ def _seconds_per_view(teacher: Teacher) -> tuple[float, bool]:
             torch.cuda.synchronize(teacher.device)
         seconds.append(time.perf_counter() - started)
     return min(seconds[1:]) / size, teacher.device.type != "cuda"
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _free_bytes() -> int:

@@ -1,6 +1,5 @@
 """`dtcache extract --dry-run`: the cost of an extraction, extrapolated from two batches."""
 
-import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 from rich.table import Table
 
 from dtcache.codec import FeatureEncoder
-from dtcache.device import cpu_threads
+from dtcache.device import cpu_threads, peak_bytes
 from dtcache.images import load_views
 from dtcache.options import ExtractOptions
 from dtcache.teacher import CallableTeacher, Teacher
@@ -121,7 +120,7 @@ def forecast(
         image_bytes=count * stored,
         spool_bytes=2 * draws * fit_rows(count) * plan.values_per_view,
         free_bytes=free_bytes(out),
-        memory_bytes=_peak_bytes(plan.teacher.device),
+        memory_bytes=peak_bytes(plan.teacher.device),
         flops=_flops(plan.teacher, plan.teacher.network),
         full_flops=_flops(plan.teacher, None),
         payback_epochs=seconds / (count * pass_seconds),
@@ -191,9 +190,3 @@ def _flops(teacher: Teacher, network: torch.nn.Module | None) -> int | None:
         return count_flops(network, teacher.input_shape, teacher.denoiser.num_classes) or None
     except Exception:  # a user's module may fail in any way on tensors without data
         return None
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -212,10 +212,10 @@ def make_plan(
 ) -> ExtractionPlan:
     """Load the teacher, resolve the options and order the samples.
 
-    Options that are None take their value from the recipe of a begun cache. Raises ConfigError,
-    TeacherError, and ImagesError if the teacher needs labels that the images do not have.
+    `check_options` has accepted the options. Options that are None take their value from the recipe
+    of a begun cache. Raises ConfigError, TeacherError, and ImagesError if the teacher needs labels
+    that the images do not have.
     """
-    check_options(options, teacher)
     if teacher is not None:
         loaded = teacher.loaded()
     else:

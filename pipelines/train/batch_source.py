@@ -7,7 +7,10 @@ from torch import nn
 
 from dtcache.cache.batch import Rows, TrainBatch
 from dtcache.cache.label_set import LabelSet
+from dtcache.cache.loader import Batching
 from dtcache.codec import TapCodec
+from dtcache.distributed import Processes
+from dtcache.options import TrainOptions
 from dtcache.recipe import Json, ViewSpec
 
 
@@ -48,3 +51,16 @@ class BatchSource(Protocol):
 
     def keys(self, rows: Sequence[int] | Rows) -> list[str]:
         """Return the keys of samples."""
+
+
+def batching(options: TrainOptions, processes: Processes) -> Batching:
+    """Return how the options and this process divide the samples of an epoch into batches."""
+    return Batching(
+        batch_size=options.batch_size,
+        seed=options.seed,
+        threads=options.num_workers,
+        shuffle=options.shuffle,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        micro_batches=options.micro_batches,
+    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dtcache.cache.batch import Rows, TrainBatch
 from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelledCache, LabelSet
-from dtcache.cache.loader import Batching, EpochLoader
+from dtcache.cache.loader import EpochLoader
 from dtcache.cache.selection import cache_identity, chosen_taps, split_rows
 from dtcache.codec import TapCodec
 from dtcache.device import Compute
@@ -22,6 +22,7 @@ from dtcache.options import TrainOptions
 from dtcache.recipe import Json
 from dtcache.store.layout import IMAGES
 from dtcache.store.reader import Allowed
+from pipelines.train.batch_source import batching
 
 
 class CachedSource:
@@ -68,15 +69,7 @@ class CachedSource:
             _Pinned(self._cache) if compute.device.type == "cuda" else self._cache,
             rows,
             self.names,
-            Batching(
-                batch_size=options.batch_size,
-                seed=options.seed,
-                threads=options.num_workers,
-                shuffle=options.shuffle,
-                rank=processes.rank,
-                world_size=processes.world_size,
-                micro_batches=options.micro_batches,
-            ),
+            batching(options, processes),
         )
         self._device = compute.device
         self._batch_size = options.batch_size

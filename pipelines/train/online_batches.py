@@ -14,7 +14,7 @@ from torch import nn
 
 from dtcache.cache.batch import Rows, TrainBatch
 from dtcache.cache.label_set import LabelSet
-from dtcache.cache.loader import Batching, EpochLoader
+from dtcache.cache.loader import EpochLoader
 from dtcache.cache.selection import split_rows
 from dtcache.codec import TapCodec
 from dtcache.device import Compute
@@ -27,8 +27,9 @@ from dtcache.recipe import Json, tap_name
 from dtcache.store.sample_index import hash_samples
 from dtcache.teacher import TeacherBatch
 from dtcache.whitening import whiten
-from pipelines.extract.plan import ExtractionPlan, make_plan
+from pipelines.extract.plan import ExtractionPlan, check_options, make_plan
 from pipelines.terminal.progress import track
+from pipelines.train.batch_source import batching
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,9 +93,9 @@ class OnlineSource:
         self._images = images
         self._options = options
         self._processes = processes
-        self._plan = make_plan(
-            open_source(images, track), _teacher_options(options, compute, processes)
-        )
+        extraction = _teacher_options(options, compute, processes)
+        check_options(extraction, None)
+        self._plan = make_plan(open_source(images, track), extraction)
         spec = self._plan.teacher.spec
         self.view = self._plan.view
         self.names = self._plan.names
@@ -124,15 +125,7 @@ class OnlineSource:
             _Drawn(self._images, self._plan, draw),
             self._rows,
             self.names,
-            Batching(
-                batch_size=options.batch_size,
-                seed=options.seed,
-                threads=options.num_workers,
-                shuffle=options.shuffle,
-                rank=self._processes.rank,
-                world_size=self._processes.world_size,
-                micro_batches=options.micro_batches,
-            ),
+            batching(options, self._processes),
         )
 
     def shape(self, name: str) -> tuple[int, int, int]:

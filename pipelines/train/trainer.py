@@ -17,6 +17,7 @@ from dtcache.hashing import sha256_json
 from dtcache.losses.objective import LABEL_TARGET, make_objective
 from dtcache.optim import Optimization, OptimizationSpec
 from dtcache.options import TrainOptions, parse_size
+from dtcache.recipe import ViewSpec
 from dtcache.student import Augmentation, Student, build_student, synchronise_batch_norm
 from pipelines.runs.checkpoint import load_checkpoint, save_checkpoint
 from pipelines.runs.metrics import Clock
@@ -52,7 +53,9 @@ class Trainer:
         self.objective = make_objective(
             options, source.fit, source.recipe.get("codec") or {}, source.names
         ).to(compute.device)
-        self.student = new_student(source, options)
+        labels = {LABEL_TARGET: source.labels.shape} if source.labels is not None else {}
+        shapes = {name: source.shape(name) for name in source.names} | labels
+        self.student = new_student(shapes, source.view, options)
         self.student.to(compute.device).to(memory_format=torch.channels_last)
         if processes.world_size > 1 and compute.device.type == "cuda":
             synchronise_batch_norm(self.student)
@@ -197,13 +200,17 @@ class Trainer:
         )
 
 
-def new_student(source: BatchSource, options: TrainOptions) -> Student:
-    """Return the student of a run before training, on the CPU. Raises ConfigError."""
-    labels = {LABEL_TARGET: source.labels.shape} if source.labels is not None else {}
+def new_student(
+    shapes: Mapping[str, tuple[int, int, int]], view: ViewSpec, options: TrainOptions
+) -> Student:
+    """Return the student of a run before training, on the CPU. Raises ConfigError.
+
+    `shapes` are (C, H, W) by array, and by LABEL_TARGET if the run has soft labels.
+    """
     return build_student(
         options.student,
-        {name: source.shape(name) for name in source.names} | labels,
-        source.view,
+        shapes,
+        view,
         size=parse_size(options.student_size, "student_size") if options.student_size else None,
         width=options.fpn_width,
         init=options.init,

@@ -11,10 +11,10 @@ from dtcache.cache.selection import cache_identity, split_rows
 from dtcache.device import configure_process, resolve_compute
 from dtcache.errors import CacheDamagedError, CacheMismatchError, ConfigError, one_line
 from dtcache.losses.objective import LABEL_TARGET
-from dtcache.options import InspectOptions, TrainOptions, parse_size
+from dtcache.options import InspectOptions, TrainOptions
 from dtcache.recipe import Json
 from dtcache.store.reader import Allowed
-from dtcache.student import Student, build_student
+from dtcache.student import Student
 from dtcache.whitening import unwhiten, whiten_positions
 from pipelines.inspect.page.gallery import (
     BASIS_ROWS,
@@ -27,7 +27,7 @@ from pipelines.inspect.page.gallery import (
 from pipelines.inspect.page.pictures import colour_basis, map_uri
 from pipelines.runs.checkpoint import load_checkpoint
 from pipelines.train.cached_batches import feature_names
-from pipelines.train.trainer import exported_weights
+from pipelines.train.trainer import exported_weights, new_student
 
 
 def student_gallery(root: Path, report: Json, cache_root: Path, options: InspectOptions) -> Gallery:
@@ -125,16 +125,8 @@ def _student(
     shapes = {name: cache.shape(name) for name in names}
     if options.labels is not None:
         shapes[LABEL_TARGET] = LabelSet(cache, options.labels).shape
-    student = build_student(
-        options.student,
-        shapes,
-        cache.view,
-        size=parse_size(options.student_size, "student_size") if options.student_size else None,
-        width=options.fpn_width,
-        init=None,
-        seed=options.seed,
-        regressor=options.regressor,
-    )
+    # The checkpoint has all weights: the ones that the run started from are not read again.
+    student = new_student(shapes, cache.view, dataclasses.replace(options, init=None))
     try:
         student.load_state_dict(exported_weights(state))
     except (RuntimeError, KeyError, AttributeError) as error:

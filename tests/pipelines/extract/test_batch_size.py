@@ -82,7 +82,7 @@ def test_memory_that_is_nearly_used_up_ends_the_search(monkeypatch: pytest.Monke
     clock = [0.0]
     peaks = iter([0, 100, 1000, 10_000])
     monkeypatch.setattr(batch.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(batch, "_peak_bytes", lambda: next(peaks))
+    monkeypatch.setattr(batch, "peak_bytes", lambda device: next(peaks))
     monkeypatch.setattr(batch, "_free_bytes", lambda: 1500)
     assert fastest_batch(lambda size: Timed(size, 1.0, clock)) == 4
 
