@@ -53,14 +53,15 @@ def speed_lines(found: dict[str, Any], machines: dict[str, str]) -> list[str]:
     lines = [
         "### Speed and waiting",
         "",
-        "Seconds per step, medians over blocks; ratios are medians of paired blocks.",
+        "Seconds per step, medians over blocks. Ratios are of paired blocks: cached/online is "
+        "their mean with its 95 % interval, the others are medians.",
         "",
     ]
     lines += [
-        "| student | limit | cached | online | teacher alone | cached/limit | speed-up of "
-        "possible speed-up | waiting |"
+        "| student | limit | cached | online | teacher alone | cached/online, 95 % | cached/limit "
+        "| speed-up of possible speed-up | waiting |"
     ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     for student, run in runs.items():
         limit = GPU_LIMIT if "," in machines[f"speed-{student}"] else CPU_LIMIT
         over = statistics.median(c / m for c, m in zip(run["cached"], run["limit"], strict=True))
@@ -71,7 +72,9 @@ def speed_lines(found: dict[str, Any], machines: dict[str, str]) -> list[str]:
         medians = [
             f"{statistics.median(run[arm]):.4f}" for arm in ("limit", "cached", "online", "teacher")
         ]
+        mean, low, high = bounds([1 / ratio for ratio in gained])
         goals = [
+            f"{mean:.2f} [{low:.2f}, {high:.2f}]",
             f"{over:.3f} ({verdict(over, over, limit)})",
             f"{statistics.median(gained):.2f} of {statistics.median(possible):.2f}: {share:.2f} "
             f"({verdict(-share, -share, -SPEEDUP)})",
