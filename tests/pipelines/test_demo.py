@@ -5,22 +5,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from support.cli import words
 
 from cli import main
 
-FLAGS = (
-    "--train-images",
-    "70",
-    "--test-images",
-    "40",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "16",
-    "--fpn-width",
-    "8",
-    "--students",
-    "resnet10t,mobilenetv3_small_100",
+FLAGS = words(
+    "--train-images 70 --test-images 40 --epochs 1 --batch-size 16 --fpn-width 8 "
+    "--students resnet10t,mobilenetv3_small_100"
 )
 
 

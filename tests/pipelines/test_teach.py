@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
+from support.cli import words
 from support.interrupts import interrupt
 
 from cli import main
@@ -17,27 +18,9 @@ from dtcache.errors import ConfigError
 from dtcache.teacher import load_teacher
 from dtcache.teacher.ddpm import build_unet, ddpm_loss, ddpm_scheduler, sample_images
 
-FLAGS = (
-    "--size",
-    "16",
-    "--channels",
-    "8,16",
-    "--steps",
-    "6",
-    "--batch-size",
-    "4",
-    "--warmup",
-    "2",
-    "--samples",
-    "4",
-    "--save-every",
-    "2",
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-    "--attention",
-    "1",
+FLAGS = words(
+    "--size 16 --channels 8,16 --steps 6 --batch-size 4 --warmup 2 --samples 4 "
+    "--save-every 2 --device cpu --precision fp32 --attention 1"
 )
 
 

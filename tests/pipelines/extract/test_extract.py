@@ -21,7 +21,7 @@ import pytest
 import torch
 from click.testing import Result
 from PIL import Image
-from support.cli import run
+from support.cli import run, words
 from support.interrupts import interrupt
 
 from dtcache.atomic_files import FolderLock
@@ -36,18 +36,7 @@ from pipelines.extract.extract import require_few_failures
 
 ROOT = Path(__file__).resolve().parents[3]
 VOLATILE = {"extraction.log.json", ".lock"}
-FLAGS = (
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-    "--batch-size",
-    "8",
-    "--shard-rows",
-    "8",
-    "--bytes-per-image",
-    "4608",
-)
+FLAGS = words("--precision fp32 --device cpu --batch-size 8 --shard-rows 8 --bytes-per-image 4608")
 
 
 def extract(images: Path, teacher: Path, out: Path, *more: object) -> Result:

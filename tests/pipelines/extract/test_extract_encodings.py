@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.cli import run
+from support.cli import run, words
 from support.interrupts import interrupt
 from teacher.batches import batch_of
 from torch import nn
@@ -25,18 +25,7 @@ from dtcache.whitening import whiten
 from pipelines.extract.extract import extract
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
-FLAGS = (
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-    "--batch-size",
-    "4",
-    "--shard-rows",
-    "4",
-    "--limit",
-    "8",
-)
+FLAGS = words("--precision fp32 --device cpu --batch-size 4 --shard-rows 4 --limit 8")
 DDIM = ("--encoding", "ddim", "--ddim-steps", 4, "--timestep", 200, "--taps", "4,8")
 
 

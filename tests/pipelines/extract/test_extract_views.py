@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support.cli import run
+from support.cli import run, words
 
 from dtcache.cache.cache import Cache
 from dtcache.device import resolve_compute
@@ -20,18 +20,7 @@ from dtcache.whitening import whiten
 from pipelines.evaluate.pooled_features import CacheFeatures
 from pipelines.extract.plan import plan_rows
 
-FLAGS = (
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-    "--batch-size",
-    "4",
-    "--shard-rows",
-    "8",
-    "--limit",
-    "12",
-)
+FLAGS = words("--precision fp32 --device cpu --batch-size 4 --shard-rows 8 --limit 12")
 
 
 def extracted(images: Path, teacher: Path, out: Path, *more: object) -> Cache:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from support.cli import run
+from support.cli import run, words
 from support.interrupts import interrupt
 
 from dtcache.cache.cache import Cache
@@ -24,18 +24,7 @@ from pipelines.label import fit_interpreter as fit
 from pipelines.label.labelled_rows import images_with_masks, labelled_images
 from pipelines.label.prediction_grid import label_picture
 
-FLAGS = (
-    "--width",
-    "32",
-    "--epochs",
-    "6",
-    "--warmup-epochs",
-    "1",
-    "--batch-size",
-    "2",
-    "--device",
-    "cpu",
-)
+FLAGS = words("--width 32 --epochs 6 --warmup-epochs 1 --batch-size 2 --device cpu")
 
 
 @pytest.fixture(scope="module")
@@ -111,18 +100,7 @@ def test_the_mirrored_view_is_trained_with_the_mirrored_mask(
     monkeypatch.setattr(
         fit, "interpreter_loss", lambda z, y, i: (seen.append(y), real_loss(z, y, i))[1]
     )
-    flags = (
-        "--width",
-        "32",
-        "--epochs",
-        "2",
-        "--warmup-epochs",
-        "0",
-        "--validation",
-        "0",
-        "--device",
-        "cpu",
-    )
+    flags = words("--width 32 --epochs 2 --warmup-epochs 0 --validation 0 --device cpu")
     result = run("label", "fit", scene_cache, "--masks", masks, "--out", tmp_path / "i", *flags)
     assert result.exit_code == 0, result.output
     views = []

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from support.cli import run
+from support.cli import run, words
 from support.files import flip
 from support.interrupts import interrupt
 
@@ -33,29 +33,10 @@ from dtcache.student import Augmentation, Student, build_student
 from pipelines.train.distillation import Distillation, remarks
 
 ROOT = Path(__file__).resolve().parents[3]
-FLAGS = (
-    "--student",
-    "resnet10t",
-    "--epochs",
-    "3",
-    "--batch-size",
-    "8",
-    "--warmup-epochs",
-    "1",
-    "--fpn-width",
-    "16",
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-    "--log-every",
-    "1",
-    "--save-every",
-    "2",
-    "--student-size",
-    "32",
-    "--taps",
-    "4,8",
+FLAGS = words(
+    "--student resnet10t --epochs 3 --batch-size 8 --warmup-epochs 1 --fpn-width 16 "
+    "--precision fp32 --device cpu --log-every 1 --save-every 2 --student-size 32 "
+    "--taps 4,8"
 )
 
 
@@ -92,17 +73,8 @@ def losses(run_folder: Path) -> list[dict]:
 def cache(scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of 40 scenes."""
     out = tmp_path_factory.mktemp("train") / "cache"
-    flags = (
-        "--precision",
-        "fp32",
-        "--device",
-        "cpu",
-        "--batch-size",
-        "8",
-        "--shard-rows",
-        "8",
-        "--bytes-per-image",
-        "4608",
+    flags = words(
+        "--precision fp32 --device cpu --batch-size 8 --shard-rows 8 --bytes-per-image 4608"
     )
     result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", out, *flags)
     assert result.exit_code == 0, result.output

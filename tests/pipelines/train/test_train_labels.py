@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.cli import run
+from support.cli import run, words
 from support.interrupts import interrupt
 
 from dtcache.cache.cache import Cache
@@ -25,27 +25,9 @@ from dtcache.student.logit_head import HeadSpec, load_head
 from pipelines.runs.checkpoint import load_checkpoint
 from pipelines.train.trainer import Trainer
 
-FLAGS = (
-    "--student",
-    "resnet10t",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "8",
-    "--warmup-epochs",
-    "1",
-    "--fpn-width",
-    "16",
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-    "--log-every",
-    "1",
-    "--save-every",
-    "1",
-    "--student-size",
-    "32",
+FLAGS = words(
+    "--student resnet10t --epochs 2 --batch-size 8 --warmup-epochs 1 --fpn-width 16 "
+    "--precision fp32 --device cpu --log-every 1 --save-every 1 --student-size 32"
 )
 
 

@@ -11,34 +11,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.cli import run
+from support.cli import run, words
 from support.interrupts import interrupt
 
 from dtcache.device import compile_errors, compiled, resolve_compute
 from dtcache.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
-FLAGS = (
-    "--student",
-    "convnext_atto",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "8",
-    "--warmup-epochs",
-    "1",
-    "--fpn-width",
-    "16",
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-    "--log-every",
-    "1",
-    "--student-size",
-    "32",
-    "--taps",
-    "4,8",
+FLAGS = words(
+    "--student convnext_atto --epochs 2 --batch-size 8 --warmup-epochs 1 --fpn-width 16 "
+    "--precision fp32 --device cpu --log-every 1 --student-size 32 --taps 4,8"
 )
 RTOL = 1e-4
 """Of losses, with another number of processes or micro-batches: sums in another order."""
