@@ -50,14 +50,16 @@ class ViewSpec:
 class TapSpec:
     """One feature map of a teacher.
 
-    A U-Net's tap is the output of a decoder level before its upsampler; a transformer's is the
-    tokens of a block.
+    A U-Net's tap is the output of a decoder level before its upsampler, or of one of the level's
+    layers; a transformer's is the tokens of a block.
     """
 
     name: str
-    """stride8, ... by the map's stride in the view, or block6, ... by the transformer block."""
+    """stride8, ... of a level by its stride in the view; up2layer0, ... of its layers; mid of the
+    middle block; or block6, ... of a transformer.
+    """
     block: int
-    """Index of the up block (the coarsest is 0), or of the transformer block."""
+    """Index of the up block (the coarsest is 0; the middle is -1), or of the transformer block."""
     stride: int
     """Rows of the view divided by rows of the map."""
     channels: int
@@ -66,6 +68,8 @@ class TapSpec:
     """Rows of the map."""
     width: int
     """Columns of the map."""
+    layer: int | None = None
+    """Index of the layer, a residual block and its attention; None if the tap ends its block."""
 
     @property
     def values(self) -> int:
@@ -293,17 +297,24 @@ class Recipe:
 
 
 def _without_later(spec: Any, value: Json) -> Json:
-    """Return a dataclass's fields by name, without those whose value and default are None."""
+    """Return a dataclass's fields by name, without those whose value and default are None.
+
+    Dataclasses inside the dataclass, and inside its tuples, are treated alike.
+    """
     kept = {
         f.name: value[f.name]
         for f in fields(spec)
         if f.default is not None or value[f.name] is not None
     }
-    parts = {name: getattr(spec, name) for name in kept}
-    return {
-        name: _without_later(parts[name], v) if is_dataclass(parts[name]) else v
-        for name, v in kept.items()
-    }
+
+    def plain(part: Any, json_value: Any) -> Any:
+        if is_dataclass(part):
+            return _without_later(part, json_value)
+        if isinstance(part, tuple):
+            return [plain(*pair) for pair in zip(part, json_value, strict=True)]
+        return json_value
+
+    return {name: plain(getattr(spec, name), kept[name]) for name in kept}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

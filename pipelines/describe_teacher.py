@@ -20,6 +20,7 @@ VIEWS = 2
 def describe_teacher(where: str, size: str | None) -> Json:
     """Load a teacher and describe it as JSON values, for views of `size`; None: its native size.
 
+    `taps` are the taps that a default may have, `blocks` those that are chosen by name alone.
     `flops` are per view; a multiply-add counts as two. Raises TeacherError if the teacher cannot be
     loaded, ConfigError for a size that it does not accept.
     """
@@ -63,6 +64,16 @@ def describe_teacher(where: str, size: str | None) -> Json:
         "size": (height, width),
         "flops": full,
         "taps": taps,
+        "blocks": [
+            {
+                "name": tap.name,
+                "stride": tap.stride,
+                "channels": tap.channels,
+                "height": tap.height,
+                "width": tap.width,
+            }
+            for tap in loaded.denoiser.find_blocks(height, width, loaded.latent_stride)
+        ],
         **_noise(loaded),
     }
 
@@ -101,12 +112,14 @@ def render_teacher(report: Json) -> RenderableType:
             f"{tap['flops_share']:.0%}",
             *map(byte_size, sizes),
         )
+    blocks = ", ".join(block["name"] for block in report["blocks"])
+    by_name = [f"other blocks, taps by name: {blocks}", ""] if blocks else []
     native_view = list(report["size"]) == list(native or ())
     size = "" if native_view else f" --size {height}x{width}"
     example = (
         f"dtcache extract IMAGES --teacher {report['teacher']}{size} --timestep 50 --out CACHE"
     )
-    return Group(facts, taps, example)
+    return Group(facts, taps, *by_name, example)
 
 
 def _noise(loaded: LoadedTeacher) -> Json:

@@ -66,8 +66,9 @@ class ExtractOptions(Options):
     )
     taps: str | None = option(
         None,
-        "Taps to cache: strides or names, such as 4,8,16,32 or block10,block16 [default: strides "
-        "4..32; the four coarsest if these do not exist; four blocks of a transformer].",
+        "Taps to cache: strides or names of blocks, such as 4,8,16,32, mid,up2layer1 or block16 "
+        "[default: strides 4..32; the four coarsest if these do not exist; four blocks of a "
+        "transformer].",
         metavar="TAP,TAP,...",
         group="Features",
     )

@@ -33,7 +33,7 @@ def parse_taps(text: str, field: str = "taps") -> tuple[str, ...]:
     if not re.fullmatch(r" *[a-z0-9]{1,40} *(, *[a-z0-9]{1,40} *)*", text):
         raise ConfigError(
             f"`{field}` {text}: expected strides or names of taps separated by commas, "
-            "such as 8,16,32 or block10,block16"
+            "such as 8,16,32 or up2layer1,block16"
         )
     names = [name.strip() for name in text.split(",")]
     return tuple(f"stride{name}" if name.isdecimal() else name for name in names)

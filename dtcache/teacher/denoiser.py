@@ -32,6 +32,12 @@ class Denoiser(Protocol):
         rows and columns. Raises ConfigError if the network does not take that size.
         """
 
+    def find_blocks(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
+        """Return the taps beside those of `find_taps`, in the order of the pass.
+
+        They are chosen by name alone: the default has none of them. Raises what `find_taps` raises.
+        """
+
     def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
         """Return a network that ends after the last of `taps` and shares the denoiser's weights.
 
@@ -53,27 +59,30 @@ def shared_copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, {id(p): p for p in network.parameters()})
 
 
-def choose_taps(taps: tuple[TapSpec, ...], names: tuple[str, ...] | None) -> tuple[TapSpec, ...]:
-    """Return the taps with these names, in the order of `taps`; None gives a default.
+def choose_taps(
+    taps: tuple[TapSpec, ...], names: tuple[str, ...] | None, blocks: tuple[TapSpec, ...] = ()
+) -> tuple[TapSpec, ...]:
+    """Return the taps with these names, among `taps` and `blocks`, finest first; None: a default.
 
-    The default is strides 4, 8, 16 and 32 if all exist, else the four coarsest. If several taps
-    share a stride, as in a transformer, the default is the taps at one to four fifths of its depth.
-    The first blocks have little context beyond their patches, and the last blocks specialise in the
-    noise; linear probes are best at about half to 0.7 of the depth (DDAE, Xiang et al. 2023; REPA,
-    Yu et al. 2025).
+    No default contains `blocks`. The default is strides 4, 8, 16 and 32 if all exist, else the four
+    coarsest. If several taps share a stride, as in a transformer, the default is the taps at one to
+    four fifths of its depth. The first blocks have little context beyond their patches, and the
+    last blocks specialise in the noise; linear probes are best at about half to 0.7 of the depth
+    (DDAE, Xiang et al. 2023; REPA, Yu et al. 2025).
 
     Raises ConfigError listing the teacher's taps if one of `names` is not among them.
     """
     if names is None:
         names = _default_names(taps)
-    offered = [tap.name for tap in taps]
+    offered = [tap.name for tap in (*taps, *blocks)]
     missing = [name for name in names if name not in offered]
     if missing:
         raise ConfigError(
             f"`taps` {missing[0]}: the teacher has no such map at this size; expected "
             f"{', '.join(offered)}"
         )
-    return tuple(tap for tap in taps if tap.name in names)
+    chosen = [tap for tap in (*taps, *blocks) if tap.name in names]
+    return tuple(sorted(chosen, key=lambda tap: tap.stride))
 
 
 def _default_names(taps: tuple[TapSpec, ...]) -> tuple[str, ...]:

@@ -50,6 +50,10 @@ class TransformerDenoiser:
             for block in range(len(self.transformer.transformer_blocks))
         )
 
+    def find_blocks(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
+        """Return no taps: `find_taps` has every block."""
+        return ()
+
     def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
         """Return the transformer, cut off after the last tapped block."""
         return TappedTransformer(self.transformer, {tap.block: tap.name for tap in taps})

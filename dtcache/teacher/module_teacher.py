@@ -196,6 +196,10 @@ class CallableTeacher:
             )
         return tuple(sorted(taps, key=lambda tap: tap.stride))
 
+    def find_blocks(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
+        """Return no taps: `find_taps` has every path that was given."""
+        return ()
+
     def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
         """Return the module as a network that returns the tapped maps by name."""
         return TappedModule(self._module, {tap.name: self._paths[tap.name] for tap in taps})

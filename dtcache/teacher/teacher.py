@@ -278,7 +278,9 @@ def prepare_teacher(loaded: LoadedTeacher, settings: TeacherSettings, compute: C
     if settings.batch_size < 1:
         raise ConfigError(f"`batch_size` {settings.batch_size}: expected at least 1")
     condition = choose_condition(loaded.denoiser, loaded.prompt, settings.condition)
-    offered = loaded.denoiser.find_taps(view.height, view.width, loaded.latent_stride)
+    geometry = (view.height, view.width, loaded.latent_stride)
+    offered = loaded.denoiser.find_taps(*geometry)
+    blocks = loaded.denoiser.find_blocks(*geometry) if settings.taps is not None else ()
     alpha_bars = tuple(float(loaded.alpha_bars[t]) for t in timesteps)
     spec = TeacherSpec(
         architecture=loaded.architecture,
@@ -286,7 +288,7 @@ def prepare_teacher(loaded: LoadedTeacher, settings: TeacherSettings, compute: C
         config_sha256=loaded.config_sha256,
         timesteps=timesteps,
         alpha_bars=alpha_bars,
-        taps=choose_taps(offered, settings.taps),
+        taps=choose_taps(offered, settings.taps, blocks),
         precision=compute.precision,
         batch_size=settings.batch_size,
         device_type=compute.device.type,

@@ -1,6 +1,7 @@
 """diffusers' U-Nets as denoisers: their taps, and a U-Net that ends after the last tap."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch.func import functional_call
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.recipe import TapSpec
 from dtcache.teacher.denoiser import shared_copy
+
+MIDDLE = -1
+"""Block of the tap of the U-Net's middle, which precedes the up blocks."""
 
 UNet = Any
 """A UNet2DModel or UNet2DConditionModel of diffusers, whose lazy imports hide its types."""
@@ -43,6 +47,39 @@ class UNetDenoiser:
 
         Raises ConfigError if the U-Net cannot halve the size once per level.
         """
+        levels = self._levels(self._layers(height, width, latent_stride))
+        return tuple(
+            replace(level, name=f"stride{level.stride}", layer=None)
+            for level in sorted(levels, key=lambda level: level.stride)
+        )
+
+    def find_blocks(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
+        """Return the middle block, then each residual block with its attention, in their order.
+
+        The maps that `find_taps` returns are left out. Raises what `find_taps` raises.
+        """
+        layers = self._layers(height, width, latent_stride)
+        levels = self._levels(layers)
+        return tuple(layer for layer in layers if layer not in levels)
+
+    def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
+        """Return the U-Net, cut off after the last tap; the tapped maps stay bit-identical."""
+        return TappedUNet(shared_copy(self.unet), taps, self._embedding_LD)
+
+    def predictor(self) -> nn.Module:
+        """Return the complete U-Net."""
+        return WholeUNet(self.unet, self._embedding_LD)
+
+    def _levels(self, layers: Sequence[TapSpec]) -> list[TapSpec]:
+        """Return the last layer of each decoder level."""
+        # If several levels share a stride, the last one has passed through most of the decoder.
+        return list({tap.stride: tap for tap in layers if tap.block != MIDDLE}.values())
+
+    def _layers(self, height: int, width: int, latent_stride: int) -> list[TapSpec]:
+        """Return the middle block and every layer of every level, in the order of the pass.
+
+        A layer is a residual block and the attention after it.
+        """
         halvings = 2 ** (len(self.unet.config.block_out_channels) - 1)
         multiple = halvings * latent_stride
         if height % multiple or width % multiple:
@@ -55,45 +92,51 @@ class UNetDenoiser:
                 f"{multiple}"
             )
         shapes = self._measure(height // latent_stride, width // latent_stride)
-        by_stride = {}
-        for block, (channels, rows, columns) in sorted(shapes.items()):
+        layers = []
+        for (block, layer), (channels, rows, columns) in shapes.items():
+            name = "mid" if block == MIDDLE else f"up{block}layer{layer}"
             if height % rows or width % columns or height // rows != width // columns:
                 raise TeacherError(
-                    f"up block {block}: expected a map that divides the {height}x{width} view, got "
+                    f"{name}: expected a map that divides the {height}x{width} view, got "
                     f"{rows}x{columns}"
                 )
-            stride = height // rows
-            # If several levels share a stride, the last one has passed through most of the decoder.
-            by_stride[stride] = TapSpec(
-                name=f"stride{stride}",
-                block=block,
-                stride=stride,
-                channels=channels,
-                height=rows,
-                width=columns,
+            layers.append(
+                TapSpec(
+                    name=name,
+                    block=block,
+                    layer=layer,
+                    stride=height // rows,
+                    channels=channels,
+                    height=rows,
+                    width=columns,
+                )
             )
-        return tuple(by_stride[stride] for stride in sorted(by_stride))
+        return layers
 
-    def tapped(self, taps: Sequence[TapSpec]) -> nn.Module:
-        """Return the U-Net, cut off after the last tap; the tapped maps stay bit-identical."""
-        return TappedUNet(
-            shared_copy(self.unet), {tap.block: tap.name for tap in taps}, self._embedding_LD
-        )
-
-    def predictor(self) -> nn.Module:
-        """Return the complete U-Net."""
-        return WholeUNet(self.unet, self._embedding_LD)
-
-    def _measure(self, height: int, width: int) -> dict[int, tuple[int, int, int]]:
-        """Return the shape (C, H, W) of each decoder level's map, by block.
+    def _measure(self, height: int, width: int) -> dict[tuple[int, int], tuple[int, int, int]]:
+        """Return the shape (C, H, W) of each layer's map, by block and layer.
 
         The pass runs on the meta device, without arithmetic; on a CPU a large U-Net would take a
         minute.
         """
-        shapes: dict[int, tuple[int, int, int]] = {}
+        shapes: dict[tuple[int, int], tuple[int, int, int]] = {}
+
+        def record(block: int, layer: int) -> Callable[[Tensor], None]:
+            def keep(map_BCHW: Tensor) -> None:
+                _, channels, rows, columns = map_BCHW.shape
+                shapes[block, layer] = (channels, rows, columns)
+
+            return keep
+
+        layers = [(MIDDLE, 0)] if self.unet.mid_block is not None else []
+        layers += [
+            (block, layer)
+            for block, level in enumerate(self.unet.up_blocks)
+            for layer in range(len(level.resnets))
+        ]
         handles = [
-            block.resnets[-1].register_forward_hook(_record(shapes, index))
-            for index, block in enumerate(self.unet.up_blocks)
+            _layer_of(self.unet, *place).register_forward_hook(_output_hook(record(*place)))
+            for place in layers
         ]
         shapeless = {
             name: x.to("meta")
@@ -134,48 +177,50 @@ class WholeUNet(nn.Module):
 
 
 class TappedUNet(nn.Module):
-    """A U-Net that returns the last feature map of chosen decoder levels, BEFORE their upsamplers.
+    """A U-Net that returns chosen maps of its decoder; those of levels BEFORE their upsamplers.
 
-    Everything after the last tapped block is cut off, which leaves the tapped maps bit-identical.
+    Everything after the last tapped layer is cut off, which leaves the tapped maps bit-identical.
     """
 
     embedding_LD: Tensor | None
 
     def __init__(
-        self, unet: UNet, name_of: Mapping[int, str], embedding_LD: Tensor | None = None
+        self, unet: UNet, taps: Sequence[TapSpec], embedding_LD: Tensor | None = None
     ) -> None:
-        """Truncate `unet` in place after the last block of `name_of`: tap names by block."""
+        """Truncate `unet` in place after the last of `taps`."""
         super().__init__()
-        last = max(name_of)
+        last = max(tap.block for tap in taps)
         unet.up_blocks = unet.up_blocks[: last + 1]
-        unet.up_blocks[last].upsamplers = None
+        if last != MIDDLE:
+            level = unet.up_blocks[last]
+            level.upsamplers = None
+            ends = [tap.layer + 1 for tap in taps if tap.block == last and tap.layer is not None]
+            if all(tap.layer is not None for tap in taps if tap.block == last):
+                _truncate(level, max(ends))
         unet.conv_norm_out = unet.conv_act = unet.conv_out = nn.Identity()
         self.unet = unet
         self.register_buffer("embedding_LD", embedding_LD)
         self._maps: dict[str, Tensor] = {}
-        for block, name in name_of.items():
-            module = unet.up_blocks[block]
-            if getattr(module, "upsamplers", None):
-                module.upsamplers[0].register_forward_pre_hook(self._before_upsampler(name))
+        for tap in taps:
+            hook = _output_hook(self._keep(tap.name))
+            if tap.layer is not None:
+                _layer_of(unet, tap.block, tap.layer).register_forward_hook(hook)
+                continue
+            level = unet.up_blocks[tap.block]
+            if getattr(level, "upsamplers", None):
+                level.upsamplers[0].register_forward_pre_hook(
+                    lambda module, args, hook=hook: hook(module, None, args)
+                )
             else:
-                module.register_forward_hook(self._after_block(name))
+                level.register_forward_hook(hook)
 
-    def _before_upsampler(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._maps[name] = args[0]
-
-        return hook
-
-    def _after_block(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._maps[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+    def _keep(self, name: str) -> Callable[[Tensor], None]:
+        return lambda map_BCHW: self._maps.update({name: map_BCHW})
 
     def forward(
         self, noisy_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return the tapped maps by name, each (B, C_block, H_block, W_block)."""
+        """Return the tapped maps by name, each (B, C_tap, H_tap, W_tap)."""
         self._maps = {}
         self.unet(noisy_BCHW, t_B, **_conditions(len(noisy_BCHW), labels_B, self.embedding_LD))
         return self._maps
@@ -193,8 +238,32 @@ def _conditions(
     return conditions
 
 
-def _record(shapes: dict[int, tuple[int, int, int]], index: int) -> Any:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        shapes[index] = (output.shape[1], output.shape[2], output.shape[3])
+def _layer_of(unet: UNet, block: int, layer: int) -> nn.Module:
+    """Return the module whose output is a layer's map: its attention, else its residual block."""
+    if block == MIDDLE:
+        middle: nn.Module = unet.mid_block
+        return middle
+    level = unet.up_blocks[block]
+    attentions = getattr(level, "attentions", None)
+    module: nn.Module = attentions[layer] if attentions else level.resnets[layer]
+    return module
+
+
+def _truncate(level: Any, layers: int) -> None:
+    """Keep the first `layers` layers of a decoder level without an upsampler, in place.
+
+    A level with parts beside residual blocks and attention keeps all of its layers.
+    """
+    if {name for name, _ in level.named_children()} <= {"resnets", "attentions"}:
+        level.resnets = level.resnets[:layers]
+        if getattr(level, "attentions", None):
+            level.attentions = level.attentions[:layers]
+
+
+def _output_hook(receive: Callable[[Tensor], None]) -> Any:
+    """Return a forward hook that passes on a module's output, or the first of several outputs."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        receive(output[0] if isinstance(output, tuple) else output)
 
     return hook

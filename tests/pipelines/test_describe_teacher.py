@@ -24,6 +24,8 @@ def test_json_describes_taps_and_noise(teacher_dir: Path) -> None:
     )
     assert (report["schedule"], report["prediction"]) == ("linear", "epsilon")
     assert [t["name"] for t in report["taps"]] == ["stride1", "stride2", "stride4", "stride8"]
+    names = ["mid", "up0layer0", "up1layer0", "up2layer0", "up3layer0"]
+    assert [t["name"] for t in report["blocks"]] == names
     for tap, spec in zip(report["taps"], loaded.denoiser.find_taps(32, 32), strict=True):
         assert tap["values"] == spec.channels * spec.height * spec.width
         assert tap["fp16_bytes_per_image"] == 2 * 2 * tap["values"]
@@ -88,6 +90,7 @@ def test_the_table_is_narrow_and_gives_a_command(teacher_dir: Path) -> None:
     result = run("teacher", "show", teacher_dir, "--size", "16x32")
     assert result.exit_code == 0, result.output
     assert "stride8*" in result.output
+    assert "mid, up0layer0, up1layer0" in result.output
     assert "--size 16x32 --timestep 50 --out CACHE" in " ".join(result.output.split())
     assert (
         max(len(line) for line in result.output.splitlines() if str(teacher_dir)[:20] not in line)

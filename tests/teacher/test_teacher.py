@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from dtcache.rng import sample_noise
 from dtcache.teacher import Prompt, Teacher, TeacherSettings, load_teacher, prepare_teacher
 from dtcache.teacher.ddpm import build_unet
 from dtcache.teacher.denoiser import choose_taps
-from dtcache.teacher.unet import TappedUNet, UNetDenoiser
+from dtcache.teacher.unet import UNetDenoiser
 
 CPU = resolve_compute("cpu", "fp32")
 
@@ -94,40 +95,85 @@ def test_a_stride_that_is_not_offered_is_refused() -> None:
         choose_taps((tap(4), tap(8)), ("stride16",))
 
 
-@pytest.mark.parametrize("blocks", [(0,), (0, 1), (1, 2), (0, 1, 2, 3)])
-def test_truncation_changes_no_bit(blocks: tuple[int, ...]) -> None:
+def test_every_other_block_of_the_decoder_has_a_name(teacher_dir: Path) -> None:
+    """The middle block and all layers but each level's last are taps, in the order of the pass."""
+    denoiser = load_teacher(str(teacher_dir)).denoiser
+    found = [(t.name, t.stride, t.channels, t.height) for t in denoiser.find_blocks(32, 32)]
+    assert found == [
+        ("mid", 8, 32, 4),
+        ("up0layer0", 8, 32, 4),
+        ("up1layer0", 4, 32, 8),
+        ("up2layer0", 2, 16, 16),
+        ("up3layer0", 1, 16, 32),
+    ]
+
+
+def seen_by_hooks(unet: Any, x: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return every decoder map of an uncut network, by the name of its tap."""
+    seen = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda m, args, out: seen.__setitem__(name, out.clone())
+
+    unet.mid_block.register_forward_hook(keep("mid"))
+    for block, level in enumerate(unet.up_blocks):
+        attentions = getattr(level, "attentions", None)
+        for layer in range(len(level.resnets)):
+            module = attentions[layer] if attentions else level.resnets[layer]
+            module.register_forward_hook(keep(f"up{block}layer{layer}"))
+        if level.upsamplers:
+            level.upsamplers[0].register_forward_pre_hook(
+                lambda m, args, b=block: seen.__setitem__(f"stride{8 >> b}", args[0].clone())
+            )
+    with torch.inference_mode():
+        unet(x, t)
+    seen["stride1"] = seen["up3layer1"]
+    return seen
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("stride8",),
+        ("stride8", "stride4"),
+        ("stride4", "stride2"),
+        ("stride8", "stride4", "stride2", "stride1"),
+        ("mid",),
+        ("up0layer0",),
+        ("stride4", "up2layer0"),
+        ("up3layer0", "mid", "stride2"),
+    ],
+)
+def test_truncation_changes_no_bit(names: tuple[str, ...]) -> None:
     """The taps of the cut network equal those of the full network bit for bit."""
 
-    def network() -> torch.nn.Module:
+    def network() -> Any:
         torch.manual_seed(0)
         return build_unet(32, 32, (16, 16, 32, 32), layers=1, attention=2).eval()
 
-    whole = network()
-    seen = {}
-    for block in blocks:
-        layer = whole.up_blocks[block]
-        if block < 3:
-            layer.upsamplers[0].register_forward_pre_hook(
-                lambda m, args, b=block: seen.__setitem__(b, args[0])
-            )
-        else:
-            layer.register_forward_hook(lambda m, args, out, b=block: seen.__setitem__(b, out))
     x = torch.randn(2, 3, 32, 32)
     t = torch.tensor([150, 150])
+    seen = seen_by_hooks(network(), x, t)
+    denoiser = UNetDenoiser(network())
+    taps = choose_taps(denoiser.find_taps(32, 32), names, denoiser.find_blocks(32, 32))
     with torch.inference_mode():
-        whole(x, t)
-        cut = TappedUNet(network(), {b: f"block{b}" for b in blocks})(x, t)
-    assert set(cut) == {f"block{b}" for b in blocks}
-    for block in blocks:
-        assert torch.equal(cut[f"block{block}"], seen[block])
+        cut = denoiser.tapped(taps)(x, t)
+    assert set(cut) == set(names)
+    for name in names:
+        assert torch.equal(cut[name], seen[name])
 
 
 def test_truncation_drops_the_layers_after_the_last_tap() -> None:
-    """A tap of the coarsest level leaves a fraction of the decoder's weights."""
+    """Each earlier last tap leaves fewer weights of the decoder."""
     unet = build_unet(32, 32, (16, 16, 32, 32), layers=1, attention=1)
-    before = sum(p.numel() for p in unet.parameters())
-    after = sum(p.numel() for p in TappedUNet(unet, {0: "stride8"}).parameters())
-    assert after < 0.8 * before
+    denoiser = UNetDenoiser(unet)
+    taps = {tap.name: tap for tap in (*denoiser.find_taps(32, 32), *denoiser.find_blocks(32, 32))}
+    weights = [
+        sum(p.numel() for p in denoiser.tapped([taps[name]]).parameters())
+        for name in ("mid", "up0layer0", "stride8", "up1layer0", "stride4")
+    ]
+    assert weights == sorted(set(weights))
+    assert weights[2] < 0.8 * sum(p.numel() for p in unet.parameters())
 
 
 def test_features_do_not_depend_on_the_rest_of_the_batch(teacher_dir: Path) -> None:
@@ -238,6 +284,29 @@ def test_every_kind_runs_in_bfloat16(
     for name, maps in rough.items():
         assert maps.dtype == torch.float32
         assert 0 < float((maps - exact[name]).square().mean() / exact[name].var()) < 1e-2
+
+
+@pytest.mark.parametrize("save", [save_stable_diffusion, save_ldm, save_class_unet])
+def test_blocks_of_every_unet_alone_are_those_among_others(
+    tmp_path: Path, save: Callable[[Path], object]
+) -> None:
+    """Each block alone, cut off after it, gives the same bits as among all taps of the U-Net."""
+    save(tmp_path)
+    embedding_LD = np.zeros((TOKENS, TEXT_CHANNELS), np.float32)
+    loaded = load_teacher(str(tmp_path), stored=Prompt(text="", embedding_LD=embedding_LD))
+    denoiser = loaded.denoiser
+    geometry = (32, 32, loaded.latent_stride)
+    taps = denoiser.find_taps(*geometry) + denoiser.find_blocks(*geometry)
+    side = 32 // loaded.latent_stride
+    x = torch.randn(2, denoiser.channels, side, side, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([150, 150])
+    labels = None if denoiser.num_classes is None else torch.tensor([0, 1])
+    with torch.inference_mode():
+        together = denoiser.tapped(taps)(x, t, labels)
+        for tap in taps:
+            alone = denoiser.tapped([tap])(x, t, labels)[tap.name]
+            assert alone.shape[1:] == (tap.channels, tap.height, tap.width)
+            assert torch.equal(alone, together[tap.name])
 
 
 def test_one_graph_is_compiled_for_whole_views(

@@ -514,6 +514,29 @@ def test_ctrl_c_exits_130_and_resumes(
     assert tree(out) == tree(cache)
 
 
+def test_blocks_of_the_decoder_are_cached_by_name(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """Named blocks are cached beside levels, finest first, and a student learns from them."""
+    out = tmp_path / "cache"
+    result = extract(scene_folder, teacher_dir, out, "--taps", "mid,8,up2layer0", "--limit", 8)
+    assert result.exit_code == 0, result.output
+    taps = json.loads((out / "manifest.json").read_text())["recipe"]["teacher"]["taps"]
+    assert [(tap["name"], tap.get("layer")) for tap in taps] == [
+        ("up2layer0", 0),
+        ("stride8", None),
+        ("mid", 0),
+    ]
+    assert "layer" not in taps[1]
+    flags = words("--taps mid,up2layer0 --student resnet10t --fpn-width 8 --epochs 1")
+    flags += words("--batch-size 4 --device cpu --precision fp32 --log-with none")
+    trained = run("train", out, *flags, "--out", tmp_path / "run")
+    assert trained.exit_code == 0, trained.output
+    held_out = json.loads((tmp_path / "run" / "summary.json").read_text())["held_out"]
+    regressed = {name.rpartition("/")[2] for name in held_out if name.startswith("mse/")}
+    assert regressed == {"mid", "up2layer0"}
+
+
 def test_a_foreign_folder_is_refused(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
     """A folder with files that dtcache did not create is refused and left unchanged."""
     (tmp_path / "thesis.tex").write_text("precious")
@@ -531,7 +554,7 @@ def test_a_foreign_folder_is_refused(scene_folder: Path, teacher_dir: Path, tmp_
         (
             ("--taps", "64"),
             "--taps stride64: the teacher has no such map at this size; expected stride1, stride2, "
-            "stride4, stride8",
+            "stride4, stride8, mid, up0layer0, up1layer0, up2layer0, up3layer0",
         ),
         (("--timestep", "5000"), "--timestep 5000: this teacher was trained with steps 0 to 999"),
         (("--limit", "0"), "--limit 0: expected at least 1"),

@@ -11,7 +11,7 @@ from dtcache.errors import TeacherError
 from dtcache.teacher.adm.architecture import PRESETS, AdmSettings, infer_architecture, unet_config
 from dtcache.teacher.adm.weights import blank_unet, convert_weights, split_qkv
 from dtcache.teacher.attention_heads import set_heads, stand_in
-from dtcache.teacher.unet import TappedUNet
+from dtcache.teacher.unet import UNetDenoiser
 
 SIDES = {"adm-64": 16, "adm-128": 16, "adm-256": 32, "adm-512": 64}
 T = torch.tensor([3, 951])
@@ -74,11 +74,13 @@ def test_taps_are_the_features_before_the_upsamplers(name: str) -> None:
     x = images(SIDES[name])
     with torch.inference_mode():
         _, expected = double(reference)(x, T)
-        found = double(TappedUNet(unet, {level: f"block{level}" for level in range(levels)}))(x, T)
+        taps = UNetDenoiser(unet).find_taps(SIDES[name], SIDES[name])
+        found = double(UNetDenoiser(unet).tapped(taps))(x, T)
     assert len(expected) == len(found) == levels
     for level in range(levels):
-        assert found[f"block{level}"].shape[2] == SIDES[name] >> (levels - 1 - level)
-        assert error(found[f"block{level}"], expected[level]) < 1e-12
+        stride = 1 << (levels - 1 - level)
+        assert found[f"stride{stride}"].shape[2] == SIDES[name] // stride
+        assert error(found[f"stride{stride}"], expected[level]) < 1e-12
 
 
 def test_a_half_width_first_level_is_exact_too() -> None:
