@@ -15,6 +15,7 @@ from dtcache.options import (
     InspectOptions,
     LabelFitOptions,
     LabelWriteOptions,
+    SweepOptions,
     TeachOptions,
     TrainOptions,
     VerifyOptions,
@@ -22,6 +23,7 @@ from dtcache.options import (
 from pipelines.terminal.commands import WRITES_NOTHING, Group, in_command_words
 from pipelines.terminal.field_names import in_flags
 from pipelines.terminal.flags import JSON_FLAG, PATH, options_of, out_flag, print_json
+from pipelines.terminal.text import printable
 
 TRY = "Try it"
 CACHE = "Stage 1: the cache"
@@ -430,6 +432,42 @@ def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
         from rich.console import Console
 
         Console().print(result.to_table(model))
+
+
+@main.command(section=STUDENT, resumes=True)
+@click.argument("file", metavar="SWEEP.toml", type=PATH)
+@out_flag("Folder of the sweep. A sweep in this folder is resumed.")
+@options_of(SweepOptions)
+@click.pass_context
+def sweep(ctx: click.Context, file: Path, out: Path, options: SweepOptions) -> None:
+    """Train, evaluate and compare many students.
+
+    SWEEP.toml lists caches, arms, seeds and tasks. What is finished is not done again; arms, seeds
+    and tasks may be added. results.parquet, report.md and report.html are written after every job.
+    Exit code 1: a job failed.
+
+    \b
+    Example:
+      dtcache sweep losses.toml --out sweeps/losses --dry-run
+      dtcache sweep losses.toml --out sweeps/losses --jobs 2
+    """
+    from rich.console import Console
+
+    from pipelines.sweep.estimate import estimate, render_estimate
+    from pipelines.sweep.report import PAGE, render_tables
+    from pipelines.sweep.sweep import planned
+    from pipelines.sweep.sweep import sweep as run
+
+    if options.dry_run:
+        ctx.meta[WRITES_NOTHING] = True
+        Console().print(render_estimate(estimate(planned(file, out))))
+        return
+    swept = run(file, out, options)
+    Console().print(render_tables(swept.plan, swept.rows))
+    click.echo(f"{swept.plan.out / PAGE}")
+    for failure in swept.failures:
+        click.echo(f"failed: {printable(str(failure))}", err=True)
+    ctx.exit(1 if swept.failures else 0)
 
 
 if __name__ == "__main__":

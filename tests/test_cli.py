@@ -56,6 +56,7 @@ def test_the_verbs_are_the_documented_ones() -> None:
         "extract",
         "label",
         "train",
+        "sweep",
         "evaluate",
         "export",
     }

@@ -50,6 +50,7 @@ ROOMS = [
     "pipelines.evaluate",
     "pipelines.export",
     "pipelines.inspect",
+    "pipelines.sweep",
     "pipelines.verify",
     "pipelines.demo",
     "cli",

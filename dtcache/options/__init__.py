@@ -8,6 +8,7 @@ from dtcache.options.field import Options, option
 from dtcache.options.inspect import InspectOptions
 from dtcache.options.label import LabelFitOptions, LabelWriteOptions
 from dtcache.options.parse import parse_ints, parse_size, parse_taps
+from dtcache.options.sweep import SweepOptions
 from dtcache.options.teacher import ADM_PRESETS, ConvertOptions, TeachOptions
 from dtcache.options.train import TrainOptions
 from dtcache.options.verify import VerifyOptions
@@ -24,6 +25,7 @@ __all__ = [
     "LabelFitOptions",
     "LabelWriteOptions",
     "Options",
+    "SweepOptions",
     "TeachOptions",
     "TrainOptions",
     "VerifyOptions",

@@ -1,32 +1,50 @@
-"""A TOML file of options: flat, with the names of the fields in dtcache/options/."""
+"""TOML files of options, with the names of the fields in dtcache/options/."""
 
+import dataclasses
+import difflib
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dtcache.errors import ConfigError
+from dtcache.options.field import Options
 
 MAX_CONFIG_BYTES = 1 << 20
+
+Chosen = TypeVar("Chosen", bound=Options)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file's values.
+
+    Raises ConfigError if the file is missing, not a regular file, larger than `MAX_CONFIG_BYTES`,
+    or not TOML.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: expected a file; pass a TOML file")
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(
+                f"{path}: expected at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
+            )
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}; pass a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return a file's options by name: text, numbers, booleans, or lists of these.
 
-    Raises ConfigError if the file is missing, larger than `MAX_CONFIG_BYTES`, or not flat TOML.
+    Raises ConfigError if the file is not flat TOML, and what `read_toml` raises.
     """
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(
-                f"{path}: expected at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
-            )
-        values = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}; pass a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from error
+    values = read_toml(path)
     for name, value in values.items():
         if isinstance(value, dict):
             raise ConfigError(f"{path}: expected no tables, got [{name}]; write its options flat")
@@ -36,6 +54,60 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"{path}: {name}: expected text, a number, true or false, or a list of these"
             )
     return values
+
+
+def require_names(table: Mapping[str, Any], known: Collection[str], title: str) -> None:
+    """Raise ConfigError, with the nearest known name, for a name that is not known."""
+    for name in table:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+            raise ConfigError(f"{title}: no option {name}; {hint}")
+
+
+def options_from(
+    options: type[Chosen], table: Mapping[str, Any], *, title: str, folder: Path
+) -> Chosen:
+    """Return the options that a TOML table sets; relative paths are relative to `folder`.
+
+    `title` names the table in errors. Raises ConfigError for an unknown name, a value of another
+    type, and what the options themselves refuse.
+    """
+    hints = typing.get_type_hints(options)
+    metadata = {f.name: f.metadata for f in dataclasses.fields(options)}  # type: ignore[arg-type]
+    require_names(table, metadata, title)
+    values = {}
+    for name, value in table.items():
+        try:
+            values[name] = _typed(value, hints[name], metadata[name], folder)
+        except TypeError as error:
+            raise ConfigError(f"{title}: {name}: expected {error}, got {value!r}") from error
+    try:
+        return options(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{title}: {error}") from error
+
+
+def _typed(value: Any, hint: Any, metadata: Mapping[str, Any], folder: Path) -> Any:
+    """Return a TOML value as the type of a field. Raises TypeError with the expected type."""
+    if isinstance(hint, types.UnionType):
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        items = value if isinstance(value, list) else [value]
+        return tuple(_typed(one, item, metadata, folder) for one in items)
+    if metadata["auto"] and value == "auto":
+        return None
+    is_bool = isinstance(value, bool)
+    if hint is bool and not is_bool:
+        raise TypeError("true or false")
+    if hint is int and (is_bool or not isinstance(value, int)):
+        raise TypeError("an integer")
+    if hint is float and (is_bool or not isinstance(value, int | float)):
+        raise TypeError("a number")
+    if hint in (str, Path) and (is_bool or not isinstance(value, str | int | float)):
+        raise TypeError("text")
+    return folder / str(value) if hint is Path else hint(value)
 
 
 def config_text(options: Mapping[str, Any]) -> str:

@@ -13,6 +13,19 @@ CACHE_ONLY = ("images", "allow_incomplete", "labels")
 """Options that apply only to training on a cache."""
 ONLINE_ONLY = ("prompt", "condition", "size", "resize_mode", "encoding", "ddim_steps")
 """Options that apply only to training with a teacher in the loop."""
+VOLATILE = (
+    "images",
+    "teacher",
+    "device",
+    "num_workers",
+    "save_every",
+    "log_every",
+    "log_with",
+    "micro_batches",
+    "compile",
+    "allow_incomplete",
+)
+"""Options that may change on resume; some change rounding, none changes anything else."""
 
 DATA = "Data"
 STUDENT = "Student"

@@ -16,6 +16,7 @@ from dtcache.errors import CacheDamagedError
 from dtcache.losses.objective import LABEL_TARGET
 from dtcache.options import TrainOptions
 from dtcache.options.toml import config_text
+from dtcache.options.train import VOLATILE
 from dtcache.student import Backbone, Student, probe_maps, save_backbone
 from dtcache.student.logit_head import HeadSpec, logit_head, save_head
 from pipelines.runs.folder import CONFIG, CURVES, SUMMARY, claim_run
@@ -26,20 +27,6 @@ from pipelines.train.batch_source import BatchSource
 from pipelines.train.cached_batches import CachedSource
 from pipelines.train.distillation import remarks
 from pipelines.train.trainer import Trainer
-
-VOLATILE = (
-    "images",
-    "teacher",
-    "device",
-    "num_workers",
-    "save_every",
-    "log_every",
-    "log_with",
-    "micro_batches",
-    "compile",
-    "allow_incomplete",
-)
-"""Options that may change on resume; some change rounding, none changes anything else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

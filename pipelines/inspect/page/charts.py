@@ -153,6 +153,51 @@ def bar_chart(
     return _svg(title, body, note=note)
 
 
+def interval_chart(
+    names: Sequence[str],
+    values: Sequence[tuple[float, float | None, float | None]],
+    *,
+    title: str,
+    x: str,
+    styles: Sequence[str],
+) -> str:
+    """Return (value, low, high) as points on rows, with their intervals and a line at 0."""
+    ends = [end for value in values for end in value if end is not None]
+    row = 22
+    label = 96
+    height = TOP + row * len(names) + BOTTOM
+    bottom = height - BOTTOM
+    across = _axis([*ends, 0.0], label, WIDTH - RIGHT, log=False, pad=True)
+    body = [
+        f'<path class="grid" d="M{across.pixel(value):.1f} {TOP}V{bottom}"/>'
+        f'<text class="tick" x="{across.pixel(value):.1f}" y="{bottom + 13}" '
+        f'text-anchor="middle">{text}</text>'
+        for value, text in across.ticks()
+    ]
+    body.append(f'<path class="water" d="M{across.pixel(0.0):.1f} {TOP}V{bottom}"/>')
+    for number, (name, style, (value, low, high)) in enumerate(
+        zip(names, styles, values, strict=True)
+    ):
+        y = TOP + (number + 0.5) * row
+        body.append(
+            f'<text class="tick" x="{label - 6}" y="{y + 3.5:.1f}" text-anchor="end">'
+            f"{escape(name)}</text>"
+        )
+        if low is not None and high is not None:
+            body.append(
+                f'<path class="whisker" d="M{across.pixel(low):.1f} {y:.1f}'
+                f'H{across.pixel(high):.1f}"/>'
+            )
+        body.append(
+            f'<circle class="{escape(style)}" cx="{across.pixel(value):.1f}" cy="{y:.1f}" r="4"/>'
+        )
+    body.append(
+        f'<text class="axis" x="{(label + WIDTH - RIGHT) / 2}" y="{height - 4}" '
+        f'text-anchor="middle">{escape(x)}</text>'
+    )
+    return _svg(title, body, height=height)
+
+
 def heat_map(names: Sequence[str], values: Sequence[Sequence[float | None]], *, title: str) -> str:
     """Return a heat map of values from 0 to 1, each written into its cell."""
     cell = 44

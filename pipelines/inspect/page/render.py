@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from dtcache._version import __version__
 from dtcache.atomic_files import write_file
@@ -13,13 +13,18 @@ from pipelines.terminal.text import byte_size
 MAX_BYTES = 10_000_000
 
 
-def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
+def write_page(
+    path: Path, template: str, values: dict[str, Any], *, package: str = "pipelines.inspect"
+) -> None:
     """Render a template and write the page.
 
-    Raises ConfigError if the page exceeds 10 MB, and DiskError.
+    `package` has the template in its folder `page`; it may extend and include the templates of
+    this folder. Raises ConfigError if the page exceeds 10 MB, and DiskError.
     """
     environment = Environment(
-        loader=PackageLoader("pipelines.inspect", "page"),
+        loader=ChoiceLoader(
+            [PackageLoader(package, "page"), PackageLoader("pipelines.inspect", "page")]
+        ),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,0 +1,1 @@
+"""`dtcache sweep`: many students from one file, trained, evaluated and compared."""

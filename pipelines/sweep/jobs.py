@@ -1,0 +1,167 @@
+"""The jobs of a sweep: what one process does at a time. Importing this module loads no torch."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dtcache.options import EvaluateOptions, ExtractOptions, LabelFitOptions, LabelWriteOptions
+from dtcache.recipe import Json
+from dtcache.store.layout import MANIFEST
+from pipelines.sweep.records import Step, perform
+from pipelines.sweep.students import BACKBONE, Student
+
+COMPUTED_ON = ("device", "scheduler", "workers", "dashboard", "skip_disk_check", "max_failures")
+"""Options of extractions and evaluations that may change on resume."""
+
+
+class Job(Protocol):
+    """A piece of work that one process does; doing it again does what is missing."""
+
+    name: str
+    """Names the job in progress and messages, and its log file: `arm/seed-0`."""
+    after: frozenset[str]
+    """Names of the jobs that must be finished first."""
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the steps of the job."""
+
+    def do(self) -> None:
+        """Do the steps that are missing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheJob:
+    """Makes a cache of the sweep: extraction, and a label set if there is one."""
+
+    name: str
+    after: frozenset[str] = frozenset()
+    record: Path
+    cache: Path
+    images: Path
+    extract: ExtractOptions
+    interpreter: Path | None = None
+    fit: LabelFitOptions | None = None
+    write: LabelWriteOptions | None = None
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the one step."""
+        identity = {**_lasting(asdict(self.extract)), "images": str(self.images)}
+        if self.fit is not None and self.write is not None:
+            identity["label.fit"] = _lasting(asdict(self.fit))
+            identity["label.write"] = _lasting(asdict(self.write))
+        yield Step(
+            title=self.name,
+            kind=self.name,
+            record=self.record,
+            identity=identity,
+            output=self.cache / MANIFEST,
+        )
+
+    def do(self) -> None:
+        """Extract the cache, fit the interpreter and write its labels."""
+        perform(list(self.steps()), lambda: [self._made()])
+
+    def _made(self) -> Json:
+        from pipelines.extract.extract import extract
+        from pipelines.label.fit_interpreter import fit_interpreter
+        from pipelines.label.write_labels import write_labels
+
+        done = extract(self.images, self.cache, self.extract)
+        if self.interpreter is not None and self.fit is not None and self.write is not None:
+            if not self.interpreter.exists():
+                fit_interpreter(self.cache, self.interpreter, self.fit)
+            write_labels(self.cache, self.interpreter, self.write)
+        return {"num_done": done.num_done}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """One evaluation of a student."""
+
+    task: str
+    seed: int
+    options: EvaluateOptions
+    """With the seed."""
+    record: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One student of the sweep, and its evaluations."""
+
+    arm: str
+    seed: int | None
+    """None for a backbone that all seeds share."""
+    after: frozenset[str]
+    """Names of the jobs that must be finished first."""
+    folder: Path
+    """The run folder."""
+    record: Path
+    student: Student
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def title(self) -> str:
+        """The run in words."""
+        return f"arm {self.arm}" if self.seed is None else f"arm {self.arm}, seed {self.seed}"
+
+    def making(self) -> Step:
+        """Return the step that makes the student."""
+        return Step(
+            title=self.title,
+            kind=f"arm {self.arm}",
+            record=self.record,
+            identity=self.student.identity(),
+            output=self.folder / BACKBONE / "config.json",
+        )
+
+    def evaluating(self, evaluation: Evaluation) -> Step:
+        """Return the step of one evaluation."""
+        return Step(
+            title=f"{self.title}, {evaluation.task} (seed {evaluation.seed})",
+            kind=f"task {evaluation.task}",
+            record=evaluation.record,
+            identity=_lasting(asdict(evaluation.options)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunJob:
+    """Makes one student, or several that train on one loader, and evaluates them."""
+
+    name: str
+    after: frozenset[str]
+    runs: tuple[Run, ...]
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the making and the evaluations of each student."""
+        for run in self.runs:
+            yield run.making()
+            yield from (run.evaluating(evaluation) for evaluation in run.evaluations)
+
+    def do(self) -> None:
+        """Make the students, then evaluate each one."""
+        for run in self.runs:
+            perform([run.making()], lambda run=run: [_made(run)])  # type: ignore[misc]
+        for run in self.runs:
+            for evaluation in run.evaluations:
+                perform(
+                    [run.evaluating(evaluation)],
+                    lambda run=run, evaluation=evaluation: [_evaluated(run, evaluation)],  # type: ignore[misc]
+                )
+
+
+def _made(run: Run) -> Json:
+    run.student.make(run.folder)
+    return {}
+
+
+def _evaluated(run: Run, evaluation: Evaluation) -> Json:
+    from pipelines.evaluate.evaluate import evaluate
+
+    return evaluate(str(run.folder / BACKBONE), evaluation.options).to_json()
+
+
+def _lasting(options: Json) -> Json:
+    return {name: value for name, value in options.items() if name not in COMPUTED_ON}

@@ -1,0 +1,207 @@
+"""The students of a sweep: trained ones, random starts, and backbones made elsewhere.
+
+Each makes an ordinary run folder. Importing this module loads no torch.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dtcache.atomic_files import FolderLock, make_folders, write_file
+from dtcache.hashing import file_sha256
+from dtcache.options import TrainOptions
+from dtcache.options.toml import config_text
+from dtcache.options.train import VOLATILE
+from dtcache.recipe import Json
+from pipelines.runs.folder import CONFIG, METRICS, SUMMARY, claim_run
+
+BACKBONE = "backbone"
+"""Folder of a run that holds the backbone."""
+WEIGHTS = "model.safetensors"
+BATCHES = (
+    "taps",
+    "timestep",
+    "limit",
+    "images",
+    "shuffle",
+    "allow_incomplete",
+    "labels",
+    "batch_size",
+    "micro_batches",
+    "seed",
+    "epochs",
+    "device",
+    "num_workers",
+)
+"""Options of `train` that students on one loader have in common."""
+
+
+class Student(Protocol):
+    """How a student is made."""
+
+    def identity(self) -> Json:
+        """Return everything that the student depends on, by field."""
+
+    def loader(self) -> tuple[object, ...] | None:
+        """Return what students on one loader have in common; None if the student has no loader."""
+
+    def make(self, out: Path) -> None:
+        """Make the student's run folder, or resume it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Training data: a cache, or images with a teacher in the loop."""
+
+    where: Path
+    identity: Json
+    """The hashes of a sealed cache; the name of a cache that the sweep makes; or the images."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedStudent:
+    """A student that is trained."""
+
+    source: Source
+    options: TrainOptions
+
+    def identity(self) -> Json:
+        """Return the options that must not change on resume, and the identity of the data."""
+        return {**lasting(self.options), **self.source.identity}
+
+    def loader(self) -> tuple[object, ...] | None:
+        """Return the data and the options that decide which batches the student trains on."""
+        if self.options.teacher is not None:
+            return None
+        return (self.source.where, *(getattr(self.options, name) for name in BATCHES))
+
+    def make(self, out: Path) -> None:
+        """Train the student. Raises what `train` raises."""
+        from pipelines.train.train import train
+
+        train(self.source.where, out, self.options)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomStart:
+    """The student that trained ones of the same options and seed start from, not trained."""
+
+    source: Source
+    """Data of a student that trains: its view, input size and held-out samples are used."""
+    options: TrainOptions
+
+    def identity(self) -> Json:
+        """Return the identity of the trained student, and that this one is not trained."""
+        return {"start": "random", **lasting(self.options), **self.source.identity}
+
+    def loader(self) -> None:
+        """Return None: the student is not trained."""
+
+    def make(self, out: Path) -> None:
+        """Write a run of no steps: backbone, options and held-out losses."""
+        from dtcache.device import configure_process, resolve_compute
+        from dtcache.distributed import Processes
+        from dtcache.student import save_backbone
+        from pipelines.train.train import open_source
+        from pipelines.train.trainer import Trainer
+
+        compute = resolve_compute(self.options.device, self.options.precision)
+        configure_process(compute.device)
+        processes = Processes()
+        source = open_source(self.source.where, self.options, compute, processes)
+        trainer = Trainer(source, self.options, compute, processes)
+        with FolderLock(out):
+            values = {**asdict(self.options), "precision": compute.precision}
+            claim_run(out, {**values, **source.identity, "start": "random"}, VOLATILE)
+            write_file(out / CONFIG, config_text(values).encode())
+            losses = trainer.evaluate()
+            student = trainer.exported
+            save_backbone(
+                student.backbone, out / BACKBONE, input_size=student.input_size, view=source.view
+            )
+            write_file(out / METRICS, f"{json.dumps({'step': 0, 'epoch': 0, **losses})}\n".encode())
+            prefix = "held_out/" if self.options.ema_decay is None else "held_out_ema/"
+            summary = {
+                "steps": 0,
+                "loss": None,
+                "held_out": {
+                    name.removeprefix(prefix): value
+                    for name, value in losses.items()
+                    if name.startswith(prefix)
+                },
+                "noise_floor": source.noise_floor if self.options.whitening == "sample" else {},
+                "seconds": 0.0,
+                "images_per_second": 0.0,
+                "wait_share": 0.0,
+            }
+            write_file(out / SUMMARY, json.dumps(summary, indent=1).encode())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OtherBackbone:
+    """A backbone that the sweep does not train: a folder, or a timm name with timm's weights."""
+
+    backbone: str
+    options: TrainOptions
+    """Of a timm name, the input size is that of a student with these options."""
+    source: Source | None
+    """Data of a student that trains, if an arm does: a timm name takes its view."""
+
+    def identity(self) -> Json:
+        """Return the hash of the weights, or the timm name."""
+        folder = self._folder()
+        if folder is not None:
+            return {"backbone": file_sha256(folder / WEIGHTS)}
+        return {"backbone": self.backbone, "student_size": self.options.student_size}
+
+    def loader(self) -> None:
+        """Return None: the student is not trained."""
+
+    def make(self, out: Path) -> None:
+        """Copy the backbone into a run folder. Raises ConfigError if it cannot be used."""
+        from dtcache.student import load_backbone
+
+        folder = self._folder()
+        with FolderLock(out):
+            if folder is None:
+                claim_run(out, {"student": self.backbone, **self.identity()}, ())
+                self._save_pretrained(out)
+                return
+            backbone, _, _ = load_backbone(folder)
+            claim_run(out, {"student": backbone.name, **self.identity()}, ())
+            make_folders(out / BACKBONE)
+            for name in ("config.json", WEIGHTS):
+                write_file(out / BACKBONE / name, (folder / name).read_bytes())
+
+    def _folder(self) -> Path | None:
+        """Return the backbone's folder, which may be in a run, or None for a timm name."""
+        folders = (Path(self.backbone), Path(self.backbone) / BACKBONE)
+        return next((folder for folder in folders if (folder / WEIGHTS).is_file()), None)
+
+    def _save_pretrained(self, out: Path) -> None:
+        from dtcache.device import resolve_compute
+        from dtcache.distributed import Processes
+        from dtcache.options import parse_size
+        from dtcache.recipe import ViewSpec
+        from dtcache.student import make_backbone, save_backbone
+        from dtcache.student.student import default_size
+        from pipelines.train.train import open_source
+
+        text = self.options.student_size
+        size = parse_size(text, "student_size") if text else None
+        view = None
+        if self.source is not None:
+            compute = resolve_compute(self.options.device, self.options.precision)
+            data = open_source(self.source.where, self.options, compute, Processes())
+            view = data.view
+            size = size or default_size({name: data.shape(name) for name in data.names}, view)
+        backbone = make_backbone(self.backbone, init="pretrained", seed=0, size=size)
+        size = size or backbone.default_size
+        view = view or ViewSpec(height=size[0], width=size[1])
+        save_backbone(backbone, out / BACKBONE, input_size=size, view=view)
+
+
+def lasting(options: TrainOptions) -> Json:
+    """Return the options that must not change when a run is resumed."""
+    return {name: value for name, value in asdict(options).items() if name not in VOLATILE}
