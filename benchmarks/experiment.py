@@ -43,6 +43,8 @@ class Experiment:
             student=self.student,
             student_size=str(self.student_size),
             fpn_width=self.fpn_width,
+            loss="mse+at",
+            at_weight=10.0,
             epochs=self.epochs,
             batch_size=self.batch_size,
             seed=seed,

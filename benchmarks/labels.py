@@ -242,6 +242,7 @@ def distilled(plan: Plan, name: str, seed: int, **chosen: Any) -> Path:
             seed=seed,
             device=plan.device,
             compile=plan.compile,
+            at_weight=10.0 if chosen.get("loss") == "mse+at" else None,
             **chosen,
         ),
     )

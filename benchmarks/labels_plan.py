@@ -72,7 +72,7 @@ def asked_plan(about: str) -> tuple[Plan, bool]:
     parser.add_argument("--student", default="resnet10t")
     parser.add_argument("--student-size")
     parser.add_argument("--fpn-width", type=int, default=64)
-    parser.add_argument("--loss", default="mse+at", help="of features, as train takes it")
+    parser.add_argument("--loss", default="mse", help="of features, as train takes it")
     parser.add_argument("--label-weight", type=float, default=1.0, help="of the mixed arm")
     parser.add_argument("--epochs", type=int, default=10, help="passes of distillation")
     parser.add_argument("--batch-size", type=int, default=32, help="of distillation")

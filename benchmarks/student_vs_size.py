@@ -141,12 +141,11 @@ def reference_losses(
     """Return the losses against uncompressed targets, mean over all images of the reference."""
     cache = Cache(reference)
     decoder = cache.decoder(cache.names).to(compute.device)
+    shapes = {name: cache.shape(name) for name in cache.names}
     student = student.to(compute.device).to(memory_format=torch.channels_last)
     distillation = Distillation(
         decoder=decoder,
-        objective=make_objective(
-            options, cache.fit, cache.reader.manifest.recipe["codec"], cache.names
-        ),
+        objective=make_objective(options, cache.fit, cache.reader.manifest.recipe["codec"], shapes),
         augmentation=Augmentation(seed=0),
         input_size=student.input_size,
         whitening=options.whitening,

@@ -16,8 +16,8 @@ from dtcache.recipe import Json
 
 LABEL_TARGET = "labels"
 """Name of the student's logits among its predictions; the other names are arrays of features."""
-AT_WEIGHT = 10.0
-"""The paper's weight of the attention-transfer loss."""
+PAPER_AT_WEIGHT = 10.0
+"""Weight of the attention-transfer loss in `loss='dreamteacher'` (paper: lambda_AT)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,17 +96,30 @@ class Objective(nn.Module):
 
 
 def make_objective(
-    options: TrainOptions, fit: Mapping[str, TapCodec], codec: Json, names: Sequence[str]
+    options: TrainOptions,
+    fit: Mapping[str, TapCodec],
+    codec: Json,
+    shapes: Mapping[str, tuple[int, int, int]],
 ) -> Objective:
-    """Return the objective for the arrays `names` of a cache.
+    """Return the objective for some arrays of a cache; `shapes` are their (C, H, W) by name.
 
-    `fit` holds the arrays' codecs; `codec` is that entry of the cache's recipe. By default the loss
-    is the mean over taps of MSE + 10 AT (paper: feature loss). Tap weights, divided by their mean
-    over taps, multiply both terms. Under `noise_weighting` the AT of a tap is weighted by d = 1 -
-    (share of noise); its MSE is weighted band by band if the codec has bands and nothing is
-    cropped, and by d otherwise. Raises ConfigError for options that contradict each other.
+    `fit` holds the arrays' codecs; `codec` is that entry of the cache's recipe. The loss is the
+    mean over taps of
+
+    - `mse` (default): MSE, a mean over channels and positions;
+    - `at`: AT;
+    - `mse+at`: MSE + `at_weight` x AT;
+    - `dreamteacher`: C x MSE + 10 AT. C x MSE is the squared norm over the C channels of a
+      position, averaged over positions (DreamTeacher, Li et al. 2023: L_MSE + lambda_AT L_AT).
+
+    Tap weights, divided by their mean over taps, multiply both terms. Under `noise_weighting` the
+    AT of a tap is weighted by d = 1 - (share of noise); its MSE is weighted band by band if the
+    codec has bands and nothing is cropped, and by d otherwise. Raises ConfigError for options that
+    contradict each other.
     """
+    at_weight = _at_weight(options)
     _require_consistent(options)
+    names = list(shapes)
     tap_weight = dict.fromkeys(names, 1.0)
     if options.tap_weights:
         tap_weight = _parse_tap_weights(options.tap_weights, names)
@@ -121,26 +134,36 @@ def make_objective(
     mean = sum(tap_weight[name] * share[name] for name in names) / max(1, len(names))
     weight = {name: tap_weight[name] * share[name] / mean for name in names}
     mse = {name: tap_weight[name] / mean if name in bands else weight[name] for name in names}
-    at_weight = 1.0
-    if options.loss == "mse+at":
-        at_weight = AT_WEIGHT if options.at_weight is None else options.at_weight
-    at = {name: at_weight * weight[name] for name in names}
+    if options.loss == "dreamteacher":
+        mse = {name: shapes[name][0] * factor for name, factor in mse.items()}
     return Objective(
         mse if options.loss != "at" else {},
-        at if options.loss != "mse" else {},
+        {name: at_weight * weight[name] for name in names} if options.loss != "mse" else {},
         bands,
         feature_weight=1.0 if options.feature_weight is None else options.feature_weight,
         label_weight=1.0 if options.label_weight is None else options.label_weight,
     )
 
 
-def _require_consistent(options: TrainOptions) -> None:
-    """Raise ConfigError if an option concerns a loss that the other options exclude."""
-    if options.loss != "mse+at" and options.at_weight is not None:
+def _at_weight(options: TrainOptions) -> float:
+    """Return the weight of AT. Raises ConfigError if `mse+at` has none, or another loss has one."""
+    if options.loss == "mse+at":
+        if options.at_weight is None:
+            raise ConfigError(
+                "`loss='mse+at'`: expected the weight of AT beside the MSE; pass `at_weight`, such "
+                "as 0.5, or use `loss='dreamteacher'`, whose weights are the paper's"
+            )
+        return options.at_weight
+    if options.at_weight is not None:
         raise ConfigError(
             f"`at_weight` {options.at_weight:g}: expected `loss='mse+at'`, in which it weights AT "
             f"relative to the MSE, got `loss='{options.loss}'`; leave `at_weight` out"
         )
+    return PAPER_AT_WEIGHT if options.loss == "dreamteacher" else 1.0
+
+
+def _require_consistent(options: TrainOptions) -> None:
+    """Raise ConfigError if an option concerns a loss that the other options exclude."""
     if options.loss == "at" and options.whitening == "position":
         raise ConfigError(
             "`whitening='position'`: expected a loss with an MSE, whose targets it whitens, got "

@@ -97,14 +97,14 @@ class TrainOptions(Options):
     )
     fpn_width: int = option(256, "Channels of the regressor's pyramid.", minimum=1, group=STUDENT)
     loss: str = option(
-        "mse+at",
-        "Feature loss: whitened MSE, attention transfer (AT), or both.",
-        choices=("mse", "at", "mse+at"),
+        "mse",
+        "Feature loss: whitened MSE, attention transfer (AT), both, or the paper's.",
+        choices=("mse", "at", "mse+at", "dreamteacher"),
         group=LOSS,
     )
     at_weight: float | None = option(
         None,
-        "Weight of AT beside the MSE [default: 10]; docs/students.md recommends less.",
+        "Weight of AT beside the MSE; --loss mse+at needs it.",
         minimum=0,
         group=LOSS,
     )

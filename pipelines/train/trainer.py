@@ -50,12 +50,12 @@ class Trainer:
         augmentation = Augmentation(
             scale=options.scale, color_jitter=options.color_jitter, seed=options.seed
         )
+        shapes = {name: source.shape(name) for name in source.names}
         self.objective = make_objective(
-            options, source.fit, source.recipe.get("codec") or {}, source.names
+            options, source.fit, source.recipe.get("codec") or {}, shapes
         ).to(compute.device)
         labels = {LABEL_TARGET: source.labels.shape} if source.labels is not None else {}
-        shapes = {name: source.shape(name) for name in source.names} | labels
-        self.student = new_student(shapes, source.view, options)
+        self.student = new_student(shapes | labels, source.view, options)
         self.student.to(compute.device).to(memory_format=torch.channels_last)
         if processes.world_size > 1 and compute.device.type == "cuda":
             synchronise_batch_norm(self.student)

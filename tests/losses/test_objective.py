@@ -12,6 +12,7 @@ from dtcache.options import TrainOptions
 FINE = "t150/stride4"
 COARSE = "t150/stride8"
 NAMES = (FINE, COARSE)
+SHAPES = dict.fromkeys(NAMES, (5, 4, 6))
 SHARES = {FINE: 0.9, COARSE: 0.2}
 CODEC = {"noise_share": SHARES, "step": None}
 FIT = {
@@ -38,7 +39,7 @@ def losses(options: TrainOptions) -> dict[str, float]:
     predicted, whitened, raw = (
         {n: torch.from_numpy(x).float() for n, x in maps.items()} for maps in (P, W, R)
     )
-    objective = make_objective(options, FIT, CODEC, NAMES)
+    objective = make_objective(options, FIT, CODEC, SHAPES)
     return {
         name: float(x)
         for name, x in objective(predicted, Targets(whitened=whitened, raw=raw)).items()
@@ -48,24 +49,26 @@ def losses(options: TrainOptions) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({}, lambda n: (1.0, 10.0)),
-        ({"at_weight": 3.0}, lambda n: (1.0, 3.0)),
-        ({"loss": "mse"}, lambda n: (1.0, 0.0)),
+        ({}, lambda n: (1.0, 0.0)),
         ({"loss": "at"}, lambda n: (0.0, 1.0)),
+        ({"loss": "mse+at", "at_weight": 3.0}, lambda n: (1.0, 3.0)),
+        ({"loss": "mse+at", "at_weight": 0.0}, lambda n: (1.0, 0.0)),
+        # The maps have five channels.
+        ({"loss": "dreamteacher"}, lambda n: (5.0, 10.0)),
         # Weights 0.5 and 1.5 already have the mean 1; 1 and 3 are divided by their mean 2.
         (
-            {"tap_weights": "stride4=0.5, stride8=1.5"},
-            lambda n: (0.5, 5.0) if n == FINE else (1.5, 15.0),
+            {"tap_weights": "stride4=0.5, stride8=1.5", "loss": "dreamteacher"},
+            lambda n: (2.5, 5.0) if n == FINE else (7.5, 15.0),
         ),
         (
-            {"tap_weights": "t150/stride8=3", "loss": "mse"},
+            {"tap_weights": "t150/stride8=3"},
             lambda n: (0.5, 0.0) if n == FINE else (1.5, 0.0),
         ),
         # Noise shares 0.9 and 0.2 give the weights 0.125 (the minimum) and 0.8, which are divided
         # by their mean 0.4625.
         (
-            {"noise_weighting": True},
-            lambda n: tuple((0.125 if n == FINE else 0.8) / 0.4625 * x for x in (1, 10)),
+            {"noise_weighting": True, "loss": "mse+at", "at_weight": 2.0},
+            lambda n: tuple((0.125 if n == FINE else 0.8) / 0.4625 * x for x in (1, 2)),
         ),
         (
             {"noise_weighting": True, "tap_weights": "stride4=4", "loss": "at"},
@@ -82,6 +85,23 @@ def test_the_loss_is_the_mean_of_weighed_parts(options: dict, wanted: object) ->
         assert (found[f"mse/{name}"], found[f"at/{name}"]) == pytest.approx(
             (mse(name), at(name)), rel=1e-5
         )
+
+
+def test_the_papers_loss_is_the_squared_norm_per_position_and_ten_times_attention() -> None:
+    """`dreamteacher` is the mean over positions of |P - W|^2 over channels, + 10 AT, by taps."""
+    per_tap = [
+        np.mean(
+            [
+                np.dot(d, d)
+                for d in (P[name] - W[name]).transpose(0, 2, 3, 1).reshape(-1, P[name].shape[1])
+            ]
+        )
+        + 10 * at(name)
+        for name in NAMES
+    ]
+    assert losses(TrainOptions(loss="dreamteacher"))["loss"] == pytest.approx(
+        np.mean(per_tap), rel=1e-5
+    )
 
 
 def test_equal_weights_change_no_bit() -> None:
@@ -106,8 +126,16 @@ def test_a_part_that_does_not_count_has_no_gradient() -> None:
     ("options", "message"),
     [
         (
-            {"loss": "mse", "at_weight": 10.0},
+            {"at_weight": 10.0},
             r"`at_weight` 10: expected `loss='mse\+at'`, .* got `loss='mse'`",
+        ),
+        (
+            {"loss": "dreamteacher", "at_weight": 3.0},
+            r"`at_weight` 3: expected `loss='mse\+at'`, .* got `loss='dreamteacher'`",
+        ),
+        (
+            {"loss": "mse+at"},
+            r"`loss='mse\+at'`: expected the weight of AT .*; pass `at_weight`, such as 0.5, or",
         ),
         (
             {"loss": "at", "whitening": "position"},
@@ -133,7 +161,7 @@ def test_a_part_that_does_not_count_has_no_gradient() -> None:
 def test_contradictions_are_refused(options: dict, message: str) -> None:
     """An option that has no effect or names a missing tap is refused with one line."""
     with pytest.raises(ConfigError, match=message):
-        make_objective(TrainOptions(**options), FIT, CODEC, NAMES)
+        make_objective(TrainOptions(**options), FIT, CODEC, SHAPES)
 
 
 def test_labels_are_weighed_beside_the_features() -> None:
