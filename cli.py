@@ -16,6 +16,7 @@ from dtcache.options import (
     LabelFitOptions,
     LabelWriteOptions,
     SweepOptions,
+    TeacherShowOptions,
     TeachOptions,
     TrainOptions,
     VerifyOptions,
@@ -143,27 +144,37 @@ def teacher_train(images: Path, out: Path, options: TeachOptions) -> None:
 
 @teacher.command("show")
 @click.argument("where", metavar="DIR_OR_ID")
-@click.option("--size", metavar="H[xW]", help="View size in pixels [default: the training size].")
 @JSON_FLAG
-def teacher_show(where: str, size: str | None, as_json: bool) -> None:
+@options_of(TeacherShowOptions)
+def teacher_show(where: str, as_json: bool, options: TeacherShowOptions) -> None:
     """Show a teacher's taps, costs and noise schedule.
 
-    The costs of a tap are its share of the FLOPs of a full pass, and its bytes in a cache.
+    The costs of a tap are its share of the FLOPs of a full pass, and its bytes in a cache. With
+    --probe, also show how well a linear probe classifies your images from every block of the
+    decoder at several timesteps, to choose --timestep and --taps by evidence.
 
     \b
     Example:
       dtcache teacher show google/ddpm-cat-256
+      dtcache teacher show teachers/photos --probe photos/ --plot probe.png
       dtcache teacher show google/ddpm-cat-256 --json | jq '.taps[] | {name, flops_share}'
     """
     from rich.console import Console
 
     from pipelines.describe_teacher import describe_teacher, render_teacher
 
-    report = describe_teacher(where, size)
+    probe = None
+    if options.probe is not None:
+        from pipelines.probe_teacher import probe_teacher
+
+        probe = probe_teacher(where, options)
+    report = describe_teacher(where, options.size)
     if as_json:
-        print_json(report)
-    else:
-        Console().print(render_teacher(report))
+        print_json(report if probe is None else {**report, "probe": probe.to_json()})
+        return
+    Console().print(render_teacher(report))
+    if probe is not None:
+        Console().print(probe.to_table())
 
 
 @teacher.command("convert")

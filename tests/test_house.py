@@ -48,6 +48,7 @@ ROOMS = [
     "pipelines.train",
     "pipelines.label",
     "pipelines.evaluate",
+    "pipelines.probe_teacher",
     "pipelines.export",
     "pipelines.inspect",
     "pipelines.sweep",

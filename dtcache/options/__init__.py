@@ -9,7 +9,7 @@ from dtcache.options.inspect import InspectOptions
 from dtcache.options.label import LabelFitOptions, LabelWriteOptions
 from dtcache.options.parse import parse_ints, parse_size, parse_taps
 from dtcache.options.sweep import SweepOptions
-from dtcache.options.teacher import ADM_PRESETS, ConvertOptions, TeachOptions
+from dtcache.options.teacher import ADM_PRESETS, ConvertOptions, TeacherShowOptions, TeachOptions
 from dtcache.options.train import TrainOptions
 from dtcache.options.verify import VerifyOptions
 
@@ -27,6 +27,7 @@ __all__ = [
     "Options",
     "SweepOptions",
     "TeachOptions",
+    "TeacherShowOptions",
     "TrainOptions",
     "VerifyOptions",
     "option",

@@ -1,7 +1,8 @@
-"""Options of `dtcache teacher train` and `dtcache teacher convert`."""
+"""Options of `dtcache teacher train`, `teacher show` and `teacher convert`."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from dtcache.errors import ConfigError
 from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
@@ -12,6 +13,7 @@ LOSS = "Loss"
 OPTIMISATION = "Optimisation"
 HARDWARE = "Hardware"
 RUN = "Run"
+PROBE = "Probe"
 WEIGHT_TYPES = ("fp32", "fp16")
 STEPS = r" *[0-9]{1,9} *(, *[0-9]{1,9} *)*"
 
@@ -113,6 +115,58 @@ class TeachOptions(Options):
     def kept(self) -> frozenset[int]:
         """Steps at which the teacher is also saved to `kept/STEP/`."""
         return frozenset(map(int, self.keep_steps.split(","))) if self.keep_steps else frozenset()
+
+
+PROBED_TIMESTEPS = (1, 5, 11, 20, 50, 100, 150, 250, 350)
+"""Timesteps that `teacher show --probe` compares: dense where small denoisers are at their best."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherShowOptions(Options):
+    """Options of `dtcache teacher show`. Raises ConfigError for probe options without `probe`."""
+
+    size: str | None = option(
+        None, "View size in pixels [default: the training size].", metavar="H[xW]"
+    )
+    probe: Path | None = option(
+        None,
+        "Labelled images: show a linear probe's accuracy per block and timestep.",
+        metavar="IMAGES",
+        group=PROBE,
+    )
+    test: Path | None = option(
+        None,
+        "Labelled test images of the probe [default: a fifth of --probe].",
+        metavar="IMAGES",
+        group=PROBE,
+    )
+    timestep: tuple[int, ...] = option(
+        PROBED_TIMESTEPS, "Timestep to probe at. Can be repeated.", group=PROBE
+    )
+    limit: int = option(2000, "Most training images and most test images.", minimum=1, group=PROBE)
+    plot: Path | None = option(
+        None, "Also draw the accuracies as PNG.", metavar="FILE", group=PROBE
+    )
+    batch_size: int = option(32, "Images per pass.", minimum=1, group=PROBE)
+    seed: int = seed_option("Seed of the choice of images and of the noise.", group=PROBE)
+    device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group=PROBE)
+    precision: str = option(
+        "auto",
+        "Autocast precision; auto: bf16 if native, else fp32.",
+        choices=PRECISIONS,
+        group=PROBE,
+    )
+
+    def __post_init__(self) -> None:
+        """Check bounds, then that there is a probe if one of its options is set."""
+        Options.__post_init__(self)
+        if self.probe is None:
+            for f in fields(self):
+                if f.metadata["group"] == PROBE and getattr(self, f.name) != f.default:
+                    raise ConfigError(
+                        f"`{f.name}`: only a probe uses this option; pass `probe` too, or leave "
+                        f"`{f.name}` out"
+                    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
