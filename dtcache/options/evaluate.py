@@ -7,7 +7,7 @@ from dtcache.errors import ConfigError
 from dtcache.options.field import AUTO_DEVICE, IGNORE_HELP, PRECISIONS, Options, option, seed_option
 
 TASKS = {
-    "classification": ("k",),
+    "classification": ("k", "knn_votes"),
     "segmentation": (
         "train_masks",
         "test_masks",
@@ -53,6 +53,12 @@ class EvaluateOptions(Options):
         None, "Use N test images of the permuted order.", minimum=1, group="Data"
     )
     k: int = option(20, "Neighbours of k-NN.", minimum=1, group="Classification")
+    knn_votes: str = option(
+        "weighted",
+        "Votes of a neighbour: exp(cosine similarity / 0.07), or one.",
+        choices=("weighted", "plain"),
+        group="Classification",
+    )
     train_masks: Path | None = option(
         None,
         "Masks of the training images (PNG, found by key).",

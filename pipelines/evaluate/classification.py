@@ -18,7 +18,15 @@ from torch import Tensor
 from dtcache.device import configure_process, memory_errors, resolve_compute
 from dtcache.errors import ImagesError
 from dtcache.images import ImageSource, LoadedView, open_source
-from dtcache.metrics.probes import Features, Labels, knn_predict, linear_predict
+from dtcache.metrics.probes import (
+    C_GRID,
+    TEMPERATURE,
+    Features,
+    Labels,
+    Neighbours,
+    knn_predict,
+    linear_predict,
+)
 from dtcache.options import EvaluateOptions
 from dtcache.recipe import Json, Sample
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches, split_images
@@ -42,6 +50,11 @@ class ProbeResult:
     linear_c: float
     """Inverse strength of the linear probe's L2 penalty, chosen on training images."""
 
+    @property
+    def linear_c_at_edge(self) -> bool:
+        """Whether C is the smallest or the largest candidate, so that a better one may exist."""
+        return self.linear_c in (C_GRID[0], C_GRID[-1])
+
     def to_json(self) -> Json:
         """Return the result as JSON values."""
         return {
@@ -52,6 +65,7 @@ class ProbeResult:
             "num_test": self.num_test,
             "feature_dim": self.feature_dim,
             "linear_C": self.linear_c,
+            "linear_C_at_edge": self.linear_c_at_edge,
         }
 
 
@@ -95,8 +109,9 @@ def classify(model: str, options: EvaluateOptions) -> ClassificationResult:
     """Probe the pooled features of a backbone folder, a timm name, a cache or `pixels`.
 
     A timm name gives random weights. Every row is measured on the same images, which are a pure
-    function of keys, options and seed. Raises ConfigError for an unknown kind of model, ImagesError
-    for images without labels, and what opening the model raises.
+    function of keys, options and seed. Warns on stderr if the C of a linear probe is the smallest
+    or the largest candidate. Raises ConfigError for an unknown kind of model, ImagesError for
+    images without labels or of too few classes, and what opening the model raises.
     """
     options.require_task("classification")
     compute = resolve_compute(options.device, options.precision)
@@ -108,11 +123,14 @@ def classify(model: str, options: EvaluateOptions) -> ClassificationResult:
     with memory_errors(batch_size, "pass a smaller `batch_size`"):
         train_features, train_labels = pooled_features(extractor, train, batch_size)
         test_features, test_labels = pooled_features(extractor, test, batch_size)
+    neighbours = Neighbours(
+        k=options.k, temperature=TEMPERATURE if options.knn_votes == "weighted" else None
+    )
     rows = []
     with track("probe", len(train_features)) as progress:
         for name, train_ND in train_features.items():
             test_MD = test_features[name]
-            knn = knn_predict(train_ND, train_labels, test_MD, options.k, compute.device)
+            knn = knn_predict(train_ND, train_labels, test_MD, neighbours, compute.device)
             linear, c = linear_predict(train_ND, train_labels, test_MD)
             rows.append(
                 ProbeResult(
@@ -126,6 +144,13 @@ def classify(model: str, options: EvaluateOptions) -> ClassificationResult:
                 )
             )
             progress.advance(1, name)
+    for row in rows:
+        if row.linear_c_at_edge:
+            print(
+                f"{row.name}: the linear probe chose C = {row.linear_c:g}, an edge of its grid of "
+                f"{C_GRID[0]:g} to {C_GRID[-1]:g}; a value beyond may be better",
+                file=sys.stderr,
+            )
     return ClassificationResult(rows=tuple(rows))
 
 

@@ -104,6 +104,7 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
         ("--random-seed --global-seed", ("--seed",)),
         # evaluation and inspection
         ("--neighbours --neighbors --knn --nb-knn -k", ("--k",)),
+        ("--knn-temperature --knn-weights --temperature --vote --votes", ("--knn-votes",)),
         ("--ignore --ignore-label", ("--ignore-index",)),
         ("--sample --samples --num-samples --fraction", ("--fraction", "--num-samples")),
         ("--format --library --target", ("--to",)),

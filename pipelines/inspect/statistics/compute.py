@@ -30,7 +30,8 @@ from pipelines.terminal.progress import track
 
 GROUPS = 20
 """Groups of samples; the jackknife leaves out one at a time."""
-STATISTICS_SCHEMA = 1
+STATISTICS_SCHEMA = 2
+"""Version of the statistics; saved ones of another version are computed again."""
 FROM_SUMS = {
     "mean": measures.mean,
     "std": measures.std,

@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from dtcache.metrics.probes import knn_predict
+from dtcache.metrics.probes import Neighbours, knn_predict
 from dtcache.recipe import Json
 from pipelines.inspect.statistics.jackknife import Estimate, jackknife, proportion
 from pipelines.inspect.statistics.measures import cka, hsic
@@ -52,8 +52,9 @@ def knn_accuracy(
 ) -> tuple[Estimate | None, float | None]:
     """Return k-NN accuracy in five folds, and the share of the most frequent label.
 
-    The 20 nearest neighbours by cosine similarity of the first view's pooled features vote. Both
-    are None if there are fewer than 20 labelled samples or fewer than two classes.
+    The 20 nearest neighbours by cosine similarity of the first view's pooled features vote, as in
+    `knn_predict`. Both are None if there are fewer than 20 labelled samples or fewer than two
+    classes.
     """
     rows = np.concatenate([group.pooled_rows for group in groups])
     labels_R = labels.take(pa.array(rows))
@@ -67,8 +68,10 @@ def knn_accuracy(
     for number in range(FOLDS):
         train = fold != number
         test = fold == number
-        k = min(NEIGHBOURS, int(train.sum()))
-        predicted = knn_predict(pooled[train], classes[train], pooled[test], k, torch.device("cpu"))
+        neighbours = Neighbours(k=min(NEIGHBOURS, int(train.sum())))
+        predicted = knn_predict(
+            pooled[train], classes[train], pooled[test], neighbours, torch.device("cpu")
+        )
         hits += int((predicted == classes[test]).sum())
     return proportion(hits, len(classes)), float(np.bincount(classes).max() / len(classes))
 

@@ -1,4 +1,4 @@
-"""Evaluation: probes against scikit-learn, splits, and features of backbones, caches and pixels."""
+"""Evaluation: splits, features of backbones, caches and pixels, and results."""
 
 import io
 import json
@@ -13,16 +13,13 @@ import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import StandardScaler
 
 from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError, TeacherError
 from dtcache.images import FolderSource, load_views
-from dtcache.metrics.probes import C_GRID, knn_predict, linear_predict
+from dtcache.metrics.probes import Neighbours
 from dtcache.options import EvaluateOptions, ExtractOptions
 from dtcache.recipe import Sample, ViewSpec
 from dtcache.student import make_backbone, save_backbone
@@ -83,78 +80,6 @@ def options_for(root: Path, **changes: object) -> EvaluateOptions:
         train=root / "train", test=root / "test", k=3, device="cpu", precision="fp32"
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
-
-
-# Probes.
-
-
-@pytest.mark.parametrize(
-    ("classes", "k", "spread"), [(2, 1, 1.0), (2, 5, 1.0), (2, 21, 1.0), (4, 20, 0.05)]
-)
-def test_knn_agrees_with_scikit_learn(classes: int, k: int, spread: float) -> None:
-    """k-NN predicts the classes that scikit-learn's cosine KNeighborsClassifier predicts."""
-    rng = np.random.default_rng(k)
-    centres = rng.standard_normal((classes, 12))
-    labels = rng.integers(0, classes, 400)
-    test_labels = rng.integers(0, classes, 1500)
-    train = (centres[labels] + spread * 4 * rng.standard_normal((400, 12))).astype(np.float32)
-    test = (centres[test_labels] + spread * 4 * rng.standard_normal((1500, 12))).astype(np.float32)
-    oracle = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(train, labels)
-    got = knn_predict(train, labels, test, k, CPU.device)
-    np.testing.assert_array_equal(got, oracle.predict(test))
-    assert spread == 1.0 or (got == test_labels).all()
-
-
-def test_knn_gives_ties_to_the_nearer_and_majority_to_the_more() -> None:
-    """The majority of the k neighbours wins, and the nearest neighbour's class breaks a tie."""
-    angles = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
-    train = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32) * [
-        [1],
-        [9],
-        [2],
-        [5],
-        [3],
-    ]
-    labels = np.array([7, 2, 2, 7, 2])
-    query = np.array([[1.0, 0.0]], np.float32)
-    train = train.astype(np.float32)
-    assert knn_predict(train, labels, query, 4, CPU.device).tolist() == [7]
-    assert knn_predict(train, labels, query, 5, CPU.device).tolist() == [2]
-    with pytest.raises(ConfigError, match=r"`k` 6: expected 1 to 5, the number of training images"):
-        knn_predict(train, labels, query, 6, CPU.device)
-
-
-def test_linear_probe_chooses_c_on_the_last_tenth_and_refits_on_all() -> None:
-    """The linear probe selects C on the last tenth of the training rows and refits on all rows."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 200)
-    test_labels = rng.integers(0, 3, 300)
-    centres = rng.standard_normal((3, 30))
-    train = (centres[labels] + 2 * rng.standard_normal((200, 30))).astype(np.float32) * 50 + 7
-    test = (centres[test_labels] + 2 * rng.standard_normal((300, 30))).astype(np.float32) * 50 + 7
-
-    def oracle(count: int, c: float, other: np.ndarray) -> np.ndarray:
-        scaler = StandardScaler().fit(train[:count].astype(np.float64))
-        fitted = LogisticRegression(C=c, max_iter=5000, tol=1e-6).fit(
-            scaler.transform(train[:count]), labels[:count]
-        )
-        return np.asarray(fitted.predict(scaler.transform(other)))
-
-    scores = [(oracle(180, c, train[180:]) == labels[180:]).mean() for c in C_GRID]
-    predicted, c = linear_predict(train, labels, test)
-    assert c == C_GRID[int(np.argmax(scores))]
-    assert (predicted == oracle(200, c, test)).mean() > 0.99
-    np.testing.assert_array_equal(linear_predict(train, labels, test)[0], predicted)
-
-
-def test_linear_probe_needs_two_classes() -> None:
-    """Training images of a single class raise a ConfigError with advice."""
-    features = np.zeros((4, 2), np.float32)
-    with pytest.raises(
-        ImagesError,
-        match=r"images of two classes or more, got 4 images of 1; pass a larger `limit_train`",
-    ):
-        linear_predict(features, np.zeros(4, np.int64), features)
 
 
 # Images and splits.
@@ -250,8 +175,11 @@ def test_bad_images_are_left_out_and_counted(
 # Features.
 
 
-def test_pixels_are_the_views_pixels(shelf: Path) -> None:
-    """The pixel baseline's features are the view's values divided by 255."""
+def test_pixels_are_the_views_pixels(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The pixel baseline's features are the view's values divided by 255.
+
+    Every C separates these classes: the smallest is chosen, and stderr says that it is an edge.
+    """
     train, _ = split_labelled(options_for(shelf))
     features, labels = pooled_features(
         open_model("pixels", options_for(shelf, size="16"), CPU), train, 16
@@ -263,6 +191,31 @@ def test_pixels_are_the_views_pixels(shelf: Path) -> None:
         assert labels[place] == ["blue", "red"].index(path.parent.name)
     (result,) = classify("pixels", options_for(shelf, size="16")).rows
     assert (result.feature_dim, result.knn_top1, result.linear_top1) == (768, 100.0, 100.0)
+    assert result.to_json()["linear_C_at_edge"] is True
+    assert (
+        "pixels: the linear probe chose C = 1e-05, an edge of its grid of 1e-05 to 100; a value "
+        "beyond may be better" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(("votes", "temperature"), [("weighted", 0.07), ("plain", None)])
+def test_neighbours_vote_as_the_option_says(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch, votes: str, temperature: float | None
+) -> None:
+    """Votes are weighted at temperature 0.07 by default; `knn_votes='plain'` weights none."""
+    from pipelines.evaluate import classification
+
+    seen = []
+    real = classification.knn_predict
+
+    def spy(*arguments: object) -> object:
+        seen.append(arguments[3])
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(classification, "knn_predict", spy)
+    classify("pixels", options_for(shelf, size="4", knn_votes=votes))
+    assert seen == [Neighbours(k=3, temperature=temperature)]
+    assert options_for(shelf).knn_votes == "weighted"
 
 
 def test_a_backbone_folder_is_probed_as_timm_would_run_it(shelf: Path, tmp_path: Path) -> None:
@@ -469,6 +422,7 @@ def test_json_puts_the_best_single_row_on_top() -> None:
     ]
     value = ClassificationResult(rows=tuple(rows)).to_json()
     assert (value["best"], value["linear_top1"], value["linear_C"]) == ("b", 9.0, 0.1)
+    assert value["linear_C_at_edge"] is False
     assert [r["name"] for r in value["rows"]] == ["a", "b", "all"]
     assert {"knn_top1", "linear_top1", "num_train", "num_test", "feature_dim"} <= set(value)
 

@@ -288,6 +288,7 @@ def test_an_ignored_class_counts_nowhere(shelf: Path, capsys: pytest.CaptureFixt
         ({"train_masks": None}, "`task='segmentation'`: expected `train_masks`"),
         ({"test_masks": None}, "expected `test_masks` with `test`"),
         ({"k": 3}, "`k`: not an option of `task='segmentation'`"),
+        ({"knn_votes": "plain"}, "`knn_votes`: not an option of `task='segmentation'`"),
         ({"task": "classification"}, "`train_masks`: not an option of `task='classification'`"),
         ({"limit_train": 1, "batch_size": 1}, "expected at least 2 images per step"),
     ],
