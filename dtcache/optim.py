@@ -1,8 +1,9 @@
 """From gradients to updated weights: optimizer, schedule, clipping, loss scale, EMA."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
+
+NEVER_DECAYED = ("pos_embed", "cls_token", "reg_token", "relative_position_bias_table")
+"""Names of parameters that have no weight decay, in whatever module they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +32,7 @@ class OptimizationSpec:
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the moving averages of the gradient and of its square."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of parameters with two or more dimensions; the others have none."""
+    """Decoupled weight decay of the weights that `parameter_groups` decays."""
     fused: bool = True
     """Use the fused AdamW, which rounds differently from the plain one."""
     clip_grad: float | None = None
@@ -110,16 +114,40 @@ class Optimization:
 
 
 def parameter_groups(network: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two optimizer groups: parameters with weight decay; norms and biases without it."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
+    """Return two optimizer groups: parameters with weight decay, and parameters without it.
+
+    As in timm (`param_groups_weight_decay`), parameters of one dimension (norms and biases) and
+    those in a timm model's `no_weight_decay()` have none; neither have those in `NEVER_DECAYED`.
+    Each group has the order of `network.named_parameters()`.
+    """
+    exempt = list(_exempt(network))
+    decayed: list[Tensor] = []
+    undecayed: list[Tensor] = []
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if (
+            parameter.ndim <= 1
+            or name.rpartition(".")[2] in NEVER_DECAYED
+            or any(fnmatchcase(name, pattern) for pattern in exempt)
+        ):
+            undecayed.append(parameter)
+        else:
+            decayed.append(parameter)
     return [
-        {
-            "params": [p for p in parameters if p.ndim > 1],
-            "weight_decay": weight_decay,
-            "lr": lr,
-        },
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr": lr},
+        {"params": decayed, "weight_decay": weight_decay, "lr": lr},
+        {"params": undecayed, "weight_decay": 0.0, "lr": lr},
     ]
+
+
+def _exempt(network: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Yield patterns of parameter names: the `no_weight_decay()` of each outermost timm model."""
+    if hasattr(network, "no_weight_decay"):
+        names: Any = network.no_weight_decay
+        yield from (f"{prefix}{name}" for name in names())
+        return
+    for name, child in network.named_children():
+        yield from _exempt(child, f"{prefix}{name}.")
 
 
 def make_optimizer(groups: list[dict[str, Any]], spec: OptimizationSpec) -> torch.optim.Optimizer:

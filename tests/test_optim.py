@@ -1,8 +1,74 @@
-"""The optimizer, its schedule and the EMA of weights."""
+"""The optimizer, its parameter groups, its schedule and the EMA of weights."""
 
+import pytest
 import torch
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.xcit import Xcit
+from timm.optim import param_groups_weight_decay
+from torch import nn
 
-from dtcache.optim import warmed_up_ema
+from dtcache.optim import Optimization, OptimizationSpec, parameter_groups, warmed_up_ema
+
+
+def small_vit() -> VisionTransformer:
+    """Return a ViT with position embeddings, a class token and register tokens."""
+    return VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2, reg_tokens=2, num_classes=3
+    )
+
+
+NETWORKS = {
+    "vit": small_vit,
+    # Its relative_position_bias_table lies deep in the network.
+    "swin": lambda: SwinTransformer(
+        img_size=32, patch_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 2), window_size=4
+    ),
+    # Its list has a pattern, and a submodule has a list that timm does not read.
+    "xcit": lambda: Xcit(img_size=32, patch_size=16, embed_dim=32, depth=1, num_heads=2),
+    "resnet": lambda: ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=3),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_are_decayed_as_in_timm(name: str) -> None:
+    """A timm model inside a student has the groups of timm's own param_groups_weight_decay."""
+    network = NETWORKS[name]()
+    exempt = getattr(network, "no_weight_decay", set)()
+    none, decay = param_groups_weight_decay(network, 0.1, no_weight_decay_list=exempt)
+    student = nn.ModuleDict({"backbone": nn.ModuleDict({"model": network})})
+    ours = parameter_groups(student, lr=1e-3, weight_decay=0.1)
+    assert [group["weight_decay"] for group in ours] == [0.1, 0.0]
+    for group, theirs in zip(ours, (decay, none), strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in theirs["params"]]
+
+
+def test_tokens_and_position_tables_keep_their_values_without_a_gradient() -> None:
+    """A step with zero gradients shrinks the weights alone, also in modules that are not timm's."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pos_embed = nn.Parameter(torch.ones(1, 2, 3))
+            self.cls_token = nn.Parameter(torch.ones(1, 1, 3))
+            self.reg_token = nn.Parameter(torch.ones(1, 1, 3))
+            self.relative_position_bias_table = nn.Parameter(torch.ones(4, 2))
+            self.my_pos_embed_weight = nn.Parameter(torch.ones(2, 3))
+            self.bias = nn.Parameter(torch.ones(3))
+
+    network = nn.Sequential(nn.Identity(), Own())
+    optimization = Optimization(
+        network, OptimizationSpec(lr=0.5, weight_decay=0.1, total_steps=10, fused=False)
+    )
+    optimization.backward(sum(0 * p.sum() for p in network.parameters()))
+    optimization.update(0)
+    shrunk = {
+        name
+        for name, p in network.named_parameters()
+        if not torch.equal(p, p.new_ones(()).expand_as(p))
+    }
+    assert shrunk == {"1.my_pos_embed_weight"}
 
 
 def test_the_average_forgets_the_starting_weights() -> None:

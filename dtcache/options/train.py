@@ -162,7 +162,10 @@ class TrainOptions(Options):
         group=OPTIMISATION,
     )
     weight_decay: float = option(
-        0.05, "Weight decay; none on norms and biases.", minimum=0, group=OPTIMISATION
+        0.05,
+        "Weight decay; none on norms, biases, tokens and position embeddings.",
+        minimum=0,
+        group=OPTIMISATION,
     )
     clip_grad: float | None = option(
         None,
