@@ -1,15 +1,17 @@
-"""Measure the attention loss between decoded and exact features, beside that between noise draws.
+"""Measure the attention loss (AT) between decoded and exact features and between noise draws.
 
     python benchmarks/attention_error.py --caches runs/student_vs_size \
         --images cifar10-test.parquet --teacher DIR \
         --timestep T [--count 256] [--results DIR]
 
-Takes the codecs of the caches of student_vs_size.py, passes uncompressed features of images that no
-codec was fitted on through them, and prints AT(decoded, exact) per tap. AT(draw 0, draw 1), between
-two noise draws of the same image, gives the scale. The last columns have the error and the entropy
-in bytes of a log-energy map rounded to a number of decibels, as it could be stored beside the
-payload. Results: docs/results/attention_error.json. If the file exists, the script shows its
-content; pass --results with an empty folder to measure again.
+The script encodes and decodes uncompressed features with the codecs of student_vs_size.py's caches
+and prints AT(decoded, exact) per tap. No codec was fitted on these images. AT(draw 0, draw 1),
+between two noise draws of the same image, is the reference. The last columns are for a log-energy
+map rounded to a number of decibels, which a cache could store beside the payload: its AT from the
+exact map, and its entropy in bytes per image.
+
+Results: docs/results/attention_error.json. If the file exists, the script prints its content. Pass
+--results with an empty folder to measure again.
 """
 
 import argparse
@@ -33,21 +35,23 @@ STEPS_DB = (3.0, 1.0, 0.5)
 
 
 def main() -> None:
-    """Measure, print, and keep the result."""
+    """Measure or read the result, and print its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--caches", type=Path, required=True, help="--work of student_vs_size.py")
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--timestep", type=int, required=True)
-    parser.add_argument("--count", type=int, default=256)
+    parser.add_argument(
+        "--images", type=Path, required=True, help="images that no codec was fitted on"
+    )
+    parser.add_argument("--teacher", required=True, help="teacher of the caches")
+    parser.add_argument("--timestep", type=int, required=True, help="timestep of the caches")
+    parser.add_argument("--count", type=int, default=256, help="number of images [256]")
     results_flag(parser)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     command = (
         "python benchmarks/attention_error.py --caches CACHES --images IMAGES --teacher TEACHER "
-        f"--timestep {asked.timestep} --count {asked.count}"
+        f"--timestep {args.timestep} --count {args.count}"
     )
-    result = Results(folder=asked.results, command=command).once(
-        "attention_error", lambda: measure(asked)
+    result = Results(folder=args.results, command=command).once(
+        "attention_error", lambda: measure(args)
     )
     maps = [f"map {step:g} dB" for step in STEPS_DB]
     print(f"{'tap':14} " + " ".join(f"{name:>16}" for name in ("draws", *ARMS, *maps)))
@@ -57,63 +61,65 @@ def main() -> None:
         print(f"{name:14} " + " ".join(f"{cell:>16}" for cell in errors))
 
 
-def measure(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Return AT per tap: between two draws, and between decoded and exact features."""
-    exact = asked.caches / "exact"
+def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return each tap's AT: between two draws, of each cache's codec, of each log-energy map."""
+    exact = args.caches / "exact"
     options = ExtractOptions(
-        teacher=asked.teacher,
-        timestep=(asked.timestep,),
+        teacher=args.teacher,
+        timestep=(args.timestep,),
         quality="fp16",
         draws=2,
         flip=False,
-        limit=asked.count,
+        limit=args.count,
     )
-    extract(asked.images, exact, options)
+    extract(args.images, exact, options)
     cache = Cache(exact)
     rows = cache.reader.usable_rows.tolist()
-    both = [features(cache, rows, draw) for draw in (0, 1)]
-    arms = {arm: Cache(asked.caches / f"cache-{arm}") for arm in ARMS}
-    found = {}
+    draws = [features(cache, rows, draw) for draw in (0, 1)]
+    arms = {arm: Cache(args.caches / f"cache-{arm}") for arm in ARMS}
+    errors = {}
     for name in cache.names:
-        whitened, scalars = both[0][name]
+        whitened, scalars = draws[0][name]
         raw = unwhiten(whitened, scalars)
-        found[name] = {
-            "draws": float(at_loss(unwhiten(*both[1][name]), raw)),
+        errors[name] = {
+            "draws": float(at_loss(unwhiten(*draws[1][name]), raw)),
             **{
-                arm: float(at_loss(unwhiten(passed(c, name, whitened), scalars), raw))
+                arm: float(at_loss(unwhiten(encode_decode(c, name, whitened), scalars), raw))
                 for arm, c in arms.items()
             },
             **{f"map {step:g} dB": log_energy_map(raw, step) for step in STEPS_DB},
         }
-    return found
+    return errors
 
 
 def features(
     cache: Cache, rows: list[int], view: int
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return whitened features and scalars by tap."""
+    """Return each tap's whitened features (B, C, H, W) and whitening scalars of one view."""
     coefficients, scalars = cache.coefficients(rows, [view] * len(rows), cache.names)
     decoded = cache.decoder(cache.names)(coefficients)
     return {name: (decoded[name], scalars[name]) for name in cache.names}
 
 
-def passed(cache: Cache, name: str, whitened_BCHW: torch.Tensor) -> torch.Tensor:
-    """Return the features after encoding and decoding with one cache's codec."""
+def encode_decode(cache: Cache, name: str, whitened_BCHW: torch.Tensor) -> torch.Tensor:
+    """Encode and decode a tap's whitened features (B, C, H, W) with one cache's codec."""
     fitted: Any = cache.fit[name]
     values, _, _ = Encoder(fitted)(whitened_BCHW)
-    return FeatureDecoder({name: fitted})({name: values})[name]
+    decoded: torch.Tensor = FeatureDecoder({name: fitted})({name: values})[name]
+    return decoded
 
 
 def log_energy_map(raw_BCHW: torch.Tensor, step: float) -> dict[str, float]:
-    """Return the attention loss of maps rounded to `step` decibels and their empirical entropy,
-    bytes per image.
+    """Round log-energy maps to `step` decibels; return their AT and their entropy.
+
+    `raw_BCHW` are unwhitened features. The entropy is empirical, in bytes per image.
     """
     exact_BP = attention_map(raw_BCHW)
     levels_BP = (10 * exact_BP.clamp_min(1e-9).log10() / step).round()
     counts = torch.unique(levels_BP, return_counts=True)[1].double()
     bits = -(counts / counts.sum() * (counts / counts.sum()).log2()).sum()
-    # attention_map squares what it is given, so that it normalises the rounded map as it does a
-    # feature's.
+    # attention_map squares its input. With the square root of the energies as its input, it
+    # normalises the rounded map in the same way as the exact one.
     rounded_BP = attention_map((10 ** (levels_BP * step / 10)).sqrt()[:, None, :, None])
     error = float((rounded_BP - exact_BP).norm(dim=1).mean())
     return {"error": error, "bytes": float(bits) * levels_BP.shape[1] / 8}

@@ -1,10 +1,9 @@
-"""The Gaussian rate-distortion bound of a transform: PCA over channels and DCT over space, reverse
-water-filling.
+"""The Gaussian rate-distortion bound of PCA over channels and DCT over space.
 
-A Gaussian source of independent bands of variance v has, at mean squared error D, R = sum max(0,
-log2(v / w) / 2) bits, where the water level w makes the sum of min(v, w) equal to the error
-(Cover & Thomas, 10.3.3). This bound does not hold for every code: the bound of a source that is not
-Gaussian is lower.
+Reverse water-filling (Cover & Thomas, 10.3.3): a Gaussian source of independent bands with
+variances v needs R = sum max(0, log2(v / w) / 2) bits at a squared error E. The water level w
+solves sum min(v, w) = E. The features are not Gaussian, and the bound of a source that is not
+Gaussian is lower. So a code may need fewer bits than R.
 """
 
 from collections.abc import Mapping
@@ -20,10 +19,11 @@ BATCH = 32
 def band_variances(
     maps: Mapping[str, np.ndarray], bases: Mapping[str, np.ndarray] | None
 ) -> dict[str, np.ndarray]:
-    """Return (C, H, W) mean squares of all bands of each map about its channel means, by name.
+    """Return each tap's band variances (C, H, W) about its channel means, in float64.
 
-    The PCA is computed from the maps unless `bases` (C, C) are given. Pass bases if there are few
-    images, because a PCA of few images fits their noise.
+    `maps` are (M, C, H, W). The PCA is computed from the maps if `bases` is None; otherwise `bases`
+    gives a (C, C) basis per tap. Pass bases if there are few images, because a PCA of few images
+    fits their noise.
     """
     variances = {}
     for name, values in maps.items():
@@ -45,14 +45,15 @@ def band_variances(
 
 
 def energy_per_image(maps: Mapping[str, np.ndarray]) -> float:
-    """Return an image's mean sum of squares about the channel means, over all maps: the denominator
-    of D.
+    """Return the sum of squares per image about the channel means of all taps.
+
+    This is the denominator of D.
     """
     return sum(float(np.trace(_moments(values)[1])) * values[0, 0].size for values in maps.values())
 
 
 def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return channel means (C,) and covariance (C, C) over images and positions."""
+    """Return the channel means (C,) and covariance (C, C) of all images and positions."""
     count, channels, height, width = values.shape
     total = np.zeros(channels)
     outer = np.zeros((channels, channels))
@@ -67,13 +68,13 @@ def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bound_bytes(variances: Mapping[str, np.ndarray], distortion: float) -> float:
-    """Return the bytes per image of the bound at D = error over variance of all maps."""
+    """Return the bound in bytes per image at D = squared error / total variance of all bands."""
     v = np.sort(np.concatenate([band.reshape(-1) for band in variances.values()]))
     target = distortion * v.sum()
-    # With the k smallest bands wholly under water the error is their sum and a level w for each of
-    # the others.
-    under = np.concatenate([[0.0], np.cumsum(v)])[:-1]
-    left = len(v) - np.arange(len(v))
-    k = int(np.searchsorted(under + left * v, target))
-    water = (target - under[k]) / left[k]
+    # If the k smallest variances lie below the water level, the error is their sum plus the water
+    # level for each of the other bands.
+    below = np.concatenate([[0.0], np.cumsum(v)])[:-1]
+    above = len(v) - np.arange(len(v))
+    k = int(np.searchsorted(below + above * v, target))
+    water = (target - below[k]) / above[k]
     return float(np.log2(v[k:] / water).sum() / 2 / 8)

@@ -1,14 +1,16 @@
-"""Two one-thread workers against one: images a second of the whole extraction, and what the machine
-itself allows.
+"""Compare extraction with two workers and with one worker, each of one thread, in images/s.
 
     python benchmarks/cluster.py [--work runs/cluster] [--images 1024] [--rounds 5]
 
-A cache of generated scenes with the CIFAR-10 teacher, both flips, begun and fitted once; every
-round copies that folder and times all its shards from the first submitted task to the last commit,
-on one worker and on two, in turn. Start-up is apart: both clusters run all the time, and each
-worker has computed a shard before, so that its teacher is loaded and its kernels are compiled. The
-limit is what two of these workers do at once, in bare passes of the teacher with nothing else, over
-what one does: cores that share caches, memory or a clock give less than 2.
+The cache has the CIFAR-10 teacher's features of generated scenes, for both flips. The script fits
+the codec once and keeps the cache without shards. In every round it copies this cache and times all
+shards, from the first submitted task to the last commit, first on one worker and then on two.
+Start-up is not timed: both clusters run all the time, and each worker computes a shard before the
+first round, so that its teacher is loaded and its kernels are compiled.
+
+The script also times bare forward passes of the teacher, on one worker and on two at once. Their
+speed-up is the upper limit on this machine. It is below 2 if the cores share caches, memory
+bandwidth or a clock. Results: docs/results/cluster.json.
 """
 
 import argparse
@@ -37,19 +39,27 @@ from pipelines.extract.workers.dispatch import ClusterRunner, make_assignment
 from pipelines.extract.workers.task import run_task
 
 GOAL = 1.7
+"""Speed-up of two workers over one."""
 SHARDS = 16
 PASSES = 20
+"""Timed forward passes per worker and round."""
+LABELS = {1: "1 worker", 2: "2 workers"}
 TEACHER = ROOT / "benchmarks" / "teachers" / "cifar10"
 
 
 def main() -> None:
-    """Measure, print, record."""
+    """Measure, print and record the speed-up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("runs/cluster"))
-    parser.add_argument("--images", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/cluster"),
+        help="folder of scenes and caches [runs/cluster]",
+    )
+    parser.add_argument("--images", type=int, default=1024, help="number of scenes [1024]")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds [5]")
     results_flag(parser)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     started = time.time()
     options = ExtractOptions(
         teacher=str(TEACHER),
@@ -57,90 +67,100 @@ def main() -> None:
         precision="fp32",
         threads=1,
         batch_size=32,
-        shard_rows=asked.images // SHARDS,
+        shard_rows=args.images // SHARDS,
     )
-    asked.work.mkdir(parents=True, exist_ok=True)
-    images = asked.work / "scenes" / "images"
-    begun = asked.work / "begun"
+    args.work.mkdir(parents=True, exist_ok=True)
+    images = args.work / "scenes" / "images"
+    empty_cache = args.work / "begun"
     if not images.exists():
-        write_scenes(images.parent, seed=0, size=32, count=asked.images)
-    shutil.rmtree(begun, ignore_errors=True)
-    begun.mkdir()
+        write_scenes(images.parent, seed=0, size=32, count=args.images)
+    shutil.rmtree(empty_cache, ignore_errors=True)
+    empty_cache.mkdir()
     with cpu_threads(1):
-        begin_cache(begun, make_plan(open_source(images), options))
+        begin_cache(empty_cache, make_plan(open_source(images), options))
     seconds: dict[int, list[float]] = {1: [], 2: []}
-    passes: dict[int, list[float]] = {1: [], 2: []}
+    pass_seconds: dict[int, list[float]] = {1: [], 2: []}
     with ExitStack() as stack:
         clients = {
             count: stack.enter_context(
-                local_cluster(
-                    [{}] * count, dashboard=False, log=asked.work / f"cluster-{count}.log"
-                )
+                local_cluster([{}] * count, dashboard=False, log=args.work / f"cluster-{count}.log")
             )
-            for count in (1, 2)
+            for count in LABELS
         }
-        root = asked.work / "cache"
-        writer = fresh(begun, root)
+        root = args.work / "cache"
+        writer = copy_cache(empty_cache, root)
         assignment = make_assignment(root, writer.manifest, images, options)
         for count, client in clients.items():
             client.wait_for_workers(count)
-            everywhere(client, run_task, worker.compute, assignment, 0, "warm-up")
-        for _ in range(asked.rounds):
+            run_on_all_workers(client, run_task, worker.compute, assignment, 0, "warm-up")
+        for _ in range(args.rounds):
             for count, client in clients.items():
-                passes[count].append(max(everywhere(client, forward_passes, assignment)))
-                seconds[count].append(extraction(client, fresh(begun, root), images, options))
-                print(
-                    f"{count} workers: {asked.images / seconds[count][-1]:.1f} images/s", flush=True
+                pass_seconds[count].append(
+                    max(run_on_all_workers(client, time_forward_passes, assignment))
                 )
-    ratio = statistics.median(one / two for one, two in zip(seconds[1], seconds[2], strict=True))
-    limit = statistics.median(2 * one / two for one, two in zip(passes[1], passes[2], strict=True))
+                seconds[count].append(
+                    time_extraction(client, copy_cache(empty_cache, root), images, options)
+                )
+                rate = args.images / seconds[count][-1]
+                print(f"{LABELS[count]}: {rate:.1f} images/s", flush=True)
+    speedup = statistics.median(one / two for one, two in zip(seconds[1], seconds[2], strict=True))
+    limit = statistics.median(
+        2 * one / two for one, two in zip(pass_seconds[1], pass_seconds[2], strict=True)
+    )
     result = {
-        "images": asked.images,
-        "views an image": 2,
-        "images/s": {
-            f"{n} workers": round(asked.images / statistics.median(s), 1)
-            for n, s in seconds.items()
+        "images": args.images,
+        "views_per_image": 2,
+        "images_per_second": {
+            LABELS[count]: round(args.images / statistics.median(rounds), 1)
+            for count, rounds in seconds.items()
         },
-        "two workers over one": round(ratio, 3),
+        "speedup": round(speedup, 3),
         "goal": GOAL,
-        "met": ratio >= GOAL,
-        "limit: bare passes of two workers at once over one": round(limit, 3),
-        "share of the limit": round(ratio / limit, 3),
-        "seconds": {f"{n} workers": [round(s, 2) for s in taken] for n, taken in seconds.items()},
+        "goal_met": speedup >= GOAL,
+        "bare_pass_speedup": round(limit, 3),
+        "speedup_over_bare_pass_speedup": round(speedup / limit, 3),
+        "seconds": {
+            LABELS[count]: [round(s, 2) for s in rounds] for count, rounds in seconds.items()
+        },
     }
-    print(f"two workers over one: {ratio:.2f} (goal {GOAL}); the machine's limit {limit:.2f}")
-    command = f"python benchmarks/cluster.py --images {asked.images} --rounds {asked.rounds}"
-    write(asked.results / "cluster.json", command, result, time.time() - started)
+    print(f"speed-up of two workers over one: {speedup:.2f} (goal {GOAL})")
+    print(f"upper limit, speed-up of bare forward passes: {limit:.2f}")
+    command = f"python benchmarks/cluster.py --images {args.images} --rounds {args.rounds}"
+    write(args.results / "cluster.json", command, result, time.time() - started)
 
 
-def fresh(begun: Path, root: Path) -> CacheWriter:
-    """Return the writer of a copy of the begun cache, always in one place: workers keep the teacher
-    of that cache.
+def copy_cache(empty_cache: Path, root: Path) -> CacheWriter:
+    """Copy the cache without shards to `root` and return the writer of the copy.
+
+    `root` is the same in every round, so that workers reuse the teacher that they have loaded.
     """
     shutil.rmtree(root, ignore_errors=True)
-    shutil.copytree(begun, root)
+    shutil.copytree(empty_cache, root)
     return CacheWriter.resume(root)
 
 
-def everywhere(client: Client, task: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Return what a task gives on every worker, all of them at once."""
+def run_on_all_workers(client: Client, task: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Run a task once on every worker, on all workers at once, and return the results."""
     futures = [client.submit(task, *arguments, workers=[a], pure=False) for a in client.nthreads()]
-    found: list[Any] = client.gather(futures)
-    return found
+    results: list[Any] = client.gather(futures)
+    return results
 
 
-def extraction(client: Client, writer: CacheWriter, images: Path, options: ExtractOptions) -> float:
-    """Return the seconds that all shards of a begun cache take, up to the last commit."""
+def time_extraction(
+    client: Client, writer: CacheWriter, images: Path, options: ExtractOptions
+) -> float:
+    """Compute and commit all shards of a cache; return the seconds up to the last commit."""
     started = time.perf_counter()
     runner = ClusterRunner(client=client, images=images, root=writer.root, options=options)
     for shard in runner.run(writer.manifest, writer.missing, lambda count: None):
         writer.commit(shard)
-    assert writer.missing == []
+    if writer.missing:
+        raise RuntimeError(f"shards {writer.missing} were not written. Expected no missing shard.")
     return time.perf_counter() - started
 
 
-def forward_passes(assignment: str) -> float:
-    """Time bare passes of a worker's teacher, on the worker."""
+def time_forward_passes(assignment: str) -> float:
+    """Run bare forward passes of a worker's teacher, on that worker; return the seconds."""
     with cpu_threads(1):
         teacher = worker.shard_worker().runner(assignment).plan.teacher
         view = teacher.input(np.zeros((3, 32, 32), np.uint8), "key", False, seed=0, draws=[0])

@@ -1,9 +1,8 @@
-"""Run `dtcache demo` with its defaults; record the result with machine and commit, and write its
-page.
+"""Run `dtcache demo` with its default options, record the result, and write its page.
 
     python benchmarks/demo.py [--work runs/demo]
 
-Stages that are finished in the work folder are not repeated. Results: docs/results/demo.json and
+The script skips stages that are finished in the work folder. Results: docs/results/demo.json and
 demo.md.
 """
 
@@ -18,13 +17,16 @@ from pipelines.demo import cost_of, demo
 
 
 def main() -> None:
-    """Run the demonstration and write both files."""
+    """Run the demonstration; write the JSON file and the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--work", type=Path, default=ROOT / "runs" / "demo", help="folder of the demonstration"
+        "--work",
+        type=Path,
+        default=ROOT / "runs" / "demo",
+        help="folder of the demonstration [runs/demo]",
     )
-    asked = parser.parse_args()
-    summary = demo(asked.work, DemoOptions())
+    args = parser.parse_args()
+    summary = demo(args.work, DemoOptions())
     seconds = sum(summary["seconds"].values())
     write(RESULTS / "demo.json", "python benchmarks/demo.py", summary, seconds)
     (RESULTS / "demo.md").write_text("\n".join(page_lines(summary, seconds)))
@@ -32,37 +34,34 @@ def main() -> None:
 
 def page_lines(summary: dict[str, Any], seconds: float) -> list[str]:
     """Return the lines of the page: machine, bytes per image, students, times."""
-    spent = summary["seconds"]
+    stage_seconds = summary["seconds"]
     rows = []
     for student in summary["students"]:
-        trained = spent[f"train {student['name'].split(',')[0]}"]
-        time = f"{trained:.0f} s" if "cache" in student["name"] else "-"
+        training = stage_seconds[f"train {student['name'].split(',')[0]}"]
+        time = f"{training:.0f} s" if "cache" in student["name"] else "-"
         rows.append(
             f"| {student['name']} | {student['knn_top1']:.1f} | {student['linear_top1']:.1f} | "
             f"{time} |"
         )
-    evaluations = [value for name, value in spent.items() if name.startswith("evaluate")]
+    evaluations = [value for name, value in stage_seconds.items() if name.startswith("evaluate")]
     options = DemoOptions()
     return [
         "# The demonstration",
         "",
-        f"`dtcache demo` took {seconds:.0f} s on {machine()}, commit {commit()}. "
+        f"`dtcache demo` took {seconds:.0f} s on {machine()}, commit {commit()}.",
         f"{cost_of(summary)}.",
-        "The demonstration has one seed, so it supports no claim about student quality. "
-        "`demo.json` has the "
-        "whole result;",
-        "`python benchmarks/demo.py` writes both files.",
+        "The demonstration has one seed, so it supports no claim about student quality.",
+        "`python benchmarks/demo.py` writes this page and `demo.json`, which has all results.",
         "",
         "| student | k-NN top-1 % | linear probe top-1 % | training |",
         "|---|---|---|---|",
         *rows,
         "",
-        f"Chance is 12.5 %: eight classes of scenes, with {options.train_images} training and "
-        f"{options.test_images} test",
-        f"images. Writing the scenes took {spent['scenes']:.0f} s, fitting the codec and "
-        f"extracting the cache "
-        f"{spent['extract']:.0f} s,",
-        f"evaluating each row of the table {min(evaluations):.0f} to {max(evaluations):.0f} s.",
+        f"Chance is 12.5 %: there are eight classes of scenes, {options.train_images} training "
+        f"images and {options.test_images} test images.",
+        f"Writing the scenes took {stage_seconds['scenes']:.0f} s.",
+        f"Fitting the codec and extracting the cache took {stage_seconds['extract']:.0f} s.",
+        f"Evaluating a row of the table took {min(evaluations):.0f} to {max(evaluations):.0f} s.",
         "",
     ]
 

@@ -1,17 +1,16 @@
-"""What the whole of stage 1 costs beside its teacher's bare pass, and beside what today's scripts
-do.
+"""Compare the rate of `dtcache extract` with the teacher's forward pass and with a common script.
 
     python benchmarks/extract.py [--width 64] [--images 64] [--rounds 3] \
         [--device cuda --width 256 --batch-size 64]
 
-A U-Net of ADM-256's shape (Dhariwal & Nichol 2021), its 256 channels scaled to --width, random
-weights; taps at strides 4 to 32; JPEGs of 480 pixels a side. Every arm of a round is a process of
-its own, arms interleaved, all in the same precision:
+The teacher is a U-Net of ADM-256's shape (Dhariwal & Nichol 2021) with random weights. --width
+scales its 256 channels. The taps have strides 4 to 32; the images are JPEGs of 480 pixels per side.
+Every arm of a round is a separate process. The arms are interleaved and use the same precision:
 
-- naive: full forward pass with hooks, fp16 features to one .npz file an image;
-- bare: the truncated forward pass on a batch that is there, and nothing else: the limit;
-- dtcache: `extract` of both flips; images/s count the shards alone. The fit, 2 x 256 passes per
-  cache, is timed separately: it is 1 % of an extraction of 25,600 images.
+- naive: a full forward pass with hooks; fp16 features go to one .npz file per image;
+- bare: only the truncated forward pass, on a batch in memory: the upper limit;
+- dtcache: `extract` with both flips. The rate covers the shards only. The fit takes 2 x 256 passes
+  per cache and is timed separately: it is 1 % of an extraction of 25,600 images.
 
 Results: docs/results/extract-<width>-<device>.json.
 """
@@ -24,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,147 +48,145 @@ BLOCKS = (0, 1, 2, 3)
 TIMESTEP = 150
 SIZE = 256
 SIDE = 480
-GOALS = {"over_naive": 2.2, "of_bare_cpu": 0.9, "of_bare_cuda": 0.97, "memory_gib": 1.0}
+GOAL_OVER_NAIVE = 2.2
+GOAL_OVER_BARE = {"cpu": 0.9, "cuda": 0.97}
+GOAL_PEAK_GIB = 1.0
+"""Peak memory of dtcache above that of the bare pass."""
 
 
 def main() -> None:
-    """Run all arms of all rounds, print the ratios and keep them; or run one arm and print its
-    figures.
-    """
+    """Run all arms in separate processes and record the ratios, or run one arm in this process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--width", type=int, default=64, help="channels of the finest level; ADM has 256"
+        "--width", type=int, default=64, help="channels of the finest level; ADM has 256 [64]"
     )
     parser.add_argument(
-        "--images", type=int, default=64, help="images of the dtcache arm, both flips of each"
+        "--images", type=int, default=64, help="images of the dtcache arm, both flips of each [64]"
     )
-    parser.add_argument("--passes", type=int, default=4, help="batches of the other two arms")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--passes", type=int, default=4, help="batches of the other two arms [4]")
+    parser.add_argument("--batch-size", type=int, default=16, help="views per batch [16]")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of all arms [3]")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto [auto]")
     results_flag(parser)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.arm:
-        print(json.dumps(run_arm(asked)))
+    args = parser.parse_args()
+    if args.arm:
+        print(json.dumps(run_arm(args)))
         return
     with tempfile.TemporaryDirectory() as work:
-        asked.work = Path(work)
+        args.work = Path(work)
         started = time.time()
-        prepare(asked)
-        rounds = [{arm: in_process(asked, arm) for arm in ARMS} for _ in range(asked.rounds)]
-    device = resolve_compute(asked.device, "auto").device.type
+        write_inputs(args)
+        rounds = [{arm: run_in_process(args, arm) for arm in ARMS} for _ in range(args.rounds)]
+    device = resolve_compute(args.device, "auto").device.type
     result = summary(rounds, device)
-    command = f"python benchmarks/extract.py --width {asked.width} --images {asked.images} "
-    command += f"--passes {asked.passes} "
-    command += f"--batch-size {asked.batch_size} --rounds {asked.rounds} --device {asked.device}"
-    write(
-        asked.results / f"extract-{asked.width}-{device}.json",
-        command,
-        result,
-        time.time() - started,
+    command = (
+        f"python benchmarks/extract.py --width {args.width} --images {args.images} "
+        f"--passes {args.passes} --batch-size {args.batch_size} --rounds {args.rounds} "
+        f"--device {args.device}"
     )
+    path = args.results / f"extract-{args.width}-{device}.json"
+    write(path, command, result, time.time() - started)
     print(json.dumps(result, indent=1))
 
 
-def prepare(asked: argparse.Namespace) -> None:
-    """Write teacher and photographs' stand-ins."""
+def write_inputs(args: argparse.Namespace) -> None:
+    """Write the teacher, and generated scenes as JPEGs."""
     torch.manual_seed(0)
-    channels = tuple(asked.width * m for m in MULTIPLIERS)
+    channels = tuple(args.width * m for m in MULTIPLIERS)
     save_teacher(
         build_unet(SIZE, SIZE, channels, layers=2, attention=3),
-        asked.work / "teacher",
+        args.work / "teacher",
         torch.float32,
     )
-    (asked.work / "images").mkdir()
-    for index in range(asked.images):
+    (args.work / "images").mkdir()
+    for index in range(args.images):
         image = Image.fromarray(scene(0, index, SIDE).pixels)
-        image.save(asked.work / "images" / f"{index:05d}.jpg", quality=90)
+        image.save(args.work / "images" / f"{index:05d}.jpg", quality=90)
 
 
-def in_process(asked: argparse.Namespace, arm: str) -> dict[str, float]:
-    """Run one arm in a process of its own."""
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(asked).items() if k not in ("arm",)]
+def run_in_process(args: argparse.Namespace, arm: str) -> dict[str, float]:
+    """Run one arm in a separate process; return its rate and memory."""
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k != "arm"]
     command = [sys.executable, __file__, "--arm", arm, *flags]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    print(arm, found, file=sys.stderr, flush=True)
-    return found
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    print(arm, result, file=sys.stderr, flush=True)
+    return result
 
 
-def run_arm(asked: argparse.Namespace) -> dict[str, float]:
-    """Return views/s and peak memory (GiB) of one arm; start-up is not counted."""
-    compute = resolve_compute(asked.device, "auto")
+def run_arm(args: argparse.Namespace) -> dict[str, float]:
+    """Return views per second and peak memory (GiB) of one arm; start-up is not timed."""
+    compute = resolve_compute(args.device, "auto")
     configure_process(compute.device)
-    found = {"naive": naive, "bare": bare, "dtcache": whole}[asked.arm](asked)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    found["peak_gib"] = (
-        torch.cuda.max_memory_allocated() / 2**30 if compute.device.type == "cuda" else peak
+    arms = {"naive": run_naive, "bare": run_bare, "dtcache": run_dtcache}
+    result = arms[args.arm](args)
+    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    result["peak_gib"] = (
+        torch.cuda.max_memory_allocated() / 2**30 if compute.device.type == "cuda" else host_peak
     )
-    found["host_peak_gib"] = peak
-    return found
+    result["host_peak_gib"] = host_peak
+    return result
 
 
-def naive(asked: argparse.Namespace) -> dict[str, float]:
-    """Run the whole U-Net on decoded images and save fp16 taps, one file an image, as a script of a
-    paper would.
-    """
-    compute = resolve_compute(asked.device, "auto")
-    loaded = load_teacher(str(asked.work / "teacher"))
+def run_naive(args: argparse.Namespace) -> dict[str, float]:
+    """Run the full U-Net on decoded images and save fp16 taps, one file per image."""
+    compute = resolve_compute(args.device, "auto")
+    loaded = load_teacher(str(args.work / "teacher"))
     unet = loaded.denoiser.unet.to(compute.device)
-    seen: dict[str, torch.Tensor] = {}
+    taps: dict[str, torch.Tensor] = {}
     for index in BLOCKS:
         block = unet.up_blocks[index]
         block.resnets[-1].register_forward_hook(
-            lambda m, args, out, index=index: seen.__setitem__(f"block{index}", out)
+            lambda m, inputs, out, index=index: taps.__setitem__(f"block{index}", out)
         )
     alpha_bar = loaded.alpha_bars[TIMESTEP].to(compute.device)
-    count = asked.passes * asked.batch_size
-    source = open_source(asked.work / "images")
+    count = args.passes * args.batch_size
+    source = open_source(args.work / "images")
     view = ViewSpec(height=SIZE, width=SIZE)
     views = load_views(
-        source, (i % asked.images for i in range(count + asked.batch_size)), view, threads=2
+        source, (i % args.images for i in range(count + args.batch_size)), view, threads=2
     )
 
     def batch(start: int) -> None:
-        pixels = np.stack([next(views).pixels_CHW for _ in range(asked.batch_size)])
+        pixels = np.stack([next(views).pixels_CHW for _ in range(args.batch_size)])
         clean = torch.from_numpy(pixels).to(compute.device).float() / 127.5 - 1
         noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * torch.randn_like(clean)
         with torch.inference_mode(), compute.autocast():
             unet(noisy, torch.full((len(noisy),), TIMESTEP, device=compute.device))
-        half = {name: maps.half().cpu().numpy() for name, maps in seen.items()}
-        for i in range(asked.batch_size):
+        half = {name: maps.half().cpu().numpy() for name, maps in taps.items()}
+        for i in range(args.batch_size):
             np.savez(
-                asked.work / f"naive-{start + i}.npz",
+                args.work / f"naive-{start + i}.npz",
                 **{name: maps[i] for name, maps in half.items()},
             )
 
     batch(0)
     started = time.perf_counter()
-    for start in range(0, count, asked.batch_size):
+    for start in range(0, count, args.batch_size):
         batch(start)
     return {"views_per_second": count / (time.perf_counter() - started)}
 
 
-def bare(asked: argparse.Namespace) -> dict[str, float]:
-    """Run the truncated U-Net on one batch, over and over."""
-    compute = resolve_compute(asked.device, "auto")
+def run_bare(args: argparse.Namespace) -> dict[str, float]:
+    """Run the truncated U-Net repeatedly on one batch."""
+    compute = resolve_compute(args.device, "auto")
     teacher = prepare_teacher(
-        load_teacher(str(asked.work / "teacher")),
+        load_teacher(str(args.work / "teacher")),
         TeacherSettings(
             view=ViewSpec(height=SIZE, width=SIZE),
             taps=TAPS,
             timesteps=(TIMESTEP,),
-            batch_size=asked.batch_size,
+            batch_size=args.batch_size,
         ),
         compute,
     )
-    noisy = torch.randn(asked.batch_size, 3, SIZE, SIZE, device=compute.device)
+    noisy = torch.randn(args.batch_size, 3, SIZE, SIZE, device=compute.device)
     noisy = noisy.contiguous(memory_format=torch.channels_last)
-    t_B = torch.full((asked.batch_size,), TIMESTEP, device=compute.device)
+    t_B = torch.full((args.batch_size,), TIMESTEP, device=compute.device)
 
-    def passes(count: int) -> float:
+    def time_passes(count: int) -> float:
         started = time.perf_counter()
         with torch.inference_mode(), compute.autocast():
             for _ in range(count):
@@ -197,48 +195,48 @@ def bare(asked: argparse.Namespace) -> dict[str, float]:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    passes(1)
-    return {"views_per_second": asked.passes * asked.batch_size / passes(asked.passes)}
+    time_passes(1)
+    return {"views_per_second": args.passes * args.batch_size / time_passes(args.passes)}
 
 
-def whole(asked: argparse.Namespace) -> dict[str, float]:
-    """Extract a cache, fit included in the peak memory and told apart in time."""
-    with tempfile.TemporaryDirectory(dir=asked.work) as out:
+def run_dtcache(args: argparse.Namespace) -> dict[str, float]:
+    """Extract a cache. The peak memory includes the fit; the fit's time is separate."""
+    with tempfile.TemporaryDirectory(dir=args.work) as out:
         options = ExtractOptions(
-            teacher=str(asked.work / "teacher"),
+            teacher=str(args.work / "teacher"),
             timestep=(TIMESTEP,),
             taps="4,8,16,32",
-            batch_size=asked.batch_size,
-            device=asked.device,
+            batch_size=args.batch_size,
+            device=args.device,
         )
-        done = extract(asked.work / "images", Path(out) / "cache", options)
+        extracted = extract(args.work / "images", Path(out) / "cache", options)
     return {
-        "views_per_second": 2 * asked.images / done.shard_seconds,
-        "fit_seconds": done.fit_seconds,
-        "fit_views_per_second": 2 * asked.images / done.fit_seconds,
+        "views_per_second": 2 * args.images / extracted.shard_seconds,
+        "fit_seconds": extracted.fit_seconds,
+        "fit_views_per_second": 2 * args.images / extracted.fit_seconds,
     }
 
 
 def summary(rounds: list[dict[str, dict[str, float]]], device: str) -> dict[str, Any]:
-    """Return medians over the rounds, ratios of pairs, and each goal beside what was reached."""
+    """Return medians over the rounds, medians of the ratios within a round, and the goals met."""
 
-    def median(of: Any) -> float:
-        return round(statistics.median(of(r) for r in rounds), 3)
+    def median(values: Iterable[float]) -> float:
+        return round(statistics.median(values), 3)
 
     rate = "views_per_second"
-    over_naive = median(lambda r: r["dtcache"][rate] / r["naive"][rate])
-    of_bare = median(lambda r: r["dtcache"][rate] / r["bare"][rate])
-    memory = median(lambda r: r["dtcache"]["peak_gib"] - r["bare"]["peak_gib"])
+    over_naive = median(r["dtcache"][rate] / r["naive"][rate] for r in rounds)
+    over_bare = median(r["dtcache"][rate] / r["bare"][rate] for r in rounds)
+    additional_peak = median(r["dtcache"]["peak_gib"] - r["bare"]["peak_gib"] for r in rounds)
     return {
-        "views_per_second": {arm: median(lambda r, arm=arm: r[arm][rate]) for arm in ARMS},
-        "fit_seconds": median(lambda r: r["dtcache"]["fit_seconds"]),
-        "over_naive": over_naive,
-        "of_bare": of_bare,
-        "peak_over_bare_gib": memory,
-        "met": {
-            "over_naive": over_naive >= GOALS["over_naive"],
-            "of_bare": of_bare >= GOALS[f"of_bare_{device}"],
-            "memory": memory <= GOALS["memory_gib"],
+        "views_per_second": {arm: median(r[arm][rate] for r in rounds) for arm in ARMS},
+        "fit_seconds": median(r["dtcache"]["fit_seconds"] for r in rounds),
+        "rate_over_naive": over_naive,
+        "rate_over_bare": over_bare,
+        "peak_minus_bare_gib": additional_peak,
+        "goals_met": {
+            "rate_over_naive": over_naive >= GOAL_OVER_NAIVE,
+            "rate_over_bare": over_bare >= GOAL_OVER_BARE[device],
+            "peak_minus_bare_gib": additional_peak <= GOAL_PEAK_GIB,
         },
         "rounds": rounds,
     }

@@ -1,9 +1,10 @@
-"""Whitened decoder features to compress, spooled to disk: of a trained CIFAR-10 teacher, and of one
-in ADM's shape.
+"""Compute whitened decoder features of two teachers and write them to temporary files.
 
+The teachers are the trained CIFAR-10 teacher and a U-Net of ADM's shape with random weights.
 Shape suffixes: B batch, C channels, H rows, W columns, M views.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,72 +29,99 @@ from pipelines.terminal.progress import track
 BATCH = 64
 ADM_CHANNELS = (256, 256, 512, 512, 1024, 1024)
 ADM_TAPS = ("stride4", "stride8", "stride16", "stride32")
-"""(up block, stride, channels) at 256 px."""
+"""The taps at 256 px, finest first."""
 ADM_BATCH = 2
 
-Maps = dict[str, np.memmap]
-"""fp16 (M, C, H, W) by array name."""
+Maps = Mapping[str, np.ndarray]
+"""fp16 features (M, C, H, W) by array name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureSet:
-    """The features of one teacher: two noise draws of the views that codecs are fitted on, one of
-    those counted.
-    """
+    """The features of one teacher on two sets of images."""
 
     fit: dict[str, np.ndarray]
-    """(2, M, C, H, W) fp16."""
+    """fp16 (2, M, C, H, W): two noise draws of the images that the codec is fitted on."""
     counted: Maps
+    """One noise draw of the images whose bytes are counted."""
     about: str
-    """Teacher, images and timestep, in words."""
+    """Teacher, timestep, number of images and image size."""
 
 
-def cifar10_features(
-    spool: Path, data: Path, teacher: Path, timestep: int, fit: int, count: int
-) -> FeatureSet:
-    """Fit on the first training images of the permuted order; count the first test images of
-    theirs.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureInputs:
+    """The images and the timestep of a feature set."""
+
+    spool: Path
+    """Folder of the temporary files."""
+    data: Path | None
+    """Folder with cifar10-*.parquet and camvid; None for generated scenes (ADM's shape only)."""
+    timestep: int
+    num_fit: int
+    """Images that the codec is fitted on."""
+    num_counted: int
+    """Images whose bytes are counted."""
+
+
+def cifar10_features(inputs: FeatureInputs, teacher: Path) -> FeatureSet:
+    """Return the CIFAR-10 teacher's features at 32 px, in a fixed random order of the images.
+
+    The codec is fitted on training images; test images are counted. Raises ImagesError if
+    `inputs.data` is None.
     """
+    if inputs.data is None:
+        raise ImagesError("no CIFAR-10 images. Expected a folder, got None. Pass `data`.")
     options = ExtractOptions(
-        teacher=str(teacher), timestep=(timestep,), limit=fit, flip=False, batch_size=BATCH
+        teacher=str(teacher),
+        timestep=(inputs.timestep,),
+        limit=inputs.num_fit,
+        flip=False,
+        batch_size=BATCH,
     )
-    plan = make_plan(open_source(data / "cifar10-train.parquet"), options)
-    test = open_source(data / "cifar10-test.parquet")
-    order = permuted(len(test.keys), seed=0, stream="rows")[:count]
+    plan = make_plan(open_source(inputs.data / "cifar10-train.parquet"), options)
+    test = open_source(inputs.data / "cifar10-test.parquet")
+    order = permuted(len(test.keys), seed=0, stream="rows")[: inputs.num_counted]
     counted = replace(plan, source=test, samples=SampleList(test.keys, test.labels, order))
     about = (
-        f"CIFAR-10 teacher, t={timestep}: fitted on {fit} training images, counted on "
-        f"{count} test images, 32 px"
+        f"CIFAR-10 teacher, t={inputs.timestep}: fitted on {inputs.num_fit} training images, "
+        f"counted on {inputs.num_counted} test images, 32 px"
     )
-    return _feature_set(spool / "cifar10", plan, counted, about)
+    return _feature_set(inputs.spool / "cifar10", plan, counted, about)
 
 
-def adm_features(spool: Path, data: Path | None, timestep: int, fit: int, count: int) -> FeatureSet:
-    """Fit on some photographs and count others (generated scenes where there is no `data`), random
-    weights, 256 px.
+def adm_features(inputs: FeatureInputs) -> FeatureSet:
+    """Return features of a U-Net of ADM's shape with random weights, at 256 px.
+
+    The codec is fitted on some images; other images of the same source are counted. The source is
+    CamVid, or generated scenes if `inputs.data` is None.
     """
-    images = data / "camvid" / "images" / "train" if data else spool / "scenes"
-    if data is None:
-        write_scenes(images, seed=0, size=256, count=fit + count, masks=False)
+    if inputs.data is None:
+        images = inputs.spool / "scenes"
+        count = inputs.num_fit + inputs.num_counted
+        write_scenes(images, seed=0, size=256, count=count, masks=False)
+        kind = "generated scenes"
+    else:
+        images = inputs.data / "camvid" / "images" / "train"
+        kind = "CamVid photographs"
     source = open_source(images)
-    order = permuted(len(source.keys), seed=0, stream="rows")[: fit + count]
-    samples = SampleList(source.keys, source.labels, order)
+    order = permuted(len(source.keys), seed=0, stream="rows")
+    samples = SampleList(source.keys, source.labels, order[: inputs.num_fit + inputs.num_counted])
     plan = ExtractionPlan(
         source=source,
-        samples=samples[:fit],
-        teacher=_adm_teacher(timestep),
+        samples=samples[: inputs.num_fit],
+        teacher=_adm_teacher(inputs.timestep),
         options=ExtractOptions(flip=False, store_images=False),
     )
-    kind = "CamVid photographs" if data else "generated scenes"
+    counted = replace(plan, samples=samples[inputs.num_fit :])
     about = (
-        f"ADM-shaped U-Net of random weights, t={timestep}: fitted on {fit} {kind}, "
-        f"counted on {count} others, 256 px"
+        f"ADM-shaped U-Net of random weights, t={inputs.timestep}: fitted on {inputs.num_fit} "
+        f"{kind}, counted on {inputs.num_counted} others, 256 px"
     )
-    return _feature_set(spool / "adm", plan, replace(plan, samples=samples[fit:]), about)
+    return _feature_set(inputs.spool / "adm", plan, counted, about)
 
 
 def _adm_teacher(timestep: int) -> Teacher:
-    """Return a U-Net of Dhariwal & Nichol's shape at 256 px, truncated after stride 4."""
+    """Return a U-Net of Dhariwal & Nichol's (2021) shape at 256 px, truncated after stride 4."""
     torch.manual_seed(0)
     unet = build_unet(256, 256, ADM_CHANNELS, layers=2, attention=3).eval().requires_grad_(False)
     alpha_bars = ddpm_scheduler().alphas_cumprod.float()
@@ -126,7 +154,7 @@ def _feature_set(
 
 
 def _spool(folder: Path, plan: ExtractionPlan, draw: int) -> Maps:
-    """Write the whitened features of a plan's rows under one noise draw."""
+    """Compute the whitened features of a plan's samples with one noise draw; keep them in files."""
     folder.mkdir(parents=True)
     spec = plan.teacher.spec
     count = len(plan.samples)

@@ -1,11 +1,13 @@
-"""Measure input at scale: listing a folder, tar shards against files, Parquet by memory limit.
+"""Measure input at scale: listing a folder, and reading from files, tar shards and Parquet.
 
     python benchmarks/inputs.py --work SCRATCH [--files 200000] [--rows 20000] [--results DIR]
 
-Images are random bytes of 20 to 80 kB: nothing is decoded, only found and read, in one permuted
-order, from the page cache. Peak memory is that of a process of its own, above what it has after its
-imports. Results: docs/results/inputs.json; if it exists, its content is shown; pass --results with
-an empty folder to measure again.
+Images are random bytes of 20 to 80 kB. The script reads them once, in one permuted order, from the
+page cache; it decodes nothing. Parquet is read under several memory limits. Peak memory is that of
+a separate process, minus its memory after the imports.
+
+Results: docs/results/inputs.json. If the file exists, the script prints its content. Pass --results
+with an empty folder to measure again.
 """
 
 import argparse
@@ -27,30 +29,31 @@ from dtcache.rng import permuted
 from dtcache.samples import SampleList
 from dtcache.store.sample_index import hash_samples
 
-FILES = 5
+CONTAINERS = 5
+"""Tar shards, Parquet files or folders that the images are divided among."""
 HELD_MIB = (2048, 512, 128)
+"""Memory limits of the Parquet source."""
 GROUP_ROWS = (100, 1000, 4000)
+"""Rows per row group of the Parquet files."""
 MIB = 1 << 20
 
 
 def main() -> None:
-    """Measure, print, and keep the result."""
-    from records import (
-        Results,
-        results_flag,
-    )  # imports torch, which the measured processes do without
+    """Measure or read the result, and print it."""
+    # `records` imports torch, which the measured processes must not load.
+    from records import Results, results_flag
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--files", type=int, default=200_000)
-    parser.add_argument("--rows", type=int, default=20_000)
-    results_flag(parser)
-    asked = parser.parse_args()
-    command = (
-        f"python benchmarks/inputs.py --work SCRATCH --files {asked.files} --rows {asked.rows}"
+    parser.add_argument("--work", type=Path, required=True, help="folder of the written images")
+    parser.add_argument(
+        "--files", type=int, default=200_000, help="empty files of the listed folder [200000]"
     )
-    results = Results(folder=asked.results, command=command)
-    result = results.once("inputs", lambda: measure(asked.work, asked.files, asked.rows))
+    parser.add_argument("--rows", type=int, default=20_000, help="images to read [20000]")
+    results_flag(parser)
+    args = parser.parse_args()
+    command = f"python benchmarks/inputs.py --work SCRATCH --files {args.files} --rows {args.rows}"
+    results = Results(folder=args.results, command=command)
+    result = results.once("inputs", lambda: measure(args.work, args.files, args.rows))
     print(*(f"{name}: {value}" for name, value in result["list"].items()), sep="\n")
     for row in result["reads"]:
         print(
@@ -60,7 +63,7 @@ def main() -> None:
 
 
 def measure(work: Path, files: int, rows: int) -> dict[str, Any]:
-    """Return the times and memory of listing and reading."""
+    """Return the times and the memory of listing and reading."""
     kinds: list[tuple[str, Any, Any]] = [
         ("folder", write_folder, FolderSource),
         ("tars", write_tars, open_tars),
@@ -68,62 +71,66 @@ def measure(work: Path, files: int, rows: int) -> dict[str, Any]:
     for group in GROUP_ROWS:
         for held in HELD_MIB:
             kinds.append(
-                (f"Parquet, groups of {group}, {held} MiB", Written(group), Held(held * MIB))
+                (
+                    f"Parquet, groups of {group}, {held} MiB",
+                    ParquetWriter(group),
+                    ParquetOpener(held * MIB),
+                )
             )
     reads = []
     for name, write, open_with in kinds:
-        root = alone(
-            write, work, rows
-        )  # in another process, so that the memory of writing does not count towards the peak
-        reads.append(alone(read_all, name, open_with, root, rows))
-    return {"list": alone(list_files, work, files), "reads": reads}
+        # A separate process writes, so that its memory does not count towards the peak of reading.
+        root = run_in_process(write, work, rows)
+        reads.append(run_in_process(read_all, name, open_with, root, rows))
+    return {"list": run_in_process(list_files, work, files), "reads": reads}
 
 
-def alone(run: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns in a process of its own."""
+def run_in_process(run: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a separate process and return its result."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(run, arguments)
 
 
 def list_files(work: Path, count: int) -> dict[str, float]:
-    """List a folder of classes of 1,000 empty files: time, pathlib's time, memory per sample."""
+    """List class folders of 1,000 empty files each; return the times and the memory per sample.
+
+    Raises RuntimeError if FolderSource and pathlib list different files.
+    """
     root = work / f"files-{count}"
     for start in range(0, 0 if root.exists() else count, 1000):
-        (root / f"class_{start // 1000:08}").mkdir(parents=True)
+        class_folder = root / f"class_{start // 1000:08}"
+        class_folder.mkdir(parents=True)
         for number in range(start, start + 1000):
-            (
-                root
-                / f"class_{start // 1000:08}"
-                / f"n{start // 1000:08}_{number:08}_photograph.jpeg"
-            ).touch()
+            (class_folder / f"n{start // 1000:08}_{number:08}_photograph.jpeg").touch()
     started = time.perf_counter()
     paths = (p for p in root.rglob("*") if p.suffix.lower() in folder.EXTENSIONS and p.is_file())
-    slow = sorted(p.relative_to(root).as_posix() for p in paths)
-    between = time.perf_counter()
+    pathlib_keys = sorted(p.relative_to(root).as_posix() for p in paths)
+    pathlib_ended = time.perf_counter()
     source = FolderSource(root)
-    seconds = time.perf_counter() - between
-    assert list(source.keys) == slow
+    list_seconds = time.perf_counter() - pathlib_ended
+    if list(source.keys) != pathlib_keys:
+        raise RuntimeError(f"{root}: FolderSource does not list the same files as pathlib")
     del source
     arrow = pa.total_allocated_bytes()
     tracemalloc.start()
     source = FolderSource(root)
     samples = SampleList(source.keys, source.labels, permuted(count, seed=0, stream="rows"))
     hash_samples(samples)
-    kept, most = tracemalloc.get_traced_memory()
+    kept, peak = tracemalloc.get_traced_memory()
     arrow = pa.total_allocated_bytes() - arrow
     return {
         "files": count,
-        "key_length": len(slow[0]),
-        "pathlib_s": between - started,
-        "list_s": seconds,
-        "kept_bytes_a_sample": (kept + arrow) / count,
-        "peak_bytes_a_sample": (most + arrow) / count,
+        "key_length": len(pathlib_keys[0]),
+        "pathlib_s": pathlib_ended - started,
+        "list_s": list_seconds,
+        "kept_bytes_per_sample": (kept + arrow) / count,
+        "peak_bytes_per_sample": (peak + arrow) / count,
     }
 
 
 def read_all(name: str, open_with: Any, root: Path, count: int) -> dict[str, Any]:
-    """Read every image once, in a permuted order."""
-    before = memory("VmRSS")
+    """Read every image once, in a permuted order; return the rate and the memory."""
+    memory_before = memory_mib("VmRSS")
     started = time.perf_counter()
     source: ImageSource = open_with(root)
     opened = time.perf_counter()
@@ -133,7 +140,7 @@ def read_all(name: str, open_with: Any, root: Path, count: int) -> dict[str, Any
         size += len(fetch())
     seconds = time.perf_counter() - opened
     cpu = time.process_time() - cpu
-    peak = memory("VmHWM") - before
+    peak = memory_mib("VmHWM") - memory_before
     return {
         "source": name,
         "open_s": opened - started,
@@ -144,26 +151,29 @@ def read_all(name: str, open_with: Any, root: Path, count: int) -> dict[str, Any
     }
 
 
-def memory(field: str) -> float:
-    """Return a figure of this process's memory, MiB; getrusage would count its parent's too."""
+def memory_mib(field: str) -> float:
+    """Return a field of /proc/self/status in MiB.
+
+    The peak of getrusage is not used, because it includes the memory of the parent process.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def parts(count: int) -> Iterator[list[tuple[str, bytes]]]:
-    """Yield the images of each file, the same whatever the kind of file."""
+def containers(count: int) -> Iterator[list[tuple[str, bytes]]]:
+    """Yield the names and bytes of the images of each container, the same for every format."""
     rng = np.random.default_rng(0)
-    for part in range(FILES):
-        sizes = rng.integers(20_000, 80_000, count // FILES)
+    for index in range(CONTAINERS):
+        sizes = rng.integers(20_000, 80_000, count // CONTAINERS)
         yield [
-            (f"{part}/{number:06}.jpg", rng.bytes(int(size))) for number, size in enumerate(sizes)
+            (f"{index}/{number:06}.jpg", rng.bytes(int(size))) for number, size in enumerate(sizes)
         ]
 
 
 def write_folder(work: Path, count: int) -> Path:
-    """Write the images as files."""
+    """Write the images as files, unless the folder exists, and return the folder."""
     root = work / f"folder-{count}"
-    for images in parts(count) if not root.exists() else ():
+    for images in containers(count) if not root.exists() else ():
         for name, data in images:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(data)
@@ -171,11 +181,11 @@ def write_folder(work: Path, count: int) -> Path:
 
 
 def write_tars(work: Path, count: int) -> Path:
-    """Write the images as tar shards."""
+    """Write the images as tar shards, unless the folder exists, and return the folder."""
     root = work / f"tars-{count}"
-    for part, images in enumerate(parts(count) if not root.exists() else ()):
+    for index, images in enumerate(containers(count) if not root.exists() else ()):
         root.mkdir(exist_ok=True)
-        with tarfile.open(root / f"{part}.tar", "w") as tar:
+        with tarfile.open(root / f"{index}.tar", "w") as tar:
             for name, data in images:
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -184,12 +194,12 @@ def write_tars(work: Path, count: int) -> Path:
 
 
 def open_tars(root: Path) -> TarSource:
-    """Open the tar shards."""
+    """Open the tar shards of a folder."""
     return TarSource(sorted(root.glob("*.tar")))
 
 
-class Written:
-    """Writes the images as Parquet files with row groups of so many rows."""
+class ParquetWriter:
+    """Writes the images as Parquet files with `group_rows` rows per row group."""
 
     def __init__(self, group_rows: int) -> None:
         self._rows = group_rows
@@ -197,17 +207,17 @@ class Written:
     def __call__(self, work: Path, count: int) -> Path:
         root = work / f"parquet-{count}-{self._rows}"
         kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        for part, images in enumerate(parts(count) if not root.exists() else ()):
+        for index, images in enumerate(containers(count) if not root.exists() else ()):
             root.mkdir(exist_ok=True)
             column = pa.array([{"bytes": data, "path": name} for name, data in images], kind)
             pq.write_table(
-                pa.table({"image": column}), root / f"{part}.parquet", row_group_size=self._rows
+                pa.table({"image": column}), root / f"{index}.parquet", row_group_size=self._rows
             )
         return root
 
 
-class Held:
-    """Opens Parquet files of which so many bytes may be held."""
+class ParquetOpener:
+    """Opens Parquet files with a limit of `held_bytes` on the images in memory."""
 
     def __init__(self, held_bytes: int) -> None:
         self._held_bytes = held_bytes

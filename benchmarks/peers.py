@@ -1,8 +1,7 @@
-"""Peers of the codec: general-purpose compressors over fp16, BitRound, int8, fp8 and pcodec, each
-over the range of its setting.
+"""Other codecs for features: lossless fp16, BitRound, int8, fp8 and pcodec, each at many settings.
 
-A peer gets whitened fp16 features (n, C, H, W) of one chunk. Nothing but its own output is counted
-for it: no checksum, no index, no whitening scalars.
+A codec gets the whitened fp16 features (n, C, H, W) of one chunk. Only its own output counts: no
+checksum, no index, no whitening scalars.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,27 +16,26 @@ from pcodec import ChunkConfig, standalone
 
 from pipelines.terminal.progress import track
 
-LEVEL = 3
-"""Of zstd."""
-CHUNKS = (1, 64)
+ZSTD_LEVEL = 3
+CHUNK_IMAGES = (1, 64)
 """Images per chunk."""
 
 Coded = tuple[int, np.ndarray]
-"""Bytes, and the decoded features."""
+"""The number of bytes of the code, and the decoded features."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
-    """A compressor with one knob, from fine to coarse; a lossless one has a single setting."""
+    """A codec and its settings, from fine to coarse. A lossless codec has one unused setting."""
 
     name: str
     code: Callable[[np.ndarray, float], Coded]
-    knobs: tuple[float, ...]
+    settings: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """Where a codec is at one setting."""
+    """The distortion and size of a codec at one setting."""
 
     setting: float
     distortion: float
@@ -46,7 +44,7 @@ class Point:
 
 
 def _bitshuffled(x: np.ndarray) -> int:
-    """Return the bytes of Blosc2's bitshuffle and zstd, the widths of its own items."""
+    """Return the size of Blosc2's output: bitshuffle by the width of the dtype, then zstd."""
     return len(
         blosc2.compress2(
             np.ascontiguousarray(x),
@@ -61,23 +59,23 @@ def _bitshuffled(x: np.ndarray) -> int:
 
 
 def _zstd(x: np.ndarray) -> int:
-    return len(compress(np.ascontiguousarray(x).tobytes(), LEVEL))
+    return len(compress(np.ascontiguousarray(x).tobytes(), ZSTD_LEVEL))
 
 
-def _int8(x: np.ndarray, coarser: float) -> Coded:
-    """One absolute-maximum scale per channel and chunk, fp16, times the setting."""
-    scale = np.abs(x.astype(np.float32)).max((0, 2, 3), keepdims=True) / 127 * coarser
+def _int8(x: np.ndarray, factor: float) -> Coded:
+    """Divide by an fp16 scale per channel and chunk: absolute maximum / 127, times `factor`."""
+    scale = np.abs(x.astype(np.float32)).max((0, 2, 3), keepdims=True) / 127 * factor
     scale = np.maximum(scale.astype(np.float16), np.float16(1e-6)).astype(np.float32)
     q = np.clip(np.rint(x / scale), -127, 127).astype(np.int8)
     return _zstd(q) + 2 * x.shape[1], q * scale
 
 
-def _fp8(x: np.ndarray, coarser: float) -> Coded:
-    """e4m3; dividing by the knob pushes small values into its subnormals."""
+def _fp8(x: np.ndarray, divisor: float) -> Coded:
+    """Round x / divisor to e4m3; a large divisor makes small values subnormal."""
     scaled = (
-        torch.from_numpy(x.astype(np.float32)).div(coarser).clamp(-448, 448).to(torch.float8_e4m3fn)
+        torch.from_numpy(x.astype(np.float32)).div(divisor).clamp(-448, 448).to(torch.float8_e4m3fn)
     )
-    return _zstd(scaled.view(torch.uint8).numpy()), scaled.float().mul(coarser).numpy()
+    return _zstd(scaled.view(torch.uint8).numpy()), scaled.float().mul(divisor).numpy()
 
 
 def _bitround(x: np.ndarray, keepbits: float) -> Coded:
@@ -87,7 +85,7 @@ def _bitround(x: np.ndarray, keepbits: float) -> Coded:
 
 
 def _pcodec(x: np.ndarray, step: float) -> Coded:
-    """Round to multiples of one step; pcodec codes the integers."""
+    """Round to multiples of the step and compress the integers with pcodec."""
     q = np.rint(x / np.float32(step)).astype(np.int16)
     return len(standalone.simple_compress(q.reshape(-1), ChunkConfig())), q * np.float32(step)
 
@@ -97,50 +95,50 @@ def _pcodec_lossless(x: np.ndarray, _: float) -> Coded:
 
 
 PEERS = (
-    Peer(name="fp16 + zstd, lossless", code=lambda x, _: (_zstd(x), x), knobs=(0.0,)),
+    Peer(name="fp16 + zstd, lossless", code=lambda x, _: (_zstd(x), x), settings=(0.0,)),
     Peer(
         name="fp16 + blosc2 bitshuffle zstd, lossless",
         code=lambda x, _: (_bitshuffled(x), x),
-        knobs=(0.0,),
+        settings=(0.0,),
     ),
-    Peer(name="pcodec, lossless", code=_pcodec_lossless, knobs=(0.0,)),
+    Peer(name="pcodec, lossless", code=_pcodec_lossless, settings=(0.0,)),
     Peer(
-        name="int8 a channel + zstd",
+        name="int8 per channel + zstd",
         code=_int8,
-        knobs=(1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0, 48.0, 64.0),
+        settings=(1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0, 48.0, 64.0),
     ),
-    Peer(name="fp8 e4m3 + zstd", code=_fp8, knobs=tuple(2.0**k for k in (0, 4, 5, 6, 7, 8, 9))),
-    Peer(name="BitRound + bitshuffle zstd", code=_bitround, knobs=(6, 5, 4, 3, 2, 1, 0)),
-    Peer(name="step + pcodec", code=_pcodec, knobs=(0.06, 0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0)),
+    Peer(name="fp8 e4m3 + zstd", code=_fp8, settings=tuple(2.0**k for k in (0, 4, 5, 6, 7, 8, 9))),
+    Peer(name="BitRound + bitshuffle zstd", code=_bitround, settings=(6, 5, 4, 3, 2, 1, 0)),
+    Peer(name="step + pcodec", code=_pcodec, settings=(0.06, 0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0)),
 )
 
 
 def peer_curves(maps: Mapping[str, np.ndarray], energy: float) -> dict[str, dict[int, list[Point]]]:
-    """Return one point per setting, by peer and images per chunk.
+    """Return one point per setting, by the peer's name and the images per chunk.
 
-    `energy` is per image, the denominator of D.
+    `maps` are (M, C, H, W). `energy` is per image, the denominator of D.
     """
     count = len(next(iter(maps.values())))
     curves: dict[str, dict[int, list[Point]]] = {}
-    with track("peers", sum(len(p.knobs) for p in PEERS) * len(CHUNKS)) as progress:
+    with track("peers", sum(len(p.settings) for p in PEERS) * len(CHUNK_IMAGES)) as progress:
         for peer in PEERS:
-            for size in CHUNKS:
-                for knob in peer.knobs:
+            for size in CHUNK_IMAGES:
+                for setting in peer.settings:
                     total = 0
                     error = 0.0
                     for chunk in _chunks(maps, size):
-                        coded, decoded = peer.code(chunk, knob)
-                        total += coded
+                        num_bytes, decoded = peer.code(chunk, setting)
+                        total += num_bytes
                         error += float(
                             np.square(chunk - decoded, dtype=np.float32).sum(dtype=np.float64)
                         )
                     point = Point(
-                        setting=knob,
+                        setting=setting,
                         distortion=error / count / energy,
                         bytes_per_image=total / count,
                     )
                     curves.setdefault(peer.name, {}).setdefault(size, []).append(point)
-                    progress.advance(1, f"{peer.name}, {size} a chunk")
+                    progress.advance(1, f"{peer.name}, {size} per chunk")
     return curves
 
 
@@ -151,30 +149,31 @@ def _chunks(maps: Mapping[str, np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def bytes_at(points: list[Point], distortion: float) -> float | None:
-    """Return the bytes at a distortion, or the least bytes at a smaller one where a codec cannot do
-    as badly.
+    """Return the fewest bytes per image with at most this distortion.
 
-    Between two settings it is interpolated, logarithm over logarithm; None where even the finest
-    setting is worse.
+    The bytes are interpolated between two settings on a log-log scale. If the distortion of all
+    settings is lower, the result is the fewest bytes of any setting. If the distortion of all
+    settings is higher, the result is None.
     """
     ordered = sorted(points, key=lambda p: p.distortion)
-    better = [p.bytes_per_image for p in ordered if p.distortion <= distortion]
-    if not better:
+    sizes = [p.bytes_per_image for p in ordered if p.distortion <= distortion]
+    if not sizes:
         return None
-    if len(better) == len(ordered):
-        return min(better)
-    below = ordered[len(better) - 1]
-    above = ordered[len(better)]
+    if len(sizes) == len(ordered):
+        return min(sizes)
+    below = ordered[len(sizes) - 1]
+    above = ordered[len(sizes)]
     if below.distortion <= 0:
-        return min(better)
+        return min(sizes)
     share = np.log(distortion / below.distortion) / np.log(above.distortion / below.distortion)
-    between = below.bytes_per_image * (above.bytes_per_image / below.bytes_per_image) ** share
-    return min(*better, float(between))
+    interpolated = below.bytes_per_image * (above.bytes_per_image / below.bytes_per_image) ** share
+    return min(*sizes, float(interpolated))
 
 
 def bytes_near(points: list[Point], distortion: float) -> float:
-    """Return the bytes on the line, logarithm over logarithm, through the two settings nearest to a
-    distortion.
+    """Return the bytes per image at a distortion.
+
+    They lie on the log-log line through the two points with the nearest distortions.
     """
     a, b = sorted(points, key=lambda p: abs(np.log(p.distortion / distortion)))[:2]
     slope = np.log(b.bytes_per_image / a.bytes_per_image) / np.log(b.distortion / a.distortion)

@@ -1,13 +1,14 @@
-"""Plot a student's loss against the bytes of its cache, from recorded results; it measures nothing.
+"""Plot a student's loss against the bytes of its cache, from recorded results.
 
     python benchmarks/plot_bytes_quality.py [--size-experiment NAME] \
         [--online-experiment NAME] [--out DIR]
 
-Left: students of compressed caches against students of float16 features, from the records of
-student_vs_size.py. Right: students of caches with 1, 2 or 4 noise draws against students whose
-teacher runs in the training loop, from the records of cached_vs_online.py. Each point is the mean
-over seeds of the paired difference of the MSE on unseen images, with its 95 % interval (Student's
-t). Writes bytes_quality-light.svg and bytes_quality-dark.svg, and prints the points.
+The left panel compares students of compressed caches with students of float16 features, from the
+records of student_vs_size.py. The right panel compares students of caches with 1, 2 or 4 noise
+draws with students whose teacher runs in the training loop, from the records of
+cached_vs_online.py. Each point is the mean over seeds of the paired difference of the MSE on unseen
+images, with its 95 % interval (Student's t). The script writes bytes_quality-light.svg and
+bytes_quality-dark.svg, and prints the points. It measures nothing.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from paired import bounds, interval
 from records import RESULTS, ROOT
 
 COLOURS = {"light": ("#1f2328", "#0969da"), "dark": ("#e6edf3", "#58a6ff")}
-"""Text and points, by the background that the figure is shown on."""
+"""Colours of text and of points, by the background of the page."""
 LABELS = {
     "10x": "10×",
     "50x": "50×",
@@ -38,19 +39,30 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Point:
-    """One kind of cache: its size, and its students' paired differences of the MSE in per cent."""
+    """One arm: the size of its cache, and the paired differences of its students' MSE."""
 
     arm: str
     bytes_per_image: float
     differences: list[float]
+    """In per cent, one per seed."""
 
 
 def main() -> None:
     """Draw both panels for both backgrounds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size-experiment", default="cifar10-narrow")
-    parser.add_argument("--online-experiment", default="cifar10-narrow-2000")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument(
+        "--size-experiment",
+        default="cifar10-narrow",
+        help="folder of docs/results/student_vs_size [cifar10-narrow]",
+    )
+    parser.add_argument(
+        "--online-experiment",
+        default="cifar10-narrow-2000",
+        help="folder of docs/results/cached_vs_online [cifar10-narrow-2000]",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs", help="folder of the two figures [docs]"
+    )
     args = parser.parse_args()
     panels = {
         "against float16 features": size_points(RESULTS / "student_vs_size" / args.size_experiment),
@@ -67,12 +79,12 @@ def main() -> None:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """Return an experiment's recorded results by name."""
+    """Return the recorded results of an experiment by name."""
     return {path.stem: json.loads(path.read_text())["result"] for path in folder.glob("*.json")}
 
 
 def paired_differences(runs: dict[str, Any], arm: str, baseline: str) -> list[float]:
-    """Return 100 (mse / mse of the baseline - 1) for each seed that has both runs."""
+    """Return the MSE differences from the baseline in per cent, for each seed with both runs."""
     seeds = sorted({name.split("-")[0] for name in runs if name.startswith("seed")})
     return [
         100 * (runs[f"{seed}-{arm}"]["mse"] / runs[f"{seed}-{baseline}"]["mse"] - 1)
@@ -82,7 +94,7 @@ def paired_differences(runs: dict[str, Any], arm: str, baseline: str) -> list[fl
 
 
 def size_points(folder: Path) -> list[Point]:
-    """Return the compressed caches of student_vs_size.py against float16."""
+    """Return the points of the compressed caches of student_vs_size.py; float16 is the baseline."""
     runs = results(folder)
     return [
         Point(arm, runs[f"cache-{arm}"]["bytes_per_image"], paired_differences(runs, arm, "fp16"))
@@ -91,7 +103,7 @@ def size_points(folder: Path) -> list[Point]:
 
 
 def online_points(folder: Path) -> list[Point]:
-    """Return the caches of cached_vs_online.py against the online teacher."""
+    """Return the points of cached_vs_online.py's caches; the online teacher is the baseline."""
     runs = {
         name.removeprefix("quality-"): result
         for name, result in results(folder).items()
@@ -108,7 +120,7 @@ def online_points(folder: Path) -> list[Point]:
 def draw(panels: dict[str, list[Point]], theme: str, path: Path) -> None:
     """Write one figure with a panel for each baseline."""
     ink, colour = COLOURS[theme]
-    # Without a fixed salt and with a date, the same points would give another file each time.
+    # A fixed salt and no date make the file a function of the points.
     with matplotlib.rc_context({"svg.hashsalt": "dtcache", "font.size": 10}):
         figure = Figure(figsize=(9, 3.3), layout="constrained")
         for axes, (title, points) in zip(
@@ -120,17 +132,18 @@ def draw(panels: dict[str, list[Point]], theme: str, path: Path) -> None:
 
 
 def draw_panel(axes: Axes, title: str, points: list[Point], ink: str, colour: str) -> None:
-    """Draw one baseline's points over a logarithmic axis of bytes."""
+    """Draw the points of one baseline over a logarithmic axis of bytes."""
     axes.axhline(0, color=ink, linewidth=0.8, linestyle="--")
     for point in points:
         mean, low, high = bounds(point.differences)
-        beside = point.arm == "mean-of-4"  # as many bytes as one draw: it stands to the left
-        x = point.bytes_per_image * (0.9 if beside else 1)
+        # A mean of 4 draws takes as many bytes as 1 draw, so its point is moved to the left.
+        moved = point.arm == "mean-of-4"
+        x = point.bytes_per_image * (0.9 if moved else 1)
         axes.errorbar(
             x,
             mean,
             yerr=[[mean - low], [high - mean]],
-            fmt="s" if beside else "o",
+            fmt="s" if moved else "o",
             color=colour,
             capsize=4,
             markersize=5,
@@ -138,9 +151,9 @@ def draw_panel(axes: Axes, title: str, points: list[Point], ink: str, colour: st
         axes.annotate(
             LABELS[point.arm],
             (x, mean),
-            xytext=(-8 if beside else 8, 0),
+            xytext=(-8 if moved else 8, 0),
             textcoords="offset points",
-            ha="right" if beside else "left",
+            ha="right" if moved else "left",
             va="center",
             color=ink,
         )

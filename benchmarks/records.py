@@ -1,6 +1,4 @@
-"""Results as small JSON files: command, machine, commit and result; a finished run is not
-repeated.
-"""
+"""Write results as small JSON files with command, machine and commit; reuse recorded results."""
 
 import argparse
 import json
@@ -18,25 +16,25 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 RENAMED = {"dtcache teach ": "dtcache teacher train ", "--weights float16": "--weights fp16"}
-"""Words of recorded commands that have another name today."""
+"""Words of recorded commands, and their present names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """The results of one command, one JSON file per result."""
+    """A folder with the results of one command, one JSON file per result."""
 
     folder: Path
     command: str
-    """The command that makes the results."""
+    """The command that computes the results."""
     defaults: str = ""
-    """The command with all default flags: the values of flags that a record does not name.
-    """
+    """The command with the default of every flag, for flags that a recorded command lacks."""
     amounts: tuple[str, ...] = ()
-    """Flags that select results or repeat timings but do not change a result."""
+    """Flags that select results or set the number of repetitions. They change no single result."""
 
     def once(self, name: str, run: Callable[[], Any]) -> Any:
-        """Return the result of this name, or run, write it and return it; exit where another
-        command made it.
+        """Return the recorded result of this name; if there is none, call `run` and record it.
+
+        Raises SystemExit if the result was recorded with other flags.
         """
         path = self.folder / f"{name}.json"
         if path.exists():
@@ -47,35 +45,41 @@ class Results:
         return result
 
     def read(self) -> dict[str, Any]:
-        """Return all records by name; exit where another command made one."""
+        """Return all records by name. Raises SystemExit if one was recorded with other flags."""
         return {path.stem: self._checked(path) for path in sorted(self.folder.glob("*.json"))}
 
     def _checked(self, path: Path) -> dict[str, Any]:
+        """Return a record. Raises SystemExit if its flags differ from those of the command."""
         record: dict[str, Any] = json.loads(path.read_text())
-        made, asked, usual = (
+        recorded, current, defaults = (
             flags_of(with_todays_names(text))
             for text in (record["command"], self.command, self.defaults)
         )
-        for flag in sorted({*made, *asked} - {*self.amounts}):
-            was, now = (flags.get(flag, usual.get(flag, "not given")) for flags in (made, asked))
-            if was != now:
-                others = "another --name or --results" if "--name" in asked else "another --results"
+        for flag in sorted({*recorded, *current} - {*self.amounts}):
+            expected, got = (
+                flags.get(flag, defaults.get(flag, "not given")) for flags in (recorded, current)
+            )
+            if expected != got:
+                others = "another --name or" if "--name" in current else "another"
                 raise SystemExit(
-                    f"{path}: recorded with {flag} {was}, asked for {flag} {now}; give {others}"
+                    f"{path}: recorded with other flags. Expected {flag} {expected}, got {flag} "
+                    f"{got}. Pass {others} --results."
                 )
         return record
 
 
 def results_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that says where results lie."""
+    """Add the flag for the folder of the results."""
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of the results [docs/results]"
     )
 
 
 def command_of(script: str, values: Mapping[str, Any], inputs: tuple[str, ...] = ()) -> str:
-    """Return a script's command; inputs are shown by their names, since a command names no path of
-    the machine.
+    """Return a script's command with the flags of `values`.
+
+    The flags in `inputs` have placeholders as values (`--data DATA`), so that the command contains
+    no path of this machine. False and None add no flag; True adds a flag without a value.
     """
     words = [f"python benchmarks/{script}"]
     for name, value in values.items():
@@ -86,15 +90,17 @@ def command_of(script: str, values: Mapping[str, Any], inputs: tuple[str, ...] =
 
 
 def with_todays_names(command: str) -> str:
-    """Return a recorded command with the names that its words have today."""
-    for then, now in RENAMED.items():
-        command = command.replace(then, now)
+    """Return a recorded command with the present names of its words."""
+    for old, new in RENAMED.items():
+        command = command.replace(old, new)
     return command
 
 
 def flags_of(command: str) -> dict[str, str]:
-    """Return a command's flags and what each is given; a path counts by its name, since it may lie
-    anywhere.
+    """Return the value of each flag of a command, "on" for a flag without a value.
+
+    A path is reduced to its last component, so that files may be moved. Words before the first flag
+    are the value of the key `command`.
     """
     flags: dict[str, list[str]] = {}
     flag = "command"
@@ -108,8 +114,9 @@ def flags_of(command: str) -> dict[str, str]:
 
 
 def write(path: Path, command: str, result: Any, seconds: float) -> None:
-    """Write a result beside its command, wall seconds, machine and commit; a command names no path
-    of the machine.
+    """Write a result with its command, wall seconds, machine and commit.
+
+    The command must contain no path of this machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
@@ -123,7 +130,7 @@ def write(path: Path, command: str, result: Any, seconds: float) -> None:
 
 
 def machine() -> str:
-    """Return the machine in words."""
+    """Return the number and architecture of the CPU cores, and the name of the GPU if any."""
     words = {1: "one", 2: "two", 4: "four", 8: "eight", 16: "sixteen"}
     count = os.cpu_count() or 0
     cores = f"{words.get(count, count)} {platform.machine().replace('_', '-')} cores"
@@ -131,7 +138,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Return the commit that the working tree is at."""
+    """Return the short hash of the checked-out commit."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, check=True

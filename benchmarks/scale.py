@@ -1,11 +1,12 @@
-"""Measure how cost grows with a cache: write 1k to 100k images, open 1.28 million, start an epoch.
+"""Measure how the cost of a cache grows with its number of images, up to 1.28 million.
 
     python benchmarks/scale.py [--work runs/scale] [--rounds 3] [--results DIR]
 
-The four taps of a CIFAR-10 teacher at 50 times, one view. The large cache's shards are hard links
-to one shard of each array, so that it takes little disk: everything that opening and reading look
-at (the index of 1.28 million samples, 1565 files, every shard's own index) is as large as it would
-be. Memory is what a process of its own grows by.
+The script writes caches of 1,000 to 100,000 images, and opens these and one of 1.28 million images.
+The taps are those of a CIFAR-10 teacher at a ratio of 50, with one view. To save disk space, the
+shards of the large cache are hard links to one shard per array. The index of 1.28 million samples,
+the 1565 files, and the index of every shard have their real sizes. Memory is measured in a separate
+process, as the increase of its anonymous resident memory. Results: docs/results/scale.json.
 """
 
 import argparse
@@ -16,15 +17,16 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from records import results_flag, write
 from synthetic import (
     SMALL,
+    SyntheticCache,
     begin_cache,
     features,
     fit_pyramid,
@@ -35,57 +37,62 @@ from synthetic import (
 
 from dtcache.cache.cache import Cache
 from dtcache.cache.loader import Batching, EpochLoader
-from dtcache.codec import FeatureEncoder, FittedTap
+from dtcache.codec import FeatureEncoder, TapCodec
 
+Payload = Callable[[str, int], bytes]
+"""A function from an array name and a row to the payload."""
 SHAPES = SMALL
 COUNTS = (1_000, 10_000, 100_000)
 LARGE = 1_281_167
 SHARD_ROWS = 4096
 BATCH = 256
 DISTINCT = 64
-PROBED = 20_000
+PROBED_ROWS = 20_000
 
 
 def main() -> None:
-    """Measure, print, record."""
+    """Measure, print and record the costs, or probe one cache in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("runs/scale"))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/scale"), help="folder of the caches [runs/scale]"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of writing [3]")
     results_flag(parser)
     parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    begun = time.time()
+    args = parser.parse_args()
+    script_started = time.time()
     torch.set_num_threads(1)
-    if asked.probe:
-        print(json.dumps(probe(asked.probe)))
+    if args.probe:
+        print(json.dumps(probe(args.probe)))
         return
     fit = fit_pyramid(SHAPES, 64, ratio=50.0)
-    payloads = encode(fit)
-    written: dict[int, list[float]] = {count: [] for count in COUNTS}
-    for _ in range(asked.rounds):
+    payload = payload_of(encode(fit))
+    write_us: dict[int, list[float]] = {count: [] for count in COUNTS}
+    for _ in range(args.rounds):
         for count in COUNTS:
-            root = asked.work / f"{count}"
+            root = args.work / f"{count}"
             shutil.rmtree(root, ignore_errors=True)
+            cache = SyntheticCache(shapes=SHAPES, fit=fit, rows=count, shard_rows=256)
             started = time.process_time()
-            write_synthetic_cache(root, SHAPES, fit, payload_of(payloads), count, 256)
-            written[count].append(1e6 * (time.process_time() - started) / count)
-    large = asked.work / "large"
+            write_synthetic_cache(root, cache, payload)
+            write_us[count].append(1e6 * (time.process_time() - started) / count)
+    large = args.work / "large"
     if not large.exists():
-        write_linked(large, fit, payloads)
-    probed = {str(count): probed_apart(asked.work / f"{count}") for count in COUNTS}
+        write_linked(large, fit, payload)
+    roots = {**{count: args.work / f"{count}" for count in COUNTS}, LARGE: large}
     result = {
-        "write, CPU us an image": {
-            str(count): round(statistics.median(times), 1) for count, times in written.items()
+        "write_cpu_us_per_image": {
+            str(count): round(statistics.median(times), 1) for count, times in write_us.items()
         },
-        "read": {**probed, str(LARGE): probed_apart(large)},
+        "read": {str(count): probe_in_process(root) for count, root in roots.items()},
     }
     print(json.dumps(result, indent=1))
-    command = f"python benchmarks/scale.py --rounds {asked.rounds}"
-    write(asked.results / "scale.json", command, result, time.time() - begun)
+    command = f"python benchmarks/scale.py --rounds {args.rounds}"
+    write(args.results / "scale.json", command, result, time.time() - script_started)
 
 
-def encode(fit: dict[str, FittedTap]) -> dict[str, list[bytes]]:
-    """Return a few payloads per tap; the rows share them."""
+def encode(fit: Mapping[str, TapCodec]) -> dict[str, list[bytes]]:
+    """Return DISTINCT payloads per tap; the rows of a cache repeat them."""
     encoder = FeatureEncoder(fit, torch.device("cpu"))
     shapes = enumerate(zip(names_of(SHAPES), SHAPES, strict=True))
     encoded = {
@@ -95,19 +102,18 @@ def encode(fit: dict[str, FittedTap]) -> dict[str, list[bytes]]:
     return {name: [view.payload for view in views] for name, views in encoded.items()}
 
 
-def payload_of(payloads: dict[str, list[bytes]]) -> Any:
-    """Return the function from (array, row) to payload."""
+def payload_of(payloads: dict[str, list[bytes]]) -> Payload:
+    """Return a function from the array name and the row to the payload."""
     return lambda name, row: payloads[name][row % DISTINCT]
 
 
-def write_linked(root: Path, fit: dict[str, FittedTap], payloads: dict[str, list[bytes]]) -> None:
-    """Write a cache of LARGE rows whose full shards, all of which hold the same payloads, are links
-    to the first.
-    """
-    writer = begin_cache(root, SHAPES, fit, LARGE, SHARD_ROWS)
+def write_linked(root: Path, fit: Mapping[str, TapCodec], payload: Payload) -> None:
+    """Write a cache of LARGE rows; all full shards are hard links to the first one."""
+    cache = SyntheticCache(shapes=SHAPES, fit=fit, rows=LARGE, shard_rows=SHARD_ROWS)
+    writer = begin_cache(root, cache)
     first, *middle, last = writer.missing
     for shard in (first, last):
-        writer.write_shard(shard_data(writer, shard, payload_of(payloads)))
+        writer.write_shard(shard_data(writer, shard, payload))
     record = writer._records[first]
     arrays = list(writer.manifest.arrays.values())
     for shard in middle:
@@ -127,63 +133,64 @@ def write_linked(root: Path, fit: dict[str, FittedTap], payloads: dict[str, list
     writer.seal()
 
 
-def probed_apart(root: Path) -> dict[str, float]:
-    """Probe a cache in a process of its own."""
+def probe_in_process(root: Path) -> dict[str, float]:
+    """Return the result of `probe` from a separate process."""
     command = [sys.executable, __file__, "--probe", str(root)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, float] = json.loads(process.stdout)
+    return result
 
 
 def probe(root: Path) -> dict[str, float]:
-    """Open a cache, start an epoch, and meet every shard; return seconds and bytes."""
-    # Warm up the libraries and kernels on a cache of their own size.
+    """Open a cache, read from every shard, and start an epoch; return seconds and memory."""
+    # The smallest cache warms up libraries and kernels.
     small = Cache(root.parent / str(COUNTS[0]))
-    small.batch(np.arange(8), np.zeros(8), small.names)
-    base = resident()
+    small.batch(np.arange(8), np.zeros(8, int), small.names)
+    base = anonymous_memory()
     started = time.perf_counter()
     cache = Cache(root)
     opened = time.perf_counter()
-    memory_open = resident() - base
+    open_bytes = anonymous_memory() - base
     rows = np.random.default_rng(0).permutation(
-        np.arange(0, len(cache), max(1, len(cache) // PROBED))
+        np.arange(0, len(cache), max(1, len(cache) // PROBED_ROWS))
     )
     for start in range(0, len(rows), BATCH):
         read(cache, rows[start : start + BATCH])
-    memory_met = resident() - base - memory_open
-    files = len(os.listdir("/proc/self/fd"))
-    reading = time.process_time()
+    read_bytes = anonymous_memory() - base - open_bytes
+    open_files = len(os.listdir("/proc/self/fd"))
+    read_started = time.process_time()
     for start in range(0, len(rows), BATCH):
         read(cache, rows[start : start + BATCH])
-    epoch = len(cache) / len(rows) * (time.process_time() - reading)
-    begun = time.perf_counter()
+    epoch_seconds = len(cache) / len(rows) * (time.process_time() - read_started)
+    start = time.perf_counter()
     batches = EpochLoader(
         cache, cache.reader.usable_rows, cache.names, Batching(batch_size=BATCH, seed=0, threads=1)
     ).epoch(0)
     next(batches)
-    begun = time.perf_counter() - begun
-    batches.close()
+    start_seconds = time.perf_counter() - start
+    batches.close()  # stops the loader's threads
+    open_seconds = opened - started
     return {
         "samples": len(cache),
         "files": len(cache.reader._objects),
-        "open, s": round(opened - started, 3),
-        "start of an epoch, s": round(begun, 3),
-        "an epoch of features on one core, s": round(epoch, 2),
-        "open and start, share of that epoch": round((opened - started + begun) / epoch, 4),
-        "memory of the open cache, MB": round(memory_open / 1e6, 1),
-        "memory after every shard was read from, MB more": round(memory_met / 1e6, 1),
-        "of it a chunk, bytes": round(memory_met / len(cache) / len(cache.names), 1),
-        "files held open": files,
+        "open_s": round(open_seconds, 3),
+        "epoch_start_s": round(start_seconds, 3),
+        "epoch_cpu_s": round(epoch_seconds, 2),
+        "open_and_start_over_epoch": round((open_seconds + start_seconds) / epoch_seconds, 4),
+        "open_cache_mb": round(open_bytes / 1e6, 1),
+        "additional_mb_after_reading": round(read_bytes / 1e6, 1),
+        "additional_bytes_per_chunk": round(read_bytes / len(cache) / len(cache.names), 1),
+        "open_files": open_files,
     }
 
 
 def read(cache: Cache, rows: np.ndarray) -> None:
-    """Decode all taps of some rows."""
+    """Read the coefficients of all taps of some rows."""
     cache.coefficients(rows, np.zeros_like(rows), cache.names)
 
 
-def resident() -> int:
-    """Return the bytes of this process in memory that no file backs."""
+def anonymous_memory() -> int:
+    """Return this process's resident memory in bytes, without pages of files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 

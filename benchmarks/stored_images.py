@@ -1,14 +1,14 @@
-"""Compare image formats for stored views: bytes, decoding time and error, on resized photographs.
+"""Compare image formats for stored views: bytes, coding time and PSNR, on resized photographs.
 
     python benchmarks/stored_images.py --images ../shared/data/camvid/images/train \
-        [--count 64] [--size 256] \
-        [--results DIR]
+        [--count 64] [--size 256] [--results DIR]
 
-Where the view changes no pixel the source's own bytes are kept and no container is needed. Lossless
-WebP is named by its method and its quality, the two degrees of effort. Times are of one thread's
-CPU; those of decoding are medians of rounds in which every container decodes every image once.
-Results: docs/results/stored_images-SIZE.json; if it exists, its content is shown; pass --results
-with an empty folder to measure again.
+If the view changes no pixel, a cache keeps the source's bytes and needs no format. Lossless WebP is
+named by its method and its quality; both set the effort of encoding. Times are CPU times of one
+thread. Decoding times are medians over rounds in which every format decodes every image once.
+
+Results: docs/results/stored_images-SIZE.json. If the file exists, the script prints its content.
+Pass --results with an empty folder to measure again.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from dtcache.options import parse_size
 from dtcache.recipe import ViewSpec
 from dtcache.rng import permuted
 
-CONTAINERS: dict[str, dict[str, Any]] = {
+FORMATS: dict[str, dict[str, Any]] = {
     "PNG": {"format": "PNG", "optimize": True},
     **{
         f"WebP, {method}/{quality}": {
@@ -43,35 +43,35 @@ CONTAINERS: dict[str, dict[str, Any]] = {
     "WebP 95": {"format": "WEBP", "quality": 95, "method": 4},
 }
 ROUNDS = 7
+"""Rounds of decoding."""
 
 
 def main() -> None:
-    """Measure, print, and keep the result."""
+    """Measure or read the result, and print its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--size", default="256", metavar="H[xW]")
+    parser.add_argument("--images", type=Path, required=True, help="folder of photographs")
+    parser.add_argument("--count", type=int, default=64, help="number of images [64]")
+    parser.add_argument("--size", default="256", metavar="H[xW]", help="size of the view [256]")
     results_flag(parser)
-    asked = parser.parse_args()
-    command = f"python benchmarks/stored_images.py --images IMAGES --count {asked.count} "
-    command += f"--size {asked.size}"
-    results = Results(folder=asked.results, command=command)
+    args = parser.parse_args()
+    command = f"python benchmarks/stored_images.py --images IMAGES --count {args.count} "
+    command += f"--size {args.size}"
+    results = Results(folder=args.results, command=command)
     result = results.once(
-        f"stored_images-{asked.size}", lambda: measure(asked.images, asked.count, asked.size)
+        f"stored_images-{args.size}", lambda: measure(args.images, args.count, args.size)
     )
     print(
-        f"{'container':16} {'bytes':>8} {'of PNG':>7} {'decode ms':>9} {'encode ms':>9} "
-        f"{'PSNR dB':>8}"
+        f"{'format':16} {'bytes':>8} {'/ PNG':>7} {'decode ms':>9} {'encode ms':>9} {'PSNR dB':>8}"
     )
-    png = result["containers"]["PNG"]["bytes"]
-    for name, row in result["containers"].items():
+    png = result["formats"]["PNG"]["bytes"]
+    for name, row in result["formats"].items():
         psnr = "exact" if row["psnr"] is None else f"{row['psnr']:.1f}"
         times = f"{row['decode_ms']:9.2f} {row['encode_ms']:9.2f}"
         print(f"{name:16} {row['bytes']:8.0f} {row['bytes'] / png:7.2f} {times} {psnr:>8}")
 
 
 def measure(images: Path, count: int, size: str) -> dict[str, Any]:
-    """Return bytes and milliseconds per image, and the error of each container."""
+    """Return the bytes and milliseconds per image, and the PSNR, of each format."""
     source = open_source(images)
     height, width = parse_size(size)
     view = ViewSpec(height=height, width=width)
@@ -84,11 +84,11 @@ def measure(images: Path, count: int, size: str) -> dict[str, Any]:
     views = [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in loaded]
     encoded: dict[str, list[bytes]] = {}
     encode_ms = {}
-    for name, flags in CONTAINERS.items():
+    for name, options in FORMATS.items():
         started = time.process_time()
-        encoded[name] = [encode(view, flags) for view in views]
+        encoded[name] = [encode(view, options) for view in views]
         encode_ms[name] = 1000 * (time.process_time() - started) / len(views)
-    times: dict[str, list[float]] = {name: [] for name in CONTAINERS}
+    times: dict[str, list[float]] = {name: [] for name in FORMATS}
     for _ in range(ROUNDS):
         for name, files in encoded.items():
             started = time.process_time()
@@ -97,7 +97,7 @@ def measure(images: Path, count: int, size: str) -> dict[str, Any]:
             times[name].append(1000 * (time.process_time() - started) / len(files))
     return {
         "images": len(views),
-        "containers": {
+        "formats": {
             name: {
                 "bytes": statistics.mean(map(len, files)),
                 "decode_ms": statistics.median(times[name]),
@@ -109,20 +109,20 @@ def measure(images: Path, count: int, size: str) -> dict[str, Any]:
     }
 
 
-def encode(view: Image.Image, flags: dict[str, Any]) -> bytes:
-    """Return a view in a container."""
+def encode(view: Image.Image, options: dict[str, Any]) -> bytes:
+    """Return an image encoded with Pillow's options."""
     sink = io.BytesIO()
-    view.save(sink, **flags)
+    view.save(sink, **options)
     return sink.getvalue()
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Return a container's pixels."""
+    """Return the RGB pixels (H, W, 3), uint8, of an encoded image."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def psnr(views: list[Image.Image], files: list[bytes]) -> float | None:
-    """Return the peak signal-to-noise ratio over all images, dB; None if exact."""
+    """Return the peak signal-to-noise ratio over all images in dB; None if no pixel changes."""
     pairs = zip(views, files, strict=True)
     error = statistics.mean(
         float(np.square(np.asarray(v, np.float64) - decode(f)).mean()) for v, f in pairs

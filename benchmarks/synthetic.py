@@ -1,15 +1,16 @@
-"""Synthetic pyramids like a diffusion teacher's, and caches of them."""
+"""Synthetic features that resemble a diffusion teacher's, and caches of them."""
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
+from dtcache.codec import FeatureEncoder, FittedTap, TapCodec, sha256_fit
 from dtcache.codec.fit import solve_step, tap_statistics
 from dtcache.recipe import CodecSpec, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
 from dtcache.store.commits import CodecSums
@@ -20,18 +21,29 @@ from dtcache.store.writer import CacheWriter
 from dtcache.whitening import whiten
 
 TIMESTEP = 150
-# (C, H, W), finest first, of 67,584 and of 2.95 million values per view: a CIFAR-10 DDPM, and ADM
-# at 256 pixels.
 SMALL = ((32, 32, 32), (96, 16, 16), (128, 8, 8), (128, 4, 4))
+"""(C, H, W) of a CIFAR-10 DDPM's taps, finest first: 67,584 values per view."""
 LARGE = ((512, 64, 64), (512, 32, 32), (1024, 16, 16), (1024, 8, 8))
+"""(C, H, W) of ADM's taps at 256 px, finest first: 2.95 million values per view."""
 STEEPNESS = 1.25
-"""Of the spectra: with it 28 % of the coefficients are coded at 50 times, as of a real DDPM's taps.
+"""Exponent of the spectra. At a ratio of 50, 28 % of the coefficients are coded, as in a real DDPM.
 """
 Shape = tuple[int, int, int]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyntheticCache:
+    """A cache with one view per row; its fingerprints and labels are invented."""
+
+    shapes: Sequence[Shape]
+    """(C, H, W) of the taps, finest first."""
+    fit: Mapping[str, TapCodec]
+    rows: int
+    shard_rows: int
+
+
 def tap_specs(shapes: Sequence[Shape]) -> tuple[TapSpec, ...]:
-    """Return the taps of a pyramid."""
+    """Return the taps of a pyramid; every level halves the resolution."""
     return tuple(
         TapSpec(
             name=f"stride{2**i}",
@@ -46,13 +58,14 @@ def tap_specs(shapes: Sequence[Shape]) -> tuple[TapSpec, ...]:
 
 
 def names_of(shapes: Sequence[Shape]) -> list[str]:
-    """Return the arrays of a pyramid's taps."""
+    """Return the array names of a pyramid's taps."""
     return [f"t{TIMESTEP}/{tap.name}" for tap in tap_specs(shapes)]
 
 
 def features(shape: Shape, count: int, seed: int) -> torch.Tensor:
-    """Return (count, C, H, W) maps with correlated channels and falling spectra; one (shape) always
-    has one mix.
+    """Return float32 maps (count, C, H, W) with correlated channels and falling spectra.
+
+    The channel correlation depends only on C. `seed` determines everything else.
     """
     channels, height, width = shape
     rng = torch.Generator().manual_seed(seed)
@@ -69,15 +82,17 @@ def features(shape: Shape, count: int, seed: int) -> torch.Tensor:
     return torch.einsum("cd,ndhw->nchw", mix, coloured)
 
 
-def fit_pyramid(shapes: Sequence[Shape], views: int, ratio: float) -> dict[str, FittedTap]:
-    """Fit the codec at a ratio of fp16 to payload bytes; a second draw changes a third of
-    the amplitude.
+def fit_pyramid(shapes: Sequence[Shape], views: int, ratio: float) -> Mapping[str, TapCodec]:
+    """Fit the codec so that fp16 bytes / payload bytes is `ratio`.
+
+    Each view has two noise draws. They differ by noise with 0.33 of the features' standard
+    deviation.
     """
     statistics = {}
-    for place, (name, shape) in enumerate(zip(names_of(shapes), shapes, strict=True)):
-        first = features(shape, views, seed=place)
+    for index, (name, shape) in enumerate(zip(names_of(shapes), shapes, strict=True)):
+        first = features(shape, views, seed=index)
         second = first + 0.33 * first.std() * torch.randn(
-            first.shape, generator=torch.Generator().manual_seed(place)
+            first.shape, generator=torch.Generator().manual_seed(index)
         )
         pair = np.stack([whiten(first)[0].numpy(), whiten(second)[0].numpy()]).astype(np.float16)
         statistics[name] = tap_statistics(pair)
@@ -95,28 +110,22 @@ def fit_pyramid(shapes: Sequence[Shape], views: int, ratio: float) -> dict[str, 
 
 
 def write_synthetic_cache(
-    root: Path,
-    shapes: Sequence[Shape],
-    fit: dict[str, FittedTap],
-    payload: Callable[[str, int], bytes],
-    rows: int,
-    shard_rows: int,
-) -> Path:
-    """Write and seal a cache of `rows` rows with one view; `payload` gives an array's payload of a
-    row.
-    """
-    writer = begin_cache(root, shapes, fit, rows, shard_rows)
+    root: Path, cache: SyntheticCache, payload: Callable[[str, int], bytes]
+) -> None:
+    """Write and seal a cache; `payload(name, row)` returns the payload of an array's row."""
+    writer = begin_cache(root, cache)
     for shard in writer.missing:
         writer.write_shard(shard_data(writer, shard, payload))
     writer.seal()
-    return root
 
 
-def begin_cache(
-    root: Path, shapes: Sequence[Shape], fit: dict[str, FittedTap], rows: int, shard_rows: int
-) -> CacheWriter:
-    """Lay out a cache of `rows` rows with one view."""
-    samples = [Sample(index=row, key=f"{row:08}.jpg", label=row % 1000) for row in range(rows)]
+def begin_cache(root: Path, cache: SyntheticCache) -> CacheWriter:
+    """Create a cache without shards and return its writer."""
+    shapes = cache.shapes
+    fit = cache.fit
+    samples = [
+        Sample(index=row, key=f"{row:08}.jpg", label=row % 1000) for row in range(cache.rows)
+    ]
     recipe = Recipe(
         teacher=TeacherSpec(
             architecture="UNet2DModel",
@@ -140,13 +149,15 @@ def begin_cache(
             determined_error=dict.fromkeys(fit, 0.1),
         ),
         samples_sha256=hash_samples(samples),
-        num_samples=rows,
+        num_samples=cache.rows,
         flips=False,
         seed=0,
-        shard_rows=shard_rows,
+        shard_rows=cache.shard_rows,
     )
     arrays = payload_arrays(
-        recipe, len(blank(shapes)) + 60, {name: tap.payload_bound for name, tap in fit.items()}
+        recipe,
+        len(black_image(shapes)) + 60,
+        {name: tap.payload_bound for name, tap in fit.items()},
     )
     root.mkdir(parents=True)
     return CacheWriter.create(
@@ -157,24 +168,24 @@ def begin_cache(
 def shard_data(writer: CacheWriter, shard: int, payload: Callable[[str, int], bytes]) -> ShardData:
     """Return one shard of a cache; all its images are black."""
     arrays = writer.manifest.arrays
-    part = arrays[IMAGES].rows_of(shard)
+    rows = arrays[IMAGES].rows_of(shard)
     view = writer.manifest.recipe["view"]
     names = [name for name in arrays if name != IMAGES]
     return ShardData(
         shard=shard,
         payloads={
-            IMAGES: [blank(((0, view["height"], view["width"]),))] * len(part),
-            **{name: [payload(name, row) for row in part] for name in names},
+            IMAGES: [black_image(((0, view["height"], view["width"]),))] * len(rows),
+            **{name: [payload(name, row) for row in rows] for name in names},
         },
-        content_sha256=tuple(f"{row:064x}" for row in part),
+        content_sha256=tuple(f"{row:064x}" for row in rows),
         failures=(),
         sums={name: CodecSums(squared_error=0.0, energy=1.0) for name in names},
     )
 
 
 @functools.cache
-def blank(shapes: tuple[Shape, ...]) -> bytes:
-    """Return a stored black image of the finest tap's size."""
+def black_image(shapes: tuple[Shape, ...]) -> bytes:
+    """Return the payload of a black PNG image of the finest tap's size."""
     sink = io.BytesIO()
     Image.new("RGB", shapes[0][:0:-1]).save(sink, "PNG")
     return len(sink.getvalue()).to_bytes(4, "little") + sink.getvalue()

@@ -87,16 +87,16 @@ EXPERIMENT = "--train TRAIN --test TEST --teacher TEACHER --timestep 20"
     [
         (
             "student_vs_size.py --epochs 100",
-            "recorded with --epochs 12, asked for --epochs 100; give another --name",
+            "Expected --epochs 12, got --epochs 100. Pass another --name or --results.",
         ),
         (
             "cached_vs_online.py --student-size 32 --images 1000 --probe-images 4000",
-            r"--compile on, .* --compile not",
+            r"Expected --compile on, got --compile not given\.",
         ),
         (
             "cached_vs_online.py --student-size 32 --images 1000 --probe-images 4000 --compile "
             "--scenes 9",
-            "recorded with --scenes 300, asked for --scenes 9",
+            "Expected --scenes 300, got --scenes 9.",
         ),
     ],
 )
@@ -131,6 +131,6 @@ def test_a_result_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         amounts=("--rounds",),
     )
     with pytest.raises(
-        SystemExit, match="recorded with --size 64, asked for --size 32; give another --results"
+        SystemExit, match=r"Expected --size 64, got --size 32\. Pass another --results\."
     ):
         other.once("r", lambda: [2])
