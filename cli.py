@@ -136,10 +136,13 @@ def teacher_train(images: Path, out: Path, options: TeachOptions) -> None:
     from pipelines.teach import teach
 
     taught = teach(images, out, options)
-    click.echo(
-        f"{taught.out}: {taught.steps} steps, loss {taught.final_loss:.4f}; "
-        "see samples.png and loss.png"
-    )
+    if taught.final_loss is None:
+        click.echo(f"{taught.out}: a teacher with the untrained weights of --seed {options.seed}")
+    else:
+        click.echo(
+            f"{taught.out}: {taught.steps} steps, loss {taught.final_loss:.4f}; "
+            "see samples.png and loss.png"
+        )
 
 
 @teacher.command("show")

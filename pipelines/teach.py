@@ -58,13 +58,14 @@ class Taught:
 
     out: Path
     steps: int
-    final_loss: float
-    """Mean over the last 100 steps."""
+    final_loss: float | None
+    """Mean over the last 100 steps; None if the teacher is untrained."""
 
 
 def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
     """Train a DDPM on `images`, or resume a run in `out` with the same options and images.
 
+    With `steps=0` the teacher has the initial weights of the seed, and there are no pictures.
     Raises CacheMismatchError if `out` holds a run with other options or images, and TrainingError
     if a loss is not finite.
     """
@@ -80,9 +81,8 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
         if not (out / LOSSES).exists():
             _train(source, rows, out, trainer)
         losses = json.loads((out / LOSSES).read_text())
-    return Taught(
-        out=out, steps=options.steps, final_loss=float(np.mean(losses[-AVERAGED_LOSSES:]))
-    )
+    final_loss = float(np.mean(losses[-AVERAGED_LOSSES:])) if losses else None
+    return Taught(out=out, steps=options.steps, final_loss=final_loss)
 
 
 def _train(
@@ -93,6 +93,8 @@ def _train(
     trainer.restore(out)
     if trainer.steps_done == 0 and 0 in options.kept:
         trainer.save_kept(out)
+    if options.steps == 0:
+        trainer.save(out)
     with (
         memory_errors(options.batch_size, "pass a smaller `batch_size`"),
         track("teacher train", options.steps, trainer.steps_done) as progress,
@@ -104,7 +106,8 @@ def _train(
                 trainer.save_kept(out)
             if trainer.steps_done % options.save_every == 0 or trainer.steps_done == options.steps:
                 trainer.save(out)
-    _write_pictures(out, trainer.averaged, trainer.losses, options)
+    if trainer.losses:
+        _write_pictures(out, trainer.averaged, trainer.losses, options)
     write_file(out / LOSSES, json.dumps([round(x, 5) for x in trainer.losses]).encode())
     (out / CHECKPOINT).unlink()
 

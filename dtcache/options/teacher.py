@@ -61,7 +61,9 @@ class TeachOptions(Options):
         maximum=1000,
         group=LOSS,
     )
-    steps: int = option(50_000, "Optimizer steps in total.", minimum=1, group=OPTIMISATION)
+    steps: int = option(
+        50_000, "Optimizer steps in total; 0: untrained weights.", minimum=0, group=OPTIMISATION
+    )
     batch_size: int = option(64, "Images per step.", minimum=1, group=OPTIMISATION)
     lr: float = option(4e-4, "Peak learning rate of AdamW.", minimum=1e-12, group=OPTIMISATION)
     warmup: int = option(

@@ -69,6 +69,37 @@ def test_a_taught_teacher_can_be_extracted_from(
     assert result.exit_code == 0, result.output
 
 
+def test_a_teacher_of_no_steps_has_the_seeds_untrained_weights(
+    scene_folder: Path, tmp_path: Path
+) -> None:
+    """--steps 0 writes the initial weights, which resume, `teacher show` and extract accept."""
+    out = tmp_path / "untrained"
+    for _ in range(2):
+        result = teach(scene_folder, out, "--steps", 0, "--seed", 5)
+        assert result.exit_code == 0, result.output
+        assert f"{out}: a teacher with the untrained weights of --seed 5" in result.output
+    torch.manual_seed(5)
+    initial = build_unet(16, 16, (8, 16), layers=1, attention=1).state_dict()
+    assert all(torch.equal(value, initial[name]) for name, value in weights(out).items())
+    assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == [
+        "losses.json",
+        "model_index.json",
+        "run.json",
+        "scheduler",
+        "unet",
+    ]
+    refused = teach(scene_folder, out, "--seed", 5)
+    assert refused.exit_code == 1
+    assert "holds a run with another --steps: expected 0, got 6" in refused.output
+    shown = CliRunner().invoke(main, ["teacher", "show", str(out)])
+    assert shown.exit_code == 0 and "16x16" in shown.output, shown.output
+    flags = ("--limit", "4", "--device", "cpu", "--batch-size", "4", "--out", str(tmp_path / "c"))
+    extracted = CliRunner().invoke(
+        main, ["extract", str(scene_folder), "--teacher", str(out), *flags]
+    )
+    assert extracted.exit_code == 0, extracted.output
+
+
 @pytest.mark.slow
 def test_a_compiled_network_takes_the_same_steps(
     taught: Path, scene_folder: Path, tmp_path: Path
