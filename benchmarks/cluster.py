@@ -36,7 +36,7 @@ from pipelines.extract.plan import make_plan
 from pipelines.extract.workers import worker
 from pipelines.extract.workers.cluster import local_cluster
 from pipelines.extract.workers.dispatch import ClusterRunner, make_assignment
-from pipelines.extract.workers.task import run_task
+from pipelines.extract.workers.task import Failed, run_task
 
 GOAL = 1.7
 """Speed-up of two workers over one."""
@@ -92,7 +92,11 @@ def main() -> None:
         assignment = make_assignment(root, writer.manifest, images, options)
         for count, client in clients.items():
             client.wait_for_workers(count)
-            run_on_all_workers(client, run_task, worker.compute, assignment, 0, "warm-up")
+            for shard in run_on_all_workers(
+                client, run_task, worker.compute, assignment, 0, "warm-up"
+            ):
+                if isinstance(shard, Failed):
+                    raise RuntimeError(f"{shard.worker}: the warm-up failed: {shard.reason}")
         for _ in range(args.rounds):
             for count, client in clients.items():
                 pass_seconds[count].append(
