@@ -1,7 +1,7 @@
 """The jobs of a sweep: what one process does at a time. Importing this module loads no torch."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +10,7 @@ from dtcache.recipe import Json
 from dtcache.store.layout import MANIFEST
 from pipelines.sweep.records import Step, perform
 from pipelines.sweep.students import BACKBONE, Student
+from pipelines.sweep.sweep_file import RUN_HEAD
 
 COMPUTED_ON = ("device", "scheduler", "workers", "dashboard", "skip_disk_check", "max_failures")
 """Options of extractions and evaluations that may change on resume."""
@@ -160,7 +161,10 @@ def _made(run: Run) -> Json:
 def _evaluated(run: Run, evaluation: Evaluation) -> Json:
     from pipelines.evaluate.evaluate import evaluate
 
-    return evaluate(str(run.folder / BACKBONE), evaluation.options).to_json()
+    options = evaluation.options
+    if options.head == RUN_HEAD:
+        options = replace(options, head=str(run.folder))
+    return evaluate(str(run.folder / BACKBONE), options).to_json()
 
 
 def _lasting(options: Json) -> Json:

@@ -118,6 +118,7 @@ class _Planner:
                     record=records / f"task-{task.name}-seed-{number}.json",
                 )
                 for task in self._file.tasks
+                if task.has(arm.name)
                 for number in task.seeds
             ),
         )

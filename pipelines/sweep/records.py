@@ -123,6 +123,8 @@ def perform(steps: Sequence[Step], work: Callable[[], Sequence[Json]]) -> None:
     with _repeated(SAVE_SECONDS, lambda: save(unfinished)):
         results = work()
     save(results)
+    titles = "; ".join(step.title for step in steps)
+    print(f"{titles}: done in {time.monotonic() - started:.1f} s", flush=True)
 
 
 def cpu_seconds() -> float:

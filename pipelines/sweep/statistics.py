@@ -85,12 +85,15 @@ def pairs(arm: Mapping[int | None, float], baseline: Mapping[int | None, float])
 
     The value of seed None, of a backbone that all seeds share, is paired with every seed.
     """
-    seeds = sorted(seed for seed in {*arm, *baseline} if seed is not None) or [None]
-    return [
-        arm.get(seed, arm.get(None, math.nan)) - baseline.get(seed, baseline.get(None, math.nan))
-        for seed in seeds
-        if (seed in arm or None in arm) and (seed in baseline or None in baseline)
-    ]
+    seeds: list[int | None] = [*sorted(s for s in {*arm, *baseline} if s is not None)]
+    if not seeds:
+        seeds = [None]
+    pairs_of = [(_value(arm, seed), _value(baseline, seed)) for seed in seeds]
+    return [a - b for a, b in pairs_of if a is not None and b is not None]
+
+
+def _value(values: Mapping[int | None, float], seed: int | None) -> float | None:
+    return values.get(seed, values.get(None))
 
 
 def detectable(sd: float, n: int) -> float:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from dtcache.options import (
     LabelWriteOptions,
     TrainOptions,
 )
-from dtcache.options.field import MAX_SEED
+from dtcache.options.field import MAX_SEED, Options
 from dtcache.options.toml import options_from, read_toml, require_names
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -23,6 +23,8 @@ CACHE = ("name", "path", "per_seed", "extract", "label")
 SOURCES = ("cache", "images", "start", "backbone")
 """What an arm's students come from. Each arm has exactly one."""
 ARM = ("name", *SOURCES, "train")
+RUN_HEAD = "run"
+"""Value of a task's `head`: the head that each run has trained on labels."""
 TRAINING = "training"
 """Task of the losses that training itself measures; no task of the file may have this name."""
 
@@ -76,6 +78,12 @@ class Task:
     options: EvaluateOptions
     seeds: tuple[int, ...]
     """Each student is evaluated once per seed; the mean of its scores counts."""
+    arms: tuple[str, ...] | None = None
+    """The arms that are evaluated; None for all."""
+
+    def has(self, arm: str) -> bool:
+        """Return whether the students of an arm are evaluated."""
+        return self.arms is None or arm in self.arms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +131,7 @@ def read_sweep(path: Path) -> SweepFile:
     )
     _require_sources(path, caches, arms)
     tasks = tuple(
-        _task(name, task, f"{path}: [evaluate.{name}]", folder)
+        _task(name, task, f"{path}: [evaluate.{name}]", folder, arms)
         for name, task in _table(table.get("evaluate", {}), f"{path}: [evaluate]").items()
     )
     baseline = table.get("baseline", arms[0].name)
@@ -143,11 +151,11 @@ def read_sweep(path: Path) -> SweepFile:
     )
 
 
-def require_options(table: Mapping[str, Any], options: type, title: str) -> None:
+def require_options(table: Mapping[str, Any], options: type[Options], title: str) -> None:
     """Raise ConfigError for a name that is no option, and for a seed: a sweep lists its seeds."""
     if "seed" in table:
         raise ConfigError(f"{title}: seed: expected no seed here; list the seeds in `seeds`")
-    require_names(table, options.__dataclass_fields__, title)
+    require_names(table, [field.name for field in fields(options)], title)
 
 
 def _cache(table: Mapping[str, Any], title: str, folder: Path) -> CacheEntry:
@@ -242,11 +250,12 @@ def _arm(table: Mapping[str, Any], title: str, folder: Path, common: Mapping[str
     return Arm(name=name, train=options, **source)  # type: ignore[arg-type]
 
 
-def _task(name: str, table: Any, title: str, folder: Path) -> Task:
+def _task(name: str, table: Any, title: str, folder: Path, arms: Sequence[Arm]) -> Task:
     _require_safe(name, title)
     if name == TRAINING:
         raise ConfigError(f"{title}: the losses of the training have this name; use another one")
     values = dict(_table(table, title))
+    chosen = _chosen(values.pop("arms", None), title, arms)
     seeds = values.pop("seeds", None)
     if seeds is not None and "seed" in values:
         raise ConfigError(f"{title}: expected either seed or seeds, got both")
@@ -265,11 +274,35 @@ def _task(name: str, table: Any, title: str, folder: Path) -> Task:
         path = getattr(options, field)
         if path is not None:
             _require_path(path, f"{title}: {field}")
+    if options.head == RUN_HEAD:
+        for arm in arms:
+            if (chosen is None or arm.name in chosen) and (not arm.trains or not arm.train.labels):
+                raise ConfigError(
+                    f'{title}: head = "run": arm {arm.name} trains no head, as it has no labels; '
+                    "list the arms that do in arms"
+                )
+    elif options.head not in ("linear", "fpn"):
+        options = replace(options, head=str(folder / options.head))
+    if options.teacher is not None:
+        raise ConfigError(f"{title}: teacher: only the evaluation of a cache uses it; leave it out")
     return Task(
         name=name,
+        arms=chosen,
         options=options,
         seeds=(options.seed,) if seeds is None else _seeds(seeds, f"{title}: seeds"),
     )
+
+
+def _chosen(value: Any, title: str, arms: Sequence[Arm]) -> tuple[str, ...] | None:
+    """Return the arms that a task lists, or None for all."""
+    if value is None:
+        return None
+    names = [arm.name for arm in arms]
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        if item not in names:
+            raise ConfigError(f"{title}: arms: {item!r}: the arms are {', '.join(names)}")
+    return tuple(items)
 
 
 def _require_sources(path: Path, caches: Sequence[CacheEntry], arms: Sequence[Arm]) -> None:

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,15 +74,13 @@ def _output_to(log: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = {stream: os.dup(stream) for stream in (1, 2)}
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        for stream in saved:
-            os.dup2(handle, stream)
-        yield
+        with open(log, "a", buffering=1) as file:
+            for stream in saved:
+                os.dup2(file.fileno(), stream)
+            with redirect_stdout(file), redirect_stderr(file):
+                yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.close(handle)
         for stream, copy in saved.items():
             os.dup2(copy, stream)
             os.close(copy)

@@ -26,15 +26,26 @@ log_with = "none"
 
 
 class InProcess:
-    """Does each job at once, in this process."""
+    """Does one job at a time, in this process."""
+
+    def __init__(self) -> None:
+        self._left: list[Future[Outcome]] = []
 
     def is_free(self) -> bool:
-        """Return True."""
-        return True
+        """Return whether the outcome of the last job has been read."""
+        return not self._left
 
     def submit(self, job: Job, log: Path) -> "Future[Outcome]":
         """Do the job and return its finished future."""
-        future: Future[Outcome] = Future()
+        left = self._left
+
+        class Finished(Future[Outcome]):
+            def result(self, timeout: float | None = None) -> Outcome:
+                left.clear()
+                return super().result(timeout)
+
+        future = Finished()
+        left.append(future)
         future.set_result(do_job(job, log))
         return future
 

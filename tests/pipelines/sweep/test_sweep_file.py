@@ -115,6 +115,17 @@ def test_a_file_has_caches_arms_and_tasks(tmp_path: Path) -> None:
         ('train_masks = "masks"', "", r"scenes\]: train_masks missing; a segmentation task needs"),
         ('train_masks = "masks"', 'train_masks = "m"', r"scenes\]: train_masks: .* does not exist"),
         ("seeds = [0, 1]\n", "seeds = [0]\nseed = 1\n", r"expected either seed or seeds, got both"),
+        (
+            "seeds = [0, 1]",
+            'arms = ["at2"]',
+            r"scenes\]: arms: 'at2': the arms are plain, at, random",
+        ),
+        (
+            "seeds = [0, 1]",
+            'head = "run"',
+            r"scenes\]: head = .run.: arm plain trains no head, as i",
+        ),
+        ("seeds = [0, 1]", 'teacher = "t"', r"scenes\]: teacher: only the evaluation of a cache u"),
         ("seeds = [0, 1]\n", "k = 5\n", r"scenes\]: `k`: not an option of `task='segmentation'`"),
     ],
 )
