@@ -376,27 +376,29 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
 
 @main.command(section=STUDENT, resumes=True)
 @click.argument("where", metavar="CACHE|IMAGES", type=PATH)
-@out_flag("Folder of the run. A run in this folder is resumed if its options are the same.")
+@out_flag("Folder of the run or runs. A run there is resumed if its options are the same.")
 @options_of(TrainOptions)
 def train(where: Path, out: Path, options: TrainOptions) -> None:
-    """Train a student (stage 2) on a cache or online.
+    """Train students (stage 2) on a cache or online.
 
     Pass CACHE to train from cached features, or IMAGES and --teacher to run the teacher in the
-    loop. The backbone is exported for timm. To train one student in several processes, use
-    torchrun: torchrun --nproc-per-node 8 --no-python dtcache train ...
+    loop. The backbone is exported for timm. Several students, separated by commas, share one
+    loader; the run of each is OUT/NAME. To train in several processes, use torchrun: torchrun
+    --nproc-per-node 8 --no-python dtcache train ...
 
     \b
     Example:
       dtcache train cats.cache --student resnet50 --epochs 100 --out runs/resnet50
+      dtcache train cats.cache --student resnet18,resnet50 --out runs
       dtcache train photos/ --teacher google/ddpm-cat-256 --timestep 150 --out runs/online
     """
-    from pipelines.train.train import train as run
+    from pipelines.train.train import runs_of, train_shared
 
-    done = run(where, out, options)
-    click.echo(
-        f"{done.out / 'backbone'}: {done.steps} steps, held-out loss {done.held_out_loss:.4f}, "
-        f"{done.wait_share:.1%} of the time waiting for data"
-    )
+    for done in train_shared(where, runs_of(out, options)):
+        click.echo(
+            f"{done.out / 'backbone'}: {done.steps} steps, held-out loss {done.held_out_loss:.4f}, "
+            f"{done.wait_share:.1%} of the time waiting for data"
+        )
 
 
 @main.command(section=STUDENT)

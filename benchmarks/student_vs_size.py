@@ -35,7 +35,7 @@ from dtcache.student import Augmentation, Student, build_student
 from pipelines.evaluate.classification import classify
 from pipelines.extract.extract import extract
 from pipelines.runs.checkpoint import load_checkpoint
-from pipelines.train.distillation import Distillation, held_out_losses
+from pipelines.train.distillation import DecodedBatch, Distillation, held_out_losses
 from pipelines.train.train import train
 
 ARMS = {"fp16": "fp16", "10x": "high", "50x": "default", "100x": "small"}
@@ -144,7 +144,6 @@ def reference_losses(
     shapes = {name: cache.shape(name) for name in cache.names}
     student = student.to(compute.device).to(memory_format=torch.channels_last)
     distillation = Distillation(
-        decoder=decoder,
         objective=make_objective(options, cache.fit, cache.reader.manifest.recipe["codec"], shapes),
         augmentation=Augmentation(seed=0),
         input_size=student.input_size,
@@ -153,8 +152,14 @@ def reference_losses(
     )
     rows = cache.reader.usable_rows
     parts = np.split(rows, range(options.batch_size, len(rows), options.batch_size))
-    batches = (cache.batch(part, [0] * len(part), cache.names) for part in parts)
-    return held_out_losses(distillation, student, batches)
+    batches = (
+        DecodedBatch(
+            cache.batch(part, [0] * len(part), cache.names).changed(lambda x: x.to(compute.device)),
+            decoder,
+        )
+        for part in parts
+    )
+    return held_out_losses(batches, [(distillation, student)])[0]
 
 
 def write_table(plan: Experiment) -> None:

@@ -73,8 +73,8 @@ class TrainOptions(Options):
     )
     student: str = option(
         "resnet50",
-        "Any timm backbone with a feature pyramid, or a plain ViT.",
-        metavar="NAME",
+        "Any timm backbone with a feature pyramid, or a plain ViT; several share one loader.",
+        metavar="NAME[,NAME...]",
         group=STUDENT,
     )
     student_size: str | None = option(

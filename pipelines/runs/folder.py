@@ -21,28 +21,44 @@ TRACKER = "tracker.json"
 def claim_run(out: Path, identity: Json, volatile: Collection[str]) -> None:
     """Record a run's identity in `out/run.json`, or check that the run there is the same one.
 
+    Raises the errors of `require_same_run`.
+    """
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    require_same_run(out, identity, volatile)
+    if not (out / RUN).exists():
+        write_file(out / RUN, json.dumps(_as_json(identity), indent=1).encode())
+
+
+def require_same_run(out: Path, identity: Json, volatile: Collection[str]) -> None:
+    """Check that the folder `out`, if it exists, is empty or holds this run; write nothing.
+
     Fields named in `volatile` may differ when a run is resumed. Raises CacheMismatchError, naming
     the field, if the folder holds a different run, or if it holds other files and no run.
     """
     path = out / RUN
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    identity = json.loads(json.dumps(identity, default=str))
     if not path.exists():
-        foreign = sorted(p.name for p in out.iterdir() if p.name != ".lock")
+        with disk_errors(out):
+            files = out.iterdir() if out.exists() else ()
+            foreign = sorted(p.name for p in files if p.name != ".lock")
         if foreign:
             raise CacheMismatchError(
                 f"{out} is not empty and holds no run: found {foreign[0]}; pass a new `out`"
             )
-        write_file(path, json.dumps(identity, indent=1).encode())
         return
     try:
         recorded = json.loads(path.read_text())
     except ValueError as error:
         raise CacheDamagedError(f"{path}: not JSON ({error}); pass another `out`") from error
-    for name, value in identity.items():
+    for name, value in _as_json(identity).items():
         if name not in volatile and recorded.get(name) != value:
             raise CacheMismatchError(
                 f"{out} holds a run with another `{name}`: expected {recorded.get(name)!r}, "
                 f"got {value!r}; pass the same options to resume that run, or another `out`"
             )
+
+
+def _as_json(identity: Json) -> Json:
+    """Return an identity with the types that its file has after it is read again."""
+    values: Json = json.loads(json.dumps(identity, default=str))
+    return values

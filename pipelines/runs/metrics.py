@@ -22,20 +22,23 @@ class Clock:
     """Counts seconds, images and the time spent waiting for data, over all sessions of a run."""
 
     def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._before = 0.0
-        self._waited = 0.0
-        self._images = 0
+        self.load_state_dict({"seconds": 0.0, "waited": 0.0, "images": 0})
 
     def state_dict(self) -> dict[str, float]:
         """Return the state for a checkpoint."""
         return {"seconds": self.seconds, "waited": self._waited, "images": self._images}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint; what this session counted so far is dropped."""
+        self._loaded = state
+        self._start = time.monotonic()
         self._before = state["seconds"]
         self._waited = state["waited"]
         self._images = int(state["images"])
+
+    def restart(self) -> None:
+        """Drop what this session counted so far: the run has taken no step in it yet."""
+        self.load_state_dict(self._loaded)
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield batches, and count the time until each one arrives."""

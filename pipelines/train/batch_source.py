@@ -10,8 +10,10 @@ from dtcache.cache.label_set import LabelSet
 from dtcache.cache.loader import Batching
 from dtcache.codec import TapCodec
 from dtcache.distributed import Processes
+from dtcache.labels.label_decoder import LabelDecoder
 from dtcache.options import TrainOptions
 from dtcache.recipe import Json, ViewSpec
+from pipelines.train.distillation import DecodedBatch
 
 
 class BatchSource(Protocol):
@@ -30,6 +32,8 @@ class BatchSource(Protocol):
     """By array, if measured: the share of the targets' variance that is the teacher's noise."""
     labels: LabelSet | None
     """The soft labels that are distilled beside the features, if any."""
+    label_decoder: LabelDecoder | None
+    """Turns soft labels into logits, on the device; None without `labels`."""
     identity: Json
     """The fields that identify the data of a run, beside its options."""
 
@@ -47,10 +51,15 @@ class BatchSource(Protocol):
         """Yield batches of the held-out samples: the same views and noise in every call."""
 
     def ready(self, batch: Any) -> TrainBatch:
-        """Return a batch of this source on the device, as the student and the decoder take it."""
+        """Return a batch of this source on the device, as students and decoders take it."""
 
     def keys(self, rows: Sequence[int] | Rows) -> list[str]:
         """Return the keys of samples."""
+
+
+def decoded(source: BatchSource, batch: Any) -> DecodedBatch:
+    """Return a batch of a source with its targets, on the device."""
+    return DecodedBatch(source.ready(batch), source.decoder, source.label_decoder)
 
 
 def batching(options: TrainOptions, processes: Processes) -> Batching:

@@ -43,11 +43,6 @@ class CachedSource:
         else:
             self._cache = Cache(root, options.images, allow=allow)
         manifest = self._cache.reader.manifest
-        if options.whitening == "position" and manifest.recipe["codec"]["name"] != "float16":
-            raise ConfigError(
-                "`whitening='position'`: expected a cache of exact features; extract it with "
-                "quality fp16"
-            )
         if IMAGES not in manifest.arrays and options.images is None:
             raise ConfigError(
                 f"{root} stores no images; pass `images`, the images it was extracted from"
@@ -74,6 +69,7 @@ class CachedSource:
         self._device = compute.device
         self._batch_size = options.batch_size
         self.decoder: nn.Module = self._cache.decoder(self.names).to(compute.device)
+        self.label_decoder = self.labels.decoder().to(compute.device) if self.labels else None
         self.fit: Mapping[str, TapCodec] = self._cache.fit
         self.recipe: Json = manifest.recipe
         self.noise_floor = {

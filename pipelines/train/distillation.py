@@ -1,10 +1,11 @@
-"""Inputs, targets and losses of a student, with or without augmentation.
+"""Inputs, targets and losses of students, with or without augmentation.
 
 Shapes: B batch, C channels, H rows, W columns.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +14,92 @@ from dtcache.cache.batch import TrainBatch
 from dtcache.device import Compute
 from dtcache.labels.label_decoder import LabelDecoder
 from dtcache.losses.objective import LABEL_TARGET, Objective, Targets
-from dtcache.options import TrainOptions
-from dtcache.recipe import Json
 from dtcache.student import Augmentation, Student
 from dtcache.whitening import unwhiten, whiten_positions
 
+T = TypeVar("T")
 Predictor = Callable[[Tensor], Mapping[str, Tensor]]
 """A student, or a wrapper of one: images in 0..255 to predictions by array."""
 
 
+class DecodedBatch:
+    """A batch on its device with the targets, which all students that share it compute once."""
+
+    def __init__(
+        self, batch: TrainBatch, decoder: nn.Module, label_decoder: LabelDecoder | None = None
+    ) -> None:
+        """Decode a batch that lies on the device of the decoders.
+
+        `decoder` turns coefficients into whitened features by array. `label_decoder` turns soft
+        labels into logits; None if labels are not distilled.
+        """
+        self.rows = batch.rows
+        self._images_BCHW = batch.images_BCHW
+        self._whitened: dict[str, Tensor] = decoder(batch.coefficients)
+        self._raw = {
+            name: unwhiten(x_BCHW, batch.scalars[name]) for name, x_BCHW in self._whitened.items()
+        }
+        self._logits: Tensor | None = None
+        if label_decoder is not None and batch.labels is not None:
+            labels = batch.labels
+            self._logits = label_decoder.chosen(
+                labels.coefficients_BN, labels.scalars_B2, labels.views_B
+            )
+        self._results: dict[Hashable, object] = {}
+
+    def unaugmented(self, whitening: str) -> tuple[Tensor, Targets]:
+        """Return the images (B, 3, H, W) in [0, 255] and their targets."""
+        whitened = self._whitened
+        if whitening == "position":
+            whitened = self._once(
+                whitening, lambda: {name: whiten_positions(x) for name, x in self._raw.items()}
+            )
+        return self._images_BCHW, Targets(whitened=whitened, raw=self._raw, labels=self._logits)
+
+    def augmented(
+        self, augmentation: Augmentation, step: int, whitening: str, size: tuple[int, int]
+    ) -> tuple[Tensor, Targets]:
+        """Return images, whose crops are resized to `size`, and targets of one step's augmentation.
+
+        A target is whitened before it is cropped. The crop is not whitened again.
+        """
+        images_BCHW, targets = self.unaugmented(whitening)
+        view = (augmentation, step)
+        return (
+            self._once(
+                (view, size), lambda: augmentation.images(images_BCHW, step, self.rows, size)
+            ),
+            self._once((view, whitening), lambda: self._cropped(targets, augmentation, step)),
+        )
+
+    def not_finite(self) -> list[int]:
+        """Return the rows whose targets are not finite."""
+        maps = [*self._whitened.values(), *self._raw.values()]
+        maps += [self._logits] if self._logits is not None else []
+        finite_B = torch.stack([torch.isfinite(x.flatten(1)).all(1) for x in maps]).all(0)
+        rows: list[int] = self.rows[~finite_B.cpu().numpy()].tolist()
+        return rows
+
+    def _cropped(self, targets: Targets, augmentation: Augmentation, step: int) -> Targets:
+        labels = {} if targets.labels is None else {LABEL_TARGET: targets.labels}
+        return Targets(
+            whitened=augmentation.features(targets.whitened, step, self.rows),
+            raw=augmentation.features(targets.raw, step, self.rows),
+            labels=augmentation.features(labels, step, self.rows).get(LABEL_TARGET),
+        )
+
+    def _once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Return the result that is stored under `key`, computed by the first student."""
+        if key not in self._results:
+            self._results[key] = compute()
+        # The key names the computation, so the stored result has the type of this one.
+        return cast(T, self._results[key])
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Distillation:
-    """Turns batches into the inputs and the targets of a student, on the device of `compute`."""
+    """One student's inputs, targets and losses."""
 
-    decoder: nn.Module
-    """Coefficients to whitened features by array."""
     objective: Objective
     augmentation: Augmentation
     """Random crops and color jitter of training batches; held-out batches have none."""
@@ -36,107 +108,39 @@ class Distillation:
     whitening: str
     """Whitening of the MSE's targets: `sample`, as cached, or `position`."""
     compute: Compute
-    label_decoder: LabelDecoder | None = None
-    """Soft labels to logits, if labels are distilled."""
 
-    def unaugmented(self, batch: TrainBatch) -> tuple[Tensor, Targets]:
-        """Return a batch's images (B, 3, H, W) and their targets, without augmentation."""
-        batch = batch.changed(lambda x: x.to(self.compute.device))
-        whitened = self.decoder(batch.coefficients)
-        raw = {name: unwhiten(x_BCHW, batch.scalars[name]) for name, x_BCHW in whitened.items()}
-        if self.whitening == "position":
-            whitened = {name: whiten_positions(x_BCHW) for name, x_BCHW in raw.items()}
-        return batch.images_BCHW, Targets(whitened=whitened, raw=raw, labels=self._labels(batch))
-
-    def augmented(self, batch: TrainBatch, step: int) -> tuple[Tensor, Targets]:
-        """Return a batch's images and targets with the augmentation of one step.
-
-        A target is whitened before it is cropped. The crop is not whitened again.
-        """
-        images_BCHW, targets = self.unaugmented(batch)
-        labels = targets.labels
-        if labels is not None:
-            labels = self.augmentation.features({LABEL_TARGET: labels}, step, batch.rows)[
-                LABEL_TARGET
-            ]
-        return self.augmentation.images(images_BCHW, step, batch.rows, self.input_size), Targets(
-            whitened=self.augmentation.features(targets.whitened, step, batch.rows),
-            raw=self.augmentation.features(targets.raw, step, batch.rows),
-            labels=labels,
-        )
+    def inputs(self, batch: DecodedBatch, step: int | None = None) -> tuple[Tensor, Targets]:
+        """Return images (B, 3, H, W) and targets; with `step`, with the step's augmentation."""
+        if step is None:
+            return batch.unaugmented(self.whitening)
+        return batch.augmented(self.augmentation, step, self.whitening, self.input_size)
 
     def losses(
-        self, student: Predictor, batch: TrainBatch, step: int | None = None
+        self, student: Predictor, batch: DecodedBatch, step: int | None = None
     ) -> dict[str, Tensor]:
         """Return `loss` and its parts by name, fp32 scalars; with `step`, inputs are augmented."""
-        images_BCHW, targets = (
-            self.unaugmented(batch) if step is None else self.augmented(batch, step)
-        )
+        images_BCHW, targets = self.inputs(batch, step)
         with self.compute.autocast():
             predicted = student(images_BCHW)
         losses: dict[str, Tensor] = self.objective(predicted, targets)
         return losses
 
-    def _labels(self, batch: TrainBatch) -> Tensor | None:
-        labels = batch.labels
-        if labels is None or self.label_decoder is None:
-            return None
-        return self.label_decoder.chosen(labels.coefficients_BN, labels.scalars_B2, labels.views_B)
-
 
 @torch.no_grad()
 def held_out_losses(
-    distillation: Distillation, student: Student, batches: Iterable[TrainBatch]
-) -> dict[str, float]:
-    """Return the losses by name, without augmentation, as means over the samples of `batches`.
+    batches: Iterable[DecodedBatch], students: Sequence[tuple[Distillation, Student]]
+) -> list[dict[str, float]]:
+    """Return each student's losses by name, unaugmented, as means over the samples of `batches`.
 
-    The student is left in evaluation mode.
+    The students are left in evaluation mode.
     """
-    student.eval()
-    sums: dict[str, float] = {}
+    for _, student in students:
+        student.eval()
+    sums: list[dict[str, float]] = [{} for _ in students]
     count = 0
     for batch in batches:
         count += len(batch.rows)
-        for name, value in distillation.losses(student, batch).items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(batch.rows)
-    return {name: total / count for name, total in sums.items()}
-
-
-def not_finite(distillation: Distillation, batches: Iterable[TrainBatch]) -> list[int]:
-    """Return the rows whose targets are not finite, or all rows if every target is finite."""
-    rows: list[int] = []
-    suspects: list[int] = []
-    for batch in batches:
-        maps = [*distillation.decoder(batch.coefficients).values(), *batch.scalars.values()]
-        maps += [batch.labels.scalars_B2] if batch.labels is not None else []
-        finite_B = torch.stack([torch.isfinite(x.flatten(1)).all(1) for x in maps]).all(0)
-        rows += batch.rows.tolist()
-        suspects += batch.rows[~finite_B.cpu().numpy()].tolist()
-    return suspects or rows
-
-
-def remarks(
-    student: Student, objective: Objective, recipe: Json, options: TrainOptions
-) -> list[str]:
-    """Return notes for the user about a run that is about to start, as lines."""
-    lines = [
-        f"{name}: no pyramid level has its grid; its prediction is resized bilinearly"
-        for name in student.regressor.resized
-    ]
-    names = list(student.regressor.level_of)
-    if options.noise_weighting and not objective.bands:
-        why = (
-            "crops mix a map's bands"
-            if options.scale is not None
-            else "a float16 cache has no bands"
-        )
-        lines.append(f"noise weighting: tap by tap ({why})")
-    measured = (recipe.get("equivariance") or {}).get("crop") or {}
-    if options.scale is not None and measured:
-        errors = ", ".join(f"{name} {measured[name]:.3f}" for name in names if name in measured)
-        lines.append(
-            "crops: the teacher's features of a crop differ from the cropped features by "
-            f"{errors} (measured relative squared error at the time of extraction: 0 follows "
-            "exactly, 2 is unrelated)"
-        )
-    return lines
+        for of_student, (distillation, student) in zip(sums, students, strict=True):
+            for name, value in distillation.losses(student, batch).items():
+                of_student[name] = of_student.get(name, 0.0) + float(value) * len(batch.rows)
+    return [{name: total / count for name, total in of_student.items()} for of_student in sums]

@@ -22,6 +22,7 @@ from dtcache.distributed import Processes
 from dtcache.errors import BadImageError, ConfigError, ImagesError
 from dtcache.images import open_source
 from dtcache.images.decode import decode_view
+from dtcache.labels.label_decoder import LabelDecoder
 from dtcache.options import ExtractOptions, TrainOptions
 from dtcache.recipe import Json, tap_name
 from dtcache.store.sample_index import hash_samples
@@ -109,6 +110,7 @@ class OnlineSource:
         self._rows, self._held = split_rows(rows, self.keys(rows))
         self.num_batches = self._drawn(0).num_batches
         self.labels: LabelSet | None = None
+        self.label_decoder: LabelDecoder | None = None
         self.decoder: nn.Module = nn.Identity()
         self.fit: Mapping[str, TapCodec] = {}
         self.recipe: Json = {}

@@ -1,44 +1,51 @@
-"""Stage 2: train a student on a teacher's features, cached or computed in the loop."""
+"""Stage 2: train students on a teacher's features, cached or computed in the loop."""
 
-import json
+import re
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dtcache.atomic_files import FolderLock, disk_errors, write_file
+from dtcache.atomic_files import FolderLock
 from dtcache.device import Compute, configure_process, memory_errors
 from dtcache.distributed import Processes, join_processes
-from dtcache.errors import CacheDamagedError
-from dtcache.losses.objective import LABEL_TARGET
+from dtcache.errors import CacheMismatchError, ConfigError, TrainingError
 from dtcache.options import TrainOptions
-from dtcache.options.toml import config_text
-from dtcache.options.train import VOLATILE
-from dtcache.student import Backbone, Student, probe_maps, save_backbone
-from dtcache.student.logit_head import HeadSpec, logit_head, save_head
-from pipelines.runs.folder import CONFIG, CURVES, SUMMARY, claim_run
-from pipelines.runs.metrics import MetricsFile, NoMetrics, plot_curves, read_metrics
-from pipelines.runs.trackers import open_tracker, require_tracker
+from pipelines.runs.folder import RUN
+from pipelines.runs.metrics import Clock
+from pipelines.runs.trackers import require_tracker
 from pipelines.terminal.progress import track
 from pipelines.train.batch_source import BatchSource
 from pipelines.train.cached_batches import CachedSource
-from pipelines.train.distillation import remarks
-from pipelines.train.trainer import Trainer
+from pipelines.train.remarks import Pace, remarks
+from pipelines.train.student_run import StudentRun, Trained
+from pipelines.train.trainer import accumulate, evaluate
+
+PER_STUDENT = (
+    *("student", "student_size", "init", "regressor", "fpn_width"),
+    *("loss", "at_weight", "tap_weights", "noise_weighting", "whitening"),
+    *("label_weight", "feature_weight"),
+    *("optimizer", "lr", "warmup_epochs", "weight_decay", "clip_grad", "ema_decay"),
+    *("scale", "color_jitter"),
+    *("save_every", "log_every", "log_with"),
+)
+"""Options that may differ between the runs of one loader; all others decide its batches."""
+SEVERAL_PER_PROCESS = ("tensorboard", "none")
+"""Trackers that several runs of one process can log with."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trained:
-    """A finished run."""
+class StudentsError(TrainingError):
+    """Students of a shared loader whose loss was not finite; the other students are trained."""
 
-    out: Path
-    steps: int
-    held_out_loss: float
-    """Mean loss of the exported weights over the held-out samples."""
-    wait_share: float
-    """Share of the time spent waiting for data, 0 to 1."""
+    def __init__(self, failures: dict[Path, TrainingError], count: int) -> None:
+        """Describe the failures, by run folder, among `count` students."""
+        reasons = "; ".join(f"{out.name}: {error}" for out, error in failures.items())
+        rest = ", the others are trained" if len(failures) < count else ""
+        super().__init__(f"{len(failures)} of {count} students failed{rest}: {reasons}")
+        self.failures = failures
 
 
 def train(where: Path, out: Path, options: TrainOptions) -> Trained:
@@ -48,53 +55,113 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
     first one writes `out`. Raises TrainingError, naming the samples, if the loss is not finite, and
     the errors of opening the cache or the teacher.
     """
-    require_tracker(options.log_with)
+    return train_shared(where, [(out, options)])[0]
+
+
+def train_shared(where: Path, runs: Sequence[tuple[Path, TrainOptions]]) -> list[Trained]:
+    """Train one student per (folder, options) as `train` does, all from one loader.
+
+    Each batch is read and decoded, or computed by the teacher, once for all students. On a CPU each
+    student's losses equal to the bit those that it has alone. Only the options PER_STUDENT may
+    differ. Each run resumes from its own checkpoint; a finished run is not repeated. If a loss is
+    not finite, that student ends, and TrainingError is raised after the others have ended:
+    StudentsError if there are several students. Raises ConfigError, before anything is written, if
+    the runs cannot share a loader.
+    """
+    require_one_loader(runs)
+    options = runs[0][1]
     processes, compute = join_processes(options.device, options.precision)
     configure_process(compute.device)
     source = open_source(where, options, compute, processes)
-    trainer = Trainer(source, options, compute, processes)
-    with FolderLock(out) if processes.is_first else nullcontext():
-        if processes.is_first:
-            _begin(out, trainer, options, compute)
-        processes.wait()
-        trainer.restore(out)
-        with (
-            memory_errors(
-                trainer.micro_batch_size, "pass a smaller `batch_size` or more `micro_batches`"
-            ),
-            _metrics(out, trainer, options, processes) as metrics,
-            track(
-                f"train {options.student}",
-                trainer.total_steps,
-                trainer.steps_done,
-                shown=processes.is_first,
-            ) as progress,
-        ):
-            clock = trainer.clock
-            while trainer.steps_done < trainer.total_steps:
-                epoch, start = divmod(trainer.steps_done, source.num_batches)
-                micro_batches = source.epoch(epoch, start)
-                for batch in clock.waiting(_grouped(micro_batches, options.micro_batches)):
-                    line = trainer.step(batch)
-                    step = trainer.steps_done
-                    progress.advance(
-                        1,
-                        f"loss {line['loss']:.4f}, {clock.rate:.0f} images/s, "
-                        f"{clock.share:.0%} waiting",
-                    )
-                    if step % options.log_every == 0 or step == trainer.total_steps:
-                        metrics.write({"step": step, "epoch": epoch, **line, **clock.line()})
-                    if step % options.save_every == 0 and step % source.num_batches:
-                        metrics.flush()
-                        trainer.save(out)
-                if processes.is_first:
-                    metrics.write({"step": step, "epoch": epoch, **trainer.evaluate()})
-                metrics.flush()
-                trainer.save(out)
-        if processes.is_first:
-            _finish(out, trainer, options)
-        processes.wait()
-        return _trained(out)
+    students = [StudentRun(out, each, source, compute, processes) for out, each in runs]
+    total = students[0].trainer.total_steps
+    with ExitStack() as stack:
+        _begin(students, processes, stack)
+        done = min(run.trainer.steps_done for run in students)
+        remedy = "pass a smaller `batch_size` or more `micro_batches`"
+        stack.enter_context(memory_errors(students[0].trainer.micro_batch_size, remedy))
+        for run in students:
+            stack.enter_context(run)
+        title = options.student if len(students) == 1 else f"{len(students)} students"
+        progress = stack.enter_context(
+            track(f"train {title}", total, done, shown=processes.is_first)
+        )
+        pace = Pace(total - done, compute.device, shown=processes.is_first)
+        while active := [run for run in students if run.is_active]:
+            # After a kill the checkpoints may stand at different steps. The last one goes first.
+            step = min(run.trainer.steps_done for run in active)
+            for batches in _arriving(source, step, options.micro_batches, active):
+                due = [run for run in active if run.is_due(step)]
+                if not due:  # the students that this step was for have failed
+                    break
+                accumulate(source, [run.trainer for run in due], batches)
+                losses = [run.update(batches) for run in due]
+                step += 1
+                progress.advance(1, _note(losses, due[0].trainer.clock))
+                pace.stepped()
+            ended = [run for run in due if run.failure is None]
+            if ended:
+                trainers = [run.trainer for run in ended]
+                lines = evaluate(source, trainers) if processes.is_first else [{}] * len(ended)
+                for run, line in zip(ended, lines, strict=True):
+                    run.end_epoch(line)
+        trained = [run.finish() for run in students if run.failure is None]
+    _raise_failures(students)
+    return trained
+
+
+def runs_of(out: Path, options: TrainOptions) -> list[tuple[Path, TrainOptions]]:
+    """Return the folder and the options of each run that `student`, one or several names, means.
+
+    One student has the folder `out`; each of several students, separated by commas, has the folder
+    `out/<student>`. Raises ConfigError if a name cannot be a folder's or comes twice, and
+    CacheMismatchError if `out` itself holds a run of one student.
+    """
+    if "," not in options.student:
+        return [(out, options)]
+    names = [name.strip() for name in options.student.split(",")]
+    for number, name in enumerate(names):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ConfigError(
+                f"`student` {options.student}: expected names that can be names of folders, got "
+                f"{name!r}; train that student alone"
+            )
+        if name in names[:number]:
+            raise ConfigError(f"`student` {options.student}: {name} comes twice; pass it once")
+    if (out / RUN).exists():
+        raise CacheMismatchError(
+            f"{out} holds the run of one student, got {len(names)} students; pass a new `out`"
+        )
+    return [(out / name, replace(options, student=name)) for name in names]
+
+
+def require_one_loader(runs: Sequence[tuple[Path, TrainOptions]]) -> None:
+    """Raise ConfigError, naming the field, if the runs cannot have the same batches."""
+    if not runs:
+        raise ConfigError("`runs`: expected at least one folder with its options, got none")
+    first_out, first = runs[0]
+    shared = [f.name for f in fields(TrainOptions) if f.name not in PER_STUDENT]
+    folders: set[Path] = set()
+    for out, options in runs:
+        if out.resolve() in folders:
+            raise ConfigError(f"`runs`: {out} is the folder of two runs; pass one for each run")
+        folders.add(out.resolve())
+        pairs = {name: (getattr(first, name), getattr(options, name)) for name in shared}
+        if (first.feature_weight == 0) != (options.feature_weight == 0):
+            # Without a feature loss a batch has no features.
+            pairs["feature_weight"] = (first.feature_weight, options.feature_weight)
+        for name, (expected, value) in pairs.items():
+            if value != expected:
+                raise ConfigError(
+                    f"`{name}`: expected one value for all students of a loader, got {expected!r} "
+                    f"for {first_out.name} and {value!r} for {out.name}; train them apart"
+                )
+        if len(runs) > 1 and options.log_with not in SEVERAL_PER_PROCESS:
+            raise ConfigError(
+                f"`log_with` {options.log_with}: expected {' or '.join(SEVERAL_PER_PROCESS)} for "
+                "several students, as this tracker logs one run per process"
+            )
+        require_tracker(options.log_with)
 
 
 def open_source(
@@ -108,26 +175,42 @@ def open_source(
     return OnlineSource(where, options, compute, processes)
 
 
-def _begin(out: Path, trainer: Trainer, options: TrainOptions, compute: Compute) -> None:
-    """Claim the folder for these options and data; write options, remarks and initial weights."""
-    source = trainer.source
-    values = {**asdict(options), "precision": compute.precision}
-    claim_run(out, {**values, **source.identity}, VOLATILE)
-    write_file(out / CONFIG, config_text(values).encode())
-    for line in remarks(trainer.student, trainer.objective, source.recipe, options):
-        print(line, file=sys.stderr)
-    if not (out / "init" / "config.json").exists():
-        _save_backbone(trainer.student, out / "init", source)
+def _begin(students: Sequence[StudentRun], processes: Processes, stack: ExitStack) -> None:
+    """Lock and claim the folders, resume from the checkpoints, and print remarks."""
+    if processes.is_first:
+        for run in students:
+            run.check_folder()  # before any folder is begun
+        for run in students:
+            stack.enter_context(FolderLock(run.out))
+            run.begin()
+    processes.wait()
+    names: dict[str, list[str]] = {}
+    for run in students:
+        run.trainer.restore(run.out)
+        for line in remarks(run.trainer, run.options) if run.is_active else ():
+            names.setdefault(line, []).append(run.out.name)
+    if processes.is_first:
+        for line, of_runs in names.items():
+            concerned = "" if len(of_runs) == len(students) else f"{', '.join(of_runs)}: "
+            print(concerned + line, file=sys.stderr)
 
 
-def _metrics(
-    out: Path, trainer: Trainer, options: TrainOptions, processes: Processes
-) -> MetricsFile | NoMetrics:
-    """Return the metrics file in the first process, and a sink in every other process."""
-    if not processes.is_first:
-        return NoMetrics()
-    step = trainer.steps_done
-    return MetricsFile(out, step, open_tracker(options.log_with, out, step, asdict(options)))
+def _arriving(
+    source: BatchSource, step: int, micro_batches: int, runs: Sequence[StudentRun]
+) -> Iterator[list[Any]]:
+    """Yield the global batches of an epoch from `step` on, as lists of micro-batches.
+
+    The runs' clocks count the time until each batch arrives. The clock of a run that is ahead of
+    `step` does not count the time before the run's own next step.
+    """
+    batches = _grouped(source.epoch(*divmod(step, source.num_batches)), micro_batches)
+    for run in runs:
+        batches = run.trainer.clock.waiting(batches)
+    for number, batch in enumerate(batches, step):
+        ahead = [run for run in runs if run.trainer.steps_done > number]
+        yield batch
+        for run in ahead:
+            run.trainer.clock.restart()
 
 
 def _grouped(micro_batches: Iterable[Any], count: int) -> Iterator[list[Any]]:
@@ -137,64 +220,17 @@ def _grouped(micro_batches: Iterable[Any], count: int) -> Iterator[list[Any]]:
         yield group
 
 
-def _save_backbone(student: Student, folder: Path, source: BatchSource) -> None:
-    if not isinstance(student.backbone, Backbone):
-        raise TypeError(f"expected a timm backbone, got {type(student.backbone).__name__}")
-    save_backbone(student.backbone, folder, input_size=student.input_size, view=source.view)
+def _note(losses: Sequence[float], clock: Clock) -> str:
+    """Return what the progress shows beside the rate: every student's loss, speed, waiting."""
+    shown = ", ".join(f"{loss:.4f}" for loss in losses)
+    return f"loss {shown}; {clock.rate:.0f} images/s, {clock.share:.0%} waiting"
 
 
-def _finish(out: Path, trainer: Trainer, options: TrainOptions) -> None:
-    """Export backbone and head; write summary.json and curves.png from the metrics."""
-    source = trainer.source
-    student = trainer.exported
-    _save_backbone(student, out / "backbone", source)
-    if source.labels is not None:
-        spec = HeadSpec(
-            classes=source.labels.classes,
-            shapes=tuple(probe_maps(student.backbone, student.input_size)),
-            grid=source.labels.shape[1:],
-            width=options.fpn_width,
-            regressor=options.regressor,
-            input_size=student.input_size,
-        )
-        save_head(logit_head(student, LABEL_TARGET, spec), spec, out / "head")
-    lines = read_metrics(out)
-    last = [line for line in lines if "loss" in line][-1]
-    prefix = "held_out/" if options.ema_decay is None else "held_out_ema/"
-    held_out = [
-        {name.removeprefix(prefix): v for name, v in line.items() if name.startswith(prefix)}
-        for line in lines
-    ]
-    held_out = [line for line in held_out if line]
-    summary = {
-        "steps": trainer.steps_done,
-        "loss": last["loss"],
-        "held_out": held_out[-1],
-        # The codec's fit measures the floor under whitening per sample; it does not hold for
-        # whitening per position.
-        "noise_floor": source.noise_floor if options.whitening == "sample" else {},
-        "seconds": last["seconds"],
-        "images_per_second": last["images_per_second"],
-        "wait_share": last["wait_share"],
-    }
-    write_file(out / SUMMARY, json.dumps(summary, indent=1).encode())
-    curves = {name: [line[f"mse/{name}"] for line in held_out] for name in source.names}
-    title = "Held-out whitened MSE" if curves else "Held-out label loss"
-    if source.labels is not None:
-        curves["label loss"] = [line["label"] for line in held_out]
-    with disk_errors(out):
-        plot_curves(curves, out / CURVES, title=title, xlabel="epoch")
-
-
-def _trained(out: Path) -> Trained:
-    path = out / SUMMARY
-    try:
-        summary = json.loads(path.read_text())
-        return Trained(
-            out=out,
-            steps=summary["steps"],
-            held_out_loss=summary["held_out"]["loss"],
-            wait_share=summary["wait_share"],
-        )
-    except (ValueError, KeyError) as error:
-        raise CacheDamagedError(f"{path}: not the summary of a run; train again") from error
+def _raise_failures(students: Sequence[StudentRun]) -> None:
+    """Raise the error of the students that have failed, if any."""
+    failures = {run.out: run.failure for run in students if run.failure is not None}
+    if not failures:
+        return
+    if len(students) == 1:
+        raise next(iter(failures.values()))
+    raise StudentsError(failures, len(students))

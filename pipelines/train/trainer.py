@@ -1,4 +1,4 @@
-"""A training run in memory: student, optimisation, data; step, evaluate, save, restore."""
+"""Students in training: gradients, update, held-out losses, saved and restored state."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +21,8 @@ from dtcache.recipe import ViewSpec
 from dtcache.student import Augmentation, Student, build_student, synchronise_batch_norm
 from pipelines.runs.checkpoint import load_checkpoint, save_checkpoint
 from pipelines.runs.metrics import Clock
-from pipelines.train.batch_source import BatchSource
-from pipelines.train.distillation import Distillation, held_out_losses, not_finite
+from pipelines.train.batch_source import BatchSource, decoded
+from pipelines.train.distillation import DecodedBatch, Distillation, held_out_losses
 
 KEYS_NAMED = 8
 """Most samples that an error names."""
@@ -47,34 +47,34 @@ class Trainer:
                 f"`micro_batches` {options.micro_batches}: expected at least 2 samples per "
                 f"micro-batch, got {self.micro_batch_size}; pass fewer `micro_batches`"
             )
+        codec = source.recipe.get("codec") or {}
+        if options.whitening == "position" and codec and codec["name"] != "float16":
+            raise ConfigError(
+                "`whitening='position'`: expected a cache of exact features; extract it with "
+                "quality fp16"
+            )
         augmentation = Augmentation(
             scale=options.scale, color_jitter=options.color_jitter, seed=options.seed
         )
         shapes = {name: source.shape(name) for name in source.names}
-        self.objective = make_objective(
-            options, source.fit, source.recipe.get("codec") or {}, shapes
-        ).to(compute.device)
-        labels = {LABEL_TARGET: source.labels.shape} if source.labels is not None else {}
-        self.student = new_student(shapes | labels, source.view, options)
+        self.objective = make_objective(options, source.fit, codec, shapes).to(compute.device)
+        self.student = new_student(target_shapes(source), source.view, options)
         self.student.to(compute.device).to(memory_format=torch.channels_last)
         if processes.world_size > 1 and compute.device.type == "cuda":
             synchronise_batch_norm(self.student)
         self.total_steps = options.epochs * source.num_batches
         self.steps_done = 0
         self.clock = Clock()
+        self._sums: dict[str, Tensor] = {}
         self._options = options
         self._compute = compute
         self._processes = processes
         self._distillation = Distillation(
-            decoder=source.decoder,
             objective=self.objective,
             augmentation=augmentation,
             input_size=self.student.input_size,
             whitening=options.whitening,
             compute=compute,
-            label_decoder=(
-                source.labels.decoder().to(compute.device) if source.labels is not None else None
-            ),
         )
         self._optimization = Optimization(
             self.student,
@@ -103,48 +103,48 @@ class Trainer:
         # plain objective.
         self._step_objective = compiled(self.objective) if options.compile else self.objective
 
-    def step(self, batches: Sequence[Any]) -> dict[str, float]:
-        """Take one optimizer step over the micro-batches of a global batch.
+    def accumulate(self, batch: DecodedBatch, number: int, count: int) -> None:
+        """Add the gradients of micro-batch `number`, from 0, of the `count` of a global batch.
 
-        Returns `lr`, then the losses before the step, as means over all processes. Random layers
-        (dropout, dropped paths) draw from (seed, step, micro-batch), augmentation from (seed, step,
-        row). Raises TrainingError, and takes no step, if a loss is not finite.
+        Random layers (dropout, dropped paths) draw from (seed, step, micro-batch), augmentation
+        from (seed, step, row).
         """
         self.student.train()
-        sums = torch.zeros(())
-        for number, batch in enumerate(batches):
-            torch.manual_seed(self._draw_seed(number, len(batches)))
-            batch = self.source.ready(batch)
-            images_BCHW, targets = self._distillation.augmented(batch, self.steps_done)
-            with self._synchronised(last=number + 1 == len(batches)):
-                with self._compute.autocast():
-                    predicted = self._network(images_BCHW)
-                losses = self._step_objective(predicted, targets)
-                with compile_errors():
-                    self._optimization.backward(losses["loss"] / len(batches))
-            values = torch.stack([value.detach() for value in losses.values()])
-            sums = sums.to(values.device) + values
+        torch.manual_seed(self._draw_seed(number, count))
+        images_BCHW, targets = self._distillation.inputs(batch, self.steps_done)
+        with self._synchronised(last=number + 1 == count):
+            with self._compute.autocast():
+                predicted = self._network(images_BCHW)
+            losses = self._step_objective(predicted, targets)
+            with compile_errors():
+                self._optimization.backward(losses["loss"] / count)
+        before = self._sums if number else {}
+        self._sums = {name: before.get(name, 0) + x.detach() for name, x in losses.items()}
+
+    def update(self, batches: Sequence[Any]) -> dict[str, float]:
+        """Take the optimizer step of a global batch whose micro-batches have been accumulated.
+
+        Returns `lr`, then the losses before the step, as means over all processes. Raises
+        TrainingError, and takes no step, if a loss is not finite; the error names samples of
+        `batches`, the micro-batches.
+        """
+        sums = torch.stack(list(self._sums.values()))
         # One read of the device per step.
         means = self._processes.mean(sums / len(batches)).tolist()
-        line = dict(zip(losses, means, strict=True))
+        line = dict(zip(self._sums, means, strict=True))
         self._require_finite(line, batches)
         lr = self._optimization.update(self.steps_done)
         self.steps_done += 1
         self.clock.count(self._options.batch_size)
         return {"lr": lr, **line}
 
-    def evaluate(self) -> dict[str, float]:
-        """Return mean held-out losses: `held_out/...` and, for the EMA, `held_out_ema/...`."""
+    @property
+    def evaluated(self) -> dict[str, tuple[Distillation, Student]]:
+        """The students that held-out losses are computed of, by the prefix of the losses' names."""
         students = {"held_out": self.student}
         if self._optimization.averaged is not None:
             students["held_out_ema"] = self.exported
-        return {
-            f"{title}/{name}": value
-            for title, student in students.items()
-            for name, value in held_out_losses(
-                self._distillation, student, map(self.source.ready, self.source.held_out())
-            ).items()
-        }
+        return {prefix: (self._distillation, student) for prefix, student in students.items()}
 
     def save(self, out: Path) -> None:
         """Write the checkpoint, in the first process. Raises DiskError."""
@@ -190,7 +190,10 @@ class Trainer:
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if not bad:
             return
-        rows = not_finite(self._distillation, map(self.source.ready, batches))
+        again = [decoded(self.source, batch) for batch in batches]
+        rows = [row for batch in again for row in batch.not_finite()]
+        # If every target is finite, any sample may be the reason.
+        rows = rows or [row for batch in again for row in batch.rows.tolist()]
         keys = self._processes.gathered(self.source.keys(rows))
         more = f", ... ({len(keys)} in all)" if len(keys) > KEYS_NAMED else ""
         raise TrainingError(
@@ -198,6 +201,38 @@ class Trainer:
             f"{', '.join(keys[:KEYS_NAMED])}{more}); lower `lr`, pass `clip_grad` or use "
             "`precision='fp32'`, and delete the run to start again"
         )
+
+
+def accumulate(source: BatchSource, trainers: Sequence[Trainer], batches: Sequence[Any]) -> None:
+    """Add every trainer's gradients of a global batch. Each micro-batch is decoded once."""
+    for number, batch in enumerate(batches):
+        shared = decoded(source, batch)
+        for trainer in trainers:
+            trainer.accumulate(shared, number, len(batches))
+
+
+def evaluate(source: BatchSource, trainers: Sequence[Trainer]) -> list[dict[str, float]]:
+    """Return each trainer's mean held-out losses: `held_out/...`, and `held_out_ema/...` of an EMA.
+
+    Each batch is decoded once.
+    """
+    students = [
+        (number, *item) for number, t in enumerate(trainers) for item in t.evaluated.items()
+    ]
+    losses = held_out_losses(
+        (decoded(source, batch) for batch in source.held_out()),
+        [student for _, _, student in students],
+    )
+    lines: list[dict[str, float]] = [{} for _ in trainers]
+    for (number, prefix, _), of_student in zip(students, losses, strict=True):
+        lines[number] |= {f"{prefix}/{name}": value for name, value in of_student.items()}
+    return lines
+
+
+def target_shapes(source: BatchSource) -> dict[str, tuple[int, int, int]]:
+    """Return (C, H, W) of a source's targets by array, and by LABEL_TARGET if it has labels."""
+    labels = {LABEL_TARGET: source.labels.shape} if source.labels is not None else {}
+    return {name: source.shape(name) for name in source.names} | labels
 
 
 def new_student(

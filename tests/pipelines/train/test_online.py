@@ -150,7 +150,7 @@ def test_an_online_run_trains_and_resumes_to_the_bit(
     result = run("train", scene_folder, "--out", tmp_path / "a", *online)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "a" / "backbone" / "model.safetensors").exists()
-    interrupt(monkeypatch, Trainer, "step", call=4)
+    interrupt(monkeypatch, Trainer, "update", call=4)
     assert run("train", scene_folder, "--out", tmp_path / "b", *online).exit_code == 130
     assert run("train", scene_folder, "--out", tmp_path / "b", *online).exit_code == 0
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")

@@ -30,7 +30,7 @@ from dtcache.store.commits import CommitRecord, ShardObject, write_commit
 from dtcache.store.manifest import CacheManifest, read_manifest, write_manifest
 from dtcache.store.sample_index import read_objects, read_table
 from dtcache.student import Augmentation, Student, build_student
-from pipelines.train.distillation import Distillation, remarks
+from pipelines.train.distillation import DecodedBatch, Distillation
 
 ROOT = Path(__file__).resolve().parents[3]
 FLAGS = words(
@@ -52,7 +52,6 @@ def distillation(cache: Cache, options: TrainOptions) -> Distillation:
     shapes = {name: cache.shape(name) for name in cache.names}
     compute = resolve_compute("cpu", "fp32")
     return Distillation(
-        decoder=cache.decoder(cache.names),
         objective=make_objective(options, cache.fit, codec, shapes),
         augmentation=Augmentation(
             scale=options.scale, color_jitter=options.color_jitter, seed=options.seed
@@ -193,7 +192,7 @@ def test_an_interrupted_run_resumes_to_the_bit(
     """A run interrupted after five of six steps resumes to the same losses and weights."""
     from pipelines.train.trainer import Trainer
 
-    calls = interrupt(monkeypatch, Trainer, "step", call=6)
+    calls = interrupt(monkeypatch, Trainer, "update", call=6)
     out = tmp_path / "run"
     result = run("train", cache, "--out", out, *FLAGS)
     assert result.exit_code == 130
@@ -475,7 +474,7 @@ def test_losses_of_every_tap_reach_the_backbone(cache: Path) -> None:
         "resnet10t", targets, opened.view, size=None, width=16, init=None, seed=0
     ).train()
     assert student.input_size == (128, 128)
-    batch = opened.batch([0, 1], [0, 1], opened.names)
+    batch = DecodedBatch(opened.batch([0, 1], [0, 1], opened.names), opened.decoder(opened.names))
     distillation(opened, TrainOptions()).losses(student, batch)["loss"].backward()
     assert student.backbone.model.conv1[0].weight.grad.abs().sum() > 0
     assert all(head.weight.grad.abs().sum() > 0 for head in student.regressor.heads)
@@ -502,7 +501,7 @@ def test_random_views_resume_to_the_bit(
     whole = run("train", cache, "--out", tmp_path / "whole", *flags)
     assert whole.exit_code == 0, whole.output
     assert "noise weighting: tap by tap (crops mix a map's bands)" in whole.output
-    interrupt(monkeypatch, Trainer, "step", call=4)
+    interrupt(monkeypatch, Trainer, "update", call=4)
     assert run("train", cache, "--out", tmp_path / "run", *flags).exit_code == 130
     assert run("train", cache, "--out", tmp_path / "run", *flags).exit_code == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
@@ -521,13 +520,14 @@ def test_crops_show_image_and_targets_by_one_box(cache: Path) -> None:
     cropped.objective.register_forward_pre_hook(lambda _, inputs: seen.update(cropped=inputs[1]))
     student = small_student(opened)
     student.register_forward_pre_hook(lambda _, inputs: seen.update(images=inputs[0]))
-    batch = opened.batch([3, 5], [0, 1], opened.names)
+    read = opened.batch([3, 5], [0, 1], opened.names)
+    batch = DecodedBatch(read, opened.decoder(opened.names))
     with torch.no_grad():
         whole.losses(student, batch, step=4)
         cropped.losses(student, batch, step=4)
     boxes = cropped.augmentation.boxes(4, batch.rows)
     for place, (left, top, right, bottom) in enumerate(boxes.double().tolist()):
-        image = batch.images_BCHW[place].double().numpy()
+        image = read.images_BCHW[place].double().numpy()
         expected = reference_crop(image, (left, top, right, bottom), (32, 32))
         np.testing.assert_allclose(seen["images"][place], expected, atol=0.01)
         for kind in ("whitened", "raw"):
@@ -544,7 +544,7 @@ def test_crops_show_image_and_targets_by_one_box(cache: Path) -> None:
         plain = seen["whole"].raw
         cropped.losses(student, batch)
     assert all(torch.equal(x, plain[name]) for name, x in seen["cropped"].raw.items())
-    assert torch.equal(seen["images"], batch.images_BCHW)
+    assert torch.equal(seen["images"], read.images_BCHW)
 
 
 def reference_crop(x_CHW: np.ndarray, box: tuple[float, ...], size: tuple[int, int]) -> np.ndarray:
@@ -557,29 +557,6 @@ def reference_crop(x_CHW: np.ndarray, box: tuple[float, ...], size: tuple[int, i
     x = (left + (np.arange(size[1]) + 0.5) / size[1] * (right - left)) * width - 0.5
     grid = np.meshgrid(y, x, indexing="ij")
     return np.stack([map_coordinates(plane, grid, order=1, mode="nearest") for plane in x_CHW])
-
-
-def test_a_run_tells_what_was_measured_of_its_crops(cache: Path) -> None:
-    """A run that crops prints the teacher's crop error if the recipe has the measurement."""
-    opened = Cache(cache)
-    recipe = opened.reader.manifest.recipe
-    measured = {**recipe, "equivariance": {"flip": {}, "crop": {"t150/stride8": 0.25}}}
-    options = TrainOptions(scale="0.3,1.0")
-    student = small_student(opened)
-    objective = distillation(opened, options).objective
-    (line,) = (
-        line for line in remarks(student, objective, measured, options) if line.startswith("crops")
-    )
-    assert line.startswith(
-        "crops: the teacher's features of a crop differ from the cropped features by t150/stride8 "
-    )
-    assert "0.250 (measured relative squared error" in line
-    early = {name: value for name, value in recipe.items() if name != "equivariance"}
-    others = [
-        *remarks(student, objective, early, options),
-        *remarks(student, objective, measured, TrainOptions()),
-    ]
-    assert not any("crops" in other for other in others)
 
 
 @pytest.mark.parametrize(

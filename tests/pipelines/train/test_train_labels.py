@@ -122,7 +122,7 @@ def test_a_run_resumes_to_the_bit(
         *FLAGS,
     )
     with monkeypatch.context() as patch:
-        interrupt(patch, Trainer, "step", 4)
+        interrupt(patch, Trainer, "update", 4)
         assert run(*arguments).exit_code == 130
     assert run(*arguments).exit_code == 0
     for part in ("backbone", "head"):

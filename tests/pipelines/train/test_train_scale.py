@@ -32,13 +32,13 @@ class Alone(torch.nn.GroupNorm):
         super().__init__(1, channels)
 torch.nn.BatchNorm2d = Alone
 from pipelines.train.trainer import Trainer
-real, left = Trainer.step, [int(sys.argv.pop(1))]
+real, left = Trainer.update, [int(sys.argv.pop(1))]
 def stopping(*arguments):
     left[0] -= 1
     if left[0] < 0:
         raise KeyboardInterrupt
     return real(*arguments)
-Trainer.step = stopping
+Trainer.update = stopping
 cli.main()
 """
 
@@ -212,7 +212,7 @@ def test_an_averaged_run_resumes_to_the_bit(
 
     flags = (*FLAGS, "--ema-decay", "0.9", "--save-every", "1", "--micro-batches", "2")
     assert run("train", cache, "--out", tmp_path / "a", *flags).exit_code == 0
-    interrupt(monkeypatch, Trainer, "step", call=3)
+    interrupt(monkeypatch, Trainer, "update", call=3)
     assert run("train", cache, "--out", tmp_path / "b", *flags).exit_code == 130
     assert run("train", cache, "--out", tmp_path / "b", *flags).exit_code == 0
     ends = [(tmp_path / name / "backbone" / "model.safetensors").read_bytes() for name in "ab"]

@@ -1,0 +1,209 @@
+"""One student's run: its folder, from the claim over metrics and checkpoints to the export."""
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dtcache.atomic_files import disk_errors, write_file
+from dtcache.device import Compute
+from dtcache.distributed import Processes
+from dtcache.errors import CacheDamagedError, TrainingError
+from dtcache.losses.objective import LABEL_TARGET
+from dtcache.options import TrainOptions
+from dtcache.options.toml import config_text
+from dtcache.options.train import VOLATILE
+from dtcache.recipe import Json
+from dtcache.student import Backbone, Student, probe_maps, save_backbone
+from dtcache.student.logit_head import HeadSpec, logit_head, save_head
+from pipelines.runs.folder import CONFIG, CURVES, SUMMARY, claim_run, require_same_run
+from pipelines.runs.metrics import MetricsFile, NoMetrics, plot_curves, read_metrics
+from pipelines.runs.trackers import open_tracker
+from pipelines.train.batch_source import BatchSource
+from pipelines.train.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """A finished run."""
+
+    out: Path
+    steps: int
+    held_out_loss: float
+    """Mean loss of the exported weights over the held-out samples."""
+    wait_share: float
+    """Share of the time spent waiting for data, 0 to 1."""
+
+
+class StudentRun(AbstractContextManager["StudentRun"]):
+    """A run in one of its processes; the first process writes the folder.
+
+    Use it as a context manager around the steps: its metrics and tracker are open inside.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        options: TrainOptions,
+        source: BatchSource,
+        compute: Compute,
+        processes: Processes,
+    ) -> None:
+        """Build the student, and write nothing. Raises ConfigError for bad options."""
+        self.out = out
+        self.options = options
+        self.trainer = Trainer(source, options, compute, processes)
+        self.failure: TrainingError | None = None
+        """Why the run ended early, if it did."""
+        self._source = source
+        self._processes = processes
+        self._values = {**asdict(options), "precision": compute.precision}
+        self._metrics: MetricsFile | NoMetrics = NoMetrics()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the run has steps left to take."""
+        return self.failure is None and self.trainer.steps_done < self.trainer.total_steps
+
+    def check_folder(self) -> None:
+        """Raise CacheMismatchError if the folder holds another run or other files."""
+        require_same_run(self.out, self._identity, VOLATILE)
+
+    def begin(self) -> None:
+        """Claim the folder for these options and data; write options and initial weights."""
+        claim_run(self.out, self._identity, VOLATILE)
+        write_file(self.out / CONFIG, config_text(self._values).encode())
+        if not (self.out / "init" / "config.json").exists():
+            self._save_backbone(self.trainer.student, self.out / "init")
+
+    def __enter__(self) -> Self:
+        """Open metrics and tracker, after the checkpoint's step. Raises DiskError, ConfigError."""
+        if self._processes.is_first:
+            step = self.trainer.steps_done
+            tracker = open_tracker(self.options.log_with, self.out, step, asdict(self.options))
+            self._metrics = MetricsFile(self.out, step, tracker)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        failure = error or self.failure
+        self._metrics.__exit__(type(failure) if failure else None, failure, trace)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the run takes the step of this number, from 0, next."""
+        return self.is_active and self.trainer.steps_done == step
+
+    def update(self, batches: Sequence[Any]) -> float:
+        """Take the optimizer step of a global batch; log and save if that is due.
+
+        Returns the loss. If it is not finite, the step is not taken, and `failure` is set.
+        """
+        epoch = self.trainer.steps_done // self._source.num_batches
+        try:
+            line = self.trainer.update(batches)
+        except TrainingError as error:
+            self.failure = error
+            return math.nan
+        step = self.trainer.steps_done
+        if step % self.options.log_every == 0 or step == self.trainer.total_steps:
+            self._metrics.write({"step": step, "epoch": epoch, **line, **self.trainer.clock.line()})
+        if step % self.options.save_every == 0 and step % self._source.num_batches:
+            self._save()
+        return line["loss"]
+
+    def end_epoch(self, held_out: dict[str, float]) -> None:
+        """Log held-out losses, which the first process has, and save a checkpoint."""
+        if held_out:
+            step = self.trainer.steps_done
+            epoch = step // self._source.num_batches - 1
+            self._metrics.write({"step": step, "epoch": epoch, **held_out})
+        self._save()
+
+    def finish(self) -> Trained:
+        """Export backbone and head; write summary.json and curves.png from the metrics."""
+        if self._processes.is_first:
+            self._export()
+            self._summarise()
+        self._processes.wait()
+        return _trained(self.out)
+
+    @property
+    def _identity(self) -> Json:
+        return {**self._values, **self._source.identity}
+
+    def _save(self) -> None:
+        self._metrics.flush()
+        self.trainer.save(self.out)
+
+    def _save_backbone(self, student: Student, folder: Path) -> None:
+        if not isinstance(student.backbone, Backbone):
+            raise TypeError(f"expected a timm backbone, got {type(student.backbone).__name__}")
+        save_backbone(
+            student.backbone, folder, input_size=student.input_size, view=self._source.view
+        )
+
+    def _export(self) -> None:
+        source = self._source
+        student = self.trainer.exported
+        self._save_backbone(student, self.out / "backbone")
+        if source.labels is not None:
+            spec = HeadSpec(
+                classes=source.labels.classes,
+                shapes=tuple(probe_maps(student.backbone, student.input_size)),
+                grid=source.labels.shape[1:],
+                width=self.options.fpn_width,
+                regressor=self.options.regressor,
+                input_size=student.input_size,
+            )
+            save_head(logit_head(student, LABEL_TARGET, spec), spec, self.out / "head")
+
+    def _summarise(self) -> None:
+        lines = read_metrics(self.out)
+        last = [line for line in lines if "loss" in line][-1]
+        prefix = "held_out/" if self.options.ema_decay is None else "held_out_ema/"
+        held_out = [
+            {name.removeprefix(prefix): v for name, v in line.items() if name.startswith(prefix)}
+            for line in lines
+        ]
+        held_out = [line for line in held_out if line]
+        summary = {
+            "steps": self.trainer.steps_done,
+            "loss": last["loss"],
+            "held_out": held_out[-1],
+            # The codec's fit measures the floor under whitening per sample; it does not hold for
+            # whitening per position.
+            "noise_floor": (self._source.noise_floor if self.options.whitening == "sample" else {}),
+            "seconds": last["seconds"],
+            "images_per_second": last["images_per_second"],
+            "wait_share": last["wait_share"],
+        }
+        write_file(self.out / SUMMARY, json.dumps(summary, indent=1).encode())
+        names = self._source.names
+        curves = {name: [line[f"mse/{name}"] for line in held_out] for name in names}
+        title = "Held-out whitened MSE" if curves else "Held-out label loss"
+        if self._source.labels is not None:
+            curves["label loss"] = [line["label"] for line in held_out]
+        with disk_errors(self.out):
+            plot_curves(curves, self.out / CURVES, title=title, xlabel="epoch")
+
+
+def _trained(out: Path) -> Trained:
+    path = out / SUMMARY
+    try:
+        summary = json.loads(path.read_text())
+        return Trained(
+            out=out,
+            steps=summary["steps"],
+            held_out_loss=summary["held_out"]["loss"],
+            wait_share=summary["wait_share"],
+        )
+    except (ValueError, KeyError) as error:
+        raise CacheDamagedError(f"{path}: not the summary of a run; train again") from error
