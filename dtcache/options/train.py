@@ -26,6 +26,15 @@ VOLATILE = (
     "allow_incomplete",
 )
 """Options that may change on resume; some change rounding, none changes anything else."""
+PER_STUDENT = (
+    *("student", "student_size", "init", "regressor", "fpn_width"),
+    *("loss", "at_weight", "tap_weights", "noise_weighting", "whitening"),
+    *("label_weight", "feature_weight"),
+    *("optimizer", "lr", "warmup_epochs", "weight_decay", "clip_grad", "ema_decay"),
+    *("scale", "color_jitter"),
+    *("save_every", "log_every", "log_with"),
+)
+"""Options that may differ between the runs of one loader; all others decide its batches."""
 
 DATA = "Data"
 STUDENT = "Student"

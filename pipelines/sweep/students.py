@@ -104,7 +104,7 @@ class RandomStart:
         from dtcache.distributed import Processes
         from dtcache.student import save_backbone
         from pipelines.train.train import open_source
-        from pipelines.train.trainer import Trainer
+        from pipelines.train.trainer import Trainer, evaluate
 
         compute = resolve_compute(self.options.device, self.options.precision)
         configure_process(compute.device)
@@ -115,7 +115,7 @@ class RandomStart:
             values = {**asdict(self.options), "precision": compute.precision}
             claim_run(out, {**values, **source.identity, "start": "random"}, VOLATILE)
             write_file(out / CONFIG, config_text(values).encode())
-            losses = trainer.evaluate()
+            losses = evaluate(source, [trainer])[0]
             student = trainer.exported
             save_backbone(
                 student.backbone, out / BACKBONE, input_size=student.input_size, view=source.view

@@ -14,6 +14,7 @@ from dtcache.device import Compute, configure_process, memory_errors
 from dtcache.distributed import Processes, join_processes
 from dtcache.errors import CacheMismatchError, ConfigError, TrainingError
 from dtcache.options import TrainOptions
+from dtcache.options.train import PER_STUDENT
 from pipelines.runs.folder import RUN
 from pipelines.runs.metrics import Clock
 from pipelines.runs.trackers import require_tracker
@@ -24,15 +25,6 @@ from pipelines.train.remarks import Pace, remarks
 from pipelines.train.student_run import StudentRun, Trained
 from pipelines.train.trainer import accumulate, evaluate
 
-PER_STUDENT = (
-    *("student", "student_size", "init", "regressor", "fpn_width"),
-    *("loss", "at_weight", "tap_weights", "noise_weighting", "whitening"),
-    *("label_weight", "feature_weight"),
-    *("optimizer", "lr", "warmup_epochs", "weight_decay", "clip_grad", "ema_decay"),
-    *("scale", "color_jitter"),
-    *("save_every", "log_every", "log_with"),
-)
-"""Options that may differ between the runs of one loader; all others decide its batches."""
 SEVERAL_PER_PROCESS = ("tensorboard", "none")
 """Trackers that several runs of one process can log with."""
 

@@ -12,10 +12,10 @@ from support.interrupts import interrupt
 from dtcache.cache.cache import Cache
 from dtcache.errors import CacheMismatchError, ConfigError
 from dtcache.options import TrainOptions
+from dtcache.options.train import PER_STUDENT
 from dtcache.teacher.teacher import Teacher
 from pipelines.train.distillation import DecodedBatch
 from pipelines.train.train import (
-    PER_STUDENT,
     StudentsError,
     require_one_loader,
     runs_of,
