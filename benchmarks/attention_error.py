@@ -1,25 +1,25 @@
 """Measure the attention loss (AT) between decoded and exact features and between noise draws.
 
-    python benchmarks/attention_error.py --caches runs/student_vs_size \
+    python benchmarks/attention_error.py --caches runs/bytes/caches \
         --images cifar10-test.parquet --teacher DIR \
         --timestep T [--count 256] [--results DIR]
 
-The script encodes and decodes uncompressed features with the codecs of student_vs_size.py's caches
-and prints AT(decoded, exact) per tap. No codec was fitted on these images. AT(draw 0, draw 1),
-between two noise draws of the same image, is the reference. The last columns are for a log-energy
-map rounded to a number of decibels, which a cache could store beside the payload: its AT from the
-exact map, and its entropy in bytes per image.
+The script encodes and decodes uncompressed features with the codecs of the caches of a sweep,
+benchmarks/sweeps/bytes.toml, and prints AT(decoded, exact) per tap. No codec was fitted on these
+images. AT(draw 0, draw 1), between two noise draws of the same image, is the reference. The last
+columns are for a log-energy map rounded to a number of decibels, which a cache could store beside
+the payload: its AT from the exact map, and its entropy in bytes per image.
 
-Results: docs/results/attention_error.json. If the file exists, the script prints its content. Pass
---results with an empty folder to measure again.
+Results: docs/results/attention_error.json.
 """
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from records import Results, results_flag
+from records import results_flag, write
 
 from dtcache.cache.cache import Cache
 from dtcache.codec import FeatureDecoder
@@ -29,15 +29,16 @@ from dtcache.options import ExtractOptions
 from dtcache.whitening import unwhiten
 from pipelines.extract.extract import extract
 
-ARMS = ("10x", "50x", "100x")
+ARMS = {"10x": "high", "50x": "default", "100x": "small"}
+"""Cache of the sweep by its ratio to fp16."""
 STEPS_DB = (3.0, 1.0, 0.5)
 """Resolutions of the log-energy maps, in decibels of energy."""
 
 
 def main() -> None:
-    """Measure or read the result, and print its table."""
+    """Measure, print the table, and record the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--caches", type=Path, required=True, help="--work of student_vs_size.py")
+    parser.add_argument("--caches", type=Path, required=True, help="folder of the sweep's caches")
     parser.add_argument(
         "--images", type=Path, required=True, help="images that no codec was fitted on"
     )
@@ -50,9 +51,9 @@ def main() -> None:
         "python benchmarks/attention_error.py --caches CACHES --images IMAGES --teacher TEACHER "
         f"--timestep {args.timestep} --count {args.count}"
     )
-    result = Results(folder=args.results, command=command).once(
-        "attention_error", lambda: measure(args)
-    )
+    started = time.time()
+    result = measure(args)
+    write(args.results / "attention_error.json", command, result, time.time() - started)
     maps = [f"map {step:g} dB" for step in STEPS_DB]
     print(f"{'tap':14} " + " ".join(f"{name:>16}" for name in ("draws", *ARMS, *maps)))
     for name, row in result.items():
@@ -76,7 +77,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     cache = Cache(exact)
     rows = cache.reader.usable_rows.tolist()
     draws = [features(cache, rows, draw) for draw in (0, 1)]
-    arms = {arm: Cache(args.caches / f"cache-{arm}") for arm in ARMS}
+    arms = {arm: Cache(args.caches / name) for arm, name in ARMS.items()}
     errors = {}
     for name in cache.names:
         whitened, scalars = draws[0][name]

@@ -6,8 +6,7 @@ Images are random bytes of 20 to 80 kB. The script reads them once, in one permu
 page cache; it decodes nothing. Parquet is read under several memory limits. Peak memory is that of
 a separate process, minus its memory after the imports.
 
-Results: docs/results/inputs.json. If the file exists, the script prints its content. Pass --results
-with an empty folder to measure again.
+Results: docs/results/inputs.json.
 """
 
 import argparse
@@ -41,7 +40,7 @@ MIB = 1 << 20
 def main() -> None:
     """Measure or read the result, and print it."""
     # `records` imports torch, which the measured processes must not load.
-    from records import Results, results_flag
+    from records import results_flag, write
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of the written images")
@@ -52,8 +51,9 @@ def main() -> None:
     results_flag(parser)
     args = parser.parse_args()
     command = f"python benchmarks/inputs.py --work SCRATCH --files {args.files} --rows {args.rows}"
-    results = Results(folder=args.results, command=command)
-    result = results.once("inputs", lambda: measure(args.work, args.files, args.rows))
+    started = time.time()
+    result = measure(args.work, args.files, args.rows)
+    write(args.results / "inputs.json", command, result, time.time() - started)
     print(*(f"{name}: {value}" for name, value in result["list"].items()), sep="\n")
     for row in result["reads"]:
         print(

@@ -4,11 +4,11 @@
         [--online-experiment NAME] [--out DIR]
 
 The left panel compares students of compressed caches with students of float16 features, from the
-records of student_vs_size.py. The right panel compares students of caches with 1, 2 or 4 noise
-draws with students whose teacher runs in the training loop, from the records of
-cached_vs_online.py. Each point is the mean over seeds of the paired difference of the MSE on unseen
-images, with its 95 % interval (Student's t). The script writes bytes_quality-light.svg and
-bytes_quality-dark.svg, and prints the points. It measures nothing.
+records in docs/results/student_vs_size. The right panel compares students of caches with 1, 2 or 4
+noise draws with students whose teacher runs in the training loop, from the records in
+docs/results/cached_vs_online. Each point is the mean over seeds of the paired difference of the MSE
+on unseen images, with its 95 % interval (Student's t). The script writes bytes_quality-light.svg
+and bytes_quality-dark.svg, and prints the points. It measures nothing.
 """
 
 import argparse
@@ -21,8 +21,9 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from paired import bounds, interval
 from records import RESULTS, ROOT
+
+from pipelines.sweep.statistics import difference
 
 COLOURS = {"light": ("#1f2328", "#0969da"), "dark": ("#e6edf3", "#58a6ff")}
 """Colours of text and of points, by the background of the page."""
@@ -73,7 +74,7 @@ def main() -> None:
     for title, points in panels.items():
         for point in points:
             size = f"{point.bytes_per_image:,.0f} bytes per image"
-            print(f"{title}: {point.arm}, {size}, MSE {interval(point.differences, ' %')}")
+            print(f"{title}: {point.arm}, {size}, MSE {interval(point)}")
     for theme in COLOURS:
         draw(panels, theme, args.out / f"bytes_quality-{theme}.svg")
 
@@ -94,7 +95,7 @@ def paired_differences(runs: dict[str, Any], arm: str, baseline: str) -> list[fl
 
 
 def size_points(folder: Path) -> list[Point]:
-    """Return the points of the compressed caches of student_vs_size.py; float16 is the baseline."""
+    """Return the points of the compressed caches; float16 is the baseline."""
     runs = results(folder)
     return [
         Point(arm, runs[f"cache-{arm}"]["bytes_per_image"], paired_differences(runs, arm, "fp16"))
@@ -103,7 +104,7 @@ def size_points(folder: Path) -> list[Point]:
 
 
 def online_points(folder: Path) -> list[Point]:
-    """Return the points of cached_vs_online.py's caches; the online teacher is the baseline."""
+    """Return the points of caches of several noise draws; the online teacher is the baseline."""
     runs = {
         name.removeprefix("quality-"): result
         for name, result in results(folder).items()
@@ -115,6 +116,12 @@ def online_points(folder: Path) -> list[Point]:
         differences = paired_differences(runs, arm, "online")
         points.append(Point(arm, statistics.mean(sizes), differences))
     return points
+
+
+def interval(point: Point) -> str:
+    """Return a point's mean difference with its interval, as text."""
+    paired = difference(point.differences)
+    return f"{paired.mean:+.2f} % [{paired.low:+.2f}, {paired.high:+.2f}]"
 
 
 def draw(panels: dict[str, list[Point]], theme: str, path: Path) -> None:
@@ -135,14 +142,16 @@ def draw_panel(axes: Axes, title: str, points: list[Point], ink: str, colour: st
     """Draw the points of one baseline over a logarithmic axis of bytes."""
     axes.axhline(0, color=ink, linewidth=0.8, linestyle="--")
     for point in points:
-        mean, low, high = bounds(point.differences)
+        paired = difference(point.differences)
+        if paired.low is None or paired.high is None:
+            raise SystemExit(f"{point.arm}: expected two seeds or more for an interval")
         # A mean of 4 draws takes as many bytes as 1 draw, so its point is moved to the left.
         moved = point.arm == "mean-of-4"
         x = point.bytes_per_image * (0.9 if moved else 1)
         axes.errorbar(
             x,
-            mean,
-            yerr=[[mean - low], [high - mean]],
+            paired.mean,
+            yerr=[[paired.mean - paired.low], [paired.high - paired.mean]],
             fmt="s" if moved else "o",
             color=colour,
             capsize=4,
@@ -150,7 +159,7 @@ def draw_panel(axes: Axes, title: str, points: list[Point], ink: str, colour: st
         )
         axes.annotate(
             LABELS[point.arm],
-            (x, mean),
+            (x, paired.mean),
             xytext=(-8 if moved else 8, 0),
             textcoords="offset points",
             ha="right" if moved else "left",

@@ -7,8 +7,7 @@ If the view changes no pixel, a cache keeps the source's bytes and needs no form
 named by its method and its quality; both set the effort of encoding. Times are CPU times of one
 thread. Decoding times are medians over rounds in which every format decodes every image once.
 
-Results: docs/results/stored_images-SIZE.json. If the file exists, the script prints its content.
-Pass --results with an empty folder to measure again.
+Results: docs/results/stored_images-SIZE.json.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from records import Results, results_flag
+from records import results_flag, write
 
 from dtcache.images import load_views, open_source
 from dtcache.options import parse_size
@@ -56,10 +55,10 @@ def main() -> None:
     args = parser.parse_args()
     command = f"python benchmarks/stored_images.py --images IMAGES --count {args.count} "
     command += f"--size {args.size}"
-    results = Results(folder=args.results, command=command)
-    result = results.once(
-        f"stored_images-{args.size}", lambda: measure(args.images, args.count, args.size)
-    )
+    started = time.time()
+    result = measure(args.images, args.count, args.size)
+    path = args.results / f"stored_images-{args.size}.json"
+    write(path, command, result, time.time() - started)
     print(
         f"{'format':16} {'bytes':>8} {'/ PNG':>7} {'decode ms':>9} {'encode ms':>9} {'PSNR dB':>8}"
     )
