@@ -42,7 +42,7 @@ from pipelines.runs.metrics import Clock
 from pipelines.train.batch_source import BatchSource
 from pipelines.train.cached_batches import CachedSource
 from pipelines.train.online_batches import OnlineSource
-from pipelines.train.trainer import Trainer
+from pipelines.train.trainer import Trainer, accumulate
 
 ADM_CHANNELS = (256, 256, 512, 512, 1024, 1024)
 WARM_UP = 6
@@ -158,6 +158,7 @@ class MemorySource:
         self.fit = {}
         self.recipe = {}
         self.labels = None
+        self.label_decoder = None
         self.decoder = nn.Identity()
         self._batch = TrainBatch(
             rows=np.arange(batch_size),
@@ -221,12 +222,18 @@ def block(steps: int, trainer: Trainer, compute: Compute) -> tuple[float, float]
     """Return seconds per step and the share of waiting, over one block in steady state."""
     with closing(forever(trainer.source)) as batches:
         for batch in islice(batches, WARM_UP):
-            trainer.step([batch])
+            step(trainer, batch)
         clock = Clock()
         for batch in clock.waiting(islice(batches, steps)):
-            trainer.step([batch])
+            step(trainer, batch)
         settle(compute)
         return clock.seconds / steps, clock.share
+
+
+def step(trainer: Trainer, batch: Any) -> None:
+    """Take one step of a trainer, as a run of one student does."""
+    accumulate(trainer.source, [trainer], [batch])
+    trainer.update([batch])
 
 
 def teacher_block(steps: int, source: OnlineSource, compute: Compute) -> float:
