@@ -1,14 +1,15 @@
 """The jobs of a sweep: what one process does at a time. Importing this module loads no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from dtcache.errors import DtcacheError
 from dtcache.options import EvaluateOptions, ExtractOptions, LabelFitOptions, LabelWriteOptions
 from dtcache.recipe import Json
 from dtcache.store.layout import MANIFEST
-from pipelines.sweep.records import Step, perform
+from pipelines.sweep.records import Step, is_done, perform, read_record
 from pipelines.sweep.students import BACKBONE, Student
 from pipelines.sweep.sweep_file import RUN_HEAD
 
@@ -142,29 +143,67 @@ class RunJob:
             yield from (run.evaluating(evaluation) for evaluation in run.evaluations)
 
     def do(self) -> None:
-        """Make the students, then evaluate each one."""
+        """Make the students, then evaluate each one.
+
+        If the losses of some students are not finite, the others are evaluated first. Raises what
+        making and evaluating raise.
+        """
+        failure = self._make()
         for run in self.runs:
-            perform([run.making()], lambda run=run: [_made(run)])  # type: ignore[misc]
-        for run in self.runs:
-            for evaluation in run.evaluations:
-                perform(
-                    [run.evaluating(evaluation)],
-                    lambda run=run, evaluation=evaluation: [_evaluated(run, evaluation)],  # type: ignore[misc]
-                )
+            step = run.making()
+            if is_done(step, read_record(step)):
+                for evaluation in run.evaluations:
+                    _evaluate(run, evaluation)
+        if failure is not None:
+            raise failure
+
+    def _make(self) -> DtcacheError | None:
+        """Make the students that are missing; return why some could not be made."""
+        steps = {run.record: run.making() for run in self.runs}
+        left = [
+            run
+            for run in self.runs
+            if not is_done(steps[run.record], read_record(steps[run.record]))
+        ]
+        failures: list[DtcacheError] = []
+
+        def work() -> list[Json | None]:
+            if len(left) == 1:
+                left[0].student.make(left[0].folder)
+                return [{}]
+            failed, failure = _train_together(left)
+            failures.extend([failure] if failure is not None else [])
+            return [None if run.folder in failed else {} for run in left]
+
+        if left:
+            perform([steps[run.record] for run in left], work)
+        return failures[0] if failures else None
 
 
-def _made(run: Run) -> Json:
-    run.student.make(run.folder)
-    return {}
+def _train_together(runs: Sequence[Run]) -> tuple[set[Path], DtcacheError | None]:
+    """Train students on one loader; return the folders of those that failed, and why."""
+    from pipelines.train.train import StudentsError, train_shared
+
+    loadings = [(run.folder, run.student.loading()) for run in runs]
+    trainings = [(out, loading) for out, loading in loadings if loading is not None]
+    where = trainings[0][1].where
+    try:
+        train_shared(where, [(out, loading.options) for out, loading in trainings])
+    except StudentsError as error:
+        return set(error.failures), error
+    return set(), None
 
 
-def _evaluated(run: Run, evaluation: Evaluation) -> Json:
-    from pipelines.evaluate.evaluate import evaluate
+def _evaluate(run: Run, evaluation: Evaluation) -> None:
+    def work() -> list[Json]:
+        from pipelines.evaluate.evaluate import evaluate
 
-    options = evaluation.options
-    if options.head == RUN_HEAD:
-        options = replace(options, head=str(run.folder))
-    return evaluate(str(run.folder / BACKBONE), options).to_json()
+        options = evaluation.options
+        if options.head == RUN_HEAD:
+            options = replace(options, head=str(run.folder))
+        return [evaluate(str(run.folder / BACKBONE), options).to_json()]
+
+    perform([run.evaluating(evaluation)], work)
 
 
 def _lasting(options: Json) -> Json:

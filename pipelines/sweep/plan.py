@@ -95,8 +95,8 @@ class _Planner:
         """Return the runs, those together that train on one loader."""
         groups: dict[object, list[Run]] = {}
         for number, run in enumerate(runs):
-            key = run.student.loader() if self._file.share else None
-            groups.setdefault(number if key is None else key, []).append(run)
+            loading = run.student.loading() if self._file.share else None
+            groups.setdefault(number if loading is None else loading.batches, []).append(run)
         return groups.values()
 
     def _run(self, arm: Arm, seed: int) -> Run:

@@ -87,8 +87,10 @@ def is_done(step: Step, record: Record | None) -> bool:
     return record is not None and record.result is not None and there
 
 
-def perform(steps: Sequence[Step], work: Callable[[], Sequence[Json]]) -> None:
-    """Do steps together, unless they are done; `work` returns the result of each.
+def perform(steps: Sequence[Step], work: Callable[[], Sequence[Json | None]]) -> None:
+    """Do steps together, unless they are done.
+
+    `work` returns the result of each step, or None for one that it could not finish.
 
     While it works, the time that it takes is recorded every few seconds, so that a killed session
     counts too. The records share the time equally.

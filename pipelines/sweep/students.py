@@ -12,29 +12,13 @@ from dtcache.atomic_files import FolderLock, make_folders, write_file
 from dtcache.hashing import file_sha256
 from dtcache.options import TrainOptions
 from dtcache.options.toml import config_text
-from dtcache.options.train import VOLATILE
+from dtcache.options.train import PER_STUDENT, SEVERAL_PER_PROCESS, VOLATILE
 from dtcache.recipe import Json
 from pipelines.runs.folder import CONFIG, METRICS, SUMMARY, claim_run
 
 BACKBONE = "backbone"
 """Folder of a run that holds the backbone."""
 WEIGHTS = "model.safetensors"
-BATCHES = (
-    "taps",
-    "timestep",
-    "limit",
-    "images",
-    "shuffle",
-    "allow_incomplete",
-    "labels",
-    "batch_size",
-    "micro_batches",
-    "seed",
-    "epochs",
-    "device",
-    "num_workers",
-)
-"""Options of `train` that students on one loader have in common."""
 
 
 class Student(Protocol):
@@ -43,11 +27,26 @@ class Student(Protocol):
     def identity(self) -> Json:
         """Return everything that the student depends on, by field."""
 
-    def loader(self) -> tuple[object, ...] | None:
-        """Return what students on one loader have in common; None if the student has no loader."""
+    def loading(self) -> "Loading | None":
+        """Return what the student trains on; None if it cannot share a loader."""
 
     def make(self, out: Path) -> None:
         """Make the student's run folder, or resume it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loading:
+    """The data and the options of a training."""
+
+    where: Path
+    options: TrainOptions
+
+    @property
+    def batches(self) -> tuple[object, ...]:
+        """Everything that decides its batches; students of equal ones can share a loader."""
+        values = [v for name, v in asdict(self.options).items() if name not in PER_STUDENT]
+        # Without a feature loss a batch has no features.
+        return (self.where, self.options.feature_weight == 0, *values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,11 +69,11 @@ class TrainedStudent:
         """Return the options that must not change on resume, and the identity of the data."""
         return {**lasting(self.options), **self.source.identity}
 
-    def loader(self) -> tuple[object, ...] | None:
-        """Return the data and the options that decide which batches the student trains on."""
-        if self.options.teacher is not None:
+    def loading(self) -> "Loading | None":
+        """Return data and options, or None if the tracker logs one run per process."""
+        if self.options.log_with not in SEVERAL_PER_PROCESS:
             return None
-        return (self.source.where, *(getattr(self.options, name) for name in BATCHES))
+        return Loading(where=self.source.where, options=self.options)
 
     def make(self, out: Path) -> None:
         """Train the student. Raises what `train` raises."""
@@ -95,7 +94,7 @@ class RandomStart:
         """Return the identity of the trained student, and that this one is not trained."""
         return {"start": "random", **lasting(self.options), **self.source.identity}
 
-    def loader(self) -> None:
+    def loading(self) -> None:
         """Return None: the student is not trained."""
 
     def make(self, out: Path) -> None:
@@ -155,7 +154,7 @@ class OtherBackbone:
             return {"backbone": file_sha256(folder / WEIGHTS)}
         return {"backbone": self.backbone, "student_size": self.options.student_size}
 
-    def loader(self) -> None:
+    def loading(self) -> None:
         """Return None: the student is not trained."""
 
     def make(self, out: Path) -> None:

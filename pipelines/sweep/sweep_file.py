@@ -1,8 +1,9 @@
 """The file of a sweep: caches, arms, seeds and tasks, checked before anything runs."""
 
 import re
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -155,7 +156,7 @@ def require_options(table: Mapping[str, Any], options: type[Options], title: str
     """Raise ConfigError for a name that is no option, and for a seed: a sweep lists its seeds."""
     if "seed" in table:
         raise ConfigError(f"{title}: seed: expected no seed here; list the seeds in `seeds`")
-    require_names(table, [field.name for field in fields(options)], title)
+    require_names(table, typing.get_type_hints(options), title)
 
 
 def _cache(table: Mapping[str, Any], title: str, folder: Path) -> CacheEntry:
@@ -224,6 +225,10 @@ def _arm(table: Mapping[str, Any], title: str, folder: Path, common: Mapping[str
     options = options_from(
         TrainOptions, {**common, **own}, title=f"{title}: [train] and [arm.train]", folder=folder
     )
+    if "," in options.student:
+        raise ConfigError(
+            f"{title}: student {options.student!r}: expected one name; write an [[arm]] for each"
+        )
     if options.init not in (None, "pretrained"):
         options = replace(options, init=str(folder / options.init))
     if options.teacher is not None:

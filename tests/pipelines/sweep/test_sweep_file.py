@@ -85,6 +85,7 @@ def test_a_file_has_caches_arms_and_tasks(tmp_path: Path) -> None:
         ("seeds =", "seed =", r"sweep\.toml: no option seed; did you mean seeds\?"),
         ("seeds = [3, 4]", "seeds = [3, 4", r"sweep\.toml: not TOML"),
         ('"plain"\n[train]', '"best"\n[train]', r"baseline 'best': expected an arm; the arms are"),
+        ('"resnet10t"', '"resnet10t,resnet18"', r"plain: student .*: expected one name; write an"),
         ("epochs = 30", "epoch = 30", r"\[train\]: no option epoch; did you mean epochs\?"),
         ("epochs = 30", "epochs = 0.5", r"plain: \[train\] .*: epochs: expected an integer"),
         ("epochs = 30", "epochs = 0", r"plain: \[train\] and \[arm.train\]: `epochs` 0"),
