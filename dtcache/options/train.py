@@ -35,6 +35,8 @@ PER_STUDENT = (
     *("save_every", "log_every", "log_with"),
 )
 """Options that may differ between the runs of one loader; all others decide its batches."""
+SEVERAL_PER_PROCESS = ("tensorboard", "none")
+"""Trackers that several runs of one process can log with."""
 
 DATA = "Data"
 STUDENT = "Student"

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from pipelines.sweep.jobs import Job
 from pipelines.sweep.plan import Plan
-from pipelines.sweep.records import is_done, read_record
+from pipelines.sweep.records import finished
 from pipelines.terminal.text import duration
 
 
@@ -39,14 +39,12 @@ def estimate(plan: Plan) -> Estimate:
     taken: dict[str, list[float]] = {}
     for job in plan.jobs:
         for step in job.steps():
-            record = read_record(step)
-            if record is not None and is_done(step, record):
+            record = finished(step)
+            if record is not None:
                 taken.setdefault(step.kind, []).append(record.wall_seconds)
     seconds: dict[str, float | None] = {}
     for job in left:
-        missing = [
-            taken.get(step.kind) for step in job.steps() if not is_done(step, read_record(step))
-        ]
+        missing = [taken.get(step.kind) for step in job.steps() if finished(step) is None]
         means = [statistics.fmean(known) for known in missing if known]
         seconds[job.name] = sum(means) if len(means) == len(missing) else None
     return Estimate(plan=plan, left=tuple(left), seconds=seconds)

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from dtcache.errors import DtcacheError
+from dtcache.errors import ConfigError, DtcacheError, TrainingError, one_line
 from dtcache.options import EvaluateOptions, ExtractOptions, LabelFitOptions, LabelWriteOptions
 from dtcache.recipe import Json
 from dtcache.store.layout import MANIFEST
-from pipelines.sweep.records import Step, is_done, perform, read_record
+from pipelines.sweep.records import Step, finished, perform
 from pipelines.sweep.students import BACKBONE, Student
 from pipelines.sweep.sweep_file import RUN_HEAD
 
@@ -148,50 +148,53 @@ class RunJob:
         If the losses of some students are not finite, the others are evaluated first. Raises what
         making and evaluating raise.
         """
-        failure = self._make()
+        failures = self._make([run for run in self.runs if finished(run.making()) is None])
         for run in self.runs:
-            step = run.making()
-            if is_done(step, read_record(step)):
+            if run.folder not in failures:
                 for evaluation in run.evaluations:
                     _evaluate(run, evaluation)
-        if failure is not None:
-            raise failure
+        if failures:
+            reasons = dict.fromkeys(map(one_line, failures.values()))
+            raise TrainingError("; ".join(reasons))
 
-    def _make(self) -> DtcacheError | None:
-        """Make the students that are missing; return why some could not be made."""
-        steps = {run.record: run.making() for run in self.runs}
-        left = [
-            run
-            for run in self.runs
-            if not is_done(steps[run.record], read_record(steps[run.record]))
-        ]
-        failures: list[DtcacheError] = []
+    def _make(self, runs: Sequence[Run]) -> dict[Path, DtcacheError]:
+        """Make students; return, by run folder, why some could not be made."""
+        failures: dict[Path, DtcacheError] = {}
 
         def work() -> list[Json | None]:
-            if len(left) == 1:
-                left[0].student.make(left[0].folder)
-                return [{}]
-            failed, failure = _train_together(left)
-            failures.extend([failure] if failure is not None else [])
-            return [None if run.folder in failed else {} for run in left]
+            failures.update(_made_together(runs) if len(runs) > 1 else _made_apart(runs))
+            return [None if run.folder in failures else {} for run in runs]
 
-        if left:
-            perform([steps[run.record] for run in left], work)
-        return failures[0] if failures else None
+        if runs:
+            perform([run.making() for run in runs], work)
+        return failures
 
 
-def _train_together(runs: Sequence[Run]) -> tuple[set[Path], DtcacheError | None]:
-    """Train students on one loader; return the folders of those that failed, and why."""
+def _made_together(runs: Sequence[Run]) -> dict[Path, DtcacheError]:
+    """Train students on one loader; return, by run folder, why some could not be trained."""
     from pipelines.train.train import StudentsError, train_shared
 
     loadings = [(run.folder, run.student.loading()) for run in runs]
     trainings = [(out, loading) for out, loading in loadings if loading is not None]
-    where = trainings[0][1].where
     try:
-        train_shared(where, [(out, loading.options) for out, loading in trainings])
+        train_shared(trainings[0][1].where, [(out, loading.options) for out, loading in trainings])
     except StudentsError as error:
-        return set(error.failures), error
-    return set(), None
+        return {**error.failures}
+    except ConfigError:
+        # One of the students cannot be built: it must not stop the others.
+        return _made_apart(runs)
+    return {}
+
+
+def _made_apart(runs: Sequence[Run]) -> dict[Path, DtcacheError]:
+    """Make students one after the other; return, by run folder, why some could not be made."""
+    failures: dict[Path, DtcacheError] = {}
+    for run in runs:
+        try:
+            run.student.make(run.folder)
+        except DtcacheError as error:
+            failures[run.folder] = error
+    return failures
 
 
 def _evaluate(run: Run, evaluation: Evaluation) -> None:

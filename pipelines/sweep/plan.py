@@ -17,7 +17,7 @@ from pipelines.sweep.jobs import (
     Run,
     RunJob,
 )
-from pipelines.sweep.records import is_done, read_record
+from pipelines.sweep.records import finished
 from pipelines.sweep.students import OtherBackbone, RandomStart, Source, Student, TrainedStudent
 from pipelines.sweep.sweep_file import Arm, CacheEntry, SweepFile
 
@@ -46,8 +46,8 @@ class Plan:
         Raises CacheMismatchError, naming arm and field, if a step was done with other options.
         """
         # Every record is read, so that a changed option is found in finished jobs too.
-        done = {job.name: [is_done(s, read_record(s)) for s in job.steps()] for job in self.jobs}
-        return [job for job in self.jobs if not all(done[job.name])]
+        records = {job.name: [finished(step) for step in job.steps()] for job in self.jobs}
+        return [job for job in self.jobs if None in records[job.name]]
 
 
 def plan_sweep(file: SweepFile, out: Path) -> Plan:
@@ -187,5 +187,6 @@ def _identity(path: Path, entry: CacheEntry, arm: Arm) -> Json:
 
 
 def _name(runs: Sequence[Run]) -> str:
-    """Return the name of the job of some runs."""
-    return f"runs/{'+'.join(run.arm for run in runs)}/{runs[0].folder.name}"
+    """Return the name of the job of some runs, which is the name of a file too."""
+    more = f"+{len(runs) - 1}" if len(runs) > 1 else ""
+    return f"runs/{runs[0].arm}{more}/{runs[0].folder.name}"

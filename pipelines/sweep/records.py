@@ -81,10 +81,14 @@ def read_record(step: Step) -> Record | None:
     return record
 
 
-def is_done(step: Step, record: Record | None) -> bool:
-    """Return whether a step with this record is finished, and what it leaves is there."""
+def finished(step: Step) -> Record | None:
+    """Return the record of a step that is finished and whose output exists, else None.
+
+    Raises what `read_record` raises.
+    """
+    record = read_record(step)
     there = step.output is None or step.output.exists()
-    return record is not None and record.result is not None and there
+    return record if record is not None and record.result is not None and there else None
 
 
 def perform(steps: Sequence[Step], work: Callable[[], Sequence[Json | None]]) -> None:
@@ -95,9 +99,9 @@ def perform(steps: Sequence[Step], work: Callable[[], Sequence[Json | None]]) ->
     While it works, the time that it takes is recorded every few seconds, so that a killed session
     counts too. The records share the time equally.
     """
-    before = [read_record(step) for step in steps]
-    if all(is_done(step, record) for step, record in zip(steps, before, strict=True)):
+    if all(finished(step) is not None for step in steps):
         return
+    before = [read_record(step) for step in steps]
     cpu = [record.cpu_seconds if record else 0.0 for record in before]
     wall = [record.wall_seconds if record else 0.0 for record in before]
     commit = _commit()

@@ -17,7 +17,7 @@ from dtcache.recipe import Json
 from pipelines.runs.folder import SUMMARY
 from pipelines.sweep.jobs import Run
 from pipelines.sweep.plan import Plan
-from pipelines.sweep.records import Record, is_done, read_record
+from pipelines.sweep.records import Record, finished
 from pipelines.sweep.statistics import Difference, Spread, difference, pairs, spread
 from pipelines.sweep.sweep_file import TRAINING
 
@@ -146,13 +146,12 @@ def _difference(
 
 
 def _rows_of(run: Run) -> Iterator[Row]:
-    making = run.making()
-    record = read_record(making)
-    if record is not None and is_done(making, record):
+    record = finished(run.making())
+    if record is not None:
         for metric, value in _held_out(run.folder).items():
             yield _row(run, record, TRAINING, None, metric, value)
     for evaluation in run.evaluations:
-        record = read_record(run.evaluating(evaluation))
+        record = finished(run.evaluating(evaluation))
         if record is not None and record.result is not None:
             for metric in SCORES[evaluation.options.task]:
                 value = float(record.result[metric])

@@ -114,7 +114,7 @@ class RandomStart:
             values = {**asdict(self.options), "precision": compute.precision}
             claim_run(out, {**values, **source.identity, "start": "random"}, VOLATILE)
             write_file(out / CONFIG, config_text(values).encode())
-            losses = evaluate(source, [trainer])[0]
+            (losses,) = evaluate(source, [trainer])
             student = trainer.exported
             save_backbone(
                 student.backbone, out / BACKBONE, input_size=student.input_size, view=source.view

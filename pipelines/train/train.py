@@ -14,7 +14,7 @@ from dtcache.device import Compute, configure_process, memory_errors
 from dtcache.distributed import Processes, join_processes
 from dtcache.errors import CacheMismatchError, ConfigError, TrainingError
 from dtcache.options import TrainOptions
-from dtcache.options.train import PER_STUDENT
+from dtcache.options.train import PER_STUDENT, SEVERAL_PER_PROCESS
 from pipelines.runs.folder import RUN
 from pipelines.runs.metrics import Clock
 from pipelines.runs.trackers import require_tracker
@@ -24,9 +24,6 @@ from pipelines.train.cached_batches import CachedSource
 from pipelines.train.remarks import Pace, remarks
 from pipelines.train.student_run import StudentRun, Trained
 from pipelines.train.trainer import accumulate, evaluate
-
-SEVERAL_PER_PROCESS = ("tensorboard", "none")
-"""Trackers that several runs of one process can log with."""
 
 
 class StudentsError(TrainingError):

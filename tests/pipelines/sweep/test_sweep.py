@@ -280,3 +280,37 @@ def test_a_dry_run_writes_nothing_and_estimates_from_finished_runs(
     more = run("sweep", path, "--out", root / "out", "--dry-run")
     assert "2 of 6 jobs left" in more.output
     assert "one after the other" in more.output
+
+
+def test_arms_of_a_cache_and_seed_share_a_loader(swept: Path, tmp_path: Path) -> None:
+    """Students on one loader have the losses that they have alone, and share its time."""
+    root = copied(swept, tmp_path)
+    shutil.rmtree(root / "out")
+    edited(root, "seeds = [0, 1]", "seeds = [0]\nshare = true")
+    arms = '[[arm]]\nname = "at"\ncache = "scenes"\n[arm.train]\nloss = "at"\n[[arm]]'
+    path = edited(root, "[[arm]]", arms)
+    dry = run("sweep", path, "--out", root / "out", "--dry-run")
+    assert "2 of 2 jobs left" in dry.output
+    assert "runs/at+1/seed-0" in dry.output
+    result = run("sweep", path, "--out", root / "out")
+    assert result.exit_code == 0, result.output
+    shared = {row["arm"]: row["shared"] for row in rows_of(root / "out") if row["metric"] == "mse"}
+    assert shared == {"at": 2, "mse": 2, "random": 1}
+    alone = json.loads((swept / "out/runs/mse/seed-0/summary.json").read_text())
+    together = json.loads((root / "out/runs/mse/seed-0/summary.json").read_text())
+    assert together["held_out"] == alone["held_out"]
+
+
+def test_a_student_that_cannot_be_built_does_not_stop_those_of_its_loader(
+    swept: Path, tmp_path: Path
+) -> None:
+    """The others of its loader are trained and evaluated; the failure names the network."""
+    root = copied(swept, tmp_path)
+    shutil.rmtree(root / "out")
+    edited(root, "seeds = [0, 1]", "seeds = [0]\nshare = true")
+    arm = '[[arm]]\nname = "bad"\ncache = "scenes"\n[arm.train]\nstudent = "no_such_network"\n'
+    path = edited(root, "[[arm]]", f"{arm}[[arm]]")
+    result = run("sweep", path, "--out", root / "out")
+    assert result.exit_code == 1
+    assert "failed: runs/bad+1/seed-0: no_such_network: timm" in result.output
+    assert {row["arm"] for row in rows_of(root / "out")} == {"mse", "random"}
