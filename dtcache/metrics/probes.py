@@ -29,6 +29,12 @@ TOLERANCE = 1e-3
 A tenth of it changes the accuracy on 10,000 images by at most 0.1 points and takes two to three
 times the iterations.
 """
+CHOOSING_TOLERANCE = 3e-3
+"""Tolerance of the solver in the cross-validation.
+
+On 1,500 CIFAR-10 images (pixels; a random ResNet-10t), 3e-3 chooses the same C as 1e-3 in half the
+time; 1e-2 does not.
+"""
 BLOCK = 1024
 """Test images whose similarities to all training images are in memory at the same time."""
 
@@ -92,7 +98,7 @@ def linear_predict(train_ND: Features, labels_N: Labels, test_MD: Features) -> t
     """
     c = _best_c(train_ND[:MAX_CHOOSING], labels_N[:MAX_CHOOSING])
     scaler = StandardScaler().fit(train_ND)
-    probe = _probe().set_params(C=c).fit(scaler.transform(train_ND), labels_N)
+    probe = _probe(TOLERANCE).set_params(C=c).fit(scaler.transform(train_ND), labels_N)
     predicted: Labels = probe.predict(scaler.transform(test_MD))
     return predicted, c
 
@@ -115,15 +121,15 @@ def _best_c(train_ND: Features, labels_N: Labels) -> float:
         scaler = StandardScaler().fit(train_ND[kept_N])
         kept_ND = scaler.transform(train_ND[kept_N])
         held_out_ND = scaler.transform(train_ND[~kept_N])
-        probe = _probe()
+        probe = _probe(CHOOSING_TOLERANCE)
         for number, c in enumerate(C_GRID):
             probe.set_params(C=c).fit(kept_ND, labels_N[kept_N])
             hits[number] += (probe.predict(held_out_ND) == labels_N[~kept_N]).sum()
     return C_GRID[int(hits.argmax())]
 
 
-def _probe() -> LogisticRegression:
+def _probe(tolerance: float) -> LogisticRegression:
     """Return a probe whose fits start at the weights of its previous fit."""
     return LogisticRegression(
-        solver="lbfgs", max_iter=MAX_ITERATIONS, tol=TOLERANCE, warm_start=True
+        solver="lbfgs", max_iter=MAX_ITERATIONS, tol=tolerance, warm_start=True
     )
