@@ -53,7 +53,7 @@ def run_jobs(
     left: Sequence[Job],
     workers: Workers,
     progress: Tracker,
-    on_finished: Callable[[], None],
+    on_finished: Callable[[], object],
 ) -> list[Failure]:
     """Do the jobs that are left, each after those that it needs; return those that failed.
 

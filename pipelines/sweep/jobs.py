@@ -20,10 +20,13 @@ COMPUTED_ON = ("device", "scheduler", "workers", "dashboard", "skip_disk_check",
 class Job(Protocol):
     """A piece of work that one process does; doing it again does what is missing."""
 
-    name: str
-    """Names the job in progress and messages, and its log file: `arm/seed-0`."""
-    after: frozenset[str]
-    """Names of the jobs that must be finished first."""
+    @property
+    def name(self) -> str:
+        """Name of the job in messages and of its log file, such as `runs/mse/seed-0`."""
+
+    @property
+    def after(self) -> frozenset[str]:
+        """Names of the jobs that must be finished first."""
 
     def steps(self) -> Iterator[Step]:
         """Yield the steps of the job."""
@@ -101,6 +104,8 @@ class Run:
     """The run folder."""
     record: Path
     student: Student
+    identity: Json
+    """Everything that the student depends on, by field."""
     evaluations: tuple[Evaluation, ...]
 
     @property
@@ -108,13 +113,18 @@ class Run:
         """The run in words."""
         return f"arm {self.arm}" if self.seed is None else f"arm {self.arm}, seed {self.seed}"
 
+    def steps(self) -> Iterator[Step]:
+        """Yield the making of the student and its evaluations."""
+        yield self.making()
+        yield from (self.evaluating(evaluation) for evaluation in self.evaluations)
+
     def making(self) -> Step:
         """Return the step that makes the student."""
         return Step(
             title=self.title,
             kind=f"arm {self.arm}",
             record=self.record,
-            identity=self.student.identity(),
+            identity=self.identity,
             output=self.folder / BACKBONE / "config.json",
         )
 
@@ -139,8 +149,7 @@ class RunJob:
     def steps(self) -> Iterator[Step]:
         """Yield the making and the evaluations of each student."""
         for run in self.runs:
-            yield run.making()
-            yield from (run.evaluating(evaluation) for evaluation in run.evaluations)
+            yield from run.steps()
 
     def do(self) -> None:
         """Make the students, then evaluate each one.
@@ -148,13 +157,21 @@ class RunJob:
         If the losses of some students are not finite, the others are evaluated first. Raises what
         making and evaluating raise.
         """
+        # Loaded before a step's time is counted: a process loads them once for many jobs.
+        import pipelines.evaluate.evaluate
+        import pipelines.train.train  # noqa: F401
+
         failures = self._make([run for run in self.runs if finished(run.making()) is None])
         for run in self.runs:
             if run.folder not in failures:
                 for evaluation in run.evaluations:
                     _evaluate(run, evaluation)
-        if failures:
-            reasons = dict.fromkeys(map(one_line, failures.values()))
+        reasons = [
+            (f"{run.title}: " if len(self.runs) > 1 else "") + one_line(failures[run.folder])
+            for run in self.runs
+            if run.folder in failures
+        ]
+        if reasons:
             raise TrainingError("; ".join(reasons))
 
     def _make(self, runs: Sequence[Run]) -> dict[Path, DtcacheError]:

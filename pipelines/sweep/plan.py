@@ -110,6 +110,7 @@ class _Planner:
             folder=self._out / "runs" / arm.name / folder,
             record=records / "student.json",
             student=student,
+            identity=student.identity(),
             evaluations=tuple(
                 Evaluation(
                     task=task.name,
@@ -159,15 +160,14 @@ class _Planner:
         if name not in self._caches:
             if entry.images is None or entry.extract is None:
                 raise ConfigError(f"cache {entry.name}: expected a path or [cache.extract]")
-            own = {"seed": seed} if entry.per_seed else {}
             self._caches[name] = CacheJob(
                 name=name,
                 record=self._out / "records" / f"{name}.json",
                 cache=self._out / name,
                 images=entry.images,
-                extract=replace(entry.extract, **own),
+                extract=replace(entry.extract, seed=seed) if entry.per_seed else entry.extract,
                 interpreter=self._out / "interpreters" / place if entry.fit else None,
-                fit=replace(entry.fit, **own) if entry.fit else None,
+                fit=replace(entry.fit, seed=seed) if entry.fit and entry.per_seed else entry.fit,
                 write=entry.write,
             )
         return self._caches[name]

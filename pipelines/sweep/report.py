@@ -24,6 +24,7 @@ from pipelines.inspect.page.render import write_page
 from pipelines.inspect.run_report import held_out_curve, inspect_run, is_run
 from pipelines.sweep.jobs import Run
 from pipelines.sweep.plan import Plan
+from pipelines.sweep.records import finished
 from pipelines.sweep.results import MEAN_MSE, ArmResult, Comparison, Row, compare
 from pipelines.sweep.statistics import mean_interval
 from pipelines.sweep.sweep_file import TRAINING, Arm
@@ -111,7 +112,7 @@ def render_tables(plan: Plan, rows: Sequence[Row]) -> RenderableType:
 
 def status_of(plan: Plan, rows: Sequence[Row]) -> str:
     """Return a sentence on what is finished."""
-    done = {(row.arm, row.seed) for row in rows}
+    done = [run for run in plan.runs if all(finished(step) for step in run.steps())]
     seeds = ", ".join(map(str, plan.file.seeds))
     commits = ", ".join(sorted({row.commit for row in rows if row.commit}))
     at = f", commit {commits}" if commits else ""
@@ -160,7 +161,7 @@ def cost_tables(plan: Plan, rows: Sequence[Row]) -> list[TextTable]:
         for (seed, task, _), seconds in steps.items():
             students[task][seed] = students[task].get(seed, 0.0) + seconds
         means = [
-            f"{sum(of_task.values()) / len(of_task):.0f}" if of_task else "-"
+            f"{sum(of_task.values()) / len(of_task):.1f}" if of_task else "-"
             for of_task in students.values()
         ]
         lines.append((arm.name, *means))
@@ -267,7 +268,6 @@ def _score_charts(plan: Plan, rows: Sequence[Row]) -> list[list[str]]:
                 [_with_interval(result) for result in comparison.arms],
                 title=title,
                 y="",
-                note="means with their 95 % intervals",
             )
         ]
         compared = [(r.arm, r.difference) for r in comparison.arms if r.difference is not None]

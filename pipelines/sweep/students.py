@@ -101,7 +101,7 @@ class RandomStart:
         """Write a run of no steps: backbone, options and held-out losses."""
         from dtcache.device import configure_process, resolve_compute
         from dtcache.distributed import Processes
-        from dtcache.student import save_backbone
+        from dtcache.student import Backbone, save_backbone
         from pipelines.train.train import open_source
         from pipelines.train.trainer import Trainer, evaluate
 
@@ -116,9 +116,11 @@ class RandomStart:
             write_file(out / CONFIG, config_text(values).encode())
             (losses,) = evaluate(source, [trainer])
             student = trainer.exported
-            save_backbone(
-                student.backbone, out / BACKBONE, input_size=student.input_size, view=source.view
-            )
+            backbone = student.backbone
+            if not isinstance(backbone, Backbone):
+                raise TypeError(f"expected a timm backbone, got {type(backbone).__name__}")
+            size = student.input_size
+            save_backbone(backbone, out / BACKBONE, input_size=size, view=source.view)
             write_file(out / METRICS, f"{json.dumps({'step': 0, 'epoch': 0, **losses})}\n".encode())
             prefix = "held_out/" if self.options.ema_decay is None else "held_out_ema/"
             summary = {

@@ -283,19 +283,21 @@ def test_a_dry_run_writes_nothing_and_estimates_from_finished_runs(
 
 
 def test_arms_of_a_cache_and_seed_share_a_loader(swept: Path, tmp_path: Path) -> None:
-    """Students on one loader have the losses that they have alone, and share its time."""
+    """Students on one loader have the losses that they have alone; one that fails ends alone."""
     root = copied(swept, tmp_path)
     shutil.rmtree(root / "out")
     edited(root, "seeds = [0, 1]", "seeds = [0]\nshare = true")
-    arms = '[[arm]]\nname = "at"\ncache = "scenes"\n[arm.train]\nloss = "at"\n[[arm]]'
-    path = edited(root, "[[arm]]", arms)
+    arm = '[[arm]]\nname = "wild"\ncache = "scenes"\n[arm.train]\nlr = 1e30\n'
+    path = edited(root, "[[arm]]", f"{arm}[[arm]]")
     dry = run("sweep", path, "--out", root / "out", "--dry-run")
     assert "2 of 2 jobs left" in dry.output
-    assert "runs/at+1/seed-0" in dry.output
+    assert "runs/wild+1/seed-0" in dry.output
     result = run("sweep", path, "--out", root / "out")
-    assert result.exit_code == 0, result.output
-    shared = {row["arm"]: row["shared"] for row in rows_of(root / "out") if row["metric"] == "mse"}
-    assert shared == {"at": 2, "mse": 2, "random": 1}
+    assert result.exit_code == 1
+    line = "failed: runs/wild+1/seed-0: arm wild, seed 0: the loss is not finite at step"
+    assert line in result.output
+    mean = [row for row in rows_of(root / "out") if row["metric"] == "mse"]
+    assert {row["arm"]: row["shared"] for row in mean} == {"mse": 2, "random": 1}
     alone = json.loads((swept / "out/runs/mse/seed-0/summary.json").read_text())
     together = json.loads((root / "out/runs/mse/seed-0/summary.json").read_text())
     assert together["held_out"] == alone["held_out"]
@@ -312,5 +314,5 @@ def test_a_student_that_cannot_be_built_does_not_stop_those_of_its_loader(
     path = edited(root, "[[arm]]", f"{arm}[[arm]]")
     result = run("sweep", path, "--out", root / "out")
     assert result.exit_code == 1
-    assert "failed: runs/bad+1/seed-0: no_such_network: timm" in result.output
+    assert "failed: runs/bad+1/seed-0: arm bad, seed 0: no_such_network: timm" in result.output
     assert {row["arm"] for row in rows_of(root / "out")} == {"mse", "random"}

@@ -28,8 +28,8 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the example, with fewer scenes."""
     text = DOC.read_text()
     assert "dtcache scenes --count 300 --out scenes/train" in text
-    write_scenes(tmp_path / "scenes/train", seed=0, size=64, count=24)
-    write_scenes(tmp_path / "scenes/test", seed=0, size=64, count=12, start=1_000_000)
+    write_scenes(tmp_path / "scenes/train", seed=0, size=64, count=60)
+    write_scenes(tmp_path / "scenes/test", seed=0, size=64, count=60, start=1_000_000)
     shutil.copytree(Path(dtcache.__path__[0]) / "assets/scenes-teacher", tmp_path / "teacher")
     (block,) = re.findall(r"```toml\n(.*?)```", text, re.S)
     (tmp_path / "losses.toml").write_text(block)
