@@ -21,6 +21,8 @@ from pipelines.sweep.work import Outcome, do_job, prepare_worker
 from pipelines.terminal.progress import Tracker
 
 POLL_SECONDS = 1.0
+START_SECONDS = 60.0
+"""Longest wait for a process that is just starting, before it can be ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,10 +167,10 @@ class _Slot:
     def stop(self) -> None:
         if self._pool is None:
             return
-        if not self.is_free and self._process is not None and self._process.done():
+        if not self.is_free and self._process is not None:
             # What a job writes is atomic, and the next sweep resumes it.
-            with contextlib.suppress(ProcessLookupError, BrokenProcessPool):
-                os.kill(self._process.result(), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError, BrokenProcessPool, TimeoutError):
+                os.kill(self._process.result(START_SECONDS), signal.SIGKILL)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pool = None
 

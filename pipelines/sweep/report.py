@@ -40,6 +40,8 @@ TITLES = {
     MEAN_MSE: "held-out MSE, mean over the taps",
 }
 HEADINGS = ("arm", "mean", "SD", "n", "difference", "95 % interval", "verdict", "detectable")
+MOST_POINTS = 200
+"""About the most points of a learning curve, so that the page of many long runs stays small."""
 SHOWN = 7
 """Columns that a terminal shows."""
 NOTES = (
@@ -324,10 +326,11 @@ def _mean_curve(report: Json) -> Json | None:
 
 
 def _line(run: Run, names: Sequence[str], curve: Mapping[str, Sequence[float]] | None) -> Series:
+    every = max(1, len(curve["steps"]) // MOST_POINTS) if curve is not None else 1
     return Series(
         name=run.arm,
-        x=curve["steps"] if curve is not None else [],
-        y=curve["values"] if curve is not None else [],
+        x=curve["steps"][::every] if curve is not None else [],
+        y=curve["values"][::every] if curve is not None else [],
         style=_style(names.index(run.arm)),
     )
 

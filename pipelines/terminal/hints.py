@@ -82,11 +82,11 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
         ("--gpu --cuda --cpu --device-id", ("--device",)),
         (
             "--num-workers --workers --threads -j --dataloader-num-workers --num-threads",
-            ("--num-workers", "--threads"),
+            ("--num-workers", "--threads", "--jobs"),
         ),
         (
             "--gpus --num-gpus --num-processes --nproc-per-node --world-size --devices",
-            ("--workers",),
+            ("--workers", "--jobs"),
         ),
         ("--torchcompile --torch-compile --use-torch-compile", ("--compile",)),
         # runs
@@ -117,14 +117,14 @@ SENTENCES: Mapping[tuple[str, str], str] = {
     (verb, wrong): sentence
     for verbs, wrongs, sentence in (
         (
-            ("scenes", "teacher train", "extract", "label write", "train", "demo"),
+            ("scenes", "teacher train", "extract", "label write", "train", "sweep", "demo"),
             "--resume --resume-from --resume-from-checkpoint --auto-resume --continue",
             "Run the same command again: it resumes.",
         ),
         (
             (
                 *("scenes", "teacher train", "teacher convert", "extract", "label fit"),
-                *("train", "export", "demo"),
+                *("train", "sweep", "export", "demo"),
             ),
             "--overwrite --force -f --overwrite-output-dir --exist-ok",
             "Nothing is overwritten. Pass a new folder to --out, or delete the old one.",
