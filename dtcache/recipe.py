@@ -279,13 +279,8 @@ class Recipe:
         return (1 if self.average else self.draws) * (2 if self.flips else 1)
 
     def to_json(self) -> Json:
-        """Return the recipe as JSON values.
-
-        A field whose default is None was added after the first caches of format 1. It is left out
-        if it is None, so that the fingerprints of those caches stay valid.
-        """
-        value: Json = json.loads(canonical_json(_without_later(self, asdict(self))))
-        return value
+        """Return the recipe as JSON values, by `spec_json`."""
+        return spec_json(self)
 
     @property
     def fingerprint(self) -> str:
@@ -294,6 +289,16 @@ class Recipe:
         On one type of machine, recipe and images determine the bytes of a cache.
         """
         return sha256_json(self.to_json())
+
+
+def spec_json(spec: Any) -> Json:
+    """Return a recipe, or a dataclass that is part of one, as JSON values.
+
+    A field whose default is None was added after the first caches of format 1. It is left out if it
+    is None, so that the fingerprints of those caches stay valid.
+    """
+    value: Json = json.loads(canonical_json(_without_later(spec, asdict(spec))))
+    return value
 
 
 def _without_later(spec: Any, value: Json) -> Json:

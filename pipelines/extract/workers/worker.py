@@ -11,10 +11,9 @@ import torch
 from dtcache._version import __version__
 from dtcache.device import cpu_threads
 from dtcache.errors import CacheDamagedError, CacheNotFoundError, ClusterError
-from dtcache.hashing import canonical_json
 from dtcache.images import open_source
 from dtcache.options import ExtractOptions
-from dtcache.recipe import Json
+from dtcache.recipe import Json, spec_json
 from dtcache.store.manifest import CacheManifest, read_manifest, require_same
 from dtcache.store.pending_shard import WrittenShard
 from dtcache.store.sample_index import hash_samples
@@ -91,7 +90,8 @@ def _load(assignment: Json) -> ShardRunner:
         begun=BegunCache(root=root, manifest=manifest),
     )
     # The options came from the recipe: only the teacher and the images can differ.
-    teacher = json.loads(canonical_json(asdict(plan.teacher.spec)))
+    # A None, which JSON leaves out, must find no value in the recipe.
+    teacher = {**dict.fromkeys(asdict(plan.teacher.spec)), **spec_json(plan.teacher.spec)}
     fixed = {"teacher": teacher, "samples_sha256": hash_samples(plan.samples)}
     require_same(root, manifest.recipe, fixed)
     return open_shard_runner(root, manifest, plan)
