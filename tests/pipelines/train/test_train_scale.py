@@ -175,6 +175,22 @@ def test_two_processes_distil_labels_as_one_does(
 
 
 @pytest.mark.slow
+def test_two_processes_train_two_students_as_each_alone(cache: Path, tmp_path: Path) -> None:
+    """In two processes, students that share a loader have the losses that each has alone."""
+    script = tmp_path / "plain.py"
+    script.write_text(PLAIN)
+    names = ("test_convnext", "test_resnet")
+    flags = ("train", cache, *FLAGS, "--log-with", "none", "--micro-batches", 2)
+    both = torchrun(script, 2, 99, *flags, "--student", ",".join(names), "--out", tmp_path / "both")
+    assert both.returncode == 0, both.stderr
+    for name in names:
+        alone = torchrun(script, 2, 99, *flags, "--student", name, "--out", tmp_path / name)
+        assert alone.returncode == 0, alone.stderr
+        for loss in ("loss", "held_out/loss"):
+            assert metric(tmp_path / "both" / name, loss) == metric(tmp_path / name, loss) != []
+
+
+@pytest.mark.slow
 def test_a_process_that_is_refused_ends_all(cache: Path, tmp_path: Path) -> None:
     """A batch that the processes cannot share is refused in one line."""
     script = tmp_path / "plain.py"
