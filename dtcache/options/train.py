@@ -37,6 +37,8 @@ PER_STUDENT = (
 """Options that may differ between the runs of one loader; all others decide its batches."""
 SEVERAL_PER_PROCESS = ("tensorboard", "none")
 """Trackers that several runs of one process can log with."""
+MOST_COMPILED = 8
+"""Most students of one loader with `compile`: torch compiles a function for so many networks."""
 
 DATA = "Data"
 STUDENT = "Student"

@@ -14,7 +14,7 @@ from dtcache.device import Compute, configure_process, memory_errors
 from dtcache.distributed import Processes, join_processes
 from dtcache.errors import CacheMismatchError, ConfigError, TrainingError
 from dtcache.options import TrainOptions
-from dtcache.options.train import PER_STUDENT, SEVERAL_PER_PROCESS
+from dtcache.options.train import MOST_COMPILED, PER_STUDENT, SEVERAL_PER_PROCESS
 from pipelines.runs.folder import RUN
 from pipelines.runs.metrics import Clock
 from pipelines.runs.trackers import require_tracker
@@ -129,6 +129,11 @@ def require_one_loader(runs: Sequence[tuple[Path, TrainOptions]]) -> None:
     if not runs:
         raise ConfigError("`runs`: expected at least one folder with its options, got none")
     first_out, first = runs[0]
+    if first.compile and len(runs) > MOST_COMPILED:
+        raise ConfigError(
+            f"`compile`: expected at most {MOST_COMPILED} students on a loader, got {len(runs)}; "
+            "leave it out, or train fewer students at a time"
+        )
     shared = [f.name for f in fields(TrainOptions) if f.name not in PER_STUDENT]
     folders: set[Path] = set()
     for out, options in runs:

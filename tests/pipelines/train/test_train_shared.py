@@ -255,6 +255,17 @@ def test_runs_with_and_without_features_are_refused(tmp_path: Path) -> None:
         )
 
 
+def test_more_students_than_torch_compiles_are_refused(tmp_path: Path) -> None:
+    """With `compile` a loader has at most as many students as torch compiles at once."""
+    compiled = replace(OPTIONS, compile=True)
+    require_one_loader([(tmp_path / str(number), compiled) for number in range(8)])
+    require_one_loader([(tmp_path / str(number), OPTIONS) for number in range(9)])
+    with pytest.raises(
+        ConfigError, match="`compile`: expected at most 8 students on a loader, got"
+    ):
+        require_one_loader([(tmp_path / str(number), compiled) for number in range(9)])
+
+
 def test_runs_without_folders_of_their_own_are_refused(tmp_path: Path) -> None:
     """No runs, and two runs in one folder, are refused."""
     with pytest.raises(ConfigError, match="`runs`: expected at least one folder"):
