@@ -1,4 +1,4 @@
-"""The estimate of a sweep's time, from the steps of the same sweep that are finished."""
+"""The estimate of a sweep's time, from its finished steps and from a few timed training steps."""
 
 import statistics
 from dataclasses import dataclass
@@ -14,62 +14,81 @@ from pipelines.terminal.text import duration
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """The time that a job is expected to take."""
+
+    seconds: float
+    """Of the steps whose time is known."""
+    unknown: int
+    """Steps whose time is not known."""
+
+    def __str__(self) -> str:
+        """Return the time as text."""
+        if not self.unknown:
+            return duration(self.seconds)
+        return f"over {duration(self.seconds)}" if self.seconds else "unknown"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """What a sweep has done, and what is left."""
+    """The jobs of a sweep that are left, with their expected times."""
 
     plan: Plan
-    left: tuple[Job, ...]
-    seconds: dict[str, float | None]
-    """By job that is left: its expected seconds; None if no like step is finished."""
+    left: dict[str, Expected]
+    """By name of the job."""
 
     @property
-    def total(self) -> float | None:
-        """Seconds of all jobs that are left, one after the other; None if one is unknown."""
-        known = [seconds for seconds in self.seconds.values() if seconds is not None]
-        return sum(known) if len(known) == len(self.seconds) else None
+    def total(self) -> Expected:
+        """The time of all jobs that are left, one after the other."""
+        return Expected(
+            seconds=sum(job.seconds for job in self.left.values()),
+            unknown=sum(job.unknown for job in self.left.values()),
+        )
 
 
 def estimate(plan: Plan) -> Estimate:
     """Return the jobs that are left, each with its expected time; nothing is written.
 
     A student takes as long as the finished students of its arm on average, an evaluation as long
-    as the finished ones of its task. Raises what `Plan.left` raises.
+    as the finished ones of its task. If no student of an arm is finished, a few training steps are
+    taken and timed. Raises what `Plan.left` and building a student raise.
     """
-    left = plan.left()
+    known: dict[str, float | None] = {}
     taken: dict[str, list[float]] = {}
-    for job in plan.jobs:
-        for step in job.steps():
-            record = finished(step)
-            if record is not None:
-                taken.setdefault(step.kind, []).append(record.wall_seconds)
-    seconds: dict[str, float | None] = {}
-    for job in left:
-        missing = [taken.get(step.kind) for step in job.steps() if finished(step) is None]
-        means = [statistics.fmean(known) for known in missing if known]
-        seconds[job.name] = sum(means) if len(means) == len(missing) else None
-    return Estimate(plan=plan, left=tuple(left), seconds=seconds)
+    for step in (step for job in plan.jobs for step in job.steps()):
+        record = finished(step)
+        if record is not None:
+            taken.setdefault(step.kind, []).append(record.wall_seconds)
+    known |= {kind: statistics.fmean(seconds) for kind, seconds in taken.items()}
+    return Estimate(plan=plan, left={job.name: _expected(job, known) for job in plan.left()})
+
+
+def _expected(job: Job, known: dict[str, float | None]) -> Expected:
+    """Return a job's expected time; `known` has the seconds of a step by kind, and gains some."""
+    missing = [step.kind for step in job.steps() if finished(step) is None]
+    for kind in missing:
+        if kind not in known:
+            known[kind] = job.timed(kind)
+    seconds = [known[kind] for kind in missing]
+    return Expected(
+        seconds=sum(value for value in seconds if value is not None), unknown=seconds.count(None)
+    )
 
 
 def render_estimate(estimated: Estimate) -> RenderableType:
     """Return the jobs as a table, and the sum of the expected times."""
-    left = {job.name for job in estimated.left}
-    table = Table(title=f"{len(left)} of {len(estimated.plan.jobs)} jobs left")
+    table = Table(title=f"{len(estimated.left)} of {len(estimated.plan.jobs)} jobs left")
     for column in ("job", "steps", "state", "time"):
         table.add_column(column, justify="right" if column in ("steps", "time") else "left")
     for job in estimated.plan.jobs:
-        state = "left" if job.name in left else "done"
-        shown = _shown(estimated.seconds[job.name]) if job.name in left else "-"
+        expected = estimated.left.get(job.name)
+        state = "done" if expected is None else "left"
+        shown = "-" if expected is None else str(expected)
         table.add_row(escape(job.name), str(len(list(job.steps()))), state, shown)
     total = estimated.total
-    if total is None:
-        line = (
-            "in total: unknown, because a kind of step has not been done yet; the estimate is the "
-            "mean time of finished steps of this sweep"
+    line = f"in total: {total}, one job after the other"
+    if total.unknown:
+        line += (
+            f"; the time of {total.unknown} steps is unknown until a step of their kind is finished"
         )
-    else:
-        line = f"in total: {duration(total)} one after the other"
     return Group(table, line)
-
-
-def _shown(seconds: float | None) -> str:
-    return "unknown" if seconds is None else duration(seconds)

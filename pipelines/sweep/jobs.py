@@ -31,6 +31,9 @@ class Job(Protocol):
     def steps(self) -> Iterator[Step]:
         """Yield the steps of the job."""
 
+    def timed(self, kind: str) -> float | None:
+        """Return about how long a step of a kind takes, from a try; None if that is not known."""
+
     def do(self) -> None:
         """Do the steps that are missing."""
 
@@ -62,6 +65,9 @@ class CacheJob:
             identity=identity,
             output=self.cache / MANIFEST,
         )
+
+    def timed(self, kind: str) -> None:
+        """Return None: `dtcache extract --dry-run` estimates an extraction."""
 
     def do(self) -> None:
         """Extract the cache, fit the interpreter and write its labels."""
@@ -150,6 +156,11 @@ class RunJob:
         """Yield the making and the evaluations of each student."""
         for run in self.runs:
             yield from run.steps()
+
+    def timed(self, kind: str) -> float | None:
+        """Return the time of a training, from a few steps; None for other steps."""
+        students = [run.student for run in self.runs if run.making().kind == kind]
+        return students[0].seconds() if students else None
 
     def do(self) -> None:
         """Make the students, then evaluate each one.

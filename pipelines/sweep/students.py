@@ -4,11 +4,15 @@ Each makes an ordinary run folder. Importing this module loads no torch.
 """
 
 import json
+import statistics
+import time
 from dataclasses import asdict, dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Protocol
 
 from dtcache.atomic_files import FolderLock, make_folders, write_file
+from dtcache.errors import CacheError, TrainingError
 from dtcache.hashing import file_sha256
 from dtcache.options import TrainOptions
 from dtcache.options.toml import config_text
@@ -19,6 +23,8 @@ from pipelines.runs.folder import CONFIG, METRICS, SUMMARY, claim_run
 BACKBONE = "backbone"
 """Folder of a run that holds the backbone."""
 WEIGHTS = "model.safetensors"
+TIMED_STEPS = 3
+"""Steps that an estimate of a training takes."""
 
 
 class Student(Protocol):
@@ -29,6 +35,9 @@ class Student(Protocol):
 
     def loading(self) -> "Loading | None":
         """Return what the student trains on; None if it cannot share a loader."""
+
+    def seconds(self) -> float | None:
+        """Return about how long it takes to make the student; None if that is not known."""
 
     def make(self, out: Path) -> None:
         """Make the student's run folder, or resume it."""
@@ -75,6 +84,40 @@ class TrainedStudent:
             return None
         return Loading(where=self.source.where, options=self.options)
 
+    def seconds(self) -> float | None:
+        """Return the time of all training steps, from a few that are taken and timed.
+
+        None if the data is not there yet or the loss is not finite. Nothing is written. Raises
+        ConfigError if the student cannot be built.
+        """
+        from dtcache.device import configure_process, resolve_compute
+        from dtcache.distributed import Processes
+        from pipelines.train.train import open_source
+        from pipelines.train.trainer import Trainer, accumulate
+
+        if not self.source.where.exists():
+            return None
+        compute = resolve_compute(self.options.device, self.options.precision)
+        configure_process(compute.device)
+        ends: list[float] = []
+        try:
+            source = open_source(self.source.where, self.options, compute, Processes())
+            trainer = Trainer(source, self.options, compute, Processes())
+            micro_batches = source.epoch(0, 0)
+            while len(ends) < 1 + TIMED_STEPS:
+                batches = list(islice(micro_batches, self.options.micro_batches))
+                if not batches:
+                    break
+                accumulate(source, [trainer], batches)
+                trainer.update(batches)
+                ends.append(time.monotonic())
+        except (CacheError, TrainingError):
+            # The sweep has not finished making the cache, or the loss is not finite.
+            return None
+        # The first step allocates memory.
+        steps = [after - before for before, after in pairwise(ends)]
+        return statistics.median(steps) * trainer.total_steps if steps else None
+
     def make(self, out: Path) -> None:
         """Train the student. Raises what `train` raises."""
         from pipelines.train.train import train
@@ -96,6 +139,9 @@ class RandomStart:
 
     def loading(self) -> None:
         """Return None: the student is not trained."""
+
+    def seconds(self) -> None:
+        """Return None: no step of it can be timed."""
 
     def make(self, out: Path) -> None:
         """Write a run of no steps: backbone, options and held-out losses."""
@@ -158,6 +204,9 @@ class OtherBackbone:
 
     def loading(self) -> None:
         """Return None: the student is not trained."""
+
+    def seconds(self) -> None:
+        """Return None: no step of it can be timed."""
 
     def make(self, out: Path) -> None:
         """Copy the backbone into a run folder. Raises ConfigError if it cannot be used."""

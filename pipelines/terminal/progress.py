@@ -16,6 +16,8 @@ from rich.progress import (
 )
 
 LINE_SECONDS = 20.0
+SLOW = 0.1
+"""Units per second below which the rate is shown per minute."""
 
 
 class Tracker:
@@ -39,14 +41,15 @@ class Tracker:
         self._done += count
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = (self._done - self._first) / seconds
-        text = f"{rate:.1f}/s {note}".strip()
+        shown = f"{rate:.1f}/s" if rate >= SLOW or not rate else f"{60 * rate:.1f}/min"
+        text = f"{shown} {note}".strip()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, note=text)
         elif self._shown and time.monotonic() - self._printed > LINE_SECONDS:
             self._printed = time.monotonic()
-            left = (self._total - self._done) / max(rate, 1e-9)
+            left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
             print(
-                f"{self._title}: {self._done}/{self._total}, {text}, {left:.0f} s left",
+                f"{self._title}: {self._done}/{self._total}, {text}{left}",
                 file=sys.stderr,
                 flush=True,
             )

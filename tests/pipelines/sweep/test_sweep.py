@@ -1,6 +1,7 @@
 """A whole sweep: ordinary runs, results, resume, failures and the folder's protection."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from support.interrupts import interrupt
 from sweep_files import in_process, sweep_text
 
 from dtcache.atomic_files import FolderLock
-from dtcache.options import EvaluateOptions
+from dtcache.options import EvaluateOptions, TrainOptions
 from pipelines.evaluate.classification import classify
 from pipelines.sweep import sweep as stage
+from pipelines.sweep.students import Source, TrainedStudent
 from pipelines.train import trainer
 
 
@@ -148,7 +150,10 @@ seeds = [0, 1]
     path.write_text(path.read_text() + task)
     dry = run("sweep", path, "--out", root / "out", "--dry-run")
     assert "5 of 5 jobs left" in dry.output
-    assert "in total: unknown" in dry.output
+    assert re.search(
+        r"in total: over \d+ s, one job after the other; the time of 11 steps is unk",
+        " ".join(dry.output.split()),
+    )
     result = run("sweep", path, "--out", root / "out")
     assert result.exit_code == 0, result.output
     after = stamps(root / "out")
@@ -266,20 +271,39 @@ def test_the_folder_is_protected(swept: Path, tmp_path: Path) -> None:
     assert "is not empty and holds no sweep: found thesis.tex" in result.output
 
 
-def test_a_dry_run_writes_nothing_and_estimates_from_finished_runs(
-    swept: Path, tmp_path: Path
-) -> None:
-    """Without finished runs the time is unknown; with them it is their mean."""
+def test_a_dry_run_estimates_from_finished_runs_or_timed_steps(swept: Path, tmp_path: Path) -> None:
+    """A training is timed if no run of its arm is finished; else the mean of those counts."""
     fresh = run("sweep", swept / "sweep.toml", "--out", tmp_path / "none", "--dry-run")
     assert fresh.exit_code == 0, fresh.output
     assert "4 of 4 jobs left" in fresh.output
-    assert "in total: unknown" in fresh.output
+    assert re.search(r"in total: over \d+ s", fresh.output)
     assert not (tmp_path / "none").exists()
     root = copied(swept, tmp_path)
     path = edited(root, "seeds = [0, 1]", "seeds = [0, 1, 2]")
     more = run("sweep", path, "--out", root / "out", "--dry-run")
     assert "2 of 6 jobs left" in more.output
-    assert "one after the other" in more.output
+    records = [json.loads(file.read_text()) for file in (root / "out/records").rglob("*.json")]
+    seconds = sum(record["wall_seconds"] for record in records) / 2
+    assert f"in total: {seconds:.0f} s, one job after the other" in more.output
+
+
+def test_timed_steps_change_nothing(scene_cache: Path, tmp_path: Path) -> None:
+    """The estimate of a training is positive, and None for a cache that does not exist yet."""
+    options = TrainOptions(
+        student="test_resnet",
+        student_size="32",
+        fpn_width=16,
+        batch_size=8,
+        epochs=50,
+        device="cpu",
+        precision="fp32",
+    )
+    source = Source(where=scene_cache, identity={})
+    seconds = TrainedStudent(source=source, options=options).seconds()
+    assert seconds is not None and seconds > 0
+    missing = Source(where=tmp_path / "none", identity={})
+    assert TrainedStudent(source=missing, options=options).seconds() is None
+    assert not any(tmp_path.iterdir())
 
 
 def test_arms_of_a_cache_and_seed_share_a_loader(swept: Path, tmp_path: Path) -> None:
