@@ -27,3 +27,25 @@ def test_the_share_of_waiting_is_that_of_the_time_that_batches_take_to_come(
     resumed.load_state_dict(clock.state_dict())
     now[0] += 8
     assert (resumed.seconds, resumed.rate, resumed.share) == (16.0, 2.0, 0.125)
+
+
+def test_a_run_that_is_ahead_counts_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restarted clock has the counts of its checkpoint, and counts on from the restart."""
+    now = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+
+    def slow() -> object:
+        for number in range(2):
+            now[0] += 1
+            yield number
+
+    clock = Clock()
+    clock.load_state_dict({"seconds": 8.0, "waited": 2.0, "images": 32})
+    for number in clock.waiting(slow()):
+        now[0] += 3
+        if number == 0:
+            clock.restart()
+            assert (clock.seconds, clock.rate, clock.share) == (8.0, 4.0, 0.25)
+    assert clock.seconds == 12.0
+    assert clock.share == 0.25
+    assert clock.state_dict() == {"seconds": 12.0, "waited": 3.0, "images": 32}

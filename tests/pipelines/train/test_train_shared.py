@@ -112,6 +112,16 @@ def test_micro_batches_in_bf16_are_shared_to_the_bit(scene_cache: Path, tmp_path
     assert contents(folder) == contents(tmp_path / "shared" / "b")
 
 
+def test_soft_labels_are_shared_to_the_bit(labelled: Path, tmp_path: Path) -> None:
+    """With soft labels, cropped for one student only, each student has its own losses."""
+    common = {"labels": "parts", "epochs": 1}
+    train_shared(labelled, runs(tmp_path / "shared", **common))
+    for folder, options in runs(tmp_path, **common):
+        train(labelled, folder, options)
+        assert contents(folder) == contents(tmp_path / "shared" / folder.name)
+        assert all("label" in line for line in metrics(folder) if "loss" in line)
+
+
 def test_a_batch_is_decoded_once_for_all(
     scene_cache: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
