@@ -4,6 +4,7 @@ B images per batch, C channels, H rows, W columns.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from dtcache.atomic_files import disk_errors
 from dtcache.device import Compute, configure_process, resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import LoadedView
-from dtcache.metrics.probes import linear_predict
+from dtcache.metrics.probes import C_GRID, at_edge, linear_predict
 from dtcache.options import EvaluateOptions, TeacherShowOptions, parse_size
 from dtcache.options.teacher import PROBED_TIMESTEPS
 from dtcache.recipe import Json, Sample, TapSpec, ViewSpec, tap_name
@@ -77,6 +78,7 @@ class TeacherProbe:
                     "timestep": score.timestep,
                     "linear_top1": score.linear_top1,
                     "linear_C": score.linear_c,
+                    "linear_C_at_edge": at_edge(score.linear_c),
                 }
                 for score in self.scores
             ],
@@ -183,6 +185,13 @@ def probe_teacher(where: str, options: TeacherShowOptions) -> TeacherProbe:
                     )
                 )
                 progress.advance(1, name)
+    edges = sum(at_edge(score.linear_c) for score in scores)
+    if edges:
+        print(
+            f"{edges} of {len(scores)} linear probes chose a C at an edge of the grid of "
+            f"{C_GRID[0]:g} to {C_GRID[-1]:g}; a value beyond may be better",
+            file=sys.stderr,
+        )
     probe = TeacherProbe(
         scores=tuple(scores), num_train=len(train_labels), num_test=len(test_labels)
     )

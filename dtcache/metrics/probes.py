@@ -104,6 +104,11 @@ def linear_predict(train_ND: Features, labels_N: Labels, test_MD: Features) -> t
     return predicted, c
 
 
+def at_edge(c: float) -> bool:
+    """Return whether C is the smallest or the largest candidate, so that a better one may exist."""
+    return c in (C_GRID[0], C_GRID[-1])
+
+
 def _best_c(train_ND: Features, labels_N: Labels) -> float:
     _, counts = np.unique(labels_N, return_counts=True)
     if (counts > 1).sum() < 2:

@@ -24,6 +24,7 @@ from dtcache.metrics.probes import (
     Features,
     Labels,
     Neighbours,
+    at_edge,
     knn_predict,
     linear_predict,
 )
@@ -50,11 +51,6 @@ class ProbeResult:
     linear_c: float
     """Inverse strength of the linear probe's L2 penalty, chosen on training images."""
 
-    @property
-    def linear_c_at_edge(self) -> bool:
-        """Whether C is the smallest or the largest candidate, so that a better one may exist."""
-        return self.linear_c in (C_GRID[0], C_GRID[-1])
-
     def to_json(self) -> Json:
         """Return the result as JSON values."""
         return {
@@ -65,7 +61,7 @@ class ProbeResult:
             "num_test": self.num_test,
             "feature_dim": self.feature_dim,
             "linear_C": self.linear_c,
-            "linear_C_at_edge": self.linear_c_at_edge,
+            "linear_C_at_edge": at_edge(self.linear_c),
         }
 
 
@@ -145,7 +141,7 @@ def classify(model: str, options: EvaluateOptions) -> ClassificationResult:
             )
             progress.advance(1, name)
     for row in rows:
-        if row.linear_c_at_edge:
+        if at_edge(row.linear_c):
             print(
                 f"{row.name}: the linear probe chose C = {row.linear_c:g}, an edge of its grid of "
                 f"{C_GRID[0]:g} to {C_GRID[-1]:g}; a value beyond may be better",

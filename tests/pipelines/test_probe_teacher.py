@@ -97,6 +97,10 @@ def test_accuracies_are_those_of_an_independent_probe(
         {name: score["linear_C"] for name, score in measured.items()},
     )
     assert {name: score["linear_top1"] for name, score in measured.items()} == expected
+    at_edge = [score["linear_C"] in (1e-5, 100.0) for score in probe["scores"]]
+    assert [score["linear_C_at_edge"] for score in probe["scores"]] == at_edge
+    warning = f"{sum(at_edge)} of 18 linear probes chose a C at an edge of the grid of 1e-05 to 100"
+    assert (warning in result.stderr) == any(at_edge)
     with Image.open(plot) as picture:
         assert picture.format == "PNG"
 
