@@ -127,11 +127,11 @@ class _Planner:
     def _student(self, arm: Arm, seed: int) -> tuple[Student, frozenset[str]]:
         """Return an arm's student of one seed, and the names of the jobs that it needs."""
         options = replace(arm.train, seed=seed)
+        other = OtherBackbone(backbone=str(arm.backbone), options=options, source=None)
         # Arms that do not train take view and held-out samples from the first one that does.
         trains = arm if arm.trains else next((a for a in self._file.arms if a.trains), None)
-        if trains is None:
-            alone = OtherBackbone(backbone=str(arm.backbone), options=options, source=None)
-            return alone, frozenset()
+        if trains is None or (arm.backbone is not None and other.folder is not None):
+            return other, frozenset()
         source, after = self._source(trains, seed)
         if arm.trains:
             return TrainedStudent(source=source, options=options), after

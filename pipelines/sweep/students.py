@@ -197,7 +197,7 @@ class OtherBackbone:
 
     def identity(self) -> Json:
         """Return the hash of the weights, or the timm name."""
-        folder = self._folder()
+        folder = self.folder
         if folder is not None:
             return {"backbone": file_sha256(folder / WEIGHTS)}
         return {"backbone": self.backbone, "student_size": self.options.student_size}
@@ -212,7 +212,7 @@ class OtherBackbone:
         """Copy the backbone into a run folder. Raises ConfigError if it cannot be used."""
         from dtcache.student import load_backbone
 
-        folder = self._folder()
+        folder = self.folder
         with FolderLock(out):
             if folder is None:
                 claim_run(out, {"student": self.backbone, **self.identity()}, ())
@@ -224,8 +224,9 @@ class OtherBackbone:
             for name in ("config.json", WEIGHTS):
                 write_file(out / BACKBONE / name, (folder / name).read_bytes())
 
-    def _folder(self) -> Path | None:
-        """Return the backbone's folder, which may be in a run, or None for a timm name."""
+    @property
+    def folder(self) -> Path | None:
+        """The backbone's folder, which may be in a run, or None for a timm name."""
         folders = (Path(self.backbone), Path(self.backbone) / BACKBONE)
         return next((folder for folder in folders if (folder / WEIGHTS).is_file()), None)
 

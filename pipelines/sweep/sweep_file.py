@@ -252,6 +252,8 @@ def _arm(table: Mapping[str, Any], title: str, folder: Path, common: Mapping[str
         raise ConfigError(f'{title}: start {source["start"]!r}: expected "random"')
     if "backbone" in source:
         source["backbone"] = existing(folder, source["backbone"])
+        if "/" in source["backbone"]:  # no network of timm has such a name
+            _require_path(Path(source["backbone"]), f"{title}: backbone")
     return Arm(name=name, train=options, **source)  # type: ignore[arg-type]
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,9 +14,11 @@ from sweep_files import in_process, sweep_text
 
 from dtcache.atomic_files import FolderLock
 from dtcache.options import EvaluateOptions, TrainOptions
+from dtcache.recipe import ViewSpec
+from dtcache.student import Backbone, load_backbone, make_backbone
 from pipelines.evaluate.classification import classify
 from pipelines.sweep import sweep as stage
-from pipelines.sweep.students import Source, TrainedStudent
+from pipelines.sweep.students import OtherBackbone, Source, TrainedStudent
 from pipelines.train import trainer
 
 
@@ -304,6 +307,26 @@ def test_timed_steps_change_nothing(scene_cache: Path, tmp_path: Path) -> None:
     missing = Source(where=tmp_path / "none", identity={})
     assert TrainedStudent(source=missing, options=options).seconds() is None
     assert not any(tmp_path.iterdir())
+
+
+def test_a_timm_name_is_a_backbone_with_pretrained_weights(
+    scene_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are timm's; its view and input size are those of a student of the cache."""
+    asked: list[object] = []
+
+    def without_network(name: str, *, init: str | None, seed: int, size: Any) -> Backbone:
+        asked.append((name, init, size))
+        return make_backbone(name, init=None, seed=seed, size=size)
+
+    monkeypatch.setattr("dtcache.student.make_backbone", without_network)
+    source = Source(where=scene_cache, identity={})
+    options = TrainOptions(batch_size=8, device="cpu", precision="fp32")
+    OtherBackbone(backbone="test_resnet", options=options, source=source).make(tmp_path / "run")
+    assert asked == [("test_resnet", "pretrained", (32, 32))]
+    backbone, size, view = load_backbone(tmp_path / "run/backbone")
+    assert (backbone.name, size) == ("test_resnet", (32, 32))
+    assert view == ViewSpec(height=32, width=32)
 
 
 def test_arms_of_a_cache_and_seed_share_a_loader(swept: Path, tmp_path: Path) -> None:

@@ -102,6 +102,11 @@ def test_a_file_has_caches_arms_and_tasks(tmp_path: Path) -> None:
         ('cache = "t20"', 'cache = "t20"\nstart = "random"', r"exactly one of .* got cache, start"),
         ('start = "random"', 'start = "zero"', r"random: start 'zero': expected \"random\""),
         ('cache = "t20"', 'images = "photos"', r"plain: images: expected a teacher in \[arm.train"),
+        (
+            'cache = "t20"',
+            'backbone = "runs/a"',
+            r"plain: backbone: runs/a does not exist; paths ar",
+        ),
         ('cache = "t20"', 'images = "nowhere"', r"plain: images: .*nowhere does not exist"),
         ('path = "t20.cache"', "", r"t20: expected either path \(a sealed cache\) or \[cache.extr"),
         ('path = "t20.cache"', 'path = "t20.cache"\nper_seed = true', r"per_seed: only a cache"),
