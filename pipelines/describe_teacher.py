@@ -3,13 +3,14 @@
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from dtcache.options import parse_size
 from dtcache.recipe import Json, signal_to_noise
 from dtcache.teacher import LoadedTeacher, load_teacher, native_size
 from dtcache.teacher.denoiser import choose_taps
 from dtcache.teacher.flops import count_flops
-from pipelines.terminal.text import byte_size
+from pipelines.terminal.text import byte_size, printable
 
 TIMESTEPS = (50, 150, 250)
 RATIOS = (10, 50, 100)
@@ -58,6 +59,7 @@ def describe_teacher(where: str, size: str | None) -> Json:
     return {
         "teacher": where,
         "architecture": loaded.architecture,
+        "warnings": list(loaded.warnings),
         "weights_sha256": loaded.weights_sha256,
         "parameters": sum(p.numel() for p in predictor.parameters()),
         "native_size": native_size(loaded) if loaded.denoiser.native_size else None,
@@ -119,7 +121,8 @@ def render_teacher(report: Json) -> RenderableType:
     example = (
         f"dtcache extract IMAGES --teacher {report['teacher']}{size} --timestep 50 --out CACHE"
     )
-    return Group(facts, taps, *by_name, example)
+    warnings = [Text(f"warning: {printable(warning)}") for warning in report["warnings"]]
+    return Group(facts, *warnings, taps, *by_name, example)
 
 
 def _noise(loaded: LoadedTeacher) -> Json:

@@ -1,5 +1,7 @@
 """The autoencoder of a latent diffusion model: pixels to the latents that its denoiser takes."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from dtcache.errors import TeacherError
-from dtcache.teacher.diffusers_files import load_part, read_class, weight_files
+from dtcache.teacher.diffusers_files import load_part, read_class
 
 AUTOENCODERS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 FOLDERS = ("vae", "vqvae")
@@ -54,12 +56,43 @@ class LatentEncoder(nn.Module):
         return scaled_BCHW
 
 
-def load_latents(root: Path) -> tuple[LatentEncoder, list[Path], dict[str, Any]] | None:
-    """Return a directory's autoencoder, its weight files, and the configuration of its latents.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Autoencoder:
+    """An autoencoder that is known to be supported, before its weights are read."""
 
-    Returns None if the directory has no autoencoder. Raises TeacherNotFoundError and TeacherError
-    as `load_part` does, and TeacherError if the latents are normalised by anything but a scale and
-    a shift.
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    scale: float
+    shift: float
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents, as diffusers builds the encoder."""
+        is_vq = self.name == "VQModel"
+        default = 3 if is_vq else 4
+        quantised = self.config.get("vq_embed_dim") if is_vq else None
+        return int(quantised or self.config.get("latent_channels", default))
+
+    def to_hash(self) -> dict[str, Any]:
+        """Return what the latents depend on beside the weights."""
+        return {
+            "autoencoder": self.config,
+            "scaling_factor": self.scale,
+            "shift_factor": self.shift,
+        }
+
+    def load(self, weights: Sequence[Path]) -> LatentEncoder:
+        """Read the weights. Raises TeacherError as `load_part` does."""
+        module = load_part(AUTOENCODERS[self.name], self.folder, weights)
+        return LatentEncoder(module, self.scale, self.shift)
+
+
+def read_autoencoder(root: Path) -> Autoencoder | None:
+    """Return the autoencoder of a directory, or None if it has none.
+
+    Raises TeacherNotFoundError if its configuration is missing, and TeacherError if its class is
+    not supported or the latents are normalised by anything but a scale and a shift.
     """
     folder = next((root / name for name in FOLDERS if (root / name).is_dir()), None)
     if folder is None:
@@ -71,11 +104,15 @@ def load_latents(root: Path) -> tuple[LatentEncoder, list[Path], dict[str, Any]]
                 f"{folder / 'config.json'}: expected latents with a scale and a shift only, got "
                 f"{key}; dtcache does not support this autoencoder"
             )
-    scale = _number(folder, config, "scaling_factor", VQ_SCALE if name == "VQModel" else KL_SCALE)
-    shift = _number(folder, config, "shift_factor", 0.0)
-    weights = weight_files(folder)
-    encoder = LatentEncoder(load_part(AUTOENCODERS[name], folder, weights), scale, shift)
-    return encoder, weights, {"autoencoder": config, "scaling_factor": scale, "shift_factor": shift}
+    return Autoencoder(
+        folder=folder,
+        name=name,
+        config=config,
+        scale=_number(
+            folder, config, "scaling_factor", VQ_SCALE if name == "VQModel" else KL_SCALE
+        ),
+        shift=_number(folder, config, "shift_factor", 0.0),
+    )
 
 
 def _number(folder: Path, config: dict[str, Any], key: str, default: float) -> float:

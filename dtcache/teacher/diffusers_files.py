@@ -1,7 +1,9 @@
 """The files of a teacher: limited in size, checked, and loaded without running their code."""
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +17,102 @@ TEXT_WEIGHTS = "model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INDEX_BYTES = 16 << 20
 MAX_SHARDS = 1024
+PARTS = ("unet", "transformer", "vae", "vqvae", "scheduler", "text_encoder", "tokenizer")
 DOWNLOADED = (
-    "*.json",
-    f"*{WEIGHTS}",
-    "*diffusion_pytorch_model-0*-of-*.safetensors",
-    f"text_encoder/{TEXT_WEIGHTS}",
-    "tokenizer/merges.txt",
+    "model_index.json",
+    "config.json",
+    "scheduler_config.json",
+    f"{WEIGHTS}.index.json",
+    *(f"{part}/*.json" for part in PARTS),
 )
-"""File patterns fetched from a hub repository: no pickles, code, variants or safety checkers."""
+"""File patterns that are fetched from a hub repository first: the JSON of the known parts.
+
+No pickles, code, variants, safety checkers or other models are ever fetched."""
+AUXILIARY = "LoRA, textual inversion, ControlNet or IP-Adapter"
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+_AUXILIARY = re.compile(r"lora|adapter_model|learned_embeds|ip[-_]adapter|controlnet", re.I)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
-def locate(where: str) -> Path:
-    """Return the teacher's directory; download JSON and safetensors if `where` is a hub id.
+@dataclass(frozen=True, slots=True)
+class TeacherFolder:
+    """A teacher's directory; that of a hub repository receives its weights on demand."""
+
+    root: Path
+    repository: str | None = None
+    """The Hugging Face id; None for a directory of the user."""
+
+    def fetch(self, weights: Iterable[Path], others: Iterable[Path] = ()) -> None:
+        """Download weights, as one file or as the shards of their index, and other files.
+
+        The paths are in `root`. Does nothing for a directory of the user. Raises
+        TeacherNotFoundError if the hub does not serve them.
+        """
+        if self.repository is None:
+            return
+        weights = list(weights)
+        # The folder of a snapshot has the name of its commit.
+        revision = self.root.name
+        _download(self.repository, map(self._name, [*weights, *others]), revision)
+        indices = {path: path.with_name(f"{path.name}.index.json") for path in weights}
+        shards = [
+            shard
+            for path, index in indices.items()
+            if not path.is_file() and index.is_file()
+            for shard in _shards(index)
+        ]
+        if shards:
+            _download(self.repository, map(self._name, shards), revision)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+
+def locate(where: str) -> TeacherFolder:
+    """Return the teacher's directory; of a hub id, download the JSON files alone.
 
     Raises TeacherNotFoundError if there is no such directory or hub model.
     """
     path = Path(where)
     if path.is_dir():
-        return path
+        return TeacherFolder(path)
+    if path.is_file() and path.suffix in SINGLE_FILES:
+        raise TeacherNotFoundError(
+            f"teacher {where}: expected a diffusers directory, {single_file_advice(path.name)}"
+        )
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or where.startswith("."):
         raise TeacherNotFoundError(
             f"teacher {where}: no such directory; expected a diffusers directory or a Hugging Face "
             "id such as google/ddpm-cat-256"
         )
+    return TeacherFolder(_download(where, DOWNLOADED), where)
+
+
+def _download(repository: str, patterns: Iterable[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(where, allow_patterns=list(DOWNLOADED)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
         raise TeacherNotFoundError(
-            f"teacher {where}: not a directory, and the Hugging Face hub did not serve such a "
-            f"model ({reason}); check the name and the network, or pass a directory"
+            f"teacher {repository}: not a directory, and the Hugging Face hub did not serve such a "
+            f"model ({one_line(error)}); check the name and the network, or pass a directory"
         ) from error
+
+
+def single_file_advice(name: str) -> str:
+    """Return how to turn a checkpoint of one file into a teacher."""
+    return (
+        f"got {name!r}, a checkpoint in a single file; convert it with diffusers "
+        "(StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)), or with "
+        "dtcache teacher convert if it is an ADM checkpoint of OpenAI"
+    )
+
+
+def is_auxiliary(name: str) -> bool:
+    """Return whether a file of this name holds weights that only add to a model, as LoRA does."""
+    return bool(_AUXILIARY.search(name)) and Path(name).suffix in {".safetensors", ".bin", ".pt"}
 
 
 def read_config(path: Path, title: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
@@ -77,10 +141,17 @@ def read_class(folder: Path, title: str, allowed: Sequence[str]) -> tuple[str, d
     config = read_config(path, title)
     name = config.get("_class_name")
     if name not in allowed:
+        reason = "dtcache does not support this kind of model"
+        if name is None:
+            reason = "this is no model of diffusers, such as a student's backbone; pass a teacher"
         raise TeacherError(
-            f"{path}: expected _class_name {' or '.join(allowed)}, got {name!r}; dtcache does not "
-            "support this kind of model"
+            f"{path}: expected _class_name {' or '.join(allowed)}, got {name!r}; {reason}"
         )
+    for key, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise TeacherError(
+                f"{path}: expected finite numbers, got {key} {value}; download it again"
+            )
     return str(name), config
 
 
@@ -102,17 +173,37 @@ def weight_files(folder: Path, name: str = WEIGHTS) -> list[Path]:
             "dtcache never loads because unpickling runs code; load the model where you trust it "
             "and call save_pretrained(safe_serialization=True)"
         )
-    others = sorted(p.name for p in folder.glob("*.safetensors"))
-    hint = f"got {', '.join(others)}; rename the full-precision file"
+    others = sorted(p.name for p in folder.glob("*.safetensors") if not is_auxiliary(p.name))
+    raise TeacherNotFoundError(f"{folder / name}: the weights are missing; {_hint(name, others)}")
+
+
+def _hint(name: str, others: Sequence[str]) -> str:
+    """Return the fix for a part that lacks the weights `name` but has safetensors `others`."""
     if not others:
-        hint = (
-            "if the repository has only pickles, save it again with "
-            "save_pretrained(safe_serialization=True)"
+        return (
+            "if the repository has only pickles or another variant, load it where you trust it "
+            "and save it again with save_pretrained(safe_serialization=True)"
         )
-    raise TeacherNotFoundError(f"{folder / name}: the weights are missing; {hint}")
+    variant = re.search(r"\.(\w+)[-.]", others[0].removeprefix(name.partition(".")[0]))
+    fix = f"rename the file to {name}"
+    if _SHARD.search(others[0]):
+        argument = f'variant="{variant[1]}"' if variant else "variant=..."
+        fix = f"load them with from_pretrained({argument}) and save them with save_pretrained()"
+    return f"got {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}; {fix}"
 
 
 def _sharded(folder: Path, index: Path) -> list[Path]:
+    shards = _shards(index)
+    for path in shards:
+        if not path.is_file():
+            raise TeacherNotFoundError(
+                f"{path}: the weights are missing, but {index.name} names them"
+            )
+    return shards
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the paths of the files that an index names, sorted; they may not exist."""
     file_of = read_config(index, "the index of the weights", MAX_INDEX_BYTES).get("weight_map")
     names = sorted({str(name) for name in file_of.values()}) if isinstance(file_of, dict) else []
     odd = next((name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)), None)
@@ -121,12 +212,7 @@ def _sharded(folder: Path, index: Path) -> list[Path]:
             f"{index}: expected 1 to {MAX_SHARDS} safetensors files beside it, got "
             f"{odd or len(names)}"
         )
-    for name in names:
-        if not (folder / name).is_file():
-            raise TeacherNotFoundError(
-                f"{folder / name}: the weights are missing, but {index.name} names them"
-            )
-    return [folder / name for name in names]
+    return [index.with_name(name) for name in names]
 
 
 def load_part(cls: Any, folder: Path, weights: Sequence[Path], **more: Any) -> Any:

@@ -31,6 +31,32 @@ class Prompt:
         return hashlib.sha256(np.ascontiguousarray(self.embedding_LD, "<f4").tobytes()).hexdigest()
 
 
+def require_text_encoder(root: Path) -> None:
+    """Check that a directory's prompt can be embedded, before weights are read.
+
+    Raises ConfigError if the `transformers` library is missing, TeacherNotFoundError if there is no
+    text encoder, and TeacherError if it is of another class than CLIP's.
+    """
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "a text-conditioned teacher needs the transformers library to embed its prompt; run "
+            "pip install 'dtcache[text]'"
+        ) from error
+    path = root / "text_encoder" / "config.json"
+    if not path.is_file() and (root / "image_encoder").is_dir():
+        raise TeacherError(
+            f"{root}: expected a text encoder, got image_encoder/ alone: this model is conditioned "
+            "on images, which dtcache does not support; use a different teacher"
+        )
+    config = read_config(path, "the text encoder's configuration")
+    if "CLIPTextModel" not in (config.get("architectures") or []):
+        raise TeacherError(
+            f"{path}: expected architectures [CLIPTextModel], got {config.get('architectures')}"
+        )
+
+
 def embed_prompt(root: Path, text: str) -> Prompt:
     """Run a Stable Diffusion directory's CLIP text encoder on `text`, padded to full length.
 
@@ -39,23 +65,12 @@ def embed_prompt(root: Path, text: str) -> Prompt:
     if the `transformers` library is missing or the prompt is too long, and TeacherError if the
     directory cannot be used.
     """
-    try:
-        from transformers import CLIPTextModel, CLIPTokenizer
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError as error:
-        raise ConfigError(
-            "a text-conditioned teacher needs the transformers library to embed its prompt; run "
-            "pip install 'dtcache[text]'"
-        ) from error
+    require_text_encoder(root)
+    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     folder = root / "text_encoder"
-    config = read_config(folder / "config.json", "the text encoder's configuration")
-    if "CLIPTextModel" not in (config.get("architectures") or []):
-        raise TeacherError(
-            f"{folder / 'config.json'}: expected architectures [CLIPTextModel], got "
-            f"{config.get('architectures')}"
-        )
     encoder = load_part(CLIPTextModel, folder, weight_files(folder, TEXT_WEIGHTS))
     tokens = _tokenize(root / "tokenizer", CLIPTokenizer, text)
     if tokens.shape[1] > encoder.config.max_position_embeddings:

@@ -269,6 +269,11 @@ def prepare_teacher(loaded: LoadedTeacher, settings: TeacherSettings, compute: C
             raise ConfigError(
                 f"`timestep` {timestep}: this teacher was trained with steps 0 to {steps - 1}"
             )
+        if loaded.encoding is None and loaded.alpha_bars[timestep] == 0:
+            raise ConfigError(
+                f"`timestep` {timestep}: alpha-bar is 0 there, so the network's input is noise "
+                "alone and its features do not depend on the image; pass a smaller `timestep`"
+            )
         if settings.ddim_steps is not None:
             ddim_levels(timestep, settings.ddim_steps)
     if len(set(timesteps)) != len(timesteps) or not timesteps:

@@ -35,6 +35,7 @@ from dtcache.teacher import CallableTeacher, LoadedTeacher, Teacher, TeacherInpu
 from pipelines.extract.batch_size import fastest_batch
 from pipelines.make_teacher import make_teacher, stored_prompt
 from pipelines.terminal.progress import track
+from pipelines.terminal.text import printable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,8 +222,8 @@ def make_plan(
     else:
         stored = stored_prompt(begun.root, begun.manifest) if begun is not None else None
         loaded = load_teacher(options.teacher, prompt=options.prompt, stored=stored)
-    if loaded.latents is not None and loaded.latents.scale_warning is not None:
-        print(f"warning: {loaded.latents.scale_warning}", file=sys.stderr)
+    for warning in loaded.warnings:
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     recipe = begun.manifest.recipe if begun is not None else None
     device_type = resolve_compute(options.device, options.precision).device.type
     batch_size = options.batch_size or (

@@ -1,6 +1,7 @@
 """`dtcache teacher show`: taps, FLOPs and sizes against independent counts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,17 @@ def test_json_describes_taps_and_noise(teacher_dir: Path) -> None:
         a = float(alpha_bars[noise["timestep"]])
         assert (noise["alpha_bar"], noise["snr"]) == pytest.approx((a, a / (1 - a)), rel=1e-4)
     assert [noise["timestep"] for noise in report["timesteps"]] == [50, 150, 250]
+
+
+def test_parts_that_are_not_used_are_shown(teacher_dir: Path, tmp_path: Path) -> None:
+    """LoRA weights beside the network are named in the table and in the JSON."""
+    root = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
+    (root / "pytorch_lora_weights.safetensors").touch()
+    (warning,) = json.loads(run("teacher", "show", root, "--json").stdout)["warnings"]
+    assert "pytorch_lora_weights.safetensors is not applied" in warning
+    shown = " ".join(run("teacher", "show", root).stdout.split())
+    assert "warning: " in shown
+    assert "is not applied" in shown
 
 
 def test_flops_are_those_of_the_layers_that_run(teacher_dir: Path) -> None:

@@ -3,16 +3,18 @@
 import json
 import shutil
 from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from teacher.kinds import TEXT_CHANNELS, TOKENS, save_stable_diffusion
 
 from dtcache.errors import TeacherError, TeacherNotFoundError
-from dtcache.teacher import load_teacher
-from dtcache.teacher.diffusers_files import DOWNLOADED, WEIGHTS
+from dtcache.teacher import Prompt, load_teacher
+from dtcache.teacher.diffusers_files import WEIGHTS
 
 
 @pytest.fixture
@@ -106,6 +108,22 @@ def misname_weights(root: Path) -> None:
     (root / "unet" / WEIGHTS).rename(root / "unet" / "diffusion_pytorch_model.fp16.safetensors")
 
 
+def shard_a_variant(root: Path) -> None:
+    remove_weights(root)
+    for shard in range(1, 5):
+        name = f"diffusion_pytorch_model.fp16-0000{shard}-of-00004.safetensors"
+        (root / "unet" / name).touch()
+
+
+def lora_beside_nothing(root: Path) -> None:
+    remove_weights(root)
+    (root / "unet" / "pytorch_lora_weights.safetensors").touch()
+
+
+def endless_config(root: Path) -> None:
+    edit(root / "unet" / "config.json", lambda c: c.update(norm_eps=float("nan")))
+
+
 def pickle_weights(root: Path) -> None:
     remove_weights(root)
     torch.save({}, root / "unet" / "diffusion_pytorch_model.bin")
@@ -168,12 +186,19 @@ def huge_config(root: Path) -> None:
     [
         (
             remove_weights,
-            r"the weights are missing; if the repository has only pickles, save it again",
+            r"the weights are missing; if the repository has only pickles or another variant, load",
         ),
         (
             misname_weights,
-            r"the weights are missing; got diffusion_pytorch_model\.fp16\.safetensors; rename",
+            r"the weights are missing; got diffusion_pytorch_model\.fp16\.safetensors; rename the "
+            r"file to diffusion_pytorch_model\.safetensors",
         ),
+        (
+            shard_a_variant,
+            r"got diffusion_pytorch_model\.fp16-00001-of-00004\.safetensors, .*, \.\.\.; load them "
+            r"with from_pretrained\(variant=\"fp16\"\) and save them with save_pretrained",
+        ),
+        (lora_beside_nothing, r"the weights are missing; if the repository has only pickles"),
         (
             pickle_weights,
             r"only pickled weights \(diffusion_pytorch_model\.bin\), which dtcache never loads",
@@ -200,6 +225,7 @@ def huge_config(root: Path) -> None:
         ),
         (no_schedule, r"scheduler_config\.json: the noise schedule is missing"),
         (no_config, r"config\.json: the network's configuration is missing"),
+        (endless_config, r"config\.json: expected finite numbers, got norm_eps nan"),
         (broken_config, r"config\.json: not JSON"),
         (list_config, r"config\.json: expected a JSON object, got list"),
         (huge_config, "expected at most 1048576 bytes of JSON"),
@@ -223,46 +249,133 @@ def test_a_missing_directory_is_refused() -> None:
         load_teacher("./nowhere")
 
 
-def test_a_hub_id_is_downloaded_as_json_and_safetensors_only(
-    teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+class Hub:
+    """A stand-in for the Hugging Face hub: one repository, and every request for it."""
+
+    def __init__(self, files: Path, cache: Path) -> None:
+        self.files = files
+        self.snapshot = cache / ("0" * 40)
+        self.snapshot.mkdir(parents=True)
+        self.requests: list[list[str]] = []
+
+    def download(self, repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        """Copy the files that match, as `snapshot_download` does."""
+        assert revision == (self.snapshot.name if self.requests else None)
+        names = [p.relative_to(self.files).as_posix() for p in self.files.rglob("*") if p.is_file()]
+        fetched = sorted(filter_repo_objects(names, allow_patterns=allow_patterns))
+        self.requests.append(fetched)
+        for name in fetched:
+            (self.snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.files / name, self.snapshot / name)
+        return str(self.snapshot)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """Return a hub whose repository is in `tmp_path / "files"`."""
+    (tmp_path / "files").mkdir()
+    stand_in = Hub(tmp_path / "files", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", stand_in.download)
+    return stand_in
+
+
+UNUSED = (
+    "evil.py",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "safety_checker/config.json",
+    "safety_checker/model.safetensors",
+    "prior/diffusion_pytorch_model.safetensors",
+    "vae_1_0/diffusion_pytorch_model.safetensors",
+    "v1-5-pruned.safetensors",
+)
+
+
+def test_a_hub_id_fetches_json_and_then_the_weights_of_used_parts(
+    hub: Hub, teacher_dir: Path
 ) -> None:
-    """A hub id downloads only allowed kinds of files, and the result loads like a directory."""
-    asked = {}
+    """JSON comes first, then exactly one weight file; the result loads like a directory."""
+    shutil.copytree(teacher_dir, hub.files, dirs_exist_ok=True)
+    for name in UNUSED:
+        (hub.files / name).parent.mkdir(exist_ok=True)
+        (hub.files / name).touch()
+    loaded = load_teacher("google/ddpm-cat-256")
+    assert loaded.weights_sha256 == load_teacher(str(teacher_dir)).weights_sha256
+    first, second = hub.requests
+    assert first == ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
+    assert second == [f"unet/{WEIGHTS}"]
 
-    def snapshot(repo: str, *, allow_patterns: list[str]) -> str:
-        asked[repo] = allow_patterns
-        return str(teacher_dir)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    assert (
-        load_teacher("google/ddpm-cat-256").weights_sha256
-        == load_teacher(str(teacher_dir)).weights_sha256
-    )
-    assert asked == {"google/ddpm-cat-256": list(DOWNLOADED)}
-    fetched = (
-        "model_index.json",
-        "unet/config.json",
-        f"vae/{WEIGHTS}",
-        "text_encoder/model.safetensors",
-    )
-    left = (
-        "evil.py",
-        "unet/diffusion_pytorch_model.bin",
-        "unet/diffusion_pytorch_model.fp16.safetensors",
-        "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
-        "safety_checker/model.safetensors",
-        "v1-5-pruned.safetensors",
-        "unet/diffusion_pytorch_model.non_ema.safetensors",
-    )
-    shard = "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
-    for name in (*fetched, shard, *left):
-        assert any(fnmatch(name, pattern) for pattern in DOWNLOADED) == (name not in left), name
+def test_a_text_conditioned_hub_id_fetches_all_its_parts(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All used parts are fetched, shards by their index; a stored prompt needs no encoder."""
+    unet, _ = save_stable_diffusion(hub.files)
+    (hub.files / "unet" / WEIGHTS).unlink()
+    unet.save_pretrained(hub.files / "unet", max_shard_size="100KB")
+    for name in ("text_encoder/model.safetensors", "tokenizer/merges.txt", "tokenizer/vocab.json"):
+        (hub.files / name).parent.mkdir(exist_ok=True)
+        (hub.files / name).touch()
+    monkeypatch.setattr("dtcache.teacher.load.require_text_encoder", lambda root: None)
+    prompt = Prompt(text="", embedding_LD=np.zeros((TOKENS, TEXT_CHANNELS), np.float32))
+    monkeypatch.setattr("dtcache.teacher.load.embed_prompt", lambda root, text: prompt)
+    load_teacher("runwayml/stable-diffusion")
+    _, parts, shards = hub.requests
+    encoder = ["text_encoder/model.safetensors", "tokenizer/merges.txt"]
+    assert parts == [*encoder, f"vae/{WEIGHTS}"]
+    assert len(shards) > 1
+    assert all("-of-" in shard for shard in shards)
+    hub.requests.clear()
+    load_teacher("runwayml/stable-diffusion", stored=prompt)
+    assert not {*encoder} & {*hub.requests[1]}
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        ("unet/config.json", {"_class_name": "FluxTransformer2DModel"}, "got 'FluxTransformer2DM"),
+        ("unet/config.json", {"in_channels": 9}, "expected in_channels=4, .*, got 9"),
+        ("unet/config.json", {"time_cond_proj_dim": 8}, "expected no time_cond_proj_dim, got 8"),
+        ("vae/config.json", {"latents_mean": [0.0]}, "with a scale and a shift only"),
+        ("scheduler/scheduler_config.json", {"use_flow_sigmas": True}, "flow matching"),
+        ("text_encoder/config.json", {"architectures": ["T5EncoderModel"]}, "got .'T5EncoderMod"),
+    ],
+)
+def test_an_unsupported_hub_id_is_refused_before_its_weights(
+    hub: Hub, path: str, change: dict, message: str
+) -> None:
+    """No weights are fetched for a model whose JSON shows that dtcache cannot use it."""
+    save_stable_diffusion(hub.files)
+    (hub.files / "text_encoder").mkdir()
+    (hub.files / "text_encoder" / "config.json").write_text("{}")
+    edit(hub.files / path, lambda c: c.update(change))
+    with pytest.raises(TeacherError, match=message):
+        load_teacher("black-forest-labs/FLUX.1-dev")
+    (only,) = hub.requests
+    assert only
+    assert all(name.endswith(".json") for name in only)
+
+
+def test_a_hub_id_loads_offline_from_the_hubs_own_cache(
+    teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository that was downloaded before loads without a network, by huggingface_hub."""
+    repository = tmp_path / "models--google--ddpm-cat-256"
+    shutil.copytree(teacher_dir, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    loaded = load_teacher("google/ddpm-cat-256")
+    assert loaded.weights_sha256 == load_teacher(str(teacher_dir)).weights_sha256
 
 
 def test_a_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a network, a hub id fails with its name in one message."""
 
-    def snapshot(repo: str, *, allow_patterns: list[str]) -> str:
+    def snapshot(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         raise OSError("offline")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
@@ -270,6 +383,14 @@ def test_a_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
         TeacherNotFoundError, match=r"teacher google/x: not a directory, and .*\(offline\)"
     ):
         load_teacher("google/x")
+
+
+def test_unused_parts_are_warnings_of_the_teacher(teacher_copy: Path) -> None:
+    """LoRA weights beside the network are named, and the network loads without them."""
+    assert load_teacher(str(teacher_copy)).warnings == ()
+    (teacher_copy / "pytorch_lora_weights.safetensors").touch()
+    (warning,) = load_teacher(str(teacher_copy)).warnings
+    assert "pytorch_lora_weights.safetensors is not applied" in warning
 
 
 def test_code_in_the_directory_is_never_run(teacher_copy: Path) -> None:

@@ -79,6 +79,7 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             text=text, embedding_LD=rng.normal(size=(TOKENS, TEXT_CHANNELS)).astype(np.float32)
         )
 
+    monkeypatch.setattr("dtcache.teacher.load.require_text_encoder", lambda root: None)
     monkeypatch.setattr("dtcache.teacher.load.embed_prompt", embed)
     yield prompts
 
