@@ -1,6 +1,7 @@
 """The device and precision of a computation, and the process settings for it."""
 
 import ctypes
+import os
 import platform
 import resource
 import time
@@ -21,6 +22,8 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 """`mallopt` parameter, from glibc's malloc.h."""
 MALLOC_THRESHOLD_BYTES = 2**30
+BF16_ISAS = ("BF16", "FP16", "AMX", "AVX10")
+"""Parts of the names of oneDNN's instruction sets (ONEDNN_MAX_CPU_ISA) that have AVX512-BF16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,9 +197,14 @@ def compile_errors() -> Iterator[None]:
 def _has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    # oneDNN has fast bf16 convolutions only for CPUs with AVX512-BF16; elsewhere fp32 is faster.
+    # oneDNN has fast bf16 convolutions only for CPUs with AVX512-BF16. Elsewhere fp32 is faster: a
+    # training step with AVX2 took ten times as long in bf16. Environment variables can exclude
+    # instructions that the CPU has.
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(probe is not None and probe())
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    allowed = limit in ("DEFAULT", "ALL") or any(isa in limit for isa in BF16_ISAS)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return bool(probe is not None and probe()) and allowed and capability.startswith("AVX512")
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -32,6 +32,32 @@ def test_unusable_devices_are_refused(device: str, precision: str, message: str)
         resolve_compute(device, precision)
 
 
+@pytest.mark.parametrize(
+    ("limit", "capability", "precision"),
+    [
+        (None, "AVX512", "bf16"),
+        ("AVX512_CORE_BF16", "AVX512", "bf16"),
+        ("AVX512_CORE_AMX", "AVX512", "bf16"),
+        ("AVX512_CORE_VNNI", "AVX512", "fp32"),
+        ("AVX2", "AVX2", "fp32"),
+        (None, "AVX2", "fp32"),
+    ],
+)
+def test_auto_precision_respects_excluded_instructions(
+    monkeypatch: pytest.MonkeyPatch, limit: str | None, capability: str, precision: str
+) -> None:
+    """On a CPU with AVX512-BF16, auto is bf16 only if the environment lets oneDNN and torch use it.
+
+    oneDNN reads ONEDNN_MAX_CPU_ISA. torch's own kernels have the capability that torch reports.
+    """
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert resolve_compute("cpu", "auto").precision == precision
+
+
 def test_fp32_is_never_tf32() -> None:
     """Convolutions and matrix products use all 24 bits of fp32, even if TF32 was switched on."""
     torch.backends.cudnn.allow_tf32 = True
