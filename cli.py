@@ -227,6 +227,7 @@ def extract(
         ctx.meta[WRITES_NOTHING] = True
         Console().print(render_forecast(forecast(source, out, options)))
         return
+    from pipelines.extract.extract import describe_empty
     from pipelines.extract.extract import extract as run
 
     done = run(source, out, options)
@@ -237,6 +238,8 @@ def extract(
         click.echo(
             f"{len(done.failures)} images failed; samples.parquet has every reason", err=True
         )
+    if done.empty:
+        click.echo(printable(describe_empty(done.empty)), err=True)
 
 
 @main.command(section=CACHE)

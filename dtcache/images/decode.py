@@ -3,18 +3,23 @@
 import functools
 import io
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from dtcache.errors import BadImageError
+from dtcache.images.damage import damage, with_surplus
 from dtcache.images.source import ImageSource
+from dtcache.images.structure import exif_orientation, pixels_only
 from dtcache.recipe import ViewSpec
+
+T = TypeVar("T")
 
 MAX_PIXELS = 89_478_485
 """Larger images fail; from this size, Pillow warns of a decompression bomb."""
@@ -25,6 +30,16 @@ Without this list it would also decode formats, such as EPS, by running other pr
 """
 LOOKAHEAD = 256
 """Views that may be decoded ahead, which bounds memory if the consumer is slow."""
+TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +56,8 @@ class LoadedView:
     """Whether `source` decodes to exactly `pixels_CHW`, so that a cache can store it unchanged."""
     failure: str | None
     """Why the image cannot be used; None if it can."""
+    emptiness: str | None = None
+    """Why the image surely shows nothing although it decodes, such as `all white`, or None."""
 
 
 def decode_view(
@@ -54,26 +71,45 @@ def decode_view(
     Returns uint8 RGB pixels (3, height, width), and whether they equal the decoded image's pixels.
     Raises BadImageError if the bytes cannot be decoded safely.
     """
+    decoded = _decode(data, view, stored=stored)
+    return decoded.pixels_CHW, decoded.unchanged
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Decoded:
+    """A view's pixels."""
+
+    pixels_CHW: NDArray[np.uint8]
+    unchanged: bool
+    """Whether the view has exactly the decoded image's pixels."""
+    emptiness: str | None
+    """Why the image surely shows nothing, or None."""
+
+
+def _decode(data: bytes, view: ViewSpec, *, stored: bool) -> _Decoded:
+    """Decode as `decode_view` does. Raises BadImageError."""
     if not data:
         raise BadImageError("empty file")
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise BadImageError(
-                    f"{opened.width}x{opened.height} pixels, over the limit of {MAX_PIXELS}"
-                )
-            upright = ImageOps.exif_transpose(opened)
+        opened = open_pixels(data, _formats(), _upright)
+        upright = opened.image
+        if not stored and (reason := damage(data) or _shortage(data, opened)) is not None:
+            raise BadImageError(reason)
         opaque = upright if stored else _on_white(_in_range(upright))
         image = _rgb(opaque)
     except BadImageError:
         raise
     except Exception as error:  # damaged files raise many types, such as struct.error or TypeError
-        reason = str(error).replace(" <_io.BytesIO object at", "").split(" 0x")[0]
-        raise BadImageError(reason or type(error).__name__) from error
+        raise BadImageError(decoding_failure(error)) from error
     unchanged = opaque is upright and image.size == (view.width, view.height)
     if image.size != (view.width, view.height):
         image = resize_to_view(image, view, Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)), unchanged
+    pixels_CHW = np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+    return _Decoded(
+        pixels_CHW=pixels_CHW,
+        unchanged=unchanged,
+        emptiness=_emptiness(pixels_CHW, opaque, opened.is_deep),
+    )
 
 
 @functools.cache
@@ -81,6 +117,104 @@ def _formats() -> tuple[str, ...]:
     """Return the formats of FORMATS that the installed Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def open_pixels(data: bytes, formats: Sequence[str], read: Callable[[Image.Image], T]) -> T:
+    """Return `read` of the opened image; malformed metadata never make it fail.
+
+    If opening or reading fails, it is tried again without the file's metadata, except the
+    orientation. Raises what Pillow raises for pixels that cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as opened:
+            return read(opened)
+    except BadImageError:
+        raise
+    except Exception:
+        bare = pixels_only(data)
+        if bare is None:
+            raise
+    with Image.open(io.BytesIO(bare.data), formats=formats) as opened:
+        if bare.exif is not None:
+            opened.info["exif"] = bare.exif
+        return read(opened)
+
+
+def decoding_failure(error: Exception) -> str:
+    """Return why Pillow could not decode an image, without an address in memory."""
+    reason = str(error).replace(" <_io.BytesIO object at", "").split(" 0x")[0]
+    return reason or type(error).__name__
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Upright:
+    """The first frame of a file."""
+
+    image: Image.Image
+    """The upright image."""
+    is_deep: bool
+    """Whether the file has 16 bits per channel."""
+    ends_flat: bool
+    """Whether the file is a JPEG whose last 8x8 pixels have one colour."""
+
+
+def _upright(opened: Image.Image) -> _Upright:
+    """Load the first frame and make it upright. Raises BadImageError if it is too large."""
+    width, height = opened.size
+    if width * height > MAX_PIXELS:
+        raise BadImageError(f"{width}x{height} pixels, over the limit of {MAX_PIXELS}")
+    tiles = getattr(opened, "tile", [])  # loading clears them
+    is_deep = opened.mode.startswith("I;16") or any(";16" in str(tile) for tile in tiles)
+    opened.load()
+    last = opened.crop((max(0, width - 8), max(0, height - 8), width, height))
+    is_jpeg = opened.format in ("JPEG", "MPO")
+    transpose = TRANSPOSES.get(_orientation(opened))
+    return _Upright(
+        image=opened.copy() if transpose is None else opened.transpose(transpose),
+        is_deep=is_deep,
+        ends_flat=is_jpeg and last.getcolors(1) is not None,
+    )
+
+
+def _shortage(data: bytes, opened: _Upright) -> str | None:
+    """Return that a JPEG file has too few pixel data, or None.
+
+    The decoder fills missing blocks of 8x8 pixels with one colour. Thus only a file whose last
+    pixels have one colour is decoded a second time, with surplus data.
+    """
+    surplus = with_surplus(data) if opened.ends_flat else None
+    if surplus is None:
+        return None
+    is_complete = open_pixels(surplus, _formats(), _upright).image == opened.image
+    return None if is_complete else "its pixel data end too early"
+
+
+def _orientation(opened: Image.Image) -> int:
+    """Return an image's orientation by EXIF or else XMP; 1 if it has none that can be read."""
+    exif = opened.info.get("exif")
+    orientation = exif_orientation(exif) if isinstance(exif, bytes) else None
+    if orientation is not None:
+        return orientation
+    try:
+        value = opened.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(value)
+    except Exception:  # malformed EXIF data raise many types
+        return 1
+
+
+def _emptiness(pixels_CHW: NDArray[np.uint8], image: Image.Image, is_deep: bool) -> str | None:
+    """Return why an image surely shows nothing, or None.
+
+    16-bit files with values of 12 bits decode to almost black: only the upper 8 bits are used.
+    """
+    if (pixels_CHW == pixels_CHW[:, :1, :1]).all():
+        colour = set(pixels_CHW[:, 0, 0].tolist())
+        return {(0,): "all black", (255,): "all white"}.get(tuple(colour), "all of one colour")
+    if is_deep:
+        limit = 4095 if image.mode.startswith("I;16") else 15
+        if np.asarray(image).max() <= limit:
+            return "12 bits in a 16-bit file"
+    return None
 
 
 def _in_range(image: Image.Image) -> Image.Image:
@@ -138,9 +272,14 @@ def resize_to_view(image: Image.Image, view: ViewSpec, resampling: Image.Resampl
 
 def upright_size(data: bytes) -> tuple[int, int]:
     """Return the (height, width) of an encoded image after rotation, from its header alone."""
-    with Image.open(io.BytesIO(data), formats=_formats()) as opened:
-        is_rotated = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (opened.width, opened.height) if is_rotated else (opened.height, opened.width)
+
+    def size(opened: Image.Image) -> tuple[int, int]:
+        tags = getattr(opened, "tag_v2", {})  # some versions of Pillow rotate the size of a TIFF
+        width = tags.get(ExifTags.Base.ImageWidth, opened.width)
+        height = tags.get(ExifTags.Base.ImageLength, opened.height)
+        return (width, height) if _orientation(opened) in (5, 6, 7, 8) else (height, width)
+
+    return open_pixels(data, _formats(), size)
 
 
 def load_views(
@@ -151,7 +290,7 @@ def load_views(
     def load(index: int, fetch: Callable[[], bytes]) -> LoadedView:
         try:
             data = fetch()
-            pixels_CHW, unchanged = decode_view(data, view)
+            decoded = _decode(data, view, stored=False)
         except (OSError, BadImageError) as error:
             reason = (
                 str(error)
@@ -162,7 +301,12 @@ def load_views(
                 index=index, pixels_CHW=None, source=b"", unchanged=False, failure=reason
             )
         return LoadedView(
-            index=index, pixels_CHW=pixels_CHW, source=data, unchanged=unchanged, failure=None
+            index=index,
+            pixels_CHW=decoded.pixels_CHW,
+            source=data,
+            unchanged=decoded.unchanged,
+            failure=None,
+            emptiness=decoded.emptiness,
         )
 
     todo = source.fetches(indices)

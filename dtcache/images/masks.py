@@ -1,6 +1,5 @@
 """Segmentation masks: PNG files of class numbers, found by key and resized to the view."""
 
-import io
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dtcache.errors import ImagesError, ImagesNotFoundError
-from dtcache.images.decode import MAX_PIXELS, resize_to_view
+from dtcache.errors import BadImageError, ImagesError, ImagesNotFoundError
+from dtcache.images.damage import damage
+from dtcache.images.decode import MAX_PIXELS, decoding_failure, open_pixels, resize_to_view
 from dtcache.images.folder import is_image, read_bounded
 from dtcache.recipe import ViewSpec
 
@@ -143,20 +143,24 @@ def _read_classes(path: Path) -> dict[str, Any]:
 
 def _decode(path: Path) -> NDArray[np.uint8]:
     """Return the values (H, W) of a PNG file without conversion. Raises ImagesError."""
+
+    def read(opened: Image.Image) -> tuple[str, tuple[int, int], str, NDArray[Any] | None]:
+        tile = getattr(opened, "tile", [])
+        stored = str(tile[0][3]) if tile else opened.mode
+        is_small = opened.width * opened.height <= MAX_PIXELS
+        values = np.asarray(opened) if opened.mode in MODES and is_small else None
+        return opened.mode, opened.size, stored, values
+
     try:
-        with Image.open(io.BytesIO(read_bounded(path)), formats=("PNG",)) as opened:
-            mode = opened.mode
-            size = opened.size
-            stored = opened.tile[0][3] if opened.tile else mode
-            values = (
-                np.asarray(opened) if mode in MODES and size[0] * size[1] <= MAX_PIXELS else None
-            )
+        data = read_bounded(path)
+        mode, size, stored, values = open_pixels(data, ("PNG",), read)
+        if (problem := damage(data)) is not None:
+            raise BadImageError(problem)
     except Exception as error:  # damaged files raise many types, such as SyntaxError
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).split(
-            " <_io"
-        )[0]
+        strerror = error.strerror if isinstance(error, OSError) else None
         raise ImagesError(
-            f"{path}: not a readable mask ({reason or type(error).__name__}); write it again as PNG"
+            f"{path}: not a readable mask ({strerror or decoding_failure(error)}); write it again "
+            "as PNG"
         ) from error
     if size[0] * size[1] > MAX_PIXELS:
         raise ImagesError(
@@ -172,4 +176,4 @@ def _decode(path: Path) -> NDArray[np.uint8]:
             f"{path}: expected class numbers from 0 to 255, got {values.max()}; renumber the "
             "classes"
         )
-    return (values.astype(np.uint8) // STRETCHED.get(str(stored), 1)).astype(np.uint8)
+    return (values.astype(np.uint8) // STRETCHED.get(stored, 1)).astype(np.uint8)

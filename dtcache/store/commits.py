@@ -39,6 +39,16 @@ class CodecSums:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EmptySample:
+    """A sample with features whose image surely shows nothing."""
+
+    row: int
+    key: str
+    reason: str
+    """Such as `all white`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CommitRecord:
     """One finished shard."""
 
@@ -50,6 +60,8 @@ class CommitRecord:
     """SHA-256 of each row's source bytes; None if the image failed."""
     failures: tuple[FailedSample, ...]
     sums: dict[str, CodecSums]
+    empty: tuple[EmptySample, ...] = ()
+    """Told at the end of the extraction; not part of the sealed cache."""
 
     def to_json(self) -> Json:
         """Return the record as JSON values, with its own hash."""
@@ -66,6 +78,8 @@ class CommitRecord:
                 for n, s in self.sums.items()
             },
         }
+        if self.empty:
+            body["empty"] = [{"row": e.row, "key": e.key, "reason": e.reason} for e in self.empty]
         return with_own_hash(body)
 
 
@@ -116,6 +130,10 @@ def read_commit(path: Path) -> CommitRecord:
                 for f in value["failures"]
             ),
             sums={n: CodecSums(**s) for n, s in value["sums"].items()},
+            empty=tuple(
+                EmptySample(row=e["row"], key=e["key"], reason=e["reason"])
+                for e in value.get("empty", ())
+            ),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CacheDamagedError(
@@ -126,7 +144,7 @@ def read_commit(path: Path) -> CommitRecord:
 def _check_types(value: Json) -> None:
     """Check the types of a record's values. Raises KeyError, TypeError or ValueError."""
     objects = value["objects"]
-    failures = value["failures"]
+    failures = [*value["failures"], *value.get("empty", ())]
     sums = value["sums"].values()
     numbers = [value["shard"], *(o["bytes"] for o in objects), *(f["row"] for f in failures)]
     words = [

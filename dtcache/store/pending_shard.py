@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dtcache.atomic_files import TEMPORARY, temporary_path, write_temporary
 from dtcache.recipe import FailedSample
-from dtcache.store.commits import CodecSums, CommitRecord, ShardObject
+from dtcache.store.commits import CodecSums, CommitRecord, EmptySample, ShardObject
 from dtcache.store.layout import LABELS
 from dtcache.store.manifest import CacheManifest
 from dtcache.store.shard import build_shard
@@ -25,6 +25,7 @@ class ShardData:
     content_sha256: tuple[str | None, ...]
     failures: tuple[FailedSample, ...]
     sums: dict[str, CodecSums]
+    empty: tuple[EmptySample, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +74,7 @@ def write_attempt(root: Path, manifest: CacheManifest, data: ShardData) -> Writt
         content_sha256=data.content_sha256,
         failures=data.failures,
         sums=data.sums,
+        empty=data.empty,
     )
     return WrittenShard(attempt=attempt, record=record)
 

@@ -12,7 +12,14 @@ from dtcache.atomic_files import TEMPORARY, disk_errors, fsync_tree, publish, wr
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheMismatchError
 from dtcache.hashing import canonical_json, file_sha256, with_own_hash
 from dtcache.recipe import FailedSample, Json, Recipe, Sample
-from dtcache.store.commits import CommitRecord, commit_path, read_commits, total_sums, write_commit
+from dtcache.store.commits import (
+    CommitRecord,
+    EmptySample,
+    commit_path,
+    read_commits,
+    total_sums,
+    write_commit,
+)
 from dtcache.store.layout import (
     CLUSTER_LOG,
     COMMITS,
@@ -134,6 +141,14 @@ class CacheWriter:
         if self.manifest.state == "writing":  # sealing deletes the records
             return [f for shard in sorted(self._records) for f in self._records[shard].failures]
         return read_failures(self.root / SAMPLES)
+
+    @property
+    def empty(self) -> list[EmptySample]:
+        """Committed samples whose images surely show nothing, in row order.
+
+        A cache that was sealed before it was opened has no such record.
+        """
+        return [e for shard in sorted(self._records) for e in self._records[shard].empty]
 
     def content_sha256(self, row: int) -> str | None:
         """Return the SHA-256 of a row's source bytes; None if it failed or is not committed."""

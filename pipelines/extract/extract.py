@@ -16,6 +16,7 @@ from dtcache.device import cpu_threads
 from dtcache.errors import ExtractionError
 from dtcache.options import ExtractOptions
 from dtcache.recipe import FailedSample
+from dtcache.store.commits import EmptySample
 from dtcache.store.writer import CacheWriter
 from dtcache.teacher import CallableTeacher
 from pipelines.extract.open_writer import open_writer
@@ -36,6 +37,8 @@ class Extracted:
     """Images with features, over all runs."""
     failures: tuple[FailedSample, ...]
     """Images without features, over all runs."""
+    empty: tuple[EmptySample, ...]
+    """Images with features that surely show nothing; none if the cache was sealed before."""
     seconds: float
     """Total time of this run."""
     fit_seconds: float
@@ -75,6 +78,7 @@ def extract(
             root=out,
             num_done=writer.manifest.num_samples - len(failures),
             failures=failures,
+            empty=tuple(writer.empty),
             seconds=time.time() - started,
             fit_seconds=0.0 if resumed else fitted - opened,
             shard_seconds=computed - fitted,
@@ -82,6 +86,14 @@ def extract(
         if rows_this_run:
             _write_log(writer, extracted, rows_this_run, options)
     return extracted
+
+
+def describe_empty(empty: Sequence[EmptySample]) -> str:
+    """Return one line that says how many images surely show nothing, why, and the first of each."""
+    first = {sample.reason: sample.key for sample in reversed(empty)}
+    counts = Counter(sample.reason for sample in empty).most_common()
+    reasons = ", ".join(f"{count} x {reason} (first {first[reason]})" for reason, count in counts)
+    return f"{len(empty)} images surely show nothing: {reasons}; their features are cached"
 
 
 def _compute_shards(runner: Runner, writer: CacheWriter, max_failures: float) -> None:
@@ -160,6 +172,7 @@ def _write_log(
             "torch": torch.__version__,
             "host": platform.node(),
             "python": platform.python_version(),
+            "empty_images": dict(Counter(empty.reason for empty in extracted.empty)),
             "threads": torch.get_num_threads(),
             "workers": options.workers,
         }

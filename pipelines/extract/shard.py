@@ -21,7 +21,7 @@ from dtcache.codec import EncodedView, FeatureEncoder, QuantisedMaps
 from dtcache.images import LoadedView
 from dtcache.images.stored_images import encode_stored, image_bound
 from dtcache.recipe import FailedSample
-from dtcache.store.commits import CodecSums
+from dtcache.store.commits import CodecSums, EmptySample
 from dtcache.store.layout import IMAGES
 from dtcache.store.pending_shard import ShardData
 from dtcache.teacher import TeacherInput
@@ -55,6 +55,8 @@ class PackedRow:
     image: bytes
     views: dict[str, list[EncodedView]]
     """By array: draw by draw, each without and with mirroring; empty if the row failed."""
+    emptiness: str | None = None
+    """Why the image surely shows nothing, or None."""
 
 
 def shard_data(
@@ -70,9 +72,13 @@ def shard_data(
     errors = dict.fromkeys(names, 0.0)
     energies = dict.fromkeys(names, 0.0)
     failures: list[FailedSample] = []
+    empty: list[EmptySample] = []
     for row, content in zip(rows, packed, strict=True):
         if content.reason is not None:
             failures.append(FailedSample(row=row, key=plan.samples[row].key, reason=content.reason))
+        elif content.emptiness is not None:
+            key = plan.samples[row].key
+            empty.append(EmptySample(row=row, key=key, reason=content.emptiness))
         for name in names:
             encoded = content.views.get(name, [])
             payloads[name] += [v.payload for v in encoded] if encoded else [b""] * plan.num_views
@@ -87,6 +93,7 @@ def shard_data(
         content_sha256=tuple(content.content_sha256 for content in packed),
         failures=tuple(failures),
         sums={name: CodecSums(squared_error=errors[name], energy=energies[name]) for name in names},
+        empty=tuple(empty),
     )
 
 
@@ -211,4 +218,10 @@ def _pack(
         reason = f"teacher output is not finite at {infinite}"
         return PackedRow(content_sha256=content_sha256, reason=reason, image=b"", views={})
     image = encode_stored(loaded, image_bound(plan.view)) if plan.options.store_images else b""
-    return PackedRow(content_sha256=content_sha256, reason=None, image=image, views=views)
+    return PackedRow(
+        content_sha256=content_sha256,
+        reason=None,
+        image=image,
+        views=views,
+        emptiness=loaded.emptiness,
+    )

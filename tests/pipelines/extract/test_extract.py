@@ -32,6 +32,7 @@ from dtcache.recipe import FailedSample
 from dtcache.rng import permuted, sample_noise
 from dtcache.teacher import load_teacher
 from dtcache.whitening import whiten
+from pipelines.extract import extract as extract_module
 from pipelines.extract.extract import require_few_failures
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -605,3 +606,35 @@ def test_images_are_the_teachers_pixels(cache: Path, scene_folder: Path) -> None
         pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     assert (batch.images_BCHW[0].numpy() == pixels).all()
     assert (batch.images_BCHW[1].numpy() == pixels[:, :, ::-1]).all()
+
+
+def test_empty_images_are_told(scene_folder: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    """Images that show nothing are cached, told in one line, and counted in the log alone.
+
+    The count is that of all runs, although the extraction was interrupted.
+    """
+    images = tmp_path / "images"
+    shutil.copytree(scene_folder, images)
+    first, second, third = sorted(images.rglob("*.png"))[:3]
+    Image.new("RGB", (32, 32), "white").save(first)
+    Image.new("RGB", (32, 32), "white").save(second)
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32)).save(third)
+    command = ["extract", images, "--teacher", teacher_dir, "--device", "cpu", "--no-flip"]
+    command += ["--taps", "8", "--shard-rows", "10", "--quality", "fp16"]
+    outputs = []
+    for name in ("whole", "resumed"):
+        out = tmp_path / name
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "resumed":
+                interrupt(patch, extract_module, "require_few_failures", 3)
+                assert run(*command, "--out", out).exit_code == 130
+        result = run(*command, "--out", out)
+        assert result.exit_code == 0, result.output
+        keys = [path.relative_to(images).as_posix() for path in (first, second, third)]
+        assert "3 images surely show nothing: 2 x all white (first " in result.output
+        assert f"1 x 12 bits in a 16-bit file (first {keys[2]})" in result.output
+        log = json.loads((out / "extraction.log.json").read_bytes())
+        assert log["empty_images"] == {"all white": 2, "12 bits in a 16-bit file": 1}
+        assert b"12 bits" not in (out / "manifest.json").read_bytes()
+        outputs.append((out / "manifest.json").read_bytes())
+    assert outputs[0] == outputs[1]
