@@ -92,7 +92,8 @@ def read_autoencoder(root: Path) -> Autoencoder | None:
     """Return the autoencoder of a directory, or None if it has none.
 
     Raises TeacherNotFoundError if its configuration is missing, and TeacherError if its class is
-    not supported or the latents are normalised by anything but a scale and a shift.
+    not supported, if it reads no RGB pixels, or if its latents are normalised by anything but a
+    scale and a shift.
     """
     folder = next((root / name for name in FOLDERS if (root / name).is_dir()), None)
     if folder is None:
@@ -104,6 +105,11 @@ def read_autoencoder(root: Path) -> Autoencoder | None:
                 f"{folder / 'config.json'}: expected latents with a scale and a shift only, got "
                 f"{key}; dtcache does not support this autoencoder"
             )
+    if config.get("in_channels", 3) != 3:
+        raise TeacherError(
+            f"{folder / 'config.json'}: expected an autoencoder of RGB pixels, got "
+            f"in_channels={config['in_channels']!r}; use a different teacher"
+        )
     return Autoencoder(
         folder=folder,
         name=name,

@@ -30,6 +30,8 @@ DOWNLOADED = (
 No pickles, code, variants, safety checkers or other models are ever fetched."""
 AUXILIARY = "LoRA, textual inversion, ControlNet or IP-Adapter"
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+LFS_POINTER = b"version https://git-lfs"
+HUB_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 _AUXILIARY = re.compile(r"lora|adapter_model|learned_embeds|ip[-_]adapter|controlnet", re.I)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
@@ -79,6 +81,12 @@ def locate(where: str) -> TeacherFolder:
     if path.is_file() and path.suffix in SINGLE_FILES:
         raise TeacherNotFoundError(
             f"teacher {where}: expected a diffusers directory, {single_file_advice(path.name)}"
+        )
+    url = HUB_URL.match(where)
+    if url is not None:
+        raise TeacherNotFoundError(
+            f"teacher {where}: expected a directory or a Hugging Face id, got an address; pass "
+            f"{url[1]}"
         )
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or where.startswith("."):
         raise TeacherNotFoundError(
@@ -152,18 +160,47 @@ def read_class(folder: Path, title: str, allowed: Sequence[str]) -> tuple[str, d
             raise TeacherError(
                 f"{path}: expected finite numbers, got {key} {value}; download it again"
             )
+    require_full_precision(path, config)
     return str(name), config
+
+
+def require_full_precision(path: Path, config: dict[str, Any]) -> None:
+    """Raise TeacherError if a part's weights are quantised: other libraries would unpack them."""
+    method = config.get("quantization_config")
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise TeacherError(
+            f"{path}: expected fp32, fp16 or bf16 weights, got quantised ones ({name!r}); use the "
+            "model from which they were quantised"
+        )
 
 
 def weight_files(folder: Path, name: str = WEIGHTS) -> list[Path]:
     """Return the safetensors files of a part: one file, or all files that its index names.
 
-    Raises TeacherNotFoundError if the part has no weights, and TeacherError if it has only pickles.
+    Raises TeacherNotFoundError if the part has no weights, and TeacherError if it has only pickles
+    or if a file is a pointer of Git LFS.
     """
+    index = folder / f"{name}.index.json"
+    files: list[Path] = []
     if (folder / name).is_file():
-        return [folder / name]
-    if (folder / f"{name}.index.json").is_file():
-        return _sharded(folder, folder / f"{name}.index.json")
+        files = [folder / name]
+    elif index.is_file():
+        files = _sharded(folder, index)
+    for path in files:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise TeacherError(
+                    f"{path}: expected weights, got a pointer of Git LFS to them; run git lfs pull "
+                    "in the repository, or pass the Hugging Face id"
+                )
+    if files:
+        return files
+    if (folder / name).is_symlink():
+        raise TeacherNotFoundError(
+            f"{folder / name}: the weights are a link to {(folder / name).readlink()}, which does "
+            "not exist; download the teacher again, or copy it with its links followed (cp -rL)"
+        )
     pickled = sorted(
         p.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(suffix)
     )

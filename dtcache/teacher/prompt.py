@@ -10,7 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from dtcache.errors import ConfigError, TeacherError, TeacherNotFoundError, one_line
-from dtcache.teacher.diffusers_files import TEXT_WEIGHTS, load_part, read_config, weight_files
+from dtcache.teacher.diffusers_files import (
+    TEXT_WEIGHTS,
+    load_part,
+    read_config,
+    require_full_precision,
+    weight_files,
+)
 
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 """Files that make a tokenizer: one file, or the two of older models."""
@@ -55,6 +61,7 @@ def require_text_encoder(root: Path) -> None:
         raise TeacherError(
             f"{path}: expected architectures [CLIPTextModel], got {config.get('architectures')}"
         )
+    require_full_precision(path, config)
 
 
 def embed_prompt(root: Path, text: str) -> Prompt:

@@ -281,6 +281,10 @@ def normalised_latents(root: Path) -> None:
     edit(root / "vae" / "config.json", lambda c: c.update(latents_mean=[0.0] * 4))
 
 
+def grey_autoencoder(root: Path) -> None:
+    edit(root / "vae" / "config.json", lambda c: c.update(in_channels=1))
+
+
 def worded_scale(root: Path) -> None:
     edit(root / "vae" / "config.json", lambda c: c.update(scaling_factor="big"))
 
@@ -316,6 +320,7 @@ def other_text_width(root: Path) -> None:
             r"expected _class_name AutoencoderKL or VQModel, got 'AutoencoderTiny'",
         ),
         (normalised_latents, "expected latents with a scale and a shift only, got latents_mean"),
+        (grey_autoencoder, "expected an autoencoder of RGB pixels, got in_channels=1; use a diff"),
         (worded_scale, "expected scaling_factor to be a number, got 'big'"),
         (
             inpainting,

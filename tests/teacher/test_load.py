@@ -120,6 +120,21 @@ def lora_beside_nothing(root: Path) -> None:
     (root / "unet" / "pytorch_lora_weights.safetensors").touch()
 
 
+def lfs_pointer(root: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (root / "unet" / WEIGHTS).write_text(pointer)
+
+
+def dangling_link(root: Path) -> None:
+    remove_weights(root)
+    (root / "unet" / WEIGHTS).symlink_to("../../blobs/0")
+
+
+def quantised(root: Path) -> None:
+    change = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    edit(root / "unet" / "config.json", lambda c: c.update(change))
+
+
 def endless_config(root: Path) -> None:
     edit(root / "unet" / "config.json", lambda c: c.update(norm_eps=float("nan")))
 
@@ -225,6 +240,18 @@ def huge_config(root: Path) -> None:
         ),
         (no_schedule, r"scheduler_config\.json: the noise schedule is missing"),
         (no_config, r"config\.json: the network's configuration is missing"),
+        (
+            lfs_pointer,
+            r"got a pointer of Git LFS to them; run git lfs pull in the repository, or pass",
+        ),
+        (
+            dangling_link,
+            r"the weights are a link to \.\./\.\./blobs/0, which does not exist; download",
+        ),
+        (
+            quantised,
+            r"expected fp32, fp16 or bf16 weights, got quantised ones \('bitsandbytes'\); use",
+        ),
         (endless_config, r"config\.json: expected finite numbers, got norm_eps nan"),
         (broken_config, r"config\.json: not JSON"),
         (list_config, r"config\.json: expected a JSON object, got list"),
@@ -291,6 +318,12 @@ UNUSED = (
     "vae_1_0/diffusion_pytorch_model.safetensors",
     "v1-5-pruned.safetensors",
 )
+
+
+def test_the_address_of_a_hub_page_names_the_id() -> None:
+    """An address is refused with the id to pass."""
+    with pytest.raises(TeacherNotFoundError, match=r"got an address; pass google/ddpm-cat-256$"):
+        load_teacher("https://huggingface.co/google/ddpm-cat-256/tree/main")
 
 
 def test_a_hub_id_fetches_json_and_then_the_weights_of_used_parts(

@@ -20,6 +20,17 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises TeacherNotFoundError if there is no such file, and TeacherError unless the file is a
     complete checkpoint with nothing but floating-point tensors.
     """
+    if path.is_dir():
+        raise TeacherError(
+            f"checkpoint {path}: expected a PyTorch .pt file, got a directory; a directory of "
+            "diffusers needs no conversion, pass it as the teacher"
+        )
+    if path.suffix == ".safetensors":
+        raise TeacherError(
+            f"checkpoint {path}: expected a PyTorch .pt file of OpenAI, got safetensors; convert a "
+            "Stable Diffusion checkpoint with diffusers "
+            "(StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR))"
+        )
     if not path.is_file():
         raise TeacherNotFoundError(f"checkpoint {path}: no such file; expected a PyTorch .pt file")
     zipped = zipfile.is_zipfile(path)

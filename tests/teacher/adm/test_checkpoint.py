@@ -119,10 +119,20 @@ def test_something_else_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    """A missing path and a folder are refused."""
+    """A missing path is refused."""
     with pytest.raises(
         TeacherNotFoundError, match=r"x\.pt: no such file; expected a PyTorch \.pt file"
     ):
         read_checkpoint(tmp_path / "x.pt")
-    with pytest.raises(TeacherNotFoundError, match="no such file"):
+
+
+def test_a_directory_or_safetensors_is_no_checkpoint(tmp_path: Path) -> None:
+    """The two other forms of published models are named, with what to do with them."""
+    with pytest.raises(
+        TeacherError, match="got a directory; a directory of diffusers needs no con"
+    ):
         read_checkpoint(tmp_path)
+    path = tmp_path / "v1-5-pruned.safetensors"
+    path.touch()
+    with pytest.raises(TeacherError, match=r"got safetensors; convert .*from_single_file\(FILE\)"):
+        read_checkpoint(path)
