@@ -231,7 +231,8 @@ def extract(
     from pipelines.extract.extract import extract as run
 
     done = run(source, out, options)
-    click.echo(f"{done.root}: {done.num_done} images cached in {done.seconds:.0f} s")
+    plural = "" if done.num_done == 1 else "s"
+    click.echo(f"{done.root}: {done.num_done} image{plural} cached in {done.seconds:.0f} s")
     for failed in done.failures[:10]:
         click.echo(f"  failed: {failed.key}: {failed.reason}", err=True)
     if done.failures:

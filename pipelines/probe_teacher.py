@@ -6,7 +6,7 @@ B images per batch, C channels, H rows, W columns.
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.table import Table
@@ -30,6 +30,7 @@ from dtcache.teacher import (
 )
 from pipelines.evaluate.classification import pooled_features, split_labelled
 from pipelines.evaluate.image_split import EvaluatedImages
+from pipelines.extract.plan import require_teacher_classes
 from pipelines.terminal.progress import track
 
 
@@ -125,6 +126,7 @@ class TeacherFeatures:
             self._teacher.require_labels(
                 keys, None if labels is None else [labels[index] for index in images.indices]
             )
+            require_teacher_classes(self._teacher, images.source)
 
     def __call__(self, batch: Sequence[LoadedView], samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return means (B, C) by array, fp32."""
@@ -154,9 +156,11 @@ def probe_teacher(where: str, options: TeacherShowOptions) -> TeacherProbe:
         EvaluateOptions(
             train=options.probe,
             test=options.test,
+            test_split=options.test_split,
             limit_train=options.limit,
             limit_test=options.limit,
             seed=options.seed,
+            **asdict(options.reading),
         )
     )
     loaded = load_teacher(where)

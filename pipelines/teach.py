@@ -24,9 +24,10 @@ from dtcache.device import (
 )
 from dtcache.errors import ImagesError, TrainingError
 from dtcache.hashing import sha256_json
-from dtcache.images import ImageSource, load_views, open_source
+from dtcache.images import ImageSource, load_views
 from dtcache.optim import Optimization, OptimizationSpec
 from dtcache.options import TeachOptions, parse_ints, parse_size
+from dtcache.options.images import READING_NAMES
 from dtcache.recipe import ViewSpec
 from dtcache.rng import permuted
 from dtcache.teacher.ddpm import (
@@ -40,12 +41,13 @@ from dtcache.teacher.ddpm import (
 from pipelines.runs.checkpoint import load_checkpoint, save_checkpoint
 from pipelines.runs.folder import CHECKPOINT, claim_run
 from pipelines.runs.metrics import plot_curves
+from pipelines.terminal.open_images import open_images
 from pipelines.terminal.progress import track
 
 LOSSES = "losses.json"
 KEPT = "kept"
 """Folder of the teachers of `keep_steps`: `RUN/kept/STEP/`."""
-VOLATILE = ("device", "save_every", "samples")
+VOLATILE = (*READING_NAMES, "device", "save_every", "samples")
 """Options that may change on resume."""
 AVERAGED_LOSSES = 100
 """Steps over which the shown loss is averaged."""
@@ -69,7 +71,7 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
     Raises CacheMismatchError if `out` holds a run with other options or images, and TrainingError
     if a loss is not finite.
     """
-    source = open_source(images, track)
+    source = open_images(images, options)
     rows = permuted(len(source.keys), seed=options.seed, stream="teach")[: options.limit]
     compute = resolve_compute(options.device, options.precision)
     configure_process(compute.device)

@@ -13,6 +13,7 @@ ROOMS = [
     # The parts, from low to high.
     "dtcache._version",
     "dtcache.errors",
+    "dtcache.names",
     "dtcache.hashing",
     "dtcache.recipe",
     "dtcache.payloads",

@@ -34,6 +34,7 @@ from dtcache.errors import (
 )
 from dtcache.images import LinkedImages
 from dtcache.images.stored_images import decode_stored
+from dtcache.options.images import ImagesOptions
 from dtcache.recipe import ViewSpec, tap_name
 from dtcache.store.layout import IMAGES
 from dtcache.store.reader import Allowed, CacheReader
@@ -66,11 +67,17 @@ class Cache:
     """
 
     def __init__(
-        self, root: Path, images: Path | None = None, *, allow: Allowed = "nothing"
+        self,
+        root: Path,
+        images: Path | None = None,
+        *,
+        allow: Allowed = "nothing",
+        reading: ImagesOptions | None = None,
     ) -> None:
         """Open and check a cache.
 
-        `images` is the source of the images, for a cache that does not store them. If `allow` is
+        `images` is the source of the images, for a cache that does not store them; `reading` says
+        how it is read. If `allow` is
         incomplete, an unfinished cache opens with the shards committed so far. If `allow` is
         damage, shards may also be lost; such a cache is for inspection, not for training.
 
@@ -84,6 +91,7 @@ class Cache:
         self.fit = load_fit(root, self.reader.manifest)
         self._host = HostDecoder(self.fit)
         self._source = images
+        self._reading = reading
         self.allow = allow
         self._linked: LinkedImages | None = None
         if images is not None and IMAGES in self.reader.manifest.arrays:
@@ -91,12 +99,12 @@ class Cache:
         if images is not None:
             samples = self.reader.samples
             self._linked = LinkedImages(
-                images, samples["key"], samples["content_sha256"], self.view
+                images, samples["key"], samples["content_sha256"], self.view, reading
             )
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Pickle as paths."""
-        again = functools.partial(Cache, allow=self.allow)
+        again = functools.partial(Cache, allow=self.allow, reading=self._reading)
         return again, (self.reader.root, self._source)
 
     @property

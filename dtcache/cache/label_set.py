@@ -17,6 +17,7 @@ from dtcache.cache.batch import LabelBatch, Rows, TrainBatch
 from dtcache.cache.cache import Cache
 from dtcache.errors import CacheIncompleteError, CacheMismatchError
 from dtcache.labels.label_decoder import LabelDecoder
+from dtcache.options.images import ImagesOptions
 from dtcache.recipe import Json
 from dtcache.store.label_sets import label_set_root
 from dtcache.store.layout import LOGITS, SAMPLES
@@ -100,12 +101,20 @@ class LabelledCache(Cache):
     """A cache whose batches carry the soft labels of one of its label sets too."""
 
     def __init__(
-        self, root: Path, name: str, images: Path | None = None, *, allow: Allowed = "nothing"
+        self,
+        root: Path,
+        name: str,
+        images: Path | None = None,
+        *,
+        allow: Allowed = "nothing",
+        reading: ImagesOptions | None = None,
     ) -> None:
         """Open a cache and one of its label sets. Raises the errors of `Cache` and `LabelSet`."""
-        super().__init__(root, images, allow=allow)
+        super().__init__(root, images, allow=allow, reading=reading)
         self.labels = LabelSet(self, name)
-        self._again = functools.partial(LabelledCache, root, name, images, allow=allow)
+        self._again = functools.partial(
+            LabelledCache, root, name, images, allow=allow, reading=reading
+        )
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Pickle as paths and a name."""

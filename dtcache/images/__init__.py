@@ -6,6 +6,7 @@ from dtcache.images.masks import MaskFolder, open_masks
 from dtcache.images.parquet import ParquetSource
 from dtcache.images.source import ImageSource, open_source
 from dtcache.images.source_images import LinkedImages
+from dtcache.images.survey import Survey
 from dtcache.images.tar import TarSource
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "LoadedView",
     "MaskFolder",
     "ParquetSource",
+    "Survey",
     "TarSource",
     "decode_view",
     "load_views",

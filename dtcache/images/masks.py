@@ -1,8 +1,10 @@
 """Segmentation masks: PNG files of class numbers, found by key and resized to the view."""
 
 import tomllib
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,11 +16,14 @@ from dtcache.errors import BadImageError, ImagesError, ImagesNotFoundError
 from dtcache.images.damage import damage
 from dtcache.images.decode import MAX_PIXELS, decoding_failure, open_pixels, resize_to_view
 from dtcache.images.folder import is_image, read_bounded
+from dtcache.names import is_fit
 from dtcache.recipe import ViewSpec
 
 CLASSES_FILE = "classes.toml"
 MAX_CLASSES_BYTES = 1 << 20
 IGNORE = 255
+HINTED = 100
+"""Most keys without a mask that are looked up in another Unicode form."""
 MODES = ("1", "L", "P", "I", "I;16")
 STRETCHED = {"L;2": 85, "L;4": 17}
 """Pillow scales greyscale of 2 and 4 bits to 0..255; dividing by these factors undoes it."""
@@ -42,6 +47,18 @@ class MaskFolder:
         """Return whether an image has a mask; a key that leads out of the folder has none."""
         parts = PurePosixPath(key)
         return not parts.is_absolute() and ".." not in parts.parts and self.path(key).is_file()
+
+    def form_hint(self, keys: Iterable[str]) -> str:
+        """Return a hint if masks of some of the keys exist under another Unicode form, else ""."""
+        for key in islice(keys, HINTED):
+            for form in ("NFC", "NFD"):
+                other = unicodedata.normalize(form, key)  # type: ignore[arg-type]
+                if other != key and self.has(other):
+                    return (
+                        f" (the mask of {key} has the Unicode form {form}, its image another one; "
+                        "rename the masks)"
+                    )
+        return ""
 
     def require_several(self, values: Sequence[int]) -> None:
         """Raise ImagesError if masks contain fewer than two classes: a model would learn nothing.
@@ -111,7 +128,7 @@ def open_masks(root: Path, ignore: int | None = None) -> MaskFolder:
         )
     if names is not None:
         good = isinstance(names, list) and all(
-            isinstance(n, str) and n and n.isprintable() for n in names
+            isinstance(n, str) and n and is_fit(n) for n in names
         )
         if not good or not 1 <= len(names) <= 256 or len(set(names)) < len(names):
             raise ImagesError(

@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 
 from dtcache.errors import ImagesNotFoundError
 from dtcache.images.duplicate_keys import require_unique
-from dtcache.images.parquet_index import BYTES, RowGroup, failed_row, read_columns, unreadable
+from dtcache.images.parquet_index import (
+    RowGroup,
+    failed_row,
+    join_labels,
+    read_index,
+    unreadable,
+)
+from dtcache.images.survey import LeftOut, survey
+from dtcache.options.images import ImagesOptions
 from dtcache.samples import Column
 
 LEAST_HELD_BYTES = 2 << 30
@@ -37,36 +45,43 @@ BATCH_ROWS = 256
 class ParquetSource:
     """Parquet files as one list of rows.
 
-    They have a column `image: struct<bytes, path>` and, optionally, a column `label: int`.
+    They have a column of images, `struct<bytes, path>` or binary, and, optionally, a column of
+    labels: integers or text.
     """
 
-    def __init__(self, files: Sequence[Path], held_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        held_bytes: int | None = None,
+        reading: ImagesOptions | None = None,
+        left_out: LeftOut | None = None,
+    ) -> None:
         """Read names and labels, and also the images if all of them fit into `held_bytes`.
 
-        Raises ImagesError if a file has another layout, or if two rows have the same path.
+        `left_out` counts what was left out beside the files. Raises ImagesError if a file has
+        another layout, if no row has bytes, if labels are ambiguous, or if two rows have the same
+        path.
         """
         self._held_bytes = held_bytes if held_bytes is not None else default_held_bytes()
-        self._groups: list[RowGroup] = []
-        paths: list[pa.Array] = []
-        labels: list[pa.Array] = []
-        for file in files:
-            groups, table = read_columns(file)
-            self._groups += groups
-            paths += [chunk.field("path").cast(pa.string()) for chunk in table["image"].chunks]
-            if "label" in table.column_names:
-                labels += table["label"].chunks
+        reading = reading or ImagesOptions()
+        indices = [read_index(file, reading) for file in files]
+        self._groups: list[RowGroup] = [group for index in indices for group in index.groups]
         self._starts = np.cumsum([0, *(group.rows for group in self._groups)])
         count = int(self._starts[-1])
         if not count:
             raise ImagesNotFoundError(
                 f"no images in {', '.join(map(str, files))}: the files have no rows"
             )
-        self.classes: list[str] | None = None
-        labelled = sum(map(len, labels)) == count
-        self.labels: Column[int | None] | None = (
-            Column(pa.chunked_array(labels)) if labelled else None
+        labels, self.classes, notes = join_labels(indices)
+        self.labels: Column[int | None] | None = Column(labels) if labels is not None else None
+        paths = pa.chunked_array([path for index in indices for path in index.paths], pa.string())
+        self.keys: Column[str] = Column(
+            self._rows() if reading.keys == "rows" else self._names(paths)
         )
-        self.keys: Column[str] = Column(self._names(pa.chunked_array(paths)))
+        num_empty = sum(index.num_empty for index in indices)
+        if num_empty:
+            notes.append(f"{num_empty} of {count} rows have no bytes and will fail")
+        self.survey = survey(self.keys, self.labels, self.classes, left_out or LeftOut(), notes)
         self._held = self._hold()
 
     def _names(self, paths: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -75,11 +90,7 @@ class ParquetSource:
         Raises ImagesError if a path occurs twice.
         """
         if paths.null_count or pc.any(pc.equal(paths, "")).as_py():
-            names = (
-                [f"{group.file.stem}:{row}" for row in range(group.first, group.first + group.rows)]
-                for group in self._groups
-            )
-            return pa.chunked_array([pa.array(group_names, pa.string()) for group_names in names])
+            return self._rows()
 
         def describe(index: int) -> str:
             group = self._groups[self._group_of(index)]
@@ -90,9 +101,17 @@ class ParquetSource:
         require_unique(
             paths,
             describe,
-            "give each row its own path, or no row a path: rows are then named FILE:ROW",
+            "pass `keys='rows'` to name rows FILE:ROW, or give each row its own path",
         )
         return paths
+
+    def _rows(self) -> pa.ChunkedArray:
+        """Return FILE:ROW for every row."""
+        names = (
+            [f"{group.file.stem}:{row}" for row in range(group.first, group.first + group.rows)]
+            for group in self._groups
+        )
+        return pa.chunked_array([pa.array(group_names, pa.string()) for group_names in names])
 
     def _hold(self) -> pa.ChunkedArray | None:
         """Return all images if they fit into memory, else None."""
@@ -204,20 +223,24 @@ class ParquetSource:
         # Without pre-buffering, even a large row group is read page by page.
         with pq.ParquetFile(group.file, pre_buffer=False, buffer_size=1 << 20) as file:
             for batch in file.iter_batches(
-                batch_rows, row_groups=[group.number], columns=[BYTES], use_threads=False
+                batch_rows, row_groups=[group.number], columns=[group.column], use_threads=False
             ):
                 first, last = np.searchsorted(rows, [start, start + len(batch)]).tolist()
                 if first < last:
-                    yield (
-                        first,
-                        batch.column(0).field("bytes").take(pa.array(rows[first:last] - start)),
-                    )
+                    yield first, _encoded(batch.column(0)).take(pa.array(rows[first:last] - start))
                 start += len(batch)
                 if last == len(rows):
                     return
 
     def _group_of(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, "right")) - 1
+
+
+def _encoded(images: pa.Array) -> pa.Array:
+    """Return the encoded images of a column, struct or binary."""
+    values = images.field("bytes") if pa.types.is_struct(images.type) else images
+    # Arrow has no `take` for views.
+    return values.cast(pa.large_binary()) if pa.types.is_binary_view(values.type) else values
 
 
 def default_held_bytes() -> int:

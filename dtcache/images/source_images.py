@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from dtcache.errors import BadImageError, ImagesError
 from dtcache.images.decode import decode_view, upright_size
 from dtcache.images.source import open_source
+from dtcache.names import differ_in_form, normal_form
+from dtcache.options.images import ImagesOptions
 from dtcache.recipe import ViewSpec
 from dtcache.samples import Column
 
@@ -19,25 +21,36 @@ class LinkedImages:
     """Views by row, from the images that a cache was extracted from; thread-safe."""
 
     def __init__(
-        self, images: Path, keys: pa.ChunkedArray, content_sha256: pa.ChunkedArray, view: ViewSpec
+        self,
+        images: Path,
+        keys: pa.ChunkedArray,
+        content_sha256: pa.ChunkedArray,
+        view: ViewSpec,
+        reading: ImagesOptions | None = None,
     ) -> None:
-        """Find each row's image in a source by key.
+        """Find each row's image in a source, opened as `reading` says, by key.
 
         Rows without a hash failed in the extraction and are not looked up. Raises ImagesError
         naming the first missing key.
         """
         self._images = images
         self._view = view
-        self._source = open_source(images)
+        self._source = open_source(images, reading)
         self._keys: Column[str] = Column(keys)
         self._hashes: Column[bytes | None] = Column(content_sha256)
         has_image = content_sha256.is_valid()
         self._index_of = pc.index_in(keys, value_set=pa.array(self._source.keys, pa.string()))
         lacking = keys.filter(pc.and_(has_image, self._index_of.is_null()))
         if len(lacking):
+            first = lacking[0].as_py()
+            form = normal_form(first)
+            other_form = any(
+                differ_in_form(first, key) for key in self._source.keys if normal_form(key) == form
+            )
+            hint = " (they have this name in another Unicode form)" if other_form else ""
             raise ImagesError(
                 f"{images}: {len(lacking)} of {pc.sum(has_image).as_py()} images of the cache are "
-                f"missing, such as {lacking[0]}; pass the images that the cache was extracted from"
+                f"missing, such as {first}{hint}; pass the images that the cache was extracted from"
             )
 
     def pixels(self, row: int) -> NDArray[np.uint8]:

@@ -3,7 +3,7 @@
 import os
 import tarfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,16 @@ import pyarrow as pa
 from dtcache.errors import ImagesError, ImagesNotFoundError
 from dtcache.images.duplicate_keys import first_repeat, require_unique
 from dtcache.images.folder import EXTENSIONS, MAX_FILE_BYTES, is_image
+from dtcache.images.survey import LeftOut, Reason, is_hidden, survey
+from dtcache.names import is_fit
 from dtcache.samples import Column
 
 MAX_HEADER_BYTES = 1 << 20
 """Limit of header bytes from one member to the next, such as long names and extended headers."""
 MAX_LABEL_BYTES = 32
 BLOCK = 512
+SCANNED_AT_ONCE = 1 << 20
+"""Bytes read at once behind the end of an archive."""
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -38,17 +42,25 @@ Track = Callable[[str, int], AbstractContextManager[Progress]]
 class TarSource:
     """Uncompressed tar files.
 
-    Every image in them is a sample; a `.cls` file gives its class index. A key is the image's path
-    without its extension. If two tars share a key, every key is prefixed with the name of its tar.
+    Every image in them is a sample; a `.cls` file gives its class index (see `TarIndex`). A key is
+    the image's path without its extension. If two tars share a key, every key is prefixed with the
+    name of its tar. Hidden names are left out.
     """
 
-    def __init__(self, files: Sequence[Path], track: Track | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        track: Track | None = None,
+        left_out: LeftOut | None = None,
+    ) -> None:
         """Read the headers of all files.
 
-        Raises ImagesError if a tar is compressed, damaged or truncated, if an image in it is a
-        link, sparse or at an absolute path, if a label is not a number, and if two images of a tar
-        have the same key.
+        `left_out` counts what was left out beside the files. Raises ImagesError if a tar is
+        compressed, damaged or truncated, if it holds a second archive, if an image in it is a link,
+        sparse or at an absolute path, if a label is not a number, if it is ambiguous which label an
+        image has, and if two images of a tar have the same key.
         """
+        left_out = left_out or LeftOut()
         self._files = list(files)
         starts = [0]
         self._offsets = array("q")
@@ -58,7 +70,7 @@ class TarSource:
         size = sum(file.stat().st_size for file in files if file.exists())
         with track("index tar shards, MiB", size >> 20) if track else nullcontext() as progress:
             for file in files:
-                index = TarIndex(file, progress)
+                index = TarIndex(file, left_out, progress)
                 keys.append(pa.array(index.keys, pa.string()))
                 labels.append(pa.array(index.labels, pa.int32()))
                 self._offsets += index.offsets
@@ -81,6 +93,7 @@ class TarSource:
             Column(all_labels) if all_labels.null_count < len(all_labels) else None
         )
         self.classes: list[str] | None = None
+        self.survey = survey(self.keys, self.labels, None, left_out)
 
     def read(self, index: int) -> bytes:
         """Return the bytes of one image. Raises OSError."""
@@ -100,28 +113,45 @@ class TarSource:
 
 
 class TarIndex:
-    """Names, offsets, sizes and labels of the images of one tar, in the tar's order."""
+    """Names, offsets, sizes and labels of the images of one tar, in the tar's order.
 
-    def __init__(self, file: Path, progress: Progress | None = None) -> None:
-        """Read the headers, counting MiB on `progress`. Raises ImagesError."""
+    A `.cls` file labels the images whose names start with its stem, up to a dot or the end: of
+    several such files, the one with the longest stem. Without one, an image has the label of the
+    only `.cls` file of its WebDataset sample whose stem continues the image's own.
+    """
+
+    def __init__(
+        self, file: Path, left_out: LeftOut | None = None, progress: Progress | None = None
+    ) -> None:
+        """Read the headers, counting MiB on `progress` and the rest in `left_out`.
+
+        Raises ImagesError.
+        """
         self.keys: list[str] = []
         self.offsets = array("q")
         self.sizes = array("q")
+        self._file = file
+        self._left_out = left_out or LeftOut()
         names: list[str] = []
-        classes: dict[str, int] = {}
+        labels: dict[str, tuple[int, int]] = {}
         counted = 0
         try:
             with open(file, "rb", buffering=0) as opened:
-                for member in _members(file, opened):
+                for member in self._members(opened):
                     name = member.name.removeprefix("./")
-                    if is_image(name):
+                    if any(map(is_hidden, name.split("/"))):
+                        if not member.isdir():
+                            self._left_out.add(Reason.HIDDEN, name)
+                    elif is_image(name):
                         _require_plain(file, member)
                         names.append(name)
                         self.keys.append(name.rpartition(".")[0])
                         self.offsets.append(member.offset_data)
                         self.sizes.append(member.size)
                     elif name.endswith(".cls") and member.isreg():
-                        classes[group_of(name)] = _label(file, member, opened)
+                        self._add_label(labels, member, opened)
+                    elif not member.isdir():
+                        self._left_out.add_other(name)
                     if progress is not None and member.offset >> 20 > counted:
                         progress.advance((member.offset >> 20) - counted)
                         counted = member.offset >> 20
@@ -134,13 +164,74 @@ class TarIndex:
             lambda i: f"{names[i]} at byte {self.offsets[i]} of {file}",
             "rename one of them and pack the tar again",
         )
-        self.labels = [classes.get(group_of(name)) for name in names]
+        self.labels = self._label_images(
+            names, {stem: label for stem, (label, _) in labels.items()}
+        )
+
+    def _members(self, opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
+        """Yield the members; count a tar with bytes after its end."""
+        end = yield from _members(self._file, opened)
+        if end is not None:
+            self._left_out.add(Reason.TRAILING, f"{self._file.name} from byte {end}")
+
+    def _add_label(
+        self, labels: dict[str, tuple[int, int]], member: tarfile.TarInfo, opened: BinaryIO
+    ) -> None:
+        """Add a label and the byte of its member, by stem. Raises ImagesError if there are two."""
+        label = _label(self._file, member, opened)
+        stem = member.name.removeprefix("./").removesuffix(".cls")
+        known, byte = labels.setdefault(stem, (label, member.offset))
+        if known != label:
+            raise ImagesError(
+                f"{self._file}: two files {stem}.cls, with the labels {known} at byte {byte} and "
+                f"{label} at byte {member.offset}; leave one of them out and pack the tar again"
+            )
+
+    def _label_images(self, names: list[str], labels: dict[str, int]) -> list[int | None]:
+        """Return the label of each image. Raises ImagesError if it is ambiguous."""
+        stems = set(self.keys)
+        # Labels that belong to no image by their exact name, by WebDataset sample.
+        loose: dict[str, list[str]] = {}
+        for stem in labels:
+            if stem not in stems:
+                loose.setdefault(group_of(stem), []).append(stem)
+        used = set()
+        found: list[int | None] = []
+        for name, key in zip(names, self.keys, strict=True):
+            stem = _longest_prefix(key, labels)
+            if stem is None:
+                candidates = loose.get(group_of(name), [])
+                others = [other for other in candidates if not other.startswith(f"{key}.")]
+                if others or len(candidates) > 1:
+                    listed = " and ".join(f"{other}.cls" for other in (others or candidates)[:2])
+                    raise ImagesError(
+                        f"{self._file}: it is ambiguous whether {name} has the label of {listed}: "
+                        f"both share the sample {group_of(name)}, but expected {key}.cls; rename "
+                        "the label and pack the tar again"
+                    )
+                stem = candidates[0] if candidates else None
+            used.add(stem)
+            found.append(labels[stem] if stem is not None else None)
+        for stem in labels:
+            if stem not in used:
+                self._left_out.add(Reason.LABEL, f"{stem}.cls")
+        return found
 
 
 def group_of(name: str) -> str:
     """Return a member's WebDataset sample: its path up to the first dot of the file name."""
     folder, slash, last = name.rpartition("/")
     return f"{folder}{slash}{last.partition('.')[0]}"
+
+
+def _longest_prefix(key: str, labels: dict[str, int]) -> str | None:
+    """Return the longest stem of a label that is an image's key up to a dot, or the key itself."""
+    folder, slash, last = key.rpartition("/")
+    while last:
+        if f"{folder}{slash}{last}" in labels:
+            return f"{folder}{slash}{last}"
+        last = last.rpartition(".")[0]
+    return None
 
 
 class _Headers:
@@ -166,10 +257,11 @@ class _Headers:
         return data
 
 
-def _members(file: Path, opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield a tar's members.
+def _members(file: Path, opened: BinaryIO) -> Generator[tarfile.TarInfo, None, int | None]:
+    """Yield a tar's members, and return the first byte that is not zero after the archive's end.
 
-    Raises OSError, and ImagesError if the tar is compressed, damaged or truncated.
+    Raises OSError, and ImagesError if the tar is compressed, damaged or truncated, or if another
+    archive follows.
     """
     size = os.fstat(opened.fileno()).st_size
     magic = os.pread(opened.fileno(), 8, 0)
@@ -212,6 +304,31 @@ def _members(file: Path, opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
     if os.pread(opened.fileno(), BLOCK, tar.offset) != bytes(BLOCK):
         defect = "cut off: no end-of-archive" if tar.offset + BLOCK > size else "damaged: no header"
         raise ImagesError(f"{file}: {defect} at byte {tar.offset}; copy or pack it again")
+    return _require_no_second(file, opened, tar.offset)
+
+
+def _require_no_second(file: Path, opened: BinaryIO, end: int) -> int | None:
+    """Return the first byte that is not zero after the end of an archive, or None.
+
+    Raises ImagesError if another archive starts there.
+    """
+    while data := os.pread(opened.fileno(), SCANNED_AT_ONCE, end):
+        zeros = len(data) - len(data.lstrip(b"\0"))
+        if zeros == len(data):
+            end += len(data)
+            continue
+        start = (end + zeros) // BLOCK * BLOCK
+        try:
+            tarfile.TarInfo.frombuf(
+                os.pread(opened.fileno(), BLOCK, start), "utf-8", "surrogateescape"
+            )
+        except tarfile.HeaderError:
+            return end + zeros
+        raise ImagesError(
+            f"{file}: expected one archive, got several: another one starts at byte {start}; "
+            "unpack them with tar --ignore-zeros, and pack one tar"
+        )
+    return None
 
 
 def _require_plain(file: Path, member: tarfile.TarInfo) -> None:
@@ -228,9 +345,10 @@ def _require_plain(file: Path, member: tarfile.TarInfo) -> None:
             f"{file}: {member.name!r} is {kind}; pack the tar again with the images themselves"
         )
     parts = member.name.split("/")
-    if not member.name.isprintable() or parts[0] == "" or ".." in parts:
+    if not is_fit(member.name) or parts[0] == "" or ".." in parts:
         raise ImagesError(
-            f"{file}: expected printable relative paths, got {member.name!r}; pack the tar again"
+            f"{file}: expected relative UTF-8 paths without control characters, got "
+            f"{member.name!r}; pack the tar again"
         )
 
 

@@ -5,6 +5,7 @@ from dtcache.options.evaluate import EvaluateOptions
 from dtcache.options.export import ExportOptions
 from dtcache.options.extract import QUALITY_RATIOS, ExtractOptions
 from dtcache.options.field import Options, option
+from dtcache.options.images import ImagesOptions
 from dtcache.options.inspect import InspectOptions
 from dtcache.options.label import LabelFitOptions, LabelWriteOptions
 from dtcache.options.parse import parse_ints, parse_size, parse_taps
@@ -21,6 +22,7 @@ __all__ = [
     "EvaluateOptions",
     "ExportOptions",
     "ExtractOptions",
+    "ImagesOptions",
     "InspectOptions",
     "LabelFitOptions",
     "LabelWriteOptions",

@@ -1,10 +1,11 @@
 """Options of `dtcache evaluate`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from dtcache.errors import ConfigError
-from dtcache.options.field import AUTO_DEVICE, IGNORE_HELP, PRECISIONS, Options, option, seed_option
+from dtcache.options.field import AUTO_DEVICE, IGNORE_HELP, PRECISIONS, option, seed_option
+from dtcache.options.images import ImagesOptions
 
 TASKS = {
     "classification": ("k", "knn_votes"),
@@ -22,7 +23,7 @@ TASKS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateOptions(Options):
+class EvaluateOptions(ImagesOptions):
     """Options of `dtcache evaluate`."""
 
     train: Path = option(
@@ -35,6 +36,12 @@ class EvaluateOptions(Options):
         None,
         "Test images [default: a fifth of the training images].",
         metavar="IMAGES",
+        group="Data",
+    )
+    test_split: str | None = option(
+        None,
+        "As --split, for --test.",
+        metavar="NAME,...",
         group="Data",
     )
     task: str = option(
@@ -108,6 +115,19 @@ class EvaluateOptions(Options):
         choices=PRECISIONS,
         group="Hardware",
     )
+
+    def __post_init__(self) -> None:
+        """Check bounds, then that there are test images if a split of them is chosen."""
+        ImagesOptions.__post_init__(self)
+        if self.test_split is not None and self.test is None:
+            raise ConfigError(
+                f"`test_split` {self.test_split}: expected `test` with it; pass both or neither"
+            )
+
+    @property
+    def test_reading(self) -> ImagesOptions:
+        """How the test images are read."""
+        return replace(self.reading, split=self.test_split)
 
     def require_task(self, task: str) -> None:
         """Raise ConfigError if the options are for another task, or set one of its options."""

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
-from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
+from dtcache.options.field import AUTO_DEVICE, PRECISIONS, option, seed_option
+from dtcache.options.images import ImagesOptions
 
 QUALITY_RATIOS = {"high": 10.0, "default": 50.0, "small": 100.0, "fp16": None}
 """Ratio of the features' float16 bytes to all stored bytes except images, by quality."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExtractOptions(Options):
+class ExtractOptions(ImagesOptions):
     """Options of `dtcache extract`."""
 
     teacher: str = option(

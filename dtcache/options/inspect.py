@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtcache.options.field import AUTO_DEVICE, Options, option
+from dtcache.options.field import AUTO_DEVICE, option
+from dtcache.options.images import ImagesOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InspectOptions(Options):
+class InspectOptions(ImagesOptions):
     """Options of `dtcache inspect`."""
 
     stats: bool = option(
@@ -34,3 +35,8 @@ class InspectOptions(Options):
     device: str = option(
         "auto", f"Device of the teacher or the student: {AUTO_DEVICE}.", metavar="DEVICE"
     )
+
+    def __post_init__(self) -> None:
+        """Check bounds, then that there are images if an option says how to read them."""
+        ImagesOptions.__post_init__(self)
+        self.require_images("images")

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtcache.errors import ConfigError
-from dtcache.options.field import AUTO_DEVICE, IGNORE_HELP, Options, option, seed_option
+from dtcache.options.field import AUTO_DEVICE, IGNORE_HELP, option, seed_option
+from dtcache.options.images import ImagesOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LabelFitOptions(Options):
+class LabelFitOptions(ImagesOptions):
     """Options of `dtcache label fit`."""
 
     masks: Path | None = option(
@@ -55,9 +56,14 @@ class LabelFitOptions(Options):
     seed: int = seed_option("Seed of weights, order, flips and the held-out images.")
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group="Hardware")
 
+    def __post_init__(self) -> None:
+        """Check bounds, then that there are images if an option says how to read them."""
+        ImagesOptions.__post_init__(self)
+        self.require_images("images")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LabelWriteOptions(Options):
+class LabelWriteOptions(ImagesOptions):
     """Options of `dtcache label write`."""
 
     name: str = option("", "Name of the label set: CACHE/labels/NAME.", metavar="NAME")
@@ -84,7 +90,8 @@ class LabelWriteOptions(Options):
 
     def __post_init__(self) -> None:
         """Raise ConfigError if an option is out of its bounds."""
-        Options.__post_init__(self)
+        ImagesOptions.__post_init__(self)
+        self.require_images("images")
         if not 0 < self.share <= 1:
             raise ConfigError(
                 f"`share` {self.share:g}: expected a number over 0 and up to 1, such as 0.1"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dtcache.errors import ConfigError
 from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
+from dtcache.options.images import ImagesOptions
 
 DATA = "Data"
 NETWORK = "Network"
@@ -25,7 +26,7 @@ dtcache/teacher/adm/architecture.py defines each one.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TeachOptions(Options):
+class TeachOptions(ImagesOptions):
     """Options of `dtcache teacher train`. Raises ConfigError for bad values."""
 
     size: str = option("64", "View size in pixels.", metavar="H[xW]", group=DATA)
@@ -97,7 +98,7 @@ class TeachOptions(Options):
 
     def __post_init__(self) -> None:
         """Check bounds, then the steps to keep."""
-        Options.__post_init__(self)
+        ImagesOptions.__post_init__(self)
         if self.ema_decay >= 1:
             raise ConfigError(
                 f"`ema_decay` {self.ema_decay:g}: expected a decay under 1, such as 0.999"
@@ -124,7 +125,7 @@ PROBED_TIMESTEPS = (1, 5, 11, 20, 50, 100, 150, 250, 350)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherShowOptions(Options):
+class TeacherShowOptions(ImagesOptions):
     """Options of `dtcache teacher show`. Raises ConfigError for probe options without `probe`."""
 
     size: str | None = option(
@@ -140,6 +141,12 @@ class TeacherShowOptions(Options):
         None,
         "Labelled test images of the probe [default: a fifth of --probe].",
         metavar="IMAGES",
+        group=PROBE,
+    )
+    test_split: str | None = option(
+        None,
+        "As --split, for --test.",
+        metavar="NAME,...",
         group=PROBE,
     )
     timestep: tuple[int, ...] = option(
@@ -161,7 +168,8 @@ class TeacherShowOptions(Options):
 
     def __post_init__(self) -> None:
         """Check bounds, then that there is a probe if one of its options is set."""
-        Options.__post_init__(self)
+        ImagesOptions.__post_init__(self)
+        self.require_images("probe")
         if self.probe is None:
             for f in fields(self):
                 if f.metadata["group"] == PROBE and getattr(self, f.name) != f.default:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtcache.errors import ConfigError
-from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
+from dtcache.options.field import AUTO_DEVICE, PRECISIONS, option, seed_option
+from dtcache.options.images import READING_NAMES, ImagesOptions
 
 REGRESSORS = ("fpn", "fpn-attention", "pafpn", "fpn-ppm")
 TRAIN_PRECISIONS = (*PRECISIONS, "fp16")
@@ -14,6 +15,7 @@ CACHE_ONLY = ("images", "allow_incomplete", "labels")
 ONLINE_ONLY = ("prompt", "condition", "size", "resize_mode", "encoding", "ddim_steps")
 """Options that apply only to training with a teacher in the loop."""
 VOLATILE = (
+    *READING_NAMES,
     "images",
     "teacher",
     "device",
@@ -51,7 +53,7 @@ ONLINE = "Online teacher"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainOptions(Options):
+class TrainOptions(ImagesOptions):
     """Options of `dtcache train`. Raises ConfigError for options that contradict each other."""
 
     taps: str | None = option(
@@ -240,7 +242,8 @@ class TrainOptions(Options):
 
     def __post_init__(self) -> None:
         """Check bounds, then contradictions."""
-        Options.__post_init__(self)
+        ImagesOptions.__post_init__(self)
+        self.require_images("images", "teacher")
         if self.ema_decay is not None and self.ema_decay >= 1:
             raise ConfigError(
                 f"`ema_decay` {self.ema_decay:g}: expected a decay under 1, such as 0.999"

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtcache.options.field import Options, option, seed_option
+from dtcache.options.field import option, seed_option
+from dtcache.options.images import ImagesOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VerifyOptions(Options):
+class VerifyOptions(ImagesOptions):
     """Options of `dtcache verify`."""
 
     fraction: float = option(
@@ -29,3 +30,8 @@ class VerifyOptions(Options):
     interpreter: Path | None = option(
         None, "Repair: the interpreter that wrote the label set.", metavar="DIR"
     )
+
+    def __post_init__(self) -> None:
+        """Check bounds, then that there are images if an option says how to read them."""
+        ImagesOptions.__post_init__(self)
+        self.require_images("images")

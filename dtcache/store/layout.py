@@ -11,6 +11,7 @@ SAMPLES = "samples.parquet"
 SHARDS = "shards.parquet"
 COMMITS = "commits"
 LOG = "extraction.log.json"
+MAX_LOG_BYTES = 64 << 20
 PROMPT = "prompt.safetensors"
 CLUSTER_LOG = "cluster.log"
 """Output of Dask and of local workers in the last run that used them, for people to read."""

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dtcache.errors import AGAIN, CacheDamagedError
+from dtcache.names import normal_form
 from dtcache.recipe import FailedSample, Sample
 from dtcache.samples import Column, SampleList
 from dtcache.store.commits import ANEW, CommitRecord, ShardObject, commit_path, read_commits
@@ -71,6 +72,8 @@ def changed_samples(was: pa.Table, samples: SampleList) -> str:
     )
     added = now["key"].filter(pc.invert(pc.is_in(now["key"], was["key"])))
     changes = []
+    if len(added) == len(removed) and len(added) and _same_but_form(added, removed):
+        return f"{_named('renamed', added)}, from one Unicode form to another"
     if len(added) and not limited:
         changes.append(_named("added", added))
     if len(removed):
@@ -92,6 +95,12 @@ def changed_samples(was: pa.Table, samples: SampleList) -> str:
             "now"
         )
     return " and ".join(changes) or "the order of the images changed"
+
+
+def _same_but_form(first: pa.ChunkedArray, second: pa.ChunkedArray) -> bool:
+    """Return whether both have the same names in different Unicode forms."""
+    forms = (sorted(map(normal_form, keys.to_pylist())) for keys in (first, second))
+    return next(forms) == next(forms)
 
 
 def _named(change: str, keys: pa.ChunkedArray) -> str:

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.compute as pc
+
 from dtcache.errors import CacheDamagedError, CacheFormatError
+from dtcache.hashing import read_hashed_json
 from dtcache.recipe import FailedSample, Json, signal_to_noise, tap_name
 from dtcache.store.commits import CodecSums, read_commits, total_sums
 from dtcache.store.label_sets import label_set_names
@@ -19,13 +22,15 @@ from dtcache.store.layout import (
     DATA,
     IMAGES,
     LABELS,
+    LOG,
     MANIFEST,
+    MAX_LOG_BYTES,
     PROMPT,
     SAMPLES,
     SHARDS,
 )
 from dtcache.store.manifest import CacheManifest, look_at, read_manifest
-from dtcache.store.sample_index import damaged_objects, read_failures, read_objects
+from dtcache.store.sample_index import damaged_objects, read_failures, read_objects, read_table
 
 INDEX = (MANIFEST, SAMPLES, SHARDS, PROMPT)
 SCHEMA = 1
@@ -105,8 +110,32 @@ def _describe(root: Path, manifest: CacheManifest) -> Json:
         "damaged": progress.damaged,
         "labels": _label_sets(root, files, parts["coefficients"] + parts["codec"]),
         "classes": list(manifest.classes) if manifest.classes is not None else None,
+        "class_counts": _class_counts(root, manifest),
+        "source": _source(root),
         "recipe": recipe,
     }
+
+
+def _class_counts(root: Path, manifest: CacheManifest) -> dict[str, int] | None:
+    """Return the images per class, failed ones too, by name or else number; None without labels."""
+    labels = read_table(root / SAMPLES)["label"].drop_null()
+    if not len(labels):
+        return None
+    counts = sorted((c["values"], c["counts"]) for c in pc.value_counts(labels).to_pylist())
+    names = manifest.classes or ()
+    return {
+        names[label] if 0 <= label < len(names) else str(label): count for label, count in counts
+    }
+
+
+def _source(root: Path) -> Json | None:
+    """Return what the extraction log says of the images; None without a log of this version."""
+    try:
+        log, _ = read_hashed_json(root / LOG, MAX_LOG_BYTES)
+    except (OSError, ValueError):
+        return None
+    source = log.get("images")
+    return source if isinstance(source, dict) else None
 
 
 def _progress(root: Path, manifest: CacheManifest) -> _Progress:

@@ -13,13 +13,12 @@ from dtcache.errors import CacheBusyError, CacheDamagedError
 from dtcache.hashing import file_problem, file_sha256, read_hashed_json
 from dtcache.rng import permuted
 from dtcache.store.contents import Contents, Damage, SamplePlace, WantedObject, unnamed_files
-from dtcache.store.layout import IMAGES, LOG, MANIFEST, SAMPLES, SHARDS, PayloadArray
+from dtcache.store.layout import IMAGES, LOG, MANIFEST, MAX_LOG_BYTES, SAMPLES, SHARDS, PayloadArray
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 
 State = Literal["damaged", "unreadable", "incomplete", "good"]
 STATES: tuple[State, ...] = get_args(State)
 """Verdicts, the worst first."""
-MAX_LOG_BYTES = 64 << 20
 THREADS = 4
 """Files that are hashed at the same time: hashing releases the GIL."""
 

@@ -164,14 +164,20 @@ class Teacher:
             ),
         )
 
+    @property
+    def conditioned_classes(self) -> int | None:
+        """Number of the classes if each image's own label conditions the teacher, else None."""
+        condition = self.spec.condition
+        is_label = condition is not None and condition.kind == "label"
+        return self._num_classes if is_label else None
+
     def require_labels(self, keys: Iterable[str], labels: Iterable[int | None] | None) -> None:
         """Raise ImagesError if a label is not one of the teacher's classes.
 
         Only the condition `label` is checked; other conditions use no labels.
         """
-        condition = self.spec.condition
-        if condition is not None and condition.kind == "label" and self._num_classes is not None:
-            require_labels(keys, labels, self._num_classes)
+        if self.conditioned_classes is not None:
+            require_labels(keys, labels, self.conditioned_classes)
 
     @torch.inference_mode()
     def features(self, batch: TeacherBatch) -> Iterator[dict[str, Tensor]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dtcache.cache.cache import Cache
+from dtcache.class_names import class_difference
 from dtcache.codec import FeatureEncoder, HostDecoder
 from dtcache.device import Compute
 from dtcache.errors import ConfigError, ImagesError
@@ -19,6 +20,7 @@ from dtcache.payloads import pack
 from dtcache.recipe import Sample
 from dtcache.teacher import Teacher
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches
+from pipelines.extract.plan import require_teacher_classes
 from pipelines.make_teacher import cache_teacher
 
 SURVEY_BATCH = 256
@@ -128,17 +130,16 @@ class CachedMaps:
 
     def _require_labels(self, teacher: Teacher, source: ImageSource) -> None:
         teacher.require_labels(source.keys, source.labels)
+        require_teacher_classes(teacher, source)
         cached = self.cache.reader.manifest.classes
-        if (
-            self._conditioned_on_labels
-            and cached
-            and source.classes
-            and list(cached) != source.classes
-        ):
+        if not (self._conditioned_on_labels and cached and source.classes):
+            return
+        difference = class_difference(cached, source.classes)
+        if difference is not None:
             raise ImagesError(
                 f"expected the classes of {self.cache.reader.root}, on which its teacher is "
-                "conditioned, got others. Labels are positions in the sorted class names; use the "
-                "same classes in both"
+                f"conditioned, the first list, got others: {difference}. Labels are numbers of "
+                "these classes; use the same classes in both"
             )
 
     def _raw_draws(

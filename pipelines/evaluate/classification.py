@@ -15,9 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from dtcache.class_names import class_difference
 from dtcache.device import configure_process, memory_errors, resolve_compute
 from dtcache.errors import ImagesError
-from dtcache.images import ImageSource, LoadedView, open_source
+from dtcache.images import ImageSource, LoadedView
 from dtcache.metrics.probes import (
     C_GRID,
     TEMPERATURE,
@@ -28,10 +29,11 @@ from dtcache.metrics.probes import (
     knn_predict,
     linear_predict,
 )
-from dtcache.options import EvaluateOptions
+from dtcache.options import EvaluateOptions, ImagesOptions
 from dtcache.recipe import Json, Sample
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches, split_images
 from pipelines.evaluate.pooled_features import ALL_TAPS, BATCH_SIZE, Extractor, open_model
+from pipelines.terminal.open_images import open_images, say
 from pipelines.terminal.progress import track
 
 
@@ -156,21 +158,35 @@ def split_labelled(options: EvaluateOptions) -> tuple[EvaluatedImages, Evaluated
     Raises ImagesError if labels are missing or if both sets have different class names.
     """
     train, test = split_images(options, _open_labelled)
-    if train.source.classes and test.source.classes and train.source.classes != test.source.classes:
-        differing = sorted(set(train.source.classes) ^ set(test.source.classes))
-        raise ImagesError(
-            f"{options.test}: expected the classes of {options.train}, got others: only one of the "
-            f"two has {', '.join(differing[:5])}. Labels are positions in the sorted class names; "
-            "use the same classes in both"
-        )
+    _require_same_classes(options, train.source, test.source)
     return (
         train.chosen(train.indices[: options.limit_train]),
         test.chosen(test.indices[: options.limit_test]),
     )
 
 
-def _open_labelled(path: Path) -> ImageSource:
-    source = open_source(path, track)
+def _require_same_classes(options: EvaluateOptions, train: ImageSource, test: ImageSource) -> None:
+    """Raise ImagesError if both name other classes; warn on stderr if only one names classes."""
+    if train.classes and test.classes:
+        difference = class_difference(train.classes, test.classes)
+        if difference is not None:
+            raise ImagesError(
+                f"{options.test}: expected the classes of {options.train}, the first list, got "
+                f"others: {difference}. Labels are numbers of these classes; use the same classes "
+                "in both"
+            )
+    elif train.classes or test.classes:
+        unnamed, named = options.train, options.test
+        if train.classes:
+            unnamed, named = named, unnamed
+        say(
+            f"warning: {unnamed} names no classes: its labels are taken as numbers of the classes "
+            f"of {named} ({', '.join((train.classes or test.classes or [])[:5])}, ...)"
+        )
+
+
+def _open_labelled(path: Path, reading: ImagesOptions) -> ImageSource:
+    source = open_images(path, reading)
     if source.labels is None or any(label is None or label < 0 for label in source.labels):
         raise ImagesError(
             f"{path}: expected a label for every image, got images without; pass a folder with one "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dtcache.errors import ConfigError
 from dtcache.images import ImageSource, LoadedView, load_views
-from dtcache.options import EvaluateOptions
+from dtcache.options import EvaluateOptions, ImagesOptions
 from dtcache.recipe import ViewSpec
 from dtcache.rng import permuted
 
@@ -31,7 +31,7 @@ class EvaluatedImages:
 
 
 def split_images(
-    options: EvaluateOptions, open_images: Callable[[Path], ImageSource]
+    options: EvaluateOptions, open_images: Callable[[Path, ImagesOptions], ImageSource]
 ) -> tuple[EvaluatedImages, EvaluatedImages]:
     """Return all training and all test images, opened by `open_images`, each permuted by the seed.
 
@@ -42,10 +42,10 @@ def split_images(
         raise ConfigError(
             "`train`: expected labelled training images (a folder tree of classes, or Parquet)"
         )
-    train = open_images(options.train)
+    train = open_images(options.train, options.reading)
     order = permuted(len(train.keys), seed=options.seed, stream="evaluate-train").tolist()
     if options.test is not None:
-        test = open_images(options.test)
+        test = open_images(options.test, options.test_reading)
         test_order = permuted(len(test.keys), seed=options.seed, stream="evaluate-test").tolist()
     else:
         held_out = len(order) // 5

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtcache.errors import ConfigError, ImagesError
-from dtcache.images import LoadedView, MaskFolder, open_masks, open_source
+from dtcache.images import LoadedView, MaskFolder, open_masks
 from dtcache.images.decode import upright_size
 from dtcache.images.masks import CLASSES_FILE
 from dtcache.options import EvaluateOptions
 from dtcache.recipe import Sample, ViewSpec
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches, split_images
+from pipelines.terminal.open_images import open_images, say
 from pipelines.terminal.progress import track
 
 VALUES = 256
@@ -72,7 +73,7 @@ def masked_images(options: EvaluateOptions, view: ViewSpec) -> tuple[MaskedImage
         )
     train_masks = open_masks(options.train_masks, options.ignore_index)
     test_masks = _test_masks(options, train_masks)
-    train, test = split_images(options, lambda path: open_source(path, track))
+    train, test = split_images(options, open_images)
     return (
         _surveyed(train, train_masks, view, options.limit_train),
         _surveyed(test, test_masks, view, options.limit_test),
@@ -84,6 +85,11 @@ def _test_masks(options: EvaluateOptions, train: MaskFolder) -> MaskFolder:
         return train
     test = open_masks(options.test_masks, options.ignore_index)
     if not (test.root / CLASSES_FILE).is_file():
+        if train.names is not None:
+            say(
+                f"warning: {test.root} has no {CLASSES_FILE}: its values are taken as numbers of "
+                f"the classes of {train.root}"
+            )
         return replace(test, names=train.names, ignore=train.ignore)
     if (test.names, test.ignore) != (train.names, train.ignore):
         raise ImagesError(
@@ -101,12 +107,15 @@ def _surveyed(
     masked = [index for index in images.indices if masks.has(keys[index])]
     if images.indices and not masked:
         first = keys[images.indices[0]]
+        hint = masks.form_hint(keys[index] for index in images.indices)
         raise ImagesError(
-            f"{masks.root}: no mask matches any of {len(images.indices)} {images.title}; expected "
-            f"masks at the images' own relative paths, such as {masks.path(first)} for {first}"
+            f"{masks.root}: no mask matches any of {len(images.indices)} {images.title}{hint}; "
+            f"expected masks at the images' own relative paths, such as {masks.path(first)} for "
+            f"{first}"
         )
     if len(masked) < len(images.indices):
-        _warn_left_out(len(images.indices) - len(masked), images, "have no mask")
+        hint = masks.form_hint(keys[i] for i in images.indices if not masks.has(keys[i]))
+        _warn_left_out(len(images.indices) - len(masked), images, f"have no mask{hint}")
     images = images.chosen(masked[:limit])
     usable: list[int] = []
     pixels = np.zeros(VALUES, np.int64)

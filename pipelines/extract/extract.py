@@ -14,6 +14,7 @@ from dtcache._version import __version__
 from dtcache.atomic_files import FolderLock
 from dtcache.device import cpu_threads
 from dtcache.errors import ExtractionError
+from dtcache.images import Survey
 from dtcache.options import ExtractOptions
 from dtcache.recipe import FailedSample
 from dtcache.store.commits import EmptySample
@@ -67,6 +68,7 @@ def extract(
     ):
         opened = time.time()
         writer = open_writer(out, plan)
+        survey = plan.source.survey
         del plan  # frees its teacher's device memory for the teachers of local workers
         fitted = time.time()
         rows_this_run = rows_left(writer)
@@ -84,7 +86,7 @@ def extract(
             shard_seconds=computed - fitted,
         )
         if rows_this_run:
-            _write_log(writer, extracted, rows_this_run, options)
+            _write_log(writer, extracted, rows_this_run, options, survey)
     return extracted
 
 
@@ -159,10 +161,15 @@ def require_few_failures(failures: Sequence[FailedSample], count: int, max_failu
 
 
 def _write_log(
-    writer: CacheWriter, extracted: Extracted, rows: int, options: ExtractOptions
+    writer: CacheWriter,
+    extracted: Extracted,
+    rows: int,
+    options: ExtractOptions,
+    survey: Survey,
 ) -> None:
     writer.write_log(
         {
+            "images": survey.to_json(),
             "seconds": extracted.seconds,
             "fit_seconds": extracted.fit_seconds,
             "shard_seconds": extracted.shard_seconds,

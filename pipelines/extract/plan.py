@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dtcache.class_names import class_difference, misnumbered
 from dtcache.device import cpu_threads, resolve_compute
-from dtcache.errors import CacheMismatchError, ConfigError
-from dtcache.images import ImageSource, open_source
+from dtcache.errors import CacheMismatchError, ConfigError, ImagesError
+from dtcache.images import ImageSource
 from dtcache.options import QUALITY_RATIOS, ExtractOptions
 from dtcache.recipe import (
     MAX_SAMPLES,
@@ -34,7 +35,7 @@ from dtcache.store.writer import require_ours
 from dtcache.teacher import CallableTeacher, LoadedTeacher, Teacher, TeacherInput, load_teacher
 from pipelines.extract.batch_size import fastest_batch
 from pipelines.make_teacher import make_teacher, stored_prompt
-from pipelines.terminal.progress import track
+from pipelines.terminal.open_images import open_images, say
 from pipelines.terminal.text import printable
 
 
@@ -184,10 +185,24 @@ def plan_extraction(
     """
     check_options(options, teacher)
     begun = find_begun_cache(out)
-    plan = make_plan(open_source(images, track), options, teacher, begun)
+    plan = make_plan(open_images(images, options), options, teacher, begun)
     if begun is not None:
         require_same_recipe(begun, plan, plan.fixed_recipe())
+        _require_same_classes(begun, plan.source)
     return plan
+
+
+def _require_same_classes(begun: BegunCache, source: ImageSource) -> None:
+    """Raise CacheMismatchError if a begun cache names other classes than the images."""
+    recorded = begun.manifest.classes
+    if recorded is None or source.classes is None:
+        return
+    difference = class_difference(recorded, source.classes)
+    if difference is not None:
+        raise CacheMismatchError(
+            f"{begun.root} holds a cache of images with other classes, the first list, than these "
+            f"images: {difference}; pass the images that it was begun with, or another `out`"
+        )
 
 
 def find_begun_cache(out: Path) -> BegunCache | None:
@@ -262,9 +277,36 @@ def plan_rows(
     teacher.require_labels(
         (s.key for s in samples), (s.label for s in samples) if labels is not None else None
     )
+    require_teacher_classes(teacher, source)
     return ExtractionPlan(
         source=source, samples=samples, teacher=teacher, options=options, begun=begun
     )
+
+
+def require_teacher_classes(teacher: Teacher, source: ImageSource) -> None:
+    """Check the classes of images whose labels condition the teacher.
+
+    Raises ImagesError if the classes are named by numbers other than their labels. Warns on stderr
+    if the images and the teacher have different numbers of classes.
+    """
+    classes = teacher.conditioned_classes
+    if classes is None or source.classes is None:
+        return
+    numbered = misnumbered(source.classes)
+    if numbered is not None:
+        name, label = numbered
+        raise ImagesError(
+            f"`condition='label'`: class {name} has label {label}: labels are positions in the "
+            "sorted class names, so the teacher would be conditioned on another class; pad the "
+            "names with zeros, with one name for each of the teacher's classes, or pass a "
+            "different `condition`"
+        )
+    if len(source.classes) != classes:
+        say(
+            f"warning: the images have {len(source.classes)} classes, the teacher {classes}: the "
+            f"teacher is conditioned on class 0 for {source.classes[0]}, and so on; make sure "
+            "that both number their classes alike"
+        )
 
 
 def require_same_recipe(begun: BegunCache, plan: ExtractionPlan, fixed: Json) -> None:

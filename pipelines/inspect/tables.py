@@ -10,6 +10,8 @@ from rich.table import Table
 from dtcache.recipe import Json, tap_name
 from pipelines.terminal.text import byte_size, printable
 
+CLASSES = 10
+"""Most classes that a terminal shows."""
 SHOWN = 5
 """Most failures, and most damaged files, that a terminal shows; the JSON report lists all."""
 WEIGHTS = {"last": "of the last step", "average": "averaged over steps (EMA)"}
@@ -41,6 +43,7 @@ def render(report: Json, root: Path) -> RenderableType:
         *_labels(report),
         *map(escape, failures[:SHOWN]),
         *map(escape, damaged[:SHOWN]),
+        *_source(report),
     )
 
 
@@ -58,6 +61,7 @@ def _facts(report: Json, root: Path) -> Table:
         "state": state,
         "images": f"{report['num_done']} done, {report['num_failed']} failed "
         f"of {report['num_images']}",
+        "classes": _classes(report),
         "views": _views(recipe),
         "encoding": _encoding(recipe),
         "view": f"{view['height']}x{view['width']}, {view['fit']}",
@@ -78,6 +82,25 @@ def _facts(report: Json, root: Path) -> Table:
     for name, value in facts.items():
         table.add_row(name, value)
     return table
+
+
+def _classes(report: Json) -> str:
+    """Return the number of images of each class, of the first classes."""
+    counts = report.get("class_counts")
+    if not counts:
+        return "no labels"
+    listed = [f"{name} {count}" for name, count in list(counts.items())[:CLASSES]]
+    more = f", ... ({len(counts)} classes)" if len(counts) > CLASSES else ""
+    return escape(printable(", ".join(listed) + more))
+
+
+def _source(report: Json) -> list[str]:
+    """Return lines of what the extraction read and left out; none in caches of older versions."""
+    source = report.get("source")
+    if source is None:
+        return []
+    lines = [f"read: {source.get('summary')}", *map(str, source.get("notes", []))]
+    return [escape(printable(line)) for line in lines]
 
 
 def _taps(report: Json) -> list[Table]:

@@ -69,7 +69,7 @@ def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedIn
     compute = resolve_compute(options.device, "fp32")
     configure_process(compute.device)
     if options.images is not None and not cache.has_images:
-        cache = Cache(root, options.images)
+        cache = Cache(root, options.images, reading=options.reading)
     names = chosen_taps(cache, timestep=options.timestep, taps=options.taps)
     train, held_out = _split(_labelled(cache, options), options)
     unit = "image" if options.level == "image" else "pixel"
@@ -123,7 +123,12 @@ def _labelled(cache: Cache, options: LabelFitOptions) -> LabelledRows:
             "`masks`: expected the folder of the masks; or pass `level='image'` for image labels"
         )
     return images_with_masks(
-        cache, options.masks, options.ignore_index, options.limit, options.images
+        cache,
+        options.masks,
+        options.ignore_index,
+        options.limit,
+        options.images,
+        options.reading,
     )
 
 

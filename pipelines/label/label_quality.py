@@ -84,7 +84,9 @@ def known_labels(
                 "`images`: expected together with `masks`, whose sizes they check; leave it out"
             )
         return None
-    known = images_with_masks(cache, options.masks, options.ignore_index, COMPARED, options.images)
+    known = images_with_masks(
+        cache, options.masks, options.ignore_index, COMPARED, options.images, options.reading
+    )
     if not same_classes(known.classes, spec.classes):
         raise ImagesError(
             f"{options.masks}: expected the interpreter's classes, "

@@ -17,6 +17,7 @@ from dtcache.errors import ImagesError
 from dtcache.images import LinkedImages, open_masks
 from dtcache.images.stored_images import LENGTH_BYTES
 from dtcache.labels import MAX_CLASSES
+from dtcache.options.images import ImagesOptions
 from dtcache.store.layout import IMAGES
 
 NO_CLASS = -1
@@ -63,13 +64,14 @@ def images_with_masks(
     ignore_index: int | None,
     limit: int | None,
     images: Path | None = None,
+    reading: ImagesOptions | None = None,
 ) -> LabelledRows:
     """Return the usable rows whose key has a mask in the folder `root`.
 
     Masks are cropped and resized like the view. A mask must have the size of its image. Sizes are
-    read from the source `images`; without it, only sizes that the cache records are checked, and a
-    warning counts the others. Raises ImagesError if no image has a mask, if a file is not a mask of
-    its image, or if the masks show fewer than two classes.
+    read from the source `images`, opened as `reading` says; without it, only sizes that the cache
+    records are checked, and a warning counts the others. Raises ImagesError if no image has a mask,
+    if a file is not a mask of its image, or if the masks show fewer than two classes.
     """
     folder = open_masks(root, ignore_index)
     keys = cache.samples["key"].to_pylist()
@@ -77,11 +79,12 @@ def images_with_masks(
     rows = [int(row) for row in usable if folder.has(keys[row])][:limit]
     if not rows:
         example = folder.path(keys[int(usable[0])]) if len(usable) else f"{root}/KEY.png"
+        hint = folder.form_hint(keys[int(row)] for row in usable)
         raise ImagesError(
-            f"{root}: no mask matches any of the cache's {len(usable)} images; expected PNG files "
-            f"named by their keys, such as {example}"
+            f"{root}: no mask matches any of the cache's {len(usable)} images{hint}; expected "
+            f"PNG files named by their keys, such as {example}"
         )
-    sizes = _image_sizes(cache, rows, images)
+    sizes = _image_sizes(cache, rows, images, reading)
     if None in sizes:
         print(
             f"warning: the cache does not record the size of {sizes.count(None)} of the "
@@ -134,7 +137,7 @@ def labelled_images(cache: Cache, limit: int | None) -> LabelledRows:
 
 
 def _image_sizes(
-    cache: Cache, rows: Sequence[int], images: Path | None
+    cache: Cache, rows: Sequence[int], images: Path | None, reading: ImagesOptions | None
 ) -> list[tuple[int, int] | None]:
     """Return (height, width) of the images, None if unknown.
 
@@ -143,7 +146,7 @@ def _image_sizes(
     """
     content = cache.samples["content_sha256"]
     if images is not None:
-        source = LinkedImages(images, cache.samples["key"], content, cache.view)
+        source = LinkedImages(images, cache.samples["key"], content, cache.view, reading)
         return [source.size(row) for row in rows]
     if IMAGES not in cache.reader.manifest.arrays:
         return [None] * len(rows)

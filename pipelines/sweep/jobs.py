@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Protocol
 
 from dtcache.errors import ConfigError, DtcacheError, TrainingError, one_line
-from dtcache.options import EvaluateOptions, ExtractOptions, LabelFitOptions, LabelWriteOptions
+from dtcache.options import (
+    EvaluateOptions,
+    ExtractOptions,
+    ImagesOptions,
+    LabelFitOptions,
+    LabelWriteOptions,
+)
 from dtcache.recipe import Json
 from dtcache.store.layout import MANIFEST
 from pipelines.sweep.records import Step, finished, perform
@@ -238,4 +244,10 @@ def _evaluate(run: Run, evaluation: Evaluation) -> None:
 
 
 def _lasting(options: Json) -> Json:
-    return {name: value for name, value in options.items() if name not in COMPUTED_ON}
+    # Options of reading images at their defaults equal None: older records have no such options.
+    defaults = asdict(ImagesOptions())
+    return {
+        name: None if name in defaults and value == defaults[name] else value
+        for name, value in options.items()
+        if name not in COMPUTED_ON
+    }

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from dtcache.errors import DtcacheError
+from dtcache.options.images import READING
 from dtcache.options.toml import read_config
 from pipelines.terminal.commands import RUN_GROUP, GroupedOption, verb_of
 from pipelines.terminal.hints import option_hint
@@ -38,7 +39,9 @@ def options_of(options: type) -> Callable[[Callable[..., Any]], Callable[..., An
             chosen = {f.name: values.pop(f.name) for f in dataclasses.fields(options)}
             return command(**values, options=options(**chosen))
 
-        for f in reversed(dataclasses.fields(options)):
+        # The common options of reading images come after the verb's own.
+        ordered = sorted(dataclasses.fields(options), key=lambda f: f.metadata["group"] == READING)
+        for f in reversed(ordered):
             filled = _flag(f, hints[f.name])(filled)
         return click.option(
             "--config",

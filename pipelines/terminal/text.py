@@ -1,5 +1,12 @@
 """Formats sizes, durations and untrusted text for a terminal."""
 
+import re
+
+_UNSAFE = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters except newlines, separators of lines, and marks that reverse a line."""
+
 
 def byte_size(count: float | None) -> str:
     """Return a number of bytes with a unit of 1024s, or a dash for None."""
@@ -26,4 +33,4 @@ def duration(seconds: float) -> str:
 
 def printable(text: str) -> str:
     """Return text whose control characters, which names in a cache may have, are replaced."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -38,10 +38,12 @@ class CachedSource:
         allow: Allowed = "incomplete" if options.allow_incomplete else "nothing"
         self.labels: LabelSet | None = None
         if options.labels is not None:
-            self._cache: Cache = LabelledCache(root, options.labels, options.images, allow=allow)
+            self._cache: Cache = LabelledCache(
+                root, options.labels, options.images, allow=allow, reading=options.reading
+            )
             self.labels = self._cache.labels
         else:
-            self._cache = Cache(root, options.images, allow=allow)
+            self._cache = Cache(root, options.images, allow=allow, reading=options.reading)
         manifest = self._cache.reader.manifest
         if IMAGES not in manifest.arrays and options.images is None:
             raise ConfigError(

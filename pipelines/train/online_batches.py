@@ -20,7 +20,6 @@ from dtcache.codec import TapCodec
 from dtcache.device import Compute
 from dtcache.distributed import Processes
 from dtcache.errors import BadImageError, ConfigError, ImagesError
-from dtcache.images import open_source
 from dtcache.images.decode import decode_view
 from dtcache.labels.label_decoder import LabelDecoder
 from dtcache.options import ExtractOptions, TrainOptions
@@ -29,7 +28,7 @@ from dtcache.store.sample_index import hash_samples
 from dtcache.teacher import TeacherBatch
 from dtcache.whitening import whiten
 from pipelines.extract.plan import ExtractionPlan, check_options, make_plan
-from pipelines.terminal.progress import track
+from pipelines.terminal.open_images import open_images
 from pipelines.train.batch_source import batching
 
 
@@ -96,7 +95,7 @@ class OnlineSource:
         self._processes = processes
         extraction = _teacher_options(options, compute, processes)
         check_options(extraction, None)
-        self._plan = make_plan(open_source(images, track), extraction)
+        self._plan = make_plan(open_images(images, options, shown=processes.rank == 0), extraction)
         spec = self._plan.teacher.spec
         self.view = self._plan.view
         self.names = self._plan.names

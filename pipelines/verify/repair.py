@@ -198,7 +198,7 @@ def _recompute_features(damaged: _Damaged, options: VerifyOptions) -> list[Repai
     except CacheDamagedError as error:
         return damaged.refuse_shards(str(error))
     plan = plan_rows(
-        open_source(options.images, track),
+        open_source(options.images, options, track),
         cache_teacher(root, manifest, options.teacher),
         options_from_recipe(manifest.recipe, options.teacher),
     )

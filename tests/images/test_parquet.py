@@ -1,5 +1,6 @@
 """Parquet rows read as the same bytes, whether held in memory or read in windows."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from dtcache.errors import ImagesError, ImagesNotFoundError
 from dtcache.images import ParquetSource, open_source, parquet
+from dtcache.options import ImagesOptions
 
 RNG = np.random.default_rng(0)
 
@@ -77,7 +79,7 @@ def test_a_path_that_comes_twice_is_refused(tmp_path: Path) -> None:
         ImagesError,
         match=(
             r"two images have the same name 'y': row 1 of \S+a\.parquet and row 1 of "
-            r"\S+b\.parquet; give each row"
+            r"\S+b\.parquet; pass `keys='rows'` to name rows FILE:ROW"
         ),
     ):
         open_source(tmp_path)
@@ -270,3 +272,166 @@ def test_a_containers_memory_counts(
         parquet.os, "sysconf", lambda name: 4096 if "SIZE" in name else (512 << 30) // 4096
     )
     assert parquet.default_held_bytes() == held
+
+
+def images_column(count: int, kind: pa.DataType | None = None) -> pa.Array:
+    """Return a column of `count` images in the Hugging Face layout."""
+    return pa.array(
+        [{"bytes": str(i).encode(), "path": f"{i}.jpg"} for i in range(count)],
+        pa.struct([("bytes", kind or pa.binary()), ("path", pa.string())]),
+    )
+
+
+def hub_metadata(column: str, names: list[str]) -> dict[str, str]:
+    """Return a schema's metadata as Hugging Face's datasets writes it for a ClassLabel."""
+    features = {"image": {"_type": "Image"}, column: {"names": names, "_type": "ClassLabel"}}
+    return {"huggingface": json.dumps({"info": {"features": features}})}
+
+
+def test_class_names_of_the_hub_are_read(tmp_path: Path) -> None:
+    """The names of a ClassLabel are the classes, in their order, and -1 is no class."""
+    table = pa.table({"image": images_column(3), "label": [1, 0, -1]})
+    names = ["zebra", "ant", "cow"]
+    pq.write_table(
+        table.replace_schema_metadata(hub_metadata("label", names)), tmp_path / "a.parquet"
+    )
+    source = open_source(tmp_path)
+    assert (list(source.labels or []), source.classes) == ([1, 0, -1], names)
+    assert source.survey.summary == (
+        "3 images in 2 of 3 classes (zebra, ant), 1 each, 1 without a label"
+    )
+
+
+def test_class_names_must_fit_the_labels_and_each_other(tmp_path: Path) -> None:
+    """A label beyond the names is refused, and so are files that name other classes."""
+    table = pa.table({"image": images_column(2), "label": [0, 1]})
+    for name, names in (("a", ["cat", "dog"]), ("b", ["cat", "frog"])):
+        metadata = hub_metadata("label", names)
+        pq.write_table(table.replace_schema_metadata(metadata), tmp_path / f"{name}.parquet")
+    with pytest.raises(ImagesError, match=r"a\.parquet and \S+b\.parquet name other classes; wri"):
+        open_source(tmp_path)
+    pq.write_table(
+        table.replace_schema_metadata(hub_metadata("label", ["cat"])), tmp_path / "c.parquet"
+    )
+    with pytest.raises(ImagesError, match=r"c\.parquet: expected labels from 0 to 0, .*, got 1"):
+        open_source(tmp_path / "c.parquet")
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected", "classes"),
+    [
+        (["dog", "cat", None, ""], [1, 0, None, None], ["cat", "dog"]),
+        (pa.array(["b", "a", "b", None]).dictionary_encode(), [1, 0, 1, None], ["a", "b"]),
+        (pa.array(["x", "x", "w", "x"], pa.large_string()), [1, 1, 0, 1], ["w", "x"]),
+        (pa.array([0.0, 1.0, float("nan"), None]), [0, 1, None, None], None),
+        (pa.array([0, 2, 1, 0], pa.uint8()).dictionary_encode(), [0, 2, 1, 0], None),
+        (pa.array([True, False, None, True]), [1, 0, None, 1], None),
+    ],
+)
+def test_labels_of_every_writer_are_read(
+    tmp_path: Path, labels: object, expected: list[int | None], classes: list[str] | None
+) -> None:
+    """Text is numbered by its sorted names; categorical, float and boolean labels are integers."""
+    table = pa.table({"image": images_column(4), "label": labels})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = open_source(tmp_path)
+    assert (list(source.labels or []), source.classes) == (expected, classes)
+
+
+def test_text_labels_are_numbered_over_all_files(tmp_path: Path) -> None:
+    """Files of other classes share one numbering; text and numbers together are refused."""
+    for name, labels in (("a", ["dog", "cat"]), ("b", ["ant", "dog"]), ("c", [0, 1])):
+        images = pa.array([{"bytes": b"1", "path": f"{name}{i}"} for i in range(2)])
+        pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / f"{name}.parquet")
+    with pytest.raises(
+        ImagesError, match=r"a\.parquet has class names as labels, \S+c\.parquet numbers"
+    ):
+        open_source(tmp_path)
+    (tmp_path / "c.parquet").unlink()
+    source = open_source(tmp_path)
+    assert (list(source.labels or []), source.classes) == ([2, 1, 0, 2], ["ant", "cat", "dog"])
+
+
+def test_labels_that_are_no_classes_are_left_out(tmp_path: Path) -> None:
+    """Fractions are no labels, which a note says; as the chosen label column they are refused."""
+    pq.write_table(
+        pa.table({"image": images_column(2), "label": [0.5, 1.0]}), tmp_path / "a.parquet"
+    )
+    source = open_source(tmp_path)
+    assert source.labels is None
+    assert source.survey.notes == (
+        "no labels: the column label of a.parquet holds double values, which are neither integers "
+        "nor text",
+    )
+    with pytest.raises(ImagesError, match=r"`label_column` label: expected integers or text, got"):
+        open_source(tmp_path, ImagesOptions(label_column="label"))
+
+
+def test_other_columns_can_be_named(tmp_path: Path) -> None:
+    """The messages name the columns that can be passed, and these are read."""
+    table = pa.table({"img": images_column(2), "fine_label": [1, 0]})
+    metadata = hub_metadata("fine_label", ["a", "b"])
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
+    with pytest.raises(ImagesError, match=r"got columns img, fine_label; pass `image_column='img'"):
+        open_source(tmp_path)
+    source = open_source(tmp_path, ImagesOptions(image_column="img"))
+    assert (source.labels, source.read(1)) == (None, b"1")
+    assert source.survey.notes == (
+        "a.parquet has no column label; pass `label_column` to read fine_label",
+    )
+    chosen = ImagesOptions(image_column="img", label_column="fine_label")
+    source = open_source(tmp_path, chosen)
+    assert (list(source.labels or []), source.classes) == ([1, 0], ["a", "b"])
+    with pytest.raises(ImagesError, match=r"`label_column` x: expected a column of the file, got"):
+        open_source(tmp_path, ImagesOptions(image_column="img", label_column="x"))
+
+
+@pytest.mark.parametrize("held_bytes", [1 << 20, 1])
+@pytest.mark.parametrize(
+    "images",
+    [
+        [b"0", b"1", b"2"],
+        pa.array([b"0", b"1", b"2"], pa.large_binary()),
+        pa.array([b"0", b"1", b"2"], pa.binary_view()),
+        images_column(3, pa.large_binary()),
+        images_column(3, pa.binary_view()),
+    ],
+)
+def test_every_type_of_bytes_is_read(tmp_path: Path, images: object, held_bytes: int) -> None:
+    """Images are binary of any kind, alone or in a struct, held in memory or not."""
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet")
+    source = ParquetSource([tmp_path / "a.parquet"], held_bytes)
+    assert [source.read(i) for i in range(3)] == [b"0", b"1", b"2"]
+    assert [fetch() for _, fetch in source.fetches([2, 0])] == [b"2", b"0"]
+
+
+def test_lists_of_numbers_are_refused(tmp_path: Path) -> None:
+    """Bytes as a list of numbers are refused at the start, with their type."""
+    lists = pa.array([{"bytes": [1, 2], "path": "1"}])
+    pq.write_table(pa.table({"image": lists}), tmp_path / "a.parquet")
+    with pytest.raises(
+        ImagesError, match=r"bytes of the type binary, got list<.*; write the bytes"
+    ):
+        open_source(tmp_path)
+
+
+def test_paths_without_bytes_are_refused(tmp_path: Path) -> None:
+    """A file that only names images is refused; some rows without bytes are told."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": None, "path": f"/data/{i}.jpg"} for i in range(2)]
+    pq.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "a.parquet")
+    with pytest.raises(
+        ImagesError, match=r"image\.bytes is null in every row, only image\.path is set.*embed"
+    ):
+        open_source(tmp_path)
+    rows[0]["bytes"] = b"1"
+    pq.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "a.parquet")
+    assert open_source(tmp_path).survey.notes == ("1 of 2 rows have no bytes and will fail",)
+
+
+def test_rows_can_be_the_names(tmp_path: Path) -> None:
+    """With keys of rows, base names that repeat do not matter."""
+    file = write_parquet(tmp_path / "train-00000-of-00001.parquet", ["1.jpg", "1.jpg"])
+    source = open_source(file, ImagesOptions(keys="rows"))
+    assert list(source.keys) == ["train-00000-of-00001:0", "train-00000-of-00001:1"]
+    assert list(source.labels or []) == [0, 1]

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dtcache.errors import ImagesError, ImagesNotFoundError
@@ -95,6 +97,97 @@ def test_cls_files_are_labels(tmp_path: Path) -> None:
     assert list(source.labels or []) == [7, 0, 0, None]
 
 
+def test_names_with_dots_have_their_own_labels(tmp_path: Path) -> None:
+    """A .cls labels the images whose names continue its stem; the longest stem counts."""
+    members = {
+        f"{name}.{extension}": data
+        for name, data in (("v1.0", b"0"), ("v1.5", b"1"), ("d.x/v1.9", b"2"), ("v2", b"3"))
+        for extension in ("jpg", "cls")
+    }
+    members |= {"v1.7.jpg": b"", "v2.left.png": b"", "v2.right.png": b"", "v2.right.cls": b"4"}
+    members |= {"w.jpg": b"", "w.label.cls": b"5", "gone.cls": b"6", "gone.json": b"{}"}
+    source = open_source(write_tar(tmp_path / "a.tar", members))
+    assert dict(zip(source.keys, source.labels or [], strict=True)) == {
+        "v1.0": 0,
+        "v1.5": 1,
+        "d.x/v1.9": 2,
+        "v2": 3,
+        "v1.7": None,
+        "v2.left": 3,
+        "v2.right": 4,
+        "w": 5,
+    }
+    assert source.survey.summary == (
+        "8 images in 6 classes (0, 1, 2, 3, 4, 5), 1 to 2 each, 1 without a label; left out: "
+        "1 file of another name (.json), 1 label without an image (gone.cls)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            ["a.left.png", "a.0.cls"],
+            r"ambiguous whether a\.left\.png has the label of a\.0\.cls: both share the sample a",
+        ),
+        (["a.jpg", "a.0.cls", "a.1.cls"], r"a\.jpg has the label of a\.0\.cls and a\.1\.cls"),
+    ],
+)
+def test_ambiguous_labels_are_refused(tmp_path: Path, members: list[str], message: str) -> None:
+    """An image and a label that share a sample, but not a stem, are refused with both names."""
+    path = write_tar(tmp_path / "a.tar", dict.fromkeys(members, b"1"))
+    with pytest.raises(ImagesError, match=message):
+        open_source(path)
+
+
+@pytest.mark.parametrize("second", [b"0", b"1"])
+def test_two_labels_of_one_name_must_agree(tmp_path: Path, second: bytes) -> None:
+    """Two .cls files of one name are refused with both labels, unless they are equal."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in (("1.jpg", b"x"), ("1.cls", b"0"), ("./1.cls", second)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    if second == b"0":
+        assert list(open_source(path).labels or []) == [0]
+        return
+    with pytest.raises(
+        ImagesError,
+        match=r"two files 1\.cls, with the labels 0 at byte 1024 and 1 at byte 2048; leave one",
+    ):
+        open_source(path)
+
+
+def test_hidden_members_are_left_out(tmp_path: Path) -> None:
+    """Members that a Mac or a hidden folder adds are counted, whether they are images or not."""
+    names = ("./1.jpg", "./._1.jpg", "__MACOSX/1.jpg", "a/.thumbs/2.png", ".DS_Store", "a/./3.png")
+    source = open_source(write_tar(tmp_path / "a.tar", dict.fromkeys(names, b"")))
+    assert list(source.keys) == ["1", "a/./3"]
+    assert source.survey.summary == (
+        "2 images without labels; left out: 4 hidden names (._1.jpg, __MACOSX/1.jpg, "
+        "a/.thumbs/2.png, ...)"
+    )
+
+
+def test_a_second_archive_in_a_tar_is_refused(tmp_path: Path) -> None:
+    """Joined tars are refused with the second one's place; other bytes after the end are told."""
+    first = write_tar(tmp_path / "1.tar", {"a.jpg": b"1"})
+    second = write_tar(tmp_path / "2.tar", {"b.jpg": b"2"})
+    size = first.stat().st_size
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(first.read_bytes() + bytes(3 << 20) + second.read_bytes())
+    with pytest.raises(
+        ImagesError, match=rf"got several: another one starts at byte {size + (3 << 20)}; unpack"
+    ):
+        open_source(joined)
+    joined.write_bytes(first.read_bytes() + b"signature")
+    assert open_source(joined).survey.summary == (
+        f"1 image without labels; left out: 1 tar with bytes after its end (joined.tar from byte "
+        f"{size})"
+    )
+
+
 def test_a_sample_is_named_up_to_the_first_dot() -> None:
     """Members are grouped as in WebDataset; dots in folder names do not count."""
     assert [group_of(name) for name in ("a.jpg", "v1.5/a.b.png", "x/y")] == ["a", "v1.5/a", "x/y"]
@@ -155,14 +248,17 @@ def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
         (special("a.jpg", tarfile.LNKTYPE, "good.jpg"), r"'a\.jpg' is a link"),
         (special("a.jpg", tarfile.FIFOTYPE), r"'a\.jpg' is no file"),
         (special("a.jpg", tarfile.GNUTYPE_SPARSE), r"'a\.jpg' is a sparse file"),
-        (tarfile.TarInfo("/etc/a.jpg"), r"expected printable relative paths, got '/etc/a\.jpg'"),
+        (
+            tarfile.TarInfo("/etc/a.jpg"),
+            r"expected relative UTF-8 paths without control characters, got '/etc/a\.jpg'",
+        ),
         (
             tarfile.TarInfo("x/../../a.jpg"),
-            r"expected printable relative paths, got 'x/\.\./\.\./a\.jpg'",
+            r"expected relative UTF-8 paths without control characters, got 'x/\.\./\.\./a\.jpg'",
         ),
         (
             tarfile.TarInfo("x\033[2J.jpg"),
-            r"expected printable relative paths, got 'x\\x1b\[2J\.jpg'",
+            r"expected relative UTF-8 paths without control characters, got 'x\\x1b\[2J\.jpg'",
         ),
     ],
 )
@@ -310,7 +406,7 @@ def test_labels_that_are_no_index_are_refused(tmp_path: Path, text: bytes) -> No
 def test_tars_without_images_are_refused(tmp_path: Path) -> None:
     """A tar without images is refused with the extensions of images."""
     with pytest.raises(
-        ImagesNotFoundError, match=r"no images in \S+a\.tar: expected files ending in \.bmp"
+        ImagesNotFoundError, match=r"no images in \S+a\.tar: expected files ending in \.apng"
     ):
         open_source(write_tar(tmp_path / "a.tar", {"a.txt": b"1"}))
 
@@ -320,7 +416,8 @@ def test_tars_beside_other_images_are_refused(tmp_path: Path, beside: str) -> No
     """A folder with two kinds of images is refused, so that neither is silently ignored."""
     write_tar(tmp_path / "a.tar", {"a.jpg": b"1"})
     (tmp_path / beside).parent.mkdir(exist_ok=True)
-    (tmp_path / beside).touch()
+    image = pa.array([{"bytes": b"1", "path": "1"}])
+    pq.write_table(pa.table({"image": image}), tmp_path / beside)
     with pytest.raises(ImagesError, match=rf"expected one kind of images, got a\.tar and {beside}"):
         open_source(tmp_path)
 

@@ -154,7 +154,7 @@ def make_assignment(
         "fingerprint": manifest.fingerprint,
         "images": str(images.absolute()),
         "threads": threads,
-        "options": asdict(resolved),
+        "options": asdict(resolved) | asdict(options.reading),
     }
     return canonical_json(body).decode()
 

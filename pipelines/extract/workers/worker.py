@@ -84,9 +84,10 @@ def _load(assignment: Json) -> ShardRunner:
     values: Json = {
         name: tuple(v) if isinstance(v, list) else v for name, v in assignment["options"].items()
     }
+    options = ExtractOptions(**values)
     plan = make_plan(
-        open_source(Path(assignment["images"])),
-        ExtractOptions(**values),
+        open_source(Path(assignment["images"]), options),
+        options,
         begun=BegunCache(root=root, manifest=manifest),
     )
     # The options came from the recipe: only the teacher and the images can differ.

@@ -55,7 +55,7 @@ def write_cache_page(
 
     Raises ConfigError if the page would be too large, and DiskError.
     """
-    cache = Cache(root, options.images, allow="damage")
+    cache = Cache(root, options.images, allow="damage", reading=options.reading)
     statistics = report["statistics"]
     rows = chosen_rows(cache, options)
     shown = galleries(cache, rows, options.gallery, remeasured)

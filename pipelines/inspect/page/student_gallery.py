@@ -12,6 +12,7 @@ from dtcache.device import configure_process, resolve_compute
 from dtcache.errors import CacheDamagedError, CacheMismatchError, ConfigError, one_line
 from dtcache.losses.objective import LABEL_TARGET
 from dtcache.options import InspectOptions, TrainOptions
+from dtcache.options.images import READING_NAMES
 from dtcache.recipe import Json
 from dtcache.store.reader import Allowed
 from dtcache.student import Student
@@ -38,7 +39,7 @@ def student_gallery(root: Path, report: Json, cache_root: Path, options: Inspect
     CacheDamagedError if there is no readable checkpoint.
     """
     recorded = report["options"]
-    cache = _open_cache(root, recorded, cache_root, options.images)
+    cache = _open_cache(root, recorded, cache_root, options)
     train_options = _train_options(recorded)
     names = feature_names(cache, train_options)
     usable = cache.reader.usable_rows[: train_options.limit]
@@ -81,7 +82,7 @@ def student_gallery(root: Path, report: Json, cache_root: Path, options: Inspect
     )
 
 
-def _open_cache(root: Path, recorded: Json, cache_root: Path, images: Path | None) -> Cache:
+def _open_cache(root: Path, recorded: Json, cache_root: Path, options: InspectOptions) -> Cache:
     """Open the cache of a run. Raises ConfigError or CacheMismatchError if it is another one."""
     if "cache" not in recorded:
         raise ConfigError(
@@ -89,7 +90,7 @@ def _open_cache(root: Path, recorded: Json, cache_root: Path, images: Path | Non
             "leave it out"
         )
     allow: Allowed = "incomplete" if recorded.get("allow_incomplete") else "nothing"
-    cache = Cache(cache_root, images, allow=allow)
+    cache = Cache(cache_root, options.images, allow=allow, reading=options.reading)
     identity = cache_identity(cache)
     if any(recorded.get(name) != value for name, value in identity.items()):
         raise CacheMismatchError(
@@ -102,7 +103,9 @@ def _open_cache(root: Path, recorded: Json, cache_root: Path, images: Path | Non
 def _train_options(recorded: Json) -> TrainOptions:
     """Return a run's recorded options, without those that this version does not know."""
     known = {f.name for f in dataclasses.fields(TrainOptions)}
-    values = {name: value for name, value in recorded.items() if name in known and name != "images"}
+    # The images, and how they were read, are those of this command.
+    known -= {"images", *READING_NAMES}
+    values = {name: value for name, value in recorded.items() if name in known}
     try:
         return TrainOptions(**values)
     except TypeError as error:

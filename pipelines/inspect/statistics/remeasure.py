@@ -72,7 +72,7 @@ def remeasure(root: Path, where: str, options: InspectOptions) -> Remeasured:
     Raises CacheDamagedError if no sample can be read, TeacherError if `where` is a different
     teacher, and ConfigError if neither the cache nor `options.images` has the images.
     """
-    cache = Cache(root, options.images, allow="damage")
+    cache = Cache(root, options.images, allow="damage", reading=options.reading)
     manifest = cache.reader.manifest
     rows = chosen_rows(cache, options)[:MOST_ROWS]
     decoded = {}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,13 +127,51 @@ def test_images_without_labels_are_refused(shelf: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ImagesError,
         match=(
-            r"other: expected the classes of .*train, got others: only one of the two has "
-            r"grey, red"
+            r"other: expected the classes of .*train, the first list, got others: only the first "
+            r"has red and only the second has grey\. Labels"
         ),
     ):
         split_labelled(options_for(shelf, test=other))
     with pytest.raises(ImagesNotFoundError, match=r"nowhere does not exist"):
         split_labelled(options_for(shelf, test=tmp_path / "nowhere"))
+
+
+def test_class_names_of_both_sets_are_compared(
+    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names recorded in Parquet are compared with folders; a warning if only one side has names."""
+    sink = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(sink, "PNG")
+    image = pa.array([{"bytes": sink.getvalue(), "path": f"{i}"} for i in range(2)])
+    table = pa.table({"image": image, "label": [0, 1]})
+    for names, message in (
+        (["red", "blue"], r"both have the same names in another order: blue is class 0 in one an"),
+        (["blue", "red", "grey"], r"got others: only the second has grey\. Labels are numbers"),
+    ):
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "test.parquet")
+        with pytest.raises(ImagesError, match=message):
+            split_labelled(options_for(shelf, test=tmp_path / "test.parquet"))
+    pq.write_table(table, tmp_path / "test.parquet")
+    _, test = split_labelled(options_for(shelf, test=tmp_path / "test.parquet"))
+    assert len(test.indices) == 2
+    assert (
+        "test.parquet names no classes: its labels are taken as numbers of the classes of "
+        in capsys.readouterr().err
+    )
+
+
+def test_each_set_has_its_own_split(tmp_path: Path) -> None:
+    """The options split and test_split choose the files of the training and the test images."""
+    for split in ("train", "test"):
+        image = pa.array([{"bytes": b"1", "path": split}])
+        pq.write_table(pa.table({"image": image, "label": [0]}), tmp_path / f"{split}.parquet")
+    options = EvaluateOptions(train=tmp_path, test=tmp_path, split="train", test_split="test")
+    train, test = split_labelled(options)
+    assert (list(train.source.keys), list(test.source.keys)) == (["train"], ["test"])
+    with pytest.raises(ConfigError, match=r"`test_split` test: expected `test` with it; pass bo"):
+        EvaluateOptions(train=tmp_path, test_split="test")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,190 @@
+"""What a source read and what it left out, in one line and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import pyarrow.compute as pc
+
+from dtcache.class_names import misnumbered
+from dtcache.names import differ_in_form, normal_form, shown
+from dtcache.recipe import Json
+from dtcache.samples import Column
+
+MAX_LISTED = 10
+"""Most classes that the line lists."""
+MAX_EXAMPLES = 3
+"""Examples of each reason."""
+SPLITS = frozenset(
+    ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
+)
+"""Usual names of the splits of a data set."""
+
+
+class Reason(Enum):
+    """Why a file, a link or a member is no image: one of them, and several."""
+
+    LINKED_FOLDER = ("link to a folder", "links to folders")
+    CIRCLE = ("link to a folder around it", "links to folders around them")
+    NOWHERE = ("link to nowhere", "links to nowhere")
+    HIDDEN = ("hidden name", "hidden names")
+    OTHER = ("file of another name", "files of other names")
+    SPECIAL = ("special file", "special files")
+    METADATA = ("Parquet file without images", "Parquet files without images")
+    BESIDE = ("image file beside Parquet files", "image files beside Parquet files")
+    SPLIT = ("file of another split", "files of other splits")
+    LABEL = ("label without an image", "labels without an image")
+    TRAILING = ("tar with bytes after its end", "tars with bytes after their end")
+
+
+class LeftOut:
+    """Counts what a listing leaves out, with a few distinct examples of each reason."""
+
+    def __init__(self) -> None:
+        self.counts: dict[Reason, int] = {}
+        self.examples: dict[Reason, list[str]] = {}
+
+    def add(self, reason: Reason, example: str) -> None:
+        """Count one more; for files of other names, the example is their extension, if any."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) <= MAX_EXAMPLES and shown(example) not in examples:
+            examples.append(shown(example))
+
+    def add_other(self, name: str) -> None:
+        """Count a file whose name is not that of an image."""
+        stem, dot, extension = name.rpartition("/")[2].rpartition(".")
+        self.add(Reason.OTHER, f".{extension.lower()}" if stem and dot else name)
+
+    def __str__(self) -> str:
+        """Return the counts as text, such as `3 links to folders (a, b, c)`; empty for none."""
+        texts = []
+        for reason in Reason:
+            count = self.counts.get(reason)
+            if count is not None:
+                listed = self.examples[reason]
+                more = ", ..." if len(listed) > MAX_EXAMPLES else ""
+                examples = ", ".join(listed[:MAX_EXAMPLES]) + more
+                texts.append(f"{count} {reason.value[count > 1]} ({examples})")
+        return ", ".join(texts)
+
+    @property
+    def remedy(self) -> str:
+        """The option that reads what was left out, as the end of a sentence; empty if none does."""
+        return (
+            "; `follow_links` reads links to folders" if Reason.LINKED_FOLDER in self.counts else ""
+        )
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a name, without folders, is hidden or what a Mac adds to an archive."""
+    return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survey:
+    """What a source holds: images, classes, and what was left out."""
+
+    num_images: int
+    class_names: tuple[str, ...] | None
+    class_counts: dict[int, int]
+    """Images by label, ascending; a negative label is none."""
+    left_out: LeftOut
+    notes: tuple[str, ...]
+    """Sentences about labels that a user may not expect; they name options in backticks."""
+
+    @property
+    def summary(self) -> str:
+        """The survey in one line: images, classes, and what was left out."""
+        left_out = (
+            f"; left out: {self.left_out}{self.left_out.remedy}" if self.left_out.counts else ""
+        )
+        plural = "" if self.num_images == 1 else "s"
+        return f"{self.num_images} image{plural} {self._classes()}{left_out}"
+
+    def _classes(self) -> str:
+        counts = self.class_counts
+        if not counts:
+            return "without labels"
+        total = len(self.class_names) if self.class_names is not None else len(counts)
+        names = [self._name(label) for label in counts]
+        listed = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
+        of_total = f" of {total}" if total != len(counts) else ""
+        low = min(counts.values())
+        high = max(counts.values())
+        each = f", {low} each" if low == high else f", {low} to {high} each"
+        each = each if len(counts) > 1 else ""
+        text = f"in {len(counts)}{of_total} class{'es' if total != 1 else ''} ({listed}){each}"
+        unlabelled = self.num_images - sum(counts.values())
+        return f"{text}, {unlabelled} without a label" if unlabelled else text
+
+    def _name(self, label: int) -> str:
+        return shown(self.class_names[label]) if self.class_names is not None else str(label)
+
+    def to_json(self) -> Json:
+        """Return the survey as JSON values, for the log of an extraction."""
+        return {
+            "summary": self.summary,
+            "notes": list(self.notes),
+            "images": self.num_images,
+            "labelled": sum(self.class_counts.values()),
+            "left_out": {
+                reason.value[1]: {
+                    "count": count,
+                    "examples": self.left_out.examples[reason][:MAX_EXAMPLES],
+                }
+                for reason, count in self.left_out.counts.items()
+            },
+        }
+
+
+def survey(
+    keys: Column[str],
+    labels: Column[int | None] | None,
+    classes: Sequence[str] | None,
+    left_out: LeftOut,
+    notes: Sequence[str] = (),
+) -> Survey:
+    """Return the survey of a source, with notes about classes that are often not meant."""
+    counts: dict[int, int] = {}
+    if labels is not None:
+        values = pc.value_counts(labels.arrow).to_pylist()
+        counts = {
+            int(entry["values"]): int(entry["counts"])
+            for entry in sorted(values, key=lambda e: -1 if e["values"] is None else e["values"])
+            if entry["values"] is not None and entry["values"] >= 0
+        }
+    return Survey(
+        num_images=len(keys),
+        class_names=tuple(classes) if classes is not None else None,
+        class_counts=counts,
+        left_out=left_out,
+        notes=(*notes, *(_class_notes(classes) if classes is not None else ())),
+    )
+
+
+def _class_notes(classes: Sequence[str]) -> list[str]:
+    notes = []
+    splits = [name for name in classes if name.lower() in SPLITS]
+    if len(splits) > 1:
+        notes.append(
+            f"the classes {' and '.join(splits)} have the names of splits; if they are splits, "
+            "pass the folder of one of them"
+        )
+    numbered = misnumbered(classes)
+    if numbered is not None:
+        name, label = numbered
+        notes.append(
+            f"the classes are named by numbers, but labels are positions in the sorted names: "
+            f"class {name} has label {label}; pad the names with zeros to make both equal"
+        )
+    by_form: dict[str, str] = {}
+    for name in classes:
+        other = by_form.setdefault(normal_form(name), name)
+        if differ_in_form(name, other):
+            notes.append(
+                f"two classes are named {shown(name)}, in different Unicode forms (NFC and NFD); "
+                "rename one of them if they are one class"
+            )
+            break
+    return notes
