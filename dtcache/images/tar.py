@@ -196,10 +196,10 @@ class TarIndex:
             if stem not in stems:
                 loose.setdefault(group_of(stem), []).append(stem)
         used = set()
-        found: list[int | None] = []
+        image_labels: list[int | None] = []
         for name, key in zip(names, self.keys, strict=True):
-            stem = _longest_prefix(key, labels)
-            if stem is None:
+            label_stem = _longest_prefix(key, labels)
+            if label_stem is None:
                 candidates = loose.get(group_of(name), [])
                 others = [other for other in candidates if not other.startswith(f"{key}.")]
                 if others or len(candidates) > 1:
@@ -209,13 +209,12 @@ class TarIndex:
                         f"both share the sample {group_of(name)}, but expected {key}.cls; rename "
                         "the label and pack the tar again"
                     )
-                stem = candidates[0] if candidates else None
-            used.add(stem)
-            found.append(labels[stem] if stem is not None else None)
-        for stem in labels:
-            if stem not in used:
-                self._left_out.add(Reason.LABEL, f"{stem}.cls")
-        return found
+                label_stem = candidates[0] if candidates else None
+            used.add(label_stem)
+            image_labels.append(labels[label_stem] if label_stem is not None else None)
+        for unused in sorted(labels.keys() - used):
+            self._left_out.add(Reason.LABEL, f"{unused}.cls")
+        return image_labels
 
 
 def group_of(name: str) -> str:

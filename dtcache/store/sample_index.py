@@ -259,8 +259,12 @@ def damaged_objects(root: Path, sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def read_failures(path: Path) -> list[FailedSample]:
+    """Return the failed samples of an index file (see `failed_samples`)."""
+    return failed_samples(read_table(path))
+
+
+def failed_samples(table: pa.Table) -> list[FailedSample]:
     """Return the samples of an index that have a row but no features, in row order."""
-    table = read_table(path)
     rows = zip(
         table["row"].to_pylist(),
         table["key"].to_pylist(),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from dtcache.errors import CacheDamagedError, CacheFormatError
@@ -30,7 +31,13 @@ from dtcache.store.layout import (
     SHARDS,
 )
 from dtcache.store.manifest import CacheManifest, look_at, read_manifest
-from dtcache.store.sample_index import damaged_objects, read_failures, read_objects, read_table
+from dtcache.store.sample_index import (
+    damaged_objects,
+    failed_samples,
+    read_failures,
+    read_objects,
+    read_table,
+)
 
 INDEX = (MANIFEST, SAMPLES, SHARDS, PROMPT)
 SCHEMA = 1
@@ -63,7 +70,8 @@ class _Progress:
 
 
 def _describe(root: Path, manifest: CacheManifest) -> Json:
-    progress = _progress(root, manifest)
+    samples = read_table(root / SAMPLES)
+    progress = _progress(root, manifest, samples)
     files = _file_sizes(root)
     recipe = manifest.recipe
     num_done = manifest.num_samples - progress.num_missing - len(progress.failures)
@@ -110,15 +118,15 @@ def _describe(root: Path, manifest: CacheManifest) -> Json:
         "damaged": progress.damaged,
         "labels": _label_sets(root, files, parts["coefficients"] + parts["codec"]),
         "classes": list(manifest.classes) if manifest.classes is not None else None,
-        "class_counts": _class_counts(root, manifest),
+        "class_counts": _class_counts(samples, manifest),
         "source": _source(root),
         "recipe": recipe,
     }
 
 
-def _class_counts(root: Path, manifest: CacheManifest) -> dict[str, int] | None:
+def _class_counts(samples: pa.Table, manifest: CacheManifest) -> dict[str, int] | None:
     """Return the images per class, failed ones too, by name or else number; None without labels."""
-    labels = read_table(root / SAMPLES)["label"].drop_null()
+    labels = samples["label"].drop_null()
     if not len(labels):
         return None
     counts = sorted((c["values"], c["counts"]) for c in pc.value_counts(labels).to_pylist())
@@ -138,11 +146,11 @@ def _source(root: Path) -> Json | None:
     return source if isinstance(source, dict) else None
 
 
-def _progress(root: Path, manifest: CacheManifest) -> _Progress:
+def _progress(root: Path, manifest: CacheManifest, samples: pa.Table) -> _Progress:
     """Read the indices of a sealed cache, or the commit records of an unfinished one."""
     if manifest.state == "sealed":
         sizes = {path: size for path, size, _ in read_objects(root)}
-        failures = read_failures(root / SAMPLES)
+        failures = failed_samples(samples)
         sums = manifest.sums
     else:
         records = [record for _, record in sorted(read_commits(root).items())]

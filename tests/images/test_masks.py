@@ -231,3 +231,14 @@ def test_scenes_come_with_masks_that_open(tmp_path: Path) -> None:
         item = scene(3, index, 32)
         key = f"{CLASSES[item.label]}/{index:06d}.png"
         assert np.array_equal(folder.load(key, ViewSpec(height=32, width=32), (32, 32)), item.mask)
+
+
+def test_masks_in_another_unicode_form_are_told(tmp_path: Path) -> None:
+    """A mask whose name has another Unicode form than its image's is found for the error."""
+    (tmp_path / "caf\u00e9.png").touch()
+    folder = open_masks(tmp_path)
+    assert folder.form_hint(["a.jpg", "cafe\u0301.jpg"]) == (
+        " (the mask of cafe\u0301.jpg has the Unicode form NFC, its image another one; rename the "
+        "masks)"
+    )
+    assert folder.form_hint(["a.jpg", "caf\u00e9.jpg"]) == ""

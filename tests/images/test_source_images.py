@@ -107,3 +107,12 @@ def test_images_come_from_every_kind_of_source(
     )
     for row, name in enumerate(("2", "0")):
         np.testing.assert_array_equal(images.pixels(row), decode_view(contents[name], VIEW)[0])
+
+
+def test_names_in_another_unicode_form_are_told(folder: Path) -> None:
+    """If images are missing only because of the Unicode form of their names, the error says so."""
+    (folder / "0.png").rename(folder / "caf\u00e9.png")
+    with pytest.raises(
+        ImagesError, match=r"such as cafe\u0301\.png \(they have this name in another Unicode form"
+    ):
+        link(folder, ["1.png", "cafe\u0301.png"], [b"a" * 32, b"b" * 32])

@@ -141,3 +141,12 @@ def test_a_new_class_shifts_the_labels_after_it() -> None:
         "cache, "
         "2 now)"
     )
+
+
+def test_renamed_unicode_forms_are_told() -> None:
+    """Names that changed from one Unicode form to another are neither added nor removed."""
+    was = samples_table(["caf\u00e9.jpg", "b.jpg"], [0, 1])
+    now = SampleList(["cafe\u0301.jpg", "b.jpg"], [0, 1], np.array([0, 1]))
+    assert changed_samples(was, now) == (
+        "1 image was renamed (first cafe\u0301.jpg), from one Unicode form to another"
+    )

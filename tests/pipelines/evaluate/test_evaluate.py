@@ -2,7 +2,6 @@
 
 import io
 import json
-import json
 from dataclasses import replace
 from pathlib import Path
 

@@ -94,6 +94,30 @@ def test_inspect_tells_what_is_there(cache: Path) -> None:
     assert all(0 < t["relative_mse"] < 2 for t in report["taps"])
 
 
+def test_the_images_are_told_and_logged(
+    cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """Extract says what it read; log and inspect have the same line, the manifest has not."""
+    (tmp_path / "images").mkdir()
+    for folder in scene_folder.iterdir():
+        (tmp_path / "images" / folder.name).symlink_to(folder)
+    (tmp_path / "images" / "notes.txt").touch()
+    refused = extract(tmp_path / "images", teacher_dir, tmp_path / "cache")
+    assert "links to folders" in refused.output
+    assert "--follow-links reads links to folders" in refused.output
+    again = extract(tmp_path / "images", teacher_dir, cache, "--follow-links")
+    assert again.exit_code == 0, again.output
+    assert "1 file of another name (.txt)" in again.stderr
+    log = json.loads((cache / "extraction.log.json").read_bytes())
+    report = inspect(cache)
+    assert report["source"] == log["images"]
+    assert log["images"]["summary"].startswith("40 images in ")
+    assert sum(report["class_counts"].values()) == log["images"]["labelled"] == 40
+    assert "left_out" not in (cache / "manifest.json").read_text()
+    shown = " ".join(run("inspect", cache).output.split())
+    assert f"read: {log['images']['summary']}" in shown
+
+
 def test_inspect_without_json_fits_a_narrow_terminal(cache: Path) -> None:
     """The table names the ratio and every tap, in at most 80 columns."""
     result = run("inspect", cache)

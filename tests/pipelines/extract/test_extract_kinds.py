@@ -321,6 +321,22 @@ def test_images_without_labels_cannot_be_told(scene_folder: Path, tmp_path: Path
     assert "--condition label: the images have no labels; pass a folder with" in refused.output
 
 
+def test_classes_named_by_other_numbers_are_refused(scene_folder: Path, tmp_path: Path) -> None:
+    """A folder 7 whose label is 1 would condition on another class; 0 and 1 get a warning."""
+    save_class_unet(tmp_path / "adm")
+    image = next(scene_folder.rglob("*.png"))
+    for name in ("0", "7"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        shutil.copy(image, tmp_path / "images" / name)
+    asked = ("--condition", "label", "--taps", "2,4", "--quality", "fp16", "--dry-run")
+    refused = extract(tmp_path / "images", tmp_path / "adm", tmp_path / "cache", *asked)
+    assert refused.exit_code == 1
+    assert "Error: --condition label: class 7 has label 1: labels are positions" in refused.output
+    (tmp_path / "images" / "7").rename(tmp_path / "images" / "1")
+    told = succeeded(extract(tmp_path / "images", tmp_path / "adm", tmp_path / "cache", *asked))
+    assert "warning: the images have 2 classes, the teacher 8: the teacher is" in told.stderr
+
+
 def test_the_recipe_of_an_unconditional_teacher_is_the_one_it_was() -> None:
     """An unconditional recipe has no later field, so its hash is the golden cache's."""
     from store.builders import tiny_plan
