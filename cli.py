@@ -23,7 +23,7 @@ from dtcache.options import (
 )
 from pipelines.terminal.commands import WRITES_NOTHING, Group, in_command_words
 from pipelines.terminal.field_names import in_flags
-from pipelines.terminal.flags import JSON_FLAG, PATH, options_of, out_flag, print_json
+from pipelines.terminal.flags import JSON_FLAG, NO_LOCK_FLAG, PATH, options_of, out_flag, print_json
 from pipelines.terminal.text import printable
 
 TRY = "Try it"
@@ -54,6 +54,7 @@ def main() -> None:
     show_default=True,
     help="Folder for all outputs.",
 )
+@NO_LOCK_FLAG
 @options_of(DemoOptions)
 def demo(out: Path, options: DemoOptions) -> None:
     """Run all stages on generated scenes, offline.
@@ -123,6 +124,7 @@ def teacher() -> None:
 @teacher.command("train", resumes=True)
 @click.argument("images", type=PATH)
 @out_flag("Folder of the teacher. A run in this folder is resumed.")
+@NO_LOCK_FLAG
 @options_of(TeachOptions)
 def teacher_train(images: Path, out: Path, options: TeachOptions) -> None:
     """Train an unconditional DDPM on IMAGES (stage 0).
@@ -183,6 +185,7 @@ def teacher_show(where: str, as_json: bool, options: TeacherShowOptions) -> None
 @teacher.command("convert")
 @click.argument("checkpoint", type=PATH)
 @out_flag("Folder of the teacher: a new or empty one, or one with this same conversion.")
+@NO_LOCK_FLAG
 @options_of(ConvertOptions)
 def teacher_convert(checkpoint: Path, out: Path, options: ConvertOptions) -> None:
     """Convert an OpenAI ADM checkpoint to a teacher.
@@ -207,6 +210,7 @@ def teacher_convert(checkpoint: Path, out: Path, options: ConvertOptions) -> Non
     is_flag=True,
     help="Run two batches, print an estimate of time, bytes and memory, and write nothing.",
 )
+@NO_LOCK_FLAG
 @options_of(ExtractOptions)
 @click.pass_context
 def extract(
@@ -275,6 +279,7 @@ def inspect(paths: tuple[Path, ...], as_json: bool, options: InspectOptions) -> 
 @main.command(section=CACHE)
 @click.argument("cache", type=PATH)
 @JSON_FLAG
+@NO_LOCK_FLAG
 @options_of(VerifyOptions)
 @click.pass_context
 def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOptions) -> None:
@@ -336,6 +341,7 @@ def label() -> None:
 @label.command("fit")
 @click.argument("cache", type=PATH)
 @out_flag("New folder of the interpreter.")
+@NO_LOCK_FLAG
 @options_of(LabelFitOptions)
 def label_fit(cache: Path, out: Path, options: LabelFitOptions) -> None:
     """Train an interpreter of CACHE's features.
@@ -359,6 +365,7 @@ def label_fit(cache: Path, out: Path, options: LabelFitOptions) -> None:
 @label.command("write", resumes=True)
 @click.argument("cache", type=PATH)
 @click.argument("interpreter", type=PATH)
+@NO_LOCK_FLAG
 @options_of(LabelWriteOptions)
 def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> None:
     """Write soft labels for every image of CACHE.
@@ -381,6 +388,7 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
 @main.command(section=STUDENT, resumes=True)
 @click.argument("where", metavar="CACHE|IMAGES", type=PATH)
 @out_flag("Folder of the run or runs. A run there is resumed if its options are the same.")
+@NO_LOCK_FLAG
 @options_of(TrainOptions)
 def train(where: Path, out: Path, options: TrainOptions) -> None:
     """Train students (stage 2) on a cache or online.
@@ -457,6 +465,7 @@ def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
 @main.command(section=STUDENT, resumes=True)
 @click.argument("file", metavar="SWEEP.toml", type=PATH)
 @out_flag("Folder of the sweep. A sweep in this folder is resumed.")
+@NO_LOCK_FLAG
 @options_of(SweepOptions)
 @click.pass_context
 def sweep(ctx: click.Context, file: Path, out: Path, options: SweepOptions) -> None:

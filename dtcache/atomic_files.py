@@ -8,22 +8,43 @@ import errno
 import fcntl
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from dtcache.errors import CacheBusyError, DiskError
+from dtcache.errors import CacheBusyError, DiskError, NoLocksWarning
 
 TEMPORARY = ".tmp-"
+NO_LOCK = "DTCACHE_NO_LOCK"
+"""Environment variable: if it is set, no folder is locked. Subprocesses inherit it."""
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+"""Errors by which a file system says that it does not have an operation."""
+SYSTEM_FILES = frozenset({"lost+found", ".DS_Store", "Thumbs.db", "desktop.ini"})
+SYSTEM_PREFIXES = ("._", ".nfs", ".fuse_hidden")
+
+
+def is_system_file(name: str) -> bool:
+    """Return whether file systems and desktops put files or folders of this name anywhere.
+
+    They belong to nobody's cache: dtcache neither counts nor removes them.
+    """
+    return name in SYSTEM_FILES or name.startswith(SYSTEM_PREFIXES)
 
 
 def fsync_folder(folder: Path) -> None:
-    """Fsync a folder, so that the names in it are durable. Raises DiskError."""
+    """Fsync a folder, so that the names in it are durable. Raises DiskError.
+
+    File systems such as CIFS and some of FUSE cannot fsync a folder; there it is left out.
+    """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
         finally:
             os.close(handle)
     except OSError as error:
@@ -110,12 +131,17 @@ def _disk_error(target: Path, size: int, error: OSError) -> DiskError:
 
 
 class FolderLock:
-    """An exclusive `flock` on `FOLDER/.lock`; the system releases it when the process ends."""
+    """An exclusive `flock` on `FOLDER/.lock`; the system releases it when the process ends.
+
+    Without a lock if the environment variable DTCACHE_NO_LOCK is set, or if the file system has no
+    `flock`, such as Lustre without its mount option, some NFS and some FUSE.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Make the folder if it is missing, and take the lock.
 
-        Raises CacheBusyError if another process holds the lock, and DiskError.
+        Warns with NoLocksWarning if the file system has no locks. Raises CacheBusyError if another
+        process holds the lock, and DiskError.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -123,9 +149,19 @@ class FolderLock:
             self._handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise _disk_error(folder, 0, error) from error
+        if os.environ.get(NO_LOCK):
+            return
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in (*UNSUPPORTED, errno.ENOLCK):
+                message = (
+                    f"{folder}: its file system has no file locks ({error.strerror}), and dtcache "
+                    "goes on without one: write this folder from one process at a time. With "
+                    "`no_lock` (DTCACHE_NO_LOCK=1) this line is left out"
+                )
+                warnings.warn(message, NoLocksWarning, stacklevel=2)
+                return
             os.close(self._handle)
             if error.errno != errno.EWOULDBLOCK:
                 raise _disk_error(folder / ".lock", 0, error) from error

@@ -93,6 +93,10 @@ class DiskError(DtcacheError, OSError):
     """The disk refused a write: it is full, read-only or failing."""
 
 
+class NoLocksWarning(UserWarning):
+    """A folder that is written without a lock, because its file system has none."""
+
+
 class DeviceMemoryError(DtcacheError, MemoryError):
     """A batch that does not fit into the memory of its device."""
 

@@ -88,8 +88,9 @@ class Cache:
         recipe = self.reader.manifest.recipe
         self.view = ViewSpec(**recipe["view"])
         self.names = self.reader.manifest.tap_names
-        self.fit = load_fit(root, self.reader.manifest)
+        self.fit = load_fit(self.reader.root, self.reader.manifest)
         self._host = HostDecoder(self.fit)
+        images = images.resolve() if images is not None else None
         self._source = images
         self._reading = reading
         self.allow = allow

@@ -113,7 +113,7 @@ class LabelledCache(Cache):
         super().__init__(root, images, allow=allow, reading=reading)
         self.labels = LabelSet(self, name)
         self._again = functools.partial(
-            LabelledCache, root, name, images, allow=allow, reading=reading
+            LabelledCache, self.reader.root, name, self._source, allow=allow, reading=reading
         )
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:

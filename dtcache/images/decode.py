@@ -3,7 +3,7 @@
 import functools
 import io
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -119,7 +119,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def open_pixels(data: bytes, formats: Sequence[str], read: Callable[[Image.Image], T]) -> T:
+def open_pixels(data: bytes, formats: tuple[str, ...], read: Callable[[Image.Image], T]) -> T:
     """Return `read` of the opened image; malformed metadata never make it fail.
 
     If opening or reading fails, it is tried again without the file's metadata, except the

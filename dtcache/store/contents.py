@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dtcache.atomic_files import TEMPORARY
+from dtcache.atomic_files import TEMPORARY, is_system_file
 from dtcache.errors import CacheDamagedError
 from dtcache.hashing import file_problem
 from dtcache.store.commits import CommitRecord, ShardObject, commit_files, read_commit
@@ -235,6 +235,8 @@ def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
     for path in sorted(p for p in root.rglob("*") if p.is_symlink() or not p.is_dir()):
         name = path.relative_to(root).as_posix()
         if name in named or name.startswith(sets):
+            continue
+        if any(is_system_file(part) for part in path.relative_to(root).parts):
             continue
         if TEMPORARY in name:
             found[name] = "left by an interrupted run"

@@ -42,6 +42,7 @@ class CacheReader:
         `usable_rows` leaves out their rows. Raises CacheNotFoundError, CacheIncompleteError or
         CacheDamagedError.
         """
+        root = root.resolve()  # a later chdir or a moved link changes nothing
         self.root = root
         self._allow = allow
         self.manifest: CacheManifest

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dtcache.atomic_files import is_system_file
 from dtcache.errors import CacheDamagedError, CacheFormatError
 from dtcache.hashing import read_hashed_json
 from dtcache.recipe import FailedSample, Json, signal_to_noise, tap_name
@@ -184,7 +185,7 @@ def _file_sizes(root: Path) -> dict[str, int]:
     sizes = {}
     for path in root.rglob("*"):
         try:
-            if path.is_file() and path.name != CLUSTER_LOG:
+            if path.is_file() and path.name != CLUSTER_LOG and not is_system_file(path.name):
                 sizes[path.relative_to(root).as_posix()] = path.stat().st_size
         except FileNotFoundError:
             continue

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dtcache.atomic_files import TEMPORARY, disk_errors, fsync_tree, publish, write_file
+from dtcache.atomic_files import (
+    TEMPORARY,
+    disk_errors,
+    fsync_tree,
+    is_system_file,
+    publish,
+    write_file,
+)
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheMismatchError
 from dtcache.hashing import canonical_json, file_sha256, with_own_hash
 from dtcache.recipe import FailedSample, Json, Recipe, Sample
@@ -110,7 +117,7 @@ class CacheWriter:
         files = {
             p.relative_to(root).as_posix(): file_sha256(p)
             for p in sorted((root / DATA).rglob("*"))
-            if p.is_file()
+            if p.is_file() and not is_system_file(p.name)
         }
         table = samples_table((s.key for s in samples), (s.label for s in samples))
         write_file(root / SAMPLES, parquet_bytes(table))
@@ -290,7 +297,9 @@ def require_ours(root: Path) -> None:
     """Raise CacheMismatchError if a folder holds a file that no unfinished cache has."""
     known = {DATA, COMMITS, SAMPLES, MANIFEST, LOG, CLUSTER_LOG, PROMPT, ".lock"}
     foreign = sorted(
-        p.name for p in root.iterdir() if p.name not in known and not p.name.startswith(TEMPORARY)
+        p.name
+        for p in root.iterdir()
+        if p.name not in known and not p.name.startswith(TEMPORARY) and not is_system_file(p.name)
     )
     if foreign:
         raise CacheMismatchError(

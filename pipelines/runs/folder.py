@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from dtcache.atomic_files import disk_errors, write_file
+from dtcache.atomic_files import disk_errors, is_system_file, write_file
 from dtcache.errors import CacheDamagedError, CacheMismatchError
 from dtcache.recipe import Json
 
@@ -40,7 +40,9 @@ def require_same_run(out: Path, identity: Json, volatile: Collection[str]) -> No
     if not path.exists():
         with disk_errors(out):
             files = out.iterdir() if out.exists() else ()
-            foreign = sorted(p.name for p in files if p.name != ".lock")
+            foreign = sorted(
+                p.name for p in files if p.name != ".lock" and not is_system_file(p.name)
+            )
         if foreign:
             raise CacheMismatchError(
                 f"{out} is not empty and holds no run: found {foreign[0]}; pass a new `out`"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtcache.atomic_files import FolderLock, write_file
+from dtcache.atomic_files import FolderLock, is_system_file, write_file
 from dtcache.errors import CacheMismatchError
 from dtcache.options import SweepOptions
 from pipelines.sweep.dispatch import Failure, run_jobs, start_workers
@@ -59,7 +59,8 @@ def planned(path: Path, out: Path) -> Plan:
     """
     plan = plan_sweep(read_sweep(path), out)
     if out.is_dir() and not (out / COPY).is_file():
-        others = sorted(file.name for file in out.iterdir() if file.name != ".lock")
+        names = (file.name for file in out.iterdir())
+        others = sorted(name for name in names if name != ".lock" and not is_system_file(name))
         if others:
             raise CacheMismatchError(
                 f"{out} is not empty and holds no sweep: found {others[0]}; pass a new `out`"

@@ -1,11 +1,14 @@
 """The click classes of all verbs: grouped help, one-line errors with a hint, exit codes, Ctrl-C."""
 
 import sys
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 import click
 
-from dtcache.errors import DtcacheError
+from dtcache.errors import DtcacheError, NoLocksWarning
 from pipelines.terminal.field_names import in_flags
 from pipelines.terminal.hints import hint_for_flag, hint_for_verb, see_help
 from pipelines.terminal.text import printable
@@ -116,7 +119,8 @@ class Group(_OneLineErrors, click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb."""
         try:
-            return super().invoke(ctx)
+            with _one_line_warnings(lambda: self.get_command(ctx, ctx.invoked_subcommand or "")):
+                return super().invoke(ctx)
         except DtcacheError as error:
             verb = self.get_command(ctx, ctx.invoked_subcommand or "")
             raise click.ClickException(in_command_words(error, verb)) from error
@@ -126,6 +130,32 @@ class Group(_OneLineErrors, click.Group):
             advice = "; run the same command again to resume" if resumes else ""
             click.echo(f"\nInterrupted{advice}.", err=True)
             sys.exit(130)
+
+
+@contextmanager
+def _one_line_warnings(command: Callable[[], click.Command | None]) -> Iterator[None]:
+    """Print dtcache's warnings as one line on stderr, and none about the metadata of images."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, NoLocksWarning):
+                text = in_flags(str(message), command())
+                click.echo(f"warning: {printable(text)}", err=True)
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        warnings.filterwarnings("always", category=NoLocksWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 def in_command_words(error: DtcacheError, command: click.Command | None) -> str:

@@ -3,14 +3,17 @@
 import dataclasses
 import functools
 import json
+import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dtcache.atomic_files import NO_LOCK
 from dtcache.errors import DtcacheError
 from dtcache.options.images import READING
 from dtcache.options.toml import read_config
@@ -23,6 +26,37 @@ PATH = click.Path(path_type=Path)
 JSON_FLAG = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout."
 )
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for the time of the block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _no_locks(ctx: click.Context, _: click.Parameter, is_chosen: bool) -> None:
+    if is_chosen:
+        ctx.with_resource(_environment(NO_LOCK, "1"))
+
+
+NO_LOCK_FLAG = click.option(
+    "--no-lock",
+    cls=GroupedOption,
+    group=RUN_GROUP,
+    is_flag=True,
+    expose_value=False,
+    callback=_no_locks,
+    help="Lock no folder. Write each folder from one process at a time.",
+)
+"""The flag of every command that locks the folders that it writes."""
 
 
 def options_of(options: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -232,3 +232,21 @@ def test_a_stack_of_another_tap_is_refused(cache: Cache, tap: str, timestep: int
         ConfigError, match=rf"has no t{timestep or 150}/{tap}, only {FINE}, {COARSE}; pass one"
     ):
         cache.stack(tap, timestep=timestep)
+
+
+def test_paths_are_resolved_at_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Cache
+) -> None:
+    """After a chdir and a moved link, an open cache and its pickle read the same files."""
+    link = tmp_path / "link"
+    link.symlink_to(cache.reader.root)
+    monkeypatch.chdir(tmp_path)
+    opened = Cache(Path("link"))
+    expected = opened.raw(opened.names[0], np.array(GOOD[:2]))
+    link.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    link.symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for again in (opened, pickle.loads(pickle.dumps(opened))):
+        assert again.reader.root == cache.reader.root
+        assert (again.raw(again.names[0], np.array(GOOD[:2])) == expected).all()

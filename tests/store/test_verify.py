@@ -18,7 +18,7 @@ from dtcache.errors import CacheBusyError, CacheFormatError, CacheNotFoundError
 from dtcache.hashing import canonical_json, sha256_json
 from dtcache.store import verify as verify_module
 from dtcache.store.contents import Damage, SamplePlace, read_contents
-from dtcache.store.layout import IMAGES
+from dtcache.store.layout import DATA, IMAGES
 from dtcache.store.sample_index import hash_samples
 from dtcache.store.shard import index_bytes, parse_index
 from dtcache.store.verify import (
@@ -431,3 +431,18 @@ def test_small_and_empty_caches_are_good(tmp_path: Path, what: str) -> None:
     flip(root / f"data.zarr/{FINE}/c.0.0.0", 0)
     [damage] = verify(root).damage
     assert [(s.row, s.view) for s in damage.samples] == [(0, 0)]
+
+
+@pytest.mark.parametrize("state", ["root", "begun"])
+def test_files_of_the_system_are_nobodys(state: str, request: pytest.FixtureRequest) -> None:
+    """Files of file systems and desktops are neither damage, nor listed, nor removed."""
+    root = request.getfixturevalue(state)
+    before = verify(root)
+    (root / "lost+found").mkdir()
+    names = (".DS_Store", "._manifest.json", f"{DATA}/.nfs0001", "lost+found/#12", "Thumbs.db")
+    for name in names:
+        (root / name).write_bytes(b"nobody's")
+    after = verify(root)
+    assert (after.damage, after.unnamed) == (before.damage, before.unnamed) == ((), {})
+    begin(root, tiny_plan())
+    assert all((root / name).read_bytes() == b"nobody's" for name in names)

@@ -1,0 +1,149 @@
+"""Locks and fsyncs on file systems that lack them, and files that belong to nobody."""
+
+import errno
+import fcntl
+import os
+import stat
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from store.builders import begin, tiny_plan
+from support.cli import run
+
+from dtcache.atomic_files import NO_LOCK, FolderLock, fsync_folder, whole_folder, write_file
+from dtcache.errors import CacheMismatchError, DiskError, NoLocksWarning
+from pipelines.runs.folder import claim_run
+
+NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL]
+NO_FSYNC = [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP]
+
+
+def refuse(number: int) -> Callable[..., None]:
+    """Return a function that raises OSError."""
+
+    def call(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def refuse_folders(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Make the fsync of folders, but not of files, raise OSError."""
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    patch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("number", NO_LOCKS, ids=errno.errorcode.get)
+def test_without_flock_a_line_says_so(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system without flock, a folder is written without a lock, with one warning."""
+    monkeypatch.setattr(fcntl, "flock", refuse(number))
+    reason = os.strerror(number)
+    with (
+        pytest.warns(NoLocksWarning, match=rf"its file system has no file locks \({reason}\)"),
+        FolderLock(tmp_path / "cache"),
+    ):
+        pass
+    with pytest.warns(NoLocksWarning), whole_folder(tmp_path / "new") as folder:
+        write_file(folder / "file", b"content")
+    assert (tmp_path / "new" / "file").read_bytes() == b"content"
+
+
+def test_no_lock_goes_on_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the environment variable, no lock is taken and nothing is said, by two holders too."""
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOSYS))
+    monkeypatch.setenv(NO_LOCK, "1")
+    with warnings.catch_warnings(action="error"), FolderLock(tmp_path), FolderLock(tmp_path):
+        pass
+
+
+def test_other_lock_errors_are_disk_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An I/O error of flock is not taken for a file system without locks."""
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.EIO))
+    with pytest.raises(DiskError, match=r"cannot write .*\.lock: Input/output error"):
+        FolderLock(tmp_path)
+
+
+def test_the_command_line_says_it_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verb prints one line that names --no-lock and finishes; with the flag there is no line."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(2):
+        pixels = np.full((8, 8, 3), number, np.uint8)
+        Image.fromarray(pixels).save(images / f"{number}.png")
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
+    refuse_folders(monkeypatch, errno.EINVAL)
+    command = ["teacher", "train", images, "--steps", 0, "--size", 16, "--channels", "32,32"]
+    command += ["--samples", 0, "--device", "cpu"]
+    result = run(*command, "--out", tmp_path / "loud")
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stderr.splitlines() if "lock" in line]
+    assert line.startswith(f"warning: {tmp_path / 'loud'}: its file system has no file locks")
+    assert line.endswith("With --no-lock (DTCACHE_NO_LOCK=1) this line is left out")
+    result = run(*command, "--out", tmp_path / "quiet", "--no-lock")
+    assert result.exit_code == 0, result.output
+    assert "lock" not in result.output
+    assert NO_LOCK not in os.environ
+
+
+@pytest.mark.parametrize("number", NO_FSYNC, ids=errno.errorcode.get)
+def test_a_folder_that_cannot_be_fsynced_is_skipped(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are written where the file system cannot fsync folders."""
+    refuse_folders(monkeypatch, number)
+    write_file(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
+def test_a_failed_fsync_of_a_folder_is_an_error(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An fsync of a folder that fails for another reason is reported."""
+    refuse_folders(monkeypatch, number)
+    with pytest.raises(DiskError, match=os.strerror(number)):
+        fsync_folder(tmp_path)
+
+
+def test_an_fsync_of_a_file_is_never_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that cannot be fsynced is an error, and it does not appear."""
+    monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
+    with pytest.raises(DiskError, match="Invalid argument"):
+        write_file(tmp_path / "file", b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+SYSTEM = ("lost+found", ".DS_Store", "._run.json", ".nfs000000000001", "Thumbs.db")
+
+
+@pytest.mark.usefixtures("no_fsync")
+def test_a_mount_root_is_an_empty_folder(tmp_path: Path) -> None:
+    """Runs and caches begin in a folder that has only files of the system."""
+    for name in SYSTEM:
+        for folder in ("run", "cache"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / name).write_bytes(b"nobody's")
+    claim_run(tmp_path / "run", {"seed": 0}, ())
+    begin(tmp_path / "cache", tiny_plan())
+    for folder in ("run", "cache"):
+        assert all((tmp_path / folder / name).is_file() for name in SYSTEM)
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "run" / "notes.txt").write_bytes(b"mine")
+    with pytest.raises(CacheMismatchError, match=r"holds no run: found notes\.txt"):
+        claim_run(tmp_path / "run", {"seed": 0}, ())
