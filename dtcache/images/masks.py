@@ -52,7 +52,7 @@ class MaskFolder:
         """Return a hint if masks of some of the keys exist under another Unicode form, else ""."""
         for key in islice(keys, HINTED):
             for form in ("NFC", "NFD"):
-                other = unicodedata.normalize(form, key)  # type: ignore[arg-type]
+                other = unicodedata.normalize(form, key)
                 if other != key and self.has(other):
                     return (
                         f" (the mask of {key} has the Unicode form {form}, its image another one; "

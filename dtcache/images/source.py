@@ -154,10 +154,9 @@ def _of_split(
                 f"one of {', '.join(names)}" if names else "no `split`, since no file states one"
             )
             raise ImagesError(f"{path}: `split` {name}: expected {listed}")
-    for name, others in by_split.items():
-        if name not in chosen:
-            for file in others:
-                left_out.add(Reason.SPLIT, file.name)
+    for file in files:
+        if split_of(file.stem) not in chosen:
+            left_out.add(Reason.SPLIT, file.name)
     return [file for file in files if split_of(file.stem) in chosen]
 
 

@@ -176,9 +176,8 @@ def _require_same_classes(options: EvaluateOptions, train: ImageSource, test: Im
                 "in both"
             )
     elif train.classes or test.classes:
-        unnamed, named = options.train, options.test
-        if train.classes:
-            unnamed, named = named, unnamed
+        unnamed = options.test if train.classes else options.train
+        named = options.train if train.classes else options.test
         say(
             f"warning: {unnamed} names no classes: its labels are taken as numbers of the classes "
             f"of {named} ({', '.join((train.classes or test.classes or [])[:5])}, ...)"
