@@ -443,8 +443,8 @@ def export(source: Path, out: Path, options: ExportOptions) -> None:
 def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
     """Evaluate features by k-NN, a probe or segmentation.
 
-    MODEL is a backbone folder, a timm name (random weights), a cache (each tap), or, for
-    classification, the word pixels.
+    MODEL is a backbone folder of dtcache or timm, a timm name (with a tag: pretrained weights;
+    without: random weights), a cache (each tap), or, for classification, the word pixels.
 
     \b
     Example:

@@ -11,6 +11,9 @@ from torch import Tensor, distributed
 from dtcache.device import Compute, resolve_compute
 from dtcache.errors import ConfigError
 
+GROUP = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that describe a group of processes, beside WORLD_SIZE and LOCAL_RANK."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Processes:
@@ -50,11 +53,19 @@ def join_processes(device: str, precision: str) -> tuple[Processes, Compute]:
     """Join the processes of this run: over NCCL on CUDA, over gloo on a CPU.
 
     The launcher sets `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT`. Each
-    process takes the GPU whose number is its `LOCAL_RANK`. Without `LOCAL_RANK` the process is
-    alone. Raises ConfigError if several processes are asked to use one GPU.
+    process takes the GPU whose number is its `LOCAL_RANK`. The process is alone if `WORLD_SIZE` is
+    1 or missing, or if `LOCAL_RANK` is missing: containers and cluster managers set some of these
+    variables without describing a group. Raises ConfigError if the description of a group is
+    incomplete, or if several processes are asked to use one GPU.
     """
-    if "LOCAL_RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return Processes(), resolve_compute(device, precision)
+    if missing := [name for name in GROUP if name not in os.environ]:
+        raise ConfigError(
+            f"the environment names {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), but not "
+            f"{', '.join(missing)}; start the processes with torchrun, or unset WORLD_SIZE to "
+            "train in one"
+        )
     if device.startswith("cuda:"):
         raise ConfigError(
             f"`device` {device}: expected auto, cuda or cpu, as each process takes a GPU of its own"

@@ -108,9 +108,18 @@ class Optimization:
         return {name: value.state_dict() for name, value in self._states().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from `state_dict()`; other entries are ignored."""
+        """Resume from `state_dict()`; other entries are ignored.
+
+        Raises ValueError, KeyError or RuntimeError if the state belongs to other parameters or to
+        another grouping of them.
+        """
         for name, value in self._states().items():
             value.load_state_dict(state[name])
+        for parameter, moments in self._optimizer.state.items():
+            shapes = {tuple(x.shape) for x in moments.values() if isinstance(x, Tensor) and x.ndim}
+            if shapes - {tuple(parameter.shape)}:
+                # torch checks the number of parameters per group, but not their shapes.
+                raise ValueError(f"the optimizer's state of a parameter has the shapes {shapes}")
 
 
 def parameter_groups(network: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -49,6 +49,7 @@ def export(source: Path, out: Path, options: ExportOptions) -> Exported:
     if out.exists():
         raise ConfigError(f"`out` {out}: expected a new folder, got one that exists")
     backbone, size, _ = load_backbone(folder)
+    backbone.require_size(size)
     backbone.eval()
     draft = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(draft, ignore_errors=True)

@@ -38,7 +38,7 @@ from dtcache.teacher.ddpm import (
     sample_images,
     save_teacher,
 )
-from pipelines.runs.checkpoint import load_checkpoint, save_checkpoint
+from pipelines.runs.checkpoint import checkpoint_errors, load_checkpoint, save_checkpoint
 from pipelines.runs.folder import CHECKPOINT, claim_run
 from pipelines.runs.metrics import plot_curves
 from pipelines.terminal.open_images import open_images
@@ -207,10 +207,11 @@ class TeacherTrainer:
         """Continue from the run's checkpoint, if there is one."""
         state = load_checkpoint(out)
         if state is not None:
-            self._unet.load_state_dict(state["unet"])
-            self._optimization.load_state_dict(state)
-            self.steps_done = state["step"]
-            self.losses = state["losses"]
+            with checkpoint_errors(out):
+                self._unet.load_state_dict(state["unet"])
+                self._optimization.load_state_dict(state)
+                self.steps_done = state["step"]
+                self.losses = state["losses"]
 
     def _save_teacher(self, folder: Path) -> None:
         dtype = torch.float16 if self.options.weights == "fp16" else torch.float32

@@ -82,3 +82,19 @@ def test_the_average_forgets_the_starting_weights() -> None:
         expected = decay * expected + (1 - decay) * n
         torch.testing.assert_close(averaged[0], torch.full((2,), expected), rtol=1e-4, atol=1e-4)
     assert expected > 185
+
+
+@pytest.mark.parametrize("change", ["grouping", "order"])
+def test_a_state_of_other_groups_is_refused(change: str) -> None:
+    """A checkpoint whose parameters were grouped or ordered otherwise is not loaded silently."""
+    spec = OptimizationSpec(lr=0.1, weight_decay=0.1, total_steps=10, fused=False)
+    saved = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3))
+    now = {
+        "grouping": nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)),
+        "order": nn.Sequential(nn.Linear(3, 3), nn.Linear(2, 3)),
+    }[change]
+    before = Optimization(saved, spec)
+    before.backward(saved(torch.ones(1, 2)).sum())
+    before.update(0)
+    with pytest.raises(ValueError, match=r"size of optimizer's group|state of a parameter has the"):
+        Optimization(now, spec).load_state_dict(before.state_dict())

@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, H rows, W columns.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -14,10 +15,15 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtcache.errors import ConfigError
+from dtcache.recipe import Json
 
 FINEST_REDUCTION = 4
 
 Rgb = tuple[float, float, float]
+
+
+PATCH_LAYERS = (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d)
+"""Layers that, if their windows neither overlap nor are padded, ignore what is left of a side."""
 
 
 class MapsModule(nn.Module):
@@ -29,12 +35,36 @@ class MapsModule(nn.Module):
         self.model = model
         self.mean = mean
         self.std = std
+        self.name = type(model).__name__
+        self.multiple = _largest_patch(model)
+        """The sides of the input must be multiples of this, in pixels."""
+
+    def require_size(self, size: tuple[int, int], option: str = "student_size") -> None:
+        """Raise ConfigError, naming `option` and the nearest sizes, if pixels would be left out.
+
+        `size` is (H, W). A network that cuts its input or its maps into patches without overlap
+        ignores the last rows and columns if they fill no patch, or pads them. Its map then covers
+        another area than the image, and each position is shifted.
+        """
+        if not any(side % self.multiple for side in size):
+            return
+        lower, upper = (
+            "x".join(str(max(1, round_side(side / self.multiple)) * self.multiple) for side in size)
+            for round_side in (math.floor, math.ceil)
+        )
+        nearest = lower if lower == upper else f"{lower} or {upper}"
+        raise ConfigError(
+            f"{self.name}: its patches do not divide images of {size[0]}x{size[1]} pixels, so that "
+            f"its map would not fit the image. Expected multiples of {self.multiple}; pass "
+            f"`{option}` {nearest}"
+        )
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
         """Return the maps (B, C, H, W) of normalised images, finest first.
 
-        Raises ConfigError if the module returns anything else.
+        Raises ConfigError if the module returns anything else, or does not take the images' size.
         """
+        self.require_size((images_BCHW.shape[2], images_BCHW.shape[3]))
         output = self.model(images_BCHW)
         maps = list(output) if isinstance(output, (list, tuple)) else []
         are_maps = bool(maps) and all(isinstance(x, Tensor) and x.ndim == 4 for x in maps)
@@ -73,25 +103,32 @@ class Backbone(MapsModule):
         _, height, width = timm_config["input_size"]
         self.default_size = size or (int(height), int(width))
         """(height, width) in pixels for which the network was built, else timm's default for it."""
+        self.model_args: Json = {}
+        """Arguments, beside the size, with which timm builds this variant of the network."""
         self.fixed_size = bool(timm_config.get("fixed_input_size", False))
         levels = _levels(self.name, model)
         self._indices = [index for index, _, _ in levels]
         self.channels = [channels for _, channels, _ in levels]
         self.reductions = [reduction for _, _, reduction in levels]
+        if self.multiple > 1:
+            self.multiple = self.reductions[-1]
 
-    def forward(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Return the maps (B, channels[i], H / reductions[i], W / reductions[i]), finest first.
-
-        Images are normalised. Raises ConfigError if the network takes one input size only and the
-        images have another.
-        """
-        size = (images_BCHW.shape[2], images_BCHW.shape[3])
+    def require_size(self, size: tuple[int, int], option: str = "student_size") -> None:
+        """Raise ConfigError if the network takes another size only, or leaves pixels out."""
         if self.fixed_size and size != self.default_size:
             raise ConfigError(
                 f"{self.name}: expected images of {self.default_size[0]}x{self.default_size[1]} "
                 f"pixels, the only size that it takes, got {size[0]}x{size[1]}; pass that size or "
                 "use another backbone"
             )
+        super().require_size(size, option)
+
+    def forward(self, images_BCHW: Tensor) -> list[Tensor]:
+        """Return the maps (B, channels[i], H / reductions[i], W / reductions[i]), finest first.
+
+        Images are normalised. Raises the error of `require_size`.
+        """
+        self.require_size((images_BCHW.shape[2], images_BCHW.shape[3]))
         maps: list[Tensor] = cast(Any, self.model).forward_intermediates(
             images_BCHW, indices=self._indices, intermediates_only=True, output_fmt="NCHW"
         )
@@ -159,6 +196,20 @@ def synchronise_batch_norm(network: nn.Module) -> None:
     CUDA only. Weights and their names stay the same.
     """
     convert_sync_batchnorm(network)
+
+
+def _largest_patch(network: nn.Module) -> int:
+    """Return the largest side of the patches that a network cuts without overlap, else 1."""
+    patches = [1]
+    for layer in network.modules():
+        if isinstance(layer, PATCH_LAYERS) and not getattr(layer, "ceil_mode", False):
+            kernel, stride, padding = (
+                value if isinstance(value, tuple) else (value, value)
+                for value in (layer.kernel_size, layer.stride, layer.padding)
+            )
+            if kernel == stride and padding in ((0, 0), ("valid", "valid")):
+                patches.append(max(stride))
+    return max(patches)
 
 
 def _batch_norms(backbone: Backbone) -> list[_BatchNorm]:

@@ -1,19 +1,22 @@
 """Backbones built from timm names, and saved in folders that timm reads."""
 
 import difflib
+import inspect
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from timm.models import split_model_name_tag
-from torch import nn
+from timm.models import PretrainedCfg, split_model_name_tag
+from torch import Tensor, nn
 
 from dtcache.atomic_files import make_folders, write_file
-from dtcache.errors import ConfigError
-from dtcache.recipe import Json, ViewSpec
+from dtcache.errors import ConfigError, one_line
+from dtcache.recipe import MAX_SIDE, Json, ViewSpec
 from dtcache.student.backbone import Backbone, Rgb
 from dtcache.student.weights_io import (
     CONFIG,
@@ -25,6 +28,78 @@ from dtcache.student.weights_io import (
     weight_bytes,
 )
 
+OF_THE_CALL = {
+    *inspect.signature(timm.create_model).parameters,
+    *("pretrained_strict", "pretrained_filter_fn", "pretrained_custom_load"),
+    *("pretrained_model_args", "features_only", "feature_cfg", "out_indices", "device", "dtype"),
+}
+"""Arguments that decide how timm builds a network and what it reads: no folder may set them."""
+MAX_CLASSES = 1 << 20
+EXPECTED = "a folder of a backbone that dtcache train or timm (save_for_hf) has written"
+AGAIN = "export the backbone again"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedBackbone:
+    """The configuration of a backbone's folder, checked."""
+
+    name: str
+    classes: int
+    """Outputs of the classifier that the weights include; 0 without a classifier."""
+    input_size: tuple[int, int]
+    mean: Rgb
+    std: Rgb
+    view: ViewSpec | None
+    model_args: Json
+    """Arguments of the network itself, without its size and its classes."""
+
+    def make(self, size: tuple[int, int], classes: int) -> nn.Module:
+        """Return the network with random weights for an input size (H, W)."""
+        return timm.create_model(
+            self.name, num_classes=classes, **_sized(self.name, size), **self.model_args
+        )
+
+    def fill(self, weights: Mapping[str, Tensor], size: tuple[int, int]) -> nn.Module:
+        """Return the network for an input size (H, W) with these weights, without a classifier.
+
+        timm loads the weights strictly, and resamples what depends on the input size, such as
+        position embeddings.
+        """
+        network = timm.create_model(
+            self.name,
+            pretrained=True,
+            pretrained_cfg={
+                "num_classes": self.classes,
+                "input_size": (3, *size),
+                "mean": self.mean,
+                "std": self.std,
+                "state_dict": dict(weights),
+                **self._names,
+            },
+            num_classes=self.classes,
+            **_sized(self.name, size),
+            **self.model_args,
+        )
+        if self.classes:
+            cast(Any, network).reset_classifier(0)
+            plain = self.make(size, classes=0)
+            plain.load_state_dict(network.state_dict(), strict=True)
+            network = plain
+        else:
+            cast(Any, network).pretrained_cfg["state_dict"] = None
+        return network
+
+    @property
+    def _names(self) -> Json:
+        """The names of layers and the kind of input that timm registers for the network."""
+        known = timm.models.get_pretrained_cfg(self.name, allow_unregistered=True)
+        registered = PretrainedCfg() if known is None else known
+        return {
+            "classifier": registered.classifier,
+            "first_conv": registered.first_conv,
+            "fixed_input_size": registered.fixed_input_size,
+        }
+
 
 def make_backbone(
     name: str, *, init: str | None, seed: int, size: tuple[int, int] | None = None
@@ -32,14 +107,22 @@ def make_backbone(
     """Build a backbone from its timm name.
 
     A network that takes one input size only is built for `size` (H, W). `init` is None for random
-    weights, a function of `seed`; "pretrained" for timm's weights; else a folder written by
-    `save_backbone`. Raises ConfigError for an unknown name, a network without a pyramid, and an
-    `init` or `size` that does not fit the network.
+    weights, a function of `seed`; "pretrained" for timm's weights; else a folder that
+    `load_backbone` reads. Raises ConfigError for an unknown name, a name with a tag without
+    pretrained weights, a network without a pyramid, and an `init` or `size` that does not fit the
+    network.
     """
     require_known(name)
+    network, tag = split_model_name_tag(name)
+    if tag and init != "pretrained":
+        raise ConfigError(
+            f"`student` {name}: expected `init='pretrained'`, as the tag {tag} names pretrained "
+            f"weights, got {'random weights' if init is None else f'`init` {init}'}; pass "
+            f"`init='pretrained'`, or `student` {network}"
+        )
     if init not in (None, "pretrained"):
-        loaded, _, _ = load_backbone(Path(init))
-        if loaded.name != split_model_name_tag(name)[0]:
+        loaded, _, _ = load_backbone(Path(init), size)
+        if loaded.name != network:
             raise ConfigError(
                 f"`init` {init}: expected a backbone of {name}, got one of {loaded.name}; pass a "
                 "backbone of the same network"
@@ -61,12 +144,16 @@ def make_backbone(
             TypeError,
             HfHubHTTPError,
         ) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             at = f" at {size[0]}x{size[1]} pixels" if size else ""
-            other = ", or leave `init` out" if init else ""
+            advice = (
+                f"check the name's tag and the connection to the hub, or use {network} with random "
+                "weights"
+                if init
+                else "check the network and the size"
+            )
             raise ConfigError(
-                f"timm cannot make {name} with {init or 'random'} weights{at} ({reason}); check "
-                f"the name's tag, the network and the size{other}"
+                f"timm cannot make {name} with {init or 'random'} weights{at} "
+                f"({one_line(error, 200)}); {advice}"
             ) from error
     timm_config = cast(Any, model).pretrained_cfg
     return Backbone(model, mean=_rgb(timm_config["mean"]), std=_rgb(timm_config["std"]), size=size)
@@ -99,53 +186,97 @@ def save_backbone(
         },
         "dtcache": {"view": {"height": view.height, "width": view.width, "fit": view.fit}},
     }
+    model_args = dict(backbone.model_args)
     if backbone.fixed_size:
-        config["model_args"] = {"img_size": list(backbone.default_size)}
+        model_args["img_size"] = list(backbone.default_size)
+    if model_args:
+        config["model_args"] = model_args
     make_folders(folder)
     write_file(folder / WEIGHTS, weight_bytes(backbone.model))
     write_file(folder / CONFIG, json.dumps(config, indent=1).encode())
 
 
-def load_backbone(folder: Path) -> tuple[Backbone, tuple[int, int], ViewSpec | None]:
-    """Read a folder of `save_backbone`.
+def load_backbone(
+    folder: Path, size: tuple[int, int] | None = None
+) -> tuple[Backbone, tuple[int, int], ViewSpec | None]:
+    """Read a folder of `save_backbone`, or of timm's `save_for_hf` or `push_to_hf_hub`.
 
-    Returns the backbone, and the input size (height, width) and the view of its training. The view
-    is None if the folder records none. Reads JSON and safetensors only. Raises ConfigError if a
-    file is missing, does not fit or is out of bounds.
+    The weights are those that timm reads: a classifier is left out. A network that takes one input
+    size only is built for `size` (H, W) [default: that of the folder], and its position embedding
+    is resampled. Returns the backbone, and the input size (height, width) and the view of its
+    training. The view is None if the folder records none. Reads JSON and safetensors only. Raises
+    ConfigError if a file is missing, does not fit or is out of bounds.
     """
-    config = read_config(
-        folder / CONFIG,
-        expected="a backbone folder written by dtcache train, such as RUN/backbone",
-        again="export the backbone again",
+    saved = _saved(folder)
+    input_size = size or saved.input_size
+    model = load_weights(
+        folder / WEIGHTS,
+        lambda: saved.make(saved.input_size, saved.classes),
+        title=saved.name,
+        again=AGAIN,
+        fill=lambda weights: saved.fill(weights, input_size),
     )
+    backbone = Backbone(model, mean=saved.mean, std=saved.std, size=input_size)
+    backbone.model_args = saved.model_args
+    return backbone, saved.input_size, saved.view
+
+
+def _saved(folder: Path) -> SavedBackbone:
+    """Return the configuration of a backbone's folder, as timm reads it. Raises ConfigError."""
+    config = read_config(folder / CONFIG, expected=EXPECTED, again=AGAIN)
     try:
         name = config["architecture"]
-        cfg = config["pretrained_cfg"]
+        # Older versions of timm wrote one level.
+        cfg = config.get("pretrained_cfg", config)
         if not isinstance(name, str) or name not in timm.list_models():
             raise ValueError(
                 f"architecture {str(name)[:60]!r} is not a network of timm {timm.__version__}"
             )
+        args = _model_args(config.get("model_args") or {})
         channels, *sides = cfg["input_size"]
+        channels = args.pop("in_chans", channels)
         if channels != 3:
             raise ValueError(f"input_size {cfg['input_size']} is not (3, height, width)")
         input_size = bounded(sides[0]), bounded(sides[1])
+        if _sized(name, input_size):
+            saved_size = args.pop("img_size", None) or input_size
+            height, width = (
+                saved_size if isinstance(saved_size, (list, tuple)) else (saved_size, saved_size)
+            )
+            input_size = bounded(height), bounded(width)
+        classes = config.get("num_classes", cfg.get("num_classes", 0))
         mean = _rgb(cfg["mean"])
         std = _rgb(cfg["std"])
         if min(std) <= 0:
             raise ValueError(f"std {std} is not positive")
-        view = read_view(config["dtcache"]["view"]) if "dtcache" in config else None
+        return SavedBackbone(
+            name=name,
+            classes=bounded(classes, MAX_CLASSES) if classes else 0,
+            input_size=input_size,
+            mean=mean,
+            std=std,
+            view=read_view(config["dtcache"]["view"]) if "dtcache" in config else None,
+            model_args=args,
+        )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ConfigError(
-            f"{folder / CONFIG}: not the configuration of a backbone ({error}); expected one "
-            "written by dtcache train"
+            f"{folder / CONFIG}: not the configuration of a backbone ({error}); expected {EXPECTED}"
         ) from error
-    model = load_weights(
-        folder / WEIGHTS,
-        lambda: timm.create_model(name, num_classes=0, **_sized(name, input_size)),
-        title=name,
-        again="export the backbone again",
-    )
-    return Backbone(model, mean=mean, std=std, size=input_size), input_size, view
+
+
+def _model_args(args: Any) -> Json:
+    """Return the arguments of a network in a configuration, without its number of classes.
+
+    Raises ValueError for an argument that a folder may not set, and for a number out of bounds.
+    """
+    args = {name: value for name, value in dict(args).items() if name != "num_classes"}
+    for name, value in args.items():
+        if name in OF_THE_CALL:
+            raise ValueError(f"model_args may not set {name}")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > MAX_SIDE:
+                raise ValueError(f"model_args {name} of {number} is not at most {MAX_SIDE}")
+    return args
 
 
 def open_in_timm(folder: Path) -> nn.Module:
@@ -165,6 +296,11 @@ def _sized(name: str, size: tuple[int, int] | None) -> Json:
         if size is not None and known is not None and known.fixed_input_size
         else {}
     )
+
+
+def weights_tag(name: str) -> str:
+    """Return the tag of a timm name, which names pretrained weights; empty without one."""
+    return split_model_name_tag(name)[1]
 
 
 def require_known(name: str) -> None:

@@ -103,6 +103,7 @@ def probe_maps(
     Leaves the backbone in evaluation mode. Raises ConfigError, which names the `option` to change,
     if the network does not take that size.
     """
+    backbone.require_size(size, option)
     backbone.eval()
     like = next(backbone.parameters(), torch.zeros(()))
     try:

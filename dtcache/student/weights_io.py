@@ -1,13 +1,15 @@
 """Networks in folders of JSON and safetensors, read with bounds; no code from a folder is run."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from dtcache.errors import ConfigError, one_line
 from dtcache.hashing import read_json
@@ -16,6 +18,15 @@ from dtcache.recipe import MAX_SIDE, Json, ViewSpec
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
+PICKLES = (".bin", ".pth", ".pt")
+CONVERT = (
+    "import sys, torch, safetensors.torch as s; "
+    "w = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); "
+    "s.save_file({k: v.clone() for k, v in w.items()}, sys.argv[2], {'format': 'pt'})"
+)
+"""Python that converts a pickle of weights, argument 1, to safetensors, argument 2."""
+HALF = ("F16", "BF16")
+"""Types of saved weights that take twice as many bytes in memory."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -33,18 +44,27 @@ def read_config(path: Path, *, expected: str, again: str) -> Json:
         raise ConfigError(f"{path}: {error}; {again}") from error
 
 
-def load_weights(path: Path, make: Callable[[], Network], *, title: str, again: str) -> Network:
+def load_weights(
+    path: Path,
+    make: Callable[[], Network],
+    *,
+    title: str,
+    again: str,
+    fill: Callable[[Mapping[str, Tensor]], Network] | None = None,
+) -> Network:
     """Return the network that `make` builds, with the weights in a file, loaded strictly.
 
+    `fill`, if given, builds it from the weights instead, for files that are not loaded as they are.
     A network that needs more memory than the file holds is refused before it is built, if its size
     is known beforehand. The caller's random state is left unchanged. Raises ConfigError if the
-    weights are missing, do not fit or are not finite; the error names `title` and how to make the
-    file `again`.
+    weights are missing, are a pickle, do not fit or are not finite; the error names `title` and how
+    to make the file `again`.
     """
     if not path.is_file():
+        _refuse_pickles(path)
         raise ConfigError(f"{path}: the weights are missing; {again}")
     try:
-        if (needed := _needed_bytes(make)) > path.stat().st_size:
+        if (needed := _needed_bytes(make)) > _memory_bytes(path):
             raise RuntimeError(
                 f"its configuration needs {needed} bytes, the file has {path.stat().st_size}"
             )
@@ -52,13 +72,42 @@ def load_weights(path: Path, make: Callable[[], Network], *, title: str, again: 
         if not all(bool(value.isfinite().all()) for value in weights.values()):
             raise RuntimeError("some of them are not finite")
         with torch.random.fork_rng(devices=[]):
+            if fill is not None:
+                return fill(weights)
             network = make()
         network.load_state_dict(weights, strict=True)
-    except (SafetensorError, RuntimeError, AssertionError) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        AssertionError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
         raise ConfigError(
             f"{path}: not the weights of {title} ({one_line(error)}); {again}"
         ) from error
     return network
+
+
+def _memory_bytes(path: Path) -> int:
+    """Return the bytes that the weights in a file take in fp32 at most, from its header."""
+    with safetensors.safe_open(path, "pt") as file:
+        names: list[str] = file.keys()
+        is_half = any(file.get_slice(name).get_dtype() in HALF for name in names)
+    return path.stat().st_size * (2 if is_half else 1)
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Raise ConfigError, with the command that converts it, if only a pickle lies beside `path`."""
+    pickles = sorted(p for p in path.parent.glob("*") if p.suffix in PICKLES and p.is_file())
+    if pickles:
+        command = shlex.join(["python", "-c", CONVERT, str(pickles[0]), str(path)])
+        raise ConfigError(
+            f"{pickles[0]}: expected {path.name}, got a pickle, which is never opened. If you "
+            f"trust its origin, convert it: {command}"
+        )
 
 
 def _needed_bytes(make: Callable[[], nn.Module]) -> int:
@@ -70,7 +119,7 @@ def _needed_bytes(make: Callable[[], nn.Module]) -> int:
     try:
         with torch.device("meta"):
             return sum(value.nbytes for value in make().state_dict().values())
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError, AssertionError):
         # Any other error recurs, and is reported, when the network is built on a real device.
         return 0
 

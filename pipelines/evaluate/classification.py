@@ -42,7 +42,10 @@ class ProbeResult:
     """Accuracy of both probes on one set of features."""
 
     name: str
-    """The backbone, `pixels`, a tap's array such as t150/stride8, or `all` for all taps."""
+    """The backbone, `pixels`, a tap's array such as t150/stride8, or `all` for all taps.
+
+    The name of a backbone is that of `EvaluatedBackbone`.
+    """
     knn_top1: float
     """Test images that k-NN classifies correctly, per cent."""
     linear_top1: float
@@ -106,10 +109,10 @@ class ClassificationResult:
 def classify(model: str, options: EvaluateOptions) -> ClassificationResult:
     """Probe the pooled features of a backbone folder, a timm name, a cache or `pixels`.
 
-    A timm name gives random weights. Every row is measured on the same images, which are a pure
-    function of keys, options and seed. Warns on stderr if the C of a linear probe is the smallest
-    or the largest candidate. Raises ConfigError for an unknown kind of model, ImagesError for
-    images without labels or of too few classes, and what opening the model raises.
+    A timm name without a tag gives random weights. Every row is measured on the same images, which
+    are a pure function of keys, options and seed. Warns on stderr if the C of a linear probe is the
+    smallest or the largest candidate. Raises ConfigError for an unknown kind of model, ImagesError
+    for images without labels or of too few classes, and what opening the model raises.
     """
     options.require_task("classification")
     compute = resolve_compute(options.device, options.precision)

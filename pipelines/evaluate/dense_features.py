@@ -1,5 +1,6 @@
 """Feature maps that a segmentation head reads: a backbone's or a cache's. B images per batch."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +28,7 @@ class Trunk(Protocol):
 
     @property
     def name(self) -> str:
-        """The backbone's timm name, or `cache`."""
+        """The backbone's name, as in `EvaluatedBackbone`, or `cache`."""
 
     @property
     def view(self) -> ViewSpec:
@@ -75,13 +76,17 @@ class NetworkTrunk:
         self, model: str, options: EvaluateOptions, batch_size: int, compute: Compute
     ) -> None:
         """Open a backbone folder or a timm name. Raises ConfigError if `model` is neither."""
-        backbone, view, size = open_backbone(model, options)
-        self.view = ViewSpec(height=size[0], width=size[1], fit=view.fit) if options.size else view
-        self.name = backbone.name
-        self.backbone = backbone
+        evaluated = open_backbone(model, options)
+        size = evaluated.input_size
+        if options.size:
+            view = ViewSpec(height=size[0], width=size[1], fit=evaluated.view.fit)
+            evaluated = replace(evaluated, view=view)
+        self.view = evaluated.view
+        self.name = evaluated.name
+        self.backbone = evaluated.backbone
         self.input_size = size
-        self.shapes = probe_maps(backbone, size, "size")
-        self._features = NetworkFeatures(backbone, self.view, size, batch_size, compute)
+        self.shapes = probe_maps(evaluated.backbone, size, "size")
+        self._features = NetworkFeatures(evaluated, batch_size, compute)
         self._finetune = options.finetune
 
     def prepare(self, train: EvaluatedImages, test: EvaluatedImages) -> None:

@@ -21,7 +21,7 @@ class Evaluation(Protocol):
 
 
 def evaluate(model: str, options: EvaluateOptions) -> Evaluation:
-    """Evaluate a backbone folder, a timm name (random weights), a cache or `pixels` on a task.
+    """Evaluate a backbone folder, a timm name, a cache or `pixels` on a task.
 
     `options.task` chooses the task. Raises ConfigError for options of another task, and what
     `classify` and `segment` raise.

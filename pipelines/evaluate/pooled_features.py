@@ -4,6 +4,7 @@ B images per batch, D values per vector.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +22,7 @@ from dtcache.recipe import Sample, ViewSpec
 from dtcache.store.layout import MANIFEST
 from dtcache.student import load_backbone, make_backbone, recalibrate_batch_norm, student_input
 from dtcache.student.backbone import Backbone
+from dtcache.student.backbone_io import weights_tag
 from dtcache.student.weights_io import CONFIG
 from pipelines.evaluate.cache_features import CachedMaps
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches
@@ -54,16 +56,26 @@ def open_model(model: str, options: EvaluateOptions, compute: Compute) -> Extrac
         return PixelFeatures(*(parse_size(options.size) if options.size else PIXELS_SIZE))
     if (Path(model) / MANIFEST).is_file():
         return CacheFeatures(Cache(Path(model)), options.teacher, compute)
-    backbone, view, size = open_backbone(model, options)
-    return NetworkFeatures(backbone, view, size, options.batch_size or BATCH_SIZE, compute)
+    return NetworkFeatures(open_backbone(model, options), options.batch_size or BATCH_SIZE, compute)
 
 
-def open_backbone(
-    model: str, options: EvaluateOptions
-) -> tuple[Backbone, ViewSpec, tuple[int, int]]:
-    """Return the backbone of a folder or a timm name, its view and its input size (height, width).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluatedBackbone:
+    """A backbone to be evaluated."""
 
-    Raises ConfigError if `model` is neither.
+    name: str
+    """Its network; for a timm name also the tag of its weights, or that they are random."""
+    backbone: Backbone
+    view: ViewSpec
+    input_size: tuple[int, int]
+    """(height, width) in pixels."""
+
+
+def open_backbone(model: str, options: EvaluateOptions) -> EvaluatedBackbone:
+    """Return the backbone of a folder or of a timm name.
+
+    As in timm, a name with a tag means the pretrained weights of that tag; a name without one means
+    random weights. Raises ConfigError if `model` is neither, or does not take the size.
     """
     size = parse_size(options.size) if options.size else None
     path = Path(model)
@@ -74,13 +86,23 @@ def open_backbone(
             raise ConfigError(
                 f"{model}: expected a cache ({MANIFEST}) or a backbone folder ({CONFIG}){hint}"
             )
-        backbone, trained_size, view = load_backbone(path)
+        backbone, trained_size, view = load_backbone(path, size)
+        name = backbone.name
     else:
-        backbone = make_backbone(model, init=None, seed=options.seed, size=size)
+        tag = weights_tag(model)
+        init = "pretrained" if tag else None
+        backbone = make_backbone(model, init=init, seed=options.seed, size=size)
         view = None
         trained_size = backbone.default_size
+        name = model if tag else f"{model} (random weights)"
     size = size or trained_size
-    return backbone, view or ViewSpec(height=size[0], width=size[1]), size
+    backbone.require_size(size, "size")
+    return EvaluatedBackbone(
+        name=name,
+        backbone=backbone,
+        view=view or ViewSpec(height=size[0], width=size[1]),
+        input_size=size,
+    )
 
 
 def stack_pixels(batch: Sequence[LoadedView]) -> Tensor:
@@ -105,17 +127,13 @@ class PixelFeatures:
 class NetworkFeatures:
     """Spatial means of a backbone's coarsest map, at one input size."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        view: ViewSpec,
-        input_size: tuple[int, int],
-        batch_size: int,
-        compute: Compute,
-    ) -> None:
-        self.view = view
-        self.backbone = backbone.to(compute.device).to(memory_format=torch.channels_last).eval()
-        self.input_size = input_size
+    def __init__(self, evaluated: EvaluatedBackbone, batch_size: int, compute: Compute) -> None:
+        self.name = evaluated.name
+        self.view = evaluated.view
+        self.backbone = (
+            evaluated.backbone.to(compute.device).to(memory_format=torch.channels_last).eval()
+        )
+        self.input_size = evaluated.input_size
         self._batch_size = batch_size
         self._compute = compute
 
@@ -141,7 +159,7 @@ class NetworkFeatures:
     def __call__(self, batch: Sequence[LoadedView], samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return the pooled features (B, D), fp32."""
         with self._compute.autocast():
-            return {self.backbone.name: self.backbone.pooled(self._input(batch)).float().cpu()}
+            return {self.name: self.backbone.pooled(self._input(batch)).float().cpu()}
 
     def normalised(self, images_BCHW: Tensor) -> Tensor:
         """Return the backbone's input for images (B, 3, H, W) in 0..255: resized and normalised."""

@@ -59,7 +59,7 @@ class SegmentationResult:
     """Segmentation accuracy on the test images."""
 
     name: str
-    """The backbone's timm name, or `cache` for all taps of a cache."""
+    """The backbone's name, as in `EvaluatedBackbone`, or `cache` for all taps of a cache."""
     head: str
     finetuned: bool
     iou: dict[str, float | None]
@@ -140,9 +140,9 @@ class Segmenter:
 def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
     """Train a head on the maps of a backbone folder, a timm name or a cache, and score it.
 
-    A timm name gives random weights. On a CPU the result is a pure function of the model, the
-    images, the masks and the options. Raises ConfigError for options that contradict each other,
-    ImagesError for unusable images or masks, and TrainingError if a loss is not finite.
+    A timm name without a tag gives random weights. On a CPU the result is a pure function of the
+    model, the images, the masks and the options. Raises ConfigError for options that contradict
+    each other, ImagesError for unusable images or masks, and TrainingError if a loss is not finite.
     """
     options.require_task("segmentation")
     compute = resolve_compute(options.device, options.precision)

@@ -2,6 +2,8 @@
 
 import io
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +38,16 @@ def load_checkpoint(out: Path) -> dict[str, Any] | None:
             "delete the file to start the run again from step 0"
         ) from error
     return state
+
+
+@contextmanager
+def checkpoint_errors(out: Path) -> Iterator[None]:
+    """Raise CacheDamagedError if the block finds that the run's checkpoint does not fit."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CacheDamagedError(
+            f"{out / CHECKPOINT}: does not fit the network and optimizer ({one_line(error, 200)}). "
+            "Another version of dtcache or timm wrote it; finish the run with that version, or "
+            "delete the file to start the run again from step 0"
+        ) from error

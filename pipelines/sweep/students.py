@@ -215,7 +215,6 @@ class OtherBackbone:
         folder = self.folder
         with FolderLock(out):
             if folder is None:
-                claim_run(out, {"student": self.backbone, **self.identity()}, ())
                 self._save_pretrained(out)
                 return
             backbone, _, _ = load_backbone(folder)
@@ -249,7 +248,9 @@ class OtherBackbone:
             size = size or default_size({name: data.shape(name) for name in data.names}, view)
         backbone = make_backbone(self.backbone, init="pretrained", seed=0, size=size)
         size = size or backbone.default_size
+        backbone.require_size(size)
         view = view or ViewSpec(height=size[0], width=size[1])
+        claim_run(out, {"student": self.backbone, **self.identity()}, ())
         save_backbone(backbone, out / BACKBONE, input_size=size, view=view)
 
 

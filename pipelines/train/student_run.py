@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from dtcache.options.train import VOLATILE
 from dtcache.recipe import Json
 from dtcache.student import Backbone, Student, probe_maps, save_backbone
 from dtcache.student.logit_head import HeadSpec, logit_head, save_head
-from pipelines.runs.folder import CONFIG, CURVES, SUMMARY, claim_run, require_same_run
+from pipelines.runs.folder import CONFIG, CURVES, RUN, SUMMARY, claim_run, require_same_run
 from pipelines.runs.metrics import MetricsFile, NoMetrics, plot_curves, read_metrics
 from pipelines.runs.trackers import open_tracker
 from pipelines.train.batch_source import BatchSource
@@ -63,6 +64,7 @@ class StudentRun(AbstractContextManager["StudentRun"]):
         self._processes = processes
         self._values = {**asdict(options), "precision": compute.precision}
         self._metrics: MetricsFile | NoMetrics = NoMetrics()
+        self._is_new = False
 
     @property
     def is_active(self) -> bool:
@@ -75,10 +77,23 @@ class StudentRun(AbstractContextManager["StudentRun"]):
 
     def begin(self) -> None:
         """Claim the folder for these options and data; write options and initial weights."""
+        self._is_new = not (self.out / RUN).exists()
         claim_run(self.out, self._identity, VOLATILE)
         write_file(self.out / CONFIG, config_text(self._values).encode())
         if not (self.out / "init" / "config.json").exists():
             self._save_backbone(self.trainer.student, self.out / "init")
+
+    def abandon(self) -> None:
+        """Empty the folder if this session claimed it and took no step: nothing in it is of use.
+
+        Another attempt, with other options, may then use the folder.
+        """
+        if self._is_new and self.trainer.steps_done == 0:
+            for path in self.out.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != ".lock":
+                    path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         """Open metrics and tracker, after the checkpoint's step. Raises DiskError, ConfigError."""

@@ -170,12 +170,16 @@ def open_source(
 
 
 def _begin(students: Sequence[StudentRun], processes: Processes, stack: ExitStack) -> None:
-    """Lock and claim the folders, resume from the checkpoints, and print remarks."""
+    """Lock and claim the folders, resume from the checkpoints, and print remarks.
+
+    When `stack` ends, a folder that was claimed for a run without a step is empty again.
+    """
     if processes.is_first:
         for run in students:
             run.check_folder()  # before any folder is begun
         for run in students:
             stack.enter_context(FolderLock(run.out))
+            stack.callback(run.abandon)
             run.begin()
     processes.wait()
     names: dict[str, list[str]] = {}

@@ -19,7 +19,7 @@ from dtcache.optim import Optimization, OptimizationSpec
 from dtcache.options import TrainOptions, parse_size
 from dtcache.recipe import ViewSpec
 from dtcache.student import Augmentation, Student, build_student, synchronise_batch_norm
-from pipelines.runs.checkpoint import load_checkpoint, save_checkpoint
+from pipelines.runs.checkpoint import checkpoint_errors, load_checkpoint, save_checkpoint
 from pipelines.runs.metrics import Clock
 from pipelines.train.batch_source import BatchSource, decoded
 from pipelines.train.distillation import DecodedBatch, Distillation, held_out_losses
@@ -163,10 +163,11 @@ class Trainer:
         """Continue from the run's checkpoint, if there is one. Raises CacheDamagedError."""
         state = load_checkpoint(out)
         if state is not None:
-            self.student.load_state_dict(state["student"])
-            self._optimization.load_state_dict(state)
-            self.clock.load_state_dict(state["clock"])
-            self.steps_done = int(state["step"])
+            with checkpoint_errors(out):
+                self.student.load_state_dict(state["student"])
+                self._optimization.load_state_dict(state)
+                self.clock.load_state_dict(state["clock"])
+                self.steps_done = int(state["step"])
 
     @property
     def exported(self) -> Student:

@@ -1,6 +1,8 @@
 """The backbone is timm's own network with a pyramid, and timm reads its folder back exactly."""
 
 import json
+import shlex
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from dtcache.errors import ConfigError, DiskError
 from dtcache.recipe import ViewSpec
 from dtcache.student import (
     Backbone,
+    MapsModule,
     load_backbone,
     make_backbone,
     recalibrate_batch_norm,
@@ -161,9 +165,11 @@ def test_names_that_cannot_serve_are_refused_with_advice() -> None:
     with pytest.raises(ConfigError, match=r"\?{9}: .*resnet50 is one"):
         make_backbone("?????????", init=None, seed=0)
     with pytest.raises(
-        ConfigError, match=r"timm cannot make resnet18\.nope with random weights .*nope"
+        ConfigError,
+        match=r"timm cannot make resnet18\.nope with pretrained weights .*nope.*check the name's "
+        r"tag and the connection to the hub, or use resnet18",
     ):
-        make_backbone("resnet18.nope", init=None, seed=0)
+        make_backbone("resnet18.nope", init="pretrained", seed=0)
     with pytest.raises(
         ConfigError, match=r"a feature pyramid .* or a plain ViT, got strides 12, 17; .*resnet50"
     ):
@@ -180,11 +186,160 @@ def test_a_network_of_one_input_size_says_so() -> None:
         backbone(images())
 
 
+@pytest.mark.parametrize("init", [None, "some/folder"])
+def test_a_tag_without_pretrained_weights_is_refused(init: str | None) -> None:
+    """In timm a tag names pretrained weights: another start of the network is refused."""
+    with pytest.raises(
+        ConfigError,
+        match=r"`student` resnet18\.a1_in1k: expected `init='pretrained'`, as the tag a1_in1k "
+        r"names pretrained weights, got .*; pass `init='pretrained'`, or `student` resnet18$",
+    ):
+        make_backbone("resnet18.a1_in1k", init=init, seed=0)
+
+
+class Patches(nn.Module):
+    """A user's network: one map, of patches of 8 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 4, 8, stride=8)
+
+    def forward(self, images_BCHW: Tensor) -> list[Tensor]:
+        """Return the map (B, 4, H / 8, W / 8)."""
+        return [self.embed(images_BCHW)]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "nearest"),
+    [
+        ("vit_tiny_patch16_224", (40, 64), "32x64 or 48x64"),
+        ("vit_tiny_patch16_224", (8, 8), "16x16"),
+        ("convnext_atto", (72, 72), "64x64 or 96x96"),
+        ("densenet121", (72, 72), "64x64 or 96x96"),
+        ("patches", (20, 24), "16x24 or 24x24"),
+    ],
+)
+def test_patches_that_do_not_divide_the_image_are_refused(
+    name: str, size: tuple[int, int], nearest: str
+) -> None:
+    """A size whose last pixels no patch contains is refused, and the nearest sizes are named.
+
+    At a size that is accepted, the coarsest map depends on the last rows and columns.
+    """
+    sized = (64, 64) if name != "patches" else (24, 24)
+    network = (
+        MapsModule(Patches(), mean=(0, 0, 0), std=(1, 1, 1))
+        if name == "patches"
+        else make_backbone(name, init=None, seed=0, size=sized)
+    ).eval()
+    network.require_size(sized)
+    x_BCHW = torch.randn(1, 3, *sized, generator=torch.Generator().manual_seed(0))
+    for edge in ((..., slice(-1, None), slice(None)), (..., slice(None), slice(-1, None))):
+        changed = x_BCHW.clone()
+        changed[edge] += 1
+        with torch.no_grad():
+            assert not torch.equal(network(x_BCHW)[-1], network(changed)[-1])
+    if name == "vit_tiny_patch16_224":
+        network = make_backbone(name, init=None, seed=0, size=size)
+    with pytest.raises(ConfigError, match=rf"its patches do not divide .*; pass `size` {nearest}$"):
+        network.require_size(size, "size")
+    with pytest.raises(ConfigError, match=rf"pass `student_size` {nearest}$"):
+        network(torch.zeros(1, 3, *size))
+
+
+def _timm_network(name: str, **options: Any) -> nn.Module:
+    torch.manual_seed(7)
+    return timm.create_model(name, **options).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet10t", {"num_classes": 1000}),
+        ("resnet10t", {"num_classes": 2}),
+        ("vit_tiny_patch16_224", {"num_classes": 5, "img_size": 32, "global_pool": "avg"}),
+        ("vit_tiny_patch16_224", {"num_classes": 0, "img_size": 32, "depth": 2}),
+        ("convnext_atto", {"num_classes": 3}),
+        ("mobilenetv3_small_050", {"num_classes": 3}),
+    ],
+)
+def test_a_folder_saved_by_timm_is_read_as_timm_reads_it(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The classifier is left out; all other weights and the outputs are timm's, saved again too."""
+    save_for_hf(_timm_network(name, **options), tmp_path / "timm", safe_serialization=True)
+    loaded, size, view = load_backbone(tmp_path / "timm")
+    expected = timm.create_model(
+        f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0
+    ).eval()
+    assert view is None
+    state = loaded.model.state_dict()
+    assert list(state) == list(expected.state_dict())
+    assert all(torch.equal(state[key], value) for key, value in expected.state_dict().items())
+    assert loaded.model.pretrained_cfg.get("state_dict") is None
+    x_BCHW = images(1, *size) if "img_size" in options else images(1, 64, 64)
+    save_backbone(loaded, tmp_path / "again", input_size=size, view=VIEW)
+    again = timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True, num_classes=0)
+    with torch.no_grad():
+        assert torch.equal(loaded.model.eval()(x_BCHW), expected(x_BCHW))
+        assert torch.equal(again.eval()(x_BCHW), expected(x_BCHW))
+        loaded.eval()(x_BCHW)
+
+
+def test_a_vit_is_resampled_to_another_size_as_timm_does(tmp_path: Path) -> None:
+    """At another input size the position embedding is timm's resampled one, for init too."""
+    network = _timm_network("vit_tiny_patch16_224", num_classes=4, img_size=32, depth=2)
+    save_for_hf(network, tmp_path, safe_serialization=True)
+    expected = timm.create_model(
+        f"local-dir:{tmp_path}", pretrained=True, num_classes=0, img_size=(48, 64)
+    )
+    loaded, trained, _ = load_backbone(tmp_path, (48, 64))
+    started = make_backbone("vit_tiny_patch16_224", init=str(tmp_path), seed=0, size=(48, 64))
+    assert trained == (32, 32)
+    for backbone in (loaded, started):
+        torch.testing.assert_close(backbone.model.pos_embed, expected.pos_embed, rtol=0, atol=0)
+        assert backbone(images(1, 48, 64))[0].shape[2:] == (3, 4)
+
+
+def test_half_precision_weights_of_timm_are_read(tmp_path: Path) -> None:
+    """Weights saved in 16 bits load as fp32."""
+    network = _timm_network(SMALL, num_classes=2)
+    save_for_hf(network.half(), tmp_path, safe_serialization=True)
+    weight = load_backbone(tmp_path)[0].model.state_dict()["layer1.0.conv1.weight"]
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, network.state_dict()["layer1.0.conv1.weight"].float())
+
+
+def test_a_pickle_is_refused_with_the_line_that_converts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with pytorch_model.bin alone names a command, and the command makes it readable."""
+    network = _timm_network(SMALL, num_classes=2)
+    folder = tmp_path / "it's here"
+    save_for_hf(network, folder)
+    with pytest.raises(
+        ConfigError,
+        match=r"pytorch_model\.bin: expected model\.safetensors, got a pickle, which is never "
+        r"opened",
+    ) as caught:
+        load_backbone(folder)
+    command = str(caught.value).partition("convert it: ")[2]
+    python, flag, code, *files = shlex.split(command)
+    assert (python, flag) == ("python", "-c")
+    monkeypatch.setattr(sys, "argv", ["-c", *files])
+    exec(code, {})
+    state = load_backbone(folder)[0].model.state_dict()
+    expected = network.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in state.items())
+
+
 def _edited(**changes: object) -> bytes:
     config = {
         "architecture": SMALL,
         "pretrained_cfg": {"input_size": [3, 48, 96], "mean": [0.5] * 3, "std": [0.5] * 3},
         "dtcache": {"view": {"height": 24, "width": 48, "fit": "crop"}},
+        "model_args": {},
+        "num_classes": 0,
     }
     config["pretrained_cfg"].update(
         {k: v for k, v in changes.items() if k in config["pretrained_cfg"]}
@@ -208,6 +363,10 @@ def _edited(**changes: object) -> bytes:
             _edited(dtcache={"view": {"height": 24, "width": 48, "fit": "zoom"}}),
             "'zoom' is neither crop nor stretch",
         ),
+        (_edited(model_args={"checkpoint_path": "x.pth"}), "may not set checkpoint_path"),
+        (_edited(model_args={"depth": 10**9}), "depth of 1000000000 is not at most"),
+        (_edited(model_args={"in_chans": 4}), r"not \(3, height, width\)"),
+        (_edited(num_classes=-1), "a size of -1 is not a number"),
         (_edited(dtcache=[]), "not the configuration of a backbone"),
         (b"[1]", "expected a JSON object, got list"),
         (b"{", "not JSON"),
@@ -236,11 +395,10 @@ def test_weights_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> Non
     ):
         load_backbone(saved)
     weights.unlink()
-    (saved / "pytorch_model.bin").write_bytes(b"\x80\x04garbage")
     with pytest.raises(ConfigError, match=r"model\.safetensors: the weights are missing"):
         load_backbone(saved)
     with pytest.raises(
-        ConfigError, match=r"nowhere/config\.json: missing; expected a backbone folder"
+        ConfigError, match=r"nowhere/config\.json: missing; expected a folder of a backbone"
     ):
         load_backbone(tmp_path / "nowhere")
 

@@ -179,9 +179,9 @@ def test_initial_weights_are_a_function_of_the_seed(strides: tuple[int, ...]) ->
 
 
 def test_sizes_that_a_network_cannot_take_are_refused() -> None:
-    """A size that timm refuses is refused with timm's reason."""
+    """A size of broken patches is refused, and one that timm refuses with timm's reason."""
     with pytest.raises(
-        ConfigError, match=r"images of 64x90 pixels \(.*divisible by patch size \(16\)\.\)"
+        ConfigError, match=r"images of 64x90 pixels.* multiples of 16; pass `student_size` 64x80 or"
     ):
         build_student("test_vit", TARGETS, VIEW, size=(64, 90), width=8)
     with pytest.raises(

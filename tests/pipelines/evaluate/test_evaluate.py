@@ -31,8 +31,15 @@ from pipelines.evaluate.classification import (
     pooled_features,
     split_labelled,
 )
+from pipelines.evaluate.evaluate import evaluate
 from pipelines.evaluate.image_split import EvaluatedImages
-from pipelines.evaluate.pooled_features import ALL_TAPS, CacheFeatures, NetworkFeatures, open_model
+from pipelines.evaluate.pooled_features import (
+    ALL_TAPS,
+    CacheFeatures,
+    EvaluatedBackbone,
+    NetworkFeatures,
+    open_model,
+)
 from pipelines.extract.extract import extract
 
 CPU = resolve_compute("cpu", "fp32")
@@ -287,7 +294,13 @@ def test_random_networks_are_calibrated_and_trained_ones_are_not(shelf: Path) ->
     """Batch norms of an untrained network are calibrated on training images, once and only then."""
     train, test = split_labelled(options_for(shelf))
     backbone = make_backbone("resnet10t", init=None, seed=0)
-    extractor = NetworkFeatures(backbone, ViewSpec(height=16, width=16), (32, 32), 16, CPU)
+    evaluated = EvaluatedBackbone(
+        name="resnet10t",
+        backbone=backbone,
+        view=ViewSpec(height=16, width=16),
+        input_size=(32, 32),
+    )
+    extractor = NetworkFeatures(evaluated, 16, CPU)
     assert len(backbone.fresh_batch_norms) > 5
     extractor.prepare(train, test)
     assert backbone.fresh_batch_norms == []
@@ -301,11 +314,43 @@ def test_random_networks_are_calibrated_and_trained_ones_are_not(shelf: Path) ->
 
 
 def test_a_timm_name_repeats_and_takes_a_size(shelf: Path) -> None:
-    """A timm name, seed and size give repeatable results with the network's name and width."""
+    """A timm name, seed and size give repeatable results; the row says that weights are random."""
     first = classify("resnet10t", options_for(shelf, size="32"))
     assert first == classify("resnet10t", options_for(shelf, size="32"))
     (row,) = first.rows
-    assert (row.name, row.feature_dim, row.num_train, row.num_test) == ("resnet10t", 512, 40, 12)
+    assert (row.name, row.feature_dim) == ("resnet10t (random weights)", 512)
+    assert (row.num_train, row.num_test) == (40, 12)
+    assert first.to_json()["best"] == "resnet10t (random weights)"
+
+
+def test_a_tag_means_pretrained_weights(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timm name with a tag is built with timm's weights; without a connection it is refused."""
+    called = []
+
+    def offline(name: str, **options: object) -> None:
+        called.append((name, options["pretrained"]))
+        raise OSError("cannot reach huggingface.co\nin any way")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(
+        ConfigError,
+        match=r"^timm cannot make resnet18\.a1_in1k with pretrained weights at 32x32 pixels "
+        r"\(cannot reach huggingface\.co in any way\); check the name's tag and the connection to "
+        r"the hub, or use resnet18 with random weights$",
+    ):
+        classify("resnet18.a1_in1k", options_for(shelf, size="32"))
+    assert called == [("resnet18.a1_in1k", True)]
+
+
+def test_patches_that_do_not_divide_the_size_are_refused(shelf: Path) -> None:
+    """Pooled and dense evaluation refuse a size of which a ViT would leave out the border."""
+    plain = EvaluateOptions(train=shelf / "train", size="40", device="cpu")
+    for options in (plain, replace(plain, task="segmentation", train_masks=shelf)):
+        with pytest.raises(
+            ConfigError,
+            match=r"test_vit: .*do not divide images of 40x40.*pass `size` 32x32 or 48x48",
+        ):
+            evaluate("test_vit", options)
 
 
 def test_models_of_no_kind_are_refused_with_a_hint(shelf: Path, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_colours_are_told_apart_by_a_frozen_random_network(shelf: Path) -> None:
     assert (result.num_train, result.num_test, result.name, result.finetuned) == (
         24,
         8,
-        TINY,
+        f"{TINY} (random weights)",
         False,
     )
     assert list(result.iou) == list(NAMES) and result.miou == pytest.approx(

@@ -303,7 +303,13 @@ def test_two_students_share_one_cache(cache: Path, tmp_path: Path) -> None:
         (("--color-jitter", "3"), "--color-jitter 3: expected a strength from 0 (none) to 2"),
         (
             ("--student", "test_vit", "--student-size", "40"),
-            "images of 40x40 pixels (Input height (40) should be",
+            "do not divide images of 40x40 pixels, so that its map would not fit the image. "
+            "Expected multiples of 16; pass --student-size 32x32 or 48x48",
+        ),
+        (
+            ("--student", "resnet18.a1_in1k"),
+            "as the tag a1_in1k names pretrained weights, got random weights; pass "
+            "--init pretrained",
         ),
     ],
 )
@@ -315,6 +321,27 @@ def test_bad_options_are_one_clear_line(
     assert result.exit_code == 1
     assert message in result.output.replace("\n", "")
     assert "Traceback" not in result.output
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_checkpoint_of_other_groups_is_one_clear_line(
+    cache: Path, trained: Path, tmp_path: Path
+) -> None:
+    """A checkpoint whose optimizer groups no longer fit is refused in one line, and kept."""
+    out = tmp_path / "r"
+    shutil.copytree(trained, out)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    groups = state["optimizer"]["param_groups"]
+    groups[0]["params"].append(groups[1]["params"].pop())
+    torch.save(state, out / "checkpoint.pt")
+    before = (out / "checkpoint.pt").read_bytes()
+    result = run("train", cache, "--out", out, *FLAGS)
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert "checkpoint.pt: does not fit the network and optimizer" in said
+    assert "finish the run with that version, or delete the file" in said
+    assert "Traceback" not in said
+    assert (out / "checkpoint.pt").read_bytes() == before
 
 
 def test_a_run_of_other_options_is_refused(cache: Path, trained: Path) -> None:
@@ -425,7 +452,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         "the loss is not finite at step 0 (loss, mse/t150/stride4, mse/t150/stride8"
         in result.output
     )
-    assert not (tmp_path / "r" / "checkpoint.pt").exists()
+    # No step was taken: the folder is free for another attempt.
+    assert [path.name for path in (tmp_path / "r").iterdir()] == [".lock"]
 
 
 def test_a_target_that_is_not_finite_names_its_sample(
