@@ -208,7 +208,7 @@ def _largest_patch(network: nn.Module) -> int:
                 for value in (layer.kernel_size, layer.stride, layer.padding)
             )
             if kernel == stride and padding in ((0, 0), ("valid", "valid")):
-                patches.append(max(stride))
+                patches.append(max(int(side) for side in stride))
     return max(patches)
 
 

@@ -269,14 +269,14 @@ def _model_args(args: Any) -> Json:
 
     Raises ValueError for an argument that a folder may not set, and for a number out of bounds.
     """
-    args = {name: value for name, value in dict(args).items() if name != "num_classes"}
-    for name, value in args.items():
+    checked: Json = {name: value for name, value in dict(args).items() if name != "num_classes"}
+    for name, value in checked.items():
         if name in OF_THE_CALL:
             raise ValueError(f"model_args may not set {name}")
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and abs(number) > MAX_SIDE:
                 raise ValueError(f"model_args {name} of {number} is not at most {MAX_SIDE}")
-    return args
+    return checked
 
 
 def open_in_timm(folder: Path) -> nn.Module:
