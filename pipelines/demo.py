@@ -62,7 +62,8 @@ def demo(out: Path, options: DemoOptions) -> Json:
         "ratio": report["ratio"],
         "stored_image_bytes_per_image": report["image_bytes"] / report["num_done"],
         "num_images": report["num_done"],
-        "seconds": stages.seconds,
+        "seconds": stages.spent("seconds"),
+        "cpu_seconds": stages.spent("cpu_seconds"),
         "students": students,
     }
     write_file(out / "summary.json", json.dumps(summary, indent=1).encode())
@@ -82,16 +83,20 @@ class Stages:
         """Return the stage's result; run it if it has not finished before."""
         if name not in self._done:
             started = time.monotonic()
+            cpu_started = time.process_time()
             result = work()
-            self._done[name] = {"seconds": round(time.monotonic() - started, 1), "result": result}
+            self._done[name] = {
+                "seconds": round(time.monotonic() - started, 1),
+                "cpu_seconds": round(time.process_time() - cpu_started, 1),
+                "result": result,
+            }
             write_file(self._path, json.dumps(self._done, indent=1).encode())
         result = self._done[name]["result"]
         return dict(result)
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds that each finished stage took."""
-        return {name: stage["seconds"] for name, stage in self._done.items()}
+    def spent(self, kind: str) -> dict[str, float]:
+        """Return what each finished stage took, by name; `kind` is seconds or cpu_seconds."""
+        return {name: stage[kind] for name, stage in self._done.items()}
 
 
 def _write_scenes(out: Path, options: DemoOptions) -> Json:
@@ -181,5 +186,6 @@ def render_demo(summary: Json) -> Table:
     rest = ", ".join(
         f"{name} {value:.0f} s" for name, value in seconds.items() if not name.startswith("train")
     )
-    table.caption = f"{rest}; {sum(seconds.values()):.0f} s in total"
+    cpu_seconds = sum(summary["cpu_seconds"].values())
+    table.caption = f"{rest}; {sum(seconds.values()):.0f} s, {cpu_seconds:.0f} CPU s in total"
     return table

@@ -9,7 +9,7 @@ from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed
 class DemoOptions(Options):
     """Options of `dtcache demo`."""
 
-    train_images: int = option(1500, "Scenes to cache and train on.", minimum=1, group="Data")
+    train_images: int = option(1000, "Scenes to cache and train on.", minimum=1, group="Data")
     test_images: int = option(500, "Scenes to test on.", minimum=1, group="Data")
     timestep: int = option(
         50, "Diffusion timestep of the cache.", minimum=0, maximum=999, group="Data"
@@ -20,9 +20,9 @@ class DemoOptions(Options):
         metavar="NAME,NAME",
         group="Student",
     )
-    fpn_width: int = option(64, "Channels of the regressor's pyramid.", minimum=1, group="Student")
-    epochs: int = option(12, "Epochs per student.", minimum=1, group="Optimisation")
-    batch_size: int = option(64, "Samples per step.", minimum=2, group="Optimisation")
+    fpn_width: int = option(32, "Channels of the regressor's pyramid.", minimum=1, group="Student")
+    epochs: int = option(5, "Epochs per student.", minimum=1, group="Optimisation")
+    batch_size: int = option(32, "Samples per step.", minimum=2, group="Optimisation")
     seed: int = seed_option("Seed of scenes, cache and students.")
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group="Hardware")
     precision: str = option(
