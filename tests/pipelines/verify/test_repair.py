@@ -17,6 +17,7 @@ from cli import main
 from dtcache.atomic_files import FolderLock
 from dtcache.cache.cache import Cache
 from dtcache.options import ExtractOptions
+from dtcache.options.images import ImagesOptions
 from dtcache.store.manifest import read_manifest
 from dtcache.store.writer import ShardData
 from dtcache.store.zarr_nodes import zarr_nodes
@@ -351,6 +352,8 @@ def test_every_option_follows_from_the_recipe(shared: Path) -> None:
     assert {name: getattr(found, name) for name in told} == told
     assert {f.name for f in fields(ExtractOptions)} == {
         *told,
+        # How the images are read: a repair is passed these options again, and compares the samples.
+        *(f.name for f in fields(ImagesOptions)),
         "max_failures",
         "quality",
         "bytes_per_image",
