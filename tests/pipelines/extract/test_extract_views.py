@@ -205,7 +205,8 @@ def test_position_whitening_needs_exact_features(
 ) -> None:
     """--whitening position is refused for a compressed cache."""
     extracted(scene_folder, teacher_dir, tmp_path / "c", "--bytes-per-image", 4608)
-    result = run("train", tmp_path / "c", "--out", tmp_path / "r", "--whitening", "position")
+    flags = ("--whitening", "position", "--batch-size", 4)
+    result = run("train", tmp_path / "c", "--out", tmp_path / "r", *flags)
     assert result.exit_code == 1
     assert (
         "--whitening position: expected a cache of exact features; extract it with quality fp16"
