@@ -77,9 +77,9 @@ class Cache:
         """Open and check a cache.
 
         `images` is the source of the images, for a cache that does not store them; `reading` says
-        how it is read. If `allow` is
-        incomplete, an unfinished cache opens with the shards committed so far. If `allow` is
-        damage, shards may also be lost; such a cache is for inspection, not for training.
+        how it is read. If `allow` is incomplete, an unfinished cache opens with the shards
+        committed so far. If `allow` is damage, shards may also be lost; such a cache is for
+        inspection, not for training.
 
         Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError if
         `images` is a different source.

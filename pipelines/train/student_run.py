@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dtcache.atomic_files import disk_errors, write_file
+from dtcache.atomic_files import disk_errors, is_system_file, write_file
 from dtcache.device import Compute
 from dtcache.distributed import Processes
 from dtcache.errors import CacheDamagedError, TrainingError
@@ -90,6 +90,8 @@ class StudentRun(AbstractContextManager["StudentRun"]):
         """
         if self._is_new and self.trainer.steps_done == 0:
             for path in self.out.iterdir():
+                if is_system_file(path.name):
+                    continue
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 elif path.name != ".lock":

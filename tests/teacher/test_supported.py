@@ -81,8 +81,9 @@ def test_a_text_conditioned_network_of_pixels_is_named() -> None:
 
 def test_block_names_of_early_diffusers_are_known() -> None:
     """diffusers drops the prefix UNetRes of its first versions, and so does dtcache."""
-    config = {**plain("UNet2DModel"), "down_block_types": ["UNetResDownBlock2D"]}
-    require_supported(PATH, "UNet2DModel", config, has_latents=True)
+    config = {**plain("UNet2DModel"), "down_block_types": ["UNetResDownBlock2D", "UNetResNewBlock"]}
+    with pytest.raises(TeacherError, match="got 'UNetResNewBlock'"):
+        require_supported(PATH, "UNet2DModel", config, has_latents=True)
 
 
 @pytest.mark.parametrize(
