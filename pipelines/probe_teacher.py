@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dtcache.atomic_files import disk_errors
-from dtcache.device import Compute, configure_process, resolve_compute
+from dtcache.device import configure_process, resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import LoadedView
 from dtcache.metrics.probes import C_GRID, at_edge, linear_predict
@@ -150,6 +150,8 @@ def probe_teacher(where: str, options: TeacherShowOptions) -> TeacherProbe:
     """
     if options.probe is None:
         raise ConfigError("`probe`: expected labelled images")
+    if options.plot is not None and not options.plot.absolute().parent.is_dir():
+        raise ConfigError(f"`plot` {options.plot}: expected a file in a folder that exists")
     compute = resolve_compute(options.device, options.precision)
     configure_process(compute.device)
     train, test = split_labelled(
@@ -164,8 +166,19 @@ def probe_teacher(where: str, options: TeacherShowOptions) -> TeacherProbe:
         )
     )
     loaded = load_teacher(where)
-    taps = _taps_in_order(loaded, _size(loaded, options))
-    teacher = _prepare(loaded, taps, options, compute)
+    height, width = parse_size(options.size) if options.size else native_size(loaded)
+    view = ViewSpec(height=height, width=width)
+    taps = _taps_in_order(loaded, view)
+    teacher = prepare_teacher(
+        loaded,
+        TeacherSettings(
+            view=view,
+            taps=tuple(tap.name for tap in taps),
+            timesteps=_timesteps(loaded, options),
+            batch_size=options.batch_size,
+        ),
+        compute,
+    )
     extractor = TeacherFeatures(teacher, options.seed)
     extractor.prepare(train, test)
     train_features, train_labels = pooled_features(extractor, train, options.batch_size)
@@ -236,35 +249,16 @@ def _color(share: float) -> tuple[float, float, float, float]:
     return (red, green, blue, alpha)
 
 
-def _size(loaded: LoadedTeacher, options: TeacherShowOptions) -> tuple[int, int]:
-    return parse_size(options.size) if options.size else native_size(loaded)
-
-
-def _taps_in_order(loaded: LoadedTeacher, size: tuple[int, int]) -> list[TapSpec]:
+def _taps_in_order(loaded: LoadedTeacher, view: ViewSpec) -> list[TapSpec]:
     """Return every tap of the decoder in the order of the pass."""
-    geometry = (*size, loaded.latent_stride)
+    geometry = (view.height, view.width, loaded.latent_stride)
     taps = loaded.denoiser.find_taps(*geometry) + loaded.denoiser.find_blocks(*geometry)
     # A tap without a layer ends its block.
     return sorted(taps, key=lambda tap: (tap.block, math.inf if tap.layer is None else tap.layer))
 
 
-def _prepare(
-    loaded: LoadedTeacher,
-    taps: Sequence[TapSpec],
-    options: TeacherShowOptions,
-    compute: Compute,
-) -> Teacher:
-    height, width = _size(loaded, options)
-    timesteps = options.timestep
-    if timesteps == PROBED_TIMESTEPS:
-        timesteps = tuple(t for t in timesteps if t < len(loaded.alpha_bars)) or (0,)
-    return prepare_teacher(
-        loaded,
-        TeacherSettings(
-            view=ViewSpec(height=height, width=width),
-            taps=tuple(tap.name for tap in taps),
-            timesteps=timesteps,
-            batch_size=options.batch_size,
-        ),
-        compute,
-    )
+def _timesteps(loaded: LoadedTeacher, options: TeacherShowOptions) -> tuple[int, ...]:
+    """Return the timesteps to probe at: of the default, those that the teacher has."""
+    if options.timestep != PROBED_TIMESTEPS:
+        return options.timestep
+    return tuple(t for t in PROBED_TIMESTEPS if t < len(loaded.alpha_bars)) or (0,)

@@ -132,6 +132,10 @@ def test_the_table_shows_every_block_and_names_the_best() -> None:
         (("--plot", "p.png"), "--plot: only a probe uses this option; pass --probe too"),
         (("--probe", "SCENES", "--timestep", 1000), "--timestep 1000: this teacher was trained"),
         (("--probe", "SCENES", "--limit", 0), "--limit 0: expected at least 1"),
+        (
+            ("--probe", "SCENES", "--plot", "no/p.png"),
+            "--plot no/p.png: expected a file in a folder",
+        ),
         (("--probe", "SCENES/ball"), "expected a label for every image"),
         (("--probe", "./nowhere"), "nowhere"),
     ],
