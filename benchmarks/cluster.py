@@ -26,10 +26,10 @@ import numpy as np
 from dask.distributed import Client
 from records import ROOT, results_flag, write
 
-from dtcache.device import cpu_threads
 from dtcache.images import open_source
 from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
+from dtcache.process_settings import cpu_threads
 from dtcache.store.writer import CacheWriter
 from pipelines.extract.open_writer import begin_cache
 from pipelines.extract.plan import make_plan

@@ -32,10 +32,11 @@ import torch
 from PIL import Image
 from records import results_flag, write
 
-from dtcache.device import configure_process, resolve_compute
+from dtcache.device import resolve_compute
 from dtcache.images import load_views, open_source
 from dtcache.images.scenes import scene
 from dtcache.options import ExtractOptions
+from dtcache.process_settings import configure_process
 from dtcache.recipe import ViewSpec
 from dtcache.teacher import TeacherSettings, load_teacher, prepare_teacher
 from dtcache.teacher.ddpm import build_unet, save_teacher

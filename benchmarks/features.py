@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dtcache.device import configure_process, resolve_compute
+from dtcache.device import resolve_compute
 from dtcache.errors import ImagesError
 from dtcache.images import load_views, open_source
 from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
+from dtcache.process_settings import configure_process
 from dtcache.recipe import ViewSpec, tap_name
 from dtcache.rng import permuted
 from dtcache.samples import SampleList

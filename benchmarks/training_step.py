@@ -28,9 +28,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtcache.cache.cache import TrainBatch
-from dtcache.device import Compute, configure_process, resolve_compute
+from dtcache.device import Compute, resolve_compute
 from dtcache.distributed import Processes
 from dtcache.options import ExtractOptions, TrainOptions
+from dtcache.process_settings import configure_process
 from dtcache.recipe import ViewSpec
 from dtcache.student import build_student
 from dtcache.teacher.ddpm import build_unet

@@ -3,9 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-from dtcache.device import configure_process, resolve_compute
+from dtcache.device import resolve_compute
 from dtcache.errors import AGAIN, CacheDamagedError, ConfigError, TeacherError
 from dtcache.options import ExtractOptions, parse_size, parse_taps
+from dtcache.process_settings import configure_process
 from dtcache.recipe import MAX_SIDE, Json, ViewSpec
 from dtcache.store.manifest import CacheManifest
 from dtcache.store.prompt_embedding import read_embedding

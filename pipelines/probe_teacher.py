@@ -13,12 +13,13 @@ from rich.table import Table
 from torch import Tensor
 
 from dtcache.atomic_files import disk_errors
-from dtcache.device import configure_process, resolve_compute
+from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import LoadedView
 from dtcache.metrics.probes import C_GRID, at_edge, linear_predict
 from dtcache.options import EvaluateOptions, TeacherShowOptions, parse_size
 from dtcache.options.teacher import PROBED_TIMESTEPS
+from dtcache.process_settings import configure_process
 from dtcache.recipe import Json, Sample, TapSpec, ViewSpec, tap_name
 from dtcache.teacher import (
     LoadedTeacher,

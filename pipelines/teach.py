@@ -14,20 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dtcache.atomic_files import FolderLock, disk_errors, write_file
-from dtcache.device import (
-    Compute,
-    compile_errors,
-    compiled,
-    configure_process,
-    memory_errors,
-    resolve_compute,
-)
+from dtcache.compilation import compile_errors, compiled
+from dtcache.device import Compute, resolve_compute
+from dtcache.device_memory import memory_errors
 from dtcache.errors import ImagesError, TrainingError
 from dtcache.hashing import sha256_json
 from dtcache.images import ImageSource, load_views
 from dtcache.optim import Optimization, OptimizationSpec
 from dtcache.options import TeachOptions, parse_ints, parse_size
 from dtcache.options.images import READING_NAMES
+from dtcache.process_settings import configure_process
 from dtcache.recipe import ViewSpec
 from dtcache.rng import permuted
 from dtcache.teacher.ddpm import (

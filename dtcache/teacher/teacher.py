@@ -9,7 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dtcache.device import Compute, DeviceClock, compiled, memory_errors
+from dtcache.compilation import compiled
+from dtcache.device import Compute
+from dtcache.device_clock import DeviceClock
+from dtcache.device_memory import memory_errors
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.recipe import Box, TeacherSpec, ViewSpec, signal_to_noise, tap_name
 from dtcache.rng import sample_noise

@@ -16,7 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from dtcache.class_names import class_difference
-from dtcache.device import configure_process, memory_errors, resolve_compute
+from dtcache.device import resolve_compute
+from dtcache.device_memory import memory_errors
 from dtcache.errors import ImagesError
 from dtcache.images import ImageSource, LoadedView
 from dtcache.metrics.probes import (
@@ -30,6 +31,7 @@ from dtcache.metrics.probes import (
     linear_predict,
 )
 from dtcache.options import EvaluateOptions, ImagesOptions
+from dtcache.process_settings import configure_process
 from dtcache.recipe import Json, Sample
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches, split_images
 from pipelines.evaluate.pooled_features import ALL_TAPS, BATCH_SIZE, Extractor, open_model

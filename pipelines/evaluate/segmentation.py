@@ -15,7 +15,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dtcache.class_names import numbered, same_classes, warn_of_absent
-from dtcache.device import Compute, configure_process, memory_errors, resolve_compute
+from dtcache.device import Compute, resolve_compute
+from dtcache.device_memory import memory_errors
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.losses.labels import cross_entropy
 from dtcache.metrics.segmentation import (
@@ -27,6 +28,7 @@ from dtcache.metrics.segmentation import (
 )
 from dtcache.optim import Optimization, OptimizationSpec
 from dtcache.options import EvaluateOptions
+from dtcache.process_settings import configure_process
 from dtcache.recipe import Json
 from dtcache.rng import permuted, sample_uniforms
 from dtcache.student import Augmentation

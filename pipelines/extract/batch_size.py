@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 import torch
 
-from dtcache.device import peak_bytes
+from dtcache.device_memory import peak_bytes
 from dtcache.errors import DeviceMemoryError
 from dtcache.teacher import Teacher
 from pipelines.terminal.progress import track

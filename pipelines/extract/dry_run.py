@@ -9,9 +9,10 @@ import torch
 from rich.table import Table
 
 from dtcache.codec import FeatureEncoder
-from dtcache.device import cpu_threads, peak_bytes
+from dtcache.device_memory import peak_bytes
 from dtcache.images import load_views
 from dtcache.options import ExtractOptions
+from dtcache.process_settings import cpu_threads
 from dtcache.teacher import CallableTeacher, Teacher
 from dtcache.teacher.flops import count_flops
 from pipelines.extract.fit_codec import CodecFit, fit_codec, fit_draws, fit_rows

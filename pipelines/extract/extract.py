@@ -12,10 +12,10 @@ import torch
 
 from dtcache._version import __version__
 from dtcache.atomic_files import FolderLock
-from dtcache.device import cpu_threads
 from dtcache.errors import ExtractionError
 from dtcache.images import Survey
 from dtcache.options import ExtractOptions
+from dtcache.process_settings import cpu_threads
 from dtcache.recipe import FailedSample
 from dtcache.store.commits import EmptySample
 from dtcache.store.writer import CacheWriter

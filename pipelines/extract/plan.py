@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from dtcache.class_names import class_difference, misnumbered
-from dtcache.device import cpu_threads, resolve_compute
+from dtcache.device import resolve_compute
 from dtcache.errors import CacheMismatchError, ConfigError, ImagesError
 from dtcache.images import ImageSource
 from dtcache.options import QUALITY_RATIOS, ExtractOptions
+from dtcache.process_settings import cpu_threads
 from dtcache.recipe import (
     MAX_SAMPLES,
     MAX_SHARD_ROWS,

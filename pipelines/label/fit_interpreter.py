@@ -18,13 +18,15 @@ from dtcache.cache.batch import Rows
 from dtcache.cache.cache import Cache
 from dtcache.cache.selection import chosen_taps
 from dtcache.class_names import warn_of_absent
-from dtcache.device import Compute, configure_process, memory_errors, resolve_compute
+from dtcache.device import Compute, resolve_compute
+from dtcache.device_memory import memory_errors
 from dtcache.errors import ConfigError, ImagesError, TrainingError
 from dtcache.labels import FeatureInterpreter, InterpreterSpec, save_interpreter, teacher_identity
 from dtcache.losses.labels import cross_entropy, interpreter_loss
 from dtcache.metrics.segmentation import Counts, confusion_matrix
 from dtcache.optim import Optimization, OptimizationSpec
 from dtcache.options import LabelFitOptions
+from dtcache.process_settings import configure_process
 from dtcache.recipe import Json
 from dtcache.rng import permuted
 from dtcache.student.blocks import resize

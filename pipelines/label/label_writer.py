@@ -17,11 +17,13 @@ from dtcache.cache.cache import Cache
 from dtcache.cache.fitted_codec import load_fit
 from dtcache.codec import FeatureEncoder, sha256_fit
 from dtcache.codec.fit import Solved, solve_step, tap_statistics
-from dtcache.device import configure_process, cpu_threads, memory_errors, resolve_compute
+from dtcache.device import resolve_compute
+from dtcache.device_memory import memory_errors
 from dtcache.errors import CacheIncompleteError, CodecError
 from dtcache.labels import SCORES, Interpreter, require_serves
 from dtcache.labels.label_decoder import join_views
 from dtcache.options import LabelWriteOptions
+from dtcache.process_settings import configure_process, cpu_threads
 from dtcache.recipe import (
     CodecSpec,
     FailedSample,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from dtcache.atomic_files import FolderLock
 from dtcache.cache.label_set import LabelSet
-from dtcache.device import cpu_threads
 from dtcache.errors import CacheIncompleteError, CacheMismatchError
 from dtcache.labels import load_interpreter
 from dtcache.options import LabelWriteOptions
+from dtcache.process_settings import cpu_threads
 from dtcache.recipe import Json
 from dtcache.store.label_sets import require_name
 from dtcache.store.layout import LABELS, MANIFEST

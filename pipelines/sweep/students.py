@@ -90,8 +90,9 @@ class TrainedStudent:
         None if the data is not there yet or the loss is not finite. Nothing is written. Raises
         ConfigError if the student cannot be built.
         """
-        from dtcache.device import configure_process, resolve_compute
+        from dtcache.device import resolve_compute
         from dtcache.distributed import Processes
+        from dtcache.process_settings import configure_process
         from pipelines.train.train import open_source
         from pipelines.train.trainer import Trainer, accumulate
 
@@ -145,8 +146,9 @@ class RandomStart:
 
     def make(self, out: Path) -> None:
         """Write a run of no steps: backbone, options and held-out losses."""
-        from dtcache.device import configure_process, resolve_compute
+        from dtcache.device import resolve_compute
         from dtcache.distributed import Processes
+        from dtcache.process_settings import configure_process
         from dtcache.student import Backbone, save_backbone
         from pipelines.train.train import open_source
         from pipelines.train.trainer import Trainer, evaluate

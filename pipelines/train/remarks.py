@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtcache.device import peak_bytes
+from dtcache.device_memory import peak_bytes
 from dtcache.losses.objective import Objective
 from dtcache.options import TrainOptions
 from dtcache.recipe import Json, ViewSpec

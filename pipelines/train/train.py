@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dtcache.atomic_files import FolderLock
-from dtcache.device import Compute, configure_process, memory_errors
+from dtcache.device import Compute
+from dtcache.device_memory import memory_errors
 from dtcache.distributed import Processes, join_processes
 from dtcache.errors import CacheMismatchError, ConfigError, TrainingError
 from dtcache.options import TrainOptions
 from dtcache.options.train import MOST_COMPILED, PER_STUDENT, SEVERAL_PER_PROCESS
+from dtcache.process_settings import configure_process
 from pipelines.runs.folder import RUN
 from pipelines.runs.metrics import Clock
 from pipelines.runs.trackers import require_tracker

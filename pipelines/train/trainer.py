@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtcache.device import Compute, compile_errors, compiled
+from dtcache.compilation import compile_errors, compiled
+from dtcache.device import Compute
 from dtcache.distributed import Processes
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.hashing import sha256_json

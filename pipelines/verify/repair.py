@@ -10,12 +10,12 @@ from pathlib import Path
 from dtcache.atomic_files import FolderLock, make_folders, write_file
 from dtcache.cache.fitted_codec import load_fit
 from dtcache.codec import FeatureEncoder
-from dtcache.device import cpu_threads
 from dtcache.errors import CacheDamagedError, CacheError
 from dtcache.hashing import file_problem, file_sha256
 from dtcache.images import load_views, open_source
 from dtcache.labels import Interpreter, load_interpreter
 from dtcache.options import LabelWriteOptions, VerifyOptions
+from dtcache.process_settings import cpu_threads
 from dtcache.store.commits import ShardObject
 from dtcache.store.contents import WantedObject, read_contents
 from dtcache.store.label_sets import label_set_names

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from dtcache._version import __version__
-from dtcache.device import cpu_threads
 from dtcache.errors import CacheDamagedError, CacheNotFoundError, ClusterError
 from dtcache.images import open_source
 from dtcache.options import ExtractOptions
+from dtcache.process_settings import cpu_threads
 from dtcache.recipe import Json, spec_json
 from dtcache.store.manifest import CacheManifest, read_manifest, require_same
 from dtcache.store.pending_shard import WrittenShard

@@ -8,11 +8,12 @@ import torch
 from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelSet
 from dtcache.cache.selection import cache_identity, split_rows
-from dtcache.device import configure_process, resolve_compute
+from dtcache.device import resolve_compute
 from dtcache.errors import CacheDamagedError, CacheMismatchError, ConfigError, one_line
 from dtcache.losses.objective import LABEL_TARGET
 from dtcache.options import InspectOptions, TrainOptions
 from dtcache.options.images import READING_NAMES
+from dtcache.process_settings import configure_process
 from dtcache.recipe import Json
 from dtcache.store.reader import Allowed
 from dtcache.student import Student

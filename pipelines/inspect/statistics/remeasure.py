@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcache.cache.cache import Cache
-from dtcache.device import cpu_threads, resolve_compute
+from dtcache.device import resolve_compute
 from dtcache.errors import AGAIN, CacheDamagedError
 from dtcache.options import InspectOptions
+from dtcache.process_settings import cpu_threads
 from dtcache.recipe import Json
 from dtcache.teacher import Teacher
 from dtcache.whitening import whiten

@@ -11,9 +11,9 @@ import torch
 from support.cli import run
 from support.files import flip
 
-from dtcache.device import cpu_threads
 from dtcache.errors import CacheMismatchError, ClusterError, ConfigError, ImagesNotFoundError
 from dtcache.options import ExtractOptions
+from dtcache.process_settings import cpu_threads
 from dtcache.store.manifest import read_manifest
 from pipelines.extract.extract import extract
 from pipelines.extract.plan import resolve_threads

@@ -14,9 +14,6 @@ from safetensors.torch import load_file
 from support.cli import run, words
 from support.interrupts import interrupt
 
-from dtcache.device import compile_errors, compiled, resolve_compute
-from dtcache.errors import ConfigError
-
 ROOT = Path(__file__).resolve().parents[3]
 FLAGS = words(
     "--student convnext_atto --epochs 2 --batch-size 8 --warmup-epochs 1 --fpn-width 16 "
@@ -245,38 +242,6 @@ def test_a_compiled_student_takes_the_same_steps(cache: Path, whole: Path, tmp_p
         load_file(p / "backbone" / "model.safetensors") for p in (tmp_path / "c", whole)
     )
     assert ours.keys() == theirs.keys()
-
-
-def test_a_compiler_that_fails_in_a_backward_pass_is_named() -> None:
-    """An exception of torch's compiler becomes a ConfigError, and other exceptions pass through."""
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    with pytest.raises(ConfigError, match=r"`compile`: .*; run without it"), compile_errors():
-        raise InvalidCxxCompiler
-    with pytest.raises(RuntimeError, match=r"^other$"), compile_errors():
-        raise RuntimeError("other")
-
-    def broken(module: object, inputs: object) -> object:
-        raise ValueError("no compiler")
-
-    torch._dynamo.reset()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch, "compile", lambda module, dynamic: torch._dynamo.optimize(broken)(module)
-        )
-        call = compiled(torch.nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match=r"`compile`: .*no compiler.*; run without it"):
-        call(torch.zeros(1, 2))
-    torch._dynamo.reset()
-
-
-def test_fp16_is_refused_on_a_cpu() -> None:
-    """fp16 without a GPU is refused with the precisions that work."""
-    with pytest.raises(
-        ConfigError,
-        match="`precision` fp16: expected a CUDA device, got cpu; use bf16 or fp32 on a CPU",
-    ):
-        resolve_compute("cpu", "fp16")
 
 
 def test_views_and_weights_hang_on_no_part(
