@@ -100,8 +100,8 @@ def scenes(count: int, start: int, size: int, seed: int, out: Path) -> None:
     Example:
       dtcache scenes --count 2000 --out scenes/
     """
-    from dtcache.images.scenes import write_scenes
     from pipelines.terminal.progress import track
+    from pipelines.write_scenes import write_scenes
 
     with track("scenes", count) as progress:
         write_scenes(

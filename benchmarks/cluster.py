@@ -27,7 +27,6 @@ from dask.distributed import Client
 from records import ROOT, results_flag, write
 
 from dtcache.images import open_source
-from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
 from dtcache.process_settings import cpu_threads
 from dtcache.store.writer import CacheWriter
@@ -37,6 +36,7 @@ from pipelines.extract.workers import worker
 from pipelines.extract.workers.cluster import local_cluster
 from pipelines.extract.workers.dispatch import ClusterRunner, make_assignment
 from pipelines.extract.workers.task import Failed, run_task
+from pipelines.write_scenes import write_scenes
 
 GOAL = 1.7
 """Speed-up of two workers over one."""

@@ -14,7 +14,6 @@ import torch
 from dtcache.device import resolve_compute
 from dtcache.errors import ImagesError
 from dtcache.images import load_views, open_source
-from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
 from dtcache.process_settings import configure_process
 from dtcache.recipe import ViewSpec, tap_name
@@ -26,6 +25,7 @@ from dtcache.teacher.unet import UNetDenoiser
 from dtcache.whitening import whiten
 from pipelines.extract.plan import ExtractionPlan, make_plan
 from pipelines.terminal.progress import track
+from pipelines.write_scenes import write_scenes
 
 BATCH = 64
 ADM_CHANNELS = (256, 256, 512, 512, 1024, 1024)

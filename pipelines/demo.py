@@ -13,7 +13,6 @@ from rich.table import Table
 
 from dtcache.atomic_files import write_file
 from dtcache.device import resolve_compute
-from dtcache.images.scenes import write_scenes
 from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TrainOptions
 from dtcache.recipe import Json
 from dtcache.store.summary import inspect_cache
@@ -24,6 +23,7 @@ from pipelines.inspect.tables import render
 from pipelines.runs.folder import claim_run
 from pipelines.terminal.progress import track
 from pipelines.train.train import train
+from pipelines.write_scenes import write_scenes
 
 SCENE_SIZE = 64
 TEST_START = 1_000_000

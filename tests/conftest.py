@@ -8,10 +8,10 @@ import pytest
 import torch
 from store.builders import tiny_plan, write_cache
 
-from dtcache.images.scenes import write_scenes
 from dtcache.options import ExtractOptions
 from dtcache.teacher.ddpm import build_unet, save_teacher
 from pipelines.extract.extract import extract
+from pipelines.write_scenes import write_scenes
 
 # Threads slow tiny tensors on a busy machine; subprocesses inherit the variable.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -44,6 +44,7 @@ ROOMS = [
     "pipelines",
     "pipelines.terminal",
     "pipelines.runs",
+    "pipelines.write_scenes",
     "pipelines.convert_adm",
     "pipelines.describe_teacher",
     "pipelines.teach",

@@ -9,26 +9,19 @@ arithmetic and square roots only, so every machine rounds them the same way.
 
 import colorsys
 import hashlib
-import io
-import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dtcache.atomic_files import disk_errors
 from dtcache.errors import ConfigError
-from dtcache.images.masks import CLASSES_FILE
-from dtcache.options.toml import config_text
 
 _Floats = NDArray[np.floating]
-_VERSION = 1
-"""Version of the generator. Increase it whenever a pixel changes: old folders are then refused."""
+VERSION = 1
+"""Version of the generator. Increase it whenever a pixel changes: written sets are then refused."""
 _MIN_SIZE = 16
 _REACH = 2.4
 """Maximum extent of a shape from its centre, in scales, including stretch and shadow."""
@@ -94,7 +87,7 @@ def scene(seed: int, index: int, size: int = 64) -> Scene:
     The same seed and index give the same layout at every size. Raises ConfigError if `size` is
     under 16.
     """
-    _check_size(size)
+    require_scene_size(size)
     key = int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:16], "little")
     rng = np.random.Generator(np.random.Philox(key=key))
     # The small objects have distinct other classes and under 0.2 of the main object's area each, so
@@ -139,88 +132,10 @@ def scene(seed: int, index: int, size: int = 64) -> Scene:
     )
 
 
-def write_scenes(
-    root: Path,
-    *,
-    seed: int,
-    size: int,
-    count: int,
-    start: int = 0,
-    masks: bool = True,
-    on_progress: Callable[[int], None] | None = None,
-) -> None:
-    """Write scenes start .. start + count - 1 as PNG images and masks, with boxes.json.
-
-    The files are images/<class>/<index>.png and masks/<class>/<index>.png. boxes.json maps each
-    index to its "label", "boxes" [n][4] and "labels" [n]; masks/classes.toml names the values of
-    masks. Finished scenes are skipped, so an interrupted run can be repeated and a set can grow.
-    Only one process at a time may write to a root. `on_progress` is called with 1 for each finished
-    scene. Raises ConfigError if `size` is under 16, `count` or `start` is negative, or root holds
-    scenes of another seed or size, and DiskError if a write fails.
-    """
-    _check_size(size)
-    if count < 0 or start < 0:
-        raise ConfigError(
-            f"scene range: expected start and count of 0 or more, got start {start}, count {count}"
-        )
-    boxes_path = root / "boxes.json"
-    recipe_path = root / "scenes.json"
-    recipe = {"seed": seed, "size": size, "version": _VERSION}
-    # Finished files may be skipped only if they show the requested scenes.
-    with disk_errors(root):
-        existing = json.loads(recipe_path.read_text()) if recipe_path.exists() else recipe
-    if existing != recipe:
-        raise ConfigError(
-            f"{root} holds other scenes: expected {recipe}, got {existing}; pass a different "
-            "directory"
-        )
-    _write(recipe_path, json.dumps(recipe).encode())
-    if masks:
-        _write(
-            root / "masks" / CLASSES_FILE, config_text({"names": ("background", *CLASSES)}).encode()
-        )
-    entries = json.loads(boxes_path.read_text()) if boxes_path.exists() else {}
-    for index in range(start, start + count):
-        entry = entries.get(str(index))
-        if entry is None or not all(
-            path.exists() for path in _paths(root, index, entry["label"], masks)
-        ):
-            item = scene(seed, index, size)
-            for path, array in zip(
-                _paths(root, index, item.label, masks), (item.pixels, item.mask), strict=False
-            ):
-                if not path.exists():
-                    Image.fromarray(array).save(png := io.BytesIO(), format="PNG")
-                    _write(path, png.getvalue())
-            entry = {
-                "label": item.label,
-                "boxes": item.boxes.tolist(),
-                "labels": item.box_labels.tolist(),
-            }
-            entries[str(index)] = entry
-        if on_progress is not None:
-            on_progress(1)
-    _write(boxes_path, json.dumps(entries).encode())
-
-
-def _check_size(size: int) -> None:
+def require_scene_size(size: int) -> None:
+    """Raise ConfigError if scenes of `size` pixels would be too small to show their objects."""
     if size < _MIN_SIZE:
         raise ConfigError(f"scene size: expected at least {_MIN_SIZE} pixels, got {size}")
-
-
-def _paths(root: Path, index: int, label: int, masks: bool) -> list[Path]:
-    return [
-        root / kind / CLASSES[label] / f"{index:06d}.png"
-        for kind in ("images", "masks")[: 1 + masks]
-    ]
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")  # not the extension of an image
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
 
 
 def _shrink(planes: _Floats) -> _Floats:

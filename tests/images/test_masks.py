@@ -12,8 +12,9 @@ from PIL import Image
 from dtcache.errors import ImagesError, ImagesNotFoundError
 from dtcache.images import MaskFolder, decode_view, open_masks
 from dtcache.images.decode import upright_size
-from dtcache.images.scenes import CLASSES, scene, write_scenes
+from dtcache.images.scenes import CLASSES, scene
 from dtcache.recipe import ViewSpec
+from pipelines.write_scenes import write_scenes
 
 SQUARE = ViewSpec(height=16, width=16)
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)

@@ -9,8 +9,8 @@ from support.cli import run
 from sweep_files import in_process
 
 import dtcache
-from dtcache.images.scenes import write_scenes
 from pipelines.sweep import sweep as stage
+from pipelines.write_scenes import write_scenes
 
 DOC = Path(__file__).resolve().parents[3] / "docs" / "sweep.md"
 SMALLER = {

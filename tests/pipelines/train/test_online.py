@@ -11,11 +11,11 @@ from support.interrupts import interrupt
 
 from dtcache.device import resolve_compute
 from dtcache.distributed import Processes
-from dtcache.images.scenes import write_scenes
 from dtcache.options import TrainOptions
 from dtcache.teacher.ddpm import build_unet, save_teacher
 from pipelines.train.cached_batches import CachedSource
 from pipelines.train.online_batches import OnlineSource
+from pipelines.write_scenes import write_scenes
 
 CPU = ("--precision", "fp32", "--device", "cpu")
 FLAGS = (
