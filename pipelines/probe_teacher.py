@@ -31,7 +31,7 @@ from dtcache.teacher import (
 )
 from pipelines.evaluate.classification import pooled_features, split_labelled
 from pipelines.evaluate.image_split import EvaluatedImages
-from pipelines.extract.plan import require_teacher_classes
+from pipelines.extract.teacher_classes import require_teacher_classes
 from pipelines.terminal.progress import track
 
 

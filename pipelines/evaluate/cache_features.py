@@ -20,7 +20,7 @@ from dtcache.payloads import pack
 from dtcache.recipe import Sample
 from dtcache.teacher import Teacher
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches
-from pipelines.extract.plan import require_teacher_classes
+from pipelines.extract.teacher_classes import require_teacher_classes
 from pipelines.make_teacher import cache_teacher
 
 SURVEY_BATCH = 256

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dtcache.class_names import class_difference, misnumbered
 from dtcache.device import resolve_compute
-from dtcache.errors import CacheMismatchError, ConfigError, ImagesError
+from dtcache.errors import ConfigError
 from dtcache.images import ImageSource
 from dtcache.options import QUALITY_RATIOS, ExtractOptions
 from dtcache.process_settings import cpu_threads
@@ -19,7 +18,6 @@ from dtcache.recipe import (
     MAX_SAMPLES,
     MAX_SHARD_ROWS,
     MAX_SHARDS,
-    MAX_VIEWS,
     CodecSpec,
     Equivariance,
     Json,
@@ -29,23 +27,20 @@ from dtcache.recipe import (
 )
 from dtcache.rng import permuted
 from dtcache.samples import SampleList
-from dtcache.store.layout import MANIFEST, SAMPLES
-from dtcache.store.manifest import CacheManifest, read_manifest, require_same
-from dtcache.store.sample_index import changed_samples, hash_samples, read_table
-from dtcache.store.writer import require_ours
+from dtcache.store.sample_index import hash_samples
 from dtcache.teacher import CallableTeacher, LoadedTeacher, Teacher, TeacherInput, load_teacher
 from pipelines.extract.batch_size import fastest_batch
+from pipelines.extract.begun_cache import (
+    BegunCache,
+    find_begun_cache,
+    require_same_classes,
+    require_same_recipe,
+)
+from pipelines.extract.check_options import check_options, check_target
+from pipelines.extract.teacher_classes import require_teacher_classes
 from pipelines.make_teacher import make_teacher, stored_prompt
-from pipelines.terminal.open_images import open_images, say
+from pipelines.terminal.open_images import open_images
 from pipelines.terminal.text import printable
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BegunCache:
-    """A cache that an earlier extraction began, and perhaps finished."""
-
-    root: Path
-    manifest: CacheManifest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,37 +183,9 @@ def plan_extraction(
     begun = find_begun_cache(out)
     plan = make_plan(open_images(images, options), options, teacher, begun)
     if begun is not None:
-        require_same_recipe(begun, plan, plan.fixed_recipe())
-        _require_same_classes(begun, plan.source)
+        require_same_recipe(begun, plan.fixed_recipe(), plan.samples)
+        require_same_classes(begun, plan.source)
     return plan
-
-
-def _require_same_classes(begun: BegunCache, source: ImageSource) -> None:
-    """Raise CacheMismatchError if a begun cache names other classes than the images."""
-    recorded = begun.manifest.classes
-    if recorded is None or source.classes is None:
-        return
-    difference = class_difference(recorded, source.classes)
-    if difference is not None:
-        raise CacheMismatchError(
-            f"{begun.root} holds a cache of images with other classes, the first list, than these "
-            f"images: {difference}; pass the images that it was begun with, or another `out`"
-        )
-
-
-def find_begun_cache(out: Path) -> BegunCache | None:
-    """Return the cache in `out`, or None if `out` is missing or empty.
-
-    Raises ConfigError if `out` is a file, CacheMismatchError if it holds files that dtcache did not
-    create, and what reading a manifest raises.
-    """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"`out` {out}: expected a folder, got a file")
-    if (out / MANIFEST).exists():
-        return BegunCache(root=out, manifest=read_manifest(out))
-    if out.is_dir():
-        require_ours(out)
-    return None
 
 
 def make_plan(
@@ -252,7 +219,7 @@ def make_plan(
         shard_rows=options.shard_rows or (recipe["shard_rows"] if recipe is not None else None),
     )
     plan = plan_rows(source, make_teacher(loaded, resolved, batch_size), resolved, begun)
-    _check_target(plan)
+    check_target(resolved, plan.fp16_bytes_per_image)
     return plan
 
 
@@ -282,137 +249,6 @@ def plan_rows(
     return ExtractionPlan(
         source=source, samples=samples, teacher=teacher, options=options, begun=begun
     )
-
-
-def require_teacher_classes(teacher: Teacher, source: ImageSource) -> None:
-    """Check the classes of images whose labels condition the teacher.
-
-    Raises ImagesError if the classes are named by numbers other than their labels. Warns on stderr
-    if the images and the teacher have different numbers of classes.
-    """
-    classes = teacher.conditioned_classes
-    if classes is None or source.classes is None:
-        return
-    numbered = misnumbered(source.classes)
-    if numbered is not None:
-        name, label = numbered
-        raise ImagesError(
-            f"`condition='label'`: class {name} has label {label}: labels are positions in the "
-            "sorted class names, so the teacher would be conditioned on another class; pad the "
-            "names with zeros, with one name for each of the teacher's classes, or pass a "
-            "different `condition`"
-        )
-    if len(source.classes) != classes:
-        say(
-            f"warning: the images have {len(source.classes)} classes, the teacher {classes}: the "
-            f"teacher is conditioned on class 0 for {source.classes[0]}, and so on; make sure "
-            "that both number their classes alike"
-        )
-
-
-def require_same_recipe(begun: BegunCache, plan: ExtractionPlan, fixed: Json) -> None:
-    """Raise CacheMismatchError if a begun cache has another value in a field of `fixed`.
-
-    `fixed` holds fields of the plan's recipe. The message names the first field that differs. The
-    images come last, because an option such as the seed may be why their list differs.
-    """
-    lists = ("num_samples", "samples_sha256")
-    recipe = begun.manifest.recipe
-    options = {name: value for name, value in fixed.items() if name not in lists}
-    require_same(begun.root, recipe, options)
-    if any(recipe[name] != fixed[name] for name in lists):
-        changes = changed_samples(read_table(begun.root / SAMPLES), plan.samples)
-        raise CacheMismatchError(
-            f"{begun.root} holds a cache of another recipe: of other images: {changes}; pass the "
-            "images and the `limit` that it was begun with, or another `out`"
-        )
-
-
-def check_options(options: ExtractOptions, teacher: CallableTeacher | None) -> None:
-    """Raise ConfigError if options contradict each other or the kind of teacher."""
-    if (teacher is None) != bool(options.teacher):
-        got = "both" if options.teacher else "neither"
-        raise ConfigError(
-            "`teacher`: expected the name of a teacher or, from Python, a CallableTeacher, got "
-            f"{got}"
-        )
-    if teacher is not None and options.prompt is not None:
-        raise ConfigError("`prompt`: a CallableTeacher reads no text; leave `prompt` out")
-    _check_workers(options, teacher)
-    _check_encoding(options, takes_noise=teacher is None or teacher.is_random)
-    _check_views(options)
-    if options.shard_rows is not None and options.shard_rows > MAX_SHARD_ROWS:
-        raise ConfigError(f"`shard_rows` {options.shard_rows}: expected at most {MAX_SHARD_ROWS}")
-
-
-def _check_workers(options: ExtractOptions, teacher: CallableTeacher | None) -> None:
-    """Raise ConfigError if the options name two clusters, or workers that cannot be started."""
-    if (options.workers or options.scheduler) and teacher is not None:
-        raise ConfigError(
-            "`workers`, `scheduler`: a CallableTeacher exists in this process only; leave them out"
-        )
-    if options.workers and options.scheduler:
-        raise ConfigError(
-            f"`workers` {options.workers} starts a cluster, `scheduler` {options.scheduler} uses "
-            "one: pass one of them"
-        )
-    if options.workers and ":" in options.device:
-        raise ConfigError(
-            f"`device` {options.device} names one GPU, and `workers` take one each: pass "
-            "`device='cuda'`, and choose GPUs with CUDA_VISIBLE_DEVICES"
-        )
-    if options.dashboard and not options.workers:
-        raise ConfigError(
-            "`dashboard`: expected `workers` with it; a scheduler of your own has its own dashboard"
-        )
-
-
-def _check_encoding(options: ExtractOptions, *, takes_noise: bool) -> None:
-    """Raise ConfigError for draws if there is no noise, and for DDIM steps without an inversion."""
-    if options.encoding != "ddim" and options.ddim_steps is not None:
-        raise ConfigError(
-            f"`ddim_steps` {options.ddim_steps}: expected `encoding='ddim'` with it; pass both or "
-            "neither"
-        )
-    if (options.draws > 1 or options.average) and not (takes_noise and options.encoding == "ddpm"):
-        cause = (
-            "`encoding='ddim'`"
-            if options.encoding == "ddim"
-            else "a CallableTeacher without prepare"
-        )
-        raise ConfigError(
-            f"{cause} draws no noise: expected `draws=1` and no `average`, got "
-            f"`draws={options.draws}`"
-        )
-
-
-def _check_views(options: ExtractOptions) -> None:
-    """Raise ConfigError if `draws`, `average`, `flip` and `batch_size` contradict each other."""
-    if options.average and options.draws < 2:
-        raise ConfigError(
-            f"`average`: expected at least 2 `draws` to take the mean of, got {options.draws}"
-        )
-    if options.flip and options.batch_size is not None and options.batch_size < 2:
-        raise ConfigError(
-            f"`batch_size` {options.batch_size}: expected at least 2, both flips of an image"
-        )
-    views = options.draws * (2 if options.flip else 1)
-    if max(options.draws, 1 if options.average else views) > MAX_VIEWS:
-        raise ConfigError(
-            f"`draws` {options.draws}: expected at most {MAX_VIEWS} draws, and at most "
-            f"{MAX_VIEWS} views per image"
-        )
-
-
-def _check_target(plan: ExtractionPlan) -> None:
-    """Raise ConfigError if `bytes_per_image` is more than float16, or `quality` is passed too."""
-    target = plan.options.bytes_per_image
-    fp16 = plan.fp16_bytes_per_image
-    if target is not None and (plan.options.quality != "default" or target >= fp16):
-        raise ConfigError(
-            f"`bytes_per_image` {target:g}: expected fewer than the {fp16} bytes of float16, and "
-            "no `quality` with it; leave it out, or store float16 with `quality='fp16'`"
-        )
 
 
 def resolve_threads(options: ExtractOptions, device_type: str, begun: Json | None) -> int | None:

@@ -27,7 +27,8 @@ from dtcache.recipe import Json, tap_name
 from dtcache.store.sample_index import hash_samples
 from dtcache.teacher import TeacherBatch
 from dtcache.whitening import whiten
-from pipelines.extract.plan import ExtractionPlan, check_options, make_plan
+from pipelines.extract.check_options import check_options
+from pipelines.extract.plan import ExtractionPlan, make_plan
 from pipelines.terminal.open_images import open_images
 from pipelines.train.batch_source import batching
 

@@ -26,8 +26,9 @@ from dtcache.store.sample_index import parquet_bytes, read_table, shards_table
 from dtcache.store.shard import build_shard
 from dtcache.store.verify import Verification
 from dtcache.store.zarr_nodes import zarr_nodes
+from pipelines.extract.begun_cache import BegunCache, require_same_recipe
 from pipelines.extract.fit_codec import fit_rows
-from pipelines.extract.plan import BegunCache, ExtractionPlan, plan_rows, require_same_recipe
+from pipelines.extract.plan import ExtractionPlan, plan_rows
 from pipelines.extract.shard import packed_rows, shard_data
 from pipelines.extract.shard_runner import decode_threads
 from pipelines.label.label_writer import LabelWriter, label_encoder
@@ -204,7 +205,7 @@ def _recompute_features(damaged: _Damaged, options: VerifyOptions) -> list[Repai
     )
     fixed = plan.fixed_recipe()
     del fixed["codec"]  # the cache's own fit is used
-    require_same_recipe(BegunCache(root=root, manifest=manifest), plan, fixed)
+    require_same_recipe(BegunCache(root=root, manifest=manifest), fixed, plan.samples)
     encoder = FeatureEncoder(fit, plan.teacher.device)
     shards = damaged.shards()
     num_rows = sum(len(manifest.rows_of(shard)) for shard in shards)

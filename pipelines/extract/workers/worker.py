@@ -17,7 +17,8 @@ from dtcache.recipe import Json, spec_json
 from dtcache.store.manifest import CacheManifest, read_manifest, require_same
 from dtcache.store.pending_shard import WrittenShard
 from dtcache.store.sample_index import hash_samples
-from pipelines.extract.plan import BegunCache, make_plan
+from pipelines.extract.begun_cache import BegunCache
+from pipelines.extract.plan import make_plan
 from pipelines.extract.shard_runner import ShardRunner, open_shard_runner
 
 

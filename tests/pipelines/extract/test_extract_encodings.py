@@ -16,7 +16,7 @@ from torch import nn
 
 from dtcache.cache.cache import Cache
 from dtcache.device import resolve_compute
-from dtcache.errors import CacheMismatchError, ConfigError
+from dtcache.errors import CacheMismatchError
 from dtcache.images import FolderSource, decode_view
 from dtcache.options import ExtractOptions
 from dtcache.recipe import ViewSpec
@@ -212,15 +212,7 @@ def test_a_lost_shard_of_an_inverted_cache_is_made_anew(
             ("--draws", 2),
             "--encoding ddim draws no noise: expected --draws 1 and no --average, got --draws 2",
         ),
-        (
-            ("--average",),
-            "--encoding ddim draws no noise: expected --draws 1 and no --average, got --draws 1",
-        ),
         (("--timestep", 10), "--ddim-steps 20: expected at most 10, the steps up to --timestep 10"),
-        (
-            ("--encoding", "ddpm", "--ddim-steps", 20),
-            "--ddim-steps 20: expected --encoding ddim with it",
-        ),
     ],
 )
 def test_contradicting_encodings_are_refused(
@@ -295,37 +287,6 @@ def test_a_module_is_extracted_and_its_cache_resumed_only_by_its_like(
             options,
             CallableTeacher(Edges(), taps={"stride4": "map"}, version="2"),
         )
-
-
-@pytest.mark.parametrize(
-    ("options", "given", "message"),
-    [
-        (
-            {"teacher": "x/y"},
-            True,
-            "`teacher`: expected the name of a teacher or, from Python, .* got both",
-        ),
-        ({}, False, "`teacher`: expected the name of a teacher or, from Python, .* got neither"),
-        (
-            {"draws": 2},
-            True,
-            "a CallableTeacher without prepare draws no noise: expected `draws=1`",
-        ),
-    ],
-)
-def test_contradicting_teachers_are_refused(
-    scene_folder: Path, tmp_path: Path, options: dict[str, object], given: bool, message: str
-) -> None:
-    """Two teachers, or draws of a teacher without noise, are refused."""
-    teacher = CallableTeacher(Edges(), taps={"stride4": "map"}, version="1") if given else None
-    with pytest.raises(ConfigError, match=message):
-        extract(
-            scene_folder,
-            tmp_path / "c",
-            ExtractOptions(size="32", timestep=(0,), **options),
-            teacher,
-        )
-    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.slow

@@ -106,9 +106,6 @@ def test_float16_caches_say_so(scene_folder: Path, teacher_dir: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--draws", 33), "--draws 33: expected at most 64 draws, and at most 64 views per image"),
-        (("--shard-rows", 2_000_000), "--shard-rows 2000000: expected at most 1048576"),
-        (("--average",), "--average: expected at least 2 --draws to take the mean of, got 1"),
         (("--bytes-per-image", 10**6), "expected fewer than the 92160 bytes of float16"),
         (("--bytes-per-image", 900, "--quality", "small"), "and no --quality with it"),
     ],
@@ -116,7 +113,7 @@ def test_float16_caches_say_so(scene_folder: Path, teacher_dir: Path, tmp_path: 
 def test_sizes_that_cannot_be_are_refused(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, flags: tuple[object, ...], message: str
 ) -> None:
-    """Contradicting sizes and views are refused in one line, and no cache is begun."""
+    """Sizes that contradict the teacher's maps are refused in one line, and no cache is begun."""
     result = run(
         "extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *FLAGS, *flags
     )

@@ -172,11 +172,6 @@ def test_an_assignment_is_resolved(cache: Path, assignment: str) -> None:
             ("--workers", 2, "--scheduler", "tcp://a:1"),
             "--workers 2 starts a cluster, --scheduler tcp://a:1 uses one",
         ),
-        (("--dashboard",), "--dashboard: expected --workers with it"),
-        (
-            ("--workers", 2, "--device", "cuda:1"),
-            "--device cuda:1 names one GPU, and --workers take one each",
-        ),
         (("--workers", 0), "--workers 0: expected at least 1"),
         (("--threads", 0), "--threads 0: expected at least 1"),
     ],
