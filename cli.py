@@ -403,6 +403,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> None:
       dtcache train cats.cache --student resnet50 --epochs 100 --out runs/resnet50
       dtcache train cats.cache --student resnet18,resnet50 --out runs
       dtcache train photos/ --teacher google/ddpm-cat-256 --timestep 150 --out runs/online
+      dtcache train cats.cache --config runs/a/config.toml --extend runs/a --epochs 50 --out runs/b
     """
     from pipelines.train.train import runs_of, train_shared
 

@@ -110,11 +110,13 @@ class Optimization:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from `state_dict()`; other entries are ignored.
 
-        Raises ValueError, KeyError or RuntimeError if the state belongs to other parameters or to
-        another grouping of them.
+        The loss scale starts anew if the state comes from a run that did not scale the loss. Raises
+        ValueError, KeyError or RuntimeError if the state belongs to other parameters or to another
+        grouping of them.
         """
         for name, value in self._states().items():
-            value.load_state_dict(state[name])
+            if name != "scaler" or state[name]:
+                value.load_state_dict(state[name])
         for parameter, moments in self._optimizer.state.items():
             shapes = {tuple(x.shape) for x in moments.values() if isinstance(x, Tensor) and x.ndim}
             if shapes - {tuple(parameter.shape)}:

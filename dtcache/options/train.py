@@ -10,7 +10,7 @@ from dtcache.options.images import READING_NAMES, ImagesOptions
 REGRESSORS = ("fpn", "fpn-attention", "pafpn", "fpn-ppm")
 TRAIN_PRECISIONS = (*PRECISIONS, "fp16")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "none")
-CACHE_ONLY = ("images", "allow_incomplete", "labels")
+CACHE_ONLY = ("images", "allow_incomplete", "labels", "extend")
 """Options that apply only to training on a cache."""
 ONLINE_ONLY = ("prompt", "condition", "size", "resize_mode", "encoding", "ddim_steps")
 """Options that apply only to training with a teacher in the loop."""
@@ -29,7 +29,7 @@ VOLATILE = (
 )
 """Options that may change on resume; some change rounding, none changes anything else."""
 PER_STUDENT = (
-    *("student", "student_size", "init", "regressor", "fpn_width"),
+    *("student", "student_size", "init", "extend", "regressor", "fpn_width"),
     *("loss", "at_weight", "tap_weights", "noise_weighting", "whitening"),
     *("label_weight", "feature_weight"),
     *("optimizer", "lr", "warmup_epochs", "weight_decay", "clip_grad", "ema_decay"),
@@ -104,6 +104,12 @@ class TrainOptions(ImagesOptions):
         metavar="pretrained|PATH",
         group=STUDENT,
     )
+    extend: Path | None = option(
+        None,
+        "Start from the weights, optimizer and EMA of a finished run, for --epochs more.",
+        metavar="RUN",
+        group=STUDENT,
+    )
     regressor: str = option(
         "fpn-ppm",
         "FPN; with attention, a bottom-up branch (PaFPN) or pyramid pooling.",
@@ -155,7 +161,12 @@ class TrainOptions(ImagesOptions):
         minimum=0,
         group=LOSS,
     )
-    epochs: int = option(100, "Passes over the training samples.", minimum=1, group=OPTIMISATION)
+    epochs: int = option(
+        100,
+        "Passes over the training samples; with --extend, further ones.",
+        minimum=1,
+        group=OPTIMISATION,
+    )
     batch_size: int = option(256, "Global batch size.", minimum=2, group=OPTIMISATION)
     micro_batches: int = option(
         1,

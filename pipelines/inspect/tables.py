@@ -255,7 +255,8 @@ def render_run(report: Json, root: Path) -> RenderableType:
     facts.add_row("state", f"{report['state']}, {report['steps']} steps")
     facts.add_row("weights", WEIGHTS[report["weights"]])
     for name, value in report["options"].items():
-        text = str(value)[:16] if name in ("cache", "samples") else str(value)
+        is_hash = name in ("cache", "samples", "extended_run")
+        text = str(value)[:16] if is_hash else str(value)
         facts.add_row(escape(name), escape(text))
     if results is None:
         return facts

@@ -60,6 +60,17 @@ def require_same_run(out: Path, identity: Json, volatile: Collection[str]) -> No
             )
 
 
+def finished_epochs(out: Path) -> int | None:
+    """Return the `epochs` of the finished run in a folder; None if there is no such run."""
+    if not (out / SUMMARY).is_file() or not (out / RUN).is_file():
+        return None
+    try:
+        epochs = json.loads((out / RUN).read_text())["epochs"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return epochs if isinstance(epochs, int) else None
+
+
 def _as_json(identity: Json) -> Json:
     """Return an identity with the types that its file has after it is read again."""
     values: Json = json.loads(json.dumps(identity, default=str))

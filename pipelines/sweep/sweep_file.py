@@ -153,9 +153,17 @@ def read_sweep(path: Path) -> SweepFile:
 
 
 def require_options(table: Mapping[str, Any], options: type[Options], title: str) -> None:
-    """Raise ConfigError for a name that is no option, and for a seed: a sweep lists its seeds."""
+    """Raise ConfigError for a name that is no option of a sweep.
+
+    A sweep lists its seeds, and its students start from the weights of their seed.
+    """
     if "seed" in table:
         raise ConfigError(f"{title}: seed: expected no seed here; list the seeds in `seeds`")
+    if "extend" in table:
+        raise ConfigError(
+            f"{title}: extend: expected no finished run here, as a sweep trains each student from "
+            "its start; extend a run with dtcache train, and compare its backbone in an [[arm]]"
+        )
     require_names(table, typing.get_type_hints(options), title)
 
 

@@ -122,6 +122,11 @@ SENTENCES: Mapping[tuple[str, str], str] = {
             "Run the same command again: it resumes.",
         ),
         (
+            ("train",),
+            "--resume --resume-from --resume-from-checkpoint --auto-resume --continue",
+            "Run the same command again: it resumes. Use --extend RUN to train a finished run on.",
+        ),
+        (
             (
                 *("scenes", "teacher train", "teacher convert", "extract", "label fit"),
                 *("train", "sweep", "export", "demo"),

@@ -33,6 +33,7 @@ def remarks(trainer: Trainer, options: TrainOptions) -> list[str]:
     source = trainer.source
     student = trainer.student
     lines = [
+        extension_line(trainer, options),
         cost_line(trainer, options),
         regressor_line(student, options),
         size_line(student.input_size, target_shapes(source), source.view),
@@ -44,6 +45,16 @@ def remarks(trainer: Trainer, options: TrainOptions) -> list[str]:
         crops_line(source.recipe, source.names, options),
     ]
     return [line for line in lines if line is not None]
+
+
+def extension_line(trainer: Trainer, options: TrainOptions) -> str | None:
+    """Return what the run extends, if it extends a run."""
+    if options.extend is None:
+        return None
+    return (
+        f"extends {options.extend}, which was trained for {trainer.epochs_before} epochs "
+        f"({trainer.steps_before:,} steps), by {options.epochs} with a new warm-up and cosine"
+    )
 
 
 def cost_line(trainer: Trainer, options: TrainOptions) -> str:

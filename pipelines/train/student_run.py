@@ -13,7 +13,7 @@ from typing import Any, Self
 from dtcache.atomic_files import disk_errors, is_system_file, write_file
 from dtcache.device import Compute
 from dtcache.distributed import Processes
-from dtcache.errors import CacheDamagedError, TrainingError
+from dtcache.errors import CacheDamagedError, CacheMismatchError, ConfigError, TrainingError
 from dtcache.losses.objective import LABEL_TARGET
 from dtcache.options import TrainOptions
 from dtcache.options.toml import config_text
@@ -21,10 +21,19 @@ from dtcache.options.train import VOLATILE
 from dtcache.recipe import Json
 from dtcache.student import Backbone, Student, probe_maps, save_backbone
 from dtcache.student.logit_head import HeadSpec, logit_head, save_head
-from pipelines.runs.folder import CONFIG, CURVES, RUN, SUMMARY, claim_run, require_same_run
+from pipelines.runs.folder import (
+    CONFIG,
+    CURVES,
+    RUN,
+    SUMMARY,
+    claim_run,
+    finished_epochs,
+    require_same_run,
+)
 from pipelines.runs.metrics import MetricsFile, NoMetrics, plot_curves, read_metrics
 from pipelines.runs.trackers import open_tracker
 from pipelines.train.batch_source import BatchSource
+from pipelines.train.finished_run import FinishedRun
 from pipelines.train.trainer import Trainer
 
 
@@ -55,14 +64,20 @@ class StudentRun(AbstractContextManager["StudentRun"]):
         processes: Processes,
     ) -> None:
         """Build the student, and write nothing. Raises ConfigError for bad options."""
+        extended = extended_run(out, options)
         self.out = out
         self.options = options
         self.trainer = Trainer(source, options, compute, processes)
+        if extended is not None:
+            self.trainer.extend(extended)
         self.failure: TrainingError | None = None
         """Why the run ended early, if it did."""
         self._source = source
         self._processes = processes
         self._values = {**asdict(options), "precision": compute.precision}
+        self._identity: Json = {**self._values, **source.identity}
+        if extended is not None:
+            self._identity |= extended.identity
         self._metrics: MetricsFile | NoMetrics = NoMetrics()
         self._is_new = False
 
@@ -73,6 +88,14 @@ class StudentRun(AbstractContextManager["StudentRun"]):
 
     def check_folder(self) -> None:
         """Raise CacheMismatchError if the folder holds another run or other files."""
+        epochs = finished_epochs(self.out)
+        if epochs is not None and epochs < self.options.epochs:
+            require_same_run(self.out, self._identity, (*VOLATILE, "epochs"))
+            raise CacheMismatchError(
+                f"{self.out} holds a finished run of {epochs} `epochs`, got {self.options.epochs}; "
+                f"to train it further, pass `extend` {self.out}, the further `epochs` and another "
+                "`out`"
+            )
         require_same_run(self.out, self._identity, VOLATILE)
 
     def begin(self) -> None:
@@ -152,10 +175,6 @@ class StudentRun(AbstractContextManager["StudentRun"]):
         self._processes.wait()
         return _trained(self.out)
 
-    @property
-    def _identity(self) -> Json:
-        return {**self._values, **self._source.identity}
-
     def _save(self) -> None:
         self._metrics.flush()
         self.trainer.save(self.out)
@@ -210,6 +229,24 @@ class StudentRun(AbstractContextManager["StudentRun"]):
             curves["label loss"] = [line["label"] for line in held_out]
         with disk_errors(self.out):
             plot_curves(curves, self.out / CURVES, title=title, xlabel="epoch")
+
+
+def extended_run(out: Path, options: TrainOptions) -> FinishedRun | None:
+    """Return the finished run that the run in `out` extends; None without `extend`.
+
+    Raises ConfigError if that folder holds no finished run, if it is `out`, or if its options do
+    not agree with `options`.
+    """
+    if options.extend is None:
+        return None
+    if options.extend.resolve() == out.resolve():
+        raise ConfigError(
+            f"`extend` {options.extend}: expected another folder than `out`, as the finished run "
+            "stays as it is; pass a new `out`"
+        )
+    run = FinishedRun.read(options.extend)
+    run.require_same_student(options)
+    return run
 
 
 def _trained(out: Path) -> Trained:

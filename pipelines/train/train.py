@@ -65,6 +65,7 @@ def train_shared(where: Path, runs: Sequence[tuple[Path, TrainOptions]]) -> list
     configure_process(compute.device)
     source = open_source(where, options, compute, processes)
     students = [StudentRun(out, each, source, compute, processes) for out, each in runs]
+    epochs_before = common_epochs(students)
     total = students[0].trainer.total_steps
     with ExitStack() as stack:
         _begin(students, processes, stack)
@@ -81,7 +82,9 @@ def train_shared(where: Path, runs: Sequence[tuple[Path, TrainOptions]]) -> list
         while active := [run for run in students if run.is_active]:
             # After a kill the checkpoints may stand at different steps. The last one goes first.
             step = min(run.trainer.steps_done for run in active)
-            for batches in _arriving(source, step, options.micro_batches, active):
+            epoch, start = divmod(step, source.num_batches)
+            micro_batches = source.epoch(epochs_before + epoch, start)
+            for batches in _arriving(micro_batches, step, options.micro_batches, active):
                 due = [run for run in active if run.is_due(step)]
                 if not due:  # the students that this step was for have failed
                     break
@@ -105,8 +108,9 @@ def runs_of(out: Path, options: TrainOptions) -> list[tuple[Path, TrainOptions]]
     """Return the folder and the options of each run that `student`, one or several names, means.
 
     One student has the folder `out`; each of several students, separated by commas, has the folder
-    `out/<student>`. Raises ConfigError if a name cannot be a folder's or comes twice, and
-    CacheMismatchError if `out` itself holds a run of one student.
+    `out/<student>`, and with `extend` it extends the run `extend/<student>`. Raises ConfigError if
+    a name cannot be a folder's or comes twice, and CacheMismatchError if `out` itself holds a run
+    of one student.
     """
     if "," not in options.student:
         return [(out, options)]
@@ -123,7 +127,13 @@ def runs_of(out: Path, options: TrainOptions) -> list[tuple[Path, TrainOptions]]
         raise CacheMismatchError(
             f"{out} holds the run of one student, got {len(names)} students; pass a new `out`"
         )
-    return [(out / name, replace(options, student=name)) for name in names]
+    return [(out / name, _for_student(options, name)) for name in names]
+
+
+def _for_student(options: TrainOptions, name: str) -> TrainOptions:
+    """Return the options of one of several students: it extends the run of its own name."""
+    extend = None if options.extend is None else options.extend / name
+    return replace(options, student=name, extend=extend)
 
 
 def require_one_loader(runs: Sequence[tuple[Path, TrainOptions]]) -> None:
@@ -158,6 +168,22 @@ def require_one_loader(runs: Sequence[tuple[Path, TrainOptions]]) -> None:
                 "several students, as this tracker logs one run per process"
             )
         require_tracker(options.log_with)
+
+
+def common_epochs(students: Sequence[StudentRun]) -> int:
+    """Return the epochs of the runs that the students extend, which order and views continue after.
+
+    Raises ConfigError if the students of a loader differ in them.
+    """
+    first = students[0]
+    for run in students:
+        if run.trainer.epochs_before != first.trainer.epochs_before:
+            raise ConfigError(
+                f"`extend`: expected runs of equally many epochs for all students of a loader, got "
+                f"{first.trainer.epochs_before} for {first.out.name} and "
+                f"{run.trainer.epochs_before} for {run.out.name}; train them apart"
+            )
+    return first.trainer.epochs_before
 
 
 def open_source(
@@ -196,14 +222,14 @@ def _begin(students: Sequence[StudentRun], processes: Processes, stack: ExitStac
 
 
 def _arriving(
-    source: BatchSource, step: int, micro_batches: int, runs: Sequence[StudentRun]
+    micro_batches: Iterable[Any], step: int, per_step: int, runs: Sequence[StudentRun]
 ) -> Iterator[list[Any]]:
-    """Yield the global batches of an epoch from `step` on, as lists of micro-batches.
+    """Yield the global batches of an epoch from `step` on, as lists of `per_step` micro-batches.
 
     The runs' clocks count the time until each batch arrives. The clock of a run that is ahead of
     `step` does not count the time before the run's own next step.
     """
-    batches = _grouped(source.epoch(*divmod(step, source.num_batches)), micro_batches)
+    batches = _grouped(micro_batches, per_step)
     for run in runs:
         batches = run.trainer.clock.waiting(batches)
     for number, batch in enumerate(batches, step):

@@ -13,17 +13,18 @@ from torch.nn.parallel import DistributedDataParallel
 from dtcache.compilation import compile_errors, compiled
 from dtcache.device import Compute
 from dtcache.distributed import Processes
-from dtcache.errors import ConfigError, TrainingError
+from dtcache.errors import ConfigError, TrainingError, one_line
 from dtcache.hashing import sha256_json
 from dtcache.losses.objective import LABEL_TARGET, make_objective
 from dtcache.optim import Optimization, OptimizationSpec
 from dtcache.options import TrainOptions, parse_size
-from dtcache.recipe import ViewSpec
+from dtcache.recipe import Json, ViewSpec
 from dtcache.student import Augmentation, Student, build_student, synchronise_batch_norm
 from pipelines.runs.checkpoint import checkpoint_errors, load_checkpoint, save_checkpoint
 from pipelines.runs.metrics import Clock
 from pipelines.train.batch_source import BatchSource, decoded
 from pipelines.train.distillation import DecodedBatch, Distillation, held_out_losses
+from pipelines.train.finished_run import FinishedRun
 
 KEYS_NAMED = 8
 """Most samples that an error names."""
@@ -65,6 +66,10 @@ class Trainer:
             synchronise_batch_norm(self.student)
         self.total_steps = options.epochs * source.num_batches
         self.steps_done = 0
+        self.epochs_before = 0
+        """Epochs of the run that this one extends, and of those that it extends."""
+        self.steps_before = 0
+        """Their steps. Order, views, crops and random layers continue after them."""
         self.clock = Clock()
         self._sums: dict[str, Tensor] = {}
         self._options = options
@@ -108,11 +113,11 @@ class Trainer:
         """Add the gradients of micro-batch `number`, from 0, of the `count` of a global batch.
 
         Random layers (dropout, dropped paths) draw from (seed, step, micro-batch), augmentation
-        from (seed, step, row).
+        from (seed, step, row). The step counts those of the runs that are extended.
         """
         self.student.train()
         torch.manual_seed(self._draw_seed(number, count))
-        images_BCHW, targets = self._distillation.inputs(batch, self.steps_done)
+        images_BCHW, targets = self._distillation.inputs(batch, self.steps_before + self.steps_done)
         with self._synchronised(last=number + 1 == count):
             with self._compute.autocast():
                 predicted = self._network(images_BCHW)
@@ -157,8 +162,28 @@ class Trainer:
                     **self._optimization.state_dict(),
                     "clock": self.clock.state_dict(),
                     "step": self.steps_done,
+                    "source": recorded_source(self.source),
                 },
             )
+
+    def extend(self, run: FinishedRun) -> None:
+        """Start from the weights, the optimizer's moments and the EMA of a finished run.
+
+        Raises ConfigError if the run has other targets or another network, and CacheDamagedError if
+        its checkpoint cannot be read.
+        """
+        state = run.checkpoint()
+        run.require_same_source(state.get("source") or {}, recorded_source(self.source))
+        try:
+            self.student.load_state_dict(state["student"])
+            self._optimization.load_state_dict(state)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ConfigError(
+                f"`extend` {run.root}: its weights and optimizer do not fit this student "
+                f"({one_line(error, 200)}); pass the options of that run, which its config.toml has"
+            ) from error
+        self.epochs_before = run.epochs
+        self.steps_before = run.steps
 
     def restore(self, out: Path) -> None:
         """Continue from the run's checkpoint, if there is one. Raises CacheDamagedError."""
@@ -180,7 +205,8 @@ class Trainer:
     def _draw_seed(self, number: int, count: int) -> int:
         """Return the seed of the random layers in one micro-batch, counted over all processes."""
         micro_batch = self._processes.rank * count + number
-        described = ["student", self._options.seed, self.steps_done, micro_batch]
+        step = self.steps_before + self.steps_done
+        described = ["student", self._options.seed, step, micro_batch]
         return int(sha256_json(described)[:15], 16)
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
@@ -235,6 +261,15 @@ def target_shapes(source: BatchSource) -> dict[str, tuple[int, int, int]]:
     """Return (C, H, W) of a source's targets by array, and by LABEL_TARGET if it has labels."""
     labels = {LABEL_TARGET: source.labels.shape} if source.labels is not None else {}
     return {name: source.shape(name) for name in source.names} | labels
+
+
+def recorded_source(source: BatchSource) -> Json:
+    """Return what a student's heads depend on: targets, teacher's weights, classes of labels."""
+    return {
+        "targets": {name: list(shape) for name, shape in target_shapes(source).items()},
+        "teacher": source.recipe["teacher"]["weights_sha256"] if source.recipe else None,
+        "classes": list(source.labels.classes) if source.labels is not None else None,
+    }
 
 
 def new_student(

@@ -90,6 +90,7 @@ def test_a_file_has_caches_arms_and_tasks(tmp_path: Path) -> None:
         ("epochs = 30", "epochs = 0.5", r"plain: \[train\] .*: epochs: expected an integer"),
         ("epochs = 30", "epochs = 0", r"plain: \[train\] and \[arm.train\]: `epochs` 0"),
         ("epochs = 30", "seed = 1", r"\[train\]: seed: expected no seed here; list the seeds"),
+        ("epochs = 30", 'extend = "run"', r"\[train\]: extend: expected no finished run here"),
         ('loss = "at"', 'losss = "at"', r"at: \[arm.train\]: no option losss; did you mean loss\?"),
         ('loss = "at"', "compile = 1", r"at: .*: compile: expected true or false, got 1"),
         ('name = "at"', 'name = "plain"', r"\[\[arm\]\] plain: named twice"),

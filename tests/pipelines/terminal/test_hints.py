@@ -49,7 +49,10 @@ def test_the_tables_name_what_exists() -> None:
     [
         ("train --model resnet50", "Use --student."),
         ("train --arch resnet50", "Use --student."),
-        ("train --resume", "Run the same command again: it resumes."),
+        (
+            "train --resume",
+            "Run the same command again: it resumes. Use --extend RUN to train a finished run on.",
+        ),
         ("extract --resume x", "Run the same command again: it resumes."),
         ("train --img-size 64", "Use --student-size."),
         ("extract --img-size 64", "Use --size."),

@@ -134,6 +134,27 @@ def test_a_run_resumes_to_the_bit(
     assert "holds a run with another --label-weight: expected 2.0, got 3.0" in other.output
 
 
+def test_a_run_with_labels_is_extended_with_the_same_labels(
+    labelled: Path, mixed: Path, tmp_path: Path
+) -> None:
+    """The extension starts from the label head too; without labels, the option is named."""
+    command = ("train", labelled, "--out", tmp_path / "run", *FLAGS, "--extend", mixed)
+    refused = run(*command)
+    assert (
+        "expected its --labels, 'parts', got None; pass the options of that run" in refused.output
+    )
+    assert not (tmp_path / "run").exists()
+    # The weights may differ: only the losses that are there decide what the student has.
+    result = run(*command, "--labels", "parts", "--label-weight", "1", "--lr", "1e-12")
+    assert result.exit_code == 0, result.output
+    ours, theirs = (
+        load_file(root / "head" / "model.safetensors") for root in (tmp_path / "run", mixed)
+    )
+    for name in theirs:
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-9)
+
+
 def test_the_exported_head_gives_the_students_logits(mixed: Path, labelled: Path) -> None:
     """The exported backbone and head give the student's logits."""
     cache = LabelledCache(labelled, "parts")

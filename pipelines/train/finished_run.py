@@ -1,0 +1,148 @@
+"""A finished run that another run extends: read from its folder, and compared by name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from dtcache.errors import ConfigError
+from dtcache.hashing import file_sha256, read_json
+from dtcache.options import TrainOptions
+from dtcache.recipe import Json
+from pipelines.runs.checkpoint import load_checkpoint
+from pipelines.runs.folder import RUN, SUMMARY
+
+MUST_AGREE = (
+    *("student", "student_size", "init", "regressor", "fpn_width", "labels"),
+    *("optimizer", "weight_decay"),
+)
+"""Options that the weights and the optimizer's moments depend on."""
+MAX_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedRun:
+    """A run of `dtcache train` whose steps have all been taken."""
+
+    root: Path
+    options: Json
+    """The contents of its run.json."""
+    fingerprint: str
+    """SHA-256 of its run.json."""
+    own_steps: int
+    epochs: int
+    """Epochs of the run, and of the runs that it extends."""
+    steps: int
+    """Steps of the run, and of the runs that it extends."""
+
+    @classmethod
+    def read(cls, root: Path) -> Self:
+        """Read the folder of a run. Raises ConfigError if no finished run of a cache is there."""
+        options = _read(root / RUN, root, "the folder of a run of dtcache train")
+        if "student" not in options or "epochs" not in options:
+            raise ConfigError(f"`extend` {root}: expected a run of dtcache train, got another run")
+        if options.get("teacher") is not None:
+            raise ConfigError(
+                f"`extend` {root}: expected a run that was trained on a cache, got one with a "
+                "teacher in the loop; start from its backbone with `init`"
+            )
+        if not (root / SUMMARY).is_file():
+            raise ConfigError(
+                f"`extend` {root}: expected a finished run, got one that has steps left; run its "
+                "dtcache train command again to finish it"
+            )
+        summary = _read(root / SUMMARY, root, "a finished run")
+        try:
+            own_steps = int(summary["steps"])
+            return cls(
+                root=root,
+                options=options,
+                fingerprint=file_sha256(root / RUN),
+                own_steps=own_steps,
+                epochs=int(options["epochs"]) + int(options.get("extended_epochs", 0)),
+                steps=own_steps + int(options.get("extended_steps", 0)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"`extend` {root}: its {RUN} or {SUMMARY} is not as dtcache train writes it; pass "
+                "another run"
+            ) from error
+
+    @property
+    def identity(self) -> Json:
+        """What a run that extends this one records of it."""
+        return {
+            "extended_run": self.fingerprint,
+            "extended_epochs": self.epochs,
+            "extended_steps": self.steps,
+        }
+
+    def require_same_student(self, options: TrainOptions) -> None:
+        """Raise ConfigError, naming the option, if this run has another student or optimizer."""
+        for name in MUST_AGREE:
+            self._require(name, self.options.get(name), getattr(options, name))
+        has_average = self.options.get("ema_decay") is not None
+        if has_average != (options.ema_decay is not None):
+            self._require("ema_decay", self.options.get("ema_decay"), options.ema_decay)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Return the run's checkpoint, with its tensors on the CPU.
+
+        Raises ConfigError if the run has none of its last step, and CacheDamagedError if the file
+        cannot be read.
+        """
+        state = load_checkpoint(self.root)
+        if state is None or state.get("step") != self.own_steps:
+            raise ConfigError(
+                f"`extend` {self.root}: expected the checkpoint of its last step, "
+                f"{self.own_steps}, with the moments of the optimizer, got "
+                f"{'none' if state is None else 'another one'}; start from its backbone with `init`"
+            )
+        return state
+
+    def require_same_source(self, expected: Json, got: Json) -> None:
+        """Raise ConfigError if the records of two sources differ: targets, teacher or classes.
+
+        `expected` is the record in this run's checkpoint, `got` that of the data to train on.
+        """
+        before = expected.get("targets") or {}
+        targets = got["targets"]
+        if list(before) != list(targets):
+            raise ConfigError(
+                f"`extend` {self.root}: expected its targets, {', '.join(before) or 'none'}, got "
+                f"{', '.join(targets)}; pass a cache that has them, and its `taps` and `timestep`"
+            )
+        for name, shape in targets.items():
+            if before[name] != shape:
+                raise ConfigError(
+                    f"`extend` {self.root}: expected maps of {name} with (channels, height, width) "
+                    f"{before[name]}, got {shape}; pass a cache with such maps"
+                )
+        if expected.get("teacher") != got["teacher"]:
+            raise ConfigError(
+                f"`extend` {self.root}: expected a cache of the same teacher, got one of other "
+                "weights; start from the run's backbone with `init`"
+            )
+        if expected.get("classes") != got["classes"]:
+            raise ConfigError(
+                f"`extend` {self.root}: expected `labels` of the same classes in the same order; "
+                "start from the run's backbone with `init`"
+            )
+
+    def _require(self, name: str, expected: object, got: object) -> None:
+        if expected != got:
+            raise ConfigError(
+                f"`extend` {self.root}: expected its `{name}`, {expected!r}, got {got!r}; pass the "
+                "options of that run, which its config.toml has"
+            )
+
+
+def _read(path: Path, root: Path, expected: str) -> Json:
+    """Return a run's JSON file. Raises ConfigError if it is missing or not readable."""
+    try:
+        return read_json(path, MAX_BYTES)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"`extend` {root}: expected {expected}, which has {path.name}; pass another folder"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"`extend` {path}: not readable as JSON ({error})") from error
