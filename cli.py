@@ -43,6 +43,13 @@ def main() -> None:
       dtcache extract cats/ --teacher google/ddpm-cat-256 --out cats.cache
       dtcache inspect cats.cache
       dtcache train cats.cache --student resnet50 --out runs/resnet50
+
+    \b
+    Exit codes:
+        0  done
+        1  broken or failed: images, a teacher, a cache, a run or the machine
+        2  wrong usage: change the command, a path, or a file of options
+      130  interrupted
     """
 
 
@@ -295,7 +302,7 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
         4  intact but unfinished
         5  not a cache, or a cache with parts this version cannot read
         1  any other failure
-        2  wrong usage
+        2  wrong usage, or CACHE does not exist
       130  interrupted
 
     \b
@@ -315,6 +322,8 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
     try:
         verified = run(cache, options)
     except (CacheNotFoundError, CacheFormatError) as error:
+        if not cache.exists():
+            raise
         click.echo(f"Error: {in_command_words(error, ctx.command)}", err=True)
         ctx.exit(NOT_A_CACHE)
     if as_json:

@@ -25,7 +25,7 @@ class ImagesError(DtcacheError, ValueError):
 
 
 class ImagesNotFoundError(ImagesError, FileNotFoundError):
-    """A path that holds no images."""
+    """A path that does not exist or holds no images."""
 
 
 class BadImageError(DtcacheError, ValueError):
@@ -37,7 +37,11 @@ class TeacherError(DtcacheError, ValueError):
 
 
 class TeacherNotFoundError(TeacherError, FileNotFoundError):
-    """A teacher directory, or one of its files, that does not exist."""
+    """A path or a name of the hub that holds no teacher."""
+
+
+class WeightsError(DtcacheError, ValueError):
+    """Weights of a backbone, head or interpreter, or their configuration, that cannot be read."""
 
 
 class CodecError(DtcacheError, ValueError):
@@ -58,7 +62,7 @@ class CacheError(DtcacheError):
 
 
 class CacheNotFoundError(CacheError, FileNotFoundError):
-    """A path that holds no cache."""
+    """A path that does not exist or holds no cache."""
 
 
 class CacheFormatError(CacheError, NotImplementedError):

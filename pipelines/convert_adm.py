@@ -67,14 +67,14 @@ def convert_adm(checkpoint: Path, out: Path, options: ConvertOptions) -> Convert
 
     The folder has unet/, scheduler/ and conversion.json. It appears complete or not at all. If
     `out` holds the same conversion already, nothing is written. Raises ConfigError for options that
-    contradict the checkpoint, TeacherError for a file that is not an ADM checkpoint or an `out`
-    with other files, and DiskError.
+    contradict the checkpoint and for an `out` with other files, TeacherError for a file that is not
+    an ADM checkpoint, and DiskError.
     """
     out = out.resolve()
     with disk_errors(out):
         occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     if occupied and not (out / RECORD).is_file():
-        raise TeacherError(f"{out} holds something else; pass a new or empty folder as `out`")
+        raise ConfigError(f"`out` {out}: expected a new or empty folder, got other files")
     with track("convert", 4) as progress:
         weights = read_checkpoint(checkpoint)
         progress.advance(1, "read")
@@ -98,7 +98,9 @@ def convert_adm(checkpoint: Path, out: Path, options: ConvertOptions) -> Convert
                 save_converted(folder, unet, converted, config)
                 write_file(folder / RECORD, record)
         elif not _holds(out / RECORD, record):
-            raise TeacherError(f"{out} holds another conversion; remove it or pass another `out`")
+            raise ConfigError(
+                f"`out` {out} holds another conversion; remove it or pass another `out`"
+            )
         progress.advance(1, "written")
     parameters = sum(tensor.numel() for tensor in weights.values())
     return Converted(

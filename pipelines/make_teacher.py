@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dtcache.device import resolve_compute
-from dtcache.errors import AGAIN, CacheDamagedError, ConfigError, TeacherError
+from dtcache.errors import AGAIN, CacheDamagedError, ConfigError
 from dtcache.options import ExtractOptions, parse_size, parse_taps
 from dtcache.process_settings import configure_process
 from dtcache.recipe import MAX_SIDE, Json, ViewSpec
@@ -57,7 +57,7 @@ def cache_teacher(
     """Return the teacher of a cache, with the constants of the cache's recipe.
 
     `name` is the directory or Hugging Face id of the teacher. `device` replaces the recipe's device
-    type. The embedding of a prompt is read from the cache. Raises TeacherError if `name` is a
+    type. The embedding of a prompt is read from the cache. Raises ConfigError if `name` is a
     different teacher, and what loading a teacher raises.
     """
     options = options_from_recipe(manifest.recipe, name)
@@ -74,7 +74,7 @@ def cache_teacher(
         ("configuration", loaded.config_sha256, recipe["config_sha256"]),
     ):
         if got != expected:
-            raise TeacherError(
+            raise ConfigError(
                 f"`teacher` {name}: not the teacher of {root}: expected {property_name} "
                 f"{expected}, got {got}; pass the teacher that the cache was extracted with"
             )

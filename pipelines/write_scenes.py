@@ -8,11 +8,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from dtcache.atomic_files import disk_errors
-from dtcache.errors import ConfigError
+from dtcache.atomic_files import disk_errors, is_system_file
+from dtcache.errors import ConfigError, ImagesError
 from dtcache.images.masks import CLASSES_FILE
 from dtcache.images.scenes import CLASSES, VERSION, require_scene_size, scene
 from dtcache.options.toml import config_text
+from dtcache.recipe import Json
+
+RECIPE = "scenes.json"
+"""The file of a set of scenes that records their seed, size and version."""
+MAX_SCENES = 10_000_000
 
 
 def write_scenes(
@@ -31,20 +36,22 @@ def write_scenes(
     index to its "label", "boxes" [n][4] and "labels" [n]; masks/classes.toml names the values of
     masks. Finished scenes are skipped, so an interrupted run can be repeated and a set can grow.
     Only one process at a time may write to a root. `on_progress` is called with 1 for each finished
-    scene. Raises ConfigError if `size` is under 16, `count` or `start` is negative, or root holds
-    scenes of another seed or size, and DiskError if a write fails.
+    scene. Raises ConfigError if `size` is under 16, if `count` or `start` is negative, if their sum
+    exceeds `MAX_SCENES`, or if root holds scenes of another seed or size or other files,
+    ImagesError if the records in root are damaged, and DiskError if a write fails.
     """
     require_scene_size(size)
-    if count < 0 or start < 0:
+    if count < 0 or start < 0 or start + count > MAX_SCENES:
         raise ConfigError(
-            f"scene range: expected start and count of 0 or more, got start {start}, count {count}"
+            f"`start` {start} and `count` {count}: expected 0 or more each, and a sum of at most "
+            f"{MAX_SCENES}"
         )
+    _require_scenes(root)
     boxes_path = root / "boxes.json"
-    recipe_path = root / "scenes.json"
+    recipe_path = root / RECIPE
     recipe = {"seed": seed, "size": size, "version": VERSION}
     # Finished files may be skipped only if they show the requested scenes.
-    with disk_errors(root):
-        existing = json.loads(recipe_path.read_text()) if recipe_path.exists() else recipe
+    existing = _read(recipe_path, recipe)
     if existing != recipe:
         raise ConfigError(
             f"{root} holds other scenes: expected {recipe}, got {existing}; pass a different "
@@ -55,7 +62,7 @@ def write_scenes(
         _write(
             root / "masks" / CLASSES_FILE, config_text({"names": ("background", *CLASSES)}).encode()
         )
-    entries = json.loads(boxes_path.read_text()) if boxes_path.exists() else {}
+    entries = _read(boxes_path, {})
     for index in range(start, start + count):
         entry = entries.get(str(index))
         if entry is None or not all(
@@ -77,6 +84,37 @@ def write_scenes(
         if on_progress is not None:
             on_progress(1)
     _write(boxes_path, json.dumps(entries).encode())
+
+
+def _require_scenes(root: Path) -> None:
+    """Raise ConfigError if a folder holds other files than scenes, or if it is a file."""
+    with disk_errors(root):
+        if root.exists() and not root.is_dir():
+            raise ConfigError(f"{root}: expected a folder, got a file; pass a different directory")
+        entries = root.iterdir() if root.exists() else ()
+        names = {p.name for p in entries if not is_system_file(p.name)}
+    # RECIPE is written first, by way of a temporary file.
+    others = sorted(names - {Path(RECIPE).with_suffix(".tmp").name})
+    if others and RECIPE not in names:
+        raise ConfigError(
+            f"{root} is not empty and holds no scenes: found {others[0]}; pass a different "
+            "directory"
+        )
+
+
+def _read(path: Path, default: Json) -> Json:
+    """Return the JSON object in a file, or `default` without one. Raises ImagesError."""
+    with disk_errors(path):
+        text = path.read_text() if path.exists() else None
+    try:
+        value = json.loads(text) if text is not None else default
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
+        raise ImagesError(
+            f"{path}: not a record of scenes ({error}); pass a different directory"
+        ) from error
+    return value
 
 
 def _paths(root: Path, index: int, label: int, masks: bool) -> list[Path]:

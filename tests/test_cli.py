@@ -169,7 +169,7 @@ def test_scenes_are_written_with_progress(tmp_path: Path) -> None:
 def test_a_missing_cache_is_one_line(tmp_path: Path) -> None:
     """Inspecting a folder that is not a cache prints one line and exits with 1."""
     result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.output.startswith(f"Error: {tmp_path} is not a cache: expected manifest.json")
     assert result.output.count("\n") == 1
 
@@ -177,7 +177,7 @@ def test_a_missing_cache_is_one_line(tmp_path: Path) -> None:
 def test_an_error_cannot_steer_the_terminal(tmp_path: Path) -> None:
     """Escape sequences in names from caches or model folders do not reach the terminal."""
     result = CliRunner().invoke(main, ["inspect", str(tmp_path / "a\x1b[2Jb")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "a\N{REPLACEMENT CHARACTER}[2Jb is not a cache" in result.output
     assert "\x1b" not in result.output
 

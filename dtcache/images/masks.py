@@ -84,9 +84,7 @@ class MaskFolder:
         """
         path = self.path(key)
         if not self.has(key):
-            raise ImagesNotFoundError(
-                f"{path}: expected the mask of image {key}, got no such file; add it"
-            )
+            raise ImagesError(f"{path}: expected the mask of image {key}, got no such file; add it")
         mask = _decode(path)
         if image_size is not None and mask.shape != image_size:
             raise ImagesError(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dtcache.errors import ImagesError, one_line
+from dtcache.errors import ConfigError, ImagesError, one_line
 from dtcache.options.images import ImagesOptions
 
 LABEL = "label"
@@ -178,7 +178,10 @@ def _image_columns(schema: pa.Schema) -> list[str]:
 
 
 def _require_layout(file: Path, schema: pa.Schema, reading: ImagesOptions) -> None:
-    """Raise ImagesError unless the image column holds bytes."""
+    """Check that the image column holds bytes.
+
+    Raises ConfigError if another column does, and ImagesError if none does.
+    """
     name = reading.image_column
     kind = schema.field(name).type if name in schema.names else pa.null()
     if name in _image_columns(schema) or _is_binary(kind):
@@ -195,12 +198,10 @@ def _require_layout(file: Path, schema: pa.Schema, reading: ImagesOptions) -> No
             "another column by `image_column`"
         )
     others = [*_image_columns(schema), *(f.name for f in schema if _is_binary(f.type))]
-    fix = (
-        f"pass `image_column='{others[0]}'`"
-        if others
-        else "rewrite the file or pass a folder of images"
-    )
-    raise ImagesError(f"{expected} or binary, got columns {', '.join(schema.names)}; {fix}")
+    got = f"{expected} or binary, got columns {', '.join(schema.names)}"
+    if others:
+        raise ConfigError(f"{got}; pass `image_column='{others[0]}'`")
+    raise ImagesError(f"{got}; rewrite the file or pass a folder of images")
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
@@ -237,13 +238,13 @@ def _labels(
 ) -> Labels:
     """Return the labels of a file.
 
-    Raises ImagesError if `label_column` names a column that cannot be read as labels, and if a
-    number has more than 32 bits or is beyond the recorded names.
+    Raises ConfigError if `label_column` names a column that cannot be read as labels, and
+    ImagesError if a number has more than 32 bits or is beyond the recorded names.
     """
     column = reading.label_column or LABEL
     if table is None or column not in table.column_names:
         if reading.label_column is not None:
-            raise ImagesError(
+            raise ConfigError(
                 f"{file}: `label_column` {column}: expected a column of the file, got columns "
                 f"{', '.join(schema.names)}; pass one of them"
             )
@@ -268,7 +269,7 @@ def _labels(
             kind = pa.int64()
     if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         if reading.label_column is not None:
-            raise ImagesError(
+            raise ConfigError(
                 f"{file}: `label_column` {column}: expected integers or text, got "
                 f"{schema.field(column).type}; number the classes, or pass another column"
             )

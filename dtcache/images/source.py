@@ -90,7 +90,7 @@ def open_source(
         _require_no_split(path, reading)
         return FolderSource(path, reading)
     if path.exists():
-        raise ImagesError(f"{path}: expected {KINDS}, got a file of another kind")
+        raise ImagesNotFoundError(f"{path}: expected {KINDS}, got a file of another kind")
     raise ImagesNotFoundError(f"{path} does not exist: expected {KINDS}")
 
 
@@ -133,7 +133,7 @@ def _of_split(
 ) -> list[Path]:
     """Return the files of the chosen splits.
 
-    Raises ImagesError if files of several splits lie together and none is chosen, and if a chosen
+    Raises ConfigError if files of several splits lie together and none is chosen, and if a chosen
     split has no file.
     """
     by_split: dict[str | None, list[Path]] = {}
@@ -142,7 +142,7 @@ def _of_split(
     names = sorted(name for name in by_split if name is not None)
     if reading.split is None:
         if len(names) > 1:
-            raise ImagesError(
+            raise ConfigError(
                 f"{path}: expected files of one split, got {', '.join(names)}; pass one of them "
                 f"as `split`, or all of them as `split='{','.join(names)}'`"
             )
@@ -153,7 +153,7 @@ def _of_split(
             listed = (
                 f"one of {', '.join(names)}" if names else "no `split`, since no file states one"
             )
-            raise ImagesError(f"{path}: `split` {name}: expected {listed}")
+            raise ConfigError(f"{path}: `split` {name}: expected {listed}")
     for file in files:
         if split_of(file.stem) not in chosen:
             left_out.add(Reason.SPLIT, file.name)

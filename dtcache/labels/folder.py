@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtcache.atomic_files import write_file
-from dtcache.errors import CacheMismatchError, ConfigError
+from dtcache.errors import CacheMismatchError, WeightsError
 from dtcache.hashing import file_sha256
 from dtcache.labels.interpreter import GROUPS, MAX_WIDTH, FeatureInterpreter, Shapes, logit_grid
 from dtcache.recipe import Json, ViewSpec, check_scores
@@ -87,8 +87,8 @@ def save_interpreter(network: FeatureInterpreter, spec: InterpreterSpec, folder:
 def load_interpreter(folder: Path) -> Interpreter:
     """Read a folder of `save_interpreter`.
 
-    Raises ConfigError if a file is missing, malformed or inconsistent with the other, or if a size
-    is out of bounds.
+    Raises ConfigError if the folder has no configuration, and WeightsError if a file is malformed
+    or inconsistent with the other, or if a size is out of bounds.
     """
     config = read_config(
         folder / CONFIG, expected="an output folder of dtcache label fit", again=AGAIN
@@ -96,10 +96,10 @@ def load_interpreter(folder: Path) -> Interpreter:
     try:
         spec = _spec(config)
         network = load_weights(folder / WEIGHTS, spec.build, title="this interpreter", again=AGAIN)
-    except ConfigError:
+    except WeightsError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(
+        raise WeightsError(
             f"{folder / CONFIG}: not the configuration of an interpreter ({error}); {AGAIN}"
         ) from error
     hashes = [file_sha256(folder / name) for name in (WEIGHTS, CONFIG)]

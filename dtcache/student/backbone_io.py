@@ -15,7 +15,7 @@ from timm.models import PretrainedCfg, split_model_name_tag
 from torch import Tensor, nn
 
 from dtcache.atomic_files import make_folders, write_file
-from dtcache.errors import ConfigError, one_line
+from dtcache.errors import ConfigError, WeightsError, one_line
 from dtcache.recipe import MAX_SIDE, Json, ViewSpec
 from dtcache.student.backbone import Backbone, Rgb
 from dtcache.student.weights_io import (
@@ -151,7 +151,9 @@ def make_backbone(
                 if init
                 else "check the network and the size"
             )
-            raise ConfigError(
+            # An OSError is a failure of the network or of the disk.
+            failure = WeightsError if isinstance(error, OSError) else ConfigError
+            raise failure(
                 f"timm cannot make {name} with {init or 'random'} weights{at} "
                 f"({one_line(error, 200)}); {advice}"
             ) from error
@@ -205,7 +207,8 @@ def load_backbone(
     size only is built for `size` (H, W) [default: that of the folder], and its position embedding
     is resampled. Returns the backbone, and the input size (height, width) and the view of its
     training. The view is None if the folder records none. Reads JSON and safetensors only. Raises
-    ConfigError if a file is missing, does not fit or is out of bounds.
+    ConfigError if the folder has no configuration, and WeightsError if a file does not fit or is
+    out of bounds.
     """
     saved = _saved(folder)
     input_size = size or saved.input_size
@@ -222,7 +225,10 @@ def load_backbone(
 
 
 def _saved(folder: Path) -> SavedBackbone:
-    """Return the configuration of a backbone's folder, as timm reads it. Raises ConfigError."""
+    """Return the configuration of a backbone's folder, as timm reads it.
+
+    Raises ConfigError if there is none, and WeightsError if it is malformed or out of bounds.
+    """
     config = read_config(folder / CONFIG, expected=EXPECTED, again=AGAIN)
     try:
         name = config["architecture"]
@@ -259,7 +265,7 @@ def _saved(folder: Path) -> SavedBackbone:
             model_args=args,
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ConfigError(
+        raise WeightsError(
             f"{folder / CONFIG}: not the configuration of a backbone ({error}); expected {EXPECTED}"
         ) from error
 

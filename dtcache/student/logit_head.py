@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dtcache.atomic_files import make_folders, write_file
-from dtcache.errors import ConfigError
+from dtcache.errors import ConfigError, WeightsError
 from dtcache.options.train import REGRESSORS
 from dtcache.recipe import Json
 from dtcache.student.pyramid import MapShape, pyramid_for
@@ -95,8 +95,9 @@ def load_head(
 ) -> tuple[LogitHead, HeadSpec]:
     """Read a folder of `save_head` for a backbone with maps of `shapes` at `input_size` (H, W).
 
-    The grid of the logits scales with the maps. Raises ConfigError if a file is missing, is out of
-    bounds or does not fit the backbone, and for a head of image labels.
+    The grid of the logits scales with the maps. Raises ConfigError if the folder has no
+    configuration, or if its head does not fit the backbone or predicts labels of images, and
+    WeightsError if a file is malformed or out of bounds.
     """
     config = read_config(
         folder / CONFIG, expected="the head of a run of dtcache train with `labels`", again=AGAIN
@@ -104,7 +105,7 @@ def load_head(
     try:
         saved = _spec(config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(
+        raise WeightsError(
             f"{folder / CONFIG}: not the configuration of a head ({error}); {AGAIN}"
         ) from error
     if saved.grid == (1, 1):

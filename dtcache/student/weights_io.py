@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dtcache.errors import ConfigError, one_line
+from dtcache.errors import ConfigError, WeightsError, one_line
 from dtcache.hashing import read_json
 from dtcache.recipe import MAX_SIDE, Json, ViewSpec
 
@@ -34,14 +34,15 @@ Network = TypeVar("Network", bound=nn.Module)
 def read_config(path: Path, *, expected: str, again: str) -> Json:
     """Return the JSON object in a file.
 
-    Raises ConfigError. The message says which file was `expected` and how to make it `again`.
+    Raises ConfigError, which names the `expected` folder, if there is no such file, and
+    WeightsError, which says how to make the file `again`, if it holds no such object.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: missing; expected {expected}")
     try:
         return read_json(path, MAX_CONFIG_BYTES)
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}; {again}") from error
+        raise WeightsError(f"{path}: {error}; {again}") from error
 
 
 def load_weights(
@@ -56,13 +57,13 @@ def load_weights(
 
     `fill`, if given, builds it from the weights instead, for files that are not loaded as they are.
     A network that needs more memory than the file holds is refused before it is built, if its size
-    is known beforehand. The caller's random state is left unchanged. Raises ConfigError if the
+    is known beforehand. The caller's random state is left unchanged. Raises WeightsError if the
     weights are missing, are a pickle, do not fit or are not finite; the error names `title` and how
     to make the file `again`.
     """
     if not path.is_file():
         _refuse_pickles(path)
-        raise ConfigError(f"{path}: the weights are missing; {again}")
+        raise WeightsError(f"{path}: the weights are missing; {again}")
     try:
         if (needed := _needed_bytes(make)) > _memory_bytes(path):
             raise RuntimeError(
@@ -85,7 +86,7 @@ def load_weights(
         ValueError,
         AttributeError,
     ) as error:
-        raise ConfigError(
+        raise WeightsError(
             f"{path}: not the weights of {title} ({one_line(error)}); {again}"
         ) from error
     return network
@@ -100,11 +101,11 @@ def _memory_bytes(path: Path) -> int:
 
 
 def _refuse_pickles(path: Path) -> None:
-    """Raise ConfigError, with the command that converts it, if only a pickle lies beside `path`."""
+    """Raise WeightsError, with a command that converts it, if only a pickle is beside `path`."""
     pickles = sorted(p for p in path.parent.glob("*") if p.suffix in PICKLES and p.is_file())
     if pickles:
         command = shlex.join(["python", "-c", CONVERT, str(pickles[0]), str(path)])
-        raise ConfigError(
+        raise WeightsError(
             f"{pickles[0]}: expected {path.name}, got a pickle, which is never opened. If you "
             f"trust its origin, convert it: {command}"
         )

@@ -91,9 +91,8 @@ class Autoencoder:
 def read_autoencoder(root: Path) -> Autoencoder | None:
     """Return the autoencoder of a directory, or None if it has none.
 
-    Raises TeacherNotFoundError if its configuration is missing, and TeacherError if its class is
-    not supported, if it reads no RGB pixels, or if its latents are normalised by anything but a
-    scale and a shift.
+    Raises TeacherError if its configuration is missing, if its class is not supported, if it reads
+    no RGB pixels, or if its latents are normalised by anything but a scale and a shift.
     """
     folder = next((root / name for name in FOLDERS if (root / name).is_dir()), None)
     if folder is None:

@@ -58,9 +58,12 @@ def choose_condition(
 def require_labels(
     keys: Iterable[str], labels: Iterable[int | None] | None, num_classes: int
 ) -> None:
-    """Raise ImagesError naming the first image whose label is not one of the teacher's classes."""
+    """Check that every image has a label of the teacher's classes.
+
+    Raises ConfigError without any labels, and ImagesError naming the first image with another one.
+    """
     if labels is None:
-        raise ImagesError(
+        raise ConfigError(
             "`condition='label'`: the images have no labels; pass a folder with one sub-folder "
             "per class, a Parquet file with a label column, or a different `condition`"
         )

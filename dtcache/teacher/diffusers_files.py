@@ -47,8 +47,8 @@ class TeacherFolder:
     def fetch(self, weights: Iterable[Path], others: Iterable[Path] = ()) -> None:
         """Download weights, as one file or as the shards of their index, and other files.
 
-        The paths are in `root`. Does nothing for a directory of the user. Raises
-        TeacherNotFoundError if the hub does not serve them.
+        The paths are in `root`. Does nothing for a directory of the user. Raises TeacherError if
+        the hub does not serve them.
         """
         if self.repository is None:
             return
@@ -73,7 +73,8 @@ class TeacherFolder:
 def locate(where: str) -> TeacherFolder:
     """Return the teacher's directory; of a hub id, download the JSON files alone.
 
-    Raises TeacherNotFoundError if there is no such directory or hub model.
+    Raises TeacherNotFoundError if there is no such directory or hub model, and TeacherError if the
+    hub cannot be reached.
     """
     path = Path(where)
     if path.is_dir():
@@ -98,12 +99,15 @@ def locate(where: str) -> TeacherFolder:
 
 def _download(repository: str, patterns: Iterable[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise TeacherNotFoundError(
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        # Any other error is a failure of the network or of the disk.
+        is_unknown = isinstance(error, RepositoryNotFoundError | ValueError)
+        failure = TeacherNotFoundError if is_unknown else TeacherError
+        raise failure(
             f"teacher {repository}: not a directory, and the Hugging Face hub did not serve such a "
             f"model ({one_line(error)}); check the name and the network, or pass a directory"
         ) from error
@@ -126,11 +130,10 @@ def is_auxiliary(name: str) -> bool:
 def read_config(path: Path, title: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Return a JSON object of at most `limit` bytes; messages call it `title`.
 
-    Raises TeacherNotFoundError if the file is missing, TeacherError if its content is not such an
-    object.
+    Raises TeacherError if the file is missing or its content is not such an object.
     """
     if not path.is_file():
-        raise TeacherNotFoundError(
+        raise TeacherError(
             f"{path}: {title} is missing; expected a directory saved by save_pretrained"
         )
     try:
@@ -178,8 +181,8 @@ def require_full_precision(path: Path, config: dict[str, Any]) -> None:
 def weight_files(folder: Path, name: str = WEIGHTS) -> list[Path]:
     """Return the safetensors files of a part: one file, or all files that its index names.
 
-    Raises TeacherNotFoundError if the part has no weights, and TeacherError if it has only pickles
-    or if a file is a pointer of Git LFS.
+    Raises TeacherError if the part has no weights or only pickles, or if a file is a pointer of Git
+    LFS.
     """
     index = folder / f"{name}.index.json"
     files: list[Path] = []
@@ -197,7 +200,7 @@ def weight_files(folder: Path, name: str = WEIGHTS) -> list[Path]:
     if files:
         return files
     if (folder / name).is_symlink():
-        raise TeacherNotFoundError(
+        raise TeacherError(
             f"{folder / name}: the weights are a link to {(folder / name).readlink()}, which does "
             "not exist; download the teacher again, or copy it with its links followed (cp -rL)"
         )
@@ -211,7 +214,7 @@ def weight_files(folder: Path, name: str = WEIGHTS) -> list[Path]:
             "and call save_pretrained(safe_serialization=True)"
         )
     others = sorted(p.name for p in folder.glob("*.safetensors") if not is_auxiliary(p.name))
-    raise TeacherNotFoundError(f"{folder / name}: the weights are missing; {_hint(name, others)}")
+    raise TeacherError(f"{folder / name}: the weights are missing; {_hint(name, others)}")
 
 
 def _hint(name: str, others: Sequence[str]) -> str:
@@ -233,9 +236,7 @@ def _sharded(folder: Path, index: Path) -> list[Path]:
     shards = _shards(index)
     for path in shards:
         if not path.is_file():
-            raise TeacherNotFoundError(
-                f"{path}: the weights are missing, but {index.name} names them"
-            )
+            raise TeacherError(f"{path}: the weights are missing, but {index.name} names them")
     return shards
 
 

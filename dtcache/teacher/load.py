@@ -80,8 +80,8 @@ def load_teacher(
     pixels or, with an autoencoder, of latents. A text-conditioned teacher embeds `prompt` (None
     stands for the empty one), unless `stored` holds that prompt's embedding.
 
-    Raises TeacherNotFoundError if a part is missing, TeacherError if the teacher cannot be used
-    safely, and ConfigError for a prompt if the teacher reads no text.
+    Raises TeacherNotFoundError if there is no teacher, TeacherError if a part is missing or if the
+    teacher cannot be used safely, and ConfigError for a prompt if the teacher reads no text.
     """
     files = locate(where)
     root = files.root

@@ -97,13 +97,13 @@ class NoiseSchedule:
 def read_schedule(root: Path) -> NoiseSchedule:
     """Return the noise schedule of a teacher's directory.
 
-    Raises TeacherNotFoundError if there is none, and TeacherError if it belongs to another noise
-    process or its betas are not in [0, 1].
+    Raises TeacherError if there is none, if it belongs to another noise process, or if its betas
+    are not in [0, 1]. It is a TeacherNotFoundError if the directory is a part of a teacher.
     """
     nested = root / "scheduler" / FILE
     path = nested if nested.is_file() else root / FILE
     if not path.is_file():
-        raise TeacherNotFoundError(f"{nested}: the noise schedule is missing; {_advice(root)}")
+        raise _missing(nested, root)
     config = read_config(path, "the noise schedule")
     name = config.get("_class_name")
     defaults = SCHEDULERS.get(str(name))
@@ -182,14 +182,16 @@ def _alpha_bars(path: Path, settings: Json) -> Tensor:
     return alpha_bars
 
 
-def _advice(root: Path) -> str:
-    """Return how to complete a directory without a noise schedule."""
-    for path in (root.parent / "scheduler" / FILE, root.parent / FILE):
-        if path.is_file():
-            return f"pass {root.parent}, the directory of the whole model"
-    return (
-        f"expected scheduler/{FILE}; a training checkpoint has none, copy scheduler/ from the "
-        "model that was trained"
+def _missing(path: Path, root: Path) -> TeacherError:
+    """Return the error of a directory without a noise schedule. It says how to complete it."""
+    problem = f"{path}: the noise schedule is missing"
+    if any((folder / FILE).is_file() for folder in (root.parent / "scheduler", root.parent)):
+        return TeacherNotFoundError(
+            f"{problem}; pass {root.parent}, the directory of the whole model"
+        )
+    return TeacherError(
+        f"{problem}; expected scheduler/{FILE}; a training checkpoint has none, copy scheduler/ "
+        "from the model that was trained"
     )
 
 

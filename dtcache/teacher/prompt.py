@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dtcache.errors import ConfigError, TeacherError, TeacherNotFoundError, one_line
+from dtcache.errors import ConfigError, TeacherError, one_line
 from dtcache.teacher.diffusers_files import (
     TEXT_WEIGHTS,
     load_part,
@@ -40,8 +40,8 @@ class Prompt:
 def require_text_encoder(root: Path) -> None:
     """Check that a directory's prompt can be embedded, before weights are read.
 
-    Raises ConfigError if the `transformers` library is missing, TeacherNotFoundError if there is no
-    text encoder, and TeacherError if it is of another class than CLIP's.
+    Raises ConfigError if the `transformers` library is missing, and TeacherError if there is no
+    text encoder or if it is of another class than CLIP's.
     """
     try:
         import transformers  # noqa: F401
@@ -100,7 +100,7 @@ def embed_prompt(root: Path, text: str) -> Prompt:
 def _tokenize(folder: Path, tokenizer_class: Any, text: str) -> torch.Tensor:
     """Return the token numbers (1, L), padded to the tokenizer's maximum length."""
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
-        raise TeacherNotFoundError(
+        raise TeacherError(
             f"{folder}: the tokenizer is missing; expected tokenizer.json, or vocab.json and "
             "merges.txt"
         )

@@ -30,7 +30,7 @@ class CachedMaps:
     """Decoded whitened maps of a cache's taps, draw 0: read from the cache, or from its teacher."""
 
     def __init__(self, cache: Cache, teacher: str | None, compute: Compute) -> None:
-        """Index the cache by image content. Raises TeacherError if `teacher` is not the cache's."""
+        """Index the cache by image content. Raises ConfigError if `teacher` is not the cache's."""
         self.cache = cache
         self._compute = compute
         rows = cache.reader.usable_rows

@@ -179,7 +179,7 @@ class CacheFeatures:
     """Spatial means of a cache's decoded whitened features, view 0."""
 
     def __init__(self, cache: Cache, teacher: str | None, compute: Compute) -> None:
-        """Index the cache by image content. Raises TeacherError if `teacher` is not the cache's."""
+        """Index the cache by image content. Raises ConfigError if `teacher` is not the cache's."""
         self.view = cache.view
         self.maps = CachedMaps(cache, teacher, compute)
 

@@ -209,7 +209,7 @@ def _trained_head(
     """Return the head of a run, and its class names; names of the masks replace the head's own.
 
     Raises ConfigError if there is no head, or if it belongs to another backbone, to other classes
-    or to image labels.
+    or to image labels, and WeightsError if it cannot be read.
     """
     folder = next((f for f in (run, run / "head") if (f / CONFIG).is_file()), None)
     if folder is None:

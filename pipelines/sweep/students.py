@@ -211,7 +211,7 @@ class OtherBackbone:
         """Return None: no step of it can be timed."""
 
     def make(self, out: Path) -> None:
-        """Copy the backbone into a run folder. Raises ConfigError if it cannot be used."""
+        """Copy the backbone into a run folder. Raises what `load_backbone` raises."""
         from dtcache.student import load_backbone
 
         folder = self.folder

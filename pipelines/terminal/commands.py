@@ -8,13 +8,35 @@ from typing import Any, TextIO
 
 import click
 
-from dtcache.errors import DtcacheError, NoLocksWarning
+from dtcache.errors import (
+    CacheMismatchError,
+    CacheNotFoundError,
+    ConfigError,
+    DtcacheError,
+    ImagesNotFoundError,
+    NoLocksWarning,
+    TeacherNotFoundError,
+    UnknownLabelsError,
+)
 from pipelines.terminal.field_names import in_flags
 from pipelines.terminal.hints import hint_for_flag, hint_for_verb, see_help
 from pipelines.terminal.text import printable
 
 WRITES_NOTHING = "dtcache.writes_nothing"
 """Key of a context's `meta`. A verb sets this key if it writes nothing that could be resumed."""
+
+MISUSES = (
+    ConfigError,
+    ImagesNotFoundError,
+    TeacherNotFoundError,
+    CacheNotFoundError,
+    CacheMismatchError,
+    UnknownLabelsError,
+)
+"""Errors that the user mends in the command or in a file of options. Their exit code is 2.
+
+All other errors, of images, teachers, caches, runs or the machine, have the exit code 1.
+"""
 
 RUN_GROUP = "Run"
 """Heading for options without a group, in the help of a command that has groups."""
@@ -122,8 +144,9 @@ class Group(_OneLineErrors, click.Group):
             with _one_line_warnings(lambda: self.get_command(ctx, ctx.invoked_subcommand or "")):
                 return super().invoke(ctx)
         except DtcacheError as error:
-            verb = self.get_command(ctx, ctx.invoked_subcommand or "")
-            raise click.ClickException(in_command_words(error, verb)) from error
+            line = in_command_words(error, self.get_command(ctx, ctx.invoked_subcommand or ""))
+            is_misuse = isinstance(error, MISUSES)
+            raise (WrongUsage(line) if is_misuse else click.ClickException(line)) from error
         except KeyboardInterrupt:
             verb = self.get_command(ctx, ctx.invoked_subcommand or "")
             resumes = isinstance(verb, Command) and verb.resumes and WRITES_NOTHING not in ctx.meta

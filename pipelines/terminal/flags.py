@@ -17,9 +17,8 @@ from dtcache.atomic_files import NO_LOCK
 from dtcache.errors import DtcacheError
 from dtcache.options.images import READING
 from dtcache.options.toml import read_config
-from pipelines.terminal.commands import RUN_GROUP, GroupedOption, verb_of
+from pipelines.terminal.commands import RUN_GROUP, GroupedOption, WrongUsage, verb_of
 from pipelines.terminal.hints import option_hint
-from pipelines.terminal.text import printable
 
 PATH = click.Path(path_type=Path)
 
@@ -99,15 +98,13 @@ def _read_defaults(ctx: click.Context, flag: click.Parameter, path: Path | None)
     try:
         values = read_config(path)
     except DtcacheError as error:
-        raise click.ClickException(printable(f"--config {error}")) from error
+        raise WrongUsage(f"--config {error}") from error
     known = [p.name for p in ctx.command.params if isinstance(p, click.Option) and p.expose_value]
     for name in values:
         if name not in known:
             verb = verb_of(ctx)
             hint = option_hint(name, ctx.command, verb, ctx.find_root().command)
-            raise click.ClickException(
-                printable(f"--config {path}: dtcache {verb} has no option {name}. {hint}")
-            )
+            raise WrongUsage(f"--config {path}: dtcache {verb} has no option {name}. {hint}")
     texts = {
         name: [str(item) for item in value] if isinstance(value, list) else str(value)
         for name, value in values.items()

@@ -48,7 +48,7 @@ def repair_cache(root: Path, options: VerifyOptions) -> tuple[Verification, list
 
     Features come before labels, which are computed from them. Returns the verification without the
     repaired damage, and the outcome for each damaged file. Raises CacheBusyError if another process
-    writes the cache or a label set, CacheMismatchError or TeacherError if images or teacher are not
+    writes the cache or a label set, CacheMismatchError or ConfigError if images or teacher are not
     those of the extraction, ConfigError if the interpreter cannot be loaded, DiskError, and what
     `verify_cache` raises.
     """

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dtcache.errors import ImagesError, ImagesNotFoundError
+from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError
 from dtcache.images import ParquetSource, open_source, parquet
 from dtcache.options import ImagesOptions
 
@@ -363,7 +363,7 @@ def test_labels_that_are_no_classes_are_left_out(tmp_path: Path) -> None:
         "no labels: the column label of a.parquet holds double values, which are neither integers "
         "nor text",
     )
-    with pytest.raises(ImagesError, match=r"`label_column` label: expected integers or text, got"):
+    with pytest.raises(ConfigError, match=r"`label_column` label: expected integers or text, got"):
         open_source(tmp_path, ImagesOptions(label_column="label"))
 
 
@@ -372,7 +372,7 @@ def test_other_columns_can_be_named(tmp_path: Path) -> None:
     table = pa.table({"img": images_column(2), "fine_label": [1, 0]})
     metadata = hub_metadata("fine_label", ["a", "b"])
     pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
-    with pytest.raises(ImagesError, match=r"got columns img, fine_label; pass `image_column='img'"):
+    with pytest.raises(ConfigError, match=r"got columns img, fine_label; pass `image_column='img'"):
         open_source(tmp_path)
     source = open_source(tmp_path, ImagesOptions(image_column="img"))
     assert (source.labels, source.read(1)) == (None, b"1")
@@ -382,7 +382,7 @@ def test_other_columns_can_be_named(tmp_path: Path) -> None:
     chosen = ImagesOptions(image_column="img", label_column="fine_label")
     source = open_source(tmp_path, chosen)
     assert (list(source.labels or []), source.classes) == ([1, 0], ["a", "b"])
-    with pytest.raises(ImagesError, match=r"`label_column` x: expected a column of the file, got"):
+    with pytest.raises(ConfigError, match=r"`label_column` x: expected a column of the file, got"):
         open_source(tmp_path, ImagesOptions(image_column="img", label_column="x"))
 
 

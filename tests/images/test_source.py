@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError
+from dtcache.errors import ConfigError, ImagesNotFoundError
 from dtcache.images import open_source
 from dtcache.images.source import split_of
 from dtcache.options import ImagesOptions
@@ -57,7 +57,7 @@ def test_files_of_several_splits_are_refused(tmp_path: Path) -> None:
     """Files of two splits are refused with the option that chooses one or both."""
     write_splits(tmp_path)
     with pytest.raises(
-        ImagesError,
+        ConfigError,
         match=r"one split, got test, train; pass one of them as `split`, or all of them as "
         r"`split='test,train'`",
     ):
@@ -68,7 +68,7 @@ def test_files_of_several_splits_are_refused(tmp_path: Path) -> None:
         "2 images without labels; left out: 1 file of another split (test-00000-of-00001.parquet)"
     )
     assert len(open_source(tmp_path, ImagesOptions(split="train, test")).keys) == 3
-    with pytest.raises(ImagesError, match=r"`split` val: expected one of test, train"):
+    with pytest.raises(ConfigError, match=r"`split` val: expected one of test, train"):
         open_source(tmp_path, ImagesOptions(split="val"))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtcache.errors import CacheMismatchError, ConfigError
+from dtcache.errors import CacheMismatchError, ConfigError, WeightsError
 from dtcache.labels import (
     FeatureInterpreter,
     InterpreterSpec,
@@ -133,7 +133,7 @@ def test_a_folder_that_was_changed_is_refused(tmp_path: Path, change: Json, mess
     save_interpreter(SPEC.build(), SPEC, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(WeightsError, match=message):
         load_interpreter(tmp_path)
 
 
@@ -146,10 +146,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     network = SPEC.build()
     torch.nn.init.constant_(network.logits.bias, float("nan"))  # type: ignore[arg-type]
     save_interpreter(network, SPEC, tmp_path)
-    with pytest.raises(ConfigError, match=r"some of them are not finite"):
+    with pytest.raises(WeightsError, match=r"some of them are not finite"):
         load_interpreter(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"the weights are missing; fit it again"):
+    with pytest.raises(WeightsError, match=r"the weights are missing; fit it again"):
         load_interpreter(tmp_path)
 
 

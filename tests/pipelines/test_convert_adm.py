@@ -182,10 +182,10 @@ def test_the_same_conversion_again_changes_nothing(checkpoint: Path, tmp_path: P
     assert convert_adm(checkpoint, out, OPTIONS) == first
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
     with pytest.raises(
-        TeacherError, match=r"out holds another conversion; remove it or pass another `out`"
+        ConfigError, match=r"`out` .*out holds another conversion; remove it or pass another `out`"
     ):
         convert_adm(checkpoint, out, ConvertOptions(size=32, head_channels=16))
-    with pytest.raises(TeacherError, match="holds another conversion"):
+    with pytest.raises(ConfigError, match="holds another conversion"):
         convert_adm(save(tmp_path / "b.pt", classes=3), out, OPTIONS)
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
@@ -200,7 +200,7 @@ def test_something_else_at_out_is_never_touched(
         out.mkdir()
     (out / "mine" if kind == "folder" else out).write_text("mine")
     with pytest.raises(
-        TeacherError, match=r"out holds something else; pass a new or empty folder as `out`"
+        ConfigError, match=r"`out` .*out: expected a new or empty folder, got other files"
     ):
         convert_adm(checkpoint, out, OPTIONS)
     assert (out / "mine" if kind == "folder" else out).read_text() == "mine"

@@ -64,5 +64,5 @@ def test_demo_refuses_a_folder_of_other_options(tmp_path: Path) -> None:
     """A folder of other options, or with foreign files, is refused and left unchanged."""
     (tmp_path / "thesis.tex").write_text("precious")
     result = demo(tmp_path)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "is not empty and holds no run: found thesis.tex" in result.output

@@ -123,6 +123,6 @@ def test_bad_teachers_and_sizes_are_one_line(
 ) -> None:
     """Teachers and sizes that extract refuses are refused in one line."""
     result = run("teacher", "show", *(teacher_dir if a == "TEACHER" else a for a in arguments))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output

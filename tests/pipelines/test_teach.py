@@ -89,7 +89,7 @@ def test_a_teacher_of_no_steps_has_the_seeds_untrained_weights(
         "unet",
     ]
     refused = teach(scene_folder, out, "--seed", 5)
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "holds a run with another --steps: expected 0, got 6" in refused.output
     shown = CliRunner().invoke(main, ["teacher", "show", str(out)])
     assert shown.exit_code == 0 and "16x16" in shown.output, shown.output
@@ -126,7 +126,7 @@ def test_a_machine_without_a_compiler_is_told_so(
 
     monkeypatch.setattr(torch, "compile", refuse)
     result = teach(scene_folder, tmp_path / "t", "--compile")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "--compile: no C++ compiler was found; run without it" in result.output
 
 
@@ -151,7 +151,7 @@ def test_an_interrupted_run_resumes_to_the_bit(
 def test_a_run_of_other_options_is_refused(taught: Path, scene_folder: Path) -> None:
     """A resume with another option is refused with the option's name."""
     result = teach(scene_folder, taught, "--lr", "1")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "holds a run with another --lr: expected 0.0004, got 1.0" in result.output
 
 
@@ -187,7 +187,7 @@ def test_bad_options_are_one_clear_line(
 ) -> None:
     """Invalid options are refused in one line with their names."""
     result = teach(scene_folder, tmp_path / "t", *flags)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.output
 
 

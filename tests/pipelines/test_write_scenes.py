@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtcache.errors import ConfigError, DiskError
+from dtcache.errors import ConfigError, DiskError, ImagesError
 from dtcache.images.scenes import CLASSES, scene
 from pipelines.write_scenes import write_scenes
 
@@ -98,16 +98,30 @@ def test_a_root_with_other_scenes_is_refused(tmp_path: Path) -> None:
         write_scenes(tmp_path, seed=0, size=32, count=1)
 
 
+def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
+    """A folder with files and no scenes, or with damaged records, is refused and left unchanged."""
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"not empty and holds no scenes: found manifest\.json"):
+        write_scenes(tmp_path, seed=0, size=16, count=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    for text in ("{", "[]"):
+        (tmp_path / "scenes.json").write_text(text)
+        with pytest.raises(ImagesError, match=r"scenes\.json: not a record of scenes"):
+            write_scenes(tmp_path, seed=0, size=16, count=1)
+
+
 def test_impossible_requests_say_what_was_expected(tmp_path: Path) -> None:
-    """Sizes under 16 and negative counts or starts are refused before anything is written."""
+    """Sizes under 16 and impossible counts or starts are refused before anything is written."""
     with pytest.raises(ConfigError, match="scene size: expected at least 16 pixels, got 8"):
         write_scenes(tmp_path / "new", seed=0, size=8, count=0)
     with pytest.raises(
-        ConfigError, match="expected start and count of 0 or more, got start 0, count -1"
+        ConfigError, match="`start` 0 and `count` -1: expected 0 or more each, and a sum of at most"
     ):
         write_scenes(tmp_path / "new", seed=0, size=16, count=-1)
-    with pytest.raises(ConfigError, match="got start -2, count 1"):
+    with pytest.raises(ConfigError, match="`start` -2 and `count` 1: expected 0 or more"):
         write_scenes(tmp_path / "new", seed=0, size=16, count=1, start=-2)
+    with pytest.raises(ConfigError, match="a sum of at most 10000000"):
+        write_scenes(tmp_path / "new", seed=0, size=16, count=10**13)
     assert not (tmp_path / "new").exists()
 
 
@@ -116,10 +130,7 @@ def test_a_disk_that_refuses_is_one_clear_error(
 ) -> None:
     """A disk error says what could not be written, and a resume finishes the set."""
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(
-        DiskError,
-        match=r"cannot write .*file/scenes.json: File exists; check the disk and its permissions",
-    ):
+    with pytest.raises(ConfigError, match="file: expected a folder, got a file; pass a different"):
         write_scenes(tmp_path / "file", seed=0, size=16, count=1)
     assert (tmp_path / "file").read_text() == "precious"
 

@@ -16,7 +16,7 @@ from PIL import Image
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from dtcache.errors import ConfigError, DiskError
+from dtcache.errors import ConfigError, DiskError, WeightsError
 from dtcache.recipe import ViewSpec
 from dtcache.student import (
     Backbone,
@@ -318,7 +318,7 @@ def test_a_pickle_is_refused_with_the_line_that_converts_it(
     folder = tmp_path / "it's here"
     save_for_hf(network, folder)
     with pytest.raises(
-        ConfigError,
+        WeightsError,
         match=r"pytorch_model\.bin: expected model\.safetensors, got a pickle, which is never "
         r"opened",
     ) as caught:
@@ -377,7 +377,7 @@ def _edited(**changes: object) -> bytes:
 def test_a_doctored_configuration_is_refused(saved: Path, config: bytes, message: str) -> None:
     """The values of config.json are bounded and whitelisted before anything is built from them."""
     (saved / "config.json").write_bytes(config)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(WeightsError, match=message):
         load_backbone(saved)
 
 
@@ -386,16 +386,16 @@ def test_weights_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> Non
     weights = saved / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    with pytest.raises(ConfigError, match=r"model\.safetensors: not the weights of resnet10t"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors: not the weights of resnet10t"):
         load_backbone(saved)
     save_backbone(backbone_of("resnet18"), tmp_path / "other", input_size=(32, 32), view=VIEW)
     weights.write_bytes((tmp_path / "other/model.safetensors").read_bytes())
     with pytest.raises(
-        ConfigError, match=r"not the weights of resnet10t \(Error.*(Missing|Unexpected) key"
+        WeightsError, match=r"not the weights of resnet10t \(Error.*(Missing|Unexpected) key"
     ):
         load_backbone(saved)
     weights.unlink()
-    with pytest.raises(ConfigError, match=r"model\.safetensors: the weights are missing"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors: the weights are missing"):
         load_backbone(saved)
     with pytest.raises(
         ConfigError, match=r"nowhere/config\.json: missing; expected a folder of a backbone"
@@ -409,7 +409,7 @@ def test_weights_that_are_not_finite_are_refused(saved: Path) -> None:
     weights["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
     safetensors.torch.save_file(weights, saved / "model.safetensors")
     with pytest.raises(
-        ConfigError, match=r"not the weights of resnet10t \(some of them are not finite\); export"
+        WeightsError, match=r"not the weights of resnet10t \(some of them are not finite\); export"
     ):
         load_backbone(saved)
 
@@ -429,7 +429,7 @@ def test_a_larger_network_than_its_file_takes_no_memory(
 
     monkeypatch.setattr(timm, "create_model", watched)
     with pytest.raises(
-        ConfigError,
+        WeightsError,
         match=r"not the weights of resnet101 \(its configuration needs \d+ bytes, the",
     ):
         load_backbone(saved)

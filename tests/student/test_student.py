@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dtcache.errors import ConfigError
+from dtcache.errors import ConfigError, WeightsError
 from dtcache.recipe import ViewSpec
 from dtcache.student import Backbone, build_student, load_backbone, make_backbone, save_backbone
 from dtcache.student.pyramid import SimplePyramid
@@ -65,7 +65,7 @@ def test_networks_of_one_size_are_built_for_the_students(name: str, tmp_path: ob
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("32,\n   64", "8192,\n   8192"))
     with pytest.raises(
-        ConfigError, match=rf"not the weights of {name} \(its configuration needs \d+ bytes"
+        WeightsError, match=rf"not the weights of {name} \(its configuration needs \d+ bytes"
     ):
         load_backbone(tmp_path)
     assert weights.exists()

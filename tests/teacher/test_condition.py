@@ -105,7 +105,7 @@ def test_labels_outside_the_teachers_classes_are_refused() -> None:
     """A missing or too large label is refused with its first image."""
     require_labels(["a", "b"], [0, 2], 3)
     with pytest.raises(
-        ImagesError, match="`condition='label'`: the images have no labels; pass a folder with"
+        ConfigError, match="`condition='label'`: the images have no labels; pass a folder with"
     ):
         require_labels(["a"], None, 3)
     for label in (None, 3, -1):

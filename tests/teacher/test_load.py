@@ -412,9 +412,7 @@ def test_a_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
         raise OSError("offline")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    with pytest.raises(
-        TeacherNotFoundError, match=r"teacher google/x: not a directory, and .*\(offline\)"
-    ):
+    with pytest.raises(TeacherError, match=r"teacher google/x: not a directory, and .*\(offline\)"):
         load_teacher("google/x")
 
 

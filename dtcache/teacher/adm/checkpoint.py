@@ -17,16 +17,16 @@ ZIP_START = b"PK\x03\x04"
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Return a checkpoint's tensors by name; they are memory-mapped if the file's format allows it.
 
-    Raises TeacherNotFoundError if there is no such file, and TeacherError unless the file is a
-    complete checkpoint with nothing but floating-point tensors.
+    Raises TeacherNotFoundError if there is no such file or it has another format, and TeacherError
+    unless the file is a complete checkpoint with nothing but floating-point tensors.
     """
     if path.is_dir():
-        raise TeacherError(
+        raise TeacherNotFoundError(
             f"checkpoint {path}: expected a PyTorch .pt file, got a directory; a directory of "
             "diffusers needs no conversion, pass it as the teacher"
         )
     if path.suffix == ".safetensors":
-        raise TeacherError(
+        raise TeacherNotFoundError(
             f"checkpoint {path}: expected a PyTorch .pt file of OpenAI, got safetensors; convert a "
             "Stable Diffusion checkpoint with diffusers "
             "(StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR))"

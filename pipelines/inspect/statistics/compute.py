@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dtcache.cache.cache import Cache
-from dtcache.errors import ConfigError
+from dtcache.errors import CacheIncompleteError
 from dtcache.hashing import sha256_json
 from dtcache.options import InspectOptions
 from dtcache.recipe import Json, tap_name
@@ -46,8 +46,8 @@ def cache_statistics(root: Path, options: InspectOptions) -> Json:
     """Return the statistics of a cache as JSON values (docs/inspect.md), without damaged samples.
 
     `left_out` names what could not be read. Results without damage are saved in the user's cache
-    folder under the hash of the manifest, and read from there the next time. Raises ConfigError if
-    the cache has no sample with features yet, and what opening the cache raises.
+    folder under the hash of the manifest, and read from there the next time. Raises
+    CacheIncompleteError if no sample has features yet, and what opening the cache raises.
     """
     cache = Cache(root, allow="damage")
     rows = chosen_rows(cache, options)
@@ -70,11 +70,12 @@ def cache_statistics(root: Path, options: InspectOptions) -> Json:
 def chosen_rows(cache: Cache, options: InspectOptions) -> Rows:
     """Return the rows that statistics are computed from, in random order.
 
-    A pure function of the readable rows and the options. Raises ConfigError if there is no row.
+    A pure function of the readable rows and the options. Raises CacheIncompleteError if there is
+    no row.
     """
     usable = cache.reader.usable_rows
     if not len(usable):
-        raise ConfigError(
+        raise CacheIncompleteError(
             f"{cache.reader.root}: no sample has features yet; statistics need at least one"
         )
     count = len(usable) if options.exact else min(options.num_samples, len(usable))

@@ -70,7 +70,7 @@ class Remeasured:
 def remeasure(root: Path, where: str, options: InspectOptions) -> Remeasured:
     """Run the teacher `where` of a cache on up to 64 of the samples of the statistics.
 
-    Raises CacheDamagedError if no sample can be read, TeacherError if `where` is a different
+    Raises CacheDamagedError if no sample can be read, ConfigError if `where` is a different
     teacher, and ConfigError if neither the cache nor `options.images` has the images.
     """
     cache = Cache(root, options.images, allow="damage", reading=options.reading)

@@ -17,7 +17,7 @@ from PIL import Image
 from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.device import resolve_compute
-from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError, TeacherError
+from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError
 from dtcache.images import FolderSource, load_views
 from dtcache.metrics.probes import Neighbours
 from dtcache.options import EvaluateOptions, ExtractOptions
@@ -442,7 +442,7 @@ def test_images_outside_the_cache_need_the_teacher(shelf: Path, tmp_path: Path) 
     save_teacher(build_unet(SIZE, SIZE, (8, 16, 16), 1, 0), tmp_path / "other", torch.float32)
     wanted = Cache(shelf / "cache").reader.manifest.recipe["teacher"]["weights_sha256"]
     with pytest.raises(
-        TeacherError,
+        ConfigError,
         match=rf"other: not the teacher .*expected weights {wanted}, got [0-9a-f]{{64}}",
     ):
         classify(str(shelf / "cache"), options_for(shelf, teacher=str(tmp_path / "other")))
@@ -456,7 +456,7 @@ def test_a_teacher_with_another_noise_schedule_is_refused(shelf: Path, tmp_path:
     schedule = tmp_path / "bent" / "scheduler" / "scheduler_config.json"
     schedule.write_text(json.dumps({**json.loads(schedule.read_text()), "beta_end": 0.01}))
     with pytest.raises(
-        TeacherError, match=r"bent: not the teacher of .*expected noise levels \[0\.9.*got \[0\.9"
+        ConfigError, match=r"bent: not the teacher of .*expected noise levels \[0\.9.*got \[0\.9"
     ):
         classify(str(shelf / "cache"), options_for(shelf, teacher=str(tmp_path / "bent")))
 

@@ -260,7 +260,7 @@ def test_another_recipe_is_refused(
     """An extraction with other options into a cache is refused with the field that differs."""
     before = tree(cache)
     result = extract(scene_folder, teacher_dir, cache, *flags)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "holds a cache of another recipe" in result.output
     assert field in result.output
     assert tree(cache) == before
@@ -513,7 +513,7 @@ def test_a_compiled_cache_is_another_one(
     out = tmp_path / "c"
     assert extract(scene_folder, teacher_dir, out, "--compile", "--limit", "8").exit_code == 0
     again = extract(scene_folder, teacher_dir, out, "--limit", "8")
-    assert again.exit_code == 1
+    assert again.exit_code == 2
     assert "teacher.compiled" in again.output
     assert extract(scene_folder, teacher_dir, out, "--compile", "--limit", "8").exit_code == 0
 
@@ -566,7 +566,7 @@ def test_a_foreign_folder_is_refused(scene_folder: Path, teacher_dir: Path, tmp_
     """A folder with files that dtcache did not create is refused and left unchanged."""
     (tmp_path / "thesis.tex").write_text("precious")
     result = extract(scene_folder, teacher_dir, tmp_path)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "is not empty and not a cache: found thesis.tex" in result.output
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
@@ -591,7 +591,7 @@ def test_bad_options_are_one_clear_line(
 ) -> None:
     """Invalid options are named with a non-zero exit code, and no cache is begun."""
     result = extract(scene_folder, teacher_dir, tmp_path / "c", *flags)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "c" / "manifest.json").exists()

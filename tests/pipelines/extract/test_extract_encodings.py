@@ -147,7 +147,7 @@ def test_another_encoding_is_another_recipe(
         "--quality",
         "fp16",
     )
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert re.search(field, result.output)
 
 
@@ -159,7 +159,7 @@ def test_a_noised_cache_is_not_inverted_into(
     out = ("--teacher", teacher_dir, "--out", tmp_path / "c")
     assert run("extract", scene_folder, *out, *flags).exit_code == 0
     result = run("extract", scene_folder, *out, *FLAGS, *DDIM)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "teacher.ddim_steps is null in the cache, 4 in this run" in result.output
 
 
@@ -231,7 +231,7 @@ def test_contradicting_encodings_are_refused(
         "ddim",
         *flags,
     )
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / "c" / "manifest.json").exists()
 

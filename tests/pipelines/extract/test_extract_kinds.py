@@ -146,7 +146,7 @@ def test_stable_diffusion(scene_folder: Path, tmp_path: Path, embedded: list[str
     }
     assert embedded == ["a cat [small]"]
     refused = extract(scene_folder, teacher, out, "--prompt", "a dog", "--quality", "fp16")
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert (
         'teacher.condition.prompt is "a cat [small]" in the cache, "a dog" in this run'
         in refused.output
@@ -363,6 +363,6 @@ def test_a_recipe_tells_its_teacher_device_apart(scene_folder: Path, tmp_path: P
     result = run(
         "evaluate", out, "--train", scene_folder, "--teacher", tmp_path / "dit", "--device", "cpu"
     )
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "not the teacher of" in result.output
     assert "expected configuration" in result.output

@@ -117,7 +117,7 @@ def test_sizes_that_cannot_be_are_refused(
     result = run(
         "extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *FLAGS, *flags
     )
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / "c" / "manifest.json").exists()
 
@@ -187,13 +187,13 @@ def test_a_cache_without_images_trains_from_their_source(
     assert len(losses["none"]) > 0
     assert not (tmp_path / "none" / "data.zarr" / "images").exists()
     result = run("train", tmp_path / "none", "--out", tmp_path / "run-without", *flags)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "stores no images; pass --images, the images it was extracted from" in result.output
     assert not (tmp_path / "run-without").exists()
     result = run(
         "train", tmp_path / "view", "--out", tmp_path / "run-both", *flags, "--images", scene_folder
     )
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "stores its images: open it without --images" in result.output
 
 
@@ -204,7 +204,7 @@ def test_position_whitening_needs_exact_features(
     extracted(scene_folder, teacher_dir, tmp_path / "c", "--bytes-per-image", 4608)
     flags = ("--whitening", "position", "--batch-size", 4)
     result = run("train", tmp_path / "c", "--out", tmp_path / "r", *flags)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert (
         "--whitening position: expected a cache of exact features; extract it with quality fp16"
         in result.output

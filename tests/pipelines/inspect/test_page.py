@@ -231,7 +231,7 @@ def test_options_that_do_not_go_together(tiny_cache: Path, tmp_path: Path) -> No
         ),
     ):
         result = inspect(*arguments)
-        assert result.exit_code == 1, result.output
+        assert result.exit_code == 2, result.output
         assert message in result.output
         assert result.output.count("\n") == 1
     assert not (tmp_path / "x.html").exists()

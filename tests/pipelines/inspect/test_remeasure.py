@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_refused(
     """A teacher is refused without images or for two caches; a page without images says so."""
     result = run("inspect", cache, "--teacher", teacher_dir, "--device", "cpu")
     assert (
-        result.exit_code == 1
+        result.exit_code == 2
         and "stores no images: pass --images, the source that it was extracted from"
         in result.output
     )

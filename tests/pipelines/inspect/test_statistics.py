@@ -24,7 +24,7 @@ from support.files import flip
 from support.inspecting import inspect
 
 from dtcache.cache.cache import Cache
-from dtcache.errors import ConfigError
+from dtcache.errors import CacheIncompleteError
 from dtcache.options import InspectOptions
 from pipelines.inspect.statistics import cache_statistics
 from pipelines.inspect.statistics.decode import decode
@@ -167,16 +167,17 @@ def test_what_has_no_statistics_is_refused_in_a_line(
     (tmp_path / "folder").mkdir()
     begin(tmp_path / "empty", tiny_plan())
     (tiny_copy / "manifest.json").write_text('{"format":2}')
-    for root, message in (
+    for root, code, message in (
         (
             tmp_path / "folder",
+            2,
             "is not a cache: expected manifest.json in it; pass a folder made by dtcache extract",
         ),
-        (tiny_copy, "expected format 1, got 2; install the dtcache that wrote it"),
-        (tmp_path / "empty", "no sample has features yet; statistics need at least one"),
+        (tiny_copy, 1, "expected format 1, got 2; install the dtcache that wrote it"),
+        (tmp_path / "empty", 1, "no sample has features yet; statistics need at least one"),
     ):
         result = inspect(root, *flags)
-        assert result.exit_code == 1
+        assert result.exit_code == code
         assert message in result.output and result.output.count("\n") == 1
     assert not (tmp_path / "x.html").exists()
 
@@ -187,7 +188,7 @@ def test_an_unfinished_cache_has_statistics_of_what_is_there(tmp_path: Path) -> 
     root = tmp_path / "cache"
     writer = begin(root, plan)
     with pytest.raises(
-        ConfigError, match="no sample has features yet; statistics need at least one"
+        CacheIncompleteError, match="no sample has features yet; statistics need at least one"
     ):
         cache_statistics(root, InspectOptions())
     counts = []

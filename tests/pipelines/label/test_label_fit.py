@@ -269,7 +269,7 @@ def test_bad_input_is_one_line(
     )
     for flags, message in cases:
         result = run("label", "fit", scene_cache, "--out", tmp_path / "i", *flags)
-        assert result.exit_code == 1, flags
+        assert result.exit_code == 2, flags
         assert message in result.output
         assert result.output.startswith("Error: ")
         assert result.output.count("\n") == 1

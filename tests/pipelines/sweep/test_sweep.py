@@ -193,7 +193,7 @@ def test_a_changed_option_is_refused(
     edited(root, "epochs = 2", "epochs = 2\nnum_workers = 1")
     path = edited(root, old, new)
     result = run("sweep", path, "--out", root / "out", *(["--dry-run"] if message is None else []))
-    assert result.exit_code == (0 if message is None else 1), result.output
+    assert result.exit_code == (0 if message is None else 2), result.output
     assert message is None or f"Error: {message}" in result.output
     assert stamps(root / "out") == before
 
@@ -205,7 +205,7 @@ def test_a_cache_that_changed_is_refused(swept: Path, tmp_path: Path, tiny_cache
     old = text.split('path = "')[1].split('"')[0]
     path = edited(root, old, str(tiny_cache))
     result = run("sweep", path, "--out", root / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "Error: arm mse, seed 0: was done with another cache: expected" in result.output
 
 
@@ -213,7 +213,7 @@ def test_a_cache_that_is_missing_is_refused(tmp_path: Path, scene_folder: Path) 
     """A path without a cache is refused before anything runs."""
     (tmp_path / "s.toml").write_text(sweep_text(tmp_path / "no.cache", scene_folder))
     result = run("sweep", tmp_path / "s.toml", "--out", tmp_path / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "no.cache is not a cache: expected manifest.json" in result.output
     assert not (tmp_path / "out").exists()
 
@@ -270,7 +270,7 @@ def test_the_folder_is_protected(swept: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("precious")
     result = run("sweep", root / "sweep.toml", "--out", tmp_path / "full")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "is not empty and holds no sweep: found thesis.tex" in result.output
 
 

@@ -135,6 +135,6 @@ cache = "c"
 labels = "parts"
 """)
     result = run("sweep", path, "--out", tmp_path / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "no label set 'parts'; it has none" in result.output
     assert not (tmp_path / "out").exists()

@@ -143,7 +143,7 @@ def test_wrong_files_are_refused(tmp_path: Path, old: str, new: str, message: st
     with pytest.raises(ConfigError, match=message):
         read_sweep(path)
     result = run("sweep", path, "--out", tmp_path / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.output.startswith("Error: ")
     assert result.output.count("\n") == 1
     assert not (tmp_path / "out").exists()

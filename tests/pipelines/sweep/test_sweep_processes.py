@@ -153,5 +153,5 @@ def test_an_unreachable_scheduler_is_refused(
     assert result.exit_code == 1
     assert "--scheduler tcp://127.0.0.1:1: no Dask scheduler can be reached" in result.output
     both = run("sweep", tmp_path / "s.toml", *flags, "--jobs", 2)
-    assert both.exit_code == 1
+    assert both.exit_code == 2
     assert "--jobs: expected no number with --scheduler" in both.output

@@ -46,5 +46,5 @@ def test_a_verb_in_a_group_shows_its_own_flags() -> None:
     result = click.testing.CliRunner().invoke(
         main, ["label", "fit", "x", "--out", "y", "--batch-size", "0"]
     )
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.output == "Error: --batch-size 0: expected at least 1\n"

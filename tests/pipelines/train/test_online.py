@@ -206,7 +206,7 @@ def test_options_that_contradict_each_other_are_named(
 ) -> None:
     """Options of a cache and options of an online teacher are refused together."""
     result = run("train", scene_folder, "--out", tmp_path / "r", *FLAGS, *flags)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.output.replace("\n", " ")
     assert not (tmp_path / "r").exists()
 

@@ -318,7 +318,7 @@ def test_bad_options_are_one_clear_line(
 ) -> None:
     """Invalid options are refused in one line with the allowed values."""
     result = run("train", cache, "--out", tmp_path / "r", *FLAGS, *flags)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.output.replace("\n", "")
     assert "Traceback" not in result.output
     assert not (tmp_path / "r").exists()
@@ -347,7 +347,7 @@ def test_a_checkpoint_of_other_groups_is_one_clear_line(
 def test_a_run_of_other_options_is_refused(cache: Path, trained: Path) -> None:
     """A resume with other options is refused with the field that differs."""
     result = run("train", cache, "--out", trained, *FLAGS, "--seed", 1)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "holds a run with another --seed: expected 0, got 1" in result.output
 
 

@@ -378,6 +378,6 @@ def test_weights_of_losses_that_are_not_there_are_refused(
 def test_an_unknown_label_set_is_named_with_those_there_are(labelled: Path, tmp_path: Path) -> None:
     """An unknown label set is refused with the existing sets' names, and nothing is written."""
     result = run("train", labelled, "--labels", "part", "--out", tmp_path / "run", *FLAGS)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.output.splitlines()[-1] == f"Error: {labelled}: no label set 'part'; it has parts"
     assert not (tmp_path / "run").exists()

@@ -192,7 +192,7 @@ def test_students_of_one_command_have_runs_of_their_own(scene_cache: Path, tmp_p
     listed = run("inspect", *(tmp_path / name for name in names), "--json")
     assert listed.exit_code == 0, listed.output
     refused = run(*command, "--student", ",".join(names), "--out", tmp_path / names[0])
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "holds the run of one student, got 2 students; pass a new --out" in refused.output
 
 

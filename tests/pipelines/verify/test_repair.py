@@ -213,13 +213,13 @@ def test_other_images_or_another_teacher_are_refused(
     )
     (images / key).rename(images / key.replace("/", "/renamed-"))
     result, _ = repair(root, images, teacher_dir)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "holds a cache of another recipe: of other images: 1 image was removed" in result.stderr
     teacher = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
     config = teacher / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("0.02", "0.03"))
     result, _ = repair(root, scene_folder, teacher)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert (
         f"--teacher {teacher}: not the teacher of {root}: expected noise levels [" in result.stderr
     )

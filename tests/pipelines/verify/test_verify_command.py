@@ -33,11 +33,14 @@ def test_each_verdict_has_its_exit_code(tiny_copy: Path, tmp_path: Path) -> None
         "is not a cache: expected manifest.json in it; pass a folder made by dtcache extract"
         in nothing.stderr
     )
+    missing = run("verify", tmp_path / "nowhere")
+    assert missing.exit_code == 2
+    assert f"{tmp_path / 'nowhere'} is not a cache" in missing.stderr
     (tiny_copy / "manifest.json").write_text('{"format":2}')
     assert run("verify", tiny_copy).exit_code == 5
     assert run("verify", tiny_copy, "--samples", "0.05").exit_code == 2
     assert run("verify", tiny_copy, "--fraction", "5%").exit_code == 2
-    assert run("verify", tiny_copy, "--fraction", "5").exit_code == 1
+    assert run("verify", tiny_copy, "--fraction", "5").exit_code == 2
 
 
 def test_damage_is_told_by_file_sample_and_remedy(tiny_copy: Path) -> None:
@@ -126,7 +129,7 @@ def test_a_repair_needs_images_and_teacher(tiny_copy: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(needed.format(*"``````"))):
         verify(tiny_copy, VerifyOptions(repair=True))
     result = run("verify", tiny_copy, "--repair")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert f"--repair {needed.format(*['--', ''] * 3)}" in result.stderr
     assert tree(tiny_copy) == before
 
@@ -134,7 +137,7 @@ def test_a_repair_needs_images_and_teacher(tiny_copy: Path) -> None:
 def test_a_dry_run_is_that_of_a_repair(tiny_copy: Path) -> None:
     """--dry-run without --repair is refused in one line."""
     result = run("verify", tiny_copy, "--dry-run")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.output.count("\n") == 1
     assert "--dry-run: expected --repair with it" in result.output
 
