@@ -24,7 +24,7 @@ from dtcache.options import (
 from pipelines.terminal.commands import WRITES_NOTHING, Group, in_command_words
 from pipelines.terminal.field_names import in_flags
 from pipelines.terminal.flags import JSON_FLAG, NO_LOCK_FLAG, PATH, options_of, out_flag, print_json
-from pipelines.terminal.text import printable
+from pipelines.terminal.output import report, say
 
 TRY = "Try it"
 CACHE = "Stage 1: the cache"
@@ -72,12 +72,11 @@ def demo(out: Path, options: DemoOptions) -> None:
     Example:
       dtcache demo --out demo
     """
-    from rich.console import Console
-
     from pipelines.demo import demo as run
     from pipelines.demo import render_demo
+    from pipelines.terminal.console import show
 
-    Console().print(render_demo(run(out, options)))
+    show(render_demo(run(out, options)))
 
 
 @main.command(section=TRY, resumes=True)
@@ -114,7 +113,7 @@ def scenes(count: int, start: int, size: int, seed: int, out: Path) -> None:
         write_scenes(
             out, seed=seed, size=size, count=count, start=start, on_progress=progress.advance
         )
-    click.echo(f"{out / 'images'}: {count} scenes")
+    report(f"{out / 'images'}: {count} scenes")
 
 
 @main.group(section="Stage 0: the teacher")
@@ -146,9 +145,9 @@ def teacher_train(images: Path, out: Path, options: TeachOptions) -> None:
 
     taught = teach(images, out, options)
     if taught.final_loss is None:
-        click.echo(f"{taught.out}: a teacher with the untrained weights of --seed {options.seed}")
+        report(f"{taught.out}: a teacher with the untrained weights of --seed {options.seed}")
     else:
-        click.echo(
+        report(
             f"{taught.out}: {taught.steps} steps, loss {taught.final_loss:.4f}; "
             "see samples.png and loss.png"
         )
@@ -171,22 +170,21 @@ def teacher_show(where: str, as_json: bool, options: TeacherShowOptions) -> None
       dtcache teacher show teachers/photos --probe photos/ --plot probe.png
       dtcache teacher show google/ddpm-cat-256 --json | jq '.taps[] | {name, flops_share}'
     """
-    from rich.console import Console
-
     from pipelines.describe_teacher import describe_teacher, render_teacher
+    from pipelines.terminal.console import show
 
     probe = None
     if options.probe is not None:
         from pipelines.probe_teacher import probe_teacher
 
         probe = probe_teacher(where, options)
-    report = describe_teacher(where, options.size)
+    description = describe_teacher(where, options.size)
     if as_json:
-        print_json(report if probe is None else {**report, "probe": probe.to_json()})
+        print_json(description if probe is None else {**description, "probe": probe.to_json()})
         return
-    Console().print(render_teacher(report))
+    show(render_teacher(description))
     if probe is not None:
-        Console().print(probe.to_table())
+        show(probe.to_table())
 
 
 @teacher.command("convert")
@@ -206,7 +204,7 @@ def teacher_convert(checkpoint: Path, out: Path, options: ConvertOptions) -> Non
     """
     from pipelines.convert_adm import convert_adm
 
-    click.echo(convert_adm(checkpoint, out, options).summary)
+    report(convert_adm(checkpoint, out, options).summary)
 
 
 @main.command(section=CACHE, resumes=True)
@@ -231,27 +229,24 @@ def extract(
       dtcache extract cats/ --teacher google/ddpm-cat-256 --out cats.cache --dry-run
     """
     if dry_run:
-        from rich.console import Console
-
         from pipelines.extract.dry_run import forecast, render_forecast
+        from pipelines.terminal.console import show
 
         ctx.meta[WRITES_NOTHING] = True
-        Console().print(render_forecast(forecast(source, out, options)))
+        show(render_forecast(forecast(source, out, options)))
         return
     from pipelines.extract.extract import describe_empty
     from pipelines.extract.extract import extract as run
 
     done = run(source, out, options)
     plural = "" if done.num_done == 1 else "s"
-    click.echo(f"{done.root}: {done.num_done} image{plural} cached in {done.seconds:.0f} s")
+    report(f"{done.root}: {done.num_done} image{plural} cached in {done.seconds:.0f} s")
     for failed in done.failures[:10]:
-        click.echo(f"  failed: {failed.key}: {failed.reason}", err=True)
+        say(f"  failed: {failed.key}: {failed.reason}")
     if done.failures:
-        click.echo(
-            f"{len(done.failures)} images failed; samples.parquet has every reason", err=True
-        )
+        say(f"{len(done.failures)} images failed; samples.parquet has every reason")
     if done.empty:
-        click.echo(printable(describe_empty(done.empty)), err=True)
+        say(describe_empty(done.empty))
 
 
 @main.command(section=CACHE)
@@ -272,15 +267,14 @@ def inspect(paths: tuple[Path, ...], as_json: bool, options: InspectOptions) -> 
       dtcache inspect cats-t50.cache cats-t250.cache
       dtcache inspect runs/resnet50 --cache cats.cache --report resnet50.html
     """
-    from rich.console import Console
-
     from pipelines.inspect.inspect import inspect as run
+    from pipelines.terminal.console import show
 
     inspected = run(paths, options)
     if as_json:
         print_json(inspected.to_json())
     else:
-        Console().print(inspected.render())
+        show(inspected.render())
 
 
 @main.command(section=CACHE)
@@ -310,8 +304,7 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
       dtcache verify cats.cache
       dtcache verify cats.cache --repair --images cats/ --teacher google/ddpm-cat-256
     """
-    from rich.console import Console
-
+    from pipelines.terminal.console import show
     from pipelines.verify.report import render_verified, verified_json
     from pipelines.verify.verify import EXIT_CODES, NOT_A_CACHE
     from pipelines.verify.verify import verify as run
@@ -324,12 +317,12 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
     except (CacheNotFoundError, CacheFormatError) as error:
         if not cache.exists():
             raise
-        click.echo(f"Error: {in_command_words(error, ctx.command)}", err=True)
+        say(f"Error: {in_command_words(error, ctx.command)}")
         ctx.exit(NOT_A_CACHE)
     if as_json:
         print_json(verified_json(verified, in_words))
     else:
-        Console().print(render_verified(verified, cache, in_words))
+        show(render_verified(verified, cache, in_words))
     ctx.exit(EXIT_CODES[verified.verification.state])
 
 
@@ -368,7 +361,7 @@ def label_fit(cache: Path, out: Path, options: LabelFitOptions) -> None:
     for name, value in (fitted.validation or {}).items():
         scores += f", {name} {value:.1%}" if isinstance(value, float) else ""
     held_out = f"; {fitted.validation['images']} held out{scores}" if fitted.validation else ""
-    click.echo(f"{fitted.out}: fitted to {fitted.trained_on} labelled images{held_out}")
+    report(f"{fitted.out}: fitted to {fitted.trained_on} labelled images{held_out}")
 
 
 @label.command("write", resumes=True)
@@ -388,7 +381,7 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
     from pipelines.label.write_labels import write_labels
 
     done = write_labels(cache, interpreter, options)
-    click.echo(
+    report(
         f"{done.root}: soft labels of {done.images} images, {done.share:.1%} of the features' "
         f"bytes; mean total variation from the exact labels {done.measured['total_variation']:.4f}"
     )
@@ -417,7 +410,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> None:
     from pipelines.train.train import runs_of, train_shared
 
     for done in train_shared(where, runs_of(out, options)):
-        click.echo(
+        report(
             f"{done.out / 'backbone'}: {done.steps} steps, held-out loss {done.held_out_loss:.4f}, "
             f"{done.wait_share:.1%} of the time waiting for data"
         )
@@ -439,11 +432,12 @@ def export(source: Path, out: Path, options: ExportOptions) -> None:
     from pipelines.export import export as run
 
     done = run(source, out, options)
-    click.echo(
+    report(
         f"{done.out}: {done.architecture} for {options.to}; on random images its outputs differ "
         f"from the original's by at most {done.difference:.3g} (largest output "
-        f"{done.largest:.3g})\n  {done.usage}"
+        f"{done.largest:.3g})"
     )
+    report(f"  {done.usage}")
 
 
 @main.command(section=STUDENT)
@@ -467,9 +461,9 @@ def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
     if as_json:
         print_json({"model": model, **result.to_json()})
     else:
-        from rich.console import Console
+        from pipelines.terminal.console import show
 
-        Console().print(result.to_table(model))
+        show(result.to_table(model))
 
 
 @main.command(section=STUDENT, resumes=True)
@@ -490,22 +484,21 @@ def sweep(ctx: click.Context, file: Path, out: Path, options: SweepOptions) -> N
       dtcache sweep losses.toml --out sweeps/losses --dry-run
       dtcache sweep losses.toml --out sweeps/losses --jobs 2
     """
-    from rich.console import Console
-
     from pipelines.sweep.estimate import estimate, render_estimate
     from pipelines.sweep.report import PAGE, render_tables
     from pipelines.sweep.sweep import planned
     from pipelines.sweep.sweep import sweep as run
+    from pipelines.terminal.console import show
 
     if options.dry_run:
         ctx.meta[WRITES_NOTHING] = True
-        Console().print(render_estimate(estimate(planned(file, out))))
+        show(render_estimate(estimate(planned(file, out))))
         return
     swept = run(file, out, options)
-    Console().print(render_tables(swept.plan, swept.rows))
-    click.echo(f"{swept.plan.out / PAGE}")
+    show(render_tables(swept.plan, swept.rows))
+    report(f"{swept.plan.out / PAGE}")
     for failure in swept.failures:
-        click.echo(f"failed: {printable(str(failure))}", err=True)
+        say(f"failed: {failure}")
     ctx.exit(1 if swept.failures else 0)
 
 

@@ -1,6 +1,5 @@
 """Class names by number: placeholders, comparison, and warnings."""
 
-import sys
 from collections.abc import Collection, Sequence
 
 from dtcache.names import differ_in_form, normal_form, shown
@@ -62,18 +61,20 @@ def misnumbered(names: Sequence[str]) -> tuple[str, int] | None:
     return next(((name, i) for i, name in enumerate(names) if int(name) != i), None)
 
 
-def warn_of_absent(names: Sequence[str], values: Collection[int], ignore: int, unit: str) -> None:
-    """Warn on stderr of classes that do not occur in the training data: they cannot be learned.
+def absent_warning(
+    names: Sequence[str], values: Collection[int], ignore: int, unit: str
+) -> str | None:
+    """Return a warning of classes that do not occur in the training data: they cannot be learned.
 
-    `values` are the class numbers that occur; `ignore` is never warned of. `unit` completes "no
-    ...", such as `pixel in the training masks`.
+    `values` are the class numbers that occur; the class `ignore` may be absent. `unit` completes
+    "no ...", such as `pixel in the training masks`. Returns None if every class occurs.
     """
     present = {*values, ignore}
     absent = [f"{number} ({name})" for number, name in enumerate(names) if number not in present]
-    if absent:
-        listed = ", ".join(absent[:MAX_LISTED]) + (", ..." if len(absent) > MAX_LISTED else "")
-        print(
-            f"warning: {len(absent)} of {len(names)} classes have no {unit} and will hardly be "
-            f"predicted: {listed}",
-            file=sys.stderr,
-        )
+    if not absent:
+        return None
+    listed = ", ".join(absent[:MAX_LISTED]) + (", ..." if len(absent) > MAX_LISTED else "")
+    return (
+        f"warning: {len(absent)} of {len(names)} classes have no {unit} and will hardly be "
+        f"predicted: {listed}"
+    )

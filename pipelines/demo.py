@@ -8,7 +8,6 @@ from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from dtcache.atomic_files import write_file
@@ -21,6 +20,7 @@ from pipelines.evaluate.classification import classify
 from pipelines.extract.extract import extract
 from pipelines.inspect.tables import render
 from pipelines.runs.folder import claim_run
+from pipelines.terminal.console import show
 from pipelines.terminal.progress import track
 from pipelines.train.train import train
 from pipelines.write_scenes import write_scenes
@@ -45,7 +45,7 @@ def demo(out: Path, options: DemoOptions) -> Json:
     stages.run("scenes", partial(_write_scenes, out, options))
     stages.run("extract", partial(_extract, out, options))
     report = inspect_cache(out / "cache")
-    Console(stderr=True).print(render(report, out / "cache"))
+    show(render(report, out / "cache"), to_stderr=True)
     for name in names:
         stages.run(f"train {name}", partial(_train, out, name, options))
     kinds = {"random init": "init", "from the cache": "backbone"}
@@ -76,7 +76,7 @@ class Stages:
     def __init__(self, out: Path) -> None:
         self._path = out / "stages.json"
         self._done: dict[str, Json] = (
-            json.loads(self._path.read_text()) if self._path.exists() else {}
+            json.loads(self._path.read_text("utf-8")) if self._path.exists() else {}
         )
 
     def run(self, name: str, work: Callable[[], Json]) -> Json:

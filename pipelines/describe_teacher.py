@@ -3,14 +3,13 @@
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from dtcache.options import parse_size
 from dtcache.recipe import Json, signal_to_noise
 from dtcache.teacher import LoadedTeacher, load_teacher, native_size
 from dtcache.teacher.denoiser import choose_taps
 from dtcache.teacher.flops import count_flops
-from pipelines.terminal.text import byte_size, printable
+from pipelines.terminal.text import byte_size
 
 TIMESTEPS = (50, 150, 250)
 RATIOS = (10, 50, 100)
@@ -121,7 +120,7 @@ def render_teacher(report: Json) -> RenderableType:
     example = (
         f"dtcache extract IMAGES --teacher {report['teacher']}{size} --timestep 50 --out CACHE"
     )
-    warnings = [Text(f"warning: {printable(warning)}") for warning in report["warnings"]]
+    warnings = [f"warning: {warning}" for warning in report["warnings"]]
     return Group(facts, *warnings, taps, *by_name, example)
 
 

@@ -4,7 +4,6 @@ B images per batch, C channels, H rows, W columns.
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from dtcache.teacher import (
 from pipelines.evaluate.classification import pooled_features, split_labelled
 from pipelines.evaluate.image_split import EvaluatedImages
 from pipelines.extract.teacher_classes import require_teacher_classes
+from pipelines.terminal.output import say
 from pipelines.terminal.progress import track
 
 
@@ -205,10 +205,9 @@ def probe_teacher(where: str, options: TeacherShowOptions) -> TeacherProbe:
                 progress.advance(1, name)
     edges = sum(at_edge(score.linear_c) for score in scores)
     if edges:
-        print(
+        say(
             f"{edges} of {len(scores)} linear probes chose a C at an edge of the grid of "
-            f"{C_GRID[0]:g} to {C_GRID[-1]:g}; a value beyond may be better",
-            file=sys.stderr,
+            f"{C_GRID[0]:g} to {C_GRID[-1]:g}; a value beyond may be better"
         )
     probe = TeacherProbe(
         scores=tuple(scores), num_train=len(train_labels), num_test=len(test_labels)

@@ -78,7 +78,7 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
         claim_run(out, identity, VOLATILE)
         if not (out / LOSSES).exists():
             _train(source, rows, out, trainer)
-        losses = json.loads((out / LOSSES).read_text())
+        losses = json.loads((out / LOSSES).read_text("utf-8"))
     final_loss = float(np.mean(losses[-AVERAGED_LOSSES:])) if losses else None
     return Taught(out=out, steps=options.steps, final_loss=final_loss)
 

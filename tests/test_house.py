@@ -160,6 +160,20 @@ def test_a_library_is_imported_in_one_place_only(
     assert all(user.startswith(homes) for user in users)
 
 
+def calls_of(path: Path) -> set[str]:
+    """Return the names of the functions that a file calls, such as `print` or `click.echo`."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+
+
+def test_only_the_terminal_package_prints() -> None:
+    """Only pipelines/terminal prints: it shows the control characters in names as escapes."""
+    prints = {"print", "click.echo", "Console", "sys.stdout.write", "sys.stderr.write"}
+    markup = {"rich.console.Console", "rich.markup", "rich.text"}
+    outside = [p for p in SOURCES if not p.is_relative_to(ROOT / "pipelines" / "terminal")]
+    assert [p for p in outside if calls_of(p) & prints or imports_of(p) & markup] == []
+
+
 VERIFY = """
 import cli
 try:

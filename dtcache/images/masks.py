@@ -142,7 +142,7 @@ def _read_classes(path: Path) -> dict[str, Any]:
             raise ImagesError(
                 f"{path}: expected at most {MAX_CLASSES_BYTES} bytes, got {path.stat().st_size}"
             )
-        classes = tomllib.loads(path.read_text())
+        classes = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ImagesError(
             f"{path}: cannot be read ({error.strerror or error}); make it readable"

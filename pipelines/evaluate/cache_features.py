@@ -4,7 +4,6 @@ B images per batch; maps are (B, C, H, W).
 """
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +21,7 @@ from dtcache.teacher import Teacher
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches
 from pipelines.extract.teacher_classes import require_teacher_classes
 from pipelines.make_teacher import cache_teacher
+from pipelines.terminal.output import say
 
 SURVEY_BATCH = 256
 
@@ -55,10 +55,9 @@ class CachedMaps:
         classes than the cache. Warns of a teacher that is conditioned on labels.
         """
         if self._conditioned_on_labels:
-            print(
+            say(
                 f"warning: the teacher of {self.cache.reader.root} was conditioned on each image's "
-                "label; a probe may read the label from the features",
-                file=sys.stderr,
+                "label; a probe may read the label from the features"
             )
         if self._teacher is not None:
             for images in (train, test):

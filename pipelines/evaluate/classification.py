@@ -3,7 +3,6 @@
 N images, B images per batch, D values per feature.
 """
 
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -35,7 +33,8 @@ from dtcache.process_settings import configure_process
 from dtcache.recipe import Json, Sample
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches, split_images
 from pipelines.evaluate.pooled_features import ALL_TAPS, BATCH_SIZE, Extractor, open_model
-from pipelines.terminal.open_images import open_images, say
+from pipelines.terminal.open_images import open_images
+from pipelines.terminal.output import say
 from pipelines.terminal.progress import track
 
 
@@ -96,9 +95,7 @@ class ClassificationResult:
     def to_table(self, model: str) -> Table:
         """Return the result as a table; the best of several rows is bold."""
         first = self.rows[0]
-        table = Table(
-            title=escape(f"{model}: {first.num_train} training, {first.num_test} test images")
-        )
+        table = Table(title=f"{model}: {first.num_train} training, {first.num_test} test images")
         for heading in ("features", "dims", "k-NN top-1 %", "linear top-1 %", "C"):
             table.add_column(heading, justify="left" if heading == "features" else "right")
         for row in self.rows:
@@ -149,10 +146,9 @@ def classify(model: str, options: EvaluateOptions) -> ClassificationResult:
             progress.advance(1, name)
     for row in rows:
         if at_edge(row.linear_c):
-            print(
+            say(
                 f"{row.name}: the linear probe chose C = {row.linear_c:g}, an edge of its grid of "
-                f"{C_GRID[0]:g} to {C_GRID[-1]:g}; a value beyond may be better",
-                file=sys.stderr,
+                f"{C_GRID[0]:g} to {C_GRID[-1]:g}; a value beyond may be better"
             )
     return ClassificationResult(rows=tuple(rows))
 
@@ -224,10 +220,7 @@ def pooled_features(
                 labels.append(labels_B[finite_B])
             progress.advance(len(batch))
     if reasons:
-        print(
-            f"{len(reasons)} of {len(images.indices)} {images.title} left out ({reasons[0]})",
-            file=sys.stderr,
-        )
+        say(f"{len(reasons)} of {len(images.indices)} {images.title} left out ({reasons[0]})")
     if len(reasons) == len(images.indices):
         cause = f"; all failed ({reasons[0]})" if reasons else ""
         raise ImagesError(

@@ -1,6 +1,5 @@
 """The images of an evaluation: a training and a test set, permuted, in batches."""
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -11,6 +10,7 @@ from dtcache.images import ImageSource, LoadedView, load_views
 from dtcache.options import EvaluateOptions, ImagesOptions
 from dtcache.recipe import ViewSpec
 from dtcache.rng import permuted
+from pipelines.terminal.output import say
 
 DECODE_THREADS = 2
 
@@ -52,10 +52,9 @@ def split_images(
         test = train
         test_order = order[len(order) - held_out :]
         order = order[: len(order) - held_out]
-        print(
+        say(
             f"no test images given: {held_out} of {len(train.keys)} training images are held out "
-            "as test images",
-            file=sys.stderr,
+            "as test images"
         )
     return (
         EvaluatedImages(title="training images", source=train, indices=order),

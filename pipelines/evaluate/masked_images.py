@@ -3,7 +3,6 @@
 B images of H x W pixels.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,8 @@ from dtcache.images.masks import CLASSES_FILE
 from dtcache.options import EvaluateOptions
 from dtcache.recipe import Sample, ViewSpec
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches, split_images
-from pipelines.terminal.open_images import open_images, say
+from pipelines.terminal.open_images import open_images
+from pipelines.terminal.output import say
 from pipelines.terminal.progress import track
 
 VALUES = 256
@@ -137,10 +137,7 @@ def _surveyed(
 
 
 def _warn_left_out(count: int, images: EvaluatedImages, reason: str) -> None:
-    print(
-        f"{count} of {len(images.indices)} {images.title} {reason} and are left out",
-        file=sys.stderr,
-    )
+    say(f"{count} of {len(images.indices)} {images.title} {reason} and are left out")
 
 
 def _masked_batches(

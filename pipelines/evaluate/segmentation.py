@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from dtcache.class_names import numbered, same_classes, warn_of_absent
+from dtcache.class_names import absent_warning, numbered, same_classes
 from dtcache.device import Compute, resolve_compute
 from dtcache.device_memory import memory_errors
 from dtcache.errors import ConfigError, TrainingError
@@ -39,8 +38,8 @@ from dtcache.student.segmentation_heads import FpnHead, LinearHead
 from dtcache.student.weights_io import CONFIG
 from pipelines.evaluate.dense_features import Trunk, mirror, open_trunk
 from pipelines.evaluate.masked_images import MaskedBatch, MaskedImages, masked_images
+from pipelines.terminal.output import say
 from pipelines.terminal.progress import track
-from pipelines.terminal.text import printable
 
 BATCH_SIZE = 16
 LR = {"linear": 5e-3}
@@ -91,12 +90,12 @@ class SegmentationResult:
         """Return the result as a table, one row per class."""
         setting = f"{self.head} head, {'finetuned' if self.finetuned else 'frozen'}"
         images = f"{self.num_train} training, {self.num_test} test images"
-        table = Table(title=escape(f"{model}, {setting}: {images}"))
+        table = Table(title=f"{model}, {setting}: {images}")
         table.add_column("class")
         table.add_column("IoU %", justify="right")
         for name, value in self.iou.items():
             shown = "none in the test masks" if value is None else f"{value:.2f}"
-            table.add_row(escape(printable(name)), shown)
+            table.add_row(name, shown)
         table.add_section()
         table.add_row("mean", f"{self.miou:.2f}", style="bold")
         table.add_row("pixel accuracy", f"{self.pixel_accuracy:.2f}")
@@ -187,7 +186,9 @@ def class_names(train: MaskedImages, test: MaskedImages) -> tuple[str, ...]:
     train.masks.require_several(values)
     names = train.masks.names or numbered(values[-1] + 1)
     present = np.flatnonzero(train.pixels).tolist()
-    warn_of_absent(names, present, train.masks.ignore, "pixel in the training masks")
+    unit = "pixel in the training masks"
+    if warning := absent_warning(names, present, train.masks.ignore, unit):
+        say(warning)
     return names
 
 

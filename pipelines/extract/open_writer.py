@@ -1,7 +1,6 @@
 """The writer of a cache: resumed, or begun by fitting the codec and measuring the teacher."""
 
 import hashlib
-import sys
 from pathlib import Path
 
 from dtcache.errors import CacheBusyError, CacheMismatchError
@@ -13,6 +12,7 @@ from pipelines.extract.equivariance import measure
 from pipelines.extract.fit_codec import fit_codec, fit_rows
 from pipelines.extract.plan import ExtractionPlan
 from pipelines.size_estimate import mean_image_bytes, require_space
+from pipelines.terminal.output import say
 
 CHECKED_ROWS = 64
 BAD_ERROR = 0.5
@@ -48,10 +48,9 @@ def begin_cache(out: Path, plan: ExtractionPlan) -> CacheWriter:
     _warn_of_bias(fitted.spec)
     measured = measure(plan, fit_rows(count))
     for timestep, error in (measured.round_trip or {}).items():
-        print(
+        say(
             f"{timestep}: images inverted and denoised back have a relative squared error of "
-            f"{error:.1e}",
-            file=sys.stderr,
+            f"{error:.1e}"
         )
     bytes_per_row = fitted.bytes_per_view * plan.num_views + image_bytes(plan)
     if not options.skip_disk_check:
@@ -96,10 +95,9 @@ def _warn_of_bias(spec: CodecSpec) -> None:
     """Warn of taps whose codec loses much of the variance that a student could learn."""
     for name, error in spec.determined_error.items():
         if error > BAD_ERROR:
-            print(
+            say(
                 f"warning: {name}: at this size the codec loses {error:.0%} of what the image "
-                "determines; pass a higher quality or more bytes per image, or leave the tap out",
-                file=sys.stderr,
+                "determines; pass a higher quality or more bytes per image, or leave the tap out"
             )
 
 

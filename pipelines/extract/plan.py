@@ -1,6 +1,5 @@
 """The plan of an extraction: images, teacher, and options with every default resolved."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +39,7 @@ from pipelines.extract.check_options import check_options, check_target
 from pipelines.extract.teacher_classes import require_teacher_classes
 from pipelines.make_teacher import make_teacher, stored_prompt
 from pipelines.terminal.open_images import open_images
-from pipelines.terminal.text import printable
+from pipelines.terminal.output import say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,7 +205,7 @@ def make_plan(
         stored = stored_prompt(begun.root, begun.manifest) if begun is not None else None
         loaded = load_teacher(options.teacher, prompt=options.prompt, stored=stored)
     for warning in loaded.warnings:
-        print(f"warning: {printable(warning)}", file=sys.stderr)
+        say(f"warning: {warning}")
     recipe = begun.manifest.recipe if begun is not None else None
     device_type = resolve_compute(options.device, options.precision).device.type
     batch_size = options.batch_size or (

@@ -4,7 +4,7 @@ from dtcache.class_names import misnumbered
 from dtcache.errors import ImagesError
 from dtcache.images import ImageSource
 from dtcache.teacher import Teacher
-from pipelines.terminal.open_images import say
+from pipelines.terminal.output import say
 
 
 def require_teacher_classes(teacher: Teacher, source: ImageSource) -> None:

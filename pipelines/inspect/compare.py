@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from dtcache.recipe import Json
@@ -117,10 +116,10 @@ def _table(title: str, titles: Sequence[str], rows: dict[str, list[object]]) -> 
     table = Table(title=title, title_justify="left")
     table.add_column("", overflow="fold")
     for name in titles:
-        table.add_column(escape(name), justify="right", overflow="fold")
+        table.add_column(name, justify="right", overflow="fold")
     for name, values in rows.items():
         shown = name.removeprefix("recipe.").removeprefix("options.")
-        table.add_row(escape(shown), *(escape(text_of(name, value)) for value in values))
+        table.add_row(shown, *(text_of(name, value) for value in values))
     return table
 
 

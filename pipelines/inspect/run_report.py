@@ -79,7 +79,7 @@ def _curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
         raise CacheDamagedError(
             f"{path}: expected at most {MAX_BYTES} bytes, got {path.stat().st_size}"
         )
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8").splitlines():
         try:
             values = json.loads(line)
             step = int(values.pop("step"))

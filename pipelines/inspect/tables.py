@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from dtcache.recipe import Json, tap_name
-from pipelines.terminal.text import byte_size, printable
+from pipelines.terminal.text import byte_size
 
 CLASSES = 10
 """Most classes that a terminal shows."""
@@ -41,8 +40,8 @@ def render(report: Json, root: Path) -> RenderableType:
         _parts(report),
         *_equivariance(report),
         *_labels(report),
-        *map(escape, failures[:SHOWN]),
-        *map(escape, damaged[:SHOWN]),
+        *failures[:SHOWN],
+        *damaged[:SHOWN],
         *_source(report),
     )
 
@@ -91,7 +90,7 @@ def _classes(report: Json) -> str:
         return "no labels"
     listed = [f"{name} {count}" for name, count in list(counts.items())[:CLASSES]]
     more = f", ... ({len(counts)} classes)" if len(counts) > CLASSES else ""
-    return escape(printable(", ".join(listed) + more))
+    return ", ".join(listed) + more
 
 
 def _source(report: Json) -> list[str]:
@@ -99,8 +98,7 @@ def _source(report: Json) -> list[str]:
     source = report.get("source")
     if source is None:
         return []
-    lines = [f"read: {source.get('summary')}", *map(str, source.get("notes", []))]
-    return [escape(printable(line)) for line in lines]
+    return [f"read: {source.get('summary')}", *map(str, source.get("notes", []))]
 
 
 def _taps(report: Json) -> list[Table]:
@@ -132,7 +130,7 @@ def _table_of(title: str, columns: Sequence[str]) -> Table:
 
 def _name_value_table(root: Path) -> Table:
     """Return an empty table with a column of names and a column of values."""
-    table = Table(title=escape(str(root)), show_header=False, title_justify="left")
+    table = Table(title=str(root), show_header=False, title_justify="left")
     for _ in range(2):
         table.add_column(overflow="fold")
     return table
@@ -185,9 +183,9 @@ def _labels(report: Json) -> list[RenderableType]:
             known.get("miou"),
             known.get("accuracy"),
         )
-        table.add_row(escape(label_set["name"]), classes, *sizes, *map(number, measured))
+        table.add_row(label_set["name"], classes, *sizes, *map(number, measured))
     class_lines = [
-        escape(printable(f"classes of {label_set['name']}: {', '.join(label_set['classes'])}"))
+        f"classes of {label_set['name']}: {', '.join(label_set['classes'])}"
         for label_set in report["labels"]
         if "classes" in label_set
     ]
@@ -224,7 +222,7 @@ def _codec(report: Json) -> str:
 def _condition(condition: Json) -> str:
     """Return what the teacher is conditioned on."""
     if condition["kind"] == "prompt":
-        return escape(f"prompt {condition['prompt']!r}")
+        return f"prompt {condition['prompt']!r}"
     if condition["kind"] == "class":
         return f"class {condition['number']} for every image"
     return "the label of each image" if condition["kind"] == "label" else "no class (null)"
@@ -257,7 +255,7 @@ def render_run(report: Json, root: Path) -> RenderableType:
     for name, value in report["options"].items():
         is_hash = name in ("cache", "samples", "extended_run")
         text = str(value)[:16] if is_hash else str(value)
-        facts.add_row(escape(name), escape(text))
+        facts.add_row(name, text)
     if results is None:
         return facts
     facts.add_row("held-out loss", f"{results['held_out']['loss']:.4f}")
@@ -303,7 +301,7 @@ def render_statistics(statistics: Json) -> RenderableType:
             )
         tables.append(table)
     left_out = [f"left out: {name}: {reason}" for name, reason in statistics["left_out"].items()]
-    lines = [escape(line) for line in left_out[:SHOWN]]
+    lines = left_out[:SHOWN]
     if len(left_out) > SHOWN:
         lines.append(f"and {len(left_out) - SHOWN} more; the JSON report lists all")
     return Group(*tables, *lines)

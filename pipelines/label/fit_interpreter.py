@@ -17,7 +17,7 @@ from dtcache.atomic_files import whole_folder, write_file
 from dtcache.cache.batch import Rows
 from dtcache.cache.cache import Cache
 from dtcache.cache.selection import chosen_taps
-from dtcache.class_names import warn_of_absent
+from dtcache.class_names import absent_warning
 from dtcache.device import Compute, resolve_compute
 from dtcache.device_memory import memory_errors
 from dtcache.errors import ConfigError, ImagesError, TrainingError
@@ -34,6 +34,7 @@ from pipelines.label.label_quality import label_scores
 from pipelines.label.labelled_rows import LabelledRows, images_with_masks, labelled_images
 from pipelines.label.prediction_grid import label_picture
 from pipelines.runs.folder import METRICS
+from pipelines.terminal.output import say
 from pipelines.terminal.progress import track
 
 PICTURE = "predictions.png"
@@ -75,12 +76,9 @@ def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedIn
     names = chosen_taps(cache, timestep=options.timestep, taps=options.taps)
     train, held_out = _split(_labelled(cache, options), options)
     unit = "image" if options.level == "image" else "pixel"
-    warn_of_absent(
-        train.classes,
-        train.values,
-        train.ignore,
-        f"{unit} among the {len(train)} images trained on",
-    )
+    trained_on = f"{unit} among the {len(train)} images trained on"
+    if warning := absent_warning(train.classes, train.values, train.ignore, trained_on):
+        say(warning)
     spec = InterpreterSpec(
         level="image" if options.level == "image" else "pixel",
         classes=train.classes,

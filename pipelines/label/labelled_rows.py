@@ -1,7 +1,6 @@
 """The labelled rows of a cache: those with a mask, or with a label in the cache's index."""
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from dtcache.images.stored_images import LENGTH_BYTES
 from dtcache.labels import MAX_CLASSES
 from dtcache.options.images import ImagesOptions
 from dtcache.store.layout import IMAGES
+from pipelines.terminal.output import say
 
 NO_CLASS = -1
 """Ignore index of image labels, which are never negative."""
@@ -86,11 +86,10 @@ def images_with_masks(
         )
     sizes = _image_sizes(cache, rows, images, reading)
     if None in sizes:
-        print(
+        say(
             f"warning: the cache does not record the size of {sizes.count(None)} of the "
             f"{len(rows)} images with a mask, so masks of another size are not detected; pass the "
-            "cache's images to check them",
-            file=sys.stderr,
+            "cache's images to check them"
         )
     masks = [
         folder.load(keys[row], cache.view, size) for row, size in zip(rows, sizes, strict=True)

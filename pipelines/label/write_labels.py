@@ -1,6 +1,5 @@
 """`dtcache label write`: soft labels of every image and view of a cache, as a sealed part of it."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from dtcache.store.summary import inspect_cache
 from dtcache.store.writer import CacheWriter
 from pipelines.label.label_quality import known_labels, measure
 from pipelines.label.label_writer import LabelWriter
+from pipelines.terminal.output import say
 
 REMEDY = "use the same interpreter and options to resume it, or another `name`"
 
@@ -68,17 +68,15 @@ def write_labels(root: Path, interpreter_dir: Path, options: LabelWriteOptions) 
             if label_set["name"] == options.name
         )
     if options.masks is not None and measured["agreement"] is None:
-        print(
+        say(
             f"warning: {out} was finished without masks, and its record of agreement stays empty; "
-            "delete it and write it again to measure the agreement with these masks",
-            file=sys.stderr,
+            "delete it and write it again to measure the agreement with these masks"
         )
     if report["share"] > options.share:
-        print(
+        say(
             f"warning: {out} takes {report['share']:.1%} of the features' bytes, over the "
             f"requested share of {options.share:.4g}; in a cache of few images, the files that "
-            "every label set has take most of these bytes",
-            file=sys.stderr,
+            "every label set has take most of these bytes"
         )
     return WrittenLabels(
         root=out, images=report["num_done"], share=report["share"], measured=measured

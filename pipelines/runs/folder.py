@@ -49,7 +49,7 @@ def require_same_run(out: Path, identity: Json, volatile: Collection[str]) -> No
             )
         return
     try:
-        recorded = json.loads(path.read_text())
+        recorded = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise CacheDamagedError(f"{path}: not JSON ({error}); pass another `out`") from error
     for name, value in _as_json(identity).items():

@@ -92,7 +92,7 @@ class MetricsFile:
         """
         self._path = out / METRICS
         self._tracker = tracker
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        lines = self._path.read_text("utf-8").splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
         write_file(self._path, "".join(f"{line}\n" for line in kept).encode())
 
@@ -109,7 +109,7 @@ class MetricsFile:
 
     def write(self, line: Json) -> None:
         """Append one line. Raises DiskError."""
-        with disk_errors(self._path), open(self._path, "a") as file:
+        with disk_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._tracker.log(line)
 
@@ -133,7 +133,7 @@ class NoMetrics(AbstractContextManager["NoMetrics"]):
 
 def read_metrics(out: Path) -> list[Json]:
     """Return all lines of a run's metrics."""
-    return [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    return [json.loads(line) for line in (out / METRICS).read_text("utf-8").splitlines()]
 
 
 def _step_of(line: str) -> float:

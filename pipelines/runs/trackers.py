@@ -201,7 +201,7 @@ def _metrics(line: Json) -> Json:
 def _run_ids(out: Path) -> dict[str, str]:
     path = out / TRACKER
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+        return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
     except (ValueError, TypeError) as error:
         raise CacheDamagedError(
             f"{path}: not JSON ({one_line(error)}); delete it to start a new run of the tracker"

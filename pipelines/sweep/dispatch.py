@@ -4,7 +4,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +17,7 @@ from dtcache.options import SweepOptions
 from pipelines.sweep.jobs import Job
 from pipelines.sweep.plan import Plan
 from pipelines.sweep.work import Outcome, do_job, prepare_worker
+from pipelines.terminal.output import say
 from pipelines.terminal.progress import Tracker
 
 POLL_SECONDS = 1.0
@@ -72,7 +72,7 @@ def run_jobs(
                 failures[job.name] = Failure(
                     job=job.name, reason=f"needs {lacking[0]}, which failed", log=None
                 )
-                print(f"not started: {failures[job.name]}", file=sys.stderr, flush=True)
+                say(f"not started: {failures[job.name]}")
                 waiting.remove(job)
                 progress.advance(1)
             elif not job.after & unfinished and workers.is_free():
@@ -84,7 +84,7 @@ def run_jobs(
             reason = _failure(future)
             if reason is not None:
                 failures[job.name] = Failure(job=job.name, reason=reason, log=plan.log(job))
-                print(f"failed: {failures[job.name]}", file=sys.stderr, flush=True)
+                say(f"failed: {failures[job.name]}")
             on_finished()
             progress.advance(1, _note(list(running.values()), failures))
     return list(failures.values())

@@ -4,7 +4,6 @@ import statistics
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from pipelines.sweep.jobs import Job
@@ -84,7 +83,7 @@ def render_estimate(estimated: Estimate) -> RenderableType:
         expected = estimated.left.get(job.name)
         state = "done" if expected is None else "left"
         shown = "-" if expected is None else str(expected)
-        table.add_row(escape(job.name), str(len(list(job.steps()))), state, shown)
+        table.add_row(job.name, str(len(list(job.steps()))), state, shown)
     total = estimated.total
     line = f"in total: {total}, one job after the other"
     if total.unknown:

@@ -17,6 +17,7 @@ from dtcache.atomic_files import make_folders, write_file
 from dtcache.errors import CacheDamagedError, CacheMismatchError
 from dtcache.hashing import read_json
 from dtcache.recipe import Json
+from pipelines.terminal.output import report
 
 MAX_BYTES = 16 << 20
 SAVE_SECONDS = 10.0
@@ -130,7 +131,7 @@ def perform(steps: Sequence[Step], work: Callable[[], Sequence[Json | None]]) ->
         results = work()
     save(results)
     titles = "; ".join(step.title for step in steps)
-    print(f"{titles}: done in {time.monotonic() - started:.1f} s", flush=True)
+    report(f"{titles}: done in {time.monotonic() - started:.1f} s")
 
 
 def cpu_seconds() -> float:

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from dtcache._version import __version__
@@ -100,14 +99,12 @@ def render_tables(plan: Plan, rows: Sequence[Row]) -> RenderableType:
     """Return the tables of scores for a terminal."""
     parts: list[RenderableType] = []
     for shown in score_tables(plan, rows):
-        table = Table(title=escape(shown.title), title_justify="left")
+        table = Table(title=shown.title, title_justify="left")
         # report.md has the other columns, for which a terminal is too narrow.
         for number, heading in enumerate(shown.headings[:SHOWN]):
-            table.add_column(
-                escape(heading), justify="right" if number else "left", no_wrap=number > 0
-            )
+            table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
         for row in shown.rows:
-            table.add_row(*map(escape, row[:SHOWN]))
+            table.add_row(*row[:SHOWN])
         parts.append(table)
     return Group(*parts, status_of(plan, rows))
 

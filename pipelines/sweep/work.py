@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dtcache.errors import DtcacheError, one_line
 from pipelines.sweep.jobs import Job
+from pipelines.terminal.output import report, say
 
 WATCH_SECONDS = 1.0
 """Seconds between looks whether the coordinator's process still lives."""
@@ -37,16 +38,17 @@ def do_job(job: Job, log: Path) -> Outcome:
     started = time.monotonic()
     failure = None
     with ALONE, _output_to(log):
-        print(time.strftime(f"--- %Y-%m-%d %H:%M:%S {job.name}"), flush=True)
+        report(f"{time.strftime('--- %Y-%m-%d %H:%M:%S')} {job.name}")
         try:
             job.do()
         except DtcacheError as error:
             failure = one_line(error)
-            print(f"failed: {failure}", file=sys.stderr)
+            say(f"failed: {failure}")
         except Exception as error:
             failure = one_line(error) if str(error) else type(error).__name__
             failure = f"{type(error).__name__}: {failure}"
-            traceback.print_exc()
+            for line in traceback.format_exc().splitlines():
+                say(line)
     return Outcome(failure=failure, seconds=time.monotonic() - started)
 
 
@@ -75,7 +77,7 @@ def _output_to(log: Path) -> Iterator[None]:
     sys.stderr.flush()
     saved = {stream: os.dup(stream) for stream in (1, 2)}
     try:
-        with open(log, "a", buffering=1) as file:
+        with open(log, "a", buffering=1, encoding="utf-8", errors="backslashreplace") as file:
             for stream in saved:
                 os.dup2(file.fileno(), stream)
             with redirect_stdout(file), redirect_stderr(file):

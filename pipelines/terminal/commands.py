@@ -20,6 +20,7 @@ from dtcache.errors import (
 )
 from pipelines.terminal.field_names import in_flags
 from pipelines.terminal.hints import hint_for_flag, hint_for_verb, see_help
+from pipelines.terminal.output import escape_unencodable, say
 from pipelines.terminal.text import printable
 
 WRITES_NOTHING = "dtcache.writes_nothing"
@@ -140,6 +141,7 @@ class Group(_OneLineErrors, click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb."""
+        escape_unencodable()
         try:
             with _one_line_warnings(lambda: self.get_command(ctx, ctx.invoked_subcommand or "")):
                 return super().invoke(ctx)
@@ -170,10 +172,9 @@ def _one_line_warnings(command: Callable[[], click.Command | None]) -> Iterator[
             line: str | None = None,
         ) -> None:
             if issubclass(category, NoLocksWarning):
-                text = in_flags(str(message), command())
-                click.echo(f"warning: {printable(text)}", err=True)
+                say(f"warning: {in_flags(str(message), command())}")
             else:
-                usual(message, category, filename, lineno, file, line)
+                usual(printable(str(message)), category, filename, lineno, file, line)
 
         warnings.showwarning = show
         warnings.filterwarnings("always", category=NoLocksWarning)
@@ -182,8 +183,8 @@ def _one_line_warnings(command: Callable[[], click.Command | None]) -> Iterator[
 
 
 def in_command_words(error: DtcacheError, command: click.Command | None) -> str:
-    """Return a library error's message with the command's flags for fields, safe to print."""
-    return printable(in_flags(str(error), command))
+    """Return a library error's message as one printable line, with the command's flags."""
+    return printable(in_flags(str(error), command).replace("\n", " "))
 
 
 def verb_of(ctx: click.Context) -> str:

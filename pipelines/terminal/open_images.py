@@ -1,15 +1,11 @@
 """Opening images with one line on stderr that says what was read and what was left out."""
 
-import sys
 from pathlib import Path
-
-import click
 
 from dtcache.images import ImageSource, open_source
 from dtcache.options.images import ImagesOptions
-from pipelines.terminal.field_names import in_flags
+from pipelines.terminal.output import say
 from pipelines.terminal.progress import track
-from pipelines.terminal.text import printable
 
 
 def open_images(
@@ -25,10 +21,3 @@ def open_images(
         for note in source.survey.notes:
             say(f"warning: {path}: {note}")
     return source
-
-
-def say(text: str) -> None:
-    """Print one line on stderr, with the flags of the running command for fields in backticks."""
-    context = click.get_current_context(silent=True)
-    line = in_flags(text, context.command if context is not None else None)
-    print(printable(line.replace("\n", " ")), file=sys.stderr)

@@ -1,11 +1,9 @@
 """Progress on stderr: a live bar with an ETA on a terminal, else a line from time to time."""
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -14,6 +12,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from pipelines.terminal.console import Terminal
+from pipelines.terminal.output import say
+from pipelines.terminal.text import printable
 
 LINE_SECONDS = 20.0
 SLOW = 0.1
@@ -26,7 +28,7 @@ class Tracker:
     def __init__(
         self, title: str, total: int, done: int, bar: Progress | None, shown: bool
     ) -> None:
-        self._title = title
+        self._title = printable(title)
         self._total = total
         self._done = done
         self._bar = bar
@@ -34,7 +36,9 @@ class Tracker:
         self._first = done
         self._start = time.monotonic()
         self._printed = time.monotonic()
-        self._task = bar.add_task(title, total=total, completed=done, note="") if bar else None
+        self._task = (
+            bar.add_task(self._title, total=total, completed=done, note="") if bar else None
+        )
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Add finished units; `note` is shown beside the rate."""
@@ -42,34 +46,30 @@ class Tracker:
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = (self._done - self._first) / seconds
         shown = f"{rate:.1f}/s" if rate >= SLOW or not rate else f"{60 * rate:.1f}/min"
-        text = f"{shown} {note}".strip()
+        text = printable(f"{shown} {note}".strip())
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, note=text)
         elif self._shown and time.monotonic() - self._printed > LINE_SECONDS:
             self._printed = time.monotonic()
             left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
-            print(
-                f"{self._title}: {self._done}/{self._total}, {text}{left}",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"{self._title}: {self._done}/{self._total}, {text}{left}")
 
 
 @contextmanager
 def track(title: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Tracker]:
     """Show progress of `total` units, `done` of them finished earlier; nothing if not `shown`."""
-    console = Console(stderr=True, quiet=not shown)
+    console = Terminal(stderr=True, quiet=not shown)
     if not console.is_terminal:
         yield Tracker(title, total, done, None, shown)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console) as bar:
         yield Tracker(title, total, done, bar, shown)

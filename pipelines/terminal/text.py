@@ -3,7 +3,7 @@
 import re
 
 _UNSAFE = re.compile(
-    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 """Control characters except newlines, separators of lines, and marks that reverse a line."""
 
@@ -32,5 +32,8 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text whose control characters, which names in a cache may have, are replaced."""
-    return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
+    """Return text from a file with its control characters as escapes, such as `\\x1b`.
+
+    A terminal obeys control characters: they could hide text, forge lines or set its title.
+    """
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -1,6 +1,5 @@
 """Training batches from a cache."""
 
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from dtcache.options import TrainOptions
 from dtcache.recipe import Json
 from dtcache.store.layout import IMAGES
 from dtcache.store.reader import Allowed
+from pipelines.terminal.output import say
 from pipelines.train.batch_source import batching
 
 
@@ -56,10 +56,7 @@ class CachedSource:
             self.identity["label_set"] = self.labels.identity
         usable = self._cache.reader.usable_rows
         if manifest.state != "sealed" and processes.is_first:
-            print(
-                f"{root} is not complete: it has {len(usable)} of {len(self._cache)} samples",
-                file=sys.stderr,
-            )
+            say(f"{root} is not complete: it has {len(usable)} of {len(self._cache)} samples")
         limited = usable[: options.limit]
         rows, self._held = split_rows(limited, self.keys(limited))
         self._loader = EpochLoader(

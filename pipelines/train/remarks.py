@@ -1,7 +1,6 @@
 """What a run says when it starts: its cost, and what its options imply for these data."""
 
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from itertools import pairwise
@@ -16,6 +15,7 @@ from dtcache.options import TrainOptions
 from dtcache.recipe import Json, ViewSpec
 from dtcache.student import Student
 from dtcache.student.student import default_size
+from pipelines.terminal.output import say
 from pipelines.terminal.text import byte_size, duration
 from pipelines.train.trainer import Trainer, target_shapes
 
@@ -163,9 +163,8 @@ class Pace:
         # The median leaves out an evaluation or a checkpoint between two steps.
         seconds = statistics.median(after - before for before, after in pairwise(timed))
         if self._shown and seconds * self._left >= LEAST_SECONDS:
-            print(
+            say(
                 f"about {duration(seconds * self._left)} for the {self._left:,} steps left, "
                 f"{seconds:.2g} s each, and for evaluation more; memory so far: at most "
-                f"{byte_size(peak_bytes(self._device))}",
-                file=sys.stderr,
+                f"{byte_size(peak_bytes(self._device))}"
             )

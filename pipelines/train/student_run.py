@@ -252,7 +252,7 @@ def extended_run(out: Path, options: TrainOptions) -> FinishedRun | None:
 def _trained(out: Path) -> Trained:
     path = out / SUMMARY
     try:
-        summary = json.loads(path.read_text())
+        summary = json.loads(path.read_text("utf-8"))
         return Trained(
             out=out,
             steps=summary["steps"],

@@ -1,7 +1,6 @@
 """Stage 2: train students on a teacher's features, cached or computed in the loop."""
 
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -20,6 +19,7 @@ from dtcache.process_settings import configure_process
 from pipelines.runs.folder import RUN
 from pipelines.runs.metrics import Clock
 from pipelines.runs.trackers import require_tracker
+from pipelines.terminal.output import say
 from pipelines.terminal.progress import track
 from pipelines.train.batch_source import BatchSource
 from pipelines.train.cached_batches import CachedSource
@@ -218,7 +218,7 @@ def _begin(students: Sequence[StudentRun], processes: Processes, stack: ExitStac
     if processes.is_first:
         for line, of_runs in names.items():
             concerned = "" if len(of_runs) == len(students) else f"{', '.join(of_runs)}: "
-            print(concerned + line, file=sys.stderr)
+            say(concerned + line)
 
 
 def _arriving(

@@ -11,13 +11,11 @@ from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from dtcache.recipe import Json
 from dtcache.store.contents import Damage, SamplePlace
 from dtcache.store.layout import LABELS
 from dtcache.store.verify import Verification
-from pipelines.terminal.text import printable
 from pipelines.verify.check import Repair, remedy
 from pipelines.verify.verify import Verified
 
@@ -89,7 +87,7 @@ def render_verified(verified: Verified, root: Path, in_words: InWords = str) -> 
     lines += _more(len(unnamed))
     if verified.repairs is not None:
         lines += _repair_lines(verified.repairs)
-    return Group(_facts(verification, root), *(Text(in_words(line)) for line in lines))
+    return Group(_facts(verification, root), *(in_words(line) for line in lines))
 
 
 def _facts(verification: Verification, root: Path) -> Table:
@@ -103,7 +101,7 @@ def _facts(verification: Verification, root: Path) -> Table:
         if num_checked == num_objects
         else f"A SAMPLE: {num_checked} of {num_objects} shard files"
     )
-    table = Table(title=Text(str(root)), show_header=False, title_justify="left")
+    table = Table(title=str(root), show_header=False, title_justify="left")
     table.add_row("state", WORDS[verification.own_state])
     table.add_row("checked", f"{scope}, {size:.1f} MiB of shards")
     finish = "run the extraction again to finish it"
@@ -118,7 +116,7 @@ def _facts(verification: Verification, root: Path) -> Table:
             state += "; run dtcache label write again to finish it"
         table.add_row(f"labels {name}", state)
     for name, reason in verification.unreadable.items():
-        table.add_row(f"labels {name}", Text(printable(f"not readable by this version: {reason}")))
+        table.add_row(f"labels {name}", f"not readable by this version: {reason}")
     return table
 
 

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from dask.distributed import Client, Nanny, Scheduler, SpecCluster, Worker, Work
 
 from dtcache.atomic_files import disk_errors
 from dtcache.errors import ClusterError, one_line
+from pipelines.terminal.output import say
 
 CONNECT_SECONDS = 30
 CLOSE_SECONDS = 60
@@ -106,7 +106,7 @@ def local_cluster(
                 ) from error
             try:
                 if dashboard:
-                    print(f"dashboard: {cluster.dashboard_link}", file=sys.stderr, flush=True)
+                    say(f"dashboard: {cluster.dashboard_link}")
                 with Client(cluster, set_as_default=False) as client:
                     yield client
             finally:

@@ -3,7 +3,6 @@
 import contextlib
 import queue
 import secrets
-import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from dtcache._version import __version__
 from dtcache.errors import ClusterError, one_line
 from dtcache.store.pending_shard import WrittenShard
 from pipelines.extract.workers.task import Failed, Task, logger, run_task
+from pipelines.terminal.output import say
 
 TASKS_PER_WORKER = 2
 """Tasks in flight: the running and the next one, so that no worker waits for the coordinator."""
@@ -151,11 +151,7 @@ class ClusterRun:
         logger.warning(
             "every worker is idle with %d shards in flight: resubmitting them", len(self._flying)
         )
-        print(
-            f"no worker computes any of {len(self._flying)} shards: resubmitting them",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"no worker computes any of {len(self._flying)} shards: resubmitting them")
         for shard in sorted(self._flying, reverse=True):
             state = self._shards[shard]
             future = state.future
@@ -197,11 +193,7 @@ class ClusterRun:
             self._alone = time.monotonic()
         elif time.monotonic() - self._alone > WAIT_SECONDS:
             self._alone = time.monotonic()
-            print(
-                "no worker is connected to the scheduler: waiting for one",
-                file=sys.stderr,
-                flush=True,
-            )
+            say("no worker is connected to the scheduler: waiting for one")
         try:
             return self._events.get(timeout=COLLECT_SECONDS)
         except queue.Empty:

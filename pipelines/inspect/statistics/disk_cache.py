@@ -1,13 +1,13 @@
 """Statistics saved from earlier calls, in the user's cache folder; never in a feature cache."""
 
 import os
-import sys
 from pathlib import Path
 
 from dtcache.atomic_files import make_folders, write_file
 from dtcache.errors import DiskError
 from dtcache.hashing import canonical_json, read_json, sha256_json
 from dtcache.recipe import Json
+from pipelines.terminal.output import say
 
 MAX_BYTES = 64 << 20
 
@@ -43,7 +43,7 @@ def save_statistics(identity: str, request: Json, statistics: Json) -> None:
         make_folders(path.parent)
         write_file(path, canonical_json(body))
     except (DiskError, OSError) as error:
-        print(f"statistics are not saved: {error}", file=sys.stderr)
+        say(f"statistics are not saved: {error}")
 
 
 def _path(identity: str, request: Json) -> Path:
