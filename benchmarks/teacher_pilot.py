@@ -4,8 +4,8 @@
 
 Every arm trains for the same CPU time on one core. The script first measures the CPU seconds per
 step and then fixes the number of steps of each arm, because the learning-rate schedule depends on
-it. A linear probe with a fixed C scores each block of the decoder by its features' mean over the
-map. Results: WORK/<arm>.json. The script skips arms with a result, so the same command resumes.
+it. The linear probe of `dtcache teacher show --probe` scores each block of the decoder. Results:
+WORK/<arm>.json. The script skips arms with a result, so the same command resumes.
 """
 
 import argparse
@@ -16,8 +16,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+
+from dtcache.options import TeacherShowOptions
+from dtcache.recipe import Json
+from pipelines.probe_teacher import probe_teacher
 
 ARMS = {
     "plain": (),
@@ -28,7 +31,6 @@ ARMS = {
 """Flags of `dtcache teacher train` by arm."""
 NARROW = "32,96,128,128"
 TIMESTEPS = (20, 50)
-PROBE_C = 0.01
 BATCH = 32
 
 
@@ -63,61 +65,16 @@ def teach(data: Path, out: Path, flags: tuple[str, ...], steps: int) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def probe(teacher: Path, data: Path, count: int, timesteps: tuple[int, ...]) -> dict[str, float]:
-    """Return the linear probe's test accuracy (0 to 1) per timestep and block of the U-Net.
-
-    The probe is trained on `count` training images and tested on `count` test images.
-    """
-    from diffusers import DDPMScheduler, UNet2DModel
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    from dtcache.images import load_views, open_source
-    from dtcache.recipe import ViewSpec
-
-    unet = UNet2DModel.from_pretrained(teacher / "unet", use_safetensors=True).float().eval()
-    unet = torch.nn.Module.to(unet, memory_format=torch.channels_last)
-    pooled: dict[str, torch.Tensor] = {}
-    blocks = {"mid": unet.mid_block}
-    for i, level in enumerate(unet.up_blocks):
-        for j, resnet in enumerate(level.resnets):
-            attentions = getattr(level, "attentions", None)
-            blocks[f"up{i}.{j}"] = attentions[j] if attentions else resnet
-    for name, block in blocks.items():
-        block.register_forward_hook(
-            lambda _m, _i, out, name=name: pooled.update({name: out.float().mean((2, 3))})
-        )
-    scheduler = DDPMScheduler(num_train_timesteps=1000)
-    rng = torch.Generator().manual_seed(0)
-    view = ViewSpec(height=32, width=32)
-    splits = {}
-    for split in ("train", "test"):
-        source = open_source(data / f"cifar10-{split}.parquet")
-        pixels = [v.pixels_CHW for v in load_views(source, range(count), view, threads=1)]
-        splits[split] = (
-            torch.from_numpy(np.stack(pixels)).float() / 127.5 - 1,
-            np.array(source.labels[:count]),
-        )
-    results = {}
-    for t in timesteps:
-        features: dict[str, dict[str, list[torch.Tensor]]] = {"train": {}, "test": {}}
-        for split, (images, _) in splits.items():
-            for batch in images.split(100):
-                noise = torch.randn(batch.shape, generator=rng)
-                t_B = torch.full((len(batch),), t)
-                noisy = scheduler.add_noise(batch, noise, t_B)
-                with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-                    unet(noisy.to(memory_format=torch.channels_last), t_B)
-                for name, x in pooled.items():
-                    features[split].setdefault(name, []).append(x)
-        for name in blocks:
-            train, test = (torch.cat(features[split][name]).numpy() for split in ("train", "test"))
-            scale = StandardScaler().fit(train)
-            fitted = LogisticRegression(C=PROBE_C, max_iter=500).fit(
-                scale.transform(train), splits["train"][1]
-            )
-            results[f"t{t}/{name}"] = float(fitted.score(scale.transform(test), splits["test"][1]))
-    return results
+def probe(teacher: Path, data: Path, count: int) -> Json:
+    """Probe a teacher as `dtcache teacher show --probe` does, on `count` images of each split."""
+    options = TeacherShowOptions(
+        probe=data / "cifar10-train.parquet",
+        test=data / "cifar10-test.parquet",
+        timestep=TIMESTEPS,
+        limit=count,
+        device="cpu",
+    )
+    return probe_teacher(str(teacher), options).to_json()
 
 
 def main() -> None:
@@ -158,23 +115,21 @@ def main() -> None:
         steps = round(args.seconds / seconds["wide" if name == "wide" else "plain"])
         cpu = teach(args.data, args.work / name, flags, steps)
         probe_started = time.process_time()
-        accuracy = probe(args.work / name, args.data, args.images, TIMESTEPS)
+        scores = probe(args.work / name, args.data, args.images)
         record = {
             "steps": steps,
             "batch": BATCH,
             "flags": flags,
             "cpu_seconds": cpu,
-            "accuracy": accuracy,
+            "probe": scores,
             "probe_cpu_seconds": time.process_time() - probe_started,
-            "images": args.images,
-            "C": PROBE_C,
         }
         result.write_text(json.dumps(record, indent=1))
         print(
             name,
             steps,
             f"{cpu:.0f} s",
-            {k: round(100 * v, 1) for k, v in accuracy.items()},
+            {f"t{s['timestep']}/{s['name']}": s["linear_top1"] for s in scores["scores"]},
             flush=True,
         )
 

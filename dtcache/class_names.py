@@ -5,7 +5,12 @@ from collections.abc import Collection, Sequence
 from dtcache.names import differ_in_form, normal_form, shown
 
 MAX_LISTED = 10
-"""Most classes that a warning lists."""
+"""Most classes that one line lists."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names, separated by commas, with `...` for the others."""
+    return ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
 
 
 def numbered(count: int) -> tuple[str, ...]:
@@ -73,8 +78,7 @@ def absent_warning(
     absent = [f"{number} ({name})" for number, name in enumerate(names) if number not in present]
     if not absent:
         return None
-    listed = ", ".join(absent[:MAX_LISTED]) + (", ..." if len(absent) > MAX_LISTED else "")
     return (
         f"warning: {len(absent)} of {len(names)} classes have no {unit} and will hardly be "
-        f"predicted: {listed}"
+        f"predicted: {listed(absent)}"
     )

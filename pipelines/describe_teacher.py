@@ -4,11 +4,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from dtcache.options import parse_size
 from dtcache.recipe import Json, signal_to_noise
 from dtcache.teacher import LoadedTeacher, load_teacher, native_size
 from dtcache.teacher.denoiser import choose_taps
 from dtcache.teacher.flops import count_flops
+from pipelines.make_teacher import view_size
 from pipelines.terminal.text import byte_size
 
 TIMESTEPS = (50, 150, 250)
@@ -25,7 +25,7 @@ def describe_teacher(where: str, size: str | None) -> Json:
     loaded, ConfigError for a size that it does not accept.
     """
     loaded = load_teacher(where)
-    height, width = parse_size(size) if size else native_size(loaded)
+    height, width = view_size(loaded, size)
     offered = loaded.denoiser.find_taps(height, width, loaded.latent_stride)
     chosen = {tap.name for tap in choose_taps(offered, None)}
     predictor = loaded.denoiser.predictor()

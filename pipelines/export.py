@@ -17,6 +17,7 @@ from dtcache.student import Backbone, load_backbone
 from dtcache.student.backbone_io import open_in_timm
 from dtcache.student.torchvision import torchvision_network
 from dtcache.student.weights_io import CONFIG, WEIGHTS
+from pipelines.runs.folder import BACKBONE
 
 TOLERANCE = 1e-5
 """Largest difference of the outputs over the largest output; summation order causes some."""
@@ -85,8 +86,8 @@ def backbone_folder(source: Path) -> Path:
     """
     if (source / CONFIG).is_file():
         return source
-    if (source / "backbone" / CONFIG).is_file():
-        return source / "backbone"
+    if (source / BACKBONE / CONFIG).is_file():
+        return source / BACKBONE
     if (source / "run.json").is_file():
         raise ConfigError(
             f"{source}: the run has no backbone yet; run its dtcache train command again to "

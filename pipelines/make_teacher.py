@@ -30,7 +30,7 @@ def make_teacher(loaded: LoadedTeacher, options: ExtractOptions, batch_size: int
     Every pass of the teacher has `batch_size` views; `options.batch_size` is ignored. Configures
     this process for the device. Raises ConfigError.
     """
-    height, width = parse_size(options.size) if options.size else native_size(loaded)
+    height, width = view_size(loaded, options.size)
     if max(height, width) > MAX_SIDE:
         raise ConfigError(f"`size` {height}x{width}: expected at most {MAX_SIDE} pixels per side")
     compute = resolve_compute(options.device, options.precision)
@@ -49,6 +49,14 @@ def make_teacher(loaded: LoadedTeacher, options: ExtractOptions, batch_size: int
         compile=options.compile,
     )
     return prepare_teacher(loaded, settings, compute)
+
+
+def view_size(loaded: LoadedTeacher, size: str | None) -> tuple[int, int]:
+    """Return the (height, width) of views of `size`, in pixels; None: of the training images.
+
+    Raises ConfigError if the text is no size, or if the teacher does not state its own.
+    """
+    return parse_size(size) if size else native_size(loaded)
 
 
 def cache_teacher(

@@ -16,7 +16,7 @@ from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.images import LoadedView
 from dtcache.metrics.probes import C_GRID, at_edge, linear_predict
-from dtcache.options import EvaluateOptions, TeacherShowOptions, parse_size
+from dtcache.options import EvaluateOptions, TeacherShowOptions
 from dtcache.options.teacher import PROBED_TIMESTEPS
 from dtcache.process_settings import configure_process
 from dtcache.recipe import Json, Sample, TapSpec, ViewSpec, tap_name
@@ -25,12 +25,12 @@ from dtcache.teacher import (
     Teacher,
     TeacherSettings,
     load_teacher,
-    native_size,
     prepare_teacher,
 )
 from pipelines.evaluate.classification import pooled_features, split_labelled
 from pipelines.evaluate.image_split import EvaluatedImages
 from pipelines.extract.teacher_classes import require_teacher_classes
+from pipelines.make_teacher import view_size
 from pipelines.terminal.output import say
 from pipelines.terminal.progress import track
 
@@ -167,7 +167,7 @@ def probe_teacher(where: str, options: TeacherShowOptions) -> TeacherProbe:
         )
     )
     loaded = load_teacher(where)
-    height, width = parse_size(options.size) if options.size else native_size(loaded)
+    height, width = view_size(loaded, options.size)
     view = ViewSpec(height=height, width=width)
     taps = _taps_in_order(loaded, view)
     teacher = prepare_teacher(

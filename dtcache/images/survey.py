@@ -6,13 +6,11 @@ from enum import Enum
 
 import pyarrow.compute as pc
 
-from dtcache.class_names import misnumbered
+from dtcache.class_names import listed, misnumbered
 from dtcache.names import differ_in_form, normal_form, shown
 from dtcache.recipe import Json
 from dtcache.samples import Column
 
-MAX_LISTED = 10
-"""Most classes that the line lists."""
 MAX_EXAMPLES = 3
 """Examples of each reason."""
 SPLITS = frozenset(
@@ -62,9 +60,9 @@ class LeftOut:
         for reason in Reason:
             count = self.counts.get(reason)
             if count is not None:
-                listed = self.examples[reason]
-                more = ", ..." if len(listed) > MAX_EXAMPLES else ""
-                examples = ", ".join(listed[:MAX_EXAMPLES]) + more
+                known = self.examples[reason]
+                more = ", ..." if len(known) > MAX_EXAMPLES else ""
+                examples = ", ".join(known[:MAX_EXAMPLES]) + more
                 texts.append(f"{count} {reason.value[count > 1]} ({examples})")
         return ", ".join(texts)
 
@@ -108,13 +106,14 @@ class Survey:
             return "without labels"
         total = len(self.class_names) if self.class_names is not None else len(counts)
         names = [self._name(label) for label in counts]
-        listed = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
         of_total = f" of {total}" if total != len(counts) else ""
         low = min(counts.values())
         high = max(counts.values())
         each = f", {low} each" if low == high else f", {low} to {high} each"
         each = each if len(counts) > 1 else ""
-        text = f"in {len(counts)}{of_total} class{'es' if total != 1 else ''} ({listed}){each}"
+        text = (
+            f"in {len(counts)}{of_total} class{'es' if total != 1 else ''} ({listed(names)}){each}"
+        )
         unlabelled = self.num_images - sum(counts.values())
         return f"{text}, {unlabelled} without a label" if unlabelled else text
 

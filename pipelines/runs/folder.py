@@ -16,6 +16,8 @@ SUMMARY = "summary.json"
 CURVES = "curves.png"
 TENSORBOARD = "tensorboard"
 TRACKER = "tracker.json"
+BACKBONE = "backbone"
+"""Folder of the trained backbone."""
 
 
 def claim_run(out: Path, identity: Json, volatile: Collection[str]) -> None:

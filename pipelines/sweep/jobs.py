@@ -15,8 +15,9 @@ from dtcache.options import (
 )
 from dtcache.recipe import Json
 from dtcache.store.layout import MANIFEST
+from pipelines.runs.folder import BACKBONE
 from pipelines.sweep.records import Step, finished, perform
-from pipelines.sweep.students import BACKBONE, Student
+from pipelines.sweep.students import Student
 from pipelines.sweep.sweep_file import RUN_HEAD
 
 COMPUTED_ON = ("device", "scheduler", "workers", "dashboard", "skip_disk_check", "max_failures")

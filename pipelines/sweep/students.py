@@ -18,13 +18,13 @@ from dtcache.options import TrainOptions
 from dtcache.options.toml import config_text
 from dtcache.options.train import PER_STUDENT, SEVERAL_PER_PROCESS, VOLATILE
 from dtcache.recipe import Json
-from pipelines.runs.folder import CONFIG, METRICS, SUMMARY, claim_run
+from pipelines.runs.folder import BACKBONE, CONFIG, METRICS, claim_run
 
-BACKBONE = "backbone"
-"""Folder of a run that holds the backbone."""
 WEIGHTS = "model.safetensors"
 TIMED_STEPS = 3
 """Steps that an estimate of a training takes."""
+NO_STEP = {"step": 0, "loss": None, "seconds": 0.0, "images_per_second": 0.0, "wait_share": 0.0}
+"""Metrics of the last step of a student that took none."""
 
 
 class Student(Protocol):
@@ -149,7 +149,7 @@ class RandomStart:
         from dtcache.device import resolve_compute
         from dtcache.distributed import Processes
         from dtcache.process_settings import configure_process
-        from dtcache.student import Backbone, save_backbone
+        from pipelines.train.student_run import exported_losses, save_student, write_summary
         from pipelines.train.train import open_source
         from pipelines.train.trainer import Trainer, evaluate
 
@@ -163,28 +163,10 @@ class RandomStart:
             claim_run(out, {**values, **source.identity, "start": "random"}, VOLATILE)
             write_file(out / CONFIG, config_text(values).encode())
             (losses,) = evaluate(source, [trainer])
-            student = trainer.exported
-            backbone = student.backbone
-            if not isinstance(backbone, Backbone):
-                raise TypeError(f"expected a timm backbone, got {type(backbone).__name__}")
-            size = student.input_size
-            save_backbone(backbone, out / BACKBONE, input_size=size, view=source.view)
+            save_student(trainer.exported, out / BACKBONE, source.view)
             write_file(out / METRICS, f"{json.dumps({'step': 0, 'epoch': 0, **losses})}\n".encode())
-            prefix = "held_out/" if self.options.ema_decay is None else "held_out_ema/"
-            summary = {
-                "steps": 0,
-                "loss": None,
-                "held_out": {
-                    name.removeprefix(prefix): value
-                    for name, value in losses.items()
-                    if name.startswith(prefix)
-                },
-                "noise_floor": source.noise_floor if self.options.whitening == "sample" else {},
-                "seconds": 0.0,
-                "images_per_second": 0.0,
-                "wait_share": 0.0,
-            }
-            write_file(out / SUMMARY, json.dumps(summary, indent=1).encode())
+            held_out = exported_losses(losses, self.options)
+            write_summary(out, self.options, source, NO_STEP, held_out)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,10 +18,11 @@ from dtcache.losses.objective import LABEL_TARGET
 from dtcache.options import TrainOptions
 from dtcache.options.toml import config_text
 from dtcache.options.train import VOLATILE
-from dtcache.recipe import Json
+from dtcache.recipe import Json, ViewSpec
 from dtcache.student import Backbone, Student, probe_maps, save_backbone
 from dtcache.student.logit_head import HeadSpec, logit_head, save_head
 from pipelines.runs.folder import (
+    BACKBONE,
     CONFIG,
     CURVES,
     RUN,
@@ -104,7 +105,7 @@ class StudentRun(AbstractContextManager["StudentRun"]):
         claim_run(self.out, self._identity, VOLATILE)
         write_file(self.out / CONFIG, config_text(self._values).encode())
         if not (self.out / "init" / "config.json").exists():
-            self._save_backbone(self.trainer.student, self.out / "init")
+            save_student(self.trainer.student, self.out / "init", self._source.view)
 
     def abandon(self) -> None:
         """Empty the folder if this session claimed it and took no step: nothing in it is of use.
@@ -179,17 +180,10 @@ class StudentRun(AbstractContextManager["StudentRun"]):
         self._metrics.flush()
         self.trainer.save(self.out)
 
-    def _save_backbone(self, student: Student, folder: Path) -> None:
-        if not isinstance(student.backbone, Backbone):
-            raise TypeError(f"expected a timm backbone, got {type(student.backbone).__name__}")
-        save_backbone(
-            student.backbone, folder, input_size=student.input_size, view=self._source.view
-        )
-
     def _export(self) -> None:
         source = self._source
         student = self.trainer.exported
-        self._save_backbone(student, self.out / "backbone")
+        save_student(student, self.out / BACKBONE, source.view)
         if source.labels is not None:
             spec = HeadSpec(
                 classes=source.labels.classes,
@@ -204,24 +198,8 @@ class StudentRun(AbstractContextManager["StudentRun"]):
     def _summarise(self) -> None:
         lines = read_metrics(self.out)
         last = [line for line in lines if "loss" in line][-1]
-        prefix = "held_out/" if self.options.ema_decay is None else "held_out_ema/"
-        held_out = [
-            {name.removeprefix(prefix): v for name, v in line.items() if name.startswith(prefix)}
-            for line in lines
-        ]
-        held_out = [line for line in held_out if line]
-        summary = {
-            "steps": self.trainer.steps_done,
-            "loss": last["loss"],
-            "held_out": held_out[-1],
-            # The codec's fit measures the floor under whitening per sample; it does not hold for
-            # whitening per position.
-            "noise_floor": (self._source.noise_floor if self.options.whitening == "sample" else {}),
-            "seconds": last["seconds"],
-            "images_per_second": last["images_per_second"],
-            "wait_share": last["wait_share"],
-        }
-        write_file(self.out / SUMMARY, json.dumps(summary, indent=1).encode())
+        held_out = [losses for line in lines if (losses := exported_losses(line, self.options))]
+        write_summary(self.out, self.options, self._source, last, held_out[-1])
         names = self._source.names
         curves = {name: [line[f"mse/{name}"] for line in held_out] for name in names}
         title = "Held-out whitened MSE" if curves else "Held-out label loss"
@@ -247,6 +225,42 @@ def extended_run(out: Path, options: TrainOptions) -> FinishedRun | None:
     run = FinishedRun.read(options.extend)
     run.require_same_student(options)
     return run
+
+
+def save_student(student: Student, folder: Path, view: ViewSpec) -> None:
+    """Write a student's backbone to a folder. Raises TypeError if it is no timm network."""
+    if not isinstance(student.backbone, Backbone):
+        raise TypeError(f"expected a timm backbone, got {type(student.backbone).__name__}")
+    save_backbone(student.backbone, folder, input_size=student.input_size, view=view)
+
+
+def exported_losses(line: Json, options: TrainOptions) -> dict[str, float]:
+    """Return the held-out losses of the exported weights in a line of metrics, by loss.
+
+    The exported weights are the EMA if there is one. Empty if the line has no held-out losses.
+    """
+    prefix = "held_out/" if options.ema_decay is None else "held_out_ema/"
+    return {
+        name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)
+    }
+
+
+def write_summary(
+    out: Path, options: TrainOptions, source: BatchSource, last: Json, held_out: dict[str, float]
+) -> None:
+    """Write summary.json from the metrics of the last step and from the last held-out losses."""
+    summary = {
+        "steps": last["step"],
+        "loss": last["loss"],
+        "held_out": held_out,
+        # The codec's fit measures the floor under whitening per sample; it does not hold for
+        # whitening per position.
+        "noise_floor": source.noise_floor if options.whitening == "sample" else {},
+        "seconds": last["seconds"],
+        "images_per_second": last["images_per_second"],
+        "wait_share": last["wait_share"],
+    }
+    write_file(out / SUMMARY, json.dumps(summary, indent=1).encode())
 
 
 def _trained(out: Path) -> Trained:
