@@ -407,7 +407,8 @@ def train(where: Path, out: Path, options: TrainOptions) -> None:
       dtcache train photos/ --teacher google/ddpm-cat-256 --timestep 150 --out runs/online
       dtcache train cats.cache --config runs/a/config.toml --extend runs/a --epochs 50 --out runs/b
     """
-    from pipelines.train.train import runs_of, train_shared
+    from pipelines.train.shared_loader import runs_of
+    from pipelines.train.train import train_shared
 
     for done in train_shared(where, runs_of(out, options)):
         report(

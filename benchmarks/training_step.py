@@ -39,7 +39,7 @@ from dtcache.teacher.denoiser import choose_taps
 from dtcache.teacher.flops import count_flops
 from dtcache.teacher.unet import UNetDenoiser
 from pipelines.extract.extract import extract
-from pipelines.runs.metrics import Clock
+from pipelines.runs.clock import Clock
 from pipelines.train.batch_source import BatchSource
 from pipelines.train.cached_batches import CachedSource
 from pipelines.train.online_batches import OnlineSource

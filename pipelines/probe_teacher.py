@@ -27,8 +27,9 @@ from dtcache.teacher import (
     load_teacher,
     prepare_teacher,
 )
-from pipelines.evaluate.classification import pooled_features, split_labelled
 from pipelines.evaluate.image_split import EvaluatedImages
+from pipelines.evaluate.labelled_images import split_labelled
+from pipelines.evaluate.pooled_features import pooled_features
 from pipelines.extract.teacher_classes import require_teacher_classes
 from pipelines.make_teacher import view_size
 from pipelines.terminal.output import say

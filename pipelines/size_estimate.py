@@ -1,9 +1,7 @@
-"""Estimates the bytes of a cache, and checks that the disk has them free."""
+"""Estimates of the bytes of a cache: its features and its images."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,14 +10,12 @@ from numcodecs.zstd import compress
 from dtcache.codec import FittedTap
 from dtcache.codec.fit import TapStatistics
 from dtcache.codec.pca_dct import quantise
-from dtcache.errors import DiskError
 from dtcache.images import ImageSource, load_views
 from dtcache.images.stored_images import encode_stored, image_bound
 from dtcache.recipe import ViewSpec
 from dtcache.samples import SampleList
 from dtcache.store.shard import CRC_BYTES, ENTRY_BYTES
 from dtcache.store.zstd_frame import ZSTD_LEVEL, pack_frame
-from pipelines.terminal.text import byte_size
 
 SAMPLED_IMAGES = 16
 SIZED_VIEWS = 48
@@ -27,8 +23,6 @@ ROW_BYTES = 60
 """Bytes of a row in the sample index, compressed: a hash, a key and a label."""
 NODE_BYTES = 900
 """Bytes of the Zarr node of one fitted array."""
-RESERVE = 1.05
-"""Required free bytes per estimated byte: file systems and indices take some more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,20 +79,3 @@ def mean_image_bytes(source: ImageSource, samples: SampleList, view: ViewSpec) -
     ]
     total = sum(len(encode_stored(loaded, image_bound(view))) for loaded in decoded)
     return total / max(1, len(decoded))
-
-
-def require_space(out: Path, needed: float) -> None:
-    """Raise DiskError if the disk of `out` has fewer than `needed` bytes free, plus a reserve."""
-    free = free_bytes(out)
-    if free < RESERVE * needed:
-        raise DiskError(
-            f"{out}: expected {byte_size(RESERVE * needed)} free for this cache, found "
-            f"{byte_size(free)}; free some space, pass another `out` or a smaller `quality`, or "
-            "skip this check with `skip_disk_check=True`"
-        )
-
-
-def free_bytes(path: Path) -> int:
-    """Return the free bytes of the disk of `path`, which need not exist."""
-    folders = (path.absolute(), *path.absolute().parents)
-    return shutil.disk_usage(next(folder for folder in folders if folder.exists())).free

@@ -35,8 +35,8 @@ from dtcache.teacher.ddpm import (
     save_teacher,
 )
 from pipelines.runs.checkpoint import checkpoint_errors, load_checkpoint, save_checkpoint
+from pipelines.runs.curves import plot_curves
 from pipelines.runs.folder import CHECKPOINT, claim_run
-from pipelines.runs.metrics import plot_curves
 from pipelines.terminal.open_images import open_images
 from pipelines.terminal.progress import track
 

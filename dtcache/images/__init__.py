@@ -1,7 +1,8 @@
 """Image sources, decoding, and the view that teacher and students share."""
 
-from dtcache.images.decode import LoadedView, decode_view, load_views
+from dtcache.images.decode import decode_view
 from dtcache.images.folder import FolderSource
+from dtcache.images.load_views import LoadedView, load_views
 from dtcache.images.masks import MaskFolder, open_masks
 from dtcache.images.parquet import ParquetSource
 from dtcache.images.source import ImageSource, open_source

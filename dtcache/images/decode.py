@@ -1,12 +1,9 @@
-"""From encoded bytes to a view's pixels: decoding, resizing, and loading many images in threads."""
+"""From encoded bytes to the pixels of a view: decoded, upright, opaque, resized."""
 
 import functools
 import io
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +12,6 @@ from PIL import ExifTags, Image, ImageOps
 
 from dtcache.errors import BadImageError
 from dtcache.images.damage import damage, with_surplus
-from dtcache.images.source import ImageSource
 from dtcache.images.structure import exif_orientation, pixels_only
 from dtcache.recipe import ViewSpec
 
@@ -28,8 +24,6 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 
 Without this list it would also decode formats, such as EPS, by running other programs.
 """
-LOOKAHEAD = 256
-"""Views that may be decoded ahead, which bounds memory if the consumer is slow."""
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,24 +34,6 @@ TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes an image upright, by its EXIF orientation."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadedView:
-    """One image in the view's geometry, or the reason why it failed."""
-
-    index: int
-    """Index in the source."""
-    pixels_CHW: NDArray[np.uint8] | None
-    """uint8 RGB; None if the image failed."""
-    source: bytes
-    """The encoded bytes from the source."""
-    unchanged: bool
-    """Whether `source` decodes to exactly `pixels_CHW`, so that a cache can store it unchanged."""
-    failure: str | None
-    """Why the image cannot be used; None if it can."""
-    emptiness: str | None = None
-    """Why the image surely shows nothing although it decodes, such as `all white`, or None."""
 
 
 def decode_view(
@@ -71,12 +47,12 @@ def decode_view(
     Returns uint8 RGB pixels (3, height, width), and whether they equal the decoded image's pixels.
     Raises BadImageError if the bytes cannot be decoded safely.
     """
-    decoded = _decode(data, view, stored=stored)
+    decoded = decode_fully(data, view, stored=stored)
     return decoded.pixels_CHW, decoded.unchanged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Decoded:
+class DecodedView:
     """A view's pixels."""
 
     pixels_CHW: NDArray[np.uint8]
@@ -86,8 +62,8 @@ class _Decoded:
     """Why the image surely shows nothing, or None."""
 
 
-def _decode(data: bytes, view: ViewSpec, *, stored: bool) -> _Decoded:
-    """Decode as `decode_view` does. Raises BadImageError."""
+def decode_fully(data: bytes, view: ViewSpec, *, stored: bool) -> DecodedView:
+    """Decode as `decode_view` does, and look for emptiness too. Raises BadImageError."""
     if not data:
         raise BadImageError("empty file")
     try:
@@ -105,7 +81,7 @@ def _decode(data: bytes, view: ViewSpec, *, stored: bool) -> _Decoded:
     if image.size != (view.width, view.height):
         image = resize_to_view(image, view, Image.Resampling.BICUBIC)
     pixels_CHW = np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
-    return _Decoded(
+    return DecodedView(
         pixels_CHW=pixels_CHW,
         unchanged=unchanged,
         emptiness=_emptiness(pixels_CHW, opaque, opened.is_deep),
@@ -280,44 +256,3 @@ def upright_size(data: bytes) -> tuple[int, int]:
         return (width, height) if _orientation(opened) in (5, 6, 7, 8) else (height, width)
 
     return open_pixels(data, _formats(), size)
-
-
-def load_views(
-    source: ImageSource, indices: Iterable[int], view: ViewSpec, *, threads: int
-) -> Generator[LoadedView, None, None]:
-    """Load views in the order of `indices`, decoding ahead in threads (Pillow releases the GIL)."""
-
-    def load(index: int, fetch: Callable[[], bytes]) -> LoadedView:
-        try:
-            data = fetch()
-            decoded = _decode(data, view, stored=False)
-        except (OSError, BadImageError) as error:
-            reason = (
-                str(error)
-                if isinstance(error, BadImageError)
-                else f"unreadable: {error.strerror or error}"
-            )
-            return LoadedView(
-                index=index, pixels_CHW=None, source=b"", unchanged=False, failure=reason
-            )
-        return LoadedView(
-            index=index,
-            pixels_CHW=decoded.pixels_CHW,
-            source=data,
-            unchanged=decoded.unchanged,
-            failure=None,
-            emptiness=decoded.emptiness,
-        )
-
-    todo = source.fetches(indices)
-    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode") as pool:
-        waiting: deque[Future[LoadedView]] = deque(
-            pool.submit(load, *one) for one in islice(todo, LOOKAHEAD)
-        )
-        try:
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(load, *one) for one in islice(todo, 1))
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from dtcache.errors import ImagesError, ImagesNotFoundError
+from dtcache.images.left_out import LeftOut, Reason, is_hidden
 from dtcache.images.parquet_index import has_images
-from dtcache.images.survey import LeftOut, Reason, is_hidden, survey
+from dtcache.images.survey import survey
 from dtcache.names import is_fit
 from dtcache.options.images import ImagesOptions
 from dtcache.samples import Column

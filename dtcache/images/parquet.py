@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from dtcache.errors import ImagesNotFoundError
 from dtcache.images.duplicate_keys import require_unique
+from dtcache.images.left_out import LeftOut
 from dtcache.images.parquet_index import (
     RowGroup,
     failed_row,
@@ -28,7 +29,7 @@ from dtcache.images.parquet_index import (
     read_index,
     unreadable,
 )
-from dtcache.images.survey import LeftOut, survey
+from dtcache.images.survey import survey
 from dtcache.options.images import ImagesOptions
 from dtcache.samples import Column
 

@@ -7,9 +7,10 @@ from typing import Protocol
 
 from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError
 from dtcache.images.folder import FolderSource, Listing, is_image
+from dtcache.images.left_out import LeftOut, Reason, is_hidden
 from dtcache.images.parquet import ParquetSource
 from dtcache.images.parquet_index import has_images
-from dtcache.images.survey import SPLITS, LeftOut, Reason, Survey, is_hidden
+from dtcache.images.survey import SPLITS, Survey
 from dtcache.images.tar import TarSource, Track
 from dtcache.options.images import ImagesOptions
 

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dtcache.errors import BadImageError
-from dtcache.images.decode import LoadedView, decode_view
+from dtcache.images.decode import decode_view
+from dtcache.images.load_views import LoadedView
 from dtcache.recipe import ViewSpec
 
 LENGTH_BYTES = 4

@@ -15,7 +15,8 @@ import pyarrow as pa
 from dtcache.errors import ImagesError, ImagesNotFoundError
 from dtcache.images.duplicate_keys import first_repeat, require_unique
 from dtcache.images.folder import EXTENSIONS, MAX_FILE_BYTES, is_image
-from dtcache.images.survey import LeftOut, Reason, is_hidden, survey
+from dtcache.images.left_out import LeftOut, Reason, is_hidden
+from dtcache.images.survey import survey
 from dtcache.names import is_fit
 from dtcache.samples import Column
 

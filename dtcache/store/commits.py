@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dtcache.atomic_files import write_file
 from dtcache.errors import CacheDamagedError
-from dtcache.hashing import canonical_json, read_hashed_json, with_own_hash
+from dtcache.hashing import canonical_json
+from dtcache.json_files import read_hashed_json, with_own_hash
 from dtcache.recipe import FailedSample, Json
 from dtcache.store.layout import COMMITS
 

@@ -13,7 +13,8 @@ from dtcache.errors import (
     CacheMismatchError,
     CacheNotFoundError,
 )
-from dtcache.hashing import canonical_json, read_hashed_json, sha256_json, with_own_hash
+from dtcache.hashing import canonical_json, sha256_json
+from dtcache.json_files import read_hashed_json, with_own_hash
 from dtcache.recipe import FORMAT_VERSION, Json, Recipe, tap_name
 from dtcache.store.commits import CodecSums, CommitRecord
 from dtcache.store.label_sets import checked_measured

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from dtcache.atomic_files import is_system_file
 from dtcache.errors import CacheDamagedError, CacheFormatError
-from dtcache.hashing import read_hashed_json
+from dtcache.json_files import read_hashed_json
 from dtcache.recipe import FailedSample, Json, signal_to_noise, tap_name
 from dtcache.store.commits import CodecSums, read_commits, total_sums
 from dtcache.store.label_sets import label_set_names

@@ -10,7 +10,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from dtcache.errors import CacheBusyError, CacheDamagedError
-from dtcache.hashing import file_problem, file_sha256, read_hashed_json
+from dtcache.hashing import file_problem, file_sha256
+from dtcache.json_files import read_hashed_json
 from dtcache.rng import permuted
 from dtcache.store.contents import Contents, Damage, SamplePlace, WantedObject, unnamed_files
 from dtcache.store.layout import IMAGES, LOG, MANIFEST, MAX_LOG_BYTES, SAMPLES, SHARDS, PayloadArray

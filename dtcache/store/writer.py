@@ -17,7 +17,8 @@ from dtcache.atomic_files import (
     write_file,
 )
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheMismatchError
-from dtcache.hashing import canonical_json, file_sha256, with_own_hash
+from dtcache.hashing import canonical_json, file_sha256
+from dtcache.json_files import with_own_hash
 from dtcache.recipe import FailedSample, Json, Recipe, Sample
 from dtcache.store.commits import (
     CommitRecord,

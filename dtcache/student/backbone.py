@@ -1,18 +1,14 @@
-"""The student's backbone: an unmodified network, its maps, its input, its batch normalisation.
+"""The student's backbone: an unmodified network, its input and its maps.
 
 Shapes: B batch, C channels, H rows, W columns.
 """
 
 import math
-from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
-import torch
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtcache.errors import ConfigError
 from dtcache.recipe import Json
@@ -134,14 +130,6 @@ class Backbone(MapsModule):
         )
         return maps
 
-    @property
-    def fresh_batch_norms(self) -> list[_BatchNorm]:
-        """Batch normalisations that have seen no batch: their running statistics are still 0 and 1.
-
-        The counter of batches alone is not enough: it loads as 0 if the saved weights lack it.
-        """
-        return [norm for norm in _batch_norms(self) if _is_fresh(norm)]
-
 
 def student_input(images_BCHW: Tensor, input_size: tuple[int, int], mean: Rgb, std: Rgb) -> Tensor:
     """Turn images in [0, 255] into a backbone's input, normalised fp32 (B, 3, *input_size).
@@ -159,45 +147,6 @@ def student_input(images_BCHW: Tensor, input_size: tuple[int, int], mean: Rgb, s
     return (x_BCHW - mean_C11) / std_C11
 
 
-@torch.no_grad()
-def recalibrate_batch_norm(
-    backbone: Backbone, batches: Iterable[Tensor], norms: Sequence[_BatchNorm] | None = None
-) -> None:
-    """Set the running statistics of `norms` [default: all] to their averages over some batches.
-
-    Batches are normalised images (B, 3, H, W). Only norms before the coarsest map change. All other
-    modules stay in evaluation mode. Without batch normalisation no batch is read.
-    """
-    norms = _batch_norms(backbone) if norms is None else norms
-    if not norms:
-        return
-    training = backbone.training
-    momenta = [norm.momentum for norm in norms]
-    backbone.eval()
-    for norm in norms:
-        # Without momentum PyTorch keeps a cumulative average, and the first batch replaces the old
-        # statistics. A norm on which no map depends keeps its old statistics.
-        norm.momentum = None
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.zero_()
-        norm.train()
-    try:
-        for images_BCHW in batches:
-            backbone.pooled(images_BCHW)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        backbone.train(training)
-
-
-def synchronise_batch_norm(network: nn.Module) -> None:
-    """Make batch normalisations, also timm's own, use statistics over all processes.
-
-    CUDA only. Weights and their names stay the same.
-    """
-    convert_sync_batchnorm(network)
-
-
 def _largest_patch(network: nn.Module) -> int:
     """Return the largest side of the patches that a network cuts without overlap, else 1."""
     patches = [1]
@@ -210,18 +159,6 @@ def _largest_patch(network: nn.Module) -> int:
             if kernel == stride and padding in ((0, 0), ("valid", "valid")):
                 patches.append(max(int(side) for side in stride))
     return max(patches)
-
-
-def _batch_norms(backbone: Backbone) -> list[_BatchNorm]:
-    return [m for m in backbone.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-
-
-def _is_fresh(norm: _BatchNorm) -> bool:
-    mean = norm.running_mean
-    var = norm.running_var
-    if mean is None or var is None:
-        return False
-    return not norm.num_batches_tracked and not mean.any() and bool((var == 1).all())
 
 
 def _levels(name: str, model: nn.Module) -> list[tuple[int, int, int]]:

@@ -1,6 +1,5 @@
-"""Backbones built from timm names, and saved in folders that timm reads."""
+"""Backbones in folders that timm reads: saved, and loaded with bounds."""
 
-import difflib
 import inspect
 import json
 import math
@@ -10,12 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
-import torch
 from timm.models import PretrainedCfg, split_model_name_tag
 from torch import Tensor, nn
 
 from dtcache.atomic_files import make_folders, write_file
-from dtcache.errors import ConfigError, WeightsError, one_line
+from dtcache.errors import WeightsError
 from dtcache.recipe import MAX_SIDE, Json, ViewSpec
 from dtcache.student.backbone import Backbone, Rgb
 from dtcache.student.weights_io import (
@@ -56,7 +54,7 @@ class SavedBackbone:
     def make(self, size: tuple[int, int], classes: int) -> nn.Module:
         """Return the network with random weights for an input size (H, W)."""
         return timm.create_model(
-            self.name, num_classes=classes, **_sized(self.name, size), **self.model_args
+            self.name, num_classes=classes, **sized(self.name, size), **self.model_args
         )
 
     def fill(self, weights: Mapping[str, Tensor], size: tuple[int, int]) -> nn.Module:
@@ -77,7 +75,7 @@ class SavedBackbone:
                 **self._names,
             },
             num_classes=self.classes,
-            **_sized(self.name, size),
+            **sized(self.name, size),
             **self.model_args,
         )
         if self.classes:
@@ -99,66 +97,6 @@ class SavedBackbone:
             "first_conv": registered.first_conv,
             "fixed_input_size": registered.fixed_input_size,
         }
-
-
-def make_backbone(
-    name: str, *, init: str | None, seed: int, size: tuple[int, int] | None = None
-) -> Backbone:
-    """Build a backbone from its timm name.
-
-    A network that takes one input size only is built for `size` (H, W). `init` is None for random
-    weights, a function of `seed`; "pretrained" for timm's weights; else a folder that
-    `load_backbone` reads. Raises ConfigError for an unknown name, a name with a tag without
-    pretrained weights, a network without a pyramid, and an `init` or `size` that does not fit the
-    network.
-    """
-    require_known(name)
-    network, tag = split_model_name_tag(name)
-    if tag and init != "pretrained":
-        raise ConfigError(
-            f"`student` {name}: expected `init='pretrained'`, as the tag {tag} names pretrained "
-            f"weights, got {'random weights' if init is None else f'`init` {init}'}; pass "
-            f"`init='pretrained'`, or `student` {network}"
-        )
-    if init not in (None, "pretrained"):
-        loaded, _, _ = load_backbone(Path(init), size)
-        if loaded.name != network:
-            raise ConfigError(
-                f"`init` {init}: expected a backbone of {name}, got one of {loaded.name}; pass a "
-                "backbone of the same network"
-            )
-        return loaded
-    from huggingface_hub.errors import HfHubHTTPError
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            model = timm.create_model(
-                name, pretrained=init == "pretrained", num_classes=0, **_sized(name, size)
-            )
-        except (
-            RuntimeError,
-            ValueError,
-            OSError,
-            AssertionError,
-            TypeError,
-            HfHubHTTPError,
-        ) as error:
-            at = f" at {size[0]}x{size[1]} pixels" if size else ""
-            advice = (
-                f"check the name's tag and the connection to the hub, or use {network} with random "
-                "weights"
-                if init
-                else "check the network and the size"
-            )
-            # An OSError is a failure of the network or of the disk.
-            failure = WeightsError if isinstance(error, OSError) else ConfigError
-            raise failure(
-                f"timm cannot make {name} with {init or 'random'} weights{at} "
-                f"({one_line(error, 200)}); {advice}"
-            ) from error
-    timm_config = cast(Any, model).pretrained_cfg
-    return Backbone(model, mean=_rgb(timm_config["mean"]), std=_rgb(timm_config["std"]), size=size)
 
 
 def save_backbone(
@@ -244,15 +182,15 @@ def _saved(folder: Path) -> SavedBackbone:
         if channels != 3:
             raise ValueError(f"input_size {cfg['input_size']} is not (3, height, width)")
         input_size = bounded(sides[0]), bounded(sides[1])
-        if _sized(name, input_size):
+        if sized(name, input_size):
             saved_size = args.pop("img_size", None) or input_size
             height, width = (
                 saved_size if isinstance(saved_size, (list, tuple)) else (saved_size, saved_size)
             )
             input_size = bounded(height), bounded(width)
         classes = config.get("num_classes", cfg.get("num_classes", 0))
-        mean = _rgb(cfg["mean"])
-        std = _rgb(cfg["std"])
+        mean = rgb(cfg["mean"])
+        std = rgb(cfg["std"])
         if min(std) <= 0:
             raise ValueError(f"std {std} is not positive")
         return SavedBackbone(
@@ -291,7 +229,7 @@ def open_in_timm(folder: Path) -> nn.Module:
     return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
 
 
-def _sized(name: str, size: tuple[int, int] | None) -> Json:
+def sized(name: str, size: tuple[int, int] | None) -> Json:
     """Return the arguments with which timm builds a network for an input size (H, W).
 
     They are empty unless the network takes one input size only.
@@ -304,29 +242,8 @@ def _sized(name: str, size: tuple[int, int] | None) -> Json:
     )
 
 
-def weights_tag(name: str) -> str:
-    """Return the tag of a timm name, which names pretrained weights; empty without one."""
-    return split_model_name_tag(name)[1]
-
-
-def require_known(name: str) -> None:
-    """Raise ConfigError, with the closest names, if timm has no such network.
-
-    A dot and a tag may follow the name.
-    """
-    known = timm.list_models()
-    if split_model_name_tag(name)[0] in known:
-        return
-    close = difflib.get_close_matches(name, known, n=3)
-    hint = (
-        f"did you mean {', '.join(close)}?"
-        if close
-        else "timm.list_models() lists them, resnet50 is one"
-    )
-    raise ConfigError(f"{name[:80]}: timm {timm.__version__} has no network of this name; {hint}")
-
-
-def _rgb(values: Any) -> Rgb:
+def rgb(values: Any) -> Rgb:
+    """Return three finite numbers as a tuple. Raises ValueError for anything else."""
     red, green, blue = (float(value) for value in values)
     if not all(math.isfinite(value) for value in (red, green, blue)):
         raise ValueError(f"{values} are not three finite numbers")

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dtcache.errors import ConfigError, WeightsError, one_line
-from dtcache.hashing import read_json
+from dtcache.json_files import read_json
 from dtcache.recipe import MAX_SIDE, Json, ViewSpec
 
 WEIGHTS = "model.safetensors"

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from dtcache.errors import TeacherError, TeacherNotFoundError, one_line
-from dtcache.hashing import file_sha256, read_json, sha256_json
+from dtcache.hashing import file_sha256, sha256_json
+from dtcache.json_files import read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"

@@ -3,37 +3,25 @@
 N images, B images per batch, D values per feature.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from rich.table import Table
-from torch import Tensor
 
-from dtcache.class_names import class_difference
 from dtcache.device import resolve_compute
 from dtcache.device_memory import memory_errors
-from dtcache.errors import ImagesError
-from dtcache.images import ImageSource, LoadedView
 from dtcache.metrics.probes import (
     C_GRID,
     TEMPERATURE,
-    Features,
-    Labels,
     Neighbours,
     at_edge,
     knn_predict,
     linear_predict,
 )
-from dtcache.options import EvaluateOptions, ImagesOptions
+from dtcache.options import EvaluateOptions
 from dtcache.process_settings import configure_process
-from dtcache.recipe import Json, Sample
-from pipelines.evaluate.image_split import EvaluatedImages, load_batches, split_images
-from pipelines.evaluate.pooled_features import ALL_TAPS, BATCH_SIZE, Extractor, open_model
-from pipelines.terminal.open_images import open_images
+from dtcache.recipe import Json
+from pipelines.evaluate.labelled_images import split_labelled
+from pipelines.evaluate.pooled_features import ALL_TAPS, BATCH_SIZE, open_model, pooled_features
 from pipelines.terminal.output import say
 from pipelines.terminal.progress import track
 
@@ -151,95 +139,3 @@ def classify(model: str, options: EvaluateOptions) -> ClassificationResult:
                 f"{C_GRID[0]:g} to {C_GRID[-1]:g}; a value beyond may be better"
             )
     return ClassificationResult(rows=tuple(rows))
-
-
-def split_labelled(options: EvaluateOptions) -> tuple[EvaluatedImages, EvaluatedImages]:
-    """Return the training and the test images of a classification, up to the limits.
-
-    Raises ImagesError if labels are missing or if both sets have different class names.
-    """
-    train, test = split_images(options, _open_labelled)
-    _require_same_classes(options, train.source, test.source)
-    return (
-        train.chosen(train.indices[: options.limit_train]),
-        test.chosen(test.indices[: options.limit_test]),
-    )
-
-
-def _require_same_classes(options: EvaluateOptions, train: ImageSource, test: ImageSource) -> None:
-    """Raise ImagesError if both name other classes; warn on stderr if only one names classes."""
-    if train.classes and test.classes:
-        difference = class_difference(train.classes, test.classes)
-        if difference is not None:
-            raise ImagesError(
-                f"{options.test}: expected the classes of {options.train}, the first list, got "
-                f"others: {difference}. Labels are numbers of these classes; use the same classes "
-                "in both"
-            )
-    elif train.classes or test.classes:
-        unnamed = options.test if train.classes else options.train
-        named = options.train if train.classes else options.test
-        say(
-            f"warning: {unnamed} names no classes: its labels are taken as numbers of the classes "
-            f"of {named} ({', '.join((train.classes or test.classes or [])[:5])}, ...)"
-        )
-
-
-def _open_labelled(path: Path, reading: ImagesOptions) -> ImageSource:
-    source = open_images(path, reading)
-    if source.labels is None or any(label is None or label < 0 for label in source.labels):
-        raise ImagesError(
-            f"{path}: expected a label for every image, got images without; pass a folder with one "
-            "sub-folder per class, or Parquet with a column label: int (0 or more)"
-        )
-    return source
-
-
-def pooled_features(
-    extractor: Extractor, images: EvaluatedImages, batch_size: int
-) -> tuple[dict[str, Features], Labels]:
-    """Return features (N, D) by name, fp32, and labels (N,), int64.
-
-    Images that cannot be decoded, or whose features are not finite, are left out with a warning.
-    Raises ImagesError if none is left.
-    """
-    vectors: dict[str, list[Features]] = defaultdict(list)
-    labels = []
-    reasons = []
-    with track(images.title, len(images.indices)) as progress:
-        for batch in load_batches(images, extractor.view, batch_size):
-            decoded = [loaded for loaded in batch if loaded.pixels_CHW is not None]
-            reasons += [str(loaded.failure) for loaded in batch if loaded.pixels_CHW is None]
-            if decoded:
-                labels_B, samples = _samples(images.source, decoded)
-                by_name = extractor(decoded, samples)
-                finite_B = _finite(by_name)
-                reasons += ["features that are not finite"] * int((~finite_B).sum())
-                for name, x_BD in by_name.items():
-                    vectors[name].append(x_BD.numpy()[finite_B])
-                labels.append(labels_B[finite_B])
-            progress.advance(len(batch))
-    if reasons:
-        say(f"{len(reasons)} of {len(images.indices)} {images.title} left out ({reasons[0]})")
-    if len(reasons) == len(images.indices):
-        cause = f"; all failed ({reasons[0]})" if reasons else ""
-        raise ImagesError(
-            f"expected {images.title} that can be used, got none{cause}; pass other images"
-        )
-    return {name: np.concatenate(parts) for name, parts in vectors.items()}, np.concatenate(labels)
-
-
-def _samples(source: ImageSource, batch: list[LoadedView]) -> tuple[Labels, list[Sample]]:
-    """Return the labels (B,) of a batch and its samples. The source has a label for every image."""
-    labels = [(source.labels or [])[loaded.index] for loaded in batch]
-    samples = [
-        Sample(index=loaded.index, key=source.keys[loaded.index], label=label)
-        for loaded, label in zip(batch, labels, strict=True)
-    ]
-    return np.array(labels, np.int64), samples
-
-
-def _finite(by_name: dict[str, Tensor]) -> NDArray[np.bool_]:
-    """Return which images (B,) have finite features of every name."""
-    finite_B = torch.stack([x_BD.isfinite().all(1) for x_BD in by_name.values()]).all(0)
-    return np.asarray(finite_B.numpy(), np.bool_)

@@ -3,6 +3,7 @@
 B images per batch, D values per vector.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,21 +12,31 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcache.cache.cache import Cache
 from dtcache.device import Compute
-from dtcache.errors import ConfigError
-from dtcache.images import LoadedView
+from dtcache.errors import ConfigError, ImagesError
+from dtcache.images import ImageSource, LoadedView
+from dtcache.metrics.probes import Features, Labels
 from dtcache.options import EvaluateOptions, parse_size
 from dtcache.recipe import Sample, ViewSpec
 from dtcache.store.layout import MANIFEST
-from dtcache.student import load_backbone, make_backbone, recalibrate_batch_norm, student_input
+from dtcache.student import (
+    fresh_batch_norms,
+    load_backbone,
+    make_backbone,
+    recalibrate_batch_norm,
+    student_input,
+)
 from dtcache.student.backbone import Backbone
-from dtcache.student.backbone_io import weights_tag
+from dtcache.student.make_backbone import weights_tag
 from dtcache.student.weights_io import CONFIG
 from pipelines.evaluate.cache_features import CachedMaps
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches
+from pipelines.terminal.output import say
+from pipelines.terminal.progress import track
 
 PIXELS = "pixels"
 PIXELS_SIZE = (32, 32)
@@ -152,7 +163,7 @@ class NetworkFeatures:
         )
         with self._compute.autocast():
             recalibrate_batch_norm(
-                self.backbone, map(self._input, full), self.backbone.fresh_batch_norms
+                self.backbone, map(self._input, full), fresh_batch_norms(self.backbone)
             )
 
     @torch.inference_mode()
@@ -196,3 +207,53 @@ class CacheFeatures:
         return (
             {**pooled, ALL_TAPS: torch.cat(list(pooled.values()), 1)} if len(pooled) > 1 else pooled
         )
+
+
+def pooled_features(
+    extractor: Extractor, images: EvaluatedImages, batch_size: int
+) -> tuple[dict[str, Features], Labels]:
+    """Return features (N, D) by name, fp32, and labels (N,), int64.
+
+    Images that cannot be decoded, or whose features are not finite, are left out with a warning.
+    Raises ImagesError if none is left.
+    """
+    vectors: dict[str, list[Features]] = defaultdict(list)
+    labels = []
+    reasons = []
+    with track(images.title, len(images.indices)) as progress:
+        for batch in load_batches(images, extractor.view, batch_size):
+            decoded = [loaded for loaded in batch if loaded.pixels_CHW is not None]
+            reasons += [str(loaded.failure) for loaded in batch if loaded.pixels_CHW is None]
+            if decoded:
+                labels_B, samples = _samples(images.source, decoded)
+                by_name = extractor(decoded, samples)
+                finite_B = _finite(by_name)
+                reasons += ["features that are not finite"] * int((~finite_B).sum())
+                for name, x_BD in by_name.items():
+                    vectors[name].append(x_BD.numpy()[finite_B])
+                labels.append(labels_B[finite_B])
+            progress.advance(len(batch))
+    if reasons:
+        say(f"{len(reasons)} of {len(images.indices)} {images.title} left out ({reasons[0]})")
+    if len(reasons) == len(images.indices):
+        cause = f"; all failed ({reasons[0]})" if reasons else ""
+        raise ImagesError(
+            f"expected {images.title} that can be used, got none{cause}; pass other images"
+        )
+    return {name: np.concatenate(parts) for name, parts in vectors.items()}, np.concatenate(labels)
+
+
+def _samples(source: ImageSource, batch: list[LoadedView]) -> tuple[Labels, list[Sample]]:
+    """Return the labels (B,) of a batch and its samples. The source has a label for every image."""
+    labels = [(source.labels or [])[loaded.index] for loaded in batch]
+    samples = [
+        Sample(index=loaded.index, key=source.keys[loaded.index], label=label)
+        for loaded, label in zip(batch, labels, strict=True)
+    ]
+    return np.array(labels, np.int64), samples
+
+
+def _finite(by_name: dict[str, Tensor]) -> NDArray[np.bool_]:
+    """Return which images (B,) have finite features of every name."""
+    finite_B = torch.stack([x_BD.isfinite().all(1) for x_BD in by_name.values()]).all(0)
+    return np.asarray(finite_B.numpy(), np.bool_)

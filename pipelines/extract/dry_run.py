@@ -15,11 +15,11 @@ from dtcache.options import ExtractOptions
 from dtcache.process_settings import cpu_threads
 from dtcache.teacher import CallableTeacher, Teacher
 from dtcache.teacher.flops import count_flops
+from pipelines.disk_space import RESERVE, free_bytes
 from pipelines.extract.fit_codec import CodecFit, fit_codec, fit_draws, fit_rows
 from pipelines.extract.plan import ExtractionPlan, plan_extraction
 from pipelines.extract.shard import PackedRow, packed_rows
 from pipelines.extract.shard_runner import decode_threads
-from pipelines.size_estimate import RESERVE, free_bytes
 from pipelines.terminal.progress import track
 from pipelines.terminal.text import byte_size, duration
 

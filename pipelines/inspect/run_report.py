@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from dtcache.errors import CacheDamagedError, ConfigError
-from dtcache.hashing import read_json
+from dtcache.json_files import read_json
 from dtcache.recipe import Json
 from dtcache.store.summary import SCHEMA
 from pipelines.runs.folder import METRICS, RUN, SUMMARY

@@ -15,7 +15,7 @@ from typing import Any
 from dtcache._version import __version__
 from dtcache.atomic_files import make_folders, write_file
 from dtcache.errors import CacheDamagedError, CacheMismatchError
-from dtcache.hashing import read_json
+from dtcache.json_files import read_json
 from dtcache.recipe import Json
 from pipelines.terminal.output import report
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from dtcache.atomic_files import write_file
 from dtcache.errors import CacheDamagedError
-from dtcache.hashing import read_json
+from dtcache.json_files import read_json
 from dtcache.recipe import Json
 from pipelines.runs.folder import SUMMARY
 from pipelines.sweep.jobs import Run

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from dtcache.errors import ConfigError
-from dtcache.hashing import file_sha256, read_json
+from dtcache.hashing import file_sha256
+from dtcache.json_files import read_json
 from dtcache.options import TrainOptions
 from dtcache.recipe import Json
 from pipelines.runs.checkpoint import load_checkpoint

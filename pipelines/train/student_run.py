@@ -21,6 +21,7 @@ from dtcache.options.train import VOLATILE
 from dtcache.recipe import Json, ViewSpec
 from dtcache.student import Backbone, Student, probe_maps, save_backbone
 from dtcache.student.logit_head import HeadSpec, logit_head, save_head
+from pipelines.runs.curves import plot_curves
 from pipelines.runs.folder import (
     BACKBONE,
     CONFIG,
@@ -31,7 +32,7 @@ from pipelines.runs.folder import (
     finished_epochs,
     require_same_run,
 )
-from pipelines.runs.metrics import MetricsFile, NoMetrics, plot_curves, read_metrics
+from pipelines.runs.metrics import MetricsFile, NoMetrics, read_metrics
 from pipelines.runs.trackers import open_tracker
 from pipelines.train.batch_source import BatchSource
 from pipelines.train.finished_run import FinishedRun

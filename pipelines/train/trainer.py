@@ -21,7 +21,7 @@ from dtcache.options import TrainOptions, parse_size
 from dtcache.recipe import Json, ViewSpec
 from dtcache.student import Augmentation, Student, build_student, synchronise_batch_norm
 from pipelines.runs.checkpoint import checkpoint_errors, load_checkpoint, save_checkpoint
-from pipelines.runs.metrics import Clock
+from pipelines.runs.clock import Clock
 from pipelines.train.batch_source import BatchSource, decoded
 from pipelines.train.distillation import DecodedBatch, Distillation, held_out_losses
 from pipelines.train.finished_run import FinishedRun

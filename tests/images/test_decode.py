@@ -93,26 +93,6 @@ def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         decode_view(png(noise(16, 16, 3)), SQUARE)
 
 
-def test_loading_keeps_order_and_records_failures(tmp_path: Path) -> None:
-    """Views come in the requested order; a bad file and a deleted file give a failure reason."""
-    for i in range(4):
-        (tmp_path / f"{i}.png").write_bytes(png(np.full((16, 16, 3), i, np.uint8)))
-    (tmp_path / "1.png").write_bytes(b"")
-    source = FolderSource(tmp_path)
-    (tmp_path / "2.png").unlink()
-    loaded = list(load_views(source, [3, 1, 0, 2, 3], SQUARE, threads=2))
-    assert [v.index for v in loaded] == [3, 1, 0, 2, 3]
-    assert [None if v.pixels_CHW is None else int(v.pixels_CHW.max()) for v in loaded] == [
-        3,
-        None,
-        0,
-        None,
-        3,
-    ]
-    assert loaded[1].failure == "empty file"
-    assert loaded[3].failure == "unreadable: No such file or directory"
-
-
 @pytest.mark.parametrize("size", [16, 20], ids=["source bytes", "encoded anew"])
 def test_stored_images_decode_to_exactly_the_view(tmp_path: Path, size: int) -> None:
     """A cached image decodes to the teacher's pixels, bit for bit, from a padded payload."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dtcache.images.decode import LoadedView
+from dtcache.images.load_views import LoadedView
 from dtcache.images.stored_images import encode_stored, image_bound
 from dtcache.recipe import CodecSpec, FailedSample, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
 from dtcache.store.commits import CodecSums

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dtcache.atomic_files import make_folders, write_file
 from dtcache.errors import DiskError
-from dtcache.hashing import canonical_json, read_json, sha256_json
+from dtcache.hashing import canonical_json, sha256_json
+from dtcache.json_files import read_json
 from dtcache.recipe import Json
 from pipelines.terminal.output import say
 

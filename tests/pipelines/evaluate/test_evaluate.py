@@ -22,23 +22,19 @@ from dtcache.images import FolderSource, load_views
 from dtcache.metrics.probes import Neighbours
 from dtcache.options import EvaluateOptions, ExtractOptions
 from dtcache.recipe import Sample, ViewSpec
-from dtcache.student import make_backbone, save_backbone
+from dtcache.student import fresh_batch_norms, make_backbone, save_backbone
 from dtcache.teacher.ddpm import build_unet, save_teacher
-from pipelines.evaluate.classification import (
-    ClassificationResult,
-    ProbeResult,
-    classify,
-    pooled_features,
-    split_labelled,
-)
+from pipelines.evaluate.classification import ClassificationResult, ProbeResult, classify
 from pipelines.evaluate.evaluate import evaluate
 from pipelines.evaluate.image_split import EvaluatedImages
+from pipelines.evaluate.labelled_images import split_labelled
 from pipelines.evaluate.pooled_features import (
     ALL_TAPS,
     CacheFeatures,
     EvaluatedBackbone,
     NetworkFeatures,
     open_model,
+    pooled_features,
 )
 from pipelines.extract.extract import extract
 
@@ -301,9 +297,9 @@ def test_random_networks_are_calibrated_and_trained_ones_are_not(shelf: Path) ->
         input_size=(32, 32),
     )
     extractor = NetworkFeatures(evaluated, 16, CPU)
-    assert len(backbone.fresh_batch_norms) > 5
+    assert len(fresh_batch_norms(backbone)) > 5
     extractor.prepare(train, test)
-    assert backbone.fresh_batch_norms == []
+    assert fresh_batch_norms(backbone) == []
     # 40 images make two full batches of 16; the shorter third batch is not used.
     assert {
         int(v) for k, v in backbone.state_dict().items() if k.endswith("num_batches_tracked")

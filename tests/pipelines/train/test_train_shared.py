@@ -15,13 +15,8 @@ from dtcache.options import TrainOptions
 from dtcache.options.train import PER_STUDENT
 from dtcache.teacher.teacher import Teacher
 from pipelines.train.distillation import DecodedBatch
-from pipelines.train.train import (
-    StudentsError,
-    require_one_loader,
-    runs_of,
-    train,
-    train_shared,
-)
+from pipelines.train.shared_loader import require_one_loader, runs_of
+from pipelines.train.train import StudentsError, train, train_shared
 from pipelines.train.trainer import Trainer
 
 OPTIONS = TrainOptions(

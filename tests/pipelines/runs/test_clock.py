@@ -1,9 +1,9 @@
-"""A run's clock, its metrics file and its trackers."""
+"""The clock of a run: its shares and rates, over several sessions."""
 
 import pytest
 
-from pipelines.runs import metrics as run
-from pipelines.runs.metrics import Clock
+from pipelines.runs import clock as run
+from pipelines.runs.clock import Clock
 
 
 def test_the_share_of_waiting_is_that_of_the_time_that_batches_take_to_come(

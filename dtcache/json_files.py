@@ -1,0 +1,57 @@
+"""JSON files of bounded size, with or without their own hash."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dtcache.hashing import canonical_json, sha256_json
+
+
+def with_own_hash(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with one more field, `sha256`: the hash of all its other fields."""
+    return {**value, "sha256": sha256_json(value)}
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """Return the JSON object in a file of at most `limit` bytes.
+
+    Raises OSError if the file cannot be read, and ValueError with the reason if it is larger than
+    `limit`, not JSON, nested too deep or not an object.
+    """
+    return _parse_object(_read_bounded(path, limit))
+
+
+def read_hashed_json(path: Path, limit: int) -> tuple[dict[str, Any], bool]:
+    """Read a JSON object that carries its own hash.
+
+    Returns the object without its `sha256`, and whether the file is intact: its bytes must be
+    canonical JSON and its hash must match. Raises the errors of `read_json`.
+    """
+    content = _read_bounded(path, limit)
+    value = _parse_object(content)
+    try:
+        canonical = content == canonical_json(value)
+    except RecursionError as error:
+        raise ValueError("its values are nested too deep") from error
+    sha256 = value.pop("sha256", None)
+    return value, canonical and sha256 == sha256_json(value)
+
+
+def _read_bounded(path: Path, limit: int) -> bytes:
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"expected at most {limit} bytes of JSON, got {path.stat().st_size}")
+    return content
+
+
+def _parse_object(content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("not JSON: its values are nested too deep") from error
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value
