@@ -15,7 +15,7 @@ from dtcache.device import resolve_compute
 from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TrainOptions
 from dtcache.recipe import Json
 from dtcache.store.summary import inspect_cache
-from dtcache.student.make_backbone import require_known
+from dtcache.student.timm_backbone import require_known
 from pipelines.evaluate.classification import classify
 from pipelines.extract.extract import extract
 from pipelines.inspect.tables import render

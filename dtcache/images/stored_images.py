@@ -9,7 +9,7 @@ from PIL import Image
 
 from dtcache.errors import BadImageError
 from dtcache.images.decode import decode_view
-from dtcache.images.load_views import LoadedView
+from dtcache.images.view_loader import LoadedView
 from dtcache.recipe import ViewSpec
 
 LENGTH_BYTES = 4

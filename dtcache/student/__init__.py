@@ -8,9 +8,9 @@ from dtcache.student.batch_norm import (
     recalibrate_batch_norm,
     synchronise_batch_norm,
 )
-from dtcache.student.make_backbone import make_backbone
 from dtcache.student.regressor import FeatureRegressor
 from dtcache.student.student import Student, build_student, probe_maps
+from dtcache.student.timm_backbone import make_backbone
 
 __all__ = [
     "Augmentation",

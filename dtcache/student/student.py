@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from dtcache.errors import ConfigError
 from dtcache.recipe import ViewSpec
 from dtcache.student.backbone import MapsModule, Rgb, student_input
-from dtcache.student.make_backbone import make_backbone
 from dtcache.student.pyramid import MapShape, SimplePyramid, pyramid_for
 from dtcache.student.regressor import FeatureRegressor
+from dtcache.student.timm_backbone import make_backbone
 
 
 class Student(nn.Module):

@@ -31,7 +31,7 @@ from dtcache.student import (
     student_input,
 )
 from dtcache.student.backbone import Backbone
-from dtcache.student.make_backbone import weights_tag
+from dtcache.student.timm_backbone import weights_tag
 from dtcache.student.weights_io import CONFIG
 from pipelines.evaluate.cache_features import CachedMaps
 from pipelines.evaluate.image_split import EvaluatedImages, load_batches

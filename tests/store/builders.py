@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dtcache.images.load_views import LoadedView
 from dtcache.images.stored_images import encode_stored, image_bound
+from dtcache.images.view_loader import LoadedView
 from dtcache.recipe import CodecSpec, FailedSample, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import IMAGES, LOG, PayloadArray, payload_arrays, tap_names
