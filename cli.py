@@ -21,9 +21,19 @@ from dtcache.options import (
     TrainOptions,
     VerifyOptions,
 )
+from dtcache.options.field import MAX_SEED
 from pipelines.terminal.commands import WRITES_NOTHING, Group, in_command_words
 from pipelines.terminal.field_names import in_flags
-from pipelines.terminal.flags import JSON_FLAG, NO_LOCK_FLAG, PATH, options_of, out_flag, print_json
+from pipelines.terminal.flags import (
+    FOLDER,
+    JSON_FLAG,
+    NO_LOCK_FLAG,
+    PATH,
+    options_of,
+    out_flag,
+    print_json,
+    require_text,
+)
 from pipelines.terminal.output import report, say
 
 TRY = "Try it"
@@ -56,7 +66,7 @@ def main() -> None:
 @main.command(section=TRY, resumes=True)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FOLDER,
     default=Path("dtcache-demo"),
     show_default=True,
     help="Folder for all outputs.",
@@ -80,10 +90,12 @@ def demo(out: Path, options: DemoOptions) -> None:
 
 
 @main.command(section=TRY, resumes=True)
-@click.option("--count", type=click.IntRange(min=1), required=True, help="Number of scenes.")
+@click.option(
+    "--count", type=click.IntRange(min=1, max=10_000_000), required=True, help="Number of scenes."
+)
 @click.option(
     "--start",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=10_000_000),
     default=0,
     show_default=True,
     help="Index of the first scene.",
@@ -95,7 +107,13 @@ def demo(out: Path, options: DemoOptions) -> None:
     show_default=True,
     help="Side in pixels.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the scenes.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=MAX_SEED),
+    default=0,
+    show_default=True,
+    help="Seed of the scenes.",
+)
 @out_flag("Folder for images/<class>/, masks/<class>/ and boxes.json.")
 def scenes(count: int, start: int, size: int, seed: int, out: Path) -> None:
     """Generate labelled scenes to try dtcache on.
@@ -154,7 +172,7 @@ def teacher_train(images: Path, out: Path, options: TeachOptions) -> None:
 
 
 @teacher.command("show")
-@click.argument("where", metavar="DIR_OR_ID")
+@click.argument("where", metavar="DIR_OR_ID", callback=require_text)
 @JSON_FLAG
 @options_of(TeacherShowOptions)
 def teacher_show(where: str, as_json: bool, options: TeacherShowOptions) -> None:
@@ -442,7 +460,7 @@ def export(source: Path, out: Path, options: ExportOptions) -> None:
 
 
 @main.command(section=STUDENT)
-@click.argument("model")
+@click.argument("model", callback=require_text)
 @JSON_FLAG
 @options_of(EvaluateOptions)
 def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dtcache.errors import ConfigError, ImagesError, one_line
+from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError, one_line
 from dtcache.options.images import ImagesOptions
 
 LABEL = "label"
@@ -113,6 +113,8 @@ def read_index(file: Path, reading: ImagesOptions) -> FileIndex:
         paths = [pa.nulls(num_rows, pa.string())]
         if table is not None and has_paths:
             paths = [chunk.field("path").cast(pa.string()) for chunk in table[column].chunks]
+    except ImagesError:
+        raise
     except (pa.ArrowException, OSError) as error:
         raise unreadable(file, error) from error
     if num_rows and num_empty == num_rows:
@@ -180,7 +182,8 @@ def _image_columns(schema: pa.Schema) -> list[str]:
 def _require_layout(file: Path, schema: pa.Schema, reading: ImagesOptions) -> None:
     """Check that the image column holds bytes.
 
-    Raises ConfigError if another column does, and ImagesError if none does.
+    Raises ConfigError if another column does, ImagesNotFoundError if none does, and ImagesError
+    if the named column holds something else.
     """
     name = reading.image_column
     kind = schema.field(name).type if name in schema.names else pa.null()
@@ -201,7 +204,7 @@ def _require_layout(file: Path, schema: pa.Schema, reading: ImagesOptions) -> No
     got = f"{expected} or binary, got columns {', '.join(schema.names)}"
     if others:
         raise ConfigError(f"{got}; pass `image_column='{others[0]}'`")
-    raise ImagesError(f"{got}; rewrite the file or pass a folder of images")
+    raise ImagesNotFoundError(f"{got}; rewrite the file or pass a folder of images")
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:

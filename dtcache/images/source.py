@@ -63,6 +63,7 @@ def open_source(
     if path.is_file() and path.suffix == ".parquet":
         return ParquetSource(_of_split(path, [path], reading, left_out), reading=reading)
     if path.is_file() and path.suffix == ".tar":
+        reading.require_parquet(path)
         return TarSource(_of_split(path, [path], reading, left_out), track)
     if path.is_dir():
         parquet = _files(path, ".parquet")
@@ -86,6 +87,7 @@ def open_source(
                 left_out.add(Reason.BESIDE, key)
             files = _of_split(path, parquet, reading, left_out)
             return ParquetSource(files, reading=reading, left_out=left_out)
+        reading.require_parquet(path)
         if tars:
             return TarSource(_of_split(path, tars, reading, left_out), track, left_out)
         _require_no_split(path, reading)

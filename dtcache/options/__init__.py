@@ -8,7 +8,7 @@ from dtcache.options.field import Options, option
 from dtcache.options.images import ImagesOptions
 from dtcache.options.inspect import InspectOptions
 from dtcache.options.label import LabelFitOptions, LabelWriteOptions
-from dtcache.options.parse import parse_ints, parse_size, parse_taps
+from dtcache.options.parse import parse_ints, parse_scale, parse_size, parse_taps
 from dtcache.options.sweep import SweepOptions
 from dtcache.options.teacher import ADM_PRESETS, ConvertOptions, TeacherShowOptions, TeachOptions
 from dtcache.options.train import TrainOptions
@@ -34,6 +34,7 @@ __all__ = [
     "VerifyOptions",
     "option",
     "parse_ints",
+    "parse_scale",
     "parse_size",
     "parse_taps",
 ]

@@ -23,6 +23,7 @@ class ExtractOptions(ImagesOptions):
         None,
         "Text that conditions the teacher [default: the empty prompt].",
         metavar="TEXT",
+        may_be_empty=True,
         group="Teacher",
     )
     condition: str | None = option(

@@ -25,12 +25,13 @@ def option(
     auto: bool = False,
     off: str = "",
     group: str = "",
+    may_be_empty: bool = False,
 ) -> Any:
     """Return a dataclass field that carries its help text, choices, metavar, bounds and group.
 
     If `auto` is true, the command line also accepts the word auto, which becomes None. `off` names
     the flag that sets a boolean to false (default: `no-` and the name). `group` is the heading in
-    `--help` under which the flag stands.
+    `--help` under which the flag stands. An optional text is not empty unless `may_be_empty`.
     """
     metadata = {
         "help": text,
@@ -41,6 +42,7 @@ def option(
         "auto": auto,
         "off": off,
         "group": group,
+        "may_be_empty": may_be_empty,
     }
     return field(default=default, metadata=metadata)
 
@@ -56,9 +58,14 @@ class Options:
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for the first field outside its choices or bounds, or not finite."""
+        """Raise ConfigError for the first field that is empty, not finite or out of bounds."""
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
+            if value == "" and f.default != "" and not f.metadata["may_be_empty"]:
+                raise ConfigError(
+                    f"`{f.name}`: expected a value, got an empty text; leave `{f.name}` out for "
+                    "the default"
+                )
             if value is not None:
                 _check(f.name, value, f.metadata)
 

@@ -1,6 +1,7 @@
 """Options of every verb that takes IMAGES: how a path of images is read."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from dtcache.errors import ConfigError
 from dtcache.options.field import Options, option
@@ -46,6 +47,16 @@ class ImagesOptions(Options):
     def reading(self) -> "ImagesOptions":
         """These options alone, without those of the verb."""
         return ImagesOptions(**{f.name: getattr(self, f.name) for f in fields(ImagesOptions)})
+
+    def require_parquet(self, path: Path) -> None:
+        """Raise ConfigError if an option of Parquet files is set, which `path` does not hold."""
+        for name in ("keys", "image_column", "label_column"):
+            value = getattr(self, name)
+            if value != getattr(type(self)(), name):
+                raise ConfigError(
+                    f"`{name}` {value}: it is read from Parquet files, and {path} holds other "
+                    f"images; leave `{name}` out"
+                )
 
     def require_images(self, *names: str) -> None:
         """Raise ConfigError if these options are set but none of the options `names` is.

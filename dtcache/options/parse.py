@@ -37,3 +37,18 @@ def parse_taps(text: str, field: str = "taps") -> tuple[str, ...]:
         )
     names = [name.strip() for name in text.split(",")]
     return tuple(f"stride{name}" if name.isdecimal() else name for name in names)
+
+
+def parse_scale(text: str) -> tuple[float, float]:
+    """Parse `least,most` fractions of the area.
+
+    Raises ConfigError unless 0 < least <= most <= 1.
+    """
+    match = re.fullmatch(r" *([01](?:\.[0-9]{1,9})?) *, *([01](?:\.[0-9]{1,9})?) *", text)
+    least, most = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
+    if not 0 < least <= most <= 1:
+        raise ConfigError(
+            f"`scale` {text}: expected two rising shares of the area over 0 and up to 1, such as "
+            "0.3,1.0"
+        )
+    return least, most

@@ -6,6 +6,7 @@ from pathlib import Path
 from dtcache.errors import ConfigError
 from dtcache.options.field import AUTO_DEVICE, PRECISIONS, option, seed_option
 from dtcache.options.images import READING_NAMES, ImagesOptions
+from dtcache.options.parse import parse_scale, parse_size, parse_taps
 
 REGRESSORS = ("fpn", "fpn-attention", "pafpn", "fpn-ppm")
 TRAIN_PRECISIONS = (*PRECISIONS, "fp16")
@@ -240,7 +241,9 @@ class TrainOptions(ImagesOptions):
         metavar="DIR_OR_ID",
         group=ONLINE,
     )
-    prompt: str | None = option(None, "As in extract.", metavar="TEXT", group=ONLINE)
+    prompt: str | None = option(
+        None, "As in extract.", metavar="TEXT", group=ONLINE, may_be_empty=True
+    )
     condition: str | None = option(None, "As in extract.", metavar="CLASS", group=ONLINE)
     size: str | None = option(None, "View size, as in extract.", metavar="H[xW]", group=ONLINE)
     resize_mode: str | None = option(
@@ -263,6 +266,7 @@ class TrainOptions(ImagesOptions):
             raise ConfigError(
                 f"`warmup_epochs` {self.warmup:g}: expected fewer than the {self.epochs} `epochs`"
             )
+        self._check_texts()
         self._check_source()
         self._check_labels()
 
@@ -277,6 +281,17 @@ class TrainOptions(ImagesOptions):
         if self.lr is not None:
             return self.lr
         return 4e-3 * self.batch_size / (256 if self.optimizer == "adamw" else 2048)
+
+    def _check_texts(self) -> None:
+        """Raise ConfigError for a text that is no size, list of taps or range of areas."""
+        for name in ("student_size", "size"):
+            text = getattr(self, name)
+            if text is not None:
+                parse_size(text, name)
+        if self.taps is not None:
+            parse_taps(self.taps)
+        if self.scale is not None:
+            parse_scale(self.scale)
 
     def _check_source(self) -> None:
         """Raise ConfigError if options of a cache and of a teacher in the loop are mixed."""

@@ -5,7 +5,6 @@ the view's sides.
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from dtcache.errors import ConfigError
+from dtcache.options.parse import parse_scale
 from dtcache.rng import sample_uniforms
 from dtcache.student.color_jitter import DRAWS, jitter
 
@@ -103,21 +103,6 @@ class Augmentation:
             name: crop_maps(x_BCHW, boxes_B4, (x_BCHW.shape[2], x_BCHW.shape[3]))
             for name, x_BCHW in maps.items()
         }
-
-
-def parse_scale(text: str) -> tuple[float, float]:
-    """Parse `least,most` fractions of the area.
-
-    Raises ConfigError unless 0 < least <= most <= 1.
-    """
-    match = re.fullmatch(r" *([01](?:\.[0-9]{1,9})?) *, *([01](?:\.[0-9]{1,9})?) *", text)
-    least, most = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
-    if not 0 < least <= most <= 1:
-        raise ConfigError(
-            f"`scale` {text}: expected two rising shares of the area over 0 and up to 1, such as "
-            "0.3,1.0"
-        )
-    return least, most
 
 
 def random_boxes(

@@ -73,7 +73,7 @@ class _OneLineErrors(click.Command):
         """Parse the words after the command's name. Raises WrongUsage if they are wrong."""
         try:
             return super().parse_args(ctx, args)
-        except click.exceptions.NoArgsIsHelpError:
+        except (click.exceptions.NoArgsIsHelpError, WrongUsage):
             raise
         except click.NoSuchOption as error:
             flag = error.option_name

@@ -20,7 +20,20 @@ from dtcache.options.toml import read_config
 from pipelines.terminal.commands import RUN_GROUP, GroupedOption, WrongUsage, verb_of
 from pipelines.terminal.hints import option_hint
 
-PATH = click.Path(path_type=Path)
+
+class _Path(click.Path):
+    """A path. An empty text, which Path reads as the working folder, is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path. Raises click.BadParameter."""
+        if value == "":
+            self.fail("expected a path, got an empty text.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
+FOLDER = _Path(path_type=Path, file_okay=False)
+"""A folder, which may not exist yet."""
 
 JSON_FLAG = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout."
@@ -136,6 +149,7 @@ def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
         # click 8.3 treats an explicit default of None as a value, and then accepts a missing flag.
         del settings["default"]
         settings["required"] = True
+        settings["callback"] = require_text
     if f.metadata["choices"]:
         return click.option(f"--{name}", type=click.Choice(f.metadata["choices"]), **settings)
     if f.metadata["auto"]:
@@ -150,7 +164,9 @@ def _click_type(hint: type) -> Any:
     """Return the type by which click checks the text of a value of the Python type `hint`."""
     if hint is Path:
         return PATH
-    return _number if hint is float else hint
+    if hint is float:
+        return _number
+    return hint
 
 
 def _number(text: Any) -> float:
@@ -166,14 +182,21 @@ def _number(text: Any) -> float:
     raise click.BadParameter(f"{text!r} is not a number. Pass {share:g} for {text}.")
 
 
+def require_text(_: click.Context, __: click.Parameter, text: str) -> str:
+    """Return a text that the command needs. Raises click.BadParameter if it is empty."""
+    if not text:
+        raise click.BadParameter("expected a value, got an empty text.")
+    return text
+
+
 def _integer_or_auto(text: Any) -> int | None:
     """Return an integer, or None for the word auto."""
     return None if text == "auto" else int(click.INT.convert(text, None, None))
 
 
 def out_flag(help_text: str) -> Callable[..., Any]:
-    """Return the flag --out: the path that a command writes to."""
-    return click.option("--out", type=PATH, required=True, help=help_text)
+    """Return the flag --out: the folder that a command writes to."""
+    return click.option("--out", type=FOLDER, required=True, help=help_text)
 
 
 def print_json(value: Any) -> None:

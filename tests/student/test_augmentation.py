@@ -8,13 +8,13 @@ import torch
 import torchvision.transforms.v2.functional as TF
 
 from dtcache.errors import ConfigError
+from dtcache.options import parse_scale
 from dtcache.rng import sample_uniforms
 from dtcache.student.augmentation import (
     Augmentation,
     crop_images,
     crop_maps,
     crop_masks,
-    parse_scale,
     random_boxes,
 )
 from dtcache.student.color_jitter import jitter, turn_hue
