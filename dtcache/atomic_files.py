@@ -10,9 +10,10 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from dtcache.errors import CacheBusyError, DiskError, NoLocksWarning
 
@@ -135,6 +136,10 @@ class FolderLock:
 
     Without a lock if the environment variable DTCACHE_NO_LOCK is set, or if the file system has no
     `flock`, such as Lustre without its mount option, some NFS and some FUSE.
+
+    As a context manager it also undoes a start that fails: if the block raises before `keep()`, a
+    folder that was missing is missing again, and one that was empty is empty again. Another attempt
+    with other options may then use the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,33 +148,79 @@ class FolderLock:
         Warns with NoLocksWarning if the file system has no locks. Raises CacheBusyError if another
         process holds the lock, and DiskError.
         """
+        self._folder = folder
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        self._handle = self._locked()
+        with disk_errors(folder):
+            self._is_new = not any(self._contents())
+
+    def keep(self) -> None:
+        """Let the contents stay if the block raises from here on: they can be resumed."""
+        self._is_new = False
+
+    def _locked(self) -> int:
+        """Return the handle of the locked file."""
+        while True:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                # Python opens files close-on-exec, so that no child keeps the lock alive.
+                handle = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise _disk_error(self._folder, 0, error) from error
+            if os.environ.get(NO_LOCK):
+                return handle
+            self._lock(handle)
+            if os.fstat(handle).st_nlink:
+                return handle
+            # Meanwhile a failed start has removed the file, which would lock out nobody.
+            os.close(handle)
+
+    def _lock(self, handle: int) -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            # Python opens files close-on-exec, so that no child keeps the lock alive.
-            self._handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise _disk_error(folder, 0, error) from error
-        if os.environ.get(NO_LOCK):
-            return
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (*UNSUPPORTED, errno.ENOLCK):
                 message = (
-                    f"{folder}: its file system has no file locks ({error.strerror}), and dtcache "
-                    "goes on without one: write this folder from one process at a time. With "
-                    "`no_lock` (DTCACHE_NO_LOCK=1) this line is left out"
+                    f"{self._folder}: its file system has no file locks ({error.strerror}), and "
+                    "dtcache goes on without one: write this folder from one process at a time. "
+                    "With `no_lock` (DTCACHE_NO_LOCK=1) this line is left out"
                 )
-                warnings.warn(message, NoLocksWarning, stacklevel=2)
+                warnings.warn(message, NoLocksWarning, stacklevel=4)
                 return
-            os.close(self._handle)
+            os.close(handle)
             if error.errno != errno.EWOULDBLOCK:
-                raise _disk_error(folder / ".lock", 0, error) from error
+                raise _disk_error(self._folder / ".lock", 0, error) from error
             raise CacheBusyError(
-                f"{folder} is being written by another process; wait for it or stop it"
+                f"{self._folder} is being written by another process; wait for it or stop it"
             ) from error
 
-    def __enter__(self) -> "FolderLock":
+    def _contents(self) -> Iterator[Path]:
+        """Yield the folder's files and folders, except those of the system and the lock."""
+        for path in self._folder.iterdir():
+            if path.name != ".lock" and not is_system_file(path.name):
+                yield path
+
+    def take_over(self) -> None:
+        """Remove the contents, and remove the folder itself if the block raises before `keep()`."""
+        self._clear()
+        self._is_new = True
+        self._made = self._made or [self._folder]
+
+    def _clear(self) -> None:
+        for path in list(self._contents()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _undo(self) -> None:
+        """Remove what the block has written, the lock's file, and the folders that it made."""
+        self._clear()
+        (self._folder / ".lock").unlink(missing_ok=True)
+        for folder in self._made:
+            folder.rmdir()
+
+    def __enter__(self) -> Self:
         """Return the lock itself."""
         return self
 
@@ -179,7 +230,10 @@ class FolderLock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Release the lock."""
+        """Undo a failed start, and release the lock."""
+        if kind is not None and self._is_new:
+            with suppress(OSError):  # the block's own error is the one to report
+                self._undo()
         os.close(self._handle)
 
 
@@ -192,19 +246,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
     another process writes the same folder, and DiskError.
     """
     temporary = target.with_name(f"{TEMPORARY}{target.name}")
-    with FolderLock(temporary):
-        try:
-            for leftover in temporary.iterdir():
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                elif leftover.name != ".lock":
-                    leftover.unlink()
-            yield temporary
-            fsync_tree(temporary)
-            with disk_errors(target):
-                (temporary / ".lock").unlink()
-                os.replace(temporary, target)
-            fsync_folder(target.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with FolderLock(temporary) as lock:
+        lock.take_over()
+        yield temporary
+        fsync_tree(temporary)
+        with disk_errors(target):
+            (temporary / ".lock").unlink()
+            os.replace(temporary, target)
+        fsync_folder(target.parent)

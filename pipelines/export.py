@@ -1,7 +1,6 @@
 """`dtcache export`: a trained backbone for timm or torchvision, checked against the original."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dtcache.atomic_files import disk_errors, write_file
+from dtcache.atomic_files import whole_folder, write_file
 from dtcache.errors import ConfigError, ExportError
 from dtcache.options import ExportOptions
 from dtcache.student import Backbone, load_backbone
@@ -52,11 +51,7 @@ def export(source: Path, out: Path, options: ExportOptions) -> Exported:
     backbone, size, _ = load_backbone(folder)
     backbone.require_size(size)
     backbone.eval()
-    draft = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        with disk_errors(draft):
-            draft.mkdir(parents=True)
+    with whole_folder(out) as draft:
         write = _write_timm if options.to == "timm" else _write_torchvision
         network, usage = write(folder, draft, backbone, size)
         difference, largest = compare(backbone.model, network, size)
@@ -66,10 +61,6 @@ def export(source: Path, out: Path, options: ExportOptions) -> Exported:
                 f"they differ by {difference:.3g} of {largest:.3g}; nothing was exported. Report "
                 "this with the versions of both libraries"
             )
-        with disk_errors(out):
-            draft.rename(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return Exported(
         out=out,
         architecture=backbone.name,

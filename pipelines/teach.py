@@ -72,21 +72,28 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
     compute = resolve_compute(options.device, options.precision)
     configure_process(compute.device)
     trainer = TeacherTrainer(options, compute)
-    with FolderLock(out):
+    with FolderLock(out) as folder:
         images_sha256 = sha256_json([source.keys[i] for i in rows])
         identity = {**asdict(options), "precision": compute.precision, "images": images_sha256}
         claim_run(out, identity, VOLATILE)
         if not (out / LOSSES).exists():
-            _train(source, rows, out, trainer)
+            _train(source, rows, out, trainer, folder)
         losses = json.loads((out / LOSSES).read_text("utf-8"))
     final_loss = float(np.mean(losses[-AVERAGED_LOSSES:])) if losses else None
     return Taught(out=out, steps=options.steps, final_loss=final_loss)
 
 
 def _train(
-    source: ImageSource, rows: NDArray[np.int64], out: Path, trainer: "TeacherTrainer"
+    source: ImageSource,
+    rows: NDArray[np.int64],
+    out: Path,
+    trainer: "TeacherTrainer",
+    folder: FolderLock,
 ) -> None:
-    """Train from the last checkpoint on. losses.json is written last: it marks a finished run."""
+    """Train from the last checkpoint on. losses.json is written last: it marks a finished run.
+
+    The first step keeps what is in the locked folder.
+    """
     options = trainer.options
     trainer.restore(out)
     if trainer.steps_done == 0 and 0 in options.kept:
@@ -99,6 +106,7 @@ def _train(
     ):
         for pixels_BCHW in _batches(source, rows, trainer.steps_done, options):
             trainer.step(pixels_BCHW)
+            folder.keep()
             progress.advance(1, f"loss {np.mean(trainer.losses[-AVERAGED_LOSSES:]):.4f}")
             if trainer.steps_done in options.kept:
                 trainer.save_kept(out)

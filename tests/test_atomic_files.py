@@ -15,7 +15,7 @@ from store.builders import begin, tiny_plan
 from support.cli import run
 
 from dtcache.atomic_files import NO_LOCK, FolderLock, fsync_folder, whole_folder, write_file
-from dtcache.errors import CacheMismatchError, DiskError, NoLocksWarning
+from dtcache.errors import CacheBusyError, CacheMismatchError, DiskError, NoLocksWarning
 from pipelines.runs.folder import claim_run
 
 NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL]
@@ -147,3 +147,71 @@ def test_a_mount_root_is_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "run" / "notes.txt").write_bytes(b"mine")
     with pytest.raises(CacheMismatchError, match=r"holds no run: found notes\.txt"):
         claim_run(tmp_path / "run", {"seed": 0}, ())
+
+
+def test_a_start_that_fails_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    """A missing folder is missing again, with its parents; an empty one is empty again.
+
+    Files of the system stay, and so does everything in a folder that had files before.
+    """
+    empty = tmp_path / "empty"
+    used = tmp_path / "used"
+    for folder, name in ((empty, "lost+found"), (used, "run.json")):
+        folder.mkdir()
+        (folder / name).mkdir()
+    for folder in (tmp_path / "a" / "b" / "missing", empty, used):
+        with pytest.raises(RuntimeError, match="first step"), FolderLock(folder):
+            (folder / "data").mkdir()
+            (folder / "data" / "run.json").write_text("{}")
+            (folder / "config.toml").write_text("")
+            raise RuntimeError("no memory in the first step")
+    assert not (tmp_path / "a").exists()
+    assert [path.name for path in empty.iterdir()] == ["lost+found"]
+    assert {"run.json", "data", "config.toml"} <= {path.name for path in used.iterdir()}
+
+
+def test_what_is_kept_stays_after_a_failure(tmp_path: Path) -> None:
+    """After `keep()`, and after a block that succeeds, the files stay."""
+    with pytest.raises(RuntimeError), FolderLock(tmp_path / "kept") as folder:
+        (tmp_path / "kept" / "run.json").write_text("{}")
+        folder.keep()
+        raise RuntimeError
+    with FolderLock(tmp_path / "good"):
+        (tmp_path / "good" / "run.json").write_text("{}")
+    for name in ("kept", "good"):
+        assert (tmp_path / name / "run.json").is_file()
+
+
+def test_a_lock_of_a_folder_whose_start_failed_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that opened the lock's file before a failed start removed it takes another one.
+
+    Otherwise two processes could hold the lock of one folder, each on a file of its own.
+    """
+    real = fcntl.flock
+    removed = []
+
+    def removing(handle: int, operation: int) -> None:
+        if not removed:
+            removed.append((tmp_path / "cache" / ".lock").unlink())
+        real(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removing)
+    with FolderLock(tmp_path / "cache"):
+        assert removed and (tmp_path / "cache" / ".lock").is_file()
+        with pytest.raises(CacheBusyError, match="is being written by another process"):
+            FolderLock(tmp_path / "cache")
+
+
+def test_a_whole_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """Neither the target, nor the temporary folder, nor what a killed process left in it."""
+    leftover = tmp_path / ".tmp-new"
+    leftover.mkdir()
+    (leftover / "half").write_text("")
+    for target in (tmp_path / "new", tmp_path / "a" / "b"):
+        with pytest.raises(RuntimeError), whole_folder(target) as folder:
+            assert [path.name for path in folder.iterdir()] == [".lock"]
+            (folder / "config.json").write_text("{}")
+            raise RuntimeError
+    assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,8 @@
 """The condition of a teacher: its image's class, a fixed class, the null class, or a prompt."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from dtcache.errors import ConfigError, ImagesError
 from dtcache.recipe import ConditionSpec
@@ -74,3 +75,20 @@ def require_labels(
                 f"the teacher's classes, got {label}; pass images of these classes, or a different "
                 "`condition`"
             )
+
+
+def class_names(configs: Iterable[Mapping[str, Any]]) -> dict[int, tuple[str, ...]]:
+    """Return the names of a teacher's classes by number, from the first `id2label` of `configs`.
+
+    As in diffusers' DiTPipeline, an entry has one or several names, separated by commas. Empty if
+    there is no such record.
+    """
+    for config in configs:
+        recorded = config.get("id2label")
+        if isinstance(recorded, dict) and recorded:
+            return {
+                int(number): tuple(name.strip() for name in names.split(","))
+                for number, names in recorded.items()
+                if re.fullmatch(r"[0-9]{1,9}", number) and isinstance(names, str)
+            }
+    return {}

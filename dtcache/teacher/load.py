@@ -1,7 +1,7 @@
 """Loading a diffusers teacher: JSON and safetensors only, and none of its code runs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.hashing import sha256_json
+from dtcache.recipe import Json
 from dtcache.teacher.attention_heads import set_heads, stand_in
 from dtcache.teacher.autoencoder import LatentEncoder, read_autoencoder
+from dtcache.teacher.condition import class_names
 from dtcache.teacher.denoiser import Denoiser
 from dtcache.teacher.diffusers_files import (
     TEXT_WEIGHTS,
@@ -21,6 +23,7 @@ from dtcache.teacher.diffusers_files import (
     load_part,
     locate,
     read_class,
+    read_config,
     weight_files,
 )
 from dtcache.teacher.dit import TransformerDenoiser
@@ -62,6 +65,8 @@ class LoadedTeacher:
     """The encoder from pixels to the network's input; None if the network reads pixels."""
     prompt: Prompt | None = None
     """The prompt and its embedding; None if the network is not conditioned on text."""
+    class_names: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the classes by number, if the model's files record them."""
     warnings: tuple[str, ...] = ()
     """What a user should check: parts and inputs that are not used, an uncertain scale."""
 
@@ -134,6 +139,7 @@ def load_teacher(
         ),
         schedule=schedule.kind,
         prediction=schedule.prediction,
+        class_names=class_names([_pipeline_config(root), config]),
         warnings=tuple(
             [
                 *layout_warnings(root, folder),
@@ -142,6 +148,12 @@ def load_teacher(
             ]
         ),
     )
+
+
+def _pipeline_config(root: Path) -> Json:
+    """Return the contents of model_index.json; nothing if there is no such file."""
+    path = root / "model_index.json"
+    return read_config(path, "the pipeline's configuration") if path.is_file() else {}
 
 
 def _fetch(files: TeacherFolder, folders: Sequence[Path], needs_encoder: bool) -> None:

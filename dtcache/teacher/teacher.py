@@ -101,6 +101,8 @@ class Teacher:
         )
         """(C, H, W) of the pixels or latents that are noised."""
         self.prompt = loaded.prompt
+        self.class_names = loaded.class_names
+        """Names of the classes by number; empty if the model's files do not record them."""
         self.device = compute.device
         self._compute = compute
         self._num_classes = loaded.denoiser.num_classes

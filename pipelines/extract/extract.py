@@ -62,12 +62,13 @@ def extract(
     options = plan.options
     resumed = plan.begun is not None
     with (
-        FolderLock(out),
+        FolderLock(out) as folder,
         start_runner(images, out, plan) as runner,
         cpu_threads(options.threads),
     ):
         opened = time.time()
         writer = open_writer(out, plan)
+        folder.keep()
         survey = plan.source.survey
         del plan  # frees its teacher's device memory for the teachers of local workers
         fitted = time.time()

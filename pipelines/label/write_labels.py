@@ -49,8 +49,10 @@ def write_labels(root: Path, interpreter_dir: Path, options: LabelWriteOptions) 
     if begun is not None:
         _require_same_inputs(out, begun, labeller.fixed_fields(), options)
     known = known_labels(labeller.cache, interpreter.spec, options)
-    with FolderLock(out), cpu_threads(begun["threads"] if begun is not None else None):
+    threads = begun["threads"] if begun is not None else None
+    with FolderLock(out) as folder, cpu_threads(threads):
         writer = CacheWriter.resume(out) if begun is not None else labeller.create(out)
+        folder.keep()
         if writer.manifest.state == "writing":
             labeller.write(writer)
             labels = LabelSet(labeller.cache, options.name, unfinished=True)

@@ -36,7 +36,7 @@ def sweep(path: Path, out: Path, options: SweepOptions) -> Swept:
     """
     plan = planned(path, out)
     left = plan.left()
-    with FolderLock(out):
+    with FolderLock(out) as folder:
         write_file(out / COPY, path.read_bytes())
         rows = write_all(plan)
         if left:
@@ -45,6 +45,7 @@ def sweep(path: Path, out: Path, options: SweepOptions) -> Swept:
                 start_workers(plan, options) as workers,
                 track("sweep", total, total - len(left)) as progress,
             ):
+                folder.keep()
                 failures = run_jobs(plan, left, workers, progress, lambda: write_all(plan))
             rows = write_all(plan)
         else:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dtcache.atomic_files import disk_errors, is_system_file, write_file
+from dtcache.atomic_files import FolderLock, disk_errors, write_file
 from dtcache.device import Compute
 from dtcache.distributed import Processes
 from dtcache.errors import CacheDamagedError, CacheMismatchError, ConfigError, TrainingError
@@ -26,7 +25,6 @@ from pipelines.runs.folder import (
     BACKBONE,
     CONFIG,
     CURVES,
-    RUN,
     SUMMARY,
     claim_run,
     finished_epochs,
@@ -81,7 +79,7 @@ class StudentRun(AbstractContextManager["StudentRun"]):
         if extended is not None:
             self._identity |= extended.identity
         self._metrics: MetricsFile | NoMetrics = NoMetrics()
-        self._is_new = False
+        self._lock: FolderLock | None = None
 
     @property
     def is_active(self) -> bool:
@@ -100,27 +98,16 @@ class StudentRun(AbstractContextManager["StudentRun"]):
             )
         require_same_run(self.out, self._identity, VOLATILE)
 
-    def begin(self) -> None:
-        """Claim the folder for these options and data; write options and initial weights."""
-        self._is_new = not (self.out / RUN).exists()
+    def begin(self, lock: FolderLock) -> None:
+        """Claim the locked folder for these options and data; write options, initial weights.
+
+        The first step keeps them.
+        """
+        self._lock = lock
         claim_run(self.out, self._identity, VOLATILE)
         write_file(self.out / CONFIG, config_text(self._values).encode())
         if not (self.out / "init" / "config.json").exists():
             save_student(self.trainer.student, self.out / "init", self._source.view)
-
-    def abandon(self) -> None:
-        """Empty the folder if this session claimed it and took no step: nothing in it is of use.
-
-        Another attempt, with other options, may then use the folder.
-        """
-        if self._is_new and self.trainer.steps_done == 0:
-            for path in self.out.iterdir():
-                if is_system_file(path.name):
-                    continue
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                elif path.name != ".lock":
-                    path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         """Open metrics and tracker, after the checkpoint's step. Raises DiskError, ConfigError."""
@@ -154,6 +141,8 @@ class StudentRun(AbstractContextManager["StudentRun"]):
         except TrainingError as error:
             self.failure = error
             return math.nan
+        if self._lock is not None:
+            self._lock.keep()
         step = self.trainer.steps_done
         if step % self.options.log_every == 0 or step == self.trainer.total_steps:
             self._metrics.write({"step": step, "epoch": epoch, **line, **self.trainer.clock.line()})

@@ -63,40 +63,41 @@ def train_shared(where: Path, runs: Sequence[tuple[Path, TrainOptions]]) -> list
     students = [StudentRun(out, each, source, compute, processes) for out, each in runs]
     epochs_before = common_epochs(students)
     total = students[0].trainer.total_steps
-    with ExitStack() as stack:
-        _begin(students, processes, stack)
-        done = min(run.trainer.steps_done for run in students)
-        remedy = "pass a smaller `batch_size` or more `micro_batches`"
-        stack.enter_context(memory_errors(students[0].trainer.micro_batch_size, remedy))
-        for run in students:
-            stack.enter_context(run)
-        title = options.student if len(students) == 1 else f"{len(students)} students"
-        progress = stack.enter_context(
-            track(f"train {title}", total, done, shown=processes.is_first)
-        )
-        pace = Pace(total - done, compute.device, shown=processes.is_first)
-        while active := [run for run in students if run.is_active]:
-            # After a kill the checkpoints may stand at different steps. The last one goes first.
-            step = min(run.trainer.steps_done for run in active)
-            epoch, start = divmod(step, source.num_batches)
-            micro_batches = source.epoch(epochs_before + epoch, start)
-            for batches in _arriving(micro_batches, step, options.micro_batches, active):
-                due = [run for run in active if run.is_due(step)]
-                if not due:  # the students that this step was for have failed
-                    break
-                accumulate(source, [run.trainer for run in due], batches)
-                losses = [run.update(batches) for run in due]
-                step += 1
-                progress.advance(1, _note(losses, due[0].trainer.clock))
-                pace.stepped()
-            ended = [run for run in due if run.failure is None]
-            if ended:
-                trainers = [run.trainer for run in ended]
-                lines = evaluate(source, trainers) if processes.is_first else [{}] * len(ended)
-                for run, line in zip(ended, lines, strict=True):
-                    run.end_epoch(line)
-        trained = [run.finish() for run in students if run.failure is None]
-    _raise_failures(students)
+    with ExitStack() as locks:
+        _begin(students, processes, locks)
+        with ExitStack() as stack:
+            done = min(run.trainer.steps_done for run in students)
+            remedy = "pass a smaller `batch_size` or more `micro_batches`"
+            stack.enter_context(memory_errors(students[0].trainer.micro_batch_size, remedy))
+            for run in students:
+                stack.enter_context(run)
+            title = options.student if len(students) == 1 else f"{len(students)} students"
+            progress = stack.enter_context(
+                track(f"train {title}", total, done, shown=processes.is_first)
+            )
+            pace = Pace(total - done, compute.device, shown=processes.is_first)
+            while active := [run for run in students if run.is_active]:
+                # After a kill, checkpoints may stand at different steps. The last one goes first.
+                step = min(run.trainer.steps_done for run in active)
+                epoch, start = divmod(step, source.num_batches)
+                micro_batches = source.epoch(epochs_before + epoch, start)
+                for batches in _arriving(micro_batches, step, options.micro_batches, active):
+                    due = [run for run in active if run.is_due(step)]
+                    if not due:  # the students that this step was for have failed
+                        break
+                    accumulate(source, [run.trainer for run in due], batches)
+                    losses = [run.update(batches) for run in due]
+                    step += 1
+                    progress.advance(1, _note(losses, due[0].trainer.clock))
+                    pace.stepped()
+                ended = [run for run in due if run.failure is None]
+                if ended:
+                    trainers = [run.trainer for run in ended]
+                    lines = evaluate(source, trainers) if processes.is_first else [{}] * len(ended)
+                    for run, line in zip(ended, lines, strict=True):
+                        run.end_epoch(line)
+            trained = [run.finish() for run in students if run.failure is None]
+        _raise_failures(students)
     return trained
 
 
@@ -111,18 +112,16 @@ def open_source(
     return OnlineSource(where, options, compute, processes)
 
 
-def _begin(students: Sequence[StudentRun], processes: Processes, stack: ExitStack) -> None:
+def _begin(students: Sequence[StudentRun], processes: Processes, locks: ExitStack) -> None:
     """Lock and claim the folders, resume from the checkpoints, and print remarks.
 
-    When `stack` ends, a folder that was claimed for a run without a step is empty again.
+    If an error ends `locks`, the folder of a run without a step is as it was before.
     """
     if processes.is_first:
         for run in students:
             run.check_folder()  # before any folder is begun
         for run in students:
-            stack.enter_context(FolderLock(run.out))
-            stack.callback(run.abandon)
-            run.begin()
+            run.begin(locks.enter_context(FolderLock(run.out)))
     processes.wait()
     names: dict[str, list[str]] = {}
     for run in students:

@@ -337,6 +337,41 @@ def test_classes_named_by_other_numbers_are_refused(scene_folder: Path, tmp_path
     assert "warning: the images have 2 classes, the teacher 8: the teacher is" in told.stderr
 
 
+def test_class_names_of_the_teacher_are_compared(scene_folder: Path, tmp_path: Path) -> None:
+    """An `id2label` names the teacher's classes, each by one or several names.
+
+    A class of the images that the teacher has under another number is refused; names that the
+    teacher does not record get a warning; equal names, in any case, get none.
+    """
+    save_class_unet(tmp_path / "adm")
+    image = next(scene_folder.rglob("*.png"))
+    for name in ("cat", "sea_lion"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        shutil.copy(image, tmp_path / "images" / name)
+    asked = ("--condition", "label", "--taps", "2,4", "--quality", "fp16", "--dry-run")
+    for names, message in (
+        (
+            ("airplane", "Cat, tomcat"),
+            "class cat has label 0, which is airplane to the teacher; its "
+            "cat is class 1. Labels are positions in the sorted class names",
+        ),
+        (
+            ("ship", "truck"),
+            "warning: no class of the images (cat, ...) has a name that the teacher "
+            "records (ship, ...): the names cannot be compared",
+        ),
+        (("tomcat, Cat", "Sea lion"), ""),
+    ):
+        recorded = {str(number): name for number, name in enumerate(names)}
+        index = {"_class_name": "DiTPipeline", "id2label": recorded}
+        (tmp_path / "adm" / "model_index.json").write_text(json.dumps(index))
+        result = extract(tmp_path / "images", tmp_path / "adm", tmp_path / "cache", *asked)
+        assert (result.exit_code == 0) == ("label 0" not in message), result.output
+        said = " ".join(result.output.split())
+        assert message in said
+        assert message or "record" not in said
+
+
 def test_the_recipe_of_an_unconditional_teacher_is_the_one_it_was() -> None:
     """An unconditional recipe has no later field, so its hash is the golden cache's."""
     from store.builders import tiny_plan
