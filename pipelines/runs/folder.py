@@ -67,7 +67,7 @@ def finished_epochs(out: Path) -> int | None:
     if not (out / SUMMARY).is_file() or not (out / RUN).is_file():
         return None
     try:
-        epochs = json.loads((out / RUN).read_text())["epochs"]
+        epochs = json.loads((out / RUN).read_text("utf-8"))["epochs"]
     except (ValueError, KeyError, TypeError):
         return None
     return epochs if isinstance(epochs, int) else None

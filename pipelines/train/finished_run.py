@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from dtcache.errors import ConfigError
+from dtcache.errors import CacheDamagedError, ConfigError
 from dtcache.hashing import file_sha256
 from dtcache.json_files import read_json
 from dtcache.options import TrainOptions
@@ -37,7 +37,11 @@ class FinishedRun:
 
     @classmethod
     def read(cls, root: Path) -> Self:
-        """Read the folder of a run. Raises ConfigError if no finished run of a cache is there."""
+        """Read the folder of a run.
+
+        Raises ConfigError if no finished run on a cache is there, and CacheDamagedError if its
+        files are not readable.
+        """
         options = _read(root / RUN, root, "the folder of a run of dtcache train")
         if "student" not in options or "epochs" not in options:
             raise ConfigError(f"`extend` {root}: expected a run of dtcache train, got another run")
@@ -63,7 +67,7 @@ class FinishedRun:
                 steps=own_steps + int(options.get("extended_steps", 0)),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
+            raise CacheDamagedError(
                 f"`extend` {root}: its {RUN} or {SUMMARY} is not as dtcache train writes it; pass "
                 "another run"
             ) from error
@@ -138,7 +142,10 @@ class FinishedRun:
 
 
 def _read(path: Path, root: Path, expected: str) -> Json:
-    """Return a run's JSON file. Raises ConfigError if it is missing or not readable."""
+    """Return a run's JSON file.
+
+    Raises ConfigError if it is missing, and CacheDamagedError if it is not readable.
+    """
     try:
         return read_json(path, MAX_BYTES)
     except FileNotFoundError as error:
@@ -146,4 +153,6 @@ def _read(path: Path, root: Path, expected: str) -> Json:
             f"`extend` {root}: expected {expected}, which has {path.name}; pass another folder"
         ) from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"`extend` {path}: not readable as JSON ({error})") from error
+        raise CacheDamagedError(
+            f"`extend` {path}: not readable as JSON ({error}); pass another run"
+        ) from error

@@ -130,7 +130,7 @@ def test_an_interrupted_extension_resumes_to_the_bit(
 def test_more_epochs_for_a_finished_run_name_the_option(scene_cache: Path, finished: Path) -> None:
     """A finished run's own command with more epochs is refused, and the line names --extend."""
     refused = run("train", scene_cache, "--out", finished, *FLAGS, "--epochs", 4)
-    assert refused.exit_code != 0
+    assert refused.exit_code == 2
     assert (
         f"holds a finished run of 1 --epochs, got 4; to train it further, pass --extend {finished}"
         in said(refused)
@@ -157,7 +157,7 @@ def test_options_that_do_not_agree_are_refused_by_name(
     """Another student, other taps or another optimizer end in one line, and nothing is begun."""
     out = tmp_path / "r"
     refused = run("train", scene_cache, "--out", out, *FLAGS, "--extend", finished, *flags)
-    assert refused.exit_code != 0
+    assert refused.exit_code == 2
     assert message in said(refused)
     assert "Traceback" not in said(refused)
     assert not out.exists()
@@ -204,7 +204,7 @@ def test_folders_that_cannot_be_extended_are_one_line(
     for name, message in messages.items():
         command = ("train", scene_cache, "--out", tmp_path / "r", *FLAGS)
         refused = run(*command, "--extend", tmp_path / name)
-        assert refused.exit_code != 0
+        assert refused.exit_code == (1 if name == "damaged" else 2)
         assert message in said(refused), name
         assert said(refused).startswith(f"Error: --extend {tmp_path / name}"), name
         assert not (tmp_path / "r").exists()
