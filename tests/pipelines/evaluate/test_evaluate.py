@@ -17,7 +17,7 @@ from PIL import Image
 from cli import main
 from dtcache.cache.cache import Cache
 from dtcache.device import resolve_compute
-from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError
+from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError, WeightsError
 from dtcache.images import FolderSource, load_views
 from dtcache.metrics.probes import Neighbours
 from dtcache.options import EvaluateOptions, ExtractOptions
@@ -329,7 +329,7 @@ def test_a_tag_means_pretrained_weights(shelf: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(
-        ConfigError,
+        WeightsError,
         match=r"^timm cannot make resnet18\.a1_in1k with pretrained weights at 32x32 pixels "
         r"\(cannot reach huggingface\.co in any way\); check the name's tag and the connection to "
         r"the hub, or use resnet18 with random weights$",
