@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from dtcache.hashing import canonical_json, sha256_json
+from dtcache.regular_files import read_regular
+
+MAX_VALUES = 1 << 23
+"""Most values of a JSON file. As Python objects, they take at most about 600 MB."""
 
 
 def with_own_hash(value: dict[str, Any]) -> dict[str, Any]:
@@ -15,10 +19,11 @@ def with_own_hash(value: dict[str, Any]) -> dict[str, Any]:
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """Return the JSON object in a file of at most `limit` bytes.
 
-    Raises OSError if the file cannot be read, and ValueError with the reason if it is larger than
-    `limit`, not JSON, nested too deep or not an object.
+    Raises OSError if the file cannot be read or is not a regular file. Raises ValueError if it is
+    larger than `limit`, has more than MAX_VALUES values, is not JSON, is nested too deep or is not
+    an object.
     """
-    return _parse_object(_read_bounded(path, limit))
+    return _parse_object(read_regular(path, limit))
 
 
 def read_hashed_json(path: Path, limit: int) -> tuple[dict[str, Any], bool]:
@@ -27,7 +32,7 @@ def read_hashed_json(path: Path, limit: int) -> tuple[dict[str, Any], bool]:
     Returns the object without its `sha256`, and whether the file is intact: its bytes must be
     canonical JSON and its hash must match. Raises the errors of `read_json`.
     """
-    content = _read_bounded(path, limit)
+    content = read_regular(path, limit)
     value = _parse_object(content)
     try:
         canonical = content == canonical_json(value)
@@ -37,15 +42,10 @@ def read_hashed_json(path: Path, limit: int) -> tuple[dict[str, Any], bool]:
     return value, canonical and sha256 == sha256_json(value)
 
 
-def _read_bounded(path: Path, limit: int) -> bytes:
-    with open(path, "rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"expected at most {limit} bytes of JSON, got {path.stat().st_size}")
-    return content
-
-
 def _parse_object(content: bytes) -> dict[str, Any]:
+    num_values = sum(map(content.count, (b",", b"[", b"{")))
+    if num_values > MAX_VALUES:
+        raise ValueError(f"expected at most {MAX_VALUES} JSON values, got {num_values}")
     try:
         value = json.loads(content)
     except RecursionError as error:

@@ -14,6 +14,7 @@ ROOMS = [
     "dtcache._version",
     "dtcache.errors",
     "dtcache.names",
+    "dtcache.regular_files",
     "dtcache.hashing",
     "dtcache.json_files",
     "dtcache.recipe",

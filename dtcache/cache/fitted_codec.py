@@ -16,11 +16,11 @@ def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapCodec]:
     Raises CacheDamagedError if it is not the codec whose hash the recipe records.
     """
     try:
+        codec = manifest.recipe["codec"]["name"]
         arrays: dict[str, dict[str, Any]] = {
-            name: read_fit(root / DATA, name, max_array_bytes(shape))
+            name: read_fit(root / DATA, name, codec, max_array_bytes(shape))
             for name, shape in manifest.tap_shapes.items()
         }
-        codec = manifest.recipe["codec"]["name"]
         fit = {name: make_tap_codec(codec, stored) for name, stored in arrays.items()}
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CacheDamagedError(
@@ -29,6 +29,11 @@ def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapCodec]:
     if {name: tap.shape for name, tap in fit.items()} != manifest.tap_shapes:
         raise CacheDamagedError(
             f"{root}: the codec's arrays are not of the taps that the recipe names; {AGAIN}"
+        )
+    bounds = {name: manifest.arrays[name].length for name in fit}
+    if {name: tap.payload_bound for name, tap in fit.items()} != bounds:
+        raise CacheDamagedError(
+            f"{root}: the payloads' lengths are not those of the codec's arrays; {AGAIN}"
         )
     if sha256_fit(fit) != manifest.recipe["codec"]["fit_sha256"]:
         raise CacheDamagedError(f"{root}: the codec's arrays are not the fitted ones; {AGAIN}")

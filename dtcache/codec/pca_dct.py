@@ -109,7 +109,8 @@ class FittedTap:
     @property
     def live_classes(self) -> NDArray[np.uint8]:
         """(n,): class of each coded coefficient, in coding order."""
-        return self.classes.reshape(-1)[self.live]
+        flat = self.classes.reshape(-1)
+        return np.sort(flat[flat != DEAD])
 
     @property
     def payload_bound(self) -> int:

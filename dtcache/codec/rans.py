@@ -115,12 +115,18 @@ def rans_coder(
         start=start.astype(np.uint16),
         half_width=half_width.astype(np.int16),
         table=table,
-        runs=np.append(np.flatnonzero(np.diff(table.astype(np.int64), prepend=-1)), len(table)),
+        runs=_runs(table),
         slots=slots.reshape(-1),
         value_at=value_at.reshape(-1),
         escape=frequency[np.arange(len(half)), 2 * half + 1].astype(np.uint32),
         bound=bound,
     )
+
+
+def _runs(table: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return where each run of equal values begins, and the number of values."""
+    begins = np.flatnonzero(table[1:] != table[:-1]) + 1
+    return np.concatenate([np.zeros(min(1, len(table)), np.int64), begins, [len(table)]])
 
 
 @njit(cache=True, nogil=True)

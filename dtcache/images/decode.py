@@ -1,6 +1,5 @@
 """From encoded bytes to the pixels of a view: decoded, upright, opaque, resized."""
 
-import functools
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from dtcache.errors import BadImageError
 from dtcache.images.damage import damage, with_surplus
+from dtcache.images.encoded import formats
 from dtcache.images.structure import exif_orientation, pixels_only
 from dtcache.recipe import ViewSpec
 
@@ -19,11 +19,6 @@ T = TypeVar("T")
 
 MAX_PIXELS = 89_478_485
 """Larger images fail; from this size, Pillow warns of a decompression bomb."""
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow detects formats by content, not by file name.
-
-Without this list it would also decode formats, such as EPS, by running other programs.
-"""
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -67,7 +62,7 @@ def decode_fully(data: bytes, view: ViewSpec, *, stored: bool) -> DecodedView:
     if not data:
         raise BadImageError("empty file")
     try:
-        opened = open_pixels(data, _formats(), _upright)
+        opened = open_pixels(data, formats(), _of_view(view) if stored else _upright)
         upright = opened.image
         if not stored and (reason := damage(data) or _shortage(data, opened)) is not None:
             raise BadImageError(reason)
@@ -88,21 +83,14 @@ def decode_fully(data: bytes, view: ViewSpec, *, stored: bool) -> DecodedView:
     )
 
 
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Return the formats of FORMATS that the installed Pillow supports."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def open_pixels(data: bytes, formats: tuple[str, ...], read: Callable[[Image.Image], T]) -> T:
-    """Return `read` of the opened image; malformed metadata never make it fail.
+def open_pixels(data: bytes, allowed: tuple[str, ...], read: Callable[[Image.Image], T]) -> T:
+    """Return `read` of the opened image of an allowed format; malformed metadata never fail it.
 
     If opening or reading fails, it is tried again without the file's metadata, except the
     orientation. Raises what Pillow raises for pixels that cannot be decoded.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as opened:
+        with Image.open(io.BytesIO(data), formats=allowed) as opened:
             return read(opened)
     except BadImageError:
         raise
@@ -110,7 +98,7 @@ def open_pixels(data: bytes, formats: tuple[str, ...], read: Callable[[Image.Ima
         bare = pixels_only(data)
         if bare is None:
             raise
-    with Image.open(io.BytesIO(bare.data), formats=formats) as opened:
+    with Image.open(io.BytesIO(bare.data), formats=allowed) as opened:
         if bare.exif is not None:
             opened.info["exif"] = bare.exif
         return read(opened)
@@ -152,6 +140,21 @@ def _upright(opened: Image.Image) -> _Upright:
     )
 
 
+def _of_view(view: ViewSpec) -> Callable[[Image.Image], _Upright]:
+    """Return a reader of images that have the view's size, or else are refused undecoded."""
+
+    def read(opened: Image.Image) -> _Upright:
+        if sorted(opened.size) != sorted((view.width, view.height)):
+            width, height = opened.size
+            raise BadImageError(
+                f"a stored image has {height}x{width} pixels, not the view's size, "
+                f"{view.height}x{view.width}"
+            )
+        return _upright(opened)
+
+    return read
+
+
 def _shortage(data: bytes, opened: _Upright) -> str | None:
     """Return that a JPEG file has too few pixel data, or None.
 
@@ -161,7 +164,7 @@ def _shortage(data: bytes, opened: _Upright) -> str | None:
     surplus = with_surplus(data) if opened.ends_flat else None
     if surplus is None:
         return None
-    is_complete = open_pixels(surplus, _formats(), _upright).image == opened.image
+    is_complete = open_pixels(surplus, formats(), _upright).image == opened.image
     return None if is_complete else "its pixel data end too early"
 
 
@@ -255,4 +258,4 @@ def upright_size(data: bytes) -> tuple[int, int]:
         height = tags.get(ExifTags.Base.ImageLength, opened.height)
         return (width, height) if _orientation(opened) in (5, 6, 7, 8) else (height, width)
 
-    return open_pixels(data, _formats(), size)
+    return open_pixels(data, formats(), size)

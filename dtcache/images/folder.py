@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from dtcache.errors import ImagesError, ImagesNotFoundError
+from dtcache.images.encoded import read_image
 from dtcache.images.left_out import LeftOut, Reason, is_hidden
 from dtcache.images.parquet_index import has_images
 from dtcache.images.survey import survey
@@ -46,10 +47,8 @@ EXTENSIONS = frozenset(
         ".webp",
     )
 )
-"""Every extension of the formats that are decoded (`FORMATS` in decode.py)."""
+"""Every extension of the formats that are decoded (`FORMATS` in encoded.py)."""
 ARCHIVES = (".parquet", ".tar")
-MAX_FILE_BYTES = 1 << 30
-"""Larger files fail: an image within the limit of pixels never needs as many bytes."""
 LISTED_AT_ONCE = 1 << 16
 
 
@@ -126,20 +125,11 @@ class FolderSource:
 
     def read(self, index: int) -> bytes:
         """Return the bytes of one file. Raises OSError."""
-        return read_bounded(self.root / self.keys[index])
+        return read_image(self.root / self.keys[index])
 
     def fetches(self, indices: Iterable[int]) -> Iterator[tuple[int, Callable[[], bytes]]]:
         """Yield each index with a function that reads its image."""
         return ((index, partial(self.read, index)) for index in indices)
-
-
-def read_bounded(path: Path) -> bytes:
-    """Return the bytes of one encoded image. Raises OSError, also if it has too many bytes."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_FILE_BYTES:
-            raise OSError(f"{size} bytes, over the limit of {MAX_FILE_BYTES}")
-        return file.read()
 
 
 def _are_downloads(root: Path, folders: Iterable[str]) -> bool:

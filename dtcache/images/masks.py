@@ -15,7 +15,8 @@ from PIL import Image
 from dtcache.errors import BadImageError, ImagesError, ImagesNotFoundError
 from dtcache.images.damage import damage
 from dtcache.images.decode import MAX_PIXELS, decoding_failure, open_pixels, resize_to_view
-from dtcache.images.folder import is_image, read_bounded
+from dtcache.images.encoded import read_image
+from dtcache.images.folder import is_image
 from dtcache.names import is_fit
 from dtcache.recipe import ViewSpec
 
@@ -167,7 +168,7 @@ def _decode(path: Path) -> NDArray[np.uint8]:
         return opened.mode, opened.size, stored, values
 
     try:
-        data = read_bounded(path)
+        data = read_image(path)
         mode, size, stored, values = open_pixels(data, ("PNG",), read)
         if (problem := damage(data)) is not None:
             raise BadImageError(problem)

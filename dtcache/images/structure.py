@@ -7,7 +7,7 @@ metadata are malformed. `pixels_only` leaves them out.
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -24,6 +24,8 @@ TIFF_PIXELS = frozenset(
     | {*range(322, 326), 332, 338, 339, 347, *range(512, 522), 529, 530, 532}
 )
 """Tags that describe the pixels of a TIFF file: layout, compression, colours, orientation."""
+IMAGE_WIDTH = 256
+IMAGE_LENGTH = 257
 ORIENTATION = 0x0112
 SHORT = 3
 LONG = 4
@@ -179,6 +181,26 @@ def _directory(data: bytes, order: str) -> Iterator[tuple[int, int, int, int, by
     (count,) = struct.unpack_from(order + "H", data, start)
     for entry in range(start + 2, start + 2 + 12 * count, 12):
         yield entry, *struct.unpack_from(order + "HHI4s", data, entry)
+
+
+def tiff_size(read: Callable[[int, int], bytes]) -> tuple[int, int]:
+    """Return the (width, height) of a TIFF file; `read` returns a number of bytes at a position.
+
+    Raises struct.error if its first directory is cut off, and KeyError if it states no size.
+    """
+    head = read(0, 8)
+    order = TIFF[head[:4]]
+    (start,) = struct.unpack_from(order + "I", head, 4)
+    (count,) = struct.unpack(order + "H", read(start, 2))
+    entries = read(start + 2, 12 * count)
+    sizes = {}
+    for at in range(0, 12 * count, 12):
+        tag, kind = struct.unpack_from(order + "HH", entries, at)
+        if tag in (IMAGE_WIDTH, IMAGE_LENGTH):
+            (sizes[tag],) = struct.unpack_from(
+                order + ("H" if kind == SHORT else "I"), entries, at + 8
+            )
+    return sizes[IMAGE_WIDTH], sizes[IMAGE_LENGTH]
 
 
 def _tiff_pixels(data: bytes) -> bytes:

@@ -14,10 +14,12 @@ import pyarrow as pa
 
 from dtcache.errors import ImagesError, ImagesNotFoundError
 from dtcache.images.duplicate_keys import first_repeat, require_unique
-from dtcache.images.folder import EXTENSIONS, MAX_FILE_BYTES, is_image
+from dtcache.images.encoded import read_image
+from dtcache.images.folder import EXTENSIONS, is_image
 from dtcache.images.left_out import LeftOut, Reason, is_hidden
 from dtcache.images.survey import survey
 from dtcache.names import is_fit
+from dtcache.regular_files import open_handle
 from dtcache.samples import Column
 
 MAX_HEADER_BYTES = 1 << 20
@@ -100,10 +102,7 @@ class TarSource:
         """Return the bytes of one image. Raises OSError."""
         file = self._files[int(np.searchsorted(self._starts, index, "right")) - 1]
         size = self._sizes[index]
-        if size > MAX_FILE_BYTES:
-            raise OSError(f"{size} bytes, over the limit of {MAX_FILE_BYTES}")
-        with open(file, "rb", buffering=0) as opened:
-            data = os.pread(opened.fileno(), size, self._offsets[index])
+        data = read_image(file, self._offsets[index], size)
         if len(data) != size:
             raise OSError(f"{file.name} ends {size - len(data)} bytes before the image does")
         return data
@@ -137,7 +136,7 @@ class TarIndex:
         labels: dict[str, tuple[int, int]] = {}
         counted = 0
         try:
-            with open(file, "rb", buffering=0) as opened:
+            with open(open_handle(file), "rb", buffering=0) as opened:
                 for member in self._members(opened):
                     name = member.name.removeprefix("./")
                     if any(map(is_hidden, name.split("/"))):

@@ -1,16 +1,22 @@
 """The files that a cache should hold: those that manifest, shard index or commit records name."""
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 
 from dtcache.atomic_files import TEMPORARY, is_system_file
 from dtcache.errors import CacheDamagedError
 from dtcache.hashing import file_problem
+from dtcache.samples import Column
 from dtcache.store.commits import CommitRecord, ShardObject, commit_files, read_commit
 from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import (
     CLUSTER_LOG,
     COMMITS,
+    DATA,
+    IMAGES,
     LABELS,
     LOG,
     MANIFEST,
@@ -22,12 +28,16 @@ from dtcache.store.manifest import CacheManifest, read_manifest
 from dtcache.store.sample_index import (
     parquet_bytes,
     read_objects,
-    read_table,
-    require_rows,
+    read_samples,
+    require_record,
     sealed_samples,
 )
 
 LOCK = ".lock"
+MAX_UNLISTED = 1_000_000
+"""Most shard files that are looked for if no index lists them."""
+MAX_DIGITS = 10
+"""Most digits of a shard's number in a file name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +51,45 @@ class SamplePlace:
     """The view that loses its features; None for all views."""
 
 
+class SamplePlaces(Sequence[SamplePlace]):
+    """The samples of a shard's rows or chunks, each made when it is read: there may be millions."""
+
+    __slots__ = ("_entries", "_keys", "_rows", "_wanted")
+
+    def __init__(
+        self, wanted: "WantedObject", keys: Sequence[str] | None, entries: Sequence[int] | None
+    ) -> None:
+        """List the samples of `entries`, chunks by number in the index; None stands for all."""
+        self._wanted = wanted
+        self._keys = keys
+        self._rows = wanted.array.rows_of(wanted.shard)
+        self._entries = entries
+
+    def __len__(self) -> int:
+        """Return the number of samples, one per chunk if `entries` are given."""
+        return len(self._rows if self._entries is None else self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> SamplePlace: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SamplePlace]: ...
+    def __getitem__(self, index: int | slice) -> SamplePlace | Sequence[SamplePlace]:
+        """Return one sample, or a list of them."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        view = None
+        if self._entries is None:
+            row = self._rows[index]
+        else:
+            inner, view = divmod(self._entries[index], self._wanted.array.payloads_per_row)
+            row = self._rows[inner]
+        return SamplePlace(
+            row=row,
+            key=self._keys[row] if self._keys is not None else None,
+            view=None if self._wanted.array.name == IMAGES else view,
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Damage:
     """One file that is missing, or whose bytes differ from those that were written."""
@@ -51,7 +100,7 @@ class Damage:
     array: str | None = None
     """images, or a tap such as t150/stride8, if the file is a shard."""
     shard: int | None = None
-    samples: tuple[SamplePlace, ...] = ()
+    samples: Sequence[SamplePlace] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +127,7 @@ class Contents:
     """Shards that were never committed."""
     records: dict[int, CommitRecord] = field(default_factory=dict)
     """Commit records by shard, while the cache is being written."""
-    keys: tuple[str, ...] | None = None
+    keys: Sequence[str] | None = None
     """Sample keys by row; None if samples.parquet is damaged."""
     damage: tuple[Damage, ...] = ()
     """Damage of the manifest, shard index, sample index and commit records."""
@@ -101,31 +150,39 @@ def read_contents(root: Path) -> Contents:
         return Contents(
             manifest=None, damage=(Damage(path=MANIFEST, reason=_bare(root / MANIFEST, error)),)
         )
+    listed: Mapping[str, ShardObject] = {}
     records: dict[int, CommitRecord] = {}
-    shards = set(range(manifest.num_shards))
+    missing = set[int]()
     if manifest.state == "sealed":
-        listed, damage, missing = *_listed(root, manifest), set()
+        listed, damage = _listed(root, manifest)
     else:
         records, damage = _committed(root, manifest)
         listed = {o.path: o for record in records.values() for o in record.objects}
-        missing = (
-            shards
-            - set(records)
-            - {int(path.stem) for path in commit_files(root) if path.stem.isdecimal()}
-        )
+        written = {int(path.stem) for path in commit_files(root) if path.stem.isdecimal()}
+        missing = set(range(manifest.num_shards)) - set(records) - written
     problem = samples_problem(root, manifest, records)
-    if problem:
+    keys = None
+    if problem is None:
+        try:
+            keys = Column[str](read_samples(root, manifest)["key"])
+        except CacheDamagedError as error:
+            problem = _bare(root / SAMPLES, error)
+    if problem is not None:
         damage.append(Damage(path=SAMPLES, reason=problem))
+    is_listed = manifest.state == "writing" or listed
+    if not is_listed and manifest.num_shards * len(manifest.arrays) > MAX_UNLISTED:
+        return Contents(manifest=manifest, damage=tuple(damage))
+    shards = sorted(set(range(manifest.num_shards)) - missing)
     return Contents(
         manifest=manifest,
         objects=tuple(
             _wanted(array, shard, listed.get(array.object_path(shard)))
-            for shard in sorted(shards - missing)
+            for shard in shards
             for array in manifest.arrays.values()
         ),
         missing=tuple(sorted(missing)),
         records=records,
-        keys=None if problem else tuple(read_table(root / SAMPLES)["key"].to_pylist()),
+        keys=keys,
         damage=tuple(damage),
     )
 
@@ -137,21 +194,10 @@ def _listed(root: Path, manifest: CacheManifest) -> tuple[dict[str, ShardObject]
     """
     problem = file_problem(root / SHARDS, manifest.files.get(SHARDS))
     if problem is None:
-        listed = {
-            path: ShardObject(path=path, size=size, sha256=sha)
-            for path, size, sha in read_objects(root)
-        }
-        wanted = {
-            array.object_path(s)
-            for array in manifest.arrays.values()
-            for s in range(array.num_shards)
-        }
-        if listed.keys() == wanted:
-            return listed, []
-        problem = (
-            "expected one row per shard and array, got a difference at "
-            f"{min(listed.keys() ^ wanted)}"
-        )
+        try:
+            return read_objects(root, manifest), []
+        except CacheDamagedError as error:
+            problem = _bare(root / SHARDS, error)
     return {}, [Damage(path=SHARDS, reason=problem)]
 
 
@@ -165,13 +211,7 @@ def _committed(root: Path, manifest: CacheManifest) -> tuple[dict[int, CommitRec
     for path in commit_files(root):
         try:
             record = read_commit(path)
-            wanted = {array.object_path(record.shard) for array in manifest.arrays.values()}
-            if (
-                record.fingerprint != manifest.fingerprint
-                or {o.path for o in record.objects} != wanted
-            ):
-                raise CacheDamagedError(f"{path}: the record belongs to another cache")
-            require_rows(root, manifest, record)
+            require_record(root, manifest, record)
         except CacheDamagedError as error:
             damage.append(Damage(path=path.relative_to(root).as_posix(), reason=_bare(path, error)))
         else:
@@ -203,7 +243,8 @@ def samples_problem(
         table = sealed_samples(
             path, manifest.recipe["samples_sha256"], [r for _, r in sorted(records.items())]
         )
-        return None if parquet_bytes(table) == path.read_bytes() else problem
+        sealed = hashlib.sha256(parquet_bytes(table)).hexdigest()
+        return None if file_problem(path, sealed) is None else problem
     except CacheDamagedError:
         return problem
 
@@ -225,11 +266,7 @@ def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
     }
     if not contents.sealed:
         named |= {path.relative_to(root).as_posix() for path in commit_files(root)}
-    uncommitted = {
-        array.object_path(s)
-        for array in contents.manifest.arrays.values()
-        for s in contents.missing
-    }
+    missing = set(contents.missing)
     found = {}
     sets = tuple(f"{LABELS}/{name}/" for name in label_set_names(root))
     for path in sorted(p for p in root.rglob("*") if p.is_symlink() or not p.is_dir()):
@@ -240,13 +277,23 @@ def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
             continue
         if TEMPORARY in name:
             found[name] = "left by an interrupted run"
-        elif name in uncommitted:
+        elif _shard_of(contents.manifest, name) in missing:
             found[name] = "never committed; the next extraction writes it again"
         elif (name == SHARDS) or name.startswith(f"{COMMITS}/"):
             found[name] = "left by an interrupted seal; the next extraction finishes it"
         else:
             found[name] = "not part of the cache"
     return found
+
+
+def _shard_of(manifest: CacheManifest, name: str) -> int | None:
+    """Return the shard of a file of one of the arrays; None for another file."""
+    folder, _, last = name.removeprefix(f"{DATA}/").rpartition("/")
+    number = last.split(".")[1] if last.startswith("c.") else ""
+    array = manifest.arrays.get(folder)
+    if array is None or not number.isdecimal() or len(number) > MAX_DIGITS:
+        return None
+    return int(number) if array.object_path(int(number)) == name else None
 
 
 def _bare(path: Path, error: Exception) -> str:

@@ -59,16 +59,14 @@ def check_labels(labels: Json, arrays: list[str], taps: list[Json]) -> None:
         check_scores(labels["validation"])
 
 
-def checked_measured(measured: Any) -> Json | None:
-    """Return the quality measures of a label set from its manifest, or None without any.
+def check_measured(measured: Any) -> None:
+    """Check the quality measures of a label set in its manifest; None stands for none.
 
     Raises KeyError, TypeError or ValueError if they are not valid.
     """
     if measured is None:
-        return None
+        return
     check_range(measured["total_variation"], 1)
     check_range(measured["entropy"], MAX_ENTROPY)
     if measured["agreement"] is not None:
         check_scores(measured["agreement"])
-    checked: Json = measured
-    return checked

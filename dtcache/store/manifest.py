@@ -1,6 +1,7 @@
 """The manifest: the recipe of a cache, its files' hashes, and whether all files are there."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,21 +10,25 @@ from typing import Any, Literal, TypeVar
 from dtcache.atomic_files import write_file
 from dtcache.errors import (
     CacheDamagedError,
+    CacheError,
     CacheFormatError,
     CacheMismatchError,
     CacheNotFoundError,
+    one_line,
 )
 from dtcache.hashing import canonical_json, sha256_json
 from dtcache.json_files import read_hashed_json, with_own_hash
 from dtcache.recipe import FORMAT_VERSION, Json, Recipe, tap_name
 from dtcache.store.commits import CodecSums, CommitRecord
-from dtcache.store.label_sets import checked_measured
 from dtcache.store.layout import IMAGES, MANIFEST, PayloadArray
-from dtcache.store.validate import check_recipe, checked_array
+from dtcache.store.validate import check_manifest
 
 T = TypeVar("T")
 
 MAX_MANIFEST_BYTES = 64 << 20
+MAX_BYTES_PER_VALUE = 4
+HEADER_BYTES = 2048
+"""Bounds of a payload: the longest code of a value has 27 bits; an image may have a container."""
 SAME = "pass the same options and images to resume it, or a different `out`"
 
 
@@ -119,8 +124,11 @@ class CacheManifest:
         start = shard * self.shard_rows
         return range(start, min(start + self.shard_rows, self.num_samples))
 
-    def rows_problem(self, record: CommitRecord) -> str | None:
-        """Return why a commit record does not fit the rows of its shard, or None if it fits."""
+    def record_problem(self, record: CommitRecord) -> str | None:
+        """Return why a commit record is not one of this cache's shards, or None if it is."""
+        paths = [array.object_path(record.shard) for array in self.arrays.values()]
+        if record.fingerprint != self.fingerprint or [o.path for o in record.objects] != paths:
+            return "the record belongs to another cache"
         rows = self.rows_of(record.shard)
         if not 0 <= record.shard < self.num_shards or len(record.content_sha256) != len(rows):
             return f"expected {len(rows)} rows, got {len(record.content_sha256)}"
@@ -185,17 +193,16 @@ def read_manifest(root: Path) -> CacheManifest:
     try:
         value, whole = read_hashed_json(path, MAX_MANIFEST_BYTES)
         version = value["format"]
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or isinstance(version, bool):
             raise CacheFormatError(
-                f"{path}: expected format {FORMAT_VERSION}, got {version}; install the dtcache "
-                "that wrote it, or a newer one"
+                f"{path}: expected format {FORMAT_VERSION}, got {str(version)[:40]}; install the "
+                "dtcache that wrote it, or a newer one"
             )
         if not whole:
             raise CacheDamagedError(
                 f"{path}: its own checksum does not match; restore it from a copy or extract again"
             )
-        arrays = {name: checked_array(name, a) for name, a in value["arrays"].items()}
-        check_recipe(value["recipe"])
+        arrays = check_manifest(value)
         manifest = CacheManifest(
             state=value["state"],
             recipe=value["recipe"],
@@ -203,14 +210,19 @@ def read_manifest(root: Path) -> CacheManifest:
             arrays=arrays,
             classes=tuple(value["classes"]) if value["classes"] is not None else None,
             files=value["files"],
-            sums={n: CodecSums(**s) for n, s in value["sums"].items()},
-            measured=checked_measured(value.get("measured")),
+            sums={
+                n: CodecSums(squared_error=s["squared_error"], energy=s["energy"])
+                for n, s in value["sums"].items()
+            },
+            measured=value.get("measured"),
         )
         _check_arrays(manifest)
         return manifest
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except CacheError:
+        raise
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise CacheDamagedError(
-            f"{path}: not a manifest of dtcache ({error!r}); extract again"
+            f"{path}: not a manifest of dtcache ({one_line(error)}); extract again"
         ) from error
 
 
@@ -235,7 +247,10 @@ def look_at(root: Path, look: Callable[[CacheManifest], T]) -> T:
 
 
 def _check_arrays(manifest: CacheManifest) -> None:
-    """Check that the payload arrays are those of the recipe. Raises ValueError."""
+    """Check that the payload arrays are those of the recipe, and no larger than their values need.
+
+    Raises ValueError.
+    """
     rows = manifest.num_samples
     views = manifest.num_views
     shard_rows = manifest.recipe["shard_rows"]
@@ -250,6 +265,14 @@ def _check_arrays(manifest: CacheManifest) -> None:
             f"arrays that are not those of {rows} samples, {views} views and {shard_rows} rows per "
             "shard"
         )
+    view = manifest.recipe["view"]
+    values = {IMAGES: 3 * view["height"] * view["width"]}
+    values |= {name: math.prod(shape) for name, shape in manifest.tap_shapes.items()}
+    for name, array in manifest.arrays.items():
+        if array.length > MAX_BYTES_PER_VALUE * values[name] + HEADER_BYTES:
+            raise ValueError(
+                f"array {name}: payloads of {array.length} bytes for {values[name]} values"
+            )
 
 
 def require_same(

@@ -1,16 +1,22 @@
 """Open shard files, at most a given number at a time."""
 
 import errno
+import hashlib
 import os
 import resource
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtcache.errors import CacheDamagedError, CacheError
+from dtcache.regular_files import NotRegularError, open_handle
+
+READ_BYTES = 1 << 20
+"""Bytes of a file that are hashed at a time."""
 
 
 def open_limit() -> int:
@@ -49,12 +55,26 @@ class OpenFiles:
             return file
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """What tells a file from another one at the same path, and from itself before a write."""
+
+    device: int
+    inode: int
+    size: int
+    """Bytes."""
+    modified: int
+    """Nanoseconds."""
+
+
 class OpenFile:
-    """A file that is read at byte offsets. It closes when it is garbage-collected."""
+    """A regular file that is read at byte offsets. It closes when it is garbage-collected."""
 
     def __init__(self, path: Path) -> None:
         try:
-            self.handle = os.open(path, os.O_RDONLY)
+            self.handle = open_handle(path)
+        except NotRegularError as error:
+            raise CacheDamagedError(str(error.strerror)) from error
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise CacheError(
@@ -63,6 +83,14 @@ class OpenFile:
             raise CacheDamagedError(
                 f"{error.strerror}, but the file was there when the cache was opened"
             ) from error
+
+        status = os.fstat(self.handle)
+        self.identity = Identity(
+            device=status.st_dev,
+            inode=status.st_ino,
+            size=status.st_size,
+            modified=status.st_mtime_ns,
+        )
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
@@ -80,3 +108,12 @@ class OpenFile:
             return os.pread(self.handle, size, offset)
         except OSError as error:
             raise CacheDamagedError(f"{error.strerror} at byte {offset}; check the disk") from error
+
+    def sha256(self) -> str:
+        """Return the SHA-256 (hex) of the file. Raises CacheDamagedError if the disk fails."""
+        digest = hashlib.sha256()
+        offset = 0
+        while part := self.read(offset, READ_BYTES):
+            digest.update(part)  # releases the GIL
+            offset += len(part)
+        return digest.hexdigest()

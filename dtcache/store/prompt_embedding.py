@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from dtcache.errors import AGAIN, CacheDamagedError
+from dtcache.regular_files import read_regular
 from dtcache.store.layout import PROMPT
 
 MAX_BYTES = 64 << 20
@@ -25,11 +26,7 @@ def read_embedding(root: Path) -> NDArray[np.float32]:
     """Read a cache's embedding, fp32 (tokens, channels). Raises CacheDamagedError."""
     path = root / PROMPT
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CacheDamagedError(
-                f"{path}: expected at most {MAX_BYTES} bytes, got {path.stat().st_size}"
-            )
-        embedding_LD: NDArray[np.float32] = load(path.read_bytes())["embedding"]
+        embedding_LD: NDArray[np.float32] = load(read_regular(path, MAX_BYTES))["embedding"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CacheDamagedError(
             f"{path}: not the embedding of a prompt ({error}); {AGAIN}"

@@ -1,4 +1,8 @@
-"""Random access to a cache's payloads: files are checked at open, chunks at each read."""
+"""Random access to a cache's payloads.
+
+Small files are hashed when the cache is opened, a shard file when it is first read, and the
+checksum of a chunk is compared at each read.
+"""
 
 import os
 from collections.abc import Iterator
@@ -12,13 +16,15 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheIncompleteError
-from dtcache.hashing import file_sha256
+from dtcache.hashing import file_problem
 from dtcache.payloads import SLACK, Payloads
-from dtcache.store.layout import SHARDS, PayloadArray
+from dtcache.store.commits import ShardObject
+from dtcache.store.layout import PayloadArray
 from dtcache.store.manifest import CacheManifest, look_at
-from dtcache.store.open_files import OpenFile, OpenFiles, open_limit
+from dtcache.store.open_files import OpenFile, open_limit
 from dtcache.store.sample_index import committed, damaged_objects, read_objects, read_samples
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
+from dtcache.store.shard_check import CheckedShards
 from dtcache.store.zstd_frame import BLOCK_HEADER, frame_header
 
 HELD_FILES = 64
@@ -48,7 +54,6 @@ class CacheReader:
         self.manifest: CacheManifest
         self.samples: pa.Table
         self.manifest, self.samples, self._objects = look_at(root, partial(_look, root, allow))
-        sealed = self.manifest.state == "sealed"
         self.damaged: dict[str, str] = damaged_objects(root, self._objects)
         """Shard files that are missing or of the wrong size, with a description of the actual file.
 
@@ -62,18 +67,15 @@ class CacheReader:
         if allow != "damage":
             for name, got in self.damaged.items():
                 raise CacheDamagedError(
-                    f"{root / name}: expected {self._objects[name]} bytes, got {got}; {AGAIN}"
+                    f"{root / name}: expected {self._objects[name].size} bytes, got {got}; {AGAIN}"
                 )
-            listed = (path for paths in self._paths.values() for path in paths)
-            for missing in (path for path in listed if sealed and path not in self._objects):
-                raise CacheDamagedError(f"{root / missing}: {SHARDS} does not list it; {AGAIN}")
         self._usable = np.array(self.samples["failure"].is_null())
         for array in arrays.values():
             for shard, path in enumerate(self._paths[array.name]):
                 if path not in self._objects or path in self.damaged:
                     rows = array.rows_of(shard)
                     self._usable[rows.start : rows.stop] = False
-        self._files = OpenFiles(root, open_limit())
+        self._shards = CheckedShards(root, self._objects, open_limit())
         self._indices = {name: _Index(array) for name, array in arrays.items()}
         self._process = os.getpid()
 
@@ -113,7 +115,7 @@ class CacheReader:
                 end = begin + chunks.sizes[part]
                 first = np.flatnonzero(begin > np.append(-STRETCH_GAP, end[:-1]) + STRETCH_GAP - 1)
                 last = np.append(first[1:], len(part)) - 1
-                self._open(chunks, shard).will_need(begin[first], end[last] - begin[first])
+                self._open(array, shard).will_need(begin[first], end[last] - begin[first])
 
     def _locate(
         self, array: PayloadArray, rows: NDArray[np.int64], views: NDArray[np.int64]
@@ -122,19 +124,15 @@ class CacheReader:
         _require_within(array, rows, views)
         shards, inner = np.divmod(rows, array.shard_rows)
         index = self._indices[array.name]
-        for number, place in zip(
-            *(found.tolist() for found in np.unique(shards, return_index=True)), strict=True
-        ):
-            try:
-                if not index.loaded[number]:
-                    path = self._paths[array.name][number]
-                    if path not in self._objects:
-                        raise CacheDamagedError(
-                            "the shard was not committed yet when the cache was opened"
-                        )
-                    index.load(number, self._files.open(path), self._objects[path])
-            except CacheDamagedError as error:
-                raise self._damaged(array, rows[place], views[place], str(error)) from error
+        unread = [n for n in np.unique(shards).tolist() if not index.loaded[n]]
+        for number in unread:
+            if self._paths[array.name][number] not in self._objects:
+                first = int(np.argmax(shards == number))
+                reason = "the shard was not committed yet when the cache was opened"
+                raise self._damaged(array, rows[first], views[first], reason)
+        self._shards.check(array, unread)
+        for number in unread:
+            index.load(number, self._open(array, number))
         entries = index.table[shards, inner * array.payloads_per_row + views]
         for place in np.flatnonzero(entries[:, 0] == ABSENT):
             raise self._damaged(array, rows[place], views[place], "the shard holds no such chunk")
@@ -158,7 +156,7 @@ class CacheReader:
         done = np.zeros(len(starts), np.bool_)
         used = np.zeros(len(starts), np.int64)
         for todo, shards, counts in chunks.by_shards(HELD_FILES):
-            files = [self._open(chunks, shard) for shard in shards]
+            files = [self._open(chunks.array, shard) for shard in shards]
             handles = np.repeat(np.array([file.handle for file in files], np.int32), counts)
             gather(
                 todo,
@@ -184,7 +182,7 @@ class CacheReader:
         length = chunks.array.length
         out = np.empty((len(rest), _aligned(length)), np.uint8)
         for row, place in zip(out, rest.tolist(), strict=True):
-            file = self._open(chunks, int(chunks.shards[place]))
+            file = self._open(chunks.array, int(chunks.shards[place]))
             try:
                 unpack_chunk(
                     file.read(int(chunks.offsets[place]), int(chunks.sizes[place])), row[:length]
@@ -195,22 +193,29 @@ class CacheReader:
                 ) from error
         return out.reshape(-1)
 
-    def _open(self, chunks: "_Chunks", shard: int) -> OpenFile:
-        try:
-            return self._files.open(self._paths[chunks.array.name][shard])
-        except CacheDamagedError as error:
-            place = int(np.flatnonzero(chunks.shards == shard)[0])
-            raise self._damaged(
-                chunks.array, chunks.rows[place], chunks.views[place], str(error)
-            ) from error
+    def _open(self, array: PayloadArray, shard: int) -> OpenFile:
+        """Return the open file of a shard, with the bytes that were written.
+
+        If damage is allowed, only the chunks that are read must be intact; but the file must not be
+        another shard's. Raises CacheDamagedError, for a damaged chunk with its sample.
+        """
+        path = self._paths[array.name][shard]
+        file, difference = self._shards.open(array, shard)
+        if difference is None or (self._allow == "damage" and difference.bad != {}):
+            return file
+        if difference.bad:
+            entry = min(difference.bad)
+            inner, view = divmod(entry, array.payloads_per_row)
+            raise self._damaged(array, array.rows_of(shard)[inner], view, difference.bad[entry])
+        raise CacheDamagedError(f"{self.root / path}: {difference.reason}; {AGAIN}")
 
     def _damaged(
-        self, array: PayloadArray, row: np.int64, view: np.int64, what: str
+        self, array: PayloadArray, row: int | np.int64, view: int | np.int64, reason: str
     ) -> CacheDamagedError:
         path = self.root / self._paths[array.name][int(row) // array.shard_rows]
         key = self.samples["key"][int(row)]
         return CacheDamagedError(
-            f"{path}: sample {key} of {array.name}, view {view}: {what}; {AGAIN}"
+            f"{path}: sample {key} of {array.name}, view {view}: {reason}; {AGAIN}"
         )
 
 
@@ -262,8 +267,8 @@ def _require_within(array: PayloadArray, rows: NDArray[np.int64], views: NDArray
 
 def _look(
     root: Path, allow: Allowed, manifest: CacheManifest
-) -> tuple[CacheManifest, pa.Table, dict[str, int]]:
-    """Return a cache's manifest, sample index and sizes of shard files.
+) -> tuple[CacheManifest, pa.Table, dict[str, ShardObject]]:
+    """Return a cache's manifest, sample index and shard files by path.
 
     All other files are checked.
     """
@@ -272,15 +277,10 @@ def _look(
             f"{root}: the cache is not complete; run its dtcache extract command again to finish it"
         )
     for name, sha256 in manifest.files.items():
-        path = root / name
-        if not path.is_file() or file_sha256(path) != sha256:
-            raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
+        if file_problem(root / name, sha256) is not None:
+            raise CacheDamagedError(f"{root / name}: missing or not as the manifest says; {AGAIN}")
     if manifest.state == "sealed":
-        return (
-            manifest,
-            read_samples(root, manifest),
-            {path: size for path, size, _ in read_objects(root)},
-        )
+        return manifest, read_samples(root, manifest), read_objects(root, manifest)
     return manifest, *committed(root, manifest)
 
 
@@ -288,16 +288,19 @@ class _Index:
     """The shard indices of one array: 16 bytes per chunk, read and checked at first use."""
 
     def __init__(self, array: PayloadArray) -> None:
-        self._entries = array.shard_rows * array.payloads_per_row
+        self._array = array
+        entries = array.shard_rows * array.payloads_per_row
+        self._tail = index_bytes(entries)
         # The system allocates a page when it is first written, not here.
-        self.table = np.zeros((array.num_shards, self._entries, 2), np.uint64)
+        self.table = np.zeros((array.num_shards, entries, 2), np.uint64)
         self.loaded = np.zeros(array.num_shards, np.bool_)
 
-    def load(self, shard: int, file: OpenFile, size: int) -> None:
-        """Read the index of a shard whose file has `size` bytes. Raises CacheDamagedError.
+    def load(self, shard: int, file: OpenFile) -> None:
+        """Read the index of a shard from its file. Raises CacheDamagedError.
 
         Two threads that load the same index write the same bytes.
         """
-        tail = index_bytes(self._entries)
-        self.table[shard] = parse_index(file.read(max(0, size - tail), tail), self._entries, size)
+        size = file.identity.size
+        tail = file.read(max(0, size - self._tail), self._tail)
+        self.table[shard] = parse_index(tail, self._array, size)
         self.loaded[shard] = True

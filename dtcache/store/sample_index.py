@@ -2,25 +2,35 @@
 
 import hashlib
 import io
+import math
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dtcache.errors import AGAIN, CacheDamagedError
+from dtcache.errors import AGAIN, CacheDamagedError, one_line
 from dtcache.names import normal_form
 from dtcache.recipe import FailedSample, Sample
+from dtcache.regular_files import open_regular
 from dtcache.samples import Column, SampleList
 from dtcache.store.commits import ANEW, CommitRecord, ShardObject, commit_path, read_commits
-from dtcache.store.layout import SAMPLES, SHARDS
+from dtcache.store.layout import SAMPLES, SHARDS, PayloadArray
 from dtcache.store.manifest import CacheManifest
+from dtcache.store.shard import shard_bounds
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 AT_ONCE = 1 << 16
+FREE_BYTES = 384 << 20
+"""Bytes that the values of any table may take: those of seven million images."""
+MOST_COLUMNS = 8
+"""Most columns that a message lists."""
 NOT_YET = "not extracted yet"
 """Failure reason of the rows that an unfinished cache does not have yet."""
 SCHEMA = pa.schema(
@@ -141,26 +151,89 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def read_table(path: Path) -> pa.Table:
-    """Read a Parquet file of the cache. Raises CacheDamagedError if it is missing or invalid."""
+def read_table(path: Path, schema: pa.Schema, *, bounded: bool = True) -> pa.Table:
+    """Read a Parquet file of the cache that has exactly the columns of `schema`.
+
+    The file's own description is checked before any value is read. If `bounded`, memory too is
+    checked before it is allocated: repeated values take almost no bytes in a file. Raises
+    CacheDamagedError if the file is missing or not a regular file, if columns or types differ, if a
+    value is null in a column without nulls or is not UTF-8, and if the values need more than
+    FREE_BYTES and four times the file's bytes.
+    """
     try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
+        with open_regular(path) as handle:
+            limit = FREE_BYTES + 4 * os.fstat(handle.fileno()).st_size if bounded else None
+            return _read_columns(handle, schema, limit)
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         raise CacheDamagedError(
-            f"{path}: missing or damaged ({error}); delete this cache and extract it again"
+            f"{path}: missing or damaged ({one_line(error)}); delete this cache and extract it "
+            "again"
         ) from error
 
 
-def read_samples(root: Path, manifest: CacheManifest) -> pa.Table:
-    """Read a cache's sample index.
+def _read_columns(handle: BinaryIO, schema: pa.Schema, limit: int | None) -> pa.Table:
+    """Read a table whose values have at most `limit` bytes. Raises ValueError or Arrow's errors.
 
-    Raises CacheDamagedError if it does not have one row per sample of the recipe.
+    Text is read as dictionaries, which are as large as in the file, and expanded if there is room.
     """
-    table = read_table(root / SAMPLES)
+    with pq.ParquetFile(handle) as file:
+        metadata = file.metadata
+        columns = [(field.name, field.type) for field in file.schema_arrow]
+    expected = [(field.name, field.type) for field in schema]
+    if columns != expected:
+        raise ValueError(f"expected the columns {_described(expected)}, got {_described(columns)}")
+    texts = [name for name, kind in expected if pa.types.is_string(kind)]
+    widths = (4 if name in texts else kind.bit_width / 8 for name, kind in expected)
+    size = math.ceil(sum(widths) * metadata.num_rows)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    _require_room(max(size, sum(map(_uncompressed_bytes, groups))), limit)
+    tables = [schema.empty_table()]
+    with pq.ParquetFile(handle, metadata=metadata, read_dictionary=texts, pre_buffer=False) as file:
+        for number in range(len(groups)):
+            table = file.read_row_group(number, use_threads=False)
+            table.validate(full=True)
+            size += sum(_text_bytes(table[name]) for name in texts)
+            _require_room(size, limit)
+            tables.append(table.cast(schema))
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def _described(columns: Sequence[tuple[str, pa.DataType]]) -> str:
+    listed = [f"{name[:40]} {str(kind)[:40]}" for name, kind in columns[:MOST_COLUMNS]]
+    return ", ".join(listed) + (", ..." if len(columns) > MOST_COLUMNS else "")
+
+
+def _uncompressed_bytes(group: pq.RowGroupMetaData) -> int:
+    return sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
+
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
+    """Return the bytes of a dictionary column's text once every row has its own copy."""
+    return sum(
+        pc.sum(pc.take(pc.binary_length(chunk.dictionary), chunk.indices), min_count=0).as_py()
+        for chunk in column.chunks
+    )
+
+
+def _require_room(size: int, limit: int | None) -> None:
+    if limit is not None and size > limit:
+        raise ValueError(
+            f"expected at most {limit} bytes of values in a file of its size, got {size}"
+        )
+
+
+def read_samples(root: Path, manifest: CacheManifest, *, bounded: bool = True) -> pa.Table:
+    """Read a cache's sample index, within the bounds of `read_table`.
+
+    Raises CacheDamagedError if it does not have one row per sample of the recipe, in row order.
+    """
+    table = read_table(root / SAMPLES, SCHEMA, bounded=bounded)
     if len(table) != manifest.num_samples:
         raise CacheDamagedError(
             f"{root / SAMPLES}: expected {manifest.num_samples} rows, got {len(table)}; {AGAIN}"
         )
+    if not table["row"].equals(pa.chunked_array([np.arange(len(table))])):
+        raise CacheDamagedError(f"{root / SAMPLES}: its rows are not numbered from 0; {AGAIN}")
     return table
 
 
@@ -170,14 +243,9 @@ def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitReco
     `records` are those of all shards, in shard order. Raises CacheDamagedError if keys and labels
     are not those whose hash the recipe records.
     """
-    table = read_table(path)
-    try:
-        keys = Column[str](table["key"])
-        labels = Column[int | None](table["label"])
-    except KeyError as error:
-        raise CacheDamagedError(
-            f"{path}: expected a column {error}; delete this cache and extract it again"
-        ) from error
+    table = read_table(path, SCHEMA, bounded=False)
+    keys = Column[str](table["key"])
+    labels = Column[int | None](table["label"])
     if hash_keys(zip(keys, labels, strict=True)) != samples_sha256:
         raise CacheDamagedError(
             f"{path}: not the samples of the recipe; delete this cache and extract it again"
@@ -191,8 +259,8 @@ def sealed_samples(path: Path, samples_sha256: str, records: Sequence[CommitReco
     return samples_table(keys, labels, content, failures)
 
 
-def committed(root: Path, manifest: CacheManifest) -> tuple[pa.Table, dict[str, int]]:
-    """Return the sample index and the shard file sizes of an unfinished cache.
+def committed(root: Path, manifest: CacheManifest) -> tuple[pa.Table, dict[str, ShardObject]]:
+    """Return the sample index and the shard files, by path, of an unfinished cache.
 
     Rows of shards without a commit record count as failed, with reason NOT_YET. Raises
     CacheDamagedError if a record is damaged or belongs to another cache.
@@ -202,11 +270,7 @@ def committed(root: Path, manifest: CacheManifest) -> tuple[pa.Table, dict[str, 
     content: list[bytes | None] = [None] * manifest.num_samples
     records = read_commits(root)
     for shard, record in records.items():
-        if record.fingerprint != manifest.fingerprint:
-            raise CacheDamagedError(
-                f"{commit_path(root, shard)}: the record belongs to another cache; {AGAIN}"
-            )
-        require_rows(root, manifest, record)
+        require_record(root, manifest, record)
         rows = manifest.rows_of(shard)
         content[rows.start : rows.stop] = [
             bytes.fromhex(sha) if sha else None for sha in record.content_sha256
@@ -217,14 +281,17 @@ def committed(root: Path, manifest: CacheManifest) -> tuple[pa.Table, dict[str, 
     samples = samples_table(
         Column[str](table["key"]), Column[int | None](table["label"]), content, failures
     )
-    return samples, {o.path: o.size for record in records.values() for o in record.objects}
+    return samples, {o.path: o for record in records.values() for o in record.objects}
 
 
-def require_rows(root: Path, manifest: CacheManifest, record: CommitRecord) -> None:
-    """Raise CacheDamagedError if a commit record does not fit the rows of its shard."""
-    problem = manifest.rows_problem(record)
+def require_record(root: Path, manifest: CacheManifest, record: CommitRecord) -> None:
+    """Raise CacheDamagedError if a commit record is not of this cache or not of its shard."""
+    path = commit_path(root, record.shard)
+    problem = manifest.record_problem(record)
     if problem is not None:
-        raise CacheDamagedError(f"{commit_path(root, record.shard)}: {problem}; {ANEW}")
+        raise CacheDamagedError(f"{path}: {problem}; {ANEW}")
+    for listed, array in zip(record.objects, manifest.arrays.values(), strict=True):
+        _require_possible(path, listed, array)
 
 
 def shards_table(objects: Iterable[tuple[int, ShardObject]]) -> pa.Table:
@@ -235,44 +302,65 @@ def shards_table(objects: Iterable[tuple[int, ShardObject]]) -> pa.Table:
     )
 
 
-def read_objects(root: Path) -> list[tuple[str, int, str]]:
-    """Return (path, bytes, SHA-256) of every shard file of a sealed cache.
+def read_objects(root: Path, manifest: CacheManifest) -> dict[str, ShardObject]:
+    """Return every shard file of a sealed cache by path, in shard order.
 
-    Raises CacheDamagedError.
+    Raises CacheDamagedError, naming the first difference, if the index does not list exactly the
+    files of the manifest's arrays, each with a possible size.
     """
-    table = read_table(root / SHARDS)
-    return list(
-        zip(*(table[name].to_pylist() for name in ("path", "bytes", "sha256")), strict=True)
-    )
+    table = read_table(root / SHARDS, SHARD_SCHEMA)
+    arrays = manifest.arrays.values()
+    if len(table) != manifest.num_shards * len(arrays):
+        raise CacheDamagedError(
+            f"{root / SHARDS}: expected one row per shard and array, "
+            f"{manifest.num_shards * len(arrays)}, got {len(table)}; {AGAIN}"
+        )
+    columns = (table[name].to_pylist() for name in ("path", "bytes", "sha256"))
+    listed = {
+        path: ShardObject(path=path, size=size, sha256=sha256)
+        for path, size, sha256 in zip(*columns, strict=True)
+    }
+    objects = {}
+    for shard in range(manifest.num_shards):
+        for array in arrays:
+            path = array.object_path(shard)
+            if path not in listed:
+                raise CacheDamagedError(f"{root / SHARDS}: it does not list {path}; {AGAIN}")
+            _require_possible(root / SHARDS, listed[path], array)
+            objects[path] = listed[path]
+    return objects
 
 
-def damaged_objects(root: Path, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Return the files that are missing or not of the size in `sizes`, with their actual size."""
+def _require_possible(source: Path, listed: ShardObject, array: PayloadArray) -> None:
+    """Raise CacheDamagedError if a shard's file cannot have the recorded size or SHA-256."""
+    bounds = shard_bounds(array)
+    if listed.size not in bounds or not _SHA256.fullmatch(listed.sha256):
+        raise CacheDamagedError(
+            f"{source}: {listed.path}: expected {bounds.start} to {bounds.stop - 1} bytes and a "
+            f"SHA-256, got {listed.size} and {listed.sha256[:64]!r}; {AGAIN}"
+        )
+
+
+def damaged_objects(root: Path, objects: Mapping[str, ShardObject]) -> dict[str, str]:
+    """Return the files that are missing or not of their recorded size, with their actual size."""
     damaged = {}
-    for name, size in sizes.items():
+    for name, recorded in objects.items():
         path = root / name
         if not path.is_file():
             damaged[name] = "no file"
-        elif path.stat().st_size != size:
+        elif path.stat().st_size != recorded.size:
             damaged[name] = f"{path.stat().st_size} bytes"
     return damaged
 
 
-def read_failures(path: Path) -> list[FailedSample]:
-    """Return the failed samples of an index file (see `failed_samples`)."""
-    return failed_samples(read_table(path))
+def failures_in(table: pa.Table) -> pa.Table:
+    """Return the rows of an index that have no features: row, key and failure."""
+    return table.select(["row", "key", "failure"]).filter(table["failure"].is_valid())
 
 
 def failed_samples(table: pa.Table) -> list[FailedSample]:
     """Return the samples of an index that have a row but no features, in row order."""
-    rows = zip(
-        table["row"].to_pylist(),
-        table["key"].to_pylist(),
-        table["failure"].to_pylist(),
-        strict=True,
-    )
     return [
-        FailedSample(row=row, key=key, reason=reason)
-        for row, key, reason in rows
-        if reason is not None
+        FailedSample(row=failed["row"], key=failed["key"], reason=failed["failure"])
+        for failed in failures_in(table).to_pylist()
     ]

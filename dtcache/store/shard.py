@@ -5,10 +5,12 @@ Each chunk and the index end in their CRC-32C.
 
 import numpy as np
 from google_crc32c import value as crc32c
+from numcodecs.zstd import decompress
 from numpy.typing import NDArray
-from zstandard import ZstdDecompressor, ZstdError, get_frame_parameters
+from zstandard import ZstdError, get_frame_parameters
 
 from dtcache.errors import CacheDamagedError, CodecError
+from dtcache.store.layout import PayloadArray
 from dtcache.store.zstd_frame import pack_frame
 
 CRC_BYTES = 4
@@ -48,21 +50,45 @@ def index_bytes(entries: int) -> int:
     return entries * ENTRY_BYTES + CRC_BYTES
 
 
-def parse_index(tail: bytes, entries: int, size: int) -> NDArray[np.uint64]:
+def max_chunk_bytes(length: int) -> int:
+    """Return an upper bound of the bytes of a chunk whose payload is padded to `length` bytes.
+
+    It covers our frames and those of any zstd, which adds at most one byte per 256.
+    """
+    return length + length // 256 + 512
+
+
+def shard_bounds(array: PayloadArray) -> range:
+    """Return the sizes in bytes that a shard's file can have."""
+    entries = array.shard_rows * array.payloads_per_row
+    tail = index_bytes(entries)
+    return range(tail, tail + entries * max_chunk_bytes(array.length) + 1)
+
+
+def parse_index(tail: bytes, array: PayloadArray, size: int) -> NDArray[np.uint64]:
     """Return (entries, 2) offsets and sizes from a shard's last bytes; an entry may be ABSENT.
 
-    Raises CacheDamagedError if the checksum fails or an entry points outside a shard of `size`
-    bytes.
+    Raises CacheDamagedError if the checksum fails, if an entry points outside a shard of `size`
+    bytes, if a chunk is larger than `max_chunk_bytes`, or if two chunks overlap. So chunks that
+    differ never take more memory than the file has bytes.
     """
+    entries = array.shard_rows * array.payloads_per_row
     table = tail[:-CRC_BYTES]
     checksum = tail[-CRC_BYTES:]
     if len(tail) != index_bytes(entries) or crc32c(table) != int.from_bytes(checksum, "little"):
         raise CacheDamagedError("the shard's index is damaged")
     index = np.frombuffer(table, "<u8").reshape(entries, 2)
-    offsets, sizes = index[index[:, 0] != ABSENT].T
+    present = index[index[:, 0] != ABSENT]
+    offsets, sizes = present[np.argsort(present[:, 0])].T
     end = np.uint64(max(0, size - len(tail)))
     if bool(((offsets > end) | (sizes > end - np.minimum(offsets, end))).any()):
         raise CacheDamagedError("the shard's index points outside the file")
+    if bool((sizes > max_chunk_bytes(array.length)).any()):
+        raise CacheDamagedError(
+            f"the shard's index has a chunk of {sizes.max()} bytes for a payload of {array.length}"
+        )
+    if bool((offsets[:-1] + sizes[:-1] > offsets[1:]).any()):
+        raise CacheDamagedError("the shard's index has chunks that overlap")
     return index
 
 
@@ -80,6 +106,6 @@ def unpack_chunk(chunk: bytes, out: NDArray[np.uint8]) -> None:
         size = get_frame_parameters(packed).content_size
         if size != len(out):
             raise CacheDamagedError(f"it decompresses to {size} bytes instead of {len(out)}")
-        out[:] = np.frombuffer(ZstdDecompressor().decompress(packed), np.uint8)
-    except ZstdError as error:
+        decompress(packed, out)
+    except (ZstdError, RuntimeError) as error:
         raise CacheDamagedError(f"it does not decompress ({error})") from error

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dtcache.atomic_files import is_system_file
 from dtcache.errors import CacheDamagedError, CacheFormatError
 from dtcache.json_files import read_hashed_json
-from dtcache.recipe import FailedSample, Json, signal_to_noise, tap_name
+from dtcache.recipe import Json, signal_to_noise, tap_name
 from dtcache.store.commits import CodecSums, read_commits, total_sums
 from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import (
@@ -34,13 +35,15 @@ from dtcache.store.layout import (
 from dtcache.store.manifest import CacheManifest, look_at, read_manifest
 from dtcache.store.sample_index import (
     damaged_objects,
-    failed_samples,
-    read_failures,
+    failures_in,
     read_objects,
-    read_table,
+    read_samples,
+    require_record,
 )
 
 INDEX = (MANIFEST, SAMPLES, SHARDS, PROMPT)
+MAX_CLASSES = 1 << 18
+"""Most classes that a description counts images of."""
 SCHEMA = 1
 """Version of the JSON. Under one version fields may be added, but none removed or redefined."""
 
@@ -58,8 +61,8 @@ def inspect_cache(root: Path) -> Json:
 class _Progress:
     """The part of a cache that has been written so far."""
 
-    failures: tuple[FailedSample, ...]
-    """Failed rows, of the shards that are present."""
+    failures: Mapping[str, int]
+    """Failed rows of the shards that are present, by reason, the most frequent first."""
     sums: Mapping[str, CodecSums]
     """By array: the codec's squared error, and the energy."""
     shard_bytes: Mapping[str, int]
@@ -71,11 +74,12 @@ class _Progress:
 
 
 def _describe(root: Path, manifest: CacheManifest) -> Json:
-    samples = read_table(root / SAMPLES)
+    samples = read_samples(root, manifest)
     progress = _progress(root, manifest, samples)
     files = _file_sizes(root)
     recipe = manifest.recipe
-    num_done = manifest.num_samples - progress.num_missing - len(progress.failures)
+    num_failed = sum(progress.failures.values())
+    num_done = manifest.num_samples - progress.num_missing - num_failed
     parts = _parts(files, progress.shard_bytes)
     stored = sum(files.values()) - parts["images"] - parts["labels"]
     taps = [
@@ -102,7 +106,7 @@ def _describe(root: Path, manifest: CacheManifest) -> Json:
         "complete": complete,
         "num_images": manifest.num_samples,
         "num_done": num_done,
-        "num_failed": len(progress.failures),
+        "num_failed": num_failed,
         "num_missing": progress.num_missing,
         "num_views": manifest.num_views,
         "bytes_on_disk": sum(files.values()),
@@ -115,7 +119,7 @@ def _describe(root: Path, manifest: CacheManifest) -> Json:
         "fingerprint": manifest.fingerprint,
         "timesteps": _timesteps(recipe),
         "taps": taps,
-        "failures": dict(Counter(f.reason for f in progress.failures).most_common()),
+        "failures": dict(progress.failures),
         "damaged": progress.damaged,
         "labels": _label_sets(root, files, parts["coefficients"] + parts["codec"]),
         "classes": list(manifest.classes) if manifest.classes is not None else None,
@@ -126,14 +130,19 @@ def _describe(root: Path, manifest: CacheManifest) -> Json:
 
 
 def _class_counts(samples: pa.Table, manifest: CacheManifest) -> dict[str, int] | None:
-    """Return the images per class, failed ones too, by name or else number; None without labels."""
+    """Return the images per class, failed ones too, by name or else number; None without labels.
+
+    Only the first MAX_CLASSES classes are counted.
+    """
     labels = samples["label"].drop_null()
     if not len(labels):
         return None
-    counts = sorted((c["values"], c["counts"]) for c in pc.value_counts(labels).to_pylist())
+    counts = pc.value_counts(labels)
+    order = pc.sort_indices(counts.field("values"))[:MAX_CLASSES]
     names = manifest.classes or ()
     return {
-        names[label] if 0 <= label < len(names) else str(label): count for label, count in counts
+        names[c["values"]] if 0 <= c["values"] < len(names) else str(c["values"]): c["counts"]
+        for c in counts.take(order).to_pylist()
     }
 
 
@@ -150,33 +159,43 @@ def _source(root: Path) -> Json | None:
 def _progress(root: Path, manifest: CacheManifest, samples: pa.Table) -> _Progress:
     """Read the indices of a sealed cache, or the commit records of an unfinished one."""
     if manifest.state == "sealed":
-        sizes = {path: size for path, size, _ in read_objects(root)}
-        failures = failed_samples(samples)
+        objects = read_objects(root, manifest)
+        failed = failures_in(samples)
+        rows = failed["row"].to_numpy()
+        reasons = failed["failure"]
         sums = manifest.sums
     else:
         records = [record for _, record in sorted(read_commits(root).items())]
-        sizes = {o.path: o.size for record in records for o in record.objects}
+        for record in records:
+            require_record(root, manifest, record)
+        objects = {o.path: o for record in records for o in record.objects}
         failures = [f for record in records for f in record.failures]
+        rows = np.array([f.row for f in failures], np.int64)
+        reasons = pa.chunked_array([pa.array([f.reason for f in failures], pa.string())])
         sums = total_sums(records)
-    damaged = damaged_objects(root, sizes)
+    damaged = damaged_objects(root, objects)
     shard_bytes: Counter[str] = Counter()
-    for path, size in sizes.items():
+    for path, listed in objects.items():
         array = path.removeprefix(f"{DATA}/").rpartition("/")[0]
-        shard_bytes[array] += 0 if path in damaged else size
+        shard_bytes[array] += 0 if path in damaged else listed.size
     # A row is present if its shard is intact in every array.
-    intact = sizes.keys() - damaged.keys()
-    missing = {
-        row
-        for shard in range(manifest.num_shards)
-        if not {array.object_path(shard) for array in manifest.arrays.values()} <= intact
-        for row in manifest.rows_of(shard)
-    }
+    intact = objects.keys() - damaged.keys()
+    is_present = np.array(
+        [
+            all(array.object_path(shard) in intact for array in manifest.arrays.values())
+            for shard in range(manifest.num_shards)
+        ]
+    )
+    counts = pc.value_counts(reasons.filter(pa.array(is_present[rows // manifest.shard_rows])))
+    by_reason = {c["values"]: c["counts"] for c in counts.to_pylist()}
     return _Progress(
-        failures=tuple(failed for failed in failures if failed.row not in missing),
+        failures=dict(Counter(by_reason).most_common()),
         sums=sums,
         shard_bytes=shard_bytes,
         damaged=damaged,
-        num_missing=len(missing),
+        num_missing=sum(
+            len(manifest.rows_of(shard)) for shard in np.flatnonzero(~is_present).tolist()
+        ),
     )
 
 
@@ -301,7 +320,7 @@ def _label_set(root: Path) -> Json:
     measured = manifest.measured or {}
     return {
         "state": "complete" if sealed else "unfinished",
-        "num_done": manifest.num_samples - len(read_failures(root / SAMPLES)) if sealed else None,
+        "num_done": read_samples(root, manifest)["failure"].null_count if sealed else None,
         "level": labels["level"],
         "classes": labels["classes"],
         "fingerprint": manifest.fingerprint,

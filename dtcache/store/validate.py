@@ -1,8 +1,10 @@
-"""Validation of a manifest: sizes within bounds, and only values that a reader supports."""
+"""The check of a manifest: types, sizes within bounds, and only values that a reader supports."""
 
 import math
 import re
-from typing import get_args
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from dtcache.recipe import (
     MAX_SAMPLES,
@@ -10,82 +12,123 @@ from dtcache.recipe import (
     MAX_SHARDS,
     MAX_SIDE,
     MAX_VIEWS,
-    CodecName,
-    ConditionKind,
     Json,
+    Recipe,
     tap_name,
 )
-from dtcache.store.label_sets import check_labels
-from dtcache.store.layout import PayloadArray
+from dtcache.store.commits import CodecSums
+from dtcache.store.json_types import check_types
+from dtcache.store.label_sets import check_labels, check_measured
+from dtcache.store.layout import PROMPT, SAMPLES, SHARDS, PayloadArray
 
 MAX_PAYLOAD_BYTES = 1 << 28
-MAX_VALUES = MAX_PAYLOAD_BYTES // 2
-"""Maximum values of one sample's map: as float16, the map is one payload."""
-FITS = ("crop", "stretch")
-STORED = ("view", "none")
-CODECS = get_args(CodecName)
-CONDITIONS = get_args(ConditionKind)
+MAX_VALUES = 1 << 26
+"""Most values of one sample's map: 256 channels of a stride-1 map of 512x512 pixels."""
+MAX_FIT_BYTES = 1 << 29
+"""Most bytes of the codec's arrays: a hundred maps of 320 channels of 128x128."""
+MAX_ARRAYS = 1 << 12
+"""Most arrays of features: timesteps times taps."""
 BOX = ("top", "left", "height", "width")
 ARRAY_NAME = re.compile(r"[a-z0-9]+(/[a-z0-9]+)?")
+FILE_NAME = re.compile(
+    rf"{re.escape(SAMPLES)}|{re.escape(SHARDS)}|{re.escape(PROMPT)}"
+    r"|data\.zarr/([a-z0-9_]+/)*(zarr\.json|c(\.[0-9]+)+)"
+)
+"""The files whose hashes a manifest holds: none of them lies outside the cache's folder."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def checked_array(name: str, value: Json) -> PayloadArray:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ArrayFields:
+    shape: tuple[int, ...]
+    shard_rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ManifestFields:
+    """The fields of manifest.json beside its format and its own hash."""
+
+    state: Literal["writing", "sealed"]
+    recipe: Recipe
+    fingerprint: str
+    arrays: dict[str, _ArrayFields]
+    classes: tuple[str, ...] | None
+    files: dict[str, str]
+    sums: dict[str, CodecSums]
+    measured: Any = None
+
+
+def check_manifest(value: Json) -> dict[str, PayloadArray]:
+    """Check every field of a manifest that a reader uses; return its payload arrays by name.
+
+    Raises ValueError, or KeyError or TypeError for measurements of a label set.
+    """
+    check_types(value, _ManifestFields, "manifest")
+    for name, sha256 in value["files"].items():
+        if not FILE_NAME.fullmatch(name) or not _SHA256.fullmatch(sha256):
+            raise ValueError(f"files: {name[:80]!r} with the SHA-256 {sha256[:64]!r}")
+    arrays = {name: _checked_array(name, array) for name, array in value["arrays"].items()}
+    check_recipe(value["recipe"])
+    check_measured(value.get("measured"))
+    return arrays
+
+
+def _checked_array(name: str, value: Json) -> PayloadArray:
     """Return the array that a manifest describes.
 
     Raises ValueError if its sizes exceed the bounds.
     """
-    array = PayloadArray(
-        name=name, shape=tuple(map(int, value["shape"])), shard_rows=int(value["shard_rows"])
-    )
+    array = PayloadArray(name=name, shape=tuple(value["shape"][:4]), shard_rows=value["shard_rows"])
     valid = (
         len(array.shape) in (2, 3) and min(array.shape) > 0 and array.length <= MAX_PAYLOAD_BYTES
     )
     valid = valid and array.payloads_per_row <= MAX_VIEWS
     if not (valid and 0 < array.shard_rows <= MAX_SHARD_ROWS and ARRAY_NAME.fullmatch(name)):
         raise ValueError(
-            f"array {name[:40]!r} of shape {value['shape']} in shards of {value['shard_rows']} rows"
+            f"array {name[:40]!r} of shape {value['shape'][:4]} in shards of "
+            f"{value['shard_rows']} rows"
         )
     return array
 
 
 def check_recipe(recipe: Json) -> None:
-    """Check the fields of a recipe that readers use. Raises KeyError, TypeError or ValueError."""
+    """Check the bounds of a recipe whose types are right, and that its fields agree.
+
+    Raises ValueError, or KeyError or TypeError for scores of a label set.
+    """
     view = recipe["view"]
     teacher = recipe["teacher"]
     codec = recipe["codec"]
-    sides = (view["height"], view["width"])
-    if (
-        not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in sides)
-        or view["fit"] not in FITS
-    ):
+    if not all(0 < side <= MAX_SIDE for side in (view["height"], view["width"])):
         raise ValueError(f"view {view}")
+    if not 0 < len(teacher["timesteps"]) * len(teacher["taps"]) <= MAX_ARRAYS:
+        raise ValueError(
+            f"{len(teacher['timesteps'])} timesteps and {len(teacher['taps'])} taps, expected 1 "
+            f"to {MAX_ARRAYS} arrays"
+        )
     for tap in teacher["taps"]:
         shape = [tap[side] for side in ("channels", "height", "width")]
-        if (
-            not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in shape)
-            or math.prod(shape) > MAX_VALUES
-        ):
+        if not all(0 < side <= MAX_SIDE for side in shape) or math.prod(shape) > MAX_VALUES:
             raise ValueError(f"tap {tap}")
     if "condition" in teacher:
         _check_condition(teacher["condition"])
-    if len(teacher["timesteps"]) * len(teacher["taps"]) != len(codec["noise_share"]):
-        raise ValueError("the codec's taps are not the teacher's")
     names = [tap_name(t, tap["name"]) for t in teacher["timesteps"] for tap in teacher["taps"]]
     if not all(
-        set(codec[field]) == set(names)
+        len(names) == len(codec[field]) and set(codec[field]) == set(names)
         for field in ("noise_share", "noise_floor", "determined_error")
     ):
         raise ValueError("the codec's taps are not the teacher's")
-    if codec["name"] not in CODECS:
-        raise ValueError(f"codec {codec['name']!r}; this dtcache reads {' and '.join(CODECS)}")
-    if (
-        not (isinstance(recipe["draws"], int) and 0 < recipe["draws"] <= MAX_VIEWS)
-        or recipe["images"] not in STORED
-    ):
-        raise ValueError(f"{recipe['draws']!r} draws, images {recipe['images']!r}")
-    for name in ("num_samples", "flips", "average", "seed", "shard_rows"):
-        if not isinstance(recipe[name], int):
-            raise ValueError(f"{name} {recipe[name]!r}")
+    is_quantised = codec["name"] != "float16"
+    for field in ("ratio", "step"):
+        value = codec[field]
+        if (value is not None) != is_quantised or (value is not None and value <= 0):
+            raise ValueError(f"codec {codec['name']} with the {field} {value}")
+    if is_quantised and _fit_bytes(teacher) > MAX_FIT_BYTES:
+        raise ValueError(
+            f"codec arrays of up to {_fit_bytes(teacher)} bytes, expected at most {MAX_FIT_BYTES}"
+        )
+    if not 0 < recipe["draws"] <= MAX_VIEWS:
+        raise ValueError(f"{recipe['draws']!r} draws")
     if not 0 < recipe["num_samples"] <= min(MAX_SAMPLES, MAX_SHARDS * recipe["shard_rows"]):
         raise ValueError(
             f"{recipe['num_samples']} samples in shards of {recipe['shard_rows']} rows"
@@ -95,8 +138,17 @@ def check_recipe(recipe: Json) -> None:
         check_labels(recipe["labels"], names, teacher["taps"])
 
 
+def _fit_bytes(teacher: Json) -> int:
+    """Return an upper bound of the largest codec arrays of all taps: the basis, or the classes."""
+    sizes: Iterator[int] = (
+        max(2 * tap["channels"] ** 2, tap["channels"] * tap["height"] * tap["width"])
+        for tap in teacher["taps"]
+    )
+    return len(teacher["timesteps"]) * sum(sizes)
+
+
 def _check_measured(recipe: Json, names: list[str]) -> None:
-    """Check the values measured of noise and teacher. Raises KeyError, TypeError or ValueError."""
+    """Check the values measured of noise and teacher. Raises ValueError."""
     teacher = recipe["teacher"]
     measured = recipe.get("equivariance")
     counts = []
@@ -107,28 +159,22 @@ def _check_measured(recipe: Json, names: list[str]) -> None:
         box = measured["box"]
         counts += [measured["images"], *(box[side] for side in BOX if box is not None)]
         errors += [(measured[name], names) for name in ("flip", "crop", "crop_interior")]
-    if not all(isinstance(count, int) and count >= 0 for count in counts):
+    if not all(count >= 0 for count in counts):
         raise ValueError(f"ddim_steps or equivariance: {counts}")
     if len(teacher["alpha_bars"]) != len(teacher["timesteps"]) or not all(
         0 <= a <= 1 for a in teacher["alpha_bars"]
     ):
-        raise ValueError(f"alpha_bars {teacher['alpha_bars']}")
+        raise ValueError(f"alpha_bars {teacher['alpha_bars'][:8]}")
     for by_name, known in errors:
         if not set(by_name or {}) <= set(known) or not all(
-            0 <= e < math.inf for e in (by_name or {}).values()
+            e >= 0 for e in (by_name or {}).values()
         ):
-            raise ValueError(f"measured {by_name}")
+            raise ValueError(f"measured {str(by_name)[:200]}")
 
 
-def _check_condition(condition: Json) -> None:
-    """Check the condition of a teacher. Raises KeyError, TypeError or ValueError."""
-    kind = condition["kind"]
-    valid = kind in CONDITIONS
-    if kind == "class":
-        valid = isinstance(condition["number"], int)
-    elif kind == "prompt":
-        valid = isinstance(condition["prompt"], str) and isinstance(
-            condition["embedding_sha256"], str
-        )
-    if not valid:
-        raise ValueError(f"condition {condition}")
+def _check_condition(condition: Json | None) -> None:
+    """Check the condition of a teacher. Raises ValueError."""
+    kind = condition["kind"] if condition is not None else None
+    needed = {"class": ("number",), "prompt": ("prompt", "embedding_sha256")}.get(kind or "", ())
+    if condition is not None and any(condition.get(name) is None for name in needed):
+        raise ValueError(f"condition {str(condition)[:200]}")

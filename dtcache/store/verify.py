@@ -1,27 +1,29 @@
 """Checks every byte of a cache against the hashes recorded when it was written; never writes."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-
 from dtcache.errors import CacheBusyError, CacheDamagedError
-from dtcache.hashing import file_problem, file_sha256
+from dtcache.hashing import file_problem
 from dtcache.json_files import read_hashed_json
 from dtcache.rng import permuted
-from dtcache.store.contents import Contents, Damage, SamplePlace, WantedObject, unnamed_files
-from dtcache.store.layout import IMAGES, LOG, MANIFEST, MAX_LOG_BYTES, SAMPLES, SHARDS, PayloadArray
-from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
+from dtcache.store.contents import Contents, Damage, SamplePlaces, WantedObject, unnamed_files
+from dtcache.store.layout import LOG, MAX_LOG_BYTES, SAMPLES, SHARDS
+from dtcache.store.manifest import read_manifest
+from dtcache.store.open_files import OpenFile
+from dtcache.store.shard_check import shard_difference
 
 State = Literal["damaged", "unreadable", "incomplete", "good"]
 STATES: tuple[State, ...] = get_args(State)
 """Verdicts, the worst first."""
 THREADS = 4
 """Files that are hashed at the same time: hashing releases the GIL."""
+LARGE = 1 << 24
+"""If payloads can have more bytes, one file is checked at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +90,9 @@ def verify_contents(
             if wanted.path not in read_fully
             and (found := _size_damage(root, wanted, contents.keys))
         ]
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="verify") as pool:
+        is_large = any(a.length > LARGE for a in contents.manifest.arrays.values())
+        threads = 1 if is_large else THREADS  # each may hold two payloads of a damaged shard
+        with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
             try:
                 checks = pool.map(
                     lambda wanted: check_object(root, wanted, contents.keys, path_of), chosen
@@ -98,7 +102,7 @@ def verify_contents(
                     on_object(wanted)
             finally:
                 pool.shutdown(cancel_futures=True)
-        if not contents.sealed and b'"state":"sealed"' in (root / MANIFEST).read_bytes():
+        if not contents.sealed and read_manifest(root).state == "sealed":
             raise CacheBusyError(
                 f"{root}: the cache was finished while it was being checked; check it again"
             )
@@ -118,43 +122,14 @@ def check_object(
     found = _size_damage(root, wanted, keys)
     if found is not None:
         return found
-    path = root / wanted.path
     try:
-        got = file_sha256(path)
-        if got == wanted.sha256:
-            return None
-        bad = bad_entries(path.read_bytes(), wanted.array, wanted.shard)
+        file = OpenFile(root / wanted.path)
+        difference = shard_difference(file, wanted.sha256, wanted.array, wanted.shard, path_of)
     except CacheDamagedError as error:
         return _damage(wanted, str(error), None, keys)
-    except OSError as error:
-        return _damage(wanted, f"it cannot be read ({error.strerror})", None, keys)
-    if bad:
-        reasons = ", ".join(dict.fromkeys(bad.values()))
-        return _damage(wanted, f"{len(bad)} of its chunks: {reasons}", bad, keys)
-    if wanted.sha256 is None:
+    if difference is None:
         return None
-    actual = f"it is {path_of[got]}" if got in path_of else f"got {got[:16]}..., every chunk intact"
-    return _damage(wanted, f"expected SHA-256 {wanted.sha256[:16]}..., {actual}", None, keys)
-
-
-def bad_entries(content: bytes, array: PayloadArray, shard: int) -> dict[int, str]:
-    """Return the damage of each damaged chunk of a shard, by its number in the index.
-
-    Raises CacheDamagedError if the index itself is damaged, because no chunk can then be found.
-    """
-    entries = array.shard_rows * array.payloads_per_row
-    index = parse_index(content[-index_bytes(entries) :], entries, len(content))
-    out = np.empty(array.length, np.uint8)
-    bad = {}
-    for entry in range(len(array.rows_of(shard)) * array.payloads_per_row):
-        offset, size = (int(value) for value in index[entry])
-        try:
-            if offset == ABSENT:
-                raise CacheDamagedError("the shard holds no such chunk")
-            unpack_chunk(content[offset : offset + size], out)
-        except CacheDamagedError as error:
-            bad[entry] = str(error)
-    return bad
+    return _damage(wanted, difference.reason, list(difference.bad or ()) or None, keys)
 
 
 def _size_damage(root: Path, wanted: WantedObject, keys: Sequence[str] | None) -> Damage | None:
@@ -168,27 +143,15 @@ def _size_damage(root: Path, wanted: WantedObject, keys: Sequence[str] | None) -
 
 
 def _damage(
-    wanted: WantedObject, reason: str, entries: Iterable[int] | None, keys: Sequence[str] | None
+    wanted: WantedObject, reason: str, entries: Sequence[int] | None, keys: Sequence[str] | None
 ) -> Damage:
     """Describe a damaged shard file by the samples of its `entries`, or all samples if None."""
-    array = wanted.array
-    rows = wanted.array.rows_of(wanted.shard)
-    places: list[tuple[int, int | None]] = [(row, None) for row in rows]
-    if entries is not None:
-        places = [
-            (rows[entry // array.payloads_per_row], entry % array.payloads_per_row)
-            for entry in entries
-        ]
-    samples = tuple(
-        SamplePlace(
-            row=row,
-            key=keys[row] if keys is not None else None,
-            view=None if array.name == IMAGES else view,
-        )
-        for row, view in places
-    )
     return Damage(
-        path=wanted.path, reason=reason, array=array.name, shard=wanted.shard, samples=samples
+        path=wanted.path,
+        reason=reason,
+        array=wanted.array.name,
+        shard=wanted.shard,
+        samples=SamplePlaces(wanted, keys, entries),
     )
 
 

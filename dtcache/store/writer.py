@@ -17,7 +17,7 @@ from dtcache.atomic_files import (
     write_file,
 )
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheMismatchError
-from dtcache.hashing import canonical_json, file_sha256
+from dtcache.hashing import canonical_json, file_problem, file_sha256
 from dtcache.json_files import with_own_hash
 from dtcache.recipe import FailedSample, Json, Recipe, Sample
 from dtcache.store.commits import (
@@ -50,11 +50,11 @@ from dtcache.store.pending_shard import (
 from dtcache.store.prompt_embedding import embedding_bytes
 from dtcache.store.sample_index import (
     damaged_objects,
+    failed_samples,
     parquet_bytes,
-    read_failures,
     read_objects,
-    read_table,
-    require_rows,
+    read_samples,
+    require_record,
     samples_table,
     sealed_samples,
     shards_table,
@@ -77,10 +77,10 @@ class CacheWriter:
         self._records = read_commits(root)
         self._check_files()
         if manifest.state == "sealed":
-            sizes = {path: size for path, size, _ in read_objects(root)}
-            for path, got in damaged_objects(root, sizes).items():
+            objects = read_objects(root, manifest)
+            for path, got in damaged_objects(root, objects).items():
                 raise CacheDamagedError(
-                    f"{root / path}: expected {sizes[path]} bytes, got {got}; {AGAIN}"
+                    f"{root / path}: expected {objects[path].size} bytes, got {got}; {AGAIN}"
                 )
         else:
             self._drop_uncommitted()
@@ -148,7 +148,7 @@ class CacheWriter:
         """Committed samples that have a row but no features, in row order."""
         if self.manifest.state == "writing":  # sealing deletes the records
             return [f for shard in sorted(self._records) for f in self._records[shard].failures]
-        return read_failures(self.root / SAMPLES)
+        return failed_samples(read_samples(self.root, self.manifest, bounded=False))
 
     @property
     def empty(self) -> list[EmptySample]:
@@ -161,7 +161,8 @@ class CacheWriter:
     def content_sha256(self, row: int) -> str | None:
         """Return the SHA-256 of a row's source bytes; None if it failed or is not committed."""
         if self.manifest.state == "sealed":
-            sha256 = read_table(self.root / SAMPLES)["content_sha256"][row].as_py()
+            samples = read_samples(self.root, self.manifest, bounded=False)
+            sha256 = samples["content_sha256"][row].as_py()
             return sha256.hex() if sha256 is not None else None
         shard, index = divmod(row, self.manifest.shard_rows)
         return self._records[shard].content_sha256[index] if shard in self._records else None
@@ -247,7 +248,7 @@ class CacheWriter:
         for name, sha256 in self.manifest.files.items():
             path = self.root / name
             half_sealed = name == SAMPLES and not self.missing and self.manifest.state == "writing"
-            if not path.is_file() or (file_sha256(path) != sha256 and not half_sealed):
+            if file_problem(path, sha256) is not None and not (half_sealed and path.is_file()):
                 raise CacheDamagedError(f"{path}: missing or not as the manifest says; {AGAIN}")
 
     def _drop_uncommitted(self) -> None:
@@ -264,13 +265,7 @@ class CacheWriter:
         This keeps every file outside the cache untouched.
         """
         record = written.record
-        paths = [array.object_path(record.shard) for array in self.manifest.arrays.values()]
-        if (
-            record.fingerprint != self.manifest.fingerprint
-            or [o.path for o in record.objects] != paths
-            or self.manifest.rows_problem(record) is not None
-            or not written.attempt.isalnum()
-        ):
+        if self.manifest.record_problem(record) is not None or not written.attempt.isalnum():
             raise CacheMismatchError(
                 f"{self.root}: shard {record.shard} belongs to another cache; it is not committed"
             )
@@ -282,7 +277,7 @@ class CacheWriter:
                 f"{self.manifest.fingerprint}, got {record.fingerprint}: the record belongs to "
                 "another cache; delete it and extract again"
             )
-        require_rows(self.root, self.manifest, record)
+        require_record(self.root, self.manifest, record)
         for o in record.objects:
             path = self.root / o.path
             if not path.is_file() or path.stat().st_size != o.size:

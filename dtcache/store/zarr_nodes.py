@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from zstandard import ZstdDecompressor
+from zstandard import ZstdDecompressor, get_frame_parameters
 
 from dtcache.errors import AGAIN, CacheDamagedError
 from dtcache.hashing import file_problem
+from dtcache.json_files import read_json
 from dtcache.recipe import Json, tap_name
+from dtcache.regular_files import read_regular
+from dtcache.store.json_types import check_types
 from dtcache.store.layout import DATA, PayloadArray
 from dtcache.store.manifest import CacheManifest
 from dtcache.store.shard import CRC_BYTES, unpack_chunk
@@ -34,6 +38,41 @@ DTYPES = {
     "float16": {"mean": "<f2", "grid": "<i4"},
 }
 """Array dtypes by codec."""
+
+
+MAX_NODE_BYTES = 1 << 20
+MAX_CHUNK_BYTES = 1 << 29
+"""Most bytes of a codec's array: the basis of 2^14 channels in fp16."""
+MOST_CODECS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ChunkShape:
+    chunk_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ChunkGrid:
+    name: Literal["regular"]
+    configuration: _ChunkShape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Coding:
+    name: str
+    configuration: Any = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ArrayNode:
+    """The fields of an array's zarr.json that a reader needs."""
+
+    zarr_format: Literal[3]
+    node_type: Literal["array"]
+    shape: tuple[int, ...]
+    data_type: str
+    chunk_grid: _ChunkGrid
+    codecs: tuple[_Coding, ...]
 
 
 def write_zarr_nodes(
@@ -74,48 +113,50 @@ def write_zarr_nodes(
             node[...] = values
 
 
-def read_fit(root: Path, tap: str, most: int) -> dict[str, NDArray[np.generic]]:
+def read_fit(root: Path, tap: str, codec: str, most: int) -> dict[str, NDArray[np.generic]]:
     """Read one tap's codec arrays by name from the Zarr group at `root`; each array is one chunk.
 
-    Raises ValueError, before anything is read, for an array of more than `most` bytes of numbers or
-    with other chunks; OSError if a chunk cannot be read; CacheDamagedError if one is damaged.
+    Only the arrays of the codec are read, and by this module: zarr-python would open any file in
+    the group. Raises ValueError, before anything is read, for an array of more than `most` bytes of
+    numbers or with other chunks; OSError if a file cannot be read; CacheDamagedError if a chunk is
+    damaged.
     """
-    import zarr
+    return {name: _read_array(root, f"codec/{tap}/{name}", most) for name in DTYPES[codec]}
 
-    arrays = {}
-    for name, array in zarr.open_group(root, mode="r", path=f"codec/{tap}", zarr_format=3).arrays():
-        size = array.dtype.itemsize * math.prod(array.shape)
-        where = f"codec/{tap}/{name[:40]}"
-        if size > most or array.dtype.kind not in "iuf":
-            raise ValueError(
-                f"{where}: expected at most {most} bytes of numbers, got {size} of "
-                f"{array.dtype.kind!r}"
-            )
-        if array.chunks != array.shape or array.shards is not None:
-            raise ValueError(
-                f"{where}: expected one chunk of {array.shape}, got chunks of {array.chunks}"
-            )
-        described: Json = array.metadata.to_dict()
-        coding = [
-            (c["name"], c.get("configuration", {}).get("endian")) for c in described["codecs"]
-        ]
-        if coding not in (
-            [("bytes", e), ("zstd", None), ("crc32c", None)] for e in ("little", None)
-        ):
-            raise ValueError(
-                f"{where}: expected codecs bytes (little-endian), zstd and crc32c, got {coding}"
-            )
-        arrays[name] = np.empty(array.shape, array.dtype)
-        if size > 0:  # nothing is written for an array without values
-            chunk = root / "codec" / tap / name / array.metadata.encode_chunk_key((0,) * array.ndim)
-            _read_chunk(chunk, arrays[name].reshape(-1).view(np.uint8))
-    return arrays
+
+def _read_array(root: Path, where: str, most: int) -> NDArray[np.generic]:
+    """Read one array of numbers. Raises the errors of `read_fit`."""
+    node = read_json(root / where / "zarr.json", MAX_NODE_BYTES)
+    check_types(node, _ArrayNode, where)
+    shape = tuple(node["shape"])
+    dtype = np.dtype(node["data_type"])
+    size = dtype.itemsize * math.prod(shape)
+    if not 0 <= size <= most or min(shape, default=0) < 0 or dtype.kind not in "iuf":
+        raise ValueError(
+            f"{where}: expected at most {most} bytes of numbers, got {size} of {dtype.kind!r}"
+        )
+    chunks = tuple(node["chunk_grid"]["configuration"]["chunk_shape"])
+    if chunks != shape:
+        raise ValueError(f"{where}: expected one chunk of {shape}, got chunks of {chunks[:4]}")
+    coding = [(c["name"], _endian(c.get("configuration"))) for c in node["codecs"][:MOST_CODECS]]
+    if coding not in ([("bytes", e), ("zstd", None), ("crc32c", None)] for e in ("little", None)):
+        raise ValueError(
+            f"{where}: expected codecs bytes (little-endian), zstd and crc32c, got {coding}"
+        )
+    values = np.empty(shape, dtype.newbyteorder("<"))
+    if size > 0:  # nothing is written for an array without values
+        chunk = root / where / f"c{'.0' * len(shape)}"
+        _read_chunk(chunk, values.reshape(-1).view(np.uint8))
+    return values
+
+
+def _endian(configuration: Any) -> str | None:
+    return configuration.get("endian") if isinstance(configuration, dict) else None
 
 
 def _read_chunk(chunk: Path, out: NDArray[np.uint8]) -> None:
-    # Zarr's decoder would allocate what a frame claims. A frame is at most twice its content.
-    with open(chunk, "rb") as file:
-        packed = file.read(2 * len(out) + 64)
+    # A decoder may allocate what a frame claims. A frame is at most twice its content.
+    packed = read_regular(chunk, 2 * len(out) + 64)
     try:
         unpack_chunk(packed, out)
     except CacheDamagedError as error:
@@ -161,7 +202,10 @@ def _codec_arrays(
             continue
         if file_problem(root / chunk, manifest.files[chunk]) is not None:
             return None
-        packed = (root / chunk).read_bytes()[:-CRC_BYTES]
+        packed = read_regular(root / chunk, MAX_CHUNK_BYTES)[:-CRC_BYTES]
+        size = get_frame_parameters(packed).content_size
+        if size > MAX_CHUNK_BYTES:
+            return None
         flat[array] = np.frombuffer(ZstdDecompressor().decompress(packed), dtype)
     shapes: dict[str, tuple[int, ...]] = {
         "basis": (tap["channels"], -1),

@@ -8,9 +8,9 @@ from dtcache.errors import CacheMismatchError, ConfigError
 from dtcache.images import ImageSource
 from dtcache.recipe import Json
 from dtcache.samples import SampleList
-from dtcache.store.layout import MANIFEST, SAMPLES
+from dtcache.store.layout import MANIFEST
 from dtcache.store.manifest import CacheManifest, read_manifest, require_same
-from dtcache.store.sample_index import changed_samples, read_table
+from dtcache.store.sample_index import changed_samples, read_samples
 from dtcache.store.writer import require_ours
 
 
@@ -49,7 +49,7 @@ def require_same_recipe(begun: BegunCache, fixed: Json, samples: SampleList) -> 
     options = {name: value for name, value in fixed.items() if name not in lists}
     require_same(begun.root, recipe, options)
     if any(recipe[name] != fixed[name] for name in lists):
-        changes = changed_samples(read_table(begun.root / SAMPLES), samples)
+        changes = changed_samples(read_samples(begun.root, begun.manifest, bounded=False), samples)
         raise CacheMismatchError(
             f"{begun.root} holds a cache of another recipe: of other images: {changes}; pass the "
             "images and the `limit` that it was begun with, or another `out`"

@@ -1,6 +1,7 @@
 """The reports of `dtcache inspect` as narrow tables for a terminal."""
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -10,7 +11,11 @@ from dtcache.recipe import Json, tap_name
 from pipelines.terminal.text import byte_size
 
 CLASSES = 10
-"""Most classes that a terminal shows."""
+"""Most classes of a cache that a terminal shows."""
+LABELS = 200
+"""Most classes of a label set that a terminal shows."""
+NAME = 80
+"""Most characters of a class's name that a terminal shows."""
 SHOWN = 5
 """Most failures, and most damaged files, that a terminal shows; the JSON report lists all."""
 WEIGHTS = {"last": "of the last step", "average": "averaged over steps (EMA)"}
@@ -88,7 +93,7 @@ def _classes(report: Json) -> str:
     counts = report.get("class_counts")
     if not counts:
         return "no labels"
-    listed = [f"{name} {count}" for name, count in list(counts.items())[:CLASSES]]
+    listed = [f"{name[:NAME]} {count}" for name, count in islice(counts.items(), CLASSES)]
     more = f", ... ({len(counts)} classes)" if len(counts) > CLASSES else ""
     return ", ".join(listed) + more
 
@@ -185,11 +190,17 @@ def _labels(report: Json) -> list[RenderableType]:
         )
         table.add_row(label_set["name"], classes, *sizes, *map(number, measured))
     class_lines = [
-        f"classes of {label_set['name']}: {', '.join(label_set['classes'])}"
+        f"classes of {label_set['name']}: {_names(label_set['classes'])}"
         for label_set in report["labels"]
         if "classes" in label_set
     ]
     return [table, *class_lines]
+
+
+def _names(classes: Sequence[str]) -> str:
+    """Return the first names of a label set's classes, and the number of classes if it has more."""
+    more = f", ... ({len(classes)} classes)" if len(classes) > LABELS else ""
+    return ", ".join(name[:NAME] for name in classes[:LABELS]) + more
 
 
 def _encoding(recipe: Json) -> str:

@@ -19,10 +19,10 @@ from dtcache.process_settings import cpu_threads
 from dtcache.store.commits import ShardObject
 from dtcache.store.contents import WantedObject, read_contents
 from dtcache.store.label_sets import label_set_names
-from dtcache.store.layout import LABELS, SAMPLES, SHARDS
+from dtcache.store.layout import LABELS, SHARDS
 from dtcache.store.manifest import CacheManifest, require_same
 from dtcache.store.pending_shard import ShardData
-from dtcache.store.sample_index import parquet_bytes, read_table, shards_table
+from dtcache.store.sample_index import parquet_bytes, read_samples, shards_table
 from dtcache.store.shard import build_shard
 from dtcache.store.verify import Verification
 from dtcache.store.zarr_nodes import zarr_nodes
@@ -246,7 +246,7 @@ def _cached_hashes(damaged: _Damaged, shard: int, rows: range) -> Sequence[str |
         return contents.records[shard].content_sha256
     if contents.keys is None:
         return ()
-    column = read_table(damaged.root / SAMPLES)["content_sha256"][rows.start : rows.stop]
+    column = read_samples(damaged.root, damaged.manifest)["content_sha256"][rows.start : rows.stop]
     return [value.hex() if value is not None else None for value in column.to_pylist()]
 
 

@@ -4,6 +4,7 @@ Remedies and notes name options as `field`. `in_words` replaces these by the wor
 that shows them, such as the flags of a command.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
@@ -22,6 +23,9 @@ from pipelines.verify.verify import Verified
 WORDS = {"good": "good", "damaged": "DAMAGED", "incomplete": "INCOMPLETE"}
 SHOWN = 20
 """Damaged files, and unnamed files, that the terminal shows; JSON has all of them."""
+
+MAX_SAMPLES = 1_000_000
+"""Most samples that the JSON report of a cache lists, over all damaged files."""
 
 InWords = Callable[[str], str]
 
@@ -44,6 +48,17 @@ def _verification_json(
     verification: Verification, label_set: str | None, in_words: InWords
 ) -> Json:
     contents = verification.contents
+    places = islice(
+        (
+            (number, {"row": s.row, "key": s.key, "view": s.view})
+            for number, damage in enumerate(verification.damage)
+            for s in damage.samples
+        ),
+        MAX_SAMPLES,
+    )
+    samples: dict[int, list[Json]] = defaultdict(list)
+    for number, sample in places:
+        samples[number].append(sample)
     labels: Json = {
         name: _verification_json(of_set, name, in_words)
         for name, of_set in verification.labels.items()
@@ -67,9 +82,9 @@ def _verification_json(
                 "remedy": in_words(remedy(damage, label_set)),
                 "shard": damage.shard,
                 "array": damage.array,
-                "samples": [{"row": s.row, "key": s.key, "view": s.view} for s in damage.samples],
+                "samples": samples[number],
             }
-            for damage in verification.damage
+            for number, damage in enumerate(verification.damage)
         ],
         "unnamed": verification.unnamed,
         "labels": labels,

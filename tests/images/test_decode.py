@@ -127,3 +127,16 @@ def test_a_stored_image_of_impossible_length_is_refused(length: int) -> None:
         match=f"a stored image of {length} bytes does not fit into its payload of 100",
     ):
         decode_stored(payload, SQUARE)
+
+
+def test_a_stored_image_of_another_size_is_refused_undecoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stored PNG of 88 megapixels, in 88 kB, is refused by its header."""
+    sink = io.BytesIO()
+    Image.new("1", (11_000, 8_000)).save(sink, "PNG")
+    data = sink.getvalue()
+    monkeypatch.setattr(Image.Image, "load", None)
+    payload = np.frombuffer(len(data).to_bytes(4, "little") + data, np.uint8)
+    with pytest.raises(BadImageError, match="has 8000x11000 pixels, not the view's size, 16x16"):
+        decode_stored(payload, SQUARE)

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from dtcache.errors import ImagesError, ImagesNotFoundError
-from dtcache.images import FolderSource, folder, open_source
-from dtcache.images.decode import FORMATS
+from dtcache.images import FolderSource, encoded, folder, open_source
+from dtcache.images.encoded import FORMATS
 from dtcache.options import ImagesOptions
 from dtcache.rng import permuted
 from dtcache.samples import SampleList
@@ -135,7 +135,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(
 def test_a_huge_file_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file over the size limit is a failure and is not read into memory."""
     (tmp_path / "a.jpg").write_bytes(bytes(100))
-    monkeypatch.setattr(folder, "MAX_FILE_BYTES", 99)
+    monkeypatch.setattr(encoded, "MAX_FILE_BYTES", 99)
     with pytest.raises(OSError, match="100 bytes, over the limit of 99"):
         FolderSource(tmp_path).read(0)
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from store.builders import COARSE, FINE, VIEWS, tiny_plan
 
 from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
 from dtcache.hashing import canonical_json, sha256_json
+from dtcache.json_files import with_own_hash
 from dtcache.recipe import ConditionSpec, Json, Recipe
 from dtcache.store.commits import (
     CodecSums,
@@ -222,6 +224,118 @@ def test_a_map_beyond_any_payload_is_damage(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
+Place = tuple[str | int, ...]
+"""The keys and list indices that lead to a field of a JSON value."""
+
+
+def fields_of(value: object, place: Place = ()) -> Iterator[Place]:
+    """Yield the places of all fields in a JSON value, and of the first item of a list."""
+    if isinstance(value, list):
+        value = dict(enumerate(value[:1]))
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield (*place, key)
+            yield from fields_of(inner, (*place, key))
+
+
+def full_json() -> Json:
+    """Return a manifest's JSON in which every kind of field has a value."""
+    manifest = with_recipe({"equivariance": MEASURED, "round_trip": {"t150": 0.0}}, {"snrs": [3.0]})
+    value: Json = json.loads(canonical_json(manifest.to_json()))
+    del value["sha256"]
+    return value
+
+
+def may_lack(place: Place, was: object) -> bool:
+    """Return whether a field may be missing or None."""
+    return (
+        was is None
+        or place[0] in ("classes", "files", "sums")
+        or place[:2] in (("recipe", "equivariance"), ("recipe", "round_trip"))
+        or place[:3] == ("recipe", "teacher", "snrs")
+    )
+
+
+def test_no_field_may_be_missing_or_of_another_type(tmp_path: Path) -> None:
+    """Each field of a manifest, replaced by another type, an enormous value or none, is damage."""
+    places = [place for place in fields_of(full_json()) if place[0] != "format"]
+    assert len(places) > 70
+    for place in places:
+        for other in ([[]], {"a": {}}, "text", 10**40, True, None, "nothing"):
+            value = full_json()
+            inner = value
+            for key in place[:-1]:
+                inner = inner[key]
+            was = inner[place[-1]]
+            if type(other) is type(was) and other not in ("nothing", 10**40):
+                continue
+            inner[place[-1]] = other
+            if other == "nothing":
+                del inner[place[-1]]
+            (tmp_path / "manifest.json").write_bytes(canonical_json(with_own_hash(value)))
+            try:
+                read_manifest(tmp_path)
+            except CacheDamagedError as error:
+                assert len(str(error)) < 600
+            else:
+                assert other in (None, "nothing") and may_lack(place, was), (place, other)
+
+
+@pytest.mark.parametrize(
+    ("files", "is_valid"),
+    [
+        ({"samples.parquet": "0" * 64, "data.zarr/codec/t150/stride2/mean/c.0": "0" * 64}, True),
+        ({"data.zarr/zarr.json": "0" * 64, "prompt.safetensors": "0" * 64}, True),
+        ({"/etc/passwd": "0" * 64}, False),
+        ({"../other/samples.parquet": "0" * 64}, False),
+        ({"data.zarr/../../zarr.json": "0" * 64}, False),
+        ({"data.zarr//zarr.json": "0" * 64}, False),
+        ({"samples.parquet": "0" * 63}, False),
+        ({"samples.parquet": "G" * 64}, False),
+    ],
+)
+def test_a_manifest_names_only_files_of_its_cache(
+    tmp_path: Path, files: dict, is_valid: bool
+) -> None:
+    """A path outside the cache, or a text that is no SHA-256, is damage."""
+    write_manifest(tmp_path, replace(tiny_manifest(), files=files))
+    if is_valid:
+        assert read_manifest(tmp_path).files == files
+    else:
+        with pytest.raises(CacheDamagedError, match=r"not a manifest of dtcache .files: '"):
+            read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arrays", "reason"),
+    [
+        ({}, {IMAGES: {"shape": (10, 3000)}}, "array images: payloads of 3000 bytes for 192"),
+        (
+            {},
+            {FINE: {"shape": (10, VIEWS, 1 << 28)}},
+            "array t150/stride2: payloads of 268435456 bytes for 64 values",
+        ),
+        ({}, {FINE: {"shape": (10, VIEWS, 1 << 29)}}, "array 't150/stride2' of shape"),
+        ({"codec": None}, {}, "recipe.codec: expected an object"),
+    ],
+)
+def test_payloads_beyond_what_their_values_need_are_damage(
+    tmp_path: Path, recipe: dict, arrays: dict, reason: str
+) -> None:
+    """A frame of 256 million bytes for 64 values is refused by the manifest."""
+    write_manifest(tmp_path, with_sizes(recipe, arrays))
+    with pytest.raises(CacheDamagedError, match=f"not a manifest of dtcache .*{reason}"):
+        read_manifest(tmp_path)
+
+
+def test_codec_arrays_are_bounded_together(tmp_path: Path) -> None:
+    """Taps whose codec arrays would take more than 512 MB are refused before they are read."""
+    tap = tiny_plan().recipe.to_json()["teacher"]["taps"][0]
+    write_manifest(tmp_path, with_recipe({}, {"taps": [{**tap, "channels": 1 << 14}] * 2}))
+    with pytest.raises(CacheDamagedError, match="not a manifest of dtcache"):
+        read_manifest(tmp_path)
+
+
 def test_json_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A manifest or record beyond the size limit, or nested too deep, is damage."""
     (tmp_path / "commits").mkdir()
@@ -229,7 +343,7 @@ def test_json_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("dtcache.store.commits.MAX_COMMIT_BYTES", 1 << 17)
     for content, reason in (
         ("[" * (1 << 17), "nested too deep"),
-        (" " * (1 << 17) + "1", "at most 131072 bytes of JSON, got 131073"),
+        (" " * (1 << 17) + "1", "at most 131072 bytes, got 131073"),
     ):
         (tmp_path / "manifest.json").write_text(content)
         commit_path(tmp_path, 0).write_text(content)

@@ -10,10 +10,22 @@ from numcodecs.zstd import compress
 
 from dtcache.errors import CacheDamagedError
 from dtcache.store.layout import PayloadArray
-from dtcache.store.shard import ABSENT, build_shard, index_bytes, parse_index, unpack_chunk
+from dtcache.store.shard import (
+    ABSENT,
+    build_shard,
+    index_bytes,
+    max_chunk_bytes,
+    parse_index,
+    unpack_chunk,
+)
 from dtcache.store.zarr_nodes import write_zarr_nodes
 
 LENGTH = 48
+
+
+def array_of(entries: int) -> PayloadArray:
+    """Return an array whose shards have `entries` chunks."""
+    return PayloadArray(name="t1/stride2", shape=(entries, LENGTH), shard_rows=entries)
 
 
 def random_payloads(count: int, seed: int) -> list[bytes]:
@@ -27,7 +39,7 @@ def random_payloads(count: int, seed: int) -> list[bytes]:
 def read_all(shard: bytes, count: int, entries: int) -> list[bytes]:
     """Read the first `count` payloads of a shard with dtcache's own functions."""
     found = []
-    index = parse_index(shard[-index_bytes(entries) :], entries, len(shard))
+    index = parse_index(shard[-index_bytes(entries) :], array_of(entries), len(shard))
     for offset, size in index[:count].tolist():
         if offset == int(ABSENT):
             raise CacheDamagedError("absent")
@@ -105,7 +117,25 @@ def test_an_index_that_points_outside_raises(entry: tuple[int, int]) -> None:
     """An index entry outside the shard's chunks raises, even if offset + size exceeds 2^64."""
     shard = with_index(b"x" * 40, [(0, 8), entry])
     with pytest.raises(CacheDamagedError, match=r"^the shard's index points outside the file"):
-        parse_index(shard[-index_bytes(2) :], 2, len(shard))
+        parse_index(shard[-index_bytes(2) :], array_of(2), len(shard))
+
+
+@pytest.mark.parametrize("entries", [[(0, 8), (7, 8)], [(8, 32), (0, 9)], [(4, 8), (4, 8)]])
+def test_an_index_of_overlapping_chunks_raises(entries: list[tuple[int, int]]) -> None:
+    """Chunks that share bytes are refused: a small file would stand for any amount of memory."""
+    shard = with_index(b"x" * 40, entries)
+    with pytest.raises(CacheDamagedError, match=r"^the shard's index has chunks that overlap"):
+        parse_index(shard[-index_bytes(2) :], array_of(2), len(shard))
+
+
+def test_an_index_of_a_chunk_beyond_any_payload_raises() -> None:
+    """A chunk that is larger than any encoding of its payload is refused before it is read."""
+    most = max_chunk_bytes(LENGTH)
+    shard = with_index(bytes(most), [(0, most), (most, 0)])
+    parse_index(shard[-index_bytes(2) :], array_of(2), len(shard))
+    shard = with_index(bytes(most + 1), [(0, most + 1), (most + 1, 0)])
+    with pytest.raises(CacheDamagedError, match=rf"has a chunk of {most + 1} bytes for a payload"):
+        parse_index(shard[-index_bytes(2) :], array_of(2), len(shard))
 
 
 @pytest.mark.parametrize("size", [0, 8, LENGTH - 1, LENGTH + 1, 4 * LENGTH])

@@ -9,18 +9,28 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from store.builders import COARSE, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
 from support.files import flip
+from support.hostile import replace_table, reseal
 
 from dtcache import hashing
-from dtcache.errors import CacheBusyError, CacheFormatError, CacheNotFoundError
+from dtcache.errors import (
+    CacheBusyError,
+    CacheDamagedError,
+    CacheFormatError,
+    CacheNotFoundError,
+)
 from dtcache.hashing import canonical_json, sha256_json
-from dtcache.store import verify as verify_module
+from dtcache.recipe import Json
+from dtcache.store import contents as contents_module
 from dtcache.store.contents import Damage, SamplePlace, read_contents
 from dtcache.store.layout import DATA, IMAGES
-from dtcache.store.sample_index import hash_samples
+from dtcache.store.reader import CacheReader
+from dtcache.store.sample_index import SHARD_SCHEMA, hash_samples, read_table
 from dtcache.store.shard import index_bytes, parse_index
+from dtcache.store.summary import inspect_cache
 from dtcache.store.verify import (
     Verification,
     check_object,
@@ -170,7 +180,7 @@ def test_a_damaged_chunk_is_told_by_shard_tap_key_and_view(root: Path) -> None:
     wanted = next(o for o in read_contents(root).objects if (o.array.name, o.shard) == (FINE, 1))
     flip(root / wanted.path, 3)
     [damage] = verify(root).damage
-    assert damage == Damage(
+    assert replace(damage, samples=tuple(damage.samples)) == Damage(
         path="data.zarr/t150/stride2/c.1.0.0",
         reason="1 of its chunks: the checksum does not match",
         array=FINE,
@@ -181,12 +191,14 @@ def test_a_damaged_chunk_is_told_by_shard_tap_key_and_view(root: Path) -> None:
     flip(root / "data.zarr/images/c.2.0", 3)
     [damage] = verify(root).damage
     assert (damage.array, damage.shard) == (IMAGES, 2)
-    assert damage.samples == (SamplePlace(row=8, key=keys[8], view=None),)
+    assert list(damage.samples) == [SamplePlace(row=8, key=keys[8], view=None)]
     flip(root / "data.zarr/images/c.2.0", 3)
     flip(root / "data.zarr/t150/stride4/c.2.0.0", -2)
     [damage] = verify(root).damage
     assert damage.reason == "the shard's index is damaged"
-    assert damage.samples == tuple(SamplePlace(row=row, key=keys[row], view=None) for row in (8, 9))
+    assert list(damage.samples) == [
+        SamplePlace(row=row, key=keys[row], view=None) for row in (8, 9)
+    ]
 
 
 def test_every_chunk_of_a_shard_is_located(root: Path) -> None:
@@ -195,7 +207,7 @@ def test_every_chunk_of_a_shard_is_located(root: Path) -> None:
     path = root / array.object_path(0)
     content = path.read_bytes()
     entries = array.shard_rows * array.payloads_per_row
-    offsets = parse_index(content[-index_bytes(entries) :], entries, len(content))[:, 0].tolist()
+    offsets = parse_index(content[-index_bytes(entries) :], array, len(content))[:, 0].tolist()
     for entry, offset in enumerate(offsets):
         flip(path, offset, 1 << offset % 8)
         [damage] = verify(root).damage
@@ -295,7 +307,8 @@ def test_without_a_sample_index_rows_are_named(root: Path) -> None:
     flip(root / "samples.parquet", 99)
     flip(root / f"data.zarr/{FINE}/c.0.0.0", 3)
     damage = {d.path: d for d in verify(root).damage}
-    assert damage[f"data.zarr/{FINE}/c.0.0.0"].samples == (SamplePlace(row=0, key=None, view=0),)
+    [sample] = damage[f"data.zarr/{FINE}/c.0.0.0"].samples
+    assert sample == SamplePlace(row=0, key=None, view=0)
     assert damage["samples.parquet"].reason.startswith("expected SHA-256 ")
 
 
@@ -345,7 +358,7 @@ def test_a_commit_record_of_another_cache_is_damage(begun: Path) -> None:
         [damage] = verify(begun).damage
         assert (damage.path, damage.reason) == (
             "commits/000001.json",
-            "the record belongs to another cache",
+            "the record belongs to another cache; delete it and run dtcache extract again",
         )
         path.write_bytes(content)
     path.rename(path.with_name("1of2.json"))
@@ -375,15 +388,23 @@ def test_a_disk_that_fails_to_read_is_damage(root: Path, monkeypatch: pytest.Mon
     real = hashing.file_sha256
 
     def failing(path: Path) -> str:
-        if path.name in ("c.1.0.0", "zarr.json") and path.parent.name == "stride2":
+        if path.name == "zarr.json" and path.parent.name == "stride2":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(path)
 
     monkeypatch.setattr(hashing, "file_sha256", failing)
-    monkeypatch.setattr(verify_module, "file_sha256", failing)
+    chunk = (root / f"data.zarr/{FINE}/c.1.0.0").stat().st_ino
+    pread = os.pread
+
+    def failing_pread(handle: int, size: int, offset: int) -> bytes:
+        if os.fstat(handle).st_ino == chunk:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(handle, size, offset)
+
+    monkeypatch.setattr(os, "pread", failing_pread)
     found = {damage.path: damage.reason for damage in verify(root).damage}
     assert found == {
-        f"data.zarr/{FINE}/c.1.0.0": "it cannot be read (Input/output error)",
+        f"data.zarr/{FINE}/c.1.0.0": "Input/output error at byte 0; check the disk",
         f"data.zarr/{FINE}/zarr.json": "it cannot be read (Input/output error)",
         f"data.zarr/codec/{FINE}/zarr.json": "it cannot be read (Input/output error)",
     }
@@ -446,3 +467,80 @@ def test_files_of_the_system_are_nobodys(state: str, request: pytest.FixtureRequ
     assert (after.damage, after.unnamed) == (before.damage, before.unnamed) == ((), {})
     begin(root, tiny_plan())
     assert all((root / name).read_bytes() == b"nobody's" for name in names)
+
+
+def of_a_billion_samples(manifest: Json) -> None:
+    """Change a manifest to 2^30 samples in shards of 2^20 rows."""
+    manifest["recipe"] |= {"num_samples": 1 << 30, "shard_rows": 1 << 20}
+    for array in manifest["arrays"].values():
+        array["shape"][0] = 1 << 30
+        array["shard_rows"] = 1 << 20
+
+
+def test_a_billion_samples_without_a_row_are_told_at_once(root: Path) -> None:
+    """A manifest of 2^30 samples is held against its tables; no sample takes memory."""
+    reseal(root, of_a_billion_samples)
+    found = verify(root)
+    damage = {d.path: d.reason for d in found.damage}
+    assert damage["samples.parquet"].startswith("expected 1073741824 rows, got 10")
+    assert damage["shards.parquet"].startswith("expected one row per shard and array, 3072, got 9")
+    assert sum(len(d.samples) for d in found.damage) == 3 << 30
+    with pytest.raises(CacheDamagedError, match="expected 1073741824 rows, got 10"):
+        inspect_cache(root)
+
+
+def test_more_files_than_any_index_lists_are_not_looked_for(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a shard index, the files of a manifest of any number of shards are not listed."""
+    monkeypatch.setattr(contents_module, "MAX_UNLISTED", 3071)
+    reseal(root, of_a_billion_samples)
+    assert verify(root).contents.objects == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "samples.parquet",
+        "shards.parquet",
+        "extraction.log.json",
+        f"data.zarr/{FINE}/zarr.json",
+        f"data.zarr/codec/{FINE}/mean/c.0",
+        f"data.zarr/{FINE}/c.0.0.0",
+    ],
+)
+def test_a_fifo_makes_no_check_wait(root: Path, name: str) -> None:
+    """A FIFO in place of a file of a cache is damage of that file."""
+    (root / name).unlink()
+    os.mkfifo(root / name)
+    [damage] = verify(root).damage
+    assert damage.path == name
+    assert "got a FIFO" in damage.reason or damage.reason == "no file"
+
+
+def test_a_fifo_in_place_of_a_record_makes_no_check_wait(begun: Path) -> None:
+    """A FIFO in place of a commit record is damage of that record; inspect refuses it."""
+    path = begun / "commits" / "000000.json"
+    path.unlink()
+    os.mkfifo(path)
+    [damage] = verify(begun).damage
+    assert damage.path == "commits/000000.json" and "got a FIFO" in damage.reason
+    with pytest.raises(CacheDamagedError, match=r"000000\.json: not a commit .* got a FIFO"):
+        inspect_cache(begun)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("bytes", -1), ("bytes", 1 << 40), ("sha256", "0"), ("path", "../x")]
+)
+def test_a_shard_index_of_impossible_files_is_damage(
+    root: Path, column: str, value: object
+) -> None:
+    """A size that no shard can have, a text that is no hash and a foreign path are refused."""
+    table = read_table(root / "shards.parquet", SHARD_SCHEMA)
+    rows = table.to_pylist()
+    rows[0][column] = value
+    replace_table(root / "shards.parquet", pa.Table.from_pylist(rows, SHARD_SCHEMA))
+    [damage] = verify(root).damage
+    assert damage.path == "shards.parquet"
+    with pytest.raises(CacheDamagedError, match=r"shards\.parquet: "):
+        CacheReader(root)

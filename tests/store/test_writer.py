@@ -27,7 +27,7 @@ from dtcache.errors import (
 from dtcache.hashing import file_sha256, sha256_json
 from dtcache.store.commits import read_commits, total_sums, write_commit
 from dtcache.store.manifest import read_manifest
-from dtcache.store.sample_index import parquet_bytes, read_table
+from dtcache.store.sample_index import SCHEMA, SHARD_SCHEMA, parquet_bytes, read_table
 from dtcache.store.writer import CacheWriter, require_ours
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
@@ -55,7 +55,7 @@ def test_create_write_seal(tmp_path: Path) -> None:
     assert manifest.sums == total_sums(records[s] for s in range(3))
     listed = {
         *manifest.files,
-        *read_table(tmp_path / "shards.parquet")["path"].to_pylist(),
+        *read_table(tmp_path / "shards.parquet", SHARD_SCHEMA)["path"].to_pylist(),
         "manifest.json",
     }
     assert listed == {
@@ -68,13 +68,13 @@ def test_indices_hold_what_was_written(tmp_path: Path) -> None:
     """samples.parquet holds keys, labels, hashes and failures; shards.parquet sizes and hashes."""
     plan = tiny_plan()
     write_cache(tmp_path, plan)
-    samples = read_table(tmp_path / "samples.parquet").to_pydict()
+    samples = read_table(tmp_path / "samples.parquet", SCHEMA).to_pydict()
     assert samples["key"] == [s.key for s in plan.samples]
     assert samples["label"] == [s.label for s in plan.samples]
     hashes = [h for shard in plan.shards for h in shard.content_sha256]
     assert samples["content_sha256"] == [bytes.fromhex(h) if h else None for h in hashes]
     assert [row for row, reason in enumerate(samples["failure"]) if reason] == [FAILED_ROW]
-    for entry in read_table(tmp_path / "shards.parquet").to_pylist():
+    for entry in read_table(tmp_path / "shards.parquet", SHARD_SCHEMA).to_pylist():
         path = tmp_path / entry["path"]
         assert (path.stat().st_size, file_sha256(path)) == (entry["bytes"], entry["sha256"])
 
@@ -218,7 +218,7 @@ def test_seal_refuses_samples_that_the_recipe_does_not_name(tmp_path: Path) -> N
     writer = begin(tmp_path, plan)
     for data in plan.shards:
         writer.write_shard(data)
-    table = read_table(tmp_path / "samples.parquet")
+    table = read_table(tmp_path / "samples.parquet", SCHEMA)
     keys = ["another.png", *table["key"].to_pylist()[1:]]
     other = table.set_column(1, table.schema.field("key"), [keys])
     (tmp_path / "samples.parquet").write_bytes(parquet_bytes(other))

@@ -59,8 +59,9 @@ def knn_accuracy(
     rows = np.concatenate([group.pooled_rows for group in groups])
     labels_R = labels.take(pa.array(rows))
     known = labels_R.is_valid().to_numpy()
-    classes = labels_R.filter(pa.array(known)).to_numpy().astype(np.int64)
-    if len(classes) < LEAST_LABELLED or len(np.unique(classes)) < 2:
+    # Numbered anew: a label may be any 32-bit number, and votes are counted by number.
+    names, classes = np.unique(labels_R.filter(pa.array(known)).to_numpy(), return_inverse=True)
+    if len(classes) < LEAST_LABELLED or len(names) < 2:
         return None, None
     pooled = np.concatenate([group.pooled_RC for group in groups if len(group.pooled_rows)])[known]
     fold = np.random.default_rng(0).permutation(len(classes)) % FOLDS

@@ -26,9 +26,9 @@ from dtcache.cache.selection import held_out, split_rows
 from dtcache.device import resolve_compute
 from dtcache.losses.objective import make_objective
 from dtcache.options import TrainOptions
-from dtcache.store.commits import CommitRecord, ShardObject, write_commit
+from dtcache.store.commits import CommitRecord, write_commit
 from dtcache.store.manifest import CacheManifest, read_manifest, write_manifest
-from dtcache.store.sample_index import read_objects, read_table
+from dtcache.store.sample_index import read_objects, read_samples
 from dtcache.student import Augmentation, Student, build_student
 from pipelines.train.distillation import DecodedBatch, Distillation
 
@@ -402,16 +402,14 @@ def test_what_is_committed_can_be_trained_on(cache: Path, tmp_path: Path) -> Non
 
 def record_of(root: Path, manifest: CacheManifest, shard: int) -> CommitRecord:
     """Return the record of a committed shard of a sealed cache, without its sums."""
-    listed = {path: (size, sha256) for path, size, sha256 in read_objects(root)}
+    listed = read_objects(root, manifest)
     paths = [array.object_path(shard) for array in manifest.arrays.values()]
     rows = manifest.rows_of(shard)
-    content = read_table(root / "samples.parquet")["content_sha256"].to_pylist()
+    content = read_samples(root, manifest)["content_sha256"].to_pylist()
     return CommitRecord(
         shard=shard,
         fingerprint=manifest.fingerprint,
-        objects=tuple(
-            ShardObject(path=path, size=listed[path][0], sha256=listed[path][1]) for path in paths
-        ),
+        objects=tuple(listed[path] for path in paths),
         content_sha256=tuple(content[row].hex() for row in rows),
         failures=(),
         sums={},
