@@ -98,9 +98,14 @@ def open_source(
 
 
 def _files(folder: Path, extension: str) -> list[Path]:
-    """Return a folder's files with an extension, sorted, without hidden ones."""
+    """Return a folder's files with an extension, sorted, without hidden ones.
+
+    A FIFO or a device is none of them; a link that leads nowhere is, and fails when it is read.
+    """
     return sorted(
-        p for p in folder.glob(f"*{extension}") if not is_hidden(p.name) and not p.is_dir()
+        p
+        for p in folder.glob(f"*{extension}")
+        if not is_hidden(p.name) and (p.is_file() or not p.exists())
     )
 
 

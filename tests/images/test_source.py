@@ -1,11 +1,13 @@
 """A source's kind follows from what its path holds."""
 
+import os
 import tarfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from dtcache.errors import ConfigError, ImagesNotFoundError
 from dtcache.images import open_source
@@ -101,3 +103,13 @@ def test_images_beside_parquet_files_are_counted(tmp_path: Path) -> None:
     (tmp_path / "2.png").touch()
     source = open_source(tmp_path, ImagesOptions(split="test"))
     assert "2 image files beside Parquet files (2.png, assets/1.png)" in source.survey.summary
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.tar"])
+def test_a_fifo_is_no_file_of_images(tmp_path: Path, name: str) -> None:
+    """A FIFO with the name of a table or an archive makes no reader wait."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ImagesNotFoundError, match="no images under"):
+        open_source(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    assert list(open_source(tmp_path).keys) == ["b.png"]
