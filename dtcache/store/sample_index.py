@@ -195,7 +195,7 @@ def _read_columns(handle: BinaryIO, schema: pa.Schema, limit: int | None) -> pa.
             size += sum(_text_bytes(table[name]) for name in texts)
             _require_room(size, limit)
             tables.append(table.cast(schema))
-    return pa.concat_tables(tables).combine_chunks()
+    return pa.concat_tables(tables)
 
 
 def _described(columns: Sequence[tuple[str, pa.DataType]]) -> str:
