@@ -1,7 +1,7 @@
 """From gradients to updated weights: optimizer, schedule, clipping, loss scale, EMA."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,6 +15,8 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 NEVER_DECAYED = ("pos_embed", "cls_token", "reg_token", "relative_position_bias_table")
 """Names of parameters that have no weight decay, in whatever module they are."""
+MOMENTS = (("step", "exp_avg", "exp_avg_sq"), ("exp_avg", "exp_avg_sq"))
+"""Names of a parameter's moments: of AdamW, and of Lamb."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,18 +112,84 @@ class Optimization:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from `state_dict()`; other entries are ignored.
 
-        The loss scale starts anew if the state comes from a run that did not scale the loss. Raises
-        ValueError, KeyError or RuntimeError if the state belongs to other parameters or to another
-        grouping of them.
+        The hyperparameters stay those of the spec. The loss scale starts anew if the state comes
+        from a run that did not scale the loss. Raises ValueError, KeyError, TypeError or
+        AttributeError if the state belongs to other parameters or to another grouping of them, or
+        has values that training cannot produce.
         """
-        for name, value in self._states().items():
-            if name != "scaler" or state[name]:
-                value.load_state_dict(state[name])
-        for parameter, moments in self._optimizer.state.items():
-            shapes = {tuple(x.shape) for x in moments.values() if isinstance(x, Tensor) and x.ndim}
-            if shapes - {tuple(parameter.shape)}:
-                # torch checks the number of parameters per group, but not their shapes.
-                raise ValueError(f"the optimizer's state of a parameter has the shapes {shapes}")
+        moments = self._checked_moments(state["optimizer"])
+        if self._average is not None:
+            require_same_tensors("average", self._average.state_dict(), state["average"])
+            if state["average"]["n_averaged"] < 0:
+                raise ValueError("average: its number of updates is negative")
+            self._average.load_state_dict(state["average"])
+        if state["scaler"] and self._spec.scale_loss:
+            for name in self._scaler.state_dict():
+                _require_positive(f"scaler: {name}", state["scaler"][name], least=0)
+            self._scaler.load_state_dict(state["scaler"])
+        self._optimizer.load_state_dict(moments)
+
+    def _checked_moments(self, got: dict[str, Any]) -> dict[str, Any]:
+        """Return an optimizer's state with the moments in `got` and the spec's hyperparameters.
+
+        torch checks the number of parameters per group, but not the shapes and values of moments.
+        """
+        groups: list[dict[str, Any]] = self._optimizer.state_dict()["param_groups"]
+        if [group["params"] for group in groups] != [g["params"] for g in got["param_groups"]]:
+            raise ValueError("optimizer: its groups have other parameters")
+        for mine, theirs in zip(groups, got["param_groups"], strict=True):
+            # Lamb counts its steps per group, AdamW per parameter.
+            if "step" in theirs:
+                mine["step"] = int(_require_positive("optimizer: step", theirs["step"]))
+        parameters = [x for group in self._optimizer.param_groups for x in group["params"]]
+        names: set[frozenset[str]] = set()
+        for number, moments in got["state"].items():
+            if number not in range(len(parameters)):
+                raise ValueError(f"optimizer: parameter {number} is unknown")
+            names.add(frozenset(moments))
+            for name, value in moments.items():
+                title = f"optimizer: {name} of parameter {number}"
+                if name == "step":
+                    _require_tensor(title, value, torch.Size([]))
+                    _require_positive(title, float(value))
+                else:
+                    _require_tensor(title, value, parameters[number].shape)
+                    if not value.is_floating_point():
+                        raise TypeError(f"{title}: expected floating point, got {value.dtype}")
+        if names - {frozenset(known) for known in MOMENTS}:
+            raise ValueError("optimizer: the moments of some parameters are missing or unknown")
+        return {"state": got["state"], "param_groups": groups}
+
+
+def require_same_tensors(title: str, own: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `got` has tensors of the names, shapes and dtypes of `own`.
+
+    They must be finite. torch would convert other dtypes silently.
+    """
+    if own.keys() != got.keys():
+        differing = sorted(map(str, own.keys() ^ got.keys()))
+        raise ValueError(f"{title}: missing or unknown: {', '.join(differing[:3])}")
+    for name, mine in own.items():
+        _require_tensor(f"{title}: {name}", got[name], mine.shape)
+        if got[name].dtype != mine.dtype:
+            raise ValueError(f"{title}: {name}: expected {mine.dtype}, got {got[name].dtype}")
+
+
+def _require_tensor(title: str, value: Any, shape: torch.Size) -> None:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        raise TypeError(f"{title}: expected a tensor, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"{title}: expected the shape {list(shape)}, got {list(value.shape)}")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{title}: expected finite values")
+
+
+def _require_positive(title: str, value: Any, least: float = 1) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{title}: expected a number, got {type(value).__name__}")
+    if not least <= value < math.inf:
+        raise ValueError(f"{title}: expected {least} or more, got {value}")
+    return value
 
 
 def parameter_groups(network: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -17,10 +17,10 @@ from dtcache.atomic_files import FolderLock, disk_errors, write_file
 from dtcache.compilation import compile_errors, compiled
 from dtcache.device import Compute, resolve_compute
 from dtcache.device_memory import memory_errors
-from dtcache.errors import ImagesError, TrainingError
+from dtcache.errors import CacheDamagedError, ImagesError, TrainingError, one_line
 from dtcache.hashing import sha256_json
 from dtcache.images import ImageSource, load_views
-from dtcache.optim import Optimization, OptimizationSpec
+from dtcache.optim import Optimization, OptimizationSpec, require_same_tensors
 from dtcache.options import TeachOptions, parse_ints, parse_size
 from dtcache.options.images import READING_NAMES
 from dtcache.process_settings import configure_process
@@ -34,7 +34,12 @@ from dtcache.teacher.ddpm import (
     sample_images,
     save_teacher,
 )
-from pipelines.runs.checkpoint import checkpoint_errors, load_checkpoint, save_checkpoint
+from pipelines.runs.checkpoint import (
+    checkpoint_errors,
+    load_checkpoint,
+    require_number,
+    save_checkpoint,
+)
 from pipelines.runs.curves import plot_curves
 from pipelines.runs.folder import CHECKPOINT, claim_run
 from pipelines.terminal.open_images import open_images
@@ -78,9 +83,22 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
         claim_run(out, identity, VOLATILE)
         if not (out / LOSSES).exists():
             _train(source, rows, out, trainer, folder)
-        losses = json.loads((out / LOSSES).read_text("utf-8"))
+        losses = _losses(out)
     final_loss = float(np.mean(losses[-AVERAGED_LOSSES:])) if losses else None
     return Taught(out=out, steps=options.steps, final_loss=final_loss)
+
+
+def _losses(out: Path) -> list[float]:
+    """Return the losses of a finished run. Raises CacheDamagedError if they are no numbers."""
+    try:
+        losses = json.loads((out / LOSSES).read_text("utf-8"))
+        for value in losses:
+            require_number("a loss", value)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CacheDamagedError(
+            f"{out / LOSSES}: not the losses of a run ({one_line(error)}); pass another `out`"
+        ) from error
+    return list(losses)
 
 
 def _train(
@@ -212,10 +230,16 @@ class TeacherTrainer:
         state = load_checkpoint(out)
         if state is not None:
             with checkpoint_errors(out):
-                self._unet.load_state_dict(state["unet"])
+                require_number("step", state["step"], kind=int, most=self.options.steps)
+                if len(state["losses"]) != state["step"]:
+                    raise ValueError("expected one loss per step")
+                for value in state["losses"]:
+                    require_number("a loss", value)
+                require_same_tensors("unet", self._unet.state_dict(), state["unet"])
                 self._optimization.load_state_dict(state)
+                self._unet.load_state_dict(state["unet"])
                 self.steps_done = state["step"]
-                self.losses = state["losses"]
+                self.losses = list(state["losses"])
 
     def _save_teacher(self, folder: Path) -> None:
         dtype = torch.float16 if self.options.weights == "fp16" else torch.float32

@@ -1,5 +1,9 @@
 """The optimizer, its parameter groups, its schedule and the EMA of weights."""
 
+import copy
+import re
+from typing import Any
+
 import pytest
 import torch
 from timm.models.resnet import BasicBlock, ResNet
@@ -9,7 +13,13 @@ from timm.models.xcit import Xcit
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from dtcache.optim import Optimization, OptimizationSpec, parameter_groups, warmed_up_ema
+from dtcache.optim import (
+    Optimization,
+    OptimizationSpec,
+    parameter_groups,
+    require_same_tensors,
+    warmed_up_ema,
+)
 
 
 def small_vit() -> VisionTransformer:
@@ -96,5 +106,82 @@ def test_a_state_of_other_groups_is_refused(change: str) -> None:
     before = Optimization(saved, spec)
     before.backward(saved(torch.ones(1, 2)).sum())
     before.update(0)
-    with pytest.raises(ValueError, match=r"size of optimizer's group|state of a parameter has the"):
+    with pytest.raises(
+        ValueError, match=r"groups have other parameters|of parameter \d: expected the shape"
+    ):
         Optimization(now, spec).load_state_dict(before.state_dict())
+
+
+def _set(state: dict[str, Any], path: str, value: Any) -> None:
+    """Replace an entry of a nested state; a number in the path is an index."""
+    *folders, last = [int(name) if name.isdecimal() else name for name in path.split(".")]
+    inner: Any = state
+    for name in folders:
+        inner = inner[name]
+    inner[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ("optimizer.state.0.exp_avg", torch.zeros(()).expand(1 << 40), "expected the shape [2, 3]"),
+        ("optimizer.state.0.exp_avg", torch.full((2, 3), float("nan")), "expected finite values"),
+        ("optimizer.state.0.exp_avg", torch.zeros(2, 3, dtype=torch.int64), "floating point"),
+        ("optimizer.state.0.exp_avg", "x", "expected a tensor, got str"),
+        ("optimizer.state.0.step", torch.tensor(-1.0), "expected 1 or more, got -1.0"),
+        ("optimizer.state.0", {"step": torch.tensor(1.0)}, "missing or unknown"),
+        ("optimizer.state.7", {}, "parameter 7 is unknown"),
+        ("optimizer.param_groups.0.params", [1], "its groups have other parameters"),
+        ("average.n_averaged", torch.tensor(-1), "its number of updates is negative"),
+        ("average.n_averaged", torch.tensor(1.0), "expected torch.int64, got torch.float32"),
+        ("average", {}, "average: missing or unknown"),
+    ],
+)
+def test_a_state_that_training_cannot_produce_is_refused(
+    path: str, value: Any, reason: str
+) -> None:
+    """A misshapen, mistyped, missing or non-finite entry is refused, and nothing is loaded."""
+    network = nn.Linear(3, 2)
+    optimization = Optimization(network, OptimizationSpec(lr=0.1, total_steps=9, ema_decay=0.9))
+    optimization.backward(network(torch.ones(1, 3)).sum())
+    optimization.update(0)
+    state = copy.deepcopy(optimization.state_dict())
+    optimization.load_state_dict(state)
+    before = copy.deepcopy(optimization.state_dict()["optimizer"]["state"])
+    _set(state, path, value)
+    with pytest.raises((ValueError, TypeError), match=re.escape(reason)):
+        optimization.load_state_dict(state)
+    after = optimization.state_dict()["optimizer"]["state"]
+    assert all(torch.equal(before[i][name], after[i][name]) for i in before for name in before[i])
+
+
+def test_a_state_sets_no_hyperparameter() -> None:
+    """The decay, the betas and the direction of a step are those of the spec, not of a file."""
+    network = nn.Linear(3, 2)
+    spec = OptimizationSpec(lr=0.1, total_steps=9, weight_decay=0.1)
+    optimization = Optimization(network, spec)
+    expected = copy.deepcopy(optimization.state_dict()["optimizer"]["param_groups"])
+    state = copy.deepcopy(optimization.state_dict())
+    state["optimizer"]["param_groups"][0] |= {"maximize": True, "weight_decay": 9.0, "betas": "x"}
+    optimization.load_state_dict(state)
+    assert optimization.state_dict()["optimizer"]["param_groups"] == expected
+
+
+@pytest.mark.parametrize(
+    ("got", "reason"),
+    [
+        ({}, "student: missing or unknown: bias, weight"),
+        (
+            {"weight": torch.zeros(2, 3), "bias": torch.zeros(3)},
+            "student: bias: expected the shape",
+        ),
+        ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2).half()}, "expected torch.float32"),
+        ({"weight": torch.zeros(2, 3), "bias": [0.0, 0.0]}, "expected a tensor, got list"),
+    ],
+)
+def test_other_weights_are_refused_by_name(got: dict[str, Any], reason: str) -> None:
+    """Weights of other names, shapes, dtypes or types are refused; equal ones pass."""
+    own = nn.Linear(3, 2).state_dict()
+    require_same_tensors("student", own, own)
+    with pytest.raises((ValueError, TypeError), match=re.escape(reason)):
+        require_same_tensors("student", own, got)

@@ -1,13 +1,13 @@
 """The report of a student's run: options, curves and results, from its JSON files alone."""
 
-import json
 from pathlib import Path
 
 from dtcache.errors import CacheDamagedError, ConfigError
 from dtcache.json_files import read_json
 from dtcache.recipe import Json
 from dtcache.store.summary import SCHEMA
-from pipelines.runs.folder import METRICS, RUN, SUMMARY
+from pipelines.runs.folder import RUN, SUMMARY, read_summary
+from pipelines.runs.metrics import read_metrics
 
 MAX_BYTES = 256 << 20
 HELD_OUT = "held_out/"
@@ -33,8 +33,8 @@ def inspect_run(root: Path) -> Json:
             f"{root / RUN}: not the options of dtcache train; pass the folder of a student's run"
         )
     finished = (root / SUMMARY).is_file()
-    results = _read_object(root / SUMMARY) if finished else None
-    curves = _curves(root / METRICS)
+    results = read_summary(root) if finished else None
+    curves = _curves(root)
     return {
         "schema": SCHEMA,
         "kind": "run",
@@ -70,24 +70,13 @@ def _read_object(path: Path) -> Json:
         ) from error
 
 
-def _curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+def _curves(root: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Return steps and values of every metric, up to a line that was not written to its end."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    if not path.is_file():
-        return curves
-    if path.stat().st_size > MAX_BYTES:
-        raise CacheDamagedError(
-            f"{path}: expected at most {MAX_BYTES} bytes, got {path.stat().st_size}"
-        )
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            values = json.loads(line)
-            step = int(values.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            break
-        for name, value in values.items():
-            if isinstance(value, int | float):
+    for line in read_metrics(root):
+        for name, value in line.items():
+            if name != "step":
                 steps, numbers = curves.setdefault(name, ([], []))
-                steps.append(step)
+                steps.append(line["step"])
                 numbers.append(float(value))
     return curves

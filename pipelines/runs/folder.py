@@ -5,7 +5,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from dtcache.atomic_files import disk_errors, is_system_file, write_file
-from dtcache.errors import CacheDamagedError, CacheMismatchError
+from dtcache.errors import CacheDamagedError, CacheMismatchError, one_line
+from dtcache.json_files import read_json
 from dtcache.recipe import Json
 
 RUN = "run.json"
@@ -18,6 +19,8 @@ TENSORBOARD = "tensorboard"
 TRACKER = "tracker.json"
 BACKBONE = "backbone"
 """Folder of the trained backbone."""
+MAX_BYTES = 64 << 20
+"""Most bytes of a JSON file of a run."""
 
 
 def claim_run(out: Path, identity: Json, volatile: Collection[str]) -> None:
@@ -51,9 +54,9 @@ def require_same_run(out: Path, identity: Json, volatile: Collection[str]) -> No
             )
         return
     try:
-        recorded = json.loads(path.read_text("utf-8"))
+        recorded = read_json(path, MAX_BYTES)
     except ValueError as error:
-        raise CacheDamagedError(f"{path}: not JSON ({error}); pass another `out`") from error
+        raise CacheDamagedError(f"{path}: {error}; pass another `out`") from error
     for name, value in _as_json(identity).items():
         if name not in volatile and recorded.get(name) != value:
             raise CacheMismatchError(
@@ -67,10 +70,41 @@ def finished_epochs(out: Path) -> int | None:
     if not (out / SUMMARY).is_file() or not (out / RUN).is_file():
         return None
     try:
-        epochs = json.loads((out / RUN).read_text("utf-8"))["epochs"]
-    except (ValueError, KeyError, TypeError):
+        epochs = read_json(out / RUN, MAX_BYTES)["epochs"]
+    except (ValueError, KeyError):
         return None
     return epochs if isinstance(epochs, int) else None
+
+
+def read_summary(out: Path) -> Json:
+    """Return the results of a finished run, whose fields have the types that training writes.
+
+    Raises CacheDamagedError.
+    """
+    path = out / SUMMARY
+    try:
+        summary = read_json(path, MAX_BYTES)
+        for name in ("steps", "seconds", "images_per_second", "wait_share"):
+            _require_number(name, summary[name])
+        if summary["loss"] is not None:
+            _require_number("loss", summary["loss"])
+        for name in ("held_out", "noise_floor"):
+            for metric, value in summary[name].items():
+                _require_number(f"{name} {metric}", value)
+        if not isinstance(summary["steps"], int) or summary["steps"] < 0:
+            raise ValueError(f"steps is {summary['steps']}")
+        if "loss" not in summary["held_out"]:
+            raise ValueError("held_out has no loss")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheDamagedError(
+            f"{path}: not the summary of a run ({one_line(error)}); train again"
+        ) from error
+    return summary
+
+
+def _require_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
+        raise TypeError(f"{name} is {str(value)[:40]!r}, not a number")
 
 
 def _as_json(identity: Json) -> Json:

@@ -1,5 +1,6 @@
 """A run's metrics: the lines of `metrics.jsonl`, which a tracker receives too."""
 
+import itertools
 import json
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -7,9 +8,15 @@ from types import TracebackType
 from typing import Self
 
 from dtcache.atomic_files import disk_errors, write_file
+from dtcache.errors import CacheDamagedError
 from dtcache.recipe import Json
 from pipelines.runs.folder import METRICS
 from pipelines.runs.trackers import Tracker
+
+MAX_BYTES = 256 << 20
+"""Most bytes of metrics that are read."""
+LARGEST = 1e300
+"""Bound of the numbers in metrics, which JSON does not bound."""
 
 
 class MetricsFile:
@@ -25,9 +32,8 @@ class MetricsFile:
         """
         self._path = out / METRICS
         self._tracker = tracker
-        lines = self._path.read_text("utf-8").splitlines() if self._path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        write_file(self._path, "".join(f"{line}\n" for line in kept).encode())
+        kept = [line for line in _lines_of(self._path) if line and line["step"] <= step]
+        write_file(self._path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
     def __enter__(self) -> Self:
         return self
@@ -65,13 +71,31 @@ class NoMetrics(AbstractContextManager["NoMetrics"]):
 
 
 def read_metrics(out: Path) -> list[Json]:
-    """Return all lines of a run's metrics."""
-    return [json.loads(line) for line in (out / METRICS).read_text("utf-8").splitlines()]
+    """Return the lines of a run's metrics up to one that was not written to its end.
+
+    Each has a `step`, an integer of 0 or more, and finite numbers. Raises CacheDamagedError if the
+    file is too large.
+    """
+    return [line for line in itertools.takewhile(bool, _lines_of(out / METRICS)) if line]
 
 
-def _step_of(line: str) -> float:
-    """Return a line's step; infinity for a line that was not written to its end."""
+def _lines_of(path: Path) -> list[Json | None]:
+    """Return every line of a file; None for a line that is not one of metrics."""
+    if not path.is_file():
+        return []
+    if path.stat().st_size > MAX_BYTES:
+        raise CacheDamagedError(
+            f"{path}: expected at most {MAX_BYTES} bytes, got {path.stat().st_size}"
+        )
+    return [_parsed(line) for line in path.read_bytes().splitlines()]
+
+
+def _parsed(line: bytes) -> Json | None:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        return None
+    are_numbers = all(type(v) in (int, float) and abs(v) < LARGEST for v in values.values())
+    return values if are_numbers and values["step"] >= 0 else None

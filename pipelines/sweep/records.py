@@ -69,6 +69,7 @@ def read_record(step: Step) -> Record | None:
     try:
         record = Record(**read_json(step.record, MAX_BYTES))
         recorded = dict(record.identity)
+        _require_types(record)
     except (OSError, ValueError, TypeError) as error:
         raise CacheDamagedError(
             f"{step.record}: not a record of this sweep ({error}); delete it to do the step again"
@@ -80,6 +81,21 @@ def read_record(step: Step) -> Record | None:
                 f"{value!r}; change it back, or pass a new name or another `out`"
             )
     return record
+
+
+def _require_types(record: Record) -> None:
+    """Raise TypeError unless the fields of a record have their types and its counts are 0 or more.
+
+    A dataclass does not check them.
+    """
+    for name in ("cpu_seconds", "wall_seconds", "shared"):
+        value = getattr(record, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300:
+            raise TypeError(f"{name} is {str(value)[:40]!r}")
+    if not isinstance(record.result, dict | None) or not isinstance(record.shared, int):
+        raise TypeError("its result is no object, or shared is no integer")
+    if not isinstance(record.version, str) or not isinstance(record.commit, str):
+        raise TypeError("its version or its commit is no text")
 
 
 def finished(step: Step) -> Record | None:

@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 
 from dtcache.atomic_files import write_file
 from dtcache.errors import CacheDamagedError
-from dtcache.json_files import read_json
 from dtcache.recipe import Json
-from pipelines.runs.folder import SUMMARY
+from pipelines.runs.folder import SUMMARY, read_summary
 from pipelines.sweep.jobs import Run
 from pipelines.sweep.plan import Plan
 from pipelines.sweep.records import Record, finished
@@ -44,7 +43,6 @@ SCHEMA = pa.schema(
         ("commit", pa.string()),
     ]
 )
-MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,21 +152,26 @@ def _rows_of(run: Run) -> Iterator[Row]:
         record = finished(run.evaluating(evaluation))
         if record is not None and record.result is not None:
             for metric in SCORES[evaluation.options.task]:
-                value = float(record.result[metric])
+                value = _score(record.result, metric, run.evaluating(evaluation).record)
                 yield _row(run, record, evaluation.task, evaluation.seed, metric, value)
+
+
+def _score(result: Json, metric: str, path: Path) -> float:
+    """Return a metric of an evaluation, per cent. Raises CacheDamagedError if it is no number."""
+    value = result.get(metric)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
+        raise CacheDamagedError(
+            f"{path}: expected {metric} of 0 to 100, got {str(value)[:40]!r}; delete it to do "
+            "the step again"
+        )
+    return float(value)
 
 
 def _held_out(folder: Path) -> dict[str, float]:
     """Return a run's held-out losses: the mean MSE first, then those of the taps."""
     if not (folder / SUMMARY).is_file():
         return {}
-    try:
-        held_out: Json = read_json(folder / SUMMARY, MAX_BYTES)["held_out"]
-        losses = {str(name): float(value) for name, value in held_out.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheDamagedError(
-            f"{folder / SUMMARY}: not the summary of a run ({error}); delete the run to do it again"
-        ) from error
+    losses = {name: float(value) for name, value in read_summary(folder)["held_out"].items()}
     taps = {name: value for name, value in losses.items() if name.startswith("mse/")}
     mean = {MEAN_MSE: statistics.fmean(taps.values())} if taps else {}
     labels = {name: value for name, value in losses.items() if name == "label"}

@@ -10,7 +10,7 @@ from dtcache.json_files import read_json
 from dtcache.options import TrainOptions
 from dtcache.recipe import Json
 from pipelines.runs.checkpoint import load_checkpoint
-from pipelines.runs.folder import RUN, SUMMARY
+from pipelines.runs.folder import RUN, SUMMARY, read_summary
 
 MUST_AGREE = (
     *("student", "student_size", "init", "regressor", "fpn_width", "labels"),
@@ -55,21 +55,19 @@ class FinishedRun:
                 f"`extend` {root}: expected a finished run, got one that has steps left; run its "
                 "dtcache train command again to finish it"
             )
-        summary = _read(root / SUMMARY, root, "a finished run")
+        own_steps = int(read_summary(root)["steps"])
         try:
-            own_steps = int(summary["steps"])
             return cls(
                 root=root,
                 options=options,
                 fingerprint=file_sha256(root / RUN),
                 own_steps=own_steps,
-                epochs=int(options["epochs"]) + int(options.get("extended_epochs", 0)),
-                steps=own_steps + int(options.get("extended_steps", 0)),
+                epochs=_count(options["epochs"]) + _count(options.get("extended_epochs", 0)),
+                steps=own_steps + _count(options.get("extended_steps", 0)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CacheDamagedError(
-                f"`extend` {root}: its {RUN} or {SUMMARY} is not as dtcache train writes it; pass "
-                "another run"
+                f"`extend` {root}: its {RUN} is not as dtcache train writes it; pass another run"
             ) from error
 
     @property
@@ -110,11 +108,17 @@ class FinishedRun:
         `expected` is the record in this run's checkpoint, `got` that of the data to train on.
         """
         before = expected.get("targets") or {}
+        if not isinstance(before, dict):
+            raise CacheDamagedError(
+                f"{self.root}: its checkpoint is not as dtcache train writes it; start from the "
+                "run's backbone with `init`"
+            )
         targets = got["targets"]
         if list(before) != list(targets):
             raise ConfigError(
-                f"`extend` {self.root}: expected its targets, {', '.join(before) or 'none'}, got "
-                f"{', '.join(targets)}; pass a cache that has them, and its `taps` and `timestep`"
+                f"`extend` {self.root}: expected its targets, "
+                f"{', '.join(map(str, before)) or 'none'}, got {', '.join(targets)}; pass "
+                "a cache that has them, and its `taps` and `timestep`"
             )
         for name, shape in targets.items():
             if before[name] != shape:
@@ -139,6 +143,13 @@ class FinishedRun:
                 f"`extend` {self.root}: expected its `{name}`, {expected!r}, got {got!r}; pass the "
                 "options of that run, which its config.toml has"
             )
+
+
+def _count(value: object) -> int:
+    """Return a number of epochs or steps. Raises ValueError unless it is 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{str(value)[:40]!r} is not a count")
+    return value
 
 
 def _read(path: Path, root: Path, expected: str) -> Json:

@@ -25,9 +25,11 @@ from pipelines.runs.folder import (
     BACKBONE,
     CONFIG,
     CURVES,
+    METRICS,
     SUMMARY,
     claim_run,
     finished_epochs,
+    read_summary,
     require_same_run,
 )
 from pipelines.runs.metrics import MetricsFile, NoMetrics, read_metrics
@@ -186,7 +188,15 @@ class StudentRun(AbstractContextManager["StudentRun"]):
             save_head(logit_head(student, LABEL_TARGET, spec), spec, self.out / "head")
 
     def _summarise(self) -> None:
-        lines = read_metrics(self.out)
+        try:
+            self._write_summary(read_metrics(self.out))
+        except (KeyError, IndexError) as error:
+            raise CacheDamagedError(
+                f"{self.out / METRICS}: not the metrics of this run ({error!r} is missing); delete "
+                "the run and train again"
+            ) from error
+
+    def _write_summary(self, lines: Sequence[Json]) -> None:
         last = [line for line in lines if "loss" in line][-1]
         held_out = [losses for line in lines if (losses := exported_losses(line, self.options))]
         write_summary(self.out, self.options, self._source, last, held_out[-1])
@@ -254,14 +264,10 @@ def write_summary(
 
 
 def _trained(out: Path) -> Trained:
-    path = out / SUMMARY
-    try:
-        summary = json.loads(path.read_text("utf-8"))
-        return Trained(
-            out=out,
-            steps=summary["steps"],
-            held_out_loss=summary["held_out"]["loss"],
-            wait_share=summary["wait_share"],
-        )
-    except (ValueError, KeyError) as error:
-        raise CacheDamagedError(f"{path}: not the summary of a run; train again") from error
+    summary = read_summary(out)
+    return Trained(
+        out=out,
+        steps=summary["steps"],
+        held_out_loss=summary["held_out"]["loss"],
+        wait_share=summary["wait_share"],
+    )

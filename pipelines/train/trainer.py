@@ -16,11 +16,17 @@ from dtcache.distributed import Processes
 from dtcache.errors import ConfigError, TrainingError, one_line
 from dtcache.hashing import sha256_json
 from dtcache.losses.objective import LABEL_TARGET, make_objective
-from dtcache.optim import Optimization, OptimizationSpec
+from dtcache.optim import Optimization, OptimizationSpec, require_same_tensors
 from dtcache.options import TrainOptions, parse_size
 from dtcache.recipe import Json, ViewSpec
 from dtcache.student import Augmentation, Student, build_student, synchronise_batch_norm
-from pipelines.runs.checkpoint import checkpoint_errors, load_checkpoint, save_checkpoint
+from pipelines.runs.checkpoint import (
+    checkpoint_errors,
+    load_checkpoint,
+    require_clock,
+    require_number,
+    save_checkpoint,
+)
 from pipelines.runs.clock import Clock
 from pipelines.train.batch_source import BatchSource, decoded
 from pipelines.train.distillation import DecodedBatch, Distillation, held_out_losses
@@ -173,11 +179,12 @@ class Trainer:
         its checkpoint cannot be read.
         """
         state = run.checkpoint()
-        run.require_same_source(state.get("source") or {}, recorded_source(self.source))
+        source = state.get("source")
+        recorded = source if isinstance(source, dict) else {}
+        run.require_same_source(recorded, recorded_source(self.source))
         try:
-            self.student.load_state_dict(state["student"])
-            self._optimization.load_state_dict(state)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            self._load(state)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ConfigError(
                 f"`extend` {run.root}: its weights and optimizer do not fit this student "
                 f"({one_line(error, 200)}); pass the options of that run, which its config.toml has"
@@ -190,10 +197,22 @@ class Trainer:
         state = load_checkpoint(out)
         if state is not None:
             with checkpoint_errors(out):
-                self.student.load_state_dict(state["student"])
-                self._optimization.load_state_dict(state)
+                require_clock(state["clock"])
+                require_number("step", state["step"], kind=int, most=self.total_steps)
+                self._load(state)
                 self.clock.load_state_dict(state["clock"])
-                self.steps_done = int(state["step"])
+                self.steps_done = state["step"]
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Load weights and optimizer. Raises ValueError, KeyError or TypeError if they do not fit.
+
+        A state without moments is one of step 0.
+        """
+        require_same_tensors("student", self.student.state_dict(), state["student"])
+        if state["step"] and not state["optimizer"]["state"]:
+            raise ValueError("optimizer: its moments are missing")
+        self._optimization.load_state_dict(state)
+        self.student.load_state_dict(state["student"])
 
     @property
     def exported(self) -> Student:

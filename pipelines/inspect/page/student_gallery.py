@@ -11,6 +11,7 @@ from dtcache.cache.selection import cache_identity, split_rows
 from dtcache.device import resolve_compute
 from dtcache.errors import CacheDamagedError, CacheMismatchError, ConfigError, one_line
 from dtcache.losses.objective import LABEL_TARGET
+from dtcache.optim import require_same_tensors
 from dtcache.options import InspectOptions, TrainOptions
 from dtcache.options.images import READING_NAMES
 from dtcache.process_settings import configure_process
@@ -132,8 +133,10 @@ def _student(
     # The checkpoint has all weights: the ones that the run started from are not read again.
     student = new_student(shapes, cache.view, dataclasses.replace(options, init=None))
     try:
-        student.load_state_dict(exported_weights(state))
-    except (RuntimeError, KeyError, AttributeError) as error:
+        weights = exported_weights(state)
+        require_same_tensors("student", student.state_dict(), weights)
+        student.load_state_dict(weights)
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise CacheDamagedError(
             f"{root}: the checkpoint is not of this student ({one_line(error)}); train again"
         ) from error

@@ -11,6 +11,7 @@ from support.inspecting import documented, inspect, page_of
 from dtcache.store.summary import inspect_cache
 from pipelines.inspect import run_report as student_run
 from pipelines.inspect.compare import differences
+from pipelines.runs.folder import METRICS, RUN, SUMMARY
 
 pytestmark = pytest.mark.usefixtures("apart")
 
@@ -25,14 +26,14 @@ def a_run(root: Path, **changed: object) -> Path:
         "lr": 0.1,
         **changed,
     }
-    (root / student_run.RUN).write_text(json.dumps(options))
+    (root / RUN).write_text(json.dumps(options))
     lines = [
         {"step": 2, "loss": 3.0},
         {"step": 2, f"held_out/mse/{FINE}": 1.5, f"held_out/at/{FINE}": 0.2, "held_out/loss": 3.1},
         {"step": 4, "loss": 2.0},
         {"step": 4, f"held_out/mse/{FINE}": 1.0, f"held_out/at/{FINE}": 0.1, "held_out/loss": 2.1},
     ]
-    (root / student_run.METRICS).write_text(
+    (root / METRICS).write_text(
         "".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 6, "lo'
     )
     return root
@@ -50,14 +51,11 @@ def finish(root: Path, loss: float) -> None:
         "images_per_second": 7.0,
         "wait_share": 0.1,
     }
-    (root / student_run.SUMMARY).write_text(json.dumps(results))
+    (root / SUMMARY).write_text(json.dumps(results))
 
 
 def test_a_run_is_inspected_finished_or_not(tmp_path: Path) -> None:
     """A run's curves end before a truncated line, and its results are those of the summary."""
-    from pipelines.runs.folder import METRICS, RUN
-
-    assert (student_run.RUN, student_run.METRICS) == (RUN, METRICS)
     root = a_run(tmp_path / "run")
     report = json.loads(inspect(root, "--json").stdout)
     assert (report["kind"], report["state"], report["steps"], report["results"]) == (
@@ -79,7 +77,7 @@ def test_a_run_is_inspected_finished_or_not(tmp_path: Path) -> None:
 def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
     """With --ema-decay the held-out curve is the EMA's, and the last weights' curve is dashed."""
     root = a_run(tmp_path / "run", ema_decay=0.9)
-    with open(root / student_run.METRICS, "w") as file:
+    with open(root / METRICS, "w") as file:
         for step, last, average in ((2, 4.0, 8.0), (4, 3.0, 1.0)):
             values = {"held_out/loss": last, "held_out_ema/loss": average}
             file.write(json.dumps({"step": step, "loss": 2.0, **values}) + "\n")
@@ -105,9 +103,9 @@ def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
 def test_a_run_with_the_teacher_in_the_loop_is_inspected(tmp_path: Path) -> None:
     """A run with an online teacher shows the teacher, and inspect refuses a cache for the run."""
     root = a_run(tmp_path / "run", teacher="photos-teacher", teacher_weights="ef" * 32)
-    record = json.loads((root / student_run.RUN).read_text())
+    record = json.loads((root / RUN).read_text())
     del record["cache"]
-    (root / student_run.RUN).write_text(json.dumps(record))
+    (root / RUN).write_text(json.dumps(record))
     assert "photos-teacher" in inspect(root).output
     assert "MSE" in page_of(root, tmp_path / "run.html")
     result = inspect(root, "--cache", "x", "--report", tmp_path / "x.html")
@@ -162,3 +160,49 @@ def test_timesteps_stand_side_by_side(tiny_cache: Path) -> None:
         report["taps"][0]["bytes"] + 7,
     ]
     assert found["recipe.teacher.timesteps"] == [[150], [50]]
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"held_out": 1}, "'int' object has no attribute 'items'"),
+        ({"held_out": {"mse/x": 1.0}}, "held_out has no loss"),
+        ({"held_out": {"loss": "\x1b[2J"}}, r"held_out loss is '\x1b[2J', not a number"),
+        ({"noise_floor": {"x": [1]}}, "noise_floor x is '[1]', not a number"),
+        ({"steps": -1}, "steps is -1"),
+        ({"wait_share": None}, "wait_share is 'None', not a number"),
+        ({"loss": 10**400}, "loss is '1000"),
+    ],
+)
+def test_a_summary_of_another_type_is_one_line(
+    changed: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    """A summary whose fields have other types is refused in one line that names the field."""
+    root = a_run(tmp_path / "run")
+    finish(root, 2.1)
+    summary = json.loads((root / SUMMARY).read_text())
+    (root / SUMMARY).write_text(json.dumps(summary | changed))
+    result = inspect(root)
+    assert result.output.startswith(f"Error: {root / SUMMARY}: not the summary of a run (")
+    assert result.exit_code == 1
+    assert reason in result.output and result.output.count("\n") == 1
+
+
+def test_metrics_of_another_type_end_the_curves(tmp_path: Path) -> None:
+    """Lines with other types, steps below 0, huge numbers or bytes that are no text end a curve."""
+    whole = b'{"step": 1, "loss": 2.0}\n'
+    hostile = [
+        b"[1]",
+        b'{"step": -1}',
+        b'{"step": 1e400}',
+        b'{"step": 3, "loss": "x"}',
+        b'{"step": NaN, "loss": 1}',
+        b'{"step": 2, "loss": 1' + b"0" * 400 + b"}",
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ]
+    for number, line in enumerate(hostile):
+        root = a_run(tmp_path / str(number))
+        (root / METRICS).write_bytes(whole + line + b"\n" + whole)
+        report = json.loads(inspect(root, "--json").stdout)
+        assert report["curves"] == {"loss": {"steps": [1], "values": [2.0]}}

@@ -324,6 +324,29 @@ def test_bad_options_are_one_clear_line(
     assert not (tmp_path / "r").exists()
 
 
+def test_a_checkpoint_of_other_entries_is_one_clear_line(
+    cache: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Missing, mistyped, misshapen and negative entries are refused, and the file is kept."""
+    out = tmp_path / "r"
+    shutil.copytree(trained, out)
+    whole = torch.load(out / "checkpoint.pt", weights_only=True)
+    last = list(whole["student"])[-1]
+    for changed in (
+        {"student": {}},
+        {"student": whole["student"] | {last: torch.zeros(())}},
+        {"optimizer": {"state": {}, "param_groups": whole["optimizer"]["param_groups"]}},
+        {"step": 10_000},
+        {"clock": {"seconds": -1.0, "waited": 0.0, "images": 0}},
+    ):
+        torch.save(whole | changed, out / "checkpoint.pt")
+        before = (out / "checkpoint.pt").read_bytes()
+        result = run("train", cache, "--out", out, *FLAGS)
+        assert result.exit_code == 1 and "Traceback" not in result.output
+        assert "checkpoint.pt: not a checkpoint of this run" in " ".join(result.output.split())
+        assert (out / "checkpoint.pt").read_bytes() == before
+
+
 def test_a_checkpoint_of_other_groups_is_one_clear_line(
     cache: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -338,7 +361,7 @@ def test_a_checkpoint_of_other_groups_is_one_clear_line(
     result = run("train", cache, "--out", out, *FLAGS)
     assert result.exit_code == 1
     said = " ".join(result.output.split())
-    assert "checkpoint.pt: does not fit the network and optimizer" in said
+    assert "checkpoint.pt: not a checkpoint of this run: it does not fit the network" in said
     assert "finish the run with that version, or delete the file" in said
     assert "Traceback" not in said
     assert (out / "checkpoint.pt").read_bytes() == before
