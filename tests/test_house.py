@@ -29,6 +29,7 @@ ROOMS = [
     "dtcache.device_clock",
     "dtcache.device_memory",
     "dtcache.compilation",
+    "dtcache.build_limit",
     "dtcache.distributed",
     "dtcache.optim",
     "dtcache.whitening",

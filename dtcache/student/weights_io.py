@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dtcache.build_limit import BuildLimitError, limited_build, weight_sizes
 from dtcache.errors import ConfigError, WeightsError, one_line
 from dtcache.json_files import read_json
 from dtcache.recipe import MAX_SIDE, Json, ViewSpec
@@ -25,8 +25,6 @@ CONVERT = (
     "s.save_file({k: v.clone() for k, v in w.items()}, sys.argv[2], {'format': 'pt'})"
 )
 """Python that converts a pickle of weights, argument 1, to safetensors, argument 2."""
-HALF = ("F16", "BF16")
-"""Types of saved weights that take twice as many bytes in memory."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -65,7 +63,9 @@ def load_weights(
         _refuse_pickles(path)
         raise WeightsError(f"{path}: the weights are missing; {again}")
     try:
-        if (needed := _needed_bytes(make)) > _memory_bytes(path):
+        with limited_build([path]):
+            needed = _needed_bytes(make)
+        if needed > weight_sizes([path])[1]:
             raise RuntimeError(
                 f"its configuration needs {needed} bytes, the file has {path.stat().st_size}"
             )
@@ -75,9 +75,11 @@ def load_weights(
         with torch.random.fork_rng(devices=[]):
             if fill is not None:
                 return fill(weights)
-            network = make()
+            with limited_build([path]):
+                network = make()
         network.load_state_dict(weights, strict=True)
     except (
+        BuildLimitError,
         SafetensorError,
         RuntimeError,
         AssertionError,
@@ -90,14 +92,6 @@ def load_weights(
             f"{path}: not the weights of {title} ({one_line(error)}); {again}"
         ) from error
     return network
-
-
-def _memory_bytes(path: Path) -> int:
-    """Return the bytes that the weights in a file take in fp32 at most, from its header."""
-    with safetensors.safe_open(path, "pt") as file:
-        names: list[str] = file.keys()
-        is_half = any(file.get_slice(name).get_dtype() in HALF for name in names)
-    return path.stat().st_size * (2 if is_half else 1)
 
 
 def _refuse_pickles(path: Path) -> None:

@@ -1,12 +1,16 @@
 """An unconditional pixel DDPM: its network, loss, samples and directory."""
 
+import errno
 import math
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dtcache.errors import ConfigError
@@ -96,8 +100,15 @@ def sample_images(unet: UNet2DModel, count: int, seed: int, steps: int = 50) -> 
 
 
 def save_teacher(unet: UNet2DModel, out: Path, dtype: torch.dtype) -> None:
-    """Write a diffusers directory (unet/, scheduler/, model_index.json), with safetensors only."""
+    """Write a diffusers directory (unet/, scheduler/, model_index.json), with safetensors only.
+
+    Raises OSError, also for a full disk, which safetensors reports as an error of its own.
+    """
     # torch's own `to`: diffusers' warns about modules to keep in fp32 even if there are none.
-    DDPMPipeline(torch.nn.Module.to(unet, dtype), ddpm_scheduler()).save_pretrained(
-        out, safe_serialization=True
-    )
+    pipeline = DDPMPipeline(torch.nn.Module.to(unet, dtype), ddpm_scheduler())
+    try:
+        pipeline.save_pretrained(out, safe_serialization=True)
+    except SafetensorError as error:
+        code = re.search(r"(?:os error|code:) (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number)) from error

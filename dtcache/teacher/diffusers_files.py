@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dtcache.build_limit import limited_build
 from dtcache.errors import TeacherError, TeacherNotFoundError, one_line
 from dtcache.hashing import file_sha256, sha256_json
 from dtcache.json_files import read_json
@@ -182,10 +183,15 @@ def require_full_precision(path: Path, config: dict[str, Any]) -> None:
 def weight_files(folder: Path, name: str = WEIGHTS) -> list[Path]:
     """Return the safetensors files of a part: one file, or all files that its index names.
 
-    Raises TeacherError if the part has no weights or only pickles, or if a file is a pointer of Git
-    LFS.
+    Raises TeacherError if the part has no weights or only pickles, if it has both one file and an
+    index, or if a file is a pointer of Git LFS.
     """
     index = folder / f"{name}.index.json"
+    if (folder / name).is_file() and index.is_file():
+        raise TeacherError(
+            f"{folder}: expected {name} or {index.name} with its shards, got both, which may hold "
+            "different weights; delete one of them"
+        )
     files: list[Path] = []
     if (folder / name).is_file():
         files = [folder / name]
@@ -261,14 +267,15 @@ def load_part(cls: Any, folder: Path, weights: Sequence[Path], **more: Any) -> A
     cannot load the part, or if weights and configuration do not fit together.
     """
     try:
-        module, info = cls.from_pretrained(
-            str(folder),
-            use_safetensors=True,
-            output_loading_info=True,
-            torch_dtype=torch.float32,
-            local_files_only=True,
-            **more,
-        )
+        with limited_build(weights):
+            module, info = cls.from_pretrained(
+                str(folder),
+                use_safetensors=True,
+                output_loading_info=True,
+                torch_dtype=torch.float32,
+                local_files_only=True,
+                **more,
+            )
     except Exception as error:  # the libraries raise many types for damaged directories
         raise TeacherError(
             f"{folder}: cannot be loaded as {cls.__name__} ({one_line(error)}); save or download "

@@ -55,7 +55,7 @@ def require_same_run(out: Path, identity: Json, volatile: Collection[str]) -> No
         return
     try:
         recorded = read_json(path, MAX_BYTES)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CacheDamagedError(f"{path}: {error}; pass another `out`") from error
     for name, value in _as_json(identity).items():
         if name not in volatile and recorded.get(name) != value:
@@ -71,7 +71,7 @@ def finished_epochs(out: Path) -> int | None:
         return None
     try:
         epochs = read_json(out / RUN, MAX_BYTES)["epochs"]
-    except (ValueError, KeyError):
+    except (OSError, ValueError, KeyError):
         return None
     return epochs if isinstance(epochs, int) else None
 

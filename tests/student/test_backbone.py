@@ -479,3 +479,20 @@ def test_student_input_resizes_as_pillow_does(size: tuple[int, int]) -> None:
         plane = Image.fromarray(pixels[b, c].astype(np.float32) / 255)
         expected = np.asarray(plane.resize(size[::-1], Image.Resampling.BILINEAR))
         np.testing.assert_allclose(got[b, c], (expected - mean[c]) / std[c], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ({"layers": [4096] * 4}, "its configuration has more than"),
+        ({"stem_width": 4096, "base_width": 4096}, "its configuration needs"),
+    ],
+)
+def test_a_network_of_many_layers_is_refused_from_its_configuration(
+    args: dict[str, object], reason: str, saved: Path
+) -> None:
+    """A configuration of thousands of layers, or of wide ones, ends before memory is taken."""
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"model_args": args}))
+    with pytest.raises(WeightsError, match=rf"not the weights of resnet10t \({reason}"):
+        load_backbone(saved)

@@ -434,3 +434,27 @@ def test_code_in_the_directory_is_never_run(teacher_copy: Path) -> None:
     )
     load_teacher(str(teacher_copy))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"layers_per_block": 10_000_000}, "its configuration has more than"),
+        ({"block_out_channels": [1 << 14] * 4}, "its configuration needs"),
+    ],
+)
+def test_a_larger_network_than_its_weights_is_refused(
+    changed: dict[str, object], reason: str, teacher_copy: Path
+) -> None:
+    """Millions of layers, or a billion channels, are refused before they take memory."""
+    edit(teacher_copy / "unet" / "config.json", lambda config: config.update(changed))
+    with pytest.raises(TeacherError, match=rf"cannot be loaded as UNet2DModel \({reason}"):
+        load_teacher(str(teacher_copy))
+
+
+def test_weights_in_one_file_and_in_shards_are_refused(teacher_copy: Path) -> None:
+    """A part with both a single file and an index is refused: they may hold different weights."""
+    index = teacher_copy / "unet" / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": WEIGHTS}}))
+    with pytest.raises(TeacherError, match="with its shards, got both, which may hold different"):
+        load_teacher(str(teacher_copy))
