@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from dtcache.errors import CacheBusyError, DiskError, NoLocksWarning
+from dtcache.errors import CacheBusyError, CacheDamagedError, DiskError, NoLocksWarning
 
 TEMPORARY = ".tmp-"
 NO_LOCK = "DTCACHE_NO_LOCK"
@@ -64,8 +64,10 @@ def write_temporary(target: Path, data: bytes | memoryview, attempt: str = "") -
     because a second fsync may succeed without the data.
     """
     temporary = temporary_path(target, attempt)
+    # A new file: a link that somebody put at this name is removed, and never written through.
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -89,6 +91,23 @@ def publish(temporaries: Mapping[Path, Path]) -> None:
 def write_file(target: Path, data: bytes | memoryview) -> None:
     """Replace `target` by `data`, atomically and durably. Raises DiskError."""
     publish({write_temporary(target, data): target})
+
+
+def require_no_links(root: Path, *, folders_only: bool = False) -> None:
+    """Raise CacheDamagedError if a folder has a symbolic link anywhere below it.
+
+    A writer would follow the link, and change or delete files outside the folder. With
+    `folders_only`, links to files pass, for writers that replace a link instead of following it.
+    """
+    for folder, folders, files in os.walk(root):
+        names = folders if folders_only else [*folders, *files]
+        for name in names:
+            path = Path(folder, name)
+            if path.is_symlink():
+                raise CacheDamagedError(
+                    f"{path}: expected no symbolic links in a folder that is written, got one to "
+                    f"{path.readlink()}; replace it by what it points to"
+                )
 
 
 def make_folders(folder: Path) -> None:
@@ -164,7 +183,9 @@ class FolderLock:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 # Python opens files close-on-exec, so that no child keeps the lock alive.
-                handle = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+                handle = os.open(
+                    self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644
+                )
             except OSError as error:
                 raise _disk_error(self._folder, 0, error) from error
             if os.environ.get(NO_LOCK):

@@ -14,8 +14,23 @@ from PIL import Image
 from store.builders import begin, tiny_plan
 from support.cli import run
 
-from dtcache.atomic_files import NO_LOCK, FolderLock, fsync_folder, whole_folder, write_file
-from dtcache.errors import CacheBusyError, CacheMismatchError, DiskError, NoLocksWarning
+from dtcache.atomic_files import (
+    NO_LOCK,
+    FolderLock,
+    fsync_folder,
+    require_no_links,
+    temporary_path,
+    whole_folder,
+    write_file,
+)
+from dtcache.errors import (
+    CacheBusyError,
+    CacheDamagedError,
+    CacheMismatchError,
+    DiskError,
+    NoLocksWarning,
+)
+from dtcache.store.writer import CacheWriter
 from pipelines.runs.folder import claim_run
 
 NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL]
@@ -215,3 +230,51 @@ def test_a_whole_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
             (folder / "config.json").write_text("{}")
             raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_file_is_written_through_a_link(tmp_path: Path) -> None:
+    """A link at the name of a file, a temporary file or a lock leads no write outside."""
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"precious")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    target = folder / "file"
+    target.symlink_to(outside)
+    temporary_path(target).symlink_to(outside)
+    write_file(target, b"new")
+    assert target.read_bytes() == b"new" and not target.is_symlink()
+    (folder / ".lock").symlink_to(tmp_path / "made")
+    with pytest.raises(DiskError), FolderLock(folder):
+        pass
+    assert outside.read_bytes() == b"precious" and not (tmp_path / "made").exists()
+
+
+def test_a_writer_enters_no_linked_folder(tmp_path: Path) -> None:
+    """A run with a link is not resumed, and a cache with a linked folder is neither; none begins.
+
+    A link to a file passes in a cache, whose files are replaced, not written through.
+    """
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    run_folder = tmp_path / "run"
+    claim_run(run_folder, {"seed": 0}, ())
+    (run_folder / "init").symlink_to(outside)
+    with pytest.raises(CacheDamagedError, match="init: expected no symbolic links in a folder"):
+        claim_run(run_folder, {"seed": 0}, ())
+    (run_folder / "init").unlink()
+    (run_folder / "curves.png").symlink_to(outside / "x")
+    with pytest.raises(CacheDamagedError, match=r"curves\.png: expected no symbolic links"):
+        claim_run(run_folder, {"seed": 0}, ())
+    require_no_links(run_folder, folders_only=True)
+
+
+def test_a_cache_with_a_linked_folder_is_not_resumed(tmp_path: Path) -> None:
+    """Resuming a cache deletes and writes nothing through a linked folder inside it."""
+    writer = begin(tmp_path / "cache", tiny_plan())
+    data = writer.root / "data.zarr"
+    outside = data.rename(tmp_path / "outside")
+    data.symlink_to(outside)
+    before = sorted(path.name for path in outside.rglob("*"))
+    with pytest.raises(CacheDamagedError, match=r"data\.zarr: expected no symbolic links"):
+        CacheWriter.resume(writer.root)
+    assert sorted(path.name for path in outside.rglob("*")) == before

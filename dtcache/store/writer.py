@@ -14,6 +14,7 @@ from dtcache.atomic_files import (
     fsync_tree,
     is_system_file,
     publish,
+    require_no_links,
     write_file,
 )
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheMismatchError
@@ -72,6 +73,7 @@ class CacheWriter:
         another file is not the one that was written, and CacheMismatchError for records of another
         recipe.
         """
+        require_no_links(root, folders_only=True)
         self.root = root
         self.manifest = manifest
         self._records = read_commits(root)
@@ -105,6 +107,7 @@ class CacheWriter:
         CacheMismatchError if the folder holds other files, and DiskError.
         """
         require_ours(root)
+        require_no_links(root, folders_only=True)
         for leftover in (root / DATA, root / f"{TEMPORARY}{DATA}"):
             if leftover.exists():
                 shutil.rmtree(leftover)

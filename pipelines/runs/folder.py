@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from dtcache.atomic_files import disk_errors, is_system_file, write_file
+from dtcache.atomic_files import disk_errors, is_system_file, require_no_links, write_file
 from dtcache.errors import CacheDamagedError, CacheMismatchError, one_line
 from dtcache.json_files import read_json
 from dtcache.recipe import Json
@@ -26,10 +26,11 @@ MAX_BYTES = 64 << 20
 def claim_run(out: Path, identity: Json, volatile: Collection[str]) -> None:
     """Record a run's identity in `out/run.json`, or check that the run there is the same one.
 
-    Raises the errors of `require_same_run`.
+    Raises the errors of `require_same_run`, and CacheDamagedError if the folder has links.
     """
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+    require_no_links(out)
     require_same_run(out, identity, volatile)
     if not (out / RUN).exists():
         write_file(out / RUN, json.dumps(_as_json(identity), indent=1).encode())

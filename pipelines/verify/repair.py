@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from dtcache.atomic_files import FolderLock, make_folders, write_file
+from dtcache.atomic_files import FolderLock, make_folders, require_no_links, write_file
 from dtcache.cache.fitted_codec import load_fit
 from dtcache.codec import FeatureEncoder
 from dtcache.errors import CacheDamagedError, CacheError
@@ -57,6 +57,7 @@ def repair_cache(root: Path, options: VerifyOptions) -> tuple[Verification, list
     with ExitStack() as locks:
         for folder in (root, *(root / LABELS / name for name in label_set_names(root))):
             locks.enter_context(FolderLock(folder))
+        require_no_links(root, folders_only=True)
         verification = verify_cache(root, options)
         features = partial(_recompute_features, options=options)
         logits = partial(_recompute_labels, cache=root, interpreter=interpreter)

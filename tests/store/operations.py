@@ -73,7 +73,7 @@ class Recorder:
         return call
 
     def _open(self, path: Path, mode: str) -> Any:
-        if "w" not in mode:
+        if mode[0] not in "wx":
             return builtins.open(path, mode)
         self.add("create", path)
         return Written(self, path)

@@ -278,7 +278,7 @@ class FullDisk:
 
     def open(self, path: Path, mode: str) -> Any:
         """Open a file whose write may fail."""
-        return FullFile(self, path) if "w" in mode else builtins.open(path, mode)
+        return FullFile(self, path) if mode[0] in "wx" else builtins.open(path, mode)
 
 
 class FullFile:
