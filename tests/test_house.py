@@ -20,6 +20,7 @@ ROOMS = [
     "dtcache.recipe",
     "dtcache.payloads",
     "dtcache.rng",
+    "dtcache.kernels",
     "dtcache.options",
     "dtcache.samples",
     "dtcache.class_names",

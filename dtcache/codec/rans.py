@@ -9,10 +9,11 @@ int16 word. docs/format.md is the specification.
 from dataclasses import dataclass
 
 import numpy as np
-from numba import int16, int32, njit, uint64
+from numba import int16, int32, uint64
 from numpy.typing import NDArray
 
 from dtcache.errors import PayloadError
+from dtcache.kernels import kernel
 from dtcache.payloads import Payloads
 
 TABLE_BITS = 11
@@ -129,7 +130,7 @@ def _runs(table: NDArray[np.uint8]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(min(1, len(table)), np.int64), begins, [len(table)]])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _encode(values, table, frequency, start, half_width, out):  # type: ignore[no-untyped-def]
     """Write the payload after its scalars into uint16 words; return the number of words used."""
     count = len(values)
@@ -166,7 +167,7 @@ def _encode(values, table, frequency, start, half_width, out):  # type: ignore[n
     return head + used
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _decode(  # type: ignore[no-untyped-def]
     words, starts, sizes, slots, value_at, escape, half_width, runs, table, values, scalars
 ):
@@ -244,14 +245,14 @@ def _decode(  # type: ignore[no-untyped-def]
     return -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _lane(words, at, lane):  # type: ignore[no-untyped-def]
     """Return a lane's first state, from two words at `at`."""
     low = at + uint64(2 * lane)
     return uint64(words[low]) | uint64(words[low + uint64(1)]) << uint64(16)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _refill(  # type: ignore[no-untyped-def]
     state, x, value, word, after, at, end, offset, rare, half
 ):

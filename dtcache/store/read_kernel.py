@@ -10,9 +10,10 @@ cache.
 """
 
 import numpy as np
-from numba import int32, int64, intp, njit, types, uint8, uint32, uint64, uintp
+from numba import int32, int64, intp, types, uint8, uint32, uint64, uintp
 from numpy.typing import NDArray
 
+from dtcache.kernels import kernel
 from dtcache.store.shard import CRC_BYTES
 from dtcache.store.zstd_frame import BLOCK_HEADER, MAX_BLOCK, RAW, RLE
 
@@ -40,7 +41,7 @@ _TABLES = _crc_tables()
 _BYTE = uint64(255)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def gather(todo, handles, offsets, sizes, places, head, length, data, done, used):  # type: ignore[no-untyped-def]
     """Read and check the chunks `todo`; leave the payload of each in one piece in `data`.
 
@@ -69,7 +70,7 @@ def gather(todo, handles, offsets, sizes, places, head, length, data, done, used
         done[i] = used[i] >= 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def crc32c(data, words, begin, end):  # type: ignore[no-untyped-def]
     """Return the CRC-32C of data[begin:end], eight bytes at a time; `words` is `data` as uint64."""
     crc = uint64(0xFFFFFFFF)
@@ -95,7 +96,7 @@ def crc32c(data, words, begin, end):  # type: ignore[no-untyped-def]
     return uint32(crc ^ uint64(0xFFFFFFFF))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _unwrap(data, begin, end, head, length):  # type: ignore[no-untyped-def]
     """Join the Raw blocks of the frame data[begin:end] and return their size.
 
