@@ -289,8 +289,10 @@ def render_run(report: Json, root: Path) -> RenderableType:
 
 def render_statistics(statistics: Json) -> RenderableType:
     """Return the statistics of every tap as tables, with half widths of 95 % intervals."""
-    scope = "all" if statistics["exact"] else "a sample of"
+    scope = "all" if statistics["num_rows"] == statistics["num_usable"] else "a sample of"
     title = f"{scope} {statistics['num_rows']} of {statistics['num_usable']} samples"
+    if statistics["left_out"]:
+        title += ", without the damaged ones"
     tables: list[RenderableType] = []
     for topic, measures in STATISTICS_TABLES.items():
         table = _table_of(f"{topic}: {title}", ("tap", "t", *measures.values()))

@@ -85,7 +85,6 @@ def chosen_rows(cache: Cache, options: InspectOptions) -> Rows:
 def _compute(cache: Cache, rows: Rows) -> Json:
     """Return the statistics from some rows, decoding one tap after the other."""
     num_usable = len(cache.reader.usable_rows)
-    sampled = len(rows) / num_usable
     row_groups = [np.sort(group) for group in np.array_split(rows, min(GROUPS, len(rows)))]
     pooled: dict[str, list[Group]] = {}
     left_out: dict[str, str] = {}
@@ -97,8 +96,9 @@ def _compute(cache: Cache, rows: Rows) -> Json:
             for tap in recipe["teacher"]["taps"]:
                 name = tap_name(timestep, tap["name"])
                 groups = group_sums(cache, name, row_groups)
-                for group in groups:
-                    left_out |= {f"{name} of {key}": why for key, why in group.damaged.items()}
+                damaged = {key: why for group in groups for key, why in group.damaged.items()}
+                left_out |= {f"{name} of {key}": why for key, why in damaged.items()}
+                sampled = (len(rows) - len(damaged)) / num_usable
                 knn, chance = knn_accuracy(groups, cache.samples["label"])
                 if knn_chance is None:
                     knn_chance = chance
@@ -121,12 +121,12 @@ def _compute(cache: Cache, rows: Rows) -> Json:
         "schema": STATISTICS_SCHEMA,
         "num_rows": len(rows),
         "num_usable": num_usable,
-        "exact": len(rows) == num_usable,
+        "exact": len(rows) == num_usable and not left_out,
         "left_out": left_out,
         "histogram_edges": EDGES.tolist(),
         "knn_chance": knn_chance,
         "taps": taps,
-        "cka": similarities(pooled, sampled),
+        "cka": similarities(pooled, len(rows) / num_usable),
     }
 
 

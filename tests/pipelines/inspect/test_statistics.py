@@ -105,7 +105,7 @@ def test_escapes_are_counted(tiny_cache: Path) -> None:
     assert (sums.saturated, sums.coded) == (0, values.size)
 
 
-def test_a_damaged_sample_is_left_out_and_named(tiny_copy: Path) -> None:
+def test_a_damaged_sample_is_left_out_and_named(tiny_cache: Path, tiny_copy: Path) -> None:
     """A flipped bit removes one sample of one tap, and the remaining statistics are not saved."""
     flip(tiny_copy / f"data.zarr/{FINE}/c.1.0.0")
     found = cache_statistics(tiny_copy, InspectOptions(exact=True))
@@ -114,7 +114,7 @@ def test_a_damaged_sample_is_left_out_and_named(tiny_copy: Path) -> None:
     assert "the checksum does not match" in found["left_out"][f"{FINE} of {key}"]
     rest = GOOD[GOOD != 4]
     assert found["taps"][0]["mean"]["value"] == pytest.approx(
-        float(Cache(tiny_copy).raw(FINE, rest).double().mean()), rel=1e-5
+        float(Cache(tiny_cache).raw(FINE, rest).double().mean()), rel=1e-5
     )
     assert not statistics_folder().exists()
     assert f"left out: {FINE} of {key}" in " ".join(inspect(tiny_copy, "--stats").output.split())
