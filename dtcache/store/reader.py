@@ -132,7 +132,12 @@ class CacheReader:
                 raise self._damaged(array, rows[first], views[first], reason)
         self._shards.check(array, unread)
         for number in unread:
-            index.load(number, self._open(array, number))
+            file = self._open(array, number)
+            try:
+                index.load(number, file)
+            except CacheDamagedError as error:
+                path = self.root / self._paths[array.name][number]
+                raise CacheDamagedError(f"{path}: {error}; {AGAIN}") from error
         entries = index.table[shards, inner * array.payloads_per_row + views]
         for place in np.flatnonzero(entries[:, 0] == ABSENT):
             raise self._damaged(array, rows[place], views[place], "the shard holds no such chunk")
