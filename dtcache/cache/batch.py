@@ -3,12 +3,19 @@
 Shape suffixes: B batch, C channels, H rows, W columns, N coefficients.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, fields
 
 import numpy as np
+import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from dtcache.codec import FeatureDecoder, TapCodec
+from dtcache.whitening import unwhiten
 
 Rows = NDArray[np.int64]
 
@@ -54,4 +61,131 @@ class TrainBatch:
             and LabelBatch(
                 **{f.name: change(getattr(self.labels, f.name)) for f in fields(self.labels)}
             ),
+        )
+
+
+class BatchContext:
+    """What the batches of one loader share: the keys, and a decoder per device. Thread-safe.
+
+    A copy is the context itself.
+    """
+
+    def __init__(self, keys: pa.ChunkedArray, fit: Mapping[str, TapCodec], whitened: bool) -> None:
+        """Take the keys of all rows, the codecs of the loader's arrays, and the targets' scale."""
+        self._keys = keys
+        self._fit = dict(fit)
+        self._whitened = whitened
+        self._lock = threading.Lock()
+        self._decoders: dict[torch.device, FeatureDecoder] = {}
+
+    def __reduce__(self) -> tuple[type["BatchContext"], tuple[object, ...]]:
+        """Pickle without the decoders."""
+        return BatchContext, (self._keys, self._fit, self._whitened)
+
+    def __deepcopy__(self, memo: object) -> "BatchContext":
+        """Return the context itself: Lightning copies the batches that it converts."""
+        return self
+
+    def keys(self, rows: Sequence[int]) -> list[str]:
+        """Return the keys of rows."""
+        keys: list[str] = self._keys.take(pa.array(rows, pa.int64())).to_pylist()
+        return keys
+
+    def whitened(self, coefficients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return whitened features by array, fp32 (B, C, H, W), on the coefficients' device."""
+        if not coefficients:
+            return {}
+        device = next(iter(coefficients.values())).device
+        with self._lock:
+            if device not in self._decoders:
+                self._decoders[device] = FeatureDecoder(self._fit).to(device)
+        features: dict[str, Tensor] = self._decoders[device](coefficients)
+        return features
+
+    def targets(
+        self, coefficients: Mapping[str, Tensor], scalars: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return targets by array in the scale of the loader's argument `whitened`."""
+        features = self.whitened(coefficients)
+        if self._whitened:
+            return features
+        return {name: unwhiten(x_BCHW, scalars[name]) for name, x_BCHW in features.items()}
+
+
+# Not frozen, because Lightning copies a batch and assigns its fields (`apply_to_collection`).
+@dataclass(kw_only=True, eq=False, repr=False)
+class Batch:
+    """B samples of a cache, each in one view, as `cache.loader` yields them.
+
+    The features stay compressed until `targets` is read; they are then decoded on the device that
+    the batch lies on. `to` and `pin_memory` are the methods that Lightning, accelerate and torch
+    call on a batch.
+    """
+
+    images_BCHW: Tensor
+    """uint8 RGB in 0..255, (B, 3, H, W), mirrored if the view is."""
+    coefficients: dict[str, Tensor]
+    """By array: what the cache stores, int16 (B, N), or fp16 for float16 features."""
+    scalars: dict[str, Tensor]
+    """By array: fp32 (B, 2), (sigma, mu): raw = whitened * sigma + mu."""
+    labels: Tensor
+    """Class numbers, int64 (B,); -1 for an image without a class."""
+    views: Tensor
+    """int64 (B,): the view of each sample. Odd views are mirrored if the cache has flips."""
+    rows: Tensor
+    """int64 (B,): rows of `cache.samples`. Rows are permuted: pair samples by `keys`."""
+    context: InitVar[BatchContext]
+
+    def __post_init__(self, context: BatchContext) -> None:
+        self._context = context
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        """Return one line: number of samples, arrays and device."""
+        arrays = ", ".join(self.coefficients)
+        return f"Batch of {len(self)} samples on {self.images_BCHW.device}: {arrays}"
+
+    @functools.cached_property
+    def keys(self) -> list[str]:
+        """The B keys, such as `cats/1.jpg`: paths or names inside the image source."""
+        return self._context.keys(self.rows.tolist())
+
+    @functools.cached_property
+    def targets(self) -> dict[str, Tensor]:
+        """The teacher's features by array, fp32 (B, C, H, W), on the device of the batch.
+
+        They are in the teacher's own scale, or whitened per sample, (raw - mu) / sigma, if the
+        loader was made with `whitened=True`.
+        """
+        return self._context.targets(self.coefficients, self.scalars)
+
+    @property
+    def whitened(self) -> dict[str, Tensor]:
+        """The features by array, whitened per sample whatever the loader's scale is.
+
+        fp32 (B, C, H, W). Each read decodes them.
+        """
+        return self._context.whitened(self.coefficients)
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "Batch":
+        """Return the batch on a device."""
+        return self.changed(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory, from which a GPU copies while it computes."""
+        return self.changed(Tensor.pin_memory)
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return the batch with `change` applied to every tensor."""
+        return Batch(
+            images_BCHW=change(self.images_BCHW),
+            coefficients={name: change(values) for name, values in self.coefficients.items()},
+            scalars={name: change(values) for name, values in self.scalars.items()},
+            labels=change(self.labels),
+            views=change(self.views),
+            rows=change(self.rows),
+            context=self._context,
         )

@@ -5,7 +5,7 @@ Shape suffixes: B batch, V views, C channels, H rows, W columns.
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,8 @@ from dtcache.whitening import unwhiten
 
 if TYPE_CHECKING:
     import dask.array as da
+
+    from dtcache.cache.cache_loader import CacheLoader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,26 +169,55 @@ class Cache:
         self,
         *,
         batch_size: int,
-        epoch: int = 0,
-        seed: int = 0,
-        threads: int = 2,
+        names: Sequence[str] | None = None,
+        whitened: bool = False,
         shuffle: str = "full",
-    ) -> Iterator[TrainBatch]:
-        """Yield every usable sample once, in batches, in an order that depends on (seed, epoch).
+        seed: int = 0,
+        epoch: int = 0,
+        drop_last: bool = False,
+        threads: int = 2,
+        device: torch.device | str | None = None,
+        pin_memory: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> "CacheLoader":
+        """Return an iterable of batches (`Batch`) that serves every usable sample once per epoch.
 
-        The last batch may be short. Raises ConfigError if `batch_size` is below 1, `shuffle` is
-        neither full nor block, or the cache has no usable sample.
+        - `batch_size`: samples of a batch over all processes; a multiple of their number. The last
+          batch may be short; `drop_last` leaves it out.
+        - `names`: arrays such as t150/stride8; None serves all.
+        - `whitened`: if true, `batch.targets` are whitened per sample, (raw - mu) / sigma;
+          otherwise they are in the teacher's own scale, as `features` returns them.
+        - `shuffle`: full permutes all samples; block permutes and mixes contiguous blocks, for cold
+          disks; none keeps the order of the rows, each in view 0.
+        - `seed`, `epoch`: the order is a function of both. Iterations count the epoch up from
+          `epoch`; `set_epoch` sets it.
+        - `threads` read ahead; `device` moves batches (on CUDA in a side stream, from page-locked
+          memory); `pin_memory` only locks their pages.
+        - `rank` and `world_size` default to those of torch.distributed when an iteration begins.
+
+        Raises ConfigError with the argument's name if it cannot work, or if the cache has no usable
+        sample or no images.
         """
-        from dtcache.cache.loader import Batching, EpochLoader
+        from dtcache.cache.cache_loader import CacheLoader, LoaderSpec
 
-        return EpochLoader(
+        return CacheLoader(
             self,
-            self.reader.usable_rows,
-            self.names,
-            Batching(
-                batch_size=batch_size, seed=seed, threads=threads, shuffle=shuffle, drop_last=False
+            LoaderSpec(
+                batch_size=batch_size,
+                names=names,
+                whitened=whitened,
+                shuffle=shuffle,
+                seed=seed,
+                epoch=epoch,
+                drop_last=drop_last,
+                threads=threads,
+                device=device,
+                pin_memory=pin_memory,
+                rank=rank,
+                world_size=world_size,
             ),
-        ).epoch(epoch)
+        )
 
     def stack(self, tap: str, *, timestep: int | None = None) -> "da.Array":
         """Return a tap's decoded features as a lazy dask array, fp32 (N, V, C, H, W).
@@ -252,11 +283,7 @@ class Cache:
         """
         if self._linked is not None:
             return [self._linked.pixels(int(row)) for row in rows]
-        if IMAGES not in self.reader.manifest.arrays:
-            raise ConfigError(
-                f"{self.reader.root} stores no images: pass `images`, the source that it was "
-                "extracted from"
-            )
+        self.require_images()
         pixels = []
         for row, payload in zip(
             rows, self.reader.payloads(IMAGES, rows, np.zeros(len(rows))), strict=True
@@ -301,6 +328,14 @@ class Cache:
         values, scalars = self.coefficients(*pairs, [name])
         raw = unwhiten(self._decoder(values)[name], scalars[name])
         return raw.view(len(rows), views, *self.shape(name))
+
+    def require_images(self) -> None:
+        """Raise ConfigError if the cache does not store its images and was opened without them."""
+        if not self.has_images:
+            raise ConfigError(
+                f"{self.reader.root} stores no images: pass `images`, the source that it was "
+                "extracted from"
+            )
 
     @property
     def has_images(self) -> bool:

@@ -4,7 +4,7 @@ Shape suffix: B rows of a batch.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dtcache.errors import ConfigError
 from dtcache.rng import permuted
 
-SHUFFLES = ("full", "block")
+SHUFFLES = ("full", "block", "none")
 LOOKAHEAD = 4
 """Least number of batches read ahead; one more than `threads` keeps every thread busy."""
 BLOCK_ROWS = 256
@@ -59,7 +59,10 @@ class Batching:
     threads: int
     """Threads that read."""
     shuffle: str = "full"
-    """full: all rows are permuted. block: contiguous blocks of rows are permuted and mixed."""
+    """full: all rows are permuted. block: contiguous blocks of rows are permuted and mixed.
+
+    none: rows ascend, each in view 0.
+    """
     drop_last: bool = True
     """Whether a short last batch is left out."""
     rank: int = 0
@@ -102,8 +105,10 @@ class EpochLoader(Generic[T_co]):
         """Return rows and views of an epoch, in order: a pure function of (rows, seed, epoch).
 
         A full shuffle permutes all rows. A block shuffle deals blocks to mixes at random, and
-        permutes the rows of each mix.
+        permutes the rows of each mix. Without a shuffle, rows ascend and every view is 0.
         """
+        if self._batching.shuffle == "none":
+            return self._rows, np.zeros(len(self._rows), np.int64)
         seed = self._batching.seed
         rows = self._rows[permuted(len(self._rows), seed=seed, stream=f"epoch-{epoch}")]
         if self._batching.shuffle == "block":
@@ -121,7 +126,7 @@ class EpochLoader(Generic[T_co]):
         mixes: NDArray[np.int64] = order[blocks] // MIXED_BLOCKS
         return mixes
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[T_co]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[T_co, None, None]:
         """Yield this process's micro-batches of an epoch, from global batch `start` on."""
         rows, views = self.order(epoch)
         batch_size = self._batching.batch_size

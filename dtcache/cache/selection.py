@@ -9,22 +9,8 @@ from numpy.typing import NDArray
 
 from dtcache.cache.cache import Cache
 from dtcache.errors import ConfigError
-from dtcache.hashing import sha256_json
 from dtcache.options import parse_taps
-from dtcache.recipe import Json, tap_name
-from dtcache.store.layout import SAMPLES
-
-
-def cache_identity(cache: Cache) -> Json:
-    """Return the identity of a run's data: the recipe's fingerprint and a hash of its samples."""
-    manifest = cache.reader.manifest
-    # An unfinished cache may have more samples when a run resumes; samples.parquet then differs.
-    samples = (
-        manifest.files[SAMPLES]
-        if manifest.state == "sealed"
-        else sha256_json(cache.reader.usable_rows.tolist())
-    )
-    return {"cache": manifest.fingerprint, "samples": samples}
+from dtcache.recipe import tap_name
 
 
 def chosen_taps(cache: Cache, *, timestep: int | None, taps: str | None) -> list[str]:

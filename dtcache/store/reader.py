@@ -16,10 +16,11 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheIncompleteError
-from dtcache.hashing import file_problem
+from dtcache.hashing import file_problem, sha256_json
 from dtcache.payloads import SLACK, Payloads
+from dtcache.recipe import Json
 from dtcache.store.commits import ShardObject
-from dtcache.store.layout import PayloadArray
+from dtcache.store.layout import SAMPLES, PayloadArray
 from dtcache.store.manifest import CacheManifest, look_at
 from dtcache.store.open_files import OpenFile, open_limit
 from dtcache.store.sample_index import committed, damaged_objects, read_objects, read_samples
@@ -87,6 +88,16 @@ class CacheReader:
     def usable_rows(self) -> NDArray[np.int64]:
         """Rows that have features: their images did not fail, and their shards exist."""
         return np.flatnonzero(self._usable).astype(np.int64)
+
+    @property
+    def data_identity(self) -> Json:
+        """The identity of the data to train on: the recipe's fingerprint and a hash of the samples.
+
+        An unfinished cache may have more samples when a run resumes; its hash is of the rows.
+        """
+        sealed = self.manifest.state == "sealed"
+        samples = self.manifest.files[SAMPLES] if sealed else sha256_json(self.usable_rows.tolist())
+        return {"cache": self.manifest.fingerprint, "samples": samples}
 
     def payloads(self, name: str, rows: ArrayLike, views: ArrayLike) -> Payloads:
         """Return the payloads of B (row, view) pairs of one array. Images have only view 0.

@@ -1,18 +1,17 @@
 """Training batches from a cache."""
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dtcache.cache.batch import Rows, TrainBatch
 from dtcache.cache.cache import Cache
+from dtcache.cache.device_copies import Pinned, copied_ahead
 from dtcache.cache.label_set import LabelledCache, LabelSet
 from dtcache.cache.loader import EpochLoader
-from dtcache.cache.selection import cache_identity, chosen_taps, split_rows
+from dtcache.cache.selection import chosen_taps, split_rows
 from dtcache.codec import TapCodec
 from dtcache.device import Compute
 from dtcache.distributed import Processes
@@ -51,7 +50,7 @@ class CachedSource:
             )
         self.names = feature_names(self._cache, options)
         self.view = self._cache.view
-        self.identity = cache_identity(self._cache)
+        self.identity = self._cache.reader.data_identity
         if self.labels is not None:
             self.identity["label_set"] = self.labels.identity
         usable = self._cache.reader.usable_rows
@@ -60,7 +59,7 @@ class CachedSource:
         limited = usable[: options.limit]
         rows, self._held = split_rows(limited, self.keys(limited))
         self._loader = EpochLoader(
-            _Pinned(self._cache) if compute.device.type == "cuda" else self._cache,
+            Pinned(self._cache) if compute.device.type == "cuda" else self._cache,
             rows,
             self.names,
             batching(options, processes),
@@ -103,52 +102,6 @@ class CachedSource:
         column = self._cache.reader.samples["key"]
         keys: list[str] = column.take(np.asarray(rows, np.int64)).to_pylist()
         return keys
-
-
-class _Pinned:
-    """A cache whose batches lie in pinned memory, from which a GPU copies while it computes."""
-
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
-        self.num_views = cache.num_views
-        self.shard_rows = cache.shard_rows
-        self.will_need = cache.will_need
-
-    def batch(self, rows: Rows, views: Rows, names: Sequence[str]) -> TrainBatch:
-        return self._cache.batch(rows, views, names).changed(Tensor.pin_memory)
-
-
-def copied_ahead(batches: Iterable[TrainBatch], device: torch.device) -> Iterator[TrainBatch]:
-    """Yield batches on the device. On CUDA the next batch is copied meanwhile, in a side stream."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    stream = torch.cuda.Stream(device)
-    waiting: deque[tuple[TrainBatch, torch.cuda.Event]] = deque()
-
-    def arrived() -> TrainBatch:
-        batch, copied = waiting.popleft()
-        current = torch.cuda.current_stream(device)
-        current.wait_event(copied)
-
-        def used_here(x: Tensor) -> Tensor:
-            # Otherwise the allocator could give the tensor's memory to the next copy while this
-            # stream still reads the tensor.
-            x.record_stream(current)
-            return x
-
-        return batch.changed(used_here)
-
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            there = batch.changed(lambda x: x.to(device, non_blocking=True))
-            copied = torch.cuda.Event()
-            copied.record(stream)
-        waiting.append((there, copied))
-        if len(waiting) > 1:
-            yield arrived()
-    while waiting:
-        yield arrived()
 
 
 def feature_names(cache: Cache, options: TrainOptions) -> list[str]:

@@ -149,7 +149,9 @@ def test_a_batch_may_be_larger_than_the_cache(cache: Cache) -> None:
     (batch,) = cache.loader(batch_size=100)
     assert sorted(batch.rows.tolist()) == GOOD
     for size in (0, -1):
-        with pytest.raises(ConfigError, match=rf"^`batch_size` {size}: expected 1 or more"):
+        with pytest.raises(
+            ConfigError, match=rf"^`batch_size` {size}: expected an integer of 1 or more"
+        ):
             cache.loader(batch_size=size)
     with pytest.raises(ConfigError, match=r"^`batch_size` 2: expected 1 or more, .* got 0"):
         EpochLoader(

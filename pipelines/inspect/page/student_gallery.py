@@ -7,7 +7,7 @@ import torch
 
 from dtcache.cache.cache import Cache
 from dtcache.cache.label_set import LabelSet
-from dtcache.cache.selection import cache_identity, split_rows
+from dtcache.cache.selection import split_rows
 from dtcache.device import resolve_compute
 from dtcache.errors import CacheDamagedError, CacheMismatchError, ConfigError, one_line
 from dtcache.losses.objective import LABEL_TARGET
@@ -93,7 +93,7 @@ def _open_cache(root: Path, recorded: Json, cache_root: Path, options: InspectOp
         )
     allow: Allowed = "incomplete" if recorded.get("allow_incomplete") else "nothing"
     cache = Cache(cache_root, options.images, allow=allow, reading=options.reading)
-    identity = cache_identity(cache)
+    identity = cache.reader.data_identity
     if any(recorded.get(name) != value for name, value in identity.items()):
         raise CacheMismatchError(
             f"`cache` {cache_root}: not the cache that {root} was trained on: expected fingerprint "
