@@ -152,7 +152,7 @@ def probe(root: Path) -> dict[str, float]:
     opened = time.perf_counter()
     open_bytes = anonymous_memory() - base
     rows = np.random.default_rng(0).permutation(
-        np.arange(0, len(cache), max(1, len(cache) // PROBED_ROWS))
+        np.arange(0, cache.samples.num_rows, max(1, cache.samples.num_rows // PROBED_ROWS))
     )
     for start in range(0, len(rows), BATCH):
         read(cache, rows[start : start + BATCH])
@@ -161,7 +161,7 @@ def probe(root: Path) -> dict[str, float]:
     read_started = time.process_time()
     for start in range(0, len(rows), BATCH):
         read(cache, rows[start : start + BATCH])
-    epoch_seconds = len(cache) / len(rows) * (time.process_time() - read_started)
+    epoch_seconds = cache.samples.num_rows / len(rows) * (time.process_time() - read_started)
     start = time.perf_counter()
     batches = EpochLoader(
         cache, cache.reader.usable_rows, cache.names, Batching(batch_size=BATCH, seed=0, threads=1)
@@ -171,7 +171,7 @@ def probe(root: Path) -> dict[str, float]:
     batches.close()  # stops the loader's threads
     open_seconds = opened - started
     return {
-        "samples": len(cache),
+        "samples": cache.samples.num_rows,
         "files": len(cache.reader._objects),
         "open_s": round(open_seconds, 3),
         "epoch_start_s": round(start_seconds, 3),
@@ -179,7 +179,9 @@ def probe(root: Path) -> dict[str, float]:
         "open_and_start_over_epoch": round((open_seconds + start_seconds) / epoch_seconds, 4),
         "open_cache_mb": round(open_bytes / 1e6, 1),
         "additional_mb_after_reading": round(read_bytes / 1e6, 1),
-        "additional_bytes_per_chunk": round(read_bytes / len(cache) / len(cache.names), 1),
+        "additional_bytes_per_chunk": round(
+            read_bytes / cache.samples.num_rows / len(cache.names), 1
+        ),
         "open_files": open_files,
     }
 

@@ -85,6 +85,10 @@ class UnknownSampleError(CacheError, LookupError):
     """A sample that a cache does not have, or that has no features."""
 
 
+class UnknownIndexError(UnknownSampleError, IndexError):
+    """An index outside the usable samples of a cache."""
+
+
 class UnknownLabelsError(CacheError, LookupError):
     """A label set that a cache does not have."""
 

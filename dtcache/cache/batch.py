@@ -18,6 +18,8 @@ from dtcache.codec import FeatureDecoder, TapCodec
 from dtcache.whitening import unwhiten
 
 Rows = NDArray[np.int64]
+NO_LABEL = -1
+"""The label of an image without a class."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

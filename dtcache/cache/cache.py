@@ -3,12 +3,12 @@
 Shape suffixes: B batch, V views, C channels, H rows, W columns.
 """
 
+import copy
 import functools
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtcache.cache.batch import Rows, TrainBatch
+from dtcache.cache.batch import NO_LABEL, Rows, TrainBatch
 from dtcache.cache.fitted_codec import load_fit
 from dtcache.codec import (
     FeatureDecoder,
@@ -30,12 +30,13 @@ from dtcache.errors import (
     CacheMismatchError,
     ConfigError,
     PayloadError,
+    UnknownIndexError,
     UnknownSampleError,
 )
 from dtcache.images import LinkedImages
 from dtcache.images.stored_images import decode_stored
 from dtcache.options.images import ImagesOptions
-from dtcache.recipe import ViewSpec, tap_name
+from dtcache.recipe import Json, ViewSpec, tap_name
 from dtcache.store.layout import IMAGES
 from dtcache.store.reader import Allowed, CacheReader
 from dtcache.whitening import unwhiten
@@ -46,14 +47,16 @@ if TYPE_CHECKING:
     from dtcache.cache.cache_loader import CacheLoader
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CachedSample:
-    """One row of a cache, decoded."""
+# A named tuple, because torch's default collate and pin_memory understand no dataclass.
+class CachedSample(NamedTuple):
+    """One usable sample of a cache, decoded."""
 
     key: str
-    label: int | None
+    """Its path or name inside the image source."""
+    label: int
+    """Its class number, or -1 if the image has no class."""
     image_CHW: Tensor
-    """uint8 RGB, not mirrored."""
+    """uint8 RGB in 0..255, (3, H, W), not mirrored."""
     features: dict[str, Tensor]
     """By array, such as t150/stride8: fp32 (V, C, H, W), not whitened, as the teacher computed it.
 
@@ -62,10 +65,12 @@ class CachedSample:
 
 
 class Cache:
-    """A sequence of CachedSample that also yields batches. Safe to share between threads.
+    """A sequence of the usable samples, which also yields batches. Safe to share between threads.
 
-    A pickle holds the cache's path, and unpickling opens the cache again. Reading in a forked
-    process raises CacheError.
+    It is a map-style dataset for torch's DataLoader, with workers of either start method: a pickle
+    holds the cache's path, and a forked process opens the files again. Samples whose image failed
+    are left out of it. Rows are permuted: pair samples with other data by `key`, never by position
+    in a sorted list of files.
     """
 
     def __init__(
@@ -125,45 +130,151 @@ class Cache:
         """One row per sample: row, key, label, content_sha256, failure."""
         return self.reader.samples
 
-    def __len__(self) -> int:
-        """Return the number of rows, including those of failed images."""
-        return self.reader.manifest.num_samples
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes by number; empty if the images have none."""
+        return tuple(self.reader.manifest.classes)
 
-    def __getitem__(self, row: int) -> CachedSample:
-        """Return one row, decoded.
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The teacher's timesteps, in 0..999, at which features were cached."""
+        return tuple(self.reader.manifest.recipe["teacher"]["timesteps"])
 
-        Raises IndexError if there is no such row, and UnknownSampleError if its image failed.
-        """
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"{self.reader.root} has {len(self)} rows, got {row}")
-        rows = np.array([row % len(self)])
-        self._require_usable(rows)
-        key, label = (self.samples[name][int(rows[0])].as_py() for name in ("key", "label"))
-        features = {name: self.raw(name, rows)[0] for name in self.names}
-        return CachedSample(
-            key=key,
-            label=label,
-            image_CHW=torch.from_numpy(self.images(rows)[0]),
-            features=features,
+    @property
+    def recipe(self) -> Json:
+        """All that determines the features: teacher, view, codec, samples, seed; as plain JSON."""
+        return copy.deepcopy(self.reader.manifest.recipe)
+
+    def close(self) -> None:
+        """Close the cache's files. Later reads raise CacheError."""
+        self.reader.close()
+
+    def __enter__(self) -> Self:
+        """Return the cache, which is closed at the end of the `with` block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the cache."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Return three lines: path, samples and views, arrays with their shapes (C, H, W)."""
+        rows = self.samples.num_rows
+        images = "with images" if self.has_images else "without images"
+        arrays = ", ".join(f"{name} {self.shape(name)}" for name in self.names)
+        return (
+            f"dtcache.open({str(self.reader.root)!r})\n"
+            f"  {len(self)} of {rows} samples usable, {self.num_views} views, "
+            f"{len(self.classes)} classes, {self.view.width}x{self.view.height} px, {images}\n"
+            f"  {arrays}"
         )
 
-    def features(self, keys: Sequence[str]) -> dict[str, Tensor]:
+    def __len__(self) -> int:
+        """Return the number of usable samples: those whose image did not fail."""
+        return len(self._usable)
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether a usable sample has this key. Nothing is decoded."""
+        return isinstance(key, str) and bool(np.isin(self._rows_of([key]), self._usable).all())
+
+    def __iter__(self) -> Iterator[CachedSample]:
+        """Yield every usable sample, in the order of the rows."""
+        return (self[index] for index in range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int | str) -> CachedSample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[CachedSample]: ...
+    def __getitem__(self, index: int | str | slice) -> CachedSample | list[CachedSample]:
+        """Return a usable sample by its position or key, or a list of them by a slice.
+
+        Raises UnknownIndexError (an IndexError) for a position outside the cache,
+        UnknownSampleError for an unknown key or a failed image, and ConfigError for another type.
+        """
+        if isinstance(index, str):
+            rows = self._rows_of([index])
+            self._require_known([index], rows)
+            return self._samples_of(rows)[0]
+        if isinstance(index, slice):
+            return self.__getitems__(range(*_slice_within(index, len(self))))
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[CachedSample]:
+        """Return usable samples by their positions, read at once, as DataLoader requests them.
+
+        Raises UnknownIndexError for a position outside the cache.
+        """
+        count = len(self)
+        for index in indices:
+            if isinstance(index, bool) or not isinstance(index, int | np.integer):
+                raise ConfigError(
+                    f"`index` {index!r}: expected an integer, a slice or a key, got "
+                    f"{type(index).__name__}"
+                )
+            if not -count <= index < count:
+                raise UnknownIndexError(
+                    f"{self.reader.root} has {count} usable samples, got index {index}"
+                )
+        positions = np.array(indices, np.int64).reshape(-1)
+        return self._samples_of(self._usable[positions])
+
+    def features(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Return the features of B samples by array: fp32 (B, V, C, H, W), not whitened.
 
-        Raises UnknownSampleError for a key that the cache does not have, or whose image failed.
+        Raises UnknownSampleError for a key that the cache does not have, or whose image failed, and
+        ConfigError if `keys` is a single string.
         """
-        found = pc.index_in(pa.array(keys, pa.string()), value_set=self.samples["key"]).to_numpy(
-            zero_copy_only=False
-        )
-        missing = [key for key, row in zip(keys, found, strict=True) if np.isnan(row)]
-        if missing:
-            raise UnknownSampleError(
-                f"{self.reader.root}: no sample has the key {missing[0]!r}; cache.samples['key'] "
-                "lists them"
-            )
-        rows = found.astype(np.int64)
-        self._require_usable(rows)
+        if isinstance(keys, str):
+            raise ConfigError(f"`keys` {keys!r}: expected a list of keys; pass [{keys!r}]")
+        keys = list(keys)
+        rows = self._rows_of(keys)
+        self._require_known(keys, rows)
         return {name: self.raw(name, rows) for name in self.names}
+
+    @functools.cached_property
+    def _usable(self) -> NDArray[np.int64]:
+        return self.reader.usable_rows
+
+    def _rows_of(self, keys: Sequence[str]) -> NDArray[np.int64]:
+        """Return the rows of keys, -1 for an unknown one. Raises ConfigError for another type."""
+        for key in keys:
+            if not isinstance(key, str):
+                raise ConfigError(f"`keys` {key!r}: expected strings, got {type(key).__name__}")
+        try:
+            wanted = pa.array(keys, pa.string())
+        except (UnicodeEncodeError, pa.ArrowInvalid):  # a lone surrogate: no cache has such a key
+            return np.array([-1] * len(keys), np.int64)
+        rows = pc.index_in(wanted, value_set=self.samples["key"]).fill_null(-1)
+        return np.asarray(rows.to_numpy(zero_copy_only=False), np.int64)
+
+    def _require_known(self, keys: Sequence[str], rows: NDArray[np.int64]) -> None:
+        """Raise UnknownSampleError for the first key without a row or without features."""
+        for key, row in zip(keys, rows.tolist(), strict=True):
+            if row < 0:
+                raise UnknownSampleError(
+                    f"{self.reader.root}: no sample has the key {key!r}; cache.samples['key'] "
+                    "lists them"
+                )
+        self._require_usable(rows)
+
+    def _samples_of(self, rows: NDArray[np.int64]) -> list[CachedSample]:
+        """Return the decoded samples of rows, which are read at once."""
+        if not len(rows):
+            return []
+        images = self.images(rows)
+        features = {name: self.raw(name, rows) for name in self.names}
+        columns = self.samples.select(["key", "label"]).take(pa.array(rows)).to_pydict()
+        return [
+            CachedSample(
+                key=key,
+                label=NO_LABEL if label is None else label,
+                image_CHW=torch.from_numpy(image),
+                features={name: maps[i] for name, maps in features.items()},
+            )
+            for i, (key, label, image) in enumerate(
+                zip(columns["key"], columns["label"], images, strict=True)
+            )
+        ]
 
     def loader(
         self,
@@ -239,7 +350,7 @@ class Cache:
                 f"{self.reader.root} has no {name}, only {', '.join(self.names)}; pass one of these"
             )
         decode = StoredFeatures(self.reader.root, self.reader.manifest.identity, self.allow, name)
-        shape = (len(self), self.num_views, *self.shape(name))
+        shape = (self.samples.num_rows, self.num_views, *self.shape(name))
         return lazy_stack(decode, shape, f"dtcache-{decode.identity[:16]}-{name}")
 
     @functools.cached_property
@@ -281,6 +392,7 @@ class Cache:
         Raises CacheDamagedError with the sample's key if a byte is wrong, and ConfigError if the
         cache does not store its images and was opened without `images`.
         """
+        self.reader.require_open()
         if self._linked is not None:
             return [self._linked.pixels(int(row)) for row in rows]
         self.require_images()
@@ -324,6 +436,8 @@ class Cache:
     def raw(self, name: str, rows: Rows) -> Tensor:
         """Return one array's features of all views of rows, fp32 (B, V, C, H, W), not whitened."""
         views = self.reader.manifest.num_views
+        if not len(rows):
+            return torch.empty(0, views, *self.shape(name))
         pairs = np.repeat(rows, views), np.tile(np.arange(views), len(rows))
         values, scalars = self.coefficients(*pairs, [name])
         raw = unwhiten(self._decoder(values)[name], scalars[name])
@@ -349,6 +463,14 @@ class Cache:
                     f"{self.reader.root}: sample {sample['key']} has no features: "
                     f"{sample['failure']}"
                 )
+
+
+def _slice_within(index: slice, count: int) -> tuple[int, int, int]:
+    """Return start, stop and step of a slice. Raises ConfigError if it is not one of integers."""
+    try:
+        return index.indices(count)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"`index` {index}: {error}; pass integers") from error
 
 
 class StoredFeatures:

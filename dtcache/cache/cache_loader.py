@@ -12,16 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import distributed
 
-from dtcache.cache.batch import Batch, BatchContext, Rows, TrainBatch
+from dtcache.cache.batch import NO_LABEL, Batch, BatchContext, Rows, TrainBatch
 from dtcache.cache.device_copies import Pinned, copied_ahead
 from dtcache.cache.loader import SHUFFLES, Batching, EpochLoader, Readable
 from dtcache.codec import TapCodec
 from dtcache.errors import ConfigError
 from dtcache.hashing import sha256_json
 from dtcache.store.reader import CacheReader
-
-NO_LABEL = -1
-"""The label of an image without a class."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -79,10 +79,21 @@ class CacheReader:
         self._shards = CheckedShards(root, self._objects, open_limit())
         self._indices = {name: _Index(array) for name, array in arrays.items()}
         self._process = os.getpid()
+        self._closed = False
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
         """Pickle as a path: the other process opens and checks the cache again."""
         return partial(CacheReader, allow=self._allow), (self.root,)
+
+    def close(self) -> None:
+        """Close the shard files. Later reads raise CacheError; the manifest and samples stay."""
+        self._closed = True
+        self._shards.close()
+
+    def require_open(self) -> None:
+        """Raise CacheError if the cache was closed."""
+        if self._closed:
+            raise CacheError(f"{self.root}: the cache was closed; open it again")
 
     @property
     def usable_rows(self) -> NDArray[np.int64]:
@@ -103,13 +114,13 @@ class CacheReader:
         """Return the payloads of B (row, view) pairs of one array. Images have only view 0.
 
         Raises CacheDamagedError with sample and array if a byte is wrong, IndexError for a row or
-        view that the array does not have, and CacheError in a forked process.
+        view that the array does not have, and CacheError if the cache is closed.
         """
+        self.require_open()
         if os.getpid() != self._process:
-            raise CacheError(
-                f"{self.root}: this cache was opened in another process and then forked; start "
-                "workers with the spawn method, or open the cache in each of them"
-            )
+            # A forked process opens the files again: locks may have been held when it was forked.
+            self._shards = self._shards.in_this_process()
+            self._process = os.getpid()
         chunks = self._locate(
             self.manifest.arrays[name], np.asarray(rows, np.int64), np.asarray(views, np.int64)
         )

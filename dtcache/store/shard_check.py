@@ -100,11 +100,22 @@ class CheckedShards:
     def __init__(self, root: Path, objects: Mapping[str, ShardObject], most: int) -> None:
         """Open the files `objects` below `root`, at most `most` at a time."""
         self._root = root
+        self._most = most
         self._files = OpenFiles(root, most)
         self._objects = objects
         self._path_of = {listed.sha256: path for path, listed in objects.items()}
         self._lock = threading.Lock()
         self._checks: dict[str, Future[_Check]] = {}
+
+    def close(self) -> None:
+        """Close the files; one that another thread is reading is closed when the read ends."""
+        self._files = OpenFiles(self._root, self._most)
+
+    def in_this_process(self) -> "CheckedShards":
+        """Return the same files for a forked process: comparisons that have ended are kept."""
+        again = CheckedShards(self._root, self._objects, self._most)
+        again._checks = {path: check for path, check in self._checks.items() if check.done()}
+        return again
 
     def check(self, array: PayloadArray, shards: Iterable[int]) -> None:
         """Compare the files of some shards that this process has not compared yet.

@@ -55,7 +55,7 @@ class CachedSource:
             self.identity["label_set"] = self.labels.identity
         usable = self._cache.reader.usable_rows
         if manifest.state != "sealed" and processes.is_first:
-            say(f"{root} is not complete: it has {len(usable)} of {len(self._cache)} samples")
+            say(f"{root} is not complete: it has {len(usable)} of {manifest.num_samples} samples")
         limited = usable[: options.limit]
         rows, self._held = split_rows(limited, self.keys(limited))
         self._loader = EpochLoader(

@@ -3,6 +3,8 @@
 import copy
 import pickle
 import shutil
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +23,16 @@ from store.builders import (
     tiny_plan,
     write_cache,
 )
+from torch.utils.data import DataLoader
 
 import dtcache
-from dtcache.cache.cache import Cache
+from dtcache.cache.cache import Cache, CachedSample
 from dtcache.cache.fitted_codec import load_fit
 from dtcache.cache.loader import Batching, EpochLoader
 from dtcache.codec import max_array_bytes
 from dtcache.errors import (
     CacheDamagedError,
+    CacheError,
     CacheMismatchError,
     CacheNotFoundError,
     ConfigError,
@@ -57,7 +61,7 @@ def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
 
 def test_open_takes_a_path_in_any_form(cache: Cache) -> None:
     """dtcache.open takes a string or a Path and names a path that is not a cache."""
-    assert len(dtcache.open(str(cache.reader.root))) == len(cache) == ROWS
+    assert len(dtcache.open(str(cache.reader.root))) == len(cache) == len(GOOD)
     with pytest.raises(CacheNotFoundError, match="nowhere is not a cache"):
         dtcache.open("nowhere")
 
@@ -82,11 +86,11 @@ def test_the_largest_array_of_a_fit_is_read() -> None:
 
 
 def test_a_sample_is_what_was_cached(cache: Cache) -> None:
-    """cache[i] has row i's key, label, image and, within the codec's error, its features."""
+    """cache[i] is the i-th usable sample: key, label, image and, nearly, the features."""
     plan = tiny_plan()
-    for row in (*GOOD, -1):
-        sample = cache[row]
-        number = row % ROWS
+    for index in (*range(len(GOOD)), -1):
+        sample = cache[index]
+        number = GOOD[index]
         assert (sample.key, sample.label) == (plan.samples[number].key, plan.samples[number].label)
         np.testing.assert_array_equal(sample.image_CHW.numpy(), plan.pixels[number])
         assert list(sample.features) == [FINE, COARSE]
@@ -94,16 +98,113 @@ def test_a_sample_is_what_was_cached(cache: Cache) -> None:
             assert_close(maps.numpy(), plan.raw[name][number])
 
 
-def test_rows_that_are_not_there(cache: Cache) -> None:
-    """A row outside the cache raises IndexError; a failed row raises with its key and reason."""
-    for row in (ROWS, -ROWS - 1):
-        with pytest.raises(IndexError, match=rf"has {ROWS} rows, got {row}"):
-            cache[row]
+def test_samples_that_are_not_there(cache: Cache) -> None:
+    """An index outside the cache, a failed image and an index of another type are named."""
+    for index in (len(GOOD), -len(GOOD) - 1):
+        with pytest.raises(IndexError, match=rf"has {len(GOOD)} usable samples, got index {index}"):
+            cache[index]
     with pytest.raises(
         UnknownSampleError,
         match=rf"image{FAILED_ROW:02}.png has no features: cannot identify image",
     ):
-        cache[FAILED_ROW]
+        cache[tiny_plan().samples[FAILED_ROW].key]
+    for wrong in (0.0, True, None, [1]):
+        with pytest.raises(ConfigError, match=r"^`index` .*: expected an integer, a slice or a"):
+            cache[wrong]  # type: ignore[call-overload]
+    with pytest.raises(ConfigError, match=r"^`index` slice.*; pass integers"):
+        cache["a":"b"]  # type: ignore[misc]
+
+
+def same(one: CachedSample, other: CachedSample) -> bool:
+    """Return whether two samples agree in every bit."""
+    return (
+        one[:2] == other[:2]
+        and torch.equal(one.image_CHW, other.image_CHW)
+        and all(torch.equal(maps, other.features[name]) for name, maps in one.features.items())
+    )
+
+
+def test_a_cache_is_a_sequence_of_usable_samples(cache: Cache) -> None:
+    """Iteration, slices, keys and __getitems__ give the same samples; `in` looks at usable keys."""
+    plan = tiny_plan()
+    every = list(cache)
+    assert [sample.key for sample in every] == [plan.samples[row].key for row in GOOD]
+    for some, wanted in (
+        (cache[2:8:3], every[2:8:3]),
+        (cache[::-1], every[::-1]),
+        (cache[4:4], []),
+        (cache.__getitems__([3, -1, 3]), [every[3], every[-1], every[3]]),
+        ([cache[every[6].key]], [every[6]]),
+        ([cache[np.int64(1)]], [every[1]]),  # type: ignore[call-overload]
+    ):
+        assert len(some) == len(wanted)
+        assert all(map(same, some, wanted))
+    assert every[0].key in cache
+    assert plan.samples[FAILED_ROW].key not in cache
+    assert "x.png" not in cache and "\ud800" not in cache and 0 not in cache
+
+
+def test_what_a_cache_says_of_itself(cache: Cache) -> None:
+    """Classes, timesteps and the recipe are at hand; repr has three lines."""
+    assert cache.classes == ("red", "green", "blue")
+    assert cache.timesteps == (150,)
+    assert cache.recipe["shard_rows"] == SHARD_ROWS
+    cache.recipe["seed"] = 0
+    assert cache.recipe["seed"] == tiny_plan().recipe.seed
+    assert repr(cache).splitlines() == [
+        f"dtcache.open('{cache.reader.root}')",
+        "  9 of 10 samples usable, 2 views, 3 classes, 8x8 px, with images",
+        f"  {FINE} (4, 4, 4), {COARSE} (6, 2, 2)",
+    ]
+
+
+def test_a_closed_cache_is_not_read(tiny_cache: Path) -> None:
+    """After a `with` block every read raises CacheError; what was read before stays."""
+    with dtcache.open(tiny_cache) as cache:
+        sample = cache[0]
+        running = iter(cache.loader(batch_size=1))
+        next(running)
+    reads: list[Callable[[], object]] = [
+        lambda: cache[0],
+        lambda: cache.features([sample.key]),
+        lambda: cache.images([0]),
+        lambda: list(running),
+        lambda: next(iter(cache.loader(batch_size=1))),
+    ]
+    for read in reads:
+        with pytest.raises(CacheError, match="the cache was closed; open it again"):
+            read()
+    assert len(cache) == len(GOOD) and sample.key in cache
+
+
+def test_a_cache_that_is_deleted_under_a_reader(tiny_copy: Path) -> None:
+    """Reads from a cache that was deleted raise CacheDamagedError, in a loader's threads too."""
+    cache = dtcache.open(tiny_copy)
+    shutil.rmtree(tiny_copy)
+    for read in (lambda: cache[0], lambda: next(iter(cache.loader(batch_size=2)))):
+        with pytest.raises(CacheDamagedError, match="No such file or directory, but the file was"):
+            read()
+
+
+def test_the_default_collate_reads_a_cache(cache: Cache) -> None:
+    """DataLoader's default collate makes (B, V, C, H, W) features of samples; pin_memory works."""
+    batches = list(DataLoader(cache, batch_size=4, shuffle=False))
+    assert [len(batch.key) for batch in batches] == [4, 4, 1]
+    assert batches[0].label.tolist() == [tiny_plan().samples[row].label for row in GOOD[:4]]
+    for name, maps in batches[0].features.items():
+        assert torch.equal(maps, cache.features(batches[0].key)[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_a_cache(cache: Cache, method: str) -> None:
+    """Workers of either start method read what this process reads, after it has read too."""
+    alone = [batch.features[FINE] for batch in DataLoader(cache, batch_size=3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads
+        workers = DataLoader(cache, batch_size=3, num_workers=2, multiprocessing_context=method)
+        read = [batch.features[FINE] for batch in workers]
+    assert all(map(torch.equal, alone, read)) and len(alone) == len(read)
 
 
 def test_features_by_key(cache: Cache) -> None:
@@ -125,6 +226,11 @@ def test_keys_that_are_not_there(cache: Cache) -> None:
         cache.features([tiny_plan().samples[0].key, "x.png"])
     with pytest.raises(UnknownSampleError, match=r"has no features: cannot identify image file"):
         cache.features([tiny_plan().samples[FAILED_ROW].key])
+    with pytest.raises(ConfigError, match=r"^`keys` 'x\.png': expected a list of keys; pass \["):
+        cache.features("x.png")
+    with pytest.raises(ConfigError, match=r"^`keys` 3: expected strings, got int"):
+        cache.features([3])  # type: ignore[list-item]
+    assert cache.features(key for key in ())[COARSE].shape == (0, VIEWS, 6, 2, 2)
 
 
 def test_samples_is_the_index(cache: Cache) -> None:

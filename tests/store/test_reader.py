@@ -572,13 +572,26 @@ def test_a_reader_travels_as_a_path(shared: Path) -> None:
     np.testing.assert_equal(read_all(pickle.loads(message)), read_all(reader))
 
 
-def test_a_forked_reader_is_refused(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader used in a forked process raises with the advice to spawn workers."""
+def test_a_forked_reader_opens_the_files_again(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader in a forked process reads the same bytes, from files and locks of its own."""
     reader = CacheReader(shared)
+    before = read(reader, FINE, [0], [0])
+    parents = reader._shards
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    with pytest.raises(
-        CacheError, match=r"opened in another process and then forked; start workers with the spawn"
-    ):
+    np.testing.assert_equal(read(reader, FINE, [0], [0]), before)
+    assert reader._shards is not parents
+    assert not parents._files._files.items() & reader._shards._files._files.items()
+
+
+def test_a_closed_reader_is_refused(shared: Path) -> None:
+    """A closed reader has no open file, and reading from it raises CacheError."""
+    reader = CacheReader(shared)
+    read(reader, FINE, [0], [0])
+    reader.close()
+    assert not reader._shards._files._files
+    with pytest.raises(CacheError, match="the cache was closed; open it again"):
         read(reader, FINE, [0], [0])
 
 
