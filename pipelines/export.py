@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dtcache.atomic_files import whole_folder, write_file
-from dtcache.errors import ConfigError, ExportError
+from dtcache.errors import ConfigError, ExportError, one_line
 from dtcache.options import ExportOptions
 from dtcache.student import Backbone, load_backbone
 from dtcache.student.backbone_io import open_in_timm
@@ -111,7 +111,13 @@ def _write_timm(
     for name in (WEIGHTS, CONFIG):
         write_file(draft / name, (folder / name).read_bytes())
     usage = 'timm.create_model("local-dir:{out}", pretrained=True, num_classes=0)'
-    return open_in_timm(draft), usage
+    try:
+        return open_in_timm(draft), usage
+    except Exception as error:  # timm passes unknown fields on, so the type may be any.
+        raise ExportError(
+            f"{folder / CONFIG}: timm cannot open the backbone ({one_line(error)}). Export the "
+            "backbone of the run that it came from"
+        ) from error
 
 
 def _write_torchvision(

@@ -1,6 +1,7 @@
 """Exports: a folder that another library loads strictly with equal outputs, or no folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,16 @@ def test_every_listed_network_is_torchvisions(name: str, tmp_path: Path) -> None
     )
     assert done.difference <= 1e-5 * done.largest
     assert done.largest > 0
+
+
+def test_a_configuration_that_timm_cannot_open_is_one_line(resnet: Path, tmp_path: Path) -> None:
+    """A field that timm does not know is refused with the file's name, and nothing is written."""
+    folder = shutil.copytree(resnet / "backbone", tmp_path / "backbone")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["nosuch"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run("export", folder, "--to", "timm", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"Error: {folder}/config.json: timm cannot open the backbone (" in result.output
+    assert "nosuch" in result.output and len(result.output.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
