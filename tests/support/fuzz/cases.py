@@ -279,7 +279,8 @@ class Case:
             if ending.exit_code not in verb.codes:
                 return "message", f"exit code {ending.exit_code}: {errors[-300:]}"
             lines = [line for line in errors.splitlines() if line.startswith("Error: ")]
-            answered = verb.codes == _VERIFY and ending.exit_code in (3, 4)
+            # `verify` reports damage, and label sets that it cannot read, on stdout.
+            answered = ending.exit_code in (3, 4, 5) and shown != errors
             if not answered and (len(lines) != 1 or last != lines):
                 return "message", f"exit code {ending.exit_code}: {errors[-300:]}"
             return "refused", last[0][:300]
