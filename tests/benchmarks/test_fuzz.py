@@ -12,12 +12,12 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fuzz.py"
 
 @pytest.mark.slow
 def test_hostile_inputs_succeed_or_are_refused_in_one_line(tmp_path: Path) -> None:
-    """150 inputs of every kind cause no failure of any class."""
+    """40 hostile inputs cause no failure of any class."""
     command = [
         sys.executable,
         SCRIPT,
         "--count",
-        "150",
+        "40",
         "--jobs",
         "2",
         "--seed",
@@ -32,6 +32,6 @@ def test_hostile_inputs_succeed_or_are_refused_in_one_line(tmp_path: Path) -> No
     result = json.loads((tmp_path / "fuzz.json").read_text())["result"]
     assert result["failures"] == []
     assert set(result["verdicts"]) == {"ok", "refused"}
-    assert sum(result["verdicts"].values()) == result["inputs"] == 150
-    assert min(result["verdicts"].values()) > 15
-    assert len(result["by_command"]) > 15
+    assert sum(result["verdicts"].values()) == result["inputs"] == 40
+    assert min(result["verdicts"].values()) > 5
+    assert len(result["by_command"]) > 8
