@@ -39,6 +39,7 @@ from pipelines.terminal.output import report, say
 TRY = "Try it"
 CACHE = "Stage 1: the cache"
 STUDENT = "Stage 2: students"
+HELP = "Help"
 
 
 @click.group(
@@ -519,6 +520,52 @@ def sweep(ctx: click.Context, file: Path, out: Path, options: SweepOptions) -> N
     for failure in swept.failures:
         say(f"failed: {failure}")
     ctx.exit(1 if swept.failures else 0)
+
+
+@main.command(section=HELP)
+@click.argument("folder", type=PATH, required=False)
+@JSON_FLAG
+def doctor(folder: Path | None, as_json: bool) -> None:
+    """Examine this machine, for a bug report.
+
+    Shows versions, devices, threads, CPU instruction sets, and how fast bf16 is. With FOLDER, also
+    measures its disk and tests its locks, in a temporary folder that is removed. Paste the output
+    into a bug report.
+
+    \b
+    Example:
+      dtcache doctor
+      dtcache doctor caches/ --json
+    """
+    from pipelines.doctor import diagnose
+    from pipelines.terminal.console import show
+
+    diagnosis = diagnose(folder)
+    if as_json:
+        print_json(diagnosis.to_json())
+    else:
+        show(diagnosis.render())
+
+
+@main.command(section=HELP)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a completion script for a shell.
+
+    The shell then completes commands, options and their choices.
+
+    \b
+    Example:
+      dtcache completion bash > ~/.local/share/bash-completion/completions/dtcache
+      dtcache completion zsh > "${fpath[1]}/_dtcache"
+      dtcache completion fish > ~/.config/fish/completions/dtcache.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    script = get_completion_class(shell)
+    if script is None:
+        raise click.UsageError(f"click has no completion for {shell}")
+    report(script(main, {}, "dtcache", "_DTCACHE_COMPLETE").source())
 
 
 if __name__ == "__main__":

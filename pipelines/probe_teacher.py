@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.styled import Styled
 from rich.table import Table
 from torch import Tensor
 
@@ -103,9 +104,7 @@ class TeacherProbe:
         for tap in dict.fromkeys(score.tap for score in self.scores):
             row = [score for score in self.scores if score.tap == tap]
             cells = (
-                f"[bold]{score.linear_top1:.1f}[/bold]"
-                if score is self.best
-                else f"{score.linear_top1:.1f}"
+                Styled(f"{score.linear_top1:.1f}", style="bold" if score is self.best else "")
                 for score in row
             )
             table.add_row(tap, *cells)

@@ -60,7 +60,7 @@ def test_the_verbs_are_the_documented_ones() -> None:
         "evaluate",
         "export",
     }
-    assert set(main.commands) == stages | {"inspect", "verify", "demo"}
+    assert set(main.commands) == stages | {"inspect", "verify", "demo", "doctor", "completion"}
     assert all(re.search(rf"dtcache {verb}\b(?!-)", readme) for verb in main.commands)
 
 

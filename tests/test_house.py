@@ -55,6 +55,7 @@ ROOMS = [
     "pipelines.teach",
     "pipelines.size_estimate",
     "pipelines.disk_space",
+    "pipelines.doctor",
     "pipelines.extract",
     "pipelines.train",
     "pipelines.label",

@@ -14,6 +14,12 @@ from pipelines.terminal.hints import commands_of
 MISUSES = (
     # A misuse, and what its line names. {O} is a path that must stay free.
     ("nosuch", "nosuch"),
+    ("doctor {MISSING}", "{MISSING}"),
+    ("doctor {FILE}", "{FILE}"),
+    ("doctor ''", "FOLDER"),
+    ("completion powershell", "powershell"),
+    ("completion bash zsh", "zsh"),
+    ("completion --shell bash", "--shell"),
     ("scenes --count five --out {O}", "--count"),
     ("scenes --count 0 --out {O}", "--count"),
     ("scenes --count 10000000000000 --out {O}", "--count"),
@@ -175,6 +181,6 @@ def test_a_misuse_is_one_line_and_exit_code_2(
 
 def test_the_misuses_are_of_all_verbs() -> None:
     """There are more than 50 misuses, and several of every verb."""
-    assert len({command for command, _ in MISUSES}) == len(MISUSES) == 104
+    assert len({command for command, _ in MISUSES}) == len(MISUSES) == 110
     for verb in commands_of(main):
         assert sum(command.startswith(f"{verb} ") for command, _ in MISUSES) >= 3, verb

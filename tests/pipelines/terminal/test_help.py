@@ -85,4 +85,5 @@ def test_verbs_stand_under_their_stages() -> None:
         "Stage 0: the teacher:",
         "Stage 1: the cache:",
         "Stage 2: students:",
+        "Help:",
     ]
