@@ -34,7 +34,7 @@ from pipelines.terminal.flags import (
     print_json,
     require_text,
 )
-from pipelines.terminal.output import report, say
+from pipelines.terminal.output import report, report_lines, say
 
 TRY = "Try it"
 CACHE = "Stage 1: the cache"
@@ -565,7 +565,7 @@ def completion(shell: str) -> None:
     script = get_completion_class(shell)
     if script is None:
         raise click.UsageError(f"click has no completion for {shell}")
-    report(script(main, {}, "dtcache", "_DTCACHE_COMPLETE").source())
+    report_lines(script(main, {}, "dtcache", "_DTCACHE_COMPLETE").source())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,11 @@ def report(line: str) -> None:
     _print(line, to_stderr=False)
 
 
+def report_lines(text: str) -> None:
+    """Print text that dtcache itself has made, such as a script, on stdout with its line ends."""
+    click.echo(text)
+
+
 def say(line: str) -> None:
     """Print one line on stderr, with the flags of the running command for fields in backticks."""
     context = click.get_current_context(silent=True)

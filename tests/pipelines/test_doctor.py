@@ -6,6 +6,8 @@ import io
 import json
 import os
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -98,6 +100,8 @@ def test_completion_scripts_call_dtcache(shell: str) -> None:
     script = run("completion", shell).stdout
     assert f"_DTCACHE_COMPLETE={shell}_complete" in script
     assert "_dtcache_completion" in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
 
 
 def test_completion_offers_verbs_and_choices() -> None:
