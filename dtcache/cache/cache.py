@@ -133,7 +133,7 @@ class Cache:
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes by number; empty if the images have none."""
-        return tuple(self.reader.manifest.classes)
+        return tuple(self.reader.manifest.classes or ())
 
     @property
     def timesteps(self) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import sys
 import click
 
 from pipelines.terminal.field_names import in_flags
+from pipelines.terminal.listener import Progress, listener
 from pipelines.terminal.text import printable
 
 
@@ -20,6 +21,9 @@ def report_lines(text: str) -> None:
 
 def say(line: str) -> None:
     """Print one line on stderr, with the flags of the running command for fields in backticks."""
+    if (listen := listener()) is not None:
+        listen(Progress(title="", note=line))
+        return
     context = click.get_current_context(silent=True)
     _print(in_flags(line, context.command if context is not None else None), to_stderr=True)
 

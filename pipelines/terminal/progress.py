@@ -14,6 +14,8 @@ from rich.progress import (
 )
 
 from pipelines.terminal.console import Terminal
+from pipelines.terminal.listener import Progress as Event
+from pipelines.terminal.listener import listener
 from pipelines.terminal.output import say
 from pipelines.terminal.text import printable
 
@@ -47,6 +49,9 @@ class Tracker:
         rate = (self._done - self._first) / seconds
         shown = f"{rate:.1f}/s" if rate >= SLOW or not rate else f"{60 * rate:.1f}/min"
         text = printable(f"{shown} {note}".strip())
+        if (listen := listener()) is not None:
+            listen(Event(title=self._title, done=self._done, total=self._total, note=text))
+            return
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, note=text)
         elif self._shown and time.monotonic() - self._printed > LINE_SECONDS:
@@ -59,7 +64,7 @@ class Tracker:
 def track(title: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Tracker]:
     """Show progress of `total` units, `done` of them finished earlier; nothing if not `shown`."""
     console = Terminal(stderr=True, quiet=not shown)
-    if not console.is_terminal:
+    if listener() is not None or not console.is_terminal:
         yield Tracker(title, total, done, None, shown)
         return
     columns = (

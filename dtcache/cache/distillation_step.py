@@ -1,0 +1,40 @@
+"""The losses of one batch, for a training loop of one's own."""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from dtcache.cache.batch import Batch
+from dtcache.errors import ConfigError
+from dtcache.losses import Objective, Targets
+from dtcache.whitening import unwhiten
+
+
+def distillation_step(
+    student: Callable[[Tensor], Mapping[str, Tensor]],
+    batch: Batch,
+    objective: Objective | None = None,
+) -> dict[str, Tensor]:
+    """Return the losses of a student on a batch, fp32 scalars; `loss` is to be minimised.
+
+    `student` turns images (B, 3, H, W) in 0..255 into predictions by array, (B, C, H, W) of the
+    targets' shapes, as `build_student` makes one. `objective` defaults to the mean over arrays of
+    the MSE to the whitened features. The other losses are `mse/<array>`, and `at/<array>` to the
+    features in the teacher's scale (paper: MSE and AT). The scale of the loader is of no effect.
+    Raises ConfigError if the batch has no arrays, or if a prediction is missing or misshapen.
+    """
+    whitened = batch.whitened
+    if not whitened:
+        raise ConfigError("`batch`: expected targets; make the loader with `names`")
+    predicted = student(batch.images_BCHW)
+    for name, maps_BCHW in whitened.items():
+        got = tuple(predicted[name].shape) if name in predicted else None
+        if got != tuple(maps_BCHW.shape):
+            raise ConfigError(
+                f"`student`: expected a prediction {name} of shape {tuple(maps_BCHW.shape)}, got "
+                f"{got}; build the student for the arrays of the loader"
+            )
+    raw = {name: unwhiten(x_BCHW, batch.scalars[name]) for name, x_BCHW in whitened.items()}
+    chosen = objective or Objective(dict.fromkeys(whitened, 1.0), {})
+    losses: dict[str, Tensor] = chosen(predicted, Targets(whitened=whitened, raw=raw))
+    return losses

@@ -1,0 +1,112 @@
+"""The verbs as Python functions: keywords or options, results as dataclasses, nothing printed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dtcache.errors import ConfigError
+from dtcache.options import ExtractOptions, InspectOptions, Options, TrainOptions
+from pipelines.extract.extract import Extracted
+from pipelines.inspect.inspect import Inspected
+from pipelines.terminal.listener import Listener, listening
+from pipelines.train.student_run import Trained
+
+Verb = TypeVar("Verb", bound=Options)
+
+
+def extract(
+    images: str | Path,
+    out: str | Path,
+    options: ExtractOptions | None = None,
+    *,
+    progress: Listener | None = None,
+    **fields: Any,
+) -> Extracted:
+    """Cache a teacher's features of `images` in `out`, or resume that cache. Nothing is printed.
+
+    Pass `options`, or its fields as keywords, such as `teacher="google/ddpm-cat-256"`. `progress`
+    is called with messages and with the number of images done. Returns the numbers of images with
+    and without features, and seconds. Raises ConfigError with the field's name for bad options, and
+    the DtcacheError of whatever fails.
+    """
+    from pipelines.extract.extract import extract as run
+
+    options = _options(ExtractOptions, options, fields)
+    with listening(progress):
+        return run(_path("images", images), _path("out", out), options)
+
+
+def train(
+    where: str | Path,
+    out: str | Path,
+    options: TrainOptions | None = None,
+    *,
+    progress: Listener | None = None,
+    **fields: Any,
+) -> Trained:
+    """Train a student on the cache `where` and export its backbone to `out`. Nothing is printed.
+
+    Pass `options`, or its fields as keywords, such as `student="resnet50", epochs=10`. `progress`
+    is called with messages and with the number of steps done. Returns steps, held-out loss (mean
+    over samples) and the share of time spent waiting, 0 to 1. Raises ConfigError with the field's
+    name for bad options, and the DtcacheError of whatever fails.
+    """
+    from pipelines.train.train import train as run
+
+    options = _options(TrainOptions, options, fields)
+    with listening(progress):
+        return run(_path("where", where), _path("out", out), options)
+
+
+def inspect(
+    *roots: str | Path,
+    options: InspectOptions | None = None,
+    progress: Listener | None = None,
+    **fields: Any,
+) -> Inspected:
+    """Describe caches or runs, as `dtcache inspect` does. Nothing is printed.
+
+    Pass `options`, or its fields as keywords, such as `stats=True`. Returns one report per root, in
+    plain JSON types (sizes in bytes). Raises ConfigError with the field's name for bad options, and
+    the CacheError of a path that is no readable cache or run.
+    """
+    from pipelines.inspect.inspect import inspect as run
+
+    if not roots:
+        raise ConfigError("`roots`: expected one or more caches or runs; pass their paths")
+    options = _options(InspectOptions, options, fields)
+    with listening(progress):
+        return run(_paths(roots), options)
+
+
+def _options(kind: type[Verb], options: Verb | None, fields: dict[str, Any]) -> Verb:
+    """Return the options, or make them of keywords. Raises ConfigError with the field's name."""
+    known = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    for name in fields:
+        if name not in known:
+            raise ConfigError(
+                f"`{name}`: expected a field of {kind.__name__}; pass one of {', '.join(known)}"
+            )
+    if options is None:
+        try:
+            return kind(**fields)
+        except TypeError as error:
+            raise ConfigError(f"{kind.__name__}: {error}; pass every required field") from error
+    if fields:
+        raise ConfigError(
+            f"`{next(iter(fields))}`: expected `options` or keywords, got both; pass one of them"
+        )
+    if not isinstance(options, kind):
+        raise ConfigError(f"`options`: expected {kind.__name__}, got {type(options).__name__}")
+    return options
+
+
+def _paths(roots: Sequence[str | Path]) -> list[Path]:
+    return [_path("roots", root) for root in roots]
+
+
+def _path(name: str, path: str | Path) -> Path:
+    """Return a path. Raises ConfigError with the field's name for another type."""
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"`{name}` {path!r}: expected a path, got {type(path).__name__}")
+    return Path(path)
