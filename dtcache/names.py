@@ -3,12 +3,23 @@
 import re
 import unicodedata
 
+IN_UTF8 = "rename it, or set LC_ALL=C.UTF-8 if the locale is not UTF-8"
+"""The fix for a name that is not UTF-8 text. LANG=C shows every name beyond ASCII so."""
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def is_fit(name: str) -> bool:
     """Return whether a name is UTF-8 text without control characters, which break a line."""
     return _UNFIT.search(name) is None
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether text can be written as UTF-8; names of files may have other bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def shown(name: str) -> str:

@@ -25,6 +25,7 @@ from dtcache.options import TeachOptions, parse_ints, parse_size
 from dtcache.options.images import READING_NAMES
 from dtcache.process_settings import configure_process
 from dtcache.recipe import ViewSpec
+from dtcache.regular_files import read_regular
 from dtcache.rng import permuted
 from dtcache.teacher.ddpm import (
     TRAIN_STEPS,
@@ -46,6 +47,8 @@ from pipelines.terminal.open_images import open_images
 from pipelines.terminal.progress import track
 
 LOSSES = "losses.json"
+LOSS_BYTES = 32
+"""Most bytes of one loss in losses.json, with its separator."""
 KEPT = "kept"
 """Folder of the teachers of `keep_steps`: `RUN/kept/STEP/`."""
 VOLATILE = (*READING_NAMES, "device", "save_every", "samples")
@@ -83,22 +86,27 @@ def teach(images: Path, out: Path, options: TeachOptions) -> Taught:
         claim_run(out, identity, VOLATILE)
         if not (out / LOSSES).exists():
             _train(source, rows, out, trainer, folder)
-        losses = _losses(out)
+        losses = _losses(out, options.steps)
     final_loss = float(np.mean(losses[-AVERAGED_LOSSES:])) if losses else None
     return Taught(out=out, steps=options.steps, final_loss=final_loss)
 
 
-def _losses(out: Path) -> list[float]:
-    """Return the losses of a finished run. Raises CacheDamagedError if they are no numbers."""
+def _losses(out: Path, steps: int) -> list[float]:
+    """Return the losses of a finished run.
+
+    Raises CacheDamagedError if the file is larger than `steps` losses or holds no list of numbers.
+    """
     try:
-        losses = json.loads((out / LOSSES).read_text("utf-8"))
+        losses = json.loads(read_regular(out / LOSSES, LOSS_BYTES * (steps + 1)))
+        if not isinstance(losses, list):
+            raise TypeError(f"expected a list, got {type(losses).__name__}")
         for value in losses:
             require_number("a loss", value)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CacheDamagedError(
             f"{out / LOSSES}: not the losses of a run ({one_line(error)}); pass another `out`"
         ) from error
-    return list(losses)
+    return losses
 
 
 def _train(

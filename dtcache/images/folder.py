@@ -15,7 +15,7 @@ from dtcache.images.encoded import read_image
 from dtcache.images.left_out import LeftOut, Reason, is_hidden
 from dtcache.images.parquet_index import has_images
 from dtcache.images.survey import survey
-from dtcache.names import is_fit
+from dtcache.names import IN_UTF8, is_fit
 from dtcache.options.images import ImagesOptions
 from dtcache.samples import Column
 
@@ -83,7 +83,7 @@ class FolderSource:
             if odd is not None:
                 raise ImagesError(
                     f"{root}: expected UTF-8 file names without control characters, got {odd!r}; "
-                    "rename the file"
+                    f"{IN_UTF8}"
                 )
             chunks.append(pa.array(chunk, pa.string()))
             for key in chunk:

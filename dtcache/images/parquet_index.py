@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dtcache.errors import ConfigError, ImagesError, ImagesNotFoundError, one_line
+from dtcache.names import is_utf8
 from dtcache.options.images import ImagesOptions
 
 LABEL = "label"
@@ -223,17 +224,9 @@ def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
     names = feature.get("names") if isinstance(feature, dict) else None
     if not isinstance(names, list) or not names:
         return None
-    if not all(isinstance(name, str) and _is_utf8(name) for name in names):
+    if not all(isinstance(name, str) and is_utf8(name) for name in names):
         return None
     return tuple(names)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _labels(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dtcache.errors import ConfigError
+from dtcache.names import IN_UTF8, is_utf8
 from dtcache.options.field import Options
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -111,10 +112,17 @@ def _typed(value: Any, hint: Any, metadata: Mapping[str, Any], folder: Path) -> 
 
 
 def config_text(options: Mapping[str, Any]) -> str:
-    """Return options as TOML that `read_config` reads. An option that is None is left out."""
-    return "".join(
-        f"{name} = {_toml(value)}\n" for name, value in options.items() if value is not None
-    )
+    """Return options as TOML that `read_config` reads. An option that is None is left out.
+
+    Raises ConfigError for text that is not UTF-8, such as a path under LANG=C.
+    """
+    lines = []
+    for name, value in options.items():
+        line = f"{name} = {_toml(value)}\n" if value is not None else ""
+        if not is_utf8(line):
+            raise ConfigError(f"`{name}` {value}: expected UTF-8 text; {IN_UTF8}")
+        lines.append(line)
+    return "".join(lines)
 
 
 def _toml(value: Any) -> str:

@@ -202,7 +202,14 @@ def _saved(folder: Path) -> SavedBackbone:
             view=read_view(config["dtcache"]["view"]) if "dtcache" in config else None,
             model_args=args,
         )
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        OverflowError,  # an integer that is larger than any float
+    ) as error:
         raise WeightsError(
             f"{folder / CONFIG}: not the configuration of a backbone ({error}); expected {EXPECTED}"
         ) from error

@@ -40,6 +40,15 @@ BLOCKS = frozenset(
 """Blocks of diffusers' U-Nets whose maps dtcache can tap before the upsampler."""
 LEGACY_PREFIX = "UNetRes"
 """Prefix of block names before diffusers 0.4, which diffusers drops."""
+MAX_POSITION_VALUES = 1 << 24
+"""Most values of a transformer's position table: 14,000 patches of 1152 channels."""
+POSITIONS = {
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+}
+"""Fields that give the size of a DiT's position table, with the defaults of diffusers."""
 
 
 def require_supported(path: Path, name: str, config: Json, has_latents: bool) -> None:
@@ -58,6 +67,8 @@ def require_supported(path: Path, name: str, config: Json, has_latents: bool) ->
             f"patches), got norm_type {config.get('norm_type')!r}, patch_size "
             f"{config.get('patch_size')!r}"
         )
+    if name not in UNSERVED:
+        _require_position_table(path, config)
     if has_latents:
         return
     channels = config.get("in_channels")
@@ -109,6 +120,26 @@ def _require_conditions(path: Path, name: str, config: Json) -> None:
             raise TeacherError(
                 f"{path}: expected {key} of at least 1, or none, got {classes!r}; download it again"
             )
+
+
+def _require_position_table(path: Path, config: Json) -> None:
+    """Raise TeacherError unless a DiT's position table is small enough.
+
+    diffusers computes the table from the configuration: its size does not depend on the weights.
+    """
+    values = [config.get(key, default) for key, default in POSITIONS.items()]
+    if not all(type(value) is int and value > 0 for value in values):
+        raise TeacherError(
+            f"{path}: expected positive integers for {', '.join(POSITIONS)}, got "
+            f"{', '.join(str(value)[:40] for value in values)}; download it again"
+        )
+    side, patch, heads, width = values
+    if (side // patch) ** 2 * heads * width > MAX_POSITION_VALUES:
+        raise TeacherError(
+            f"{path}: expected a position table of at most {MAX_POSITION_VALUES} values, got "
+            f"sample_size {side} with patch_size {patch} and {heads * width} channels; download it "
+            "again"
+        )
 
 
 def _require_blocks(path: Path, config: Json) -> None:

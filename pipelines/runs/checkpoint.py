@@ -1,7 +1,6 @@
 """A run's checkpoint, which a resumed run continues from."""
 
 import io
-import math
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,10 +59,10 @@ def _require_stored(path: Path) -> None:
         raise ValueError("its entries are larger than the file")
 
 
-def require_number(name: str, value: Any, *, kind: type = float, most: float = math.inf) -> None:
+def require_number(name: str, value: Any, *, kind: type = float, most: float = 1e300) -> None:
     """Raise ValueError unless an entry is a finite number from 0 to `most`; `kind` is its type."""
     is_number = isinstance(value, int) or (kind is float and isinstance(value, float))
-    if isinstance(value, bool) or not is_number or not 0 <= value <= most or math.isinf(value):
+    if isinstance(value, bool) or not is_number or not 0 <= value <= most:
         raise ValueError(f"{name} is {str(value)[:40]!r}, not a number from 0 to {most}")
 
 

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 
 from dtcache.atomic_files import write_file
 from dtcache.errors import CacheDamagedError, ConfigError, DtcacheError, TrainingError, one_line
+from dtcache.json_files import read_json
 from dtcache.recipe import Json
 from pipelines.runs.folder import TENSORBOARD, TRACKER
 
+MAX_TRACKER_BYTES = 1 << 16
 PROJECT = "dtcache"
 """Default project, or MLflow experiment; the tracker's environment variable overrides it."""
 
@@ -201,11 +203,15 @@ def _metrics(line: Json) -> Json:
 def _run_ids(out: Path) -> dict[str, str]:
     path = out / TRACKER
     try:
-        return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
-    except (ValueError, TypeError) as error:
+        ids = read_json(path, MAX_TRACKER_BYTES) if path.exists() else {}
+        if not all(isinstance(run_id, str) for run_id in ids.values()):
+            raise ValueError("expected text for every id")
+    except (OSError, ValueError) as error:
         raise CacheDamagedError(
-            f"{path}: not JSON ({one_line(error)}); delete it to start a new run of the tracker"
+            f"{path}: not the ids of runs ({one_line(error)}); delete it to start a new run of the "
+            "tracker"
         ) from error
+    return ids
 
 
 def _run_id(out: Path, kind: str) -> str | None:

@@ -20,6 +20,7 @@ from dtcache.errors import (
 )
 from pipelines.terminal.field_names import in_flags
 from pipelines.terminal.hints import hint_for_flag, hint_for_verb, see_help
+from pipelines.terminal.machine_errors import machine_problem
 from pipelines.terminal.output import escape_unencodable, say
 from pipelines.terminal.text import printable
 
@@ -149,6 +150,11 @@ class Group(_OneLineErrors, click.Group):
             line = in_command_words(error, self.get_command(ctx, ctx.invoked_subcommand or ""))
             is_misuse = isinstance(error, MISUSES)
             raise (WrongUsage(line) if is_misuse else click.ClickException(line)) from error
+        except Exception as error:
+            problem = machine_problem(error)
+            if problem is None:
+                raise
+            raise click.ClickException(printable(problem)) from error
         except KeyboardInterrupt:
             verb = self.get_command(ctx, ctx.invoked_subcommand or "")
             resumes = isinstance(verb, Command) and verb.resumes and WRITES_NOTHING not in ctx.meta

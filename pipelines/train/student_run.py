@@ -76,8 +76,9 @@ class StudentRun(AbstractContextManager["StudentRun"]):
         """Why the run ended early, if it did."""
         self._source = source
         self._processes = processes
-        self._values = {**asdict(options), "precision": compute.precision}
-        self._identity: Json = {**self._values, **source.identity}
+        values = {**asdict(options), "precision": compute.precision}
+        self._config = config_text(values).encode()
+        self._identity: Json = {**values, **source.identity}
         if extended is not None:
             self._identity |= extended.identity
         self._metrics: MetricsFile | NoMetrics = NoMetrics()
@@ -107,7 +108,7 @@ class StudentRun(AbstractContextManager["StudentRun"]):
         """
         self._lock = lock
         claim_run(self.out, self._identity, VOLATILE)
-        write_file(self.out / CONFIG, config_text(self._values).encode())
+        write_file(self.out / CONFIG, self._config)
         if not (self.out / "init" / "config.json").exists():
             save_student(self.trainer.student, self.out / "init", self._source.view)
 

@@ -108,7 +108,7 @@ def test_names_that_cannot_be_printed_are_refused(tmp_path: Path, name: str | by
     open(bytes(tmp_path) + b"/" + (name if isinstance(name, bytes) else name.encode()), "w").close()
     with pytest.raises(
         ImagesError,
-        match=r"UTF-8 file names without control characters, got '.*\\.*\.jpg'; rename the file",
+        match=r"UTF-8 file names without control characters, got '.*\\.*\.jpg'; rename it, or",
     ):
         FolderSource(tmp_path)
 

@@ -129,3 +129,10 @@ def test_what_is_written_is_read_back(tmp_path: Path, options: Any) -> None:
 def test_every_verb_with_options_takes_a_file(verb: str) -> None:
     """Every verb with options accepts --config."""
     assert "--config FILE" in CliRunner().invoke(main, [*verb.split(), "--help"]).output
+
+
+def test_text_that_is_not_utf8_is_refused() -> None:
+    """A path of bytes that are not UTF-8, such as one under LANG=C, cannot be written as TOML."""
+    for value in ("a\udce9", ("b", "a\udce9"), Path("a\udce9")):
+        with pytest.raises(ConfigError, match=r"`init` .*: expected UTF-8 text; .*LC_ALL=C\.UTF-8"):
+            config_text({"seed": 1, "init": value})

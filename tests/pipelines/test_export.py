@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -182,4 +183,54 @@ def test_a_configuration_that_timm_cannot_open_is_one_line(resnet: Path, tmp_pat
     assert result.exit_code == 1
     assert f"Error: {folder}/config.json: timm cannot open the backbone (" in result.output
     assert "nosuch" in result.output and len(result.output.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def _hostile_weights(folder: Path) -> None:
+    """Make the file of weights one of another network, with a name that controls a terminal."""
+    weights = {"\x1b]0;title\x07": torch.zeros(3)}
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+
+
+def _edit(**changed: object) -> Callable[[Path], None]:
+    """Return a function that changes fields of a backbone's configuration."""
+
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["pretrained_cfg"] |= {k: v for k, v in changed.items() if k == "mean"}
+        config |= {k: v for k, v in changed.items() if k != "mean"}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _hostile_weights,
+        _edit(architecture="\x1b]0;title\x07"),
+        _edit(model_args={"\x1b[2J": 1}),
+        _edit(model_args={"layers": [1 << 14] * 4}),
+        _edit(mean=[10**400] * 3),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 4096),
+        lambda folder: (folder / "config.json").write_bytes(b"[" * 100_000),
+    ],
+    ids=["weights", "architecture", "argument", "layers", "mean", "header", "nested"],
+)
+def test_a_hostile_backbone_is_one_line(
+    change: Callable[[Path], object], resnet: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    """Export and evaluation refuse a doctored backbone in one line without control characters."""
+    run_folder = Path(shutil.copytree(resnet, tmp_path / "run"))
+    change(run_folder / "backbone")
+    images = ("--train", scene_folder, "--test", scene_folder)
+    for command in (
+        ("export", run_folder, "--out", tmp_path / "out"),
+        ("export", run_folder, "--to", "torchvision", "--out", tmp_path / "out"),
+        ("evaluate", run_folder / "backbone", *images, "--device", "cpu", "--size", "32"),
+    ):
+        result = run(*command)
+        assert isinstance(result.exception, SystemExit) and result.exit_code == 1
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith(f"Error: {run_folder / 'backbone'}") and "\x1b" not in result.output
     assert not (tmp_path / "out").exists()

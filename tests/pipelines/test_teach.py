@@ -1,6 +1,7 @@
 """Stage 0 on the command line: a directory that diffusers and extract load, and exact resume."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -311,3 +312,24 @@ def test_teachers_of_single_steps_are_kept(
     for step in ("0", "3", "6"):
         again = weights(tmp_path / "b" / "kept" / step)
         assert all(torch.equal(value, again[n]) for n, value in weights(kept / step).items())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "expected a list, got dict"),
+        ('[0.5, "much"]', "a loss is 'much', not a number from 0"),
+        ("[" * 150, "not the losses of a run"),
+        ("[0.5" + " " * 300 + "]", "expected at most 224 bytes, got 305"),
+    ],
+)
+def test_losses_of_another_size_or_type_are_one_line(
+    content: str, message: str, taught: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    """A finished run whose losses.json is no list of its losses is refused in one line."""
+    out = Path(shutil.copytree(taught, tmp_path / "teacher"))
+    (out / "losses.json").write_text(content)
+    result = teach(scene_folder, out)
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+    assert f"{out}/losses.json: not the losses of a run" in result.stderr
+    assert message in result.stderr

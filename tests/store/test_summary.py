@@ -156,6 +156,17 @@ def test_damaged_shards_are_named(tiny_copy: Path) -> None:
     assert f"{FINE}/c.1.0.0: 7 bytes" in output
 
 
+def test_classes_are_counted_up_to_a_bound(
+    tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report counts the images of the first classes alone: a cache can have any number."""
+    counts = inspect_cache(tiny_cache)["class_counts"]
+    assert list(counts) == ["red", "green", "blue"]
+    monkeypatch.setattr(report_module, "MAX_CLASSES", 2)
+    first = {name: counts[name] for name in ("red", "green")}
+    assert inspect_cache(tiny_cache)["class_counts"] == first
+
+
 def test_a_newer_format_is_refused(tiny_copy: Path) -> None:
     """A newer format is refused with the supported version."""
     (tiny_copy / MANIFEST).write_text('{"format":2}')

@@ -356,6 +356,7 @@ def _edited(**changes: object) -> bytes:
         (_edited(input_size=[3, 48.0, 96]), r"a size of 48\.0"),
         (_edited(mean=[0.5, 0.5]), "not enough values"),
         (_edited(mean=[0.5, 0.5, float("nan")]), "not three finite numbers"),
+        (_edited(mean=[10**400, 0.5, 0.5]), "int too large to convert to float"),
         (_edited(std=[0.5, 0.5, 0.0]), "is not positive"),
         (
             _edited(dtcache={"view": {"height": 24, "width": 48, "fit": "zoom"}}),

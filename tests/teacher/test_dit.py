@@ -168,3 +168,28 @@ def test_the_older_class_name_is_the_same_network(tmp_path: Path) -> None:
         match=r"expected the Transformer2DModel of a DiT .*got norm_type 'ada_norm_single'",
     ):
         load_teacher(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("sample_size", 1 << 20, r"position table of at most \d+ values, got sample_size 1048576"),
+        ("sample_size", 1 << 80, r"position table of at most \d+ values, got sample_size \d+"),
+        ("sample_size", "8", r"expected positive integers for sample_size, .*, got 8, 2, 2, 8"),
+        ("patch_size", 0, r"expected positive integers for .*, got 8, 0, 2, 8"),
+        ("num_attention_heads", 1 << 30, r"position table .* patch_size 2 and 8589934592 channels"),
+        ("in_channels", 1 << 30, r"in_channels=4, .* got 1073741824"),
+        ("out_channels", 1 << 30, r"cannot be loaded as DiTTransformer2DModel"),
+        ("num_layers", 1 << 30, r"more than \d+ parameters, the file has \d+ tensors"),
+        ("num_embeds_ada_norm", 1 << 30, r"cannot be loaded as DiTTransformer2DModel"),
+    ],
+)
+def test_a_configuration_of_any_size_is_refused_before_memory_is_taken(
+    field: str, value: object, message: str, tmp_path: Path
+) -> None:
+    """A DiT whose configuration describes a huge table or layer is refused in one line."""
+    save_dit(tmp_path)
+    edit(tmp_path / "transformer" / "config.json", lambda config: config.update({field: value}))
+    with pytest.raises(TeacherError, match=message) as refused:
+        load_teacher(str(tmp_path))
+    assert str(tmp_path / "transformer") in str(refused.value)

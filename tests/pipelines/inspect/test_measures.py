@@ -131,6 +131,9 @@ def test_knn_finds_what_is_there() -> None:
         None,
     )
     assert knn_accuracy(groups_of(features), pa.chunked_array([np.zeros(400, int)])) == (None, None)
+    # Votes are counted by number: labels that are used as they are would take 32 GB.
+    extreme = np.array([-(2**31), -1, 2**20, 2**31 - 1], np.int32)[labels]
+    assert knn_accuracy(groups_of(features), pa.chunked_array([extreme])) == (found, chance)
 
 
 @pytest.mark.parametrize("name", [FINE, COARSE])

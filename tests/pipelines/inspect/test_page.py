@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from store.builders import COARSE, FAILED_ROW, FINE, begin, tiny_plan, tree
 from support.files import flip
+from support.hostile import replace_table, reseal
 from support.inspecting import inspect, page_of
 
 from dtcache.cache.cache import Cache
@@ -284,3 +287,22 @@ def test_a_missing_folder_of_the_page_is_said_first(tiny_cache: Path, tmp_path: 
     """The message comes before statistics are computed or a teacher is loaded."""
     result = inspect(tiny_cache, "--teacher", "nowhere", "--report", tmp_path / "no" / "x.html")
     assert f"{tmp_path / 'no'} is not a folder; create the folder first" in result.output
+
+
+def test_a_million_classes_make_neither_page_nor_terminal_large(
+    tiny_copy: Path, tmp_path: Path
+) -> None:
+    """A million names of classes, and labels of any 32 bits, are shown by their first few."""
+    names = [f"class {number}" for number in range(1_000_000)]
+    samples = pq.read_table(tiny_copy / "samples.parquet")
+    labels = [999_999, 2**31 - 1, -(2**31), *range(len(samples) - 3)]
+    column = samples.schema.get_field_index("label")
+    table = samples.set_column(column, samples.schema.field(column), pa.array(labels, pa.int32()))
+    replace_table(tiny_copy / "samples.parquet", table)
+    reseal(tiny_copy, lambda manifest: manifest.update(classes=names))
+    out = tmp_path / "page.html"
+    result = inspect(tiny_copy, "--stats", "--report", out)
+    assert result.exit_code == 0, result.output
+    assert "-2147483648 1, class 0 1" in " ".join(result.output.split())
+    assert len(result.output) < 20_000 and out.stat().st_size < 1 << 20
+    assert "class 500000" not in out.read_text()

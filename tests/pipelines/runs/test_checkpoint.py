@@ -49,7 +49,10 @@ def code(path: Path) -> None:
         (lambda path: path.write_bytes(pickle.dumps({"step": 1})), "File is not a zip file"),
         (lambda path: torch.save([1], path), "list indices must be integers"),
         (lambda path: torch.save({}, path), "'step'"),
-        (lambda path: torch.save({"step": -1}, path), "step is '-1', not a number from 0 to inf"),
+        (
+            lambda path: torch.save({"step": -1}, path),
+            "step is '-1', not a number from 0 to 1e+300",
+        ),
         (lambda path: torch.save({"step": 1.5}, path), "step is '1.5'"),
         (lambda path: torch.save({"step": True}, path), "step is 'True'"),
     ],

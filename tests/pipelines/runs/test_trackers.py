@@ -223,5 +223,27 @@ def test_a_tracker_that_cannot_start_is_one_line(
     with pytest.raises(TrainingError, match=r"trackio could not start: no route to host; check"):
         open_tracker("trackio", tmp_path, 0, CONFIG)
     (tmp_path / "tracker.json").write_text("{")
-    with pytest.raises(CacheDamagedError, match=r"tracker\.json: not JSON .*; delete it to start"):
+    with pytest.raises(
+        CacheDamagedError, match=r"tracker\.json: not the ids of runs .*not JSON.*; delete it"
+    ):
         open_tracker("trackio", tmp_path, 0, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "expected a JSON object, got list"),
+        ('{"wandb": 3}', "expected text for every id"),
+        ("{" + " " * (1 << 16) + "}", "expected at most 65536 bytes, got 65538"),
+    ],
+)
+def test_ids_of_another_size_or_type_are_one_line(
+    content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tracker.json that does not hold the ids of runs is refused, and no run is started."""
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "tracker.json").write_text(content)
+    with pytest.raises(CacheDamagedError, match=rf"tracker\.json: not the ids .*{message}"):
+        open_tracker("wandb", tmp_path, 0, CONFIG)
+    assert not wandb.runs

@@ -274,6 +274,35 @@ def test_the_folder_is_protected(swept: Path, tmp_path: Path) -> None:
     assert "is not empty and holds no sweep: found thesis.tex" in result.output
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"result": {"knn_top1": "\x1b[2J"}}, "expected knn_top1 of 0 to 100, got"),
+        ({"cpu_seconds": float("nan")}, r"not a record of this sweep (cpu_seconds is 'nan')"),
+        ({"result": []}, "not a record of this sweep (its result is no object"),
+        ({"identity": None}, "not a record of this sweep ("),
+        ({"more": 1}, "not a record of this sweep ("),
+        ({"version": ["0"]}, "not a record of this sweep (its version or its commit is no text)"),
+    ],
+)
+def test_a_hostile_record_is_one_line(
+    changed: dict[str, Any], message: str, swept: Path, tmp_path: Path
+) -> None:
+    """A record whose fields have other types or values is refused with its path, in one line."""
+    root = copied(swept, tmp_path)
+    path = next(p for p in sorted((root / "out").rglob("*.json")) if is_evaluation(p))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    result = run("sweep", root / "sweep.toml", "--out", root / "out")
+    assert isinstance(result.exception, SystemExit) and result.exit_code == 1
+    last = result.stderr.splitlines()[-1]
+    assert str(path) in last and message in last and "\x1b" not in result.output
+
+
+def is_evaluation(path: Path) -> bool:
+    """Return whether a file of a sweep is the record of an evaluation."""
+    return "train" in json.loads(path.read_text()).get("identity", {}) and "records" in path.parts
+
+
 def test_a_dry_run_estimates_from_finished_runs_or_timed_steps(swept: Path, tmp_path: Path) -> None:
     """A training is timed if no run of its arm is finished; else the mean of those counts."""
     fresh = run("sweep", swept / "sweep.toml", "--out", tmp_path / "none", "--dry-run")

@@ -1,0 +1,30 @@
+"""Failures of the machine that any verb can meet, as one line: memory, threads, the locale."""
+
+from dtcache.errors import one_line
+from dtcache.names import IN_UTF8
+
+TOO_LITTLE_MEMORY = ("map segment", "annot allocate memory", "can't allocate memory")
+"""Parts of the messages of the system and of libraries if there is no memory or address space."""
+TOO_FEW_THREADS = ("can't start new thread", "Resource temporarily unavailable")
+"""Parts of their messages if no further thread or process may start."""
+
+
+def machine_problem(error: Exception) -> str | None:
+    """Return how the machine failed, with the fix, or None if the error has another cause."""
+    text = str(error)
+    if isinstance(error, UnicodeEncodeError):
+        return (
+            f"{error.object[:200]!r}: expected text that can be encoded as {error.encoding}; "
+            f"{IN_UTF8}"
+        )
+    if isinstance(error, MemoryError) or any(part in text for part in TOO_LITTLE_MEMORY):
+        return (
+            f"too little memory ({one_line(error, 200)}); end other programs, or allow this one "
+            "more memory (ulimit -v)"
+        )
+    if any(part in text for part in TOO_FEW_THREADS):
+        return (
+            f"too few threads or processes ({one_line(error, 200)}); end other programs, or allow "
+            "more of them (ulimit -u)"
+        )
+    return None

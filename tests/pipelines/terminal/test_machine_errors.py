@@ -1,0 +1,101 @@
+"""Failures of the machine end in one line: memory, threads, and names that no locale holds."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from pipelines.terminal.commands import Group
+
+
+def failing(error: Exception) -> Result:
+    """Return the result of a verb that raises `error`."""
+    group = Group("main")
+
+    @group.command("fail")
+    def fail() -> None:
+        raise error
+
+    return CliRunner().invoke(group, ["fail"])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "too little memory (MemoryError); end other programs, or allow"),
+        (
+            ImportError("libx.so: failed to map segment from shared object"),
+            "too little memory (libx.so: failed to map segment from shared object)",
+        ),
+        (OSError(12, "Cannot allocate memory"), "too little memory ([Errno 12] Cannot allocate"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: \x1b[2J"),
+            r"can't allocate memory: \x1b[2J); end other programs",
+        ),
+        (RuntimeError("can't start new thread"), "too few threads or processes (can't start new"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "too few threads or processes"),
+        (
+            UnicodeEncodeError("utf-8", "a\udce9", 1, 2, "surrogates not allowed"),
+            r"'a\udce9': expected text that can be encoded as utf-8; rename it, or set LC_ALL",
+        ),
+    ],
+)
+def test_a_failure_of_the_machine_is_one_line(error: Exception, line: str) -> None:
+    """The line says what is missing and how to allow more of it; the exit code is 1."""
+    result = failing(error)
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("Error: ") and line in result.stderr
+
+
+def test_an_error_of_the_program_keeps_its_traceback() -> None:
+    """Any other exception is a defect, and is not hidden."""
+    error = RuntimeError("expected 3 channels")
+    assert failing(error).exception is error
+
+
+def test_names_beyond_ascii_under_lang_c(tiny_cache: Path, tmp_path: Path) -> None:
+    """With LANG=C and no UTF-8 mode, a cache whose path is not ASCII is read."""
+    shutil.copytree(tiny_cache, tmp_path / "\u65e5\u672c")
+    ascii_only = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = os.environ | ascii_only | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    code = (
+        "import os, sys, cli\n"
+        "name = os.listdir('.')[0]\n"
+        "for words in (['verify', name], ['inspect', name, '--json']):\n"
+        "    try: cli.main(words)\n"
+        "    except SystemExit as end: print('exit', end.code, file=sys.stderr)\n"
+        "open('config.toml', 'w', encoding='utf-8').write('images = \"\\u65e5\"')\n"
+        "cli.main(['verify', name, '--repair', '--config', 'config.toml'])\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = run.stderr.splitlines()
+    assert lines[:2] == ["exit 0", "exit 0"], run.stderr
+    assert run.returncode in (1, 2) and len(lines) == 3
+    assert lines[2].startswith("Error: ")
+    assert "expected text that can be encoded as ascii; rename it, or set LC_ALL" in lines[2]
+
+
+@pytest.mark.parametrize("kind", [click.ClickException, KeyboardInterrupt])
+def test_other_endings_are_left_alone(kind: type[BaseException]) -> None:
+    """An error of click and an interrupt keep their own exit codes, 1 and 130."""
+    group = Group("main")
+
+    @group.command("fail")
+    def fail() -> None:
+        raise kind("x") if kind is click.ClickException else kind
+
+    result = CliRunner().invoke(group, ["fail"])
+    assert result.exit_code == (1 if kind is click.ClickException else 130)
+    assert "too" not in result.stderr
