@@ -115,6 +115,33 @@ def test_inspect_from_python(tiny_cache: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr() == ("", "")
 
 
+def test_extract_and_train_from_python(
+    scene_folder: Path, teacher_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """dtcache.extract and dtcache.train report progress to the callback, and print nothing."""
+    seen: list[dtcache.Progress] = []
+    extracted = dtcache.extract(
+        scene_folder,
+        tmp_path / "cache",
+        teacher=str(teacher_dir),
+        timestep=(150,),
+        taps="8",
+        device="cpu",
+        flip=False,
+        batch_size=8,
+        progress=seen.append,
+    )
+    assert extracted.num_done == 40
+    assert any((event.title, event.done, event.total) == ("extract", 40, 40) for event in seen)
+    seen.clear()
+    options = dtcache.TrainOptions(
+        student="resnet10t", epochs=1, batch_size=10, device="cpu", fpn_width=16
+    )
+    trained = dtcache.train(tmp_path / "cache", tmp_path / "run", options, progress=seen.append)
+    assert any(event.done == event.total == trained.steps > 0 for event in seen)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_teacher_in_memory(teacher_dir: Path) -> None:
     """load_teacher(...).features equals the passes of an extraction, for equal seed and keys."""
     images = torch.from_numpy(tiny_plan().pixels[:2].repeat(4, axis=2).repeat(4, axis=3))
