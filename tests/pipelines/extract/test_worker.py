@@ -181,7 +181,7 @@ def test_options_that_contradict_each_other(
 ) -> None:
     """Contradicting cluster options are refused before anything is loaded or created."""
     result = run("extract", scene_folder, "--teacher", teacher_dir, "--out", tmp_path / "c", *flags)
-    assert (result.exit_code, message in result.output) == (1, True), result.output
+    assert (result.exit_code, message in result.output) == (2, True), result.output
     assert not (tmp_path / "c").exists()
 
 
