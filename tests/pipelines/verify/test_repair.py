@@ -108,6 +108,33 @@ def test_damaged_files_come_back_byte_for_byte(
     assert tree(root) == wanted
 
 
+def test_a_link_in_the_cache_is_never_followed(
+    root: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """Repair replaces a link to a file, and refuses a link to a folder in one line.
+
+    The files outside the cache keep their bytes, and none is added or deleted.
+    """
+    wanted = tree(root)
+    folder = root / "data.zarr/t150/stride8"
+    outside = tmp_path / "outside"
+    shutil.copytree(folder, outside)
+    flip(outside / "c.0.0.0")
+    before = tree(outside)
+    (folder / "c.0.0.0").unlink()
+    (folder / "c.0.0.0").symlink_to(outside / "c.0.0.0")
+    result, _ = repair(root, scene_folder, teacher_dir)
+    assert result.exit_code == 0, result.output
+    assert not (folder / "c.0.0.0").is_symlink() and tree(root) == wanted
+    assert tree(outside) == before
+    shutil.rmtree(folder)
+    folder.symlink_to(outside)
+    result, _ = repair(root, scene_folder, teacher_dir)
+    assert isinstance(result.exception, SystemExit) and result.exit_code == 1
+    assert f"{folder}: expected no symbolic links in a folder that is written" in result.stderr
+    assert tree(outside) == before
+
+
 def test_a_lost_shard_index_is_proved_by_its_own_hash(
     root: Path, scene_folder: Path, teacher_dir: Path
 ) -> None:
