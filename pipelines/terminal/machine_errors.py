@@ -8,15 +8,16 @@ TOO_LITTLE_MEMORY = ("map segment", "annot allocate memory", "can't allocate mem
 TOO_FEW_THREADS = ("can't start new thread", "Resource temporarily unavailable")
 """Parts of their messages if no further thread or process may start."""
 
+SHOWN = 40
+"""Characters that a message shows before and after those that cannot be encoded."""
+
 
 def machine_problem(error: Exception) -> str | None:
     """Return how the machine failed, with the fix, or None if the error has another cause."""
     text = str(error)
     if isinstance(error, UnicodeEncodeError):
-        return (
-            f"{error.object[:200]!r}: expected text that can be encoded as {error.encoding}; "
-            f"{IN_UTF8}"
-        )
+        text = error.object[max(0, error.start - SHOWN) : error.end + SHOWN]
+        return f"{text!r}: expected text that can be encoded as {error.encoding}; {IN_UTF8}"
     if isinstance(error, MemoryError) or any(part in text for part in TOO_LITTLE_MEMORY):
         return (
             f"too little memory ({one_line(error, 200)}); end other programs, or allow this one "

@@ -31,7 +31,9 @@ def write_page(
         lstrip_blocks=True,
     )
     environment.filters["size"] = byte_size
-    page = environment.get_template(template).render(version=__version__, **values).encode()
+    text = environment.get_template(template).render(version=__version__, **values)
+    # A name that is not UTF-8 is shown with escapes.
+    page = text.encode(errors="backslashreplace")
     if len(page) > MAX_BYTES:
         raise ConfigError(
             f"`report` {path}: expected a page of at most {MAX_BYTES} bytes, got {len(page)}; "

@@ -306,3 +306,9 @@ def test_a_million_classes_make_neither_page_nor_terminal_large(
     assert "-2147483648 1, class 0 1" in " ".join(result.output.split())
     assert len(result.output) < 20_000 and out.stat().st_size < 1 << 20
     assert "class 500000" not in out.read_text()
+
+
+def test_a_name_that_is_not_utf8_is_shown_with_escapes(tiny_copy: Path, tmp_path: Path) -> None:
+    """A cache whose folder's name is not UTF-8, as names are under LANG=C, has a page."""
+    root = tiny_copy.rename(tiny_copy.with_name("caf\udce9"))
+    assert r"<title>caf\udce9" in page_of(root, tmp_path / "page.html")
