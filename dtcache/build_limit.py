@@ -1,4 +1,4 @@
-"""A limit on the networks that the configuration in a folder describes: their file of weights."""
+"""A limit on networks that a folder's configuration describes: the size of their weights file."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

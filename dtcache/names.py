@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 IN_UTF8 = "rename it, or set LC_ALL=C.UTF-8 if the locale is not UTF-8"
-"""The fix for a name that is not UTF-8 text. LANG=C shows every name beyond ASCII so."""
+"""The fix for a name that is not UTF-8 text. Under LANG=C, no non-ASCII name is."""
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 

@@ -74,7 +74,9 @@ def convert_adm(checkpoint: Path, out: Path, options: ConvertOptions) -> Convert
     with disk_errors(out):
         occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     if occupied and not (out / RECORD).is_file():
-        raise ConfigError(f"`out` {out}: expected a new or empty folder, got other files")
+        raise ConfigError(
+            f"`out` {out}: expected a new or empty folder, got other files; pass another `out`"
+        )
     with track("convert", 4) as progress:
         weights = read_checkpoint(checkpoint)
         progress.advance(1, "read")

@@ -1,4 +1,4 @@
-"""What a bug report needs to know of this machine: versions, devices, speed, a folder's locks."""
+"""The facts of this machine for a bug report: versions, devices, speed, a folder's locks."""
 
 import importlib.metadata
 import os
@@ -79,7 +79,7 @@ class Device:
     model: str
     memory_bytes: int
     auto_precision: str
-    """What `precision='auto'` means here."""
+    """The precision that `precision='auto'` chooses on this device."""
     fp32_ms: float
     """Median milliseconds of the convolution in fp32."""
     bf16_ms: float
@@ -96,7 +96,7 @@ class Disk:
     write_bytes_per_second: float
     """Of one file of 32 MiB, with fsync."""
     read_bytes_per_second: float
-    """Of the same file, after the kernel was asked to drop its pages from memory."""
+    """Of the same file, after the kernel was asked to drop its pages; it may keep them."""
     folder_fsync: bool
     """Whether the file system can fsync a folder."""
     lock: str

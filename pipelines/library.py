@@ -97,7 +97,10 @@ def _options(kind: type[Verb], options: Verb | None, fields: dict[str, Any]) -> 
             f"`{next(iter(fields))}`: expected `options` or keywords, got both; pass one of them"
         )
     if not isinstance(options, kind):
-        raise ConfigError(f"`options`: expected {kind.__name__}, got {type(options).__name__}")
+        raise ConfigError(
+            f"`options`: expected {kind.__name__}, got {type(options).__name__}; pass "
+            f"{kind.__name__}(...), or its fields as keywords"
+        )
     return options
 
 
@@ -108,5 +111,7 @@ def _paths(roots: Sequence[str | Path]) -> list[Path]:
 def _path(name: str, path: str | Path) -> Path:
     """Return a path. Raises ConfigError with the field's name for another type."""
     if not isinstance(path, str | Path):
-        raise ConfigError(f"`{name}` {path!r}: expected a path, got {type(path).__name__}")
+        raise ConfigError(
+            f"`{name}` {path!r}: expected a path, got {type(path).__name__}; pass a str or a Path"
+        )
     return Path(path)

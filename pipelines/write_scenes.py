@@ -44,7 +44,7 @@ def write_scenes(
     if count < 0 or start < 0 or start + count > MAX_SCENES:
         raise ConfigError(
             f"`start` {start} and `count` {count}: expected 0 or more each, and a sum of at most "
-            f"{MAX_SCENES}"
+            f"{MAX_SCENES}; pass other numbers"
         )
     _require_scenes(root)
     boxes_path = root / "boxes.json"
@@ -93,7 +93,7 @@ def _require_scenes(root: Path) -> None:
             raise ConfigError(f"{root}: expected a folder, got a file; pass a different directory")
         entries = root.iterdir() if root.exists() else ()
         names = {p.name for p in entries if not is_system_file(p.name)}
-    # RECIPE is written first, by way of a temporary file.
+    # RECIPE is written first, through a temporary file.
     others = sorted(names - {Path(RECIPE).with_suffix(".tmp").name})
     if others and RECIPE not in names:
         raise ConfigError(

@@ -67,9 +67,9 @@ class TrainBatch:
 
 
 class BatchContext:
-    """What the batches of one loader share: the keys, and a decoder per device. Thread-safe.
+    """The keys and the decoders, one per device, that all batches of a loader share. Thread-safe.
 
-    A copy is the context itself.
+    Copying returns the same object.
     """
 
     def __init__(self, keys: pa.ChunkedArray, fit: Mapping[str, TapCodec], whitened: bool) -> None:
@@ -166,7 +166,7 @@ class Batch:
 
     @property
     def whitened(self) -> dict[str, Tensor]:
-        """The features by array, whitened per sample whatever the loader's scale is.
+        """The features by array, whitened per sample, with either scale of the loader.
 
         fp32 (B, C, H, W). Each read decodes them.
         """

@@ -209,11 +209,12 @@ class Cache:
             if isinstance(index, bool) or not isinstance(index, int | np.integer):
                 raise ConfigError(
                     f"`index` {index!r}: expected an integer, a slice or a key, got "
-                    f"{type(index).__name__}"
+                    f"{type(index).__name__}; pass one of these"
                 )
             if not -count <= index < count:
                 raise UnknownIndexError(
-                    f"{self.reader.root} has {count} usable samples, got index {index}"
+                    f"{self.reader.root} has {count} usable samples, got index {index}; pass "
+                    f"{-count} to {count - 1}"
                 )
         positions = np.array(indices, np.int64).reshape(-1)
         return self._samples_of(self._usable[positions])
@@ -239,7 +240,9 @@ class Cache:
         """Return the rows of keys, -1 for an unknown one. Raises ConfigError for another type."""
         for key in keys:
             if not isinstance(key, str):
-                raise ConfigError(f"`keys` {key!r}: expected strings, got {type(key).__name__}")
+                raise ConfigError(
+                    f"`keys` {key!r}: expected strings, got {type(key).__name__}; pass strings"
+                )
         try:
             wanted = pa.array(keys, pa.string())
         except (UnicodeEncodeError, pa.ArrowInvalid):  # a lone surrogate: no cache has such a key

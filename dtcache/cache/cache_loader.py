@@ -1,4 +1,4 @@
-"""`cache.loader(...)`: batches of a cache for a training loop of one's own."""
+"""`cache.loader(...)`: batches of a cache for the user's own training loop."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from dtcache.store.reader import CacheReader
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderSpec:
-    """The arguments of `cache.loader`, where they are explained."""
+    """The arguments of `cache.loader`. Its docstring explains them."""
 
     batch_size: int
     names: Sequence[str] | None = None
@@ -57,7 +57,8 @@ class LoaderSpec:
             require_count("rank", self.rank, 0)
             if self.rank >= self.world_size:
                 raise ConfigError(
-                    f"`rank` {self.rank}: expected 0 to {self.world_size - 1}, below `world_size`"
+                    f"`rank` {self.rank}: expected 0 to {self.world_size - 1}, below `world_size`; "
+                    "pass the rank of this process"
                 )
 
 
@@ -76,7 +77,7 @@ class Served(Readable[TrainBatch], Protocol):
         """One row per sample: row, key, label, content_sha256, failure."""
 
     def require_images(self) -> None:
-        """Raise ConfigError if the images are nowhere."""
+        """Raise ConfigError if the cache stores no images and no source of them was given."""
 
 
 class CacheLoader:
@@ -163,8 +164,9 @@ class CacheLoader:
         own = self.state_dict()
         if not isinstance(state, Mapping) or set(state) != set(own):
             raise ConfigError(
-                f"`state`: expected {', '.join(own)}, as `state_dict` returns them, got "
-                f"{', '.join(map(str, state)) if isinstance(state, Mapping) else type(state)}"
+                f"`state`: expected {', '.join(own)}, got "
+                f"{', '.join(map(str, state)) if isinstance(state, Mapping) else type(state)}; "
+                "pass a state that `state_dict` returned"
             )
         for name, value in self._order().items():
             if state[name] != value:
@@ -303,7 +305,7 @@ def _names(cache: Served, names: Sequence[str] | None) -> list[str]:
     for name in names:
         if name not in cache.names:
             raise ConfigError(
-                f"`names` {name!r}: the cache has {', '.join(cache.names)}; pass some of these"
+                f"`names` {name!r}: the cache has {', '.join(cache.names)}; pass some of them"
             )
     return list(dict.fromkeys(names))
 
@@ -314,5 +316,5 @@ def _device(device: torch.device | str | None) -> torch.device | None:
         return None if device is None else torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"`device` {device!r}: expected a device of this machine, such as cpu or cuda"
+            f"`device` {device!r}: expected a device of this machine; pass one, such as cpu or cuda"
         ) from error

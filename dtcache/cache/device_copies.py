@@ -36,7 +36,7 @@ class Pinned(Generic[M]):
 
 
 def copied_ahead(batches: Iterable[M], device: torch.device) -> Iterator[M]:
-    """Yield batches on the device. On CUDA the next batch is copied meanwhile, in a side stream."""
+    """Yield batches on the device. On CUDA a side stream copies the next batch ahead."""
     if device.type != "cuda":
         yield from batches
         return

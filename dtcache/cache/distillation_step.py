@@ -1,4 +1,4 @@
-"""The losses of one batch, for a training loop of one's own."""
+"""The losses of one batch, for the user's own training loop."""
 
 from collections.abc import Callable, Mapping
 
@@ -18,9 +18,10 @@ def distillation_step(
     """Return the losses of a student on a batch, fp32 scalars; `loss` is to be minimised.
 
     `student` turns images (B, 3, H, W) in 0..255 into predictions by array, (B, C, H, W) of the
-    targets' shapes, as `build_student` makes one. `objective` defaults to the mean over arrays of
-    the MSE to the whitened features. The other losses are `mse/<array>`, and `at/<array>` to the
-    features in the teacher's scale (paper: MSE and AT). The scale of the loader is of no effect.
+    targets' shapes, as a network of `build_student` does. `objective` defaults to the mean over
+    arrays of the MSE to the whitened features. The other losses are `mse/<array>`, and `at/<array>`
+    to the features in the teacher's scale (paper: MSE and AT). The loader's `whitened` has no
+    effect.
     Raises ConfigError if the batch has no arrays, or if a prediction is missing or misshapen.
     """
     whitened = batch.whitened

@@ -84,7 +84,7 @@ def decode_fully(data: bytes, view: ViewSpec, *, stored: bool) -> DecodedView:
 
 
 def open_pixels(data: bytes, allowed: tuple[str, ...], read: Callable[[Image.Image], T]) -> T:
-    """Return `read` of the opened image of an allowed format; malformed metadata never fail it.
+    """Return `read` of the opened image of an allowed format; malformed metadata is ignored.
 
     If opening or reading fails, it is tried again without the file's metadata, except the
     orientation. Raises what Pillow raises for pixels that cannot be decoded.

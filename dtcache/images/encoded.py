@@ -1,4 +1,4 @@
-"""Reading an encoded image; a large file is refused if its header explains no such size."""
+"""Reading an encoded image; a file is refused if it is too large for the size in its header."""
 
 import functools
 import io
@@ -21,7 +21,7 @@ SMALL_BYTES = 64 << 20
 """Files up to this size are read without a look at their header."""
 HEAD_BYTES = 1 << 20
 BYTES_PER_PIXEL = 16
-"""Most bytes of a pixel in a file, beside SMALL_BYTES: four channels of 32 bits."""
+"""Most bytes per pixel of a file, in addition to SMALL_BYTES: four channels of 32 bits."""
 
 
 @functools.cache
@@ -34,9 +34,9 @@ def formats() -> tuple[str, ...]:
 def read_image(path: Path, offset: int = 0, size: int | None = None) -> bytes:
     """Return `size` bytes of a file from `offset` on, by default all, that are an encoded image.
 
-    They are fewer if the file ends. Raises OSError if the path is not a regular file, and, before
-    the bytes are read, if they are more than MAX_FILE_BYTES or than an image of the size that the
-    header states needs.
+    Returns fewer bytes if the file ends earlier. Raises OSError if the path is not a regular file.
+    Also raises it, before the bytes are read, if they are more than MAX_FILE_BYTES, or more than
+    an image of the size in the header can need.
     """
     with open(open_handle(path), "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size if size is None else size
@@ -48,7 +48,7 @@ def read_image(path: Path, offset: int = 0, size: int | None = None) -> bytes:
 
 
 def _require_plausible(file: io.FileIO, offset: int, size: int) -> None:
-    """Raise OSError if an image of `size` bytes does not state pixels for so many bytes."""
+    """Raise OSError if the size in an image's header is too small for `size` bytes."""
     head = os.pread(file.fileno(), HEAD_BYTES, offset)
     try:
         if head[:4] in TIFF:  # the directory may lie anywhere

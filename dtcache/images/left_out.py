@@ -1,4 +1,4 @@
-"""What the listing of a source leaves out: counts and examples by reason."""
+"""Files that the listing of a source leaves out: counts and examples by reason."""
 
 from enum import Enum
 
@@ -9,7 +9,7 @@ MAX_EXAMPLES = 3
 
 
 class Reason(Enum):
-    """Why a file, a link or a member is no image: one of them, and several."""
+    """Why a file, link or member is not an image, as text for one of them and for several."""
 
     LINKED_FOLDER = ("link to a folder", "links to folders")
     CIRCLE = ("link to a folder around it", "links to folders around them")
@@ -64,5 +64,5 @@ class LeftOut:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a name, without folders, is hidden or what a Mac adds to an archive."""
+    """Return whether a name, without folders, is hidden or one that macOS adds to archives."""
     return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"

@@ -33,7 +33,7 @@ class LoadedView:
     failure: str | None
     """Why the image cannot be used; None if it can."""
     emptiness: str | None = None
-    """Why the image surely shows nothing although it decodes, such as `all white`, or None."""
+    """Why an image that decodes shows nothing, such as `all white`, or None."""
 
 
 def load_views(

@@ -10,7 +10,7 @@ MAX_TEXT = 1 << 16
 """Most characters of a text, such as a prompt."""
 MAX_INTEGER = 2**63 - 1
 PLAIN = {bool: "true or false", int: "an integer", float: "a finite number", str: "text"}
-"""What is expected of a value, by its type."""
+"""The name of each type in an error message."""
 
 
 def check_types(value: Any, kind: Any, name: str) -> None:

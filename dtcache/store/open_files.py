@@ -57,7 +57,7 @@ class OpenFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """What tells a file from another one at the same path, and from itself before a write."""
+    """Identifies a file and its state: another file at its path, or a changed one, differs."""
 
     device: int
     inode: int

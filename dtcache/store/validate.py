@@ -46,7 +46,7 @@ class _ArrayFields:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ManifestFields:
-    """The fields of manifest.json beside its format and its own hash."""
+    """The fields of manifest.json, except its format and its own hash."""
 
     state: Literal["writing", "sealed"]
     recipe: Recipe

@@ -39,13 +39,19 @@ class ImageTeacher:
         gradient is recorded. Raises ConfigError with the argument's name.
         """
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-            raise ConfigError("`images`: expected a uint8 tensor (B, 3, H, W) in 0..255")
+            raise ConfigError(
+                "`images`: expected a uint8 tensor (B, 3, H, W) in 0..255; convert them"
+            )
         if images.dim() != 4 or images.shape[1] != 3 or not len(images):
-            raise ConfigError(f"`images`: expected (B, 3, H, W), got {tuple(images.shape)}")
+            raise ConfigError(
+                f"`images`: expected (B, 3, H, W), got {tuple(images.shape)}; reshape it"
+            )
         if keys is not None and (isinstance(keys, str) or len(keys) != len(images)):
-            raise ConfigError(f"`keys`: expected a list of {len(images)} keys, one per image")
+            raise ConfigError(
+                f"`keys`: expected a list of {len(images)} keys, one per image; pass such a list"
+            )
         if isinstance(timestep, bool) or not isinstance(timestep, int):
-            raise ConfigError(f"`timestep` {timestep!r}: expected an integer")
+            raise ConfigError(f"`timestep` {timestep!r}: expected an integer; pass one")
         _, _, height, width = images.shape
         settings = TeacherSettings(
             view=ViewSpec(height=height, width=width),

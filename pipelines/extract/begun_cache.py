@@ -29,7 +29,7 @@ def find_begun_cache(out: Path) -> BegunCache | None:
     create, and what reading a manifest raises.
     """
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"`out` {out}: expected a folder, got a file")
+        raise ConfigError(f"`out` {out}: expected a folder, got a file; pass another `out`")
     if (out / MANIFEST).exists():
         return BegunCache(root=out, manifest=read_manifest(out))
     if out.is_dir():

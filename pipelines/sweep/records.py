@@ -93,9 +93,9 @@ def _require_types(record: Record) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300:
             raise TypeError(f"{name} is {str(value)[:40]!r}")
     if not isinstance(record.result, dict | None) or not isinstance(record.shared, int):
-        raise TypeError("its result is no object, or shared is no integer")
+        raise TypeError("its result is not an object, or shared is not an integer")
     if not isinstance(record.version, str) or not isinstance(record.commit, str):
-        raise TypeError("its version or its commit is no text")
+        raise TypeError("its version or its commit is not text")
 
 
 def finished(step: Step) -> Record | None:

@@ -72,7 +72,7 @@ class FinishedRun:
 
     @property
     def identity(self) -> Json:
-        """What a run that extends this one records of it."""
+        """The fields that a run extending this one adds to its run.json."""
         return {
             "extended_run": self.fingerprint,
             "extended_epochs": self.epochs,
@@ -98,7 +98,8 @@ class FinishedRun:
             raise ConfigError(
                 f"`extend` {self.root}: expected the checkpoint of its last step, "
                 f"{self.own_steps}, with the moments of the optimizer, got "
-                f"{'none' if state is None else 'another one'}; start from its backbone with `init`"
+                f"{'none' if state is None else 'one of another step'}; start from its backbone "
+                "with `init`"
             )
         return state
 

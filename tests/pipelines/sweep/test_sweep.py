@@ -279,10 +279,10 @@ def test_the_folder_is_protected(swept: Path, tmp_path: Path) -> None:
     [
         ({"result": {"knn_top1": "\x1b[2J"}}, "expected knn_top1 of 0 to 100, got"),
         ({"cpu_seconds": float("nan")}, r"not a record of this sweep (cpu_seconds is 'nan')"),
-        ({"result": []}, "not a record of this sweep (its result is no object"),
+        ({"result": []}, "not a record of this sweep (its result is not an object"),
         ({"identity": None}, "not a record of this sweep ("),
         ({"more": 1}, "not a record of this sweep ("),
-        ({"version": ["0"]}, "not a record of this sweep (its version or its commit is no text)"),
+        ({"version": ["0"]}, "not a record of this sweep (its version or its commit is not text)"),
     ],
 )
 def test_a_hostile_record_is_one_line(
