@@ -21,7 +21,7 @@ from dtcache.options import (
     TrainOptions,
     VerifyOptions,
 )
-from dtcache.options.field import MAX_SEED
+from dtcache.options.field import MAX_SCENES, MAX_SEED
 from pipelines.terminal.commands import WRITES_NOTHING, Group, in_command_words
 from pipelines.terminal.field_names import in_flags
 from pipelines.terminal.flags import (
@@ -92,11 +92,11 @@ def demo(out: Path, options: DemoOptions) -> None:
 
 @main.command(section=TRY, resumes=True)
 @click.option(
-    "--count", type=click.IntRange(min=1, max=10_000_000), required=True, help="Number of scenes."
+    "--count", type=click.IntRange(min=1, max=MAX_SCENES), required=True, help="Number of scenes."
 )
 @click.option(
     "--start",
-    type=click.IntRange(min=0, max=10_000_000),
+    type=click.IntRange(min=0, max=MAX_SCENES),
     default=0,
     show_default=True,
     help="Index of the first scene.",

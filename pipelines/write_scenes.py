@@ -12,12 +12,12 @@ from dtcache.atomic_files import disk_errors, is_system_file
 from dtcache.errors import ConfigError, ImagesError
 from dtcache.images.masks import CLASSES_FILE
 from dtcache.images.scenes import CLASSES, VERSION, require_scene_size, scene
+from dtcache.options.field import MAX_SCENES
 from dtcache.options.toml import config_text
 from dtcache.recipe import Json
 
 RECIPE = "scenes.json"
 """The file of a set of scenes that records their seed, size and version."""
-MAX_SCENES = 10_000_000
 
 
 def write_scenes(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from store.builders import tiny_plan, write_cache
+from support.extraction import quick_extraction
 
-from dtcache.options import ExtractOptions
 from dtcache.teacher.ddpm import build_unet, save_teacher
 from pipelines.extract.extract import extract
 from pipelines.write_scenes import write_scenes
@@ -62,16 +62,7 @@ def scene_cache(
     scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A cache of the 40 scenes: both flips, two taps, three shards; copy before writing to it."""
-    options = ExtractOptions(
-        teacher=str(teacher_dir),
-        timestep=(150,),
-        taps="4,8",
-        precision="fp32",
-        device="cpu",
-        batch_size=8,
-        shard_rows=16,
-        bytes_per_image=4608,
-    )
+    options = quick_extraction(teacher_dir, shard_rows=16, bytes_per_image=4608)
     out = tmp_path_factory.mktemp("scene-cache") / "cache"
     extract(scene_folder, out, options)
     return out

@@ -12,6 +12,8 @@ IGNORE_HELP = "Mask value excluded from loss and scores [default: from classes.t
 PRECISIONS = ("auto", "fp32", "bf16")
 MAX_SEED = 2**32 - 1
 """Largest seed: 32 bits, because some 64-bit generator seeds combine it with a step number."""
+MAX_SCENES = 10_000_000
+"""Most scenes of a set."""
 
 
 def option(

@@ -9,15 +9,14 @@ from dtcache.hashing import file_sha256
 from dtcache.json_files import read_json
 from dtcache.options import TrainOptions
 from dtcache.recipe import Json
-from pipelines.runs.checkpoint import load_checkpoint
-from pipelines.runs.folder import RUN, SUMMARY, read_summary
+from pipelines.runs.checkpoint import load_checkpoint, require_number
+from pipelines.runs.folder import MAX_BYTES, RUN, SUMMARY, read_summary
 
 MUST_AGREE = (
     *("student", "student_size", "init", "regressor", "fpn_width", "labels"),
     *("optimizer", "weight_decay"),
 )
 """Options that the weights and the optimizer's moments depend on."""
-MAX_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +41,7 @@ class FinishedRun:
         Raises ConfigError if no finished run on a cache is there, and CacheDamagedError if its
         files are not readable.
         """
-        options = _read(root / RUN, root, "the folder of a run of dtcache train")
+        options = _read_options(root)
         if "student" not in options or "epochs" not in options:
             raise ConfigError(f"`extend` {root}: expected a run of dtcache train, got another run")
         if options.get("teacher") is not None:
@@ -56,19 +55,23 @@ class FinishedRun:
                 "dtcache train command again to finish it"
             )
         own_steps = int(read_summary(root)["steps"])
+        before = {"extended_epochs": 0, "extended_steps": 0, **options}
         try:
-            return cls(
-                root=root,
-                options=options,
-                fingerprint=file_sha256(root / RUN),
-                own_steps=own_steps,
-                epochs=_count(options["epochs"]) + _count(options.get("extended_epochs", 0)),
-                steps=own_steps + _count(options.get("extended_steps", 0)),
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            for name in ("epochs", "extended_epochs", "extended_steps"):
+                require_number(name, before[name], kind=int)
+        except ValueError as error:
             raise CacheDamagedError(
-                f"`extend` {root}: its {RUN} is not as dtcache train writes it; pass another run"
+                f"`extend` {root}: its {RUN} is not as dtcache train writes it ({error}); pass "
+                "another run"
             ) from error
+        return cls(
+            root=root,
+            options=options,
+            fingerprint=file_sha256(root / RUN),
+            own_steps=own_steps,
+            epochs=before["epochs"] + before["extended_epochs"],
+            steps=own_steps + before["extended_steps"],
+        )
 
     @property
     def identity(self) -> Json:
@@ -107,19 +110,20 @@ class FinishedRun:
         """Raise ConfigError if the records of two sources differ: targets, teacher or classes.
 
         `expected` is the record in this run's checkpoint, `got` that of the data to train on.
+        Raises CacheDamagedError if the checkpoint has no record.
         """
-        before = expected.get("targets") or {}
-        if not isinstance(before, dict):
+        before = expected.get("targets")
+        if not isinstance(before, dict) or not before:
             raise CacheDamagedError(
-                f"{self.root}: its checkpoint is not as dtcache train writes it; start from the "
-                "run's backbone with `init`"
+                f"`extend` {self.root}: its checkpoint does not record the targets that it was "
+                "trained on; start from the run's backbone with `init`"
             )
         targets = got["targets"]
         if list(before) != list(targets):
             raise ConfigError(
                 f"`extend` {self.root}: expected its targets, "
-                f"{', '.join(map(str, before)) or 'none'}, got {', '.join(targets)}; pass "
-                "a cache that has them, and its `taps` and `timestep`"
+                f"{', '.join(map(str, before))}, got {', '.join(targets)}; pass a cache that has "
+                "them, and its `taps` and `timestep`"
             )
         for name, shape in targets.items():
             if before[name] != shape:
@@ -146,25 +150,19 @@ class FinishedRun:
             )
 
 
-def _count(value: object) -> int:
-    """Return a number of epochs or steps. Raises ValueError unless it is 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{str(value)[:40]!r} is not a count")
-    return value
-
-
-def _read(path: Path, root: Path, expected: str) -> Json:
-    """Return a run's JSON file.
+def _read_options(root: Path) -> Json:
+    """Return a run's run.json.
 
     Raises ConfigError if it is missing, and CacheDamagedError if it is not readable.
     """
     try:
-        return read_json(path, MAX_BYTES)
+        return read_json(root / RUN, MAX_BYTES)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"`extend` {root}: expected {expected}, which has {path.name}; pass another folder"
+            f"`extend` {root}: expected the folder of a run of dtcache train, which has {RUN}; "
+            "pass another folder"
         ) from error
     except (OSError, ValueError) as error:
         raise CacheDamagedError(
-            f"`extend` {path}: not readable as JSON ({error}); pass another run"
+            f"`extend` {root / RUN}: not readable as JSON ({error}); pass another run"
         ) from error

@@ -34,7 +34,7 @@ def require_nothing_left(out: Path, message: str, *command: object) -> None:
 def test_extract(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failure after the fit of the codec, before the manifest."""
+    """extract leaves no folder if it fails after the fit of the codec, before the manifest."""
     error = CodecError("the teacher's features are all zero")
     monkeypatch.setattr(pipelines.extract.open_writer, "measure", fail(error))
     out = tmp_path / "new" / "cache"
@@ -44,7 +44,7 @@ def test_extract(
 
 
 def test_teacher_train(tmp_path: Path) -> None:
-    """No image of the first batch can be read."""
+    """teacher train leaves no folder if no image of the first batch can be read."""
     (tmp_path / "images").mkdir()
     for number in range(4):
         (tmp_path / "images" / f"{number}.png").write_bytes(b"no image")
@@ -58,7 +58,7 @@ def test_teacher_train(tmp_path: Path) -> None:
 def test_label_fit(
     scene_folder: Path, scene_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full when the interpreter is written."""
+    """label fit leaves no folder if the disk is full when the interpreter is written."""
     error = DiskError("cannot write: No space left on device")
     monkeypatch.setattr(pipelines.label.fit_interpreter, "save_interpreter", fail(error))
     out = tmp_path / "new" / "interpreter"
@@ -68,7 +68,7 @@ def test_label_fit(
 
 
 def test_label_write(scene_cache: Path, interpreter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure while the codec of the labels is fitted; the cache then has no folder of labels."""
+    """label write leaves the cache without a folder of labels if their codec cannot be fitted."""
     monkeypatch.setattr(LabelWriter, "_fitted", fail(CodecError("nothing to fit")))
     out = scene_cache / "labels" / "parts"
     command = ("label", "write", scene_cache, interpreter, "--name", "parts")
@@ -76,7 +76,7 @@ def test_label_write(scene_cache: Path, interpreter: Path, monkeypatch: pytest.M
 
 
 def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exported network's outputs differ."""
+    """export leaves no folder if the exported network's outputs differ."""
     from dtcache.recipe import ViewSpec
     from dtcache.student import make_backbone, save_backbone
 
@@ -90,7 +90,7 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sweep(scene_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The workers cannot be started."""
+    """sweep leaves no folder if the workers cannot be started."""
     error = ClusterError("no scheduler at tcp://nowhere:1")
     monkeypatch.setattr(pipelines.sweep.sweep, "start_workers", fail(error))
     file = tmp_path / "sweep.toml"

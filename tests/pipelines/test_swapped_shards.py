@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from support.cli import run, words
+from support.extraction import quick_extraction
 
-from dtcache.options import ExtractOptions
 from pipelines.extract.extract import extract
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
@@ -19,16 +19,7 @@ def swapped(
     scene_folder: Path, teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A cache of fp16 maps, whose shard files have equal sizes; the first two are exchanged."""
-    options = ExtractOptions(
-        teacher=str(teacher_dir),
-        timestep=(150,),
-        taps="8",
-        quality="fp16",
-        precision="fp32",
-        device="cpu",
-        batch_size=8,
-        shard_rows=16,
-    )
+    options = quick_extraction(teacher_dir, taps="8", quality="fp16", shard_rows=16)
     root = tmp_path_factory.mktemp("swapped") / "cache"
     extract(scene_folder, root, options)
     first, second = sorted((root / "data.zarr" / "t150" / "stride8").glob("c.[01].0.0"))

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from support.cli import run, words
+from support.extraction import quick_extraction
 from support.interrupts import interrupt
 
 from dtcache.cache.cache import Cache
 from dtcache.errors import ImagesError
 from dtcache.labels import load_interpreter
 from dtcache.metrics.segmentation import confusion_matrix, mean_iou
-from dtcache.options import ExtractOptions
 from pipelines.extract.extract import extract
 from pipelines.label import fit_interpreter as fit
 from pipelines.label.labelled_rows import images_with_masks, labelled_images
@@ -315,15 +315,8 @@ def cropped(
         ):
             out.mkdir(exist_ok=True)
             Image.open(source).resize(size, Image.Resampling.NEAREST).save(out / f"{number}.png")
-    options = ExtractOptions(
-        teacher=str(teacher_dir),
-        timestep=(150,),
-        taps="4,8",
-        precision="fp32",
-        device="cpu",
-        batch_size=4,
-        bytes_per_image=4608,
-        store_images=request.param == "view",
+    options = quick_extraction(
+        teacher_dir, batch_size=4, bytes_per_image=4608, store_images=request.param == "view"
     )
     extract(root / "images", root / "cache", options)
     return root / "cache", root / "images", root / "masks"

@@ -1,25 +1,34 @@
 """The clock of a run: its shares and rates, over several sessions."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from pipelines.runs import clock as run
 from pipelines.runs.clock import Clock
 
 
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of the clock, in seconds; a test sets it."""
+    seconds = [100.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: seconds[0])
+    return seconds
+
+
+def two_batches(now: list[float]) -> Iterator[int]:
+    """Yield two batches, each after a second."""
+    for number in range(2):
+        now[0] += 1
+        yield number
+
+
 def test_the_share_of_waiting_is_that_of_the_time_that_batches_take_to_come(
-    monkeypatch: pytest.MonkeyPatch,
+    now: list[float],
 ) -> None:
     """The waiting share is the time spent on waiting for batches divided by the total time."""
-    now = [100.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
-
-    def slow() -> object:
-        for number in range(2):
-            now[0] += 1
-            yield number
-
     clock = Clock()
-    for _ in clock.waiting(slow()):
+    for _ in clock.waiting(two_batches(now)):
         now[0] += 3
         clock.count(16)
     assert (clock.seconds, clock.rate, clock.share) == (8.0, 4.0, 0.25)
@@ -29,19 +38,11 @@ def test_the_share_of_waiting_is_that_of_the_time_that_batches_take_to_come(
     assert (resumed.seconds, resumed.rate, resumed.share) == (16.0, 2.0, 0.125)
 
 
-def test_a_run_that_is_ahead_counts_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_ahead_counts_no_time(now: list[float]) -> None:
     """A restarted clock has the counts of its checkpoint, and counts on from the restart."""
-    now = [0.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
-
-    def slow() -> object:
-        for number in range(2):
-            now[0] += 1
-            yield number
-
     clock = Clock()
     clock.load_state_dict({"seconds": 8.0, "waited": 2.0, "images": 32})
-    for number in clock.waiting(slow()):
+    for number in clock.waiting(two_batches(now)):
         now[0] += 3
         if number == 0:
             clock.restart()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.cli import run, words
+from support.extraction import quick_extraction
 from support.interrupts import interrupt
 
 import dtcache.optim
-from dtcache.options import ExtractOptions
 from pipelines.extract.extract import extract
 from pipelines.train.trainer import Trainer
 
@@ -229,16 +229,7 @@ def test_the_cache_may_be_another_one_of_the_same_taps(
     scene_folder: Path, teacher_dir: Path, finished: Path, tmp_path: Path
 ) -> None:
     """A cache of fewer images at other bytes extends the run; one of other maps does not."""
-    options = ExtractOptions(
-        teacher=str(teacher_dir),
-        timestep=(150,),
-        taps="4,8",
-        precision="fp32",
-        device="cpu",
-        batch_size=8,
-        limit=24,
-        quality="fp16",
-    )
+    options = quick_extraction(teacher_dir, limit=24, quality="fp16")
     extract(scene_folder, tmp_path / "other", options)
     out = tmp_path / "r"
     command = ("--out", out, *FLAGS, "--extend", finished)
@@ -246,7 +237,7 @@ def test_the_cache_may_be_another_one_of_the_same_taps(
     assert result.exit_code == 0, result.output
     assert json.loads((out / "run.json").read_text())["extended_steps"] == 2
     state = torch.load(finished / "checkpoint.pt", weights_only=True)
-    for field, value, message in (
+    cases = (
         ("teacher", "0" * 64, "expected a cache of the same teacher, got one of other weights"),
         ("classes", ["a"], "expected --labels of the same classes in the same order"),
         (
@@ -254,8 +245,10 @@ def test_the_cache_may_be_another_one_of_the_same_taps(
             {**state["source"]["targets"], "t150/stride8": [32, 2, 2]},
             "expected maps of t150/stride8 with (channels, height, width) [32, 2, 2], got [",
         ),
-    ):
-        changed = Path(shutil.copytree(finished, tmp_path / field))
+        ("targets", None, "its checkpoint does not record the targets that it was trained on"),
+    )
+    for number, (field, value, message) in enumerate(cases):
+        changed = Path(shutil.copytree(finished, tmp_path / str(number)))
         source = {**state["source"], field: value}
         torch.save({**state, "source": source}, changed / "checkpoint.pt")
         refused = run(
