@@ -3,13 +3,16 @@
 N training images, M test images, D values per feature.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
 from dtcache.errors import ConfigError, ImagesError
@@ -128,18 +131,23 @@ def _best_c(inputs_ND: Features, labels_N: Labels) -> float:
     fold_N = np.empty(len(labels_N), np.int64)
     fold_N[np.argsort(labels_N, kind="stable")] = np.arange(len(labels_N)) % FOLDS
     probes = [(fold_N == fold, _probe(CHOOSING_TOLERANCE)) for fold in np.unique(fold_N)]
+
+    def hits(c: float, held_out_N: NDArray[np.bool_], probe: LogisticRegression) -> int:
+        probe.set_params(C=c).fit(inputs_ND[~held_out_N], labels_N[~held_out_N])
+        return int((probe.predict(inputs_ND[held_out_N]) == labels_N[held_out_N]).sum())
+
     best_c, most_hits, worse = C_GRID[0], -1, 0
-    for c in C_GRID:
-        hits = 0
-        for held_out_N, probe in probes:
-            probe.set_params(C=c).fit(inputs_ND[~held_out_N], labels_N[~held_out_N])
-            hits += int((probe.predict(inputs_ND[held_out_N]) == labels_N[held_out_N]).sum())
-        if hits > most_hits:
-            best_c, most_hits, worse = c, hits, 0
-        # Equally good does not count: with the smallest candidates, the commonest class wins all.
-        worse += hits < most_hits
-        if worse == PATIENCE:
-            break
+    # One thread per fold: the solver's products are so small that BLAS's own threads mostly spin.
+    threads = min(FOLDS, torch.get_num_threads())
+    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+        for c in C_GRID:
+            total = sum(pool.map(partial(hits, c), *zip(*probes, strict=True)))
+            if total > most_hits:
+                best_c, most_hits, worse = c, total, 0
+            # Equally good does not count: with the smallest candidates, the commonest class wins.
+            worse += total < most_hits
+            if worse == PATIENCE:
+                break
     return best_c
 
 
