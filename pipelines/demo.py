@@ -11,8 +11,11 @@ from pathlib import Path
 from rich.table import Table
 
 from dtcache.atomic_files import write_file
+from dtcache.cache.selection import num_held_out
 from dtcache.device import resolve_compute
+from dtcache.errors import ConfigError
 from dtcache.options import DemoOptions, EvaluateOptions, ExtractOptions, TrainOptions
+from dtcache.options.demo import TEST_START
 from dtcache.recipe import Json
 from dtcache.store.summary import inspect_cache
 from dtcache.student.timm_backbone import require_known
@@ -26,16 +29,22 @@ from pipelines.train.train import train
 from pipelines.write_scenes import write_scenes
 
 SCENE_SIZE = 64
-TEST_START = 1_000_000
-"""Number of the first test scene, beyond all training scenes of the same stream."""
 
 
 def demo(out: Path, options: DemoOptions) -> Json:
     """Run every stage that is not finished in `out`; return and write `summary.json`.
 
     Raises CacheMismatchError if `out` holds a demonstration with other options, and ConfigError,
-    before anything is written, if the device or a student is unknown.
+    before anything is written, if the device or a student is unknown, or if the training images
+    that are not held out do not fill a batch.
     """
+    trained_on = options.train_images - num_held_out(options.train_images)
+    if options.train_images < 4 or trained_on < options.batch_size:
+        raise ConfigError(
+            f"`train_images` {options.train_images}: {trained_on} of them are not held out; "
+            f"expected at least 4 images and a full batch of {options.batch_size} that are not; "
+            "pass more `train_images`, or a smaller `batch_size`"
+        )
     resolve_compute(options.device, options.precision)
     names = options.students.split(",")
     for name in names:

@@ -33,6 +33,9 @@ MISUSES = (
     ("demo --out {FILE}", "--out"),
     ("demo --out ''", "--out"),
     ("demo --epochs 0 --out {O}", "--epochs"),
+    ("demo --train-images 1000001 --out {O}", "--train-images"),
+    ("demo --train-images 40 --out {O}", "--train-images"),
+    ("demo --test-images 1000000000000 --out {O}", "--test-images"),
     ("demo --config {MISSING} --out {O}", "--config"),
     ("teacher nosuch", "nosuch"),
     ("teacher train {MISSING} --out {O}", "{MISSING}"),
@@ -44,6 +47,7 @@ MISUSES = (
     ("teacher train {IMAGES} --split train --out {O}", "--split"),
     ("teacher train {IMAGES} --keys rows --out {O}", "--keys"),
     ("teacher train {TAR} --label-column x --out {O}", "--label-column"),
+    ("teacher train {TAR} --follow-links --out {O}", "--follow-links"),
     ("teacher train {FILE} --out {O}", "{FILE}"),
     ("teacher show ''", "DIR_OR_ID"),
     ("teacher show {MISSING}", "{MISSING}"),
@@ -56,6 +60,7 @@ MISUSES = (
     ("extract {MISSING} --teacher {TEACHER} --out {O}", "{MISSING}"),
     ("extract {CACHE} --teacher {TEACHER} --out {O}", "{CACHE}"),
     ("extract {FILE} --teacher {TEACHER} --out {O}", "{FILE}"),
+    ("extract {TAR} --teacher {TEACHER} --follow-links --out {O}", "--follow-links"),
     ("extract {IMAGES} --out {O}", "--teacher"),
     ("extract {IMAGES} --teacher '' --out {O}", "--teacher"),
     ("extract {IMAGES} --teacher {MISSING} --out {O}", "{MISSING}"),
@@ -89,6 +94,10 @@ MISUSES = (
     ("label fit {CACHE} --out {O}", "--masks"),
     ("label fit {CACHE} --masks {MISSING} --out {O}", "{MISSING}"),
     ("label fit {CACHE} --masks {IMAGES} --warmup-epochs 200 --out {O}", "--warmup-epochs"),
+    # Options that no masks could make right are refused before the masks are read.
+    ("label fit {CACHE} --masks {MISSING} --width 40 --out {O}", "--width"),
+    ("label fit {CACHE} --masks {MISSING} --width 40000000 --out {O}", "--width"),
+    ("label fit {CACHE} --masks {MISSING} --validation 1 --out {O}", "--validation"),
     ("label write {CACHE} {MISSING} --name x", "{MISSING}"),
     ("label write {CACHE} {CACHE} --name x", "{CACHE}"),
     ("label write {CACHE} {CACHE} --name ''", "--name"),
@@ -181,6 +190,6 @@ def test_a_misuse_is_one_line_and_exit_code_2(
 
 def test_the_misuses_are_of_all_verbs() -> None:
     """There are more than 50 misuses, and several of every verb."""
-    assert len({command for command, _ in MISUSES}) == len(MISUSES) == 110
+    assert len({command for command, _ in MISUSES}) == len(MISUSES) == 118
     for verb in commands_of(main):
         assert sum(command.startswith(f"{verb} ") for command, _ in MISUSES) >= 3, verb

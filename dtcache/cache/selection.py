@@ -56,14 +56,18 @@ def split_rows(
     return rows[~held], rows[held]
 
 
+def num_held_out(samples: int) -> int:
+    """Return the number of held-out samples: one per cent, at least 64, at most half."""
+    return min(max(64, samples // 100), samples // 2)
+
+
 def held_out(keys: Sequence[str]) -> list[int]:
     """Return the indices of the held-out keys, by a hash of each key.
 
-    One per cent is held out, at least 64, at most half. Which keys are held out depends on the set
-    of keys alone, not on their order. The hash is SHA-256 of the canonical JSON of ["held-out",
-    key], built by hand: a million keys take a second.
+    Which keys are held out depends on the set of keys alone, not on their order. The hash is
+    SHA-256 of the canonical JSON of ["held-out", key], built by hand: a million keys take a second.
     """
-    count = min(max(64, len(keys) // 100), len(keys) // 2)
+    count = num_held_out(len(keys))
     if not count:
         return []
     quoted = json.encoder.encode_basestring

@@ -60,6 +60,8 @@ def open_source(
     """
     reading = reading or ImagesOptions()
     left_out = LeftOut()
+    if path.is_file():
+        reading.require_folder(path)
     if path.is_file() and path.suffix == ".parquet":
         return ParquetSource(_of_split(path, [path], reading, left_out), reading=reading)
     if path.is_file() and path.suffix == ".tar":

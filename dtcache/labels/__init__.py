@@ -10,7 +10,7 @@ from dtcache.labels.folder import (
     save_interpreter,
     teacher_identity,
 )
-from dtcache.labels.interpreter import FeatureInterpreter, logit_grid
+from dtcache.labels.interpreter import FeatureInterpreter, logit_grid, require_width
 
 __all__ = [
     "MAX_CLASSES",
@@ -21,6 +21,7 @@ __all__ = [
     "load_interpreter",
     "logit_grid",
     "require_serves",
+    "require_width",
     "save_interpreter",
     "teacher_identity",
 ]

@@ -22,6 +22,15 @@ Shapes = Mapping[str, tuple[int, int, int]]
 """(C, H, W) by a cache's array names, timestep by timestep, finest tap first."""
 
 
+def require_width(width: int) -> None:
+    """Raise ConfigError if `width` is not a multiple of GroupNorm's 32 groups, or over 4096."""
+    if width < GROUPS or width % GROUPS or width > MAX_WIDTH:
+        raise ConfigError(
+            f"`width` {width}: expected a multiple of {GROUPS}, the groups of its GroupNorm, "
+            f"up to {MAX_WIDTH}"
+        )
+
+
 class FuseLayer(nn.Module):
     """Merges a map with the result of the coarser maps.
 
@@ -59,11 +68,7 @@ class FeatureInterpreter(nn.Module):
         not a multiple of the 32 groups of GroupNorm, or over 4096.
         """
         super().__init__()
-        if width % GROUPS or width > MAX_WIDTH:
-            raise ConfigError(
-                f"`width` {width}: expected a multiple of {GROUPS}, the groups of its GroupNorm, "
-                f"up to {MAX_WIDTH}"
-            )
+        require_width(width)
         # Coarsest first; of equal grids, such as a transformer's, the deepest block first.
         self._order = sorted(
             reversed(list(shapes)), key=lambda name: shapes[name][1] * shapes[name][2]

@@ -2,15 +2,29 @@
 
 from dataclasses import dataclass
 
-from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
+from dtcache.options.field import (
+    AUTO_DEVICE,
+    MAX_SCENES,
+    PRECISIONS,
+    Options,
+    option,
+    seed_option,
+)
+
+TEST_START = 1_000_000
+"""Number of the first test scene: training scenes have the numbers below."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoOptions(Options):
     """Options of `dtcache demo`."""
 
-    train_images: int = option(1000, "Scenes to cache and train on.", minimum=1, group="Data")
-    test_images: int = option(500, "Scenes to test on.", minimum=1, group="Data")
+    train_images: int = option(
+        1000, "Scenes to cache and train on.", minimum=1, maximum=TEST_START, group="Data"
+    )
+    test_images: int = option(
+        500, "Scenes to test on.", minimum=1, maximum=MAX_SCENES - TEST_START, group="Data"
+    )
     timestep: int = option(
         50, "Diffusion timestep of the cache.", minimum=0, maximum=999, group="Data"
     )

@@ -58,6 +58,14 @@ class ImagesOptions(Options):
                     f"images; leave `{name}` out"
                 )
 
+    def require_folder(self, path: Path) -> None:
+        """Raise ConfigError if links to folders are to be followed below `path`, a file."""
+        if self.follow_links:
+            raise ConfigError(
+                f"`follow_links=True`: expected a folder of images, got the file {path}; leave "
+                "`follow_links` out"
+            )
+
     def require_images(self, *names: str) -> None:
         """Raise ConfigError if these options are set but none of the options `names` is.
 

@@ -21,7 +21,13 @@ from dtcache.class_names import absent_warning
 from dtcache.device import Compute, resolve_compute
 from dtcache.device_memory import memory_errors
 from dtcache.errors import ConfigError, ImagesError, TrainingError
-from dtcache.labels import FeatureInterpreter, InterpreterSpec, save_interpreter, teacher_identity
+from dtcache.labels import (
+    FeatureInterpreter,
+    InterpreterSpec,
+    require_width,
+    save_interpreter,
+    teacher_identity,
+)
 from dtcache.losses.labels import cross_entropy, interpreter_loss
 from dtcache.metrics.segmentation import Counts, confusion_matrix
 from dtcache.optim import Optimization, OptimizationSpec
@@ -63,11 +69,7 @@ def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedIn
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"`out` {out}: expected a new or empty folder, got one with files")
-    if options.warmup_epochs >= options.epochs:
-        raise ConfigError(
-            f"`warmup_epochs` {options.warmup_epochs}: expected fewer than the {options.epochs} "
-            "`epochs`"
-        )
+    _require_possible(options)
     cache = Cache(root)
     compute = resolve_compute(options.device, "fp32")
     configure_process(compute.device)
@@ -103,14 +105,39 @@ def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedIn
     return FittedInterpreter(out=out, trained_on=len(train), validation=scores)
 
 
+def _require_possible(options: LabelFitOptions) -> None:
+    """Raise ConfigError for options that cannot work, whatever the cache holds."""
+    if options.warmup_epochs >= options.epochs:
+        raise ConfigError(
+            f"`warmup_epochs` {options.warmup_epochs}: expected fewer than the {options.epochs} "
+            "`epochs`"
+        )
+    require_width(options.width)
+    if options.validation >= 1:
+        raise ConfigError(
+            f"`validation` {options.validation:g}: expected a share under 1, such as 0.2, or 0 for "
+            "none"
+        )
+    if options.level == "pixel":
+        _masks(options)
+    elif (options.masks, options.ignore_index, options.images) != (None, None, None):
+        raise ConfigError(
+            "`level='image'`: reads the cache's own labels; leave `masks`, `ignore_index` and "
+            "`images` out"
+        )
+
+
+def _masks(options: LabelFitOptions) -> Path:
+    if options.masks is None:
+        raise ConfigError(
+            "`masks`: expected the folder of the masks; or pass `level='image'` for image labels"
+        )
+    return options.masks
+
+
 def _labelled(cache: Cache, options: LabelFitOptions) -> LabelledRows:
     root = cache.reader.root
     if options.level == "image":
-        if (options.masks, options.ignore_index, options.images) != (None, None, None):
-            raise ConfigError(
-                "`level='image'`: reads the cache's own labels; leave `masks`, `ignore_index` and "
-                "`images` out"
-            )
         labelled = labelled_images(cache, options.limit)
         if len(labelled.values) < 2:
             raise ImagesError(
@@ -118,13 +145,9 @@ def _labelled(cache: Cache, options: LabelFitOptions) -> LabelledRows:
                 "label other images"
             )
         return labelled
-    if options.masks is None:
-        raise ConfigError(
-            "`masks`: expected the folder of the masks; or pass `level='image'` for image labels"
-        )
     return images_with_masks(
         cache,
-        options.masks,
+        _masks(options),
         options.ignore_index,
         options.limit,
         options.images,
@@ -137,11 +160,6 @@ def _split(labelled: LabelledRows, options: LabelFitOptions) -> tuple[LabelledRo
 
     The split is a pure function of the number of images, the share and the seed.
     """
-    if options.validation >= 1:
-        raise ConfigError(
-            f"`validation` {options.validation:g}: expected a share under 1, such as 0.2, or 0 for "
-            "none"
-        )
     count = max(1, round(options.validation * len(labelled))) if options.validation else 0
     if count >= len(labelled):
         raise ConfigError(
