@@ -8,8 +8,7 @@ black images of 32 px. The students differ in their learning rate alone. Each of
 of `train`, with evaluation, checkpoints and export. One round times both ways; their order
 alternates. The ratio is the median over rounds of (in turn / shared), in CPU and in wall seconds.
 
-Results: docs/results/shared_loader/NETWORK.json. A recorded network is not measured again. Pass
---results with an empty folder to measure anew.
+Results: docs/results/shared_loader.json.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import Results, command_of, results_flag
+from records import results_flag, write
 from synthetic import SMALL, SyntheticCache, features, fit_pyramid, names_of, write_synthetic_cache
 
 from dtcache.codec import FeatureEncoder
@@ -46,19 +45,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="pairs of timings [3]")
     results_flag(parser)
     args = parser.parse_args()
-    chosen = {name: getattr(args, name) for name in ("count", "epochs", "rounds")}
-    results = Results(
-        folder=args.results / "shared_loader", command=command_of("shared_loader.py", chosen)
-    )
     cache = args.work / "cache"
     if not cache.exists():
         make_cache(cache)
-    for network in NETWORKS:
-        result = results.once(network, lambda n=network: measure(args, cache, n))
+    begun = time.perf_counter()
+    result = {network: measure(args, cache, network) for network in NETWORKS}
+    for network, measured in result.items():
         print(
-            f"{network}: {args.count} students in turn take {result['cpu_ratio']:.2f} times the "
-            f"CPU seconds and {result['wall_ratio']:.2f} times the wall seconds of one loader"
+            f"{network}: {args.count} students in turn take {measured['cpu_ratio']:.2f} times the "
+            f"CPU seconds and {measured['wall_ratio']:.2f} times the wall seconds of one loader"
         )
+    command = (
+        f"python benchmarks/shared_loader.py --count {args.count} --epochs {args.epochs} "
+        f"--rounds {args.rounds}"
+    )
+    write(args.results / "shared_loader.json", command, result, time.perf_counter() - begun)
 
 
 def make_cache(root: Path) -> None:
