@@ -97,6 +97,7 @@ def open(path: str | Path, images: str | Path | None = None) -> "Cache":
     `images` is a different source. torch and the other libraries that reading needs are imported by
     this call, not by `import dtcache`.
     """
+    from dtcache.arguments import path_of
     from dtcache.cache.cache import Cache
 
-    return Cache(Path(path), Path(images) if images is not None else None)
+    return Cache(path_of("path", path), None if images is None else path_of("images", images))

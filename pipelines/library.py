@@ -1,9 +1,9 @@
 """The verbs as Python functions: keywords or options, results as dataclasses, nothing printed."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dtcache.arguments import path_of
 from dtcache.errors import ConfigError
 from dtcache.options import ExtractOptions, InspectOptions, Options, TrainOptions
 from pipelines.extract.extract import Extracted
@@ -33,7 +33,7 @@ def extract(
 
     options = _options(ExtractOptions, options, fields)
     with listening(progress):
-        return run(_path("images", images), _path("out", out), options)
+        return run(path_of("images", images), path_of("out", out), options)
 
 
 def train(
@@ -55,7 +55,7 @@ def train(
 
     options = _options(TrainOptions, options, fields)
     with listening(progress):
-        return run(_path("where", where), _path("out", out), options)
+        return run(path_of("where", where), path_of("out", out), options)
 
 
 def inspect(
@@ -76,7 +76,7 @@ def inspect(
         raise ConfigError("`roots`: expected one or more caches or runs; pass their paths")
     options = _options(InspectOptions, options, fields)
     with listening(progress):
-        return run(_paths(roots), options)
+        return run([path_of("roots", root) for root in roots], options)
 
 
 def _options(kind: type[Verb], options: Verb | None, fields: dict[str, Any]) -> Verb:
@@ -102,16 +102,3 @@ def _options(kind: type[Verb], options: Verb | None, fields: dict[str, Any]) -> 
             f"{kind.__name__}(...), or its fields as keywords"
         )
     return options
-
-
-def _paths(roots: Sequence[str | Path]) -> list[Path]:
-    return [_path("roots", root) for root in roots]
-
-
-def _path(name: str, path: str | Path) -> Path:
-    """Return a path. Raises ConfigError with the field's name for another type."""
-    if not isinstance(path, str | Path):
-        raise ConfigError(
-            f"`{name}` {path!r}: expected a path, got {type(path).__name__}; pass a str or a Path"
-        )
-    return Path(path)

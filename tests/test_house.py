@@ -13,6 +13,7 @@ ROOMS = [
     # The parts, from low to high.
     "dtcache._version",
     "dtcache.errors",
+    "dtcache.arguments",
     "dtcache.names",
     "dtcache.regular_files",
     "dtcache.hashing",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcache.codec import FeatureDecoder, TapCodec
+from dtcache.errors import ConfigError
 from dtcache.whitening import unwhiten
 
 Rows = NDArray[np.int64]
@@ -173,8 +174,9 @@ class Batch:
         return self._context.whitened(self.coefficients)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "Batch":
-        """Return the batch on a device."""
-        return self.changed(lambda x: x.to(device, non_blocking=non_blocking))
+        """Return the batch on a device. Raises ConfigError if this machine does not have it."""
+        there = device_here(device)
+        return self.changed(lambda x: x.to(there, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory, from which a GPU copies while it computes."""
@@ -191,3 +193,15 @@ class Batch:
             rows=change(self.rows),
             context=self._context,
         )
+
+
+def device_here(device: torch.device | str | int) -> torch.device:
+    """Return a device of this machine. Raises ConfigError if there is no such device."""
+    try:
+        if device is not None:  # torch takes None for the default device
+            return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, ValueError):
+        pass
+    raise ConfigError(
+        f"`device` {device!r}: expected a device of this machine; pass one, such as cpu or cuda"
+    )

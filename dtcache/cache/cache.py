@@ -7,6 +7,7 @@ import copy
 import functools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
 
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dtcache.arguments import list_of, require
 from dtcache.cache.batch import NO_LABEL, Rows, TrainBatch
 from dtcache.cache.fitted_codec import load_fit
 from dtcache.codec import (
@@ -62,6 +64,11 @@ class CachedSample(NamedTuple):
 
     If the cache has flips, views with an odd index are features of the mirrored image.
     """
+
+    def __repr__(self) -> str:
+        """Return one line: key, label and arrays with their shapes (V, C, H, W)."""
+        arrays = ", ".join(f"{name} {tuple(maps.shape)}" for name, maps in self.features.items())
+        return f"CachedSample {self.key!r}, label {self.label}: {arrays}"
 
 
 class Cache:
@@ -204,6 +211,7 @@ class Cache:
 
         Raises UnknownIndexError for a position outside the cache.
         """
+        require("indices", indices, Iterable, "a list of integers")
         count = len(self)
         for index in indices:
             if isinstance(index, bool) or not isinstance(index, int | np.integer):
@@ -225,9 +233,7 @@ class Cache:
         Raises UnknownSampleError for a key that the cache does not have, or whose image failed, and
         ConfigError if `keys` is a single string.
         """
-        if isinstance(keys, str):
-            raise ConfigError(f"`keys` {keys!r}: expected a list of keys; pass [{keys!r}]")
-        keys = list(keys)
+        keys = list_of("keys", keys, str, "keys")
         rows = self._rows_of(keys)
         self._require_known(keys, rows)
         return {name: self.raw(name, rows) for name in self.names}
@@ -237,12 +243,7 @@ class Cache:
         return self.reader.usable_rows
 
     def _rows_of(self, keys: Sequence[str]) -> NDArray[np.int64]:
-        """Return the rows of keys, -1 for an unknown one. Raises ConfigError for another type."""
-        for key in keys:
-            if not isinstance(key, str):
-                raise ConfigError(
-                    f"`keys` {key!r}: expected strings, got {type(key).__name__}; pass strings"
-                )
+        """Return the rows of keys, -1 for an unknown one."""
         try:
             wanted = pa.array(keys, pa.string())
         except (UnicodeEncodeError, pa.ArrowInvalid):  # a lone surrogate: no cache has such a key
@@ -341,6 +342,9 @@ class Cache:
         """
         from dtcache.cache.dask_array import lazy_stack
 
+        require("tap", tap, str, "a str")
+        if timestep is not None:
+            require("timestep", timestep, Integral, "an integer")
         timesteps = self.reader.manifest.recipe["teacher"]["timesteps"]
         if timestep is None and len(timesteps) > 1:
             raise ConfigError(
@@ -361,11 +365,18 @@ class Cache:
         return self.decoder(self.names)
 
     def shape(self, name: str) -> tuple[int, int, int]:
-        """Return (C, H, W) of a tap's maps."""
+        """Return (C, H, W) of an array's maps. Raises ConfigError for an unknown array."""
+        self._require_arrays("name", [name])
         return self.fit[name].shape
 
     def decoder(self, names: Sequence[str]) -> FeatureDecoder:
-        """Return a new decoder of some taps: a torch module to be moved to the student's device."""
+        """Return a new decoder of some arrays: a torch module, to be moved to a device.
+
+        It turns coefficients (B, N) into whitened features (B, C, H, W) by array. Raises
+        ConfigError for an unknown array.
+        """
+        names = list_of("names", names, str, "arrays")
+        self._require_arrays("names", names)
         return FeatureDecoder({name: self.fit[name] for name in names})
 
     def batch(
@@ -392,10 +403,12 @@ class Cache:
     def images(self, rows: Sequence[int] | Rows) -> list[NDArray[np.uint8]]:
         """Return the images of rows, each uint8 RGB (3, H, W), not mirrored.
 
-        Raises CacheDamagedError with the sample's key if a byte is wrong, and ConfigError if the
-        cache does not store its images and was opened without `images`.
+        Raises CacheDamagedError with the sample's key if a byte is wrong, UnknownSampleError for an
+        image that failed, and ConfigError for a row outside the cache, or if the cache does not
+        store its images and was opened without `images`.
         """
         self.reader.require_open()
+        self._require_rows(rows)
         if self._linked is not None:
             return [self._linked.pixels(int(row)) for row in rows]
         self.require_images()
@@ -458,6 +471,27 @@ class Cache:
     def has_images(self) -> bool:
         """Whether the cache stores its images or was opened with their source."""
         return self._linked is not None or IMAGES in self.reader.manifest.arrays
+
+    def _require_arrays(self, argument: str, names: Iterable[str]) -> None:
+        """Raise ConfigError with the argument's name for an array that the cache does not have."""
+        for name in names:
+            require(argument, name, str, "a str")
+            if name not in self.names:
+                raise ConfigError(
+                    f"`{argument}` {name!r}: the cache has {', '.join(self.names)}; pass one of "
+                    "these"
+                )
+
+    def _require_rows(self, rows: Sequence[int] | Rows) -> None:
+        """Raise ConfigError for anything but rows of the cache."""
+        if not isinstance(rows, np.ndarray):
+            rows = list_of("rows", rows, Integral, "rows")
+        count = self.samples.num_rows
+        outside = [int(row) for row in rows if not 0 <= row < count]
+        if outside:
+            raise ConfigError(
+                f"`rows` {outside[0]}: expected rows 0 to {count - 1} of the cache; pass such rows"
+            )
 
     def _require_usable(self, rows: Rows) -> None:
         for sample in self.samples.select(["key", "failure"]).take(rows).to_pylist():

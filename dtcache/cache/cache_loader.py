@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import distributed
 
-from dtcache.cache.batch import NO_LABEL, Batch, BatchContext, Rows, TrainBatch
+from dtcache.arguments import list_of, require, require_count
+from dtcache.cache.batch import NO_LABEL, Batch, BatchContext, Rows, TrainBatch, device_here
 from dtcache.cache.device_copies import Pinned, copied_ahead
 from dtcache.cache.loader import SHUFFLES, Batching, EpochLoader, Readable
 from dtcache.codec import TapCodec
@@ -43,6 +44,8 @@ class LoaderSpec:
         counts = (("batch_size", 1), ("threads", 1), ("seed", 0), ("epoch", 0))
         for name, least in counts:
             require_count(name, getattr(self, name), least)
+        for name in ("whitened", "drop_last", "pin_memory"):
+            require(name, getattr(self, name), bool, "True or False")
         if self.shuffle not in SHUFFLES:
             raise ConfigError(
                 f"`shuffle` {self.shuffle!r}: expected one of {', '.join(SHUFFLES)}; use full"
@@ -97,7 +100,7 @@ class CacheLoader:
         self._cache = cache
         self._spec = spec
         self._names = _names(cache, spec.names)
-        self._device = _device(spec.device)
+        self._device = None if spec.device is None else device_here(spec.device)
         cache.require_images()
         self._epoch = spec.epoch
         self._done = 0
@@ -288,33 +291,14 @@ class _Source:
         )
 
 
-def require_count(name: str, value: object, least: int) -> None:
-    """Raise ConfigError with the field's name if a value is not an integer of `least` or more."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ConfigError(
-            f"`{name}` {value!r}: expected an integer of {least} or more; pass another `{name}`"
-        )
-
-
 def _names(cache: Served, names: Sequence[str] | None) -> list[str]:
     """Return the arrays to serve. Raises ConfigError for one that the cache does not have."""
     if names is None:
         return list(cache.names)
-    if isinstance(names, str):
-        raise ConfigError(f"`names` {names!r}: expected a list of arrays; pass [{names!r}]")
+    names = list_of("names", names, str, "arrays")
     for name in names:
         if name not in cache.names:
             raise ConfigError(
                 f"`names` {name!r}: the cache has {', '.join(cache.names)}; pass some of them"
             )
     return list(dict.fromkeys(names))
-
-
-def _device(device: torch.device | str | None) -> torch.device | None:
-    """Return a device. Raises ConfigError if torch does not know it."""
-    try:
-        return None if device is None else torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"`device` {device!r}: expected a device of this machine; pass one, such as cpu or cuda"
-        ) from error

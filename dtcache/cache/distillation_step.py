@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from dtcache.arguments import require
 from dtcache.cache.batch import Batch
 from dtcache.errors import ConfigError
 from dtcache.losses import Objective, Targets
@@ -24,12 +25,21 @@ def distillation_step(
     effect.
     Raises ConfigError if the batch has no arrays, or if a prediction is missing or misshapen.
     """
+    require("student", student, Callable, "a network")
+    require("batch", batch, Batch, "a Batch of cache.loader")
+    if objective is not None:
+        require("objective", objective, Objective, "an Objective")
     whitened = batch.whitened
     if not whitened:
         raise ConfigError("`batch`: expected targets; make the loader with `names`")
     predicted = student(batch.images_BCHW)
+    if not isinstance(predicted, Mapping):
+        raise ConfigError(
+            f"`student`: expected predictions by array, got {type(predicted).__name__}; use a "
+            "network such as build_student's"
+        )
     for name, maps_BCHW in whitened.items():
-        got = tuple(predicted[name].shape) if name in predicted else None
+        got = tuple(getattr(predicted.get(name), "shape", ())) or None
         if got != tuple(maps_BCHW.shape):
             raise ConfigError(
                 f"`student`: expected a prediction {name} of shape {tuple(maps_BCHW.shape)}, got "

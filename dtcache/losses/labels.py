@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dtcache.losses.features import require_maps
+
 DICE_WEIGHT = 3.0
 """The paper's weight of the Dice loss relative to the cross-entropy."""
 TEMPERATURE = 4.0
@@ -54,8 +56,10 @@ def label_loss(predicted_BKHW: Tensor, target_BKHW: Tensor) -> Tensor:
     """Return H(P_g, P_r) = -sum_k P_g log P_r, a scalar (paper: label distillation).
 
     The mean is over pixels. P_g is the softmax of the soft labels at temperature 4, P_r the softmax
-    of the student's logits. There is no factor tau^2.
+    of the student's logits. There is no factor tau^2. Both are logits (B, K, H, W); raises
+    ConfigError if their shapes differ.
     """
+    require_maps(predicted_BKHW=predicted_BKHW, target_BKHW=target_BKHW)
     target = (target_BKHW.float() / TEMPERATURE).softmax(1)
     return -(target * (predicted_BKHW.float() / TEMPERATURE).log_softmax(1)).sum(1).mean()
 

@@ -1,11 +1,14 @@
 """The objective of a student: the losses of all taps and labels, weighted by tap and band."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import Tensor, nn, stack
 
+from dtcache.arguments import require
 from dtcache.codec import TapCodec
 from dtcache.errors import ConfigError
 from dtcache.losses.band_weighting import LEAST_WEIGHT, DeterminedBands
@@ -31,6 +34,18 @@ class Targets:
     labels: Tensor | None = None
     """Logits of the soft labels, fp32 (B, K, H, W); None if labels are not distilled."""
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError unless both hold features of the same arrays."""
+        require("whitened", self.whitened, Mapping, "tensors by array")
+        require("raw", self.raw, Mapping, "tensors by array")
+        if self.labels is not None:
+            require("labels", self.labels, Tensor, "a tensor (B, K, H, W)")
+        if self.whitened.keys() != self.raw.keys():
+            raise ConfigError(
+                f"`raw`: expected the arrays of `whitened`, {', '.join(self.whitened)}, got "
+                f"{', '.join(self.raw) or 'none'}; pass both of each array"
+            )
+
 
 class Objective(nn.Module):
     """The loss: the mean over taps of a x MSE + b x AT with constant factors a and b per tap.
@@ -50,9 +65,20 @@ class Objective(nn.Module):
     ) -> None:
         """Take the factors a (`mse`) and b (`at`) by tap; a tap without a factor has no such term.
 
-        The MSE of a tap in `bands` is weighted band by band.
+        The MSE of a tap in `bands` is weighted band by band. Raises ConfigError for a factor that
+        is no number of 0 or more.
         """
         super().__init__()
+        weights = {"feature_weight": feature_weight, "label_weight": label_weight}
+        for argument, factors in (("mse", mse), ("at", at)):
+            require(argument, factors, Mapping, "numbers by array")
+            weights |= {f"{argument}` of `{name}": factor for name, factor in factors.items()}
+        for argument, factor in weights.items():
+            require(argument, factor, Real, "a number")
+            if not 0 <= factor < math.inf:
+                raise ConfigError(
+                    f"`{argument}` {factor}: expected a finite number of 0 or more; pass one"
+                )
         self._mse = dict(mse)
         self._at = dict(at)
         self._feature_weight = feature_weight
@@ -65,11 +91,14 @@ class Objective(nn.Module):
         Parts are the unweighted `mse/<tap>` and `at/<tap>` of every tap. They are returned even if
         the loss does not contain them, so that runs with different objectives can be compared. If
         bands are weighted, `determined_mse/<tap>` follows. With soft labels there are also the
-        unweighted `label` and, if there are taps, `feature`.
+        unweighted `label` and, if there are taps, `feature`. Raises ConfigError if a tap has no
+        prediction or no factor.
         """
+        require("targets", targets, Targets, "Targets")
         parts: dict[str, Tensor] = {}
         per_tap = []
         for name, whitened_BCHW in targets.whitened.items():
+            _require_known(name, predicted, self._mse | self._at)
             mse = parts[f"mse/{name}"] = mse_loss(predicted[name], whitened_BCHW)
             at = parts[f"at/{name}"] = at_loss(predicted[name], targets.raw[name])
             if name in self.bands:
@@ -83,6 +112,7 @@ class Objective(nn.Module):
             per_tap.append(sum(terms[1:], terms[0]))
         if targets.labels is None:
             return {"loss": stack(per_tap).mean(), **parts}
+        _require_known(LABEL_TARGET, predicted)
         label = label_loss(predicted[LABEL_TARGET], targets.labels)
         if not per_tap:
             return {"loss": self._label_weight * label, "label": label}
@@ -93,6 +123,22 @@ class Objective(nn.Module):
             "feature": feature,
             **parts,
         }
+
+
+def _require_known(
+    name: str, predicted: Mapping[str, Tensor], factors: Mapping[str, float] | None = None
+) -> None:
+    """Raise ConfigError if a target has no prediction or no factor."""
+    if name not in predicted:
+        raise ConfigError(
+            f"`predicted`: expected a prediction {name}, got {', '.join(predicted) or 'none'}; "
+            "build the student for the targets"
+        )
+    if factors is not None and name not in factors:
+        raise ConfigError(
+            f"`objective`: expected a factor of {name} in `mse` or `at`, got "
+            f"{', '.join(factors) or 'none'}; pass one for every array"
+        )
 
 
 def make_objective(
@@ -115,8 +161,18 @@ def make_objective(
     Tap weights, divided by their mean over taps, multiply both terms. Under `noise_weighting` the
     AT of a tap is weighted by d = 1 - (share of noise); its MSE is weighted band by band if the
     codec has bands and nothing is cropped, and by d otherwise. Raises ConfigError for options that
-    contradict each other.
+    contradict each other, and for a name in `shapes` without a codec.
     """
+    require("options", options, TrainOptions, "TrainOptions")
+    require("shapes", shapes, Mapping, "shapes (C, H, W) by array")
+    require("fit", fit, Mapping, "codecs by array")
+    for name in shapes:
+        if name not in fit:
+            raise ConfigError(
+                f"`shapes` {name}: expected an array of `fit`, which has {', '.join(fit)}; pass one"
+            )
+    if options.noise_weighting and not codec.get("noise_share"):
+        raise ConfigError("`codec`: expected its `noise_share`; pass cache.recipe['codec']")
     at_weight = _at_weight(options)
     _require_consistent(options)
     names = list(shapes)

@@ -1,10 +1,16 @@
 """An option: a field of a frozen dataclass with its help text, choices, bounds and group."""
 
+import functools
 import math
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import field, fields
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
+from dtcache.arguments import require
 from dtcache.errors import ConfigError
 
 AUTO_DEVICE = "auto, cpu, cuda or cuda:N"
@@ -55,12 +61,16 @@ def seed_option(text: str, *, group: str = "") -> Any:
 
 
 class Options:
-    """Base of all option classes: checks the choices and bounds of every field."""
+    """Base of all option classes: checks the type, the choices and the bounds of every field."""
 
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for the first field that is empty, not finite or out of bounds."""
+        """Raise ConfigError for the first field of another type, empty or out of bounds.
+
+        A field of a path takes text too, a field of several values takes a single one, and an
+        integer is a number.
+        """
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if value == "" and f.default != "" and not f.metadata["may_be_empty"]:
@@ -68,8 +78,38 @@ class Options:
                     f"`{f.name}`: expected a value, got an empty text; leave `{f.name}` out for "
                     "the default"
                 )
+            value = _typed(f.name, value, _hints(type(self))[f.name])
+            object.__setattr__(self, f.name, value)
             if value is not None:
                 _check(f.name, value, f.metadata)
+
+
+@functools.cache
+def _hints(options: Any) -> dict[str, Any]:
+    return typing.get_type_hints(options)
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """Return a value as the type of its field. Raises ConfigError with the field's name."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    if typing.get_origin(hint) is tuple:
+        items = value if isinstance(value, tuple | list) else [value]
+        return tuple(_typed(name, item, typing.get_args(hint)[0]) for item in items)
+    require(name, value, *_ACCEPTED[hint])
+    return hint(value)
+
+
+_ACCEPTED: Mapping[type, tuple[Any, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+    str: (str | Path, "a str"),
+    Path: (str | Path, "a path"),
+}
+"""By the type of a field: the types that it takes, and their name in an error."""
 
 
 def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:

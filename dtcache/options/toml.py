@@ -77,12 +77,9 @@ def options_from(
     hints = typing.get_type_hints(options)
     metadata = {f.name: f.metadata for f in dataclasses.fields(options)}  # type: ignore[arg-type]
     require_names(table, metadata, title)
-    values = {}
-    for name, value in table.items():
-        try:
-            values[name] = _typed(value, hints[name], metadata[name], folder)
-        except TypeError as error:
-            raise ConfigError(f"{title}: {name}: expected {error}, got {value!r}") from error
+    values = {
+        name: _typed(value, hints[name], metadata[name], folder) for name, value in table.items()
+    }
     try:
         return options(**values)
     except ConfigError as error:
@@ -90,25 +87,15 @@ def options_from(
 
 
 def _typed(value: Any, hint: Any, metadata: Mapping[str, Any], folder: Path) -> Any:
-    """Return a TOML value as the type of a field. Raises TypeError with the expected type."""
+    """Return a TOML value as the type of a field, if TOML and Python write it differently."""
     if isinstance(hint, types.UnionType):
         hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        items = value if isinstance(value, list) else [value]
-        return tuple(_typed(one, item, metadata, folder) for one in items)
     if metadata["auto"] and value == "auto":
         return None
-    is_bool = isinstance(value, bool)
-    if hint is bool and not is_bool:
-        raise TypeError("true or false")
-    if hint is int and (is_bool or not isinstance(value, int)):
-        raise TypeError("an integer")
-    if hint is float and (is_bool or not isinstance(value, int | float)):
-        raise TypeError("a number")
-    if hint in (str, Path) and (is_bool or not isinstance(value, str | int | float)):
-        raise TypeError("text")
-    return folder / str(value) if hint is Path else hint(value)
+    is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if hint in (str, Path) and is_text:
+        return str(value) if hint is str else folder / str(value)
+    return value
 
 
 def config_text(options: Mapping[str, Any]) -> str:

@@ -5,11 +5,29 @@ W columns.
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dtcache.arguments import list_of, require, require_count
+from dtcache.errors import ConfigError
+from dtcache.options.train import REGRESSORS
 from dtcache.student.blocks import BottomUp, ConvBlock, NonLocal, PyramidPooling, resize
+
+
+def require_targets(targets: Mapping[str, tuple[int, int, int]]) -> None:
+    """Raise ConfigError unless `targets` holds a shape (C, H, W) of positive integers by name."""
+    require("targets", targets, Mapping, "shapes (C, H, W) by array")
+    if not targets:
+        raise ConfigError("`targets`: expected one or more arrays, got none; pass their shapes")
+    for name, shape in targets.items():
+        sides = shape if isinstance(shape, tuple | list) else ()
+        if len(sides) != 3 or not all(isinstance(n, Integral) and n > 0 for n in sides):
+            raise ConfigError(
+                f"`targets` {name}: expected (C, H, W), three integers over 0, got {shape!r}; pass "
+                "cache.shape(name)"
+            )
 
 
 class FeatureRegressor(nn.Module):
@@ -35,9 +53,23 @@ class FeatureRegressor(nn.Module):
     ) -> None:
         """Predict `targets` (C, H, W) from maps of `channels` on `grids` (H, W), finest first.
 
-        `width` is the number of channels of the pyramid.
+        `width` is the number of channels of the pyramid. Raises ConfigError for a wrong argument.
         """
         super().__init__()
+        require_targets(targets)
+        require_count("width", width, 1)
+        if kind not in REGRESSORS:
+            raise ConfigError(
+                f"`regressor` {kind!r}: expected one of {', '.join(REGRESSORS)}; use fpn-ppm"
+            )
+        channels = list_of("channels", channels, Integral, "integers")
+        if not channels:
+            raise ConfigError("`channels`: expected one or more maps, got none; pass the channels")
+        if len(grids) != len(channels):
+            raise ConfigError(
+                f"`grids`: expected {len(channels)} pairs (H, W), one per map of `channels`, got "
+                f"{len(grids)}; pass as many"
+            )
         self._names = list(targets)
         self._sizes = {name: (h, w) for name, (_, h, w) in targets.items()}
         levels = list(grids)

@@ -4,16 +4,18 @@ Shapes: B batch, C channels, H rows, W columns.
 """
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from dtcache.arguments import list_of, require, require_count, wrong
 from dtcache.errors import ConfigError
 from dtcache.recipe import ViewSpec
 from dtcache.student.backbone import MapsModule, Rgb, student_input
 from dtcache.student.pyramid import MapShape, SimplePyramid, pyramid_for
-from dtcache.student.regressor import FeatureRegressor
+from dtcache.student.regressor import FeatureRegressor, require_targets
 from dtcache.student.timm_backbone import make_backbone
 
 
@@ -64,9 +66,23 @@ def build_student(
     input size; by default it is the view, enlarged until the finest tap has the grid of the
     stride-4 level. `width` is the number of channels of the regressor, `regressor` its kind. The
     initial weights are a function of `seed`; the caller's random state is left unchanged. Raises
-    ConfigError if the network does not take that size.
+    ConfigError with the argument's name if one is wrong, or if the network does not take that size.
     """
-    if size is None:
+    require("student", student, str | nn.Module, "a timm name or a torch module")
+    require_targets(targets)
+    require("view", view, ViewSpec, "the cache's view")
+    require_count("seed", seed, 0)
+    if init is not None:
+        require("init", init, str, "a str")
+    for name, values in (("mean", mean), ("std", std)):
+        rgb = list_of(name, values, Real, "numbers")
+        if len(rgb) != 3 or (name == "std" and min(rgb) <= 0):
+            raise wrong(name, values, "three numbers" + (" over 0" if name == "std" else ""))
+    if size is not None:
+        sides = list_of("size", size, Integral, "integers")
+        if len(sides) != 2 or min(sides) < 1:
+            raise wrong("size", size, "(H, W) in pixels")
+    else:
         size = default_size(targets, view)
     if isinstance(student, str):
         backbone: MapsModule = make_backbone(student, init=init, seed=seed, size=size)

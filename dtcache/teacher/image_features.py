@@ -1,10 +1,13 @@
 """A teacher in memory: the features of a batch of images, without a cache."""
 
 from collections.abc import Sequence
+from numbers import Integral
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dtcache.arguments import list_of, require, require_count
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.recipe import ViewSpec
@@ -18,6 +21,7 @@ class ImageTeacher:
 
     def __init__(self, loaded: LoadedTeacher, device: str, precision: str) -> None:
         """Take a loaded teacher, a device (auto, cpu or cuda) and a precision (auto, fp32...)."""
+        require("loaded", loaded, LoadedTeacher, "a LoadedTeacher")
         self._loaded = loaded
         self._compute = resolve_compute(device, precision)
 
@@ -46,12 +50,20 @@ class ImageTeacher:
             raise ConfigError(
                 f"`images`: expected (B, 3, H, W), got {tuple(images.shape)}; reshape it"
             )
-        if keys is not None and (isinstance(keys, str) or len(keys) != len(images)):
+        names = [str(position) for position in range(len(images))]
+        if keys is not None:
+            names = list_of("keys", keys, str, "keys")
+        if len(names) != len(images):
             raise ConfigError(
-                f"`keys`: expected a list of {len(images)} keys, one per image; pass such a list"
+                f"`keys`: expected a list of {len(images)} keys, one per image, got {len(names)}; "
+                "pass such a list"
             )
-        if isinstance(timestep, bool) or not isinstance(timestep, int):
-            raise ConfigError(f"`timestep` {timestep!r}: expected an integer; pass one")
+        require("timestep", timestep, Integral, "an integer")
+        require_count("seed", seed, 0)
+        if taps is not None:
+            taps = list_of("taps", taps, str, "taps")
+            if not taps:
+                raise ConfigError("`taps`: expected one or more taps, got none; pass None for all")
         _, _, height, width = images.shape
         settings = TeacherSettings(
             view=ViewSpec(height=height, width=width),
@@ -60,7 +72,6 @@ class ImageTeacher:
             taps=tuple(taps) if taps is not None else None,
         )
         teacher = prepare_teacher(self._loaded, settings, self._compute)
-        names = map(str, range(len(images))) if keys is None else keys
         pixels = images.cpu().numpy()
         inputs = [
             teacher.input(image, key, False, seed=seed, draws=(0,))
@@ -71,11 +82,16 @@ class ImageTeacher:
 
 
 def load_teacher(
-    where: str, *, device: str = "auto", precision: str = "auto", prompt: str | None = None
+    where: str | Path, *, device: str = "auto", precision: str = "auto", prompt: str | None = None
 ) -> ImageTeacher:
     """Load a diffusers teacher, a folder or a name of the hub, to look at its features.
 
     `features` of the result gives features of images, fp32 (B, C, H, W). Raises
     TeacherNotFoundError or TeacherError, and ConfigError for an unknown `device` or `precision`.
     """
+    require("where", where, str | Path, "a folder or a name of the hub")
+    require("device", device, str, "a str")
+    require("precision", precision, str, "a str")
+    if prompt is not None:
+        require("prompt", prompt, str, "a str")
     return ImageTeacher(load(str(where), prompt=prompt), device, precision)

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from dtcache.arguments import require
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
@@ -31,7 +33,12 @@ def listener() -> Listener | None:
 
 @contextmanager
 def listening(callback: Listener | None) -> Iterator[None]:
-    """Send messages and progress to a callback, or nowhere if it is None, inside the block."""
+    """Send messages and progress to a callback, or nowhere if it is None, inside the block.
+
+    Raises ConfigError if `progress` cannot be called.
+    """
+    if callback is not None:
+        require("progress", callback, Callable, "a function")
     token = _LISTENER.set(callback or _ignore)
     try:
         yield

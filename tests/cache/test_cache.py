@@ -1,12 +1,15 @@
 """The Python interface of an open cache agrees with the teacher within the codec's error."""
 
 import copy
+import os
 import pickle
 import shutil
+import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import dask
 import numpy as np
@@ -207,6 +210,60 @@ def test_workers_read_a_cache(cache: Cache, method: str) -> None:
     assert all(map(torch.equal, alone, read)) and len(alone) == len(read)
 
 
+def forked(cache: Cache) -> Any:
+    """Return an iterator over a DataLoader with one forked worker, which has read a batch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads
+        batches = iter(
+            DataLoader(
+                cache,  # type: ignore[arg-type]
+                batch_size=1,
+                num_workers=1,
+                prefetch_factor=1,
+                multiprocessing_context="fork",
+            )
+        )
+        next(batches)
+    return batches
+
+
+def test_a_worker_that_is_killed_ends_the_epoch(tiny_cache: Path) -> None:
+    """If a worker is killed, torch raises its RuntimeError with the worker and the signal.
+
+    The cache stays open, and a new iteration reads all samples.
+    """
+    cache = dtcache.open(tiny_cache)
+    batches = forked(cache)
+    os.kill(batches._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* (killed by|exited unexpec)"):
+        list(batches)
+    assert len(list(DataLoader(cache, batch_size=3))) == 3  # type: ignore[arg-type]
+
+
+def test_a_cache_that_is_deleted_under_a_worker(tiny_copy: Path) -> None:
+    """A worker's CacheDamagedError reaches the process that iterates, with the file's name."""
+    batches = forked(dtcache.open(tiny_copy))
+    shutil.rmtree(tiny_copy)
+    with pytest.raises(CacheDamagedError, match="No such file or directory, but the file was"):
+        list(batches)
+
+
+def test_a_closed_cache_in_a_dataloader(tiny_cache: Path) -> None:
+    """A DataLoader over a closed cache raises the cache's own error, with and without workers."""
+    with dtcache.open(tiny_cache) as cache:
+        pass
+    for read in (lambda: list(DataLoader(cache)), lambda: forked(cache)):  # type: ignore[arg-type]
+        with pytest.raises(CacheError, match="the cache was closed; open it again"):
+            read()
+
+
+def test_a_sample_is_shown_in_one_line(cache: Cache) -> None:
+    """The repr of a sample has its key, label and shapes, and no values."""
+    assert repr(cache[0]) == (
+        f"CachedSample 'class0/image00.png', label 0: {FINE} (2, 4, 4, 4), {COARSE} (2, 6, 2, 2)"
+    )
+
+
 def test_features_by_key(cache: Cache) -> None:
     """cache.features returns all views per key, in the requested order, repeated keys included."""
     plan = tiny_plan()
@@ -228,7 +285,7 @@ def test_keys_that_are_not_there(cache: Cache) -> None:
         cache.features([tiny_plan().samples[FAILED_ROW].key])
     with pytest.raises(ConfigError, match=r"^`keys` 'x\.png': expected a list of keys; pass \["):
         cache.features("x.png")
-    with pytest.raises(ConfigError, match=r"^`keys` 3: expected strings, got int"):
+    with pytest.raises(ConfigError, match=r"^`keys` 3: expected a str, got int"):
         cache.features([3])  # type: ignore[list-item]
     assert cache.features(key for key in ())[COARSE].shape == (0, VIEWS, 6, 2, 2)
 
