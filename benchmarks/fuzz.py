@@ -55,7 +55,7 @@ WARM = (
     *("distributed", "dateutil.tz", "zarrs"),
 )
 """Modules that the parent imports, so that a child begins in milliseconds."""
-POLL_SECONDS = 0.005
+POLL_SECONDS = 0.02
 LISTED = 60
 """Failures whose details the record holds."""
 

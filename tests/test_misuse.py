@@ -14,6 +14,7 @@ from pipelines.terminal.hints import commands_of
 MISUSES = (
     # A misuse, and what its line names. {O} is a path that must stay free.
     ("nosuch", "nosuch"),
+    ("doctor {LONG}", "{START}"),
     ("doctor {MISSING}", "{MISSING}"),
     ("doctor {FILE}", "{FILE}"),
     ("doctor ''", "FOLDER"),
@@ -62,6 +63,8 @@ MISUSES = (
     ("extract {FILE} --teacher {TEACHER} --out {O}", "{FILE}"),
     ("extract {TAR} --teacher {TEACHER} --follow-links --out {O}", "--follow-links"),
     ("extract {IMAGES} --out {O}", "--teacher"),
+    ("extract {IMAGES} --teacher {LONG} --out {O}", "{START}"),
+    ("extract {IMAGES} --teacher {TEACHER} --out {LONG}", "{START}"),
     ("extract {IMAGES} --teacher '' --out {O}", "--teacher"),
     ("extract {IMAGES} --teacher {MISSING} --out {O}", "{MISSING}"),
     ("extract {IMAGES} --teacher {IMAGES} --out {O}", "{IMAGES}"),
@@ -78,6 +81,7 @@ MISUSES = (
     ("extract {IMAGES} --teacher {TEACHER} --config {FILE} --out {O}", "--config"),
     ("extract {IMAGES} --teacher {TEACHER} --workers 2 --scheduler x --out {O}", "--workers"),
     ("inspect", "CACHE_OR_RUN"),
+    ("inspect {LONG}", "{START}"),
     ("inspect {MISSING}", "{MISSING}"),
     ("inspect {IMAGES}", "{IMAGES}"),
     ("inspect {CACHE} --num-samples 5 --exact", "--num-samples"),
@@ -85,10 +89,12 @@ MISUSES = (
     ("inspect {CACHE} --report {IMAGES}", "--report"),
     ("inspect {CACHE} --cache {CACHE}", "--cache"),
     ("verify {MISSING}", "{MISSING}"),
+    ("verify {LONG}", "{START}"),
     ("verify {CACHE} --fraction 5", "--fraction"),
     ("verify {CACHE} --dry-run", "--dry-run"),
     ("verify {CACHE} --repair", "--repair"),
     ("verify {CACHE} --yes", "--yes"),
+    ("label fit {CACHE} --masks {LONG} --out {O}", "{START}"),
     ("label nosuch", "nosuch"),
     ("label fit {IMAGES} --masks {IMAGES} --out {O}", "{IMAGES}"),
     ("label fit {CACHE} --out {O}", "--masks"),
@@ -103,6 +109,8 @@ MISUSES = (
     ("label write {CACHE} {CACHE} --name ''", "--name"),
     ("train {MISSING} --out {O}", "{MISSING}"),
     ("train {IMAGES} --out {O}", "{IMAGES}"),
+    ("train {LONG} --out {O}", "{START}"),
+    ("train {CACHE} --batch-size 2 --out {LONG}", "{START}"),
     ("train {CACHE} --out ''", "--out"),
     ("train {CACHE} --out {FILE}", "--out"),
     ("train {CACHE} --batch-size 4 --epochs 2 --student nosuch --out {O}", "nosuch"),
@@ -116,10 +124,12 @@ MISUSES = (
     ("train {IMAGES} --teacher {TEACHER} --out {O}", "--timestep"),
     ("train {CACHE} --size 32 --out {O}", "--size"),
     ("train {CACHE} --device gpu --out {O}", "--device"),
+    ("export {LONG} --to timm --out {O}", "{START}"),
     ("export {MISSING} --to timm --out {O}", "{MISSING}"),
     ("export {CACHE} --to timm --out {O}", "{CACHE}"),
     ("export {CACHE} --to keras --out {O}", "--to"),
     ("export {CACHE} --to timm --out {FILE}", "--out"),
+    ("evaluate resnet10t --train {LONG}", "{START}"),
     ("evaluate ''", "MODEL"),
     ("evaluate resnet10t", "--train"),
     ("evaluate nosuch --train {IMAGES}", "nosuch"),
@@ -128,6 +138,7 @@ MISUSES = (
     ("evaluate resnet10t --train {IMAGES} --ignore-index 3", "--ignore-index"),
     ("evaluate resnet10t --train {IMAGES} --test-split x", "--test-split"),
     ("sweep {MISSING} --out {O}", "{MISSING}"),
+    ("sweep {LONG} --out {O}", "{START}"),
     ("sweep {IMAGES} --out {O}", "{IMAGES}"),
     ("sweep {FILE} --out {O}", "{FILE}"),
     ("sweep {SWEEP} --out {O}", "{SWEEP}"),
@@ -156,6 +167,8 @@ def inputs(
         "FILE": root / "notes.txt",
         "SWEEP": root / "sweep.toml",
         "MISSING": root / "missing",
+        "LONG": Path("\u00e9" * 300),
+        "START": Path("\u00e9" * 30),
         "O": root / "out",
     }
 
@@ -190,6 +203,6 @@ def test_a_misuse_is_one_line_and_exit_code_2(
 
 def test_the_misuses_are_of_all_verbs() -> None:
     """There are more than 50 misuses, and several of every verb."""
-    assert len({command for command, _ in MISUSES}) == len(MISUSES) == 118
+    assert len({command for command, _ in MISUSES}) == len(MISUSES) == 129
     for verb in commands_of(main):
         assert sum(command.startswith(f"{verb} ") for command, _ in MISUSES) >= 3, verb

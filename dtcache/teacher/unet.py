@@ -15,6 +15,9 @@ from dtcache.teacher.denoiser import shared_copy
 MIDDLE = -1
 """Block of the tap of the U-Net's middle, which precedes the up blocks."""
 
+Shapes = dict[tuple[int, int], tuple[int, int, int]]
+"""(C, H, W) of each layer's map, by block and layer."""
+
 UNet = Any
 """A UNet2DModel or UNet2DConditionModel of diffusers, whose lazy imports hide its types."""
 
@@ -41,6 +44,7 @@ class UNetDenoiser:
         # The configuration does not say whether one of the classes is a null class.
         self.null_class: int | None = None
         self._embedding_LD = embedding_LD
+        self._measured: dict[tuple[int, int], Shapes] = {}
 
     def find_taps(self, height: int, width: int, latent_stride: int = 1) -> tuple[TapSpec, ...]:
         """Return the tap of every decoder level, before its upsampler.
@@ -91,7 +95,11 @@ class UNetDenoiser:
                 f"{halvings.bit_length() - 1} times; expected both sides to be multiples of "
                 f"{multiple}"
             )
-        shapes = self._measure(height // latent_stride, width // latent_stride)
+        # A pass over shapes takes a second for a large U-Net; each size is measured once.
+        size = (height // latent_stride, width // latent_stride)
+        if size not in self._measured:
+            self._measured[size] = self._measure(*size)
+        shapes = self._measured[size]
         layers = []
         for (block, layer), (channels, rows, columns) in shapes.items():
             name = "mid" if block == MIDDLE else f"up{block}layer{layer}"
@@ -113,13 +121,13 @@ class UNetDenoiser:
             )
         return layers
 
-    def _measure(self, height: int, width: int) -> dict[tuple[int, int], tuple[int, int, int]]:
+    def _measure(self, height: int, width: int) -> Shapes:
         """Return the shape (C, H, W) of each layer's map, by block and layer.
 
         The pass runs on the meta device, without arithmetic; on a CPU a large U-Net would take a
         minute.
         """
-        shapes: dict[tuple[int, int], tuple[int, int, int]] = {}
+        shapes: Shapes = {}
 
         def record(block: int, layer: int) -> Callable[[Tensor], None]:
             def keep(map_BCHW: Tensor) -> None:

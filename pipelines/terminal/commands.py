@@ -20,7 +20,7 @@ from dtcache.errors import (
 )
 from pipelines.terminal.field_names import in_flags
 from pipelines.terminal.hints import hint_for_flag, hint_for_verb, see_help
-from pipelines.terminal.machine_errors import machine_problem
+from pipelines.terminal.machine_errors import long_name, machine_problem
 from pipelines.terminal.output import escape_unencodable, say
 from pipelines.terminal.text import printable
 
@@ -151,6 +151,8 @@ class Group(_OneLineErrors, click.Group):
             is_misuse = isinstance(error, MISUSES)
             raise (WrongUsage(line) if is_misuse else click.ClickException(line)) from error
         except Exception as error:
+            if (line := long_name(error)) is not None:
+                raise WrongUsage(printable(line)) from error
             problem = machine_problem(error)
             if problem is None:
                 raise

@@ -1,4 +1,7 @@
-"""Failures of the machine that any verb can meet, as one line: memory, threads, the locale."""
+"""Failures of the machine that any verb can meet, as one line: memory, threads, files, locale."""
+
+import errno
+import os
 
 from dtcache.errors import one_line
 from dtcache.names import IN_UTF8
@@ -28,4 +31,15 @@ def machine_problem(error: Exception) -> str | None:
             f"too few threads or processes ({one_line(error, 200)}); end other programs, or allow "
             "more of them (ulimit -u)"
         )
+    if isinstance(error, OSError) and error.filename is not None:
+        problem = error.strerror or one_line(error, 200)
+        return f"{os.fsdecode(error.filename)}: {problem}; check the path, its rights and the disk"
     return None
+
+
+def long_name(error: Exception) -> str | None:
+    """Return the line for a path that is too long for its file system, None for other errors."""
+    if not isinstance(error, OSError) or error.errno != errno.ENAMETOOLONG:
+        return None
+    longest = max(os.fsdecode(error.filename or "").split("/"), key=len)
+    return f"{longest[:SHOWN]}...: expected a shorter name, got {len(longest)} characters"

@@ -40,6 +40,11 @@ def failing(error: Exception) -> Result:
         (RuntimeError("can't start new thread"), "too few threads or processes (can't start new"),
         (BlockingIOError(11, "Resource temporarily unavailable"), "too few threads or processes"),
         (
+            PermissionError(13, "Permission denied", "/root/\x1bx"),
+            r"/root/\x1bx: Permission denied; check the path, its rights and the disk",
+        ),
+        (OSError(5, "Input/output error", b"a/b"), "a/b: Input/output error; check the path"),
+        (
             UnicodeEncodeError("utf-8", "a\udce9", 1, 2, "surrogates not allowed"),
             r"'a\udce9': expected text that can be encoded as utf-8; rename it, or set LC_ALL",
         ),
