@@ -78,6 +78,9 @@ MISUSES = (
     ("extract {IMAGES} --teacher {TEACHER} --average --out {O}", "--average"),
     ("extract {IMAGES} --teacher {TEACHER} --fit crop --out {O}", "--fit"),
     ("extract {IMAGES} --teacher {TEACHER} --max-failures 5% --out {O}", "--max-failures"),
+    ("extract {IMAGES} --teacher {TEACHER} --threads 1000000000 --out {O}", "--threads"),
+    ("extract {IMAGES} --teacher {TEACHER} --workers 1000000000 --out {O}", "--workers"),
+    ("extract {IMAGES} --teacher {TEACHER} --timestep -99999999999999999999 --out {O}", "--time"),
     ("extract {IMAGES} --teacher {TEACHER} --config {FILE} --out {O}", "--config"),
     ("extract {IMAGES} --teacher {TEACHER} --workers 2 --scheduler x --out {O}", "--workers"),
     ("inspect", "CACHE_OR_RUN"),
@@ -104,6 +107,7 @@ MISUSES = (
     ("label fit {CACHE} --masks {MISSING} --width 40 --out {O}", "--width"),
     ("label fit {CACHE} --masks {MISSING} --width 40000000 --out {O}", "--width"),
     ("label fit {CACHE} --masks {MISSING} --validation 1 --out {O}", "--validation"),
+    ("label fit {CACHE} --masks {MISSING} --ignore-index 1000 --out {O}", "--ignore-index"),
     ("label write {CACHE} {MISSING} --name x", "{MISSING}"),
     ("label write {CACHE} {CACHE} --name x", "{CACHE}"),
     ("label write {CACHE} {CACHE} --name ''", "--name"),
@@ -120,6 +124,11 @@ MISUSES = (
     ("train {CACHE} --scale 2,3 --out {O}", "--scale"),
     ("train {CACHE} --epochs 5 --warmup-epochs 9 --out {O}", "--warmup-epochs"),
     ("train {CACHE} --batch-size 100000 --out {O}", "--batch-size"),
+    ("train {CACHE} --batch-size 99999999999999999999 --out {O}", "--batch-size"),
+    ("train {CACHE} --epochs 99999999999999999999 --out {O}", "--epochs"),
+    ("train {CACHE} --fpn-width 100000 --out {O}", "--fpn-width"),
+    ("train {CACHE} --num-workers 100000 --out {O}", "--num-workers"),
+    ("train {CACHE} --timestep 99999999999999999999 --out {O}", "--timestep"),
     ("train {CACHE} --resume --out {O}", "--resume"),
     ("train {IMAGES} --teacher {TEACHER} --out {O}", "--timestep"),
     ("train {CACHE} --size 32 --out {O}", "--size"),
@@ -203,6 +212,6 @@ def test_a_misuse_is_one_line_and_exit_code_2(
 
 def test_the_misuses_are_of_all_verbs() -> None:
     """There are more than 50 misuses, and several of every verb."""
-    assert len({command for command, _ in MISUSES}) == len(MISUSES) == 129
+    assert len({command for command, _ in MISUSES}) == len(MISUSES) == 138
     for verb in commands_of(main):
         assert sum(command.startswith(f"{verb} ") for command, _ in MISUSES) >= 3, verb

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from dtcache.options.field import (
     AUTO_DEVICE,
+    MAX_BATCH,
     MAX_SCENES,
+    MAX_WIDTH,
     PRECISIONS,
     Options,
     option,
@@ -34,9 +36,13 @@ class DemoOptions(Options):
         metavar="NAME,NAME",
         group="Student",
     )
-    fpn_width: int = option(32, "Channels of the regressor's pyramid.", minimum=1, group="Student")
+    fpn_width: int = option(
+        32, "Channels of the regressor's pyramid.", minimum=1, maximum=MAX_WIDTH, group="Student"
+    )
     epochs: int = option(5, "Epochs per student.", minimum=1, group="Optimisation")
-    batch_size: int = option(32, "Samples per step.", minimum=2, group="Optimisation")
+    batch_size: int = option(
+        32, "Samples per step.", minimum=2, maximum=MAX_BATCH, group="Optimisation"
+    )
     seed: int = seed_option("Seed of scenes, cache and students.")
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group="Hardware")
     precision: str = option(

@@ -4,7 +4,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from dtcache.errors import ConfigError
-from dtcache.options.field import AUTO_DEVICE, IGNORE_HELP, PRECISIONS, option, seed_option
+from dtcache.options.field import (
+    AUTO_DEVICE,
+    IGNORE_HELP,
+    MAX_BATCH,
+    PRECISIONS,
+    option,
+    seed_option,
+)
 from dtcache.options.images import ImagesOptions
 
 TASKS = {
@@ -79,6 +86,7 @@ class EvaluateOptions(ImagesOptions):
         None,
         IGNORE_HELP,
         minimum=0,
+        maximum=255,
         group="Segmentation",
     )
     head: str = option(
@@ -105,7 +113,11 @@ class EvaluateOptions(ImagesOptions):
         group="Data",
     )
     batch_size: int | None = option(
-        None, "Images per batch [default: 128; segmentation: 16].", minimum=1, group="Hardware"
+        None,
+        "Images per batch [default: 128; segmentation: 16].",
+        minimum=1,
+        maximum=MAX_BATCH,
+        group="Hardware",
     )
     seed: int = seed_option("Seed of random weights, splits and training.")
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group="Hardware")

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
-from dtcache.options.field import AUTO_DEVICE, PRECISIONS, option, seed_option
+from dtcache.options.field import (
+    AUTO_DEVICE,
+    MAX_BATCH,
+    MAX_PARALLEL,
+    PRECISIONS,
+    option,
+    seed_option,
+)
 from dtcache.options.images import ImagesOptions
 
 QUALITY_RATIOS = {"high": 10.0, "default": 50.0, "small": 100.0, "fp16": None}
@@ -118,6 +125,7 @@ class ExtractOptions(ImagesOptions):
         "Global batch size: views per teacher pass. auto: the fastest size that fits into memory. "
         "Part of the recipe.",
         minimum=1,
+        maximum=MAX_BATCH,
         auto=True,
         group="Hardware",
     )
@@ -126,12 +134,14 @@ class ExtractOptions(ImagesOptions):
         "CPU threads of each process that computes on a CPU. Part of the recipe [default: all "
         "cores; an equal share with --workers; 1 with --scheduler].",
         minimum=1,
+        maximum=MAX_PARALLEL,
         group="Hardware",
     )
     workers: int | None = option(
         None,
         "Compute in N local processes: one per GPU, or each on a share of the cores.",
         minimum=1,
+        maximum=MAX_PARALLEL,
         group="Hardware",
     )
     scheduler: str | None = option(

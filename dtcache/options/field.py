@@ -18,6 +18,14 @@ IGNORE_HELP = "Mask value excluded from loss and scores [default: from classes.t
 PRECISIONS = ("auto", "fp32", "bf16")
 MAX_SEED = 2**32 - 1
 """Largest seed: 32 bits, because some 64-bit generator seeds combine it with a step number."""
+MAX_INTEGER = 2**31 - 1
+"""Largest integer of an option that has no smaller maximum."""
+MAX_BATCH = 1 << 20
+"""Most samples of a batch."""
+MAX_PARALLEL = 1024
+"""Most threads, processes or jobs that an option starts."""
+MAX_WIDTH = 4096
+"""Most channels of the layers of a head or a regressor."""
 MAX_SCENES = 10_000_000
 """Most scenes of a set."""
 
@@ -123,5 +131,10 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         raise ConfigError(f"`{name}` {value}: expected at least {minimum:g}")
     if maximum is not None and not value <= maximum:
         raise ConfigError(f"`{name}` {value}: expected at most {maximum}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int) and abs(number) > max(MAX_INTEGER, maximum or 0):
+            raise ConfigError(
+                f"`{name}` {number}: expected a number from {-MAX_INTEGER} to {MAX_INTEGER}"
+            )
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"`{name}` {value}: expected a finite number")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtcache.errors import ConfigError
-from dtcache.options.field import AUTO_DEVICE, IGNORE_HELP, option, seed_option
+from dtcache.options.field import AUTO_DEVICE, IGNORE_HELP, MAX_BATCH, option, seed_option
 from dtcache.options.images import ImagesOptions
 
 
@@ -21,7 +21,7 @@ class LabelFitOptions(ImagesOptions):
         choices=("pixel", "image"),
         group="Data",
     )
-    ignore_index: int | None = option(None, IGNORE_HELP, minimum=0, group="Data")
+    ignore_index: int | None = option(None, IGNORE_HELP, minimum=0, maximum=255, group="Data")
     validation: float = option(
         0.2, "Share of the labelled images held out for scoring; 0: none.", minimum=0, group="Data"
     )
@@ -48,7 +48,9 @@ class LabelFitOptions(ImagesOptions):
     warmup_epochs: int = option(
         20, "Epochs of linear warm-up; then cosine decay.", minimum=0, group="Optimisation"
     )
-    batch_size: int = option(8, "Images per step.", minimum=1, group="Optimisation")
+    batch_size: int = option(
+        8, "Images per step.", minimum=1, maximum=MAX_BATCH, group="Optimisation"
+    )
     lr: float = option(4e-3, "Peak learning rate of AdamW.", minimum=0, group="Optimisation")
     weight_decay: float = option(
         0.05, "Weight decay; none on norms and biases.", minimum=0, group="Optimisation"
@@ -76,7 +78,7 @@ class LabelWriteOptions(ImagesOptions):
         metavar="DIR",
         group="Data",
     )
-    ignore_index: int | None = option(None, IGNORE_HELP, minimum=0, group="Data")
+    ignore_index: int | None = option(None, IGNORE_HELP, minimum=0, maximum=255, group="Data")
     images: Path | None = option(
         None, "The cache's images, to check mask sizes.", metavar="IMAGES", group="Data"
     )
@@ -84,6 +86,7 @@ class LabelWriteOptions(ImagesOptions):
         64,
         "Views per pass of the interpreter; recorded in the recipe.",
         minimum=1,
+        maximum=MAX_BATCH,
         group="Hardware",
     )
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group="Hardware")

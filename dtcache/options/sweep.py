@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dtcache.options.field import Options, option
+from dtcache.options.field import MAX_PARALLEL, Options, option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,6 +13,7 @@ class SweepOptions(Options):
         None,
         "Jobs at a time, each in its own process [default: one per GPU; 1 on a CPU].",
         minimum=1,
+        maximum=MAX_PARALLEL,
         group="Hardware",
     )
     scheduler: str | None = option(

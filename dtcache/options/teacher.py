@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dtcache.errors import ConfigError
-from dtcache.options.field import AUTO_DEVICE, PRECISIONS, Options, option, seed_option
+from dtcache.options.field import AUTO_DEVICE, MAX_BATCH, PRECISIONS, Options, option, seed_option
 from dtcache.options.images import ImagesOptions
 
 DATA = "Data"
@@ -65,7 +65,9 @@ class TeachOptions(ImagesOptions):
     steps: int = option(
         50_000, "Optimizer steps in total; 0: untrained weights.", minimum=0, group=OPTIMISATION
     )
-    batch_size: int = option(64, "Images per step.", minimum=1, group=OPTIMISATION)
+    batch_size: int = option(
+        64, "Images per step.", minimum=1, maximum=MAX_BATCH, group=OPTIMISATION
+    )
     lr: float = option(4e-4, "Peak learning rate of AdamW.", minimum=1e-12, group=OPTIMISATION)
     warmup: int = option(
         200, "Steps of linear warm-up; cosine decay follows.", minimum=0, group=OPTIMISATION
@@ -156,7 +158,7 @@ class TeacherShowOptions(ImagesOptions):
     plot: Path | None = option(
         None, "Also draw the accuracies as PNG.", metavar="FILE", group=PROBE
     )
-    batch_size: int = option(32, "Images per pass.", minimum=1, group=PROBE)
+    batch_size: int = option(32, "Images per pass.", minimum=1, maximum=MAX_BATCH, group=PROBE)
     seed: int = seed_option("Seed of the choice of images and of the noise.", group=PROBE)
     device: str = option("auto", f"{AUTO_DEVICE}.", metavar="DEVICE", group=PROBE)
     precision: str = option(

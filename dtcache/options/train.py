@@ -4,7 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtcache.errors import ConfigError
-from dtcache.options.field import AUTO_DEVICE, PRECISIONS, option, seed_option
+from dtcache.options.field import (
+    AUTO_DEVICE,
+    MAX_BATCH,
+    MAX_PARALLEL,
+    MAX_WIDTH,
+    PRECISIONS,
+    option,
+    seed_option,
+)
 from dtcache.options.images import READING_NAMES, ImagesOptions
 from dtcache.options.parse import parse_scale, parse_size, parse_taps
 
@@ -117,7 +125,9 @@ class TrainOptions(ImagesOptions):
         choices=REGRESSORS,
         group=STUDENT,
     )
-    fpn_width: int = option(256, "Channels of the regressor's pyramid.", minimum=1, group=STUDENT)
+    fpn_width: int = option(
+        256, "Channels of the regressor's pyramid.", minimum=1, maximum=MAX_WIDTH, group=STUDENT
+    )
     loss: str = option(
         "mse",
         "Feature loss: whitened MSE, attention transfer (AT), both, or the paper's.",
@@ -168,7 +178,9 @@ class TrainOptions(ImagesOptions):
         minimum=1,
         group=OPTIMISATION,
     )
-    batch_size: int = option(256, "Global batch size.", minimum=2, group=OPTIMISATION)
+    batch_size: int = option(
+        256, "Global batch size.", minimum=2, maximum=MAX_BATCH, group=OPTIMISATION
+    )
     micro_batches: int = option(
         1,
         "Split each batch into N parts, computed in turn: less memory.",
@@ -231,7 +243,9 @@ class TrainOptions(ImagesOptions):
         "Compile student, losses and online teacher: minutes once, then faster steps.",
         group=HARDWARE,
     )
-    num_workers: int = option(2, "Threads that read and decode batches.", minimum=1, group=HARDWARE)
+    num_workers: int = option(
+        2, "Threads that read and decode batches.", minimum=1, maximum=MAX_PARALLEL, group=HARDWARE
+    )
     save_every: int = option(200, "Steps between checkpoints.", minimum=1, group=RUN)
     log_every: int = option(20, "Steps between metric lines.", minimum=1, group=RUN)
     log_with: str = option("tensorboard", "Tracker of the metrics.", choices=TRACKERS, group=RUN)

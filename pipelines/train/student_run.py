@@ -191,16 +191,25 @@ class StudentRun(AbstractContextManager["StudentRun"]):
     def _summarise(self) -> None:
         try:
             self._write_summary(read_metrics(self.out))
-        except (KeyError, IndexError) as error:
+        except KeyError as error:
             raise CacheDamagedError(
                 f"{self.out / METRICS}: not the metrics of this run ({error!r} is missing); delete "
                 "the run and train again"
             ) from error
 
     def _write_summary(self, lines: Sequence[Json]) -> None:
-        last = [line for line in lines if "loss" in line][-1]
+        steps = self.trainer.total_steps
+        at_end = [line for line in lines if line["step"] == steps]
+        last = [line for line in at_end if "loss" in line]
+        # Lines with a number that is not finite are not read, and none after them.
+        if not (last and any(exported_losses(line, self.options) for line in at_end)):
+            raise TrainingError(
+                f"{self.out / METRICS}: no finite losses of the last step, {steps}; if the student "
+                "diverged, pass a lower `lr` and a new `out`; if the file is damaged, delete the "
+                "run and train again"
+            )
         held_out = [losses for line in lines if (losses := exported_losses(line, self.options))]
-        write_summary(self.out, self.options, self._source, last, held_out[-1])
+        write_summary(self.out, self.options, self._source, last[-1], held_out[-1])
         names = self._source.names
         curves = {name: [line[f"mse/{name}"] for line in held_out] for name in names}
         title = "Held-out whitened MSE" if curves else "Held-out label loss"

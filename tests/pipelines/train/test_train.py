@@ -516,6 +516,18 @@ def test_a_run_that_diverges_is_stopped(cache: Path, tmp_path: Path) -> None:
     assert "Traceback" not in result.output
 
 
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_run_that_diverges_in_its_last_step_is_no_result(cache: Path, tmp_path: Path) -> None:
+    """Held-out losses that are not finite are told at the end; there is no summary."""
+    diverging = words("--lr 1e30 --epochs 1 --batch-size 20 --warmup-epochs 0")
+    for _ in range(2):
+        result = run("train", cache, "--out", tmp_path / "r", *FLAGS, *diverging)
+        assert result.exit_code == 1
+        assert "no finite losses of the last step, 1; if the student diverged" in result.output
+        assert "Traceback" not in result.output
+    assert not (tmp_path / "r" / "summary.json").exists()
+
+
 def test_losses_of_every_tap_reach_the_backbone(cache: Path) -> None:
     """The summed loss has a gradient in the stem and in every regressor."""
     opened = Cache(cache)

@@ -50,9 +50,17 @@ class Verb:
 
 
 def tree_digest(root: Path) -> str:
-    """Return the SHA-256 of a folder's paths and bytes, without the files that may differ."""
+    """Return the SHA-256 of a folder's paths and bytes, without the files that may differ.
+
+    Links to folders are followed, as a reader follows them.
+    """
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*")):
+    names = [
+        Path(folder) / name
+        for folder, _, files in os.walk(root, followlinks=True)
+        for name in files
+    ]
+    for path in sorted(names):
         if path.is_file() and path.name not in VOLATILE:
             digest.update(path.relative_to(root).as_posix().encode() + b"\0")
             digest.update(hashlib.sha256(path.read_bytes()).digest())
