@@ -505,6 +505,7 @@ def test_batches_ahead_change_no_byte(
     assert tree(tmp_path / "c") == tree(cache)
 
 
+@pytest.mark.slow
 def test_a_compiled_cache_is_another_one(
     scene_folder: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
