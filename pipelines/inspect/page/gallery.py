@@ -16,7 +16,8 @@ from pipelines.inspect.page.pictures import (
     photo_uri,
     segments,
 )
-from pipelines.inspect.statistics.decode import AT_ONCE, Rows, decode
+from pipelines.inspect.statistics.decode import Rows, decode
+from pipelines.inspect.statistics.limits import rows_at_once
 from pipelines.inspect.statistics.remeasure import Remeasured
 
 BASIS_ROWS = 64
@@ -104,10 +105,13 @@ def galleries(cache: Cache, rows: Rows, count: int, remeasured: Remeasured | Non
 
 
 def _shown(cache: Cache, rows: Rows, count: int) -> tuple[Rows, dict[str, NDArray[np.float32]]]:
-    """Return the rows to show and, by array, their maps followed by those of more images."""
-    num_views = cache.reader.manifest.num_views
-    values = max(int(np.prod(cache.shape(name))) for name in cache.names) * num_views
-    pool = rows[: max(count, min(BASIS_ROWS, 8 * AT_ONCE // values))]
+    """Return the rows to show and, by array, their maps followed by those of more images.
+
+    There are fewer rows, or none, if their maps would take too much memory.
+    """
+    room = rows_at_once(cache)
+    count = min(count, room)
+    pool = rows[: max(count, min(BASIS_ROWS, room))]
     by_array = {}
     for name in cache.names:
         by_array[name] = decode(cache, name, pool)

@@ -1,6 +1,7 @@
 """Statistics of every tap and timestep of a cache, from a sample of its rows or from all."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from pipelines.inspect.statistics import measures
 from pipelines.inspect.statistics.decode import Rows
 from pipelines.inspect.statistics.disk_cache import read_statistics, save_statistics
 from pipelines.inspect.statistics.jackknife import Estimate, jackknife
+from pipelines.inspect.statistics.limits import Limits, require_few_values
 from pipelines.inspect.statistics.similarity import knn_accuracy, similarities
 from pipelines.inspect.statistics.sums import (
     EDGES,
@@ -28,8 +30,6 @@ from pipelines.inspect.statistics.sums import (
 )
 from pipelines.terminal.progress import track
 
-GROUPS = 20
-"""Groups of samples; the jackknife leaves out one at a time."""
 STATISTICS_SCHEMA = 2
 """Version of the statistics; saved ones of another version are computed again."""
 FROM_SUMS = {
@@ -47,8 +47,10 @@ def cache_statistics(root: Path, options: InspectOptions) -> Json:
 
     `left_out` names what could not be read. Results without damage are saved in the user's cache
     folder under the hash of the manifest, and read from there the next time. Raises
-    CacheIncompleteError if no sample has features yet, and what opening the cache raises.
+    CacheIncompleteError if no sample has features yet, ConfigError if a view has too many values,
+    and what opening the cache raises.
     """
+    require_few_values(root)
     cache = Cache(root, allow="damage")
     rows = chosen_rows(cache, options)
     identity = cache.reader.manifest.identity
@@ -85,9 +87,10 @@ def chosen_rows(cache: Cache, options: InspectOptions) -> Rows:
 def _compute(cache: Cache, rows: Rows) -> Json:
     """Return the statistics from some rows, decoding one tap after the other."""
     num_usable = len(cache.reader.usable_rows)
-    row_groups = [np.sort(group) for group in np.array_split(rows, min(GROUPS, len(rows)))]
+    limits = Limits.of(cache)
+    row_groups = [np.sort(group) for group in np.array_split(rows, min(limits.groups, len(rows)))]
     pooled: dict[str, list[Group]] = {}
-    left_out: dict[str, str] = {}
+    left_out = dict(limits.left_out)
     taps = []
     knn_chance = None
     recipe = cache.reader.manifest.recipe
@@ -95,7 +98,11 @@ def _compute(cache: Cache, rows: Rows) -> Json:
         for timestep in recipe["teacher"]["timesteps"]:
             for tap in recipe["teacher"]["taps"]:
                 name = tap_name(timestep, tap["name"])
-                groups = group_sums(cache, name, row_groups)
+                groups = (
+                    [Group(sums=empty((0, 0, 0)))] * len(row_groups)
+                    if name in limits.left_out
+                    else group_sums(cache, name, row_groups, limits)
+                )
                 damaged = {key: why for group in groups for key, why in group.damaged.items()}
                 left_out |= {f"{name} of {key}": why for key, why in damaged.items()}
                 sampled = (len(rows) - len(damaged)) / num_usable
@@ -112,10 +119,7 @@ def _compute(cache: Cache, rows: Rows) -> Json:
                     }
                 )
                 # Covariances may be large; later taps need the pooled features only.
-                pooled[name] = [
-                    Group(sums=empty(cache, name), pooled_rows=g.pooled_rows, pooled_RC=g.pooled_RC)
-                    for g in groups
-                ]
+                pooled[name] = [replace(g, sums=empty((0, 0, 0))) for g in groups]
                 progress.advance(1, name)
     return {
         "schema": STATISTICS_SCHEMA,

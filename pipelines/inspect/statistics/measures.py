@@ -45,7 +45,9 @@ def covariance(total: GroupSums) -> Float:
     """Return the (C, C) covariance of whitened channels over samples, views and positions."""
     count = total.values / len(total.whitened_C)
     mean_C = total.whitened_C / count
-    return total.products_CC / count - np.outer(mean_C, mean_C)
+    covariance_CC = total.products_CC / count
+    covariance_CC -= np.outer(mean_C, mean_C)
+    return covariance_CC
 
 
 def dead_channels(groups: Sequence[GroupSums]) -> float:

@@ -26,16 +26,24 @@ def similarities(groups: Mapping[str, Sequence[Group]], sampled: float) -> Json:
     """Return linear CKA of pooled features between every two arrays.
 
     `value` and `half_width` are matrices in the order of `names`; an entry is None if it cannot be
-    computed. A group of samples is a minibatch; rows that one array lacks are dropped from all.
+    computed. A group of samples is a minibatch; rows that one array lacks are dropped from all,
+    except those of an array without any.
     """
     names = list(groups)
-    batches = _common(groups)
+    pooled = {
+        name: of_array
+        for name, of_array in groups.items()
+        if any(len(group.pooled_rows) for group in of_array)
+    }
+    batches = _common(pooled)
     value = [[1.0 if a == b else None for b in names] for a in names]
     half_width: list[list[float | None]] = [[0.0 if a == b else None for b in names] for a in names]
-    own = {name: [hsic(x, x) for x in batches[name]] for name in names}
+    own = {name: [hsic(x, x) for x in batches[name]] for name in pooled}
     for i, a in enumerate(names):
         for j in range(i):
             b = names[j]
+            if not {a, b} <= pooled.keys():
+                continue
             minibatches = [
                 (hsic(x, y), xx, yy)
                 for x, y, xx, yy in zip(batches[a], batches[b], own[a], own[b], strict=True)

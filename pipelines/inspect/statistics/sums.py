@@ -12,15 +12,19 @@ import numpy as np
 import torch
 from dask.delayed import delayed
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dtcache.cache.cache import Cache
 from dtcache.codec.pca_dct import dct_matrix
 from pipelines.inspect.statistics.decode import Decoded, Rows, in_parts
+from pipelines.inspect.statistics.limits import Limits
 
 EDGES = np.linspace(-6.0, 6.0, 97)
 """Edges of the histogram of whitened values; values beyond them count in the outermost bins."""
 POOLED_ROWS = 500
-"""Rows per group whose pooled features are kept for CKA and k-NN."""
+"""Most rows per group whose pooled features are kept for CKA and k-NN."""
+EXACT_AT_ONCE = 1 << 20
+"""Most values that are held in fp64 at a time."""
 
 Float = NDArray[np.float64]
 
@@ -71,7 +75,7 @@ def add(groups: Sequence[GroupSums]) -> GroupSums:
     return GroupSums(**{f.name: sum(getattr(g, f.name) for g in groups) for f in fields(GroupSums)})
 
 
-def group_sums(cache: Cache, name: str, row_groups: Sequence[Rows]) -> list[Group]:
+def group_sums(cache: Cache, name: str, row_groups: Sequence[Rows], limits: Limits) -> list[Group]:
     """Return the sums of each group of rows of an array, from the configured Dask scheduler."""
     row_numbers = da.from_array(
         np.concatenate(row_groups), chunks=(tuple(len(rows) for rows in row_groups),)
@@ -81,22 +85,23 @@ def group_sums(cache: Cache, name: str, row_groups: Sequence[Rows]) -> list[Grou
         # The cache is a task of its own: each process opens the cache once, not once per block.
         cache=delayed(cache, traverse=False),
         tap=name,
+        pooled_rows=limits.pooled_rows,
         dtype=object,
         chunks=((1,) * len(row_groups),),
         meta=np.empty(0, object),
     )
-    return list(groups.compute())
+    return list(groups.compute(num_workers=limits.threads(cache, name)))
 
 
-def _block(row_numbers: Rows, cache: Cache, tap: str) -> NDArray[np.object_]:
+def _block(row_numbers: Rows, cache: Cache, tap: str, pooled_rows: int) -> NDArray[np.object_]:
     block = np.empty(1, object)
-    block[0] = group_of(cache, tap, row_numbers)
+    block[0] = group_of(cache, tap, row_numbers, pooled_rows)
     return block
 
 
-def group_of(cache: Cache, name: str, rows: Rows) -> Group:
-    """Return the sums of one group of rows."""
-    group = Group(sums=empty(cache, name))
+def group_of(cache: Cache, name: str, rows: Rows, pooled_rows: int = POOLED_ROWS) -> Group:
+    """Return the sums of one group of rows, and the pooled features of its first rows."""
+    group = Group(sums=empty(cache.shape(name)))
     pooled: list[NDArray[np.float32]] = []
     kept: list[Rows] = []
     for decoded in in_parts(cache, name, rows):
@@ -104,7 +109,7 @@ def group_of(cache: Cache, name: str, rows: Rows) -> Group:
         if not len(decoded.rows):
             continue
         group.sums = add([group.sums, _sums_of(cache, name, decoded)])
-        room = POOLED_ROWS - sum(len(rows) for rows in kept)
+        room = pooled_rows - sum(len(rows) for rows in kept)
         kept.append(decoded.rows[:room])
         pooled.append(decoded.whitened_RVCHW[:room, 0].mean((2, 3)).numpy())
     if kept:
@@ -113,9 +118,9 @@ def group_of(cache: Cache, name: str, rows: Rows) -> Group:
     return group
 
 
-def empty(cache: Cache, name: str) -> GroupSums:
-    """Return the sums of no rows."""
-    channels, height, width = cache.shape(name)
+def empty(shape: tuple[int, int, int]) -> GroupSums:
+    """Return the sums of no maps (C, H, W)."""
+    channels, height, width = shape
     return GroupSums(
         rows=0,
         maps=0,
@@ -149,33 +154,42 @@ def _sums_of(cache: Cache, name: str, decoded: Decoded) -> GroupSums:
     fit = cache.fit[name]
     maps_BCHW = decoded.whitened_RVCHW.flatten(0, 1)
     channels, height, width = fit.shape
-    flat_CM = maps_BCHW.transpose(0, 1).reshape(channels, -1).double()
     sigma_B = decoded.sigma_RV.flatten().double()
     mu_B = decoded.mu_RV.flatten().double()
-    sum_B = maps_BCHW.double().sum((1, 2, 3))
-    square_B = maps_BCHW.double().square().sum((1, 2, 3))
     size = channels * height * width
-    centred_BCHW = maps_BCHW - torch.from_numpy(fit.mean).float()[:, None, None]
-    spectrum_HW = (
-        (dct_matrix(height).float() @ centred_BCHW @ dct_matrix(width).float().T)
-        .double()
-        .square()
-        .sum((0, 1))
-    )
+    sum_B = torch.zeros(len(maps_BCHW), dtype=torch.float64)
+    square_B = torch.zeros_like(sum_B)
+    whitened_C = torch.zeros(channels, dtype=torch.float64)
+    spectrum_HW = torch.zeros(height, width, dtype=torch.float64)
+    histogram = np.zeros(len(EDGES) - 1, np.int64)
+    rows_HH = dct_matrix(height).float()
+    columns_WW = dct_matrix(width).float()
+    mean_C11 = torch.from_numpy(fit.mean).float()[:, None, None]
+    # A copy of the maps in fp64 would take twice their memory: a part of the channels at a time.
+    step = max(1, EXACT_AT_ONCE // (len(maps_BCHW) * height * width))
+    for start in range(0, channels, step):
+        part_BCHW = maps_BCHW[:, start : start + step]
+        exact_BCHW = part_BCHW.double()
+        sum_B += exact_BCHW.sum((1, 2, 3))
+        square_B += exact_BCHW.square().sum((1, 2, 3))
+        whitened_C[start : start + step] = exact_BCHW.sum((0, 2, 3))
+        centred_BCHW = part_BCHW - mean_C11[start : start + step]
+        spectrum_HW += (rows_HH @ centred_BCHW @ columns_WW.T).double().square().sum((0, 1))
+        clipped = part_BCHW.numpy().clip(EDGES[0], EDGES[-1])
+        histogram += np.histogram(clipped, EDGES)[0]
     ring_HW = rings_of(height, width)
-    clipped = maps_BCHW.numpy().clip(EDGES[0], EDGES[-1])
     saturated, escaped = fit.count_limits(decoded.coefficients_RVN.numpy())
     return GroupSums(
         rows=len(decoded.rows),
         maps=len(maps_BCHW),
         values=maps_BCHW.numel(),
-        whitened_C=flat_CM.sum(1).numpy(),
-        products_CC=(flat_CM @ flat_CM.T).numpy(),
+        whitened_C=whitened_C.numpy(),
+        products_CC=_products(maps_BCHW),
         raw=float((sum_B * sigma_B + size * mu_B).sum()),
         raw_square=float(
             (square_B * sigma_B**2 + 2 * sigma_B * mu_B * sum_B + size * mu_B**2).sum()
         ),
-        histogram=np.histogram(clipped, EDGES)[0].astype(np.int64),
+        histogram=histogram,
         rings=np.asarray(
             np.bincount(ring_HW.ravel(), spectrum_HW.numpy().ravel(), max(height, width)),
             np.float64,
@@ -187,6 +201,18 @@ def _sums_of(cache: Cache, name: str, decoded: Decoded) -> GroupSums:
     )
 
 
+def _products(maps_BCHW: Tensor) -> Float:
+    """Return (C, C): the outer products of the channels, summed over maps and positions."""
+    channels = maps_BCHW.shape[1]
+    products_CC = torch.zeros(channels, channels, dtype=torch.float64)
+    step = max(1, EXACT_AT_ONCE // channels)
+    for map_CHW in maps_BCHW:
+        for part_CM in map_CHW.flatten(1).split(step, 1):
+            exact_CM = part_CM.double()
+            products_CC.addmm_(exact_CM, exact_CM.T)
+    return products_CC.numpy()
+
+
 def _between_draws(cache: Cache, decoded: Decoded) -> Float:
     """Return the noise between draws and the sum of squares, zeros if there is one draw."""
     manifest = cache.reader.manifest
@@ -194,10 +220,16 @@ def _between_draws(cache: Cache, decoded: Decoded) -> Float:
     draws = manifest.num_views // flips
     if draws < 2:
         return np.zeros(2)
-    by_draw = decoded.whitened_RVCHW.unflatten(1, (draws, flips)).double()
-    noise = float((by_draw - by_draw.mean(1, keepdim=True)).square().sum()) / (draws - 1)
+    noise = 0.0
+    squares = 0.0
+    height, width = decoded.whitened_RVCHW.shape[3:]
+    step = max(1, EXACT_AT_ONCE // (len(decoded.rows) * manifest.num_views * height * width))
+    for part in decoded.whitened_RVCHW.split(step, 2):
+        by_draw = part.unflatten(1, (draws, flips)).double()
+        noise += float((by_draw - by_draw.mean(1, keepdim=True)).square().sum()) / (draws - 1)
+        squares += float(by_draw.square().sum())
     # `noise` sums one variance per row and flip; there are `draws` maps for each of them.
-    return np.array([noise * draws, float(by_draw.square().sum())])
+    return np.array([noise * draws, squares])
 
 
 def water_lines(

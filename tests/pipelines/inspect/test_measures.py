@@ -59,7 +59,7 @@ def noisy(cache: Cache, draws: int, noise: float, rows: int = 600) -> Group:
     rng = np.random.default_rng(1)
     signal = rng.normal(size=(rows, 1, 4))
     values = signal + noise**0.5 * rng.normal(size=(rows, draws, 4))
-    sums = empty(cache, FINE)
+    sums = empty(cache.shape(FINE))
     sums.rows = rows
     sums.maps = rows * draws
     sums.values = values.size

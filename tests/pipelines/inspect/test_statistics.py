@@ -4,6 +4,8 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,11 +26,12 @@ from support.files import flip
 from support.inspecting import inspect
 
 from dtcache.cache.cache import Cache
-from dtcache.errors import CacheIncompleteError
+from dtcache.errors import CacheIncompleteError, ConfigError
 from dtcache.options import InspectOptions
 from pipelines.inspect.statistics import cache_statistics
 from pipelines.inspect.statistics.decode import decode
 from pipelines.inspect.statistics.disk_cache import statistics_folder
+from pipelines.inspect.statistics.limits import GROUPS, MEMORY, Limits, rows_at_once
 from pipelines.inspect.statistics.sums import add, group_of, rings_of
 
 pytestmark = pytest.mark.usefixtures("apart")
@@ -118,6 +121,69 @@ def test_a_damaged_sample_is_left_out_and_named(tiny_cache: Path, tiny_copy: Pat
     )
     assert not statistics_folder().exists()
     assert f"left out: {FINE} of {key}" in " ".join(inspect(tiny_copy, "--stats").output.split())
+
+
+def cache_of(views: int = 2, **shapes: tuple[int, int, int]) -> Any:
+    """Return what limits depend on: the views and shapes of a cache."""
+    manifest = SimpleNamespace(num_views=views)
+    reader = SimpleNamespace(manifest=manifest)
+    return SimpleNamespace(names=list(shapes), shape=shapes.__getitem__, reader=reader)
+
+
+def test_memory_is_bounded_whatever_the_shapes() -> None:
+    """Usual maps have all groups; wide ones have fewer; a map of 2^26 values is left out."""
+    usual = cache_of(a=(1280, 16, 16), b=(640, 64, 64))
+    limits = Limits.of(usual)
+    assert (limits.groups, limits.left_out) == (GROUPS, {})
+    assert limits.pooled_rows > 100 and limits.threads(usual, "b") >= 1
+    wide = cache_of(a=(2560, 8, 8))
+    limits = Limits.of(wide)
+    assert 2 <= limits.groups < GROUPS and limits.groups * 8 * 2560**2 < MEMORY
+    assert limits.threads(wide, "a") == 1
+    large = cache_of(a=(64, 1024, 1024), b=(64, 8, 8), c=(1 << 26, 1, 1))
+    limits = Limits.of(large)
+    assert list(limits.left_out) == ["a", "c"] and limits.groups == GROUPS
+    reason = (
+        r"^statistics of maps 64x1024x1024 of 2 views would take 4\.\d GB; expected at most 0\.6"
+    )
+    assert re.search(reason, limits.left_out["a"])
+    assert rows_at_once(large) == 0 and rows_at_once(usual) > 3
+    many = cache_of(views=64, **{f"a{number}": (256, 1, 1) for number in range(4096)})
+    limits = Limits.of(many)
+    assert limits.pooled_rows * limits.groups * 4096 * 256 * 4 <= MEMORY
+
+
+def test_a_cache_of_too_many_values_is_refused(
+    tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal comes from the manifest, before an array of the codec is read."""
+    cache = Cache(tiny_cache)
+    values = sum(int(np.prod(cache.shape(name))) for name in cache.names)
+    monkeypatch.setattr("pipelines.inspect.statistics.limits.MAX_VALUES", values)
+    assert cache_statistics(tiny_cache, InspectOptions(exact=True))["exact"]
+    monkeypatch.setattr("pipelines.inspect.statistics.limits.MAX_VALUES", values - 1)
+    monkeypatch.setattr("pipelines.inspect.statistics.compute.Cache", None)
+    with pytest.raises(ConfigError, match=f"have {values} values per view; expected at most"):
+        cache_statistics(tiny_cache, InspectOptions(exact=True))
+
+
+def test_an_array_that_is_too_large_is_left_out_and_named(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The statistics of the other arrays are the same, and every report can be written."""
+    usual = cache_statistics(tiny_cache, InspectOptions(exact=True))
+    too_large = Limits(groups=GROUPS, pooled_rows=500, left_out={FINE: "too large"})
+    monkeypatch.setattr(Limits, "of", lambda cache: too_large)
+    monkeypatch.setattr("pipelines.inspect.page.gallery.rows_at_once", lambda cache: 0)
+    statistics_folder().rename(tmp_path / "saved")
+    found = cache_statistics(tiny_cache, InspectOptions(exact=True))
+    assert found["left_out"] == {FINE: "too large"}
+    assert found["taps"][0]["mean"] is None and found["taps"][0]["histogram"] == []
+    assert found["taps"][1] == usual["taps"][1]
+    assert found["cka"]["value"] == [[1.0, None], [None, 1.0]]
+    result = inspect(tiny_cache, "--stats", "--report", tmp_path / "page.html")
+    assert f"left out: {FINE}: too large" in " ".join(result.output.split())
+    assert "too large" in (tmp_path / "page.html").read_text()
 
 
 def test_a_lost_shard_is_left_out_and_named(tiny_copy: Path) -> None:
