@@ -1,4 +1,7 @@
-"""The verbs as Python functions: keywords or options, results as dataclasses, nothing printed."""
+"""The verbs as Python functions: keywords or options, results as dataclasses, nothing printed.
+
+They call the same functions as the command line, which makes options of flags and prints.
+"""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,19 +46,22 @@ def train(
     *,
     progress: Listener | None = None,
     **fields: Any,
-) -> Trained:
-    """Train a student on the cache `where` and export its backbone to `out`. Nothing is printed.
+) -> tuple[Trained, ...]:
+    """Train students on the cache `where` and export their backbones. Nothing is printed.
 
-    Pass `options`, or its fields as keywords, such as `student="resnet50", epochs=10`. `progress`
-    is called with messages and with the number of steps done. Returns steps, held-out loss (mean
-    over samples) and the share of time spent waiting, 0 to 1. Raises ConfigError with the field's
-    name for bad options, and the DtcacheError of whatever fails.
+    Pass `options`, or its fields as keywords, such as `student="resnet50", epochs=10`. One student
+    is written to `out`; each of several, separated by commas, to `out/<student>`. `progress` is
+    called with messages and with the number of steps done. Returns for each student its folder,
+    steps, held-out loss (mean over samples) and the share of time spent waiting, 0 to 1. Raises
+    ConfigError with the field's name for bad options, and the DtcacheError of whatever fails.
     """
-    from pipelines.train.train import train as run
+    from pipelines.train.shared_loader import runs_of
+    from pipelines.train.train import train_shared
 
     options = _options(TrainOptions, options, fields)
+    runs = runs_of(path_of("out", out), options)
     with listening(progress):
-        return run(path_of("where", where), path_of("out", out), options)
+        return tuple(train_shared(path_of("where", where), runs))
 
 
 def inspect(

@@ -138,7 +138,7 @@ def test_the_site_builds_without_warnings_or_dead_links(tmp_path: Path) -> None:
     # zensical would follow links to these and write beside them.
     shutil.copytree(DOCS, tmp_path / "docs")
     shutil.copy(ROOT / "zensical.toml", tmp_path)
-    for name in ("dtcache", "pipelines", "cli.py", "site_commands.py"):
+    for name in ("dtcache", "pipelines", "cli.py", "site_commands.py", "site_notebooks.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     done = subprocess.run(
         [sys.executable, "-m", "zensical", "build", "--strict"],

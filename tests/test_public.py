@@ -3,6 +3,7 @@
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,31 +116,39 @@ def test_inspect_from_python(tiny_cache: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr() == ("", "")
 
 
-def test_extract_and_train_from_python(
-    scene_folder: Path, teacher_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_examples_of_the_reference_run(
+    scene_folder: Path,
+    teacher_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """dtcache.extract and dtcache.train report progress to the callback, and print nothing."""
-    seen: list[dtcache.Progress] = []
-    extracted = dtcache.extract(
-        scene_folder,
-        tmp_path / "cache",
-        teacher=str(teacher_dir),
-        timestep=(150,),
-        taps="8",
-        device="cpu",
-        flip=False,
-        batch_size=8,
-        progress=seen.append,
-    )
-    assert extracted.num_done == 40
-    assert any((event.title, event.done, event.total) == ("extract", 40, 40) for event in seen)
-    seen.clear()
-    options = dtcache.TrainOptions(
-        student="resnet10t", epochs=1, batch_size=10, device="cpu", fpn_width=16
-    )
-    trained = dtcache.train(tmp_path / "cache", tmp_path / "run", options, progress=seen.append)
-    assert any(event.done == event.total == trained.steps > 0 for event in seen)
+    """The examples of the reference run, use every public name, and agree with one another.
+
+    Extraction and training report progress to the callback, and print nothing.
+    """
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.S))
+    used = set(re.findall(r"\bdtcache\.(\w+)", code))
+    assert used == set(dtcache.__all__)
+    (tmp_path / "photos").symlink_to(scene_folder)
+    (tmp_path / "teacher").symlink_to(teacher_dir)
+    monkeypatch.chdir(tmp_path)
+    example: dict[str, Any] = {}
+    exec(compile(code, "python.md", "exec"), example)
     assert capsys.readouterr() == ("", "")
+    assert example["extracted"].num_done == len(example["cache"]) == 40
+    done = {event.title: event for event in example["events"]}
+    assert (done["extract"].done, done["extract"].total) == (40, 40)
+    assert done["train resnet10t"].done == example["trained"].steps > 0
+    assert len(example["reports"]) == 1
+    losses = example["losses"]
+    name = example["name"]
+    assert losses[f"mse/{name}"].item() == pytest.approx(example["mse"].item(), rel=1e-4)
+    assert losses[f"at/{name}"].item() == pytest.approx(example["at"].item(), rel=1e-4)
+    shapes = {name: (2, *shape) for name, shape in example["shapes"].items()}
+    for maps in (example["maps"], example["features"]):
+        assert {name: tuple(x.shape) for name, x in maps.items()} == shapes
 
 
 def test_a_teacher_in_memory(teacher_dir: Path) -> None:

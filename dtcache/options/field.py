@@ -1,6 +1,5 @@
 """An option: a field of a frozen dataclass with its help text, choices, bounds and group."""
 
-import functools
 import math
 import types
 import typing
@@ -79,6 +78,7 @@ class Options:
         A field of a path takes text too, a field of several values takes a single one, and an
         integer is a number.
         """
+        hints = typing.get_type_hints(type(self))
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if value == "" and f.default != "" and not f.metadata["may_be_empty"]:
@@ -86,15 +86,10 @@ class Options:
                     f"`{f.name}`: expected a value, got an empty text; leave `{f.name}` out for "
                     "the default"
                 )
-            value = _typed(f.name, value, _hints(type(self))[f.name])
+            value = _typed(f.name, value, hints[f.name])
             object.__setattr__(self, f.name, value)
             if value is not None:
                 _check(f.name, value, f.metadata)
-
-
-@functools.cache
-def _hints(options: Any) -> dict[str, Any]:
-    return typing.get_type_hints(options)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

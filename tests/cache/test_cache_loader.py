@@ -62,6 +62,15 @@ def test_the_argument_whitened_says_the_scale(cache: Cache) -> None:
         assert (maps.mean((1, 2, 3)) - white.targets[name].mean((1, 2, 3))).abs().min() > 1
 
 
+def test_targets_are_the_features_of_their_keys(cache: Cache) -> None:
+    """batch.targets are cache.features of batch.keys in batch.views, not of the rows' positions."""
+    for batch in cache.loader(batch_size=4):
+        features = cache.features(batch.keys)
+        for name, maps in batch.targets.items():
+            of_views = features[name][range(len(batch)), batch.views]
+            torch.testing.assert_close(maps, of_views, rtol=1e-5, atol=1e-5)
+
+
 def test_names_select_arrays(cache: Cache) -> None:
     """`names` selects the arrays that are read; an unknown one is refused with the cached ones."""
     batch = next(iter(cache.loader(batch_size=2, names=[COARSE])))
