@@ -197,11 +197,16 @@ def _emptiness(pixels_CHW: NDArray[np.uint8], image: Image.Image, is_deep: bool)
 
 
 def _in_range(image: Image.Image) -> Image.Image:
-    """Return the image if the range of its values is known. Raises BadImageError if it is not.
+    """Return the image if its values are in a known range. Raises BadImageError if they are not.
 
-    Floats and 32-bit integers have no defined range. Pillow takes them for 0 to 255 and clips other
-    values to black or white.
+    Pillow shows a palette index that has no colour as black. Floats and 32-bit integers have no
+    defined range. Pillow takes them for 0 to 255 and clips other values to black or white.
     """
+    if image.mode == "P":
+        colours = len(image.getpalette() or ()) // 3
+        highest = int(np.asarray(image).max())
+        if highest >= colours:
+            raise BadImageError(f"palette index {highest}, but its palette has {colours} colours")
     if image.mode in ("I", "F"):
         values = np.asarray(image)
         low = values.min()

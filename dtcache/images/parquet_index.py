@@ -87,8 +87,8 @@ def has_images(file: Path, reading: ImagesOptions) -> bool:
         schema = pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
         raise unreadable(file, error) from error
-    return bool(_image_columns(schema)) or (
-        reading.image_column in schema.names and _is_binary(schema.field(reading.image_column).type)
+    return bool(_image_columns(schema)) or any(
+        f.name == reading.image_column and _is_binary(f.type) for f in schema
     )
 
 
@@ -102,6 +102,12 @@ def read_index(file: Path, reading: ImagesOptions) -> FileIndex:
     try:
         with pq.ParquetFile(file) as opened:
             schema = opened.schema_arrow
+            for name in (column, label):
+                if schema.names.count(name) > 1:
+                    raise ImagesError(
+                        f"{file}: expected one column {name}, got {schema.names.count(name)}; "
+                        "write the file again with one of them"
+                    )
             _require_layout(file, schema, reading)
             is_struct = pa.types.is_struct(schema.field(column).type)
             has_paths = is_struct and schema.field(column).type.get_field_index("path") >= 0
@@ -110,6 +116,8 @@ def read_index(file: Path, reading: ImagesOptions) -> FileIndex:
             names = [f"{column}.path"] if has_paths else []
             names += [label] if label in schema.names else []
             table = opened.read(columns=names) if names else None
+            if table is not None:
+                table.validate(full=True)  # text may not be UTF-8
             num_rows = opened.metadata.num_rows
         paths = [pa.nulls(num_rows, pa.string())]
         if table is not None and has_paths:
@@ -282,6 +290,12 @@ def _labels(
             f"{file}: expected labels of 32 bits ({error}); number the classes from 0"
         ) from error
     names = _class_names(schema, column)
+    if names is not None and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ImagesError(
+            f"{file}: expected distinct class names, got {twice} twice; write the file again with "
+            "one name per class"
+        )
     largest = pc.max(numbers).as_py()
     if names is not None and largest is not None and largest >= len(names):
         raise ImagesError(

@@ -108,6 +108,17 @@ def test_palettes_are_looked_up() -> None:
         assert (pixels(encode(image, kind)) == colours[places]).all()
 
 
+@pytest.mark.parametrize(("colours", "index"), [(2, 2), (2, 200), (0, 0)])
+def test_an_index_beyond_the_palette_is_damage(colours: int, index: int) -> None:
+    """A pixel without a colour is never decoded as black; a palette that is missing has none."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 8, 3, 0, 0, 0))
+    palette = chunk(b"PLTE", bytes(range(3 * colours))) if colours else b""
+    rows = chunk(b"IDAT", zlib.compress(bytes([0, 0, index]))) + chunk(b"IEND", b"")
+    reason = f"palette index {index}, but its palette has {colours} colours"
+    with pytest.raises(BadImageError, match=reason):
+        pixels(b"\x89PNG\r\n\x1a\n" + header + palette + rows)
+
+
 def test_transparent_palette_entries_are_white() -> None:
     """A transparent palette entry shows the white background instead of its own colour."""
     colours = RNG.integers(0, 256, (256, 3), np.uint8)

@@ -315,6 +315,44 @@ def test_class_names_must_fit_the_labels_and_each_other(tmp_path: Path) -> None:
     )
     with pytest.raises(ImagesError, match=r"c\.parquet: expected labels from 0 to 0, .*, got 1"):
         open_source(tmp_path / "c.parquet")
+    pq.write_table(
+        table.replace_schema_metadata(hub_metadata("label", ["cat", "cat"])), tmp_path / "d.parquet"
+    )
+    with pytest.raises(ImagesError, match=r"d\.parquet: expected distinct class names, got cat tw"):
+        open_source(tmp_path / "d.parquet")
+
+
+def not_utf8(count: int) -> pa.Array:
+    """Return a column of text whose bytes are not UTF-8, which Parquet and Arrow write unseen."""
+    offsets = pa.array(range(0, 2 * count + 1, 2), pa.int32()).buffers()[1]
+    return pa.Array.from_buffers(
+        pa.string(), count, [None, offsets, pa.py_buffer(b"\xc3\x28" * count)]
+    )
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """Labels and paths of other bytes are refused with the file's name and the column."""
+    encoded = pa.array([b"0", b"1"])
+    paths = pa.StructArray.from_arrays([encoded, not_utf8(2)], ["bytes", "path"])
+    for table in (
+        pa.table({"image": images_column(2), "label": not_utf8(2)}),
+        pa.table({"image": paths, "label": [0, 1]}),
+    ):
+        pq.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(ImagesError, match=r"a\.parquet: not a readable Parquet file.*UTF8"):
+            open_source(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_a_column_that_comes_twice_is_refused(tmp_path: Path, column: str) -> None:
+    """Which of two columns of one name holds the images, or the labels, is not guessed."""
+    columns = {"image": pa.array([b"0", b"1"]), "label": pa.array([0, 1])}
+    names = [*columns, column]
+    table = pa.Table.from_arrays([columns[name] for name in names], names)
+    pq.write_table(table, tmp_path / "a.parquet")
+    for path in (tmp_path, tmp_path / "a.parquet"):
+        with pytest.raises(ImagesError, match=rf"a\.parquet: expected one column {column}, got 2"):
+            open_source(path)
 
 
 @pytest.mark.parametrize(
