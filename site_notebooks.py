@@ -13,10 +13,14 @@ from traitlets.config import Config
 
 DOCS = Path("docs")
 MARK = "::: notebook "
+SETTINGS = {
+    "ExtractOutputPreprocessor": {"enabled": False},  # pictures become part of the page
+    "CoalesceStreamsPreprocessor": {"enabled": True},  # printed lines become one block
+}
 
 
 class _Notebooks(Preprocessor):
-    """Replaces each mark by a notebook; pictures become part of the page."""
+    """Replaces each mark by a notebook."""
 
     def run(self, lines: list[str]) -> list[str]:
         """Return the lines of a page with its notebooks."""
@@ -27,7 +31,7 @@ def _shown(line: str) -> list[str]:
     """Return the notebook that a line names as Markdown, or any other line as it is."""
     if not line.startswith(MARK):
         return [line]
-    exporter = MarkdownExporter(config=Config({"ExtractOutputPreprocessor": {"enabled": False}}))
+    exporter = MarkdownExporter(config=Config(SETTINGS))
     text, _ = exporter.from_filename(str(DOCS / line.removeprefix(MARK).strip()))
     return str(text).splitlines()
 
