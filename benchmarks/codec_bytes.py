@@ -10,10 +10,12 @@ import torch
 from features import Maps
 from peers import Point
 
-from dtcache.codec import FeatureEncoder, FittedTap
+from dtcache.codec import FeatureEncoder, FittedTap, sections_of
 from dtcache.codec.fit import TapStatistics, quantised_fit
 from dtcache.codec.pca_dct import Encoder
+from dtcache.store.layout import PayloadArray, padded_length
 from dtcache.store.shard import build_shard
+from dtcache.store.tag import TAG_BYTES
 from dtcache.store.zarr_nodes import write_zarr_nodes
 from pipelines.size_estimate import ROW_BYTES
 from pipelines.terminal.progress import track
@@ -25,9 +27,9 @@ SOLVER_IMAGES = 128
 SHARD_ROWS = 256
 COUNTED_BYTES = (
     "dtcache: shards as the store writes them (payloads, zstd frames, checksums, indices) with one "
-    f"payload per chunk, plus {ROW_BYTES} bytes per row of the sample index, plus the fit's files "
-    f"divided by {AMORTISED_IMAGES} images of one view. Peers: only their own output, with one or "
-    "64 images per chunk, whichever is smaller. Bound: without side information."
+    f"payload of all taps per chunk, plus {ROW_BYTES} bytes per row of the sample index, plus the "
+    f"fit's files divided by {AMORTISED_IMAGES} images of one view. Peers: only their own output, "
+    "with one or 64 images per chunk, whichever is smaller. Bound: without side information."
 )
 
 
@@ -63,11 +65,11 @@ class CodecSize:
 
     point: Point
     payload_bytes: float
-    """Bytes of payloads per image, without padding."""
+    """Bytes of payloads per image, with their tags, without padding."""
     fit_bytes: int
     """Bytes of the fit's files."""
     taps: dict[str, dict[str, float]]
-    """Per tap: stored bytes per image without the fit, distortion, number of coded coefficients."""
+    """Per tap: bytes of sections per image, distortion, number of coded coefficients."""
 
 
 def measure_codec(
@@ -76,31 +78,45 @@ def measure_codec(
     """Encode all images as an extraction does, build their shards, and count the bytes."""
     encoder = FeatureEncoder(fit, torch.device("cpu"))
     count = len(next(iter(maps.values())))
-    taps: dict[str, dict[str, float]] = {}
+    sizes = dict.fromkeys(maps, 0)
+    errors = dict.fromkeys(maps, 0.0)
+    energies = dict.fromkeys(maps, 0.0)
+    [(name_of_array, sections)] = sections_of(fit).items()
     payload_bytes = 0
-    error = 0.0
-    with track(f"count bytes at step {step:.2f}", count * len(maps)) as progress:
-        for name, values in maps.items():
-            shard_bytes = 0
-            tap_error = 0.0
-            tap_energy = 0.0
-            for start in range(0, count, SHARD_ROWS):
-                x_BCHW = torch.from_numpy(values[start : start + SHARD_ROWS].astype(np.float32))
-                encoded = encoder.encode(name, x_BCHW)
-                payloads = [view.payload for view in encoded]
-                shard_bytes += len(build_shard(payloads, fit[name].payload_bound, len(x_BCHW)))
-                payload_bytes += sum(map(len, payloads))
-                tap_error += sum(view.squared_error for view in encoded)
-                tap_energy += sum(view.energy for view in encoded)
-                progress.advance(len(x_BCHW), name)
-            error += tap_error
-            taps[name] = {
-                "bytes": shard_bytes / count,
-                "distortion": tap_error / tap_energy,
-                "coefficients": len(fit[name].live),
+    shard_bytes = 0
+    with track(f"count bytes at step {step:.2f}", count) as progress:
+        for start in range(0, count, SHARD_ROWS):
+            views = {
+                name: encoder.encode(
+                    name, torch.from_numpy(x[start : start + SHARD_ROWS].astype(np.float32))
+                )
+                for name, x in maps.items()
             }
+            for name, encoded in views.items():
+                sizes[name] += sum(len(view.section) for view in encoded)
+                errors[name] += sum(view.squared_error for view in encoded)
+                energies[name] += sum(view.energy for view in encoded)
+            [payloads] = encoder.payloads(views).values()
+            array = PayloadArray(
+                name=name_of_array,
+                fingerprint="0" * 64,
+                shape=(len(payloads), 1, padded_length(sections.bound)),
+                shard_rows=len(payloads),
+            )
+            shard_bytes += len(build_shard(array, 0, payloads))
+            payload_bytes += sum(map(len, payloads)) + TAG_BYTES * len(payloads)
+            progress.advance(len(payloads))
+    taps: dict[str, dict[str, float]] = {
+        name: {
+            "bytes": sizes[name] / count,
+            "distortion": errors[name] / energies[name],
+            "coefficients": len(fit[name].live),
+        }
+        for name in maps
+    }
+    error = sum(errors.values())
     fit_bytes = size_of_fit(fit)
-    total = sum(tap["bytes"] for tap in taps.values()) + fit_bytes / AMORTISED_IMAGES + ROW_BYTES
+    total = shard_bytes / count + fit_bytes / AMORTISED_IMAGES + ROW_BYTES
     return CodecSize(
         point=Point(setting=step, distortion=error / count / energy, bytes_per_image=total),
         payload_bytes=payload_bytes / count,

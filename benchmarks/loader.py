@@ -45,12 +45,13 @@ from synthetic import (
     features,
     fit_pyramid,
     names_of,
+    synthetic_payloads,
     write_synthetic_cache,
 )
 from zarr.codecs import Crc32cCodec
 
 from dtcache.cache.cache import Cache
-from dtcache.codec import FeatureEncoder
+from dtcache.recipe import array_of
 
 RATIO = 50.0
 BANDWIDTHS = {"100 MB/s": 100e6, "250 MB/s": 250e6, "1 GB/s": 1e9}
@@ -133,15 +134,13 @@ def write_samples(root: Path, pyramid: Pyramid) -> None:
     """Write the same samples in the format of every loader."""
     root.mkdir(parents=True, exist_ok=True)
     fit = fit_pyramid(pyramid.shapes, pyramid.fit_views, RATIO)
-    encoder = FeatureEncoder(fit, torch.device("cpu"))
-    payloads = {}
+    payloads = synthetic_payloads(fit, pyramid.shapes, pyramid.distinct, 1000)
     int8 = {}
     group = zarr.create_group(root / "int8.zarr", zarr_format=3, overwrite=True)
     for index, (name, shape) in enumerate(
         zip(names_of(pyramid.shapes), pyramid.shapes, strict=True)
     ):
         maps = features(shape, pyramid.distinct, seed=1000 + index)
-        payloads[name] = [view.payload for view in encoder.encode(name, maps)]
         scale = maps.abs().amax((0, 2, 3), keepdim=True) / 127
         int8[name] = (maps / scale).round().to(torch.int8).numpy()
         half = np.lib.format.open_memmap(
@@ -166,7 +165,7 @@ def write_samples(root: Path, pyramid: Pyramid) -> None:
             rows=pyramid.samples,
             shard_rows=pyramid.shard_rows,
         ),
-        lambda name, row: payloads[name][row % pyramid.distinct],
+        lambda row: payloads[row % pyramid.distinct],
     )
     (root / "litdata").mkdir()
     lit = LitCache(str(root / "litdata"), chunk_bytes="64MB")
@@ -319,8 +318,7 @@ def prefetcher(root: Path, name: str, pyramid: Pyramid) -> Callable[[np.ndarray]
 
 def prefetch_cache(cache: Cache, rows: np.ndarray) -> None:
     """Prefetch all views of some rows of a cache."""
-    for name in cache.names:
-        cache.reader.will_need(name, np.sort(rows))
+    cache.reader.will_need(array_of(cache.names[0]), np.sort(rows))
 
 
 def disk_bytes() -> int:

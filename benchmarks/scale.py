@@ -4,9 +4,10 @@
 
 The script writes caches of 1,000 to 100,000 images, and opens these and one of 1.28 million images.
 The taps are those of a CIFAR-10 teacher at a ratio of 50, with one view. To save disk space, the
-shards of the large cache are hard links to one shard per array. The index of 1.28 million samples,
-the 1565 files, and the index of every shard have their real sizes. Memory is measured in a separate
-process, as the increase of its anonymous resident memory. Results: docs/results/scale.json.
+shards of the large cache are hard links to one shard per array. Only in the first shard are the
+payloads' tags right, so features are read from that one. The index of 1.28 million samples, the
+files, and the index of every shard have their real sizes. Memory is measured in a separate process,
+as the increase of its anonymous resident memory. Results: docs/results/scale.json.
 """
 
 import argparse
@@ -28,19 +29,18 @@ from synthetic import (
     SMALL,
     SyntheticCache,
     begin_cache,
-    features,
     fit_pyramid,
-    names_of,
     shard_data,
+    synthetic_payloads,
     write_synthetic_cache,
 )
 
 from dtcache.cache.cache import Cache
 from dtcache.cache.loader import Batching, EpochLoader
-from dtcache.codec import FeatureEncoder, TapCodec
+from dtcache.codec import TapCodec
 
-Payload = Callable[[str, int], bytes]
-"""A function from an array name and a row to the payload."""
+Payload = Callable[[int], bytes]
+"""A function from a row to the payload."""
 SHAPES = SMALL
 COUNTS = (1_000, 10_000, 100_000)
 LARGE = 1_281_167
@@ -66,7 +66,11 @@ def main() -> None:
         print(json.dumps(probe(args.probe)))
         return
     fit = fit_pyramid(SHAPES, 64, ratio=50.0)
-    payload = payload_of(encode(fit))
+    payloads = synthetic_payloads(fit, SHAPES, DISTINCT, 1000)
+
+    def payload(row: int) -> bytes:
+        return payloads[row % DISTINCT]
+
     write_us: dict[int, list[float]] = {count: [] for count in COUNTS}
     for _ in range(args.rounds):
         for count in COUNTS:
@@ -89,22 +93,6 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     command = f"python benchmarks/scale.py --rounds {args.rounds}"
     write(args.results / "scale.json", command, result, time.time() - script_started)
-
-
-def encode(fit: Mapping[str, TapCodec]) -> dict[str, list[bytes]]:
-    """Return DISTINCT payloads per tap; the rows of a cache repeat them."""
-    encoder = FeatureEncoder(fit, torch.device("cpu"))
-    shapes = enumerate(zip(names_of(SHAPES), SHAPES, strict=True))
-    encoded = {
-        name: encoder.encode(name, features(shape, DISTINCT, 1000 + i))
-        for i, (name, shape) in shapes
-    }
-    return {name: [view.payload for view in views] for name, views in encoded.items()}
-
-
-def payload_of(payloads: dict[str, list[bytes]]) -> Payload:
-    """Return a function from the array name and the row to the payload."""
-    return lambda name, row: payloads[name][row % DISTINCT]
 
 
 def write_linked(root: Path, fit: Mapping[str, TapCodec], payload: Payload) -> None:
@@ -151,24 +139,23 @@ def probe(root: Path) -> dict[str, float]:
     cache = Cache(root)
     opened = time.perf_counter()
     open_bytes = anonymous_memory() - base
-    rows = np.random.default_rng(0).permutation(
-        np.arange(0, cache.samples.num_rows, max(1, cache.samples.num_rows // PROBED_ROWS))
-    )
-    for start in range(0, len(rows), BATCH):
-        read(cache, rows[start : start + BATCH])
+    count = cache.samples.num_rows
+    cache.will_need(np.arange(0, count, max(1, count // PROBED_ROWS)), cache.names)
     read_bytes = anonymous_memory() - base - open_bytes
     open_files = len(os.listdir("/proc/self/fd"))
+    rows = np.random.default_rng(0).integers(0, min(count, cache.shard_rows), PROBED_ROWS)
+    read(cache, rows[:BATCH])
     read_started = time.process_time()
     for start in range(0, len(rows), BATCH):
         read(cache, rows[start : start + BATCH])
-    epoch_seconds = cache.samples.num_rows / len(rows) * (time.process_time() - read_started)
+    epoch_seconds = count / len(rows) * (time.process_time() - read_started)
     start = time.perf_counter()
     batches = EpochLoader(
         cache, cache.reader.usable_rows, cache.names, Batching(batch_size=BATCH, seed=0, threads=1)
-    ).epoch(0)
-    next(batches)
+    )
+    batches.order(0)
+    read(cache, rows[:BATCH])
     start_seconds = time.perf_counter() - start
-    batches.close()  # stops the loader's threads
     open_seconds = opened - started
     return {
         "samples": cache.samples.num_rows,
@@ -180,7 +167,7 @@ def probe(root: Path) -> dict[str, float]:
         "open_cache_mb": round(open_bytes / 1e6, 1),
         "additional_mb_after_reading": round(read_bytes / 1e6, 1),
         "additional_bytes_per_chunk": round(
-            read_bytes / cache.samples.num_rows / len(cache.names), 1
+            read_bytes / cache.samples.num_rows / len(cache.timesteps), 1
         ),
         "open_files": open_files,
     }

@@ -24,13 +24,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-import torch
 from records import results_flag, write
-from synthetic import SMALL, SyntheticCache, features, fit_pyramid, names_of, write_synthetic_cache
+from synthetic import (
+    SMALL,
+    SyntheticCache,
+    fit_pyramid,
+    synthetic_payloads,
+    write_synthetic_cache,
+)
 
 from dtcache.cache.cache import Cache
 from dtcache.cache.loader import Batching, EpochLoader
-from dtcache.codec import FeatureEncoder
 from dtcache.store import shard_check
 
 RATIO = 16.0
@@ -103,13 +107,9 @@ def main() -> None:
 def write_samples(root: Path, rows: int) -> None:
     """Write a cache whose rows repeat `DISTINCT` encoded samples."""
     fit = fit_pyramid(SMALL, 256, RATIO)
-    encoder = FeatureEncoder(fit, torch.device("cpu"))
-    payloads = {
-        name: [view.payload for view in encoder.encode(name, features(shape, DISTINCT, 200 + i))]
-        for i, (name, shape) in enumerate(zip(names_of(SMALL), SMALL, strict=True))
-    }
+    payloads = synthetic_payloads(fit, SMALL, DISTINCT, 200)
     cache = SyntheticCache(shapes=SMALL, fit=fit, rows=rows, shard_rows=SHARD_ROWS)
-    write_synthetic_cache(root, cache, lambda name, row: payloads[name][row % DISTINCT])
+    write_synthetic_cache(root, cache, lambda row: payloads[row % DISTINCT])
 
 
 @contextmanager

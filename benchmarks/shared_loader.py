@@ -19,11 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from records import results_flag, write
-from synthetic import SMALL, SyntheticCache, features, fit_pyramid, names_of, write_synthetic_cache
+from synthetic import (
+    SMALL,
+    SyntheticCache,
+    fit_pyramid,
+    synthetic_payloads,
+    write_synthetic_cache,
+)
 
-from dtcache.codec import FeatureEncoder
 from dtcache.options import TrainOptions
 from pipelines.train.train import train, train_shared
 
@@ -65,13 +69,9 @@ def main() -> None:
 def make_cache(root: Path) -> None:
     """Write the cache."""
     fit = fit_pyramid(SMALL, DISTINCT, RATIO)
-    encoder = FeatureEncoder(fit, torch.device("cpu"))
-    payloads = {
-        name: [view.payload for view in encoder.encode(name, features(shape, DISTINCT, 1000 + i))]
-        for i, (name, shape) in enumerate(zip(names_of(SMALL), SMALL, strict=True))
-    }
+    payloads = synthetic_payloads(fit, SMALL, DISTINCT, 1000)
     cache = SyntheticCache(shapes=SMALL, fit=fit, rows=ROWS, shard_rows=SHARD_ROWS)
-    write_synthetic_cache(root, cache, lambda name, row: payloads[name][row % DISTINCT])
+    write_synthetic_cache(root, cache, lambda row: payloads[row % DISTINCT])
 
 
 def measure(args: argparse.Namespace, cache: Path, network: str) -> dict[str, Any]:

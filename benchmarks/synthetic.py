@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dtcache.codec import FeatureEncoder, FittedTap, TapCodec, sha256_fit
+from dtcache.codec import FeatureEncoder, FittedTap, TapCodec, sections_of, sha256_fit
 from dtcache.codec.fit import solve_step, tap_statistics
 from dtcache.recipe import CodecSpec, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
 from dtcache.store.commits import CodecSums
@@ -104,15 +104,28 @@ def fit_pyramid(shapes: Sequence[Shape], views: int, ratio: float) -> Mapping[st
     def size_of(fit: dict[str, FittedTap]) -> float:
         encoder = FeatureEncoder(fit, torch.device("cpu"))
         encoded = [encoder.encode(name, probe) for name, probe in probes.items()]
-        return sum(sum(len(view.payload) for view in views) / len(views) for views in encoded)
+        return sum(sum(len(view.section) for view in views) / len(views) for views in encoded)
 
     return solve_step(statistics, size_of, 2 * sum(map(np.prod, shapes)) / ratio).fit
 
 
+def synthetic_payloads(
+    fit: Mapping[str, TapCodec], shapes: Sequence[Shape], count: int, seed: int
+) -> list[bytes]:
+    """Return `count` payloads of synthetic features."""
+    encoder = FeatureEncoder(fit, torch.device("cpu"))
+    views = {
+        name: encoder.encode(name, features(shape, count, seed + index))
+        for index, (name, shape) in enumerate(zip(names_of(shapes), shapes, strict=True))
+    }
+    [payloads] = encoder.payloads(views).values()
+    return payloads
+
+
 def write_synthetic_cache(
-    root: Path, cache: SyntheticCache, payload: Callable[[str, int], bytes]
+    root: Path, cache: SyntheticCache, payload: Callable[[int], bytes]
 ) -> None:
-    """Write and seal a cache; `payload(name, row)` returns the payload of an array's row."""
+    """Write and seal a cache; `payload(row)` returns the payload of a row's features."""
     writer = begin_cache(root, cache)
     for shard in writer.missing:
         writer.write_shard(shard_data(writer, shard, payload))
@@ -157,7 +170,7 @@ def begin_cache(root: Path, cache: SyntheticCache) -> CacheWriter:
     arrays = payload_arrays(
         recipe,
         len(black_image(shapes)) + 60,
-        {name: tap.payload_bound for name, tap in fit.items()},
+        {array: sections.bound for array, sections in sections_of(fit).items()},
     )
     root.mkdir(parents=True)
     return CacheWriter.create(
@@ -165,21 +178,23 @@ def begin_cache(root: Path, cache: SyntheticCache) -> CacheWriter:
     )
 
 
-def shard_data(writer: CacheWriter, shard: int, payload: Callable[[str, int], bytes]) -> ShardData:
+def shard_data(writer: CacheWriter, shard: int, payload: Callable[[int], bytes]) -> ShardData:
     """Return one shard of a cache; all its images are black."""
     arrays = writer.manifest.arrays
     rows = arrays[IMAGES].rows_of(shard)
     view = writer.manifest.recipe["view"]
-    names = [name for name in arrays if name != IMAGES]
     return ShardData(
         shard=shard,
         payloads={
             IMAGES: [black_image(((0, view["height"], view["width"]),))] * len(rows),
-            **{name: [payload(name, row) for row in rows] for name in names},
+            f"t{TIMESTEP}": [payload(row) for row in rows],
         },
         content_sha256=tuple(f"{row:064x}" for row in rows),
         failures=(),
-        sums={name: CodecSums(squared_error=0.0, energy=1.0) for name in names},
+        sums={
+            name: CodecSums(squared_error=0.0, energy=1.0, section_bytes=1)
+            for name in writer.manifest.tap_names
+        },
     )
 
 

@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from dtcache.hashing import canonical_json, sha256_json
 
-Fit = Literal["crop", "stretch"]
+ResizeMode = Literal["crop", "stretch"]
 ConditionKind = Literal["label", "class", "null", "prompt"]
 CodecName = Literal["pca-dct-rans", "float16"]
 Json = dict[str, Any]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_VIEWS = 64
 MAX_SIDE = 1 << 14
 MAX_SHARD_ROWS = 1 << 20
@@ -22,8 +22,13 @@ NOISE_SCHEME = "philox4x64-sha256-boxmuller-1"
 
 
 def tap_name(timestep: int, tap: str) -> str:
-    """Return the name of a tap's array at a timestep, such as t150/stride8."""
+    """Return the name of a tap at a timestep, such as t150/stride8."""
     return f"t{timestep}/{tap}"
+
+
+def array_of(name: str) -> str:
+    """Return the array that holds a tap of `tap_name`, such as t150: all taps of its timestep."""
+    return name.partition("/")[0]
 
 
 def signal_to_noise(alpha_bar: float) -> float | None:
@@ -39,7 +44,7 @@ class ViewSpec:
     """Rows of the view, in pixels."""
     width: int
     """Columns of the view, in pixels."""
-    fit: Fit = "crop"
+    resize_mode: ResizeMode = "crop"
     """crop: resize the shorter side (antialiased bicubic), then crop the centre.
 
     stretch: resize both sides.
@@ -257,8 +262,9 @@ class Recipe:
     """Seed of the row order and of the noise."""
     shard_rows: int
     """Rows per shard, in all arrays."""
-    images: Literal["view", "none"] = "view"
-    """view: the pixels of the view are stored. none: they stay in the source of the images."""
+    store_images: bool = True
+    """Whether the pixels of the view are stored. Otherwise they stay in the source of the images.
+    """
     threads: int | None = None
     """CPU threads per process. Their number changes results in the last bits; None on a GPU."""
     noise: str = NOISE_SCHEME
@@ -294,8 +300,8 @@ class Recipe:
 def spec_json(spec: Any) -> Json:
     """Return a recipe, or a dataclass that is part of one, as JSON values.
 
-    A field whose default is None was added after the first caches of format 1. It is left out if it
-    is None, so that the fingerprints of those caches stay valid.
+    A field whose default is None is left out if it is None: it does not apply to every cache, or it
+    was added later, and the fingerprints of earlier caches stay valid.
     """
     value: Json = json.loads(canonical_json(_without_later(spec, asdict(spec))))
     return value

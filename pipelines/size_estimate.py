@@ -7,14 +7,16 @@ import numpy as np
 import torch
 from numcodecs.zstd import compress
 
-from dtcache.codec import FittedTap
+from dtcache.codec import FittedTap, sections_of
 from dtcache.codec.fit import TapStatistics
 from dtcache.codec.pca_dct import quantise
 from dtcache.images import ImageSource, load_views
 from dtcache.images.stored_images import encode_stored, image_bound
 from dtcache.recipe import ViewSpec
 from dtcache.samples import SampleList
+from dtcache.store.layout import padded_length
 from dtcache.store.shard import CRC_BYTES, ENTRY_BYTES
+from dtcache.store.tag import TAG_BYTES
 from dtcache.store.zstd_frame import ZSTD_LEVEL, pack_frame
 
 SAMPLED_IMAGES = 16
@@ -48,18 +50,25 @@ class FeatureSize:
         That share is at most half the target. Otherwise the fit would leave the chunks of a cache
         of few images no bytes.
         """
-        chunks = 0.0
+        coded: dict[str, list[bytes]] = {}
         for name, fitted in fit.items():
-            coder = fitted.payload_coder()
-            live = fitted.live
-            bound = fitted.payload_bound
+            coder = fitted.section_coder()
             coefficients = statistics[name].coefficients[0, : self.sized_views]
-            flat = torch.from_numpy(coefficients.reshape(len(coefficients), -1)[:, live])
+            flat = torch.from_numpy(coefficients.reshape(len(coefficients), -1)[:, fitted.live])
             step = torch.from_numpy(fitted.class_step[fitted.live_classes])
             values = quantise(flat, step).numpy().astype(np.int16)
-            payloads = [coder.pack(v, 0.01, 1.01) for v in values]
-            packed = sum(len(pack_frame(p, bound)) for p in payloads)
-            chunks += packed / len(coefficients) + CRC_BYTES + ENTRY_BYTES
+            coded[name] = [coder.pack(v, 0.01, 1.01) for v in values]
+        chunks = 0.0
+        for sections in sections_of(fit).values():
+            # Large taps keep the coefficients of fewer views.
+            views = min(len(coded[name]) for name in sections.bounds)
+            payloads = [
+                bytes(TAG_BYTES) + sections.join([coded[name][i] for name in sections.bounds])
+                for i in range(views)
+            ]
+            length = padded_length(sections.bound)
+            packed = sum(len(pack_frame(payload, length)) for payload in payloads)
+            chunks += packed / views + CRC_BYTES + ENTRY_BYTES
         arrays = [array for fitted in fit.values() for array in fitted.arrays().values()]
         fit_bytes = sum(
             len(compress(np.ascontiguousarray(a).tobytes(), ZSTD_LEVEL)) + NODE_BYTES

@@ -264,7 +264,9 @@ def _batches(
     """
     height, width = parse_size(options.size)
     view = ViewSpec(
-        height=height, width=width, fit="stretch" if options.resize_mode == "stretch" else "crop"
+        height=height,
+        width=width,
+        resize_mode="stretch" if options.resize_mode == "stretch" else "crop",
     )
     size = options.batch_size
     stream = _row_stream(rows, first_step * size, options.steps * size, options.seed)

@@ -20,7 +20,7 @@ from dtcache.recipe import (
     signal_to_noise,
 )
 
-GOLDEN = json.loads((Path(__file__).parent / "golden/format1/cache/manifest.json").read_text())
+GOLDEN = json.loads((Path(__file__).parent / "golden/format2/cache/manifest.json").read_text())
 
 
 def golden_recipe() -> Recipe:

@@ -7,6 +7,7 @@ import copy
 import functools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
@@ -38,7 +39,7 @@ from dtcache.errors import (
 from dtcache.images import LinkedImages
 from dtcache.images.stored_images import decode_stored
 from dtcache.options.images import ImagesOptions
-from dtcache.recipe import Json, ViewSpec, tap_name
+from dtcache.recipe import Json, ViewSpec, array_of, tap_name
 from dtcache.store.layout import IMAGES
 from dtcache.store.reader import Allowed, CacheReader
 from dtcache.whitening import unwhiten
@@ -236,7 +237,7 @@ class Cache:
         keys = list_of("keys", keys, str, "keys")
         rows = self._rows_of(keys)
         self._require_known(keys, rows)
-        return {name: self.raw(name, rows) for name in self.names}
+        return self.raw(self.names, rows)
 
     @functools.cached_property
     def _usable(self) -> NDArray[np.int64]:
@@ -266,7 +267,7 @@ class Cache:
         if not len(rows):
             return []
         images = self.images(rows)
-        features = {name: self.raw(name, rows) for name in self.names}
+        features = self.raw(self.names, rows)
         columns = self.samples.select(["key", "label"]).take(pa.array(rows)).to_pydict()
         return [
             CachedSample(
@@ -426,38 +427,48 @@ class Cache:
     def coefficients(
         self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows, names: Sequence[str]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the coefficients (B, N) and the (sigma, mu) pairs (B, 2), each by array.
+        """Return the coefficients (B, N) and the (sigma, mu) pairs (B, 2), each by tap.
 
-        Raises CacheDamagedError with the sample's key if a byte is wrong.
+        The payloads of a timestep are read once, and only the taps `names` are decoded. Raises
+        CacheDamagedError with the sample's key if a byte is wrong.
         """
         coefficients = {}
         scalars = {}
-        for name in names:
+        for array, taps in groupby(sorted(names, key=array_of), key=array_of):
+            payloads = self.reader.payloads(array, rows, views)
+            label = array
             try:
-                coefficients[name], scalars[name] = self._host.decode(
-                    name, self.reader.payloads(name, rows, views)
-                )
+                sections = self._host.sections(array, payloads)
+                for name in taps:
+                    label = name
+                    coefficients[name], scalars[name] = self._host.decode(name, sections[name])
             except PayloadError as error:
                 key = self.samples["key"][int(rows[error.index])]
                 raise CacheDamagedError(
-                    f"{self.reader.root}: {name} of sample {key}: {error}; {AGAIN}"
+                    f"{self.reader.root}: {label} of sample {key}: {error}; {AGAIN}"
                 ) from error
-        return coefficients, scalars
+        return (
+            {name: coefficients[name] for name in names},
+            {name: scalars[name] for name in names},
+        )
 
     def will_need(self, rows: Rows, names: Sequence[str]) -> None:
         """Prefetch images and some arrays of rows that will be read soon, into the page cache."""
-        for name in {IMAGES, *names} & set(self.reader.manifest.arrays):
+        for name in {IMAGES, *map(array_of, names)} & set(self.reader.manifest.arrays):
             self.reader.will_need(name, rows)
 
-    def raw(self, name: str, rows: Rows) -> Tensor:
-        """Return one array's features of all views of rows, fp32 (B, V, C, H, W), not whitened."""
+    def raw(self, names: Sequence[str], rows: Rows) -> dict[str, Tensor]:
+        """Return features of all views of rows by tap, fp32 (B, V, C, H, W), not whitened."""
         views = self.reader.manifest.num_views
         if not len(rows):
-            return torch.empty(0, views, *self.shape(name))
+            return {name: torch.empty(0, views, *self.shape(name)) for name in names}
         pairs = np.repeat(rows, views), np.tile(np.arange(views), len(rows))
-        values, scalars = self.coefficients(*pairs, [name])
-        raw = unwhiten(self._decoder(values)[name], scalars[name])
-        return raw.view(len(rows), views, *self.shape(name))
+        values, scalars = self.coefficients(*pairs, names)
+        maps = self._decoder(values)
+        return {
+            name: unwhiten(maps[name], scalars[name]).view(len(rows), views, *self.shape(name))
+            for name in names
+        }
 
     def require_images(self) -> None:
         """Raise ConfigError if the cache does not store its images and was opened without them."""
@@ -540,7 +551,7 @@ class StoredFeatures:
             (len(rows), cache.num_views, *cache.shape(self.name)), np.nan, np.float32
         )
         if usable.any():
-            features[usable] = cache.raw(self.name, rows[usable]).numpy()
+            features[usable] = cache.raw([self.name], rows[usable])[self.name].numpy()
         return features
 
     def _opened(self) -> Cache:

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from dtcache.codec import TapCodec, make_tap_codec, max_array_bytes, sha256_fit
+from dtcache.codec import TapCodec, make_tap_codec, max_array_bytes, sections_of, sha256_fit
 from dtcache.errors import AGAIN, CacheDamagedError
-from dtcache.store.layout import DATA
+from dtcache.store.layout import DATA, padded_length
 from dtcache.store.manifest import CacheManifest
 from dtcache.store.zarr_nodes import read_fit
 
 
 def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapCodec]:
-    """Read a cache's fitted codec by array.
+    """Read a cache's fitted codec by tap.
 
     Raises CacheDamagedError if it is not the codec whose hash the recipe records.
     """
@@ -30,8 +30,8 @@ def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapCodec]:
         raise CacheDamagedError(
             f"{root}: the codec's arrays are not of the taps that the recipe names; {AGAIN}"
         )
-    bounds = {name: manifest.arrays[name].length for name in fit}
-    if {name: tap.payload_bound for name, tap in fit.items()} != bounds:
+    bounds = {array: sections.bound for array, sections in sections_of(fit).items()}
+    if any(manifest.arrays[name].length != padded_length(bounds[name]) for name in bounds):
         raise CacheDamagedError(
             f"{root}: the payloads' lengths are not those of the codec's arrays; {AGAIN}"
         )

@@ -7,6 +7,7 @@ from dtcache.codec.feature_codec import (
     HostDecoder,
     QuantisedMaps,
     make_tap_codec,
+    sections_of,
     sha256_fit,
 )
 from dtcache.codec.float16 import HalfTap
@@ -25,5 +26,6 @@ __all__ = [
     "TapCodec",
     "make_tap_codec",
     "max_array_bytes",
+    "sections_of",
     "sha256_fit",
 ]

@@ -1,7 +1,7 @@
 """The codecs of all taps: raw features to payloads (stage 1), payloads to targets (stage 2)."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,16 @@ from dtcache.codec.float16 import HalfTap
 from dtcache.codec.pca_dct import FittedTap
 from dtcache.codec.tap_codec import TapCodec
 from dtcache.errors import CodecError
-from dtcache.payloads import Payloads
+from dtcache.payloads import Payloads, Sections
+from dtcache.recipe import array_of
 from dtcache.whitening import whiten
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedView:
-    """One tap of one view as a payload, with the quantiser's error."""
+    """One tap of one view as a section of a payload, with the quantiser's error."""
 
-    payload: bytes
+    section: bytes
     """Empty if the teacher's map is not finite."""
     squared_error: float
     """Squared error of the whitened map, summed over its values."""
@@ -34,7 +35,7 @@ class EncodedView:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantisedMaps:
-    """One tap of B views after the quantiser, before the payload coder."""
+    """One tap of B views after the quantiser, before the section coder."""
 
     values_BN: Tensor
     """int16; fp16 for a float16 tap."""
@@ -70,7 +71,8 @@ class FeatureEncoder:
 
     def __init__(self, fit: Mapping[str, TapCodec], device: torch.device) -> None:
         self._encoders = {name: fitted.encoder().to(device) for name, fitted in fit.items()}
-        self._coders = {name: fitted.payload_coder() for name, fitted in fit.items()}
+        self._coders = {name: fitted.section_coder() for name, fitted in fit.items()}
+        self._sections = sections_of(fit)
 
     @torch.inference_mode()
     def quantise(self, name: str, *raw_draws_BCHW: Tensor) -> QuantisedMaps:
@@ -106,10 +108,10 @@ class FeatureEncoder:
         views = []
         for i in indices:
             mu, sigma, error, energy, finite = measures[:, i].tolist()
-            payload = coder.pack(values[i], mu, sigma) if finite else b""
+            section = coder.pack(values[i], mu, sigma) if finite else b""
             views.append(
                 EncodedView(
-                    payload=payload, squared_error=error, energy=energy, finite=bool(finite)
+                    section=section, squared_error=error, energy=energy, finite=bool(finite)
                 )
             )
         return views
@@ -119,20 +121,39 @@ class FeatureEncoder:
         maps = self.quantise(name, *raw_draws_BCHW)
         return self.pack(name, maps, range(len(maps.values_BN)))
 
+    def payloads(self, views: Mapping[str, Sequence[EncodedView]]) -> dict[str, list[bytes]]:
+        """Join the taps of B views, given by tap, to payloads by array.
+
+        A payload is empty if a map of its view is not finite.
+        """
+        joined = {}
+        for array, sections in self._sections.items():
+            by_tap = zip(*(views[name] for name in sections.bounds), strict=True)
+            joined[array] = [sections.join([view.section for view in taps]) for taps in by_tap]
+        return joined
+
 
 class HostDecoder:
     """Payloads to coefficients and scalars: the only codec work on the host in stage 2."""
 
     def __init__(self, fit: Mapping[str, TapCodec]) -> None:
-        self._coders = {name: fitted.payload_coder() for name, fitted in fit.items()}
+        self._coders = {name: fitted.section_coder() for name, fitted in fit.items()}
+        self._sections = sections_of(fit)
 
-    def decode(self, name: str, payloads: Payloads) -> tuple[Tensor, Tensor]:
-        """Return coefficients (B, n) and (sigma, mu) pairs (B, 2).
+    def sections(self, array: str, payloads: Payloads) -> dict[str, Payloads]:
+        """Return the sections of B payloads of an array by tap.
+
+        Raises PayloadError, with the index in the batch, if a payload is damaged.
+        """
+        return self._sections[array].split(payloads)
+
+    def decode(self, name: str, sections: Payloads) -> tuple[Tensor, Tensor]:
+        """Return coefficients (B, n) and (sigma, mu) pairs (B, 2) of one tap.
 
         Coefficients are int16, or fp16 for a float16 tap; pairs are fp32. Raises PayloadError, with
-        the index in the batch, if a payload is damaged.
+        the index in the batch, if a section is damaged.
         """
-        values, scalars = self._coders[name].unpack(payloads)
+        values, scalars = self._coders[name].unpack(sections)
         return torch.from_numpy(values), torch.from_numpy(scalars)
 
 
@@ -148,6 +169,14 @@ class FeatureDecoder(nn.Module):
         """Return whitened features, fp32 (B, C, H, W), by tap; raw = whitened * sigma + mu."""
         decoders = dict(zip(self._names, self._decoders, strict=True))
         return {name: decoders[name](values) for name, values in coefficients.items()}
+
+
+def sections_of(fit: Mapping[str, TapCodec]) -> dict[str, Sections]:
+    """Return how the taps of each array share its payloads; `fit` has the taps in their order."""
+    bounds: dict[str, dict[str, int]] = {}
+    for name, fitted in fit.items():
+        bounds.setdefault(array_of(name), {})[name] = fitted.section_bound
+    return {array: Sections(bounds=of_taps) for array, of_taps in bounds.items()}
 
 
 def make_tap_codec(codec: str, arrays: Mapping[str, NDArray[Any]]) -> TapCodec:

@@ -274,5 +274,5 @@ def half_fits(statistics: Mapping[str, TapStatistics]) -> Solved:
         name: HalfTap(mean=s.mean, grid=np.array(s.variance.shape[1:], np.int32))
         for name, s in statistics.items()
     }
-    size = float(sum(tap.payload_bound for tap in fit.values()))
+    size = float(sum(tap.section_bound for tap in fit.values()))
     return Solved(step=None, fit=fit, bytes_per_view=size, determined_error=dict.fromkeys(fit, 0.0))

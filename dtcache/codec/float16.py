@@ -46,8 +46,8 @@ class HalfTap:
         return len(self.mean), int(self.grid[0]), int(self.grid[1])
 
     @property
-    def payload_bound(self) -> int:
-        """Bytes of every payload, rounded up to a multiple of 16."""
+    def section_bound(self) -> int:
+        """Bytes of every section, rounded up to a multiple of 16."""
         return -(-(HEADER_BYTES + 2 * int(np.prod(self.shape))) // 16) * 16
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
@@ -62,8 +62,8 @@ class HalfTap:
         """Return the module from float16 values to whitened features."""
         return HalfDecoder(self)
 
-    def payload_coder(self) -> "HalfCoder":
-        """Return the coder between float16 values and payloads."""
+    def section_coder(self) -> "HalfCoder":
+        """Return the coder between float16 values and sections."""
         return HalfCoder(count=int(np.prod(self.shape)))
 
     def bands(self) -> None:
@@ -111,36 +111,36 @@ class HalfDecoder(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HalfCoder:
-    """Packs and unpacks payloads of `count` float16 values.
+    """Packs and unpacks sections of `count` float16 values.
 
-    A payload holds sigma and mu (fp32), then all low bytes, then all high bytes. High bytes in one
+    A section holds sigma and mu (fp32), then all low bytes, then all high bytes. High bytes in one
     run repeat more often than pairs of bytes do, so zstd saves 10 to 20 %.
     """
 
     count: int
 
     def pack(self, values_N: NDArray[np.float16], mu: float, sigma: float) -> bytes:
-        """Return the payload of one sample: its values (n,) and its two whitening scalars."""
+        """Return the section of one sample: its values (n,) and its two whitening scalars."""
         planes = values_N.view(np.uint8).reshape(-1, 2).T
         return np.array([sigma, mu], "<f4").tobytes() + planes.tobytes()
 
-    def unpack(self, payloads: Payloads) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+    def unpack(self, sections: Payloads) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
         """Return values (B, n) and (sigma, mu) pairs (B, 2).
 
-        Raises PayloadError if a payload is too short.
+        Raises PayloadError if a section is too short.
         """
         size = HEADER_BYTES + 2 * self.count
-        short = np.flatnonzero(payloads.sizes < size)
+        short = np.flatnonzero(sections.sizes < size)
         if len(short):
-            got = payloads.sizes[short[0]]
+            got = sections.sizes[short[0]]
             raise PayloadError(
-                f"a payload has {got} bytes, too short for {self.count} float16 values",
+                f"a section has {got} bytes, too short for {self.count} float16 values",
                 int(short[0]),
             )
-        values = np.empty((len(payloads), self.count), "<f2")
-        scalars = np.empty((len(payloads), 2), "<f4")
-        for i, payload in enumerate(payloads):
-            scalars[i] = payload[:HEADER_BYTES].view("<f4")
-            planes = payload[HEADER_BYTES:size].reshape(2, -1)
+        values = np.empty((len(sections), self.count), "<f2")
+        scalars = np.empty((len(sections), 2), "<f4")
+        for i, section in enumerate(sections):
+            scalars[i] = section[:HEADER_BYTES].view("<f4")
+            planes = section[HEADER_BYTES:size].reshape(2, -1)
             values[i].view(np.uint8).reshape(-1, 2)[:] = planes.T
         return values, scalars

@@ -113,11 +113,11 @@ class FittedTap:
         return np.sort(flat[flat != DEAD])
 
     @property
-    def payload_bound(self) -> int:
-        """Upper bound of the bytes per payload, a multiple of 16, which keeps payloads aligned.
+    def section_bound(self) -> int:
+        """Upper bound of the bytes per section, a multiple of 16.
 
-        The bound counts the header, the lane states, and 11 bits and a 16-bit escape per
-        coefficient.
+        The bound counts the lane states, 16 bytes for what rANS loses by rounding, and 11 bits and
+        a 16-bit escape per coefficient.
         """
         count = int((self.classes != DEAD).sum())
         bound = 32 + 2 * count + (count * TABLE_BITS + 7) // 8
@@ -135,10 +135,10 @@ class FittedTap:
         """Return the module from quantised coefficients to whitened features."""
         return Decoder(self)
 
-    def payload_coder(self) -> RansCoder:
-        """Return the entropy coder between int16 coefficients and payloads."""
+    def section_coder(self) -> RansCoder:
+        """Return the entropy coder between int16 coefficients and sections."""
         return rans_coder(
-            self.tables, self.half_width, self.class_table[self.live_classes], self.payload_bound
+            self.tables, self.half_width, self.class_table[self.live_classes], self.section_bound
         )
 
     def bands(self) -> Bands:

@@ -1,9 +1,10 @@
 """Four-lane interleaved rANS (Duda 2014) with static tables, as numba kernels.
 
-rANS stands for range asymmetric numeral systems. A payload is little-endian: sigma and mu
-(float32), four lane states (uint32), then 16-bit words. Coefficient i belongs to lane i mod 4. If a
-value has no symbol of its own, the words of the escape symbol come first, then the value as one
-int16 word. docs/format.md is the specification.
+rANS stands for range asymmetric numeral systems. A section is little-endian: four lane states
+(uint32), then 16-bit words. Coefficient i belongs to lane i mod 4. If a value has no symbol of its
+own, the words of the escape symbol come first, then the value as one int16 word. The encoder begins
+with the bits of sigma and mu (float32) in the lane states, 16 bits per lane, so the decoder ends
+with them: the two scalars take no further bytes. docs/format.md is the specification.
 """
 
 from dataclasses import dataclass
@@ -14,15 +15,16 @@ from numpy.typing import NDArray
 
 from dtcache.errors import PayloadError
 from dtcache.kernels import kernel
-from dtcache.payloads import Payloads
+from dtcache.payloads import WORD, Payloads
 
 TABLE_BITS = 11
 TABLE_SIZE = 1 << TABLE_BITS
 MAX_HALF_WIDTH = 127
-HEADER_WORDS = 4
 LANES = 4
+STATE_WORDS = 2 * LANES
+"""Words of the lane states. The bits of sigma and mu are LANES words."""
 LOW = uint64(1 << 16)
-"""Lane states stay in [2^16, 2^32)."""
+"""Lane states stay in [2^16, 2^32), and are below 2^17 before the first coefficient is encoded."""
 ESCAPE = -32768
 """Marks an escape: no coded value is -32768."""
 SLOT_BITS = uint64(TABLE_BITS)
@@ -31,7 +33,7 @@ SLOT_MASK = uint64(TABLE_SIZE - 1)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RansCoder:
-    """Packs and unpacks payloads with T probability tables of A symbols."""
+    """Packs and unpacks sections with T probability tables of A symbols."""
 
     frequency: NDArray[np.uint16]
     """(T, A): frequency of each symbol; each row sums to 2048."""
@@ -53,26 +55,28 @@ class RansCoder:
     escape: NDArray[np.uint32]
     """(T,): frequency of the escape."""
     bound: int
-    """Upper bound of the bytes per payload."""
+    """Upper bound of the bytes per section."""
 
     def pack(self, values_N: NDArray[np.int16], mu: float, sigma: float) -> bytes:
-        """Return the payload of one sample: its coefficients (n,) and its two whitening scalars."""
-        words = np.zeros(self.bound // 2, np.uint16)
-        words[:HEADER_WORDS] = np.array([sigma, mu], np.float32).view(np.uint16)
-        used = _encode(values_N, self.table, self.frequency, self.start, self.half_width, words)
+        """Return the section of one sample: its coefficients (n,) and its two whitening scalars."""
+        scalars = np.array([sigma, mu], "<f4").view("<u2")
+        words = np.zeros(self.bound // WORD, np.uint16)
+        used = _encode(
+            values_N, scalars, self.table, self.frequency, self.start, self.half_width, words
+        )
         return words[:used].tobytes()
 
-    def unpack(self, payloads: Payloads) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
-        """Return coefficients (B, n) and (sigma, mu) pairs (B, 2) of B payloads.
+    def unpack(self, sections: Payloads) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+        """Return coefficients (B, n) and (sigma, mu) pairs (B, 2) of B sections.
 
-        Raises PayloadError, with the index in the batch, if a payload is not an encoder's output.
+        Raises PayloadError, with the index in the batch, if a section is not an encoder's output.
         """
-        values = np.empty((len(payloads), len(self.table)), np.int16)
-        scalars = np.empty((len(payloads), 2), np.float32)
+        values = np.empty((len(sections), len(self.table)), np.int16)
+        scalars = np.empty((len(sections), 2), np.float32)
         bad = _decode(
-            payloads.data[: len(payloads.data) // 2 * 2].view(np.uint16),
-            payloads.starts // 2,
-            payloads.sizes // 2,
+            sections.data[: len(sections.data) // WORD * WORD].view(np.uint16),
+            sections.starts // WORD,
+            sections.sizes // WORD,
             self.slots,
             self.value_at,
             self.escape,
@@ -84,7 +88,7 @@ class RansCoder:
         )
         if bad >= 0:
             raise PayloadError(
-                "a payload does not decode: its bytes are not the output of an encoder", int(bad)
+                "a section does not decode: its bytes are not the output of an encoder", int(bad)
             )
         return values, scalars
 
@@ -98,7 +102,7 @@ def rans_coder(
     """Lay out probability tables for the kernels.
 
     `frequency` holds the tables (T, A), `half_width` their half widths (T,), and `table` the number
-    of each coefficient's table (n,). `bound` is an upper bound of the bytes per payload.
+    of each coefficient's table (n,). `bound` is an upper bound of the bytes per section.
     """
     cumulative = np.cumsum(frequency.astype(np.int64), axis=1)
     start = cumulative - frequency
@@ -131,10 +135,10 @@ def _runs(table: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 @kernel
-def _encode(values, table, frequency, start, half_width, out):  # type: ignore[no-untyped-def]
-    """Write the payload after its scalars into uint16 words; return the number of words used."""
+def _encode(values, scalars, table, frequency, start, half_width, out):  # type: ignore[no-untyped-def]
+    """Write the section into uint16 words; return the number of words used."""
     count = len(values)
-    states = np.full(LANES, LOW, np.uint64)
+    states = LOW + scalars.astype(np.uint64)
     # Encode backwards, so that decoding runs forwards. A coefficient takes at most one word of
     # state and one escape.
     words = np.empty(2 * count, np.uint16)
@@ -157,7 +161,7 @@ def _encode(values, table, frequency, start, half_width, out):  # type: ignore[n
         states[i % LANES] = (
             ((x // f) << np.uint64(TABLE_BITS)) + x % f + np.uint64(start[t, symbol])
         )
-    head = HEADER_WORDS
+    head = 0
     for lane in range(LANES):
         out[head] = states[lane] & np.uint64(0xFFFF)
         out[head + 1] = states[lane] >> np.uint64(16)
@@ -171,9 +175,9 @@ def _encode(values, table, frequency, start, half_width, out):  # type: ignore[n
 def _decode(  # type: ignore[no-untyped-def]
     words, starts, sizes, slots, value_at, escape, half_width, runs, table, values, scalars
 ):
-    """Decode payloads in pairs, whose eight lanes run side by side.
+    """Decode sections in pairs, whose eight lanes run side by side.
 
-    Returns the index of a bad payload, or -1. Words up to SLACK bytes after a payload's end may be
+    Returns the index of a bad section, or -1. Words up to SLACK bytes after a section's end may be
     read, but are not used. All indices are unsigned, because numba tests signed indices for
     wrapping.
     """
@@ -181,18 +185,14 @@ def _decode(  # type: ignore[no-untyped-def]
     count = uint64(values.shape[1])
     for first in range(0, len(starts), 2):
         second = min(first + 1, len(starts) - 1)
-        if min(sizes[first], sizes[second]) < HEADER_WORDS + 2 * LANES:
-            return first if sizes[first] < HEADER_WORDS + 2 * LANES else second
+        if min(sizes[first], sizes[second]) < STATE_WORDS:
+            return first if sizes[first] < STATE_WORDS else second
         p = uint64(starts[first])
         q = uint64(starts[second])
         end_p = p + uint64(sizes[first])
         end_q = q + uint64(sizes[second])
         at_p = uint64(first) * count
         at_q = uint64(second) * count
-        for k in range(HEADER_WORDS):
-            scalars[first, k], scalars[second, k] = words[p], words[q]
-            p = p + uint64(1)
-            q = q + uint64(1)
         a = _lane(words, p, 0)
         b = _lane(words, p, 1)
         c = _lane(words, p, 2)
@@ -201,8 +201,8 @@ def _decode(  # type: ignore[no-untyped-def]
         f = _lane(words, q, 1)
         g = _lane(words, q, 2)
         h = _lane(words, q, 3)
-        p = p + uint64(2 * LANES)
-        q = q + uint64(2 * LANES)
+        p = p + uint64(STATE_WORDS)
+        q = q + uint64(STATE_WORDS)
         for r in range(len(runs) - 1):
             t = uint64(table[runs[r]])
             base = t * uint64(TABLE_SIZE)
@@ -236,13 +236,29 @@ def _decode(  # type: ignore[no-untyped-def]
                 f = g
                 g = h
                 h = x
-        # The decoder must end in the state in which the encoder began. Otherwise the payload is
+        # The decoder must end in a state in which an encoder begins. Otherwise the section is
         # damaged, although its checksum is right.
-        if p > end_p or a != LOW or b != LOW or c != LOW or d != LOW:
+        if p > end_p or not _keep_scalars(scalars, first, count, a, b, c, d):
             return first
-        if q > end_q or e != LOW or f != LOW or g != LOW or h != LOW:
+        if q > end_q or not _keep_scalars(scalars, second, count, e, f, g, h):
             return second
     return -1
+
+
+@kernel
+def _keep_scalars(scalars, row, count, a, b, c, d):  # type: ignore[no-untyped-def]
+    """Keep the low 16 bits of the last states; return whether an encoder can begin with them.
+
+    `a` is the state of lane `count` mod 4, and the next lanes follow.
+    """
+    for k, state in enumerate((a, b, c, d)):
+        scalars[row, (count + uint64(k)) % uint64(LANES)] = state & uint64(0xFFFF)
+    return (
+        (a >> uint64(16)) == 1
+        and (b >> uint64(16)) == 1
+        and (c >> uint64(16)) == 1
+        and (d >> uint64(16)) == 1
+    )
 
 
 @kernel
@@ -258,7 +274,7 @@ def _refill(  # type: ignore[no-untyped-def]
 ):
     """Finish a coefficient that is an escape, or whose state needs a word (few do).
 
-    Returns state, value and position. Position end + 1 marks a payload that is not an encoder's
+    Returns state, value and position. Position end + 1 marks a section that is not an encoder's
     output.
     """
     if value == ESCAPE:

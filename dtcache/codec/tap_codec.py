@@ -28,16 +28,19 @@ class Bands:
     """Quantiser step of each band; NaN if the codec drops the band."""
 
 
-class PayloadCoder(Protocol):
-    """The lossless half of a codec, on the host: values to bytes and back."""
+class SectionCoder(Protocol):
+    """The lossless half of a codec, on the host: values to sections of payloads and back."""
 
     def pack(self, values_N: NDArray[Any], mu: float, sigma: float) -> bytes:
-        """Return the payload of one sample: its values (n,) and its two whitening scalars."""
+        """Return the section of one sample: its values (n,) and its two whitening scalars.
 
-    def unpack(self, payloads: Payloads) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        It has a whole number of 16-bit words.
+        """
+
+    def unpack(self, sections: Payloads) -> tuple[NDArray[Any], NDArray[np.float32]]:
         """Return values (B, n) and (sigma, mu) pairs (B, 2).
 
-        Raises PayloadError if a payload is damaged.
+        Raises PayloadError if a section is damaged.
         """
 
 
@@ -53,8 +56,8 @@ class TapCodec(Protocol):
         """(C, H, W) of the tap's maps."""
 
     @property
-    def payload_bound(self) -> int:
-        """Upper bound of the bytes per payload, a multiple of 16."""
+    def section_bound(self) -> int:
+        """Upper bound of the bytes per section, a multiple of 16."""
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """Return the fitted arrays by field name, as the store keeps them."""
@@ -68,8 +71,8 @@ class TapCodec(Protocol):
     def decoder(self) -> nn.Module:
         """Return a module from values (B, n) to whitened features, fp32 (B, C, H, W)."""
 
-    def payload_coder(self) -> PayloadCoder:
-        """Return the coder between values and payloads."""
+    def section_coder(self) -> SectionCoder:
+        """Return the coder between values and sections."""
 
     def bands(self) -> Bands | None:
         """Return the codec's frequency bands, or None if it stores features without a transform."""

@@ -249,7 +249,7 @@ def resize_to_view(image: Image.Image, view: ViewSpec, resampling: Image.Resampl
     The view's `fit` says whether the centre is cropped or the image is stretched.
     """
     size = (view.width, view.height)
-    if view.fit == "stretch":
+    if view.resize_mode == "stretch":
         return image.resize(size, resampling)
     return ImageOps.fit(image, size, resampling, centering=(0.5, 0.5))
 

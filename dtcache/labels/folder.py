@@ -131,7 +131,11 @@ def _differences(
     for name, value in teacher_identity(recipe).items():
         if value != spec.teacher[name]:
             yield f"teacher {name}", spec.teacher[name], value
-    view = {"height": spec.view.height, "width": spec.view.width, "fit": spec.view.fit}
+    view = {
+        "height": spec.view.height,
+        "width": spec.view.width,
+        "resize_mode": spec.view.resize_mode,
+    }
     if recipe["view"] != view:
         yield "view", view, recipe["view"]
     for position, name in enumerate(("timesteps", "taps")):

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 
@@ -32,11 +32,15 @@ class ShardObject:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecSums:
-    """Float64 sums of one tap over the rows of a shard, without the rows of the codec's fit."""
+    """Sums of one tap over the rows of a shard."""
 
     squared_error: float
+    """Float64, without the rows of the codec's fit."""
     energy: float
-    """Sum of squares about the channel means of the data set, after whitening."""
+    """Sum of squares about the channel means of the data set, after whitening, without these rows.
+    """
+    section_bytes: int
+    """Bytes of the tap's sections, of all rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,10 +78,7 @@ class CommitRecord:
             ],
             "content_sha256": list(self.content_sha256),
             "failures": [{"row": f.row, "key": f.key, "reason": f.reason} for f in self.failures],
-            "sums": {
-                n: {"squared_error": s.squared_error, "energy": s.energy}
-                for n, s in self.sums.items()
-            },
+            "sums": {n: asdict(s) for n, s in self.sums.items()},
         }
         if self.empty:
             body["empty"] = [{"row": e.row, "key": e.key, "reason": e.reason} for e in self.empty]
@@ -147,7 +148,12 @@ def _check_types(value: Json) -> None:
     objects = value["objects"]
     failures = [*value["failures"], *value.get("empty", ())]
     sums = value["sums"].values()
-    numbers = [value["shard"], *(o["bytes"] for o in objects), *(f["row"] for f in failures)]
+    numbers = [
+        value["shard"],
+        *(o["bytes"] for o in objects),
+        *(f["row"] for f in failures),
+        *(s["section_bytes"] for s in sums),
+    ]
     words = [
         value["fingerprint"],
         *(o["path"] for o in objects),
@@ -180,9 +186,10 @@ def total_sums(records: Iterable[CommitRecord]) -> dict[str, CodecSums]:
     totals: dict[str, CodecSums] = {}
     for record in records:
         for name, sums in record.sums.items():
-            so_far = totals.get(name, CodecSums(squared_error=0.0, energy=0.0))
+            so_far = totals.get(name, CodecSums(squared_error=0.0, energy=0.0, section_bytes=0))
             totals[name] = CodecSums(
                 squared_error=so_far.squared_error + sums.squared_error,
                 energy=so_far.energy + sums.energy,
+                section_bytes=so_far.section_bytes + sums.section_bytes,
             )
     return totals

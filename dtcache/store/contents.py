@@ -98,7 +98,7 @@ class Damage:
     """Relative to the cache folder."""
     reason: str
     array: str | None = None
-    """images, or a tap such as t150/stride8, if the file is a shard."""
+    """images, or the features of a timestep, such as t150, if the file is a shard."""
     shard: int | None = None
     samples: Sequence[SamplePlace] = ()
 

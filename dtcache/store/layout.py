@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dtcache.recipe import Recipe, tap_name
+from dtcache.store.tag import TAG_BYTES, tag_seed
 
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
@@ -19,7 +20,7 @@ DATA = "data.zarr"
 LABELS = "labels"
 """Folder of a cache's label sets, each laid out like a cache."""
 LOGITS = "t0/logits"
-"""The one array of a label set. t0: an interpreter adds no noise, like a teacher at timestep 0."""
+"""The one tap of a label set. t0: an interpreter adds no noise, like a teacher at timestep 0."""
 IMAGES = "images"
 
 
@@ -28,7 +29,9 @@ class PayloadArray:
     """A uint8 array of padded payloads: (N, L), or (N, V, L) with one payload per view of a row."""
 
     name: str
-    """Path in data.zarr."""
+    """Path in data.zarr: images, or t150 for the features of timestep 150."""
+    fingerprint: str
+    """Fingerprint of the cache, which the payloads' tags cover."""
     shape: tuple[int, ...]
     """The last axis is L, the bytes of one padded payload."""
     shard_rows: int
@@ -38,6 +41,11 @@ class PayloadArray:
     def length(self) -> int:
         """L: bytes of one padded payload."""
         return self.shape[-1]
+
+    @property
+    def tag_seed(self) -> int:
+        """The checksum that the tags of the array's payloads continue."""
+        return tag_seed(self.fingerprint, self.name)
 
     @property
     def payloads_per_row(self) -> int:
@@ -59,21 +67,34 @@ class PayloadArray:
 
 
 def tap_names(recipe: Recipe) -> list[str]:
-    """Return the names of all tap arrays, timestep by timestep, finest tap first."""
+    """Return the names of all taps, timestep by timestep, finest tap first."""
     return [tap_name(t, tap.name) for t in recipe.teacher.timesteps for tap in recipe.teacher.taps]
 
 
 def payload_arrays(
-    recipe: Recipe, image_bound: int, tap_bounds: Mapping[str, int]
+    recipe: Recipe, image_bound: int, bounds: Mapping[str, int]
 ) -> dict[str, PayloadArray]:
-    """Return all payload arrays by name, given upper bounds of their payloads in bytes."""
-    count = recipe.num_samples
-    rows = recipe.shard_rows
-    arrays = {}
-    if recipe.images == "view":
-        arrays[IMAGES] = PayloadArray(name=IMAGES, shape=(count, image_bound), shard_rows=rows)
-    for name in tap_names(recipe):
-        arrays[name] = PayloadArray(
-            name=name, shape=(count, recipe.num_views, tap_bounds[name]), shard_rows=rows
+    """Return all payload arrays by name.
+
+    `image_bound`, and `bounds` by array of features, are upper bounds of the bytes per payload
+    without its tag.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    if recipe.store_images:
+        shapes[IMAGES] = (recipe.num_samples, padded_length(image_bound))
+    for name, bound in bounds.items():
+        shapes[name] = (recipe.num_samples, recipe.num_views, padded_length(bound))
+    return {
+        name: PayloadArray(
+            name=name,
+            fingerprint=recipe.fingerprint,
+            shape=shape,
+            shard_rows=recipe.shard_rows,
         )
-    return arrays
+        for name, shape in shapes.items()
+    }
+
+
+def padded_length(bound: int) -> int:
+    """Return L for payloads of at most `bound` bytes without the tag: a multiple of 16."""
+    return -(-(TAG_BYTES + bound) // 16) * 16

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +18,7 @@ from dtcache.errors import (
 )
 from dtcache.hashing import canonical_json, sha256_json
 from dtcache.json_files import read_hashed_json, with_own_hash
-from dtcache.recipe import FORMAT_VERSION, Json, Recipe, tap_name
+from dtcache.recipe import FORMAT_VERSION, Json, Recipe, array_of, tap_name
 from dtcache.store.commits import CodecSums, CommitRecord
 from dtcache.store.layout import IMAGES, MANIFEST, PayloadArray
 from dtcache.store.validate import check_manifest
@@ -28,7 +28,7 @@ T = TypeVar("T")
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_BYTES_PER_VALUE = 4
 HEADER_BYTES = 2048
-"""Bounds of a payload: the longest code of a value has 27 bits; an image may have a container."""
+"""Bounds of an image or a tap: a value's code has up to 27 bits; an image may have a container."""
 SAME = "pass the same options and images to resume it, or a different `out`"
 
 
@@ -49,7 +49,7 @@ class CacheManifest:
     files: dict[str, str]
     """SHA-256 by path of every file except shards: zarr.json, codec arrays, Parquet."""
     sums: dict[str, CodecSums]
-    """Codec error by array, over all rows that the codec was not fitted on; empty until sealed."""
+    """Codec error and bytes by tap, over all shards; empty until sealed."""
     measured: Json | None = None
     """The measurements of `dtcache label write` on a sealed label set (docs/format.md)."""
 
@@ -66,10 +66,7 @@ class CacheManifest:
             },
             "classes": list(self.classes) if self.classes is not None else None,
             "files": self.files,
-            "sums": {
-                n: {"squared_error": s.squared_error, "energy": s.energy}
-                for n, s in self.sums.items()
-            },
+            "sums": {n: asdict(s) for n, s in self.sums.items()},
         }
         if self.measured is not None:
             body["measured"] = self.measured
@@ -90,12 +87,12 @@ class CacheManifest:
 
     @property
     def tap_names(self) -> list[str]:
-        """Names of the tap arrays, timestep by timestep, finest tap first."""
+        """Names of the taps, timestep by timestep, finest tap first."""
         return list(self.tap_shapes)
 
     @property
     def tap_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """(C, H, W) of the features by array, in the order of `tap_names`."""
+        """(C, H, W) of the features by tap, in the order of `tap_names`."""
         teacher = self.recipe["teacher"]
         shapes = {
             tap["name"]: (tap["channels"], tap["height"], tap["width"]) for tap in teacher["taps"]
@@ -182,7 +179,7 @@ def read_manifest(root: Path) -> CacheManifest:
     """Read and check a manifest.
 
     Raises CacheNotFoundError if there is none, CacheDamagedError if its bytes are not those that
-    were written, and CacheFormatError if a newer dtcache wrote it.
+    were written, and CacheFormatError if an older or newer dtcache wrote it.
     """
     path = root / MANIFEST
     if not path.is_file():
@@ -194,9 +191,10 @@ def read_manifest(root: Path) -> CacheManifest:
         value, whole = read_hashed_json(path, MAX_MANIFEST_BYTES)
         version = value["format"]
         if version != FORMAT_VERSION or isinstance(version, bool):
+            is_old = type(version) is int and version < FORMAT_VERSION
+            fix = "extract again" if is_old else "install the dtcache that wrote it, or a newer one"
             raise CacheFormatError(
-                f"{path}: expected format {FORMAT_VERSION}, got {str(version)[:40]}; install the "
-                "dtcache that wrote it, or a newer one"
+                f"{path}: expected format {FORMAT_VERSION}, got {str(version)[:40]}; {fix}"
             )
         if not whole:
             raise CacheDamagedError(
@@ -211,7 +209,7 @@ def read_manifest(root: Path) -> CacheManifest:
             classes=tuple(value["classes"]) if value["classes"] is not None else None,
             files=value["files"],
             sums={
-                n: CodecSums(squared_error=s["squared_error"], energy=s["energy"])
+                n: CodecSums(**{f.name: s[f.name] for f in fields(CodecSums)})
                 for n, s in value["sums"].items()
             },
             measured=value.get("measured"),
@@ -254,9 +252,15 @@ def _check_arrays(manifest: CacheManifest) -> None:
     rows = manifest.num_samples
     views = manifest.num_views
     shard_rows = manifest.recipe["shard_rows"]
-    expected: dict[str, tuple[int, ...]] = dict.fromkeys(manifest.tap_names, (rows, views))
-    if manifest.recipe["images"] == "view":
+    view = manifest.recipe["view"]
+    most: dict[str, int] = {}
+    for name, shape in manifest.tap_shapes.items():
+        bound = MAX_BYTES_PER_VALUE * math.prod(shape) + HEADER_BYTES
+        most[array_of(name)] = most.get(array_of(name), 0) + bound
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(most, (rows, views))
+    if manifest.recipe["store_images"]:
         expected[IMAGES] = (rows,)
+        most[IMAGES] = MAX_BYTES_PER_VALUE * 3 * view["height"] * view["width"] + HEADER_BYTES
     shapes = {name: array.shape[:-1] for name, array in manifest.arrays.items()}
     if shapes != expected or {array.shard_rows for array in manifest.arrays.values()} != {
         shard_rows
@@ -265,13 +269,10 @@ def _check_arrays(manifest: CacheManifest) -> None:
             f"arrays that are not those of {rows} samples, {views} views and {shard_rows} rows per "
             "shard"
         )
-    view = manifest.recipe["view"]
-    values = {IMAGES: 3 * view["height"] * view["width"]}
-    values |= {name: math.prod(shape) for name, shape in manifest.tap_shapes.items()}
     for name, array in manifest.arrays.items():
-        if array.length > MAX_BYTES_PER_VALUE * values[name] + HEADER_BYTES:
+        if array.length > most[name]:
             raise ValueError(
-                f"array {name}: payloads of {array.length} bytes for {values[name]} values"
+                f"array {name}: expected payloads of at most {most[name]} bytes, got {array.length}"
             )
 
 

@@ -21,7 +21,7 @@ class ShardData:
 
     shard: int
     payloads: dict[str, list[bytes]]
-    """Payloads by array; a payload is empty if the row's image failed."""
+    """Payloads by array, without their tags; a payload is empty if the row's image failed."""
     content_sha256: tuple[str | None, ...]
     failures: tuple[FailedSample, ...]
     sums: dict[str, CodecSums]
@@ -54,9 +54,7 @@ def write_attempt(root: Path, manifest: CacheManifest, data: ShardData) -> Writt
     objects = []
     try:
         for name, array in manifest.arrays.items():
-            content = build_shard(
-                data.payloads[name], array.length, array.shard_rows * array.payloads_per_row
-            )
+            content = build_shard(array, data.shard, data.payloads[name])
             path = array.object_path(data.shard)
             written.append(write_temporary(root / path, content, attempt))
             objects.append(

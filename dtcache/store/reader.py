@@ -1,7 +1,7 @@
 """Random access to a cache's payloads.
 
-Small files are hashed when the cache is opened, a shard file when it is first read, and the
-checksum of a chunk is compared at each read.
+Small files are hashed when the cache is opened, a shard file when it is first read, and the tag of
+a payload is compared at each read.
 """
 
 import os
@@ -26,6 +26,7 @@ from dtcache.store.open_files import OpenFile, open_limit
 from dtcache.store.sample_index import committed, damaged_objects, read_objects, read_samples
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 from dtcache.store.shard_check import CheckedShards
+from dtcache.store.tag import TAG_BYTES, untagged
 from dtcache.store.zstd_frame import BLOCK_HEADER, frame_header
 
 HELD_FILES = 64
@@ -111,10 +112,11 @@ class CacheReader:
         return {"cache": self.manifest.fingerprint, "samples": samples}
 
     def payloads(self, name: str, rows: ArrayLike, views: ArrayLike) -> Payloads:
-        """Return the payloads of B (row, view) pairs of one array. Images have only view 0.
+        """Return the payloads of B (row, view) pairs of one array, without their tags.
 
-        Raises CacheDamagedError with sample and array if a byte is wrong, IndexError for a row or
-        view that the array does not have, and CacheError if the cache is closed.
+        Images have only view 0. The payload of a failed sample is empty. Raises CacheDamagedError
+        with sample and array if a byte is wrong, IndexError for a row or view that the array does
+        not have, and CacheError if the cache is closed.
         """
         self.require_open()
         if os.getpid() != self._process:
@@ -191,6 +193,9 @@ class CacheReader:
                 chunks.offsets,
                 chunks.sizes,
                 starts - skip,
+                chunks.rows,
+                chunks.views,
+                chunks.array.tag_seed,
                 head,
                 length,
                 data,
@@ -200,25 +205,35 @@ class CacheReader:
         rest = np.flatnonzero(~done)
         if len(rest):
             starts[rest] = len(data) + _aligned(length) * np.arange(len(rest))
-            used[rest] = length
-            data = np.concatenate([data, self._unpack(chunks, rest), np.empty(SLACK, np.uint8)])
-        return Payloads(data=data, starts=starts, sizes=used)
+            unpacked, used[rest] = self._unpack(chunks, rest)
+            data = np.concatenate([data, unpacked, np.empty(SLACK, np.uint8)])
+        return Payloads(data=data, starts=starts + TAG_BYTES, sizes=used)
 
-    def _unpack(self, chunks: "_Chunks", rest: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Read chunks with any frame, one after the other. Raises CacheDamagedError."""
+    def _unpack(
+        self, chunks: "_Chunks", rest: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Read chunks with any frame, one after the other.
+
+        Returns the payloads with their tags, and the sizes without the tags. Raises
+        CacheDamagedError.
+        """
         length = chunks.array.length
+        seed = chunks.array.tag_seed
         out = np.empty((len(rest), _aligned(length)), np.uint8)
-        for row, place in zip(out, rest.tolist(), strict=True):
+        sizes = np.empty(len(rest), np.int64)
+        for index, place in enumerate(rest.tolist()):
+            payload = out[index, :length]
+            row = int(chunks.rows[place])
+            view = int(chunks.views[place])
             file = self._open(chunks.array, int(chunks.shards[place]))
             try:
                 unpack_chunk(
-                    file.read(int(chunks.offsets[place]), int(chunks.sizes[place])), row[:length]
+                    file.read(int(chunks.offsets[place]), int(chunks.sizes[place])), payload
                 )
+                sizes[index] = len(untagged(seed, row, view, payload))
             except CacheDamagedError as error:
-                raise self._damaged(
-                    chunks.array, chunks.rows[place], chunks.views[place], str(error)
-                ) from error
-        return out.reshape(-1)
+                raise self._damaged(chunks.array, row, view, str(error)) from error
+        return out.reshape(-1), sizes
 
     def _open(self, array: PayloadArray, shard: int) -> OpenFile:
         """Return the open file of a shard, with the bytes that were written.

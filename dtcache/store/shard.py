@@ -3,6 +3,8 @@
 Each chunk and the index end in their CRC-32C.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from google_crc32c import value as crc32c
 from numcodecs.zstd import decompress
@@ -11,6 +13,7 @@ from zstandard import ZstdError, get_frame_parameters
 
 from dtcache.errors import CacheDamagedError, CodecError
 from dtcache.store.layout import PayloadArray
+from dtcache.store.tag import TAG_BYTES, tagged
 from dtcache.store.zstd_frame import pack_frame
 
 CRC_BYTES = 4
@@ -19,24 +22,29 @@ ABSENT = np.uint64(2**64 - 1)
 """Offset and size of a chunk beyond the edge of the array."""
 
 
-def build_shard(payloads: list[bytes], length: int, entries: int) -> bytes:
-    """Return a shard of payloads, each padded with zeros to `length`.
+def build_shard(array: PayloadArray, shard: int, contents: Sequence[bytes]) -> bytes:
+    """Return a shard of an array from the contents of its payloads, row by row and view by view.
 
-    Every payload is written, an empty one as zeros; entries after the last payload are ABSENT. So
-    an absent chunk within the array means damage. Raises CodecError for a payload longer than
-    `length`.
+    Each payload is tagged and padded with zeros. Every payload is written, one without content as
+    zeros; entries after the last payload are ABSENT. So an absent chunk within the array means
+    damage. Raises CodecError for a payload longer than the array's L.
     """
-    longest = max(map(len, payloads), default=0)
-    if longest > length or len(payloads) > entries:
+    entries = array.shard_rows * array.payloads_per_row
+    longest = TAG_BYTES + max(map(len, contents), default=0)
+    if longest > array.length or len(contents) > entries:
         raise CodecError(
-            f"a shard of {len(payloads)} payloads of up to {longest} bytes exceeds {entries} of "
-            f"{length}"
+            f"a shard of {len(contents)} payloads of up to {longest} bytes exceeds {entries} of "
+            f"{array.length}"
         )
+    first = array.rows_of(shard).start
+    seed = array.tag_seed
     index = np.full((entries, 2), ABSENT, "<u8")
     parts: list[bytes] = []
     offset = 0
-    for i, payload in enumerate(payloads):
-        packed = pack_frame(payload, length)
+    for i, content in enumerate(contents):
+        inner, view = divmod(i, array.payloads_per_row)
+        payload = tagged(seed, first + inner, view, content)
+        packed = pack_frame(payload, array.length)
         chunk = packed + crc32c(packed).to_bytes(CRC_BYTES, "little")
         parts.append(chunk)
         index[i] = offset, len(chunk)

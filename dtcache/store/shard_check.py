@@ -1,7 +1,6 @@
 """Compares shard files with their recorded SHA-256, which also says which shard a file is.
 
-The checksum of a chunk proves its bytes, but not its place: two shard files of equal size that were
-exchanged pass every one of them.
+A file that differs is searched for damaged chunks, and for payloads of another place.
 """
 
 import threading
@@ -17,6 +16,7 @@ from dtcache.store.commits import ShardObject
 from dtcache.store.layout import PayloadArray
 from dtcache.store.open_files import Identity, OpenFile, OpenFiles
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
+from dtcache.store.tag import untagged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +46,9 @@ def shard_difference(
     got = file.sha256()
     if got == recorded_sha256:
         return None
+    expected = f"expected SHA-256 {(recorded_sha256 or '')[:16]}..."
+    if recorded_sha256 is not None and got in path_of:
+        return Difference(reason=f"{expected}, it is {path_of[got]}", bad={})
     try:
         bad = bad_entries(file, array, shard)
     except CacheDamagedError as error:
@@ -55,8 +58,7 @@ def shard_difference(
         return Difference(reason=f"{len(bad)} of its chunks: {reasons}", bad=bad)
     if recorded_sha256 is None:
         return None
-    actual = f"it is {path_of[got]}" if got in path_of else f"got {got[:16]}..., every chunk intact"
-    return Difference(reason=f"expected SHA-256 {recorded_sha256[:16]}..., {actual}", bad={})
+    return Difference(reason=f"{expected}, got {got[:16]}..., every chunk intact", bad={})
 
 
 def bad_entries(file: OpenFile, array: PayloadArray, shard: int) -> dict[int, str]:
@@ -69,13 +71,17 @@ def bad_entries(file: OpenFile, array: PayloadArray, shard: int) -> dict[int, st
     tail = index_bytes(entries)
     index = parse_index(file.read(max(0, size - tail), tail), array, size)
     out = np.empty(array.length, np.uint8)
+    first = array.rows_of(shard).start
+    seed = array.tag_seed
     bad = {}
     for entry in range(len(array.rows_of(shard)) * array.payloads_per_row):
+        inner, view = divmod(entry, array.payloads_per_row)
         offset, length = (int(value) for value in index[entry])
         try:
             if offset == ABSENT:
                 raise CacheDamagedError("the shard holds no such chunk")
             unpack_chunk(file.read(offset, length), out)
+            untagged(seed, first + inner, view, out)
         except CacheDamagedError as error:
             bad[entry] = str(error)
     return bad

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from dtcache.atomic_files import is_system_file
 from dtcache.errors import CacheDamagedError, CacheFormatError
 from dtcache.json_files import read_hashed_json
-from dtcache.recipe import Json, signal_to_noise, tap_name
+from dtcache.recipe import Json, array_of, signal_to_noise, tap_name
 from dtcache.store.commits import CodecSums, read_commits, total_sums
 from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import (
@@ -64,7 +64,7 @@ class _Progress:
     failures: Mapping[str, int]
     """Failed rows of the shards that are present, by reason, the most frequent first."""
     sums: Mapping[str, CodecSums]
-    """By array: the codec's squared error, and the energy."""
+    """By tap: the codec's squared error, the energy, and the bytes of the sections."""
     shard_bytes: Mapping[str, int]
     """By array: bytes of the shard files that have their recorded size."""
     damaged: dict[str, str]
@@ -253,12 +253,21 @@ def _tap_bytes(
     progress: _Progress,
     num_done: int,
 ) -> Json:
-    """Return the bytes of one array, its shards and its codec, and the bits per cached value."""
+    """Return the bytes of one tap, in shards and of its codec, and the bits per cached value.
+
+    The taps of a timestep share shard files, which are divided in proportion to the taps' sections.
+    """
     folder = f"{DATA}/codec/{name}/"
     codec_bytes = sum(size for path, size in files.items() if path.startswith(folder))
     channels, height, width = manifest.tap_shapes[name]
     values = channels * height * width * manifest.num_views * num_done
-    size = progress.shard_bytes.get(name, 0) + codec_bytes
+    sections = {
+        tap: sums.section_bytes
+        for tap, sums in progress.sums.items()
+        if array_of(tap) == array_of(name)
+    }
+    share = sections.get(name, 0) / max(1, sum(sections.values()))
+    size = round(share * progress.shard_bytes.get(array_of(name), 0)) + codec_bytes
     return {
         "bytes": size,
         "codec_bytes": codec_bytes,
@@ -267,7 +276,7 @@ def _tap_bytes(
 
 
 def _tap_errors(manifest: CacheManifest, name: str, sums: Mapping[str, CodecSums]) -> Json:
-    """Return the measurements of one array: the codec's errors, noise, equivariance."""
+    """Return the measurements of one tap: the codec's errors, noise, equivariance."""
     codec = manifest.recipe["codec"]
     total = sums.get(name)
     relative_mse = None

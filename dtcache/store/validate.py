@@ -27,9 +27,9 @@ MAX_VALUES = 1 << 26
 MAX_FIT_BYTES = 1 << 29
 """Most bytes of the codec's arrays: a hundred maps of 320 channels of 128x128."""
 MAX_ARRAYS = 1 << 12
-"""Most arrays of features: timesteps times taps."""
+"""Most codecs: timesteps times taps."""
 BOX = ("top", "left", "height", "width")
-ARRAY_NAME = re.compile(r"[a-z0-9]+(/[a-z0-9]+)?")
+ARRAY_NAME = re.compile(r"[a-z0-9]+")
 FILE_NAME = re.compile(
     rf"{re.escape(SAMPLES)}|{re.escape(SHARDS)}|{re.escape(PROMPT)}"
     r"|data\.zarr/([a-z0-9_]+/)*(zarr\.json|c(\.[0-9]+)+)"
@@ -67,18 +67,28 @@ def check_manifest(value: Json) -> dict[str, PayloadArray]:
     for name, sha256 in value["files"].items():
         if not FILE_NAME.fullmatch(name) or not _SHA256.fullmatch(sha256):
             raise ValueError(f"files: {name[:80]!r} with the SHA-256 {sha256[:64]!r}")
-    arrays = {name: _checked_array(name, array) for name, array in value["arrays"].items()}
+    if not _SHA256.fullmatch(value["fingerprint"]):
+        raise ValueError(f"fingerprint {value['fingerprint'][:64]!r}")
+    arrays = {
+        name: _checked_array(name, array, value["fingerprint"])
+        for name, array in value["arrays"].items()
+    }
     check_recipe(value["recipe"])
     check_measured(value.get("measured"))
     return arrays
 
 
-def _checked_array(name: str, value: Json) -> PayloadArray:
+def _checked_array(name: str, value: Json, fingerprint: str) -> PayloadArray:
     """Return the array that a manifest describes.
 
     Raises ValueError if its sizes exceed the bounds.
     """
-    array = PayloadArray(name=name, shape=tuple(value["shape"][:4]), shard_rows=value["shard_rows"])
+    array = PayloadArray(
+        name=name,
+        fingerprint=fingerprint,
+        shape=tuple(value["shape"][:4]),
+        shard_rows=value["shard_rows"],
+    )
     valid = (
         len(array.shape) in (2, 3) and min(array.shape) > 0 and array.length <= MAX_PAYLOAD_BYTES
     )

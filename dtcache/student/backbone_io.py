@@ -117,14 +117,16 @@ def save_backbone(
             "input_size": [3, *input_size],
             "fixed_input_size": backbone.fixed_size,
             "crop_pct": 1.0,
-            "crop_mode": "squash" if view.fit == "stretch" else "center",
+            "crop_mode": "squash" if view.resize_mode == "stretch" else "center",
             "interpolation": "bicubic",
             "mean": list(backbone.mean),
             "std": list(backbone.std),
             "first_conv": timm_config.get("first_conv"),
             "classifier": timm_config.get("classifier"),
         },
-        "dtcache": {"view": {"height": view.height, "width": view.width, "fit": view.fit}},
+        "dtcache": {
+            "view": {"height": view.height, "width": view.width, "resize_mode": view.resize_mode}
+        },
     }
     model_args = dict(backbone.model_args)
     if backbone.fixed_size:

@@ -142,6 +142,10 @@ def read_view(view: Any) -> ViewSpec:
 
     Raises ValueError, KeyError or TypeError if it is damaged.
     """
-    if view["fit"] not in ("crop", "stretch"):
-        raise ValueError(f"fit {view['fit']!r} is neither crop nor stretch")
-    return ViewSpec(height=bounded(view["height"]), width=bounded(view["width"]), fit=view["fit"])
+    if view["resize_mode"] not in ("crop", "stretch"):
+        raise ValueError(f"resize_mode {view['resize_mode']!r} is neither crop nor stretch")
+    return ViewSpec(
+        height=bounded(view["height"]),
+        width=bounded(view["width"]),
+        resize_mode=view["resize_mode"],
+    )

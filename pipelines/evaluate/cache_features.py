@@ -115,8 +115,8 @@ class CachedMaps:
                 encoded = self._encoder.encode(name, *(raw[name] for raw in draws))
                 finite = [i for i, view in enumerate(encoded) if view.finite]
                 if finite:
-                    payloads = pack([encoded[i].payload for i in finite])
-                    values, _ = self._host.decode(name, payloads)
+                    sections = pack([encoded[i].section for i in finite])
+                    values, _ = self._host.decode(name, sections)
                     put(name, [chunk[i] for i in finite], values)
         return {name: self._stacked(name, reduced[name], reduce) for name in names}
 

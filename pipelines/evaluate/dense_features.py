@@ -79,7 +79,7 @@ class NetworkTrunk:
         evaluated = open_backbone(model, options)
         size = evaluated.input_size
         if options.size:
-            view = ViewSpec(height=size[0], width=size[1], fit=evaluated.view.fit)
+            view = ViewSpec(height=size[0], width=size[1], resize_mode=evaluated.view.resize_mode)
             evaluated = replace(evaluated, view=view)
         self.view = evaluated.view
         self.name = evaluated.name

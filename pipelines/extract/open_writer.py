@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from dtcache.codec import sections_of
 from dtcache.errors import CacheBusyError, CacheMismatchError
 from dtcache.images.stored_images import image_bound
 from dtcache.recipe import CodecSpec
@@ -62,7 +63,7 @@ def begin_cache(out: Path, plan: ExtractionPlan) -> CacheWriter:
         measured.equivariance,
         measured.round_trip,
     )
-    bounds = {name: tap.payload_bound for name, tap in fitted.fit.items()}
+    bounds = {array: sections.bound for array, sections in sections_of(fitted.fit).items()}
     prompt = plan.teacher.prompt
     return CacheWriter.create(
         out,

@@ -130,7 +130,7 @@ class ExtractionPlan:
             seed=options.seed,
             shard_rows=shard_rows,
             threads=options.threads,
-            images="view" if options.store_images else "none",
+            store_images=options.store_images,
             equivariance=equivariance,
             round_trip=round_trip,
         )

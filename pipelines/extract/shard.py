@@ -20,7 +20,7 @@ import torch
 from dtcache.codec import EncodedView, FeatureEncoder, QuantisedMaps
 from dtcache.images import LoadedView
 from dtcache.images.stored_images import encode_stored, image_bound
-from dtcache.recipe import FailedSample
+from dtcache.recipe import FailedSample, array_of
 from dtcache.store.commits import CodecSums, EmptySample
 from dtcache.store.layout import IMAGES
 from dtcache.store.pending_shard import ShardData
@@ -54,7 +54,9 @@ class PackedRow:
     """Why the row failed, or None."""
     image: bytes
     views: dict[str, list[EncodedView]]
-    """By array: draw by draw, each without and with mirroring; empty if the row failed."""
+    """By tap: draw by draw, each without and with mirroring; empty if the row failed."""
+    payloads: dict[str, list[bytes]]
+    """By array, in the same order; empty if the row failed."""
     emptiness: str | None = None
     """Why the image surely shows nothing, or None."""
 
@@ -68,9 +70,10 @@ def shard_data(
     was fitted on all.
     """
     names = plan.names
-    payloads: dict[str, list[bytes]] = {name: [] for name in names}
+    payloads: dict[str, list[bytes]] = {array_of(name): [] for name in names}
     errors = dict.fromkeys(names, 0.0)
     energies = dict.fromkeys(names, 0.0)
+    sizes = dict.fromkeys(names, 0)
     failures: list[FailedSample] = []
     empty: list[EmptySample] = []
     for row, content in zip(rows, packed, strict=True):
@@ -79,9 +82,11 @@ def shard_data(
         elif content.emptiness is not None:
             key = plan.samples[row].key
             empty.append(EmptySample(row=row, key=key, reason=content.emptiness))
+        for array, of_views in payloads.items():
+            of_views += content.payloads.get(array) or [b""] * plan.num_views
         for name in names:
             encoded = content.views.get(name, [])
-            payloads[name] += [v.payload for v in encoded] if encoded else [b""] * plan.num_views
+            sizes[name] += sum(len(v.section) for v in encoded)
             if row >= fit_rows or len(plan.samples) == fit_rows:
                 errors[name] += sum(v.squared_error for v in encoded)
                 energies[name] += sum(v.energy for v in encoded)
@@ -92,7 +97,12 @@ def shard_data(
         payloads=payloads,
         content_sha256=tuple(content.content_sha256 for content in packed),
         failures=tuple(failures),
-        sums={name: CodecSums(squared_error=errors[name], energy=energies[name]) for name in names},
+        sums={
+            name: CodecSums(
+                squared_error=errors[name], energy=energies[name], section_bytes=sizes[name]
+            )
+            for name in names
+        },
         empty=tuple(empty),
     )
 
@@ -205,7 +215,9 @@ def _pack(
     """Entropy-code the views of a row, which are at `positions` of every group, and its image."""
     loaded = prepared.loaded
     if loaded.failure is not None:
-        return PackedRow(content_sha256=None, reason=loaded.failure, image=b"", views={})
+        return PackedRow(
+            content_sha256=None, reason=loaded.failure, image=b"", views={}, payloads={}
+        )
     content_sha256 = hashlib.sha256(loaded.source).hexdigest()
     views = {
         name: [v for maps in groups for v in encoder.pack(name, maps[name], positions)]
@@ -216,12 +228,15 @@ def _pack(
     )
     if infinite is not None:
         reason = f"teacher output is not finite at {infinite}"
-        return PackedRow(content_sha256=content_sha256, reason=reason, image=b"", views={})
+        return PackedRow(
+            content_sha256=content_sha256, reason=reason, image=b"", views={}, payloads={}
+        )
     image = encode_stored(loaded, image_bound(plan.view)) if plan.options.store_images else b""
     return PackedRow(
         content_sha256=content_sha256,
         reason=None,
         image=image,
         views=views,
+        payloads=encoder.payloads(views),
         emptiness=loaded.emptiness,
     )

@@ -68,7 +68,7 @@ def _facts(report: Json, root: Path) -> Table:
         "classes": _classes(report),
         "views": _views(recipe),
         "encoding": _encoding(recipe),
-        "view": f"{view['height']}x{view['width']}, {view['fit']}",
+        "view": f"{view['height']}x{view['width']}, {view['resize_mode']}",
         "codec": _codec(report),
         "teacher": f"{teacher['architecture']} {teacher['weights_sha256'][:12]}",
         "fingerprint": report["fingerprint"][:16],

@@ -15,7 +15,7 @@ from torch import Tensor
 from dtcache.cache.batch import Rows
 from dtcache.cache.cache import Cache
 from dtcache.cache.fitted_codec import load_fit
-from dtcache.codec import FeatureEncoder, sha256_fit
+from dtcache.codec import FeatureEncoder, sections_of, sha256_fit
 from dtcache.codec.fit import Solved, solve_step, tap_statistics
 from dtcache.device import resolve_compute
 from dtcache.device_memory import memory_errors
@@ -34,6 +34,7 @@ from dtcache.recipe import (
     TapSpec,
     TeacherSpec,
     ViewSpec,
+    array_of,
 )
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import LOGITS, SAMPLES, payload_arrays
@@ -121,56 +122,64 @@ class LabelWriter:
         fitted = rows[: max(1, min(fit_rows(len(self.cache)), MAX_FIT_VALUES // values))]
         solved = self._fitted(fitted, samples)
         recipe = self._recipe(solved, int(fitted[-1]) + 1)
-        fit = solved.fit[LOGITS]
-        arrays = payload_arrays(recipe, 0, {LOGITS: fit.payload_bound})
-        return CacheWriter.create(out, recipe, arrays, {LOGITS: fit.arrays()}, samples, None)
+        bounds = {array: sections.bound for array, sections in sections_of(solved.fit).items()}
+        return CacheWriter.create(
+            out,
+            recipe,
+            payload_arrays(recipe, 0, bounds),
+            {LOGITS: solved.fit[LOGITS].arrays()},
+            samples,
+            None,
+        )
 
     def write(self, writer: CacheWriter) -> None:
         """Label and commit the missing shards."""
-        array = writer.manifest.arrays[LOGITS]
-        remaining = sum(len(array.rows_of(shard)) for shard in writer.missing)
+        rows_of = writer.manifest.rows_of
+        remaining = sum(len(rows_of(shard)) for shard in writer.missing)
         encoder = label_encoder(writer.root, writer.manifest)
         with track("label write", len(self.cache), len(self.cache) - remaining) as progress:
             for shard in writer.missing:
                 writer.write_shard(self.shard(writer.manifest, encoder, shard))
-                progress.advance(len(array.rows_of(shard)))
+                progress.advance(len(rows_of(shard)))
 
     def shard(self, manifest: CacheManifest, encoder: FeatureEncoder, shard: int) -> ShardData:
         """Label and encode a shard's rows for the label set of `manifest`.
 
         Raises CodecError if a logit is not finite.
         """
-        rows = manifest.arrays[LOGITS].rows_of(shard)
+        rows = manifest.rows_of(shard)
         fitted = int(manifest.recipe["codec"]["fit_rows"])
         usable = np.intersect1d(np.array(rows), self.cache.reader.usable_rows)
         payloads = dict.fromkeys(rows, b"")
         sums = [0.0, 0.0]
+        size = 0
         step = max(1, self._options.batch_size // self.cache.num_views)
         for start in range(0, len(usable), step):
             chosen = usable[start : start + step]
-            for row, view in zip(
-                chosen.tolist(), encoder.encode(LOGITS, self._joined(chosen)), strict=True
-            ):
+            views = encoder.encode(LOGITS, self._joined(chosen))
+            [joined] = encoder.payloads({LOGITS: views}).values()
+            for row, view, payload in zip(chosen.tolist(), views, joined, strict=True):
                 if not view.finite:
                     key = self.cache.samples["key"][row]
                     raise CodecError(
                         f"the logits of {key} are not finite; fit the interpreter again with a "
                         "lower lr"
                     )
-                payloads[row] = view.payload
+                payloads[row] = payload
+                size += len(view.section)
                 if row >= fitted or len(self.cache) == fitted:
                     sums = [sums[0] + view.squared_error, sums[1] + view.energy]
         failed = self.cache.samples.slice(rows.start, len(rows)).to_pylist()
         return ShardData(
             shard=shard,
-            payloads={LOGITS: [payloads[row] for row in rows]},
+            payloads={array_of(LOGITS): [payloads[row] for row in rows]},
             content_sha256=(None,) * len(rows),
             failures=tuple(
                 FailedSample(row=s["row"], key=s["key"], reason=s["failure"])
                 for s in failed
                 if s["failure"] is not None
             ),
-            sums={LOGITS: CodecSums(squared_error=sums[0], energy=sums[1])},
+            sums={LOGITS: CodecSums(squared_error=sums[0], energy=sums[1], section_bytes=size)},
         )
 
     def fixed_fields(self) -> Json:
@@ -265,7 +274,7 @@ class LabelWriter:
             flips=False,
             seed=own.recipe["seed"],
             shard_rows=own.recipe["shard_rows"],
-            images="none",
+            store_images=False,
             threads=torch.get_num_threads() if on_cpu else None,
             labels=LabelSpec(
                 level=spec.level,

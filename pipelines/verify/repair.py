@@ -106,8 +106,7 @@ class _Damaged:
             note = "the record of its SHA-256 is damaged too; repair that file first"
             return Repair(path=wanted.path, outcome="refused", note=note)
         array = self.manifest.arrays[wanted.array.name]
-        entries = array.shard_rows * array.payloads_per_row
-        content = build_shard(shard.payloads[array.name], array.length, entries)
+        content = build_shard(array, shard.shard, shard.payloads[array.name])
         return self.write(wanted.path, content, wanted.sha256, mismatch)
 
     def write(

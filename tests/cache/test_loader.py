@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from store.builders import COARSE, FAILED_ROW, FINE, ROWS, begin, tiny_plan, write_cache
+from store.builders import COARSE, FAILED_ROW, FEATURES, FINE, ROWS, begin, tiny_plan, write_cache
 from support.files import flip
 
 from dtcache.cache import loader as loader_module
@@ -179,11 +179,11 @@ def test_a_single_view_cache_serves_view_0(tmp_path: Path) -> None:
     plan = tiny_plan()
     recipe = replace(plan.recipe, flips=False)
     arrays = {
-        n: replace(a, shape=(ROWS, 1, a.length)) if n in NAMES else a
+        n: replace(a, shape=(ROWS, 1, a.length)) if n == FEATURES else a
         for n, a in plan.arrays.items()
     }
     shards = [
-        replace(s, payloads={n: p[::2] if n in NAMES else p for n, p in s.payloads.items()})
+        replace(s, payloads={n: p[::2] if n == FEATURES else p for n, p in s.payloads.items()})
         for s in plan.shards
     ]
     single = replace(plan, recipe=recipe, arrays=arrays, shards=shards)
@@ -245,12 +245,12 @@ def test_leaving_an_epoch_early_leaves_no_thread(cache: Cache) -> None:
 def test_damage_reaches_the_consumer(tmp_path: Path) -> None:
     """A flipped byte that a thread reads raises CacheDamagedError in the consumer."""
     root = write_cache(tmp_path / "cache", tiny_plan())
-    path = root / "data.zarr" / FINE / "c.0.0.0"
+    path = root / "data.zarr" / FEATURES / "c.0.0.0"
     flip(path, 3, 4)
     damaged = loader(Cache(root), batch_size=1)
     with pytest.raises(
         CacheDamagedError,
-        match=rf"sample {tiny_plan().samples[0].key} of {FINE}, view 0: the checksum",
+        match=rf"sample {tiny_plan().samples[0].key} of {FEATURES}, view 0: the checksum",
     ):
         for epoch in range(20):
             list(damaged.epoch(epoch))
@@ -300,8 +300,8 @@ def test_no_damaged_chunk_is_ever_served(root: Path, tmp_path: Path) -> None:
     ("name", "message"),
     [
         (
-            FINE,
-            rf"{FINE} of sample {tiny_plan().samples[2].key}: a payload does not decode.*; run "
+            FEATURES,
+            rf"{FEATURES} of sample {tiny_plan().samples[2].key}: a payload does not decode.*; run "
             rf"dtcache verify",
         ),
         (
@@ -491,10 +491,10 @@ def test_the_disk_is_told_of_whole_stretches(root: Path, monkeypatch: pytest.Mon
     calls: list[tuple[int, int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda *call: calls.append(call[:3]))
     reader = Cache(root).reader
-    reader.will_need(FINE, np.array([0, 1, 2, 8]))
+    reader.will_need(FEATURES, np.array([0, 1, 2, 8]))
     assert [length for _, _, length in calls] == [
-        int(reader._indices[FINE].table[0, :6, 1].sum()),
-        int(reader._indices[FINE].table[2, :2, 1].sum()),
+        int(reader._indices[FEATURES].table[0, :6, 1].sum()),
+        int(reader._indices[FEATURES].table[2, :2, 1].sum()),
     ]
 
 

@@ -46,13 +46,24 @@ def draw_values(fitted: FittedTap, seed: int, escape_values: bool = True) -> NDA
     return np.array(values, np.int16)
 
 
-def reference_decode(payload: bytes, fitted: FittedTap) -> tuple[list[int], float, float]:
+def reference_sections(payload: bytes, names: list[str]) -> dict[str, bytes]:
+    """Return the sections of a payload of small taps, whose lengths are uint16."""
+    lengths = [2 * n for n in struct.unpack_from(f"<{len(names) - 1}H", payload)]
+    sections = {}
+    begin = 2 * len(lengths)
+    for name, length in zip(names, [*lengths, len(payload)], strict=True):
+        sections[name] = payload[begin : begin + length]
+        begin += length
+    return sections
+
+
+def reference_decode(section: bytes, fitted: FittedTap) -> tuple[list[int], float, float]:
     """Decode with Python integers alone and return values, sigma and mu.
 
-    Raises ValueError unless decoding ends exactly at the payload's end.
+    Raises ValueError unless decoding ends exactly at the section's end.
     """
-    sigma, mu, *states = struct.unpack_from("<ff4I", payload)
-    rest = payload[24:]
+    states = list(struct.unpack_from("<4I", section))
+    rest = section[16:]
     words = list(struct.unpack(f"<{len(rest) // 2}H", rest))
     values = []
     for i, t in enumerate(coded_tables(fitted)):
@@ -68,6 +79,8 @@ def reference_decode(payload: bytes, fitted: FittedTap) -> tuple[list[int], floa
         values.append(
             symbol - half if symbol <= 2 * half else (words.pop(0) + 32768) % 65536 - 32768
         )
-    if words or states != [1 << 16] * 4:
+    if words or [state >> 16 for state in states] != [1] * 4:
         raise ValueError(f"{len(words)} words and states {states} are left")
+    scalars = struct.pack("<4H", *(state & 0xFFFF for state in states))
+    sigma, mu = struct.unpack("<ff", scalars)
     return values, sigma, mu

@@ -101,7 +101,7 @@ def test_a_smaller_step_gives_a_smaller_error() -> None:
         fitted = quantised_fit(statistics, step)
         errors.append(float(Encoder(fitted)(x)[1].sum()))
         encoder = FeatureEncoder({"t1/stride1": fitted}, torch.device("cpu"))
-        sizes.append(sum(len(v.payload) for v in encoder.encode("t1/stride1", x)))
+        sizes.append(sum(len(v.section) for v in encoder.encode("t1/stride1", x)))
     assert (np.diff(errors) < 0).all()
     assert (np.diff(sizes) > 0).all()
     assert errors[-1] < 0.01 * float((x**2).sum())
@@ -158,7 +158,7 @@ def test_solve_step_meets_a_target_in_real_payloads(ratio: float) -> None:
             float(
                 np.mean(
                     [
-                        len(v.payload)
+                        len(v.section)
                         for v in encoder.encode(name, torch.from_numpy(x[0].astype(np.float32)))
                     ]
                 )
@@ -204,7 +204,7 @@ def test_half_fits_cost_what_float16_costs() -> None:
     solved = half_fits(statistics)
     assert (solved.step, solved.determined_error) == (None, {"t1/stride1": 0.0})
     assert solved.fit["t1/stride1"].shape == (6, 8, 8)
-    assert solved.bytes_per_view == solved.fit["t1/stride1"].payload_bound == 8 + 2 * 6 * 8 * 8 + 8
+    assert solved.bytes_per_view == solved.fit["t1/stride1"].section_bound == 8 + 2 * 6 * 8 * 8 + 8
 
 
 def test_solve_step_returns_the_coarsest_for_an_impossible_target() -> None:

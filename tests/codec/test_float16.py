@@ -32,7 +32,7 @@ def test_features_come_back_as_float16_of_the_whitened_map() -> None:
     """Decoding returns NumPy's float16 of the whitened feature and the exact scalars."""
     raw = raw_maps(5, 0)
     encoded = FeatureEncoder(fit(), torch.device("cpu")).encode(TAP, raw)
-    values, scalars = HostDecoder(fit()).decode(TAP, pack([v.payload for v in encoded]))
+    values, scalars = HostDecoder(fit()).decode(TAP, pack([v.section for v in encoded]))
     found = FeatureDecoder(fit())({TAP: values})[TAP]
     whitened, mu, sigma = whiten(raw)
     np.testing.assert_array_equal(
@@ -70,7 +70,7 @@ def test_error_and_energy_are_numpys() -> None:
 def test_short_payloads_are_refused() -> None:
     """A payload too short for its values raises CodecError before anything is read."""
     with pytest.raises(
-        PayloadError, match="a payload has 40 bytes, too short for 72 float16 values"
+        PayloadError, match="a section has 40 bytes, too short for 72 float16 values"
     ) as caught:
         HalfCoder(count=72).unpack(pack([bytes(160), bytes(40)]))
     assert caught.value.index == 1

@@ -144,7 +144,7 @@ def test_a_tap_without_live_coefficients_decodes_to_its_mean() -> None:
     raw = torch.from_numpy(features(3, (4, 4, 4), 2))
     fit = {"t1/stride4": fitted}
     encoded = FeatureEncoder(fit, torch.device("cpu")).encode("t1/stride4", raw)
-    values, _ = HostDecoder(fit).decode("t1/stride4", pack([view.payload for view in encoded]))
+    values, _ = HostDecoder(fit).decode("t1/stride4", pack([view.section for view in encoded]))
     found = FeatureDecoder(fit)({"t1/stride4": values})["t1/stride4"]
     np.testing.assert_array_equal(
         found.numpy(), np.broadcast_to(fitted.mean.astype(np.float32)[:, None, None], (3, 4, 4, 4))
@@ -163,7 +163,7 @@ def test_feature_encoder_to_feature_decoder() -> None:
     decoder = FeatureDecoder(fit)
     for name, x in raw.items():
         encoded = encoder.encode(name, torch.from_numpy(x))
-        values, scalars = host.decode(name, pack([view.payload for view in encoded]))
+        values, scalars = host.decode(name, pack([view.section for view in encoded]))
         whitened = decoder({name: values})[name].numpy().astype(np.float64)
         sigma, mu = scalars.numpy().T[:, :, None, None, None]
         met = np.square((whitened * sigma + mu - x) / sigma).sum((1, 2, 3))
@@ -181,7 +181,7 @@ def test_several_draws_are_coded_as_their_mean() -> None:
     decoder = FeatureDecoder(fit)
     draws = [torch.from_numpy(features(3, (6, 4, 4), seed) * seed) for seed in (5, 6, 7)]
     encoded = encoder.encode("t1/stride4", *draws)
-    values, scalars = host.decode("t1/stride4", pack([view.payload for view in encoded]))
+    values, scalars = host.decode("t1/stride4", pack([view.section for view in encoded]))
     maps = np.stack([x.numpy().astype(np.float64) for x in draws])
     mu = maps.mean((2, 3, 4))
     sigma = np.sqrt(maps.var((2, 3, 4)) + 1e-6)
@@ -198,11 +198,11 @@ def test_a_map_that_is_not_finite_has_no_payload(wrong: float) -> None:
     fit = {"t1/stride4": fitted_tap((6, 4, 4), 0.3)}
     encoder = FeatureEncoder(fit, torch.device("cpu"))
     raw = torch.from_numpy(features(3, (6, 4, 4), 4))
-    before = [v.payload for v in encoder.encode("t1/stride4", raw)]
+    before = [v.section for v in encoder.encode("t1/stride4", raw)]
     raw[1, 2, 3, 0] = wrong
     found = encoder.encode("t1/stride4", raw)
     assert [v.finite for v in found] == [True, False, True]
-    assert [v.payload for v in found] == [before[0], b"", before[2]]
+    assert [v.section for v in found] == [before[0], b"", before[2]]
 
 
 def test_live_is_class_order() -> None:

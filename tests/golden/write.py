@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from store.builders import FAILED_ROW, IMAGES, ROWS, VIEWS, tiny_plan, write_cache
+from store.builders import FAILED_ROW, FEATURES, IMAGES, ROWS, VIEWS, tiny_plan, write_cache
 
 from dtcache.cache.cache import Cache
 from dtcache.recipe import FORMAT_VERSION
@@ -26,14 +26,14 @@ def main() -> None:
     rows = np.array([row for row in range(ROWS) if row != FAILED_ROW])
     pairs = np.repeat(rows, VIEWS), np.tile(np.arange(VIEWS), len(rows))
     expected = {"rows": rows, "pixels": plan.pixels[rows]}
-    for name in (IMAGES, *cache.names):
+    for name in (IMAGES, FEATURES):
         where = pairs if name != IMAGES else (rows, np.zeros_like(rows))
         payloads = [plan.payload(name, row, view) for row, view in zip(*where, strict=True)]
         expected[f"{name}/sizes"] = np.array([len(payload) for payload in payloads])
         expected[f"{name}/payloads"] = np.frombuffer(b"".join(payloads), np.uint8)
-    for name in cache.names:
+    for name, features in cache.raw(cache.names, rows).items():
         expected[f"{name}/coefficients"] = plan.values[name][rows]
-        expected[f"{name}/features"] = cache.raw(name, rows).numpy()
+        expected[f"{name}/features"] = features.numpy()
     np.savez_compressed(HERE / "expected.npz", **expected)
 
 

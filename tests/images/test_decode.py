@@ -54,7 +54,7 @@ def test_crop_antialiases() -> None:
 def test_stretch_keeps_the_whole_image() -> None:
     """Stretching keeps both ends of a wide gradient, and cropping does not."""
     ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (16, 1, 3))
-    stretched, _ = decode_view(png(ramp), ViewSpec(height=16, width=32, fit="stretch"))
+    stretched, _ = decode_view(png(ramp), ViewSpec(height=16, width=32, resize_mode="stretch"))
     cropped, _ = decode_view(png(ramp), SQUARE)
     assert stretched.shape == (3, 16, 32)
     assert stretched.min() < 8 and stretched.max() > 247

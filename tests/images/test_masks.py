@@ -43,7 +43,7 @@ def blobs(height: int, width: int) -> np.ndarray:
         ((90, 61), SQUARE),
         ((61, 90), SQUARE),
         ((37, 53), ViewSpec(height=16, width=32)),
-        ((37, 53), ViewSpec(height=16, width=32, fit="stretch")),
+        ((37, 53), ViewSpec(height=16, width=32, resize_mode="stretch")),
         ((12, 9), SQUARE),
     ],
 )

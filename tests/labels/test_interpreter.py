@@ -28,7 +28,10 @@ TEACHER: Json = {
     "ddim_steps": None,
     "condition": None,
 }
-RECIPE: Json = {"teacher": dict(TEACHER), "view": {"height": 32, "width": 48, "fit": "crop"}}
+RECIPE: Json = {
+    "teacher": dict(TEACHER),
+    "view": {"height": 32, "width": 48, "resize_mode": "crop"},
+}
 SPEC = InterpreterSpec(
     level="pixel",
     classes=("sky", "road", "car"),
@@ -125,7 +128,10 @@ def test_a_folder_gives_the_same_interpreter_back(tmp_path: Path) -> None:
         ),
         ({"shapes": 3}, r"not the configuration of an interpreter"),
         ({"teacher": {}}, r"its teacher's fields are not those"),
-        ({"view": {"height": 32, "width": 48, "fit": "x"}}, r"fit 'x' is neither crop nor stretch"),
+        (
+            {"view": {"height": 32, "width": 48, "resize_mode": "x"}},
+            r"resize_mode 'x' is neither crop nor stretch",
+        ),
     ],
 )
 def test_a_folder_that_was_changed_is_refused(tmp_path: Path, change: Json, message: str) -> None:
@@ -177,7 +183,7 @@ def test_features_of_its_own_teacher_are_served(tmp_path: Path) -> None:
             r"teacher ddim_steps is 20 in the cache, the interpreter expects None",
         ),
         (
-            {"view": {"height": 64, "width": 64, "fit": "crop"}},
+            {"view": {"height": 64, "width": 64, "resize_mode": "crop"}},
             SHAPES,
             r"view is \{'height': 64.* in the cache",
         ),

@@ -17,7 +17,7 @@ from dtcache.images.stored_images import encode_stored, image_bound
 from dtcache.images.view_loader import LoadedView
 from dtcache.recipe import CodecSpec, FailedSample, Recipe, Sample, TapSpec, TeacherSpec, ViewSpec
 from dtcache.store.commits import CodecSums
-from dtcache.store.layout import IMAGES, LOG, PayloadArray, payload_arrays, tap_names
+from dtcache.store.layout import IMAGES, LOG, PayloadArray, payload_arrays
 from dtcache.store.pending_shard import ShardData
 from dtcache.store.sample_index import hash_samples
 from dtcache.store.writer import CacheWriter
@@ -34,6 +34,7 @@ TAPS = (
 )
 FINE = "t150/stride2"
 COARSE = "t150/stride4"
+FEATURES = "t150"
 VOLATILE = (LOG, ".lock")
 
 
@@ -49,12 +50,12 @@ class Plan:
     pixels: NDArray[np.uint8]
     """(N, 3, H, W): the unmirrored images."""
     raw: dict[str, NDArray[np.float32]]
-    """(N, V, C, H, W): the teacher's features by array."""
+    """(N, V, C, H, W): the teacher's features by tap."""
     values: dict[str, NDArray[np.int16]]
-    """(N, V, n): quantised coefficients by array, straight from the quantiser."""
+    """(N, V, n): quantised coefficients by tap, straight from the quantiser."""
 
     def payload(self, name: str, row: int, view: int) -> bytes:
-        """Return one payload as the writer received it."""
+        """Return one payload as the writer received it, without its tag."""
         views = 1 if name == IMAGES else VIEWS
         shard, inner = divmod(row, SHARD_ROWS)
         return self.shards[shard].payloads[name][inner * views + view]
@@ -76,7 +77,7 @@ def tiny_plan() -> Plan:
     """Fit a codec on random features and encode ten rows with it."""
     import torch
 
-    from dtcache.codec import FeatureEncoder, FittedTap, sha256_fit
+    from dtcache.codec import FeatureEncoder, FittedTap, sections_of, sha256_fit
     from dtcache.codec.fit import quantised_fit, tap_statistics
     from dtcache.codec.pca_dct import Encoder
     from dtcache.whitening import whiten
@@ -126,7 +127,7 @@ def tiny_plan() -> Plan:
         seed=3,
         shard_rows=SHARD_ROWS,
     )
-    bounds = {name: fitted.payload_bound for name, fitted in fit.items()}
+    bounds = {array: sections.bound for array, sections in sections_of(fit).items()}
     arrays = payload_arrays(recipe, image_bound(VIEW), bounds)
     pixels = np.random.default_rng(7).integers(0, 256, (ROWS, 3, VIEW.height, VIEW.width), np.uint8)
     sources = [_png(image) for image in pixels]
@@ -134,6 +135,7 @@ def tiny_plan() -> Plan:
     encoder = FeatureEncoder(fit, torch.device("cpu"))
     flat = {name: torch.from_numpy(x).flatten(0, 1) for name, x in raw.items()}
     encoded = {name: encoder.encode(name, x) for name, x in flat.items()}
+    joined = encoder.payloads(encoded)[FEATURES]
     values = {
         name: Encoder(fit[name])(whiten(x)[0])[0].numpy().reshape(ROWS, VIEWS, -1)
         for name, x in flat.items()
@@ -143,12 +145,11 @@ def tiny_plan() -> Plan:
         rows = arrays[IMAGES].rows_of(shard)
         good = [row for row in rows if row != FAILED_ROW]
         payloads = {
-            name: [
-                encoded[name][row * VIEWS + view].payload if row != FAILED_ROW else b""
+            FEATURES: [
+                joined[row * VIEWS + view] if row != FAILED_ROW else b""
                 for row in rows
                 for view in range(VIEWS)
             ]
-            for name in tap_names(recipe)
         }
         payloads[IMAGES] = [
             encode_stored(
@@ -159,7 +160,7 @@ def tiny_plan() -> Plan:
                     unchanged=True,
                     failure=None,
                 ),
-                arrays[IMAGES].length,
+                image_bound(VIEW),
             )
             if row != FAILED_ROW
             else b""
@@ -183,6 +184,7 @@ def tiny_plan() -> Plan:
                     name: CodecSums(
                         squared_error=sum(e[i].squared_error for i in places),
                         energy=sum(e[i].energy for i in places),
+                        section_bytes=sum(len(e[i].section) for i in places),
                     )
                     for name, e in encoded.items()
                 },

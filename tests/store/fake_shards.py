@@ -16,6 +16,7 @@ from dtcache.errors import ClusterError, DiskError
 from dtcache.store.commits import CodecSums
 from dtcache.store.manifest import CacheManifest, read_manifest
 from dtcache.store.pending_shard import ShardData, WrittenShard, write_attempt
+from dtcache.store.tag import TAG_BYTES
 
 
 def planned(manifest: CacheManifest, shard: int) -> ShardData:
@@ -26,7 +27,7 @@ def planned(manifest: CacheManifest, shard: int) -> ShardData:
         shard=shard,
         payloads={
             name: [
-                random_bytes.randbytes(min(array.length, 24))
+                random_bytes.randbytes(min(array.length - TAG_BYTES, 24))
                 for _ in range(len(rows) * array.payloads_per_row)
             ]
             for name, array in manifest.arrays.items()
@@ -34,7 +35,7 @@ def planned(manifest: CacheManifest, shard: int) -> ShardData:
         content_sha256=tuple(f"{row:064x}" for row in rows),
         failures=(),
         sums={
-            name: CodecSums(squared_error=shard / 3, energy=shard + 0.1)
+            name: CodecSums(squared_error=shard / 3, energy=shard + 0.1, section_bytes=shard)
             for name in manifest.tap_names
         },
     )

@@ -7,9 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from store.builders import COARSE, FINE, VIEWS, tiny_plan
+from store.builders import FEATURES, VIEWS, tiny_plan
 
-from dtcache.errors import CacheDamagedError, CacheError, CacheMismatchError, CacheNotFoundError
+from dtcache.errors import (
+    CacheDamagedError,
+    CacheError,
+    CacheFormatError,
+    CacheMismatchError,
+    CacheNotFoundError,
+)
 from dtcache.hashing import canonical_json, sha256_json
 from dtcache.json_files import with_own_hash
 from dtcache.recipe import ConditionSpec, Json, Recipe
@@ -39,7 +45,8 @@ def tiny_manifest() -> CacheManifest:
         plan.recipe, plan.arrays, ["red", "grün"], {"samples.parquet": "0" * 64}
     )
     return manifest.sealed(
-        {"shards.parquet": "1" * 64}, {"t150/stride2": CodecSums(squared_error=0.1, energy=3.0)}
+        {"shards.parquet": "1" * 64},
+        {"t150/stride2": CodecSums(squared_error=0.1, energy=3.0, section_bytes=7)},
     )
 
 
@@ -51,7 +58,7 @@ def tiny_record(shard: int = 0) -> CommitRecord:
         objects=(ShardObject(path="data.zarr/images/c.0.0", size=5, sha256="e" * 64),),
         content_sha256=("d" * 64, None),
         failures=tiny_plan().shards[1].failures,
-        sums={"t150/stride2": CodecSums(squared_error=0.1 + shard, energy=1e-3)},
+        sums={"t150/stride2": CodecSums(squared_error=0.1 + shard, energy=1e-3, section_bytes=7)},
     )
 
 
@@ -78,7 +85,7 @@ def test_every_flipped_character_of_a_manifest_is_found(tmp_path: Path) -> None:
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
         with pytest.raises(
-            CacheError, match=r"checksum does not match|not a manifest of dtcache|expected format 1"
+            CacheError, match=r"checksum does not match|not a manifest of dtcache|expected format 2"
         ):
             read_manifest(tmp_path)
 
@@ -95,13 +102,13 @@ def test_every_truncated_manifest_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["[]", "3", "null", '{"format":1}', '{"format":1,"sha256":3}', '{"format":[]}']
+    "value", ["[]", "3", "null", '{"format":2}', '{"format":2,"sha256":3}', '{"format":[]}']
 )
 def test_json_that_is_no_manifest(tmp_path: Path, value: str) -> None:
     """JSON of another kind raises CacheError, never a bare KeyError or TypeError."""
     (tmp_path / "manifest.json").write_text(value)
     with pytest.raises(
-        CacheError, match=r"not a manifest of dtcache|checksum does not match|expected format 1"
+        CacheError, match=r"not a manifest of dtcache|checksum does not match|expected format 2"
     ):
         read_manifest(tmp_path)
 
@@ -162,7 +169,7 @@ def with_sizes(recipe: dict, arrays: dict) -> CacheManifest:
     )
 
 
-ALL = (IMAGES, FINE, COARSE)
+ALL = (IMAGES, FEATURES)
 L = {name: array.length for name, array in tiny_plan().arrays.items()}
 
 
@@ -170,8 +177,7 @@ def of_rows(count: int, shard_rows: int) -> dict:
     """Return changes that give every array `count` rows in shards of `shard_rows` rows."""
     shapes = {
         IMAGES: (count, L[IMAGES]),
-        FINE: (count, VIEWS, L[FINE]),
-        COARSE: (count, VIEWS, L[COARSE]),
+        FEATURES: (count, VIEWS, L[FEATURES]),
     }
     return {name: {"shape": shape, "shard_rows": shard_rows} for name, shape in shapes.items()}
 
@@ -179,14 +185,14 @@ def of_rows(count: int, shard_rows: int) -> dict:
 @pytest.mark.parametrize(
     ("recipe", "arrays"),
     [
-        ({}, {FINE: {"shape": (2**50, VIEWS, L[FINE])}}),
+        ({}, {FEATURES: {"shape": (2**50, VIEWS, L[FEATURES])}}),
         ({}, {IMAGES: {"shape": (9, L[IMAGES])}}),
         ({}, {IMAGES: {"shape": (10, VIEWS, L[IMAGES])}}),
-        ({}, {FINE: {"shape": (10, VIEWS + 1, L[FINE])}}),
-        ({}, {FINE: {"shape": (10, L[FINE])}}),
-        ({}, {FINE: {"shard_rows": 1}}),
+        ({}, {FEATURES: {"shape": (10, VIEWS + 1, L[FEATURES])}}),
+        ({}, {FEATURES: {"shape": (10, L[FEATURES])}}),
+        ({}, {FEATURES: {"shard_rows": 1}}),
         ({}, {name: {"shard_rows": 1} for name in ALL}),
-        ({"images": "none"}, {}),
+        ({"store_images": False}, {}),
         ({"flips": False}, {}),
         ({"num_samples": 2**50, "shard_rows": 1}, of_rows(2**50, 1)),
         ({"num_samples": 2**30 + 1, "shard_rows": 2**20}, of_rows(2**30 + 1, 2**20)),
@@ -211,7 +217,7 @@ def test_the_largest_sizes_are_read(tmp_path: Path) -> None:
         write_manifest(
             tmp_path, with_sizes({"num_samples": count, "shard_rows": rows}, of_rows(count, rows))
         )
-        assert read_manifest(tmp_path).arrays[FINE].num_shards == count // rows
+        assert read_manifest(tmp_path).arrays[FEATURES].num_shards == count // rows
 
 
 def test_a_map_beyond_any_payload_is_damage(tmp_path: Path) -> None:
@@ -309,13 +315,17 @@ def test_a_manifest_names_only_files_of_its_cache(
 @pytest.mark.parametrize(
     ("recipe", "arrays", "reason"),
     [
-        ({}, {IMAGES: {"shape": (10, 3000)}}, "array images: payloads of 3000 bytes for 192"),
         (
             {},
-            {FINE: {"shape": (10, VIEWS, 1 << 28)}},
-            "array t150/stride2: payloads of 268435456 bytes for 64 values",
+            {IMAGES: {"shape": (10, 3000)}},
+            "array images: expected payloads of at most 2816 bytes, got 3000",
         ),
-        ({}, {FINE: {"shape": (10, VIEWS, 1 << 29)}}, "array 't150/stride2' of shape"),
+        (
+            {},
+            {FEATURES: {"shape": (10, VIEWS, 1 << 28)}},
+            "array t150: expected payloads of at most 4448 bytes, got 268435456",
+        ),
+        ({}, {FEATURES: {"shape": (10, VIEWS, 1 << 29)}}, "array 't150' of shape"),
         ({"codec": None}, {}, "recipe.codec: expected an object"),
     ],
 )
@@ -353,14 +363,18 @@ def test_json_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             read_commits(tmp_path)
 
 
-def test_newer_format_is_refused(tmp_path: Path) -> None:
-    """A newer format is refused with its number and the next step, even if fields are unknown."""
-    (tmp_path / "manifest.json").write_text('{"format":2,"unknown":true}')
-    with pytest.raises(
-        CacheError,
-        match=r"manifest.json: expected format 1, got 2; install the dtcache that wrote it",
-    ):
+@pytest.mark.parametrize(
+    ("version", "fix"),
+    [("3", "install the dtcache that wrote it, or a newer one"), ("1", "extract again")],
+)
+def test_other_formats_are_refused(tmp_path: Path, version: str, fix: str) -> None:
+    """Another format is refused with its number and the next step, even if fields are unknown."""
+    (tmp_path / "manifest.json").write_text(f'{{"format":{version},"unknown":true}}')
+    with pytest.raises(CacheFormatError) as caught:
         read_manifest(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}/manifest.json: expected format 2, got {version}; {fix}"
+    )
 
 
 def test_missing_manifest(tmp_path: Path) -> None:
@@ -383,7 +397,11 @@ def test_require_same_names_the_dotted_field(tmp_path: Path) -> None:
             4,
             r"seed is 3 in the cache, 4 in this run; pass the same options",
         ),
-        (("view", "fit"), "stretch", r'view\.fit is "crop" in the cache, "stretch" in this run'),
+        (
+            ("view", "resize_mode"),
+            "stretch",
+            r'view\.resize_mode is "crop" in the cache, "stretch" in this run',
+        ),
         (
             ("teacher", "weights_sha256"),
             "c" * 64,
@@ -415,7 +433,7 @@ def test_fingerprint_covers_every_field() -> None:
         replace(recipe, num_samples=11),
         replace(recipe, samples_sha256=""),
         replace(recipe, noise="other"),
-        replace(recipe, view=replace(recipe.view, fit="stretch")),
+        replace(recipe, view=replace(recipe.view, resize_mode="stretch")),
         replace(recipe, codec=replace(recipe.codec, fit_sha256="")),
         replace(recipe, teacher=replace(recipe.teacher, timesteps=(151,))),
         replace(recipe, teacher=replace(recipe.teacher, device_type="cuda")),
@@ -530,8 +548,12 @@ def test_a_commit_record_under_another_name_is_found(tmp_path: Path) -> None:
             "expected a count, got '5'",
         ),
         (
-            {"sums": {"t0/a": {"squared_error": "x", "energy": 1.0}}},
+            {"sums": {"t0/a": {"squared_error": "x", "energy": 1.0, "section_bytes": 3}}},
             "expected a finite number, got 'x'",
+        ),
+        (
+            {"sums": {"t0/a": {"squared_error": 1.0, "energy": 1.0, "section_bytes": 0.5}}},
+            "expected a count, got '0.5'",
         ),
     ],
 )
@@ -552,15 +574,20 @@ def test_a_commit_record_of_other_types_is_found(
 def test_sums_add_in_the_order_given() -> None:
     """Totals per array are left-to-right float64 sums, so the shard order determines every bit."""
     sums = [0.1, 0.2, 0.3, 1e16, 1.0, -1e16]
-    small = {"b": CodecSums(squared_error=1.0, energy=0.0)}
+    small = {"b": CodecSums(squared_error=1.0, energy=0.0, section_bytes=2)}
     records = [
         replace(
             tiny_record(),
-            sums={"a": CodecSums(squared_error=s, energy=1.0), **(small if 0 < s < 1 else {})},
+            sums={
+                "a": CodecSums(squared_error=s, energy=1.0, section_bytes=3),
+                **(small if 0 < s < 1 else {}),
+            },
         )
         for s in sums
     ]
     found = total_sums(records)
-    assert found["a"] == CodecSums(squared_error=0.1 + 0.2 + 0.3 + 1e16 + 1.0 - 1e16, energy=6.0)
-    assert found["b"] == CodecSums(squared_error=3.0, energy=0.0)
+    assert found["a"] == CodecSums(
+        squared_error=0.1 + 0.2 + 0.3 + 1e16 + 1.0 - 1e16, energy=6.0, section_bytes=18
+    )
+    assert found["b"] == CodecSums(squared_error=3.0, energy=0.0, section_bytes=6)
     assert total_sums([]) == {}

@@ -8,10 +8,11 @@ import pytest
 import tensorstore
 import zarr
 import zarrs  # noqa: F401  (registers its codec pipeline)
-from store.builders import COARSE, FINE, ROWS, VIEWS, tiny_plan, write_cache
+from store.builders import FEATURES, ROWS, VIEWS, tiny_plan, write_cache
 
 from dtcache.store.layout import IMAGES, PayloadArray
 from dtcache.store.shard import build_shard
+from dtcache.store.tag import TAG_BYTES, tagged
 from dtcache.store.zarr_nodes import write_zarr_nodes
 from dtcache.store.zstd_frame import MAX_BLOCK
 
@@ -45,14 +46,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @READERS
-@pytest.mark.parametrize("name", [IMAGES, FINE, COARSE])
+@pytest.mark.parametrize("name", [IMAGES, FEATURES])
 def test_payloads_of_a_cache(data: Path, name: str, read: Read) -> None:
-    """Every payload reads as written and padded with zeros, the failed row's empty payload too."""
+    """Every payload reads as written, tagged and padded; the failed row's reads as zeros."""
     plan = tiny_plan()
     array = plan.arrays[name]
     views = 1 if name == IMAGES else VIEWS
     wanted = [
-        plan.payload(name, row, view).ljust(array.length, b"\0")
+        tagged(array.tag_seed, row, view, plan.payload(name, row, view)).ljust(array.length, b"\0")
         for row in range(ROWS)
         for view in range(views)
     ]
@@ -79,12 +80,16 @@ def test_frames_of_every_shape(tmp_path: Path, length: int, read: Read) -> None:
         for size in (0, 1, length // 2, length - 1, length, min(length, MAX_BLOCK + 1))
     ]
     payloads += [b"teacher " * (length // 8), bytes(range(16))]
-    array = PayloadArray(name="t1/stride2", shape=(len(payloads) // 2, 2, length), shard_rows=3)
+    array = PayloadArray(
+        name="t1",
+        fingerprint="f" * 64,
+        shape=(len(payloads) // 2, 2, length + TAG_BYTES),
+        shard_rows=3,
+    )
     write_zarr_nodes(tmp_path, {array.name: array}, {})
     for shard in range(array.num_shards):
         rows = array.rows_of(shard)
-        content = build_shard(payloads[2 * rows.start : 2 * rows.stop], length, 6)
+        content = build_shard(array, shard, payloads[2 * rows.start : 2 * rows.stop])
         (tmp_path / array.name / f"c.{shard}.0.0").write_bytes(content)
-    assert read(tmp_path, array.name).tobytes() == b"".join(
-        p.ljust(length, b"\0") for p in payloads
-    )
+    contents = read(tmp_path, array.name)[:, :, TAG_BYTES:]
+    assert contents.tobytes() == b"".join(p.ljust(length, b"\0") for p in payloads)

@@ -1,5 +1,6 @@
 """One shard's bytes agree with zarr-python, and every flipped byte is detected."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +19,40 @@ from dtcache.store.shard import (
     parse_index,
     unpack_chunk,
 )
+from dtcache.store.tag import TAG_BYTES
 from dtcache.store.zarr_nodes import write_zarr_nodes
 
 LENGTH = 48
+MOST = LENGTH - TAG_BYTES
 
 
 def array_of(entries: int) -> PayloadArray:
     """Return an array whose shards have `entries` chunks."""
-    return PayloadArray(name="t1/stride2", shape=(entries, LENGTH), shard_rows=entries)
+    return payload_array((entries, LENGTH), entries)
+
+
+def payload_array(shape: tuple[int, ...], shard_rows: int, name: str = "t1") -> PayloadArray:
+    """Return an array of a cache."""
+    return PayloadArray(name=name, fingerprint="f" * 64, shape=shape, shard_rows=shard_rows)
 
 
 def random_payloads(count: int, seed: int) -> list[bytes]:
-    """Return payloads of every size from empty to full length, some all zeros."""
+    """Return contents of every size from empty to full length."""
     rng = np.random.default_rng(seed)
-    payloads = [rng.bytes(int(rng.integers(1, LENGTH + 1))) for _ in range(count)]
-    payloads[0], payloads[-1] = b"", rng.bytes(LENGTH)
+    payloads = [rng.bytes(int(rng.integers(1, MOST + 1))) for _ in range(count)]
+    payloads[0], payloads[-1] = b"", rng.bytes(MOST)
     return payloads
+
+
+def stored(array: PayloadArray, payloads: list[bytes]) -> list[bytes]:
+    """Return whole payloads: contents with their tags, by docs/format.md, and padding."""
+    whole = []
+    for i, content in enumerate(payloads):
+        row, view = divmod(i, array.payloads_per_row)
+        text = array.fingerprint.encode() + array.name.encode() + struct.pack("<QI", row, view)
+        tag = struct.pack("<I", crc32c(text + content.rstrip(b"\0"))) if content else b""
+        whole.append((tag + content).ljust(array.length, b"\0"))
+    return whole
 
 
 def read_all(shard: bytes, count: int, entries: int) -> list[bytes]:
@@ -60,25 +79,23 @@ def test_zarr_reads_what_build_shard_wrote(
     tmp_path: Path, rows: int, views: tuple[int, ...]
 ) -> None:
     """zarr-python reads the same payloads, in ragged last shards and all-zero chunks too."""
-    array = PayloadArray(name="t1/stride2", shape=(rows, *views, LENGTH), shard_rows=4)
+    array = payload_array((rows, *views, LENGTH), 4)
     payloads = random_payloads(rows * array.payloads_per_row, seed=rows)
     write_zarr_nodes(tmp_path / "data.zarr", {array.name: array}, {})
     for shard in range(array.num_shards):
         part = array.rows_of(shard)
         mine = payloads[part.start * array.payloads_per_row : part.stop * array.payloads_per_row]
         path = tmp_path / array.object_path(shard)
-        path.write_bytes(build_shard(mine, LENGTH, 4 * array.payloads_per_row))
+        path.write_bytes(build_shard(array, shard, mine))
     found = zarr.open_array(tmp_path / "data.zarr", path=array.name, mode="r")
-    wanted = np.frombuffer(b"".join(p.ljust(LENGTH, b"\0") for p in payloads), np.uint8).reshape(
-        array.shape
-    )
+    wanted = np.frombuffer(b"".join(stored(array, payloads)), np.uint8).reshape(array.shape)
     np.testing.assert_array_equal(found[...], wanted)
     np.testing.assert_array_equal(found[rows - 1], wanted[rows - 1])
 
 
 def test_a_shard_that_zarr_wrote_reads(tmp_path: Path) -> None:
     """dtcache reads a shard that zarr-python wrote, so the layout is the standard one."""
-    array = PayloadArray(name="t1/stride2", shape=(4, 2, LENGTH), shard_rows=4)
+    array = payload_array((4, 2, LENGTH), 4)
     write_zarr_nodes(tmp_path / "data.zarr", {array.name: array}, {})
     payloads = [bytes([1 + i]) * (5 * i + 1) for i in range(8)]
     wanted = [p.ljust(LENGTH, b"\0") for p in payloads]
@@ -90,8 +107,8 @@ def test_a_shard_that_zarr_wrote_reads(tmp_path: Path) -> None:
 def test_every_flipped_byte_is_found() -> None:
     """A flipped byte anywhere in a ragged shard raises CacheDamagedError."""
     payloads = random_payloads(6, seed=1)
-    shard = build_shard(payloads, LENGTH, 8)
-    assert read_all(shard, 6, 8) == [p.ljust(LENGTH, b"\0") for p in payloads]
+    shard = build_shard(array_of(8), 0, payloads)
+    assert read_all(shard, 6, 8) == stored(array_of(8), payloads)
     for place in range(len(shard)):
         for mask in (0x01, 0x10, 0x80, 0xFF):
             damaged = bytearray(shard)
@@ -104,7 +121,7 @@ def test_every_flipped_byte_is_found() -> None:
 
 def test_every_truncation_is_found() -> None:
     """A shard truncated at any length raises CacheDamagedError."""
-    shard = build_shard(random_payloads(6, seed=2), LENGTH, 8)
+    shard = build_shard(array_of(8), 0, random_payloads(6, seed=2))
     for size in range(len(shard)):
         with pytest.raises(CacheDamagedError, match=r"^the shard's index is damaged"):
             read_all(shard[:size], 6, 8)
@@ -161,15 +178,12 @@ def test_a_chunk_that_is_no_zstd_raises() -> None:
 
 def test_array_layout() -> None:
     """Shards cover all rows once, and their file names have one zero per inner axis."""
-    array = PayloadArray(name="t1/stride2", shape=(10, 2, 48), shard_rows=4)
+    array = payload_array((10, 2, 48), 4)
     assert [list(array.rows_of(s)) for s in range(array.num_shards)] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
         [8, 9],
     ]
     assert (array.length, array.payloads_per_row) == (48, 2)
-    assert array.object_path(2) == "data.zarr/t1/stride2/c.2.0.0"
-    assert (
-        PayloadArray(name="images", shape=(10, 48), shard_rows=4).object_path(1)
-        == "data.zarr/images/c.1.0"
-    )
+    assert array.object_path(2) == "data.zarr/t1/c.2.0.0"
+    assert payload_array((10, 48), 4, "images").object_path(1) == "data.zarr/images/c.1.0"

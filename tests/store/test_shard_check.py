@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store.builders import COARSE, FINE, ROWS, VIEWS, begin, tiny_plan, write_cache
+from store.builders import FEATURES, ROWS, VIEWS, begin, tiny_plan, write_cache
 from support.files import flip
 
 from dtcache.cache.cache import Cache
 from dtcache.errors import CacheDamagedError
 from dtcache.store import reader as reader_module
+from dtcache.store.layout import IMAGES
 from dtcache.store.open_files import OpenFile
 from dtcache.store.reader import CacheReader
 
@@ -21,16 +22,19 @@ pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def with_equal_shards(root: Path, *, seal: bool = True) -> tuple[Path, Path]:
-    """Write a cache whose first two coarse shards differ, but not in size; return these files."""
+    """Write a cache whose first two shards have the same features; return their files.
+
+    The files differ in the tags of the payloads, but not in size.
+    """
     plan = tiny_plan()
-    mirrored = [bytes(reversed(p[:8])) + p[8:] for p in plan.shards[0].payloads[COARSE]]
-    second = replace(plan.shards[1], payloads={**plan.shards[1].payloads, COARSE: mirrored})
+    same = plan.shards[0].payloads[FEATURES]
+    second = replace(plan.shards[1], payloads={**plan.shards[1].payloads, FEATURES: same})
     writer = begin(root, plan)
     for data in (plan.shards[0], second, plan.shards[2]):
         writer.write_shard(data)
     if seal:
         writer.seal()
-    first, other = (root / "data.zarr" / COARSE / f"c.{shard}.0.0" for shard in range(2))
+    first, other = (root / "data.zarr" / FEATURES / f"c.{shard}.0.0" for shard in range(2))
     assert first.stat().st_size == other.stat().st_size
     assert first.read_bytes() != other.read_bytes()
     return first, other
@@ -55,11 +59,11 @@ def test_swapped_shards_of_equal_size_are_never_read(
     for row, file, other in ((0, 0, 1), (4, 1, 0)):
         with pytest.raises(
             CacheDamagedError,
-            match=rf"{COARSE}/c\.{file}\.0\.0: expected SHA-256 [0-9a-f]{{16}}\.\.\., it is "
-            rf"data\.zarr/{COARSE}/c\.{other}\.0\.0; run dtcache verify",
+            match=rf"{FEATURES}/c\.{file}\.0\.0: expected SHA-256 [0-9a-f]{{16}}\.\.\., it is "
+            rf"data\.zarr/{FEATURES}/c\.{other}\.0\.0; run dtcache verify",
         ):
-            reader.payloads(COARSE, [row], [0])
-    assert reader.payloads(FINE, [0], [0])[0].any()
+            reader.payloads(FEATURES, [row], [0])
+    assert reader.payloads(IMAGES, [0], [0])[0].any()
 
 
 def test_no_batch_has_a_swapped_shard(tmp_path: Path) -> None:
@@ -86,13 +90,13 @@ def root(shared: Path, tmp_path: Path) -> Path:
 
 def test_a_damaged_chunk_is_named_before_its_neighbours_are_used(root: Path) -> None:
     """A shard with one damaged chunk is refused with that chunk's sample, for any of its rows."""
-    flip(root / "data.zarr" / FINE / "c.0.0.0", 5)
+    flip(root / "data.zarr" / FEATURES / "c.0.0.0", 5)
     key = tiny_plan().samples[0].key
     with pytest.raises(
-        CacheDamagedError, match=f"sample {key} of {FINE}, view 0: the checksum does not match"
+        CacheDamagedError, match=f"sample {key} of {FEATURES}, view 0: the checksum does not match"
     ):
-        CacheReader(root).payloads(FINE, [3], [1])
-    assert CacheReader(root, allow="damage").payloads(FINE, [3], [1])[0].any()
+        CacheReader(root).payloads(FEATURES, [3], [1])
+    assert CacheReader(root, allow="damage").payloads(FEATURES, [3], [1])[0].any()
 
 
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -126,20 +130,20 @@ def test_a_file_is_hashed_once_however_often_it_is_opened(
     for _ in range(2):
         read_all(reader)
         assert len(sizes) == 3 * len(tiny_plan().arrays)
-    path = root / "data.zarr" / FINE / "c.0.0.0"
+    path = root / "data.zarr" / FEATURES / "c.0.0.0"
     os.utime(path, ns=(1, 1))
     copy = path.with_name("copy")
     shutil.copyfile(path, copy)
     read_all(reader)
     os.replace(copy, path)
     read_all(reader)
-    assert sizes[9:] == [path.stat().st_size] * 2
+    assert sizes[6:] == [path.stat().st_size] * 2
     content = bytearray(path.read_bytes())
     content[7] ^= 1
     copy.write_bytes(content)
     os.replace(copy, path)
     with pytest.raises(CacheDamagedError, match="the checksum does not match"):
-        reader.payloads(FINE, [3], [1])
+        reader.payloads(FEATURES, [3], [1])
 
 
 def test_threads_share_the_work(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,22 +158,22 @@ def test_threads_share_the_work(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_file_that_cannot_be_read_is_tried_again(root: Path) -> None:
     """A shard that was away for a moment is compared when it is back."""
     reader = CacheReader(root)
-    path = root / "data.zarr" / FINE / "c.0.0.0"
+    path = root / "data.zarr" / FEATURES / "c.0.0.0"
     path.rename(root / "away")
     for _ in range(2):
         with pytest.raises(
             CacheDamagedError, match=r"c\.0\.0\.0: No such file or directory, but the file was"
         ):
-            reader.payloads(FINE, [0], [VIEWS - 1])
+            reader.payloads(FEATURES, [0], [VIEWS - 1])
     (root / "away").rename(path)
-    assert reader.payloads(FINE, [0], [VIEWS - 1])[0].any()
+    assert reader.payloads(FEATURES, [0], [VIEWS - 1])[0].any()
 
 
 def test_a_fifo_in_place_of_a_shard_is_refused(root: Path) -> None:
     """A shard that became a FIFO after the cache was opened makes no thread wait."""
     reader = CacheReader(root)
-    path = root / "data.zarr" / FINE / "c.0.0.0"
+    path = root / "data.zarr" / FEATURES / "c.0.0.0"
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(CacheDamagedError, match=r"c\.0\.0\.0: expected a file, got a FIFO; run"):
-        reader.payloads(FINE, [0], [0])
+        reader.payloads(FEATURES, [0], [0])

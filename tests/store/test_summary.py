@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from store.builders import COARSE, FINE, begin, tiny_plan, tree
+from store.builders import COARSE, FEATURES, FINE, begin, tiny_plan, tree
 from support.inspecting import DOCS, documented, inspect
 
 from dtcache.errors import CacheDamagedError, CacheFormatError
@@ -16,6 +16,11 @@ from dtcache.store.summary import SCHEMA, inspect_cache
 from pipelines.inspect.tables import interval
 
 pytestmark = pytest.mark.usefixtures("apart")
+
+
+def plan_sums(name: str) -> int:
+    """Return the bytes of a tap's sections in the tiny cache."""
+    return sum(shard.sums[name].section_bytes for shard in tiny_plan().shards)
 
 
 def bytes_read() -> int:
@@ -36,18 +41,19 @@ def test_parts_add_up_to_the_files(tiny_cache: Path) -> None:
     assert sum(parts.values()) == sum(sizes.values()) == report["bytes_on_disk"]
     shards = {
         n: sum(s for p, s in sizes.items() if p.startswith(f"data.zarr/{n}/c."))
-        for n in ("images", FINE, COARSE)
+        for n in ("images", FEATURES)
     }
     assert parts["images"] == shards["images"]
-    assert parts["coefficients"] == shards[FINE] + shards[COARSE]
+    assert parts["coefficients"] == shards[FEATURES]
     assert parts["index"] == sum(sizes[name] for name in (MANIFEST, SAMPLES, SHARDS))
     assert parts["codec"] == sum(
         size for path, size in sizes.items() if path.startswith("data.zarr/codec/")
     )
-    assert [tap["bytes"] - tap["codec_bytes"] for tap in report["taps"]] == [
-        shards[FINE],
-        shards[COARSE],
-    ]
+    by_tap = [tap["bytes"] - tap["codec_bytes"] for tap in report["taps"]]
+    assert sum(by_tap) == shards[FEATURES]
+    sections = [plan_sums(name) for name in (FINE, COARSE)]
+    for size, section in zip(by_tap, sections, strict=True):
+        assert size == pytest.approx(section / sum(sections) * shards[FEATURES], abs=1)
     assert (report["state"], report["damaged"]) == ("complete", {})
 
 
@@ -142,18 +148,18 @@ def test_files_that_vanish_meanwhile_are_skipped(
 
 def test_damaged_shards_are_named(tiny_copy: Path) -> None:
     """A short and a missing shard are each named with the reason."""
-    short, gone = (tiny_copy / f"data.zarr/{name}/c.1.0.0" for name in (FINE, COARSE))
+    short, gone = (tiny_copy / f"data.zarr/{FEATURES}/c.{shard}.0.0" for shard in (1, 2))
     os.truncate(short, 7)
     gone.unlink()
     report = inspect_cache(tiny_copy)
     assert report["state"] == "damaged"
     assert report["damaged"] == {
-        f"data.zarr/{FINE}/c.1.0.0": "7 bytes",
-        f"data.zarr/{COARSE}/c.1.0.0": "no file",
+        f"data.zarr/{FEATURES}/c.1.0.0": "7 bytes",
+        f"data.zarr/{FEATURES}/c.2.0.0": "no file",
     }
     output = inspect(tiny_copy, COLUMNS="200").output
     assert "2 shard files DAMAGED: run dtcache verify" in output
-    assert f"{FINE}/c.1.0.0: 7 bytes" in output
+    assert f"{FEATURES}/c.1.0.0: 7 bytes" in output
 
 
 def test_classes_are_counted_up_to_a_bound(
@@ -169,9 +175,9 @@ def test_classes_are_counted_up_to_a_bound(
 
 def test_a_newer_format_is_refused(tiny_copy: Path) -> None:
     """A newer format is refused with the supported version."""
-    (tiny_copy / MANIFEST).write_text('{"format":2}')
+    (tiny_copy / MANIFEST).write_text('{"format":3}')
     with pytest.raises(
-        CacheFormatError, match="expected format 1, got 2; install the dtcache that wrote it"
+        CacheFormatError, match="expected format 2, got 3; install the dtcache that wrote it"
     ):
         inspect_cache(tiny_copy)
     assert inspect(tiny_copy).output.count("\n") == 1

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from store.builders import COARSE, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
-from support.files import flip
+from store.builders import COARSE, FEATURES, FINE, ROWS, VIEWS, begin, tiny_plan, tree, write_cache
+from support.files import exchange_chunks, flip
 from support.hostile import replace_table, reseal
 
 from dtcache import hashing
@@ -177,13 +177,15 @@ def test_each_damaged_file_is_named_and_no_other(
 def test_a_damaged_chunk_is_told_by_shard_tap_key_and_view(root: Path) -> None:
     """A flip in a chunk names its sample and view; a flip in an index names all samples."""
     keys = [s.key for s in tiny_plan().samples]
-    wanted = next(o for o in read_contents(root).objects if (o.array.name, o.shard) == (FINE, 1))
+    wanted = next(
+        o for o in read_contents(root).objects if (o.array.name, o.shard) == (FEATURES, 1)
+    )
     flip(root / wanted.path, 3)
     [damage] = verify(root).damage
     assert replace(damage, samples=tuple(damage.samples)) == Damage(
-        path="data.zarr/t150/stride2/c.1.0.0",
+        path="data.zarr/t150/c.1.0.0",
         reason="1 of its chunks: the checksum does not match",
-        array=FINE,
+        array=FEATURES,
         shard=1,
         samples=(SamplePlace(row=4, key=keys[4], view=0),),
     )
@@ -193,7 +195,7 @@ def test_a_damaged_chunk_is_told_by_shard_tap_key_and_view(root: Path) -> None:
     assert (damage.array, damage.shard) == (IMAGES, 2)
     assert list(damage.samples) == [SamplePlace(row=8, key=keys[8], view=None)]
     flip(root / "data.zarr/images/c.2.0", 3)
-    flip(root / "data.zarr/t150/stride4/c.2.0.0", -2)
+    flip(root / "data.zarr/t150/c.2.0.0", -2)
     [damage] = verify(root).damage
     assert damage.reason == "the shard's index is damaged"
     assert list(damage.samples) == [
@@ -203,7 +205,7 @@ def test_a_damaged_chunk_is_told_by_shard_tap_key_and_view(root: Path) -> None:
 
 def test_every_chunk_of_a_shard_is_located(root: Path) -> None:
     """A flip in the first byte of each chunk is reported with that chunk's row and view."""
-    array = tiny_plan().arrays[COARSE]
+    array = tiny_plan().arrays[FEATURES]
     path = root / array.object_path(0)
     content = path.read_bytes()
     entries = array.shard_rows * array.payloads_per_row
@@ -216,17 +218,17 @@ def test_every_chunk_of_a_shard_is_located(root: Path) -> None:
 
 
 def with_equal_shards(root: Path) -> Path:
-    """Write a cache whose first two coarse shards differ in payloads but not in size."""
+    """Write a cache whose first two shards of features differ in tags but not in size."""
     plan = tiny_plan()
-    mirrored = [bytes(reversed(p[:8])) + p[8:] for p in plan.shards[0].payloads[COARSE]]
-    second = replace(plan.shards[1], payloads={**plan.shards[1].payloads, COARSE: mirrored})
+    same = plan.shards[0].payloads[FEATURES]
+    second = replace(plan.shards[1], payloads={**plan.shards[1].payloads, FEATURES: same})
     return write_cache(root, replace(plan, shards=[plan.shards[0], second, plan.shards[2]]))
 
 
 def test_two_intact_shards_of_one_size_that_are_swapped(tmp_path: Path) -> None:
     """Two exchanged shards of equal size are both reported, each with the other's name."""
     root = with_equal_shards(tmp_path / "cache")
-    names = [f"data.zarr/{COARSE}/c.{shard}.0.0" for shard in range(2)]
+    names = [f"data.zarr/{FEATURES}/c.{shard}.0.0" for shard in range(2)]
     assert (root / names[0]).stat().st_size == (root / names[1]).stat().st_size
     swap(root / names[0], root / names[1])
     found = verify(root).damage
@@ -237,6 +239,17 @@ def test_two_intact_shards_of_one_size_that_are_swapped(tmp_path: Path) -> None:
     assert [s.row for s in found[0].samples] == [0, 1, 2, 3]
 
 
+def test_a_payload_in_another_place_is_named(root: Path) -> None:
+    """Two intact chunks whose entries in the index are exchanged are each named with the sample."""
+    path = root / f"data.zarr/{FEATURES}/c.0.0.0"
+    exchange_chunks(path, tiny_plan().arrays[FEATURES], 0, 3)
+    [damage] = verify(root).damage
+    assert damage.reason == (
+        "2 of its chunks: it is not the payload of this cache, array, row and view"
+    )
+    assert [(s.row, s.view) for s in damage.samples] == [(0, 0), (1, 1)]
+
+
 def test_files_of_another_cache_or_another_tap(root: Path, tmp_path: Path) -> None:
     """Intact files of a different cache or tap are reported under any name."""
     plan = tiny_plan()
@@ -245,7 +258,7 @@ def test_files_of_another_cache_or_another_tap(root: Path, tmp_path: Path) -> No
             s,
             payloads={
                 **s.payloads,
-                FINE: [p[:-1] + bytes([p[-1] ^ 1]) if p else p for p in s.payloads[FINE]],
+                FEATURES: [p[:-1] + bytes([p[-1] ^ 1]) if p else p for p in s.payloads[FEATURES]],
             },
         )
         for s in plan.shards
@@ -253,17 +266,17 @@ def test_files_of_another_cache_or_another_tap(root: Path, tmp_path: Path) -> No
     other = write_cache(
         tmp_path / "other", replace(plan, shards=shards, recipe=replace(plan.recipe, seed=9))
     )
-    for name in (f"data.zarr/{FINE}/c.0.0.0", "shards.parquet"):
+    for name in (f"data.zarr/{FEATURES}/c.0.0.0", "shards.parquet"):
         shutil.copy(other / name, root / name)
         assert {damage.path for damage in verify(root).damage} == {name}
         shutil.copytree(other, tmp_path / name.replace("/", "-"))
         shutil.copy(write_cache(tmp_path / "again", plan) / name, root / name)
-    for name in (
-        f"data.zarr/{FINE}/c.1.0.0",
-        f"data.zarr/{FINE}/zarr.json",
-        f"data.zarr/codec/{FINE}/mean/c.0",
+    for name, source in (
+        (f"data.zarr/{FEATURES}/c.1.0.0", f"data.zarr/{FEATURES}/c.0.0.0"),
+        (f"data.zarr/{FEATURES}/zarr.json", "data.zarr/images/zarr.json"),
+        (f"data.zarr/codec/{FINE}/mean/c.0", f"data.zarr/codec/{COARSE}/mean/c.0"),
     ):
-        shutil.copy(root / name.replace(FINE, COARSE), root / name)
+        shutil.copy(root / source, root / name)
         assert {damage.path for damage in verify(root).damage} == {name}
         shutil.copy(tmp_path / "again" / name, root / name)
     assert verify(root).state == "good"
@@ -296,7 +309,7 @@ def test_a_damaged_manifest_is_all_that_is_said(root: Path) -> None:
 def test_without_a_shard_index_damage_is_still_located(root: Path) -> None:
     """Without shards.parquet, the checksums inside the shards still name the damaged sample."""
     (root / "shards.parquet").unlink()
-    flip(root / f"data.zarr/{FINE}/c.0.0.0", 3)
+    flip(root / f"data.zarr/{FEATURES}/c.0.0.0", 3)
     first, second = verify(root).damage
     assert (first.path, first.reason) == ("shards.parquet", "no file")
     assert [(s.row, s.view) for s in second.samples] == [(0, 0)]
@@ -305,9 +318,9 @@ def test_without_a_shard_index_damage_is_still_located(root: Path) -> None:
 def test_without_a_sample_index_rows_are_named(root: Path) -> None:
     """If samples.parquet is damaged, other damage is reported by row instead of by key."""
     flip(root / "samples.parquet", 99)
-    flip(root / f"data.zarr/{FINE}/c.0.0.0", 3)
+    flip(root / f"data.zarr/{FEATURES}/c.0.0.0", 3)
     damage = {d.path: d for d in verify(root).damage}
-    [sample] = damage[f"data.zarr/{FINE}/c.0.0.0"].samples
+    [sample] = damage[f"data.zarr/{FEATURES}/c.0.0.0"].samples
     assert sample == SamplePlace(row=0, key=None, view=0)
     assert damage["samples.parquet"].reason.startswith("expected SHA-256 ")
 
@@ -315,7 +328,7 @@ def test_without_a_sample_index_rows_are_named(root: Path) -> None:
 def test_files_that_nothing_names_are_reported(root: Path) -> None:
     """Unknown files, leftovers and links are listed with their kind and are not damage."""
     (root / "notes.txt").write_text("mine")
-    (root / "data.zarr" / FINE / "c.7.0.0").write_bytes(b"x")
+    (root / "data.zarr" / FEATURES / "c.7.0.0").write_bytes(b"x")
     (root / "data.zarr" / ".tmp-x").write_bytes(b"")
     (root / "commits").mkdir()
     (root / "commits" / "000001.json").write_bytes(b"{}")
@@ -324,7 +337,7 @@ def test_files_that_nothing_names_are_reported(root: Path) -> None:
     assert found.state == "good"
     assert found.unnamed == {
         "notes.txt": "not part of the cache",
-        f"data.zarr/{FINE}/c.7.0.0": "not part of the cache",
+        f"data.zarr/{FEATURES}/c.7.0.0": "not part of the cache",
         "data.zarr/.tmp-x": "left by an interrupted run",
         "commits/000001.json": "left by an interrupted seal; the next extraction finishes it",
         "nowhere": "not part of the cache",
@@ -333,17 +346,17 @@ def test_files_that_nothing_names_are_reported(root: Path) -> None:
 
 def test_an_unfinished_cache_is_incomplete_not_damaged(begun: Path) -> None:
     """Temporary files and shards without a record are reported, but not as damage."""
-    (begun / "data.zarr" / FINE / ".tmp-c.2.0.0").write_bytes(b"half")
-    (begun / "data.zarr" / FINE / "c.2.0.0").write_bytes(b"renamed, never committed")
+    (begun / "data.zarr" / FEATURES / ".tmp-c.2.0.0").write_bytes(b"half")
+    (begun / "data.zarr" / FEATURES / "c.2.0.0").write_bytes(b"renamed, never committed")
     found = verify(begun)
     assert (found.state, found.damage, found.contents.missing) == ("incomplete", (), (2,))
-    assert len(found.checked) == 6
+    assert len(found.checked) == 4
     assert found.unnamed == {
-        f"data.zarr/{FINE}/.tmp-c.2.0.0": "left by an interrupted run",
-        f"data.zarr/{FINE}/c.2.0.0": "never committed; the next extraction writes it again",
+        f"data.zarr/{FEATURES}/.tmp-c.2.0.0": "left by an interrupted run",
+        f"data.zarr/{FEATURES}/c.2.0.0": "never committed; the next extraction writes it again",
     }
-    flip(begun / "data.zarr" / FINE / "c.1.0.0", 5)
-    assert [d.path for d in verify(begun).damage] == [f"data.zarr/{FINE}/c.1.0.0"]
+    flip(begun / "data.zarr" / FEATURES / "c.1.0.0", 5)
+    assert [d.path for d in verify(begun).damage] == [f"data.zarr/{FEATURES}/c.1.0.0"]
 
 
 def test_a_commit_record_of_another_cache_is_damage(begun: Path) -> None:
@@ -374,12 +387,12 @@ def test_a_sample_is_a_seeded_share_of_whole_shards(root: Path) -> None:
     assert all(len(shards) == 1 for shards in picked.values())
     assert set().union(*picked.values()) == {0, 1, 2}
     assert picked[3] == {o.shard for o in chosen_objects(contents, 0.05, 3)}
-    assert {len(chosen_objects(contents, share, 0)) for share in (0.34, 2 / 3)} == {6}
+    assert {len(chosen_objects(contents, share, 0)) for share in (0.34, 2 / 3)} == {4}
     seed = next(s for s, shards in picked.items() if shards == {1})
-    flip(root / f"data.zarr/{FINE}/c.0.0.0", 3)
+    flip(root / f"data.zarr/{FEATURES}/c.0.0.0", 3)
     assert verify(root, 0.05, seed).state == "good"
-    assert len(verify(root, 0.05, seed).checked) == 3
-    (root / f"data.zarr/{FINE}/c.0.0.0").write_bytes(b"")
+    assert len(verify(root, 0.05, seed).checked) == 2
+    (root / f"data.zarr/{FEATURES}/c.0.0.0").write_bytes(b"")
     assert verify(root, 0.05, seed).state == "damaged"
 
 
@@ -388,12 +401,12 @@ def test_a_disk_that_fails_to_read_is_damage(root: Path, monkeypatch: pytest.Mon
     real = hashing.file_sha256
 
     def failing(path: Path) -> str:
-        if path.name == "zarr.json" and path.parent.name == "stride2":
+        if path.name == "zarr.json" and path.parent.name == FEATURES:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(path)
 
     monkeypatch.setattr(hashing, "file_sha256", failing)
-    chunk = (root / f"data.zarr/{FINE}/c.1.0.0").stat().st_ino
+    chunk = (root / f"data.zarr/{FEATURES}/c.1.0.0").stat().st_ino
     pread = os.pread
 
     def failing_pread(handle: int, size: int, offset: int) -> bytes:
@@ -404,9 +417,9 @@ def test_a_disk_that_fails_to_read_is_damage(root: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "pread", failing_pread)
     found = {damage.path: damage.reason for damage in verify(root).damage}
     assert found == {
-        f"data.zarr/{FINE}/c.1.0.0": "Input/output error at byte 0; check the disk",
-        f"data.zarr/{FINE}/zarr.json": "it cannot be read (Input/output error)",
-        f"data.zarr/codec/{FINE}/zarr.json": "it cannot be read (Input/output error)",
+        f"data.zarr/{FEATURES}/c.1.0.0": "Input/output error at byte 0; check the disk",
+        f"data.zarr/{FEATURES}/zarr.json": "it cannot be read (Input/output error)",
+        f"data.zarr/codec/{FEATURES}/zarr.json": "it cannot be read (Input/output error)",
     }
 
 
@@ -422,9 +435,9 @@ def test_no_cache_and_a_newer_one(tmp_path: Path, root: Path) -> None:
     """A folder without a manifest and a newer format raise errors and are not damage."""
     with pytest.raises(CacheNotFoundError, match=r"is not a cache: expected manifest\.json in it"):
         verify(tmp_path)
-    (root / "manifest.json").write_text('{"format":2}')
+    (root / "manifest.json").write_text('{"format":3}')
     with pytest.raises(
-        CacheFormatError, match="expected format 1, got 2; install the dtcache that wrote it"
+        CacheFormatError, match="expected format 2, got 3; install the dtcache that wrote it"
     ):
         verify(root)
 
@@ -448,8 +461,8 @@ def test_small_and_empty_caches_are_good(tmp_path: Path, what: str) -> None:
         plan = replace(plan, recipe=recipe, arrays=arrays, samples=samples)
     root = write_cache(tmp_path / "cache", replace(plan, shards=shards))
     assert verify(root).state == "good"
-    assert len(verify(root).checked) == 3 * (1 if what == "one image" else -(-ROWS // 4))
-    flip(root / f"data.zarr/{FINE}/c.0.0.0", 0)
+    assert len(verify(root).checked) == 2 * (1 if what == "one image" else -(-ROWS // 4))
+    flip(root / f"data.zarr/{FEATURES}/c.0.0.0", 0)
     [damage] = verify(root).damage
     assert [(s.row, s.view) for s in damage.samples] == [(0, 0)]
 
@@ -483,8 +496,8 @@ def test_a_billion_samples_without_a_row_are_told_at_once(root: Path) -> None:
     found = verify(root)
     damage = {d.path: d.reason for d in found.damage}
     assert damage["samples.parquet"].startswith("expected 1073741824 rows, got 10")
-    assert damage["shards.parquet"].startswith("expected one row per shard and array, 3072, got 9")
-    assert sum(len(d.samples) for d in found.damage) == 3 << 30
+    assert damage["shards.parquet"].startswith("expected one row per shard and array, 2048, got 6")
+    assert sum(len(d.samples) for d in found.damage) == 2 << 30
     with pytest.raises(CacheDamagedError, match="expected 1073741824 rows, got 10"):
         inspect_cache(root)
 
@@ -493,7 +506,7 @@ def test_more_files_than_any_index_lists_are_not_looked_for(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a shard index, the files of a manifest of any number of shards are not listed."""
-    monkeypatch.setattr(contents_module, "MAX_UNLISTED", 3071)
+    monkeypatch.setattr(contents_module, "MAX_UNLISTED", 2047)
     reseal(root, of_a_billion_samples)
     assert verify(root).contents.objects == ()
 
@@ -504,9 +517,9 @@ def test_more_files_than_any_index_lists_are_not_looked_for(
         "samples.parquet",
         "shards.parquet",
         "extraction.log.json",
-        f"data.zarr/{FINE}/zarr.json",
+        f"data.zarr/{FEATURES}/zarr.json",
         f"data.zarr/codec/{FINE}/mean/c.0",
-        f"data.zarr/{FINE}/c.0.0.0",
+        f"data.zarr/{FEATURES}/c.0.0.0",
     ],
 )
 def test_a_fifo_makes_no_check_wait(root: Path, name: str) -> None:

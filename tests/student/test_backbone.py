@@ -35,7 +35,7 @@ NAMES = (
     "efficientnet_b0",
     "regnetx_002",
 )
-VIEW = ViewSpec(height=24, width=48, fit="stretch")
+VIEW = ViewSpec(height=24, width=48, resize_mode="stretch")
 SMALL = "resnet10t"
 
 
@@ -335,7 +335,7 @@ def _edited(**changes: object) -> bytes:
     config = {
         "architecture": SMALL,
         "pretrained_cfg": {"input_size": [3, 48, 96], "mean": [0.5] * 3, "std": [0.5] * 3},
-        "dtcache": {"view": {"height": 24, "width": 48, "fit": "crop"}},
+        "dtcache": {"view": {"height": 24, "width": 48, "resize_mode": "crop"}},
         "model_args": {},
         "num_classes": 0,
     }
@@ -359,7 +359,7 @@ def _edited(**changes: object) -> bytes:
         (_edited(mean=[10**400, 0.5, 0.5]), "int too large to convert to float"),
         (_edited(std=[0.5, 0.5, 0.0]), "is not positive"),
         (
-            _edited(dtcache={"view": {"height": 24, "width": 48, "fit": "zoom"}}),
+            _edited(dtcache={"view": {"height": 24, "width": 48, "resize_mode": "zoom"}}),
             "'zoom' is neither crop nor stretch",
         ),
         (_edited(model_args={"checkpoint_path": "x.pth"}), "may not set checkpoint_path"),

@@ -264,7 +264,10 @@ def test_a_backbone_folder_is_probed_as_timm_would_run_it(shelf: Path, tmp_path:
     backbone = make_backbone("resnet10t", init=None, seed=0)
     backbone.train().pooled(torch.randn(8, 3, 32, 32))
     save_backbone(
-        backbone, tmp_path, input_size=(32, 48), view=ViewSpec(height=8, width=12, fit="stretch")
+        backbone,
+        tmp_path,
+        input_size=(32, 48),
+        view=ViewSpec(height=8, width=12, resize_mode="stretch"),
     )
     extractor = open_model(str(tmp_path), options_for(shelf), CPU)
     train, test = split_labelled(options_for(shelf))

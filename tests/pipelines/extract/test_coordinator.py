@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from dask.distributed import Client, Future, Scheduler
 from store import fake_shards
-from store.builders import VIEW, tiny_plan, tree
+from store.builders import FEATURES, VIEW, tiny_plan, tree
 
 from dtcache.errors import ClusterError
 from dtcache.images.stored_images import image_bound
@@ -36,7 +36,7 @@ def begin(root: Path, shards: int) -> CacheWriter:
     recipe = replace(
         plan.recipe, num_samples=len(samples), shard_rows=2, samples_sha256=hash_samples(samples)
     )
-    bounds = {name: array.length for name, array in plan.arrays.items()}
+    bounds = {FEATURES: plan.arrays[FEATURES].length}
     root.mkdir()
     arrays = payload_arrays(recipe, image_bound(VIEW), bounds)
     return CacheWriter.create(root, recipe, arrays, plan.fit, samples, None)

@@ -250,7 +250,7 @@ def test_a_second_run_changes_nothing(cache: Path, scene_folder: Path, teacher_d
         (("--no-flip",), "flips"),
         (("--taps", "4,8"), "teacher.taps"),
         (("--limit", 20), "the cache has 40 of the images, 20 are selected now (--limit)"),
-        (("--resize-mode", "stretch"), "view.fit"),
+        (("--resize-mode", "stretch"), "view.resize_mode"),
         (("--bytes-per-image", 3000), "codec.ratio"),
     ],
 )

@@ -26,6 +26,7 @@ from teacher.test_prompt import save_text_encoder
 from dtcache.cache.cache import Cache
 from dtcache.device import resolve_compute
 from dtcache.images import FolderSource, decode_view
+from dtcache.recipe import array_of
 from dtcache.store.manifest import read_manifest
 from dtcache.teacher import Prompt
 from dtcache.teacher.prompt import embed_prompt
@@ -85,9 +86,9 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def require_whole_and_mendable(root: Path, images: Path, teacher: Path) -> None:
-    """Verify a cache, then delete a shard of its last tap and require the repair's equal bytes."""
+    """Verify a cache, then delete a shard of its features and require the repair's equal bytes."""
     wanted = tree(root)
-    name = Cache(root).names[-1]
+    name = array_of(Cache(root).names[-1])
     (root / "data.zarr" / name / "c.1.0.0").unlink()
     result = run("verify", root, "--repair", "--images", images, "--teacher", teacher, "--json")
     repairs = json.loads(succeeded(result).stdout)["repair"]
@@ -190,7 +191,7 @@ def test_a_damaged_embedding_is_never_used(
         "the stored embedding of the prompt does not have the SHA-256 of the recipe"
         in refused.output
     )
-    (out / "data.zarr/t150/stride4/c.1.0.0").unlink()
+    (out / "data.zarr/t150/c.1.0.0").unlink()
     repair = run(
         "verify", out, "--repair", "--images", scene_folder, "--teacher", teacher, "--json"
     )
@@ -376,7 +377,7 @@ def test_the_recipe_of_an_unconditional_teacher_is_the_one_it_was() -> None:
     """An unconditional recipe has no later field, so its hash is the golden cache's."""
     from store.builders import tiny_plan
 
-    golden = read_manifest(Path(__file__).parents[2] / "golden" / "format1" / "cache")
+    golden = read_manifest(Path(__file__).parents[2] / "golden" / "format2" / "cache")
     recipe = tiny_plan().recipe.to_json()
     assert set(recipe["teacher"]) == set(golden.recipe["teacher"])
     assert set(recipe) == set(golden.recipe)

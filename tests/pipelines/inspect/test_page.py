@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from store.builders import COARSE, FAILED_ROW, FINE, begin, tiny_plan, tree
+from store.builders import FAILED_ROW, FEATURES, FINE, begin, tiny_plan, tree
 from support.files import flip
 from support.hostile import replace_table, reseal
 from support.inspecting import inspect, page_of
@@ -140,7 +140,7 @@ def test_a_page_is_one_file_that_asks_for_nothing(tiny_cache: Path, tmp_path: Pa
 
 def test_a_page_of_a_damaged_cache(tiny_copy: Path, tmp_path: Path) -> None:
     """A flipped bit removes one picture, and the page names the sample that was left out."""
-    flip(tiny_copy / f"data.zarr/{FINE}/c.1.0.0")
+    flip(tiny_copy / f"data.zarr/{FEATURES}/c.1.0.0")
     key = tiny_plan().samples[4].key
     page = page_of(tiny_copy, tmp_path / "out.html")
     assert f"{FINE} of {key}" in page
@@ -148,13 +148,13 @@ def test_a_page_of_a_damaged_cache(tiny_copy: Path, tmp_path: Path) -> None:
 
 
 def test_a_page_of_a_cache_without_a_readable_image(tiny_copy: Path, tmp_path: Path) -> None:
-    """If all shards of one tap are damaged, the page has only the other tap's statistics."""
-    for path in (tiny_copy / "data.zarr" / FINE).glob("c.*"):
+    """If all shards of a timestep are damaged, the page has no statistics of its taps."""
+    for path in (tiny_copy / "data.zarr" / FEATURES).glob("c.*"):
         path.write_bytes(bytes(path.stat().st_size))
     page = page_of(tiny_copy, tmp_path / "out.html")
     assert page.count("None of the chosen images can be read") == 2
-    assert "Left out of the statistics because they cannot be read: 9 files or samples" in page
-    assert f"{COARSE}, by frequency" in page and f"{FINE}, by frequency" not in page
+    assert "Left out of the statistics because they cannot be read: 18 files or samples" in page
+    assert "by frequency" not in page
 
 
 def test_a_page_of_an_unfinished_cache(tmp_path: Path) -> None:

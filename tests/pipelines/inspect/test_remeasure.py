@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store.builders import FINE, tree
+from store.builders import FEATURES, tree
 from support.cli import run
 from support.inspecting import documented
 
@@ -63,7 +63,7 @@ def test_the_error_is_the_one_that_extraction_recorded(
 
 def test_the_teacher_is_not_asked_of_what_cannot_be_read(tiny_copy: Path) -> None:
     """If no sample is readable at every tap, the error is raised before a teacher is loaded."""
-    for path in (tiny_copy / "data.zarr" / FINE).glob("c.*"):
+    for path in (tiny_copy / "data.zarr" / FEATURES).glob("c.*"):
         path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(
         CacheDamagedError,

@@ -13,6 +13,7 @@ import torch
 from store.builders import (
     COARSE,
     FAILED_ROW,
+    FEATURES,
     FINE,
     ROWS,
     SHARD_ROWS,
@@ -50,7 +51,7 @@ def test_exact_statistics_are_those_of_all_values(tiny_cache: Path) -> None:
         {},
     )
     for tap, name in zip(found["taps"], (FINE, COARSE), strict=True):
-        raw = cache.raw(name, GOOD).double().numpy()
+        raw = cache.raw([name], GOOD)[name].double().numpy()
         for key, value in (("mean", raw.mean()), ("std", raw.std())):
             assert tap[key]["value"] == pytest.approx(value, rel=1e-5)
             assert tap[key]["low"] == tap[key]["high"] == tap[key]["value"]
@@ -109,15 +110,15 @@ def test_escapes_are_counted(tiny_cache: Path) -> None:
 
 
 def test_a_damaged_sample_is_left_out_and_named(tiny_cache: Path, tiny_copy: Path) -> None:
-    """A flipped bit removes one sample of one tap, and the remaining statistics are not saved."""
-    flip(tiny_copy / f"data.zarr/{FINE}/c.1.0.0")
+    """A flipped bit removes one sample of every tap, and the remaining statistics are not saved."""
+    flip(tiny_copy / f"data.zarr/{FEATURES}/c.1.0.0")
     found = cache_statistics(tiny_copy, InspectOptions(exact=True))
     key = tiny_plan().samples[4].key
-    assert list(found["left_out"]) == [f"{FINE} of {key}"]
+    assert list(found["left_out"]) == [f"{FINE} of {key}", f"{COARSE} of {key}"]
     assert "the checksum does not match" in found["left_out"][f"{FINE} of {key}"]
     rest = GOOD[GOOD != 4]
     assert found["taps"][0]["mean"]["value"] == pytest.approx(
-        float(Cache(tiny_cache).raw(FINE, rest).double().mean()), rel=1e-5
+        float(Cache(tiny_cache).raw([FINE], rest)[FINE].double().mean()), rel=1e-5
     )
     assert not statistics_folder().exists()
     assert f"left out: {FINE} of {key}" in " ".join(inspect(tiny_copy, "--stats").output.split())
@@ -188,39 +189,39 @@ def test_an_array_that_is_too_large_is_left_out_and_named(
 
 def test_a_lost_shard_is_left_out_and_named(tiny_copy: Path) -> None:
     """Rows of a missing shard file are not sampled, and the file is named."""
-    (tiny_copy / f"data.zarr/{COARSE}/c.0.0.0").unlink()
+    (tiny_copy / f"data.zarr/{FEATURES}/c.0.0.0").unlink()
     found = cache_statistics(tiny_copy, InspectOptions())
     assert found["num_usable"] == 5
-    assert found["left_out"] == {str(tiny_copy / f"data.zarr/{COARSE}/c.0.0.0"): "no file"}
+    assert found["left_out"] == {str(tiny_copy / f"data.zarr/{FEATURES}/c.0.0.0"): "no file"}
 
 
 @pytest.mark.parametrize("shards", [(1,), (0, 1, 2)])
 def test_a_shard_of_rubbish_is_left_out_and_named(tiny_copy: Path, shards: tuple[int, ...]) -> None:
-    """Corrupted shard files remove their rows of one tap only, and each sample is named.
+    """Corrupted shard files remove their rows of every tap, and each sample is named.
 
-    If all files of a tap are corrupted, that tap has no statistics.
+    If all files of a timestep are corrupted, its taps have no statistics.
     """
     for shard in shards:
-        path = tiny_copy / f"data.zarr/{FINE}/c.{shard}.0.0"
+        path = tiny_copy / f"data.zarr/{FEATURES}/c.{shard}.0.0"
         path.write_bytes(bytes(path.stat().st_size))
     rows = [row for row in GOOD if row // SHARD_ROWS in shards]
     found = cache_statistics(tiny_copy, InspectOptions(exact=True))
-    assert set(found["left_out"]) == {f"{FINE} of {tiny_plan().samples[row].key}" for row in rows}
-    fine, coarse = found["taps"]
+    assert set(found["left_out"]) == {
+        f"{name} of {tiny_plan().samples[row].key}" for name in (FINE, COARSE) for row in rows
+    }
     rest = [row for row in GOOD if row not in rows]
     cache = Cache(tiny_copy)
-    if rest:
-        assert fine["mean"]["value"] == pytest.approx(
-            float(cache.raw(FINE, rest).double().mean()), rel=1e-5
-        )
-    else:
-        assert (fine["mean"], fine["spectrum"], fine["histogram"]) == (None, None, [])
-    assert coarse["mean"]["value"] == pytest.approx(
-        float(cache.raw(COARSE, GOOD).double().mean()), rel=1e-5
-    )
+    for tap, name in zip(found["taps"], (FINE, COARSE), strict=True):
+        if rest:
+            assert tap["mean"]["value"] == pytest.approx(
+                float(cache.raw([name], rest)[name].double().mean()), rel=1e-5
+            )
+        else:
+            assert (tap["mean"], tap["spectrum"], tap["histogram"]) == (None, None, [])
     output = " ".join(inspect(tiny_copy, "--exact").output.split())
+    count = 2 * len(rows)
     assert "left out" in output and (
-        len(rows) <= 5 or f"and {len(rows) - 5} more; the JSON report lists all" in output
+        count <= 5 or f"and {count - 5} more; the JSON report lists all" in output
     )
 
 
@@ -232,14 +233,14 @@ def test_what_has_no_statistics_is_refused_in_a_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     begin(tmp_path / "empty", tiny_plan())
-    (tiny_copy / "manifest.json").write_text('{"format":2}')
+    (tiny_copy / "manifest.json").write_text('{"format":3}')
     for root, code, message in (
         (
             tmp_path / "folder",
             2,
             "is not a cache: expected manifest.json in it; pass a folder made by dtcache extract",
         ),
-        (tiny_copy, 1, "expected format 1, got 2; install the dtcache that wrote it"),
+        (tiny_copy, 1, "expected format 2, got 3; install the dtcache that wrote it"),
         (tmp_path / "empty", 1, "no sample has features yet; statistics need at least one"),
     ):
         result = inspect(root, *flags)
@@ -319,13 +320,13 @@ def test_a_sample_is_all_that_is_read(tmp_path: Path) -> None:
     before = bytes_read()
     cache_statistics(root, InspectOptions(exact=True))
     everything = bytes_read() - before
-    payload = {name: plan.arrays[name].length for name in (FINE, COARSE)}
+    length = plan.arrays[FEATURES].length
     index = sum(
         a.num_shards * (a.shard_rows * a.payloads_per_row * 16 + 4) for a in plan.arrays.values()
     )
-    # A chunk is a payload in a frame: at most its length and 64 bytes.
-    assert spent - 2 * opening <= 2 * VIEWS * (sum(payload.values()) + 2 * 64) + index + 2048
-    assert everything - spent >= 5 * VIEWS * sum(len(plan.payload(name, 0, 0)) for name in payload)
+    # A chunk is a payload in a frame: at most its length and 64 bytes. Each tap reads it.
+    assert spent - 2 * opening <= 2 * VIEWS * 2 * (length + 64) + index + 2048
+    assert everything - spent >= 5 * VIEWS * len(plan.payload(FEATURES, 0, 0))
 
 
 def test_the_json_has_statistics(tiny_cache: Path) -> None:

@@ -226,14 +226,14 @@ def test_kills_do_not_change_a_byte(
 def test_verify_reads_every_byte_of_a_label_set(copy: Path) -> None:
     """A flipped bit or a missing file of a label set is damage, with the label set's own remedy."""
     assert run("verify", copy).exit_code == 0
-    shard = next((copy / "labels" / NAME / "data.zarr" / "t0" / "logits").glob("c.*"))
+    shard = next((copy / "labels" / NAME / "data.zarr" / "t0").glob("c.*"))
     flip(shard, 30)
     result = run("verify", copy, "--json")
     assert result.exit_code == 3
     found = json.loads(result.stdout)
     assert found["damage"] == []
     (damage,) = found["labels"][NAME]["damage"]
-    assert damage["path"].startswith("data.zarr/t0/logits/c.")
+    assert damage["path"].startswith("data.zarr/t0/c.")
     assert damage["remedy"] == "run dtcache verify with --repair and --interpreter"
     assert len(damage["samples"]) == 1
     result = run("verify", copy)
@@ -270,9 +270,9 @@ def test_inspect_describes_label_sets(labelled: Path, scene_cache: Path) -> None
 def test_a_damaged_manifest_of_a_label_set_is_said_and_no_more(copy: Path) -> None:
     """inspect names the damaged manifest of a label set and still shows the cache."""
     path = copy / "labels" / NAME / "manifest.json"
-    newer = json.dumps({**json.loads(path.read_text()), "format": 2})
+    newer = json.dumps({**json.loads(path.read_text()), "format": 3})
     for content, reason in (
-        (newer, "expected format 1, got 2"),
+        (newer, "expected format 2, got 3"),
         ("{}", "not a manifest of dtcache"),
     ):
         path.write_text(content)

@@ -381,7 +381,7 @@ def test_an_incomplete_or_absent_cache_is_refused(cache: Path, tmp_path: Path) -
         in run("train", tmp_path, "--out", tmp_path / "r", *FLAGS).output
     )
     broken = Path(shutil.copytree(cache, tmp_path / "c"))
-    shard = next((broken / "data.zarr" / "t150" / "stride8").glob("c.*"))
+    shard = next((broken / "data.zarr" / "t150").glob("c.*"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert "expected" in run("train", broken, "--out", tmp_path / "r", *FLAGS).output
 
@@ -452,12 +452,12 @@ def test_the_resolved_options_can_be_given_back(cache: Path, trained: Path, tmp_
 def test_damaged_features_stop_the_run_naming_the_sample(cache: Path, tmp_path: Path) -> None:
     """A flipped byte stops training with the name of the damaged sample."""
     broken = Path(shutil.copytree(cache, tmp_path / "c"))
-    for shard in (broken / "data.zarr" / "t150" / "stride8").glob("c.*"):
+    for shard in (broken / "data.zarr" / "t150").glob("c.*"):
         flip(shard, 10)
     result = run("train", broken, "--out", tmp_path / "r", *FLAGS)
     assert result.exit_code == 1
     assert "the checksum does not match" in result.output.replace("\n", " ")
-    assert ".png of t150/stride8" in result.output.replace("\n", "")
+    assert ".png of t150, view" in result.output.replace("\n", "")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(

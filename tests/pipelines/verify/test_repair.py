@@ -92,18 +92,18 @@ def test_damaged_files_come_back_byte_for_byte(
     Other shards are not recomputed.
     """
     wanted = tree(root)
-    flip(root / "data.zarr/t150/stride8/c.0.0.0")
-    os.truncate(root / "data.zarr/images/c.2.0", 9)
-    shutil.rmtree(root / "data.zarr/t150/stride4")
+    flip(root / "data.zarr/t150/c.0.0.0")
+    os.truncate(root / "data.zarr/t150/c.2.0.0", 9)
+    shutil.rmtree(root / "data.zarr/images")
     for path in list((root / "data.zarr").rglob("zarr.json")):
         path.unlink()
     result, said = repair(root, scene_folder, teacher_dir)
     assert result.exit_code == 0, result.output
     assert {line["outcome"] for line in said.values()} == {"repaired"}
     assert {path for path in said if "zarr.json" not in path} == {
-        "data.zarr/t150/stride8/c.0.0.0",
-        "data.zarr/images/c.2.0",
-        *(f"data.zarr/t150/stride4/c.{shard}.0.0" for shard in range(3)),
+        "data.zarr/t150/c.0.0.0",
+        "data.zarr/t150/c.2.0.0",
+        *(f"data.zarr/images/c.{shard}.0" for shard in range(3)),
     }
     assert tree(root) == wanted
 
@@ -116,7 +116,7 @@ def test_a_link_in_the_cache_is_never_followed(
     The files outside the cache keep their bytes, and none is added or deleted.
     """
     wanted = tree(root)
-    folder = root / "data.zarr/t150/stride8"
+    folder = root / "data.zarr/t150"
     outside = tmp_path / "outside"
     shutil.copytree(folder, outside)
     flip(outside / "c.0.0.0")
@@ -180,11 +180,11 @@ def test_an_unfinished_cache_is_repaired_too(
     with monkeypatch.context() as patch:
         interrupt(patch, runner, "packed_rows", call=3)
         assert CliRunner().invoke(main, command).exit_code == 130
-    (out / "data.zarr/t150/stride8/c.1.0.0").unlink()
+    (out / "data.zarr/t150/c.1.0.0").unlink()
     result, said = repair(out, scene_folder, teacher_dir)
     assert result.exit_code == 4, result.output
     assert {path: line["outcome"] for path, line in said.items()} == {
-        "data.zarr/t150/stride8/c.1.0.0": "repaired"
+        "data.zarr/t150/c.1.0.0": "repaired"
     }
     assert CliRunner().invoke(main, command).exit_code == 0
     assert tree(out) == tree(shared)
@@ -206,18 +206,18 @@ def test_other_bytes_are_refused(
 
     wanted = tree(root)
     flip(root / "data.zarr/images/c.0.0")
-    flip(root / "data.zarr/t150/stride8/c.0.0.0")
-    damaged = (root / "data.zarr/t150/stride8/c.0.0.0").read_bytes()
+    flip(root / "data.zarr/t150/c.0.0.0")
+    damaged = (root / "data.zarr/t150/c.0.0.0").read_bytes()
     monkeypatch.setattr(repair_module, "shard_data", elsewhere)
     result, said = repair(root, scene_folder, teacher_dir)
     assert result.exit_code == 3
-    line = said["data.zarr/t150/stride8/c.0.0.0"]
+    line = said["data.zarr/t150/c.0.0.0"]
     assert (line["outcome"], said["data.zarr/images/c.0.0"]["outcome"]) == ("refused", "repaired")
     assert (
         "the recomputed bytes do not have the recorded SHA-256, so they were not written; repair on"
         in line["note"]
     )
-    assert tree(root) == {**wanted, "data.zarr/t150/stride8/c.0.0.0": damaged}
+    assert tree(root) == {**wanted, "data.zarr/t150/c.0.0.0": damaged}
 
 
 def test_other_images_or_another_teacher_are_refused(
@@ -258,7 +258,7 @@ def test_what_cannot_be_repaired_is_left_and_said(
 ) -> None:
     """Codec, sample index and manifest are not repaired, and each is reported with a remedy."""
     flip(root / "data.zarr/codec/t150/stride8/basis/c.0.0")
-    flip(root / "data.zarr/t150/stride8/c.0.0.0")
+    flip(root / "data.zarr/t150/c.0.0.0")
     flip(root / "samples.parquet")
     before = tree(root)
     result, said = repair(root, scene_folder, teacher_dir)
@@ -268,7 +268,7 @@ def test_what_cannot_be_repaired_is_left_and_said(
         == "restore it from a copy, or delete this cache and extract it again"
     )
     assert said["data.zarr/codec/t150/stride8/basis/c.0.0"]["outcome"] == "impossible"
-    assert "the codec's arrays are damaged" in said["data.zarr/t150/stride8/c.0.0.0"]["note"]
+    assert "the codec's arrays are damaged" in said["data.zarr/t150/c.0.0.0"]["note"]
     assert tree(root) == before
     flip(root / "manifest.json", 30)
     result, said = repair(root, scene_folder, teacher_dir)
@@ -340,7 +340,7 @@ def test_a_teacher_whose_features_are_all_zero(
     opened = Cache(out)
     decoded = opened.decoder(opened.names)(opened.batch([0, 1], [0, 1], opened.names).coefficients)
     assert all(torch.equal(maps, torch.zeros_like(maps)) for maps in decoded.values())
-    for path in [*(out / "data.zarr").rglob("zarr.json"), out / "data.zarr/t150/stride8/c.1.0.0"]:
+    for path in [*(out / "data.zarr").rglob("zarr.json"), out / "data.zarr/t150/c.1.0.0"]:
         path.unlink()
     result, said = repair(out, scene_folder, teacher)
     assert result.exit_code == 0, said

@@ -22,7 +22,7 @@ from pipelines.label.label_writer import LabelWriter
 from pipelines.verify.verify import verify
 
 SET = "labels/parts"
-SHARD = f"{SET}/data.zarr/t0/logits/c.1.0.0"
+SHARD = f"{SET}/data.zarr/t0/c.1.0.0"
 
 
 def repair(root: Path, *flags: object) -> tuple[Result, dict[str, tuple[str, str]]]:
@@ -62,7 +62,7 @@ def test_features_are_repaired_before_the_labels_that_follow_from_them(
 ) -> None:
     """Labels of damaged features are repaired only after the features, or name what is missing."""
     wanted = tree(root)
-    feature = "data.zarr/t150/stride8/c.1.0.0"
+    feature = "data.zarr/t150/c.1.0.0"
     (root / feature).unlink()
     (root / SHARD).unlink()
     before = tree(root)
@@ -205,12 +205,12 @@ def test_a_label_set_of_a_newer_format_is_named_and_the_cache_verified(
     """A newer label set gives exit code 5, and damage elsewhere is found with exit code 3."""
     shutil.copytree(root / SET, root / "labels" / "newer")
     path = root / "labels" / "newer" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3}))
     before = tree(root)
     result = run("verify", root)
     assert result.exit_code == 5
     text = " ".join(re.sub(r"[│\s]+", " ", result.output).split())
-    reason = "expected format 1, got 2; install the dtcache that wrote it, or a newer one"
+    reason = "expected format 2, got 3; install the dtcache that wrote it, or a newer one"
     assert f"labels newer not readable by this version: {reason}" in text
     assert "state good" in text and "labels parts good" in text
     found = json.loads(run("verify", root, "--json").stdout)

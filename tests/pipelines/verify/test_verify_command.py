@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from store.builders import FINE, begin, tiny_plan, tree
+from store.builders import FEATURES, begin, tiny_plan, tree
 from support.cli import run
 from support.files import flip
 
@@ -15,7 +15,7 @@ from pipelines.verify.verify import verify
 
 pytestmark = pytest.mark.usefixtures("apart")
 
-SHARD = f"data.zarr/{FINE}/c.1.0.0"
+SHARD = f"data.zarr/{FEATURES}/c.1.0.0"
 
 
 def test_each_verdict_has_its_exit_code(tiny_copy: Path, tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_each_verdict_has_its_exit_code(tiny_copy: Path, tmp_path: Path) -> None
     assert run("verify", tiny_copy).exit_code == 3
     begin(tmp_path / "begun", tiny_plan()).write_shard(tiny_plan().shards[0])
     assert run("verify", tmp_path / "begun").exit_code == 4
-    flip(tmp_path / "begun" / "data.zarr" / FINE / "c.0.0.0")
+    flip(tmp_path / "begun" / "data.zarr" / FEATURES / "c.0.0.0")
     assert run("verify", tmp_path / "begun").exit_code == 3
     nothing = run("verify", tmp_path)
     assert (nothing.exit_code, nothing.stdout) == (5, "")
@@ -36,7 +36,7 @@ def test_each_verdict_has_its_exit_code(tiny_copy: Path, tmp_path: Path) -> None
     missing = run("verify", tmp_path / "nowhere")
     assert missing.exit_code == 2
     assert f"{tmp_path / 'nowhere'} is not a cache" in missing.stderr
-    (tiny_copy / "manifest.json").write_text('{"format":2}')
+    (tiny_copy / "manifest.json").write_text('{"format":3}')
     assert run("verify", tiny_copy).exit_code == 5
     assert run("verify", tiny_copy, "--samples", "0.05").exit_code == 2
     assert run("verify", tiny_copy, "--fraction", "5%").exit_code == 2
@@ -51,13 +51,11 @@ def test_damage_is_told_by_file_sample_and_remedy(tiny_copy: Path) -> None:
     output = " ".join(run("verify", tiny_copy).output.split())
     assert "DAMAGED" in output and "every byte" in output
     assert f"{SHARD}: 1 of its chunks: the checksum does not match" in output
-    assert "shard 1 of t150/stride2: row 4 view 0 run dtcache verify with --repair and" in output
+    assert "shard 1 of t150: row 4 view 0 run dtcache verify with --repair and" in output
     assert "samples.parquet: expected SHA-256" in output
     assert "restore it from a copy, or delete this cache and extract it again" in output
     flip(tiny_copy / "samples.parquet", 60)
-    assert f"shard 1 of t150/stride2: {key} view 0" in " ".join(
-        run("verify", tiny_copy).output.split()
-    )
+    assert f"shard 1 of t150: {key} view 0" in " ".join(run("verify", tiny_copy).output.split())
 
 
 def test_many_damages_are_cut_short(tiny_copy: Path) -> None:
@@ -83,11 +81,11 @@ def test_json_is_json_and_nothing_else(tiny_copy: Path) -> None:
     assert (report["state"], report["sealed"], report["num_objects"], report["num_checked"]) == (
         "damaged",
         True,
-        9,
-        9,
+        6,
+        6,
     )
     [damage] = report["damage"]
-    assert (damage["path"], damage["shard"], damage["array"]) == (SHARD, 1, FINE)
+    assert (damage["path"], damage["shard"], damage["array"]) == (SHARD, 1, FEATURES)
     assert damage["samples"] == [{"row": 4, "key": tiny_plan().samples[4].key, "view": 0}]
     assert report["unnamed"] == {"notes.txt": "not part of the cache"}
     note = "recompute shard 1 (4 images) with the teacher"
@@ -97,9 +95,9 @@ def test_json_is_json_and_nothing_else(tiny_copy: Path) -> None:
 def test_a_sample_is_called_one(tiny_copy: Path) -> None:
     """With --fraction the text states the number of checked files, which --seed selects."""
     output = run("verify", tiny_copy, "--fraction", 0.05, "--seed", 4).output
-    assert "A SAMPLE: 3 of 9 shard files" in output
+    assert "A SAMPLE: 2 of 6 shard files" in output
     report = json.loads(run("verify", tiny_copy, "--fraction", 0.4, "--json").stdout)
-    assert (report["num_checked"], report["num_objects"]) == (6, 9)
+    assert (report["num_checked"], report["num_objects"]) == (4, 6)
 
 
 def test_the_plan_of_a_repair_writes_nothing(tiny_copy: Path) -> None:
@@ -152,7 +150,7 @@ def test_a_fraction_is_a_share(tiny_cache: Path, fraction: float) -> None:
 
 def test_a_newer_cache_is_one_line_on_stderr(tiny_copy: Path) -> None:
     """A cache of a newer format gives one line on stderr."""
-    (tiny_copy / "manifest.json").write_text('{"format":2}')
+    (tiny_copy / "manifest.json").write_text('{"format":3}')
     result = run("verify", tiny_copy)
     assert (result.exit_code, result.stdout) == (5, "")
-    assert "expected format 1, got 2" in result.stderr and result.stderr.count("\n") == 1
+    assert "expected format 2, got 3" in result.stderr and result.stderr.count("\n") == 1

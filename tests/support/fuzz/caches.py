@@ -21,6 +21,8 @@ from support.hostile import reseal
 
 from dtcache.hashing import canonical_json, file_sha256
 from dtcache.json_files import with_own_hash
+from dtcache.store.tag import TAG_BYTES, tag_seed, tagged
+from dtcache.store.zstd_frame import pack_frame
 
 CRC_BYTES = 4
 ENTRY = struct.Struct("<QQ")
@@ -163,7 +165,7 @@ def _payloads(root: Path, outside: Path, rng: Random, signed: bool) -> str:
     ]
     path = rng.choice(files)
     name = path.relative_to(root).as_posix()
-    kind = rng.randrange(4)
+    kind = rng.randrange(5)
     if kind == 0:
         same_size = [p for p in files if p.stat().st_size == path.stat().st_size and p != path]
         other = rng.choice(same_size or files)
@@ -175,13 +177,15 @@ def _payloads(root: Path, outside: Path, rng: Random, signed: bool) -> str:
             content, note = mutate_bytes(path.read_bytes(), rng)
         elif kind == 2:
             content, note = _mutate_index(path.read_bytes(), rng)
+        elif kind == 3:
+            content, note = _mutate_content(root, path, rng)
         else:
             content, note = _mutate_frame(path.read_bytes(), rng)
         path.write_bytes(content)
         note = f"{name} {note}"
         changed = [path]
     if signed:
-        _sign_shards(root, changed)
+        sign_shards(root, changed)
     return note
 
 
@@ -262,6 +266,38 @@ def _mutate_frame(content: bytes, rng: Random) -> tuple[bytes, str]:
     return content[:offset] + chunk + content[offset + size :], note
 
 
+def _mutate_content(root: Path, path: Path, rng: Random) -> tuple[bytes, str]:
+    """Change lengths, lane states or words of a payload under the right tag and checksums."""
+    content = path.read_bytes()
+    at, entries = _index_of(content)
+    manifest = json.loads((root / "manifest.json").read_bytes())
+    array = path.parent.relative_to(root / "data.zarr").as_posix()
+    number = rng.randrange(sum(offset < 2**63 for offset, _ in entries))
+    offset, size = entries[number]
+    payload = decompress(content[offset : offset + size - CRC_BYTES])
+    views = len(entries) // manifest["arrays"][array]["shard_rows"]
+    shard = int(path.name.split(".")[1])
+    inner, view = divmod(number, views)
+    row = shard * manifest["arrays"][array]["shard_rows"] + inner
+    changed = bytearray(payload[TAG_BYTES:].rstrip(b"\0") or b"\1" * 40)
+    note = "content"
+    for _ in range(rng.choice((1, 4))):
+        place = rng.randrange(min(rng.choice((2, 6, 40, len(changed))), len(changed)))
+        changed[place] = rng.choice((0, 1, 127, 255, rng.randrange(256)))
+        note += f" byte {place} = {changed[place]}"
+    if rng.random() < 0.3:
+        del changed[rng.randrange(1, len(changed) + 1) :]
+        note += f", cut to {len(changed)}"
+    seed = tag_seed(manifest["fingerprint"], array)
+    frame = pack_frame(tagged(seed, row, view, bytes(changed)), len(payload))
+    chunk = frame + crc32c(frame).to_bytes(CRC_BYTES, "little")
+    entries[number] = (offset, len(chunk))
+    difference = len(chunk) - size
+    entries = [(o + difference if offset < o < 2**63 else o, length) for o, length in entries]
+    body = content[:offset] + chunk + content[offset + size : at]
+    return _with_index(body, entries), note
+
+
 def _path(root: Path, outside: Path, rng: Random, signed: bool) -> str:
     paths = [path for path in sorted(root.rglob("*")) if path.name != ".lock"]
     path = rng.choice(paths)
@@ -296,7 +332,7 @@ def _own_hash(value: object) -> bytes:
         return json_bytes(value)
 
 
-def _sign_shards(root: Path, changed: list[Path]) -> None:
+def sign_shards(root: Path, changed: list[Path]) -> None:
     """Record the sizes and hashes of shard files where the cache records them."""
     names = {path.relative_to(root).as_posix(): path for path in changed}
     table = root / "shards.parquet"
