@@ -15,6 +15,7 @@ import click
 import pytest
 
 import cli
+import dtcache
 from pipelines.terminal.commands import Group
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,6 +156,9 @@ def test_the_site_builds_without_warnings_or_dead_links(tmp_path: Path) -> None:
         pages[file] = _Links()
         pages[file].feed(file.read_text())
     assert len(pages) > len(PAGES)
+    reference = pages[site / "reference" / "python" / "index.html"].anchors
+    described = {anchor.rpartition(".")[2] for anchor in reference if anchor.count(".") <= 3}
+    assert described >= set(dtcache.__all__) - {"__version__"}
     dead = []
     for file, page in pages.items():
         for target in page.links:
