@@ -329,6 +329,8 @@ def join_labels(
     chunks = [chunk for index in indices for chunk in _chunks(index)]
     if text:
         names = sorted(pc.unique(pa.chunked_array(chunks, pa.string())).drop_null().to_pylist())
+        if not names:
+            return None, None, [*notes, f"no labels: {text[0].file.name} has no text in any row"]
         values = pc.index_in(pa.chunked_array(chunks, pa.string()), value_set=pa.array(names))
         return values, names, notes
     named = [index for index in indices if index.labels.names is not None]

@@ -188,8 +188,10 @@ def _cache(table: Mapping[str, Any], title: str, folder: Path) -> CacheEntry:
     require_names(label, ("fit", "write"), f"{title}: [cache.label]")
     if label and set(label) != {"fit", "write"}:
         raise ConfigError(f"{title}: expected both [cache.label.fit] and [cache.label.write]")
+    label_fit = _table(label.get("fit", {}), f"{title}: [cache.label.fit]")
+    label_write = _table(label.get("write", {}), f"{title}: [cache.label.write]")
     if per_seed:
-        for part, inner in (("extract", extract), ("label.fit", label.get("fit", {}))):
+        for part, inner in (("extract", extract), ("label.fit", label_fit)):
             require_options(
                 inner,
                 ExtractOptions if part == "extract" else LabelFitOptions,
@@ -203,10 +205,10 @@ def _cache(table: Mapping[str, Any], title: str, folder: Path) -> CacheEntry:
     fit = write = None
     if label:
         fit = options_from(
-            LabelFitOptions, label["fit"], title=f"{title}: [cache.label.fit]", folder=folder
+            LabelFitOptions, label_fit, title=f"{title}: [cache.label.fit]", folder=folder
         )
         write = options_from(
-            LabelWriteOptions, label["write"], title=f"{title}: [cache.label.write]", folder=folder
+            LabelWriteOptions, label_write, title=f"{title}: [cache.label.write]", folder=folder
         )
         if not write.name:
             raise ConfigError(f"{title}: [cache.label.write]: name missing; name the label set")
@@ -377,7 +379,11 @@ def _require_safe(name: Any, title: str) -> None:
 
 
 def _require_path(path: Path, title: str) -> None:
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise ConfigError(f"{title}: {str(path)[:80]}...: {error.strerror}") from error
+    if not exists:
         raise ConfigError(f"{title}: {path} does not exist; paths are relative to the sweep file")
 
 

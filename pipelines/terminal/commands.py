@@ -150,6 +150,8 @@ class Group(_OneLineErrors, click.Group):
             line = in_command_words(error, self.get_command(ctx, ctx.invoked_subcommand or ""))
             is_misuse = isinstance(error, MISUSES)
             raise (WrongUsage(line) if is_misuse else click.ClickException(line)) from error
+        except click.ClickException:
+            raise  # from a subgroup, which has made the line
         except Exception as error:
             if (line := long_name(error)) is not None:
                 raise WrongUsage(printable(line)) from error

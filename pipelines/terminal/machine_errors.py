@@ -6,7 +6,10 @@ import os
 from dtcache.errors import one_line
 from dtcache.names import IN_UTF8
 
-TOO_LITTLE_MEMORY = ("map segment", "annot allocate memory", "can't allocate memory")
+TOO_LITTLE_MEMORY = (
+    *("map segment", "annot allocate memory", "can't allocate memory"),
+    "could not create a primitive",  # of oneDNN
+)
 """Parts of the messages of the system and of libraries if there is no memory or address space."""
 TOO_FEW_THREADS = ("can't start new thread", "Resource temporarily unavailable")
 """Parts of their messages if no further thread or process may start."""

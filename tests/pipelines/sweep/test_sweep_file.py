@@ -1,9 +1,15 @@
 """Sweep files: what they mean, and one line for everything that is wrong with one."""
 
+import copy
+import tomllib
 from pathlib import Path
+from random import Random
 
 import pytest
 from support.cli import run
+from support.fuzz.files import mutate_bytes
+from support.fuzz.json_values import mutate_json
+from support.fuzz.toml_values import toml_bytes
 
 from dtcache.errors import ConfigError
 from pipelines.sweep.sweep_file import read_sweep
@@ -147,6 +153,30 @@ def test_wrong_files_are_refused(tmp_path: Path, old: str, new: str, message: st
     assert result.output.startswith("Error: ")
     assert result.output.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_changed_files_are_read_or_refused(tmp_path: Path) -> None:
+    """200 sweep files with random values are read, or refused with the file's name."""
+    path = written(tmp_path, GOOD)
+    table = tomllib.loads(GOOD)
+    table["cache"][1]["label"] = {"fit": {"masks": "masks"}, "write": {"name": "parts"}}
+    path.write_bytes(toml_bytes(table))
+    assert read_sweep(path).caches[1].fit is not None
+    refused = 0
+    for number in range(200):
+        rng = Random(number)
+        changed, _ = mutate_json(copy.deepcopy(table), rng)
+        try:
+            content = toml_bytes(changed)
+        except (RecursionError, ValueError):
+            continue
+        path.write_bytes(mutate_bytes(content, rng)[0] if rng.random() < 0.1 else content)
+        try:
+            assert read_sweep(path).arms
+        except ConfigError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert 100 < refused < 200
 
 
 def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def failing(error: Exception) -> Result:
             ImportError("libx.so: failed to map segment from shared object"),
             "too little memory (libx.so: failed to map segment from shared object)",
         ),
+        (RuntimeError("could not create a primitive"), "too little memory (could not create a"),
         (OSError(12, "Cannot allocate memory"), "too little memory ([Errno 12] Cannot allocate"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: \x1b[2J"),
@@ -55,6 +56,22 @@ def test_a_failure_of_the_machine_is_one_line(error: Exception, line: str) -> No
     result = failing(error)
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("Error: ") and line in result.stderr
+
+
+def test_the_line_of_a_subgroup_is_not_wrapped() -> None:
+    """A verb such as `label write` ends in the same line as a verb of one word."""
+    group = Group("main")
+
+    @group.group("label", cls=Group)
+    def label() -> None:
+        """A subgroup."""
+
+    @label.command("fail")
+    def fail() -> None:
+        raise RuntimeError("can't start new thread")
+
+    result = CliRunner().invoke(group, ["label", "fail"])
+    assert result.stderr.count("too few threads") == 1
 
 
 def test_an_error_of_the_program_keeps_its_traceback() -> None:
