@@ -161,13 +161,14 @@ def make_objective(
     Tap weights, divided by their mean over taps, multiply both terms. Under `noise_weighting` the
     AT of a tap is weighted by d = 1 - (share of noise); its MSE is weighted band by band if the
     codec has bands and nothing is cropped, and by d otherwise. Raises ConfigError for options that
-    contradict each other, and for a name in `shapes` without a codec.
+    contradict each other, and for a name in `shapes` without a codec. Features of a teacher in the
+    loop have none: `fit` is then empty, and nothing is weighted by noise.
     """
     require("options", options, TrainOptions, "TrainOptions")
     require("shapes", shapes, Mapping, "shapes (C, H, W) by array")
     require("fit", fit, Mapping, "codecs by array")
     for name in shapes:
-        if name not in fit:
+        if fit and name not in fit:
             raise ConfigError(
                 f"`shapes` {name}: expected an array of `fit`, which has {', '.join(fit)}; pass one"
             )
