@@ -80,6 +80,52 @@ def test_an_error_of_the_program_keeps_its_traceback() -> None:
     assert failing(error).exception is error
 
 
+ONE_THREAD = """
+import ctypes, os, resource, sys
+import cli
+if os.geteuid() == 0:
+    # The limit does not bind root. Another user who may read every file: CAP_DAC_OVERRIDE is kept.
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(8, 1, 0, 0, 0) == 0  # PR_SET_KEEPCAPS
+    os.setresuid(65534, 65534, 65534)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    assert libc.capset(header, (ctypes.c_uint32 * 6)(2, 2, 0, 0, 0, 0)) == 0
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+cli.main(sys.argv[1:])
+"""
+LITTLE_SPACE = """
+import resource, sys
+import cli
+import pipelines.verify.verify, dtcache.store.read_kernel
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), used + (1 << 20)))
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and capabilities of Linux")
+@pytest.mark.parametrize(
+    ("program", "line"),
+    [(ONE_THREAD, "too few threads or processes"), (LITTLE_SPACE, "too ")],
+    ids=["ulimit -u", "ulimit -v"],
+)
+def test_a_process_under_limits_ends_in_one_line(
+    tiny_cache: Path, tmp_path: Path, program: str, line: str
+) -> None:
+    """`verify` under a real limit of threads, or of address space, ends in one line."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "verify", tiny_cache],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"Error: {line}")
+    assert "Traceback" not in done.stderr
+
+
 def test_names_beyond_ascii_under_lang_c(tiny_cache: Path, tmp_path: Path) -> None:
     """With LANG=C and no UTF-8 mode, a cache whose path is not ASCII is read."""
     shutil.copytree(tiny_cache, tmp_path / "\u65e5\u672c")
