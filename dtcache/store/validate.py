@@ -67,6 +67,8 @@ def check_manifest(value: Json) -> dict[str, PayloadArray]:
     for name, sha256 in value["files"].items():
         if not FILE_NAME.fullmatch(name) or not _SHA256.fullmatch(sha256):
             raise ValueError(f"files: {name[:80]!r} with the SHA-256 {sha256[:64]!r}")
+    if value["state"] == "sealed" and SAMPLES not in value["files"]:
+        raise ValueError(f"files: {SAMPLES} is missing")
     if not _SHA256.fullmatch(value["fingerprint"]):
         raise ValueError(f"fingerprint {value['fingerprint'][:64]!r}")
     arrays = {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from store.builders import FEATURES, VIEWS, tiny_plan
+from support.hostile import reseal
 
 from dtcache.errors import (
     CacheDamagedError,
@@ -291,7 +292,13 @@ def test_no_field_may_be_missing_or_of_another_type(tmp_path: Path) -> None:
     ("files", "is_valid"),
     [
         ({"samples.parquet": "0" * 64, "data.zarr/codec/t150/stride2/mean/c.0": "0" * 64}, True),
-        ({"data.zarr/zarr.json": "0" * 64, "prompt.safetensors": "0" * 64}, True),
+        (
+            {
+                name: "0" * 64
+                for name in ("samples.parquet", "data.zarr/zarr.json", "prompt.safetensors")
+            },
+            True,
+        ),
         ({"/etc/passwd": "0" * 64}, False),
         ({"../other/samples.parquet": "0" * 64}, False),
         ({"data.zarr/../../zarr.json": "0" * 64}, False),
@@ -375,6 +382,13 @@ def test_other_formats_are_refused(tmp_path: Path, version: str, fix: str) -> No
     assert str(caught.value) == (
         f"{tmp_path}/manifest.json: expected format 2, got {version}; {fix}"
     )
+
+
+def test_a_sealed_manifest_names_its_sample_index(tiny_copy: Path) -> None:
+    """Readers look up the hash of samples.parquet, so a manifest without it is damaged."""
+    reseal(tiny_copy, lambda manifest: manifest["files"].pop("samples.parquet"))
+    with pytest.raises(CacheDamagedError, match=r"files: samples\.parquet is missing"):
+        read_manifest(tiny_copy)
 
 
 def test_missing_manifest(tmp_path: Path) -> None:
