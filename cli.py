@@ -1,6 +1,7 @@
 """The `dtcache` command: each verb parses its options, calls one pipeline and prints the result."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -29,6 +30,7 @@ from pipelines.terminal.flags import (
     JSON_FLAG,
     NO_LOCK_FLAG,
     PATH,
+    location_argument,
     options_of,
     out_flag,
     print_json,
@@ -37,6 +39,9 @@ from pipelines.terminal.flags import (
 from pipelines.terminal.output import report, report_lines, say
 
 TRY = "Try it"
+if TYPE_CHECKING:
+    from dtcache.store.remote import Location
+
 CACHE = "Stage 1: the cache"
 STUDENT = "Stage 2: students"
 HELP = "Help"
@@ -407,11 +412,11 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
 
 
 @main.command(section=STUDENT, resumes=True)
-@click.argument("where", metavar="CACHE|IMAGES", type=PATH)
+@location_argument("where", "CACHE|IMAGES")
 @out_flag("Folder of the run or runs. A run there is resumed if its options are the same.")
 @NO_LOCK_FLAG
 @options_of(TrainOptions)
-def train(where: Path, out: Path, options: TrainOptions) -> None:
+def train(where: "Location", out: Path, options: TrainOptions) -> None:
     """Train students (stage 2) on a cache or online.
 
     Pass CACHE to train from cached features, or IMAGES and --teacher to run the teacher in the
@@ -424,6 +429,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> None:
       dtcache train cats.cache --student resnet50 --epochs 100 --out runs/resnet50
       dtcache train cats.cache --student resnet18,resnet50 --out runs
       dtcache train photos/ --teacher google/ddpm-cat-256 --timestep 150 --out runs/online
+      dtcache train s3://bucket/cats.cache --student resnet50 --out runs/remote
       dtcache train cats.cache --config runs/a/config.toml --extend runs/a --epochs 50 --out runs/b
     """
     from pipelines.train.shared_loader import runs_of

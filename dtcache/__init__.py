@@ -88,7 +88,7 @@ def __dir__() -> list[str]:
 
 
 def open(path: str | Path, images: str | Path | None = None) -> "Cache":
-    """Open a sealed cache for reading.
+    """Open a sealed cache for reading: a folder, or an address such as s3://bucket/cats.cache.
 
     `images` is the source that the cache was extracted from; it is needed for the images of a cache
     that does not store them. Features of a sample are fp32 (V, C, H, W) by array.
@@ -99,5 +99,7 @@ def open(path: str | Path, images: str | Path | None = None) -> "Cache":
     """
     from dtcache.arguments import path_of
     from dtcache.cache.cache import Cache
+    from dtcache.store.remote import location_of
 
-    return Cache(path_of("path", path), None if images is None else path_of("images", images))
+    source = None if images is None else path_of("images", images)
+    return Cache(location_of("path", path), source)

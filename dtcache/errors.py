@@ -101,6 +101,14 @@ class DiskError(DtcacheError, OSError):
     """The disk refused a write: it is full, read-only or failing."""
 
 
+class StorageError(DtcacheError, OSError):
+    """An object store that refuses a request, fails or cannot be reached."""
+
+
+class StorageNotFoundError(StorageError, FileNotFoundError):
+    """An object that an object store does not have."""
+
+
 class NoLocksWarning(UserWarning):
     """A folder that is written without a lock, because its file system has none."""
 

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from store.builders import tiny_plan, write_cache
 from support.extraction import quick_extraction
+from support.s3 import s3_server
 
 from dtcache.teacher.ddpm import build_unet, save_teacher
 from pipelines.extract.extract import extract
@@ -32,6 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip fsync, for tests that simulate no power cut."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of an S3 server on this machine."""
+    pytest.importorskip("obstore")
+    pytest.importorskip("moto")
+    with s3_server() as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,7 @@ ROOMS = [
     "dtcache.student",
     "dtcache.teacher",
     "dtcache.labels",
+    "dtcache.storage",
     "dtcache.store",
     "dtcache.cache",
     # The stages, from low to high.

@@ -42,6 +42,7 @@ from dtcache.options.images import ImagesOptions
 from dtcache.recipe import Json, ViewSpec, array_of, tap_name
 from dtcache.store.layout import IMAGES
 from dtcache.store.reader import Allowed, CacheReader
+from dtcache.store.remote import Location
 from dtcache.whitening import unwhiten
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Cache:
 
     def __init__(
         self,
-        root: Path,
+        location: Location,
         images: Path | None = None,
         *,
         allow: Allowed = "nothing",
@@ -99,7 +100,7 @@ class Cache:
         Raises CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and ImagesError if
         `images` is a different source.
         """
-        self.reader = CacheReader(root, allow=allow)
+        self.reader = CacheReader(location, allow=allow)
         recipe = self.reader.manifest.recipe
         self.view = ViewSpec(**recipe["view"])
         self.names = self.reader.manifest.tap_names
@@ -111,7 +112,7 @@ class Cache:
         self.allow = allow
         self._linked: LinkedImages | None = None
         if images is not None and IMAGES in self.reader.manifest.arrays:
-            raise ConfigError(f"{root} stores its images: open it without `images`")
+            raise ConfigError(f"{location} stores its images: open it without `images`")
         if images is not None:
             samples = self.reader.samples
             self._linked = LinkedImages(
@@ -119,9 +120,9 @@ class Cache:
             )
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        """Pickle as paths."""
+        """Pickle as locations."""
         again = functools.partial(Cache, allow=self.allow, reading=self._reading)
-        return again, (self.reader.root, self._source)
+        return again, (self.reader.location, self._source)
 
     @property
     def num_views(self) -> int:
@@ -171,7 +172,7 @@ class Cache:
         images = "with images" if self.has_images else "without images"
         arrays = ", ".join(f"{name} {self.shape(name)}" for name in self.names)
         return (
-            f"dtcache.open({str(self.reader.root)!r})\n"
+            f"dtcache.open({str(self.reader.location)!r})\n"
             f"  {len(self)} of {rows} samples usable, {self.num_views} views, "
             f"{len(self.classes)} classes, {self.view.width}x{self.view.height} px, {images}\n"
             f"  {arrays}"
@@ -222,7 +223,7 @@ class Cache:
                 )
             if not -count <= index < count:
                 raise UnknownIndexError(
-                    f"{self.reader.root} has {count} usable samples, got index {index}; pass "
+                    f"{self.reader.location} has {count} usable samples, got index {index}; pass "
                     f"{-count} to {count - 1}"
                 )
         positions = np.array(indices, np.int64).reshape(-1)
@@ -257,7 +258,7 @@ class Cache:
         for key, row in zip(keys, rows.tolist(), strict=True):
             if row < 0:
                 raise UnknownSampleError(
-                    f"{self.reader.root}: no sample has the key {key!r}; cache.samples['key'] "
+                    f"{self.reader.location}: no sample has the key {key!r}; cache.samples['key'] "
                     "lists them"
                 )
         self._require_usable(rows)
@@ -349,15 +350,18 @@ class Cache:
         timesteps = self.reader.manifest.recipe["teacher"]["timesteps"]
         if timestep is None and len(timesteps) > 1:
             raise ConfigError(
-                f"{self.reader.root} has several timesteps: pass `timestep`, one of "
+                f"{self.reader.location} has several timesteps: pass `timestep`, one of "
                 f"{', '.join(map(str, timesteps))}"
             )
         name = tap_name(timesteps[0] if timestep is None else timestep, tap)
         if name not in self.names:
             raise ConfigError(
-                f"{self.reader.root} has no {name}, only {', '.join(self.names)}; pass one of these"
+                f"{self.reader.location} has no {name}, only {', '.join(self.names)}; pass one of "
+                "these"
             )
-        decode = StoredFeatures(self.reader.root, self.reader.manifest.identity, self.allow, name)
+        decode = StoredFeatures(
+            self.reader.location, self.reader.manifest.identity, self.allow, name
+        )
         shape = (self.samples.num_rows, self.num_views, *self.shape(name))
         return lazy_stack(decode, shape, f"dtcache-{decode.identity[:16]}-{name}")
 
@@ -421,7 +425,7 @@ class Cache:
                 pixels.append(decode_stored(payload, self.view))
             except BadImageError as error:
                 key = self.samples["key"][int(row)]
-                raise CacheDamagedError(f"{self.reader.root}: image {key}: {error}") from error
+                raise CacheDamagedError(f"{self.reader.location}: image {key}: {error}") from error
         return pixels
 
     def coefficients(
@@ -445,7 +449,7 @@ class Cache:
             except PayloadError as error:
                 key = self.samples["key"][int(rows[error.index])]
                 raise CacheDamagedError(
-                    f"{self.reader.root}: {label} of sample {key}: {error}; {AGAIN}"
+                    f"{self.reader.location}: {label} of sample {key}: {error}; {AGAIN}"
                 ) from error
         return (
             {name: coefficients[name] for name in names},
@@ -474,7 +478,7 @@ class Cache:
         """Raise ConfigError if the cache does not store its images and was opened without them."""
         if not self.has_images:
             raise ConfigError(
-                f"{self.reader.root} stores no images: pass `images`, the source that it was "
+                f"{self.reader.location} stores no images: pass `images`, the source that it was "
                 "extracted from"
             )
 
@@ -508,7 +512,7 @@ class Cache:
         for sample in self.samples.select(["key", "failure"]).take(rows).to_pylist():
             if sample["failure"] is not None:
                 raise UnknownSampleError(
-                    f"{self.reader.root}: sample {sample['key']} has no features: "
+                    f"{self.reader.location}: sample {sample['key']} has no features: "
                     f"{sample['failure']}"
                 )
 
@@ -524,12 +528,12 @@ def _slice_within(index: slice, count: int) -> tuple[int, int, int]:
 class StoredFeatures:
     """The decoded features of one array, by row. Safe to share between threads.
 
-    A pickle holds the cache's path; each process opens the cache at its first call.
+    A pickle holds the cache's location; each process opens the cache at its first call.
     """
 
-    def __init__(self, root: Path, identity: str, allow: Allowed, name: str) -> None:
-        """Select an array of the cache at `root` whose manifest has this `identity`."""
-        self.root = root.resolve()
+    def __init__(self, location: Location, identity: str, allow: Allowed, name: str) -> None:
+        """Select an array of the cache at `location` whose manifest has this `identity`."""
+        self.location = location
         self.identity = identity
         self.allow = allow
         self.name = name
@@ -537,8 +541,8 @@ class StoredFeatures:
         self._cache: Cache | None = None
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        """Pickle as a path."""
-        return StoredFeatures, (self.root, self.identity, self.allow, self.name)
+        """Pickle as a location."""
+        return StoredFeatures, (self.location, self.identity, self.allow, self.name)
 
     def __call__(self, rows: Rows) -> NDArray[np.float32]:
         """Return the features of R rows, fp32 (R, V, C, H, W); NaN for a row without features.
@@ -557,10 +561,10 @@ class StoredFeatures:
     def _opened(self) -> Cache:
         with self._lock:
             if self._cache is None:
-                cache = Cache(self.root, allow=self.allow)
+                cache = Cache(self.location, allow=self.allow)
                 if cache.reader.manifest.identity != self.identity:
                     raise CacheMismatchError(
-                        f"{self.root}: expected the cache that the stack was made from, got a "
+                        f"{self.location}: expected the cache that the stack was made from, got a "
                         "different cache, or the same one, finished since; open it and make the "
                         "stack again"
                     )

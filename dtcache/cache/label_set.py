@@ -19,10 +19,10 @@ from dtcache.errors import CacheIncompleteError, CacheMismatchError
 from dtcache.labels.label_decoder import LabelDecoder
 from dtcache.options.images import ImagesOptions
 from dtcache.recipe import Json
-from dtcache.store.label_sets import label_set_root
 from dtcache.store.layout import LOGITS, SAMPLES
 from dtcache.store.manifest import read_manifest
 from dtcache.store.reader import Allowed
+from dtcache.store.remote import Location, label_set_location
 
 
 class LabelSet:
@@ -34,14 +34,19 @@ class LabelSet:
         Raises UnknownLabelsError with the names of the existing sets, CacheIncompleteError,
         CacheMismatchError if the set was made from other features or images, or CacheDamagedError.
         """
-        root = label_set_root(cache.reader.root, name)
-        manifest = read_manifest(root)
+        location = label_set_location(cache.reader.location, name)
         own = cache.reader.manifest
-        if manifest.state != "sealed" and not unfinished:
+        if (
+            isinstance(location, Path)
+            and not unfinished
+            and read_manifest(location).state != "sealed"
+        ):
             raise CacheIncompleteError(
-                f"{root}: the label set is not complete; run its dtcache label write command again "
-                "to finish it"
+                f"{location}: the label set is not complete; run its dtcache label write command "
+                "again to finish it"
             )
+        self._stored = Cache(location, allow="incomplete" if unfinished else "nothing")
+        manifest = self._stored.reader.manifest
         self.about: Json = manifest.recipe.get("labels") or {}
         for source, recorded, own_hash in (
             ("features", self.about.get("cache_fingerprint"), own.fingerprint),
@@ -49,12 +54,11 @@ class LabelSet:
         ):
             if recorded != own_hash:
                 raise CacheMismatchError(
-                    f"{root}: made from other {source}: expected {own_hash[:16]}..., got "
+                    f"{location}: made from other {source}: expected {own_hash[:16]}..., got "
                     f"{str(recorded)[:16]}...; write labels again with "
                     "dtcache label write, under another name"
                 )
         self._cache = cache
-        self._stored = Cache(root, allow="incomplete" if unfinished else "nothing")
         self.identity = manifest.fingerprint
         self.classes = tuple(self.about["classes"])
 
@@ -102,7 +106,7 @@ class LabelledCache(Cache):
 
     def __init__(
         self,
-        root: Path,
+        location: Location,
         name: str,
         images: Path | None = None,
         *,
@@ -110,14 +114,14 @@ class LabelledCache(Cache):
         reading: ImagesOptions | None = None,
     ) -> None:
         """Open a cache and one of its label sets. Raises the errors of `Cache` and `LabelSet`."""
-        super().__init__(root, images, allow=allow, reading=reading)
+        super().__init__(location, images, allow=allow, reading=reading)
         self.labels = LabelSet(self, name)
         self._again = functools.partial(
-            LabelledCache, self.reader.root, name, self._source, allow=allow, reading=reading
+            LabelledCache, self.reader.location, name, self._source, allow=allow, reading=reading
         )
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        """Pickle as paths and a name."""
+        """Pickle as locations and a name."""
         return self._again, ()
 
     def batch(

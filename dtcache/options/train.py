@@ -86,9 +86,10 @@ class TrainOptions(ImagesOptions):
         metavar="IMAGES",
         group=DATA,
     )
-    shuffle: str = option(
-        "full",
-        "full: permute all samples. block: mix parts of shards, for a cold disk.",
+    shuffle: str | None = option(
+        None,
+        "full: permute all samples. block: mix parts of shards, for a cold disk or an object store "
+        "[default: full; block for an object store].",
         choices=("full", "block"),
         group=DATA,
     )
@@ -320,7 +321,7 @@ class TrainOptions(ImagesOptions):
         if self.timestep is None:
             raise ConfigError("`teacher`: expected `timestep` beside it; pass both, as to extract")
         extra = [name for name in CACHE_ONLY if getattr(self, name)]
-        extra += ["shuffle"] if self.shuffle != "full" else []
+        extra += ["shuffle"] if self.shuffle == "block" else []
         if extra:
             raise ConfigError(
                 f"`{extra[0]}`: only a cache uses this option, and with `teacher` there is no "

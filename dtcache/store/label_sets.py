@@ -21,15 +21,19 @@ def label_set_names(root: Path) -> list[str]:
 
 def label_set_root(root: Path, name: str) -> Path:
     """Return the folder of a label set. Raises UnknownLabelsError with the existing names."""
-    names = label_set_names(root)
+    require_label_set(str(root), name, label_set_names(root))
+    return root / LABELS / name
+
+
+def require_label_set(cache: str, name: str, names: list[str]) -> None:
+    """Raise UnknownLabelsError unless a label set is one of the cache's `names`."""
     if name not in names:
         have = (
             f"it has {', '.join(names)}"
             if names
             else "it has none; dtcache label write creates one"
         )
-        raise UnknownLabelsError(f"{root}: no label set {name[:64]!r}; {have}")
-    return root / LABELS / name
+        raise UnknownLabelsError(f"{cache}: no label set {name[:64]!r}; {have}")
 
 
 def require_name(name: str) -> None:

@@ -37,6 +37,11 @@ class OpenFiles:
         self._files: OrderedDict[str, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
+    def holds(self, path: str) -> bool:
+        """Return whether a file is open."""
+        with self._lock:
+            return path in self._files
+
     def open(self, path: str) -> "OpenFile":
         """Return an open file, which stays open while the caller holds it.
 

@@ -23,6 +23,12 @@ from dtcache.store.commits import ShardObject
 from dtcache.store.layout import SAMPLES, PayloadArray
 from dtcache.store.manifest import CacheManifest, look_at
 from dtcache.store.open_files import OpenFile, open_limit
+from dtcache.store.remote import (
+    Location,
+    RemoteCache,
+    damaged_remote_objects,
+    local_copy,
+)
 from dtcache.store.sample_index import committed, damaged_objects, read_objects, read_samples
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 from dtcache.store.shard_check import CheckedShards
@@ -30,7 +36,11 @@ from dtcache.store.tag import TAG_BYTES, untagged
 from dtcache.store.zstd_frame import BLOCK_HEADER, frame_header
 
 HELD_FILES = 64
-"""Shard files that one call holds open at a time, beyond those that OpenFiles keeps."""
+"""Shard files that one call holds open at a time, beyond those that OpenFiles keeps.
+
+Of a cache in an object store, OpenFiles keeps as many: the disk space of a local copy that was
+deleted to make room is free only when it is closed.
+"""
 STRETCH_GAP = 1 << 16
 """Two chunks at most this many bytes apart are prefetched as one range."""
 
@@ -42,21 +52,34 @@ Allowed = Literal["nothing", "incomplete", "damage"]
 class CacheReader:
     """Random access to the payloads of a cache. Safe to share between threads."""
 
-    def __init__(self, root: Path, *, allow: Allowed = "nothing") -> None:
+    def __init__(self, location: Location, *, allow: Allowed = "nothing") -> None:
         """Open a cache and check that every file in its manifest exists, with the recorded size.
 
         If `allow` is incomplete, an unfinished cache opens with the shards committed so far;
         samples of other shards count as failed. If `allow` is damage, shards may also be lost;
-        `usable_rows` leaves out their rows. Raises CacheNotFoundError, CacheIncompleteError or
-        CacheDamagedError.
+        `usable_rows` leaves out their rows. A cache in an object store must be sealed. Raises
+        CacheNotFoundError, CacheIncompleteError or CacheDamagedError, and StorageError if the
+        object store fails.
         """
-        root = root.resolve()  # a later chdir or a moved link changes nothing
+        copy = None
+        if isinstance(location, RemoteCache):
+            copy = local_copy(location)
+            root = copy.root
+        else:
+            # A later chdir or a moved link changes nothing.
+            root = location = location.resolve()
+        self.location: Location = location
+        """Where the cache is; a local path is resolved."""
         self.root = root
         self._allow = allow
         self.manifest: CacheManifest
         self.samples: pa.Table
         self.manifest, self.samples, self._objects = look_at(root, partial(_look, root, allow))
-        self.damaged: dict[str, str] = damaged_objects(root, self._objects)
+        self.damaged: dict[str, str] = (
+            damaged_remote_objects(copy, self._objects)
+            if copy is not None
+            else damaged_objects(root, self._objects)
+        )
         """Shard files that are missing or of the wrong size, with a description of the actual file.
 
         Empty unless `allow` is damage.
@@ -77,14 +100,15 @@ class CacheReader:
                 if path not in self._objects or path in self.damaged:
                     rows = array.rows_of(shard)
                     self._usable[rows.start : rows.stop] = False
-        self._shards = CheckedShards(root, self._objects, open_limit())
+        most = open_limit() if copy is None else HELD_FILES
+        self._shards = CheckedShards(root, self._objects, most, copy)
         self._indices = {name: _Index(array) for name, array in arrays.items()}
         self._process = os.getpid()
         self._closed = False
 
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        """Pickle as a path: the other process opens and checks the cache again."""
-        return partial(CacheReader, allow=self._allow), (self.root,)
+    def __reduce__(self) -> tuple[Any, tuple[Location]]:
+        """Pickle as a location: the other process opens and checks the cache again."""
+        return partial(CacheReader, allow=self._allow), (self.location,)
 
     def close(self) -> None:
         """Close the shard files. Later reads raise CacheError; the manifest and samples stay."""

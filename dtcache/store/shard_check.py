@@ -12,11 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from dtcache.errors import AGAIN, CacheDamagedError
+from dtcache.storage.local_copy import LocalCopy
 from dtcache.store.commits import ShardObject
 from dtcache.store.layout import PayloadArray
 from dtcache.store.open_files import Identity, OpenFile, OpenFiles
+from dtcache.store.remote import fetch_shards
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 from dtcache.store.tag import untagged
+
+TRIES = 3
+"""Times that a copy is downloaded again if other processes delete it before it is opened."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,10 +108,20 @@ class CheckedShards:
     Safe to share between threads.
     """
 
-    def __init__(self, root: Path, objects: Mapping[str, ShardObject], most: int) -> None:
-        """Open the files `objects` below `root`, at most `most` at a time."""
+    def __init__(
+        self,
+        root: Path,
+        objects: Mapping[str, ShardObject],
+        most: int,
+        copy: LocalCopy | None = None,
+    ) -> None:
+        """Open the files `objects` below `root`, at most `most` at a time.
+
+        If `root` is the local `copy` of a cache in an object store, they are downloaded first.
+        """
         self._root = root
         self._most = most
+        self._copy = copy
         self._files = OpenFiles(root, most)
         self._objects = objects
         self._path_of = {listed.sha256: path for path, listed in objects.items()}
@@ -119,7 +134,7 @@ class CheckedShards:
 
     def in_this_process(self) -> "CheckedShards":
         """Return the same files for a forked process: comparisons that have ended are kept."""
-        again = CheckedShards(self._root, self._objects, self._most)
+        again = CheckedShards(self._root, self._objects, self._most, self._copy)
         again._checks = {path: check for path, check in self._checks.items() if check.done()}
         return again
 
@@ -130,6 +145,9 @@ class CheckedShards:
         CacheDamagedError, with the path, if a file cannot be read.
         """
         shared = []
+        shards = list(shards)
+        if self._copy is not None:
+            fetch_shards(self._copy, self._objects, [array.object_path(n) for n in shards])
         for shard in shards:
             path = array.object_path(shard)
             with self._lock:
@@ -177,11 +195,24 @@ class CheckedShards:
 
     def _opened(self, path: str) -> OpenFile:
         """Return an open file of the recorded size. Raises CacheDamagedError with the path."""
+        listed = self._objects[path]
         try:
-            file = self._files.open(path)
-            size = self._objects[path].size
-            if file.identity.size != size:
-                raise CacheDamagedError(f"expected {size} bytes, got {file.identity.size}")
+            file = self._files.open(path) if self._copy is None else self._copied(path, self._copy)
+            if file.identity.size != listed.size:
+                raise CacheDamagedError(f"expected {listed.size} bytes, got {file.identity.size}")
         except CacheDamagedError as error:
             raise CacheDamagedError(f"{self._root / path}: {error}; {AGAIN}") from error
         return file
+
+    def _copied(self, path: str, copy: LocalCopy) -> OpenFile:
+        """Return an open file, downloaded if there is no local copy of it."""
+        listed = self._objects[path]
+        for _ in range(TRIES):
+            if not self._files.holds(path):
+                copy.fetch(path, listed.sha256, listed.size)
+            try:
+                return self._files.open(path)
+            except CacheDamagedError:
+                # Another process deleted the copy to make room, before this one opened it.
+                continue
+        return self._files.open(path)

@@ -56,8 +56,8 @@ class CachedMaps:
         """
         if self._conditioned_on_labels:
             say(
-                f"warning: the teacher of {self.cache.reader.root} was conditioned on each image's "
-                "label; a probe may read the label from the features"
+                f"warning: the teacher of {self.cache.reader.location} was conditioned on each "
+                "image's label; a probe may read the label from the features"
             )
         if self._teacher is not None:
             for images in (train, test):
@@ -71,8 +71,8 @@ class CachedMaps:
                 total += len(decoded)
         if missing:
             raise ConfigError(
-                f"{self.cache.reader.root}: {missing} of {total} images are not in the cache; pass "
-                "the cache's `teacher` to compute their features, or pass cached images only"
+                f"{self.cache.reader.location}: {missing} of {total} images are not in the cache; "
+                "pass the cache's `teacher` to compute their features, or pass cached images only"
             )
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class CachedMaps:
         difference = class_difference(cached, source.classes)
         if difference is not None:
             raise ImagesError(
-                f"expected the classes of {self.cache.reader.root}, on which its teacher is "
+                f"expected the classes of {self.cache.reader.location}, on which its teacher is "
                 f"conditioned, the first list, got others: {difference}. Labels are numbers of "
                 "these classes; use the same classes in both"
             )
@@ -151,7 +151,7 @@ class CachedMaps:
         """
         if self._teacher is None:
             raise ConfigError(
-                f"{self.cache.reader.root}: {len(batch)} images are not in the cache; pass the "
+                f"{self.cache.reader.location}: {len(batch)} images are not in the cache; pass the "
                 "cache's `teacher` to compute their features"
             )
         recipe = self.cache.reader.manifest.recipe

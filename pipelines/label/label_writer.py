@@ -115,7 +115,8 @@ class LabelWriter:
         rows = self.cache.reader.usable_rows
         if not len(rows):
             raise CacheIncompleteError(
-                f"{self.cache.reader.root}: no image has features; extract them before labelling"
+                f"{self.cache.reader.location}: no image has features; extract them before "
+                "labelling"
             )
         height, width = self._interpreter.spec.grid
         values = len(self._interpreter.spec.classes) * len(self._mirrored) * height * width

@@ -116,7 +116,7 @@ def labelled_images(cache: Cache, limit: int | None) -> LabelledRows:
     rows = [int(row) for row in usable if labels[row] is not None and labels[row] >= 0][:limit]
     if not rows:
         raise ImagesError(
-            f"{cache.reader.root}: none of the {len(usable)} images has a label in the cache's "
+            f"{cache.reader.location}: none of the {len(usable)} images has a label in the cache's "
             "index; pass `masks`, or a cache of images with one sub-folder per class"
         )
     numbers = [int(labels[row]) for row in rows]
@@ -124,7 +124,7 @@ def labelled_images(cache: Cache, limit: int | None) -> LabelledRows:
     count = len(names) if names else MAX_CLASSES
     if max(numbers) >= count:
         raise ImagesError(
-            f"{cache.reader.root}: expected labels from 0 to {count - 1}, got {max(numbers)}; "
+            f"{cache.reader.location}: expected labels from 0 to {count - 1}, got {max(numbers)}; "
             "number the classes from 0"
         )
     return LabelledRows(

@@ -153,8 +153,8 @@ class Group(_OneLineErrors, click.Group):
         except click.ClickException:
             raise  # from a subgroup, which has made the line
         except Exception as error:
-            if (line := long_name(error)) is not None:
-                raise WrongUsage(printable(line)) from error
+            if (too_long := long_name(error)) is not None:
+                raise WrongUsage(printable(too_long)) from error
             problem = machine_problem(error)
             if problem is None:
                 raise

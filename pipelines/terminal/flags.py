@@ -17,6 +17,8 @@ from dtcache.atomic_files import NO_LOCK
 from dtcache.errors import DtcacheError
 from dtcache.options.images import READING
 from dtcache.options.toml import read_config
+from dtcache.storage.local_copy import DEFAULT_GB, local_copies
+from dtcache.storage.object_store import is_address
 from pipelines.terminal.commands import RUN_GROUP, GroupedOption, WrongUsage, verb_of
 from pipelines.terminal.hints import option_hint
 
@@ -28,7 +30,24 @@ class _Path(click.Path):
         """Return the path. Raises click.BadParameter."""
         if value == "":
             self.fail("expected a path, got an empty text.", param, ctx)
+        if isinstance(value, str) and is_address(value):
+            self.fail(
+                f"{value}: expected a path on this machine. Caches in object stores are read by "
+                "dtcache train and dtcache.open.",
+                param,
+                ctx,
+            )
         return super().convert(value, param, ctx)
+
+
+class _Location(_Path):
+    """A path, or the address of a cache in an object store, such as s3://bucket/cats.cache."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a path, or the text of an address. Raises click.BadParameter."""
+        if not isinstance(value, str) or not is_address(value):
+            return super().convert(value, param, ctx)
+        return value
 
 
 PATH = _Path(path_type=Path)
@@ -38,6 +57,46 @@ FOLDER = _Path(path_type=Path, file_okay=False)
 JSON_FLAG = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout."
 )
+
+
+def location_argument(name: str, metavar: str) -> Callable[[Callable[..., Any]], Any]:
+    """Give a command an argument that is a cache's path or address, and flags of local copies."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)  # copies the flags that click has stored on the function
+        def located(**values: Any) -> Any:
+            from dtcache.store.remote import RemoteCache
+
+            copies = local_copies(values.pop("local_cache"), values.pop("local_cache_size"))
+            if isinstance(values[name], str):
+                values[name] = RemoteCache(address=values[name], copies=copies)
+            return command(**values)
+
+        flags = (
+            click.argument(name, metavar=metavar, type=_Location(path_type=Path)),
+            click.option(
+                "--local-cache",
+                cls=GroupedOption,
+                group=RUN_GROUP,
+                type=PATH,
+                metavar="DIR",
+                help="Folder for local copies of caches in object stores "
+                "[default: ~/.cache/dtcache/copies].",
+            ),
+            click.option(
+                "--local-cache-size",
+                cls=GroupedOption,
+                group=RUN_GROUP,
+                type=float,
+                metavar="GB",
+                help=f"Most gigabytes of all local copies [default: {DEFAULT_GB}].",
+            ),
+        )
+        for flag in reversed(flags):
+            located = flag(located)
+        return located
+
+    return decorate
 
 
 @contextmanager

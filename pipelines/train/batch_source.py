@@ -68,7 +68,7 @@ def batching(options: TrainOptions, processes: Processes) -> Batching:
         batch_size=options.batch_size,
         seed=options.seed,
         threads=options.num_workers,
-        shuffle=options.shuffle,
+        shuffle=options.shuffle or "full",
         rank=processes.rank,
         world_size=processes.world_size,
         micro_batches=options.micro_batches,

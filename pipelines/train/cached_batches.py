@@ -1,7 +1,6 @@
 """Training batches from a cache."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from torch import nn
@@ -20,6 +19,7 @@ from dtcache.options import TrainOptions
 from dtcache.recipe import Json
 from dtcache.store.layout import IMAGES
 from dtcache.store.reader import Allowed
+from dtcache.store.remote import Location
 from pipelines.terminal.output import say
 from pipelines.train.batch_source import batching
 
@@ -28,7 +28,7 @@ class CachedSource:
     """A BatchSource over a cache."""
 
     def __init__(
-        self, root: Path, options: TrainOptions, compute: Compute, processes: Processes
+        self, location: Location, options: TrainOptions, compute: Compute, processes: Processes
     ) -> None:
         """Open a cache.
 
@@ -38,15 +38,15 @@ class CachedSource:
         self.labels: LabelSet | None = None
         if options.labels is not None:
             self._cache: Cache = LabelledCache(
-                root, options.labels, options.images, allow=allow, reading=options.reading
+                location, options.labels, options.images, allow=allow, reading=options.reading
             )
             self.labels = self._cache.labels
         else:
-            self._cache = Cache(root, options.images, allow=allow, reading=options.reading)
+            self._cache = Cache(location, options.images, allow=allow, reading=options.reading)
         manifest = self._cache.reader.manifest
         if IMAGES not in manifest.arrays and options.images is None:
             raise ConfigError(
-                f"{root} stores no images; pass `images`, the images it was extracted from"
+                f"{location} stores no images; pass `images`, the images it was extracted from"
             )
         self.names = feature_names(self._cache, options)
         self.view = self._cache.view
@@ -55,7 +55,10 @@ class CachedSource:
             self.identity["label_set"] = self.labels.identity
         usable = self._cache.reader.usable_rows
         if manifest.state != "sealed" and processes.is_first:
-            say(f"{root} is not complete: it has {len(usable)} of {manifest.num_samples} samples")
+            say(
+                f"{location} is not complete: it has {len(usable)} of {manifest.num_samples} "
+                "samples"
+            )
         limited = usable[: options.limit]
         rows, self._held = split_rows(limited, self.keys(limited))
         self._loader = EpochLoader(

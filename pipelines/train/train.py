@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from dtcache.atomic_files import FolderLock
 from dtcache.device import Compute
 from dtcache.device_memory import memory_errors
 from dtcache.distributed import Processes, join_processes
-from dtcache.errors import TrainingError
+from dtcache.errors import ConfigError, TrainingError
 from dtcache.options import TrainOptions
 from dtcache.process_settings import configure_process
+from dtcache.store.remote import Location, RemoteCache
 from pipelines.runs.clock import Clock
 from pipelines.terminal.output import say
 from pipelines.terminal.progress import track
@@ -35,7 +37,7 @@ class StudentsError(TrainingError):
         self.failures = failures
 
 
-def train(where: Path, out: Path, options: TrainOptions) -> Trained:
+def train(where: Location, out: Path, options: TrainOptions) -> Trained:
     """Train a student on the cache `where`, or with `teacher` on images, and export its backbone.
 
     Resumes a run with the same options in `out`. Under torchrun every process calls this, and the
@@ -45,7 +47,7 @@ def train(where: Path, out: Path, options: TrainOptions) -> Trained:
     return train_shared(where, [(out, options)])[0]
 
 
-def train_shared(where: Path, runs: Sequence[tuple[Path, TrainOptions]]) -> list[Trained]:
+def train_shared(where: Location, runs: Sequence[tuple[Path, TrainOptions]]) -> list[Trained]:
     """Train one student per (folder, options) as `train` does, all from one loader.
 
     Each batch is read and decoded, or computed by the teacher, once for all students. On a CPU each
@@ -55,6 +57,7 @@ def train_shared(where: Path, runs: Sequence[tuple[Path, TrainOptions]]) -> list
     StudentsError if there are several students. Raises ConfigError, before anything is written, if
     the runs cannot share a loader.
     """
+    runs = [(out, _with_shuffle(where, each)) for out, each in runs]
     require_one_loader(runs)
     options = runs[0][1]
     processes, compute = join_processes(options.device, options.precision)
@@ -101,12 +104,27 @@ def train_shared(where: Path, runs: Sequence[tuple[Path, TrainOptions]]) -> list
     return trained
 
 
+def _with_shuffle(where: Location, options: TrainOptions) -> TrainOptions:
+    """Return the options with the shuffle that suits the cache, if they name none.
+
+    It is recorded with the run, so that a resume from another place keeps the order.
+    """
+    if options.shuffle is not None:
+        return options
+    return replace(options, shuffle="block" if isinstance(where, RemoteCache) else "full")
+
+
 def open_source(
-    where: Path, options: TrainOptions, compute: Compute, processes: Processes
+    where: Location, options: TrainOptions, compute: Compute, processes: Processes
 ) -> BatchSource:
     """Return the batches of a cache or, if the options name a teacher, of a teacher in the loop."""
     if options.teacher is None:
         return CachedSource(where, options, compute, processes)
+    if isinstance(where, RemoteCache):
+        raise ConfigError(
+            f"{where}: expected images on this machine, since a teacher computes their features; "
+            "leave `teacher` out to train on a cache"
+        )
     from pipelines.train.online_batches import OnlineSource
 
     return OnlineSource(where, options, compute, processes)

@@ -78,7 +78,7 @@ def chosen_rows(cache: Cache, options: InspectOptions) -> Rows:
     usable = cache.reader.usable_rows
     if not len(usable):
         raise CacheIncompleteError(
-            f"{cache.reader.root}: no sample has features yet; statistics need at least one"
+            f"{cache.reader.location}: no sample has features yet; statistics need at least one"
         )
     count = len(usable) if options.exact else min(options.num_samples, len(usable))
     return usable[permuted(len(usable), seed=0, stream="inspect")[:count]]

@@ -1,0 +1,116 @@
+"""A cache in an object store: its small files are copied at once, its shards when they are used."""
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dtcache.arguments import path_of
+from dtcache.atomic_files import write_file
+from dtcache.errors import CacheIncompleteError, CacheNotFoundError, StorageNotFoundError
+from dtcache.hashing import file_problem
+from dtcache.storage.local_copy import LocalCopies, LocalCopy, local_copies
+from dtcache.storage.object_store import ObjectStore, is_address
+from dtcache.store.commits import ShardObject
+from dtcache.store.label_sets import label_set_root, require_label_set
+from dtcache.store.layout import DATA, LABELS, MANIFEST
+from dtcache.store.manifest import MAX_MANIFEST_BYTES, read_manifest
+
+REQUESTS = 16
+"""Objects that are downloaded at the same time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RemoteCache:
+    """A cache in an object store, and where its files are copied to."""
+
+    address: str
+    """Such as s3://bucket/cats.cache."""
+    copies: LocalCopies
+
+    def __str__(self) -> str:
+        """Return the address."""
+        return self.address
+
+
+Location = Path | RemoteCache
+"""Where a cache is."""
+
+
+def location_of(name: str, cache: str | Path) -> Location:
+    """Return where a cache is; local copies are where the environment says, or in the user's cache.
+
+    Raises ConfigError with the argument's name for another type.
+    """
+    if isinstance(cache, str) and is_address(cache):
+        return RemoteCache(address=cache, copies=local_copies())
+    return path_of(name, cache)
+
+
+def local_copy(cache: RemoteCache) -> LocalCopy:
+    """Return the local copy of a sealed cache, with all its files except the shards.
+
+    Raises CacheNotFoundError, CacheIncompleteError for a cache that is not sealed,
+    CacheDamagedError, StorageError, DiskError, and ConfigError for an address of another form.
+    """
+    store = ObjectStore(cache.address)
+    try:
+        manifest_bytes = store.read(MANIFEST, MAX_MANIFEST_BYTES)
+    except StorageNotFoundError as error:
+        raise CacheNotFoundError(f"{cache}: no cache there: {error}") from error
+    # A cache that is written again has another manifest, hence another folder.
+    copy = LocalCopy(store, hashlib.sha256(manifest_bytes).hexdigest(), cache.copies)
+    copy.root.mkdir(parents=True, exist_ok=True)
+    write_file(copy.root / MANIFEST, manifest_bytes)
+    manifest = read_manifest(copy.root)
+    if manifest.state != "sealed":
+        raise CacheIncompleteError(
+            f"{cache}: the cache is not complete; run its dtcache extract command again to finish "
+            "it"
+        )
+
+    def fetch(name: str, sha256: str) -> None:
+        if file_problem(copy.root / name, sha256) is not None:
+            (copy.root / name).unlink(missing_ok=True)
+        copy.fetch(name, sha256)
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        list(pool.map(fetch, *zip(*manifest.files.items(), strict=True)))
+    return copy
+
+
+def label_set_location(location: Location, name: str) -> Location:
+    """Return where a label set of a cache is. Raises UnknownLabelsError with the existing names."""
+    if isinstance(location, Path):
+        return label_set_root(location, name)
+    store = ObjectStore(location.address)
+    names = {path.split("/")[1] for path in store.sizes(LABELS) if path.endswith(f"/{MANIFEST}")}
+    require_label_set(str(location), name, sorted(names))
+    return replace(location, address=f"{store.address}/{LABELS}/{name}")
+
+
+def damaged_remote_objects(copy: LocalCopy, objects: Mapping[str, ShardObject]) -> dict[str, str]:
+    """Return the shards that the store lacks or has in another size, with their actual size.
+
+    One request lists a thousand objects.
+    """
+    sizes = copy.store.sizes(DATA)
+    return {
+        path: f"{sizes[path]} bytes" if path in sizes else "no object"
+        for path, listed in objects.items()
+        if sizes.get(path) != listed.size
+    }
+
+
+def fetch_shards(copy: LocalCopy, objects: Mapping[str, ShardObject], paths: list[str]) -> None:
+    """Download the files of shards that are not copied yet, several at a time.
+
+    Raises StorageError and DiskError.
+    """
+    if not paths:
+        return
+    with ThreadPoolExecutor(min(REQUESTS, len(paths))) as pool:
+        list(
+            pool.map(lambda path: copy.fetch(path, objects[path].sha256, objects[path].size), paths)
+        )

@@ -1,0 +1,93 @@
+"""Training on a cache in an object store."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.cli import run, words
+from support.s3 import environment, new_bucket, upload
+
+import dtcache
+from dtcache.storage.object_store import ObjectStore
+
+FLAGS = words(
+    "--student resnet10t --epochs 1 --batch-size 8 --warmup-epochs 0 --fpn-width 16 "
+    "--device cpu --precision fp32 --log-with none"
+)
+pytestmark = pytest.mark.usefixtures("apart")
+
+
+@pytest.fixture
+def address(s3: str, scene_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The cache of 40 scenes in a bucket."""
+    for name, value in environment(s3).items():
+        monkeypatch.setenv(name, value)
+    store = ObjectStore(f"s3://{new_bucket(s3)}/scenes.cache")
+    upload(scene_cache, store)
+    monkeypatch.setenv("DTCACHE_LOCAL_CACHE", str(tmp_path / "copies"))
+    return store.address
+
+
+def losses(run_folder: Path) -> list[float]:
+    """Return the loss of every step."""
+    lines = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_a_remote_cache_trains_the_same_student(
+    address: str, scene_cache: Path, tmp_path: Path
+) -> None:
+    """Losses and weights equal those of the local cache under the block shuffle, the default."""
+    local = run("train", scene_cache, "--out", tmp_path / "l", *FLAGS, "--shuffle", "block")
+    remote = run("train", address, "--out", tmp_path / "r", *FLAGS)
+    assert (local.exit_code, remote.exit_code) == (0, 0), remote.output
+    assert losses(tmp_path / "r") == losses(tmp_path / "l") != []
+    weights = "backbone/model.safetensors"
+    assert (tmp_path / "r" / weights).read_bytes() == (tmp_path / "l" / weights).read_bytes()
+    resumed = run("train", scene_cache, "--out", tmp_path / "r", *FLAGS)
+    assert resumed.exit_code == 2
+    assert "--shuffle" in resumed.output
+
+
+def test_the_flags_choose_folder_and_size(address: str, tmp_path: Path) -> None:
+    """--local-cache is where copies go; a limit below the size of a shard is refused."""
+    out = ("--out", tmp_path / "r")
+    flags = ("--local-cache", tmp_path / "here", "--local-cache-size", 0.000001)
+    refused = run("train", address, *out, *FLAGS, *flags)
+    assert refused.exit_code == 1
+    assert "pass a larger --local-cache-size" in refused.output
+    assert list((tmp_path / "here").iterdir())
+    assert not (tmp_path / "copies").exists()
+    refused = run("train", address, *out, *FLAGS, "--local-cache-size", -1)
+    assert refused.exit_code == 2
+    assert "--local-cache-size -1.0: expected a number of gigabytes over 0" in refused.output
+
+
+def test_python_opens_an_address(address: str, scene_cache: Path) -> None:
+    """`dtcache.open` reads a remote cache, whose repr shows its address."""
+    with dtcache.open(address) as remote, dtcache.open(scene_cache) as local:
+        assert remote[3].key == local[3].key
+        for name, feature in local[3].features.items():
+            assert remote[3].features[name].equal(feature)
+        assert repr(remote).startswith(f"dtcache.open({address!r})")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("train", "s3://no-such-bucket/x"), "the bucket does not exist"),
+        (("train", "s3:///x"), "expected an address such as s3://bucket/folder"),
+        (("train", "ftp://host/x"), "expected an address such as s3://bucket/folder"),
+        (("verify", "s3://bucket/x"), "s3://bucket/x: expected a path on this machine"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(
+    address: str, tmp_path: Path, arguments: tuple[str, str], problem: str
+) -> None:
+    """A missing bucket and addresses of another form end in one line; nothing is begun."""
+    out = ("--out", tmp_path / "r") if arguments[0] == "train" else ()
+    result = run(*arguments, *out)
+    assert result.exit_code in (1, 2)
+    assert problem in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "r").exists()
