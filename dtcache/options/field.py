@@ -86,8 +86,9 @@ class Options:
                     f"`{f.name}`: expected a value, got an empty text; leave `{f.name}` out for "
                     "the default"
                 )
-            value = _typed(f.name, value, hints[f.name])
-            object.__setattr__(self, f.name, value)
+            if value != "":  # "" stands for a path that was not given, not for the working folder
+                value = _typed(f.name, value, hints[f.name])
+                object.__setattr__(self, f.name, value)
             if value is not None:
                 _check(f.name, value, f.metadata)
 
