@@ -309,6 +309,7 @@ def test_blocks_of_every_unet_alone_are_those_among_others(
             assert torch.equal(alone, together[tap.name])
 
 
+@pytest.mark.slow
 def test_one_graph_is_compiled_for_whole_views(
     teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

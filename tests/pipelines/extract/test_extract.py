@@ -381,6 +381,7 @@ def test_a_second_writer_is_refused(cache: Path, scene_folder: Path, teacher_dir
     assert tree(cache) == before
 
 
+@pytest.mark.slow
 def test_the_bytes_do_not_depend_on_who_asks(
     cache: Path, scene_folder: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:

@@ -289,6 +289,7 @@ def test_a_missing_folder_of_the_page_is_said_first(tiny_cache: Path, tmp_path: 
     assert f"{tmp_path / 'no'} is not a folder; create the folder first" in result.output
 
 
+@pytest.mark.slow
 def test_a_million_classes_make_neither_page_nor_terminal_large(
     tiny_copy: Path, tmp_path: Path
 ) -> None:
