@@ -25,13 +25,9 @@ from dtcache.store.layout import (
     PayloadArray,
 )
 from dtcache.store.manifest import CacheManifest, read_manifest
-from dtcache.store.sample_index import (
-    parquet_bytes,
-    read_objects,
-    read_samples,
-    require_record,
-    sealed_samples,
-)
+from dtcache.store.parquet_tables import parquet_bytes
+from dtcache.store.sample_index import read_samples, require_record, sealed_samples
+from dtcache.store.shard_index import read_objects
 
 LOCK = ".lock"
 MAX_UNLISTED = 1_000_000

@@ -29,9 +29,10 @@ from dtcache.store.remote import (
     damaged_remote_objects,
     local_copy,
 )
-from dtcache.store.sample_index import committed, damaged_objects, read_objects, read_samples
+from dtcache.store.sample_index import committed, read_samples
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 from dtcache.store.shard_check import CheckedShards
+from dtcache.store.shard_index import damaged_objects, read_objects
 from dtcache.store.tag import TAG_BYTES, untagged
 from dtcache.store.zstd_frame import BLOCK_HEADER, frame_header
 

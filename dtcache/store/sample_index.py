@@ -1,36 +1,26 @@
-"""The sample index and the shard index: Parquet files with one fixed encoding."""
+"""The sample index: key, label, content hash and failure of every row."""
 
 import hashlib
-import io
-import math
-import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from dtcache.errors import AGAIN, CacheDamagedError, one_line
+from dtcache.errors import AGAIN, CacheDamagedError
 from dtcache.names import normal_form
 from dtcache.recipe import FailedSample, Sample
-from dtcache.regular_files import open_regular
 from dtcache.samples import Column, SampleList
 from dtcache.store.commits import ANEW, CommitRecord, ShardObject, commit_path, read_commits
-from dtcache.store.layout import SAMPLES, SHARDS, PayloadArray
+from dtcache.store.layout import SAMPLES
 from dtcache.store.manifest import CacheManifest
-from dtcache.store.shard import shard_bounds
+from dtcache.store.parquet_tables import read_table
+from dtcache.store.shard_index import require_possible
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 AT_ONCE = 1 << 16
-FREE_BYTES = 384 << 20
-"""Bytes that the values of any table may take: those of seven million images."""
-MOST_COLUMNS = 8
-"""Most columns that a message lists."""
 NOT_YET = "not extracted yet"
 """Failure reason of the rows that an unfinished cache does not have yet."""
 SCHEMA = pa.schema(
@@ -40,14 +30,6 @@ SCHEMA = pa.schema(
         pa.field("label", pa.int32()),
         pa.field("content_sha256", pa.binary(32)),
         pa.field("failure", pa.string()),
-    ]
-)
-SHARD_SCHEMA = pa.schema(
-    [
-        pa.field("shard", pa.int64(), nullable=False),
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("bytes", pa.int64(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
     ]
 )
 
@@ -144,84 +126,6 @@ def _column(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
     return pa.chunked_array(list(parts), kind).combine_chunks()
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
-    """Return a table as a Parquet file: always the same bytes with one version of pyarrow."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_statistics=False)
-    return sink.getvalue()
-
-
-def read_table(path: Path, schema: pa.Schema, *, bounded: bool = True) -> pa.Table:
-    """Read a Parquet file of the cache that has exactly the columns of `schema`.
-
-    The file's own description is checked before any value is read. If `bounded`, memory too is
-    checked before it is allocated: repeated values take almost no bytes in a file. Raises
-    CacheDamagedError if the file is missing or not a regular file, if columns or types differ, if a
-    value is null in a column without nulls or is not UTF-8, and if the values need more than
-    FREE_BYTES and four times the file's bytes.
-    """
-    try:
-        with open_regular(path) as handle:
-            limit = FREE_BYTES + 4 * os.fstat(handle.fileno()).st_size if bounded else None
-            return _read_columns(handle, schema, limit)
-    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-        raise CacheDamagedError(
-            f"{path}: missing or damaged ({one_line(error)}); delete this cache and extract it "
-            "again"
-        ) from error
-
-
-def _read_columns(handle: BinaryIO, schema: pa.Schema, limit: int | None) -> pa.Table:
-    """Read a table whose values have at most `limit` bytes. Raises ValueError or Arrow's errors.
-
-    Text is read as dictionaries, which are as large as in the file, and expanded if there is room.
-    """
-    with pq.ParquetFile(handle) as file:
-        metadata = file.metadata
-        columns = [(field.name, field.type) for field in file.schema_arrow]
-    expected = [(field.name, field.type) for field in schema]
-    if columns != expected:
-        raise ValueError(f"expected the columns {_described(expected)}, got {_described(columns)}")
-    texts = [name for name, kind in expected if pa.types.is_string(kind)]
-    widths = (4 if name in texts else kind.bit_width / 8 for name, kind in expected)
-    size = math.ceil(sum(widths) * metadata.num_rows)
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    _require_room(max(size, sum(map(_uncompressed_bytes, groups))), limit)
-    tables = [schema.empty_table()]
-    with pq.ParquetFile(handle, metadata=metadata, read_dictionary=texts, pre_buffer=False) as file:
-        for number in range(len(groups)):
-            table = file.read_row_group(number, use_threads=False)
-            table.validate(full=True)
-            size += sum(_text_bytes(table[name]) for name in texts)
-            _require_room(size, limit)
-            tables.append(table.cast(schema))
-    return pa.concat_tables(tables)
-
-
-def _described(columns: Sequence[tuple[str, pa.DataType]]) -> str:
-    listed = [f"{name[:40]} {str(kind)[:40]}" for name, kind in columns[:MOST_COLUMNS]]
-    return ", ".join(listed) + (", ..." if len(columns) > MOST_COLUMNS else "")
-
-
-def _uncompressed_bytes(group: pq.RowGroupMetaData) -> int:
-    return sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
-
-
-def _text_bytes(column: pa.ChunkedArray) -> int:
-    """Return the bytes of a dictionary column's text once every row has its own copy."""
-    return sum(
-        pc.sum(pc.take(pc.binary_length(chunk.dictionary), chunk.indices), min_count=0).as_py()
-        for chunk in column.chunks
-    )
-
-
-def _require_room(size: int, limit: int | None) -> None:
-    if limit is not None and size > limit:
-        raise ValueError(
-            f"expected at most {limit} bytes of values in a file of its size, got {size}"
-        )
-
-
 def read_samples(root: Path, manifest: CacheManifest, *, bounded: bool = True) -> pa.Table:
     """Read a cache's sample index, within the bounds of `read_table`.
 
@@ -291,66 +195,7 @@ def require_record(root: Path, manifest: CacheManifest, record: CommitRecord) ->
     if problem is not None:
         raise CacheDamagedError(f"{path}: {problem}; {ANEW}")
     for listed, array in zip(record.objects, manifest.arrays.values(), strict=True):
-        _require_possible(path, listed, array)
-
-
-def shards_table(objects: Iterable[tuple[int, ShardObject]]) -> pa.Table:
-    """Return the shard index of (shard, object) pairs that are in shard order."""
-    rows = [(shard, o.path, o.size, o.sha256) for shard, o in objects]
-    return pa.Table.from_arrays(
-        [pa.array(column) for column in zip(*rows, strict=True)], schema=SHARD_SCHEMA
-    )
-
-
-def read_objects(root: Path, manifest: CacheManifest) -> dict[str, ShardObject]:
-    """Return every shard file of a sealed cache by path, in shard order.
-
-    Raises CacheDamagedError, naming the first difference, if the index does not list exactly the
-    files of the manifest's arrays, each with a possible size.
-    """
-    table = read_table(root / SHARDS, SHARD_SCHEMA)
-    arrays = manifest.arrays.values()
-    if len(table) != manifest.num_shards * len(arrays):
-        raise CacheDamagedError(
-            f"{root / SHARDS}: expected one row per shard and array, "
-            f"{manifest.num_shards * len(arrays)}, got {len(table)}; {AGAIN}"
-        )
-    columns = (table[name].to_pylist() for name in ("path", "bytes", "sha256"))
-    listed = {
-        path: ShardObject(path=path, size=size, sha256=sha256)
-        for path, size, sha256 in zip(*columns, strict=True)
-    }
-    objects = {}
-    for shard in range(manifest.num_shards):
-        for array in arrays:
-            path = array.object_path(shard)
-            if path not in listed:
-                raise CacheDamagedError(f"{root / SHARDS}: it does not list {path}; {AGAIN}")
-            _require_possible(root / SHARDS, listed[path], array)
-            objects[path] = listed[path]
-    return objects
-
-
-def _require_possible(source: Path, listed: ShardObject, array: PayloadArray) -> None:
-    """Raise CacheDamagedError if a shard's file cannot have the recorded size or SHA-256."""
-    bounds = shard_bounds(array)
-    if listed.size not in bounds or not _SHA256.fullmatch(listed.sha256):
-        raise CacheDamagedError(
-            f"{source}: {listed.path}: expected {bounds.start} to {bounds.stop - 1} bytes and a "
-            f"SHA-256, got {listed.size} and {listed.sha256[:64]!r}; {AGAIN}"
-        )
-
-
-def damaged_objects(root: Path, objects: Mapping[str, ShardObject]) -> dict[str, str]:
-    """Return the files that are missing or not of their recorded size, with their actual size."""
-    damaged = {}
-    for name, recorded in objects.items():
-        path = root / name
-        if not path.is_file():
-            damaged[name] = "no file"
-        elif path.stat().st_size != recorded.size:
-            damaged[name] = f"{path.stat().st_size} bytes"
-    return damaged
+        require_possible(path, listed, array)
 
 
 def failures_in(table: pa.Table) -> pa.Table:

@@ -33,13 +33,8 @@ from dtcache.store.layout import (
     SHARDS,
 )
 from dtcache.store.manifest import CacheManifest, look_at, read_manifest
-from dtcache.store.sample_index import (
-    damaged_objects,
-    failures_in,
-    read_objects,
-    read_samples,
-    require_record,
-)
+from dtcache.store.sample_index import failures_in, read_samples, require_record
+from dtcache.store.shard_index import damaged_objects, read_objects
 
 INDEX = (MANIFEST, SAMPLES, SHARDS, PROMPT)
 MAX_CLASSES = 1 << 18

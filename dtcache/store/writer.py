@@ -41,6 +41,7 @@ from dtcache.store.layout import (
     PayloadArray,
 )
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
+from dtcache.store.parquet_tables import parquet_bytes
 from dtcache.store.pending_shard import (
     ShardData,
     WrittenShard,
@@ -50,16 +51,13 @@ from dtcache.store.pending_shard import (
 )
 from dtcache.store.prompt_embedding import embedding_bytes
 from dtcache.store.sample_index import (
-    damaged_objects,
     failed_samples,
-    parquet_bytes,
-    read_objects,
     read_samples,
     require_record,
     samples_table,
     sealed_samples,
-    shards_table,
 )
+from dtcache.store.shard_index import damaged_objects, read_objects, shards_table
 from dtcache.store.zarr_nodes import write_zarr_nodes
 
 

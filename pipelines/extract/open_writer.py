@@ -10,8 +10,8 @@ from dtcache.recipe import CodecSpec
 from dtcache.store.layout import MANIFEST, payload_arrays
 from dtcache.store.writer import CacheWriter
 from pipelines.disk_space import require_space
-from pipelines.extract.equivariance import measure
 from pipelines.extract.fit_codec import fit_codec, fit_rows
+from pipelines.extract.measure_teacher import measure
 from pipelines.extract.plan import ExtractionPlan
 from pipelines.size_estimate import mean_image_bytes
 from pipelines.terminal.output import say

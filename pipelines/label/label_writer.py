@@ -39,8 +39,9 @@ from dtcache.recipe import (
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import LOGITS, SAMPLES, payload_arrays
 from dtcache.store.manifest import CacheManifest
+from dtcache.store.parquet_tables import parquet_bytes
 from dtcache.store.pending_shard import ShardData
-from dtcache.store.sample_index import parquet_bytes, samples_table
+from dtcache.store.sample_index import samples_table
 from dtcache.store.summary import inspect_cache
 from dtcache.store.writer import CacheWriter
 from dtcache.whitening import whiten

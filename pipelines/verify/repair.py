@@ -21,9 +21,11 @@ from dtcache.store.contents import WantedObject, read_contents
 from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import LABELS, SHARDS
 from dtcache.store.manifest import CacheManifest, require_same
+from dtcache.store.parquet_tables import parquet_bytes
 from dtcache.store.pending_shard import ShardData
-from dtcache.store.sample_index import parquet_bytes, read_samples, shards_table
+from dtcache.store.sample_index import read_samples
 from dtcache.store.shard import build_shard
+from dtcache.store.shard_index import shards_table
 from dtcache.store.verify import Verification
 from dtcache.store.zarr_nodes import zarr_nodes
 from pipelines.extract.begun_cache import BegunCache, require_same_recipe
@@ -34,7 +36,8 @@ from pipelines.extract.shard_runner import decode_threads
 from pipelines.label.label_writer import LabelWriter, label_encoder
 from pipelines.make_teacher import cache_teacher, options_from_recipe
 from pipelines.terminal.progress import track
-from pipelines.verify.check import Repair, remedy, repairable, start_over, verify_cache
+from pipelines.verify.check import verify_cache
+from pipelines.verify.plan_repairs import Repair, remedy, repairable, start_over
 
 OTHER_BYTES = (
     "the recomputed bytes do not have the recorded SHA-256, so they were not written; repair on "

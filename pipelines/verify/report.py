@@ -17,7 +17,7 @@ from dtcache.recipe import Json
 from dtcache.store.contents import Damage, SamplePlace
 from dtcache.store.layout import LABELS
 from dtcache.store.verify import Verification
-from pipelines.verify.check import Repair, remedy
+from pipelines.verify.plan_repairs import Repair, remedy
 from pipelines.verify.verify import Verified
 
 WORDS = {"good": "good", "damaged": "DAMAGED", "incomplete": "INCOMPLETE"}

@@ -6,7 +6,8 @@ from pathlib import Path
 from dtcache.errors import ConfigError
 from dtcache.options import VerifyOptions
 from dtcache.store.verify import Verification
-from pipelines.verify.check import Repair, planned_repairs, verify_cache
+from pipelines.verify.check import verify_cache
+from pipelines.verify.plan_repairs import Repair, planned_repairs
 
 NOT_A_CACHE = 5
 EXIT_CODES = {"good": 0, "damaged": 3, "incomplete": 4, "unreadable": NOT_A_CACHE}

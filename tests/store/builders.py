@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -19,7 +20,7 @@ from dtcache.recipe import CodecSpec, FailedSample, Recipe, Sample, TapSpec, Tea
 from dtcache.store.commits import CodecSums
 from dtcache.store.layout import IMAGES, LOG, PayloadArray, payload_arrays
 from dtcache.store.pending_shard import ShardData
-from dtcache.store.sample_index import hash_samples
+from dtcache.store.sample_index import hash_samples, samples_table
 from dtcache.store.writer import CacheWriter
 
 ROWS = 10
@@ -234,3 +235,10 @@ def _png(pixels_CHW: NDArray[np.uint8]) -> bytes:
     sink = io.BytesIO()
     Image.fromarray(pixels_CHW.transpose(1, 2, 0)).save(sink, "PNG")
     return sink.getvalue()
+
+
+def sample_table() -> pa.Table:
+    """Return a small sample index with every kind of missing value."""
+    return samples_table(
+        ["a", "b/ü", "c"], [1, None, 3], [b"x" * 32, None, b"\0" * 32], [None, "broken", None]
+    )

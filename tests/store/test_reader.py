@@ -40,9 +40,10 @@ from dtcache.store.commits import read_commits, write_commit
 from dtcache.store.contents import read_contents
 from dtcache.store.layout import IMAGES, PayloadArray
 from dtcache.store.manifest import read_manifest, write_manifest
+from dtcache.store.parquet_tables import parquet_bytes, read_table
 from dtcache.store.reader import CacheReader
-from dtcache.store.sample_index import SHARD_SCHEMA, parquet_bytes, read_table
 from dtcache.store.shard import index_bytes, parse_index
+from dtcache.store.shard_index import SHARD_SCHEMA
 from dtcache.store.tag import TAG_BYTES
 from dtcache.store.writer import CacheWriter
 from dtcache.store.zarr_nodes import read_fit

@@ -27,9 +27,11 @@ from dtcache.recipe import Json
 from dtcache.store import contents as contents_module
 from dtcache.store.contents import Damage, SamplePlace, read_contents
 from dtcache.store.layout import DATA, IMAGES
+from dtcache.store.parquet_tables import read_table
 from dtcache.store.reader import CacheReader
-from dtcache.store.sample_index import SHARD_SCHEMA, hash_samples, read_table
+from dtcache.store.sample_index import hash_samples
 from dtcache.store.shard import index_bytes, parse_index
+from dtcache.store.shard_index import SHARD_SCHEMA
 from dtcache.store.summary import inspect_cache
 from dtcache.store.verify import (
     Verification,

@@ -27,7 +27,9 @@ from dtcache.errors import (
 from dtcache.hashing import file_sha256, sha256_json
 from dtcache.store.commits import read_commits, total_sums, write_commit
 from dtcache.store.manifest import read_manifest
-from dtcache.store.sample_index import SCHEMA, SHARD_SCHEMA, parquet_bytes, read_table
+from dtcache.store.parquet_tables import parquet_bytes, read_table
+from dtcache.store.sample_index import SCHEMA
+from dtcache.store.shard_index import SHARD_SCHEMA
 from dtcache.store.writer import CacheWriter, require_ours
 
 pytestmark = pytest.mark.usefixtures("no_fsync")

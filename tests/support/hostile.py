@@ -9,7 +9,7 @@ import pyarrow as pa
 from dtcache.hashing import canonical_json, file_sha256
 from dtcache.json_files import with_own_hash
 from dtcache.recipe import Json
-from dtcache.store.sample_index import parquet_bytes
+from dtcache.store.parquet_tables import parquet_bytes
 
 
 def reseal(root: Path, change: Callable[[Json], object] = lambda manifest: None) -> None:

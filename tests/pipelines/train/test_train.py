@@ -28,7 +28,8 @@ from dtcache.losses.objective import make_objective
 from dtcache.options import TrainOptions
 from dtcache.store.commits import CommitRecord, write_commit
 from dtcache.store.manifest import CacheManifest, read_manifest, write_manifest
-from dtcache.store.sample_index import read_objects, read_samples
+from dtcache.store.sample_index import read_samples
+from dtcache.store.shard_index import read_objects
 from dtcache.student import Augmentation, Student, build_student
 from pipelines.train.distillation import DecodedBatch, Distillation
 

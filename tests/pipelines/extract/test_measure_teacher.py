@@ -13,7 +13,7 @@ from dtcache.recipe import Box, ViewSpec
 from dtcache.teacher import CallableTeacher, load_teacher
 from dtcache.teacher.aligned_crop import find_crop
 from dtcache.teacher.ddim_inversion import Inversion
-from pipelines.extract.equivariance import cut, measure, middle
+from pipelines.extract.measure_teacher import cut, measure, middle
 from pipelines.extract.plan import ExtractionPlan, make_plan
 
 TAPS = {"stride2": "pool", "stride8": "coarse"}
