@@ -38,10 +38,10 @@ from pipelines.terminal.flags import (
 )
 from pipelines.terminal.output import report, report_lines, say
 
-TRY = "Try it"
 if TYPE_CHECKING:
     from dtcache.store.remote import Location
 
+TRY = "Try it"
 CACHE = "Stage 1: the cache"
 STUDENT = "Stage 2: students"
 HELP = "Help"

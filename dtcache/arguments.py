@@ -1,5 +1,6 @@
 """Checks of arguments from Python: each raises ConfigError with the argument's name."""
 
+import re
 from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
@@ -35,9 +36,19 @@ def require_count(name: str, value: object, least: int) -> None:
         )
 
 
+def is_address(value: object) -> bool:
+    """Return whether a value is an address such as s3://bucket/folder, not a local path."""
+    return isinstance(value, str) and re.match("[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
+
+
 def path_of(name: str, value: str | Path) -> Path:
-    """Return a path. Raises ConfigError for another type."""
+    """Return a path on this machine. Raises ConfigError for another type, and for an address."""
     require(name, value, str | Path, "a path")
+    if is_address(value):
+        raise ConfigError(
+            f"`{name}` {value}: expected a path on this machine, got an address; dtcache.train and "
+            "dtcache.open read caches at addresses"
+        )
     return Path(value)
 
 

@@ -55,13 +55,14 @@ def train(
     steps, held-out loss (mean over samples) and the share of time spent waiting, 0 to 1. Raises
     ConfigError with the field's name for bad options, and the DtcacheError of whatever fails.
     """
+    from dtcache.store.remote import location_of
     from pipelines.train.shared_loader import runs_of
     from pipelines.train.train import train_shared
 
     options = _options(TrainOptions, options, fields)
     runs = runs_of(path_of("out", out), options)
     with listening(progress):
-        return tuple(train_shared(path_of("where", where), runs))
+        return tuple(train_shared(location_of("where", where), runs))
 
 
 def inspect(

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from dtcache.arguments import require
+from dtcache.arguments import path_of, require
 from dtcache.errors import ConfigError
 
 AUTO_DEVICE = "auto, cpu, cuda or cuda:N"
@@ -103,7 +103,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         items = value if isinstance(value, tuple | list) else [value]
         return tuple(_typed(name, item, typing.get_args(hint)[0]) for item in items)
     require(name, value, *_ACCEPTED[hint])
-    return hint(value)
+    return path_of(name, value) if hint is Path else hint(value)
 
 
 _ACCEPTED: Mapping[type, tuple[Any, str]] = {

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import math
 import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -26,8 +25,6 @@ EVICTED = "c."
 """Names of the files that make room begin with this: Zarr's chunks, so nearly all bytes."""
 FOLDER_DIGITS = 32
 """Hexadecimal digits of the name of a cache's folder."""
-
-
 LOCAL_CACHE = "DTCACHE_LOCAL_CACHE"
 """Environment variable: the folder of local copies."""
 LOCAL_CACHE_GB = "DTCACHE_LOCAL_CACHE_GB"
@@ -42,7 +39,7 @@ class LocalCopies:
 
     folder: Path
     limit: int
-    """Most bytes of all files in the folder."""
+    """Most bytes of all files in the folder; those being downloaded come on top."""
 
 
 def local_copies(folder: Path | None = None, gigabytes: float | None = None) -> LocalCopies:
@@ -169,10 +166,6 @@ class LocalCopy:
                     break
                 path.unlink(missing_ok=True)
                 excess -= length
-
-    def remove(self) -> None:
-        """Delete the local files of this cache."""
-        shutil.rmtree(self.root, ignore_errors=True)
 
 
 def _too_large(place: str, limit: int) -> str:

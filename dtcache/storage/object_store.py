@@ -7,7 +7,7 @@ Credentials, region and endpoint come from the environment, as for the store's o
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
@@ -21,14 +21,11 @@ RETRIES = 6
 """A request that fails with a server error or at the network is repeated this many times."""
 RETRY_SECONDS = 120
 """No request is repeated after this time."""
+MAX_OBJECTS = 10_000_000
+"""Most objects of one folder that are listed."""
 PART_BYTES = 1 << 20
 """Bytes of an object that are taken from the network at a time."""
 _REASON = re.compile(r"<Code>([A-Za-z]{1,60})</Code>")
-
-
-def is_address(text: str) -> bool:
-    """Return whether a text is an address such as s3://bucket/folder, not a local path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
 class ObjectStore:
@@ -97,40 +94,20 @@ class ObjectStore:
                 yield bytes(part)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """Return the size in bytes of every object whose name begins with the folder `prefix`."""
-        with self._errors(prefix):
-            return {
-                str(entry["path"]): int(entry["size"])
-                for page in self._obstore.list(self._store, prefix=prefix or None)
-                for entry in page
-            }
+        """Return the size in bytes of every object whose name begins with the folder `prefix`.
 
-    def put(self, name: str, content: bytes) -> None:
-        """Write an object, in place of one of the same name. Raises StorageError."""
-        with self._errors(name):
-            self._obstore.put(self._store, name, content)
-
-    def create(self, name: str, content: bytes) -> bool:
-        """Write an object unless one of this name exists; return whether it now has this content.
-
-        A repeated request of ours finds the object of the first one, so an object with the same
-        content counts as written. Raises StorageError.
+        Raises StorageError if the store fails, or for more than MAX_OBJECTS objects.
         """
-        with self._errors(name):
-            try:
-                self._obstore.put(self._store, name, content, mode="create")
-            except self._obstore.exceptions.AlreadyExistsError:
-                return self.read(name, max(len(content), PART_BYTES)) == content
-        return True
-
-    def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; those that do not exist are no error. Raises StorageError."""
-        for name in names:
-            with self._errors(name):
-                try:
-                    self._obstore.delete(self._store, name)
-                except FileNotFoundError:
-                    continue
+        sizes: dict[str, int] = {}
+        with self._errors(prefix):
+            for page in self._obstore.list(self._store, prefix=prefix or None):
+                sizes |= {str(entry["path"]): int(entry["size"]) for entry in page}
+                if len(sizes) > MAX_OBJECTS:
+                    raise StorageError(
+                        f"{self.address}/{prefix}: expected at most {MAX_OBJECTS} objects, got "
+                        "more; pass the address of a cache"
+                    )
+        return sizes
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:

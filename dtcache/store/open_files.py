@@ -42,6 +42,11 @@ class OpenFiles:
         with self._lock:
             return path in self._files
 
+    def forget(self, path: str) -> None:
+        """Open a file anew the next time; who reads it now goes on."""
+        with self._lock:
+            self._files.pop(path, None)
+
     def open(self, path: str) -> "OpenFile":
         """Return an open file, which stays open while the caller holds it.
 

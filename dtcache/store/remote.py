@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dtcache.arguments import path_of
-from dtcache.atomic_files import write_file
+from dtcache.arguments import is_address, path_of
+from dtcache.atomic_files import disk_errors, write_file
 from dtcache.errors import CacheIncompleteError, CacheNotFoundError, StorageNotFoundError
 from dtcache.hashing import file_problem
 from dtcache.storage.local_copy import LocalCopies, LocalCopy, local_copies
-from dtcache.storage.object_store import ObjectStore, is_address
+from dtcache.storage.object_store import ObjectStore
 from dtcache.store.commits import ShardObject
 from dtcache.store.label_sets import label_set_root, require_label_set
 from dtcache.store.layout import DATA, LABELS, MANIFEST
@@ -43,8 +43,8 @@ def location_of(name: str, cache: str | Path) -> Location:
 
     Raises ConfigError with the argument's name for another type.
     """
-    if isinstance(cache, str) and is_address(cache):
-        return RemoteCache(address=cache, copies=local_copies())
+    if is_address(cache):
+        return RemoteCache(address=str(cache), copies=local_copies())
     return path_of(name, cache)
 
 
@@ -61,7 +61,8 @@ def local_copy(cache: RemoteCache) -> LocalCopy:
         raise CacheNotFoundError(f"{cache}: no cache there: {error}") from error
     # A cache that is written again has another manifest, hence another folder.
     copy = LocalCopy(store, hashlib.sha256(manifest_bytes).hexdigest(), cache.copies)
-    copy.root.mkdir(parents=True, exist_ok=True)
+    with disk_errors(copy.root):
+        copy.root.mkdir(parents=True, exist_ok=True)
     write_file(copy.root / MANIFEST, manifest_bytes)
     manifest = read_manifest(copy.root)
     if manifest.state != "sealed":

@@ -117,7 +117,8 @@ class CheckedShards:
     ) -> None:
         """Open the files `objects` below `root`, at most `most` at a time.
 
-        If `root` is the local `copy` of a cache in an object store, they are downloaded first.
+        If `root` is the local `copy` of a cache in an object store, they are downloaded first, and
+        a copy that differs is deleted.
         """
         self._root = root
         self._most = most
@@ -186,6 +187,13 @@ class CheckedShards:
             file = self._opened(path)
             recorded = self._objects[path]
             difference = shard_difference(file, recorded.sha256, array, shard, self._path_of)
+            if difference is not None and self._copy is not None:
+                self._files.forget(path)
+                (self._root / path).unlink(missing_ok=True)
+                raise CacheDamagedError(
+                    f"{self._root / path}: this local copy is damaged ({difference.reason}) and "
+                    "was deleted; run the same command again, which downloads it"
+                )
         except BaseException as error:
             with self._lock:
                 del self._checks[path]  # the next read tries again

@@ -13,12 +13,12 @@ from typing import Any
 
 import click
 
+from dtcache.arguments import is_address
 from dtcache.atomic_files import NO_LOCK
-from dtcache.errors import DtcacheError
+from dtcache.errors import ConfigError, DtcacheError
 from dtcache.options.images import READING
 from dtcache.options.toml import read_config
 from dtcache.storage.local_copy import DEFAULT_GB, local_copies
-from dtcache.storage.object_store import is_address
 from pipelines.terminal.commands import RUN_GROUP, GroupedOption, WrongUsage, verb_of
 from pipelines.terminal.hints import option_hint
 
@@ -30,7 +30,7 @@ class _Path(click.Path):
         """Return the path. Raises click.BadParameter."""
         if value == "":
             self.fail("expected a path, got an empty text.", param, ctx)
-        if isinstance(value, str) and is_address(value):
+        if is_address(value):
             self.fail(
                 f"{value}: expected a path on this machine. Caches in object stores are read by "
                 "dtcache train and dtcache.open.",
@@ -45,9 +45,7 @@ class _Location(_Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return a path, or the text of an address. Raises click.BadParameter."""
-        if not isinstance(value, str) or not is_address(value):
-            return super().convert(value, param, ctx)
-        return value
+        return value if is_address(value) else super().convert(value, param, ctx)
 
 
 PATH = _Path(path_type=Path)
@@ -65,11 +63,19 @@ def location_argument(name: str, metavar: str) -> Callable[[Callable[..., Any]],
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)  # copies the flags that click has stored on the function
         def located(**values: Any) -> Any:
-            from dtcache.store.remote import RemoteCache
+            folder = values.pop("local_cache")
+            gigabytes = values.pop("local_cache_size")
+            if is_address(values[name]):
+                from dtcache.store.remote import RemoteCache
 
-            copies = local_copies(values.pop("local_cache"), values.pop("local_cache_size"))
-            if isinstance(values[name], str):
+                copies = local_copies(folder, gigabytes)
                 values[name] = RemoteCache(address=values[name], copies=copies)
+            elif (folder, gigabytes) != (None, None):
+                option = "local_cache" if folder is not None else "local_cache_size"
+                raise ConfigError(
+                    f"`{option}`: expected a cache in an object store, which is copied, got "
+                    f"{values[name]}; leave `{option}` out"
+                )
             return command(**values)
 
         flags = (

@@ -5,13 +5,14 @@ import os
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.s3 import Bucket
 
 from dtcache.errors import DiskError, StorageError, StorageNotFoundError
 from dtcache.storage.local_copy import LocalCopies, LocalCopy
-from dtcache.storage.object_store import ObjectStore
 
 CONTENT = bytes(range(256)) * 8
 
@@ -27,7 +28,7 @@ def copies(tmp_path: Path) -> LocalCopies:
 
 
 @pytest.fixture
-def copy(store: ObjectStore, copies: LocalCopies) -> LocalCopy:
+def copy(store: Bucket, copies: LocalCopies) -> LocalCopy:
     """A cache with five objects, none of them copied yet."""
     for number in range(5):
         store.put(f"data/c.{number}", CONTENT)
@@ -38,7 +39,7 @@ def fetch(copy: LocalCopy, number: int) -> Path:
     return copy.fetch(f"data/c.{number}", sha256(CONTENT), len(CONTENT))
 
 
-def test_an_object_is_downloaded_once(copy: LocalCopy, store: ObjectStore) -> None:
+def test_an_object_is_downloaded_once(copy: LocalCopy, store: Bucket) -> None:
     """The second use reads the local file, even if the object is gone."""
     assert fetch(copy, 0).read_bytes() == CONTENT
     store.delete(["data/c.0"])
@@ -46,16 +47,18 @@ def test_an_object_is_downloaded_once(copy: LocalCopy, store: ObjectStore) -> No
     assert [path.name for path in copy.root.rglob("*") if path.is_file()] == ["c.0"]
 
 
-def test_another_process_finds_the_copies(copy: LocalCopy, store: ObjectStore) -> None:
+def test_another_process_finds_the_copies(
+    copy: LocalCopy, store: Bucket, copies: LocalCopies
+) -> None:
     """A pickled copy has the same folder; a changed cache has another one."""
     fetch(copy, 0)
     store.delete(["data/c.0"])
     assert fetch(pickle.loads(pickle.dumps(copy)), 0).read_bytes() == CONTENT
-    assert LocalCopy(store, "changed", copy._copies).root != copy.root
+    assert LocalCopy(store, "changed", copies).root != copy.root
 
 
 def test_threads_share_one_download(
-    copy: LocalCopy, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    copy: LocalCopy, store: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight threads that need an object at the same time download it once."""
     stream = store.stream
@@ -107,7 +110,7 @@ def test_a_truncated_transfer_is_no_copy(copy: LocalCopy, monkeypatch: pytest.Mo
     assert fetch(copy, 0).read_bytes() == CONTENT
 
 
-def test_another_object_is_refused(copy: LocalCopy, store: ObjectStore) -> None:
+def test_another_object_is_refused(copy: LocalCopy, store: Bucket) -> None:
     """An object of the right size with other bytes is refused by its SHA-256."""
     store.put("data/c.1", CONTENT[::-1])
     with pytest.raises(
@@ -116,7 +119,7 @@ def test_another_object_is_refused(copy: LocalCopy, store: ObjectStore) -> None:
         fetch(copy, 1)
 
 
-def test_a_vanished_object_is_named(copy: LocalCopy, store: ObjectStore) -> None:
+def test_a_vanished_object_is_named(copy: LocalCopy, store: Bucket) -> None:
     """An object that is gone is an error that names it."""
     store.delete(["data/c.2"])
     with pytest.raises(StorageNotFoundError, match=r"/data/c\.2: no such object$"):
@@ -134,9 +137,9 @@ def test_what_a_killed_download_left_is_overwritten(copy: LocalCopy) -> None:
 
 @pytest.mark.parametrize("size", [len(CONTENT), None])
 def test_an_object_over_the_limit_is_refused(
-    copy: LocalCopy, store: ObjectStore, size: int | None
+    store: Bucket, copy: LocalCopy, copies: LocalCopies, size: int | None
 ) -> None:
     """An object that alone is over the limit is refused, with the option that raises it."""
-    small = LocalCopy(store, "manifest", LocalCopies(folder=copy._copies.folder, limit=100))
+    small = LocalCopy(store, "manifest", replace(copies, limit=100))
     with pytest.raises(DiskError, match=r"at most 100 bytes, .* pass a larger `local_cache_size`$"):
         small.fetch("data/c.0", sha256(CONTENT), size)

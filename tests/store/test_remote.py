@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from store.builders import ROWS, begin, tiny_plan
-from support.s3 import environment, new_bucket, upload
+from support.s3 import Bucket, environment, new_bucket, upload
 
 from dtcache.errors import (
     CacheDamagedError,
@@ -15,24 +15,23 @@ from dtcache.errors import (
     StorageError,
 )
 from dtcache.storage.local_copy import LocalCopies
-from dtcache.storage.object_store import ObjectStore
 from dtcache.store.layout import MANIFEST
 from dtcache.store.reader import CacheReader
 from dtcache.store.remote import RemoteCache
 
 
 @pytest.fixture
-def store(s3: str, monkeypatch: pytest.MonkeyPatch, tiny_cache: Path) -> ObjectStore:
+def store(s3: str, monkeypatch: pytest.MonkeyPatch, tiny_cache: Path) -> Bucket:
     """The tiny cache in a bucket."""
     for name, value in environment(s3).items():
         monkeypatch.setenv(name, value)
-    store = ObjectStore(f"s3://{new_bucket(s3)}/tiny.cache")
+    store = Bucket(f"s3://{new_bucket(s3)}/tiny.cache")
     upload(tiny_cache, store)
     return store
 
 
 @pytest.fixture
-def remote(store: ObjectStore, tmp_path: Path) -> RemoteCache:
+def remote(store: Bucket, tmp_path: Path) -> RemoteCache:
     """The tiny cache in a bucket, with room for local copies."""
     copies = LocalCopies(folder=tmp_path / "copies", limit=1 << 20)
     return RemoteCache(address=store.address, copies=copies)
@@ -60,7 +59,7 @@ def test_every_payload_is_the_same(remote: RemoteCache, tiny_cache: Path) -> Non
 
 
 def test_shards_are_downloaded_when_they_are_read(
-    remote: RemoteCache, store: ObjectStore, tiny_cache: Path
+    remote: RemoteCache, store: Bucket, tiny_cache: Path
 ) -> None:
     """Opening copies no shard; a shard that was read needs the store no more."""
     reader = CacheReader(remote)
@@ -82,7 +81,7 @@ def test_a_limit_smaller_than_the_cache_reads_it_all(remote: RemoteCache, tiny_c
 
 
 def test_a_missing_shard_is_found_when_the_cache_is_opened(
-    remote: RemoteCache, store: ObjectStore
+    remote: RemoteCache, store: Bucket
 ) -> None:
     """A shard that is missing or of another size is found without reading a shard."""
     path = next(iter(CacheReader(remote).manifest.arrays.values())).object_path(0)
@@ -94,7 +93,7 @@ def test_a_missing_shard_is_found_when_the_cache_is_opened(
         CacheReader(remote)
 
 
-def test_an_exchanged_shard_is_never_read(remote: RemoteCache, store: ObjectStore) -> None:
+def test_an_exchanged_shard_is_never_read(remote: RemoteCache, store: Bucket) -> None:
     """A shard of the right size with other bytes is refused by its SHA-256."""
     reader = CacheReader(remote)
     name, array = next(iter(reader.manifest.arrays.items()))
@@ -106,7 +105,7 @@ def test_an_exchanged_shard_is_never_read(remote: RemoteCache, store: ObjectStor
 
 
 def test_no_cache_or_an_unfinished_one_is_refused(
-    remote: RemoteCache, store: ObjectStore, tmp_path: Path
+    remote: RemoteCache, store: Bucket, tmp_path: Path
 ) -> None:
     """An empty folder, and a cache that is still being written, are refused in one line."""
     with pytest.raises(CacheNotFoundError, match=rf"^{store.address}/x: no cache there: "):
@@ -122,3 +121,17 @@ def test_a_changed_local_copy_is_replaced(remote: RemoteCache, tiny_cache: Path)
     reader = CacheReader(remote)
     (reader.root / "samples.parquet").write_bytes(b"damaged")
     assert CacheReader(remote).samples == reader.samples
+
+
+def test_a_damaged_shard_copy_is_deleted(remote: RemoteCache, tiny_cache: Path) -> None:
+    """A local copy whose bytes changed is never used; the next read downloads it again."""
+    name, array = next(iter(CacheReader(remote).manifest.arrays.items()))
+    CacheReader(remote).payloads(name, [0], [0])
+    path = CacheReader(remote).root / array.object_path(0)
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    reader = CacheReader(remote)
+    with pytest.raises(CacheDamagedError, match=r"this local copy is damaged \(.*\) and was delet"):
+        reader.payloads(name, [0], [0])
+    expected = bytes(CacheReader(tiny_cache).payloads(name, [0], [0])[0])
+    assert bytes(reader.payloads(name, [0], [0])[0]) == expected

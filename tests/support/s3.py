@@ -2,7 +2,7 @@
 
 import http.client
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -38,7 +38,19 @@ def new_bucket(server: str) -> str:
     return name
 
 
-def upload(folder: Path, store: ObjectStore) -> None:
+class Bucket(ObjectStore):
+    """A folder of an object store that tests write."""
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write an object, in place of one of the same name."""
+        self._obstore.put(self._store, name, content)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects."""
+        self._obstore.delete(self._store, list(names))
+
+
+def upload(folder: Path, store: Bucket) -> None:
     """Write every file of a folder as an object."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         store.put(path.relative_to(folder).as_posix(), path.read_bytes())

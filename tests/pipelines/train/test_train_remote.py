@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from support.cli import run, words
-from support.s3 import environment, new_bucket, upload
+from support.s3 import Bucket, environment, new_bucket, upload
 
 import dtcache
-from dtcache.storage.object_store import ObjectStore
+from dtcache.errors import ConfigError
 
 FLAGS = words(
     "--student resnet10t --epochs 1 --batch-size 8 --warmup-epochs 0 --fpn-width 16 "
@@ -22,7 +22,7 @@ def address(s3: str, scene_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
     """The cache of 40 scenes in a bucket."""
     for name, value in environment(s3).items():
         monkeypatch.setenv(name, value)
-    store = ObjectStore(f"s3://{new_bucket(s3)}/scenes.cache")
+    store = Bucket(f"s3://{new_bucket(s3)}/scenes.cache")
     upload(scene_cache, store)
     monkeypatch.setenv("DTCACHE_LOCAL_CACHE", str(tmp_path / "copies"))
     return store.address
@@ -63,8 +63,40 @@ def test_the_flags_choose_folder_and_size(address: str, tmp_path: Path) -> None:
     assert "--local-cache-size -1.0: expected a number of gigabytes over 0" in refused.output
 
 
-def test_python_opens_an_address(address: str, scene_cache: Path) -> None:
-    """`dtcache.open` reads a remote cache, whose repr shows its address."""
+def test_flags_of_copies_need_an_address(scene_cache: Path, tmp_path: Path) -> None:
+    """With a cache on this machine, flags of local copies have no effect, so they are refused."""
+    out = ("--out", tmp_path / "r")
+    refused = run("train", scene_cache, *out, *FLAGS, "--local-cache-size", 5)
+    assert refused.exit_code == 2
+    assert "--local-cache-size: expected a cache in an object store, which is copied" in (
+        refused.output
+    )
+    assert not (tmp_path / "r").exists()
+
+
+def test_python_takes_addresses_of_caches_alone(
+    address: str, scene_cache: Path, tmp_path: Path
+) -> None:
+    """`dtcache.open` and `dtcache.train` read a remote cache; other paths are no addresses."""
+    [done] = dtcache.train(
+        address,
+        tmp_path / "t",
+        student="resnet10t",
+        epochs=1,
+        batch_size=8,
+        fpn_width=16,
+        warmup_epochs=0,
+        device="cpu",
+        log_with="none",
+    )
+    assert done.steps > 0
+    for call in (
+        lambda: dtcache.inspect(address),
+        lambda: dtcache.train(scene_cache, "s3://bucket/run"),
+        lambda: dtcache.train(scene_cache, tmp_path / "x", images="s3://bucket/images"),
+    ):
+        with pytest.raises(ConfigError, match=r"expected a path on this machine, got an address"):
+            call()
     with dtcache.open(address) as remote, dtcache.open(scene_cache) as local:
         assert remote[3].key == local[3].key
         for name, feature in local[3].features.items():
