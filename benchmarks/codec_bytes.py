@@ -1,9 +1,7 @@
 """Count the bytes that a cache needs per image with dtcache's codec, at given distortions."""
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,10 +11,10 @@ from peers import Point
 from dtcache.codec import FeatureEncoder, FittedTap, sections_of
 from dtcache.codec.fit import TapStatistics, quantised_fit
 from dtcache.codec.pca_dct import Encoder
+from dtcache.store.codec_file import codec_bytes
 from dtcache.store.layout import PayloadArray, padded_length
 from dtcache.store.shard import build_shard
 from dtcache.store.tag import TAG_BYTES
-from dtcache.store.zarr_nodes import write_zarr_nodes
 from pipelines.size_estimate import ROW_BYTES
 from pipelines.terminal.progress import track
 
@@ -126,12 +124,8 @@ def measure_codec(
 
 
 def size_of_fit(fit: Mapping[str, FittedTap]) -> int:
-    """Return the bytes of all files that the store writes for a fit."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_zarr_nodes(
-            Path(folder) / "data.zarr", {}, {name: tap.arrays() for name, tap in fit.items()}
-        )
-        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    """Return the bytes of the file that the store writes for a fit."""
+    return len(codec_bytes({name: tap.arrays() for name, tap in fit.items()}))
 
 
 def stored_bytes(fit: Mapping[str, FittedTap], maps: Maps) -> float:

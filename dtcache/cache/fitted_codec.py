@@ -1,13 +1,13 @@
-"""The fitted codec of a cache, read from its Zarr arrays and checked."""
+"""The fitted codec of a cache, read and checked."""
 
 from pathlib import Path
 from typing import Any
 
 from dtcache.codec import TapCodec, make_tap_codec, max_array_bytes, sections_of, sha256_fit
 from dtcache.errors import AGAIN, CacheDamagedError
-from dtcache.store.layout import DATA, padded_length
+from dtcache.store.codec_file import read_fit
+from dtcache.store.layout import padded_length
 from dtcache.store.manifest import CacheManifest
-from dtcache.store.zarr_nodes import read_fit
 
 
 def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapCodec]:
@@ -17,10 +17,11 @@ def load_fit(root: Path, manifest: CacheManifest) -> dict[str, TapCodec]:
     """
     try:
         codec = manifest.recipe["codec"]["name"]
-        arrays: dict[str, dict[str, Any]] = {
-            name: read_fit(root / DATA, name, codec, max_array_bytes(shape))
-            for name, shape in manifest.tap_shapes.items()
-        }
+        arrays: dict[str, dict[str, Any]] = read_fit(
+            root,
+            codec,
+            {name: max_array_bytes(shape) for name, shape in manifest.tap_shapes.items()},
+        )
         fit = {name: make_tap_codec(codec, stored) for name, stored in arrays.items()}
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CacheDamagedError(

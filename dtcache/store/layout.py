@@ -14,6 +14,8 @@ COMMITS = "commits"
 LOG = "extraction.log.json"
 MAX_LOG_BYTES = 64 << 20
 PROMPT = "prompt.safetensors"
+CODEC = "codec.safetensors.zst"
+"""The fitted arrays of the codec."""
 CLUSTER_LOG = "cluster.log"
 """Output of Dask and of local workers in the last run that used them, for people to read."""
 DATA = "data.zarr"

@@ -21,6 +21,7 @@ from dtcache.store.commits import CodecSums, read_commits, total_sums
 from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import (
     CLUSTER_LOG,
+    CODEC,
     COMMITS,
     DATA,
     IMAGES,
@@ -85,7 +86,7 @@ def _describe(root: Path, manifest: CacheManifest) -> Json:
             "channels": tap["channels"],
             "height": tap["height"],
             "width": tap["width"],
-            **_tap_bytes(manifest, tap_name(timestep, tap["name"]), files, progress, num_done),
+            **_tap_bytes(manifest, tap_name(timestep, tap["name"]), progress, num_done),
             **_tap_errors(manifest, tap_name(timestep, tap["name"]), progress.sums),
         }
         for timestep in recipe["teacher"]["timesteps"]
@@ -212,7 +213,7 @@ def _parts(files: Mapping[str, int], shard_bytes: Mapping[str, int]) -> dict[str
     for path, size in files.items():
         if path.startswith(f"{LABELS}/"):
             parts["labels"] += size
-        elif path.startswith(f"{DATA}/codec/"):
+        elif path == CODEC:
             parts["codec"] += size
         elif path in INDEX or path.startswith(f"{COMMITS}/"):
             parts["index"] += size
@@ -244,16 +245,13 @@ def _timesteps(recipe: Json) -> list[Json]:
 def _tap_bytes(
     manifest: CacheManifest,
     name: str,
-    files: Mapping[str, int],
     progress: _Progress,
     num_done: int,
 ) -> Json:
-    """Return the bytes of one tap, in shards and of its codec, and the bits per cached value.
+    """Return the bytes of one tap in shards, and the bits per cached value.
 
     The taps of a timestep share shard files, which are divided in proportion to the taps' sections.
     """
-    folder = f"{DATA}/codec/{name}/"
-    codec_bytes = sum(size for path, size in files.items() if path.startswith(folder))
     channels, height, width = manifest.tap_shapes[name]
     values = channels * height * width * manifest.num_views * num_done
     sections = {
@@ -262,10 +260,9 @@ def _tap_bytes(
         if array_of(tap) == array_of(name)
     }
     share = sections.get(name, 0) / max(1, sum(sections.values()))
-    size = round(share * progress.shard_bytes.get(array_of(name), 0)) + codec_bytes
+    size = round(share * progress.shard_bytes.get(array_of(name), 0))
     return {
         "bytes": size,
-        "codec_bytes": codec_bytes,
         "bits_per_value": 8 * size / values if values else None,
     }
 

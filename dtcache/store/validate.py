@@ -19,7 +19,7 @@ from dtcache.recipe import (
 from dtcache.store.commits import CodecSums
 from dtcache.store.json_types import check_types
 from dtcache.store.label_sets import check_labels, check_measured
-from dtcache.store.layout import PROMPT, SAMPLES, SHARDS, PayloadArray
+from dtcache.store.layout import CODEC, PROMPT, SAMPLES, SHARDS, PayloadArray
 
 MAX_PAYLOAD_BYTES = 1 << 28
 MAX_VALUES = 1 << 26
@@ -31,8 +31,8 @@ MAX_ARRAYS = 1 << 12
 BOX = ("top", "left", "height", "width")
 ARRAY_NAME = re.compile(r"[a-z0-9]+")
 FILE_NAME = re.compile(
-    rf"{re.escape(SAMPLES)}|{re.escape(SHARDS)}|{re.escape(PROMPT)}"
-    r"|data\.zarr/([a-z0-9_]+/)*(zarr\.json|c(\.[0-9]+)+)"
+    rf"{re.escape(SAMPLES)}|{re.escape(SHARDS)}|{re.escape(PROMPT)}|{re.escape(CODEC)}"
+    r"|data\.zarr/([a-z0-9_]+/)*zarr\.json"
 )
 """The files whose hashes a manifest holds: none of them lies outside the cache's folder."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")

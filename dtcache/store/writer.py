@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 
 from dtcache.atomic_files import (
     TEMPORARY,
-    disk_errors,
-    fsync_tree,
     is_system_file,
+    make_folders,
     publish,
     require_no_links,
     write_file,
 )
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheMismatchError
-from dtcache.hashing import canonical_json, file_problem, file_sha256
+from dtcache.hashing import canonical_json, file_problem
 from dtcache.json_files import with_own_hash
 from dtcache.recipe import FailedSample, Json, Recipe, Sample
+from dtcache.store.codec_file import codec_bytes
 from dtcache.store.commits import (
     CommitRecord,
     EmptySample,
@@ -31,6 +31,7 @@ from dtcache.store.commits import (
 )
 from dtcache.store.layout import (
     CLUSTER_LOG,
+    CODEC,
     COMMITS,
     DATA,
     LOG,
@@ -58,7 +59,7 @@ from dtcache.store.sample_index import (
     sealed_samples,
 )
 from dtcache.store.shard_index import damaged_objects, read_objects, shards_table
-from dtcache.store.zarr_nodes import write_zarr_nodes
+from dtcache.store.zarr_nodes import zarr_nodes
 
 
 class CacheWriter:
@@ -106,27 +107,22 @@ class CacheWriter:
         """
         require_ours(root)
         require_no_links(root, folders_only=True)
-        for leftover in (root / DATA, root / f"{TEMPORARY}{DATA}"):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        if (root / DATA).exists():
+            shutil.rmtree(root / DATA)
         (root / PROMPT).unlink(missing_ok=True)
-        (root / COMMITS).mkdir(exist_ok=True)
-        nodes = root / f"{TEMPORARY}{DATA}"
-        with disk_errors(nodes):
-            write_zarr_nodes(nodes, arrays, fit)
-        fsync_tree(nodes)
-        publish({nodes: root / DATA})
-        files = {
-            p.relative_to(root).as_posix(): file_sha256(p)
-            for p in sorted((root / DATA).rglob("*"))
-            if p.is_file() and not is_system_file(p.name)
-        }
         table = samples_table((s.key for s in samples), (s.label for s in samples))
-        write_file(root / SAMPLES, parquet_bytes(table))
-        files[SAMPLES] = file_sha256(root / SAMPLES)
+        contents = {
+            **zarr_nodes(arrays.values()),
+            CODEC: codec_bytes(fit),
+            SAMPLES: parquet_bytes(table),
+        }
         if embedding_LD is not None:
-            write_file(root / PROMPT, embedding_bytes(embedding_LD))
-            files[PROMPT] = file_sha256(root / PROMPT)
+            contents[PROMPT] = embedding_bytes(embedding_LD)
+        make_folders(root / COMMITS)
+        for name, content in contents.items():
+            make_folders((root / name).parent)
+            write_file(root / name, content)
+        files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         manifest = new_manifest(recipe, arrays, classes, files)
         write_manifest(root, manifest)
         # Read back from disk, because JSON sorts names and commit records list files in that order.
@@ -292,7 +288,7 @@ class CacheWriter:
 
 def require_ours(root: Path) -> None:
     """Raise CacheMismatchError if a folder holds a file that no unfinished cache has."""
-    known = {DATA, COMMITS, SAMPLES, MANIFEST, LOG, CLUSTER_LOG, PROMPT, ".lock"}
+    known = {DATA, CODEC, COMMITS, SAMPLES, MANIFEST, LOG, CLUSTER_LOG, PROMPT, ".lock"}
     foreign = sorted(
         p.name
         for p in root.iterdir()

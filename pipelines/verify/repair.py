@@ -157,7 +157,6 @@ def _repair_one(
 
 def _rebuild_indices(damaged: _Damaged) -> list[Repair]:
     """Rebuild Zarr nodes and the shard index from the manifest and the intact files."""
-    root = damaged.root
     manifest = damaged.manifest
     paths = [
         damage.path
@@ -166,7 +165,7 @@ def _rebuild_indices(damaged: _Damaged) -> list[Repair]:
     ]
     contents = {}
     if any(path != SHARDS for path in paths):
-        contents = zarr_nodes(root, manifest)
+        contents = zarr_nodes(manifest.arrays.values())
     if SHARDS in paths and not damaged.shards():
         # The recorded hash of the index proves that every shard file is the recorded one.
         contents[SHARDS] = parquet_bytes(shards_table(_objects_on_disk(damaged)))

@@ -22,6 +22,7 @@ from dtcache.store.layout import IMAGES, LOG, PayloadArray, payload_arrays
 from dtcache.store.pending_shard import ShardData
 from dtcache.store.sample_index import hash_samples, samples_table
 from dtcache.store.writer import CacheWriter
+from dtcache.store.zarr_nodes import zarr_nodes
 
 ROWS = 10
 VIEWS = 2
@@ -201,6 +202,14 @@ def tiny_plan() -> Plan:
         raw=raw,
         values=values,
     )
+
+
+def write_nodes(root: Path, array: PayloadArray) -> None:
+    """Write the Zarr nodes of a cache of one array."""
+    for name, node in zarr_nodes([array]).items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(node)
 
 
 def begin(root: Path, plan: Plan) -> CacheWriter:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from dtcache import atomic_files as storage
-from dtcache.store import writer
 
 Tree = dict[str, bytes | None]
 """Bytes of every file by path, None for a folder."""
@@ -31,14 +30,12 @@ class Recorder:
 
     The real fsync is skipped.
 
-    Each write of dtcache.atomic_files is recorded as two halves. zarr-python's layout is recorded
-    when it is complete: no part of it counts before its fsync, in whatever order it was written.
+    Each write of dtcache.atomic_files is recorded as two halves.
     """
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
         self.root = root
         self.log = list[Operation]()
-        self._quiet = False
         for kind, name in (
             ("rename", "replace"),
             ("mkdir", "mkdir"),
@@ -50,7 +47,6 @@ class Recorder:
             os, "fsync", lambda handle: self.add("fsync", os.readlink(f"/proc/self/fd/{handle}"))
         )
         patch.setattr(storage, "open", self._open, raising=False)
-        patch.setattr(writer, "write_zarr_nodes", self._nodes(writer.write_zarr_nodes))
 
     def add(self, kind: str, path: Any, target: Any = None, data: bytes = b"") -> None:
         """Append one operation."""
@@ -62,12 +58,11 @@ class Recorder:
     def _recorded(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, *rest: Any, **options: Any) -> Any:
             result = function(path, *rest, **options)  # a call that raises is not recorded
-            if not self._quiet:
-                folder = options.get("dir_fd")
-                whole = Path(
-                    path if folder is None else f"{os.readlink(f'/proc/self/fd/{folder}')}/{path}"
-                )
-                self.add(kind, whole, rest[0] if kind == "rename" else None)
+            folder = options.get("dir_fd")
+            whole = Path(
+                path if folder is None else f"{os.readlink(f'/proc/self/fd/{folder}')}/{path}"
+            )
+            self.add(kind, whole, rest[0] if kind == "rename" else None)
             return result
 
         return call
@@ -77,19 +72,6 @@ class Recorder:
             return builtins.open(path, mode)
         self.add("create", path)
         return Written(self, path)
-
-    def _nodes(self, function: Callable[..., None]) -> Callable[..., None]:
-        def call(nodes: Path, *rest: Any) -> None:
-            self._quiet = True  # zarr-python writes in its own threads
-            function(nodes, *rest)
-            self._quiet = False
-            self.add("mkdir", nodes)
-            for path in sorted(nodes.rglob("*")):
-                self.add("mkdir" if path.is_dir() else "create", path)
-                if path.is_file():
-                    self.add("write", path, data=path.read_bytes())
-
-        return call
 
 
 class Written:

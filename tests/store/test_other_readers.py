@@ -8,12 +8,11 @@ import pytest
 import tensorstore
 import zarr
 import zarrs  # noqa: F401  (registers its codec pipeline)
-from store.builders import FEATURES, ROWS, VIEWS, tiny_plan, write_cache
+from store.builders import FEATURES, ROWS, VIEWS, tiny_plan, write_cache, write_nodes
 
-from dtcache.store.layout import IMAGES, PayloadArray
+from dtcache.store.layout import DATA, IMAGES, PayloadArray
 from dtcache.store.shard import build_shard
 from dtcache.store.tag import TAG_BYTES, tagged
-from dtcache.store.zarr_nodes import write_zarr_nodes
 from dtcache.store.zstd_frame import MAX_BLOCK
 
 Read = Callable[[Path, str], np.ndarray]
@@ -63,14 +62,6 @@ def test_payloads_of_a_cache(data: Path, name: str, read: Read) -> None:
 
 
 @READERS
-def test_codec_arrays_of_a_cache(data: Path, read: Read) -> None:
-    """The codec's arrays read back as fitted."""
-    for tap, fitted in tiny_plan().fit.items():
-        for name, values in fitted.items():
-            np.testing.assert_array_equal(read(data, f"codec/{tap}/{name}"), values)
-
-
-@READERS
 @pytest.mark.parametrize("length", [16, 255, 256, 65_792, 2 * MAX_BLOCK + 16])
 def test_frames_of_every_shape(tmp_path: Path, length: int, read: Read) -> None:
     """Frames of every header size, of several blocks and of a standard compressor all read."""
@@ -86,10 +77,10 @@ def test_frames_of_every_shape(tmp_path: Path, length: int, read: Read) -> None:
         shape=(len(payloads) // 2, 2, length + TAG_BYTES),
         shard_rows=3,
     )
-    write_zarr_nodes(tmp_path, {array.name: array}, {})
+    write_nodes(tmp_path, array)
     for shard in range(array.num_shards):
         rows = array.rows_of(shard)
         content = build_shard(array, shard, payloads[2 * rows.start : 2 * rows.stop])
-        (tmp_path / array.name / f"c.{shard}.0.0").write_bytes(content)
-    contents = read(tmp_path, array.name)[:, :, TAG_BYTES:]
+        (tmp_path / array.object_path(shard)).write_bytes(content)
+    contents = read(tmp_path / DATA, array.name)[:, :, TAG_BYTES:]
     assert contents.tobytes() == b"".join(p.ljust(length, b"\0") for p in payloads)

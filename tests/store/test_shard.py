@@ -8,6 +8,7 @@ import pytest
 import zarr
 from google_crc32c import value as crc32c
 from numcodecs.zstd import compress
+from store.builders import write_nodes
 
 from dtcache.errors import CacheDamagedError
 from dtcache.store.layout import PayloadArray
@@ -20,7 +21,6 @@ from dtcache.store.shard import (
     unpack_chunk,
 )
 from dtcache.store.tag import TAG_BYTES
-from dtcache.store.zarr_nodes import write_zarr_nodes
 
 LENGTH = 48
 MOST = LENGTH - TAG_BYTES
@@ -81,7 +81,7 @@ def test_zarr_reads_what_build_shard_wrote(
     """zarr-python reads the same payloads, in ragged last shards and all-zero chunks too."""
     array = payload_array((rows, *views, LENGTH), 4)
     payloads = random_payloads(rows * array.payloads_per_row, seed=rows)
-    write_zarr_nodes(tmp_path / "data.zarr", {array.name: array}, {})
+    write_nodes(tmp_path, array)
     for shard in range(array.num_shards):
         part = array.rows_of(shard)
         mine = payloads[part.start * array.payloads_per_row : part.stop * array.payloads_per_row]
@@ -96,7 +96,7 @@ def test_zarr_reads_what_build_shard_wrote(
 def test_a_shard_that_zarr_wrote_reads(tmp_path: Path) -> None:
     """dtcache reads a shard that zarr-python wrote, so the layout is the standard one."""
     array = payload_array((4, 2, LENGTH), 4)
-    write_zarr_nodes(tmp_path / "data.zarr", {array.name: array}, {})
+    write_nodes(tmp_path, array)
     payloads = [bytes([1 + i]) * (5 * i + 1) for i in range(8)]
     wanted = [p.ljust(LENGTH, b"\0") for p in payloads]
     node = zarr.open_array(tmp_path / "data.zarr", path=array.name, mode="r+")

@@ -86,7 +86,7 @@ def _parts(report: Json) -> list[tuple[str, int, float, str]]:
     parts = [
         (
             tap_name(tap["timestep"], tap["name"]),
-            tap["bytes"] - tap["codec_bytes"],
+            tap["bytes"],
             f"c{number % COLOURS}",
         )
         for number, tap in enumerate(report["taps"])

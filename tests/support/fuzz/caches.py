@@ -15,12 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from google_crc32c import value as crc32c
 from numcodecs.zstd import compress, decompress
+from safetensors.numpy import load, save
 from support.fuzz.files import mutate_bytes, mutate_path, swap_files
 from support.fuzz.json_values import json_bytes, mutate_json, mutate_json_text
 from support.hostile import reseal
 
 from dtcache.hashing import canonical_json, file_sha256
 from dtcache.json_files import with_own_hash
+from dtcache.store.layout import CODEC
 from dtcache.store.tag import TAG_BYTES, tag_seed, tagged
 from dtcache.store.zstd_frame import pack_frame
 
@@ -129,40 +131,44 @@ def _node(root: Path, outside: Path, rng: Random, signed: bool) -> str:
 
 
 def _artefact(root: Path, outside: Path, rng: Random, signed: bool) -> str:
-    """Change the values of an array of the codec, under a right checksum, or its bytes."""
-    path = rng.choice(sorted((root / "data.zarr/codec").rglob("c.*")))
+    """Change an array of the codec, the file's header, or its compressed bytes."""
+    path = root / CODEC
     content = path.read_bytes()
-    if rng.random() < 0.3:
+    kind = rng.randrange(9)
+    note = f"values {kind}"
+    if kind < 3:
         content, note = mutate_bytes(content, rng)
     else:
-        values = np.frombuffer(decompress(content[:-CRC_BYTES]), np.uint8).copy()
-        kind = rng.randrange(5)
-        if kind == 0:
-            values[:] = rng.choice((0, 1, 127, 128, 255))
-        elif kind == 1:
-            values = values[: rng.randrange(len(values) + 1)]
-        elif kind == 2:
-            values = np.tile(values, rng.choice((2, 1000)))
-        elif kind == 3:
-            values = np.frombuffer(rng.randbytes(len(values)), np.uint8)
-        else:
-            values[rng.randrange(len(values))] ^= 1 << rng.randrange(8)
-        frame: bytes = compress(values.tobytes(), 1)
-        content = frame + crc32c(frame).to_bytes(CRC_BYTES, "little")
-        note = f"values {kind}"
+        tensors = load(decompress(content))
+        name = rng.choice(sorted(tensors))
+        values = tensors[name]
+        raw = np.frombuffer(values.tobytes(), np.uint8).copy()
+        if kind == 3:
+            raw[:] = rng.choice((0, 1, 127, 128, 255))
+        elif kind == 4 and len(raw):
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        elif kind == 5:
+            tensors[name] = values.reshape(-1)[: rng.randrange(values.size + 1)]
+        elif kind == 6:
+            tensors[name] = np.tile(values, rng.choice((2, 1000)))
+        elif kind == 7:
+            del tensors[name]
+            tensors[rng.choice(("", "x", "t150/stride2/basis", name + "\x1b[2J"))] = values
+        if kind in (3, 4):
+            tensors[name] = raw.view(values.dtype).reshape(values.shape)
+        plain = save(tensors)
+        if kind == 8:
+            plain, note = mutate_bytes(plain, rng)
+        content = compress(plain, 1)
     path.write_bytes(content)
     if signed:
         reseal(root)
-    return f"{path.relative_to(root)} {note}"
+    return f"{CODEC} {note}"
 
 
 def _payloads(root: Path, outside: Path, rng: Random, signed: bool) -> str:
     """Change shard files: bytes, whole files, or the entries of an index under its checksum."""
-    files = [
-        path
-        for path in sorted((root / "data.zarr").rglob("c.*"))
-        if "codec" not in path.relative_to(root).parts
-    ]
+    files = sorted((root / "data.zarr").rglob("c.*"))
     path = rng.choice(files)
     name = path.relative_to(root).as_posix()
     kind = rng.randrange(5)
