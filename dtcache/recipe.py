@@ -56,7 +56,7 @@ class TapSpec:
     """One feature map of a teacher.
 
     A U-Net's tap is the output of a decoder level before its upsampler, or of one of the level's
-    layers; a transformer's is the tokens of a block.
+    layers; a transformer's is the tokens of a block; a CNN's is the output of a stage.
     """
 
     name: str
@@ -64,7 +64,7 @@ class TapSpec:
     middle block; or block6, ... of a transformer.
     """
     block: int
-    """Index of the up block (the coarsest is 0; the middle is -1), or of the transformer block."""
+    """Index of the up block (the coarsest is 0; the middle is -1), transformer block or stage."""
     stride: int
     """Rows of the view divided by rows of the map."""
     channels: int
@@ -102,7 +102,7 @@ class TeacherSpec:
     """Everything about the teacher that the cached bytes depend on."""
 
     architecture: str
-    """The diffusers class, such as UNet2DModel."""
+    """The diffusers class, such as UNet2DModel, or timm: and the name of a timm network."""
     weights_sha256: str
     """SHA-256 of the weight file.
 

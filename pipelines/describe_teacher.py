@@ -27,7 +27,7 @@ def describe_teacher(where: str, size: str | None) -> Json:
     loaded = load_teacher(where)
     height, width = view_size(loaded, size)
     offered = loaded.denoiser.find_taps(height, width, loaded.latent_stride)
-    chosen = {tap.name for tap in choose_taps(offered, None)}
+    chosen = {tap.name for tap in choose_taps(offered, None, is_noised=loaded.has_timesteps)}
     predictor = loaded.denoiser.predictor()
     shape = (
         loaded.denoiser.channels,
@@ -59,6 +59,7 @@ def describe_teacher(where: str, size: str | None) -> Json:
         "teacher": where,
         "architecture": loaded.architecture,
         "warnings": list(loaded.warnings),
+        "notes": list(loaded.notes),
         "weights_sha256": loaded.weights_sha256,
         "parameters": sum(p.numel() for p in predictor.parameters()),
         "native_size": native_size(loaded) if loaded.denoiser.native_size else None,
@@ -89,10 +90,10 @@ def render_teacher(report: Json) -> RenderableType:
     native = report["native_size"]
     facts.add_row("trained at", f"{native[0]}x{native[1]}" if native else "unknown size")
     facts.add_row("one pass", f"{report['flops'] / 1e9:.3g} GFLOP per {height}x{width} view")
-    facts.add_row(
-        "noise",
-        f"{report['steps']} steps, {report['schedule']} betas, predicts {report['prediction']}",
-    )
+    noise = f"{report['steps']} steps, {report['schedule']} betas, predicts {report['prediction']}"
+    facts.add_row("noise", noise if report["timesteps"] else "none: it reads images as they are")
+    for note in report["notes"]:
+        facts.add_row("note", note)
     for noise in report["timesteps"]:
         snr = "infinite" if noise["snr"] is None else f"{noise['snr']:.3g}"
         facts.add_row(f"t={noise['timestep']}", f"alpha-bar {noise['alpha_bar']:.4f}, SNR {snr}")
@@ -117,9 +118,8 @@ def render_teacher(report: Json) -> RenderableType:
     by_name = [f"other blocks, taps by name: {blocks}", ""] if blocks else []
     native_view = list(report["size"]) == list(native or ())
     size = "" if native_view else f" --size {height}x{width}"
-    example = (
-        f"dtcache extract IMAGES --teacher {report['teacher']}{size} --timestep 50 --out CACHE"
-    )
+    timestep = " --timestep 50" if report["timesteps"] else ""
+    example = f"dtcache extract IMAGES --teacher {report['teacher']}{size}{timestep} --out CACHE"
     warnings = [f"warning: {warning}" for warning in report["warnings"]]
     return Group(facts, *warnings, taps, *by_name, example)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from dtcache.device import resolve_compute
 from dtcache.errors import AGAIN, CacheDamagedError, ConfigError
 from dtcache.options import ExtractOptions, parse_size, parse_taps
+from dtcache.options.extract import DEFAULT_TIMESTEP
 from dtcache.process_settings import configure_process
 from dtcache.recipe import MAX_SIDE, Json, ViewSpec
 from dtcache.store.manifest import CacheManifest
@@ -33,6 +34,7 @@ def make_teacher(loaded: LoadedTeacher, options: ExtractOptions, batch_size: int
     height, width = view_size(loaded, options.size)
     if max(height, width) > MAX_SIDE:
         raise ConfigError(f"`size` {height}x{width}: expected at most {MAX_SIDE} pixels per side")
+    default = (DEFAULT_TIMESTEP,) if loaded.has_timesteps else (0,)
     compute = resolve_compute(options.device, options.precision)
     configure_process(compute.device)
     settings = TeacherSettings(
@@ -42,7 +44,7 @@ def make_teacher(loaded: LoadedTeacher, options: ExtractOptions, batch_size: int
             resize_mode="stretch" if options.resize_mode == "stretch" else "crop",
         ),
         taps=parse_taps(options.taps) if options.taps else None,
-        timesteps=options.timestep,
+        timesteps=default if options.timestep is None else options.timestep,
         batch_size=batch_size,
         condition=options.condition,
         ddim_steps=(options.ddim_steps or DDIM_STEPS) if options.encoding == "ddim" else None,

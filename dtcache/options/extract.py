@@ -12,6 +12,8 @@ from dtcache.options.field import (
 )
 from dtcache.options.images import ImagesOptions
 
+DEFAULT_TIMESTEP = 150
+"""Timestep of a teacher that takes noise; paper: 150 on ImageNet."""
 QUALITY_RATIOS = {"high": 10.0, "default": 50.0, "small": 100.0, "fp16": None}
 """Ratio of the features' float16 bytes to all stored bytes except images, by quality."""
 
@@ -22,7 +24,8 @@ class ExtractOptions(ImagesOptions):
 
     teacher: str = option(
         "",
-        "Diffusion teacher in diffusers' format: U-Net or DiT, of pixels or latents.",
+        "Diffusion teacher in diffusers' format: U-Net or DiT, of pixels or latents; or a timm "
+        "network: timm:NAME or timm:local-dir:DIR.",
         metavar="DIR_OR_ID",
         group="Teacher",
     )
@@ -96,9 +99,10 @@ class ExtractOptions(ImagesOptions):
         minimum=1,
         group="Features",
     )
-    timestep: tuple[int, ...] = option(
-        (150,),
-        "Diffusion timestep at which images are noised. Can be repeated.",
+    timestep: tuple[int, ...] | None = option(
+        None,
+        "Diffusion timestep at which images are noised. Can be repeated [default: 150; 0 if the "
+        "teacher takes no noise].",
         group="Noise",
     )
     encoding: str = option(

@@ -7,6 +7,9 @@ import re
 
 from dtcache.errors import ConfigError
 
+TIMM = "timm:"
+"""Prefix of a teacher that is a timm network."""
+
 
 def parse_size(text: str, field: str = "size") -> tuple[int, int]:
     """Parse `H` or `HxW` into (height, width) in pixels. Raises ConfigError for any other text."""
@@ -14,6 +17,11 @@ def parse_size(text: str, field: str = "size") -> tuple[int, int]:
     if sides is None:
         raise ConfigError(f"`{field}` {text}: expected H or HxW in pixels, such as 256 or 128x256")
     return int(sides[1]), int(sides[2] or sides[1])
+
+
+def timm_name(teacher: str) -> str | None:
+    """Return what follows `timm:` in the name of a teacher; None if it is no timm teacher."""
+    return teacher.removeprefix(TIMM) if teacher.startswith(TIMM) else None
 
 
 def parse_ints(text: str, field: str) -> tuple[int, ...]:

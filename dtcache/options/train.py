@@ -14,7 +14,7 @@ from dtcache.options.field import (
     seed_option,
 )
 from dtcache.options.images import READING_NAMES, ImagesOptions
-from dtcache.options.parse import parse_scale, parse_size, parse_taps
+from dtcache.options.parse import parse_scale, parse_size, parse_taps, timm_name
 
 REGRESSORS = ("fpn", "fpn-attention", "pafpn", "fpn-ppm")
 TRAIN_PRECISIONS = (*PRECISIONS, "fp16")
@@ -72,7 +72,9 @@ class TrainOptions(ImagesOptions):
         group=DATA,
     )
     timestep: int | None = option(
-        None, "Timestep [default: all in the cache]. Required with --teacher.", group=DATA
+        None,
+        "Timestep [default: all in the cache]. Required with --teacher, unless it takes no noise.",
+        group=DATA,
     )
     limit: int | None = option(
         None,
@@ -318,8 +320,7 @@ class TrainOptions(ImagesOptions):
                         "its own value; pass `teacher` too, or leave the option out"
                     )
             return
-        if self.timestep is None:
-            raise ConfigError("`teacher`: expected `timestep` beside it; pass both, as to extract")
+        require_timestep(self.teacher, self.timestep)
         extra = [name for name in CACHE_ONLY if getattr(self, name)]
         extra += ["shuffle"] if self.shuffle == "block" else []
         if extra:
@@ -353,3 +354,13 @@ class TrainOptions(ImagesOptions):
                 "`feature_weight` 0: no feature is trained on; leave `noise_weighting`, "
                 "`tap_weights` and `at_weight` out"
             )
+
+
+def require_timestep(teacher: str, timestep: int | None) -> None:
+    """Raise ConfigError unless a teacher in the loop has the timestep that it needs, or none."""
+    if timm_name(teacher) is None and timestep is None:
+        raise ConfigError("`teacher`: expected `timestep` beside it; pass both, as to extract")
+    if timm_name(teacher) is not None and timestep is not None:
+        raise ConfigError(
+            f"`timestep` {timestep}: a timm teacher takes no noise; leave `timestep` out"
+        )

@@ -44,15 +44,10 @@ class MapsModule(nn.Module):
         """
         if not any(side % self.multiple for side in size):
             return
-        lower, upper = (
-            "x".join(str(max(1, round_side(side / self.multiple)) * self.multiple) for side in size)
-            for round_side in (math.floor, math.ceil)
-        )
-        nearest = lower if lower == upper else f"{lower} or {upper}"
         raise ConfigError(
             f"{self.name}: its patches do not divide images of {size[0]}x{size[1]} pixels, so that "
             f"its map would not fit the image. Expected multiples of {self.multiple}; pass "
-            f"`{option}` {nearest}"
+            f"`{option}` {nearest_sizes(size, self.multiple)}"
         )
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
@@ -81,6 +76,15 @@ class MapsModule(nn.Module):
         a final norm or a class token keep their initial weights.
         """
         return self(images_BCHW)[-1].mean((2, 3))  # type: ignore[no-any-return]
+
+
+def nearest_sizes(size: tuple[int, int], multiple: int) -> str:
+    """Return the sizes next to `size` (H, W) whose sides are multiples, such as 28x28 or 42x42."""
+    lower, upper = (
+        "x".join(str(max(1, round_side(side / multiple)) * multiple) for side in size)
+        for round_side in (math.floor, math.ceil)
+    )
+    return lower if lower == upper else f"{lower} or {upper}"
 
 
 class Backbone(MapsModule):

@@ -4,11 +4,12 @@ import inspect
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 from timm.models import PretrainedCfg, split_model_name_tag
 from torch import Tensor, nn
 
@@ -152,16 +153,39 @@ def load_backbone(
     """
     saved = _saved(folder)
     input_size = size or saved.input_size
-    model = load_weights(
+    model = _filled(folder, saved, input_size)
+    backbone = Backbone(model, mean=saved.mean, std=saved.std, size=input_size)
+    backbone.model_args = saved.model_args
+    return backbone, saved.input_size, saved.view
+
+
+def load_any_size(folder: Path) -> tuple[nn.Module, SavedBackbone]:
+    """Read a folder as `load_backbone` does; the network takes every size that timm lets it take.
+
+    A ViT resamples its position embedding in each pass, unless the pass has the folder's own size.
+    Returns the network, in evaluation mode, and its configuration. Raises what `load_backbone`
+    raises.
+    """
+    saved = _saved(folder)
+    network = _filled(folder, saved, saved.input_size)
+    if getattr(network, "dynamic_img_size", True) is False:
+        dynamic = replace(saved, model_args={**saved.model_args, "dynamic_img_size": True})
+        with torch.random.fork_rng(devices=[]):
+            flexible = dynamic.make(saved.input_size, classes=0)
+        flexible.load_state_dict(network.state_dict(), strict=True)
+        network = flexible
+    return network.eval(), saved
+
+
+def _filled(folder: Path, saved: SavedBackbone, input_size: tuple[int, int]) -> nn.Module:
+    """Return the network of a folder for an input size (H, W). Raises WeightsError."""
+    return load_weights(
         folder / WEIGHTS,
         lambda: saved.make(saved.input_size, saved.classes),
         title=saved.name,
         again=AGAIN,
         fill=lambda weights: saved.fill(weights, input_size),
     )
-    backbone = Backbone(model, mean=saved.mean, std=saved.std, size=input_size)
-    backbone.model_args = saved.model_args
-    return backbone, saved.input_size, saved.view
 
 
 def _saved(folder: Path) -> SavedBackbone:

@@ -73,6 +73,25 @@ def make_backbone(
     return Backbone(model, mean=rgb(timm_config["mean"]), std=rgb(timm_config["std"]), size=size)
 
 
+def hub_repository(name: str) -> str:
+    """Return the hub repository of the weights of a timm name, with or without a tag.
+
+    Raises ConfigError if timm has no such network, or registers no such weights in a repository.
+    """
+    require_known(name)
+    network = split_model_name_tag(name)[0]
+    tags = timm.list_pretrained(f"{network}.*")
+    # timm falls back to random weights if a tag is unknown.
+    known = name in tags or name == network
+    registered = timm.get_pretrained_cfg(name) if known else None
+    if registered is None or not registered.hf_hub_id:
+        offered = f"timm has {', '.join(tags[:8])}" if tags else f"timm has none of {network}"
+        raise ConfigError(
+            f"{name[:80]}: expected weights in a repository of the Hugging Face hub; {offered}"
+        )
+    return str(registered.hf_hub_id)
+
+
 def weights_tag(name: str) -> str:
     """Return the tag of a timm name, which names pretrained weights; empty without one."""
     return split_model_name_tag(name)[1]

@@ -1,6 +1,7 @@
 """The teacher: safe loading, the encoding of images, and decoder features at its taps."""
 
-from dtcache.teacher.load import LoadedTeacher, load_teacher
+from dtcache.teacher.load import load_teacher
+from dtcache.teacher.loaded_teacher import LoadedTeacher
 from dtcache.teacher.module_teacher import CallableTeacher
 from dtcache.teacher.prompt import Prompt
 from dtcache.teacher.teacher import (

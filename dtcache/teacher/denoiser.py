@@ -49,8 +49,8 @@ class Denoiser(Protocol):
         """Return the complete network, which shares its weights with tapped networks.
 
         Its forward pass takes the arguments of `tapped` and returns the prediction: (B, C, H, W),
-        or (B, 2 C, H, W) if variances are learned. Raises ConfigError if the prediction is not
-        known.
+        or (B, 2 C, H, W) if variances are learned; a network that predicts no noise returns its
+        last features. Raises ConfigError if the prediction is not known.
         """
 
 
@@ -60,7 +60,11 @@ def shared_copy(network: nn.Module) -> nn.Module:
 
 
 def choose_taps(
-    taps: tuple[TapSpec, ...], names: tuple[str, ...] | None, blocks: tuple[TapSpec, ...] = ()
+    taps: tuple[TapSpec, ...],
+    names: tuple[str, ...] | None,
+    blocks: tuple[TapSpec, ...] = (),
+    *,
+    is_noised: bool = True,
 ) -> tuple[TapSpec, ...]:
     """Return the taps with these names, among `taps` and `blocks`, finest first; None: a default.
 
@@ -68,12 +72,14 @@ def choose_taps(
     coarsest. If several taps share a stride, as in a transformer, the default is the taps at one to
     four fifths of its depth. The first blocks have little context beyond their patches, and the
     last blocks specialise in the noise; linear probes are best at about half to 0.7 of the depth
-    (DDAE, Xiang et al. 2023; REPA, Yu et al. 2025).
+    (DDAE, Xiang et al. 2023; REPA, Yu et al. 2025). A transformer that reads images without noise
+    (not `is_noised`) is tapped at one to four quarters of its depth, as dense heads on ViTs are
+    (DPT, Ranftl et al. 2021; DINOv2, Oquab et al. 2023).
 
     Raises ConfigError listing the teacher's taps if one of `names` is not among them.
     """
     if names is None:
-        names = _default_names(taps)
+        names = _default_names(taps, DEFAULT_TAPS + 1 if is_noised else DEFAULT_TAPS)
     offered = [tap.name for tap in (*taps, *blocks)]
     missing = [name for name in names if name not in offered]
     if missing:
@@ -85,7 +91,8 @@ def choose_taps(
     return tuple(sorted(chosen, key=lambda tap: tap.stride))
 
 
-def _default_names(taps: tuple[TapSpec, ...]) -> tuple[str, ...]:
+def _default_names(taps: tuple[TapSpec, ...], parts: int) -> tuple[str, ...]:
+    """Return the default; in a transformer, the ends of the first four of `parts` equal parts."""
     strides = [tap.stride for tap in taps]
     if len(set(strides)) == len(taps):
         preferred = set(PREFERRED_STRIDES) <= set(strides)
@@ -93,5 +100,5 @@ def _default_names(taps: tuple[TapSpec, ...]) -> tuple[str, ...]:
         return tuple(tap.name for tap in taps if tap.stride in default)
     if len(taps) <= DEFAULT_TAPS:
         return tuple(tap.name for tap in taps)
-    depths = [round(len(taps) * fifth / (DEFAULT_TAPS + 1)) for fifth in range(1, DEFAULT_TAPS + 1)]
+    depths = [round(len(taps) * part / parts) for part in range(1, DEFAULT_TAPS + 1)]
     return tuple(taps[depth - 1].name for depth in depths)

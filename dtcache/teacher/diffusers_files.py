@@ -57,7 +57,7 @@ class TeacherFolder:
         weights = list(weights)
         # The folder of a snapshot has the name of its commit.
         revision = self.root.name
-        _download(self.repository, map(self._name, [*weights, *others]), revision)
+        download_from_hub(self.repository, map(self._name, [*weights, *others]), revision)
         indices = {path: path.with_name(f"{path.name}.index.json") for path in weights}
         shards = [
             shard
@@ -66,7 +66,7 @@ class TeacherFolder:
             for shard in _shards(index)
         ]
         if shards:
-            _download(self.repository, map(self._name, shards), revision)
+            download_from_hub(self.repository, map(self._name, shards), revision)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -96,10 +96,17 @@ def locate(where: str) -> TeacherFolder:
             f"teacher {where}: no such directory; expected a diffusers directory or a Hugging Face "
             "id such as google/ddpm-cat-256"
         )
-    return TeacherFolder(_download(where, DOWNLOADED), where)
+    return TeacherFolder(download_from_hub(where, DOWNLOADED), where)
 
 
-def _download(repository: str, patterns: Iterable[str], revision: str | None = None) -> Path:
+def download_from_hub(
+    repository: str, patterns: Iterable[str], revision: str | None = None
+) -> Path:
+    """Download the files that match `patterns` and return the folder of the snapshot.
+
+    Raises TeacherNotFoundError if the hub has no such repository, TeacherError if it cannot be
+    reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 

@@ -11,8 +11,8 @@ from dtcache.arguments import list_of, require, require_count
 from dtcache.device import resolve_compute
 from dtcache.errors import ConfigError
 from dtcache.recipe import ViewSpec
-from dtcache.teacher.load import LoadedTeacher
 from dtcache.teacher.load import load_teacher as load
+from dtcache.teacher.loaded_teacher import LoadedTeacher
 from dtcache.teacher.teacher import TeacherSettings, prepare_teacher
 
 
@@ -28,7 +28,7 @@ class ImageTeacher:
     def features(
         self,
         images: Tensor,
-        timestep: int,
+        timestep: int | None = None,
         *,
         taps: Sequence[str] | None = None,
         seed: int = 0,
@@ -37,10 +37,11 @@ class ImageTeacher:
         """Return the features of B images by array, fp32 (B, C, H, W), in the teacher's own scale.
 
         `images` are uint8 RGB (B, 3, H, W) in 0..255, and `timestep` is a step of the teacher's
-        noise schedule. `taps` are names such as stride8; None takes the default ones. The noise of
-        an image is a function of (`seed`, its key, `timestep`); `keys` default to the positions 0,
-        1, ... With the seed and keys of a cache it is the noise of the cache's first draw. No
-        gradient is recorded. Raises ConfigError with the argument's name.
+        noise schedule; None for a teacher that takes no noise. `taps` are names such as stride8;
+        None takes the default ones. The noise of an image is a function of (`seed`, its key,
+        `timestep`); `keys` default to the positions 0, 1, ... With the seed and keys of a cache it
+        is the noise of the cache's first draw. No gradient is recorded. Raises ConfigError with the
+        argument's name.
         """
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
             raise ConfigError(
@@ -58,6 +59,10 @@ class ImageTeacher:
                 f"`keys`: expected a list of {len(images)} keys, one per image, got {len(names)}; "
                 "pass such a list"
             )
+        if timestep is None:
+            if self._loaded.has_timesteps:
+                raise ConfigError("`timestep`: expected a step of the noise schedule; pass one")
+            timestep = 0
         require("timestep", timestep, Integral, "an integer")
         require_count("seed", seed, 0)
         if taps is not None:
@@ -84,7 +89,7 @@ class ImageTeacher:
 def load_teacher(
     where: str | Path, *, device: str = "auto", precision: str = "auto", prompt: str | None = None
 ) -> ImageTeacher:
-    """Load a diffusers teacher, a folder or a name of the hub, to look at its features.
+    """Load a teacher, to look at its features: a diffusers folder or id, or `timm:` and a name.
 
     `features` of the result gives features of images, fp32 (B, C, H, W). Raises
     TeacherNotFoundError or TeacherError, and ConfigError for an unknown `device` or `precision`.

@@ -1,7 +1,6 @@
-"""Loading a diffusers teacher: JSON and safetensors only, and none of its code runs."""
+"""Loading a teacher: JSON and safetensors only, and none of its code runs."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from dtcache.errors import ConfigError, TeacherError
 from dtcache.hashing import sha256_json
+from dtcache.options.parse import timm_name
 from dtcache.recipe import Json
 from dtcache.teacher.attention_heads import set_heads, stand_in
-from dtcache.teacher.autoencoder import LatentEncoder, read_autoencoder
+from dtcache.teacher.autoencoder import read_autoencoder
 from dtcache.teacher.condition import class_names
 from dtcache.teacher.denoiser import Denoiser
 from dtcache.teacher.diffusers_files import (
@@ -28,10 +28,11 @@ from dtcache.teacher.diffusers_files import (
 )
 from dtcache.teacher.dit import TransformerDenoiser
 from dtcache.teacher.layout import find_network, layout_warnings
+from dtcache.teacher.loaded_teacher import LoadedTeacher
 from dtcache.teacher.noise_schedule import read_schedule
-from dtcache.teacher.noising import Encoding
 from dtcache.teacher.prompt import Prompt, embed_prompt, require_text_encoder
 from dtcache.teacher.supported import input_warnings, require_supported
+from dtcache.teacher.timm_teacher import load_timm_teacher
 from dtcache.teacher.unet import UNetDenoiser
 
 ARCHITECTURES: dict[str, Any] = {
@@ -43,50 +44,30 @@ ARCHITECTURES: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadedTeacher:
-    """A network and its noise schedule, with the hashes that identify them."""
-
-    denoiser: Denoiser
-    """fp32, in evaluation mode, on the CPU."""
-    alpha_bars: torch.Tensor
-    """fp32 (steps,): cumulative product of 1 - beta."""
-    architecture: str
-    weights_sha256: str
-    """Over the weight files of every network that an image passes through."""
-    config_sha256: str
-    schedule: str = "unknown"
-    """Kind of the betas, such as linear."""
-    prediction: str = "epsilon"
-    """diffusers' name of the network's prediction."""
-    encoding: Encoding | None = None
-    """How images become the network's input; None if the noise schedule defines it."""
-    latents: LatentEncoder | None = None
-    """The encoder from pixels to the network's input; None if the network reads pixels."""
-    prompt: Prompt | None = None
-    """The prompt and its embedding; None if the network is not conditioned on text."""
-    class_names: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    """Names of the classes by number, if the model's files record them."""
-    warnings: tuple[str, ...] = ()
-    """What a user should check: parts and inputs that are not used, an uncertain scale."""
-
-    @property
-    def latent_stride(self) -> int:
-        """Pixels of a view per row of the network's input."""
-        return self.latents.stride if self.latents is not None else 1
-
-
 def load_teacher(
     where: str, *, prompt: str | None = None, stored: Prompt | None = None
 ) -> LoadedTeacher:
-    """Load a teacher from a directory or a Hugging Face id.
+    """Load a teacher from a directory, a Hugging Face id, or `timm:` and a timm name.
 
-    The directory is one of save_pretrained, or flat as google/ddpm-*. It holds a U-Net or DiT of
-    pixels or, with an autoencoder, of latents. A text-conditioned teacher embeds `prompt` (None
-    stands for the empty one), unless `stored` holds that prompt's embedding.
+    A text-conditioned teacher embeds `prompt` (None stands for the empty one), unless `stored`
+    holds that prompt's embedding.
 
     Raises TeacherNotFoundError if there is no teacher, TeacherError if a part is missing or if the
-    teacher cannot be used safely, and ConfigError for a prompt if the teacher reads no text.
+    teacher cannot be used safely, and ConfigError for an unknown timm name, or for a prompt if the
+    teacher reads no text.
+    """
+    name = timm_name(where)
+    if name is None:
+        return _load_diffusers(where, prompt, stored)
+    if prompt is not None:
+        raise ConfigError("`prompt`: a timm teacher reads no text; leave `prompt` out")
+    return load_timm_teacher(name)
+
+
+def _load_diffusers(where: str, prompt: str | None, stored: Prompt | None) -> LoadedTeacher:
+    """Load a diffusers teacher: a directory of save_pretrained, or flat as google/ddpm-*.
+
+    It holds a U-Net or DiT of pixels or, with an autoencoder, of latents.
     """
     files = locate(where)
     root = files.root

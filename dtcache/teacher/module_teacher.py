@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dtcache.errors import ConfigError, TeacherError, one_line
 from dtcache.hashing import sha256_json
 from dtcache.recipe import TapSpec
-from dtcache.teacher.load import LoadedTeacher
+from dtcache.teacher.loaded_teacher import LoadedTeacher
 
 TAP_NAME = re.compile(r"stride([1-9][0-9]{0,4})")
 

@@ -20,7 +20,7 @@ from dtcache.teacher.aligned_crop import find_crop
 from dtcache.teacher.condition import choose_condition, require_labels
 from dtcache.teacher.ddim_inversion import Inversion, ddim_levels
 from dtcache.teacher.denoiser import choose_taps
-from dtcache.teacher.load import LoadedTeacher
+from dtcache.teacher.loaded_teacher import LoadedTeacher
 from dtcache.teacher.noising import Encoding, Noising
 
 SMALLER_BATCH = "pass a smaller `batch_size`, or auto"
@@ -276,6 +276,10 @@ def prepare_teacher(loaded: LoadedTeacher, settings: TeacherSettings, compute: C
     timesteps = settings.timesteps
     steps = len(loaded.alpha_bars)
     for timestep in timesteps:
+        if timestep and not loaded.has_timesteps:
+            raise ConfigError(
+                f"`timestep` {timestep}: this teacher has one timestep, 0; leave `timestep` out"
+            )
         if not 0 <= timestep < steps:
             raise ConfigError(
                 f"`timestep` {timestep}: this teacher was trained with steps 0 to {steps - 1}"
@@ -304,7 +308,7 @@ def prepare_teacher(loaded: LoadedTeacher, settings: TeacherSettings, compute: C
         config_sha256=loaded.config_sha256,
         timesteps=timesteps,
         alpha_bars=alpha_bars,
-        taps=choose_taps(offered, settings.taps, blocks),
+        taps=choose_taps(offered, settings.taps, blocks, is_noised=loaded.has_timesteps),
         precision=compute.precision,
         batch_size=settings.batch_size,
         device_type=compute.device.type,

@@ -2,6 +2,7 @@
 
 from dtcache.errors import ConfigError
 from dtcache.options import ExtractOptions
+from dtcache.options.parse import timm_name
 from dtcache.recipe import MAX_SHARD_ROWS, MAX_VIEWS
 from dtcache.teacher import CallableTeacher
 
@@ -14,10 +15,15 @@ def check_options(options: ExtractOptions, teacher: CallableTeacher | None) -> N
             "`teacher`: expected the name of a teacher or, from Python, a CallableTeacher, got "
             f"{got}"
         )
+    if timm_name(options.teacher) is not None and options.timestep is not None:
+        given = ", ".join(map(str, options.timestep))
+        raise ConfigError(
+            f"`timestep` {given}: a timm teacher takes no noise; leave `timestep` out"
+        )
     if teacher is not None and options.prompt is not None:
         raise ConfigError("`prompt`: a CallableTeacher reads no text; leave `prompt` out")
     _check_workers(options, teacher)
-    _check_encoding(options, takes_noise=teacher is None or teacher.is_random)
+    _check_encoding(options, teacher)
     _check_views(options)
     if options.shard_rows is not None and options.shard_rows > MAX_SHARD_ROWS:
         raise ConfigError(f"`shard_rows` {options.shard_rows}: expected at most {MAX_SHARD_ROWS}")
@@ -45,19 +51,27 @@ def _check_workers(options: ExtractOptions, teacher: CallableTeacher | None) -> 
         )
 
 
-def _check_encoding(options: ExtractOptions, *, takes_noise: bool) -> None:
+def _check_encoding(options: ExtractOptions, teacher: CallableTeacher | None) -> None:
     """Raise ConfigError for draws if there is no noise, and for DDIM steps without an inversion."""
+    is_timm = timm_name(options.teacher) is not None
+    if is_timm and options.encoding == "ddim":
+        raise ConfigError(
+            "`encoding='ddim'`: a timm teacher takes no noise, so there is none to invert an image "
+            "to; leave `encoding` out"
+        )
     if options.encoding != "ddim" and options.ddim_steps is not None:
         raise ConfigError(
             f"`ddim_steps` {options.ddim_steps}: expected `encoding='ddim'` with it; pass both or "
             "neither"
         )
-    if (options.draws > 1 or options.average) and not (takes_noise and options.encoding == "ddpm"):
-        cause = (
-            "`encoding='ddim'`"
-            if options.encoding == "ddim"
-            else "a CallableTeacher without prepare"
-        )
+    cause = None
+    if options.encoding == "ddim":
+        cause = "`encoding='ddim'`"
+    elif is_timm:
+        cause = "a timm teacher"
+    elif teacher is not None and not teacher.is_random:
+        cause = "a CallableTeacher without prepare"
+    if (options.draws > 1 or options.average) and cause is not None:
         raise ConfigError(
             f"{cause} draws no noise: expected `draws=1` and no `average`, got "
             f"`draws={options.draws}`"

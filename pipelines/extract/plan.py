@@ -204,8 +204,8 @@ def make_plan(
     else:
         stored = stored_prompt(begun.root, begun.manifest) if begun is not None else None
         loaded = load_teacher(options.teacher, prompt=options.prompt, stored=stored)
-    for warning in loaded.warnings:
-        say(f"warning: {warning}")
+    for line in (*(f"warning: {warning}" for warning in loaded.warnings), *loaded.notes):
+        say(line)
     recipe = begun.manifest.recipe if begun is not None else None
     device_type = resolve_compute(options.device, options.precision).device.type
     batch_size = options.batch_size or (

@@ -206,6 +206,8 @@ def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
         settings["metavar"] = f.metadata["metavar"]
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
+        if f.default is None:
+            settings["callback"] = _none_if_empty
         return click.option(f"--{name}", type=_click_type(item), multiple=True, **settings)
     if hint is bool:
         off = f.metadata["off"] or (f"no-{name}" if f.default else "")
@@ -223,6 +225,11 @@ def _flag(f: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
     if hint is float:
         settings.setdefault("metavar", "FLOAT")
     return click.option(f"--{name}", type=_click_type(hint), **settings)
+
+
+def _none_if_empty(_: click.Context, __: click.Parameter, values: tuple[Any, ...]) -> Any:
+    """Return None, the default of the field, for a flag that is not given."""
+    return values or None
 
 
 def _click_type(hint: type) -> Any:

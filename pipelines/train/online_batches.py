@@ -170,8 +170,8 @@ def _teacher_options(
     options: TrainOptions, compute: Compute, processes: Processes
 ) -> ExtractOptions:
     """Return the options of the extraction that would compute the same features."""
-    if options.teacher is None or options.timestep is None:
-        raise ConfigError("`teacher`: expected `timestep` beside it; pass both, as to extract")
+    if options.teacher is None:
+        raise ConfigError("`teacher`: expected the teacher to run in the loop; pass it")
     return ExtractOptions(
         teacher=options.teacher,
         prompt=options.prompt,
@@ -179,7 +179,7 @@ def _teacher_options(
         size=options.size,
         resize_mode=options.resize_mode or "crop",
         taps=options.taps,
-        timestep=(options.timestep,),
+        timestep=None if options.timestep is None else (options.timestep,),
         encoding=options.encoding or "ddpm",
         ddim_steps=options.ddim_steps,
         seed=options.seed,

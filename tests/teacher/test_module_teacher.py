@@ -229,7 +229,7 @@ def test_the_dry_run_finds_what_is_not_as_claimed(changes: dict[str, Any], messa
 def test_a_plain_network_has_timestep_0_only_and_is_not_inverted() -> None:
     """A plain network has only timestep 0, and DDIM is refused."""
     with pytest.raises(
-        ConfigError, match="`timestep` 150: this teacher was trained with steps 0 to 0"
+        ConfigError, match="`timestep` 150: this teacher has one timestep, 0; leave"
     ):
         prepared(made(), timestep=150)
     teacher = made(prepare=lambda x, noise, t: x, alpha_bars=[0.5] * 9)
