@@ -471,15 +471,17 @@ def export(source: Path, out: Path, options: ExportOptions) -> None:
 @JSON_FLAG
 @options_of(EvaluateOptions)
 def evaluate(model: str, as_json: bool, options: EvaluateOptions) -> None:
-    """Evaluate features by k-NN, a probe or segmentation.
+    """Evaluate features: k-NN, probe, masks or boxes.
 
     MODEL is a backbone folder of dtcache or timm, a timm name (with a tag: pretrained weights;
-    without: random weights), a cache (each tap), or, for classification, the word pixels.
+    without: random weights), a cache (each tap), or, for classification, the word pixels. With
+    --out, an interrupted training is resumed.
 
     \b
     Example:
       dtcache evaluate runs/resnet50/backbone --train labelled/train --test labelled/test --json
       dtcache evaluate runs/a/backbone --task segmentation --train images/ --train-masks masks/
+      dtcache evaluate runs/a/backbone --task detection --train images/ --train-boxes boxes.json
     """
     from pipelines.evaluate.evaluate import evaluate as run
 

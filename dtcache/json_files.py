@@ -16,14 +16,14 @@ def with_own_hash(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "sha256": sha256_json(value)}
 
 
-def read_json(path: Path, limit: int) -> dict[str, Any]:
+def read_json(path: Path, limit: int, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """Return the JSON object in a file of at most `limit` bytes.
 
     Raises OSError if the file cannot be read or is not a regular file. Raises ValueError if it is
-    larger than `limit`, has more than MAX_VALUES values, is not JSON, is nested too deep or is not
-    an object.
+    larger than `limit`, has more than `max_values` values, is not JSON, is nested too deep or is
+    not an object.
     """
-    return _parse_object(read_regular(path, limit))
+    return _parse_object(read_regular(path, limit), max_values)
 
 
 def read_hashed_json(path: Path, limit: int) -> tuple[dict[str, Any], bool]:
@@ -42,10 +42,10 @@ def read_hashed_json(path: Path, limit: int) -> tuple[dict[str, Any], bool]:
     return value, canonical and sha256 == sha256_json(value)
 
 
-def _parse_object(content: bytes) -> dict[str, Any]:
+def _parse_object(content: bytes, max_values: int = MAX_VALUES) -> dict[str, Any]:
     num_values = sum(map(content.count, (b",", b"[", b"{")))
-    if num_values > MAX_VALUES:
-        raise ValueError(f"expected at most {MAX_VALUES} JSON values, got {num_values}")
+    if num_values > max_values:
+        raise ValueError(f"expected at most {max_values} JSON values, got {num_values}")
     try:
         value = json.loads(content)
     except RecursionError as error:

@@ -29,6 +29,8 @@ class OptimizationSpec:
     """Steps of the whole run; the learning rate is 0 after them."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
+    decays: tuple[float, ...] | None = None
+    """Shares of the steps after which the learning rate is a tenth; None: cosine decay to 0."""
     kind: str = "adamw"
     """adamw or lamb."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -43,6 +45,12 @@ class OptimizationSpec:
     """Decay of the EMA of the weights; None: no EMA."""
     scale_loss: bool = False
     """Scale the loss, which fp16 gradients need."""
+
+    def lr_factor(self, step: int) -> float:
+        """Return the share of the peak learning rate at a step."""
+        if self.decays is None:
+            return warmup_cosine(step, self.warmup_steps, self.total_steps)
+        return warmup_decays(step, self.warmup_steps, self.total_steps, self.decays)
 
 
 class Optimization:
@@ -87,7 +95,7 @@ class Optimization:
 
         Returns the learning rate of the step. Gradients are unscaled and clipped first.
         """
-        factor = warmup_cosine(step, self._spec.warmup_steps, self._spec.total_steps)
+        factor = self._spec.lr_factor(step)
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         if self._spec.clip_grad is not None:
@@ -244,6 +252,16 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def warmup_decays(step: int, warmup: int, total: int, decays: tuple[float, ...]) -> float:
+    """Return the share of the peak rate at `step`: linear warm-up, then a tenth after each decay.
+
+    `decays` are shares of `total`; those of COCO's 1x schedule are 2/3 and 11/12 (Detectron).
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return float(0.1 ** sum(step >= decay * total for decay in decays))
 
 
 def warmed_up_ema(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:

@@ -185,3 +185,10 @@ def test_other_weights_are_refused_by_name(got: dict[str, Any], reason: str) -> 
     require_same_tensors("student", own, own)
     with pytest.raises((ValueError, TypeError), match=re.escape(reason)):
         require_same_tensors("student", own, got)
+
+
+def test_the_decays_of_the_1x_schedule() -> None:
+    """After a linear warm-up the rate is the peak, a tenth after 2/3, a hundredth after 11/12."""
+    spec = OptimizationSpec(lr=1.0, warmup_steps=2, total_steps=12, decays=(2 / 3, 11 / 12))
+    factors = [spec.lr_factor(step) for step in range(12)]
+    assert factors == pytest.approx([0.5, 1, *[1] * 6, *[0.1] * 3, 0.01])

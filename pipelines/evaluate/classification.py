@@ -20,8 +20,15 @@ from dtcache.metrics.probes import (
 from dtcache.options import EvaluateOptions
 from dtcache.process_settings import configure_process
 from dtcache.recipe import Json
+from pipelines.evaluate.finetuned_classifier import FinetunedAccuracy, finetune_classifier
 from pipelines.evaluate.labelled_images import split_labelled
-from pipelines.evaluate.pooled_features import ALL_TAPS, BATCH_SIZE, open_model, pooled_features
+from pipelines.evaluate.pooled_features import (
+    ALL_TAPS,
+    BATCH_SIZE,
+    open_model,
+    open_network,
+    pooled_features,
+)
 from pipelines.terminal.output import say
 from pipelines.terminal.progress import track
 
@@ -65,6 +72,8 @@ class ClassificationResult:
 
     rows: tuple[ProbeResult, ...]
     """One row, or for a cache one per tap and one for all taps together."""
+    finetuned: FinetunedAccuracy | None = None
+    """Accuracy after finetuning; None if the backbone was not finetuned."""
 
     @property
     def best(self) -> ProbeResult:
@@ -72,11 +81,20 @@ class ClassificationResult:
         return max((r for r in self.rows if r.name != ALL_TAPS), key=lambda r: r.linear_top1)
 
     def to_json(self) -> Json:
-        """Return the fields of the best row, its name as `best`, and all `rows`."""
+        """Return the fields of the best row, its name as `best`, and all `rows`.
+
+        If the backbone was finetuned, `finetuned_top1` and `finetuned_top5` are among them.
+        """
         best = self.best.to_json()
+        finetuned = (
+            {}
+            if self.finetuned is None
+            else {"finetuned_top1": self.finetuned.top1, "finetuned_top5": self.finetuned.top5}
+        )
         return {
             "best": best.pop("name"),
             **best,
+            **finetuned,
             "rows": [row.to_json() for row in self.rows],
         }
 
@@ -90,6 +108,12 @@ class ClassificationResult:
             style = "bold" if len(self.rows) > 1 and row is self.best else ""
             cells = (f"{row.knn_top1:.2f}", f"{row.linear_top1:.2f}", f"{row.linear_c:g}")
             table.add_row(row.name, str(row.feature_dim), *cells, style=style)
+        if self.finetuned is not None:
+            top5 = self.finetuned.top5
+            shown = f"top-1 {self.finetuned.top1:.2f} %" + (
+                "" if top5 is None else f", top-5 {top5:.2f} %"
+            )
+            table.caption = f"finetuned: {shown}"
         return table
 
 
@@ -98,14 +122,16 @@ def classify(model: str, options: EvaluateOptions) -> ClassificationResult:
 
     A timm name without a tag gives random weights. Every row is measured on the same images, which
     are a pure function of keys, options and seed. Warns on stderr if the C of a linear probe is the
-    smallest or the largest candidate. Raises ConfigError for an unknown kind of model, ImagesError
-    for images without labels or of too few classes, and what opening the model raises.
+    smallest or the largest candidate. With `finetune`, the backbone is then finetuned on the same
+    images. Raises ConfigError for an unknown kind of model, ImagesError for images without labels
+    or of too few classes, and what opening the model and finetuning raise.
     """
     options.require_task("classification")
     compute = resolve_compute(options.device, options.precision)
     configure_process(compute.device)
     batch_size = options.batch_size or BATCH_SIZE
     train, test = split_labelled(options)
+    evaluated = open_network(model, options) if options.finetune else None
     extractor = open_model(model, options, compute)
     extractor.prepare(train, test)
     with memory_errors(batch_size, "pass a smaller `batch_size`"):
@@ -138,4 +164,7 @@ def classify(model: str, options: EvaluateOptions) -> ClassificationResult:
                 f"{row.name}: the linear probe chose C = {row.linear_c:g}, an edge of its grid of "
                 f"{C_GRID[0]:g} to {C_GRID[-1]:g}; a value beyond may be better"
             )
-    return ClassificationResult(rows=tuple(rows))
+    if evaluated is None:
+        return ClassificationResult(rows=tuple(rows))
+    finetuned = finetune_classifier(model, options, evaluated, train, test, compute)
+    return ClassificationResult(rows=tuple(rows), finetuned=finetuned)

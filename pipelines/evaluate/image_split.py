@@ -13,6 +13,7 @@ from dtcache.rng import permuted
 from pipelines.terminal.output import say
 
 DECODE_THREADS = 2
+TRAINING = "training images"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +25,11 @@ class EvaluatedImages:
     source: ImageSource
     indices: list[int]
     """Indices into the source, permuted."""
+
+    @property
+    def is_training(self) -> bool:
+        """Whether these are the training images."""
+        return self.title == TRAINING
 
     def chosen(self, indices: list[int]) -> "EvaluatedImages":
         """Return the same set restricted to these indices."""
@@ -57,7 +63,7 @@ def split_images(
             "as test images"
         )
     return (
-        EvaluatedImages(title="training images", source=train, indices=order),
+        EvaluatedImages(title=TRAINING, source=train, indices=order),
         EvaluatedImages(title="test images", source=test, indices=test_order),
     )
 

@@ -18,10 +18,29 @@ def split_labelled(options: EvaluateOptions) -> tuple[EvaluatedImages, Evaluated
     """
     train, test = split_images(options, _open_labelled)
     _require_same_classes(options, train.source, test.source)
-    return (
-        train.chosen(train.indices[: options.limit_train]),
-        test.chosen(test.indices[: options.limit_test]),
-    )
+    train = train.chosen(train.indices[: options.limit_train])
+    if options.label_fraction is not None:
+        train = balanced(train, options.label_fraction)
+    return train, test.chosen(test.indices[: options.limit_test])
+
+
+def balanced(images: EvaluatedImages, fraction: float) -> EvaluatedImages:
+    """Return a fraction of the images with equally many per class, one at least.
+
+    A smaller fraction of the same images is a subset. A class with fewer images gives all of them,
+    which is reported on stderr.
+    """
+    labels = images.source.labels or []
+    by_class: dict[int | None, list[int]] = {}
+    for index in images.indices:
+        by_class.setdefault(labels[index], []).append(index)
+    per_class = max(1, round(fraction * len(images.indices) / max(1, len(by_class))))
+    chosen = {index for of_class in by_class.values() for index in of_class[:per_class]}
+    fewer = sum(len(of_class) < per_class for of_class in by_class.values())
+    note = f"; {fewer} classes have fewer" if fewer else ""
+    total = len(images.indices)
+    say(f"{len(chosen)} of {total} {images.title} are used, {per_class} per class{note}")
+    return images.chosen([index for index in images.indices if index in chosen])
 
 
 def _require_same_classes(options: EvaluateOptions, train: ImageSource, test: ImageSource) -> None:

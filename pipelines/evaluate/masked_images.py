@@ -5,11 +5,12 @@ B images of H x W pixels.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtcache.errors import ConfigError, ImagesError
+from dtcache.errors import ImagesError
 from dtcache.images import LoadedView, MaskFolder, open_masks
 from dtcache.images.decode import upright_size
 from dtcache.images.masks import CLASSES_FILE
@@ -49,6 +50,11 @@ class MaskedImages:
     pixels: NDArray[np.int64]
     """(256,): pixels per mask value at the size of the view; 0 for the ignore index."""
 
+    def identity(self) -> list[object]:
+        """Return what identifies the images and their masks: keys and pixels per value."""
+        keys = self.images.source.keys
+        return [[keys[index] for index in self.images.indices], self.pixels.tolist()]
+
     def batches(self, view: ViewSpec, size: int) -> Iterator[MaskedBatch]:
         """Yield the images in order, `size` at a time; the last batch may be short."""
         return _masked_batches(self.images, self.masks, view, size)
@@ -65,14 +71,9 @@ def masked_images(options: EvaluateOptions, view: ViewSpec) -> tuple[MaskedImage
     ConfigError for options that contradict each other, and ImagesError if no image is left, if a
     mask is unusable or if the classes of both sets differ.
     """
-    if options.train_masks is None or (options.test is None) != (options.test_masks is None):
-        lacking = "`train_masks`" if options.train_masks is None else "`test_masks` with `test`"
-        raise ConfigError(
-            f"`task='segmentation'`: expected {lacking}, a folder of masks, and `test` together "
-            "with `test_masks`"
-        )
-    train_masks = open_masks(options.train_masks, options.ignore_index)
-    test_masks = _test_masks(options, train_masks)
+    train_folder, test_folder = options.require_annotations()
+    train_masks = open_masks(train_folder, options.ignore_index)
+    test_masks = _test_masks(test_folder, options.ignore_index, train_masks)
     train, test = split_images(options, open_images)
     return (
         _surveyed(train, train_masks, view, options.limit_train),
@@ -80,10 +81,10 @@ def masked_images(options: EvaluateOptions, view: ViewSpec) -> tuple[MaskedImage
     )
 
 
-def _test_masks(options: EvaluateOptions, train: MaskFolder) -> MaskFolder:
-    if options.test_masks is None:
+def _test_masks(folder: Path | None, ignore_index: int | None, train: MaskFolder) -> MaskFolder:
+    if folder is None:
         return train
-    test = open_masks(options.test_masks, options.ignore_index)
+    test = open_masks(folder, ignore_index)
     if not (test.root / CLASSES_FILE).is_file():
         if train.names is not None:
             say(

@@ -5,7 +5,7 @@ B images per batch, D values per vector.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -114,6 +114,23 @@ def open_backbone(model: str, options: EvaluateOptions) -> EvaluatedBackbone:
         view=view or ViewSpec(height=size[0], width=size[1]),
         input_size=size,
     )
+
+
+def open_network(model: str, options: EvaluateOptions) -> EvaluatedBackbone:
+    """Return a backbone whose view is its input, for tasks that locate objects or train it.
+
+    Raises ConfigError if `model` is a cache or the word pixels, and what `open_backbone` raises.
+    """
+    if model == PIXELS or (Path(model) / MANIFEST).is_file():
+        training = " with `finetune=True`" if options.task == "classification" else ""
+        raise ConfigError(
+            f"{model}: expected a backbone folder or a timm name, as `task='{options.task}'`"
+            f"{training} trains on a network's maps"
+        )
+    evaluated = open_backbone(model, options)
+    height, width = evaluated.input_size
+    view = ViewSpec(height=height, width=width, resize_mode=evaluated.view.resize_mode)
+    return replace(evaluated, view=view)
 
 
 def stack_pixels(batch: Sequence[LoadedView]) -> Tensor:

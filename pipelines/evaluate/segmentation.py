@@ -4,7 +4,9 @@ B images of H x W pixels, K classes; maps are (B, C, h, w), finest first.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from dtcache.class_names import absent_warning, numbered, same_classes
 from dtcache.device import Compute, resolve_compute
 from dtcache.device_memory import memory_errors
-from dtcache.errors import ConfigError, TrainingError
+from dtcache.errors import ConfigError
+from dtcache.hashing import sha256_json
 from dtcache.losses.labels import cross_entropy
 from dtcache.metrics.segmentation import (
     Counts,
@@ -29,29 +32,37 @@ from dtcache.optim import Optimization, OptimizationSpec
 from dtcache.options import EvaluateOptions
 from dtcache.process_settings import configure_process
 from dtcache.recipe import Json
-from dtcache.rng import permuted, sample_uniforms
 from dtcache.student import Augmentation
-from dtcache.student.augmentation import AUGMENTATION_DRAWS
 from dtcache.student.blocks import PyramidPooling, resize
 from dtcache.student.logit_head import load_head
 from dtcache.student.segmentation_heads import FpnHead, LinearHead
 from dtcache.student.weights_io import CONFIG
 from pipelines.evaluate.dense_features import Trunk, mirror, open_trunk
+from pipelines.evaluate.evaluation_folder import (
+    PICTURE,
+    RESULT,
+    evaluation_folder,
+    result_file,
+)
+from pipelines.evaluate.finetuning import (
+    BACKBONE_LR,
+    HEAD_LR,
+    WARMUP_SHARE,
+    WEIGHT_DECAY,
+    finetuning_augmentation,
+    mirror_draws,
+)
+from pipelines.evaluate.fitting import Schedule, fit
 from pipelines.evaluate.masked_images import MaskedBatch, MaskedImages, masked_images
+from pipelines.label.prediction_grid import label_picture
 from pipelines.terminal.output import say
 from pipelines.terminal.progress import track
 
 BATCH_SIZE = 16
+EPOCHS = 40
 LR = {"linear": 5e-3}
-HEAD_LR = 1e-3
-WEIGHT_DECAY = 0.01
-WARMUP_SHARE = 0.1
-"""Share of the steps that is linear warm-up."""
-BACKBONE_LR = 0.1
-"""Ratio of a finetuned backbone's learning rate to the head's."""
-SCALE = "0.25,1.0"
-COLOR_JITTER = 0.5
-"""Random crops and colour jitter of finetuning; images of a frozen backbone are only mirrored."""
+PICTURED = 8
+"""Test images of the picture of predictions."""
 HEAD_MOMENTUM = 0.1
 
 
@@ -102,14 +113,48 @@ class SegmentationResult:
         return table
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Segmenter:
-    """A head on the maps of a trunk, on its device."""
+    """A head on the maps of a trunk, on its device: the learner of segmentation."""
 
     trunk: Trunk
     head: nn.Module
-    batch_size: int
+    images: MaskedImages
+    """The training images."""
+    options: EvaluateOptions
     compute: Compute
+    optimization: Optimization
+    augmentation: Augmentation | None
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The head, and the backbone if it is finetuned."""
+        return nn.ModuleDict({"head": self.head, **self._backbone})
+
+    @property
+    def _backbone(self) -> dict[str, nn.Module]:
+        backbone = self.trunk.backbone
+        return {"backbone": backbone} if backbone is not None and self.options.finetune else {}
+
+    def train(self, mode: bool) -> None:
+        """Switch what is trained between training and evaluation."""
+        self.network.train(mode)
+
+    def batches(self, positions: Sequence[int], size: int) -> Iterator[MaskedBatch]:
+        """Yield the training images at these positions, `size` at a time."""
+        order = self.images.images.indices
+        chosen = self.images.chosen([order[position] for position in positions])
+        return chosen.batches(self.trunk.view, size)
+
+    def loss(self, batch: MaskedBatch, step: int) -> Tensor:
+        """Return the cross-entropy over the labelled pixels of a batch, mirrored and augmented."""
+        mirrored_B = self.trunk.mirrors & (mirror_draws(self.options.seed, step, batch.rows) < 0.5)
+        truth_BHW = mirror(torch.from_numpy(batch.masks_BHW), mirrored_B)
+        if self.augmentation is not None:
+            truth_BHW = self.augmentation.masks(truth_BHW, step, batch.rows)
+        scores_BKHW = self.scores(batch, mirrored_B, self.augmentation, step)
+        ignore = self.images.masks.ignore
+        return cross_entropy(scores_BKHW, truth_BHW.to(self.compute.device), ignore)
 
     def scores(
         self,
@@ -124,13 +169,18 @@ class Segmenter:
         return resize(scores_BKhw.float(), batch.masks_BHW.shape[1:])
 
     @torch.no_grad()
-    def confusion(self, test: MaskedImages, num_classes: int) -> Counts:
+    def predicted(self, batch: MaskedBatch) -> NDArray[np.int64]:
+        """Return the predicted classes (B, H, W)."""
+        unmirrored_B = np.zeros(len(batch.rows), bool)
+        return self.scores(batch, unmirrored_B, None, 0).argmax(1).cpu().numpy()
+
+    @torch.no_grad()
+    def confusion(self, test: MaskedImages, num_classes: int, batch_size: int) -> Counts:
         """Return the confusion counts (K, K) of all test pixels at the size of the view."""
         counts = np.zeros((num_classes, num_classes), np.int64)
         with track("test images", len(test.images.indices)) as progress:
-            for batch in test.batches(self.trunk.view, self.batch_size):
-                unmirrored_B = np.zeros(len(batch.rows), bool)
-                predicted_BHW = self.scores(batch, unmirrored_B, None, 0).argmax(1).cpu().numpy()
+            for batch in test.batches(self.trunk.view, batch_size):
+                predicted_BHW = self.predicted(batch)
                 counts += confusion_matrix(
                     batch.masks_BHW, predicted_BHW, num_classes, test.masks.ignore
                 )
@@ -158,13 +208,58 @@ def segment(model: str, options: EvaluateOptions) -> SegmentationResult:
         head = head.to(compute.device)
         _require_variance(trunk, head, min(len(train.images.indices), batch_size))
         trunk.prepare(train.images, test.images)
-        segmenter = Segmenter(trunk=trunk, head=head, batch_size=batch_size, compute=compute)
-        with memory_errors(batch_size, "pass a smaller `batch_size`"):
-            fit_head(segmenter, train, options)
-            counts = segmenter.confusion(test, len(names))
+        schedule = Schedule(
+            num_images=len(train.images.indices),
+            batch_size=batch_size,
+            epochs=options.epochs or EPOCHS,
+            seed=options.seed,
+        )
+        segmenter = Segmenter(
+            trunk=trunk,
+            head=head,
+            images=train,
+            options=options,
+            compute=compute,
+            optimization=_optimization(trunk, head, options, schedule.total_steps),
+            augmentation=finetuning_augmentation(options.seed) if options.finetune else None,
+        )
+        data = sha256_json([train.identity(), test.identity(), names])
+        with (
+            evaluation_folder(model, options, data, segmenter.network) as folder,
+            memory_errors(batch_size, "pass a smaller `batch_size`"),
+        ):
+            fit("segmentation", segmenter, schedule, folder)
+            counts = segmenter.confusion(test, len(names), batch_size)
+            result = _result(trunk.name, options, names, counts, train, test)
+            folder.write(RESULT, result_file(result.to_json()))
+            if options.out is not None:
+                folder.write(PICTURE, _picture(segmenter, test, len(names)))
+    return result
+
+
+def _picture(segmenter: Segmenter, test: MaskedImages, num_classes: int) -> bytes:
+    """Return a PNG of the first test images, their masks and the predictions."""
+    batch = next(test.batches(segmenter.trunk.view, PICTURED))
+    return label_picture(
+        [view.pixels_CHW for view in batch.loaded if view.pixels_CHW is not None],
+        list(batch.masks_BHW),
+        list(segmenter.predicted(batch).astype(np.uint8)),
+        num_classes,
+        test.masks.ignore,
+    )
+
+
+def _result(
+    name: str,
+    options: EvaluateOptions,
+    names: tuple[str, ...],
+    counts: Counts,
+    train: MaskedImages,
+    test: MaskedImages,
+) -> SegmentationResult:
     iou = [None if math.isnan(share) else 100 * share for share in iou_per_class(counts).tolist()]
     return SegmentationResult(
-        name=trunk.name,
+        name=name,
         head=options.head,
         finetuned=options.finetune,
         iou=dict(zip(names, iou, strict=True)),
@@ -254,52 +349,3 @@ def _require_variance(trunk: Trunk, head: nn.Module, num_images: int) -> None:
             f"{num_images}; pass more images, a larger `batch_size` or "
             f"{'another `head`' if pools else 'a larger `size`'}"
         )
-
-
-def fit_head(segmenter: Segmenter, train: MaskedImages, options: EvaluateOptions) -> None:
-    """Train the head, and the backbone if it is finetuned, by cross-entropy over labelled pixels.
-
-    AdamW, linear warm-up, cosine decay. Raises TrainingError if the loss is not finite.
-    """
-    trunk = segmenter.trunk
-    batch_size = segmenter.batch_size
-    device = segmenter.compute.device
-    order = train.images.indices
-    steps = max(1, len(order) // batch_size)
-    total = options.epochs * steps
-    optimization = _optimization(trunk, segmenter.head, options, total)
-    segmenter.head.train()
-    if options.finetune and trunk.backbone is not None:
-        trunk.backbone.train()
-    augmentation = (
-        Augmentation(scale=SCALE, color_jitter=COLOR_JITTER, seed=options.seed)
-        if options.finetune
-        else None
-    )
-    with track("segmentation", total) as progress:
-        for epoch in range(options.epochs):
-            shuffle = permuted(len(order), seed=options.seed, stream=f"segment-{epoch}")
-            shuffled = train.chosen([order[index] for index in shuffle[: steps * batch_size]])
-            for number, batch in enumerate(shuffled.batches(trunk.view, batch_size)):
-                step = epoch * steps + number
-                mirrored_B = trunk.mirrors & (_mirror_draws(options.seed, step, batch) < 0.5)
-                truth_BHW = mirror(torch.from_numpy(batch.masks_BHW), mirrored_B)
-                if augmentation is not None:
-                    truth_BHW = augmentation.masks(truth_BHW, step, batch.rows)
-                scores_BKHW = segmenter.scores(batch, mirrored_B, augmentation, step)
-                loss = cross_entropy(scores_BKHW, truth_BHW.to(device), train.masks.ignore)
-                if not math.isfinite(loss.item()):
-                    raise TrainingError(
-                        f"step {step + 1} of {total}: the loss is {loss.item()}; pass a lower `lr`"
-                    )
-                optimization.backward(loss)
-                optimization.update(step)
-                progress.advance(1, f"loss {loss.item():.3f}")
-    segmenter.head.eval()
-    if trunk.backbone is not None:
-        trunk.backbone.eval()
-
-
-def _mirror_draws(seed: int, step: int, batch: MaskedBatch) -> NDArray[np.float64]:
-    """Return one uniform draw per image (B,): the draw after those of crops and jitter."""
-    return sample_uniforms(seed, step, batch.rows, AUGMENTATION_DRAWS + 1)[:, AUGMENTATION_DRAWS]

@@ -147,7 +147,7 @@ class Run:
             title=f"{self.title}, {evaluation.task} (seed {evaluation.seed})",
             kind=f"task {evaluation.task}",
             record=evaluation.record,
-            identity=_lasting(asdict(evaluation.options)),
+            identity=_lasting(evaluation.options.identity()),
         )
 
 

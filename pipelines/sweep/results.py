@@ -23,11 +23,6 @@ from pipelines.sweep.sweep_file import TRAINING
 RESULTS = "results.parquet"
 MEAN_MSE = "mse"
 """Metric of the held-out MSE, as mean over the taps."""
-SCORES = {
-    "classification": ("knn_top1", "linear_top1"),
-    "segmentation": ("miou", "pixel_accuracy"),
-}
-"""By kind of task: its metrics, per cent."""
 SCHEMA = pa.schema(
     [
         ("arm", pa.string()),
@@ -151,14 +146,20 @@ def _rows_of(run: Run) -> Iterator[Row]:
     for evaluation in run.evaluations:
         record = finished(run.evaluating(evaluation))
         if record is not None and record.result is not None:
-            for metric in SCORES[evaluation.options.task]:
-                value = _score(record.result, metric, run.evaluating(evaluation).record)
-                yield _row(run, record, evaluation.task, evaluation.seed, metric, value)
+            path = run.evaluating(evaluation).record
+            for metric in evaluation.options.scores:
+                if (score := _score(record.result, metric, path)) is not None:
+                    yield _row(run, record, evaluation.task, evaluation.seed, metric, score)
 
 
-def _score(result: Json, metric: str, path: Path) -> float:
-    """Return a metric of an evaluation, per cent. Raises CacheDamagedError if it is no number."""
-    value = result.get(metric)
+def _score(result: Json, metric: str, path: Path) -> float | None:
+    """Return a metric of an evaluation, per cent; None if the test images do not determine it.
+
+    Raises CacheDamagedError if it is missing or no number.
+    """
+    value = result.get(metric, "nothing")
+    if value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
         raise CacheDamagedError(
             f"{path}: expected {metric} of 0 to 100, got {str(value)[:40]!r}; delete it to do "

@@ -15,6 +15,7 @@ from dtcache.options import (
     LabelWriteOptions,
     TrainOptions,
 )
+from dtcache.options.evaluate import TASKS
 from dtcache.options.field import MAX_SEED, Options
 from dtcache.options.toml import options_from, read_toml, require_names
 
@@ -277,17 +278,19 @@ def _task(name: str, table: Any, title: str, folder: Path, arms: Sequence[Arm]) 
     if seeds is not None and "seed" in values:
         raise ConfigError(f"{title}: expected either seed or seeds, got both")
     options = options_from(EvaluateOptions, values, title=title, folder=folder)
-    needed = ("train", "train_masks") if options.task == "segmentation" else ("train",)
-    for field in needed:
+    spec = TASKS[options.task]
+    for field in spec.needs:
         if not values.get(field):
             raise ConfigError(f"{title}: {field} missing; a {options.task} task needs it")
-    if (options.test is None) != (options.test_masks is None) and options.task == "segmentation":
-        raise ConfigError(f"{title}: expected test and test_masks together")
+    if options.out is not None:
+        raise ConfigError(f"{title}: out: expected none, as a sweep records results; leave it out")
     try:
         options.require_task(options.task)
+        if spec.annotations is not None:
+            options.require_annotations()
     except ConfigError as error:
         raise ConfigError(f"{title}: {error}") from error
-    for field in ("train", "test", "train_masks", "test_masks"):
+    for field in spec.paths:
         path = getattr(options, field)
         if path is not None:
             _require_path(path, f"{title}: {field}")

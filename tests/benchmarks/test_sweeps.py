@@ -29,6 +29,8 @@ def test_a_sweep_has_valid_options_and_both_controls(path: Path, tmp_path: Path)
     """Every file is valid, and has a random start and an untrained teacher beside its arms."""
     for name in DATA:
         (tmp_path / "benchmarks" / "data" / name).mkdir(parents=True)
+    for scenes in ("scenes", "scenes-test"):
+        (tmp_path / "benchmarks" / "data" / scenes / "boxes.json").touch()
     os.symlink(ROOT / "dtcache", tmp_path / "dtcache")
     os.symlink(ROOT / "benchmarks" / "teachers", tmp_path / "benchmarks" / "teachers")
     folder = tmp_path / "benchmarks" / "sweeps"

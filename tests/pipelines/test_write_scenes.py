@@ -10,14 +10,18 @@ import pytest
 from PIL import Image
 
 from dtcache.errors import ConfigError, DiskError, ImagesError
+from dtcache.images.coco import decode_shape
 from dtcache.images.scenes import CLASSES, scene
 from pipelines.write_scenes import write_scenes
 
 
 def test_written_files_hold_the_scenes(tmp_path: Path) -> None:
-    """The files on disk are exactly the images, masks and boxes of scene()."""
+    """The files are exactly the images and masks of scene(), and its boxes as COCO JSON."""
     write_scenes(tmp_path, seed=2, size=32, count=6, start=10)
-    entries = json.loads((tmp_path / "boxes.json").read_text())
+    coco = json.loads((tmp_path / "boxes.json").read_text())
+    objects = {(entry["image_id"], entry["category_id"]): entry for entry in coco["annotations"]}
+    assert coco["categories"] == [{"id": 1 + i, "name": name} for i, name in enumerate(CLASSES)]
+    assert len({entry["id"] for entry in coco["annotations"]}) == len(coco["annotations"])
     expected = {"boxes.json", "scenes.json", "masks/classes.toml"}
     for index in range(10, 16):
         item = scene(2, index, 32)
@@ -25,15 +29,20 @@ def test_written_files_hold_the_scenes(tmp_path: Path) -> None:
         expected |= {f"images/{name}", f"masks/{name}"}
         assert np.array_equal(np.asarray(Image.open(tmp_path / "images" / name)), item.pixels)
         assert np.array_equal(np.asarray(Image.open(tmp_path / "masks" / name)), item.mask)
-        assert entries[str(index)] == {
-            "label": item.label,
-            "boxes": item.boxes.tolist(),
-            "labels": item.box_labels.tolist(),
-        }
+        record = {"id": index, "file_name": name, "width": 32, "height": 32}
+        assert record in coco["images"]
+        for label, (x0, y0, x1, y1) in zip(
+            item.box_labels.tolist(), item.boxes.tolist(), strict=True
+        ):
+            entry = objects.pop((index, 1 + label))
+            assert entry["bbox"] == [x0, y0, x1 - x0, y1 - y0]
+            mask = decode_shape(entry["segmentation"], 32, 32)
+            assert np.array_equal(mask == 1, item.mask == 1 + label)
+            assert entry["area"] == mask.sum() and entry["iscrowd"] == 0
     assert {
         path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
     } == expected
-    assert len(entries) == 6
+    assert len(coco["images"]) == 6 and not objects
 
 
 def test_writing_without_masks_leaves_them_out_and_a_later_run_adds_them(tmp_path: Path) -> None:
@@ -59,7 +68,7 @@ def test_writing_again_skips_finished_files_and_mends_missing_ones(tmp_path: Pat
     assert done == [1] * 8
     assert lost.read_bytes() == content
     assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path != lost)
-    assert len(json.loads((tmp_path / "boxes.json").read_text())) == 8
+    assert len(json.loads((tmp_path / "boxes.json").read_text())["images"]) == 8
 
 
 def test_a_run_cut_short_is_finished_by_the_next(tmp_path: Path) -> None:
@@ -108,6 +117,16 @@ def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
         (tmp_path / "scenes.json").write_text(text)
         with pytest.raises(ImagesError, match=r"scenes\.json: not a record of scenes"):
             write_scenes(tmp_path, seed=0, size=16, count=1)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"images": [{}], "annotations": []}', '{"0": {}}'])
+def test_boxes_that_are_not_coco_json_are_refused(tmp_path: Path, text: str) -> None:
+    """A boxes.json without images and annotations is refused and left unchanged."""
+    write_scenes(tmp_path, seed=0, size=16, count=1)
+    (tmp_path / "boxes.json").write_text(text)
+    with pytest.raises(ImagesError, match=r"boxes\.json: not a record of scenes as COCO JSON"):
+        write_scenes(tmp_path, seed=0, size=16, count=2)
+    assert (tmp_path / "boxes.json").read_text() == text
 
 
 def test_impossible_requests_say_what_was_expected(tmp_path: Path) -> None:

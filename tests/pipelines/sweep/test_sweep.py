@@ -148,20 +148,32 @@ epochs = 1
 device = "cpu"
 precision = "fp32"
 seeds = [0, 1]
+[evaluate.finetuned]
+arms = "mse"
+finetune = true
+train = "{scene_folder}"
+limit_train = 16
+limit_test = 8
+epochs = 1
+batch_size = 8
+k = 5
+device = "cpu"
+precision = "fp32"
 """
     path = edited(root, "limit_train = 24", "limit_train = 24")
     path.write_text(path.read_text() + task)
     dry = run("sweep", path, "--out", root / "out", "--dry-run")
     assert "5 of 5 jobs left" in dry.output
     assert re.search(
-        r"in total: over \d+ s, one job after the other; the time of 11 steps is unk",
+        r"in total: over \d+ s, one job after the other; the time of 13 steps is unk",
         " ".join(dry.output.split()),
     )
     result = run("sweep", path, "--out", root / "out")
     assert result.exit_code == 0, result.output
     after = stamps(root / "out")
     assert {file: after[file] for file in before} == before
-    rows = [r for r in rows_of(root / "out") if r["metric"] == "linear_top1"]
+    probed = ("probe", "linear_top1")
+    rows = [r for r in rows_of(root / "out") if (r["task"], r["metric"]) == probed]
     same = [r["value"] for r in rows if (r["arm"], r["seed"]) == ("mse", 1)]
     assert [r["value"] for r in rows if r["arm"] == "other"] == same
     scenes = [r for r in rows_of(root / "out") if (r["arm"], r["metric"]) == ("mse", "miou")]
@@ -171,7 +183,15 @@ seeds = [0, 1]
         (1, 0),
         (1, 1),
     ]
-    assert "scenes: mean IoU" in (root / "out/report.md").read_text()
+    finetuned = [r for r in rows_of(root / "out") if r["task"] == "finetuned"]
+    assert {r["metric"] for r in finetuned} == {
+        "knn_top1",
+        "linear_top1",
+        "finetuned_top1",
+        "finetuned_top5",
+    }
+    report = (root / "out/report.md").read_text()
+    assert "scenes: mean IoU" in report and "finetuned: finetuned top-5, per cent" in report
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,15 @@ train = "photos"
 train_masks = "masks"
 finetune = true
 seeds = [0, 1]
+[evaluate.boxes]
+task = "detection"
+masks = true
+train = "photos"
+train_boxes = "boxes.json"
+[evaluate.few]
+train = "photos"
+finetune = true
+label_fraction = 0.01
 """
 
 
@@ -57,6 +66,7 @@ def written(folder: Path, text: str) -> Path:
     """Write a sweep file beside the folders that it names, and return its path."""
     for name in ("photos", "masks", "teachers/untrained"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "boxes.json").write_text("{}")
     path = folder / "sweep.toml"
     path.write_text(text)
     return path
@@ -76,7 +86,14 @@ def test_a_file_has_caches_arms_and_tasks(tmp_path: Path) -> None:
     assert extract.teacher == str(tmp_path / "teachers/untrained")
     assert extract.timestep == (20,)
     assert sweep.caches[1].images == tmp_path / "photos"
-    assert [task.seeds for task in sweep.tasks] == [(0,), (0, 1)]
+    assert [task.seeds for task in sweep.tasks] == [(0,), (0, 1), (0,), (0,)]
+    assert sweep.tasks[2].options.train_boxes == tmp_path / "boxes.json"
+    assert [task.options.scores for task in sweep.tasks] == [
+        ("knn_top1", "linear_top1"),
+        ("miou", "pixel_accuracy"),
+        ("ap", "ap50", "ap75", "mask_ap", "mask_ap50", "mask_ap75"),
+        ("knn_top1", "linear_top1", "finetuned_top1", "finetuned_top5"),
+    ]
     assert sweep.tasks[1].options.train_masks == tmp_path / "masks"
 
 
@@ -139,6 +156,16 @@ def test_a_file_has_caches_arms_and_tasks(tmp_path: Path) -> None:
             r"scenes\]: head = .run.: arm plain trains no head, as i",
         ),
         ("seeds = [0, 1]", 'teacher = "t"', r"scenes\]: teacher: only the evaluation of a cache u"),
+        ('train_boxes = "boxes.json"', "", r"boxes\]: train_boxes missing; a detection task needs"),
+        ('train_boxes = "boxes.json"', 'train_boxes = "no"', r"boxes\]: train_boxes: .* does not"),
+        ("masks = true", 'test = "photos"', r"boxes\]: .*expected `test_boxes` with `test`"),
+        ("masks = true", 'out = "here"', r"boxes\]: out: expected none, as a sweep records"),
+        ("masks = true", "label_fraction = 0.1", r"boxes\]: `label_fraction`: not an option of"),
+        (
+            "label_fraction = 0.01",
+            "label_fraction = 2",
+            r"few\]: `label_fraction` 2.0: expect",
+        ),
         ("seeds = [0, 1]\n", "k = 5\n", r"scenes\]: `k`: not an option of `task='segmentation'`"),
     ],
 )
