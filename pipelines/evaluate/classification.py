@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from dtcache.atomic_files import write_file
 from dtcache.device import resolve_compute
 from dtcache.device_memory import memory_errors
 from dtcache.metrics.probes import (
@@ -20,6 +21,7 @@ from dtcache.metrics.probes import (
 from dtcache.options import EvaluateOptions
 from dtcache.process_settings import configure_process
 from dtcache.recipe import Json
+from pipelines.evaluate.evaluation_folder import RESULT, result_file
 from pipelines.evaluate.finetuned_classifier import FinetunedAccuracy, finetune_classifier
 from pipelines.evaluate.labelled_images import split_labelled
 from pipelines.evaluate.pooled_features import (
@@ -167,4 +169,7 @@ def classify(model: str, options: EvaluateOptions) -> ClassificationResult:
     if evaluated is None:
         return ClassificationResult(rows=tuple(rows))
     finetuned = finetune_classifier(model, options, evaluated, train, test, compute)
-    return ClassificationResult(rows=tuple(rows), finetuned=finetuned)
+    result = ClassificationResult(rows=tuple(rows), finetuned=finetuned)
+    if options.out is not None:
+        write_file(options.out / RESULT, result_file(result.to_json()))
+    return result

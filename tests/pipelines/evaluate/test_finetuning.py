@@ -1,5 +1,6 @@
 """Finetuned classification: accuracy, resume, balanced fractions, and options that are refused."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,7 @@ def test_finetuning_learns_and_stands_beside_the_probes(shelf: Path, tmp_path: P
     assert isinstance(probes, ClassificationResult)
     assert probes.rows == result.rows and "finetuned_top1" not in probes.to_json()
     assert torch.load(tmp_path / "out/checkpoint.pt")["step"] == 45
+    assert json.loads((tmp_path / "out/evaluation.json").read_text()) == values
     assert evaluate(TINY, options).to_json() == values
 
 
