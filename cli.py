@@ -30,7 +30,7 @@ from pipelines.terminal.flags import (
     JSON_FLAG,
     NO_LOCK_FLAG,
     PATH,
-    location_argument,
+    locations_argument,
     options_of,
     out_flag,
     print_json,
@@ -412,22 +412,24 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
 
 
 @main.command(section=STUDENT, resumes=True)
-@location_argument("where", "CACHE|IMAGES")
+@locations_argument("where", "CACHE...|IMAGES")
 @out_flag("Folder of the run or runs. A run there is resumed if its options are the same.")
 @NO_LOCK_FLAG
 @options_of(TrainOptions)
-def train(where: "Location", out: Path, options: TrainOptions) -> None:
+def train(where: "tuple[Location, ...]", out: Path, options: TrainOptions) -> None:
     """Train students (stage 2) on a cache or online.
 
     Pass CACHE to train from cached features, or IMAGES and --teacher to run the teacher in the
-    loop. The backbone is exported for timm. Several students, separated by commas, share one
-    loader; the run of each is OUT/NAME. To train in several processes, use torchrun: torchrun
-    --nproc-per-node 8 --no-python dtcache train ...
+    loop. Several caches of the same images are several teachers; caches of one teacher and other
+    images are its parts. The backbone is exported for timm. Several students, separated by commas,
+    share one loader; the run of each is OUT/NAME. To train in several processes, use torchrun:
+    torchrun --nproc-per-node 8 --no-python dtcache train ...
 
     \b
     Example:
       dtcache train cats.cache --student resnet50 --epochs 100 --out runs/resnet50
       dtcache train cats.cache --student resnet18,resnet50 --out runs
+      dtcache train ddpm.cache dinov3.cache --student resnet50 --out runs/two-teachers
       dtcache train photos/ --teacher google/ddpm-cat-256 --timestep 150 --out runs/online
       dtcache train s3://bucket/cats.cache --student resnet50 --out runs/remote
       dtcache train cats.cache --config runs/a/config.toml --extend runs/a --epochs 50 --out runs/b

@@ -79,10 +79,10 @@ def measure(args: argparse.Namespace, cache: Path, network: str) -> dict[str, An
 
     def in_turn(runs: Runs) -> None:
         for out, options in runs:
-            train(cache, out, options)
+            train([cache], out, options)
 
     def shared(runs: Runs) -> None:
-        train_shared(cache, runs)
+        train_shared([cache], runs)
 
     ways = {"in turn": in_turn, "shared": shared}
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in ways}

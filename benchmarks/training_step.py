@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from records import results_flag, write
-from torch import nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtcache.cache.cache import TrainBatch
@@ -156,11 +156,9 @@ class MemorySource:
         self.view = like.view
         self.shape = like.shape
         self.num_batches = like.num_batches
-        self.fit = {}
-        self.recipe = {}
+        self.teachers = like.teachers
         self.labels = None
         self.label_decoder = None
-        self.decoder = nn.Identity()
         self._batch = TrainBatch(
             rows=np.arange(batch_size),
             images_BCHW=torch.randint(
@@ -176,6 +174,9 @@ class MemorySource:
 
     def ready(self, batch: TrainBatch) -> TrainBatch:
         return batch
+
+    def decode(self, batch: TrainBatch) -> dict[str, Tensor]:
+        return batch.coefficients
 
 
 def blocks(
@@ -193,7 +194,7 @@ def blocks(
         device=args.device,
         compile=args.compile,
     )
-    cached = CachedSource(cache, options, compute, alone)
+    cached = CachedSource([cache], options, compute, alone)
     in_loop = replace(options, teacher=args.teacher, timestep=args.timestep)
     online = OnlineSource(args.images, in_loop, compute, alone)
     arms = {

@@ -150,7 +150,7 @@ def _train(out: Path, name: str, options: DemoOptions) -> Json:
         device=options.device,
         precision=options.precision,
     )
-    trained = train(out / "cache", out / name, chosen)
+    trained = train([out / "cache"], out / name, chosen)
     return {"held_out_loss": trained.held_out_loss}
 
 

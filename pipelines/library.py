@@ -3,10 +3,11 @@
 They call the same functions as the command line, which makes options of flags and prints.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dtcache.arguments import path_of
+from dtcache.arguments import path_of, require
 from dtcache.errors import ConfigError
 from dtcache.options import ExtractOptions, InspectOptions, Options, TrainOptions
 from pipelines.extract.extract import Extracted
@@ -40,7 +41,7 @@ def extract(
 
 
 def train(
-    where: str | Path,
+    where: str | Path | Sequence[str | Path],
     out: str | Path,
     options: TrainOptions | None = None,
     *,
@@ -49,6 +50,7 @@ def train(
 ) -> tuple[Trained, ...]:
     """Train students on the cache `where` and export their backbones. Nothing is printed.
 
+    `where` may be a list of caches: teachers of the same images, or parts of one teacher.
     Pass `options`, or its fields as keywords, such as `student="resnet50", epochs=10`. One student
     is written to `out`; each of several, separated by commas, to `out/<student>`. `progress` is
     called with messages and with the number of steps done. Returns for each student its folder,
@@ -61,8 +63,11 @@ def train(
 
     options = _options(TrainOptions, options, fields)
     runs = runs_of(path_of("out", out), options)
+    several = [where] if isinstance(where, str | Path) else where
+    require("where", several, Iterable, "a cache or a list of caches")
+    locations = [location_of("where", location) for location in several]
     with listening(progress):
-        return tuple(train_shared(location_of("where", where), runs))
+        return tuple(train_shared(locations, runs))
 
 
 def inspect(

@@ -6,7 +6,7 @@ Shape suffixes: B batch, C channels, H rows, W columns, N coefficients.
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, fields
+from dataclasses import InitVar, dataclass, field, fields
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +52,11 @@ class TrainBatch:
     """By array: fp32 (B, 2), (sigma, mu): raw = whitened * sigma + mu."""
     labels: LabelBatch | None = None
     """Soft labels, if they are distilled too."""
+    positions: dict[str, Tensor] = field(default_factory=dict)
+    """By key of `coefficients`: the M positions in the batch of its rows, int64 (M,).
+
+    Empty if every array has coefficients of all B rows, from one cache.
+    """
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "TrainBatch":
         """Return the batch with `change` applied to every tensor."""
@@ -64,6 +69,7 @@ class TrainBatch:
             and LabelBatch(
                 **{f.name: change(getattr(self.labels, f.name)) for f in fields(self.labels)}
             ),
+            positions={name: change(values) for name, values in self.positions.items()},
         )
 
 

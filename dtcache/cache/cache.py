@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcache.arguments import list_of, require
-from dtcache.cache.batch import NO_LABEL, Rows, TrainBatch
+from dtcache.cache.batch import NO_LABEL, LabelBatch, Rows, TrainBatch
 from dtcache.cache.fitted_codec import load_fit
 from dtcache.codec import (
     FeatureDecoder,
@@ -403,7 +403,14 @@ class Cache:
             images_BCHW=torch.from_numpy(pixels),
             coefficients=coefficients,
             scalars=scalars,
+            labels=self.label_batch(rows, views),
         )
+
+    def label_batch(
+        self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows
+    ) -> LabelBatch | None:
+        """Return None: this cache was opened without a label set."""
+        return None
 
     def images(self, rows: Sequence[int] | Rows) -> list[NDArray[np.uint8]]:
         """Return the images of rows, each uint8 RGB (3, H, W), not mirrored.

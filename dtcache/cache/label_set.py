@@ -5,7 +5,6 @@ Shape suffixes: B batch, N coefficients; V views, K classes, H rows, W columns.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtcache.cache.batch import LabelBatch, Rows, TrainBatch
+from dtcache.cache.batch import LabelBatch, Rows
 from dtcache.cache.cache import Cache
 from dtcache.errors import CacheIncompleteError, CacheMismatchError
 from dtcache.labels.label_decoder import LabelDecoder
@@ -124,8 +123,6 @@ class LabelledCache(Cache):
         """Pickle as locations and a name."""
         return self._again, ()
 
-    def batch(
-        self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows, names: Sequence[str]
-    ) -> TrainBatch:
-        """Read features and labels of B (row, view) pairs. Raises CacheDamagedError."""
-        return replace(super().batch(rows, views, names), labels=self.labels.batch(rows, views))
+    def label_batch(self, rows: Sequence[int] | Rows, views: Sequence[int] | Rows) -> LabelBatch:
+        """Read the labels of B (row, view) pairs. Raises CacheDamagedError."""
+        return self.labels.batch(rows, views)

@@ -35,6 +35,12 @@ def mse_loss(predicted_BCHW: Tensor, whitened_BCHW: Tensor) -> Tensor:
     return (predicted_BCHW.float() - whitened_BCHW.float()).square().mean()
 
 
+def mse_per_image(predicted_BCHW: Tensor, whitened_BCHW: Tensor) -> Tensor:
+    """Return the mean squared error of each image, (B,); their mean is `mse_loss`."""
+    require_maps(predicted_BCHW=predicted_BCHW, whitened_BCHW=whitened_BCHW)
+    return (predicted_BCHW.float() - whitened_BCHW.float()).square().mean((1, 2, 3))
+
+
 def attention_map(feature_BCHW: Tensor) -> Tensor:
     """Return Q = vec(sum_c |A_c|^2), fp32 (B, P), each sample of unit length (paper: AT, p = 2)."""
     energy_BP = feature_BCHW.float().square().sum(1).flatten(1)
@@ -47,6 +53,11 @@ def at_loss(predicted_BCHW: Tensor, raw_BCHW: Tensor) -> Tensor:
     The loss is |Q_predicted - Q_raw| per sample, averaged over the batch. Raises ConfigError if the
     shapes differ.
     """
+    return at_per_image(predicted_BCHW, raw_BCHW).mean()
+
+
+def at_per_image(predicted_BCHW: Tensor, raw_BCHW: Tensor) -> Tensor:
+    """Return the attention-transfer loss of each image, (B,); their mean is `at_loss`."""
     require_maps(predicted_BCHW=predicted_BCHW, raw_BCHW=raw_BCHW)
     difference_BP = attention_map(predicted_BCHW) - attention_map(raw_BCHW)
-    return (difference_BP.square().sum(1) + EPS).sqrt().mean()
+    return (difference_BP.square().sum(1) + EPS).sqrt()

@@ -12,7 +12,7 @@ from dtcache.arguments import require
 from dtcache.codec import TapCodec
 from dtcache.errors import ConfigError
 from dtcache.losses.band_weighting import LEAST_WEIGHT, DeterminedBands
-from dtcache.losses.features import at_loss, mse_loss
+from dtcache.losses.features import at_loss, at_per_image, mse_loss, mse_per_image
 from dtcache.losses.labels import label_loss
 from dtcache.options import TrainOptions
 from dtcache.recipe import Json
@@ -124,6 +124,25 @@ class Objective(nn.Module):
             **parts,
         }
 
+    def per_image(self, predicted: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        """Return the feature loss of each image, fp32 (B,): a mean over taps, without bands."""
+        per_tap = []
+        for name, whitened_BCHW in targets.whitened.items():
+            terms = []
+            if name in self._mse:
+                terms.append(self._mse[name] * mse_per_image(predicted[name], whitened_BCHW))
+            if name in self._at:
+                terms.append(self._at[name] * at_per_image(predicted[name], targets.raw[name]))
+            per_tap.append(sum(terms[1:], terms[0]))
+        return stack(per_tap).mean(0)
+
+    def noise_loss(self, floors: Mapping[str, float]) -> float:
+        """Return the loss that noise alone gives, from its variance per value by array (MSE)."""
+        names = self._mse | self._at
+        return sum(self._mse.get(name, 0.0) * floors.get(name, 0.0) for name in names) / max(
+            1, len(names)
+        )
+
 
 def _require_known(
     name: str, predicted: Mapping[str, Tensor], factors: Mapping[str, float] | None = None
@@ -167,6 +186,28 @@ def make_objective(
     require("options", options, TrainOptions, "TrainOptions")
     require("shapes", shapes, Mapping, "shapes (C, H, W) by array")
     require("fit", fit, Mapping, "codecs by array")
+    return make_objectives(options, [(fit, codec, shapes)])[0]
+
+
+Arrays = tuple[Mapping[str, TapCodec], Json, Mapping[str, tuple[int, int, int]]]
+"""Codecs by array, the recipe's entry `codec`, and (C, H, W) by array, of one teacher."""
+
+
+def make_objectives(options: TrainOptions, teachers: Sequence[Arrays]) -> list[Objective]:
+    """Return the objective of each teacher, as `make_objective` describes it.
+
+    `tap_weights` may name taps of any teacher. Raises ConfigError.
+    """
+    names = [name for _, _, shapes in teachers for name in shapes]
+    weights = dict.fromkeys(names, 1.0)
+    if options.tap_weights:
+        weights = _parse_tap_weights(options.tap_weights, names)
+    return [_objective(options, arrays, weights) for arrays in teachers]
+
+
+def _objective(options: TrainOptions, arrays: Arrays, tap_weight: Mapping[str, float]) -> Objective:
+    """Return the objective of one teacher, with the given weights by array."""
+    fit, codec, shapes = arrays
     for name in shapes:
         if fit and name not in fit:
             raise ConfigError(
@@ -177,9 +218,6 @@ def make_objective(
     at_weight = _at_weight(options)
     _require_consistent(options)
     names = list(shapes)
-    tap_weight = dict.fromkeys(names, 1.0)
-    if options.tap_weights:
-        tap_weight = _parse_tap_weights(options.tap_weights, names)
     share = dict.fromkeys(names, 1.0)
     bands = {}
     if options.noise_weighting:
@@ -236,7 +274,7 @@ def _require_consistent(options: TrainOptions) -> None:
 def _parse_tap_weights(text: str, names: Sequence[str]) -> dict[str, float]:
     """Parse `stride8=0.5,t150/stride16=2` to a weight per array, 1 by default.
 
-    A stride without a timestep names the taps of all timesteps. Raises ConfigError.
+    A stride without a timestep names the taps of all timesteps and teachers. Raises ConfigError.
     """
     weights = dict.fromkeys(names, 1.0)
     for entry in text.split(","):
@@ -246,7 +284,7 @@ def _parse_tap_weights(text: str, names: Sequence[str]) -> dict[str, float]:
                 f"`tap_weights` {text}: expected taps and numbers over 0, such as "
                 f"stride4=0.5,stride8=1, got {entry!r}; pass `taps` to leave a tap out"
             )
-        matches = [name for name in names if tap in (name, name.rpartition("/")[2])]
+        matches = [name for name in names if f"/{name}".endswith(f"/{tap}")]
         if not matches:
             raise ConfigError(
                 f"`tap_weights` {tap}: expected one of the taps trained on, {', '.join(names)}"

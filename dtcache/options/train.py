@@ -19,7 +19,10 @@ from dtcache.options.parse import parse_scale, parse_size, parse_taps, timm_name
 REGRESSORS = ("fpn", "fpn-attention", "pafpn", "fpn-ppm")
 TRAIN_PRECISIONS = (*PRECISIONS, "fp16")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "none")
-CACHE_ONLY = ("images", "allow_incomplete", "labels", "extend")
+CACHE_ONLY = (
+    *("images", "allow_incomplete", "labels", "extend"),
+    *("teacher_weights", "teacher_dropping"),
+)
 """Options that apply only to training on a cache."""
 ONLINE_ONLY = ("prompt", "condition", "size", "resize_mode", "encoding", "ddim_steps")
 """Options that apply only to training with a teacher in the loop."""
@@ -40,7 +43,7 @@ VOLATILE = (
 PER_STUDENT = (
     *("student", "student_size", "init", "extend", "regressor", "fpn_width"),
     *("loss", "at_weight", "tap_weights", "noise_weighting", "whitening"),
-    *("label_weight", "feature_weight"),
+    *("label_weight", "feature_weight", "teacher_weights", "teacher_dropping"),
     *("optimizer", "lr", "warmup_epochs", "weight_decay", "clip_grad", "ema_decay"),
     *("scale", "color_jitter"),
     *("save_every", "log_every", "log_with"),
@@ -147,6 +150,21 @@ class TrainOptions(ImagesOptions):
         None,
         "Weights of taps in the loss, divided by their mean [default: 1 each].",
         metavar="strideS=W,...",
+        group=LOSS,
+    )
+    teacher_weights: str | None = option(
+        None,
+        "Weights of the teachers of several caches, by name of the cache [default: 1 each].",
+        metavar="NAME=W,...",
+        group=LOSS,
+    )
+    teacher_dropping: float | None = option(
+        None,
+        "Of several teachers, each image keeps the one with the highest loss and drops each other "
+        "with this probability [default: no dropping].",
+        metavar="P",
+        minimum=0,
+        maximum=1,
         group=LOSS,
     )
     noise_weighting: bool = option(
@@ -282,6 +300,11 @@ class TrainOptions(ImagesOptions):
         if self.warmup >= self.epochs:
             raise ConfigError(
                 f"`warmup_epochs` {self.warmup:g}: expected fewer than the {self.epochs} `epochs`"
+            )
+        if self.teacher_dropping is not None and self.noise_weighting:
+            raise ConfigError(
+                "`teacher_dropping`: teachers are compared by their losses above the noise, and "
+                "`noise_weighting` changes these losses; leave one of them out"
             )
         self._check_texts()
         self._check_source()

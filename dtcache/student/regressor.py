@@ -4,9 +4,10 @@ The paper's regressor is an FPN and a 1x1 convolution per tap. Shapes: B batch, 
 W columns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,7 +95,7 @@ class FeatureRegressor(nn.Module):
             used = list(range(used[-1] + 1))
         self.smooth = nn.ModuleDict({str(level): ConvBlock(width, width, 3) for level in used})
         self.bottom_up = BottomUp(len(used), width) if kind == "pafpn" else None
-        self.heads = nn.ModuleList(nn.Conv2d(width, c, 1) for c, _, _ in targets.values())
+        self.heads = nn.ModuleList(_heads(targets, width))
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return predictions (B, C, H, W) of whitened teacher features by target.
@@ -121,6 +122,22 @@ class FeatureRegressor(nn.Module):
             self.pooling(x_BCHW) if self.pooling is not None else self.laterals[-1](x_BCHW)
         )
         return self.attention(top_BCHW) if self.attention is not None else top_BCHW
+
+
+def _heads(targets: Mapping[str, tuple[int, int, int]], width: int) -> Iterator[nn.Conv2d]:
+    """Yield the head of each target, with random weights.
+
+    The heads of every teacher, whose name precedes timestep and tap, start from the same random
+    state: they do not depend on the other teachers.
+    """
+    state = torch.get_rng_state()
+    before = None
+    for name, (channels, _, _) in targets.items():
+        teacher = name.rpartition("/")[0].rpartition("/")[0]
+        if teacher != before and before is not None:
+            torch.set_rng_state(state)
+        before = teacher
+        yield nn.Conv2d(width, channels, 1)
 
 
 def _level(levels: Sequence[tuple[int, int]], size: tuple[int, int]) -> int:

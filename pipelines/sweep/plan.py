@@ -144,14 +144,26 @@ class _Planner:
 
     def _source(self, arm: Arm, seed: int) -> tuple[Source, frozenset[str]]:
         """Return the data that an arm trains on, and the names of the jobs that make it."""
+        identity: Json
         if arm.images is not None:
-            identity: Json = {"images": str(arm.images), "teacher": arm.train.teacher}
-            return Source(where=arm.images, identity=identity), frozenset()
-        entry = next(cache for cache in self._file.caches if cache.name == arm.cache)
-        if entry.path is not None:
-            return Source(where=entry.path, identity=_identity(entry.path, entry, arm)), frozenset()
-        job = self._cache(entry, seed)
-        return Source(where=job.cache, identity={"cache": job.name}), frozenset([job.name])
+            identity = {"images": str(arm.images), "teacher": arm.train.teacher}
+            return Source(where=(arm.images,), identity=identity), frozenset()
+        where = []
+        identities: list[Json] = []
+        after = set()
+        for number, name in enumerate(arm.caches):
+            entry = self._file.cache(name)
+            if entry.path is not None:
+                labels = arm.train.labels if number == 0 else None
+                where.append(entry.path)
+                identities.append(_identity(entry, entry.path, labels, arm.train.allow_incomplete))
+            else:
+                job = self._cache(entry, seed)
+                where.append(job.cache)
+                identities.append({"cache": job.name})
+                after.add(job.name)
+        identity = identities[0] if len(identities) == 1 else {"caches": identities}
+        return Source(where=tuple(where), identity=identity), frozenset(after)
 
     def _cache(self, entry: CacheEntry, seed: int) -> CacheJob:
         """Return the job that makes a cache, one for all runs that need it."""
@@ -173,16 +185,16 @@ class _Planner:
         return self._caches[name]
 
 
-def _identity(path: Path, entry: CacheEntry, arm: Arm) -> Json:
+def _identity(entry: CacheEntry, path: Path, labels: str | None, allow_incomplete: bool) -> Json:
     """Return the hashes of a sealed cache, as `dtcache train` records them in a run."""
     manifest = read_manifest(path)
-    if manifest.state != "sealed" and not arm.train.allow_incomplete:
+    if manifest.state != "sealed" and not allow_incomplete:
         raise CacheIncompleteError(
             f"cache {entry.name}: {path} is not complete; run its dtcache extract again"
         )
     identity: Json = {"cache": manifest.fingerprint, "samples": manifest.files.get(SAMPLES)}
-    if arm.train.labels is not None:
-        identity["label_set"] = read_manifest(label_set_root(path, arm.train.labels)).identity
+    if labels is not None:
+        identity["label_set"] = read_manifest(label_set_root(path, labels)).identity
     return identity
 
 

@@ -196,8 +196,8 @@ def arm_table(arms: Sequence[Arm]) -> TextTable:
 
 
 def _source(arm: Arm) -> str:
-    if arm.cache is not None:
-        return f"cache {arm.cache}"
+    if arm.caches:
+        return f"cache{'s' * (len(arm.caches) > 1)} {', '.join(arm.caches)}"
     if arm.images is not None:
         return f"teacher in the loop on {arm.images.name}"
     return "random start" if arm.start is not None else f"backbone {Path(str(arm.backbone)).name}"

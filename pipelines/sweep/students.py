@@ -47,7 +47,7 @@ class Student(Protocol):
 class Loading:
     """The data and the options of a training."""
 
-    where: Path
+    where: tuple[Path, ...]
     options: TrainOptions
 
     @property
@@ -60,11 +60,11 @@ class Loading:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Training data: a cache, or images with a teacher in the loop."""
+    """Training data: one or several caches, or images with a teacher in the loop."""
 
-    where: Path
+    where: tuple[Path, ...]
     identity: Json
-    """The hashes of a sealed cache; the name of a cache that the sweep makes; or the images."""
+    """The hashes of sealed caches; the names of caches that the sweep makes; or the images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +96,7 @@ class TrainedStudent:
         from pipelines.train.train import open_source
         from pipelines.train.trainer import Trainer, accumulate
 
-        if not self.source.where.exists():
+        if not all(path.exists() for path in self.source.where):
             return None
         compute = resolve_compute(self.options.device, self.options.precision)
         configure_process(compute.device)

@@ -25,6 +25,9 @@ CACHE = ("name", "path", "per_seed", "extract", "label")
 SOURCES = ("cache", "images", "start", "backbone")
 """What an arm's students come from. Each arm has exactly one."""
 ARM = ("name", *SOURCES, "train")
+TEACHER_AND_CACHE = (
+    "a cache has its own; pass images in place of cache to run the teacher in the loop"
+)
 RUN_HEAD = "run"
 """Value of a task's `head`: the head that each run has trained on labels."""
 TRAINING = "training"
@@ -57,8 +60,8 @@ class Arm:
     name: str
     train: TrainOptions
     """The common options and the arm's own; the seed is that of a run."""
-    cache: str | None = None
-    """Name of the cache that the students train on."""
+    caches: tuple[str, ...] = ()
+    """Names of the caches that the students train on together."""
     images: Path | None = None
     """Images that the students train on, with a teacher in the loop."""
     start: str | None = None
@@ -69,7 +72,7 @@ class Arm:
     @property
     def trains(self) -> bool:
         """Whether the arm trains its students."""
-        return self.cache is not None or self.images is not None
+        return bool(self.caches) or self.images is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,6 +247,17 @@ def _arm(table: Mapping[str, Any], title: str, folder: Path, common: Mapping[str
         options = replace(options, init=str(folder / options.init))
     if options.teacher is not None:
         options = replace(options, teacher=existing(folder, options.teacher))
+    if sources == ["cache"]:
+        if options.teacher is not None:
+            raise ConfigError(f"{title}: teacher: {TEACHER_AND_CACHE}")
+        given = table["cache"]
+        names = tuple(
+            _text(item, f"{title}: cache")
+            for item in (given if isinstance(given, list) else [given])
+        )
+        if not names:
+            raise ConfigError(f"{title}: cache: expected one or more names, got none")
+        return Arm(name=name, train=options, caches=names)
     source = {key: _text(table[key], f"{title}: {key}") for key in sources}
     if "images" in source:
         images = folder / source["images"]
@@ -254,11 +268,6 @@ def _arm(table: Mapping[str, Any], title: str, folder: Path, common: Mapping[str
                 "loop; or pass cache"
             )
         return Arm(name=name, train=options, images=images)
-    if options.teacher is not None and "backbone" not in source and "start" not in source:
-        raise ConfigError(
-            f"{title}: teacher: a cache has its own; pass images in place of cache to run the "
-            "teacher in the loop"
-        )
     if source.get("start", "random") != "random":
         raise ConfigError(f'{title}: start {source["start"]!r}: expected "random"')
     if "backbone" in source:
@@ -331,9 +340,10 @@ def _require_sources(path: Path, caches: Sequence[CacheEntry], arms: Sequence[Ar
         raise ConfigError(f"{path}: expected at least one [[arm]]")
     names = [cache.name for cache in caches]
     for arm in arms:
-        if arm.cache is not None and arm.cache not in names:
-            have = f"the caches are {', '.join(names)}" if names else "the file has no [[cache]]"
-            raise ConfigError(f"{path}: [[arm]] {arm.name}: cache {arm.cache!r}: {have}")
+        for cache in arm.caches:
+            if cache not in names:
+                have = f"the caches are {', '.join(names)}" if names else "it has no [[cache]]"
+                raise ConfigError(f"{path}: [[arm]] {arm.name}: cache {cache!r}: {have}")
         if arm.start is not None and not any(other.trains for other in arms):
             raise ConfigError(
                 f"{path}: [[arm]] {arm.name}: start: expected an arm that trains too, whose views "

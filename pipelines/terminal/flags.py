@@ -57,29 +57,34 @@ JSON_FLAG = click.option(
 )
 
 
-def location_argument(name: str, metavar: str) -> Callable[[Callable[..., Any]], Any]:
-    """Give a command an argument that is a cache's path or address, and flags of local copies."""
+def locations_argument(name: str, metavar: str) -> Callable[[Callable[..., Any]], Any]:
+    """Give a command one or more caches, as paths or addresses, and flags of local copies."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)  # copies the flags that click has stored on the function
         def located(**values: Any) -> Any:
             folder = values.pop("local_cache")
             gigabytes = values.pop("local_cache_size")
-            if is_address(values[name]):
+            if any(map(is_address, values[name])):
                 from dtcache.store.remote import RemoteCache
 
                 copies = local_copies(folder, gigabytes)
-                values[name] = RemoteCache(address=values[name], copies=copies)
+                values[name] = tuple(
+                    RemoteCache(address=given, copies=copies) if is_address(given) else given
+                    for given in values[name]
+                )
             elif (folder, gigabytes) != (None, None):
                 option = "local_cache" if folder is not None else "local_cache_size"
                 raise ConfigError(
                     f"`{option}`: expected a cache in an object store, which is copied, got "
-                    f"{values[name]}; leave `{option}` out"
+                    f"{', '.join(map(str, values[name]))}; leave `{option}` out"
                 )
             return command(**values)
 
         flags = (
-            click.argument(name, metavar=metavar, type=_Location(path_type=Path)),
+            click.argument(
+                name, metavar=metavar, type=_Location(path_type=Path), nargs=-1, required=True
+            ),
             click.option(
                 "--local-cache",
                 cls=GroupedOption,

@@ -1,16 +1,16 @@
 """The training data of a student: the protocol of a cache and of a teacher in the loop."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor
 
 from dtcache.cache.batch import Rows, TrainBatch
 from dtcache.cache.label_set import LabelSet
 from dtcache.cache.loader import Batching
-from dtcache.codec import TapCodec
 from dtcache.distributed import Processes
 from dtcache.labels.label_decoder import LabelDecoder
+from dtcache.losses.teachers import TeacherTargets
 from dtcache.options import TrainOptions
 from dtcache.recipe import Json, ViewSpec
 from pipelines.train.distillation import DecodedBatch
@@ -19,23 +19,19 @@ from pipelines.train.distillation import DecodedBatch
 class BatchSource(Protocol):
     """Batches of images with their targets."""
 
-    names: list[str]
-    """The arrays that are regressed: timestep by timestep, the finest tap first."""
+    teachers: tuple[TeacherTargets, ...]
+    """The teachers whose arrays are regressed, one or more."""
     view: ViewSpec
-    decoder: nn.Module
-    """Turns a batch's coefficients into whitened targets by array, fp32 (B, C, H, W)."""
-    fit: Mapping[str, TapCodec]
-    """A cache's fitted codec by array; empty for a teacher in the loop."""
-    recipe: Json
-    """A cache's recipe; empty for a teacher in the loop."""
-    noise_floor: dict[str, float]
-    """By array, if measured: the share of the targets' variance that is the teacher's noise."""
     labels: LabelSet | None
     """The soft labels that are distilled beside the features, if any."""
     label_decoder: LabelDecoder | None
     """Turns soft labels into logits, on the device; None without `labels`."""
     identity: Json
     """The fields that identify the data of a run, beside its options."""
+
+    @property
+    def names(self) -> list[str]:
+        """The arrays: teacher by teacher, timestep by timestep, the finest tap first."""
 
     @property
     def num_batches(self) -> int:
@@ -53,13 +49,16 @@ class BatchSource(Protocol):
     def ready(self, batch: Any) -> TrainBatch:
         """Return a batch of this source on the device, as students and decoders take it."""
 
+    def decode(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """Return a batch's whitened targets by array, fp32 (B, C, H, W), on the device."""
+
     def keys(self, rows: Sequence[int] | Rows) -> list[str]:
         """Return the keys of samples."""
 
 
 def decoded(source: BatchSource, batch: Any) -> DecodedBatch:
     """Return a batch of a source with its targets, on the device."""
-    return DecodedBatch(source.ready(batch), source.decoder, source.label_decoder)
+    return DecodedBatch(source.ready(batch), source.decode, source.label_decoder)
 
 
 def batching(options: TrainOptions, processes: Processes) -> Batching:

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dtcache.cache.batch import TrainBatch
 from dtcache.device import Compute
 from dtcache.labels.label_decoder import LabelDecoder
-from dtcache.losses.objective import LABEL_TARGET, Objective, Targets
+from dtcache.losses.objective import LABEL_TARGET, Targets
+from dtcache.losses.teachers import TeachersObjective
+from dtcache.rng import sample_uniforms
 from dtcache.student import Augmentation, Student
+from dtcache.student.augmentation import AUGMENTATION_DRAWS
 from dtcache.whitening import unwhiten, whiten_positions
 
 T = TypeVar("T")
@@ -26,16 +29,19 @@ class DecodedBatch:
     """A batch on its device with the targets, which all students that share it compute once."""
 
     def __init__(
-        self, batch: TrainBatch, decoder: nn.Module, label_decoder: LabelDecoder | None = None
+        self,
+        batch: TrainBatch,
+        decode: Callable[[TrainBatch], dict[str, Tensor]],
+        label_decoder: LabelDecoder | None = None,
     ) -> None:
         """Decode a batch that lies on the device of the decoders.
 
-        `decoder` turns coefficients into whitened features by array. `label_decoder` turns soft
-        labels into logits; None if labels are not distilled.
+        `decode` returns its whitened features by array. `label_decoder` turns soft labels into
+        logits; None if labels are not distilled.
         """
         self.rows = batch.rows
         self._images_BCHW = batch.images_BCHW
-        self._whitened: dict[str, Tensor] = decoder(batch.coefficients)
+        self._whitened = decode(batch)
         self._raw = {
             name: unwhiten(x_BCHW, batch.scalars[name]) for name, x_BCHW in self._whitened.items()
         }
@@ -100,7 +106,7 @@ class DecodedBatch:
 class Distillation:
     """One student's inputs, targets and losses."""
 
-    objective: Objective
+    objective: TeachersObjective
     augmentation: Augmentation
     """Random crops and color jitter of training batches; held-out batches have none."""
     input_size: tuple[int, int]
@@ -114,6 +120,18 @@ class Distillation:
         if step is None:
             return batch.unaugmented(self.whitening)
         return batch.augmented(self.augmentation, step, self.whitening, self.input_size)
+
+    def dropping_uniforms(self, batch: DecodedBatch, step: int) -> Tensor | None:
+        """Return the numbers that decide which teachers a step drops, fp32 (B, T).
+
+        Each is a function of (seed, step, row, teacher). None if no teacher is dropped.
+        """
+        if self.objective.dropping is None:
+            return None
+        count = len(self.objective.objectives)
+        seed = self.augmentation.seed
+        uniforms = sample_uniforms(seed, step, batch.rows, AUGMENTATION_DRAWS + count)
+        return torch.from_numpy(uniforms[:, AUGMENTATION_DRAWS:]).float().to(self.compute.device)
 
     def losses(
         self, student: Predictor, batch: DecodedBatch, step: int | None = None

@@ -4,24 +4,24 @@ Only the source of a batch differs from training on a cache. Rows, split, order,
 of epoch 0 are those of a cache with the same seed; each later epoch has fresh noise.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
 from dtcache.cache.batch import Rows, TrainBatch
 from dtcache.cache.label_set import LabelSet
 from dtcache.cache.loader import EpochLoader
 from dtcache.cache.selection import split_rows
-from dtcache.codec import TapCodec
 from dtcache.device import Compute
 from dtcache.distributed import Processes
 from dtcache.errors import BadImageError, ConfigError, ImagesError
 from dtcache.images.decode import decode_view
 from dtcache.labels.label_decoder import LabelDecoder
+from dtcache.losses.teachers import TeacherTargets
 from dtcache.options import ExtractOptions, TrainOptions
 from dtcache.recipe import Json, tap_name
 from dtcache.store.sample_index import hash_samples
@@ -99,25 +99,21 @@ class OnlineSource:
         self._plan = make_plan(open_images(images, options, shown=processes.rank == 0), extraction)
         spec = self._plan.teacher.spec
         self.view = self._plan.view
-        self.names = self._plan.names
         self._shapes = {
             tap_name(t, tap.name): (tap.channels, tap.height, tap.width)
             for t in spec.timesteps
             for tap in spec.taps
         }
+        self.teachers: tuple[TeacherTargets, ...] = (TeacherTargets(names=tuple(self._plan.names)),)
         samples = self._plan.samples
         rows = np.arange(len(samples))
         self._rows, self._held = split_rows(rows, self.keys(rows))
         self.num_batches = self._drawn(0).num_batches
         self.labels: LabelSet | None = None
         self.label_decoder: LabelDecoder | None = None
-        self.decoder: nn.Module = nn.Identity()
-        self.fit: Mapping[str, TapCodec] = {}
-        self.recipe: Json = {}
-        self.noise_floor: dict[str, float] = {}
         self.identity: Json = {
-            "teacher_weights": spec.weights_sha256,
-            "teacher_config": spec.config_sha256,
+            "teacher_weights_sha256": spec.weights_sha256,
+            "teacher_config_sha256": spec.config_sha256,
             "samples": hash_samples(samples),
         }
 
@@ -129,6 +125,11 @@ class OnlineSource:
             self.names,
             batching(options, self._processes),
         )
+
+    @property
+    def names(self) -> list[str]:
+        """The arrays that are regressed: timestep by timestep, the finest tap first."""
+        return self._plan.names
 
     def shape(self, name: str) -> tuple[int, int, int]:
         """Return (C, H, W) of an array's maps."""
@@ -160,6 +161,10 @@ class OnlineSource:
         return TrainBatch(
             rows=batch.rows, images_BCHW=images_BCHW, coefficients=coefficients, scalars=scalars
         )
+
+    def decode(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """Return a batch's whitened features, which `ready` has computed."""
+        return batch.coefficients
 
     def keys(self, rows: Sequence[int] | Rows) -> list[str]:
         """Return the keys of samples."""

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtcache.device_memory import peak_bytes
-from dtcache.losses.objective import Objective
+from dtcache.losses.teachers import TeachersObjective, TeacherTargets
 from dtcache.options import TrainOptions
-from dtcache.recipe import Json, ViewSpec
+from dtcache.recipe import ViewSpec
 from dtcache.student import Student
 from dtcache.student.student import default_size
 from pipelines.terminal.output import say
@@ -42,7 +42,8 @@ def remarks(trainer: Trainer, options: TrainOptions) -> list[str]:
             for name in student.regressor.resized
         ),
         noise_line(trainer.objective, options),
-        crops_line(source.recipe, source.names, options),
+        crops_line(source.teachers, options),
+        *teacher_lines(source.teachers, options),
     ]
     return [line for line in lines if line is not None]
 
@@ -120,20 +121,37 @@ def size_line(
     )
 
 
-def noise_line(objective: Objective, options: TrainOptions) -> str | None:
+def noise_line(objective: TeachersObjective, options: TrainOptions) -> str | None:
     """Return why noise is weighted tap by tap and not band by band, if it is."""
-    if not options.noise_weighting or objective.bands:
+    if not options.noise_weighting or objective.weights_bands:
         return None
     why = "crops mix a map's bands" if options.scale is not None else "a float16 cache has no bands"
     return f"noise weighting: tap by tap ({why})"
 
 
-def crops_line(recipe: Json, names: list[str], options: TrainOptions) -> str | None:
-    """Return the teacher's error under crops if the run crops and the cache has measured it."""
-    measured = (recipe.get("equivariance") or {}).get("crop") or {}
+def teacher_lines(teachers: Sequence[TeacherTargets], options: TrainOptions) -> list[str]:
+    """Return a line per teacher if there are several: its name, network and taps."""
+    if len(teachers) < 2:
+        return []
+    lines = []
+    for teacher in teachers:
+        names = ", ".join(name.removeprefix(f"{teacher.name}/") for name in teacher.names)
+        twins = [
+            other.name
+            for other in teachers
+            if other is not teacher and other.weights_sha256 == teacher.weights_sha256
+        ]
+        same = f"; the same weights as {', '.join(twins)}" if twins else ""
+        lines.append(f"teacher {teacher.name}: {teacher.architecture}, {names}{same}")
+    return lines
+
+
+def crops_line(teachers: Sequence[TeacherTargets], options: TrainOptions) -> str | None:
+    """Return the teachers' error under crops if the run crops and the caches have measured it."""
+    measured = {name: error for t in teachers for name, error in t.crop_error.items()}
     if options.scale is None or not measured:
         return None
-    errors = ", ".join(f"{name} {measured[name]:.3f}" for name in names if name in measured)
+    errors = ", ".join(f"{name} {error:.3f}" for name, error in measured.items())
     return (
         "crops: the teacher's features of a crop differ from the cropped features by "
         f"{errors} (measured relative squared error at the time of extraction: 0 follows "

@@ -259,13 +259,14 @@ def write_summary(
     out: Path, options: TrainOptions, source: BatchSource, last: Json, held_out: dict[str, float]
 ) -> None:
     """Write summary.json from the metrics of the last step and from the last held-out losses."""
+    floors = {name: floor for t in source.teachers for name, floor in t.noise_floor.items()}
     summary = {
         "steps": last["step"],
         "loss": last["loss"],
         "held_out": held_out,
         # The codec's fit measures the floor under whitening per sample; it does not hold for
         # whitening per position.
-        "noise_floor": source.noise_floor if options.whitening == "sample" else {},
+        "noise_floor": floors if options.whitening == "sample" else {},
         "seconds": last["seconds"],
         "images_per_second": last["images_per_second"],
         "wait_share": last["wait_share"],

@@ -37,8 +37,8 @@ class StudentsError(TrainingError):
         self.failures = failures
 
 
-def train(where: Location, out: Path, options: TrainOptions) -> Trained:
-    """Train a student on the cache `where`, or with `teacher` on images, and export its backbone.
+def train(where: Sequence[Location], out: Path, options: TrainOptions) -> Trained:
+    """Train a student on the caches `where`, or with `teacher` on images, and export its backbone.
 
     Resumes a run with the same options in `out`. Under torchrun every process calls this, and the
     first one writes `out`. Raises TrainingError, naming the samples, if the loss is not finite, and
@@ -47,7 +47,9 @@ def train(where: Location, out: Path, options: TrainOptions) -> Trained:
     return train_shared(where, [(out, options)])[0]
 
 
-def train_shared(where: Location, runs: Sequence[tuple[Path, TrainOptions]]) -> list[Trained]:
+def train_shared(
+    where: Sequence[Location], runs: Sequence[tuple[Path, TrainOptions]]
+) -> list[Trained]:
     """Train one student per (folder, options) as `train` does, all from one loader.
 
     Each batch is read and decoded, or computed by the teacher, once for all students. On a CPU each
@@ -104,30 +106,37 @@ def train_shared(where: Location, runs: Sequence[tuple[Path, TrainOptions]]) -> 
     return trained
 
 
-def _with_shuffle(where: Location, options: TrainOptions) -> TrainOptions:
-    """Return the options with the shuffle that suits the cache, if they name none.
+def _with_shuffle(where: Sequence[Location], options: TrainOptions) -> TrainOptions:
+    """Return the options with the shuffle that suits the caches, if they name none.
 
     It is recorded with the run, so that a resume from another place keeps the order.
     """
     if options.shuffle is not None:
         return options
-    return replace(options, shuffle="block" if isinstance(where, RemoteCache) else "full")
+    is_remote = any(isinstance(location, RemoteCache) for location in where)
+    return replace(options, shuffle="block" if is_remote else "full")
 
 
 def open_source(
-    where: Location, options: TrainOptions, compute: Compute, processes: Processes
+    where: Sequence[Location], options: TrainOptions, compute: Compute, processes: Processes
 ) -> BatchSource:
-    """Return the batches of a cache or, if the options name a teacher, of a teacher in the loop."""
+    """Return the batches of caches or, if the options name a teacher, of a teacher in the loop."""
     if options.teacher is None:
         return CachedSource(where, options, compute, processes)
-    if isinstance(where, RemoteCache):
+    images = where[0]
+    if len(where) > 1:
         raise ConfigError(
-            f"{where}: expected images on this machine, since a teacher computes their features; "
+            f"`teacher`: expected one source of images with a teacher in the loop, got {len(where)}"
+            "; pass one, or leave `teacher` out to train on caches"
+        )
+    if isinstance(images, RemoteCache):
+        raise ConfigError(
+            f"{images}: expected images on this machine, since a teacher computes their features; "
             "leave `teacher` out to train on a cache"
         )
     from pipelines.train.online_batches import OnlineSource
 
-    return OnlineSource(where, options, compute, processes)
+    return OnlineSource(images, options, compute, processes)
 
 
 def _begin(students: Sequence[StudentRun], processes: Processes, locks: ExitStack) -> None:

@@ -15,7 +15,8 @@ from dtcache.device import Compute
 from dtcache.distributed import Processes
 from dtcache.errors import ConfigError, TrainingError, one_line
 from dtcache.hashing import sha256_json
-from dtcache.losses.objective import LABEL_TARGET, make_objective
+from dtcache.losses.objective import LABEL_TARGET
+from dtcache.losses.teachers import make_teachers_objective
 from dtcache.optim import Optimization, OptimizationSpec, require_same_tensors
 from dtcache.options import TrainOptions, parse_size
 from dtcache.recipe import Json, ViewSpec
@@ -55,8 +56,8 @@ class Trainer:
                 f"`micro_batches` {options.micro_batches}: expected at least 2 samples per "
                 f"micro-batch, got {self.micro_batch_size}; pass fewer `micro_batches`"
             )
-        codec = source.recipe.get("codec") or {}
-        if options.whitening == "position" and codec and codec["name"] != "float16":
+        codecs = [teacher.codec["name"] for teacher in source.teachers if teacher.codec]
+        if options.whitening == "position" and set(codecs) - {"float16"}:
             raise ConfigError(
                 "`whitening='position'`: expected a cache of exact features; extract it with "
                 "quality fp16"
@@ -65,7 +66,8 @@ class Trainer:
             scale=options.scale, color_jitter=options.color_jitter, seed=options.seed
         )
         shapes = {name: source.shape(name) for name in source.names}
-        self.objective = make_objective(options, source.fit, codec, shapes).to(compute.device)
+        self.objective = make_teachers_objective(options, source.teachers, shapes)
+        self.objective.to(compute.device)
         self.student = new_student(target_shapes(source), source.view, options)
         self.student.to(compute.device).to(memory_format=torch.channels_last)
         if processes.world_size > 1 and compute.device.type == "cuda":
@@ -119,15 +121,18 @@ class Trainer:
         """Add the gradients of micro-batch `number`, from 0, of the `count` of a global batch.
 
         Random layers (dropout, dropped paths) draw from (seed, step, micro-batch), augmentation
-        from (seed, step, row). The step counts those of the runs that are extended.
+        and teacher dropping from (seed, step, row). The step counts those of the runs that are
+        extended.
         """
         self.student.train()
         torch.manual_seed(self._draw_seed(number, count))
-        images_BCHW, targets = self._distillation.inputs(batch, self.steps_before + self.steps_done)
+        step = self.steps_before + self.steps_done
+        images_BCHW, targets = self._distillation.inputs(batch, step)
+        uniforms_BT = self._distillation.dropping_uniforms(batch, step)
         with self._synchronised(last=number + 1 == count):
             with self._compute.autocast():
                 predicted = self._network(images_BCHW)
-            losses = self._step_objective(predicted, targets)
+            losses = self._step_objective(predicted, targets, uniforms_BT)
             with compile_errors():
                 self._optimization.backward(losses["loss"] / count)
         before = self._sums if number else {}
@@ -286,9 +291,15 @@ def recorded_source(source: BatchSource) -> Json:
     """Return what a student's heads depend on: targets, teacher's weights, classes of labels."""
     return {
         "targets": {name: list(shape) for name, shape in target_shapes(source).items()},
-        "teacher": source.recipe["teacher"]["weights_sha256"] if source.recipe else None,
+        "teacher": _weights_of(source),
         "classes": list(source.labels.classes) if source.labels is not None else None,
     }
+
+
+def _weights_of(source: BatchSource) -> str | dict[str, str | None] | None:
+    """Return the hash of the teacher's weights; of several teachers, the hashes by name."""
+    hashes = {teacher.name: teacher.weights_sha256 for teacher in source.teachers}
+    return hashes[""] if list(hashes) == [""] else hashes
 
 
 def new_student(

@@ -102,7 +102,7 @@ def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
 
 def test_a_run_with_the_teacher_in_the_loop_is_inspected(tmp_path: Path) -> None:
     """A run with an online teacher shows the teacher, and inspect refuses a cache for the run."""
-    root = a_run(tmp_path / "run", teacher="photos-teacher", teacher_weights="ef" * 32)
+    root = a_run(tmp_path / "run", teacher="photos-teacher", teacher_weights_sha256="ef" * 32)
     record = json.loads((root / RUN).read_text())
     del record["cache"]
     (root / RUN).write_text(json.dumps(record))

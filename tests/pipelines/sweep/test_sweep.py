@@ -350,10 +350,10 @@ def test_timed_steps_change_nothing(scene_cache: Path, tmp_path: Path) -> None:
         device="cpu",
         precision="fp32",
     )
-    source = Source(where=scene_cache, identity={})
+    source = Source(where=(scene_cache,), identity={})
     seconds = TrainedStudent(source=source, options=options).seconds()
     assert seconds is not None and seconds > 0
-    missing = Source(where=tmp_path / "none", identity={})
+    missing = Source(where=(tmp_path / "none",), identity={})
     assert TrainedStudent(source=missing, options=options).seconds() is None
     assert not any(tmp_path.iterdir())
 
@@ -369,7 +369,7 @@ def test_a_timm_name_is_a_backbone_with_pretrained_weights(
         return make_backbone(name, init=None, seed=seed, size=size)
 
     monkeypatch.setattr("dtcache.student.make_backbone", without_network)
-    source = Source(where=scene_cache, identity={})
+    source = Source(where=(scene_cache,), identity={})
     options = TrainOptions(batch_size=8, device="cpu", precision="fp32")
     OtherBackbone(backbone="test_resnet", options=options, source=source).make(tmp_path / "run")
     assert asked == [("test_resnet", "pretrained", (32, 32))]

@@ -80,6 +80,9 @@ def test_a_file_has_caches_arms_and_tasks(tmp_path: Path) -> None:
     assert {arm.train.epochs for arm in sweep.arms} == {30}
     assert {arm.train.student_size for arm in sweep.arms} == {"64"}
     assert sweep.arms[1].train.loss == "at"
+    assert [arm.caches for arm in sweep.arms] == [("t20",), ("untrained",), ()]
+    both = GOOD.replace('cache = "untrained"', 'cache = ["t20", "untrained"]')
+    assert read_sweep(written(tmp_path, both)).arms[1].caches == ("t20", "untrained")
     assert sweep.caches[0].path == tmp_path / "t20.cache"
     extract = sweep.caches[1].extract
     assert extract is not None
@@ -132,6 +135,12 @@ def test_a_file_has_caches_arms_and_tasks(tmp_path: Path) -> None:
             r"plain: backbone: runs/a does not exist; paths ar",
         ),
         ('cache = "t20"', 'images = "nowhere"', r"plain: images: .*nowhere does not exist"),
+        (
+            'cache = "untrained"',
+            'cache = ["t20", "no"]',
+            r"arm\]\] at: cache 'no': the caches are t20",
+        ),
+        ('cache = "untrained"', "cache = []", "cache: expected one or more names, got none"),
         ('path = "t20.cache"', "", r"t20: expected either path \(a sealed cache\) or \[cache.extr"),
         ('path = "t20.cache"', 'path = "t20.cache"\nper_seed = true', r"per_seed: only a cache"),
         ("timestep = 20", "timesteps = 20", r"\[cache.extract\]: no option timesteps; did you me"),

@@ -13,6 +13,7 @@ from dtcache.cache.loader import Batching, EpochLoader
 from dtcache.device import Compute
 from dtcache.distributed import Processes
 from dtcache.options import TrainOptions
+from dtcache.store.reader import CacheReader
 from pipelines.train.cached_batches import CachedSource
 
 
@@ -35,10 +36,10 @@ def test_batches_for_a_gpu_are_pinned(
 
     monkeypatch.setattr(Tensor, "pin_memory", pin)
     monkeypatch.setattr(nn.Module, "to", lambda module, device: module)
-    monkeypatch.setattr(Cache, "will_need", lambda cache, rows, names: told.extend(rows.tolist()))
+    monkeypatch.setattr(CacheReader, "will_need", lambda self, name, rows: told.extend(rows))
     options = TrainOptions(student="resnet10t", batch_size=2, shuffle=shuffle)
     source = CachedSource(
-        root, options, Compute(device=torch.device("cuda"), precision="fp32"), Processes()
+        [root], options, Compute(device=torch.device("cuda"), precision="fp32"), Processes()
     )
     batches = list(source._loader.epoch(1))
     tensors = [

@@ -88,7 +88,7 @@ def test_the_first_epoch_is_that_of_an_exact_cache(
         == 0
     )
     options = TrainOptions(batch_size=8, precision="fp32", num_workers=1)
-    cached = CachedSource(tmp_path / "c", options, resolve_compute("cpu", "fp32"), Processes())
+    cached = CachedSource([tmp_path / "c"], options, resolve_compute("cpu", "fp32"), Processes())
     source = source_of(scene_folder, teacher_dir)
     assert source.names == cached.names
     assert source.num_batches == cached.num_batches
@@ -100,9 +100,9 @@ def test_the_first_epoch_is_that_of_an_exact_cache(
         count = len(batch.rows)
         assert batch.rows.tolist() == theirs.rows[:count].tolist()
         assert torch.equal(batch.images_BCHW, theirs.images_BCHW[:count])
-        for name, wanted in cached.decoder(theirs.coefficients).items():
+        for name, wanted in cached.decode(theirs).items():
             torch.testing.assert_close(
-                source.decoder(batch.coefficients)[name], wanted[:count], rtol=1e-3, atol=2e-3
+                source.decode(batch)[name], wanted[:count], rtol=1e-3, atol=2e-3
             )
             torch.testing.assert_close(
                 batch.scalars[name], theirs.scalars[name][:count], rtol=1e-4, atol=1e-5
@@ -161,7 +161,7 @@ def test_an_online_run_trains_and_resumes_to_the_bit(
     save_teacher(build_unet(32, 32, (16, 16, 32, 32), layers=1, attention=1), fresh, torch.float32)
     other = ("--teacher", fresh)
     said = run("train", scene_folder, "--out", tmp_path / "a", *online, *other).output
-    assert "holds a run with another `teacher_weights`" in said
+    assert "holds a run with another `teacher_weights_sha256`" in said
     write_scenes(tmp_path / "s", seed=8, size=32, count=40)
     said = run("train", tmp_path / "s" / "images", "--out", tmp_path / "a", *online).output
     assert "holds a run with another `samples`" in said

@@ -10,6 +10,7 @@ import torch
 from dtcache.device import resolve_compute
 from dtcache.distributed import Processes
 from dtcache.losses.objective import Objective
+from dtcache.losses.teachers import TeachersObjective, TeacherTargets
 from dtcache.options import TrainOptions
 from dtcache.recipe import ViewSpec
 from dtcache.student import Student, build_student
@@ -55,10 +56,10 @@ def test_a_run_says_what_it_takes(
     """The first line has the steps, and the bytes of the checkpoint that the run then writes."""
     options = replace(OPTIONS, ema_decay=0.9)
     compute = resolve_compute("cpu", "fp32")
-    source = open_source(scene_cache, options, compute, Processes())
+    source = open_source([scene_cache], options, compute, Processes())
     trainer = Trainer(source, options, compute, Processes())
     line = cost_line(trainer, options)
-    train(scene_cache, tmp_path / "run", options)
+    train([scene_cache], tmp_path / "run", options)
     assert line in capsys.readouterr().err.splitlines()
     size = (tmp_path / "run" / CHECKPOINT).stat().st_size
     said = float(line.rpartition("the checkpoint ")[2].removesuffix(" MiB")) * 2**20
@@ -69,7 +70,7 @@ def test_a_run_says_what_it_takes(
     assert line.startswith(f"{source.num_batches} steps of 8 images; weights, gradients and")
     trainer.steps_done = 1
     assert f"{source.num_batches} steps of 8 images (1 done);" in cost_line(trainer, options)
-    train(scene_cache, tmp_path / "run", options)
+    train([scene_cache], tmp_path / "run", options)
     assert "steps of" not in capsys.readouterr().err
 
 
@@ -143,7 +144,9 @@ def test_a_student_larger_than_the_default_is_mentioned(
 
 def test_noise_that_is_weighted_tap_by_tap_is_mentioned() -> None:
     """Without bands the line has the reason; with bands, or no weighting, there is no line."""
-    objective = Objective({}, {})
+    plain = Objective({}, {})
+    teacher = TeacherTargets(names=())
+    objective = TeachersObjective([plain], [teacher], weights=[1.0], floors=[0.0])
     weighted = replace(OPTIONS, noise_weighting=True)
     assert noise_line(objective, weighted) == (
         "noise weighting: tap by tap (a float16 cache has no bands)"
@@ -153,22 +156,22 @@ def test_noise_that_is_weighted_tap_by_tap_is_mentioned() -> None:
         "noise weighting: tap by tap (crops mix a map's bands)"
     )
     assert noise_line(objective, OPTIONS) is None
-    objective.bands["t150/stride4"] = torch.nn.Identity()
+    plain.bands["t150/stride4"] = torch.nn.Identity()
     assert noise_line(objective, weighted) is None
 
 
 def test_a_run_that_crops_says_what_was_measured_of_crops() -> None:
     """The teacher's error under crops is shown if the run crops and the recipe has the error."""
-    measured = {"equivariance": {"flip": {}, "crop": {"t150/stride8": 0.25}}}
+    measured = TeacherTargets(names=tuple(TARGETS), crop_error={"t150/stride8": 0.25})
     cropping = replace(OPTIONS, scale="0.3,1.0")
-    line = crops_line(measured, list(TARGETS), cropping)
+    line = crops_line([measured], cropping)
     assert line is not None
     assert line.startswith(
         "crops: the teacher's features of a crop differ from the cropped features by t150/stride8 "
         "0.250 (measured relative squared error"
     )
-    assert crops_line({}, list(TARGETS), cropping) is None
-    assert crops_line(measured, list(TARGETS), OPTIONS) is None
+    assert crops_line([TeacherTargets(names=tuple(TARGETS))], cropping) is None
+    assert crops_line([measured], OPTIONS) is None
 
 
 def test_the_time_is_estimated_from_the_median_of_the_first_steps(

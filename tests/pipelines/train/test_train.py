@@ -21,10 +21,11 @@ from support.files import flip
 from support.interrupts import interrupt
 
 from dtcache.cache.cache import Cache
+from dtcache.cache.joined_cache import JoinedCache
 from dtcache.cache.loader import Batching, EpochLoader
 from dtcache.cache.selection import held_out, split_rows
 from dtcache.device import resolve_compute
-from dtcache.losses.objective import make_objective
+from dtcache.losses.teachers import TeacherTargets, make_teachers_objective
 from dtcache.options import TrainOptions
 from dtcache.store.commits import CommitRecord, write_commit
 from dtcache.store.manifest import CacheManifest, read_manifest, write_manifest
@@ -47,13 +48,21 @@ def small_student(cache: Cache) -> Student:
     return build_student("resnet10t", targets, cache.view, size=(32, 32), width=16, seed=0)
 
 
+def decoded(cache: Cache, rows: list[int], views: list[int]) -> DecodedBatch:
+    """Return a batch of all arrays of a cache, decoded."""
+    decoder = cache.decoder(cache.names)
+    read = cache.batch(rows, views, cache.names)
+    return DecodedBatch(read, lambda batch: decoder(batch.coefficients))
+
+
 def distillation(cache: Cache, options: TrainOptions) -> Distillation:
     """Return the losses of a 32 px student on this cache's batches."""
     codec = cache.reader.manifest.recipe["codec"]
     shapes = {name: cache.shape(name) for name in cache.names}
+    teacher = TeacherTargets(names=tuple(shapes), fit=cache.fit, codec=codec)
     compute = resolve_compute("cpu", "fp32")
     return Distillation(
-        objective=make_objective(options, cache.fit, codec, shapes),
+        objective=make_teachers_objective(options, [teacher], shapes),
         augmentation=Augmentation(
             scale=options.scale, color_jitter=options.color_jitter, seed=options.seed
         ),
@@ -483,16 +492,18 @@ def test_a_target_that_is_not_finite_names_its_sample(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A target that is not finite is reported with its own sample only, in any micro-batch."""
-    real = Cache.batch
+    real = JoinedCache.batch
     spoilt = []
 
-    def spoiling(self: Cache, rows: np.ndarray, views: np.ndarray, names: list[str]) -> object:
+    def spoiling(
+        self: JoinedCache, rows: np.ndarray, views: np.ndarray, names: list[str]
+    ) -> object:
         batch = real(self, rows, views, names)
-        spoilt.append(self.samples["key"][int(rows[1])].as_py())
+        spoilt.append(self.keys(rows)[1])
         batch.scalars["t150/stride8"][1] = float("nan")
         return batch
 
-    monkeypatch.setattr(Cache, "batch", spoiling)
+    monkeypatch.setattr(JoinedCache, "batch", spoiling)
     result = run(
         "train", cache, "--out", tmp_path / "r", *FLAGS, "--micro-batches", 2, "--num-workers", 1
     )
@@ -537,7 +548,7 @@ def test_losses_of_every_tap_reach_the_backbone(cache: Path) -> None:
         "resnet10t", targets, opened.view, size=None, width=16, init=None, seed=0
     ).train()
     assert student.input_size == (128, 128)
-    batch = DecodedBatch(opened.batch([0, 1], [0, 1], opened.names), opened.decoder(opened.names))
+    batch = decoded(opened, [0, 1], [0, 1])
     distillation(opened, TrainOptions()).losses(student, batch)["loss"].backward()
     assert student.backbone.model.conv1[0].weight.grad.abs().sum() > 0
     assert all(head.weight.grad.abs().sum() > 0 for head in student.regressor.heads)
@@ -583,11 +594,11 @@ def test_crops_show_image_and_targets_by_one_box(cache: Path) -> None:
     cropped.objective.register_forward_pre_hook(lambda _, inputs: seen.update(cropped=inputs[1]))
     student = small_student(opened)
     student.register_forward_pre_hook(lambda _, inputs: seen.update(images=inputs[0]))
-    read = opened.batch([3, 5], [0, 1], opened.names)
-    batch = DecodedBatch(read, opened.decoder(opened.names))
+    batch = decoded(opened, [3, 5], [0, 1])
     with torch.no_grad():
         whole.losses(student, batch, step=4)
         cropped.losses(student, batch, step=4)
+    read = opened.batch([3, 5], [0, 1], opened.names)
     boxes = cropped.augmentation.boxes(4, batch.rows)
     for place, (left, top, right, bottom) in enumerate(boxes.double().tolist()):
         image = read.images_BCHW[place].double().numpy()

@@ -9,7 +9,7 @@ import torch
 from support.cli import run, words
 from support.interrupts import interrupt
 
-from dtcache.cache.cache import Cache
+from dtcache.cache.joined_cache import JoinedCache
 from dtcache.errors import CacheMismatchError, ConfigError
 from dtcache.options import TrainOptions
 from dtcache.options.train import PER_STUDENT
@@ -83,7 +83,7 @@ def contents(folder: Path) -> list[object]:
 def shared(scene_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two different students, trained from one loader."""
     out = tmp_path_factory.mktemp("shared")
-    first, second = train_shared(scene_cache, runs(out))
+    first, second = train_shared([scene_cache], runs(out))
     assert (first.out, second.out) == (out / "a", out / "b")
     assert first.steps == second.steps == len([m for m in metrics(out / "a") if "loss" in m]) > 2
     return out
@@ -94,25 +94,25 @@ def test_each_student_has_the_run_that_it_has_alone(
 ) -> None:
     """Losses, weights, EMA and identity equal to the bit those of a run of one student."""
     for folder, options in runs(tmp_path):
-        train(scene_cache, folder, options)
+        train([scene_cache], folder, options)
         assert contents(folder) == contents(shared / folder.name)
 
 
 def test_micro_batches_in_bf16_are_shared_to_the_bit(scene_cache: Path, tmp_path: Path) -> None:
     """In bf16 with two micro-batches per batch a student's losses are those that it has alone."""
     common = {"precision": "bf16", "micro_batches": 2, "epochs": 1}
-    train_shared(scene_cache, runs(tmp_path / "shared", **common))
+    train_shared([scene_cache], runs(tmp_path / "shared", **common))
     folder, options = runs(tmp_path / "alone", **common)[1]
-    train(scene_cache, folder, options)
+    train([scene_cache], folder, options)
     assert contents(folder) == contents(tmp_path / "shared" / "b")
 
 
 def test_soft_labels_are_shared_to_the_bit(labelled: Path, tmp_path: Path) -> None:
     """With soft labels, cropped for one student only, each student has its own losses."""
     common = {"labels": "parts", "epochs": 1}
-    train_shared(labelled, runs(tmp_path / "shared", **common))
+    train_shared([labelled], runs(tmp_path / "shared", **common))
     for folder, options in runs(tmp_path, **common):
-        train(labelled, folder, options)
+        train([labelled], folder, options)
         assert contents(folder) == contents(tmp_path / "shared" / folder.name)
         assert all("label" in line for line in metrics(folder) if "loss" in line)
 
@@ -122,13 +122,13 @@ def test_a_batch_is_decoded_once_for_all(
 ) -> None:
     """Two students read and decode as many batches as one, held-out batches included."""
     read, decoded = (
-        interrupt(monkeypatch, Cache, "batch", call=0),
+        interrupt(monkeypatch, JoinedCache, "batch", call=0),
         interrupt(monkeypatch, DecodedBatch, "__init__", call=0),
     )
     counts = []
     for chosen in (runs(tmp_path / "one", epochs=1)[:1], runs(tmp_path / "two", epochs=1)):
         before = (len(read), len(decoded))
-        train_shared(scene_cache, chosen)
+        train_shared([scene_cache], chosen)
         counts.append((len(read) - before[0], len(decoded) - before[1]))
     assert counts[0] == counts[1]
     assert min(counts[0]) > 0
@@ -140,10 +140,10 @@ def test_checkpoints_at_different_steps_resume_to_the_bit(
     """A run that is ahead waits for the other run, and both end as if never interrupted."""
     calls = interrupt(monkeypatch, Trainer, "update", call=2)
     with pytest.raises(KeyboardInterrupt):
-        train_shared(scene_cache, runs(tmp_path))
+        train_shared([scene_cache], runs(tmp_path))
     assert (tmp_path / "a" / "checkpoint.pt").exists()
     assert not (tmp_path / "b" / "checkpoint.pt").exists()
-    first, second = train_shared(scene_cache, runs(tmp_path))
+    first, second = train_shared([scene_cache], runs(tmp_path))
     assert len(calls) == 2 + (first.steps - 1) + second.steps
     for name in DIFFERENT:
         assert contents(tmp_path / name) == contents(shared / name)
@@ -159,7 +159,7 @@ def test_a_student_that_fails_ends_alone(
         match=r"1 of 2 students failed, the others are trained: a: the loss is not finite at step "
         r"[1-3] .*`lr`",
     ) as raised:
-        train_shared(scene_cache, [(one, replace(options, lr=1e30)), two])
+        train_shared([scene_cache], [(one, replace(options, lr=1e30)), two])
     lines = capsys.readouterr().err.splitlines()
     assert [line[:18] for line in lines if " steps of " in line] == [
         "a: 4 steps of 8 im",
@@ -197,7 +197,7 @@ def test_no_folder_is_begun_if_one_is_refused(
     """If one folder holds another run, the other folders are not created."""
     (new, first), (_, second) = runs(tmp_path)
     with pytest.raises(CacheMismatchError, match="holds a run with another `lr`"):
-        train_shared(scene_cache, [(new, first), (shared / "b", replace(second, lr=1e-2))])
+        train_shared([scene_cache], [(new, first), (shared / "b", replace(second, lr=1e-2))])
     assert not new.exists()
 
 
@@ -208,9 +208,9 @@ def test_a_teacher_in_the_loop_runs_once_for_all(
     online = {"teacher": str(teacher_dir), "timestep": 150, "taps": "4,8", "epochs": 1}
     passes = interrupt(monkeypatch, Teacher, "features", call=0)
     (folder, options), _ = runs(tmp_path / "alone", **online)
-    train(scene_folder, folder, options)
+    train([scene_folder], folder, options)
     alone = len(passes)
-    train_shared(scene_folder, runs(tmp_path / "shared", **online))
+    train_shared([scene_folder], runs(tmp_path / "shared", **online))
     assert len(passes) == 2 * alone > 0
     assert contents(folder) == contents(tmp_path / "shared" / "a")
 
@@ -242,7 +242,7 @@ def test_runs_with_other_batches_are_refused(
     """Students that cannot share their batches are refused with the field's name."""
     with pytest.raises(ConfigError, match=message):
         train_shared(
-            tmp_path / "none",
+            [tmp_path / "none"],
             [(tmp_path / "a", OPTIONS), (tmp_path / "b", replace(OPTIONS, **differing))],
         )
     assert not list(tmp_path.iterdir())
