@@ -86,6 +86,11 @@ def student_gallery(root: Path, report: Json, cache_root: Path, options: Inspect
 
 def _open_cache(root: Path, recorded: Json, cache_root: Path, options: InspectOptions) -> Cache:
     """Open the cache of a run. Raises ConfigError or CacheMismatchError if it is another one."""
+    if "caches" in recorded:
+        raise ConfigError(
+            f"`cache` {cache_root}: {root} was trained on several caches, and pictures are made of "
+            "runs on one cache; leave it out"
+        )
     if "cache" not in recorded:
         raise ConfigError(
             f"`cache` {cache_root}: {root} was trained with the teacher in the loop, on no cache; "

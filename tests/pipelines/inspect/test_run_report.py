@@ -100,6 +100,17 @@ def test_a_run_of_averaged_weights_shows_these(tmp_path: Path) -> None:
     assert "dashed are" not in page_of(tmp_path / "plain", tmp_path / "plain.html")
 
 
+def test_a_run_on_several_caches_is_inspected_without_pictures(tmp_path: Path) -> None:
+    """A run on several caches has a page; a cache for its pictures is refused."""
+    root = a_run(tmp_path / "run")
+    record = json.loads((root / RUN).read_text())
+    record["caches"] = {"ddpm": [{"cache": record.pop("cache")}], "vit": [{"cache": "ef" * 32}]}
+    (root / RUN).write_text(json.dumps(record))
+    assert "MSE" in page_of(root, tmp_path / "run.html")
+    result = inspect(root, "--cache", "x", "--report", tmp_path / "x.html")
+    assert f"--cache x: {root} was trained on several caches" in " ".join(result.output.split())
+
+
 def test_a_run_with_the_teacher_in_the_loop_is_inspected(tmp_path: Path) -> None:
     """A run with an online teacher shows the teacher, and inspect refuses a cache for the run."""
     root = a_run(tmp_path / "run", teacher="photos-teacher", teacher_weights_sha256="ef" * 32)
