@@ -153,7 +153,7 @@ def probe(root: Path) -> dict[str, float]:
     batches = EpochLoader(
         cache, cache.reader.usable_rows, cache.names, Batching(batch_size=BATCH, seed=0, threads=1)
     )
-    batches.order(0)
+    batches.order(0).between(0, BATCH)
     read(cache, rows[:BATCH])
     start_seconds = time.perf_counter() - start
     open_seconds = opened - started

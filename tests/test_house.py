@@ -21,6 +21,7 @@ ROOMS = [
     "dtcache.recipe",
     "dtcache.payloads",
     "dtcache.rng",
+    "dtcache.row_set",
     "dtcache.kernels",
     "dtcache.options",
     "dtcache.samples",

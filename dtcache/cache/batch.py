@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dtcache.codec import FeatureDecoder, TapCodec
 from dtcache.errors import ConfigError
+from dtcache.store.sample_index import SampleIndex
 from dtcache.whitening import unwhiten
 
 Rows = NDArray[np.int64]
@@ -79,9 +79,9 @@ class BatchContext:
     Copying returns the same object.
     """
 
-    def __init__(self, keys: pa.ChunkedArray, fit: Mapping[str, TapCodec], whitened: bool) -> None:
-        """Take the keys of all rows, the codecs of the loader's arrays, and the targets' scale."""
-        self._keys = keys
+    def __init__(self, samples: SampleIndex, fit: Mapping[str, TapCodec], whitened: bool) -> None:
+        """Take the sample index, the codecs of the loader's arrays, and the targets' scale."""
+        self._samples = samples
         self._fit = dict(fit)
         self._whitened = whitened
         self._lock = threading.Lock()
@@ -89,7 +89,7 @@ class BatchContext:
 
     def __reduce__(self) -> tuple[type["BatchContext"], tuple[object, ...]]:
         """Pickle without the decoders."""
-        return BatchContext, (self._keys, self._fit, self._whitened)
+        return BatchContext, (self._samples, self._fit, self._whitened)
 
     def __deepcopy__(self, memo: object) -> "BatchContext":
         """Return the context itself: Lightning copies the batches that it converts."""
@@ -97,8 +97,7 @@ class BatchContext:
 
     def keys(self, rows: Sequence[int]) -> list[str]:
         """Return the keys of rows."""
-        keys: list[str] = self._keys.take(pa.array(rows, pa.int64())).to_pylist()
-        return keys
+        return self._samples.keys(rows)
 
     def whitened(self, coefficients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return whitened features by array, fp32 (B, C, H, W), on the coefficients' device."""

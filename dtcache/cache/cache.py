@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -114,7 +113,7 @@ class Cache:
         if images is not None and IMAGES in self.reader.manifest.arrays:
             raise ConfigError(f"{location} stores its images: open it without `images`")
         if images is not None:
-            samples = self.reader.samples
+            samples = self.samples
             self._linked = LinkedImages(
                 images, samples["key"], samples["content_sha256"], self.view, reading
             )
@@ -134,10 +133,13 @@ class Cache:
         """Rows per shard."""
         return int(self.reader.manifest.recipe["shard_rows"])
 
-    @property
+    @functools.cached_property
     def samples(self) -> pa.Table:
-        """One row per sample: row, key, label, content_sha256, failure."""
-        return self.reader.samples
+        """One row per sample: row, key, label, content_sha256, failure.
+
+        The first use reads the whole index: about 80 bytes of memory per sample.
+        """
+        return self.reader.samples.table()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -168,7 +170,7 @@ class Cache:
 
     def __repr__(self) -> str:
         """Return three lines: path, samples and views, arrays with their shapes (C, H, W)."""
-        rows = self.samples.num_rows
+        rows = len(self.reader.samples)
         images = "with images" if self.has_images else "without images"
         arrays = ", ".join(f"{name} {self.shape(name)}" for name in self.names)
         return (
@@ -180,11 +182,11 @@ class Cache:
 
     def __len__(self) -> int:
         """Return the number of usable samples: those whose image did not fail."""
-        return len(self._usable)
+        return len(self.reader.usable)
 
     def __contains__(self, key: object) -> bool:
         """Return whether a usable sample has this key. Nothing is decoded."""
-        return isinstance(key, str) and bool(np.isin(self._rows_of([key]), self._usable).all())
+        return isinstance(key, str) and int(self._rows_of([key])[0]) in self.reader.usable
 
     def __iter__(self) -> Iterator[CachedSample]:
         """Yield every usable sample, in the order of the rows."""
@@ -227,7 +229,7 @@ class Cache:
                     f"{-count} to {count - 1}"
                 )
         positions = np.array(indices, np.int64).reshape(-1)
-        return self._samples_of(self._usable[positions])
+        return self._samples_of(self.reader.usable.take(positions % max(1, count)))
 
     def features(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Return the features of B samples by array: fp32 (B, V, C, H, W), not whitened.
@@ -240,18 +242,13 @@ class Cache:
         self._require_known(keys, rows)
         return self.raw(self.names, rows)
 
-    @functools.cached_property
-    def _usable(self) -> NDArray[np.int64]:
-        return self.reader.usable_rows
-
     def _rows_of(self, keys: Sequence[str]) -> NDArray[np.int64]:
         """Return the rows of keys, -1 for an unknown one."""
         try:
             wanted = pa.array(keys, pa.string())
         except (UnicodeEncodeError, pa.ArrowInvalid):  # a lone surrogate: no cache has such a key
             return np.array([-1] * len(keys), np.int64)
-        rows = pc.index_in(wanted, value_set=self.samples["key"]).fill_null(-1)
-        return np.asarray(rows.to_numpy(zero_copy_only=False), np.int64)
+        return self.reader.samples.rows_of(wanted)
 
     def _require_known(self, keys: Sequence[str], rows: NDArray[np.int64]) -> None:
         """Raise UnknownSampleError for the first key without a row or without features."""
@@ -269,7 +266,7 @@ class Cache:
             return []
         images = self.images(rows)
         features = self.raw(self.names, rows)
-        columns = self.samples.select(["key", "label"]).take(pa.array(rows)).to_pydict()
+        columns = self.reader.samples.take(rows).select(["key", "label"]).to_pydict()
         return [
             CachedSample(
                 key=key,
@@ -362,7 +359,7 @@ class Cache:
         decode = StoredFeatures(
             self.reader.location, self.reader.manifest.identity, self.allow, name
         )
-        shape = (self.samples.num_rows, self.num_views, *self.shape(name))
+        shape = (len(self.reader.samples), self.num_views, *self.shape(name))
         return lazy_stack(decode, shape, f"dtcache-{decode.identity[:16]}-{name}")
 
     @functools.cached_property
@@ -431,7 +428,7 @@ class Cache:
             try:
                 pixels.append(decode_stored(payload, self.view))
             except BadImageError as error:
-                key = self.samples["key"][int(row)]
+                key = self.reader.samples.key(int(row))
                 raise CacheDamagedError(f"{self.reader.location}: image {key}: {error}") from error
         return pixels
 
@@ -454,7 +451,7 @@ class Cache:
                     label = name
                     coefficients[name], scalars[name] = self._host.decode(name, sections[name])
             except PayloadError as error:
-                key = self.samples["key"][int(rows[error.index])]
+                key = self.reader.samples.key(int(rows[error.index]))
                 raise CacheDamagedError(
                     f"{self.reader.location}: {label} of sample {key}: {error}; {AGAIN}"
                 ) from error
@@ -508,7 +505,7 @@ class Cache:
         """Raise ConfigError for anything but rows of the cache."""
         if not isinstance(rows, np.ndarray):
             rows = list_of("rows", rows, Integral, "rows")
-        count = self.samples.num_rows
+        count = len(self.reader.samples)
         outside = [int(row) for row in rows if not 0 <= row < count]
         if outside:
             raise ConfigError(
@@ -516,7 +513,7 @@ class Cache:
             )
 
     def _require_usable(self, rows: Rows) -> None:
-        for sample in self.samples.select(["key", "failure"]).take(rows).to_pylist():
+        for sample in self.reader.samples.take(rows).to_pylist():
             if sample["failure"] is not None:
                 raise UnknownSampleError(
                     f"{self.reader.location}: sample {sample['key']} has no features: "
@@ -557,7 +554,7 @@ class StoredFeatures:
         Raises CacheMismatchError if a different cache is in the folder now.
         """
         cache = self._opened()
-        usable = np.isin(rows, cache.reader.usable_rows)
+        usable = cache.reader.usable.has(rows)
         features = np.full(
             (len(rows), cache.num_views, *cache.shape(self.name)), np.nan, np.float32
         )

@@ -1,13 +1,11 @@
 """`cache.loader(...)`: batches of a cache for the user's own training loop."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import distributed
@@ -74,10 +72,6 @@ class Served(Readable[TrainBatch], Protocol):
     @property
     def fit(self) -> Mapping[str, TapCodec]:
         """The fitted codec by array."""
-
-    @property
-    def samples(self) -> pa.Table:
-        """One row per sample: row, key, label, content_sha256, failure."""
 
     def require_images(self) -> None:
         """Raise ConfigError if the cache stores no images and no source of them was given."""
@@ -205,7 +199,7 @@ class CacheLoader:
     def _batches(self, rank: int, world_size: int) -> EpochLoader[Batch]:
         """Return the batches of this process. Raises ConfigError."""
         spec = self._spec
-        rows = self._cache.reader.usable_rows
+        rows = self._cache.reader.usable
         source: Readable[Batch] = _Source(self._cache, self._names, spec.whitened)
         on_cuda = self._device is not None and self._device.type == "cuda"
         batching = Batching(
@@ -266,17 +260,15 @@ class _Source:
     def __init__(self, cache: Served, names: Sequence[str], whitened: bool) -> None:
         self._cache = cache
         self._context = BatchContext(
-            cache.samples["key"], {name: cache.fit[name] for name in names}, whitened
+            cache.reader.samples, {name: cache.fit[name] for name in names}, whitened
         )
         self.num_views = cache.num_views
         self.shard_rows = cache.shard_rows
         self.will_need = cache.will_need
 
-    @functools.cached_property
-    def _labels(self) -> NDArray[np.int64]:
-        column = self._cache.samples["label"].fill_null(NO_LABEL)
-        labels: NDArray[np.int64] = column.to_numpy().astype(np.int64)
-        return labels
+    def _labels(self, rows: Rows) -> NDArray[np.int64]:
+        """Return the labels of rows; NO_LABEL for an image without a class."""
+        return self._cache.reader.samples.labels(rows, NO_LABEL)
 
     def batch(self, rows: Rows, views: Rows, names: Sequence[str]) -> Batch:
         encoded = self._cache.batch(rows, views, names)
@@ -284,7 +276,7 @@ class _Source:
             images_BCHW=encoded.images_BCHW,
             coefficients=encoded.coefficients,
             scalars=encoded.scalars,
-            labels=torch.from_numpy(self._labels[rows]),
+            labels=torch.from_numpy(self._labels(rows)),
             views=torch.from_numpy(np.array(views, np.int64)),
             rows=torch.from_numpy(np.array(rows, np.int64)),
             context=self._context,

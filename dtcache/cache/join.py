@@ -16,6 +16,7 @@ from dtcache.cache.cache import Cache
 from dtcache.errors import CacheMismatchError, ConfigError
 from dtcache.hashing import sha256_json
 from dtcache.recipe import Json
+from dtcache.row_set import RowSet
 from dtcache.store.remote import Location
 
 OF_A_TEACHER = (
@@ -36,19 +37,23 @@ class ImageSet:
     """By cache: its row of each row of the set; None if its rows have the same order."""
 
     @property
-    def usable(self) -> Rows:
+    def usable(self) -> RowSet:
         """The rows of the set that every cache has features of."""
-        return np.flatnonzero(self._present().all(0)).astype(np.int64)
+        if len(self.caches) == 1:
+            return self.caches[0].reader.usable
+        return RowSet.of(np.flatnonzero(self._present().all(0)))
 
     @property
     def num_lacking(self) -> int:
         """Number of rows that some caches have features of, and others do not."""
+        if len(self.caches) == 1:
+            return 0
         present = self._present()
         return int((present.any(0) & ~present.all(0)).sum())
 
     def _present(self) -> NDArray[np.bool_]:
         """Return whether each cache has features of each row of the set, (caches, rows)."""
-        present = np.zeros((len(self.caches), self.caches[0].samples.num_rows), np.bool_)
+        present = np.zeros((len(self.caches), len(self.caches[0].reader.samples)), np.bool_)
         for cache, rows, own in zip(self.caches, self.rows, present, strict=True):
             usable = np.zeros(len(own), np.bool_)
             usable[cache.reader.usable_rows] = True
@@ -113,7 +118,7 @@ def join(caches: Sequence[Cache]) -> Join:
             )
         )
         # Sets begin at a multiple of `shard_rows`, as shards do.
-        first_row += -(-group[0][0].samples.num_rows // shard_rows) * shard_rows
+        first_row += -(-len(group[0][0].reader.samples) // shard_rows) * shard_rows
     teachers = _teachers(sets)
     names = teacher_names([teacher[0].reader.location for teacher, _ in teachers])
     return Join(

@@ -16,6 +16,7 @@ from dtcache.cache.cache import Cache
 from dtcache.cache.join import Join, JoinedTeacher
 from dtcache.codec import FeatureDecoder, TapCodec
 from dtcache.recipe import array_of
+from dtcache.row_set import RowSet
 from dtcache.store.layout import IMAGES
 
 
@@ -52,8 +53,8 @@ class JoinedCache:
             for cache in images.caches
         }
         self.num_views = self._flips * math.lcm(*self._draws.values())
-        self.usable_rows: Rows = np.concatenate(
-            [images.first_row + images.usable for images in join.sets]
+        self.usable = RowSet.joined(
+            [(images.first_row, images.usable) for images in join.sets]
         )
         self._arrays = {
             teacher.name: [self._stored(teacher, number) for number in range(len(join.sets))]
@@ -157,7 +158,7 @@ class JoinedCache:
         """Return the keys of rows."""
         keys = np.empty(len(rows), object)
         for number, at, inner in self._by_set(np.asarray(rows, np.int64)):
-            keys[at] = self._join.sets[number].caches[0].samples["key"].take(inner).to_pylist()
+            keys[at] = self._join.sets[number].caches[0].reader.samples.keys(inner)
         return keys.tolist()
 
     def _views_in(self, cache: Cache, views: Rows) -> Rows:

@@ -4,7 +4,7 @@ Shape suffix: B rows of a batch.
 """
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -13,16 +13,20 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dtcache.cache.order import (
+    AscendingOrder,
+    BlockOrder,
+    EpochOrder,
+    FullOrder,
+    Rows,
+    blocks_of,
+)
 from dtcache.errors import ConfigError
-from dtcache.rng import permuted
+from dtcache.row_set import RowSet
 
 SHUFFLES = ("full", "block", "none")
 LOOKAHEAD = 4
 """Least number of batches read ahead; one more than `threads` keeps every thread busy."""
-BLOCK_ROWS = 256
-"""Rows of a block: a contiguous range of a shard, which a cold disk reads in one request."""
-MIXED_BLOCKS = 64
-"""Blocks whose rows are shuffled together: a mix."""
 
 
 T_co = TypeVar("T_co", covariant=True)
@@ -84,72 +88,75 @@ class EpochLoader(Generic[T_co]):
     def __init__(
         self,
         cache: Readable[T_co],
-        rows: NDArray[np.int64],
+        rows: RowSet | NDArray[np.int64],
         names: Sequence[str],
         batching: Batching,
     ) -> None:
-        """Serve `rows` of a cache with the targets `names`.
+        """Serve `rows` of a cache, which ascend, with the targets `names`.
 
         Raises ConfigError if `shuffle` is unknown or does not fit the source, if there are too few
         rows for a batch, or if processes and micro-batches do not divide the batch.
         """
         _check(cache, rows, batching)
         self._cache = cache
-        self._rows = rows
+        self._rows = rows if isinstance(rows, RowSet) else RowSet.of(rows)
         self._names = list(names)
         self._batching = batching
         full, short = divmod(len(rows), batching.batch_size)
         self.num_batches = full if batching.drop_last or not short else full + 1
 
-    def order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return rows and views of an epoch, in order: a pure function of (rows, seed, epoch).
+    def order(self, epoch: int) -> EpochOrder:
+        """Return the order of an epoch: a pure function of (rows, seed, epoch).
 
         A full shuffle permutes all rows. A block shuffle deals blocks to mixes at random, and
         permutes the rows of each mix. Without a shuffle, rows ascend and every view is 0.
         """
         if self._batching.shuffle == "none":
-            return self._rows, np.zeros(len(self._rows), np.int64)
-        seed = self._batching.seed
-        rows = self._rows[permuted(len(self._rows), seed=seed, stream=f"epoch-{epoch}")]
+            return AscendingOrder(rows=self._rows)
         if self._batching.shuffle == "block":
-            rows = rows[np.argsort(self._mix_of(rows, epoch), kind="stable")]
-        views = permuted(len(rows), seed=seed, stream=f"views-{epoch}")
-        return rows, views % self._cache.num_views
+            return self._block_order(epoch)
+        return FullOrder(self._rows, self._cache.num_views, self._batching.seed, epoch)
 
-    def _mix_of(self, rows: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """Return the number of the mix of each row: all rows of a block are in one mix."""
-        shard_rows = self._cache.shard_rows or len(self._rows)
-        shards, inner = np.divmod(rows, shard_rows)
-        blocks = np.unique(shards * shard_rows + inner // BLOCK_ROWS, return_inverse=True)[1]
-        stream = f"blocks-{epoch}"
-        order = permuted(int(blocks.max()) + 1, seed=self._batching.seed, stream=stream)
-        mixes: NDArray[np.int64] = order[blocks] // MIXED_BLOCKS
-        return mixes
+    def _block_order(self, epoch: int) -> BlockOrder:
+        return BlockOrder(
+            self._rows,
+            blocks_of(self._rows, self._cache.shard_rows or len(self._rows)),
+            num_views=self._cache.num_views,
+            seed=self._batching.seed,
+            epoch=epoch,
+        )
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[T_co, None, None]:
         """Yield this process's micro-batches of an epoch, from global batch `start` on."""
-        rows, views = self.order(epoch)
+        order = self._block_order(epoch) if self._batching.shuffle == "block" else None
+        served: EpochOrder = order or self.order(epoch)
         batch_size = self._batching.batch_size
         parts = self._batching.micro_batches
         slices = self._batching.world_size * parts
-        mixes = self._mixes(rows, epoch, start) if self._batching.shuffle == "block" else deque()
+        ahead = order.mix_at(start * batch_size) if order is not None else 0
 
-        def read(index: int, part: int) -> T_co:
+        def pairs(index: int, part: int) -> tuple[Rows, Rows]:
+            """Return the rows and views of a micro-batch of this process."""
             first = index * batch_size
             number = self._batching.rank * parts + part
-            size = min(batch_size, len(rows) - first)
+            size = min(batch_size, len(self._rows) - first)
             begin, end = (first + size * edge // slices for edge in (number, number + 1))
-            return self._cache.batch(rows[begin:end], views[begin:end], self._names)
+            return served.between(begin, end)
 
         threads = self._batching.threads
         with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="cache") as pool:
             waiting: deque[Future[T_co]] = deque()
             try:
                 for index, part in product(range(start, self.num_batches), range(parts)):
-                    while mixes and mixes[0][0] <= index * batch_size:
-                        # A read that fails here fails again, with the sample's name, in `batch`.
-                        pool.submit(self._cache.will_need, mixes.popleft()[1], self._names)
-                    waiting.append(pool.submit(read, index, part))
+                    # A mix is prefetched where the previous one begins. A read that fails here
+                    # fails again, with the sample's name, in `batch`.
+                    while order is not None and (
+                        ahead < len(order.ends) and order.begin(ahead - 1) <= index * batch_size
+                    ):
+                        pool.submit(self._cache.will_need, order.mix(ahead)[0], self._names)
+                        ahead += 1
+                    rows, views = pairs(index, part)
+                    waiting.append(pool.submit(self._cache.batch, rows, views, self._names))
                     if len(waiting) >= max(LOOKAHEAD, threads + 1):
                         yield waiting.popleft().result()
                 while waiting:
@@ -158,24 +165,8 @@ class EpochLoader(Generic[T_co]):
                 for future in waiting:
                     future.cancel()
 
-    def _mixes(
-        self, rows: NDArray[np.int64], epoch: int, start: int
-    ) -> deque[tuple[int, NDArray[np.int64]]]:
-        """Return the rows of each mix from batch `start` on, with the position to prefetch it at.
 
-        A mix is prefetched one mix ahead: at the position in the order where the previous mix
-        begins.
-        """
-        edges = np.flatnonzero(np.diff(self._mix_of(rows, epoch), prepend=-1, append=-1)).tolist()
-        mixes = zip([0, *edges], edges[:-1], edges[1:], strict=False)
-        return deque(
-            (position, rows[first:last])
-            for position, first, last in mixes
-            if last > start * self._batching.batch_size
-        )
-
-
-def _check(cache: Readable[object], rows: NDArray[np.int64], batching: Batching) -> None:
+def _check(cache: Readable[object], rows: Sized, batching: Batching) -> None:
     """Raise ConfigError if `batching` does not fit the source or the number of its rows."""
     batch_size = batching.batch_size
     world_size = batching.world_size

@@ -5,12 +5,15 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dtcache.cache.cache import Cache
 from dtcache.errors import ConfigError
 from dtcache.options import parse_taps
 from dtcache.recipe import tap_name
+from dtcache.row_set import RowSet
+
+MOST_HELD_OUT = 50_000
+"""Held-out samples of five million samples or more."""
 
 
 def chosen_taps(cache: Cache, *, timestep: int | None, taps: str | None) -> list[str]:
@@ -39,26 +42,33 @@ def chosen_taps(cache: Cache, *, timestep: int | None, taps: str | None) -> list
     ]
 
 
-def split_rows(
-    rows: NDArray[np.int64], keys: Sequence[str]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the rows to train on and the held-out rows, chosen by a hash of their keys.
+def split_rows(rows: RowSet, keys: Sequence[str]) -> tuple[RowSet, RowSet]:
+    """Return the rows to train on and the held-out rows, of which `keys` are the keys.
 
-    Raises ConfigError if there are fewer than 4 rows.
+    Up to MOST_HELD_OUT held-out rows are chosen by a hash of their keys, so that they do not depend
+    on the order of the rows. More rows than that: the last MOST_HELD_OUT are held out, and no key
+    is read. The rows of a cache are in random order. Raises ConfigError if there are fewer than 4
+    rows.
     """
     if len(rows) < 4:
         raise ConfigError(
             f"expected at least 4 usable samples, some of which are held out, got {len(rows)}; "
             "cache more"
         )
+    if num_held_out(len(rows)) == MOST_HELD_OUT:
+        return rows[:-MOST_HELD_OUT], rows[-MOST_HELD_OUT:]
     held = np.zeros(len(rows), bool)
     held[held_out(keys)] = True
-    return rows[~held], rows[held]
+    every = rows.array()
+    return RowSet.of(every[~held]), RowSet.of(every[held])
 
 
 def num_held_out(samples: int) -> int:
-    """Return the number of held-out samples: one per cent, at least 64, at most half."""
-    return min(max(64, samples // 100), samples // 2)
+    """Return the number of held-out samples: one per cent, at least 64, at most half.
+
+    It is never more than MOST_HELD_OUT.
+    """
+    return min(max(64, samples // 100), samples // 2, MOST_HELD_OUT)
 
 
 def held_out(keys: Sequence[str]) -> list[int]:
@@ -70,10 +80,19 @@ def held_out(keys: Sequence[str]) -> list[int]:
     count = num_held_out(len(keys))
     if not count:
         return []
-    quoted = json.encoder.encode_basestring
-    digests = [hashlib.sha256(b'["held-out",%b]' % quoted(key).encode()).digest() for key in keys]
-    heads = np.frombuffer(b"".join(digests), ">u8")[::4].astype(np.uint64)
+    heads = np.fromiter(
+        (int.from_bytes(_held_out_hash(key)[:8], "big") for key in keys), np.uint64, len(keys)
+    )
     # The first 8 bytes of the last held-out digest. If heads are equal, whole digests decide.
     last = np.partition(heads, count - 1)[count - 1]
     candidates = np.flatnonzero(heads <= last).tolist()
-    return sorted(sorted(candidates, key=lambda index: digests[index])[:count])
+    if len(candidates) == count:
+        return list(candidates)
+    return sorted(
+        sorted(candidates, key=lambda index: (heads[index], _held_out_hash(keys[index])))[:count]
+    )
+
+
+def _held_out_hash(key: str) -> bytes:
+    quoted = json.encoder.encode_basestring(key)
+    return hashlib.sha256(b'["held-out",%b]' % quoted.encode()).digest()

@@ -9,13 +9,14 @@ from typing import overload
 from dtcache.atomic_files import TEMPORARY, is_system_file
 from dtcache.errors import CacheDamagedError
 from dtcache.hashing import file_problem
-from dtcache.samples import Column
+from dtcache.row_set import RowSet
 from dtcache.store.commits import CommitRecord, ShardObject, commit_files, read_commit
 from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import (
     CLUSTER_LOG,
     COMMITS,
     DATA,
+    FAILURES,
     IMAGES,
     LABELS,
     LOG,
@@ -26,7 +27,7 @@ from dtcache.store.layout import (
 )
 from dtcache.store.manifest import CacheManifest, read_manifest
 from dtcache.store.parquet_tables import parquet_bytes
-from dtcache.store.sample_index import read_samples, require_record, sealed_samples
+from dtcache.store.sample_index import Keys, read_samples, require_record, sealed_samples
 from dtcache.store.shard_index import read_objects
 
 LOCK = ".lock"
@@ -160,9 +161,12 @@ def read_contents(root: Path) -> Contents:
     keys = None
     if problem is None:
         try:
-            keys = Column[str](read_samples(root, manifest)["key"])
+            rows = RowSet([0], [manifest.num_samples])
+            keys = Keys(read_samples(root, manifest, with_failures=False).keys, rows)
         except CacheDamagedError as error:
             problem = _bare(root / SAMPLES, error)
+    if keys is not None and manifest.state == "sealed":
+        damage += _failures_damage(root, manifest)
     if problem is not None:
         damage.append(Damage(path=SAMPLES, reason=problem))
     is_listed = manifest.state == "writing" or listed
@@ -181,6 +185,17 @@ def read_contents(root: Path) -> Contents:
         keys=keys,
         damage=tuple(damage),
     )
+
+
+def _failures_damage(root: Path, manifest: CacheManifest) -> list[Damage]:
+    """Return the damage of the failed rows of a sealed cache, whose sample index is undamaged."""
+    problem = file_problem(root / FAILURES, manifest.files[FAILURES])
+    if problem is None:
+        try:
+            read_samples(root, manifest)
+        except CacheDamagedError as error:
+            problem = _bare(root / FAILURES, error)
+    return [Damage(path=FAILURES, reason=problem)] if problem is not None else []
 
 
 def _listed(root: Path, manifest: CacheManifest) -> tuple[dict[str, ShardObject], list[Damage]]:
@@ -275,7 +290,7 @@ def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
             found[name] = "left by an interrupted run"
         elif _shard_of(contents.manifest, name) in missing:
             found[name] = "never committed; the next extraction writes it again"
-        elif (name == SHARDS) or name.startswith(f"{COMMITS}/"):
+        elif name in (SHARDS, FAILURES) or name.startswith(f"{COMMITS}/"):
             found[name] = "left by an interrupted seal; the next extraction finishes it"
         else:
             found[name] = "not part of the cache"

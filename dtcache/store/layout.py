@@ -9,6 +9,7 @@ from dtcache.store.tag import TAG_BYTES, tag_seed
 
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
+FAILURES = "failures.parquet"
 SHARDS = "shards.parquet"
 COMMITS = "commits"
 LOG = "extraction.log.json"

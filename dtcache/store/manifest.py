@@ -21,6 +21,7 @@ from dtcache.json_files import read_hashed_json, with_own_hash
 from dtcache.recipe import FORMAT_VERSION, Json, Recipe, array_of, tap_name
 from dtcache.store.commits import CodecSums, CommitRecord
 from dtcache.store.layout import IMAGES, MANIFEST, PayloadArray
+from dtcache.store.parquet_tables import TablePart
 from dtcache.store.validate import check_manifest
 
 T = TypeVar("T")
@@ -48,6 +49,8 @@ class CacheManifest:
     """Class names by class index."""
     files: dict[str, str]
     """SHA-256 by path of every file except shards: zarr.json, codec arrays, Parquet."""
+    samples: tuple[TablePart, ...]
+    """The parts of samples.parquet: its row groups, then its footer."""
     sums: dict[str, CodecSums]
     """Codec error and bytes by tap, over all shards; empty until sealed."""
     measured: Json | None = None
@@ -66,6 +69,7 @@ class CacheManifest:
             },
             "classes": list(self.classes) if self.classes is not None else None,
             "files": self.files,
+            "samples": [asdict(part) for part in self.samples],
             "sums": {n: asdict(s) for n, s in self.sums.items()},
         }
         if self.measured is not None:
@@ -73,11 +77,20 @@ class CacheManifest:
         return with_own_hash(body)
 
     def sealed(
-        self, files: dict[str, str], sums: dict[str, CodecSums], measured: Json | None = None
+        self,
+        files: dict[str, str],
+        samples: tuple[TablePart, ...],
+        sums: dict[str, CodecSums],
+        measured: Json | None = None,
     ) -> "CacheManifest":
         """Return the manifest of the finished cache, with the hashes of new and changed files."""
         return replace(
-            self, state="sealed", files={**self.files, **files}, sums=sums, measured=measured
+            self,
+            state="sealed",
+            files={**self.files, **files},
+            samples=samples,
+            sums=sums,
+            measured=measured,
         )
 
     @property
@@ -157,6 +170,7 @@ def new_manifest(
     arrays: dict[str, PayloadArray],
     classes: list[str] | None,
     files: dict[str, str],
+    samples: tuple[TablePart, ...],
 ) -> CacheManifest:
     """Return the manifest of a cache that has no shards yet."""
     return CacheManifest(
@@ -166,6 +180,7 @@ def new_manifest(
         arrays=arrays,
         classes=tuple(classes) if classes is not None else None,
         files=files,
+        samples=samples,
         sums={},
     )
 
@@ -208,6 +223,9 @@ def read_manifest(root: Path) -> CacheManifest:
             arrays=arrays,
             classes=tuple(value["classes"]) if value["classes"] is not None else None,
             files=value["files"],
+            samples=tuple(
+                TablePart(bytes=part["bytes"], sha256=part["sha256"]) for part in value["samples"]
+            ),
             sums={
                 n: CodecSums(**{f.name: s[f.name] for f in fields(CodecSums)})
                 for n, s in value["sums"].items()

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from dtcache.errors import AGAIN, CacheDamagedError, CacheError, CacheIncompleteError
 from dtcache.hashing import file_problem, sha256_json
 from dtcache.payloads import SLACK, Payloads
 from dtcache.recipe import Json
+from dtcache.row_set import RowSet
 from dtcache.store.commits import ShardObject
 from dtcache.store.layout import SAMPLES, PayloadArray
 from dtcache.store.manifest import CacheManifest, look_at
@@ -29,7 +29,8 @@ from dtcache.store.remote import (
     damaged_remote_objects,
     local_copy,
 )
-from dtcache.store.sample_index import committed, read_samples
+from dtcache.store.row_groups import EAGER_BYTES
+from dtcache.store.sample_index import SampleIndex, committed, read_samples
 from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
 from dtcache.store.shard_check import CheckedShards
 from dtcache.store.shard_index import damaged_objects, read_objects
@@ -74,7 +75,7 @@ class CacheReader:
         self.root = root
         self._allow = allow
         self.manifest: CacheManifest
-        self.samples: pa.Table
+        self.samples: SampleIndex
         self.manifest, self.samples, self._objects = look_at(root, partial(_look, root, allow))
         self.damaged: dict[str, str] = (
             damaged_remote_objects(copy, self._objects)
@@ -95,12 +96,20 @@ class CacheReader:
                 raise CacheDamagedError(
                     f"{root / name}: expected {self._objects[name].size} bytes, got {got}; {AGAIN}"
                 )
-        self._usable = np.array(self.samples["failure"].is_null())
-        for array in arrays.values():
-            for shard, path in enumerate(self._paths[array.name]):
-                if path not in self._objects or path in self.damaged:
-                    rows = array.rows_of(shard)
-                    self._usable[rows.start : rows.stop] = False
+        lost = {
+            shard
+            for array in arrays.values()
+            for shard, path in enumerate(self._paths[array.name])
+            if path not in self._objects or path in self.damaged
+        }
+        rows = [self.manifest.rows_of(shard) for shard in sorted(lost)]
+        failed = self.samples.failed
+        self.usable = RowSet.all_but(
+            self.manifest.num_samples,
+            np.append(failed, [r.start for r in rows]),
+            np.append(failed + 1, [r.stop for r in rows]),
+        )
+        """Rows that have features: their images did not fail, and their shards exist."""
         most = open_limit() if copy is None else HELD_FILES
         self._shards = CheckedShards(root, self._objects, most, copy)
         self._indices = {name: _Index(array) for name, array in arrays.items()}
@@ -123,8 +132,8 @@ class CacheReader:
 
     @property
     def usable_rows(self) -> NDArray[np.int64]:
-        """Rows that have features: their images did not fail, and their shards exist."""
-        return np.flatnonzero(self._usable).astype(np.int64)
+        """The rows of `usable` as an array."""
+        return self.usable.array()
 
     @property
     def data_identity(self) -> Json:
@@ -280,7 +289,7 @@ class CacheReader:
         self, array: PayloadArray, row: int | np.int64, view: int | np.int64, reason: str
     ) -> CacheDamagedError:
         path = self.root / self._paths[array.name][int(row) // array.shard_rows]
-        key = self.samples["key"][int(row)]
+        key = self.samples.key(int(row))
         return CacheDamagedError(
             f"{path}: sample {key} of {array.name}, view {view}: {reason}; {AGAIN}"
         )
@@ -334,7 +343,7 @@ def _require_within(array: PayloadArray, rows: NDArray[np.int64], views: NDArray
 
 def _look(
     root: Path, allow: Allowed, manifest: CacheManifest
-) -> tuple[CacheManifest, pa.Table, dict[str, ShardObject]]:
+) -> tuple[CacheManifest, SampleIndex, dict[str, ShardObject]]:
     """Return a cache's manifest, sample index and shard files by path.
 
     All other files are checked.
@@ -343,8 +352,10 @@ def _look(
         raise CacheIncompleteError(
             f"{root}: the cache is not complete; run its dtcache extract command again to finish it"
         )
+    # A large sample index is checked by row groups when they are read.
+    is_large = sum(part.bytes for part in manifest.samples) > EAGER_BYTES
     for name, sha256 in manifest.files.items():
-        if file_problem(root / name, sha256) is not None:
+        if not (name == SAMPLES and is_large) and file_problem(root / name, sha256) is not None:
             raise CacheDamagedError(f"{root / name}: missing or not as the manifest says; {AGAIN}")
     if manifest.state == "sealed":
         return manifest, read_samples(root, manifest), read_objects(root, manifest)

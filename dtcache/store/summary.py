@@ -24,6 +24,7 @@ from dtcache.store.layout import (
     CODEC,
     COMMITS,
     DATA,
+    FAILURES,
     IMAGES,
     LABELS,
     LOG,
@@ -34,10 +35,10 @@ from dtcache.store.layout import (
     SHARDS,
 )
 from dtcache.store.manifest import CacheManifest, look_at, read_manifest
-from dtcache.store.sample_index import failures_in, read_samples, require_record
+from dtcache.store.sample_index import SampleIndex, read_samples, require_record
 from dtcache.store.shard_index import damaged_objects, read_objects
 
-INDEX = (MANIFEST, SAMPLES, SHARDS, PROMPT)
+INDEX = (MANIFEST, SAMPLES, FAILURES, SHARDS, PROMPT)
 MAX_CLASSES = 1 << 18
 """Most classes that a description counts images of."""
 SCHEMA = 1
@@ -125,21 +126,20 @@ def _describe(root: Path, manifest: CacheManifest) -> Json:
     }
 
 
-def _class_counts(samples: pa.Table, manifest: CacheManifest) -> dict[str, int] | None:
+def _class_counts(samples: SampleIndex, manifest: CacheManifest) -> dict[str, int] | None:
     """Return the images per class, failed ones too, by name or else number; None without labels.
 
     Only the first MAX_CLASSES classes are counted.
     """
-    labels = samples["label"].drop_null()
-    if not len(labels):
-        return None
-    counts = pc.value_counts(labels)
-    order = pc.sort_indices(counts.field("values"))[:MAX_CLASSES]
+    counts: Counter[int] = Counter()
+    for table in samples.groups():
+        for count in pc.value_counts(table["label"].drop_null()).to_pylist():
+            counts[count["values"]] += count["counts"]
     names = manifest.classes or ()
     return {
-        names[c["values"]] if 0 <= c["values"] < len(names) else str(c["values"]): c["counts"]
-        for c in counts.take(order).to_pylist()
-    }
+        names[label] if 0 <= label < len(names) else str(label): counts[label]
+        for label in sorted(counts)[:MAX_CLASSES]
+    } or None
 
 
 def _source(root: Path) -> Json | None:
@@ -152,13 +152,12 @@ def _source(root: Path) -> Json | None:
     return source if isinstance(source, dict) else None
 
 
-def _progress(root: Path, manifest: CacheManifest, samples: pa.Table) -> _Progress:
+def _progress(root: Path, manifest: CacheManifest, samples: SampleIndex) -> _Progress:
     """Read the indices of a sealed cache, or the commit records of an unfinished one."""
     if manifest.state == "sealed":
         objects = read_objects(root, manifest)
-        failed = failures_in(samples)
-        rows = failed["row"].to_numpy()
-        reasons = failed["failure"]
+        rows = samples.failed
+        reasons = samples.take(rows)["failure"]
         sums = manifest.sums
     else:
         records = [record for _, record in sorted(read_commits(root).items())]
@@ -321,7 +320,7 @@ def _label_set(root: Path) -> Json:
     measured = manifest.measured or {}
     return {
         "state": "complete" if sealed else "unfinished",
-        "num_done": read_samples(root, manifest)["failure"].null_count if sealed else None,
+        "num_done": len(read_samples(root, manifest).usable) if sealed else None,
         "level": labels["level"],
         "classes": labels["classes"],
         "fingerprint": manifest.fingerprint,

@@ -19,7 +19,8 @@ from dtcache.recipe import (
 from dtcache.store.commits import CodecSums
 from dtcache.store.json_types import check_types
 from dtcache.store.label_sets import check_labels, check_measured
-from dtcache.store.layout import CODEC, PROMPT, SAMPLES, SHARDS, PayloadArray
+from dtcache.store.layout import CODEC, FAILURES, PROMPT, SAMPLES, SHARDS, PayloadArray
+from dtcache.store.parquet_tables import TablePart
 
 MAX_PAYLOAD_BYTES = 1 << 28
 MAX_VALUES = 1 << 26
@@ -31,8 +32,8 @@ MAX_ARRAYS = 1 << 12
 BOX = ("top", "left", "height", "width")
 ARRAY_NAME = re.compile(r"[a-z0-9]+")
 FILE_NAME = re.compile(
-    rf"{re.escape(SAMPLES)}|{re.escape(SHARDS)}|{re.escape(PROMPT)}|{re.escape(CODEC)}"
-    r"|data\.zarr/([a-z0-9_]+/)*zarr\.json"
+    rf"{re.escape(SAMPLES)}|{re.escape(FAILURES)}|{re.escape(SHARDS)}|{re.escape(PROMPT)}"
+    rf"|{re.escape(CODEC)}|data\.zarr/([a-z0-9_]+/)*zarr\.json"
 )
 """The files whose hashes a manifest holds: none of them lies outside the cache's folder."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -54,6 +55,7 @@ class _ManifestFields:
     arrays: dict[str, _ArrayFields]
     classes: tuple[str, ...] | None
     files: dict[str, str]
+    samples: tuple[TablePart, ...]
     sums: dict[str, CodecSums]
     measured: Any = None
 
@@ -67,8 +69,9 @@ def check_manifest(value: Json) -> dict[str, PayloadArray]:
     for name, sha256 in value["files"].items():
         if not FILE_NAME.fullmatch(name) or not _SHA256.fullmatch(sha256):
             raise ValueError(f"files: {name[:80]!r} with the SHA-256 {sha256[:64]!r}")
-    if value["state"] == "sealed" and SAMPLES not in value["files"]:
-        raise ValueError(f"files: {SAMPLES} is missing")
+    for name in (SAMPLES, FAILURES) if value["state"] == "sealed" else ():
+        if name not in value["files"]:
+            raise ValueError(f"files: {name} is missing")
     if not _SHA256.fullmatch(value["fingerprint"]):
         raise ValueError(f"fingerprint {value['fingerprint'][:64]!r}")
     arrays = {
@@ -76,6 +79,9 @@ def check_manifest(value: Json) -> dict[str, PayloadArray]:
         for name, array in value["arrays"].items()
     }
     check_recipe(value["recipe"])
+    for part in value["samples"]:
+        if part["bytes"] < 0 or not _SHA256.fullmatch(part["sha256"]):
+            raise ValueError(f"samples: a part {str(part)[:100]}")
     check_measured(value.get("measured"))
     return arrays
 

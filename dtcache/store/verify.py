@@ -12,7 +12,7 @@ from dtcache.hashing import file_problem
 from dtcache.json_files import read_hashed_json
 from dtcache.rng import permuted
 from dtcache.store.contents import Contents, Damage, SamplePlaces, WantedObject, unnamed_files
-from dtcache.store.layout import LOG, MAX_LOG_BYTES, SAMPLES, SHARDS
+from dtcache.store.layout import FAILURES, LOG, MAX_LOG_BYTES, SAMPLES, SHARDS
 from dtcache.store.manifest import read_manifest
 from dtcache.store.open_files import OpenFile
 from dtcache.store.shard_check import shard_difference
@@ -158,10 +158,11 @@ def _damage(
 def _file_damage(root: Path, contents: Contents) -> list[Damage]:
     """Check the files that hold no shard, except those that `read_contents` has checked."""
     files = contents.manifest.files if contents.manifest is not None else {}
+    checked = {SAMPLES, SHARDS} | ({FAILURES} if contents.keys is not None else set())
     problems = {
         name: file_problem(root / name, sha256)
         for name, sha256 in files.items()
-        if name not in (SAMPLES, SHARDS)
+        if name not in checked
     }
     problems[LOG] = log_problem(root / LOG)
     return [

@@ -1,6 +1,7 @@
 """Writing a cache shard by shard. After a kill at any moment, a resume gives the same bytes."""
 
 import hashlib
+import io
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from dtcache.store.layout import (
     CODEC,
     COMMITS,
     DATA,
+    FAILURES,
     LOG,
     MANIFEST,
     PROMPT,
@@ -42,7 +44,7 @@ from dtcache.store.layout import (
     PayloadArray,
 )
 from dtcache.store.manifest import CacheManifest, new_manifest, read_manifest, write_manifest
-from dtcache.store.parquet_tables import parquet_bytes
+from dtcache.store.parquet_tables import parquet_bytes, parts_of
 from dtcache.store.pending_shard import (
     ShardData,
     WrittenShard,
@@ -53,6 +55,7 @@ from dtcache.store.pending_shard import (
 from dtcache.store.prompt_embedding import embedding_bytes
 from dtcache.store.sample_index import (
     failed_samples,
+    failures_table,
     read_samples,
     require_record,
     samples_table,
@@ -123,7 +126,8 @@ class CacheWriter:
             make_folders((root / name).parent)
             write_file(root / name, content)
         files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-        manifest = new_manifest(recipe, arrays, classes, files)
+        parts = parts_of(io.BytesIO(contents[SAMPLES]))
+        manifest = new_manifest(recipe, arrays, classes, files, parts)
         write_manifest(root, manifest)
         # Read back from disk, because JSON sorts names and commit records list files in that order.
         return cls.resume(root)
@@ -159,7 +163,7 @@ class CacheWriter:
         """Return the SHA-256 of a row's source bytes; None if it failed or is not committed."""
         if self.manifest.state == "sealed":
             samples = read_samples(self.root, self.manifest, bounded=False)
-            sha256 = samples["content_sha256"][row].as_py()
+            sha256 = samples.take([row])["content_sha256"][0].as_py()
             return sha256.hex() if sha256 is not None else None
         shard, index = divmod(row, self.manifest.shard_rows)
         return self._records[shard].content_sha256[index] if shard in self._records else None
@@ -217,6 +221,7 @@ class CacheWriter:
                 SHARDS: parquet_bytes(
                     shards_table((r.shard, o) for r in records for o in r.objects)
                 ),
+                FAILURES: parquet_bytes(failures_table(samples)),
                 SAMPLES: parquet_bytes(samples),
             }
             for name, content in contents.items():
@@ -224,7 +229,8 @@ class CacheWriter:
             files = {
                 name: hashlib.sha256(content).hexdigest() for name, content in contents.items()
             }
-            self.manifest = self.manifest.sealed(files, total_sums(records), measured)
+            parts = parts_of(io.BytesIO(contents[SAMPLES]))
+            self.manifest = self.manifest.sealed(files, parts, total_sums(records), measured)
             write_manifest(self.root, self.manifest)
         if (self.root / COMMITS).exists():
             shutil.rmtree(self.root / COMMITS)

@@ -34,7 +34,7 @@ class CachedMaps:
         self.cache = cache
         self._compute = compute
         rows = cache.reader.usable_rows
-        content = cache.reader.samples["content_sha256"].take(rows).to_pylist()
+        content = cache.reader.samples.take(rows)["content_sha256"].to_pylist()
         self._row_of = dict(zip(content, rows.tolist(), strict=True))
         self._decoder = cache.decoder(cache.names).to(compute.device)
         manifest = cache.reader.manifest

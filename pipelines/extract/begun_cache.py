@@ -49,7 +49,9 @@ def require_same_recipe(begun: BegunCache, fixed: Json, samples: SampleList) -> 
     options = {name: value for name, value in fixed.items() if name not in lists}
     require_same(begun.root, recipe, options)
     if any(recipe[name] != fixed[name] for name in lists):
-        changes = changed_samples(read_samples(begun.root, begun.manifest, bounded=False), samples)
+        changes = changed_samples(
+            read_samples(begun.root, begun.manifest, bounded=False).table(), samples
+        )
         raise CacheMismatchError(
             f"{begun.root} holds a cache of another recipe: of other images: {changes}; pass the "
             "images and the `limit` that it was begun with, or another `out`"

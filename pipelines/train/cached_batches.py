@@ -20,6 +20,7 @@ from dtcache.options import TrainOptions, parse_taps
 from dtcache.recipe import Json
 from dtcache.store.reader import Allowed
 from dtcache.store.remote import Location
+from dtcache.store.sample_index import Keys
 from pipelines.terminal.output import say
 from pipelines.train.batch_source import batching
 
@@ -53,12 +54,12 @@ class CachedSource:
             _targets(teacher, self._cache, names)
             for teacher, names in zip(joined.teachers, chosen, strict=True)
         )
-        usable = self._cache.usable_rows
+        usable = self._cache.usable
         if processes.is_first:
             for line in _remarks(joined, self._cache):
                 say(line)
         limited = usable[: options.limit]
-        rows, self._held = split_rows(limited, self.keys(limited))
+        rows, self._held = split_rows(limited, Keys(self._cache.keys, limited))
         self._loader = EpochLoader(
             Pinned(self._cache) if compute.device.type == "cuda" else self._cache,
             rows,
@@ -90,7 +91,7 @@ class CachedSource:
     def held_out(self) -> Iterator[TrainBatch]:
         """Yield the first view of each held-out sample: draw 0, not mirrored."""
         for start in range(0, len(self._held), self._batch_size):
-            rows = self._held[start : start + self._batch_size]
+            rows = self._held[start : start + self._batch_size].array()
             yield self._cache.batch(rows, [0] * len(rows), self.names)
 
     def ready(self, batch: TrainBatch) -> TrainBatch:
@@ -216,7 +217,7 @@ def _targets(teacher: JoinedTeacher, joined: JoinedCache, chosen: Sequence[str])
     """Return what is known of a teacher's arrays. Measurements are means over its caches' rows."""
     names = {joined_name(teacher, own_name): own_name for own_name in chosen}
     recipes = [cache.reader.manifest.recipe for cache in teacher.caches]
-    rows = [len(cache.reader.usable_rows) for cache in teacher.caches]
+    rows = [len(cache.reader.usable) for cache in teacher.caches]
 
     def measured(kind: str) -> dict[str, float]:
         return {
@@ -263,13 +264,13 @@ def _remarks(joined: Join, cache: JoinedCache) -> list[str]:
     first = joined.sets[0].caches[0].reader
     if first.manifest.state != "sealed":
         lines.append(
-            f"{first.location} is not complete: it has {len(cache.usable_rows)} of "
+            f"{first.location} is not complete: it has {len(cache.usable)} of "
             f"{first.manifest.num_samples} samples"
         )
     if len(joined.sets) > 1:
         counts = ", ".join(str(len(images.usable)) for images in joined.sets)
         lines.append(
-            f"{len(joined.sets)} parts of other images, joined to {len(cache.usable_rows)} samples "
+            f"{len(joined.sets)} parts of other images, joined to {len(cache.usable)} samples "
             f"({counts})"
         )
     if cache.num_lacking:

@@ -24,6 +24,7 @@ from dtcache.labels.label_decoder import LabelDecoder
 from dtcache.losses.teachers import TeacherTargets
 from dtcache.options import ExtractOptions, TrainOptions
 from dtcache.recipe import Json, tap_name
+from dtcache.row_set import RowSet
 from dtcache.store.sample_index import hash_samples
 from dtcache.teacher import TeacherBatch
 from dtcache.whitening import whiten
@@ -106,7 +107,7 @@ class OnlineSource:
         }
         self.teachers: tuple[TeacherTargets, ...] = (TeacherTargets(names=tuple(self._plan.names)),)
         samples = self._plan.samples
-        rows = np.arange(len(samples))
+        rows = RowSet([0], [len(samples)])
         self._rows, self._held = split_rows(rows, self.keys(rows))
         self.num_batches = self._drawn(0).num_batches
         self.labels: LabelSet | None = None
@@ -147,7 +148,7 @@ class OnlineSource:
         drawn = _Drawn(self._images, self._plan, 0)
         size = self._plan.teacher.spec.batch_size
         for start in range(0, len(self._held), size):
-            rows = self._held[start : start + size]
+            rows = self._held[start : start + size].array()
             yield drawn.batch(rows, np.zeros_like(rows), self.names)
 
     def ready(self, batch: OnlineBatch) -> TrainBatch:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dtcache.store.contents import Damage
-from dtcache.store.layout import COMMITS, LABELS, LOG, SHARDS
+from dtcache.store.layout import COMMITS, FAILURES, LABELS, LOG, SHARDS
 from dtcache.store.verify import Verification
 
 
@@ -22,7 +22,11 @@ class Repair:
 
 def repairable(damage: Damage) -> bool:
     """Return whether a repair can recompute the file and check it against a recorded hash."""
-    return damage.shard is not None or damage.path == SHARDS or damage.path.endswith("zarr.json")
+    return (
+        damage.shard is not None
+        or damage.path in (FAILURES, SHARDS)
+        or damage.path.endswith("zarr.json")
+    )
 
 
 def remedy(damage: Damage, label_set: str | None = None) -> str:

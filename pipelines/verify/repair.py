@@ -19,11 +19,11 @@ from dtcache.process_settings import cpu_threads
 from dtcache.store.commits import ShardObject
 from dtcache.store.contents import WantedObject, read_contents
 from dtcache.store.label_sets import label_set_names
-from dtcache.store.layout import LABELS, SHARDS
+from dtcache.store.layout import FAILURES, LABELS, SAMPLES, SHARDS
 from dtcache.store.manifest import CacheManifest, require_same
-from dtcache.store.parquet_tables import parquet_bytes
+from dtcache.store.parquet_tables import parquet_bytes, read_table
 from dtcache.store.pending_shard import ShardData
-from dtcache.store.sample_index import read_samples
+from dtcache.store.sample_index import SCHEMA, failures_table, read_samples
 from dtcache.store.shard import build_shard
 from dtcache.store.shard_index import shards_table
 from dtcache.store.verify import Verification
@@ -156,7 +156,7 @@ def _repair_one(
 
 
 def _rebuild_indices(damaged: _Damaged) -> list[Repair]:
-    """Rebuild Zarr nodes and the shard index from the manifest and the intact files."""
+    """Rebuild Zarr nodes, the failed rows and the shard index from the intact files."""
     manifest = damaged.manifest
     paths = [
         damage.path
@@ -164,11 +164,15 @@ def _rebuild_indices(damaged: _Damaged) -> list[Repair]:
         if damage.shard is None and repairable(damage)
     ]
     contents = {}
-    if any(path != SHARDS for path in paths):
+    if any(path not in (FAILURES, SHARDS) for path in paths):
         contents = zarr_nodes(manifest.arrays.values())
     if SHARDS in paths and not damaged.shards():
         # The recorded hash of the index proves that every shard file is the recorded one.
         contents[SHARDS] = parquet_bytes(shards_table(_objects_on_disk(damaged)))
+    damaged_paths = {damage.path for damage in damaged.verification.damage}
+    if FAILURES in paths and SAMPLES not in damaged_paths:
+        samples = read_table(damaged.root / SAMPLES, SCHEMA)
+        contents[FAILURES] = parquet_bytes(failures_table(samples))
     repairs = []
     for path in paths:
         if path in contents:
@@ -248,7 +252,7 @@ def _cached_hashes(damaged: _Damaged, shard: int, rows: range) -> Sequence[str |
         return contents.records[shard].content_sha256
     if contents.keys is None:
         return ()
-    column = read_samples(damaged.root, damaged.manifest)["content_sha256"][rows.start : rows.stop]
+    column = read_samples(damaged.root, damaged.manifest).take(rows)["content_sha256"]
     return [value.hex() if value is not None else None for value in column.to_pylist()]
 
 

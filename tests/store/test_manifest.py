@@ -37,16 +37,22 @@ from dtcache.store.manifest import (
     require_same,
     write_manifest,
 )
+from dtcache.store.parquet_tables import TablePart
 
 
 def tiny_manifest() -> CacheManifest:
     """Return the manifest of the tiny plan's cache, sealed."""
     plan = tiny_plan()
     manifest = new_manifest(
-        plan.recipe, plan.arrays, ["red", "grün"], {"samples.parquet": "0" * 64}
+        plan.recipe,
+        plan.arrays,
+        ["red", "grün"],
+        {"samples.parquet": "0" * 64},
+        (TablePart(bytes=7, sha256="2" * 64),),
     )
     return manifest.sealed(
-        {"shards.parquet": "1" * 64},
+        {"shards.parquet": "1" * 64, "failures.parquet": "3" * 64},
+        manifest.samples,
         {"t150/stride2": CodecSums(squared_error=0.1, energy=3.0, section_bytes=7)},
     )
 
@@ -69,7 +75,11 @@ def test_manifest_round_trips(tmp_path: Path) -> None:
     found = read_manifest(tmp_path)
     assert found == tiny_manifest()
     assert (found.num_samples, found.num_views) == (10, 2)
-    assert found.files == {"samples.parquet": "0" * 64, "shards.parquet": "1" * 64}
+    assert found.files == {
+        "samples.parquet": "0" * 64,
+        "shards.parquet": "1" * 64,
+        "failures.parquet": "3" * 64,
+    }
     text = (tmp_path / "manifest.json").read_bytes()
     assert canonical_json(json.loads(text)) == text
     assert str(tmp_path).encode() not in text
@@ -258,6 +268,7 @@ def may_lack(place: Place, was: object) -> bool:
     return (
         was is None
         or place[0] in ("classes", "files", "sums")
+        or (place[0] == "samples" and len(place) == 2)
         or place[:2] in (("recipe", "equivariance"), ("recipe", "round_trip"))
         or place[:3] == ("recipe", "teacher", "snrs")
     )
@@ -291,11 +302,17 @@ def test_no_field_may_be_missing_or_of_another_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "is_valid"),
     [
-        ({"samples.parquet": "0" * 64, "codec.safetensors.zst": "0" * 64}, True),
+        ({"samples.parquet": "0" * 64, "codec.safetensors.zst": "0" * 64}, False),
         (
             {
                 name: "0" * 64
-                for name in ("samples.parquet", "data.zarr/zarr.json", "prompt.safetensors")
+                for name in (
+                    "samples.parquet",
+                    "failures.parquet",
+                    "data.zarr/zarr.json",
+                    "codec.safetensors.zst",
+                    "prompt.safetensors",
+                )
             },
             True,
         ),
@@ -481,7 +498,7 @@ def test_a_condition_is_in_the_recipe_where_there_is_one(
     recipe = told(condition)
     assert "condition" not in plan.recipe.to_json()["teacher"]
     assert recipe.fingerprint != plan.recipe.fingerprint
-    write_manifest(tmp_path, new_manifest(recipe, plan.arrays, None, {}))
+    write_manifest(tmp_path, new_manifest(recipe, plan.arrays, None, {}, ()))
     assert read_manifest(tmp_path).recipe["teacher"]["condition"] == value
 
 
@@ -499,7 +516,7 @@ def test_a_condition_is_in_the_recipe_where_there_is_one(
 def test_a_condition_of_another_kind_is_damage(tmp_path: Path, value: object) -> None:
     """An unknown or incomplete condition is damage."""
     plan = tiny_plan()
-    manifest = new_manifest(told(ConditionSpec(kind="null")), plan.arrays, None, {})
+    manifest = new_manifest(told(ConditionSpec(kind="null")), plan.arrays, None, {}, ())
     manifest.recipe["teacher"]["condition"] = value
     write_manifest(tmp_path, manifest)
     with pytest.raises(CacheDamagedError, match="not a manifest of dtcache"):

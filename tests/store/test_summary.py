@@ -11,7 +11,7 @@ from support.inspecting import DOCS, documented, inspect
 
 from dtcache.errors import CacheDamagedError, CacheFormatError
 from dtcache.store import summary as report_module
-from dtcache.store.layout import CODEC, MANIFEST, SAMPLES, SHARDS
+from dtcache.store.layout import CODEC, FAILURES, MANIFEST, SAMPLES, SHARDS
 from dtcache.store.summary import SCHEMA, inspect_cache
 from pipelines.inspect.tables import interval
 
@@ -45,7 +45,7 @@ def test_parts_add_up_to_the_files(tiny_cache: Path) -> None:
     }
     assert parts["images"] == shards["images"]
     assert parts["coefficients"] == shards[FEATURES]
-    assert parts["index"] == sum(sizes[name] for name in (MANIFEST, SAMPLES, SHARDS))
+    assert parts["index"] == sum(sizes[name] for name in (MANIFEST, SAMPLES, FAILURES, SHARDS))
     assert parts["codec"] == report["codec_bytes"] == sizes[CODEC]
     by_tap = [tap["bytes"] for tap in report["taps"]]
     assert sum(by_tap) == shards[FEATURES]
@@ -61,7 +61,7 @@ def test_parts_add_up_to_the_files(tiny_cache: Path) -> None:
 def test_only_manifest_and_index_are_read(tiny_copy: Path) -> None:
     """Inspecting a cache reads no more bytes than its manifest and indices hold."""
     inspect_cache(tiny_copy)  # loads the lazily imported modules
-    index = sum((tiny_copy / name).stat().st_size for name in (MANIFEST, SAMPLES, SHARDS))
+    index = sum((tiny_copy / name).stat().st_size for name in (MANIFEST, SAMPLES, FAILURES, SHARDS))
     for path in (tiny_copy / "data.zarr").rglob("c.*"):
         os.truncate(path, path.stat().st_size + (1 << 26))
     before = bytes_read()

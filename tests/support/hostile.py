@@ -1,7 +1,9 @@
 """Caches as a stranger could make them: changed at will, with every hash recomputed."""
 
+import io
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +11,8 @@ import pyarrow as pa
 from dtcache.hashing import canonical_json, file_sha256
 from dtcache.json_files import with_own_hash
 from dtcache.recipe import Json
-from dtcache.store.parquet_tables import parquet_bytes
+from dtcache.store.layout import SAMPLES
+from dtcache.store.parquet_tables import TablePart, parquet_bytes, parts_of
 
 
 def reseal(root: Path, change: Callable[[Json], object] = lambda manifest: None) -> None:
@@ -20,6 +23,14 @@ def reseal(root: Path, change: Callable[[Json], object] = lambda manifest: None)
     for name in manifest["files"]:
         if (root / name).is_file():
             manifest["files"][name] = file_sha256(root / name)
+    samples = root / SAMPLES
+    if samples.is_file():
+        content = samples.read_bytes()
+        try:
+            parts = parts_of(io.BytesIO(content))
+        except (pa.ArrowException, OSError):
+            parts = (TablePart(bytes=len(content), sha256=manifest["files"][SAMPLES]),)
+        manifest["samples"] = [asdict(part) for part in parts]
     change(manifest)
     path.write_bytes(canonical_json(with_own_hash(manifest)))
 

@@ -17,6 +17,7 @@ from dtcache.options.images import READING_NAMES
 from dtcache.process_settings import configure_process
 from dtcache.recipe import Json
 from dtcache.store.reader import Allowed
+from dtcache.store.sample_index import Keys
 from dtcache.student import Student
 from dtcache.whitening import unwhiten, whiten_positions
 from pipelines.inspect.page.gallery import (
@@ -44,9 +45,9 @@ def student_gallery(root: Path, report: Json, cache_root: Path, options: Inspect
     cache = _open_cache(root, recorded, cache_root, options)
     train_options = _train_options(recorded)
     names = feature_names(cache, train_options)
-    usable = cache.reader.usable_rows[: train_options.limit]
-    _, held_out = split_rows(usable, cache.samples["key"].take(usable).to_pylist())
-    rows = held_out[:BASIS_ROWS]
+    usable = cache.reader.usable[: train_options.limit]
+    _, held_out = split_rows(usable, Keys(cache.reader.samples.keys, usable))
+    rows = held_out[:BASIS_ROWS].array()
     student, device = _student(root, cache, train_options, names, options.device)
     batch = cache.batch(rows, [0] * len(rows), names)
     with torch.inference_mode():

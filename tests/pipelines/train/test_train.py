@@ -27,6 +27,7 @@ from dtcache.cache.selection import held_out, split_rows
 from dtcache.device import resolve_compute
 from dtcache.losses.teachers import TeacherTargets, make_teachers_objective
 from dtcache.options import TrainOptions
+from dtcache.row_set import RowSet
 from dtcache.store.commits import CommitRecord, write_commit
 from dtcache.store.manifest import CacheManifest, read_manifest, write_manifest
 from dtcache.store.sample_index import read_samples
@@ -126,7 +127,7 @@ def test_the_first_loss_is_the_formulas(cache: Path, trained: Path) -> None:
     """The first losses, MSE and AT per tap, equal NumPy's from decoded maps."""
     opened = Cache(cache)
     names = ["t150/stride4", "t150/stride8"]
-    rows, _ = split_rows(np.arange(40), opened.samples["key"].to_pylist())
+    rows, _ = split_rows(RowSet([0], [40]), opened.samples["key"].to_pylist())
     batch = next(
         iter(EpochLoader(opened, rows, names, Batching(batch_size=8, seed=0, threads=1)).epoch(0))
     )
@@ -168,9 +169,9 @@ def test_the_schedule_is_warm_up_and_cosine(trained: Path) -> None:
 def test_held_out_samples_are_never_trained_on(cache: Path) -> None:
     """The split by key hash gives disjoint and complete training and held-out rows."""
     opened = Cache(cache)
-    rows, held = split_rows(np.arange(40), opened.samples["key"].to_pylist())
+    rows, held = split_rows(RowSet([0], [40]), opened.samples["key"].to_pylist())
     assert sorted([*rows, *held]) == list(range(40))
-    assert held.tolist() == held_out(opened.reader.samples["key"].to_pylist())
+    assert list(held) == held_out(opened.samples["key"].to_pylist())
 
 
 def test_a_finished_run_is_not_repeated(cache: Path, trained: Path) -> None:
@@ -438,7 +439,7 @@ def record_of(root: Path, manifest: CacheManifest, shard: int) -> CommitRecord:
     listed = read_objects(root, manifest)
     paths = [array.object_path(shard) for array in manifest.arrays.values()]
     rows = manifest.rows_of(shard)
-    content = read_samples(root, manifest)["content_sha256"].to_pylist()
+    content = read_samples(root, manifest).table()["content_sha256"].to_pylist()
     return CommitRecord(
         shard=shard,
         fingerprint=manifest.fingerprint,
