@@ -28,13 +28,11 @@ from dtcache.store.layout import (
 from dtcache.store.manifest import CacheManifest, read_manifest
 from dtcache.store.parquet_tables import parquet_bytes
 from dtcache.store.sample_index import Keys, read_samples, require_record, sealed_samples
-from dtcache.store.shard_index import read_objects
+from dtcache.store.shard_index import MAX_DIGITS, read_objects
 
 LOCK = ".lock"
 MAX_UNLISTED = 1_000_000
 """Most shard files that are looked for if no index lists them."""
-MAX_DIGITS = 10
-"""Most digits of a shard's number in a file name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from dtcache.hashing import file_problem, sha256_json
 from dtcache.payloads import SLACK, Payloads
 from dtcache.recipe import Json
 from dtcache.row_set import RowSet
+from dtcache.store.chunk_index import ChunkIndex
 from dtcache.store.commits import ShardObject
 from dtcache.store.layout import SAMPLES, PayloadArray
 from dtcache.store.manifest import CacheManifest, look_at
@@ -31,7 +32,7 @@ from dtcache.store.remote import (
 )
 from dtcache.store.row_groups import EAGER_BYTES
 from dtcache.store.sample_index import SampleIndex, committed, read_samples
-from dtcache.store.shard import ABSENT, index_bytes, parse_index, unpack_chunk
+from dtcache.store.shard import index_bytes, parse_index, unpack_chunk
 from dtcache.store.shard_check import CheckedShards
 from dtcache.store.shard_index import damaged_objects, read_objects
 from dtcache.store.tag import TAG_BYTES, untagged
@@ -87,20 +88,17 @@ class CacheReader:
         Empty unless `allow` is damage.
         """
         arrays = self.manifest.arrays
-        self._paths = {
-            name: [a.object_path(shard) for shard in range(a.num_shards)]
-            for name, a in arrays.items()
-        }
         if allow != "damage":
             for name, got in self.damaged.items():
                 raise CacheDamagedError(
                     f"{root / name}: expected {self._objects[name].size} bytes, got {got}; {AGAIN}"
                 )
+        is_sealed = self.manifest.state == "sealed"
         lost = {
             shard
             for array in arrays.values()
-            for shard, path in enumerate(self._paths[array.name])
-            if path not in self._objects or path in self.damaged
+            for shard in (range(array.num_shards) if self.damaged or not is_sealed else ())
+            if (path := array.object_path(shard)) not in self._objects or path in self.damaged
         }
         rows = [self.manifest.rows_of(shard) for shard in sorted(lost)]
         failed = self.samples.failed
@@ -112,7 +110,7 @@ class CacheReader:
         """Rows that have features: their images did not fail, and their shards exist."""
         most = open_limit() if copy is None else HELD_FILES
         self._shards = CheckedShards(root, self._objects, most, copy)
-        self._indices = {name: _Index(array) for name, array in arrays.items()}
+        self._indices = {name: ChunkIndex(array) for name, array in arrays.items()}
         self._process = os.getpid()
         self._closed = False
 
@@ -156,6 +154,7 @@ class CacheReader:
         if os.getpid() != self._process:
             # A forked process opens the files again: locks may have been held when it was forked.
             self._shards = self._shards.in_this_process()
+            self._indices = {n: ChunkIndex(a) for n, a in self.manifest.arrays.items()}
             self._process = os.getpid()
         chunks = self._locate(
             self.manifest.arrays[name], np.asarray(rows, np.int64), np.asarray(views, np.int64)
@@ -178,31 +177,38 @@ class CacheReader:
     def _locate(
         self, array: PayloadArray, rows: NDArray[np.int64], views: NDArray[np.int64]
     ) -> "_Chunks":
-        """Return the chunks of (row, view) pairs; the index of a shard is read at its first use."""
+        """Return the chunks of (row, view) pairs; the index of a shard is read when it is used."""
         _require_within(array, rows, views)
         shards, inner = np.divmod(rows, array.shard_rows)
-        index = self._indices[array.name]
-        unread = [n for n in np.unique(shards).tolist() if not index.loaded[n]]
-        for number in unread:
-            if self._paths[array.name][number] not in self._objects:
-                first = int(np.argmax(shards == number))
-                reason = "the shard was not committed yet when the cache was opened"
-                raise self._damaged(array, rows[first], views[first], reason)
-        self._shards.check(array, unread)
-        for number in unread:
-            file = self._open(array, number)
-            try:
-                index.load(number, file)
-            except CacheDamagedError as error:
-                path = self.root / self._paths[array.name][number]
-                raise CacheDamagedError(f"{path}: {error}; {AGAIN}") from error
-        entries = index.table[shards, inner * array.payloads_per_row + views]
-        for place in np.flatnonzero(entries[:, 0] == ABSENT):
+
+        def load(numbers: list[int]) -> dict[int, NDArray[np.uint64]]:
+            """Return the indices of shards, whose files are checked first."""
+            for number in numbers:
+                if array.object_path(number) not in self._objects:
+                    first = int(np.argmax(shards == number))
+                    reason = "the shard was not committed yet when the cache was opened"
+                    raise self._damaged(array, rows[first], views[first], reason)
+            self._shards.check(array, numbers)
+            return {number: self._read_index(array, number) for number in numbers}
+
+        entries = inner * array.payloads_per_row + views
+        offsets, sizes = self._indices[array.name].find(shards, entries, load)
+        for place in np.flatnonzero(offsets < 0):
             raise self._damaged(array, rows[place], views[place], "the shard holds no such chunk")
-        offsets, sizes = entries.T.astype(np.int64)
         return _Chunks(
             array=array, rows=rows, views=views, shards=shards, offsets=offsets, sizes=sizes
         )
+
+    def _read_index(self, array: PayloadArray, shard: int) -> NDArray[np.uint64]:
+        """Return offsets and sizes of a shard's chunks. Raises CacheDamagedError with the path."""
+        file = self._open(array, shard)
+        size = file.identity.size
+        tail = index_bytes(array.shard_rows * array.payloads_per_row)
+        try:
+            return parse_index(file.read(max(0, size - tail), tail), array, size)
+        except CacheDamagedError as error:
+            path = self.root / array.object_path(shard)
+            raise CacheDamagedError(f"{path}: {error}; {AGAIN}") from error
 
     def _gather(self, chunks: "_Chunks") -> Payloads:
         """Read chunks: with the kernel if it knows their frames, else by the slower path."""
@@ -275,7 +281,7 @@ class CacheReader:
         If damage is allowed, only the chunks that are read must be intact; but the file must not be
         another shard's. Raises CacheDamagedError, for a damaged chunk with its sample.
         """
-        path = self._paths[array.name][shard]
+        path = array.object_path(shard)
         file, difference = self._shards.open(array, shard)
         if difference is None or (self._allow == "damage" and difference.bad != {}):
             return file
@@ -288,7 +294,7 @@ class CacheReader:
     def _damaged(
         self, array: PayloadArray, row: int | np.int64, view: int | np.int64, reason: str
     ) -> CacheDamagedError:
-        path = self.root / self._paths[array.name][int(row) // array.shard_rows]
+        path = self.root / array.object_path(int(row) // array.shard_rows)
         key = self.samples.key(int(row))
         return CacheDamagedError(
             f"{path}: sample {key} of {array.name}, view {view}: {reason}; {AGAIN}"
@@ -360,25 +366,3 @@ def _look(
     if manifest.state == "sealed":
         return manifest, read_samples(root, manifest), read_objects(root, manifest)
     return manifest, *committed(root, manifest)
-
-
-class _Index:
-    """The shard indices of one array: 16 bytes per chunk, read and checked at first use."""
-
-    def __init__(self, array: PayloadArray) -> None:
-        self._array = array
-        entries = array.shard_rows * array.payloads_per_row
-        self._tail = index_bytes(entries)
-        # The system allocates a page when it is first written, not here.
-        self.table = np.zeros((array.num_shards, entries, 2), np.uint64)
-        self.loaded = np.zeros(array.num_shards, np.bool_)
-
-    def load(self, shard: int, file: OpenFile) -> None:
-        """Read the index of a shard from its file. Raises CacheDamagedError.
-
-        Two threads that load the same index write the same bytes.
-        """
-        size = file.identity.size
-        tail = file.read(max(0, size - self._tail), self._tail)
-        self.table[shard] = parse_index(tail, self._array, size)
-        self.loaded[shard] = True

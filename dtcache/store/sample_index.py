@@ -256,8 +256,9 @@ def read_samples(
 ) -> SampleIndex:
     """Open a cache's sample index, within the bounds of `read_table`.
 
-    Without `with_failures`, the failed rows of a sealed cache are not read. Raises CacheDamagedError if it does not have one row per sample of the recipe, in row order. Row
-    groups of a large index are checked when they are read.
+    Without `with_failures`, the failed rows of a sealed cache are not read. Row groups of a large
+    index are checked when they are read. Raises CacheDamagedError if it does not have one row per
+    sample of the recipe, in row order.
     """
     if manifest.state == "sealed" and with_failures:
         failed = _read_failures(root, manifest)

@@ -4,7 +4,7 @@ A file that differs is searched for damaged chunks, and for payloads of another 
 """
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,20 +40,21 @@ def shard_difference(
     recorded_sha256: str | None,
     array: PayloadArray,
     shard: int,
-    path_of: Mapping[str, str],
+    path_of: Callable[[str], str | None],
 ) -> Difference | None:
     """Read every byte of a shard file; return how it differs, or None if it is the recorded one.
 
     Without a recorded hash, only the checksums inside the file are compared. `path_of` gives the
-    path of every recorded hash, so that a misplaced shard file is recognised. Raises
+    path of a recorded hash, so that a misplaced shard file is recognised. Raises
     CacheDamagedError if the disk fails.
     """
     got = file.sha256()
     if got == recorded_sha256:
         return None
     expected = f"expected SHA-256 {(recorded_sha256 or '')[:16]}..."
-    if recorded_sha256 is not None and got in path_of:
-        return Difference(reason=f"{expected}, it is {path_of[got]}", bad={})
+    other = path_of(got) if recorded_sha256 is not None else None
+    if other is not None:
+        return Difference(reason=f"{expected}, it is {other}", bad={})
     try:
         bad = bad_entries(file, array, shard)
     except CacheDamagedError as error:
@@ -125,7 +126,6 @@ class CheckedShards:
         self._copy = copy
         self._files = OpenFiles(root, most)
         self._objects = objects
-        self._path_of = {listed.sha256: path for path, listed in objects.items()}
         self._lock = threading.Lock()
         self._checks: dict[str, Future[_Check]] = {}
 
@@ -200,6 +200,11 @@ class CheckedShards:
             check.set_exception(error)
             raise
         check.set_result(_Check(identity=file.identity, difference=difference))
+
+    def _path_of(self, sha256: str) -> str | None:
+        """Return the path of the file that has a recorded hash; None if there is no such file."""
+        same = (path for path, listed in self._objects.items() if listed.sha256 == sha256)
+        return next(same, None)
 
     def _opened(self, path: str) -> OpenFile:
         """Return an open file of the recorded size. Raises CacheDamagedError with the path."""

@@ -124,7 +124,7 @@ def check_object(
         return found
     try:
         file = OpenFile(root / wanted.path)
-        difference = shard_difference(file, wanted.sha256, wanted.array, wanted.shard, path_of)
+        difference = shard_difference(file, wanted.sha256, wanted.array, wanted.shard, path_of.get)
     except CacheDamagedError as error:
         return _damage(wanted, str(error), None, keys)
     if difference is None:

@@ -34,6 +34,7 @@ from dtcache.recipe import FailedSample
 from dtcache.store import commits as commits_module
 from dtcache.store import reader as reader_module
 from dtcache.store import shard, zstd_frame
+from dtcache.store.chunk_index import ChunkIndex
 from dtcache.store.commits import read_commits, write_commit
 from dtcache.store.contents import read_contents
 from dtcache.store.layout import IMAGES, PayloadArray
@@ -174,8 +175,7 @@ def test_flipped_bytes_of_every_shard_are_found(
                 file.seek(place)
                 file.write(bytes([content[place] ^ (1 << place % 8)]))
             messages = {}
-            for index in reader._indices.values():
-                index.loaded[:] = False
+            reader._indices = {n: ChunkIndex(a) for n, a in reader.manifest.arrays.items()}
             for row, view in pairs:
                 try:
                     found = read(reader, name, [row], [view])
