@@ -3,8 +3,8 @@
     python benchmarks/scale_index.py [--work runs/scale_index] [--samples 100000000] [--results DIR]
 
 The sample index, the failed rows (one in 100,000), the shard index and the number of files are real
-in size; keys have 20 characters, and content hashes are random. The taps are those of a CIFAR-10
-teacher at a ratio of 50, with one view and without images. The shards that the first mix of epoch 0
+in size; keys have 19 characters, and content hashes are random. The taps are those of a CIFAR-10
+teacher at a ratio of 50, with one view. The shards that the first mix of epoch 0
 reads are real; all others are hard links to one file, whose payloads' tags are of another place.
 Memory is the increase of the anonymous resident memory of a separate process, and its peak is of
 the whole process. The first batch is read and decoded as `dtcache train --shuffle block` reads it,
@@ -40,7 +40,7 @@ from dtcache.hashing import canonical_json, file_sha256
 from dtcache.json_files import with_own_hash
 from dtcache.row_set import RowSet
 from dtcache.store.commits import ShardObject
-from dtcache.store.layout import FAILURES, MANIFEST, SAMPLES, SHARDS
+from dtcache.store.layout import FAILURES, IMAGES, MANIFEST, SAMPLES, SHARDS
 from dtcache.store.manifest import read_manifest
 from dtcache.store.parquet_tables import GROUP_ROWS, WRITING, parquet_bytes, parts_of
 from dtcache.store.sample_index import SCHEMA, Keys, failures_table
@@ -97,29 +97,26 @@ def write_index(root: Path, count: int) -> None:
     (root / FAILURES).write_bytes(parquet_bytes(pa.concat_tables(failed)))
     (root / MANIFEST).write_bytes(canonical_json(with_own_hash(value)))
     manifest = read_manifest(root)
-    [array] = manifest.arrays.values()
     rows = RowSet.of(np.setdiff1d(np.arange(count), np.arange(0, count, FAILED_EVERY)))
     train, _ = split_rows(rows, [])
     order = loader_of(root, train, SHARD_ROWS)._block_order(0)
     real = set((order.mix(0)[0] // SHARD_ROWS).tolist())
-    first = root / array.object_path(0)
     listed = []
     for shard in range(manifest.num_shards):
-        path = root / array.object_path(shard)
-        if shard in real or shard == manifest.num_shards - 1:
-            contents = [payloads[row % DISTINCT] for row in array.rows_of(shard)]
-            path.unlink(missing_ok=True)
-            path.write_bytes(build_shard(array, shard, contents))
-        elif shard > 0:
-            path.unlink(missing_ok=True)
-            os.link(first, path)
-        number = shard if shard in real or shard == manifest.num_shards - 1 else 0
-        if number or not shard:
-            sha256 = file_sha256(path)
-        else:
-            sha256 = hashlib.sha256(str(shard).encode()).hexdigest()
-        name = array.object_path(shard)
-        listed.append((shard, ShardObject(path=name, size=path.stat().st_size, sha256=sha256)))
+        for array in manifest.arrays.values():
+            path = root / array.object_path(shard)
+            sha256 = None
+            if array.name != IMAGES and (shard in real or shard == manifest.num_shards - 1):
+                contents = [payloads[row % DISTINCT] for row in array.rows_of(shard)]
+                path.unlink(missing_ok=True)
+                path.write_bytes(build_shard(array, shard, contents))
+                sha256 = file_sha256(path)
+            elif shard > 0:
+                path.unlink(missing_ok=True)
+                os.link(root / array.object_path(0), path)
+            sha256 = sha256 or hashlib.sha256(f"{array.name} {shard}".encode()).hexdigest()
+            o = ShardObject(path=array.object_path(shard), size=path.stat().st_size, sha256=sha256)
+            listed.append((shard, o))
     (root / SHARDS).write_bytes(parquet_bytes(shards_table(listed)))
     for name in (SAMPLES, SHARDS, FAILURES):
         value["files"][name] = file_sha256(root / name)
