@@ -53,9 +53,7 @@ class JoinedCache:
             for cache in images.caches
         }
         self.num_views = self._flips * math.lcm(*self._draws.values())
-        self.usable = RowSet.joined(
-            [(images.first_row, images.usable) for images in join.sets]
-        )
+        self.usable = RowSet.joined([(images.first_row, images.usable) for images in join.sets])
         self._arrays = {
             teacher.name: [self._stored(teacher, number) for number in range(len(join.sets))]
             for teacher in join.teachers

@@ -225,7 +225,7 @@ def test_parts_of_a_teacher_are_one_cache_of_all_images(
     assert len(set(keys)) == len(keys) == 16
     parts = [{s.key for s in Cache(path)} for path in halves]
     assert all(set(keys) & part for part in parts)
-    assert len(source._cache.usable_rows) == 40
+    assert len(source._cache.usable) == 40
     train(halves, tmp_path / "whole", OPTIONS)
     interrupt(monkeypatch, Trainer, "update", call=3)
     with pytest.raises(KeyboardInterrupt):
@@ -263,7 +263,7 @@ def test_failed_samples_are_left_out_and_counted(
     source = source_of(scene_cache, tmp_path / "vit.cache")
     said = " ".join(capsys.readouterr().err.split())
     assert "1 samples are left out, as not every cache has features of them" in said
-    usable = source.keys(source._cache.usable_rows)
+    usable = source.keys(source._cache.usable.array())
     assert len(usable) == 39 and broken.relative_to(folder).as_posix() not in usable
 
 
