@@ -16,7 +16,7 @@ class RowSet(Sequence[int]):
         """Hold the rows start <= row < stop of each range; ranges ascend and do not overlap."""
         self._starts = np.asarray(starts, np.int64)
         self._stops = np.asarray(stops, np.int64)
-        self._ends = np.cumsum(self._stops - self._starts)
+        self._ends: NDArray[np.int64] = np.cumsum(self._stops - self._starts, dtype=np.int64)
         """Number of rows up to the end of each range."""
 
     @classmethod
@@ -88,7 +88,8 @@ class RowSet(Sequence[int]):
         """Return the rows at positions in 0..len - 1, int64, in their order."""
         places = np.asarray(positions, np.int64)
         number = np.searchsorted(self._ends, places, side="right")
-        return self._stops[number] - (self._ends[number] - places)
+        rows: NDArray[np.int64] = self._stops[number] - (self._ends[number] - places)
+        return rows
 
     def has(self, rows: ArrayLike) -> NDArray[np.bool_]:
         """Return for each of `rows` whether the set has it."""

@@ -196,7 +196,7 @@ def _failures_damage(root: Path, manifest: CacheManifest) -> list[Damage]:
     return [Damage(path=FAILURES, reason=problem)] if problem is not None else []
 
 
-def _listed(root: Path, manifest: CacheManifest) -> tuple[dict[str, ShardObject], list[Damage]]:
+def _listed(root: Path, manifest: CacheManifest) -> tuple[Mapping[str, ShardObject], list[Damage]]:
     """Return the shard files that the index of a sealed cache lists, by path.
 
     The second value is the damage of the index.

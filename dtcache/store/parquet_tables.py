@@ -61,10 +61,11 @@ def parts_of(file: BinaryIO) -> tuple[TablePart, ...]:
 def _group_end(group: pq.RowGroupMetaData) -> int:
     """Return the byte offset after the last page of a row group."""
     columns = map(group.column, range(group.num_columns))
-    return max(
+    end: int = max(
         (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size
         for column in columns
     )
+    return end
 
 
 def read_table(path: Path, schema: pa.Schema, *, bounded: bool = True) -> pa.Table:
@@ -110,7 +111,11 @@ def _read_columns(handle: BinaryIO, schema: pa.Schema, limit: int | None) -> pa.
 
 
 def read_group(
-    handle: BinaryIO, metadata: pq.FileMetaData, number: int, schema: pa.Schema, limit: int | None
+    handle: io.BufferedIOBase,
+    metadata: pq.FileMetaData,
+    number: int,
+    schema: pa.Schema,
+    limit: int | None,
 ) -> pa.Table:
     """Read one row group of a table with the columns of `schema`, as `read_table` reads all.
 
@@ -146,7 +151,7 @@ def _declared_bytes(
     """
     rows = [metadata.row_group(number) for number in groups]
     widths = (4 if pa.types.is_string(kind) else kind.bit_width / 8 for kind in schema.types)
-    size = math.ceil(sum(widths) * sum(group.num_rows for group in rows))
+    size: int = math.ceil(sum(widths) * sum(group.num_rows for group in rows))
     _require_room(max(size, sum(map(_uncompressed_bytes, rows))), limit)
     return size
 

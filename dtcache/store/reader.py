@@ -5,7 +5,7 @@ a payload is compared at each read.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -349,7 +349,7 @@ def _require_within(array: PayloadArray, rows: NDArray[np.int64], views: NDArray
 
 def _look(
     root: Path, allow: Allowed, manifest: CacheManifest
-) -> tuple[CacheManifest, SampleIndex, dict[str, ShardObject]]:
+) -> tuple[CacheManifest, SampleIndex, Mapping[str, ShardObject]]:
     """Return a cache's manifest, sample index and shard files by path.
 
     All other files are checked.

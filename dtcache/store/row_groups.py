@@ -170,7 +170,7 @@ class RowGroups:
         return content
 
 
-class _Window(io.RawIOBase):
+class _Window(io.BufferedIOBase):
     """A file of which one range of bytes is in memory; any other byte cannot be read."""
 
     def __init__(self, content: bytes, start: int, size: int) -> None:

@@ -295,7 +295,7 @@ def _require_failed(failed: NDArray[np.int64], table: pa.Table) -> pa.Table:
 def _read_failures(root: Path, manifest: CacheManifest) -> NDArray[np.int64]:
     """Return the failed rows of a sealed cache. Raises CacheDamagedError if they do not ascend."""
     table = read_table(root / FAILURES, FAILURE_SCHEMA)
-    rows = table["row"].combine_chunks().to_numpy().astype(np.int64)
+    rows: NDArray[np.int64] = table["row"].combine_chunks().to_numpy().astype(np.int64)
     if len(rows) and not (rows[0] >= 0 and rows[-1] < manifest.num_samples):
         raise CacheDamagedError(
             f"{root / FAILURES}: expected rows 0 to {manifest.num_samples - 1}, got {rows[0]} to "

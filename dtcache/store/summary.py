@@ -17,7 +17,7 @@ from dtcache.atomic_files import is_system_file
 from dtcache.errors import CacheDamagedError, CacheFormatError
 from dtcache.json_files import read_hashed_json
 from dtcache.recipe import Json, array_of, signal_to_noise, tap_name
-from dtcache.store.commits import CodecSums, read_commits, total_sums
+from dtcache.store.commits import CodecSums, ShardObject, read_commits, total_sums
 from dtcache.store.label_sets import label_set_names
 from dtcache.store.layout import (
     CLUSTER_LOG,
@@ -155,7 +155,7 @@ def _source(root: Path) -> Json | None:
 def _progress(root: Path, manifest: CacheManifest, samples: SampleIndex) -> _Progress:
     """Read the indices of a sealed cache, or the commit records of an unfinished one."""
     if manifest.state == "sealed":
-        objects = read_objects(root, manifest)
+        objects: Mapping[str, ShardObject] = read_objects(root, manifest)
         rows = samples.failed
         reasons = samples.take(rows)["failure"]
         sums = manifest.sums

@@ -170,7 +170,7 @@ def test_labels_that_are_no_class_numbers_are_refused(scene_cache: Path) -> None
     labels = [10**9] * 40
     cache.reader.manifest = replace(cache.reader.manifest, classes=None)
     place = cache.samples.schema.get_field_index("label")
-    cache.reader.samples = cache.samples.set_column(place, "label", [labels])
+    cache.samples = cache.samples.set_column(place, "label", [labels])
     with pytest.raises(
         ImagesError,
         match=r"expected labels from 0 to 16383, got 1000000000; number the classes from",
