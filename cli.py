@@ -30,7 +30,7 @@ from pipelines.terminal.flags import (
     JSON_FLAG,
     NO_LOCK_FLAG,
     PATH,
-    locations_argument,
+    location_argument,
     options_of,
     out_flag,
     print_json,
@@ -274,10 +274,10 @@ def extract(
 
 
 @main.command(section=CACHE)
-@click.argument("paths", metavar="CACHE_OR_RUN...", type=PATH, nargs=-1, required=True)
+@location_argument("paths", "CACHE_OR_RUN...", several=True)
 @JSON_FLAG
 @options_of(InspectOptions)
-def inspect(paths: tuple[Path, ...], as_json: bool, options: InspectOptions) -> None:
+def inspect(paths: tuple["Location", ...], as_json: bool, options: InspectOptions) -> None:
     """Show the contents of a cache or a run.
 
     One cache: its contents, bytes and, with --stats, statistics of its features. One run of
@@ -302,12 +302,12 @@ def inspect(paths: tuple[Path, ...], as_json: bool, options: InspectOptions) -> 
 
 
 @main.command(section=CACHE)
-@click.argument("cache", type=PATH)
+@location_argument("cache", "CACHE")
 @JSON_FLAG
 @NO_LOCK_FLAG
 @options_of(VerifyOptions)
 @click.pass_context
-def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOptions) -> None:
+def verify(ctx: click.Context, cache: "Location", as_json: bool, options: VerifyOptions) -> None:
     """Check a cache against its hashes, or repair it.
 
     CACHE may be unfinished. Its label sets are checked too. The report names each damaged file, the
@@ -339,7 +339,7 @@ def verify(ctx: click.Context, cache: Path, as_json: bool, options: VerifyOption
     try:
         verified = run(cache, options)
     except (CacheNotFoundError, CacheFormatError) as error:
-        if not cache.exists():
+        if not (isinstance(cache, Path) and cache.exists()):
             raise
         say(f"Error: {in_command_words(error, ctx.command)}")
         ctx.exit(NOT_A_CACHE)
@@ -365,11 +365,11 @@ def label() -> None:
 
 
 @label.command("fit")
-@click.argument("cache", type=PATH)
+@location_argument("cache", "CACHE")
 @out_flag("New folder of the interpreter.")
 @NO_LOCK_FLAG
 @options_of(LabelFitOptions)
-def label_fit(cache: Path, out: Path, options: LabelFitOptions) -> None:
+def label_fit(cache: "Location", out: Path, options: LabelFitOptions) -> None:
     """Train an interpreter of CACHE's features.
 
     The interpreter trains on the cached features of the labelled images; the teacher does not run.
@@ -412,7 +412,7 @@ def label_write(cache: Path, interpreter: Path, options: LabelWriteOptions) -> N
 
 
 @main.command(section=STUDENT, resumes=True)
-@locations_argument("where", "CACHE...|IMAGES")
+@location_argument("where", "CACHE...|IMAGES", several=True)
 @out_flag("Folder of the run or runs. A run there is resumed if its options are the same.")
 @NO_LOCK_FLAG
 @options_of(TrainOptions)

@@ -46,8 +46,8 @@ def path_of(name: str, value: str | Path) -> Path:
     require(name, value, str | Path, "a path")
     if is_address(value):
         raise ConfigError(
-            f"`{name}` {value}: expected a path on this machine, got an address; dtcache.train and "
-            "dtcache.open read caches at addresses"
+            f"`{name}` {value}: expected a path on this machine, got an address; only a sealed "
+            "cache that is read may be in an object store"
         )
     return Path(value)
 

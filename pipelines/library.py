@@ -82,13 +82,14 @@ def inspect(
     plain JSON types (sizes in bytes). Raises ConfigError with the field's name for bad options, and
     the CacheError of a path that is no readable cache or run.
     """
+    from dtcache.store.remote import location_of
     from pipelines.inspect.inspect import inspect as run
 
     if not roots:
         raise ConfigError("`roots`: expected one or more caches or runs; pass their paths")
     options = _options(InspectOptions, options, fields)
     with listening(progress):
-        return run([path_of("roots", root) for root in roots], options)
+        return run([location_of("roots", root) for root in roots], options)
 
 
 def _options(kind: type[Verb], options: Verb | None, fields: dict[str, Any]) -> Verb:

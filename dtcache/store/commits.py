@@ -107,6 +107,11 @@ def commit_files(root: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.json")) if folder.is_dir() else []
 
 
+def is_commit(path: str) -> bool:
+    """Return whether a path relative to the cache is that of a commit record."""
+    return re.fullmatch(rf"{COMMITS}/[0-9][^/]*\.json", path) is not None
+
+
 def read_commit(path: Path) -> CommitRecord:
     """Read one commit record.
 

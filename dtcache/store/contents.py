@@ -10,8 +10,14 @@ from dtcache.atomic_files import TEMPORARY, is_system_file
 from dtcache.errors import CacheDamagedError
 from dtcache.hashing import file_problem
 from dtcache.row_set import RowSet
-from dtcache.store.commits import CommitRecord, ShardObject, commit_files, read_commit
-from dtcache.store.label_sets import label_set_names
+from dtcache.store.commits import (
+    CommitRecord,
+    ShardObject,
+    commit_files,
+    is_commit,
+    read_commit,
+)
+from dtcache.store.label_sets import label_sets_among
 from dtcache.store.layout import (
     CLUSTER_LOG,
     COMMITS,
@@ -258,8 +264,8 @@ def samples_problem(
         return problem
 
 
-def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
-    """Return the unexpected files in a cache's folder, each with a reason.
+def unnamed_files(names: Sequence[str], contents: Contents) -> dict[str, str]:
+    """Return the unexpected files among the paths of a cache, each with a reason.
 
     These are the files that neither the cache nor one of its label sets names.
     """
@@ -274,15 +280,14 @@ def unnamed_files(root: Path, contents: Contents) -> dict[str, str]:
         *(o.path for o in contents.objects),
     }
     if not contents.sealed:
-        named |= {path.relative_to(root).as_posix() for path in commit_files(root)}
+        named |= {name for name in names if is_commit(name)}
     missing = set(contents.missing)
     found = {}
-    sets = tuple(f"{LABELS}/{name}/" for name in label_set_names(root))
-    for path in sorted(p for p in root.rglob("*") if p.is_symlink() or not p.is_dir()):
-        name = path.relative_to(root).as_posix()
+    sets = tuple(f"{LABELS}/{name}/" for name in label_sets_among(names))
+    for name in names:
         if name in named or name.startswith(sets):
             continue
-        if any(is_system_file(part) for part in path.relative_to(root).parts):
+        if any(is_system_file(part) for part in name.split("/")):
             continue
         if TEMPORARY in name:
             found[name] = "left by an interrupted run"

@@ -1,6 +1,7 @@
 """The label sets of a cache: folders labels/NAME/, each laid out like a cache."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ MAX_ENTROPY = 64
 def label_set_names(root: Path) -> list[str]:
     """Return the names of a cache's label sets, finished or not, in order."""
     return sorted(path.parent.name for path in (root / LABELS).glob(f"*/{MANIFEST}"))
+
+
+def label_sets_among(paths: Iterable[str]) -> list[str]:
+    """Return the names of the label sets that have a manifest among a cache's paths, in order."""
+    parts = (path.split("/") for path in paths)
+    return sorted(p[1] for p in parts if len(p) == 3 and (p[0], p[2]) == (LABELS, MANIFEST))
 
 
 def label_set_root(root: Path, name: str) -> Path:

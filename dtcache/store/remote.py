@@ -13,7 +13,7 @@ from dtcache.hashing import file_problem
 from dtcache.storage.local_copy import LocalCopies, LocalCopy, local_copies
 from dtcache.storage.object_store import ObjectStore
 from dtcache.store.commits import ShardObject
-from dtcache.store.label_sets import label_set_root, require_label_set
+from dtcache.store.label_sets import label_set_root, label_sets_among, require_label_set
 from dtcache.store.layout import DATA, LABELS, MANIFEST
 from dtcache.store.manifest import MAX_MANIFEST_BYTES, read_manifest
 
@@ -38,14 +38,23 @@ Location = Path | RemoteCache
 """Where a cache is."""
 
 
-def location_of(name: str, cache: str | Path) -> Location:
-    """Return where a cache is; local copies are where the environment says, or in the user's cache.
+def location_of(name: str, cache: str | Path, copies: LocalCopies | None = None) -> Location:
+    """Return where a cache is.
 
-    Raises ConfigError with the argument's name for another type.
+    Without `copies`, local copies are where the environment says, or in the user's cache. Raises
+    ConfigError with the argument's name for another type.
     """
     if is_address(cache):
-        return RemoteCache(address=str(cache), copies=local_copies())
+        return RemoteCache(address=str(cache), copies=copies or local_copies())
     return path_of(name, cache)
+
+
+def folder_of(location: Location) -> Path:
+    """Return the folder of a cache, or of its local copy with all files except the shards.
+
+    Raises what `local_copy` raises.
+    """
+    return location if isinstance(location, Path) else local_copy(location).root
 
 
 def local_copy(cache: RemoteCache) -> LocalCopy:
@@ -86,8 +95,7 @@ def label_set_location(location: Location, name: str) -> Location:
     if isinstance(location, Path):
         return label_set_root(location, name)
     store = ObjectStore(location.address)
-    names = {path.split("/")[1] for path in store.sizes(LABELS) if path.endswith(f"/{MANIFEST}")}
-    require_label_set(str(location), name, sorted(names))
+    require_label_set(str(location), name, label_sets_among(store.sizes(LABELS)))
     return replace(location, address=f"{store.address}/{LABELS}/{name}")
 
 
@@ -96,7 +104,13 @@ def damaged_remote_objects(copy: LocalCopy, objects: Mapping[str, ShardObject]) 
 
     One request lists a thousand objects.
     """
-    sizes = copy.store.sizes(DATA)
+    return differing_objects(copy.store.sizes(DATA), objects)
+
+
+def differing_objects(
+    sizes: Mapping[str, int], objects: Mapping[str, ShardObject]
+) -> dict[str, str]:
+    """Return the shards that are not among `sizes`, or have another size, with that size."""
     return {
         path: f"{sizes[path]} bytes" if path in sizes else "no object"
         for path, listed in objects.items()

@@ -6,19 +6,20 @@ Never writes. docs/inspect.md lists the fields.
 import functools
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dtcache.atomic_files import is_system_file
-from dtcache.errors import CacheDamagedError, CacheFormatError
+from dtcache.atomic_files import is_system_file, write_file
+from dtcache.errors import CacheDamagedError, CacheError, StorageError
 from dtcache.json_files import read_hashed_json
 from dtcache.recipe import Json, array_of, signal_to_noise, tap_name
 from dtcache.store.commits import CodecSums, ShardObject, read_commits, total_sums
-from dtcache.store.label_sets import label_set_names
+from dtcache.store.label_sets import label_set_names, label_sets_among
 from dtcache.store.layout import (
     CLUSTER_LOG,
     CODEC,
@@ -35,6 +36,7 @@ from dtcache.store.layout import (
     SHARDS,
 )
 from dtcache.store.manifest import CacheManifest, look_at, read_manifest
+from dtcache.store.remote import Location, RemoteCache, differing_objects, local_copy
 from dtcache.store.sample_index import SampleIndex, read_samples, require_record
 from dtcache.store.shard_index import damaged_objects, read_objects
 
@@ -45,13 +47,80 @@ SCHEMA = 1
 """Version of the JSON. Under one version fields may be added, but none removed or redefined."""
 
 
-def inspect_cache(root: Path) -> Json:
+def inspect_cache(location: Location) -> Json:
     """Describe a cache, sealed or still being written, from its manifest and indices alone.
 
     Returns JSON values. Bytes are as on disk; `ratio` excludes the stored images and the label
-    sets. Raises CacheNotFoundError, CacheFormatError or CacheDamagedError.
+    sets. Raises CacheNotFoundError, CacheFormatError or CacheDamagedError; for a cache in an object
+    store also CacheIncompleteError if it is not sealed, and StorageError.
     """
-    return look_at(root, functools.partial(_describe, root))
+    if isinstance(location, Path):
+        return look_at(location, functools.partial(_describe, _Folder(location)))
+    files = _ObjectStoreFolder(location)
+    return _describe(files, read_manifest(files.root))
+
+
+class _Files(Protocol):
+    """The files of a cache."""
+
+    root: Path
+    """The folder with all files except, perhaps, the shards."""
+
+    def sizes(self) -> dict[str, int]:
+        """Return bytes by path."""
+
+    def damaged(self, objects: Mapping[str, ShardObject]) -> dict[str, str]:
+        """Return the shards that are missing or of another size, with a description."""
+
+    def label_sets(self) -> list[str]:
+        """Return the names of the label sets, in order."""
+
+    def label_set(self, name: str) -> Path:
+        """Return the folder of a label set, with its manifest and its sample index."""
+
+
+class _Folder:
+    """The files of a cache in a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def sizes(self) -> dict[str, int]:
+        return _file_sizes(self.root)
+
+    def damaged(self, objects: Mapping[str, ShardObject]) -> dict[str, str]:
+        return damaged_objects(self.root, objects)
+
+    def label_sets(self) -> list[str]:
+        return label_set_names(self.root)
+
+    def label_set(self, name: str) -> Path:
+        return self.root / LABELS / name
+
+
+class _ObjectStoreFolder:
+    """The files of a sealed cache in an object store, listed once."""
+
+    def __init__(self, location: RemoteCache) -> None:
+        self._location = location
+        copy = local_copy(location)
+        self.root = copy.root
+        self._sizes = copy.store.sizes()
+        if LOG in self._sizes:
+            write_file(self.root / LOG, copy.store.read(LOG, MAX_LOG_BYTES))
+
+    def sizes(self) -> dict[str, int]:
+        return self._sizes
+
+    def damaged(self, objects: Mapping[str, ShardObject]) -> dict[str, str]:
+        return differing_objects(self._sizes, objects)
+
+    def label_sets(self) -> list[str]:
+        return label_sets_among(self._sizes)
+
+    def label_set(self, name: str) -> Path:
+        address = f"{self._location.address}/{LABELS}/{name}"
+        return local_copy(replace(self._location, address=address)).root
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +139,11 @@ class _Progress:
     """Rows of the shards that at least one array lacks."""
 
 
-def _describe(root: Path, manifest: CacheManifest) -> Json:
+def _describe(cache: _Files, manifest: CacheManifest) -> Json:
+    root = cache.root
     samples = read_samples(root, manifest)
-    progress = _progress(root, manifest, samples)
-    files = _file_sizes(root)
+    progress = _progress(cache, manifest, samples)
+    files = cache.sizes()
     recipe = manifest.recipe
     num_failed = sum(progress.failures.values())
     num_done = manifest.num_samples - progress.num_missing - num_failed
@@ -118,7 +188,7 @@ def _describe(root: Path, manifest: CacheManifest) -> Json:
         "taps": taps,
         "failures": dict(progress.failures),
         "damaged": progress.damaged,
-        "labels": _label_sets(root, files, parts["coefficients"] + parts["codec"]),
+        "labels": _label_sets(cache, files, parts["coefficients"] + parts["codec"]),
         "classes": list(manifest.classes) if manifest.classes is not None else None,
         "class_counts": _class_counts(samples, manifest),
         "source": _source(root),
@@ -152,8 +222,9 @@ def _source(root: Path) -> Json | None:
     return source if isinstance(source, dict) else None
 
 
-def _progress(root: Path, manifest: CacheManifest, samples: SampleIndex) -> _Progress:
+def _progress(cache: _Files, manifest: CacheManifest, samples: SampleIndex) -> _Progress:
     """Read the indices of a sealed cache, or the commit records of an unfinished one."""
+    root = cache.root
     if manifest.state == "sealed":
         objects: Mapping[str, ShardObject] = read_objects(root, manifest)
         rows = samples.failed
@@ -168,7 +239,7 @@ def _progress(root: Path, manifest: CacheManifest, samples: SampleIndex) -> _Pro
         rows = np.array([f.row for f in failures], np.int64)
         reasons = pa.chunked_array([pa.array([f.reason for f in failures], pa.string())])
         sums = total_sums(records)
-    damaged = damaged_objects(root, objects)
+    damaged = cache.damaged(objects)
     shard_bytes: Counter[str] = Counter()
     for path, listed in objects.items():
         array = path.removeprefix(f"{DATA}/").rpartition("/")[0]
@@ -286,15 +357,15 @@ def _tap_errors(manifest: CacheManifest, name: str, sums: Mapping[str, CodecSums
     }
 
 
-def _label_sets(root: Path, files: Mapping[str, int], feature_bytes: int) -> list[Json]:
+def _label_sets(cache: _Files, files: Mapping[str, int], feature_bytes: int) -> list[Json]:
     """Describe every label set from its manifest and the sizes of its files.
 
-    `files` has the bytes of all files of the cache by path; `feature_bytes` is the size of the
+    `files` has the bytes of all files by path; `feature_bytes` is the size of the
     features. A set whose manifest is damaged or of a newer format has the state `damaged`, with the
     reason and no further fields.
     """
     label_sets = []
-    for name in label_set_names(root):
+    for name in cache.label_sets():
         folder = f"{LABELS}/{name}/"
         size = sum(count for path, count in files.items() if path.startswith(folder))
         described = {
@@ -303,8 +374,8 @@ def _label_sets(root: Path, files: Mapping[str, int], feature_bytes: int) -> lis
             "share": size / feature_bytes if feature_bytes else None,
         }
         try:
-            described |= _label_set(root / LABELS / name)
-        except (CacheDamagedError, CacheFormatError) as error:
+            described |= _label_set(cache.label_set(name))
+        except (CacheError, StorageError) as error:
             described |= {"state": "damaged", "reason": str(error)}
         label_sets.append(described)
     return label_sets

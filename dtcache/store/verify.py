@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from dtcache.errors import CacheBusyError, CacheDamagedError
 from dtcache.hashing import file_problem
@@ -13,7 +14,7 @@ from dtcache.json_files import read_hashed_json
 from dtcache.rng import permuted
 from dtcache.store.contents import Contents, Damage, SamplePlaces, WantedObject, unnamed_files
 from dtcache.store.layout import FAILURES, LOG, MAX_LOG_BYTES, SAMPLES, SHARDS
-from dtcache.store.manifest import read_manifest
+from dtcache.store.manifest import CacheManifest, read_manifest
 from dtcache.store.open_files import OpenFile
 from dtcache.store.shard_check import shard_difference
 
@@ -67,8 +68,53 @@ def chosen_objects(contents: Contents, fraction: float, seed: int) -> list[Wante
     return [wanted for wanted in contents.objects if wanted.shard in chosen]
 
 
+class CheckedFiles(Protocol):
+    """The files of a cache that is checked."""
+
+    root: Path
+    """The folder with all files except, perhaps, the shards."""
+
+    def size(self, path: str) -> int | None:
+        """Return the bytes of a shard file; None if there is none."""
+
+    def at_hand(self, path: str) -> AbstractContextManager[Path]:
+        """Have a shard file below `root` for the time of the block; yield `root`."""
+
+    def manifest(self) -> CacheManifest:
+        """Return the manifest as it is now."""
+
+    def names(self) -> list[str]:
+        """Return the paths of all files, in order."""
+
+
+class LocalFiles:
+    """The files of a cache in a folder."""
+
+    def __init__(self, root: Path) -> None:
+        """Take the folder."""
+        self.root = root
+
+    def size(self, path: str) -> int | None:
+        """Return the bytes of a shard file; None if there is none."""
+        file = self.root / path
+        return file.stat().st_size if file.is_file() else None
+
+    def at_hand(self, path: str) -> AbstractContextManager[Path]:
+        """Yield the folder, which has the file."""
+        return nullcontext(self.root)
+
+    def manifest(self) -> CacheManifest:
+        """Return the manifest as it is now."""
+        return read_manifest(self.root)
+
+    def names(self) -> list[str]:
+        """Return the paths of all files, in order."""
+        files = sorted(p for p in self.root.rglob("*") if p.is_symlink() or not p.is_dir())
+        return [path.relative_to(self.root).as_posix() for path in files]
+
+
 def verify_contents(
-    root: Path,
+    files: CheckedFiles,
     contents: Contents,
     chosen: Sequence[WantedObject],
     on_object: Callable[[WantedObject], None],
@@ -77,6 +123,7 @@ def verify_contents(
 
     Raises CacheBusyError if the cache was sealed meanwhile.
     """
+    root = files.root
     damage = list(contents.damage)
     if contents.manifest is not None:
         damage += _file_damage(root, contents)
@@ -88,43 +135,49 @@ def verify_contents(
             found
             for wanted in contents.objects
             if wanted.path not in read_fully
-            and (found := _size_damage(root, wanted, contents.keys))
+            and (found := _size_damage(files, wanted, contents.keys))
         ]
         is_large = any(a.length > LARGE for a in contents.manifest.arrays.values())
         threads = 1 if is_large else THREADS  # each may hold two payloads of a damaged shard
         with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
             try:
                 checks = pool.map(
-                    lambda wanted: check_object(root, wanted, contents.keys, path_of), chosen
+                    lambda wanted: check_object(files, wanted, contents.keys, path_of), chosen
                 )
                 for wanted, found in zip(chosen, checks, strict=True):
                     damage += [found] if found is not None else []
                     on_object(wanted)
             finally:
                 pool.shutdown(cancel_futures=True)
-        if not contents.sealed and read_manifest(root).state == "sealed":
+        if not contents.sealed and files.manifest().state == "sealed":
             raise CacheBusyError(
                 f"{root}: the cache was finished while it was being checked; check it again"
             )
-    unnamed = unnamed_files(root, contents)
+    unnamed = unnamed_files(files.names(), contents)
     return Verification(
         contents=contents, damage=tuple(damage), unnamed=unnamed, checked=tuple(chosen)
     )
 
 
 def check_object(
-    root: Path, wanted: WantedObject, keys: Sequence[str] | None, path_of: Mapping[str, str]
+    files: CheckedFiles,
+    wanted: WantedObject,
+    keys: Sequence[str] | None,
+    path_of: Mapping[str, str],
 ) -> Damage | None:
     """Check every byte of one shard file; if it differs, find out which samples are affected.
 
     `path_of` gives the path of every recorded hash, so that a misplaced shard file is recognised.
     """
-    found = _size_damage(root, wanted, keys)
+    found = _size_damage(files, wanted, keys)
     if found is not None:
         return found
     try:
-        file = OpenFile(root / wanted.path)
-        difference = shard_difference(file, wanted.sha256, wanted.array, wanted.shard, path_of.get)
+        with files.at_hand(wanted.path) as root:
+            file = OpenFile(root / wanted.path)
+            difference = shard_difference(
+                file, wanted.sha256, wanted.array, wanted.shard, path_of.get
+            )
     except CacheDamagedError as error:
         return _damage(wanted, str(error), None, keys)
     if difference is None:
@@ -132,11 +185,12 @@ def check_object(
     return _damage(wanted, difference.reason, list(difference.bad or ()) or None, keys)
 
 
-def _size_damage(root: Path, wanted: WantedObject, keys: Sequence[str] | None) -> Damage | None:
-    path = root / wanted.path
-    if not path.is_file():
+def _size_damage(
+    files: CheckedFiles, wanted: WantedObject, keys: Sequence[str] | None
+) -> Damage | None:
+    size = files.size(wanted.path)
+    if size is None:
         return _damage(wanted, "no file", None, keys)
-    size = path.stat().st_size
     if wanted.size is not None and size != wanted.size:
         return _damage(wanted, f"expected {wanted.size} bytes, got {size}", None, keys)
     return None

@@ -1,7 +1,6 @@
 """Feature maps that a segmentation head reads: a backbone's or a cache's. B images per batch."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -14,13 +13,18 @@ from dtcache.device import Compute
 from dtcache.errors import ConfigError, TrainingError
 from dtcache.options import EvaluateOptions
 from dtcache.recipe import ViewSpec
-from dtcache.store.layout import MANIFEST
+from dtcache.store.remote import Location
 from dtcache.student import Augmentation, probe_maps
 from dtcache.student.segmentation_heads import Shapes
 from pipelines.evaluate.cache_features import CachedMaps
 from pipelines.evaluate.image_split import EvaluatedImages
 from pipelines.evaluate.masked_images import MaskedBatch
-from pipelines.evaluate.pooled_features import NetworkFeatures, open_backbone, stack_pixels
+from pipelines.evaluate.pooled_features import (
+    NetworkFeatures,
+    cache_location,
+    open_backbone,
+    stack_pixels,
+)
 
 
 class Trunk(Protocol):
@@ -115,7 +119,7 @@ class CacheTrunk:
     name = "cache"
     backbone = None
 
-    def __init__(self, root: Path, options: EvaluateOptions, compute: Compute) -> None:
+    def __init__(self, root: Location, options: EvaluateOptions, compute: Compute) -> None:
         """Open a cache. Raises ConfigError for a backbone's options, and what opening it raises."""
         backbone_options = {
             "`finetune`": options.finetune,
@@ -169,8 +173,8 @@ def open_trunk(model: str, options: EvaluateOptions, batch_size: int, compute: C
 
     Raises ConfigError if `model` is none of these, and what opening it raises.
     """
-    if (Path(model) / MANIFEST).is_file():
-        return CacheTrunk(Path(model), options, compute)
+    if (cache := cache_location(model)) is not None:
+        return CacheTrunk(cache, options, compute)
     return NetworkTrunk(model, options, batch_size, compute)
 
 

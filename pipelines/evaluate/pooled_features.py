@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dtcache.arguments import is_address
 from dtcache.cache.cache import Cache
 from dtcache.device import Compute
 from dtcache.errors import ConfigError, ImagesError
@@ -23,6 +24,7 @@ from dtcache.metrics.probes import Features, Labels
 from dtcache.options import EvaluateOptions, parse_size
 from dtcache.recipe import Sample, ViewSpec
 from dtcache.store.layout import MANIFEST
+from dtcache.store.remote import Location, location_of
 from dtcache.student import (
     fresh_batch_norms,
     load_backbone,
@@ -65,9 +67,16 @@ def open_model(model: str, options: EvaluateOptions, compute: Compute) -> Extrac
     """
     if model == PIXELS:
         return PixelFeatures(*(parse_size(options.size) if options.size else PIXELS_SIZE))
-    if (Path(model) / MANIFEST).is_file():
-        return CacheFeatures(Cache(Path(model)), options.teacher, compute)
+    if (cache := cache_location(model)) is not None:
+        return CacheFeatures(Cache(cache), options.teacher, compute)
     return NetworkFeatures(open_backbone(model, options), options.batch_size or BATCH_SIZE, compute)
+
+
+def cache_location(model: str) -> Location | None:
+    """Return where the cache is that `model` names by its path or address; None for no cache."""
+    if is_address(model) or (Path(model) / MANIFEST).is_file():
+        return location_of("model", model)
+    return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from dtcache.recipe import Json
+from dtcache.store.remote import Location
 from pipelines.terminal.text import byte_size
 
 DIGITS = 4
@@ -28,7 +29,7 @@ def differences(reports: Sequence[Json]) -> dict[str, list[object]]:
     }
 
 
-def render_differences(roots: Sequence[Path], reports: Sequence[Json]) -> RenderableType:
+def render_differences(roots: Sequence[Location], reports: Sequence[Json]) -> RenderableType:
     """Return two narrow tables: the recipe or options that differ, and the results that differ."""
     differing = differences(reports)
     causes = {n: v for n, v in differing.items() if n.startswith(("recipe.", "options."))}
@@ -141,10 +142,11 @@ def text_of(name: str, value: object) -> str:
     return text if len(text) <= 40 else f"{text[:12]}..."
 
 
-def short_paths(roots: Sequence[Path]) -> list[str]:
+def short_paths(roots: Sequence[Location]) -> list[str]:
     """Return the shortest ends of the paths that are different from each other."""
-    for count in range(1, 1 + max(len(root.parts) for root in roots)):
-        names = ["/".join(root.parts[-count:]) for root in roots]
+    parts = [Path(str(root)).parts for root in roots]
+    for count in range(1, 1 + max(map(len, parts))):
+        names = ["/".join(some[-count:]) for some in parts]
         if len(set(names)) == len(set(roots)):
             break
     return names

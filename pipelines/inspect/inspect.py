@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from dtcache.errors import ConfigError
 from dtcache.options import InspectOptions
 from dtcache.recipe import Json
+from dtcache.store.remote import Location
 from dtcache.store.summary import SCHEMA, inspect_cache
 from pipelines.inspect.compare import differences, render_differences
 from pipelines.inspect.run_report import inspect_run, is_run
@@ -37,7 +38,7 @@ NEEDS_ONE_OF: dict[str, dict[str, tuple[str, ...]]] = {
 class Inspected:
     """The reports of the inspected caches or runs."""
 
-    roots: tuple[Path, ...]
+    roots: tuple[Location, ...]
     reports: tuple[Json, ...]
     """One per root; the report of a cache has `statistics` if they were computed."""
     page: Path | None = None
@@ -71,21 +72,21 @@ class Inspected:
         return Group(*parts)
 
 
-def inspect(roots: Sequence[Path], options: InspectOptions) -> Inspected:
+def inspect(roots: Sequence[Location], options: InspectOptions) -> Inspected:
     """Describe caches or runs; if `options.report` is given, write it as an HTML page.
 
     Without statistics, teacher or page, only manifests, indices and JSON files are read. Raises
     CacheNotFoundError, CacheFormatError or CacheDamagedError, and ConfigError for options that do
     not apply to these caches or runs.
     """
-    runs = [is_run(root) for root in roots]
-    if any(runs) and not all(runs):
+    runs = [root for root in roots if isinstance(root, Path) and is_run(root)]
+    if runs and len(runs) < len(roots):
+        other = next(root for root in roots if root not in runs)
         raise ConfigError(
-            f"{roots[runs.index(False)]}: expected a run, as {roots[runs.index(True)]} is one; "
-            "pass caches alone or runs alone"
+            f"{other}: expected a run, as {runs[0]} is one; pass caches alone or runs alone"
         )
     _require_writable(options.report)
-    return _inspect_runs(roots, options) if all(runs) else _inspect_caches(roots, options)
+    return _inspect_runs(runs, options) if runs else _inspect_caches(roots, options)
 
 
 def _inspect_runs(roots: Sequence[Path], options: InspectOptions) -> Inspected:
@@ -101,7 +102,7 @@ def _inspect_runs(roots: Sequence[Path], options: InspectOptions) -> Inspected:
     return Inspected(roots=tuple(roots), reports=tuple(reports), page=options.report)
 
 
-def _inspect_caches(roots: Sequence[Path], options: InspectOptions) -> Inspected:
+def _inspect_caches(roots: Sequence[Location], options: InspectOptions) -> Inspected:
     if options.cache is not None:
         raise ConfigError("`cache`: expected the folder of a run with it, got a cache")
     _require_effect("cache", options)
@@ -116,7 +117,7 @@ def _inspect_caches(roots: Sequence[Path], options: InspectOptions) -> Inspected
 
 
 def _add_statistics(
-    roots: Sequence[Path], reports: Sequence[Json], options: InspectOptions
+    roots: Sequence[Location], reports: Sequence[Json], options: InspectOptions
 ) -> None:
     """Add `statistics` to the report of each cache; write the page of the cache if requested."""
     # These import torch, which a report without statistics must not.

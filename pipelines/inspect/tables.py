@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from dtcache.recipe import Json, tap_name
+from dtcache.store.remote import Location
 from pipelines.terminal.text import byte_size
 
 CLASSES = 10
@@ -33,7 +33,7 @@ TAP_TABLES = {
 """Titles and columns of the two tables of taps."""
 
 
-def render(report: Json, root: Path) -> RenderableType:
+def render(report: Json, root: Location) -> RenderableType:
     """Return the report of a cache as tables: facts, taps, parts, equivariance, label sets."""
     sizes, losses = _taps(report)
     failures = [f"{count} failed: {reason}" for reason, count in report["failures"].items()]
@@ -51,7 +51,7 @@ def render(report: Json, root: Path) -> RenderableType:
     )
 
 
-def _facts(report: Json, root: Path) -> Table:
+def _facts(report: Json, root: Location) -> Table:
     """Return what the cache was made from, and its size."""
     recipe = report["recipe"]
     teacher = recipe["teacher"]
@@ -133,7 +133,7 @@ def _table_of(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _name_value_table(root: Path) -> Table:
+def _name_value_table(root: Location) -> Table:
     """Return an empty table with a column of names and a column of values."""
     table = Table(title=str(root), show_header=False, title_justify="left")
     for _ in range(2):
@@ -257,7 +257,7 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def render_run(report: Json, root: Path) -> RenderableType:
+def render_run(report: Json, root: Location) -> RenderableType:
     """Return the report of a run as tables: options and results, then held-out losses by tap."""
     results = report["results"]
     facts = _name_value_table(root)

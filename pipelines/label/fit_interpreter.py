@@ -35,6 +35,7 @@ from dtcache.options import LabelFitOptions
 from dtcache.process_settings import configure_process
 from dtcache.recipe import Json
 from dtcache.rng import permuted
+from dtcache.store.remote import Location
 from dtcache.student.blocks import resize
 from pipelines.label.label_quality import label_scores
 from pipelines.label.labelled_rows import LabelledRows, images_with_masks, labelled_images
@@ -60,7 +61,7 @@ class FittedInterpreter:
     """`label_scores` on the held-out images; None without held-out images."""
 
 
-def fit_interpreter(root: Path, out: Path, options: LabelFitOptions) -> FittedInterpreter:
+def fit_interpreter(root: Location, out: Path, options: LabelFitOptions) -> FittedInterpreter:
     """Train an interpreter on a cache's features and write it to the folder `out`.
 
     The folder appears when the fit is finished. Raises ConfigError for options that cannot work,

@@ -7,9 +7,9 @@ from pathlib import Path
 from dtcache.errors import CacheIncompleteError, ConfigError
 from dtcache.options.train import ONLINE_ONLY
 from dtcache.recipe import Json
-from dtcache.store.label_sets import label_set_root
 from dtcache.store.layout import SAMPLES
 from dtcache.store.manifest import read_manifest
+from dtcache.store.remote import Location, folder_of, label_set_location
 from pipelines.sweep.jobs import (
     CacheJob,
     Evaluation,
@@ -148,7 +148,7 @@ class _Planner:
         if arm.images is not None:
             identity = {"images": str(arm.images), "teacher": arm.train.teacher}
             return Source(where=(arm.images,), identity=identity), frozenset()
-        where = []
+        where: list[Location] = []
         identities: list[Json] = []
         after = set()
         for number, name in enumerate(arm.caches):
@@ -185,16 +185,19 @@ class _Planner:
         return self._caches[name]
 
 
-def _identity(entry: CacheEntry, path: Path, labels: str | None, allow_incomplete: bool) -> Json:
+def _identity(
+    entry: CacheEntry, path: Location, labels: str | None, allow_incomplete: bool
+) -> Json:
     """Return the hashes of a sealed cache, as `dtcache train` records them in a run."""
-    manifest = read_manifest(path)
+    manifest = read_manifest(folder_of(path))
     if manifest.state != "sealed" and not allow_incomplete:
         raise CacheIncompleteError(
             f"cache {entry.name}: {path} is not complete; run its dtcache extract again"
         )
     identity: Json = {"cache": manifest.fingerprint, "samples": manifest.files.get(SAMPLES)}
     if labels is not None:
-        identity["label_set"] = read_manifest(label_set_root(path, labels)).identity
+        label_set = folder_of(label_set_location(path, labels))
+        identity["label_set"] = read_manifest(label_set).identity
     return identity
 
 

@@ -18,6 +18,7 @@ from dtcache.options import TrainOptions
 from dtcache.options.toml import config_text
 from dtcache.options.train import PER_STUDENT, SEVERAL_PER_PROCESS, VOLATILE
 from dtcache.recipe import Json
+from dtcache.store.remote import Location
 from pipelines.runs.folder import BACKBONE, CONFIG, METRICS, claim_run
 
 WEIGHTS = "model.safetensors"
@@ -47,7 +48,7 @@ class Student(Protocol):
 class Loading:
     """The data and the options of a training."""
 
-    where: tuple[Path, ...]
+    where: tuple[Location, ...]
     options: TrainOptions
 
     @property
@@ -62,7 +63,7 @@ class Loading:
 class Source:
     """Training data: one or several caches, or images with a teacher in the loop."""
 
-    where: tuple[Path, ...]
+    where: tuple[Location, ...]
     identity: Json
     """The hashes of sealed caches; the names of caches that the sweep makes; or the images."""
 
@@ -96,7 +97,7 @@ class TrainedStudent:
         from pipelines.train.train import open_source
         from pipelines.train.trainer import Trainer, accumulate
 
-        if not all(path.exists() for path in self.source.where):
+        if not all(path.exists() for path in self.source.where if isinstance(path, Path)):
             return None
         compute = resolve_compute(self.options.device, self.options.precision)
         configure_process(compute.device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dtcache.arguments import is_address
 from dtcache.errors import ConfigError
 from dtcache.options import (
     EvaluateOptions,
@@ -18,6 +19,7 @@ from dtcache.options import (
 from dtcache.options.evaluate import TASKS
 from dtcache.options.field import MAX_SEED, Options
 from dtcache.options.toml import options_from, read_toml, require_names
+from dtcache.store.remote import Location, location_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SECTIONS = ("seeds", "baseline", "share", "train", "cache", "arm", "evaluate")
@@ -41,7 +43,7 @@ class CacheEntry:
     """A `[[cache]]`: a sealed cache, or the options with which the sweep makes one."""
 
     name: str
-    path: Path | None = None
+    path: Location | None = None
     """A sealed cache that exists."""
     per_seed: bool = False
     """Make one cache per seed of the sweep; its extraction and its interpreter have that seed."""
@@ -181,7 +183,10 @@ def _cache(table: Mapping[str, Any], title: str, folder: Path) -> CacheEntry:
         extra = [key for key in ("label", "per_seed") if key in table]
         if extra:
             raise ConfigError(f"{title}: {extra[0]}: only a cache with [cache.extract] has it")
-        return CacheEntry(name=name, path=folder / _text(table["path"], f"{title}: path"))
+        text = _text(table["path"], f"{title}: path")
+        return CacheEntry(
+            name=name, path=location_of("path", text if is_address(text) else folder / text)
+        )
     extract = dict(_table(table["extract"], f"{title}: [cache.extract]"))
     if "images" not in extract:
         raise ConfigError(f"{title}: [cache.extract]: images missing; pass the images to cache")

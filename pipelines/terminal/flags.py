@@ -32,8 +32,8 @@ class _Path(click.Path):
             self.fail("expected a path, got an empty text.", param, ctx)
         if is_address(value):
             self.fail(
-                f"{value}: expected a path on this machine. Caches in object stores are read by "
-                "dtcache train and dtcache.open.",
+                f"{value}: expected a path on this machine. Only a sealed cache that is read may "
+                "be in an object store.",
                 param,
                 ctx,
             )
@@ -57,33 +57,41 @@ JSON_FLAG = click.option(
 )
 
 
-def locations_argument(name: str, metavar: str) -> Callable[[Callable[..., Any]], Any]:
-    """Give a command one or more caches, as paths or addresses, and flags of local copies."""
+def location_argument(
+    name: str, metavar: str, *, several: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
+    """Give a command an argument that is a cache's path or address, and flags of local copies.
+
+    With `several`, the argument is one or more of them.
+    """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)  # copies the flags that click has stored on the function
         def located(**values: Any) -> Any:
             folder = values.pop("local_cache")
             gigabytes = values.pop("local_cache_size")
-            if any(map(is_address, values[name])):
-                from dtcache.store.remote import RemoteCache
+            caches = values[name] if several else (values[name],)
+            if any(map(is_address, caches)):
+                from dtcache.store.remote import location_of
 
                 copies = local_copies(folder, gigabytes)
-                values[name] = tuple(
-                    RemoteCache(address=given, copies=copies) if is_address(given) else given
-                    for given in values[name]
-                )
+                caches = tuple(location_of(name, cache, copies) for cache in caches)
+                values[name] = caches if several else caches[0]
             elif (folder, gigabytes) != (None, None):
                 option = "local_cache" if folder is not None else "local_cache_size"
                 raise ConfigError(
                     f"`{option}`: expected a cache in an object store, which is copied, got "
-                    f"{', '.join(map(str, values[name]))}; leave `{option}` out"
+                    f"{caches[0]}; leave `{option}` out"
                 )
             return command(**values)
 
         flags = (
             click.argument(
-                name, metavar=metavar, type=_Location(path_type=Path), nargs=-1, required=True
+                name,
+                metavar=metavar,
+                type=_Location(path_type=Path),
+                required=True,
+                nargs=-1 if several else 1,
             ),
             click.option(
                 "--local-cache",

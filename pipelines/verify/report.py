@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -16,6 +15,7 @@ from rich.table import Table
 from dtcache.recipe import Json
 from dtcache.store.contents import Damage, SamplePlace
 from dtcache.store.layout import LABELS
+from dtcache.store.remote import Location
 from dtcache.store.verify import Verification
 from pipelines.verify.plan_repairs import Repair, remedy
 from pipelines.verify.verify import Verified
@@ -91,7 +91,7 @@ def _verification_json(
     }
 
 
-def render_verified(verified: Verified, root: Path, in_words: InWords = str) -> RenderableType:
+def render_verified(verified: Verified, root: Location, in_words: InWords = str) -> RenderableType:
     """Return a verification as a table of facts and lines that fit a narrow terminal."""
     verification = verified.verification
     lines = _damage_lines(verification, None)
@@ -105,7 +105,7 @@ def render_verified(verified: Verified, root: Path, in_words: InWords = str) -> 
     return Group(_facts(verification, root), *(in_words(line) for line in lines))
 
 
-def _facts(verification: Verification, root: Path) -> Table:
+def _facts(verification: Verification, root: Location) -> Table:
     """Return the state of the cache and of each label set, and how much was checked."""
     contents = verification.contents
     num_checked = len(verification.checked)

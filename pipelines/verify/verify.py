@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dtcache.errors import ConfigError
 from dtcache.options import VerifyOptions
+from dtcache.store.remote import Location
 from dtcache.store.verify import Verification
 from pipelines.verify.check import verify_cache
 from pipelines.verify.plan_repairs import Repair, planned_repairs
@@ -24,18 +25,24 @@ class Verified:
     """One per damaged file; None if no repair was requested."""
 
 
-def verify(root: Path, options: VerifyOptions) -> Verified:
+def verify(root: Location, options: VerifyOptions) -> Verified:
     """Check a finished or unfinished cache; with `options.repair`, repair it or plan the repair.
 
     Raises CacheNotFoundError, CacheFormatError, CacheBusyError if the cache is sealed during the
     check, ConfigError for options that do not go together, and what `repair_cache` raises.
     """
     _require_consistent(options)
-    if options.repair and not options.dry_run:
-        from pipelines.verify.repair import repair_cache  # imports torch; checking must not
+    if options.repair:
+        if not isinstance(root, Path):
+            raise ConfigError(
+                f"`repair`: expected a cache on this machine, got {root}; copy the cache to this "
+                "machine, repair it there and copy it back"
+            )
+        if not options.dry_run:
+            from pipelines.verify.repair import repair_cache  # imports torch; checking must not
 
-        verification, repairs = repair_cache(root, options)
-        return Verified(verification=verification, repairs=tuple(repairs))
+            repaired, repairs = repair_cache(root, options)
+            return Verified(verification=repaired, repairs=tuple(repairs))
     verification = verify_cache(root, options)
     plan = tuple(planned_repairs(verification)) if options.repair else None
     return Verified(verification=verification, repairs=plan)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from support.s3 import Bucket, environment, new_bucket, upload
 
 from cli import main
 
@@ -60,3 +61,14 @@ def labelled(
     assert "soft labels of 40 images" in result.output
     assert "over the requested share of 0.1; in a cache of few images, the files" in result.output
     return root
+
+
+@pytest.fixture
+def bucket(s3: str, scene_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bucket:
+    """The cache of 40 scenes in a bucket; local copies are in the test's own folder."""
+    for name, value in environment(s3).items():
+        monkeypatch.setenv(name, value)
+    store = Bucket(f"s3://{new_bucket(s3)}/scenes.cache")
+    upload(scene_cache, store)
+    monkeypatch.setenv("DTCACHE_LOCAL_CACHE", str(tmp_path / "copies"))
+    return store

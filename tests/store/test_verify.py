@@ -34,6 +34,7 @@ from dtcache.store.shard import index_bytes, parse_index
 from dtcache.store.shard_index import SHARD_SCHEMA
 from dtcache.store.summary import inspect_cache
 from dtcache.store.verify import (
+    LocalFiles,
     Verification,
     check_object,
     chosen_objects,
@@ -71,7 +72,7 @@ def verify(root: Path, share: float = 1.0, seed: int = 0) -> Verification:
     """Check a cache."""
     contents = read_contents(root)
     return verify_contents(
-        root, contents, chosen_objects(contents, share, seed), lambda wanted: None
+        LocalFiles(root), contents, chosen_objects(contents, share, seed), lambda wanted: None
     )
 
 
@@ -101,7 +102,7 @@ def problem_of(root: Path, name: str) -> Callable[[], object]:
     assert contents.manifest is not None
     wanted = next((o for o in contents.objects if o.path == name), None)
     if wanted is not None:
-        return functools.partial(check_object, root, wanted, contents.keys, {})
+        return functools.partial(check_object, LocalFiles(root), wanted, contents.keys, {})
     if name == "extraction.log.json":
         return functools.partial(log_problem, root / name)
     if name in contents.manifest.files:
@@ -429,7 +430,9 @@ def test_a_cache_that_is_finished_meanwhile(begun: Path) -> None:
     contents = read_contents(begun)
     write_cache(begun, tiny_plan())
     with pytest.raises(CacheBusyError, match="finished while it was being checked; check it again"):
-        verify_contents(begun, contents, chosen_objects(contents, 1.0, 0), lambda wanted: None)
+        verify_contents(
+            LocalFiles(begun), contents, chosen_objects(contents, 1.0, 0), lambda wanted: None
+        )
 
 
 def test_no_cache_and_a_newer_one(tmp_path: Path, root: Path) -> None:

@@ -18,7 +18,7 @@ from store.operations import Disk, Operation, Recorder, Tree, lay_out
 
 import dtcache
 from dtcache.store.contents import read_contents
-from dtcache.store.verify import chosen_objects, verify_contents
+from dtcache.store.verify import LocalFiles, chosen_objects, verify_contents
 
 CRASHES = {
     "killed": {"writes": True, "names": True},
@@ -57,7 +57,7 @@ def assert_resumes(
         if "manifest.json" in left:
             contents = read_contents(root)
             found = verify_contents(
-                root, contents, chosen_objects(contents, 1.0, 0), lambda wanted: None
+                LocalFiles(root), contents, chosen_objects(contents, 1.0, 0), lambda wanted: None
             )
             assert found.damage == (), how
         assert tree(write_cache(root, plan)) == wanted, how

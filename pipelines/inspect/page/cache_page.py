@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from dtcache.cache.cache import Cache
 from dtcache.options import InspectOptions
 from dtcache.recipe import Json, tap_name
+from dtcache.store.remote import Location
 from dtcache.store.sample_index import NOT_YET
 from pipelines.inspect.page.charts import (
     COLOURS,
@@ -49,7 +50,7 @@ RECORDED = (
 
 
 def write_cache_page(
-    out: Path, root: Path, report: Json, options: InspectOptions, remeasured: Remeasured | None
+    out: Path, root: Location, report: Json, options: InspectOptions, remeasured: Remeasured | None
 ) -> None:
     """Write the page of a cache whose report has statistics to `out`.
 
@@ -64,7 +65,7 @@ def write_cache_page(
         out,
         "cache.html.j2",
         {
-            "title": root.resolve().name,
+            "title": Path(str(cache.reader.location)).name,
             "report": report,
             "statistics": statistics,
             "names": [tap_name(tap["timestep"], tap["name"]) for tap in report["taps"]],

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from dtcache.hashing import sha256_json
 from dtcache.options import InspectOptions
 from dtcache.recipe import Json, tap_name
 from dtcache.rng import permuted
+from dtcache.store.remote import Location, folder_of
 from pipelines.inspect.statistics import measures
 from pipelines.inspect.statistics.decode import Rows
 from pipelines.inspect.statistics.disk_cache import read_statistics, save_statistics
@@ -42,7 +42,7 @@ FROM_SUMS = {
 }
 
 
-def cache_statistics(root: Path, options: InspectOptions) -> Json:
+def cache_statistics(root: Location, options: InspectOptions) -> Json:
     """Return the statistics of a cache as JSON values (docs/inspect.md), without damaged samples.
 
     `left_out` names what could not be read. Results without damage are saved in the user's cache
@@ -50,7 +50,7 @@ def cache_statistics(root: Path, options: InspectOptions) -> Json:
     CacheIncompleteError if no sample has features yet, ConfigError if a view has too many values,
     and what opening the cache raises.
     """
-    require_few_values(root)
+    require_few_values(folder_of(root))
     cache = Cache(root, allow="damage")
     rows = chosen_rows(cache, options)
     identity = cache.reader.manifest.identity
@@ -65,7 +65,7 @@ def cache_statistics(root: Path, options: InspectOptions) -> Json:
         statistics = _compute(cache, rows)
         if not statistics["left_out"]:
             save_statistics(identity, request, statistics)
-    damaged = {f"{root / path}": reason for path, reason in cache.reader.damaged.items()}
+    damaged = {f"{root}/{path}": reason for path, reason in cache.reader.damaged.items()}
     return {**statistics, "left_out": damaged | statistics["left_out"]}
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from dtcache.errors import AGAIN, CacheDamagedError
 from dtcache.options import InspectOptions
 from dtcache.process_settings import cpu_threads
 from dtcache.recipe import Json
+from dtcache.store.remote import Location
 from dtcache.teacher import Teacher
 from dtcache.whitening import whiten
 from pipelines.inspect.statistics.compute import chosen_rows
@@ -67,7 +67,7 @@ class Remeasured:
         }
 
 
-def remeasure(root: Path, where: str, options: InspectOptions) -> Remeasured:
+def remeasure(root: Location, where: str, options: InspectOptions) -> Remeasured:
     """Run the teacher `where` of a cache on up to 64 of the samples of the statistics.
 
     Raises CacheDamagedError if no sample can be read, ConfigError if `where` is a different
@@ -85,7 +85,7 @@ def remeasure(root: Path, where: str, options: InspectOptions) -> Remeasured:
             f"{root}: none of the samples for the teacher can be read at every tap; {AGAIN}"
         )
     device = str(resolve_compute(options.device, manifest.recipe["teacher"]["precision"]).device)
-    teacher = cache_teacher(root, manifest, where, device)
+    teacher = cache_teacher(cache.reader.root, manifest, where, device)
     originals = dict[str, list[Tensor]]()
     step = teacher.spec.batch_size
     with cpu_threads(manifest.recipe.get("threads")), track("teacher", len(rows)) as progress:

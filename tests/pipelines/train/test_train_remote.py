@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.cli import run, words
-from support.s3 import Bucket, environment, new_bucket, upload
+from support.s3 import Bucket
 
 import dtcache
 from dtcache.errors import ConfigError
@@ -18,14 +18,9 @@ pytestmark = pytest.mark.usefixtures("apart")
 
 
 @pytest.fixture
-def address(s3: str, scene_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """The cache of 40 scenes in a bucket."""
-    for name, value in environment(s3).items():
-        monkeypatch.setenv(name, value)
-    store = Bucket(f"s3://{new_bucket(s3)}/scenes.cache")
-    upload(scene_cache, store)
-    monkeypatch.setenv("DTCACHE_LOCAL_CACHE", str(tmp_path / "copies"))
-    return store.address
+def address(bucket: Bucket) -> str:
+    """The address of the cache of 40 scenes."""
+    return bucket.address
 
 
 def losses(run_folder: Path) -> list[float]:
@@ -91,7 +86,6 @@ def test_python_takes_addresses_of_caches_alone(
     )
     assert done.steps > 0
     for call in (
-        lambda: dtcache.inspect(address),
         lambda: dtcache.train(scene_cache, "s3://bucket/run"),
         lambda: dtcache.train(scene_cache, tmp_path / "x", images="s3://bucket/images"),
     ):
@@ -110,14 +104,14 @@ def test_python_takes_addresses_of_caches_alone(
         (("train", "s3://no-such-bucket/x"), "the bucket does not exist"),
         (("train", "s3:///x"), "expected an address such as s3://bucket/folder"),
         (("train", "ftp://host/x"), "expected an address such as s3://bucket/folder"),
-        (("verify", "s3://bucket/x"), "s3://bucket/x: expected a path on this machine"),
+        (("export", "s3://bucket/x"), "s3://bucket/x: expected a path on this machine"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(
     address: str, tmp_path: Path, arguments: tuple[str, str], problem: str
 ) -> None:
     """A missing bucket and addresses of another form end in one line; nothing is begun."""
-    out = ("--out", tmp_path / "r") if arguments[0] == "train" else ()
+    out = ("--out", tmp_path / "r")
     result = run(*arguments, *out)
     assert result.exit_code in (1, 2)
     assert problem in result.output
