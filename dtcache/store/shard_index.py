@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +56,14 @@ class ShardObjects(Mapping[str, ShardObject]):
 
     def __iter__(self) -> Iterator[str]:
         """Yield the paths, shard by shard."""
+        affixes = [array.object_path(0).split("c.0", 1) for array in self._arrays]
         for shard in range(len(self) // len(self._arrays)):
-            for array in self._arrays:
-                yield array.object_path(shard)
+            for before, after in affixes:
+                yield f"{before}c.{shard}{after}"
+
+    def items(self) -> ItemsView[str, ShardObject]:
+        """Return paths and records; unlike `self[path]`, no path is parsed."""
+        return _Items(self)
 
     def __getitem__(self, path: str) -> ShardObject:
         """Return the record of a file. Raises KeyError for a path that the index does not list."""
@@ -73,6 +78,17 @@ class ShardObjects(Mapping[str, ShardObject]):
         return ShardObject(
             path=path, size=int(self._sizes[place]), sha256=self._digests[place].tobytes().hex()
         )
+
+
+class _Items(ItemsView[str, ShardObject]):
+    def __init__(self, objects: ShardObjects) -> None:
+        super().__init__(objects)
+        self._objects = objects
+
+    def __iter__(self) -> Iterator[tuple[str, ShardObject]]:
+        sizes = self._objects._sizes.tolist()
+        for path, size, digest in zip(self._objects, sizes, self._objects._digests, strict=True):
+            yield path, ShardObject(path=path, size=size, sha256=digest.tobytes().hex())
 
 
 def read_objects(root: Path, manifest: CacheManifest) -> ShardObjects:
