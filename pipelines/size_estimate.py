@@ -23,8 +23,8 @@ SAMPLED_IMAGES = 16
 SIZED_VIEWS = 48
 ROW_BYTES = 60
 """Bytes of a row in the sample index, compressed: a hash, a key and a label."""
-NODE_BYTES = 900
-"""Bytes of the Zarr node of one fitted array."""
+ARRAY_BYTES = 50
+"""Bytes of the name, type and shape of one fitted array, compressed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +71,7 @@ class FeatureSize:
             chunks += packed / views + CRC_BYTES + ENTRY_BYTES
         arrays = [array for fitted in fit.values() for array in fitted.arrays().values()]
         fit_bytes = sum(
-            len(compress(np.ascontiguousarray(a).tobytes(), ZSTD_LEVEL)) + NODE_BYTES
+            len(compress(np.ascontiguousarray(a).tobytes(), ZSTD_LEVEL)) + ARRAY_BYTES
             for a in arrays
         )
         shared = (fit_bytes / self.images + self.row_bytes) / self.views

@@ -10,6 +10,7 @@ from dtcache.atomic_files import TEMPORARY, is_system_file
 from dtcache.errors import CacheDamagedError
 from dtcache.hashing import file_problem
 from dtcache.row_set import RowSet
+from dtcache.samples import Column
 from dtcache.store.commits import (
     CommitRecord,
     ShardObject,
@@ -32,8 +33,8 @@ from dtcache.store.layout import (
     PayloadArray,
 )
 from dtcache.store.manifest import CacheManifest, read_manifest
-from dtcache.store.parquet_tables import parquet_bytes
-from dtcache.store.sample_index import Keys, read_samples, require_record, sealed_samples
+from dtcache.store.parquet_tables import parquet_bytes, read_table
+from dtcache.store.sample_index import SCHEMA, Keys, read_samples, require_record, sealed_samples
 from dtcache.store.shard_index import MAX_DIGITS, read_objects
 
 LOCK = ".lock"
@@ -165,8 +166,7 @@ def read_contents(root: Path) -> Contents:
     keys = None
     if problem is None:
         try:
-            rows = RowSet([0], [manifest.num_samples])
-            keys = Keys(read_samples(root, manifest, with_failures=False).keys, rows)
+            keys = _keys(root, manifest)
         except CacheDamagedError as error:
             problem = _bare(root / SAMPLES, error)
     if keys is not None and manifest.state == "sealed":
@@ -239,6 +239,16 @@ def _wanted(array: PayloadArray, shard: int, listed: ShardObject | None) -> Want
     return WantedObject(
         path=array.object_path(shard), array=array, shard=shard, size=size, sha256=sha256
     )
+
+
+def _keys(root: Path, manifest: CacheManifest) -> Sequence[str]:
+    """Return the keys of an undamaged sample index. Raises CacheDamagedError."""
+    path = root / SAMPLES
+    if manifest.state == "writing" and file_problem(path, manifest.files.get(SAMPLES)) is not None:
+        # The finished index of an interrupted seal, which the manifest does not describe yet.
+        return Column[str](read_table(path, SCHEMA)["key"])
+    rows = RowSet([0], [manifest.num_samples])
+    return Keys(read_samples(root, manifest, with_failures=False).keys, rows)
 
 
 def samples_problem(

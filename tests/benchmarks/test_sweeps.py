@@ -38,7 +38,7 @@ def test_a_sweep_has_valid_options_and_both_controls(path: Path, tmp_path: Path)
     sweep = read_sweep(Path(shutil.copy(path, folder)))
     arms = {arm.name: arm for arm in sweep.arms}
     assert arms["random"].start == "random"
-    assert arms["untrained-teacher"].cache == "untrained"
+    assert arms["untrained-teacher"].caches == ("untrained",)
     assert "/untrained-" in str(sweep.cache("untrained").extract.teacher)
     assert len(sweep.seeds) >= 5
     for cache in sweep.caches:

@@ -375,7 +375,7 @@ def test_cached_taps_are_means_of_decoded_features(shelf: Path) -> None:
     source = FolderSource(shelf / "train")
     batch = list(load_views(source, [3, 21, 8], extractor.view, threads=1))
     got = extractor(batch, [Sample(index=0, key="renamed")] * 3)
-    keys = cache.reader.samples["key"].to_pylist()
+    keys = cache.samples["key"].to_pylist()
     rows = [keys.index(source.keys[i]) for i in (3, 21, 8)]
     assert list(got) == ["t50/stride2", "t50/stride4", ALL_TAPS]
     for name in cache.names:

@@ -149,7 +149,7 @@ def test_cached_features_are_the_teachers(
     errors = np.zeros((4, 4))
     decode = opened.decoder([name])
     for row in range(4):
-        key = opened.reader.samples["key"][row].as_py()
+        key = opened.samples["key"][row].as_py()
         pixels, _ = decode_view(source.read(source.keys.index(key)), opened.view)
         pixels = pixels[:, :, ::-1].copy()
         noise = sample_noise(pixels.shape, seed=0, key=key, timestep=150, draw=0, flip=True)
@@ -172,7 +172,7 @@ def test_rows_are_the_permuted_sample_list(cache: Path, scene_folder: Path) -> N
 
     source = FolderSource(scene_folder)
     order = permuted(len(source.keys), seed=0, stream="rows")
-    samples = Cache(cache).reader.samples
+    samples = Cache(cache).samples
     assert samples["key"].to_pylist() == [source.keys[i] for i in order]
     assert samples["label"].to_pylist() == [source.labels[i] for i in order]
     assert samples["content_sha256"].to_pylist() == [
@@ -185,8 +185,8 @@ def test_limit_takes_the_first_rows_of_the_same_order(
 ) -> None:
     """--limit 10 caches the first ten rows of the full cache."""
     assert extract(scene_folder, teacher_dir, tmp_path / "c", "--limit", 10).exit_code == 0
-    few = Cache(tmp_path / "c").reader.samples["key"].to_pylist()
-    assert few == Cache(cache).reader.samples["key"].to_pylist()[:10]
+    few = Cache(tmp_path / "c").samples["key"].to_pylist()
+    assert few == Cache(cache).samples["key"].to_pylist()[:10]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "parquet in windows", "tar"])
@@ -310,9 +310,7 @@ def test_bad_images_keep_their_rows(scene_folder: Path, teacher_dir: Path, tmp_p
     opened = Cache(out)
     failed = {
         k
-        for k, f in zip(
-            *(opened.reader.samples[c].to_pylist() for c in ("key", "failure")), strict=True
-        )
+        for k, f in zip(*(opened.samples[c].to_pylist() for c in ("key", "failure")), strict=True)
         if f
     }
     assert failed == {v.relative_to(images).as_posix() for v in victims[:3]}
@@ -627,7 +625,7 @@ def test_images_are_the_teachers_pixels(cache: Path, scene_folder: Path) -> None
     opened = Cache(cache)
     source = FolderSource(scene_folder)
     batch = opened.batch([0, 0], [0, 1], [])
-    key = opened.reader.samples["key"][0].as_py()
+    key = opened.samples["key"][0].as_py()
     with Image.open(io.BytesIO(source.read(source.keys.index(key)))) as image:
         pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     assert (batch.images_BCHW[0].numpy() == pixels).all()

@@ -81,7 +81,7 @@ def test_a_ddim_cache_holds_the_inverted_images_features(
         ),
         resolve_compute("cpu", "fp32"),
     )
-    key = cache.reader.samples["key"][3].as_py()
+    key = cache.samples["key"][3].as_py()
     pixels = decode_view(source.read(source.keys.index(key)), cache.view)[0]
     for view, flip in enumerate((False, True)):
         (raw,) = made.features(batch_of(made, [pixels], ["any"], [flip], seed=5, draws=[0]))

@@ -41,7 +41,7 @@ def wanted_maps(
         resolve_compute("cpu", "fp32"),
     )
     source = FolderSource(images)
-    key = cache.reader.samples["key"][row].as_py()
+    key = cache.samples["key"][row].as_py()
     pixels = decode_view(source.read(source.keys.index(key)), cache.view)[0]
     (raw,) = made.features(made.batch([made.input(pixels, key, flip, seed=0, draws=[draw])]))
     return {name: whiten(maps)[0][0].numpy() for name, maps in raw.items()}

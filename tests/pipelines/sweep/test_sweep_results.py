@@ -44,7 +44,9 @@ def rows(values: dict[str, dict[int, list[float]]]) -> list[Row]:
 
 def plan_of(out: Path, names: Sequence[str]) -> Plan:
     """Return the plan of a sweep whose folder has no runs."""
-    arms = tuple(Arm(name=name, train=TrainOptions(student=HOSTILE), cache="c") for name in names)
+    arms = tuple(
+        Arm(name=name, train=TrainOptions(student=HOSTILE), caches=("c",)) for name in names
+    )
     task = Task(name="scenes", options=EvaluateOptions(train=Path("x")), seeds=(0, 1))
     file = SweepFile(
         path=Path(f"{HOSTILE.replace('/', '')}.toml"),
