@@ -94,11 +94,7 @@ class RowSet(Sequence[int]):
     def has(self, rows: ArrayLike) -> NDArray[np.bool_]:
         """Return for each of `rows` whether the set has it."""
         values = np.asarray(rows, np.int64)
-        if not len(self._starts):
-            return np.zeros(values.shape, np.bool_)
-        number = np.searchsorted(self._starts, values, side="right") - 1
-        within: NDArray[np.bool_] = (number >= 0) & (values < self._stops[number])
-        return within
+        return self.rank(values + 1) > self.rank(values)
 
     def rank(self, edges: ArrayLike) -> NDArray[np.int64]:
         """Return for each edge the number of rows below it, int64."""

@@ -45,10 +45,10 @@ def chosen_taps(cache: Cache, *, timestep: int | None, taps: str | None) -> list
 def split_rows(rows: RowSet, keys: Sequence[str]) -> tuple[RowSet, RowSet]:
     """Return the rows to train on and the held-out rows, of which `keys` are the keys.
 
-    Up to MOST_HELD_OUT held-out rows are chosen by a hash of their keys, so that they do not depend
-    on the order of the rows. More rows than that: the last MOST_HELD_OUT are held out, and no key
-    is read. The rows of a cache are in random order. Raises ConfigError if there are fewer than 4
-    rows.
+    One row in a hundred is held out, at least 64 and at most half. The choice is a hash of each
+    key, so that it does not depend on the order of the rows. Of five million rows or more, the last
+    MOST_HELD_OUT are held out instead, and no key is read: the rows of a cache are in random order.
+    Raises ConfigError if there are fewer than 4 rows.
     """
     if len(rows) < 4:
         raise ConfigError(

@@ -64,9 +64,15 @@ class PayloadArray:
         """Return the rows that a shard holds; the last shard may have fewer."""
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.shape[0]))
 
+    @property
+    def around_shard(self) -> tuple[str, str]:
+        """What stands before and after the number of a shard in the path of its file."""
+        return f"{DATA}/{self.name}/c.", ".0" * (len(self.shape) - 1)
+
     def object_path(self, shard: int) -> str:
         """Return the path of a shard's file, relative to the cache folder."""
-        return f"{DATA}/{self.name}/c.{shard}{'.0' * (len(self.shape) - 1)}"
+        before, after = self.around_shard
+        return f"{before}{shard}{after}"
 
 
 def tap_names(recipe: Recipe) -> list[str]:

@@ -48,7 +48,7 @@ class CacheManifest:
     classes: tuple[str, ...] | None
     """Class names by class index."""
     files: dict[str, str]
-    """SHA-256 by path of every file except shards: zarr.json, codec arrays, Parquet."""
+    """SHA-256 by path of every file except shards and logs: zarr.json, codec, Parquet, prompt."""
     samples: tuple[TablePart, ...]
     """The parts of samples.parquet: its row groups, then its footer."""
     sums: dict[str, CodecSums]

@@ -140,8 +140,11 @@ class RowGroups:
             metadata = file.metadata
             require_columns(file.schema_arrow, self._schema)
         sizes = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
-        if len(sizes) != len(self) or any(size != GROUP_ROWS for size in sizes[:-1]):
-            raise ValueError(f"expected {len(self)} row groups of {GROUP_ROWS} rows")
+        full, rest = divmod(metadata.num_rows, GROUP_ROWS)
+        if sizes != [GROUP_ROWS] * full + [rest] * (rest > 0) or len(sizes) != len(self):
+            raise ValueError(
+                f"expected {len(self)} row groups of {GROUP_ROWS} rows, the last one shorter"
+            )
         return metadata
 
     def _read(self, number: int) -> pa.Table:
@@ -150,7 +153,7 @@ class RowGroups:
         window = _Window(self._checked(number), self._offsets[number], self._offsets[-1])
         table = read_group(window, self._metadata, number, self._schema, limit).combine_chunks()
         first = number * GROUP_ROWS
-        rows = np.arange(first, first + len(table))
+        rows = np.arange(first, first + self._metadata.row_group(number).num_rows)
         if not np.array_equal(table["row"].to_numpy(), rows):
             raise ValueError(f"its rows from {first} on are not numbered in order")
         return self._finish(table)

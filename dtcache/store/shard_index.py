@@ -56,10 +56,10 @@ class ShardObjects(Mapping[str, ShardObject]):
 
     def __iter__(self) -> Iterator[str]:
         """Yield the paths, shard by shard."""
-        affixes = [array.object_path(0).split("c.0", 1) for array in self._arrays]
+        around = [array.around_shard for array in self._arrays]
         for shard in range(len(self) // len(self._arrays)):
-            for before, after in affixes:
-                yield f"{before}c.{shard}{after}"
+            for before, after in around:
+                yield f"{before}{shard}{after}"
 
     def items(self) -> ItemsView[str, ShardObject]:
         """Return paths and records; unlike `self[path]`, no path is parsed."""
@@ -113,8 +113,8 @@ def read_objects(root: Path, manifest: CacheManifest) -> ShardObjects:
     for first, array in enumerate(arrays):
         here = slice(first, None, len(arrays))
         bounds = shard_bounds(array)
-        before, after = array.object_path(0).split("c.0", 1)
-        expected = pc.binary_join_element_wise(f"{before}c.", numbers, after, "")
+        before, after = array.around_shard
+        expected = pc.binary_join_element_wise(before, numbers, after, "")
         of_array = pa.array(np.arange(first, len(table), len(arrays)))
         is_listed = pc.equal(table["path"].take(of_array), expected).to_numpy()
         if not is_listed.all():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dtcache.errors import CacheDamagedError
@@ -96,8 +97,6 @@ def test_bytes_beside_a_row_group_are_never_parsed(table: pa.Table, tmp_path: Pa
     with path.open("rb") as file:
         first, second, *rest = parts_of(file)
     content = path.read_bytes()
-    path.write_bytes(content)
-
     moved = [
         type(first)(bytes=9, sha256=hashlib.sha256(content[:9]).hexdigest()),
         type(first)(
@@ -108,6 +107,20 @@ def test_bytes_beside_a_row_group_are_never_parsed(table: pa.Table, tmp_path: Pa
     groups = RowGroups(path, SCHEMA, (*moved, *rest))
     with pytest.raises(CacheDamagedError, match="its footer points outside the row group"):
         groups.group(0)
+
+
+def test_row_groups_of_other_sizes_are_refused(table: pa.Table, tmp_path: Path) -> None:
+    """A footer whose row groups are too long or too short is damage at opening."""
+    path = tmp_path / "t"
+    for rows in (ROWS, 12, 5):
+        pq.write_table(table, path, row_group_size=rows)
+        with path.open("rb") as file:
+            parts = parts_of(file)
+        with pytest.raises(
+            CacheDamagedError,
+            match=rf"{len(parts) - 1} row groups of 10 rows, the last one shorter",
+        ):
+            RowGroups(path, SCHEMA, parts)
 
 
 def test_kept_rows_stay_within_the_budget(
